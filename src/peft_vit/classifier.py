@@ -162,7 +162,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
             UserError: if the folder holds none, or it is damaged.
         """
         file = Path(folder).expanduser() / _FILE
-        with foreign_fault("can't be read", file, remedy="name a folder that ViTClassifier.save has written"):
+        with foreign_fault("can't be read", file, remedy="name a folder that ViTClassifier.save wrote"):
             content = json.loads(read_bytes(file))
             classifier = cls(**content["arguments"])
             classifier.classes_ = np.array(content["classes"])

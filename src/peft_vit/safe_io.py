@@ -68,7 +68,7 @@ def require_regular(status: os.stat_result, file: str | Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "a pipe, socket or device, no regular file", str(file))
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a regular file", str(file))
 
 
 def folder_below(root: Path, relative: str) -> Path:

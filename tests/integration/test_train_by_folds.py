@@ -112,7 +112,7 @@ def test_a_call_that_ends_within_its_folds_goes_on_there(trained, monkeypatch) -
     assert run.record().calibrated is None
     done = {file: file.read_bytes() for file in (run.folder / "folds").rglob("record.json")}
     said = trained(options)
-    assert f"Training is done in {run.folder}; what is left tells how good it is." in said
+    assert f"Training is done in {run.folder}; the rest measures how good it is." in said
     assert {file: file.read_bytes() for file in (run.folder / "folds").rglob("record.json")} == done
     assert not run.folds_left()
     record = run.record()

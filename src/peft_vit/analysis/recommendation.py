@@ -221,7 +221,7 @@ def recommend(
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
     if any(run.validation is None for run in study.runs):
-        problem = "has runs without validation images, which say what the others are compared with"
+        problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
     stopping = study.stopping

@@ -93,7 +93,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         family = family_of(model)
         if family is None:
-            raise UserError(f"{type(model).__name__} is no {_KNOWN}")
+            raise UserError(f"{type(model).__name__} is not a {_KNOWN}")
         self.model = model
         self.family: Family = family
 

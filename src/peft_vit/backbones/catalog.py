@@ -154,8 +154,8 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
     if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
         below = max(image_size // step, 1) * step
         raise UserError(
-            f"{image_size} is not a multiple of {step}, which the patches and windows of {architecture.name} ask for; "
-            f"use {below} or {below + step}",
+            f"{image_size} is not a multiple of {step}, which the patches and windows of {architecture.name} "
+            f"need; use {below} or {below + step}",
             field="data.image_size",
         )
     if architecture.library == "transformers":

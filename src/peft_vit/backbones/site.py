@@ -91,7 +91,7 @@ def wanted_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...
         return kinds
     unknown = [target for target in targets if target not in kinds]
     if unknown or not targets:
-        wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix asked for"
+        wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix is named"
         raise UserError(f"{wrong}; expected some of {', '.join(kinds)}", field="targets")
     return tuple(kind for kind in kinds if kind in targets)
 

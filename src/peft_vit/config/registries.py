@@ -54,8 +54,8 @@ DATASETS: dict[str, DatasetInfo] = {
         origin="PyPI wheel elpv-dataset, fetched once",
         module="packaged",
         channels=1,
-        caveat="New solar modules: the images do not say which module a cell belongs to, so cells of "
-        "one module can stand in training and in test.",
+        caveat="New solar modules: the images do not say which module a cell belongs to, so cells of one module "
+        "can be in training and in test.",
     ),
     "digits": DatasetInfo(
         images="1,797 handwritten digits, 8 x 8 grey",

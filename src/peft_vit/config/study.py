@@ -196,7 +196,7 @@ class DataConfig(Settings):
     @classmethod
     def _none_or_several(cls, count: int) -> int:
         if count == 1:
-            raise ValueError("1 image tells nothing; give at least 2, or 0 to take the last step's model unseen")
+            raise ValueError("1 image says nothing; give at least 2, or 0 to use the last step's model")
         return count
 
     @model_validator(mode="after")
@@ -464,7 +464,9 @@ class StudyConfig(Frozen):
         experiments: tuple[ExperimentConfig, ...] = info.data["experiments"]
         names, seeds = [experiment.name for experiment in experiments], len(info.data["seeds"])
         if stopping.control not in names:
-            message = f"control: {stopping.control!r} is none of the study's experiments, which are {', '.join(names)}"
+            message = (
+                f"control: {stopping.control!r} is not one of the study's experiments, which are {', '.join(names)}"
+            )
             raise ValueError(message)
         if len(names) < 2 or seeds < FEWEST_PAIRS:
             raise ValueError(f"compares experiments by at least {FEWEST_PAIRS} seeds, so give two and more of both")

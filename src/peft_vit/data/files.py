@@ -135,7 +135,7 @@ def open_tree(location: Path) -> FileTree:
         )
     with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
-            raise zipfile.BadZipFile("no regular file")
+            raise zipfile.BadZipFile("is not a regular file")
         archive = zipfile.ZipFile(location)
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():

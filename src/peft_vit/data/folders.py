@@ -117,7 +117,7 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
         return index_inspected(images, ImagesFile.read(file), file)
     if images.dataset != config.dataset or images.taken is not None:
         place = images.path if images.dataset == "csv" else images.tree.location
-        message = f"has no class folders in it; images are those of {place}: name it, with dataset: {images.dataset}"
+        message = f"has no class folders; the images are listed in {place}: name it, with dataset: {images.dataset}"
         raise UserError(message, file=config.path, field="data.path")
     for name, why in images.left_out.items():
         if not name.endswith("/"):
@@ -173,10 +173,11 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
     root = _class_root(tree, path)
     if root is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
-        return _listed(table, task)._replace(taken=f"Images and labels are those that {table} lists.")
+        return _listed(table, task)._replace(taken=f"Using the images and labels that {table} lists.")
     if task not in (None, CLASSIFICATION.name):
         message = (
-            f"has a folder a class, which is no {task}; list the images and their labels in a CSV, or leave it out"
+            f"has a folder for each class, which is not {task}; list the images and their labels in a CSV, or "
+            "leave it out"
         )
         raise UserError(message, file=path, field="data.task")
     outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
@@ -196,13 +197,13 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
             continue
         folders = name.split("/")[:-1]
         if not is_image(name):
-            left_out[name] = "is no image file"
+            left_out[name] = "is not an image file"
         elif len(folders) != depth - 1:
             deeper = len(folders) >= depth
-            left_out[name] = "lies deeper than the class folders" if deeper else "lies in no class folder"
+            left_out[name] = "is deeper than the class folders" if deeper else "is in no class folder"
         else:
             if (split := None if test is None else _split(folders[0])) is None and test is not None:
-                message = "lies beside train/; expected only train, val or valid, and test"
+                message = "is beside train/; expected only train, val or valid, and test"
                 raise UserError(message, file=path / folders[0])
             classes_of.setdefault(split, set()).add(folders[-1])  # also of what can't be read: it stays a class
             if fault := tree.fault(name):
@@ -216,7 +217,7 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
         if place:
             left_out[name] = f"leads to the images of {place}, which are used there"
         elif name.count("/") == depth - 1:
-            left_out[name] = "is an empty folder, of which no class is made"
+            left_out[name] = "is an empty folder, so it is not a class"
     for split, names in sorted(classes_of.items()) if test is not None else ():
         if odd := sorted(names ^ classes_of["train"]):
             message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
@@ -254,7 +255,7 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     if len(classes) > 1:
         where += f" beside each other (images lie in {_shown(map(str, classes))})"
     raise UserError(
-        f"holds {images} images and {where}; put them into one folder a class, two at least, or list them in "
+        f"holds {images} images and {where}; make one folder for each class, at least two, or list them in "
         "images.csv with the columns path,label",
         file=path,
         field="data.path",
@@ -389,7 +390,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         require_extra("parquet", packages=("pyarrow",), file=path)
         from pyarrow import parquet
 
-        with foreign_fault("is no Parquet file that can be read", path):
+        with foreign_fault("is not a readable Parquet file", path):
             table = parquet.read_table(io.BytesIO(content))
         places = _places(table.column_names, path)
         columns = [table.column(place).to_pylist() for place in places.values()]
@@ -410,7 +411,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
             yield f"{path}:{rows.line_num}", {name: row[place].strip() for name, place in places.items()}
     except csv.Error as error:
-        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
+        raise UserError(f"is not a valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
 
 
 def _text(value: Any) -> str:

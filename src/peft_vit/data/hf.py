@@ -121,7 +121,9 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
             if os.path.exists(os.path.expanduser(path)):  # unlike Path.exists, also False for an impossible name
                 return _local(place, subset)
             if not _HUB_NAME.fullmatch(path):
-                raise UserError("does not exist, and is no name on the hub; correct it", file=path, field="data.path")
+                raise UserError(
+                    "does not exist, and is not a name on the hub; correct it", file=path, field="data.path"
+                )
             return _from_hub(path, subset)
         except UserError:
             raise
@@ -227,9 +229,9 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
         raise
     except Exception as error:  # the client's errors differ by version; each means that there is no set
         raise UserError(
-            f"neither exists here, nor can it be had from the hub ({_reason(error)}); correct the path or name; without"
-            f" a network name a local folder, made elsewhere by: hf download {name} --repo-type dataset --local-dir "
-            "FOLDER",
+            f"is not here, and can't be fetched from the hub ({_reason(error)}); correct the path or name; "
+            f"without a network, name a local folder, made elsewhere by: hf download {name} --repo-type dataset "
+            "--local-dir FOLDER",
             file=name,
             field="data.path",
         ) from None

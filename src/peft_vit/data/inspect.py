@@ -306,7 +306,7 @@ class Inspection:
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
         if counts.max() == counts.min():
-            times = "all classes have as many images"
+            times = "all classes have the same number of images"
         rule = "" if self.metric.equal_classes else f"; balanced accuracy above {LARGEST_IMBALANCE:g}x imbalance"
         return [*known, f"metric: {self.metric.words} ({times}{rule})"]
 
@@ -414,12 +414,12 @@ def inspect_images(
     )
     if strict and left_out:
         them = "it" if len(left_out) == 1 else "them"
-        message = f"{_files_are(left_out)} to be left out; mend or remove {them}, or leave --strict out"
+        message = f"{_files_are(left_out)} would be left out; repair or remove {them}, or leave --strict out"
         raise UserError(message, file=path, field="--strict", details="\n".join(_listed(left_out)))
     faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
     count = len(names) + len(faults.keys() - decoded.faults.keys())
     if len(faults) > count / 2:
-        message = f"{len(faults):,} of {count:,} images can't be used; mend or replace them, or choose another folder"
+        message = f"{len(faults):,} of {count:,} images can't be used; repair or replace them, or choose another folder"
         raise UserError(message, file=path, details="\n".join(_listed(faults)))
     used = np.array([name not in left_out for name in names], dtype=bool)
     labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
@@ -501,8 +501,8 @@ def _refuse_few(
             beside += " (of copies, near ones too, one counts)"
         images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
         raise UserError(
-            f"class '{class_names[scarce]}' has {images} that can be used{beside}, {least} "
-            f"{'is' if least == 1 else 'are'} needed of each class{more}; add images, or remove the class",
+            f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
+            f"needs {least}{more}; add images, or remove the class",
             file=path,
         )
     if holdout is not None and not (tested := task.counts(labels[holdout], len(class_names))).all():

@@ -314,7 +314,7 @@ def refuse_across(index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows
         a, b = pair if rows is None else rows[list(pair)].tolist()
         among = f"; {count} images are on several sides like this one" if count > 1 else ""
         raise UserError(
-            f"{index.title(a)} ({SIDES[sides[pair[0]]]}) and {index.title(b)} ({SIDES[sides[pair[1]]]}) are the same "
-            f"image, which tells nothing about new ones{among}; remove one of them",
+            f"{index.title(a)} ({SIDES[sides[pair[0]]]}) and {index.title(b)} ({SIDES[sides[pair[1]]]}) are the "
+            f"same image, which says nothing about new ones{among}; remove one of them",
             field="data.path",
         )

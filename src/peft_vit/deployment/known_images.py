@@ -62,7 +62,7 @@ def neighbours_from(parts: dict[str, np.ndarray], file: Path) -> Neighbours:
     if not fitting or len({part.shape[-1] for part in parts.values()}) > 1 or not len(parts["codes"]):
         raise UserError("holds no features of known images; export or rerun the run", file=file)
     if not (np.isfinite(parts["mean"]).all() and (parts["spread"] > 0).all()):
-        raise UserError("holds features that are no numbers; export or rerun the run", file=file)
+        raise UserError("holds features that are not numbers; export or rerun the run", file=file)
     return Neighbours(**parts)
 
 

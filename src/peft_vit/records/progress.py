@@ -71,7 +71,7 @@ class Owner(BaseModel):
 
     def __str__(self) -> str:
         if self.pid is None:
-            return "a process that has not said its name"
+            return "an unknown process"
         return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
 
     def began(self, at: str) -> bool:
@@ -391,7 +391,7 @@ def require_directory(directory: Path) -> None:
     if os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
         return
     if os.path.lexists(directory):
-        raise UserError("is no directory; give what --output was", file=directory)
+        raise UserError("is not a folder; give the one that --output named", file=directory)
     raise UserError("does not exist; run a study first, e.g. `peft-vit run STUDY.yaml`", file=directory)
 
 
@@ -432,7 +432,7 @@ def status_lines(status: StudyStatus) -> Iterator[str]:
     if status.owner is not None:
         yield printable(f"  worked on by {status.owner}")
     if status.file is None:
-        yield "  made by an earlier version: its records are all that is known; `peft-vit run` takes them over"
+        yield "  made by an earlier version: its records are all that is known; `peft-vit run` continues with them"
     if foreign := sorted(set(_recorded(status.folder)) - {run.run for run in status.runs}):
         yield f"  {len(foreign)} records are of runs that the study does not have, such as {printable(foreign[0])}"
     for state in ("failed", "running", "pending", "skipped"):

@@ -32,8 +32,8 @@ def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
             Column("matrix types", "kendalls_w_matrices", fixed),
         ],
         "Kendall's coefficient of concordance of the final scores: 1 if all seeds order alike; orders drawn by "
-        "chance give 1 / seeds on average. It describes these runs: the modules of one network are no independent "
-        "draws, so there is no test. – : fewer than two seeds or three things to order.",
+        "chance give 1 / seeds on average. It describes these runs: the modules of one network are not "
+        "independent, so there is no test. – : fewer than two seeds or three things to order.",
     )
 
 

@@ -136,9 +136,14 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     """Return computed sentences: the best on validation and its differences, the claims that were decided."""
     methods = analysis.methods
     if not methods:
-        return ("Nothing: no run of this study has finished.",)
+        return ("No run of this study has finished.",)
     best = best_on_validation(methods)
-    sentences = ["No best: without validation images nothing chooses among experiments but test, which must not."]
+    sentences = [
+        (
+            "There is no best experiment, since without validation images only test images could choose it, "
+            "and they must not."
+        )
+    ]
     if best is not None and best.validation_accuracy is not None:
         name = best.name
         sentences = [
@@ -171,7 +176,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     """Return how much of this is decided, and what limits it."""
     study = analysis.study
     if not study.runs:
-        return ("Not at all: there is no finished run that anything could be computed from.",)
+        return ("No run has finished, so nothing can be computed.",)
     if study.stopping is not None:
         ended = sum(result.stopped is not None for result in analysis.sequential)
         decided = (
@@ -256,8 +261,8 @@ def progress(study: Study) -> tuple[Block, ...]:
     sentences = []
     if states & {"failed", "pending", "skipped", "missing"}:
         sentences.append(
-            f"To go on: peft-vit run CONFIG --output DIR{looks}, with this study's configuration file and the "
-            "directory that holds its folder; it does what is not done, and tries again what has failed."
+            f"To continue: peft-vit run CONFIG --output DIR{looks}, with this study's configuration file and the "
+            "directory that holds its folder. It does what is not done, and tries again what has failed."
         )
     if "left out" in states:
         sentences.append(
@@ -283,8 +288,8 @@ def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
             for (experiment, state, note), seeds in groups.items()
         ],
         None,
-        f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
-        "tracebacks of failed runs stand under Provenance.",
+        f"{len(runs)} of {sum(study.counts().values())} runs. They are in no number of this report; tracebacks of "
+        "failed runs are under Provenance.",
         data=(
             {"experiment": run.experiment, "seed": run.seed, "state": run.state, "reason": plain(run.note)}
             for run in runs

@@ -73,7 +73,7 @@ class Bundle:
         folder = Path(folder).expanduser()
         if not is_bundle(folder):
             raise UserError(
-                f"is no bundle: it holds no {BUNDLE_FILE}; `peft-vit export --bundle` writes it", file=folder
+                f"is not a bundle, since it holds no {BUNDLE_FILE}; `peft-vit export --bundle` writes it", file=folder
             )
         files = sorted(file for file in folder.glob("*.safetensors") if file.name != BUNDLE_FILE)
         return cls(folder / BUNDLE_FILE, {file.stem: file for file in files})
@@ -253,7 +253,7 @@ def export_bundle(
     if is_bundle(folder):
         bundle = Bundle(folder / BUNDLE_FILE, {})
     elif os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError("is no bundle; name one, or a new or an empty folder", file=folder, field="--bundle")
+        raise UserError("is not a bundle; name one, or a new or an empty folder", file=folder, field="--bundle")
     for file in (folder / f"{name}.safetensors" for name in names):
         if os.path.lexists(file) and not overwrite:
             raise UserError("exists already; rename the run's folder, or --overwrite", file=file, field="--bundle")

@@ -161,7 +161,7 @@ def run_one(
             if kind == "error" and attempt.trains_on:
                 # A program's fault as a rule; a changed checkpoint can bring it out too.
                 remedy = "if that was changed, remove the checkpoint-* folders there, and it starts again"
-                reason = f"{' '.join(reason.split())} (the run had gone on from {attempt.source}; {remedy})"
+                reason = f"{' '.join(reason.split())} (the run had continued from {attempt.source}; {remedy})"
             record = RunRecord(
                 spec=spec,
                 status="failed",
@@ -565,14 +565,17 @@ class Attempt:
             if before.get(name) != after.get(name)
         ]
         if changes:
-            text = f"the run went on from step {self._step} with {', '.join(changes)}; uninterrupted, its numbers may "
-            warnings.warn(f"{text}have rounded otherwise", CheckpointWarning, stacklevel=2)
+            text = (
+                f"the run continued from step {self._step} with {', '.join(changes)}; without the "
+                "interruption, its numbers may "
+            )
+            warnings.warn(f"{text}have been rounded differently", CheckpointWarning, stacklevel=2)
         return first
 
     def _foreign(self, field: str, reason: str) -> UserError:
         return UserError(
-            f"the checkpoint of step {self._step} can't be gone on from: {reason}; remove the checkpoint-* folders "
-            "there, and the run starts again",
+            f"the run can't continue from the checkpoint of step {self._step}: {reason}; remove the checkpoint-* "
+            "folders there, and the run starts again",
             file=None if self.source is None else self.source.parent,
             field=field,
         )

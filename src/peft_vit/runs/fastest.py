@@ -203,7 +203,9 @@ def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way,
     """Return the form with activations in 8 bits, left out if it loses too much on folds."""
     form = Form("ONNX, activations in 8 bits", "--format onnx --activations int8")
     if not fold_runs:
-        return _Way(replace(form, left_out="nothing tells what it loses: there are no runs on folds"), "onnx"), None
+        return _Way(
+            replace(form, left_out="its loss can't be measured, since there are no runs on folds"), "onnx"
+        ), None
     tell("measuring what activations in 8 bits lose, on folds")
     try:
         found = [compare_int8(run) for run in fold_runs[:_INT8_FOLDS]]

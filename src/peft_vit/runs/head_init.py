@@ -141,7 +141,7 @@ class SharedFeatures:
             except FileNotFoundError:
                 pass
             except (OSError, ValueError, LookupError, SafetensorError) as error:
-                _log.warning("%s is of no use (%s); features are computed again", self._file, error)
+                _log.warning("%s can't be used (%s); features are computed again", self._file, error)
         return np.empty(0, np.int64), np.empty((0, 0), np.float32)
 
     def _keep(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:

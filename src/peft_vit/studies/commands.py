@@ -152,7 +152,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             else:
                 images.write(file)
                 link_latest(run.folder)
-                _log(f"Training is done in {run.folder}; what is left tells how good it is.")
+                _log(f"Training is done in {run.folder}; the rest measures how good it is.")
             if run.folds_left():
                 _by_folds(run, request, images, file)
             if (size := run.size_left()) is not None:
@@ -232,7 +232,7 @@ def _tell_by_folds(
         plan = plan_study(study, folder, file=None)
         if plan.pending:
             about = duration(sum(planned.estimate.seconds for planned in plan.pending))
-            how = f"{len(study.seeds)} trainings, each without a part of them, tell how good it is"
+            how = f"{len(study.seeds)} trainings, each without a part of them, measure how good it is"
             print_lines([f"The images are too few to set some aside for validation: {how}; about {about}."])
             _drive(plan, lock)
     known = known_by_folds(record, plan, folder)

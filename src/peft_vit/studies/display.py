@@ -266,7 +266,7 @@ def course_line(course: SequentialResult, study: StudyConfig) -> str:
     return (
         f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
         f"{_points(look.difference)} points {interval}. {'. '.join(answers)}. "
-        f"{f'Goes on to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
+        f"{f'Continues to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
     )
 
 

@@ -216,15 +216,13 @@ class _Attempts:
                     self.executor.submit(run)
             while self.waiting:
                 if signals and not self.stopping:
-                    self._stop("stopping: what runs writes a checkpoint first; Ctrl-C again ends at once")
+                    self._stop("stopping after a checkpoint of each run; press Ctrl-C again to end at once")
                 if deadline is not None:
                     if not self.stopping and not deadline.over:
                         for run in deadline.to_start(self.waiting):
                             self.executor.submit(run)
                     elif not self.stopping and deadline.under_way:
-                        self._stop(
-                            "the time is over: what still runs writes a checkpoint, from which a later call continues"
-                        )
+                        self._stop("time is up: runs under way write a checkpoint, from which a later call continues")
                     if deadline.past if self.stopping else not deadline.under_way:
                         break
                 event = self.executor.next_event(_POLL_S)
@@ -436,7 +434,7 @@ def go_on(
     old, new = _comparable(before.configuration, requested.configuration, part)
     if old != new:
         raise UserError(
-            f"was begun with another configuration, see below; set it back, name the study otherwise, or {remedy}",
+            f"was begun with another configuration, see below; set it back, give the study another name, or {remedy}",
             file=file,
             field="configuration",
             details=difference(old, new, str(file), source),

@@ -119,7 +119,7 @@ class _Multilabel(Task):
     right_is = "share of images with all labels right"
     outputs = "labels"
     linear = "logistic regression a label"
-    note = "A label is told from its threshold on, which has the largest F1 on the validation images."
+    note = "A label is predicted from its threshold on, which has the largest F1 on the validation images."
     gap = "{} mean average precision is the mean over {} of {} classes"
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
@@ -146,7 +146,7 @@ class _Multilabel(Task):
             if len(set(labels[:, place]) & {0.0, 1.0}) < 2:
                 what = "has" if (labels[:, place] == 1).any() else "is without"
                 remedy = "add images of both kinds, or take the class out"
-                raise UserError(f"every image {what} '{name}', so nothing can be learned of it; {remedy}")
+                raise UserError(f"every image {what} '{name}', so nothing can be learned about it; {remedy}")
         return names, labels
 
     def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:

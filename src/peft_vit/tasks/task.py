@@ -183,9 +183,9 @@ class Task(Protocol):
             UserError: if it is `auto`, which images decide, or of another task.
         """
         if name not in self.metrics:
-            message = f"{name} is decided where a study is planned; here, give {' or '.join(self.metrics)}"
+            message = f"{name} is for studies alone; here, give {' or '.join(self.metrics)}"
             if name != "auto":
-                message = f"{name} is no measure of {self.name}; give {' or '.join(self.metrics)}, or auto"
+                message = f"{name} is not a metric of {self.name}; give {' or '.join(self.metrics)}, or auto"
             raise UserError(message, field="training.metric")
         return self.metrics[name]
 

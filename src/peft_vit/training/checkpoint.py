@@ -299,7 +299,7 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"is no readable {kind} ({reason})", file=file) from None
+        raise UserError(f"is not a readable {kind} ({reason})", file=file) from None
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> Any:

@@ -194,7 +194,7 @@ class TrainingState:
         resume: State | None,
     ) -> None:
         if config.is_undecided:
-            message = "is kept where a study is planned; here, give micro_batch_size or activation_checkpointing"
+            message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
             raise UserError(message, field="training.memory_limit")
         self.model = model
         self.result = TrainingResult(initial_parameters=trainable_parameters(model), overhead_s=overhead)

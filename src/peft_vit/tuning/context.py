@@ -94,7 +94,7 @@ class TuningContext:
                 check_weights(backbone)
             except UserError as error:
                 fault = error
-                self.state.tell(f"  {name} can't be had: {error.message}")
+                self.state.tell(f"  {name} can't be loaded: {error.message}")
             else:
                 found[name] = backbone
         if not found:
@@ -212,7 +212,9 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     if state.begun or not place.exists():
         write_whole(place, content.encode())
     elif read_bytes(place) != content.encode():  # equal: a call was killed before its output was begun
-        raise UserError("is there already, and of no tuning; move it away, or choose another --output", file=place)
+        raise UserError(
+            "exists already, and tune did not make it; move it away, or choose another --output", file=place
+        )
     found = json.loads(content)
     sealed, left_out = set(found["sealed"]), set(found["left_out"])
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
@@ -240,7 +242,7 @@ def _telling_if_slow(state: State) -> Callable[[int, int], None]:
         if told or spent_s < _SURE_S or whole_s <= state.share_s("look"):
             return
         told = True
-        about = f"to look at {count:,} images takes about {whole_s / 60:.1f} minutes"
+        about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes"
         if whole_s > 60 * state.request.minutes:
             raise UserError(f"{about} here; give more than {math.ceil(whole_s / 60)}", field="--minutes")
         state.tell(f"  {about}, more than its share; less is trained")

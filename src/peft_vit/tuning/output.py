@@ -59,7 +59,7 @@ def check_output(request: TuneRequest) -> None:
     if not (output / TUNE_FILE).exists():
         for name in (MODEL_FOLDER, "figures", "tables", CONFIG_FILE, CARD_FILE, HTML_FILE):
             if (output / name).exists():
-                problem = "is there already, and of no tuning; move it away, or choose another --output"
+                problem = "exists already, and tune did not make it; move it away, or choose another --output"
                 raise UserError(problem, file=request.output / name)
 
 

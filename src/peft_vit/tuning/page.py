@@ -82,7 +82,7 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     seconds = sum(seconds for _, seconds in choice.stages)
     stages = joined(f"{TITLES[name]} {_duration(taken)}" for name, taken in choice.stages)
     yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
-    yield "Models", f"{joined(request.models)}; taken: {choice.recipe.model} at {choice.recipe.image_size} pixels"
+    yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
     if choice.recipe.when == "after":
         yield "Rounding", f"after training, to {choice.recipe.bits}: peft-vit export --bits {choice.recipe.bits}"
 
@@ -110,7 +110,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
     once = "read once, after everything was chosen"
     if readers > 1:
         once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
-    yield f"The test images were {once}. The interval tells what as many other images of the same kind would change."
+    yield (f"The test images were {once}. The interval says what as many other images of the same kind would change.")
     if choice.longer > 1:
         yield (
             f"The last training has {choice.longer:g} times the steps of those on folds, where more steps gain; the "

@@ -163,7 +163,7 @@ def choose(
         untried += compare(folds, probe, ranked)
         decision = decide(folds)
         taken = decision.taken
-        state.tell(f"  taken: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
+        state.tell(f"  chosen: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
     return decision, sizes, labels, untried
 
 

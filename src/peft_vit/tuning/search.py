@@ -63,7 +63,7 @@ def search(folds: Folds, sizes: Sequence[SizeResult], limit: Limit) -> tuple[lis
         if not seeds or folds.seconds(further, seeds) > limit.left_s:
             left.insert(0, further)
             break
-        state.tell(f"  the best so far has {best.settings}, at the end of what was tried; then {further.settings}")
+        state.tell(f"  the best so far has {best.settings}, at the end of what was tried; next are {further.settings}")
         folds.run([further], seeds, limit)
         tried.append(further)
         best = best_of(folds, [best, further])

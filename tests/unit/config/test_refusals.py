@@ -151,7 +151,7 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("[mixup, flip]", "", "put it last"),
     ],
     "stopping": [
-        ("{control: lora, margin: 1, every: 2}", "", "'lora' is none of the study's experiments"),
+        ("{control: lora, margin: 1, every: 2}", "", "'lora' is not one of the study's experiments"),
         ("{control: one, asked: superiority, every: 5}", "", "every: 5 is more than the study's 2 seeds"),
         ("{control: one, margin: 1, looks: [3, 5]}", "", "looks end at 5, and the study has 2 seeds"),
         ("{control: one, margin: 1, looks: [8, 5, 10]}", "", "looks have to rise"),

@@ -375,7 +375,7 @@ def test_without_a_network_the_line_says_what_to_do(name, hf, monkeypatch):
     with pytest.raises(UserError) as caught:
         hf(name)
     said = str(caught.value)
-    assert said.startswith(f"{name}: data.path: neither exists here, nor can it be had from the hub (OSError: Name or")
+    assert said.startswith(f"{name}: data.path: is not here, and can't be fetched from the hub (OSError: Name or")
     assert f"hf download {name} --repo-type dataset --local-dir FOLDER" in said
     assert asked == [(f"https://huggingface.co/api/datasets/{name}", 5.0)]
 

@@ -96,7 +96,7 @@ def test_what_can_not_be_learned_is_refused_in_one_line(table, header, cells, ta
 def test_a_folder_of_classes_is_no_other_task(tmp_path) -> None:
     for name in ("a/1.png", "b/1.png"):
         save(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match=r"data\.task: has a folder a class, which is no regression"):
+    with pytest.raises(UserError, match=r"data\.task: has a folder for each class, which is not regression"):
         find_images(tmp_path, "regression")
 
 

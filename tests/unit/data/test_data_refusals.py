@@ -66,8 +66,11 @@ CLASS = r"data\.path: class '.*\\.*' holds a control character"
 ELPV_LINE = "images/cell0002.png  {}\n"
 CASES = {
     "image-folder": [
-        (plain(text("class_0/notes.txt", "x")), r"train/class_0/notes\.txt: is no image file; repair it or remove it"),
-        (plain(lambda f: shutil.copy(f / "class_0/000.png", f)), r"000\.png: lies in no class folder"),
+        (
+            plain(text("class_0/notes.txt", "x")),
+            r"train/class_0/notes\.txt: is not an image file; repair it or remove it",
+        ),
+        (plain(lambda f: shutil.copy(f / "class_0/000.png", f)), r"000\.png: is in no class folder"),
         (lambda f: f.parent, r"images are those of .*image-folder: name it, with dataset: image-folder"),
         (
             lambda f: shutil.copytree(f / "test", f / "train/class_0/more") and f / "train",
@@ -136,7 +139,7 @@ CASES = {
         (idx(b"no gzip"), r"ubyte\.gz: is not a readable \.gz"),
         (idx(gzip.compress(shape(80, 28, 28) + bytes(80 * 784))[:-20]), r"is not a readable \.gz"),
         (idx(gzip.compress(shape(2, 28, 28) + bytes(784))), "holds 784 values"),
-        (idx(gzip.compress(shape(1, 1, 1, magic=b"\0\0\x0d\x03"))), "is no idx file of bytes"),
+        (idx(gzip.compress(shape(1, 1, 1, magic=b"\0\0\x0d\x03"))), "is not an idx file of bytes"),
         (idx(gzip.compress(shape(1, 28, 28) + bytes(784))), "holds 80 labels for 1 images"),
         (lambda f: write_idx(f / "t10k-labels-idx1-ubyte.gz", np.full(20, 10)), "holds label 10, expected 0 to 9"),
         (lambda f: (f / "t10k-labels-idx1-ubyte.gz").unlink(), r"t10k-labels-idx1-ubyte\.gz: data\.path: is missing"),

@@ -22,7 +22,7 @@ from peft_vit.training import Progress
 
 pytestmark = pytest.mark.part("runner")
 
-SAID = "Images: dog/ is an empty folder, of which no class is made"
+SAID = "Images: dog/ is an empty folder, so it is not a class"
 METRICS = Metrics(n=20, accuracy=0.75, balanced_accuracy=0.75, auroc=None, nll=0.5, ece=0.1)
 
 

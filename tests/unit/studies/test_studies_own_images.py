@@ -242,12 +242,8 @@ def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(asked, case
 @pytest.mark.parametrize(
     ("images", "tested", "said"),
     [
-        (
-            2,
-            0,
-            "class 'cat' has 2 different images that can be used, 3 are needed of each class; 1 more class has too few",
-        ),
-        (2, 1, "class 'cat' has 1 different image that can be used beside the test split, 2 are needed of each class;"),
+        (2, 0, "class 'cat' has 2 different images that can be used, and each class needs 3; 1 more class has too few"),
+        (2, 1, "class 'cat' has 1 different image that can be used beside the test split, and each class needs 2;"),
     ],
 )
 def test_each_class_has_an_image_to_train_to_validate_and_to_test(asked, tmp_path, images, tested, said) -> None:
