@@ -167,14 +167,14 @@ class TrainedModel:
     def predict(self, images: Images, coverage: float | None = None, *, top: int = 1) -> list[Prediction]:
         """Return of each image a class and its probability, and whether it is unlike all images that were trained on.
 
-        Of a model of several labels those above their thresholds stand in `labels`; of one of numbers these and the
+        Of a model of several labels those above their thresholds are in `labels`; of one of numbers these and the
         ends of their intervals in `numbers`.
 
         Args:
             images: a path of an image, of a folder of them or of a zip, a PIL image or an array, or several of these;
                 see `ViTClassifier`.
             coverage: how often the true class is to be in an image's set of classes; None: no sets.
-            top: how many of the most probable classes are told.
+            top: how many of the most probable classes to return.
 
         Raises:
             UserError: if an image can't be read, or the model has no sets of that coverage.
@@ -289,7 +289,7 @@ def tune(
 
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
-        labels: of the images, where these are no files and hold none.
+        labels: of the images, where these are not files and hold none.
         margin: points of accuracy that a smaller model may lose against the best one found.
         metric: that decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
         max_bytes: of the model's file, as in "16MB".
@@ -302,11 +302,11 @@ def tune(
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.
-        seed: of the sealed images, the folds and the runs.
+        seed: of the test images, the folds and the runs.
         threads: of a run; None: as many as there are processors.
         executor: local, or ray for a cluster.
         output: everything goes below it.
-        tell: is told what is done, a line each; None: it is printed.
+        tell: gets what is done, a line each; None: it is printed.
 
     Returns:
         The model that was chosen.
@@ -365,12 +365,12 @@ def train(
     """Fine-tune on a folder of images with one method; a fifth of them validates, a fifth tests.
 
     Each call makes a folder of its own, such as peft-vit-runs/0003-lora-r4. The same call again, on the same images,
-    returns what is there, or goes on where it was interrupted.
+    returns what is there, or continues where it was interrupted.
 
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
         method: linear, lora, adalora, qa_lora, ...: all are listed in docs/explanation/methods.md.
-        labels: of the images, where these are no files and hold none.
+        labels: of the images, where these are not files and hold none.
         task: classification, multilabel or regression; None: what the columns of a table look like.
         shots: training images per class; None: all that remain.
         test_images: how many test; None: a fifth, at most 2,000, or the folder's own test split.
@@ -388,7 +388,7 @@ def train(
         rank: of each matrix, for lora, peft_lora, qa_lora; None: 8.
         budget: for adalora and qa_adalora, ranks over all matrices, or their bytes as in "100kB".
         adapter_bytes: for lora and qa_lora instead of rank, of all updates in a file, in few bits, as in "8kB".
-        init_adapter: folder of a PEFT LoRA adapter to go on from.
+        init_adapter: folder of a PEFT LoRA adapter to continue from.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.

@@ -41,7 +41,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
     X is a list or an array of paths, PIL images or arrays; an array or tensor (N, H, W), (N, H, W, 3) or (N, 3, H, W)
     of integers from 0 to 255 or floats from 0 to 1; a DataFrame with a column image, img, path or file; or a torch or
     Hugging Face Dataset. Where it holds labels (a column `label`, pairs of image and label), y may be left out. Images
-    that are no files are written to the cache.
+    that are not files are written to the cache.
 
     Args:
         method: linear, lora, adalora, qa_lora, ..., as `train` takes it.
@@ -94,7 +94,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             UserError: in one line, for images or arguments that can't be used.
-            ValueError: of scikit-learn, for labels that are no classes, or not as many as images.
+            ValueError: of scikit-learn, for labels that are not classes, or not as many as images.
         """
         table, classes = write_table(X, y)
         given = self.get_params(deep=False)

@@ -26,7 +26,7 @@ def open_regular(file: str | Path) -> BufferedReader:
     """Open a file for reading, without waiting for it; links are followed.
 
     Raises:
-        OSError: if it can't be read, is no regular file (a pipe could wait for ever), or if its name is impossible;
+        OSError: if it can't be read, is not a regular file (a pipe could wait for ever), or if its name is impossible;
             `strerror` says why.
     """
     try:

@@ -64,7 +64,7 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
         The metadata that was saved with it.
 
     Raises:
-        UserError: if the file is no adapter file or does not fit the model.
+        UserError: if the file is not an adapter file or does not fit the model.
     """
     saved, form = read_adapter_file(file), _form(model)
     if saved.form != form:

@@ -147,7 +147,7 @@ def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
 
 
 def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bool = False) -> None:
-    """Attach a PEFT LoRA adapter to a Vision Transformer of timm, so that outputs are PEFT's and training can go on.
+    """Attach a PEFT LoRA adapter to a Vision Transformer of timm, so that outputs are PEFT's and training can continue.
 
     Each adapted module carries one adapter on all its rows, at PEFT's rank and scale: `attn.qkv` as the one site
     `blocks.i.attn.qkv`, the others as `out`, `fc1`, `fc2`. All else is frozen but the head, which is loaded if the
@@ -164,7 +164,7 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
         UserError: if a file can't be read or does not fit the model, or asks for anything but plain LoRA.
 
     Warns:
-        SilentNoEffectWarning: if the adapter was trained with dropout, which training goes on without; with
+        SilentNoEffectWarning: if the adapter was trained with dropout, which training continues without; with
             `fresh_head`, if it brings no head that fits.
     """
     if site_adapters(model):

@@ -381,7 +381,7 @@ class AdaLoRAController:
         return {"values": {"made_with": self._made_with(), **values}, "tensors": self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
+        """Continue from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
 
         The model must carry the adapters of that moment (`load_trained`, or `set_ranks` and their values).
 
@@ -391,7 +391,7 @@ class AdaLoRAController:
         """
         values = copy.deepcopy(state["values"])
         if "decisions" in values:
-            message = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which goes on with it"
+            message = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which continues with it"
             raise UserError(f"{message}; without it training starts again", field="decisions")
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)

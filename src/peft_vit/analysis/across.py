@@ -3,7 +3,7 @@
 An experiment is the same if its name and its configuration are; data and backbone may differ. Within a study, methods
 are compared as in `analysis.comparison`: pairs share seed, weights, images and split, the exact Wilcoxon test decides,
 with Holm's correction over the study's table. Over studies a difference is pooled only if nothing differs that
-POOL_KINDS names, or the caller allows it by name; what is refused is told with its reason. The pooled claim "is
+POOL_KINDS names, or the caller allows it by name; what is refused is reported with its reason. The pooled claim "is
 more accurate than the reference, on average over these studies" is decided by the stratified t test of
 `stratified_mean`, with Holm's correction over the pooled table.
 """
@@ -130,7 +130,7 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
 
 
 def _refuse_copies(read: Sequence[tuple[Path, Study]]) -> None:
-    """Refuse a run that stands in two studies: the same seed of the same configuration on the same images."""
+    """Refuse a run that is in two studies: the same seed of the same configuration on the same images."""
     seen: dict[str, tuple[Path, str]] = {}
     for directory, study in read:
         for run in study.runs:

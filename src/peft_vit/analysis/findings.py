@@ -1,4 +1,4 @@
-"""Findings: what records say about each sentence, by the test that stands beside it.
+"""Findings: what records say about each sentence, by the test that is beside it.
 
 Nothing here knows a sentence. Its measure gives estimates, those of one family in one study are decided together, and a
 sentence without values has the verdict "no data" and the reason.

@@ -252,8 +252,8 @@ class Study:
     def fixed_rank_loras(self) -> tuple[ExperimentConfig, ...]:
         """Return what others are compared with: our LoRA from nothing at one rank.
 
-        LoRA that goes on from an adapter was trained before, and that of the PEFT library has one rank for the fused
-        query, key and value: both stand under their own names, and are no reference.
+        LoRA that continues from an adapter was trained before, and that of the PEFT library has one rank for the fused
+        query, key and value: both are under their own names, and are not a reference.
         """
         return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
 

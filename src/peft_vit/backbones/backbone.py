@@ -155,7 +155,8 @@ class Backbone:
         return torch.cat([seen[place] for place in layers], dim=-1)
 
     def logits_and_middle(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (B, classes) and what tells images of another kind, (B, D), of normalised images (B, 3, S, S).
+        """Return logits (B, classes) and features that show images of another kind, (B, D), of normalised images (B, 3,
+        S, S).
 
         That is what comes to the middle block: the class token, or the tokens' mean where there is none. There images
         of other kinds lie farther from those of training than in front of the head, whose features leave out whatever
@@ -186,7 +187,7 @@ class Backbone:
         return output, seen
 
     def prepare(self) -> bool:
-        """Make the model compute each matrix by its module, so that what stands there instead has an effect.
+        """Make the model compute each matrix by its module, so that what is there instead has an effect.
 
         Returns:
             Whether timm builds such a model otherwise.

@@ -81,7 +81,7 @@ def architecture_of(backbone: BackboneConfig) -> Architecture:
     """Return the architecture that a configuration asks for; of transformers its files are looked for.
 
     Raises:
-        UserError: if transformers is not installed, or its files can't be had.
+        UserError: if transformers is not installed, or its files can't be loaded.
     """
     if backbone.library == "timm":
         return Architecture("timm", backbone.model)
@@ -165,7 +165,7 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Turn off what drops values, tokens' or whole branches', in training: timm's Swin drops branches unless told.
+    """Turn off what drops values, tokens' or whole branches', in training: timm's Swin drops branches by default.
 
     All other families of timm come without. It would draw from the global generator, and no two runs would be the same.
     """

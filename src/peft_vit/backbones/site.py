@@ -84,7 +84,7 @@ def wanted_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...
     The six of a plain block together, which are the default of `targets`, stand for all that a model has.
 
     Raises:
-        UserError: if a target is no kind of this model's, or there is none.
+        UserError: if a target is not a kind of this model's, or there is none.
     """
     kinds = tuple(dict.fromkeys(known))
     if set(targets) == set(MATRICES):

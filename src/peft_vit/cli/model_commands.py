@@ -82,7 +82,7 @@ def datasets() -> None:
 
 @app.command()
 def models() -> None:
-    """List pretrained models to choose from; docs/reference/backbones.md tells which others work."""
+    """List pretrained models to choose from; docs/reference/backbones.md says which others work."""
     from peft_vit.backbones import MODELS
     from peft_vit.config import DEFAULT_MODEL
 

@@ -1,6 +1,6 @@
 """What can be asked of the methods of fine-tuning: a section of an experiment each, and a line in `METHOD_KINDS`.
 
-What a method does to a model is a module of `methods`; how scores are computed and ranks given out is told in
+What a method does to a model is a module of `methods`; how scores are computed and ranks given out is described in
 `allocation`, how weights are quantized in `quantization`.
 """
 
@@ -19,7 +19,8 @@ from peft_vit.settings import AdapterConfig, Frozen, OnlyWith, Settings, exactly
 
 @dataclass(frozen=True)
 class ImportanceMetric:
-    """What a metric needs, by which ranks are given out; its score is told, and computed, in `allocation.importance`.
+    """What a metric needs, by which ranks are given out; its score is described, and computed, in
+    `allocation.importance`.
 
     Attributes:
         reads_gradient: whether it is smoothed over the steps' gradients.

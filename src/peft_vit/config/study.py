@@ -183,13 +183,13 @@ class DataConfig(Settings):
     split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="The number for all random choices of splits")
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
-        description="fixed: all seeds train on the same images. per_seed: each seed draws its own from what "
+        description="fixed: all seeds train on the same images. per_seed: each seed has its own, from what "
         "validation and test leave",
     )
     test_split: Literal["fixed", "per_seed"] = Field(
         default="fixed",
-        description="fixed: all seeds validate and test on the same images. per_seed: each seed draws its own, "
-        "and training images follow",
+        description="fixed: all seeds validate and test on the same images. per_seed: each seed has its own, and "
+        "training images follow",
     )
 
     @field_validator("validation_images")
@@ -249,7 +249,7 @@ class _Experiment(Frozen):
 
     @property
     def start(self) -> str | None:
-        """Return the folder of the PEFT adapter that training goes on from."""
+        """Return the folder of the PEFT adapter that training continues from."""
         lora = self.section(LoraConfig)
         return None if lora is None else lora.start
 
@@ -482,8 +482,9 @@ class StudyConfig(Frozen):
             if stopping.control in probes and len(probes) > 1:
                 other = next(name for name in probes if name != stopping.control)
                 raise ValueError(
-                    f"{other} and its control {stopping.control} are linear probes, the same with every seed, so no "
-                    "number of seeds decides; draw images per seed (data.test_split), or leave one out"
+                    f"{other} and its control {stopping.control} are linear probes, the same with every seed, so "
+                    "no number of seeds decides; give each seed its own images (data.test_split), or leave one "
+                    "out"
                 )
         return stopping
 

@@ -1,7 +1,7 @@
 """What a configuration file can say of training: how long, how fast, on how many images, changed in which ways.
 
 What changes training images before the model sees them is `training.augmentation`, a list of names or of names with
-settings, which is told, and done, in `data.images`:
+settings, which is described, and done, in `data.images`:
 
     augmentation: [flip, random_resized_crop: {scale: [0.5, 1.0]}, mixup: {alpha: 0.2}]
 """

@@ -162,7 +162,7 @@ def open_tree(location: Path) -> FileTree:
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """Return a member's content, of which zipfile unpacks no more than is asked for if it is deflated."""
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise zipfile.BadZipFile("compressed otherwise than by deflate")
+        raise zipfile.BadZipFile("compressed with another method than deflate")
     with archive.open(info) as member:
         content = member.read(LARGEST_BYTES + 1)
     if len(content) > LARGEST_BYTES:
@@ -171,7 +171,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str]:
-    """Return what tells members apart; only those are unpacked that agree with another one in checksum and size."""
+    """Return what shows members apart; only those are unpacked that agree with another one in checksum and size."""
     marks = {name: f"{info.CRC} {info.file_size}" for name, info in members.items()}
     seen = Counter(marks.values())
     for name, mark in marks.items():

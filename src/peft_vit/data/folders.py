@@ -103,7 +103,7 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
     train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
-    them may be written in capitals. Empty folders, and links to folders that are read elsewhere, are told of.
+    them may be written in capitals. Empty folders, and links to folders that are read elsewhere, are reported.
 
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
     which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
@@ -161,7 +161,7 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
 
     What is learned of a table's is the given task, or else what its labels look like.
 
-    Class folders may lie deeper, links are followed, and what is no image or has no place in the layout of
+    Class folders may lie deeper, links are followed, and what is not an image or has no place in the layout of
     `read_image_folder` is left out. A folder without class folders may hold a table, images.csv or labels.csv.
 
     Raises:
@@ -289,7 +289,7 @@ def _listed(path: Path, task_name: TaskName | None) -> Images:
             message = f"{name} is '{label}' here and '{before}' before; an image has one label, keep one"
             raise UserError(message, file=where, field="label")
         if split not in ("", "train", "test"):
-            message = f"expected train or test, got {split!r}; validation is drawn from train"
+            message = f"expected train or test, got {split!r}; validation images are chosen from train"
             raise UserError(message, file=where, field="split")
         labels[name] = label
         is_test.append(split == "test")
@@ -325,7 +325,7 @@ def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str
 class ClassFiles(NamedTuple):
     """The class of each image file by its name, and which of them are of the folder's own test split, if it has one.
 
-    Of several labels, or of numbers, the cells of the table's columns stand there, joined by '|'.
+    Of several labels, or of numbers, the cells of the table's columns are there, joined by '|'.
     """
 
     classes: dict[str, str]
@@ -362,7 +362,7 @@ def _split(folder: str) -> str | None:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is called as an image is; what it holds is told when it is decoded."""
+    """Return whether a file is called as an image is; what it holds is known when it is decoded."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -372,9 +372,9 @@ def is_image(name: str) -> bool:
 def read_csv(config: DataConfig) -> ImageIndex:
     """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
 
-    In place of label there may be a column a class, with 0, 1 or nothing, or columns of numbers. Paths are relative to
-    the file's folder. Without a value in split an image is no test image. A CSV's delimiter is a comma, a semicolon or
-    a tab, as in its first line.
+    Instead of label there may be a column a class, with 0, 1 or nothing, or columns of numbers. Paths are relative to
+    the file's folder. Without a value in split an image is not a test image. A CSV's delimiter is a comma, a semicolon
+    or a tab, as in its first line.
     """
     path = existing(str(config.path))
     if not path.is_file():

@@ -81,7 +81,7 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
 
     Raises:
         UserError: if somebody's own images (a folder, a CSV) hold one image on two sides of the split; in published
-            sets, whose splits are what others used too, it is told.
+            sets, whose splits are what others used too, it is reported.
     """
     lines = list(index.notes)
     if not index.inspected:  # else splits are along its groups
@@ -386,7 +386,7 @@ def inspect_images(
         least: different images that each class has to have; None: as many as it takes to seal some.
         strict: refuse what would be left out.
         store: is given the pixels of every image that is decoded.
-        on_progress: told how many images are decoded, and of how many.
+        on_progress: gets how many images are decoded, and of how many.
 
     Raises:
         UserError: if there is no image, fewer than two classes, too few different images of a class (with the number
@@ -439,14 +439,14 @@ def inspect_images(
 
 
 def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
-    """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
+    """Return what `data.images_file` holds, plain values: what is left out, copies, and what is set aside for the test.
 
-    Sealed is the folder's own test split, or else a fifth of the different images, each class with its own, by `seed`:
-    of a group of copies one, whose others are left out.
+    The test set is the folder's own test split, or else a fifth of the different images, each class with its own, by
+    `seed`: of a group of copies one, whose others are left out.
 
     Args:
         inspection: the folder.
-        seed: of the draw; None: nothing is drawn, only the folder's own test split is sealed.
+        seed: of this choice; None: only the folder's own test split is the test set.
 
     Raises:
         UserError: if a file can't be read any more.

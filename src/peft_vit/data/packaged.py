@@ -183,7 +183,7 @@ _PIXELS = 3 * _SIDE * _SIDE
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """Names in a CIFAR archive, and how many bytes of labels stand before an image's pixels."""
+    """Names in a CIFAR archive, and how many bytes of labels are before an image's pixels."""
 
     archive: str
     md5: str

@@ -57,7 +57,7 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
 
     Raises:
         UserError: if there are too few images, a class gets no training image, per_seed would change nothing, or a file
-            of somebody's own stands on both sides of the own test split; names field and numbers, or both files.
+            of somebody's own is on both sides of the own test split; names field and numbers, or both files.
     """
     if index.official_test is not None and index.own:
         refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
@@ -281,7 +281,7 @@ def _dealt(members: np.ndarray, sizes: np.ndarray, wanted: np.ndarray, rng: np.r
 
 
 def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:
-    """Count groups whose members bear different marks.
+    """Count groups whose members have different marks.
 
     Args:
         groups: of each image, (N,) integers; equal images are of one group.
@@ -301,7 +301,7 @@ def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int
 
 
 def refuse_across(index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows: np.ndarray | None = None) -> None:
-    """Raise UserError if equal images stand on different sides.
+    """Raise UserError if equal images are on different sides.
 
     Args:
         index: the data set.

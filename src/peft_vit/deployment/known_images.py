@@ -24,7 +24,7 @@ _TYPES = {"mean": (np.float32, 1), "spread": (np.float32, 1), "codes": (np.int8,
 
 
 class WithDistance(nn.Module):
-    """A model that also tells how far its images are from known ones: `Neighbours.distances`, in torch."""
+    """A model that also says how far its images are from known ones: `Neighbours.distances`, in torch."""
 
     def __init__(self, model: nn.Module, known: Neighbours) -> None:
         super().__init__()

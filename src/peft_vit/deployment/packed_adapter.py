@@ -61,7 +61,7 @@ class PackedAdapter:
     def of_model(
         cls, model: nn.Module, card: ModelCard, base: LowBitHeader, bits: StoredBits, head_bits: StoredBits
     ) -> PackedAdapter:
-        """Return what was trained of a model, without what tells images unlike its own.
+        """Return what was trained of a model, without what shows images unlike its own.
 
         Raises:
             UserError: if more than adapters and head was trained, or the PEFT library has done it.

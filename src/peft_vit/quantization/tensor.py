@@ -100,7 +100,7 @@ class QuantizedTensor:
         """Return the weights of some inputs, (out, c), to compute with: scales in 8 bits are in floats.
 
         Raises:
-            ValueError: if they are no whole groups or bytes.
+            ValueError: if they are not whole groups or bytes.
         """
         start, stop, bits = columns.start, columns.stop, self.format.bits
         size = self.format.group_size if self.groups > 1 else None

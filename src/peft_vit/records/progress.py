@@ -1,7 +1,7 @@
 """What has become of a study's runs, and who works on them: all that its folder says beside results.
 
-A run's record decides, and progress.json tells of attempts after it. A progress.json that can't be read counts as not
-there: the run goes on from its checkpoints, or begins again.
+A run's record decides, and progress.json reports attempts after it. A progress.json that can't be read counts as not
+there: the run continues from its checkpoints, or begins again.
 
 The lock is the kernel's: a killed process holds none, and asking writes nothing, also where nothing can be written. So
 it is no `filelock`, which is asked by taking it, and makes the file.
@@ -231,7 +231,7 @@ class Known:
     """What is known of a run.
 
     Attributes:
-        attempt: the latest one, unless a record tells how it ended.
+        attempt: the latest one, unless a record says how it ended.
         end: what the record says; None without one.
         has_adapter: without it no run is done, whatever its record says.
         fault: what in its folder does not count, though it is there.
@@ -387,7 +387,7 @@ class StudyStatus:
 
 
 def require_directory(directory: Path) -> None:
-    """Refuse what is no directory of results."""
+    """Refuse what is not a directory of results."""
     if os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
         return
     if os.path.lexists(directory):

@@ -1,4 +1,4 @@
-"""The report on all records below a directory: which table and figure stands where, and which files it is."""
+"""The report on all records below a directory: which table and figure is where, and which files it is."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def write_report(
 
 
 def captions(documents: Sequence[StudyDocument]) -> str:
-    """Return captions.md of the figures for a paper, with sizes, below what stands above a study's numbers."""
+    """Return captions.md of the figures for a paper, with sizes, below what is above a study's numbers."""
     parts = [
         "# Captions",
         (

@@ -74,7 +74,7 @@ def _without_glyph(font_file: str, letters: set[str]) -> set[str]:
 
 
 def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
-    """Draw what images of each class were taken for; None for more classes than can be read.
+    """Draw what images of each class were predicted as; None for more classes than can be read.
 
     Args:
         confusion: (classes, classes) images, by true and predicted class.
@@ -144,7 +144,7 @@ def no_font(letters: str) -> str:
 
 
 def class_blocks(quality: ModelQuality) -> Iterator[Block]:
-    """Yield what is taken for what, and how much of each class is found."""
+    """Yield what is predicted as what, and how much of each class is found."""
     figure = confusion_figure(quality.confusion, [plain(found.name) for found in quality.classes])
     if figure is not None:
         yield figure

@@ -38,7 +38,7 @@ _FIRST = 8  # classes that are named
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What is told of a model.
+    """What is shown of a model.
 
     Attributes:
         record: of its run, which is finished.
@@ -78,7 +78,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     """Return the page of a model.
 
     Args:
-        summary: what is told.
+        summary: what is shown.
         pictures: makes pictures of images by their positions; None: there are none.
     """
     record, quality = summary.record, summary.quality
@@ -130,7 +130,7 @@ def card_head(summary: ModelSummary, library: str, name: str) -> str:
     """Return the fields of the hub's model cards. No licence is named: that of weights and that of images both bind.
 
     Args:
-        summary: what is told.
+        summary: what is shown.
         library: that opens the model.
         name: of the images.
     """

@@ -83,11 +83,11 @@ def _weights(origin: Provenance) -> str:
 
 def _split(record: RunRecord) -> str:
     data = record.spec.data
-    drawn = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'drawn per seed'}"
+    drawn = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'chosen per seed'}"
     if data.folds is not None:
         drawn = f"each seed tests one of {data.folds} folds, new ones for each repetition"
     elif data.test_split == "per_seed":
-        drawn = "test, validation and training images drawn per seed"
+        drawn = "test, validation and training images chosen per seed"
     return f"{joined(f'{size:,} {name}' for name, size in record.split_sizes.items())}; {drawn}"
 
 
@@ -204,8 +204,10 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
         return (decided, images)
     return (
         decided,
-        f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
-        "images, so this matters less for differences.",
+        (
+            f"Each seed has its own test images, so intervals over seeds include that choice; {alone}a seed's images, "
+            "so this matters less for differences."
+        ),
         "An image that one seed is tested on may have been trained on or validated with another: choosing the "
         "best on mean validation accuracy has then seen some test images, through other seeds' models.",
     )
@@ -246,7 +248,7 @@ def caveats(records: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def progress(study: Study) -> tuple[Block, ...]:
-    """Return what was planned and is not done: which runs, why, and how to go on; nothing if all are."""
+    """Return what was planned and is not done: which runs, why, and how to continue; nothing if all are."""
     place = {experiment.name: index for index, experiment in enumerate(study.experiments)}
     runs = [
         *(RunStatus(r.spec.name, "failed", note=why_unfinished(r)) for r in study.failed),

@@ -68,7 +68,7 @@ class Bundle:
         """Open a folder that `export --bundle` has written: its backbone, and all other .safetensors files as adapters.
 
         Raises:
-            UserError: as the constructor, or if it is no such folder.
+            UserError: as the constructor, or if it is not such a folder.
         """
         folder = Path(folder).expanduser()
         if not is_bundle(folder):
@@ -168,7 +168,7 @@ class Bundle:
             images: paths of image files, and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
             names: of the adapters, one for all images or one each.
             coverage: how often the true class is to be in an image's set of classes; None: no sets.
-            top: how many of the most probable classes are told.
+            top: how many of the most probable classes to return.
 
         Raises:
             UserError: for the first image that can't be read; as `logits`.
@@ -240,7 +240,7 @@ def export_bundle(
         folder: new, empty, or a bundle of the same backbone.
         bits: of the adapters' values; None: those that they were trained in, else 16.
         overwrite: replace adapters of these names.
-        on_progress: is told how many runs of how many are done.
+        on_progress: gets how many runs of how many are done.
 
     Raises:
         UserError: if a run can't be restored or does not belong to the backbone; then nothing is written.

@@ -138,7 +138,7 @@ def run_one(
     Args:
         spec: what to do.
         on_progress: called after each step.
-        checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
+        checkpoints: where to keep what the run needs to continue; None: nothing is written at all.
         should_stop: asked after each step.
 
     Raises:
@@ -356,7 +356,7 @@ def _train_and_test(
 ) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
     """Return what training saw, what the record holds of the test split, read this once, and the features file.
 
-    With a probe to start from that is before training, while its features can be had; training can't reach the images.
+    With a probe to start from that is before training, while its features are there; training can't reach the images.
     """
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
     head, temperature, probed = Backbone(model).head, 1.0, None
@@ -511,7 +511,7 @@ class Attempt:
     Attributes:
         known: of the attempts before, and what this one has found since; `update` brings its sums up to date.
         overhead: seconds by purpose, of all attempts.
-        source: the checkpoint that it goes on from, if there is one.
+        source: the checkpoint that it continues from, if there is one.
         memory: of this attempt, while it is watched.
     """
 
@@ -591,11 +591,11 @@ class Attempt:
 
     @property
     def trains_on(self) -> bool:
-        """Return whether a training was gone on with."""
+        """Return whether a training was continued."""
         return self.source is not None and self._training is None
 
     def take_training(self) -> State | None:
-        """Hand out the training's state, once: nothing of it is held here while the training goes on."""
+        """Hand out the training's state, once: nothing of it is held here while the training continues."""
         state, self._training = self._training, None
         return state
 
@@ -615,7 +615,7 @@ class Attempt:
             raise Interrupted(self._step)
 
     def update(self) -> Known:
-        """Bring the sums up to date. Warnings stand there once: an attempt repeats those of the start.
+        """Bring the sums up to date. Warnings are there once: an attempt repeats those of the start.
 
         They may quote names of files, which may be any bytes, and a record is UTF-8.
         """

@@ -104,7 +104,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
     Args:
         run_dir: holds record.json and adapter.safetensors.
         output_dir: new or empty.
-        overwrite: take the place of an earlier export.
+        overwrite: replace an earlier export.
 
     Raises:
         UserError: if the run can't be restored, its method has no PEFT counterpart, or something is in the way.
@@ -156,7 +156,7 @@ def export_run_to_file(
         calibrated: what the file says of how far it can be believed; None: what the run found.
         bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
         rounding: of these; None: gptq below 4 bits, else nearest.
-        overwrite: take the place of what is there; of a folder only of an earlier export.
+        overwrite: replace what is there; of a folder only of an earlier export.
 
     Raises:
         UserError: if something is in the way, the run can't be restored, an option has no effect on it, activations in

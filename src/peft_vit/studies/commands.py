@@ -281,13 +281,13 @@ def run_until_decided(
     """Go from look to look until every comparison with the control has stopped, or the time is over.
 
     A look takes as many seeds as it needs, of the comparisons that are open. What there is to do follows from records
-    and the declared looks alone, so a command that was killed goes on.
+    and the declared looks alone, so a command that was killed continues.
 
     Args:
         study: with a section `stopping`.
         request: its file, where its folder lies, and how runs are carried out.
         limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-        log: told how a comparison stands, a line each, at the beginning and after each look.
+        log: gets how a comparison stands, a line each, at the beginning and after each look.
 
     Returns:
         Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments

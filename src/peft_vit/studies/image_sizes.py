@@ -72,7 +72,7 @@ def try_sizes(
         spec_of: a run of the method `linear` at a size.
         expected_s: what each size takes, rising, in pixels.
         limit_s: for all of them.
-        log: told a line each.
+        log: gets a line each.
 
     Raises:
         UserError: as `load_data`, `load_run_backbone`.

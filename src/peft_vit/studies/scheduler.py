@@ -77,7 +77,7 @@ def drive(
         plan: made while the lock was held.
         lock: of the study's folder.
         make_executor: called once, if there is something to do; nothing is written if it refuses.
-        on_event: told what happens; whether it can write is of no importance.
+        on_event: gets what happens; whether it can write is of no importance.
         skip_failed: leave runs alone that an earlier call has seen fail.
         deadline: what is started, and until when; None: everything, however long it takes.
 
@@ -117,7 +117,8 @@ def drive(
 
 
 class Deadline:
-    """Until when the runs of a plan may go on, and which of them are started: those that are expected to end in time.
+    """Until when the runs of a plan may continue, and which of them are started: those that are expected to end in
+    time.
 
     Args:
         plan: in whose order runs are started.

@@ -142,7 +142,7 @@ class TrainRun:
 
     @property
     def step(self) -> int:
-        """Return the step from which it goes on."""
+        """Return the step from which it continues."""
         return max(checkpoint_folders(self.folder / self.run), default=0)
 
     def status(self) -> RunStatus:
@@ -214,7 +214,7 @@ def train_runs(output: Path) -> list[TrainRun]:
 
 
 def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
-    """Return the latest call that asked for the same with the same content, to be gone on with.
+    """Return the latest call that asked for the same with the same content, to be continued.
 
     Returns:
         The call, or None: this is another one; and then, where only images, weights or the adapter differ from an

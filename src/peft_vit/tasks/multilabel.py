@@ -129,7 +129,7 @@ class _Multilabel(Task):
         return all(cell.lower() in _CELLS for column in cells.values() for cell in column)
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
-        """Refuse what is no 0, 1 or nothing, unless names stand in one cell."""
+        """Refuse what is not 0, 1 or nothing, unless names are in one cell."""
         odd = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
         return f"expected 0, 1, or nothing for what is not known, got {odd[0]!r}" if odd else None
 
@@ -349,7 +349,7 @@ class _Multilabel(Task):
 
 
 def _threshold(scores: Floats, truth: Floats) -> float:
-    """Return the probability from which on a label is told for the largest F1; 1/2 where no image has it.
+    """Return the probability from which on a label is reported for the largest F1; 1/2 where no image has it.
 
     It lies in the middle between two probabilities; of equal ones the highest is taken.
     """

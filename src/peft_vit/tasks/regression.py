@@ -85,7 +85,7 @@ class _Regression(Task):
     outputs = "numbers"
     linear = "ridge regression"
     scatters = True
-    note = "Errors are in the number's unit; beside them stands that of always saying the median."
+    note = "Errors are in the number's unit, beside the error of always saying the median."
     metrics = METRICS
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:

@@ -51,7 +51,8 @@ _SHARE = 100  # of a run's time that checkpoints may take: one part in so many
 
 
 class State(dict[str, Any]):
-    """What a run needs to go on from between two steps. Its tensors may be the living ones: good until the next step.
+    """What a run needs to continue from between two steps. Its tensors may be the living ones: good until the next
+    step.
 
     Attributes:
         source: the checkpoint that it was read from, for errors.
@@ -352,7 +353,7 @@ def _digest(saved: dict[str, Any]) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or whatever stands in its place: of a link only the link, and a pipe is not waited for."""
+    """Remove a folder, or whatever is in its place: of a link only the link, and a pipe is not waited for."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

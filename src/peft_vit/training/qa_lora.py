@@ -326,7 +326,7 @@ class QALoRATrainer(Hook):
         return copy.deepcopy(state) | ({"codes": dict(self._codes)} if self.config.keeps_codes else {})
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
+        """Continue from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
 
         Raises:
             UserError: if the state belongs to another configuration, length of run, or other weights.

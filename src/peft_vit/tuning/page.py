@@ -35,7 +35,7 @@ COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bri
 
 
 def model_summary(summary: TuningSummary) -> ModelSummary:
-    """Return what the page of any model tells of the chosen one."""
+    """Return what the page of any model says of the chosen one."""
     use = f"peft-vit predict model/{summary.exports.model.name}"
     return ModelSummary(summary.record, summary.quality, use, said=answer(summary.choice))
 
@@ -123,7 +123,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
 
 
 def _readers(choice: Choice) -> int:
-    """Return how many models have read the sealed images: of a call that went on, those of the earlier ones, too."""
+    """Return how many models have read the test images: of a call that went on, those of the earlier ones, too."""
     studies = choice.final.folder.parents[2]
     return len({record.parents[1] for record in studies.glob(f"final-*/*/*/{RECORD_FILE}")})
 
@@ -141,7 +141,7 @@ def _not_shown(summary: TuningSummary) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TuningSummary:
-    """Everything that is told of a tuning."""
+    """Everything that is shown of a tuning."""
 
     choice: Choice  # what was chosen and what it was chosen by
     record: RunRecord  # of the last training, in the form that is delivered, on the sealed images

@@ -1,8 +1,8 @@
 """LoRA at the two most promising sizes, over learning rates and steps, by successive halving (arXiv 1502.07943).
 
-The resource is the number of folds: every recipe is trained on the first one; which go on to the next, Optuna's pruner
-says. It hears of the default first, the usual rate with the most steps at the most promising size, so that one always
-goes on. A recipe that may have been lucky does not displace it. Where the best has the highest or the lowest
+The resource is the number of folds: every recipe is trained on the first one; which continue to the next, Optuna's
+pruner says. It hears of the default first, the usual rate with the most steps at the most promising size, so that one
+always continues. A recipe that may have been lucky does not displace it. Where the best has the highest or the lowest
 rate of all, or the most steps, what lies beyond is tried.
 
 With little time that is the default, half of its steps, and the second size: the steps of what is delivered come first.

@@ -156,7 +156,7 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
     Files of the hub are downloaded if they are not cached.
 
     Raises:
-        UserError: if they can't be had, or the model is none that classifies images.
+        UserError: if they can't be loaded, or the model is none that classifies images.
     """
     transformers = require_transformers()
     folder = _folder(backbone, weights=False)
@@ -308,7 +308,7 @@ def weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
     """Return the files of the weights and their SHA-256; downloads them if they are not cached.
 
     Raises:
-        UserError: if they can't be had, or have another hash than the configuration says.
+        UserError: if they can't be loaded, or have another hash than the configuration says.
     """
     folder = _folder(backbone, weights=True)
     if folder is None:

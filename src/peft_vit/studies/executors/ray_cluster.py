@@ -1,7 +1,7 @@
 """Runs as tasks of a Ray cluster. Attempts that a lost node takes along are reported; the driver repeats them.
 
 Ray itself repeats nothing (`max_retries=0`): one place decides about attempts and counts them, whatever carries them
-out, and no attempt goes on unseen beside its repetition.
+out, and no attempt continues unseen beside its repetition.
 """
 
 from __future__ import annotations
