@@ -283,7 +283,7 @@ def tune(
     output: str | Path = "peft-vit-tune",
     tell: Callable[[str], None] | None = None,
 ) -> TrainedModel:
-    """Find the best model for a folder of images that the minutes can buy, within limits, and write it down.
+    """Find the best model for a folder of images in the given minutes, within limits, and write it down.
 
     The same call continues where an earlier one was ended; with more minutes it tries more.
 

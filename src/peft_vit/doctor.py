@@ -33,7 +33,7 @@ class Entry:
 
 
 def examine() -> Iterator[Entry]:
-    """Look at versions, machine, cache and extras; what can't be told is a line that says so."""
+    """Look at versions, machine, cache and extras; what is unknown is a line that says so."""
     yield Entry("peft-vit", f"{metadata.version('peft-vit')}, {Path(__file__).parent}")
     yield Entry("Python", f"{platform.python_version()}, {sys.executable}")
     yield _packages()

@@ -1,4 +1,4 @@
-"""Each call of `train` is a run of its own, or continues with its own; what a person reads of them from first to last."""
+"""Each call of `train` is a run of its own, or continues its own; what a person reads of them from first to last."""
 
 import json
 import os

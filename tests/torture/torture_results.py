@@ -83,8 +83,8 @@ def table(results: Sequence[Result]) -> str:
         first, last = min(result.first for result in tried), max(result.last for result in tried)
         when = first if first == last else f"{first} to {last}"
         held = f"{sum(result.passed for result in tried):,} of {sum(result.trials for result in tried):,}"
-        places = ", ".join(sorted({chr(ord("A") + machines.index(result.machine)) for result in tried}))
-        rows.append(f"| {promise} | {held} | {when} | {places} |")
+        where = ", ".join(sorted({chr(ord("A") + machines.index(result.machine)) for result in tried}))
+        rows.append(f"| {promise} | {held} | {when} | {where} |")
     places = [f"{chr(ord('A') + index)}: {name}." for index, name in enumerate(machines)]
     return "\n".join([*rows, "", *places])
 

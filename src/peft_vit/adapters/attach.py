@@ -2,8 +2,8 @@
 
 A model may compute with a module's weight past the module, `F.linear(x, self.qkv.weight)`. What is in the module's
 place, an adapter of this package or of the PEFT library, then has neither effect nor gradient, and training would say
-nothing of it. One forward and backward pass of one image tells: where the derivative of the logits by the factors of an
-update is not zero, and no factor is, the update changes the logits to first order.
+nothing of it. One forward and backward pass of an image shows it: where the derivative of the logits by the factors of
+an update is not zero, and no factor is, the update changes the logits to first order.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def cache_fault(file: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def new_in_cache(target: Path) -> Iterator[Path]:
-    """Give a path for a file or folder that takes its name in the cache once it is written, and is gone on errors.
+    """Give a path for a file or folder that takes its name in the cache once it is written, and disappears on errors.
 
     Of two processes that make the same at once the first one's folder stays, or the last one's file.
 

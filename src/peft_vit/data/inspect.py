@@ -6,7 +6,7 @@ are found by a hash of 128 bits.
 Nearly equal are two images of different splits whose grey thumbnails of 16 x 16 pixels correlate at least 0.999, and
 whose thumbnails' second differences correlate at least 0.98 (normalised cross-correlation, Lewis 1995, "Fast Normalized
 Cross-Correlation"). A photograph saved again as JPEG, scaled or brightened stays above both. Objects of one kind do not
-reach them: no two of ELPV's 2,624 cells are nearly equal, and no two of the 1,797 digits, whereas a 64-bit difference
+reach them: no two of ELPV's 2,624 cells are nearly equal, and no two of the 1,797 digits, but a 64-bit difference
 hash within 2 bits would call 1,025 and 2,779 pairs so. An image whose second differences deviate by less than 4 grey
 levels is nearly equal to nothing: it is flat or a gradient, and all gradients correlate. Of images as tiny as the
 digits little is found: scaled or saved again, they are no longer themselves.
@@ -16,7 +16,7 @@ product of the thumbnails of both sides.
 
 A folder is inspected before there are splits (`inspect_images`). Every image is decoded once, JPEGs at a fraction of
 their size unless their pixels are kept for training (`PixelStore`), and the answer is kept in the cache too; near
-copies are also what a chain of such pairs links. What no comparison of pixels tells, nobody sees here: photographs of
+copies are also what a chain of such pairs links. What no comparison of pixels shows, nobody sees here: photographs of
 one object one after the other, crops, mirrored images.
 """
 

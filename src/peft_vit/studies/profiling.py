@@ -109,7 +109,7 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
 def measure_throughput(
     study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, log: Callable[[str], None]
 ) -> Throughput:
-    """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
+    """Measure what runs of a study cost; where not even one experiment could be measured, estimate it by arithmetic.
 
     All experiments are measured at the study's size, then at the smallest that makes sense, as long as there is time.
     Nothing is kept.

@@ -1,7 +1,7 @@
 """The driver of a study, the one writer of its folder: decides what is attempted, and can be killed at any moment.
 
-study.json is written first. A result is written in the order adapter, record, removal of the rest. Whoever is killed in
-between has lost nothing: what is left over beside a result is removed when the study is opened again.
+study.json is written first. A result is written in the order adapter, record, removal of the rest. A kill in
+between loses nothing: what is left over beside a result is removed when the study is opened again.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class TrainRun:
         return sizes.better_than(record.spec.data.image_size)
 
     def folds_left(self) -> bool:
-        """Return whether its run is done, no image validated, and folds have not told yet how good it is."""
+        """Return whether its run is done, no image validated, and folds have not shown yet how good it is."""
         record, sizes = self.record(), self.sizes()
         if record is None or record.status != "done" or record.spec.smoke or record.validation is not None:
             return False

@@ -96,7 +96,7 @@ class _Regression(Task):
         return set(cells) != {"label"} or any(not float(number or 0).is_integer() for number in numbers)
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
-        """Refuse what is no number."""
+        """Refuse what is not a number."""
         odd = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
         return "expected a number in column {}, got {!r}".format(*odd[0]) if odd else None
 

@@ -135,7 +135,7 @@ def load_generators_state(state: Mapping[str, Any]) -> None:
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was of no use, or of less than it should be; said loudly, and kept in the run's record."""
+    """A checkpoint could not be used, or not in full; shown as a warning, and kept in the run's record."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong

@@ -1,4 +1,4 @@
-"""The page of a tuned model: that of any model, with what it was compared with, its files, and what more would buy."""
+"""The page of a tuned model: that of any model, what it was compared with, its files, and what more would bring."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def say(text: str) -> None:
 
 
 def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: Environment | None = None) -> Choice:
-    """Find the best model that the minutes can buy, within limits, and how sure that is.
+    """Find the best model in the given minutes, within limits, and how sure that is.
 
     Raises:
         UserError: for bad input, before anything is trained; see `inspect_images`, `limits`, `check_output` and

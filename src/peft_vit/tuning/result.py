@@ -71,7 +71,7 @@ def what_more_buys(
     untried: Sequence[Recipe],
     minutes: float,
 ) -> tuple[str, ...]:
-    """Return what more labels and more minutes would buy, in sentences.
+    """Return what more labels and more minutes would bring, in sentences.
 
     Args:
         labels: what twice as many bring a regression, a share; None: unknown.

@@ -72,7 +72,7 @@ def search(folds: Folds, sizes: Sequence[SizeResult], limit: Limit) -> tuple[lis
 
 
 def best_of(folds: Folds, recipes: Sequence[Recipe]) -> Recipe:
-    """Return the best of some recipes; the first one, unless another is better by more than the luckiest would be."""
+    """Return the best of some recipes; the first one, unless another is better by more than luck would make it."""
     default, *others = [recipe for recipe in recipes if folds.seeds(recipe)] or recipes
     luckiest = math.sqrt(2 * math.log(max(2, len(others))))  # of so many standard normal variables, about
     better = [recipe for recipe in others if folds.clearly_better(recipe, default, luckiest)]

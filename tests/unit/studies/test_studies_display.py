@@ -123,7 +123,7 @@ def events_of(runs):
     """Yield a study's events with the seconds that pass before each."""
     first, second, third = runs
     probe = HeadFit(l2=(1.0,), validation=(METRICS,), chosen_l2=1.0, gradient_norm=0.0, images=9)
-    yield 0, Notice("[a notice] that is no markup")
+    yield 0, Notice("[a notice] without markup")
     yield 0, RunStarted(first, "process 7 on here")
     yield 0, RunStarted(second, "process 8 on here")
     yield (

@@ -86,7 +86,7 @@ class Family:
         shallow: settings of the class for two blocks a stage.
         in_turn: the blocks are called one after the other, each with what the one before has returned.
         size_step: what the side of an image has to be a multiple of, in pixels.
-        sizes_are_tried: other sides may do too, and a forward pass tells; those of `size_step` do in any case.
+        sizes_are_tried: other sides may do too, and a forward pass shows it; those of `size_step` do in any case.
     """
 
     model_class: type[nn.Module]
