@@ -17,11 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "peft_vit"
+PYTHON = ROOT / "docs" / "reference" / "python.md"  # which docstrings pages show
 REGISTERED = SOURCE / "analysis" / "sentences.py"  # sentences that studies have tested stay as they were declared
 WORDS = {  # a pattern, and what to write instead
     r"ledger|mend(?:s|ed|ing)?|luckiest|bears?": "plain words",
     r"anew": "again",
-    r"sealed|hold-?out": "test set",
+    r"sealed|hold-?out\b(?!:)": "test set",
     r"in the mean": "on average",
     r"(?:go|goes|gone|going|went) on": "continue",
     r"(?:is|are|be) told(?: of)?|told|tells(?! you)": "say, report, list",
@@ -42,8 +43,8 @@ WORDS = {  # a pattern, and what to write instead
     r"as they stand": "as they are",
     r"utili[sz]e|leverage|in order to|please note|it should be noted|obviously|simply": "leave it out, or use",
 }
-PRINTED_AND_PAGES = {  # in docstrings these are terms of the code, or plain English
-    r"sites?": "target module, matrix",
+PRINTED_AND_PAGES = {  # in docstrings that no page shows these are terms of the code, or plain English
+    r"sites?\b(?!:)": "target module, matrix",
     r"draws? of|(?:the|a|one|first|other|another|each|every|many|two|three|five|several) draws?": "choice, sample",
     r"draws (?:its|another|other|new|the)|drawn per": "choose",
     r"stands?\b(?! (?:for|in for)\b)|stood": "is, are",
@@ -52,44 +53,40 @@ PRINTED_AND_PAGES = {  # in docstrings these are terms of the code, or plain Eng
 }
 README_ONLY = {r"not decided": "say what is known", r"hypothes[ei]s": "one link is enough"}
 README_LINES, README_WORDS, PAGES_WORDS = 110, 700, 30_000  # pages without reference/
-_FENCE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`|<!-- .*? -->|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
-_DATA = re.compile(r"^CSV: .*$", re.MULTILINE)  # names of columns in a file, which stay
+_Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+CODE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`|<!-- .*? -->|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
+DATA = re.compile(r"^CSV: .*$", re.MULTILINE)  # names of columns in a file, which stay
 _REGISTERED = [
     *re.findall(r'"([^"\n]{20,})"', REGISTERED.read_text(encoding="utf-8")),
     "each seed draws its own images",  # a note beside them, which pages of the research hold
     "copies, sealed",  # keys of images.json
 ]
-_MARKUP = re.compile(r"\{[%{#].*?[%}#]\}|<(style|script)\b.*?</\1>|<[^>]*>", re.DOTALL)
+QUOTED = re.compile(r"`[^`]*`")  # in a text of the program
+MARKUP = re.compile(r"\{[%{#].*?[%}#]\}|<(style|script)\b.*?</\1>|<[^>]*>", re.DOTALL)
 
 
-def prose_of(text: str, *, with_code: bool = False) -> str:
-    """Return a page without code and links' targets; its lines keep their numbers."""
-    pattern = _DATA if with_code else _FENCE
+def prose_of(text: str, code: re.Pattern[str]) -> str:
+    """Return a text without what a pattern finds; its lines keep their numbers."""
     for sentence in _REGISTERED:
         text = text.replace(sentence, " " * len(sentence))
-    return pattern.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).lower()
+    return code.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).lower()
 
 
-def faults(text: str, words: dict[str, str], *, with_code: bool = False) -> Iterator[tuple[int, str, str]]:
+def faults(text: str, words: dict[str, str], code: re.Pattern[str] = CODE) -> Iterator[tuple[int, str, str]]:
     """Yield the line, the words and the advice for each pattern that a text holds."""
-    prose = prose_of(text, with_code=with_code)
+    prose = prose_of(text, code)
     for pattern, advice in words.items():
         for found in re.finditer(rf"\b(?:{pattern})\b", prose):
             yield prose.count("\n", 0, found.start()) + 1, found[0], advice
 
 
-def texts(file: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield the line and the words of each text in a module, and whether it is a docstring; those of private names not.
+def texts(file: Path) -> Iterator[tuple[int, str, str | None]]:
+    """Yield the line and the words of each text in a module, and of a docstring the name of what it describes.
 
-    What is filled in is a blank, and a text of one word is no text: it is a key.
+    Docstrings of private names are left out. What is filled in is a blank, and one word is a key, not a text.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    docs = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
-            docs[id(node.body[0].value)] = getattr(node, "name", "")  # type: ignore[attr-defined] # an expression
+    docs = {id(node.body[0].value): name for name, node in _described(tree, "") if ast.get_docstring(node)}  # type: ignore[attr-defined]
     parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -98,26 +95,37 @@ def texts(file: Path) -> Iterator[tuple[int, str, bool]]:
             said = node.value
         else:
             continue
-        private = re.match(r"_(?!_)", docs.get(id(node), ""))
+        name = docs.get(id(node))
+        private = re.search(r"(^|\.)_(?!_)", name or "")
         if not private and len(re.findall(r"[a-z]+", said)) > 1 and " " in said.strip():
-            yield node.lineno, said, id(node) in docs
+            yield node.lineno, said, name
+
+
+def _described(node: _Described, name: str) -> Iterator[tuple[str, _Described]]:
+    yield name, node
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _described(inner, f"{name}.{inner.name}".removeprefix("."))
 
 
 def lines() -> Iterator[str]:
     """Yield what is wrong with the documents and with what the program says."""
     readme, pages = ROOT / "README.md", sorted((ROOT / "docs").rglob("*.md"))
     everywhere = WORDS | PRINTED_AND_PAGES
+    shown = set(re.findall(r"^::: \S*\b(\w+)$", PYTHON.read_text(encoding="utf-8"), re.MULTILINE))
     for file in (readme, *pages, *sorted((ROOT / "tests" / "golden").rglob("*.txt"))):
         words = everywhere | (README_ONLY if file == readme else {})
-        for line, found, advice in faults(file.read_text(encoding="utf-8"), words, with_code=file.suffix == ".txt"):
+        for line, found, advice in faults(
+            file.read_text(encoding="utf-8"), words, DATA if file.suffix == ".txt" else CODE
+        ):
             yield f"{file.relative_to(ROOT)}:{line}: {found!r}: {advice}"
     for file in sorted(SOURCE.rglob("*.py")):
-        for start, said, is_docstring in texts(file) if file != REGISTERED else ():
-            for line, found, advice in faults(said, WORDS if is_docstring else everywhere):
+        for start, said, name in texts(file) if file != REGISTERED else ():
+            is_shown = name is None or not shown.isdisjoint(name.split("."))
+            for line, found, advice in faults(said, everywhere if is_shown else WORDS, QUOTED):
                 yield f"{file.relative_to(ROOT)}:{start + line - 1}: {found!r}: {advice}"
     for file in sorted(SOURCE.rglob("*.j2")):
-        page = _MARKUP.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), file.read_text(encoding="utf-8"))
-        for line, found, advice in faults(page, everywhere, with_code=True):
+        for line, found, advice in faults(file.read_text(encoding="utf-8"), everywhere, MARKUP):
             yield f"{file.relative_to(ROOT)}:{line}: {found!r}: {advice}"
     text = readme.read_text(encoding="utf-8")
     if len(text.splitlines()) > README_LINES or len(text.split()) > README_WORDS:

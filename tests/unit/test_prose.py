@@ -38,7 +38,7 @@ def test_plain_english_has_no_fault(text: str) -> None:
 def test_code_and_targets_of_links_are_left_out() -> None:
     text = "```\nledger anew\n```\n\nSee `site_rank` and `site`, [here](site.md).\n\n    peft-vit sites\n"
     assert list(prose.faults(text, EVERYWHERE)) == []
-    assert [found for _, found, _ in prose.faults("`site`", EVERYWHERE, with_code=True)] == ["site"]
+    assert [found for _, found, _ in prose.faults("`site`", EVERYWHERE, prose.DATA)] == ["site"]
 
 
 def test_messages_and_public_docstrings_are_read_private_ones_and_keys_not(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_messages_and_public_docstrings_are_read_private_ones_and_keys_not(tmp_p
         'def _hidden() -> None:\n    """What nobody reads."""\n'
     )
     read = sorted(prose.texts(file))
-    assert [(line, is_docstring) for line, _, is_docstring in read] == [(1, True), (5, True), (7, False)]
+    assert [(line, name) for line, _, name in read] == [(1, ""), (5, "shown"), (7, None)]
     assert read[2][1].split() == ["a", "{}", "goes", "on"]
 
 

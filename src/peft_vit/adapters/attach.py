@@ -51,16 +51,17 @@ def attach_adapters(
     pool: int = 1,
     check: bool = True,
 ) -> None:
-    """Freeze the backbone and put one adapter on each site; the model's outputs do not change.
+    """Freeze the backbone and put one adapter on each target module; the model's outputs do not change.
 
     One forward and backward pass of one image checks that each has an effect, see `check_gradients`.
 
     Args:
         model: a Vision Transformer of timm, changed in place.
         sites: from `backbones.find_sites`, or `fused_sites` of them.
-        ranks: of each site by name, or one for all; 0 is allowed.
-        scale: factor on the update, likewise.
-        seed: the run's seed. Each site has its own stream, so other sites or ranks do not move its start.
+        ranks: of each target module by name, or one for all; 0 is allowed.
+        scale: factor on the update, in the same form.
+        seed: the run's seed. Each target module has its own stream, so other target modules or ranks do not move its
+            start.
         parametrization: of the update, see `low_rank`; so for `factor_start` and `lambda_gain`.
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
         check: refuse adapters without effect.

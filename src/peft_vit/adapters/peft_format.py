@@ -149,9 +149,10 @@ def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
 def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bool = False) -> None:
     """Attach a PEFT LoRA adapter to a Vision Transformer of timm, so that outputs are PEFT's and training can continue.
 
-    Each adapted module carries one adapter on all its rows, at PEFT's rank and scale: `attn.qkv` as the one site
-    `blocks.i.attn.qkv`, the others as `out`, `fc1`, `fc2`. All else is frozen but the head, which is loaded if the
-    adapter brings one. PEFT's files do not say which weights an adapter was trained on: give the model the right ones.
+    Each adapted module carries one adapter on all its rows, at PEFT's rank and scale: `attn.qkv` as the one target
+    module `blocks.i.attn.qkv`, the others as `out`, `fc1`, `fc2`. All else is frozen but the head, which is loaded if
+    the adapter brings one. PEFT's files do not say which weights an adapter was trained on: give the model the right
+    ones.
 
     Args:
         model: without adapters; changed in place, or left as it was on an error.

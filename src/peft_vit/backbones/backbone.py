@@ -204,10 +204,10 @@ class Backbone:
         return self.find_sites(None)
 
     def find_sites(self, kinds: Sequence[str] | None) -> tuple[Site, ...]:
-        """Return the sites of some kinds, or all; tokens are counted in a forward pass of one image.
+        """Return the target modules of some kinds, or all; tokens are counted in a forward pass of one image.
 
         Modules are read by their `in_features` and `out_features`, so replacing Linear layers by adapted ones
-        leaves the sites as they are.
+        leaves the target modules as they are.
 
         Raises:
             UserError: if a block lacks a wanted matrix.
@@ -265,7 +265,7 @@ class Backbone:
 
 
 def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[Site, ...]:
-    """List the sites of a model, block by block, in the model's order.
+    """List the target modules of a model, block by block, in the model's order.
 
     Args:
         model: a Vision Transformer.

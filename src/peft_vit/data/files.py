@@ -45,7 +45,7 @@ class FileTree:
         location: the folder or the zip.
         names: relative names with '/', sorted.
         read: returns the content of the file with a given name.
-        hashed: hashes the zip, or the folder's files with the given names, and tells these files apart.
+        hashed: hashes the zip, or the folder's files with the given names, and distinguishes these files.
         unused: folders of which no file is among the names; see `files_below`.
     """
 
@@ -196,7 +196,7 @@ def files_below(
         closed: is given the error of each folder that can't be read, and names may be any bytes; None: the first fault
             is raised.
         unused: is given by name, with a '/' at its end, each folder that is empty, "", or a link to a folder that is
-            read elsewhere, there; links to folders above themselves are not told of.
+            read elsewhere, there; links to folders above themselves are not reported.
 
     Raises:
         UserError: if a folder can't be read, or a name is not UTF-8.

@@ -288,8 +288,7 @@ def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int
         marks: of each image, (N,) integers: its side of a split, or its label.
 
     Returns:
-        The number of groups, and the positions of two members with different marks, the lower first; (0, 0) if there
-        is no such group.
+        The number of groups, and the positions of two members with different marks, the lower first, or (0, 0).
     """
     order = np.lexsort((marks, groups))
     group, mark = groups[order], marks[order]

@@ -34,7 +34,7 @@ class SizeTrial:
         image_size: in pixels.
         value: of the metric that decides, as a share, on images left out of the fit; larger is better.
         text: the value as a terminal shows it.
-        pace: how many times longer it took than was expected; None: features were there already, so that nothing tells.
+        pace: how many times longer it took than was expected; None: features were there already, so nobody knows.
     """
 
     image_size: int

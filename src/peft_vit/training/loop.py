@@ -137,7 +137,7 @@ def train(
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
-        UserError: if the state to continue from is of a model with other sites or shapes.
+        UserError: if the state to continue from is of a model with other target modules or shapes.
     """
     overhead = Overhead() if overhead is None else overhead
     fresh = resume is None

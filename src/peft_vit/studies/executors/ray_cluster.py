@@ -98,7 +98,7 @@ class _Attempt:
 class RayExecutor:
     """Tasks on a Ray cluster, as many at a time as its resources allow.
 
-    A task writes checkpoints if it sees the study's folder of the driver, which the content of the study's lock tells;
+    A task writes checkpoints if it sees the study's folder of the driver, as the content of the study's lock shows;
     otherwise none are written, and an attempt that is lost starts from the beginning.
 
     Args:
