@@ -140,7 +140,7 @@ def check(request: CheckRequest) -> None:
 def doctor() -> None:
     """Check this installation: versions, device, threads, cache, extras. Paste it into an issue.
 
-    Exit codes: 0 studies can be run, 1 something is missing or broken without which they can't.
+    Exit codes: 0 studies can run, 1 something that they need is missing or broken.
     """
     from peft_vit.doctor import examine
 
