@@ -161,7 +161,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     (("train", "missing", *OWN), "", "", ("error: missing: does not exist; correct the path",)),
     ((*TRAIN[:4], "--weights", "a.pth"), "", "", ("a.pth: --weights: does not exist; correct",)),
     ((*TRAIN, "--init-adapter", "a"), "", "", ("--init-adapter: can't be read", "name a folder")),
-    (("predict", "empty", "out/tiny/probe/seed_0"), "", "", ("is no model", "predict out/tiny/probe/seed_0 empty")),
+    (("predict", "empty", "out/tiny/probe/seed_0"), "", "", ("is not a model", "predict out/tiny/probe/seed_0 empty")),
     (("export", "missing"), "", "", ("error: missing: does not exist; name the folder of a run",)),
     (("export", "several"), "", "", ("error: several: holds several runs; name one of them, as several/latest",)),
     (("predict", "several", "study.yaml"), "", "", ("error: several: holds several runs",)),

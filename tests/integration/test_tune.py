@@ -399,7 +399,7 @@ def test_an_output_among_the_images_or_of_others_is_refused(tuning, images, tmp_
         tuning(output=images / "tuned")
     assert not (images / "tuned").exists()
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"{name}: is there already, and of no tuning"):
+    with pytest.raises(UserError, match=rf"{name}: exists already, and tune did not make it"):
         tuning()
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"

@@ -117,7 +117,7 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
         return index_inspected(images, ImagesFile.read(file), file)
     if images.dataset != config.dataset or images.taken is not None:
         place = images.path if images.dataset == "csv" else images.tree.location
-        message = f"has no class folders; the images are listed in {place}: name it, with dataset: {images.dataset}"
+        message = f"has no class folders; use {place} instead, with dataset: {images.dataset}"
         raise UserError(message, file=config.path, field="data.path")
     for name, why in images.left_out.items():
         if not name.endswith("/"):

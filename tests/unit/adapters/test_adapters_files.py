@@ -55,7 +55,7 @@ def test_a_file_of_another_configuration_is_refused_whole(tiny_vit, tmp_path) ->
     file.write_bytes(adapter_bytes(adapted(tiny_vit()), {}))
     with pytest.raises(UserError, match="other modules"):
         load_trained(adapted(tiny_vit(), targets=("key",)), file)
-    with pytest.raises(UserError, match=r"belongs to another configuration|attach them alike"):
+    with pytest.raises(UserError, match=r"belongs to another configuration|attach them in the same form"):
         load_trained(adapted(tiny_vit(), parametrization="svd"), file)
     with pytest.raises(UserError, match=r"head\.weight: expected shape \(7, 64\), got \(5, 64\)"):
         load_trained(adapted(tiny_vit(num_classes=7)), file)

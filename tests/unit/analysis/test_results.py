@@ -78,7 +78,7 @@ def test_the_same_record_in_two_folders_counts_once_and_two_that_differ_not_at_a
     said = "holds the run 'quickstart/linear_probe/seed_0' twice" if differ else "is the same record of"
     assert all(f"quickstart/linear_probe/seed_0/record.json: {said}" in line for line in results.lines())
     if differ:
-        with pytest.raises(UserError, match="twice, and otherwise than"):
+        with pytest.raises(UserError, match="hold it with other results"):
             load_studies(tmp_path)
 
 

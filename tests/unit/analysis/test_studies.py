@@ -74,7 +74,7 @@ def test_warnings_are_named_once_a_text() -> None:
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [(".", "holds no record.json"), ("x" * 5000, "does not exist"), ("file", "file: is no directory")],
+    [(".", "holds no record.json"), ("x" * 5000, "does not exist"), ("file", "file: is not a folder")],
 )
 def test_an_empty_or_missing_directory_is_one_line(place, words, tmp_path) -> None:
     if place == "file":

@@ -211,7 +211,7 @@ OF_METHODS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("importance_metric: fisher, uncertainty_beta: 0.85", ".uncertainty_beta", "importance_metric: fisher"),
         ("importance_metric: fisher, importance_gradient: task_and_penalty", "", "needs a penalty"),
         ("allocation_strategy: global, budget_schedule: constant", "", "where every triplet stays"),
-        ("allocation_strategy: global, importance_metric: uniform", "", "is no control of allocation_strategy: global"),
+        ("allocation_strategy: global, importance_metric: uniform", "", "is not a control for allocation_strategy"),
     ],
     ("qa_lora", "qa_lora"): [
         ("use_group_quantization: yes", ".use_group_quantization", "valid boolean, got 'yes'"),

@@ -71,8 +71,8 @@ def test_parquet_may_hold_lists(table, tmp_path) -> None:
     [
         ("kind", ("cat", "dog"), None, "column kind holds 'cat' and 'dog', neither numbers nor 0, 1 or nothing; call"),
         ("a,age", ("1,30", ",40"), None, "has columns of 0, 1 or nothing, and others of numbers"),
-        ("a,b", ("1,0", "0,0"), None, "every image is without 'b', so nothing can be learned of it"),
-        ("a,b", ("1,1", "0,1"), None, "every image has 'b', so nothing can be learned of it"),
+        ("a,b", ("1,0", "0,0"), None, "every image is without 'b', so nothing can be learned about it"),
+        ("a,b", ("1,1", "0,1"), None, "every image has 'b', so nothing can be learned about it"),
         ("age", ("3",), "regression", "'age' is 3 for every image, so there is nothing to learn"),
         ("age", ("3.5", "nan"), None, "column age holds '3.5' and 'nan', neither numbers"),
         ("age", ("3.5", ""), "regression", "expected a number in column age, got ''"),

@@ -200,13 +200,10 @@ def half(root):
     ("make", "said"),
     [
         (several, r"data\.path: holds class folders in 2 folders \(april, march\); name one of them$"),
-        (
-            flat,
-            r"holds 12 images and no class folders; put them into one folder a class, .* or list them in images\.csv",
-        ),
+        (flat, r"holds 12 images and no class folders; make one folder for each class, .* or list them in images\.csv"),
         (
             never_two_beside_each_other,
-            r"holds 12 images and no class folders beside each other \(images lie in cat, more/dog\); put them into",
+            r"holds 12 images and no class folders beside each other \(images lie in cat, more/dog\); make one folder",
         ),
         (flat_splits, "holds 12 images and no class folders"),
         (lambda root: None, r"holds no image \(\.png "),
