@@ -272,7 +272,7 @@ def test_a_corrupted_image(images, tmp_path, refused, command) -> None:
     assert "replace it or remove it" in line
     options = (*OWN, "--image-size", "32", "--strict", "--output", tmp_path / "out")
     line, listed = command("train", folder, *options, code=2).err.splitlines()
-    assert line.endswith("--strict: 1 file is would be left out; repair or remove it, or leave --strict out")
+    assert line.endswith("--strict: 1 file is unusable; repair or remove it, or leave --strict out")
     assert listed.startswith("  class_1/04.png: is not")
     assert list((tmp_path / "out").rglob("*.json")) == []
 

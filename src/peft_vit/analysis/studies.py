@@ -204,7 +204,7 @@ class Study:
         """Return why no number here says anything about a method; empty if they do. It is one of the notices."""
         if self.smoke:
             return (
-                "These are smoke runs, with random weights, synthetic images and a short schedule. They show "
+                "Smoke runs have random weights, synthetic images and a short schedule. They show "
                 "that the code runs. No number here says anything about a method."
             )
         names = sorted({run.experiment.name for run in self.runs if run.provenance.random_weights})

@@ -414,7 +414,7 @@ def inspect_images(
     )
     if strict and left_out:
         them = "it" if len(left_out) == 1 else "them"
-        message = f"{_files_are(left_out)} would be left out; repair or remove {them}, or leave --strict out"
+        message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
         raise UserError(message, file=path, field="--strict", details="\n".join(_listed(left_out)))
     faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
     count = len(names) + len(faults.keys() - decoded.faults.keys())

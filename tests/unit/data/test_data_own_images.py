@@ -252,7 +252,7 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
     lines = seen.remarks()
     assert lines[0] == "9 files are left out:"
     assert lines[1:] == [f"  {name}: {why}" for name, why in sorted(seen.left_out.items())]
-    with pytest.raises(UserError, match=r"--strict: 9 files are to be left out") as caught:
+    with pytest.raises(UserError, match=r"--strict: 9 files are unusable") as caught:
         inspect_images(root, least=1, strict=True)
     assert caught.value.details.splitlines() == lines[1:]
     for i in range(40):
@@ -279,7 +279,7 @@ def test_a_class_without_images_and_links_to_what_is_there_are_told_by_train_and
     seen = inspect_images(root, least=1)
     assert (len(seen.names), seen.class_names, seen.left_out) == (12, ("hund mit hut", "кот"), said)
     assert seen.remarks()[0] == "3 items are left out:"
-    with pytest.raises(UserError, match=r"--strict: 3 items are to be left out"):
+    with pytest.raises(UserError, match=r"--strict: 3 items are unusable"):
         inspect_images(root, least=1, strict=True)
     config = DataConfig(
         dataset="image-folder", path=str(root), image_size=14, train_images=None, validation_images=2, test_images=2

@@ -172,7 +172,7 @@ def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
     assert line.startswith("Images of 160 px")
     assert (study.data.images_file, study.data.validation_images, study.data.test_images) == (str(file), 4, 4)
     assert load_data(study.data, 0).left_out == {"cat/text.png": "is not an image of a known format"}
-    with pytest.raises(UserError, match="--strict: 1 file is to be left out"), open_images(asked(strict=True)):
+    with pytest.raises(UserError, match="--strict: 1 file is unusable"), open_images(asked(strict=True)):
         pass
 
 
