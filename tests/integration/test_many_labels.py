@@ -195,13 +195,16 @@ def test_every_kind_of_method_learns_them(command, table, method) -> None:
     [
         (f"train labels.csv {SMALL} --shots 3", "needs one class an image, and these have multilabel labels"),
         (f"train labels.csv {SMALL} --task regression", "expected a number in column cold, got ''"),
-        (f"train images {SMALL} --task multilabel", "has a folder a class, which is no multilabel"),
-        (f"train labels.csv {SMALL} --metric mae", "--metric: mae is no measure of multilabel; give map or auroc or"),
+        (f"train images {SMALL} --task multilabel", "has a folder for each class, which is not multilabel"),
+        (f"train labels.csv {SMALL} --metric mae", "--metric: mae is not a metric of multilabel; give map or auroc or"),
         (
             f"train images {SMALL} --metric f1_macro",
-            "--metric: f1_macro is no measure of classification; give accuracy",
+            "--metric: f1_macro is not a metric of classification; give accuracy",
         ),
-        (f"train labels.csv {SMALL} --loss huber", "--loss: huber is no loss of multilabel; give binary_cross_entropy"),
+        (
+            f"train labels.csv {SMALL} --loss huber",
+            "--loss: huber is not a loss of multilabel; give binary_cross_entropy",
+        ),
         (
             f"train numbers.csv {SMALL} --class-weights balanced",
             "--class-weights: has no effect on numbers, which have",
@@ -229,7 +232,7 @@ experiments:
     [
         ({"measures": "{removal_images: 4}"}, "measures.removal_images: is there for one class an image"),
         ({"training": "metric: map, label_smoothing: 0.1"}, "training.label_smoothing: is there for one class"),
-        ({"training": "metric: accuracy"}, "experiments[0].training.metric: accuracy is no measure of multilabel"),
+        ({"training": "metric: accuracy"}, "experiments[0].training.metric: accuracy is not a metric of multilabel"),
     ],
 )
 def test_what_a_study_of_them_can_not_do_is_refused(command, changes, message) -> None:

@@ -125,7 +125,7 @@ def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> 
 
     Raises:
         UserError: see `held_images`; if there are no labels, or they can't be names of classes.
-        ValueError: of scikit-learn, for labels that are no classes, or not as many as images.
+        ValueError: of scikit-learn, for labels that are not classes, or not as many as images.
     """
     from sklearn.utils import check_consistent_length, column_or_1d
     from sklearn.utils.multiclass import check_classification_targets
@@ -166,7 +166,7 @@ def _cell(label: Any) -> str:
     if not isinstance(label, list | tuple | np.ndarray):
         return str(label)
     if odd := [name for name in label if not isinstance(name, str) or "|" in name or not name]:
-        message = f"{odd[0]!r} in a list is no name of a class; of several numbers give a table, a column each"
+        message = f"{odd[0]!r} in a list is not the name of a class; of several numbers give a table, a column each"
         raise UserError(message, field="labels")
     return "|".join(label)
 

@@ -248,7 +248,7 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
         with _below(place):
             index.task.metric(own.training.metric)
             if own.training.loss not in (None, *index.task.loss_names):
-                message = f"{own.training.loss} is no loss of {index.task.name}; give "
+                message = f"{own.training.loss} is not a loss of {index.task.name}; give "
                 raise UserError(message + " or ".join(index.task.loss_names), field="training.loss")
             if own.training.class_weights != "none" and not index.task.weighs:
                 message = f"has no effect on {index.task.outputs}, which have no classes; leave it out"
@@ -371,7 +371,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             details=difference(old, new, str(file), "asked for"),
         )
     if record.spec_digest != spec.digest():
-        reason = "was made with a setting that this version no longer has; choose another --output, or go on with "
+        reason = "was made with a setting that this version no longer has; choose another --output, or continue with "
         raise UserError(f"{reason}peft-vit {LAST_VERSION_WITH_ALL}", file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)

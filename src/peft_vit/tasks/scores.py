@@ -95,5 +95,5 @@ class Scores:
 
 
 def thresholds_of(decision: Decision | None) -> tuple[float, ...]:
-    """Return from which probabilities on a model tells its labels; none of other models."""
+    """Return from which probabilities on a model reports its labels; none of other models."""
     return () if decision is None else decision.thresholds

@@ -1,4 +1,4 @@
-"""The last training: the recipe that was taken, on all images that are not sealed, which are read once, here.
+"""The last training: the recipe that was taken, on all images that are not for the test, which are read once, here.
 
 It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on. Where
 the folds say that more steps gain, it has up to twice as many, as time allows. The penalty of the probe that it starts
@@ -33,10 +33,10 @@ def times_longer(folds: Folds, recipe: Recipe) -> float:
 
 
 def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
-    """Train a recipe on everything that is not sealed, so many times longer than on folds.
+    """Train a recipe on everything that is not for the test, so many times longer than on folds.
 
     Returns:
-        What it came to on the sealed images, and what the same run came to before its weights were rounded; where
+        What it came to on the test images, and what the same run came to before its weights were rounded; where
         nothing is rounded after training, twice the same.
 
     Raises:
@@ -57,7 +57,7 @@ def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome,
 
 
 def in_form(record: RunRecord, final: Outcome, meaning: Calibrated | Decision) -> RunRecord:
-    """Return the last training's record with what the delivered form says of the sealed images."""
+    """Return the last training's record with what the delivered form says of the test images."""
     assert record.predictions is not None
     logits, task, labels = final.logits.astype(np.float32), final.learned, final.labels
     decision = meaning if isinstance(meaning, Decision) else None

@@ -1,4 +1,4 @@
-"""What a tuning came to: everything that is told of it."""
+"""What a tuning came to: everything that is shown of it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Choice:
 
     @property
     def score(self) -> Interval:
-        """Return what decides, on the sealed images."""
+        """Return what decides, on the test images."""
         return self.metric.interval(self.final.labels, *self.final.told(self.meaning))
 
     @property
@@ -65,7 +65,7 @@ class Choice:
 
 
 def answer(choice: Choice) -> str:
-    """Return what was taken, what it has on the sealed images, and its odds: a line."""
+    """Return what was taken, what it has on the test images, and its odds: a line."""
     taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
     right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
     by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
@@ -90,7 +90,7 @@ def what_more_buys(
     minutes: float,
     unit: str = "points",
 ) -> tuple[str, ...]:
-    """Return what more labels and more minutes would buy, in sentences.
+    """Return what more labels and more minutes would bring, in sentences.
 
     Args:
         labels: what twice as many bring a regression, a share; None: unknown.
@@ -115,7 +115,7 @@ def what_more_buys(
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:
-        sentences.append("More minutes: nothing was left out for want of time.")
+        sentences.append("Nothing was left out for lack of time.")
     else:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         sentences.append(

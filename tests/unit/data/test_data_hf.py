@@ -229,14 +229,18 @@ def test_an_image_column_is_chosen(hf, tmp_path):
             r"label_column: train\[1\]: expected a number in column",
         ),
         ({"score": (FLOATS[0], [0.5] * 4)}, {}, r"'score' is 0.5 for every image, so there is nothing to learn"),
-        ({"tags": (LISTS[0], [[0], [0, 1], [0], []])}, {"task": "classification"}, r"is no classification; leave task"),
+        (
+            {"tags": (LISTS[0], [[0], [0, 1], [0], []])},
+            {"task": "classification"},
+            r"are not classification; leave task",
+        ),
         ({"y": TEXTS}, {"task": "regression"}, r"label_column: train\[0\]: expected a number in column y, got 'b'"),
         ({"tags": (LISTS[0], [[0], [0, 1], [0], [0]])}, {}, r"every image has 'cat', so nothing can be learned of it"),
         ({"tags": (LISTS[0], [[0], [0, 1], None, []])}, {}, r"label_column: train\[2\] has no label; remove it"),
         (
             {"tags": (datasets.List(datasets.Value("string")), [["a|b"], ["c"]] * 2)},
             {},
-            r"'a\|b' is no name of a class",
+            r"'a\|b' is not the name of a class",
         ),
         ({"a": TEXTS, "b": TEXTS}, {}, r"label_column: 2 of the columns image, a, b could be the label; name the one"),
         ({"a": TEXTS}, {"label_column": "c"}, r"label_column: there is no column 'c'; expected one of image, a"),
@@ -358,7 +362,7 @@ OTHER_CLASSES = rows(2, 50, label=(datasets.ClassLabel(names=["dog", "cat"]), [0
         (leading_out, r"leads out of .*set|can't be read"),
         (file_of("a.jsonl", b'{"text": "x", "label": 1}\n'), r"set: data\.path: is a set of the kind json; only image"),
         (file_of("train.parquet", b"PAR1broken"), r"train\.parquet: data\.path: can't be read .*Parq"),
-        (lambda tmp_path: tmp_path / "hf" / ".." / "hf", r"data\.path: does not exist, and is no name on the hub"),
+        (lambda tmp_path: tmp_path / "hf" / ".." / "hf", r"data\.path: does not exist, and is not a name on the hub"),
         (lambda tmp_path: file_of("a.txt", b"x")(tmp_path) / "a.txt", r"a\.txt: data\.path: expected a folder"),
         (splits_of(train=labelled(4), test=OTHER_CLASSES), r"data\.path: column 'label' of split test is not"),
         (
@@ -409,7 +413,7 @@ def test_without_a_network_the_line_says_what_to_do(name, hf, monkeypatch):
     with pytest.raises(UserError) as caught:
         hf(name)
     said = str(caught.value)
-    assert said.startswith(f"{name}: data.path: neither exists here, nor can it be had from the hub (OSError: Name or")
+    assert said.startswith(f"{name}: data.path: is not here, and can't be fetched from the hub (OSError: Name or")
     assert f"hf download {name} --repo-type dataset --local-dir FOLDER" in said
     assert asked == [(f"https://huggingface.co/api/datasets/{name}", 5.0)]
 
@@ -422,7 +426,7 @@ def no_hub(monkeypatch):
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./images", "a/b/c", "~nobody/x", "a\0b"])
 def test_what_can_be_no_name_does_not_exist(path, hf):
-    with pytest.raises(UserError, match=r"data\.path: does not exist, and is no name on the hub"):
+    with pytest.raises(UserError, match=r"data\.path: does not exist, and is not a name on the hub"):
         hf(path)
 
 
