@@ -98,7 +98,7 @@ def bootstrapped(
         name: as in `DecidingMetric`.
         words: likewise.
         statistic: of labels (N, K), what was predicted (N, K), and weights of images (B, N): its values (B,).
-        told: it is of what is reported, 1 from a label's threshold on, by default 1/2.
+        told: it reads what is reported, 1 from a label's threshold on, by default 1/2.
         more: other attributes.
     """
 

@@ -136,9 +136,7 @@ def test_lists_of_names_and_numbers_are_labels_of_their_tasks() -> None:
     assert files.read()[1].tolist() == [[1, 1], [0, 1], [0, 0], [1, 0]]
     numbers = find_images(write_table(PIXELS, [0.5, 1, 2, 0.25], of_classes=False)[0]).files
     assert (numbers.task.name, numbers.read()[1].tolist()) == ("regression", [[0.5], [1], [2], [0.25]])
-    with pytest.raises(
-        UserError, match="labels: 1 in a list is not the name of a class; of several numbers give a table"
-    ):
+    with pytest.raises(UserError, match="labels: 1 in a list is not the name of a class; of several numbers give"):
         write_table(PIXELS, [[1, 2]] * 4, of_classes=False)
 
 
