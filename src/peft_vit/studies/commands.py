@@ -188,8 +188,8 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
             spent_s = time.monotonic() - started
             study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
             if trials:
-                values = {trial.image_size: trial.value for trial in trials}
-                write_sizes(run.folder, SizesFile(values=values, seconds=spent_s))
+                values, l2 = ({trial.image_size: getattr(trial, of) for trial in trials} for of in ("value", "l2"))
+                write_sizes(run.folder, SizesFile(values=values, l2=l2, seconds=spent_s))
         else:
             study = begun.configuration
         plan = plan_study(
@@ -250,7 +250,9 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     assert trained is not None
     request = request.model_copy(update={"weights": request.weights or trained.spec.backbone.weights})
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
-    study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute)
+    sizes = run.sizes()
+    l2 = None if sizes is None else sizes.l2.get(image_size)
+    study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute, l2)
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=None)

@@ -216,13 +216,20 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Calla
 
 
 def regression_at(
-    request: TrainRequest, name: str, images: OwnImages, file: Path, image_size: int, compute: Compute = "float"
+    request: TrainRequest,
+    name: str,
+    images: OwnImages,
+    file: Path,
+    image_size: int,
+    compute: Compute = "float",
+    l2: float | None = None,
 ) -> StudyConfig:
-    """Return the study of a regression on frozen features of the same images at a size."""
+    """Return the study of a regression on frozen features of the same images at a size, with a penalty if it is known."""
     counts = count_images(request, images.index)
     plain = request.model_copy(update={"method": "linear"})
     shape = describe(_backbone(request), image_size)
     experiment = experiment_for(plain, counts, shape, 0, compute)
+    experiment["training"]["probe_l2"] = l2
     return _study(plain, name, _data(request, images, file, image_size), experiment)
 
 
@@ -259,6 +266,9 @@ def study_of(
     experiment = experiment_for(request, counts, shape, steps, forecast.compute)
     if not images.index.task.smooths:
         experiment["training"].pop("label_smoothing", None)
+    for trial in trials:
+        if trial.image_size == image_size:  # more images tell the penalty than those that validate
+            experiment["training"]["probe_l2"] = trial.l2
     study = _study(request, name, _data(request, images, file, image_size), experiment)
     return study, forecast.line(shape, image_size, steps)
 

@@ -102,6 +102,7 @@ class SizesFile(BaseModel):
 
     Attributes:
         values: of each image size what a regression on frozen features has; larger is better.
+        l2: likewise, strength of its penalty.
         seconds: that they took.
         trained: what the trained model has, by folds; None: it is not known, or validation images tell.
         upper: the end of the 95 % interval of that.
@@ -110,6 +111,7 @@ class SizesFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     values: dict[int, float]
+    l2: dict[int, float] = {}
     seconds: float = 0.0
     trained: float | None = None
     upper: float | None = None
