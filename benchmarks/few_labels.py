@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def images_of(name: str) -> Iterator[tuple[str, Image.Image]]:
 
 def write_draw(name: str, labels: int | None, images: int | None, draw: int, folder: Path) -> None:
     """Write `train/` and `test/` of a draw, if they are not there."""
-    if (folder / "test").exists():
+    if folder.exists():
         return
     by_class: dict[str, list[Image.Image]] = {}
     seen = set()
@@ -88,12 +89,14 @@ def write_draw(name: str, labels: int | None, images: int | None, draw: int, fol
             parts["train"].append(place)
         elif len(parts["test"]) < _TEST_IMAGES:
             parts["test"].append(place)
+    writing = folder.with_name(f".{folder.name}-{os.getpid()}")
     for part, places in parts.items():
         for place in places:
-            file = folder / ("writing" if part == "test" else part) / pairs[place][0] / f"{place:05}.png"
+            file = writing / part / pairs[place][0] / f"{place:05}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             pairs[place][1].save(file)
-    (folder / "writing").rename(folder / "test")  # last, so that a draw is whole or not there
+    if not folder.exists():  # another process may have been faster
+        writing.rename(folder)
 
 
 def _backbone(image_size: int, classes: int) -> nn.Module:
