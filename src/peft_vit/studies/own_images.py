@@ -190,7 +190,7 @@ def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
 def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Callable[[str], None]) -> list[SizeTrial]:
     """Return what a regression on frozen features has at the image sizes that fit a fifth of the minutes.
 
-    Empty where the size is given, or nothing is to be chosen by images.
+    Empty where nothing is to be chosen by images.
 
     Args:
         request: as for `study_of`.
@@ -389,15 +389,17 @@ class Forecast:
     def sizes_in_time(self) -> dict[int, float]:
         """Return the image sizes whose regressions may fit their share of the minutes, and the seconds of each.
 
+        A size that was asked for is the only one: its regression tells the penalty, and the machine's pace.
         The test images of one that is delivered should fit as much. The machine may turn out to be faster than its
         first moments tell: `try_sizes` then goes further.
         """
         request, share_s = self.request, self.limit_s * _SHARE_OF_SIZES
-        if request.image_size is not None or request.init_adapter is not None or request.smoke:
+        if request.init_adapter is not None or request.smoke:
             return {}
         images, throughput = self.counts.train + self.counts.validation, self.throughput
         expected_s: dict[int, float] = {}
-        for size in sizes_to_try(architecture_of(self.backbone)):
+        asked = request.image_size
+        for size in sizes_to_try(architecture_of(self.backbone)) if asked is None else [asked]:
             image_s = throughput.image_s(describe(self.backbone, size))
             seconds = throughput.start_s + images * image_s
             tried_s = _FASTER * (sum(expected_s.values()) + seconds)
