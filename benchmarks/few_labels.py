@@ -52,9 +52,7 @@ _SETS = ("elpv", "digits", "fashion-mnist")
 _TEST_IMAGES = 400
 _MODEL, _LINEAR = "vit_small_patch14_dinov2", ["qkv", "proj", "fc1", "fc2"]
 _SIZES = (112, 154, 224)
-_COLUMNS = (
-    "set train_images test_images draw by accuracy metric image_size nll ece unlike bytes seconds threads commit".split()
-)
+_COLUMNS = "set train_images test_images draw by accuracy metric image_size nll ece unlike bytes seconds threads commit".split()
 
 
 def images_of(name: str) -> Iterator[tuple[str, Image.Image]]:
@@ -143,10 +141,16 @@ def by_sklearn(folder: Path) -> Iterator[dict[str, Any]]:
         for features, width in (("cls", values.shape[1] // 2), ("cls+mean", values.shape[1])):
             strengths = np.logspace(-4, 1, 11)
             logistic = LogisticRegressionCV(
-                Cs=strengths, cv=min(5, np.bincount(labels).min()), max_iter=3000, use_legacy_attributes=False,
-                scoring="balanced_accuracy" if metric != "accuracy" else "accuracy", l1_ratios=(0.0,),
+                Cs=strengths,
+                cv=min(5, np.bincount(labels).min()),
+                max_iter=3000,
+                use_legacy_attributes=False,
+                scoring="balanced_accuracy" if metric != "accuracy" else "accuracy",
+                l1_ratios=(0.0,),
             )
-            predicted = make_pipeline(StandardScaler(), logistic).fit(values[:, :width], labels).predict(test[:, :width])
+            predicted = (
+                make_pipeline(StandardScaler(), logistic).fit(values[:, :width], labels).predict(test[:, :width])
+            )
             accuracy = _value(metric, predicted, truth)
             yield {
                 "by": f"sklearn {features}", "image_size": image_size, "accuracy": accuracy,

@@ -240,6 +240,11 @@ class TrainingConfig(Settings):
         description="strength of the probe's penalty; default: validation chooses among eleven, or training images that "
         "are left out in turn, where none validate",
     )
+    keep: Literal["best", "last"] = Field(
+        default="best",
+        description="which step's model validation leaves: best, that of the best value; last, that of the last step, "
+        "whose learning rate has come down, or the start where that is better by more than the standard error",
+    )
     metric: MetricOfTask = Field(
         default="accuracy",
         description="what validation chooses steps and the probe's penalty by; auto: map of several labels, mae of "

@@ -268,7 +268,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
         _tell_by_folds(run.folder / study.name, run.folder, regression, request, images, file)
         _log(f"The model is the regression at {image_size} px.")
         delivered = folder
-    elif metric.quality(regression.validation) > metric.quality(trained.validation):
+    elif not metric.worth(trained.validation, before=regression.validation):
         before, after = (metric.text(metric.of(own)) for own in (trained.validation, regression.validation))
         _log(
             f"The model is the regression at {image_size} px: {after} on validation images, and training had {before}."

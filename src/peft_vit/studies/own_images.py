@@ -523,12 +523,13 @@ def experiment_for(
         training |= {name: value for name, value in limits.items() if value is not None}
         if request.epochs is not None:
             training["epochs"] = request.epochs
+            training |= {"keep": "last"} if counts.validation else {}
         elif not counts.validation:
             training |= {"steps": steps, "schedule": "warmup_stable_decay"}
         else:
             every = min(validate_every(counts.validation, request.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
-            training |= {"steps": steps, "validate_every": every, **schedule}
+            training |= {"steps": steps, "validate_every": every, "keep": "last", **schedule}
     adapter = request.init_adapter
     sections = method.defaults(options) if adapter is None else {"lora": {"start": str(adapter)}}
     return {"name": request.experiment, "method": request.method, "training": training, **sections}
