@@ -389,7 +389,7 @@ class Forecast:
     def sizes_in_time(self) -> dict[int, float]:
         """Return the image sizes whose regressions may fit their share of the minutes, and the seconds of each.
 
-        A size that was asked for is the only one: its regression tells the penalty, and the machine's pace.
+        If a size was asked for, it is the only one; its regression chooses the penalty and shows the machine's pace.
         The test images of one that is delivered should fit as much. The machine may turn out to be faster than its
         first moments tell: `try_sizes` then goes further.
         """

@@ -168,7 +168,7 @@ class TrainRun:
         return read_record(file) if file.exists() else None
 
     def sizes(self) -> SizesFile | None:
-        """Return what regressions have at several image sizes; None of an adapter that goes on."""
+        """Return what regressions have at several image sizes; None if training continues an adapter."""
         file = self.folder / SIZES_FILE
         with suppress(ValidationError):
             return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None

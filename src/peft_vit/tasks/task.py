@@ -70,10 +70,10 @@ class DecidingMetric:
         return self.sign * self.of(metrics), -metrics.nll
 
     def worth(self, metrics: Metrics, *, before: Metrics) -> bool:
-        """Return whether training left what is worth having: at most one standard error below what was there before.
+        """Return whether a trained model is to be kept: it may be one standard error worse than before training.
 
-        Training mostly gains, and few images tell its value to some points only. Of a share v on n images the error is
-        sqrt(v (1 - v) / n); what is no share has to be better.
+        Training usually helps, and a few images measure its value only to some points. The standard error of a share v
+        of n images is sqrt(v (1 - v) / n). A value in another unit has to be better.
         """
         value, slack = self.of(metrics), 0.0
         if self.is_share and 0 <= value <= 1:
