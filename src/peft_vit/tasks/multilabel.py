@@ -139,8 +139,8 @@ class _Multilabel(Task):
         for metric in (
             bootstrapped("map", "mean average precision", _map, suffix=" mAP"),
             bootstrapped("auroc", "mean AUROC", _auroc, suffix=" AUROC"),
-            bootstrapped("f1_macro", "macro F1", _f1_macro, told=True, suffix=" macro F1"),
-            bootstrapped("f1_micro", "micro F1", _f1_micro, told=True, suffix=" micro F1"),
+            bootstrapped("f1_macro", "macro F1", _f1_macro, at_thresholds=True, suffix=" macro F1"),
+            bootstrapped("f1_micro", "micro F1", _f1_micro, at_thresholds=True, suffix=" micro F1"),
         )
     }
     loss_names = ("binary_cross_entropy", "asymmetric")

@@ -80,6 +80,17 @@ class DecidingMetric:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
         return self.sign * self.of(metrics), -metrics.nll
 
+    def worth(self, metrics: Metrics, *, before: Metrics) -> bool:
+        """Return whether a trained model is to be kept: it may be one standard error worse than before training.
+
+        Training usually helps, and a few images measure its value only to some points. The standard error of a share v
+        of n images is sqrt(v (1 - v) / n). A value in another unit has to be better.
+        """
+        value, slack = self.of(metrics), 0.0
+        if self.is_share and 0 <= value <= 1:
+            slack = math.sqrt(value * (1 - value) / metrics.n)
+        return self.quality(metrics) > self.quality(before) or self.sign * (value - self.of(before)) > -slack
+
     def text(self, value: float) -> str:
         """Return a value as a terminal shows it."""
         return self.plain(value) + self.suffix
@@ -98,13 +109,13 @@ def bootstrapped(
         name: as in `DecidingMetric`.
         words: likewise.
         statistic: of labels (N, K), what was predicted (N, K), and weights of images (B, N): its values (B,).
-        told: it reads what is reported, 1 from a label's threshold on, by default 1/2.
+        at_thresholds: it reads 1 for what is reported, from a label's threshold on, by default 1/2.
         more: other attributes.
     """
 
     def taken(predicted: Labels, thresholds: Sequence[float]) -> Floats:
         p = np.asarray(predicted, dtype=float)
-        return (p >= (thresholds if len(thresholds) else 0.5)).astype(float) if told else p
+        return (p >= (thresholds if len(thresholds) else 0.5)).astype(float) if at_thresholds else p
 
     def interval(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Interval:
         y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)  # what is not known is None in records
