@@ -101,7 +101,12 @@ class DecidingMetric:
 
 
 def bootstrapped(
-    name: str, words: str, statistic: Callable[[Labels, Labels, Floats], Floats], *, told: bool = False, **more: Any
+    name: str,
+    words: str,
+    statistic: Callable[[Labels, Labels, Floats], Floats],
+    *,
+    at_thresholds: bool = False,
+    **more: Any,
 ) -> DecidingMetric:
     """Return a metric whose intervals are bootstraps over images, that of a gain over the same images of both.
 
