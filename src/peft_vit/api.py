@@ -268,6 +268,7 @@ def tune(
     margin: float = 1.0,
     metric: MetricSetting = "auto",
     max_bytes: str | int | None = None,
+    max_adapter_bytes: str | int | None = None,
     max_latency: str | None = None,
     memory_limit: str | None = None,
     minutes: float = 20.0,
@@ -293,6 +294,7 @@ def tune(
         margin: points of accuracy that a smaller model may lose against the best one found.
         metric: that decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
         max_bytes: of the model's file, as in "16MB".
+        max_adapter_bytes: of all updates in a file, as in "8kB"; LoRA and QA-LoRA are trained in few bits then.
         max_latency: of one image on this machine, as in "50ms".
         memory_limit: of a training process, as in "1GB".
         minutes: that this call may take.
