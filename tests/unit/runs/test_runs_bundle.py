@@ -193,7 +193,7 @@ def test_a_run_in_few_bits_is_restored_and_stored_as_it_was_trained(study, tmp_p
         assert 0.8 * EVEN.budget < spent.cost <= EVEN.budget
     (done,) = export_bundle([run_folder(tmp_path, record.spec)], tmp_path / "bundle")
     packed = PackedAdapter.read(tmp_path / "bundle" / f"{done.name}.safetensors")
-    assert (packed.header.bits, packed.header.head_bits) == (settings["adapter_bits"], 4)
+    assert (packed.header.bits, packed.header.head_bits) == (settings["adapter_bits"], 8)
     if "ranks" in settings:
         stored = sum(packed.tensors[name].nbytes for name in ("codes", "scales"))
         assert spent.cost - 12 < stored <= spent.cost
