@@ -268,6 +268,7 @@ def tune(
     margin: float = 1.0,
     metric: MetricSetting = "auto",
     max_bytes: str | int | None = None,
+    max_adapter_bytes: str | int | None = None,
     max_latency: str | None = None,
     memory_limit: str | None = None,
     minutes: float = 20.0,
@@ -293,6 +294,7 @@ def tune(
         margin: points of accuracy that a smaller model may lose compared with the best one found.
         metric: what decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
         max_bytes: the largest that the model's file may be, such as "16MB".
+        max_adapter_bytes: the most that the updates of all layers may take in a file, such as "8kB".
         max_latency: the longest that one image may take on this machine, such as "50ms".
         memory_limit: the most that a training process may take, such as "1GB".
         minutes: how long this call may take.

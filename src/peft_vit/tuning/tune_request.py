@@ -56,6 +56,12 @@ class TuneRequest(Request):
         description="The metric for all choices. auto: balanced_accuracy above 3x imbalance of classes, else accuracy.",
     )
     max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
+    max_adapter_bytes: Size = Field(
+        default=None,
+        gt=0,
+        description="The most that the updates of all layers may take in a file, as --adapter-bytes of train, such as "
+        "8kB; the regression has none. LoRA and QA-LoRA are trained with that, and AdaLoRA is not tried.",
+    )
     max_latency: Time = Field(
         default=None, gt=0, description="The longest that one image may take on this machine, such as 50ms."
     )
