@@ -271,6 +271,7 @@ def tune(
     task: TaskName | None = None,
     metric: MetricOfTask = "auto",
     max_bytes: str | int | None = None,
+    max_adapter_bytes: str | int | None = None,
     max_latency: str | None = None,
     memory_limit: str | None = None,
     minutes: float = 20.0,
@@ -298,6 +299,7 @@ def tune(
         task: classification, multilabel or regression; None: what the columns of a table look like.
         metric: what decides; auto: the metric of the task, of classes by how uneven they are.
         max_bytes: the largest that the model's file may be, such as "16MB".
+        max_adapter_bytes: the most that the updates of all layers may take in a file, such as "8kB".
         max_latency: the longest that one image may take on this machine, such as "50ms".
         memory_limit: the most that a training process may take, such as "1GB".
         minutes: how long this call may take.

@@ -95,6 +95,7 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("train", {"images": ["a.png"], "labels": [1], "rank": 0}, "rank", "got 0"),  # nothing is written before
     ("tune", {"model": "no_such_model"}, "model", "'no_such_model'"),
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
+    ("tune", {"max_adapter_bytes": "8"}, "max_adapter_bytes", "'8' is not a size above 0 with its unit"),
     ("tune", {"max_latency": "50"}, "max_latency", "is not a time above 0 with its unit, ms, s, min; write it as"),
     ("tune", {"max_latency": [1]}, "max_latency", "number, got [1]"),
     ("tune", {"image_size": 28.5}, "image_size", ", got 28.5"),

@@ -120,9 +120,9 @@ def _in_turn(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Reci
     if not ranked:
         return [probe]
     best, first = ranked[0], low_bits(folds, ranked[0])
-    adaptive = replace(best, method="adalora", rate=rate_of("adalora", best.rate))
+    ranks = [replace(best, method="adalora", rate=rate_of("adalora", best.rate)), replace(best, rank=_SMALL_RANK)]
     second = [recipe for recipe in ranked[1:] if recipe != best.half][:1]
-    others = [best, probe, *second, adaptive, replace(best, rank=_SMALL_RANK)]
+    others = [best, probe, *second, *(ranks if folds.context.request.max_adapter_bytes is None else ())]
     return [*first, *others] if first else [*others, *_packed(folds, best)]
 
 

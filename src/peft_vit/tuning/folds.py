@@ -93,7 +93,7 @@ class Folds:
         if not recipe.is_probe:
             training |= {"learning_rate": recipe.rate, "head_start": "probe", "steps": recipe.steps}
             training |= {"label_smoothing": LABEL_SMOOTHING} if context.scores.task.smooths else {}
-        sections = recipe.sections(self.costs.shape(recipe))
+        sections = recipe.sections(self.costs.shape(recipe), context.request.max_adapter_bytes)
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
         if not recipe.is_probe:
             training |= within_memory(context, recipe.model, recipe.image_size, experiment)

@@ -73,6 +73,7 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     request = choice.request
     limits = [
         *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
+        *([f"{request.max_adapter_bytes / 1e3:g} kB of updates"] if request.max_adapter_bytes is not None else []),
         *([f"{1e3 * request.max_latency:g} ms an image"] if request.max_latency is not None else []),
         *([f"{request.memory_limit} of memory in training"] if request.memory_limit is not None else []),
     ]

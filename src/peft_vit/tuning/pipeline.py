@@ -177,6 +177,10 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
     sizes = {model: sizes_of(context, model) for model in context.backbones}
     forms = {}
     for model, own in sizes.items():
+        try:
+            lora(model, own[0], LEAST_STEPS).sections(context.shape(model, own[0]), context.request.max_adapter_bytes)
+        except UserError as error:
+            raise error.about("--max-adapter-bytes") from None
         for bits in (None, *ROUNDED):
             plain = Recipe(model, own[0])
             form = plain if bits is None else plain.rounded(bits)

@@ -87,9 +87,9 @@ class Recipe:
         """Return how it is trained, for people; empty of a probe."""
         return "" if self.is_probe else f"{self.steps} steps at {self.rate:g}"
 
-    def sections(self, shape: BackboneShape) -> dict[str, Any]:
-        """Return what the method brings to an experiment."""
-        options = TrainOptions(rank=self.rank or None, budget=None, steps=max(1, self.steps), shape=shape)
+    def sections(self, shape: BackboneShape, adapter_bytes: int | None = None) -> dict[str, Any]:
+        """Return what the method brings to an experiment; raises UserError if no rank fits the bytes."""
+        options = TrainOptions(self.rank or None, None, max(1, self.steps), shape, adapter_bytes=adapter_bytes)
         sections = METHODS[self.method].defaults(options)
         if self.bits is not None and self.when == "training":
             sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}

@@ -60,6 +60,12 @@ class TuneRequest(Request):
         "else accuracy; map of several labels, mae of numbers.",
     )
     max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
+    max_adapter_bytes: Size = Field(
+        default=None,
+        gt=0,
+        description="The most that the updates of all layers may take in a file, as --adapter-bytes of train, such as "
+        "8kB; the regression has none. LoRA and QA-LoRA are trained with that, and AdaLoRA is not tried.",
+    )
     max_latency: Time = Field(
         default=None, gt=0, description="The longest that one image may take on this machine, such as 50ms."
     )
