@@ -218,10 +218,9 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
         resolution = resolvable(images, context.request.margin_share)
         apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
         state.tell(f"  {images:,} images tell models apart that differ by {apart}, and an accuracy to within {known}")
-    margin = context.scores.hundredths(context.request.margin_share)
-    if context.metric.has_unit:
-        value = context.metric.plain(context.request.margin_share * context.scores.deviation)
-        state.tell(f"  a smaller model may lose {margin}, which is {value}")
+    if (scores := context.scores).metric.has_unit:
+        lost, value = context.request.margin_share, context.request.margin_share * scores.deviation
+        state.tell(f"  a smaller model may lose {scores.hundredths(lost)}, which is {scores.metric.plain(value)}")
     probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
     parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())

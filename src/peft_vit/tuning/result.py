@@ -58,10 +58,9 @@ class Choice:
     @property
     def changed_by_rounding(self) -> Interval | None:
         """Return what rounding changed of that; None: nothing was rounded after training."""
-        if self.before_rounding is self.final:
-            return None
         (before, least), (after, _) = (own.told(self.meaning) for own in (self.before_rounding, self.final))
-        return self.metric.gain(self.final.labels, before, after, least, least)
+        rounded = self.before_rounding is not self.final
+        return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
 
 
 def answer(choice: Choice) -> str:

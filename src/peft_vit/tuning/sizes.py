@@ -116,18 +116,15 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
 
 
 def _value(context: TuningContext, probe: Recipe, regress: Regress) -> float:
+    studies, deviation = context.state.studies, context.scores.deviation
     if "flips" not in context.state.file.decided:
-        scores = {way: _score(context, probe, way, regress) for way in _WAYS}
+        scores = {way: regress(_study(context, probe, way), studies, False).value / deviation for way in _WAYS}
         best = max(_WAYS, key=lambda way: (scores[way], -_WAYS.index(way)))
         context.state.once("flips", lambda: best)
         compared = ", ".join(f"{_FLIPPED[way]} {context.scores.text(score)}" for way, score in scores.items())
         context.state.tell(f"  training images {_FLIPPED[best]}: {compared} at {probe.image_size} px")
         return scores[best]
-    return _score(context, probe, context.flips, regress)
-
-
-def _score(context: TuningContext, probe: Recipe, flips: Flips, regress: Regress) -> float:
-    return regress(_study(context, probe, flips), context.state.studies, False).value / context.scores.deviation
+    return regress(_study(context, probe, context.flips), studies, False).value / deviation
 
 
 def _study(context: TuningContext, probe: Recipe, flips: Flips) -> dict[str, Any]:
