@@ -228,11 +228,14 @@ def test_what_is_left_out_is_told_above_every_number_and_by_the_command(format: 
     (results / "within").symlink_to(results)  # of which nothing is missed
     (results / "linked").symlink_to(tmp_path)
     assert code() == 0
-    assert capsys.readouterr().err.startswith(f"note: {results / 'linked'}: is a link to a folder")
+    assert (
+        f"note: {results / 'linked'}: is a link to a folder" in capsys.readouterr().err
+    )  # after a busy machine's progress
     for file in results.rglob("record.json"):
         file.write_text("[]")
     assert code() == 2
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error", *["left out"] * 2]
+    said = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if not line.startswith("writing the ")]
+    assert said == ["error", *["left out"] * 2]
 
 
 def hopeless() -> list[RunRecord]:
