@@ -49,7 +49,7 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
     asked = dict(_facts(choice))
     sections: dict[str, tuple[Block, ...]] = {}
     for title, blocks in page.sections.items():
-        if title == BELIEF:
+        if title == (BELIEF if BELIEF in page.sections else IMAGES):
             sections[COMPARED] = tuple(compared_blocks(choice))
             sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
             sections[FORMS] = (forms_table(summary),)
