@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.config import (
@@ -330,8 +330,9 @@ class PredictRequest(Request):
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
         default=None,
-        description="Also print a set of classes for each image, the most probable first. In this share of images, "
-        "such as 0.9, the true class is in its set.",
+        description="How often what is printed is to hold, such as 90 for 90 % or 0.9. A set of classes, the most "
+        "probable first, holds the true class of so many images; a set of labels so much of an image's labels, on "
+        "average; an interval the number of so many images, and is printed without this, too, at 90 %.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,
@@ -340,6 +341,11 @@ class PredictRequest(Request):
     )
     output: Path | None = Field(default=None, description="Write to this .csv or .json file instead of printing.")
     overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
+
+    @field_validator("coverage")
+    @classmethod
+    def _percent(cls, coverage: float | None) -> float | None:
+        return coverage / 100 if coverage is not None and 1 < coverage <= 100 else coverage
 
     def chosen_format(self) -> str:
         """Return the format, by the file's name if there is one; raises UserError if it can't be taken."""

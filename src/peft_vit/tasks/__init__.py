@@ -4,7 +4,7 @@ from peft_vit.records import RunSpec
 from peft_vit.tasks.classification import CLASSIFICATION
 from peft_vit.tasks.multilabel import MULTILABEL
 from peft_vit.tasks.regression import REGRESSION
-from peft_vit.tasks.task import DecidingMetric, Labels, Task
+from peft_vit.tasks.task import COVERAGES, SHOWN, DecidingMetric, Errors, Labels, Shown, Task
 
 # Of those that recognize a table the last one is taken: columns of 0 and 1 are numbers, too.
 TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, REGRESSION, MULTILABEL)}

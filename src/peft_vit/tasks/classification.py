@@ -133,6 +133,12 @@ class _Classification(Task):
     least_outputs = 2
     smooths = True
     gap = "balanced {} accuracy is the mean over {} of {} classes"
+    promise = (
+        "Prediction sets",
+        "Sets that hold the class",
+        "Classes in a set",
+        "On the test images. `predict --coverage` gives such sets: the classes that an image may be of.",
+    )
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is one column of labels."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import scipy
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
+COVERAGES = tuple(percent / 100 for percent in range(80, 100))  # for which a model has thresholds
+SHOWN = (0.8, 0.9, 0.95, 0.99)  # that test images measure
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
@@ -101,6 +103,23 @@ def bootstrapped(
     return DecidingMetric(name, words, interval, gain, **more)
 
 
+class Errors(NamedTuple):
+    """How far numbers are from the true ones."""
+
+    sizes: Floats  # (N, K), predicted less true
+    reach: Floats | None  # (N, K): how far intervals reach to both sides; None: there are none
+    coverage: float = 0.0  # of these
+
+
+class Shown(NamedTuple):
+    """Test images that a page shows."""
+
+    slug: str
+    title: str
+    rule: str  # how they were chosen
+    groups: tuple[tuple[str, tuple[tuple[int, tuple[str, ...]], ...]], ...]  # title, and of each image place and lines
+
+
 class Task(Protocol):
     """What is learned. What most tasks share stands here.
 
@@ -113,8 +132,8 @@ class Task(Protocol):
         outputs: what people call them.
         linear: what people call its linear head.
         right_is: what people call the share of images that it is right on.
-        scatters: a page draws what is predicted against what is true.
         note: how to read its table of outputs.
+        promise: what people call what `predict --coverage` gives, its shares that hold, its size, and what it is.
     """
 
     name: TaskName
@@ -125,8 +144,8 @@ class Task(Protocol):
     outputs: str = "classes"
     linear: str = "logistic regression"
     right_is: str = "accuracy"
-    scatters: bool = False
     note: str = ""
+    promise: tuple[str, str, str, str]
 
     # --- labels as people have them ---
 
@@ -256,7 +275,7 @@ class Task(Protocol):
     def covered(
         self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
     ) -> tuple[dict[float, float], dict[float, float]]:
-        """Return by coverage how often intervals hold the number, and their mean width."""
+        """Return by coverage of SHOWN how often sets or intervals hold the truth, and their mean size."""
         return {}, {}
 
     def predictions(
@@ -296,6 +315,22 @@ class Task(Protocol):
     ) -> list[dict[str, Any]]:
         """Return what a page says of each output on test images: its name, and measures; none: it says it otherwise."""
         return []
+
+    def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors | None:
+        """Return how far predictions are off; None: they are no numbers."""
+        return None
+
+    def together(
+        self, labels: Labels, predicted: Labels, decision: Decision | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Return on how many images two outputs are together, (K, K), in truth and as told; None: never."""
+        return None
+
+    def shown(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> Iterator[Shown]:
+        """Yield which test images a page shows, such as the worst ones."""
+        yield from ()
 
 
 def least_loss_temperature(loss: Callable[[float], float]) -> float:
