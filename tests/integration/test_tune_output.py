@@ -255,7 +255,7 @@ def made_up(monkeypatch, run_of):
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
 
     def export(folder: Path, share: float = 0.0, **limits):
-        loss = SimpleNamespace(images=100, accuracy_loss=replace(proportion_interval(0, 9), estimate=share))
+        loss = SimpleNamespace(images=100, lost_points=100 * share)
         monkeypatch.setattr(fastest, "compare_int8", lambda _: loss)
         return fastest.export_fastest(run_of("int4"), folder, calibrated=None, fold_runs=[Path("a")] * 3, **limits)
 

@@ -244,15 +244,15 @@ class _Classification(Task):
         """Return the most probable class, (N,); of equal ones the first."""
         return outputs.argmax(1)
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
         """Return of which images both name the same class."""
         return np.asarray(before.argmax(1) == after.argmax(1))
-
-    def right(
-        self, outputs: NDArray[np.floating], labels: Classes, decision: Decision | None = None
-    ) -> NDArray[np.bool_]:
-        """Return of which images the class is named."""
-        return np.asarray(outputs.argmax(1) == labels)
 
     def constant(self, labels: Labels) -> Classes:
         """Return the most frequent class."""
@@ -300,6 +300,18 @@ class _Classification(Task):
             name, probability = labels[0]
             told.append({"class_name": name, "probability": probability, "classes": classes, "top": labels[:top]})
         return told
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return the temperature, and the threshold of sets."""
+        calibrated = cast("Calibrated | None", meaning)
+        known = calibrated is not None and coverage is not None
+        return {
+            "says": "which of {} classes it is of",
+            "promise": "The set at {} % holds the true class of {} in 100 images",
+            "kind": "classes",
+            "temperature": 1.0 if calibrated is None else calibrated.temperature,
+            "set": {"coverage": coverage, "threshold": calibrated.threshold(coverage)} if known else None,
+        }
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return columns of classes and probabilities, and of the set."""

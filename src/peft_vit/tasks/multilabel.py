@@ -120,7 +120,6 @@ class _Multilabel(Task):
             bootstrapped("auroc", "mean AUROC", _auroc, suffix=" AUROC"),
         )
     }
-    right_is = "share of images with all labels right"
     outputs = "labels"
     linear = "logistic regression a label"
     note = "A label is told from its threshold on, which has the largest F1 on the validation images."
@@ -277,16 +276,16 @@ class _Multilabel(Task):
         shares: Floats = np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
         return shares
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """Return of which images both say the same labels."""
-        return np.asarray(((before > 0) == (after > 0)).all(1))
-
-    def right(
-        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
     ) -> NDArray[np.bool_]:
-        """Return of which images all known labels are said, by thresholds, or at 1/2."""
-        told = self.predicted(outputs, decision) >= (0.5 if decision is None else np.array(decision.thresholds))
-        return np.asarray(((told == (labels == 1)) | np.isnan(labels)).all(1))
+        """Return of which images both say the same labels."""
+        told = self._told(self.predicted(before, decision), decision)
+        return np.asarray((told == self._told(self.predicted(after, decision_after), decision_after)).all(1))
 
     def constant(self, labels: Labels) -> Labels:
         """Return that nothing is there, which ranks all images alike."""
@@ -343,6 +342,19 @@ class _Multilabel(Task):
             own = {"class_name": name, "probability": probability, "labels": labels, "classes": inside}
             told.append({**own, "top": ranked[:top]})
         return told
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return the temperature, and thresholds of labels and of sets."""
+        decision = cast("Decision", meaning)
+        known = {"coverage": coverage, "threshold": decision.threshold(coverage)[0]} if coverage else None
+        return {
+            "says": "which of {} labels it has",
+            "promise": "The set at {} % holds {} % of an image's labels on average",
+            "kind": "labels",
+            "temperature": decision.temperature,
+            "thresholds": decision.thresholds,
+            "set": known,
+        }
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return a column of labels, of the most probable ones with their probabilities, and of the set."""

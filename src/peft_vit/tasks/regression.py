@@ -72,8 +72,26 @@ def _r2(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
 METRICS: Mapping[str, DecidingMetric] = {
     metric.name: metric
     for metric in (
-        bootstrapped("mae", "mean absolute error", _mae, sign=-1, is_share=False, suffix=" mean error", as_share="r2"),
-        bootstrapped("rmse", "root mean squared error", _rmse, sign=-1, is_share=False, suffix=" RMSE", as_share="r2"),
+        bootstrapped(
+            "mae",
+            "mean absolute error",
+            _mae,
+            sign=-1,
+            is_share=False,
+            suffix=" mean error",
+            as_share="r2",
+            has_unit=True,
+        ),
+        bootstrapped(
+            "rmse",
+            "root mean squared error",
+            _rmse,
+            sign=-1,
+            is_share=False,
+            suffix=" RMSE",
+            as_share="r2",
+            has_unit=True,
+        ),
         bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
     )
 }
@@ -92,7 +110,6 @@ class _Regression(Task):
     spread: tuple[float, ...] = (1.0,)
 
     name = "regression"
-    right_is = "share of images within half a standard deviation"
     outputs = "numbers"
     linear = "ridge regression"
     note = "Errors are in the number's unit; beside them stands that of always saying the median."
@@ -210,16 +227,15 @@ class _Regression(Task):
         numbers: Floats = np.array(center) + np.array(spread) * outputs.astype(np.float64)
         return numbers
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
         """Return of which images numbers agree to a hundredth of a standard deviation."""
         return np.asarray((np.abs(before - after) <= 0.01).all(1))
-
-    def right(
-        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
-    ) -> NDArray[np.bool_]:
-        """Return of which images numbers are within half a standard deviation."""
-        spread = self.spread if decision is None else decision.spread
-        return np.asarray((np.abs(self.predicted(outputs, decision) - labels) <= np.array(spread) / 2).all(1))
 
     def constant(self, labels: Labels) -> Labels:
         """Return the median, which has the least mean error."""
@@ -268,6 +284,23 @@ class _Regression(Task):
     def usual(self, decision: Decision) -> float:
         """Return the coverage of intervals where none is asked for: 0.9, or the largest that there is below."""
         return min(_USUAL, decision.coverages[-1])
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return units, and how wide intervals are."""
+        decision = cast("Decision", meaning)
+        wide = (
+            {"half_widths": decision.threshold(coverage), "at": decision.scale_at, "scale": decision.scale}
+            if coverage
+            else {}
+        )
+        return {
+            "says": "{} numbers" if len(decision.center) > 1 else "a number",
+            "promise": "The interval at {} % holds the true number of {} in 100 images",
+            "kind": "numbers",
+            "center": decision.center,
+            "spread": decision.spread,
+            "set": {"coverage": coverage, **wide} if coverage else None,
+        }
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return a column a number, and its interval's ends."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -47,6 +47,7 @@ class DecidingMetric:
         equal_classes: each class counts as much as any other, however many images it has.
         is_share: it lies between 0 and 1, and is said in percent.
         as_share: a measure that says the same from 0 to 1.
+        has_unit: it is in the unit of a number, if there is one number.
     """
 
     name: str
@@ -58,6 +59,7 @@ class DecidingMetric:
     equal_classes: bool = False
     is_share: bool = True
     as_share: str = ""
+    has_unit: bool = False
 
     def of(self, metrics: Metrics) -> float:
         """Return its value."""
@@ -66,6 +68,19 @@ class DecidingMetric:
     def share_of(self, metrics: Metrics) -> float:
         """Return what is larger of the better predictions, and 1 of perfect ones."""
         return metrics.value(self.as_share or self.name)
+
+    def loss(self, labels: Labels, before: Labels, after: Labels) -> Interval:
+        """Return how much worse a metric becomes."""
+        gain = self.gain(labels, before, after)
+        if self.sign < 0:
+            return gain
+        low, high = (None if end is None else -end for end in (gain.high, gain.low))
+        return replace(gain, estimate=-gain.estimate, low=low, high=high)
+
+    def unit(self, decision: Decision | None) -> float:
+        """Return what differences are told in hundredths of: 1, or of one number's errors its standard deviation."""
+        several = decision is None or len(decision.spread) != 1
+        return decision.spread[0] if self.has_unit and decision is not None and not several else 1.0
 
     def quality(self, metrics: Metrics) -> tuple[float, float]:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
@@ -131,7 +146,6 @@ class Task(Protocol):
         gap: what a split says whose images lack a class, of its name.
         outputs: what people call them.
         linear: what people call its linear head.
-        right_is: what people call the share of images that it is right on.
         note: how to read its table of outputs.
         promise: what people call what `predict --coverage` gives, its shares that hold, its size, and what it is.
     """
@@ -143,7 +157,6 @@ class Task(Protocol):
     gap: str = ""
     outputs: str = "classes"
     linear: str = "logistic regression"
-    right_is: str = "accuracy"
     note: str = ""
     promise: tuple[str, str, str, str]
 
@@ -257,13 +270,14 @@ class Task(Protocol):
     def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
         """Return what is predicted, as metrics take it."""
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """Return of which images two models' outputs say the same, (N,)."""
-
-    def right(
-        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
     ) -> NDArray[np.bool_]:
-        """Return of which images outputs say what is true, (N,)."""
+        """Return of which images two models' outputs say the same, (N,)."""
 
     def constant(self, labels: Labels) -> Labels:
         """Return what always the same answer would predict of images, at its best."""
@@ -301,6 +315,14 @@ class Task(Protocol):
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
     ) -> list[dict[str, Any]]:
         """Return what is told of each image, as arguments of `deployment.Prediction`."""
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return what web.js has to know to answer alike, and the words of its page.
+
+        Args:
+            meaning: of outputs.
+            coverage: of what is promised; None: the model has none.
+        """
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return the columns of a table of predictions, between `file` and `unlike`."""
