@@ -25,7 +25,7 @@ from peft_vit.deployment import open_exported
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, read_record, write_atomically
 from peft_vit.runs import fastest
-from peft_vit.statistics import paired_proportions, proportion_interval
+from peft_vit.statistics import paired_proportions
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tuning import pipeline

@@ -273,17 +273,17 @@ def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, spli
         pixels = batch.numpy()
         outputs.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
         batches.append(targets)
-    sides = [torch.cat(side).numpy() for side in zip(*outputs, strict=True)]  # (N, K) each
+    was, now = (torch.cat(side).numpy() for side in zip(*outputs, strict=True))  # (N, K) each
     labels = torch.cat(batches).numpy()
-    decisions = [classifier.card.decision for classifier in (trained, exported)]
+    decision, decision_now = trained.card.decision, exported.card.decision
     task, metric = TASKS[run.card.task], metric_of(run.record.spec)
-    before, after = (task.predicted(side, decision) for side, decision in zip(sides, decisions, strict=True))
+    before, after = task.predicted(was, decision), task.predicted(now, decision_now)
     values = [metric.interval(labels, predicted).estimate for predicted in (before, after)]
     return Comparison(
         images=len(labels),
         split=split,
-        same_predictions=float(task.same(*sides, *decisions).mean()),
-        logit_error=float(np.abs(sides[1] - sides[0]).max() / np.abs(sides[0]).max()),
+        same_predictions=float(task.same(was, now, decision, decision_now).mean()),
+        logit_error=float(np.abs(now - was).max() / np.abs(was).max()),
         metric=metric,
         trained=values[0],
         exported=values[1],

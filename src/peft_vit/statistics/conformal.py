@@ -158,7 +158,7 @@ class ErrorScale(NamedTuple):
     at: tuple[float, ...]  # predictions, rising
     sizes: tuple[float, ...]  # mean absolute errors there
 
-    def of(self, predicted: ArrayLike) -> NDArray[np.float64]:
+    def of(self, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return it for predictions (N,)."""
         return np.asarray(np.interp(predicted, self.at, self.sizes))
 

@@ -304,13 +304,15 @@ class _Classification(Task):
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and the threshold of sets."""
         calibrated = cast("Calibrated | None", meaning)
-        known = calibrated is not None and coverage is not None
+        sets = None
+        if calibrated is not None and coverage is not None:
+            sets = {"coverage": coverage, "threshold": calibrated.threshold(coverage)}
         return {
             "says": "which of {} classes it is of",
             "promise": "The set at {} % holds the true class of {} in 100 images",
             "kind": "classes",
             "temperature": 1.0 if calibrated is None else calibrated.temperature,
-            "set": {"coverage": coverage, "threshold": calibrated.threshold(coverage)} if known else None,
+            "set": sets,
         }
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:

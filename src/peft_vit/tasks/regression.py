@@ -118,7 +118,8 @@ class _Regression(Task):
         "Intervals",
         "Intervals that hold the number",
         "Mean width",
-        "On the test images. `predict` gives such intervals, of 90 % or of --coverage.",
+        "On the test images; the width of several numbers is in standard deviations. `predict` gives such intervals, of "
+        "90 % or of --coverage.",
     )
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
@@ -262,11 +263,12 @@ class _Regression(Task):
     def covered(
         self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
     ) -> tuple[dict[float, float], dict[float, float]]:
-        """Return how often intervals hold the number, over all numbers, and their mean width."""
+        """Return how often intervals hold the number, over all numbers, and their mean width, of several in deviations."""
         predicted = self.predicted(outputs, decision)
         widths = {c: self.half_widths(decision, predicted, c) for c in SHOWN if c in decision.coverages}
         held = {coverage: float((np.abs(predicted - labels) <= width).mean()) for coverage, width in widths.items()}
-        return held, {coverage: float(2 * width.mean()) for coverage, width in widths.items()}
+        unit = np.array(decision.spread) if len(decision.spread) > 1 else 1.0
+        return held, {coverage: float(2 * (width / unit).mean()) for coverage, width in widths.items()}
 
     def answers(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
