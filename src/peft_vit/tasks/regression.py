@@ -118,7 +118,7 @@ class _Regression(Task):
         "Intervals",
         "Intervals that hold the number",
         "Mean width",
-        "On the test images; the width of several numbers is in standard deviations. `predict` gives such intervals, of "
+        "On the test images; widths of several numbers are in standard deviations. `predict` gives such intervals, of "
         "90 % or of --coverage.",
     )
 
@@ -263,7 +263,7 @@ class _Regression(Task):
     def covered(
         self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
     ) -> tuple[dict[float, float], dict[float, float]]:
-        """Return how often intervals hold the number, over all numbers, and their mean width, of several in deviations."""
+        """Return how often intervals hold the number, over all numbers, and their mean width, see `promise`."""
         predicted = self.predicted(outputs, decision)
         widths = {c: self.half_widths(decision, predicted, c) for c in SHOWN if c in decision.coverages}
         held = {coverage: float((np.abs(predicted - labels) <= width).mean()) for coverage, width in widths.items()}
