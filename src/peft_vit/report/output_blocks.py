@@ -180,11 +180,11 @@ def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Error
 # --- several labels ---------------------------------------------------------------------------------------------------
 
 
-def _together(names: Sequence[str], true: NDArray[np.int64], told: NDArray[np.int64]) -> Drawing:
-    """Draw on how many images two labels are together, (K, K) each: as it is, and as it is told."""
+def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[np.int64]) -> Drawing:
+    """Draw on how many images two labels are together, (K, K) each: in truth, and as predicted."""
     size, labels = len(names), [shortened(name) for name in names]
     text: dict[str, Any] = {"fontfamily": fonts_for(labels)[0], "parse_math": False}
-    panels = {"true": true, "told": told}
+    panels = {"true": true, "predicted": predicted}
     off = ~np.eye(size, dtype=bool)
 
     def shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -233,7 +233,7 @@ def _together(names: Sequence[str], true: NDArray[np.int64], told: NDArray[np.in
         for column in range(size)
     ]
     caption = (
-        "Test images that have both labels: as it is, and as the model tells it. Color: the share of the images with "
+        "Test images that have both labels, in truth and as predicted. Color: the share of the images with "
         "the label at the left that have the one below, too, from few (dark) to all (bright)."
     )
     height = min(5.0, 1.6 + 0.24 * size)

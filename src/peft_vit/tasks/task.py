@@ -35,7 +35,7 @@ Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilit
 
 @dataclass(frozen=True)
 class DecidingMetric:
-    """A measure by which validation chooses, models are compared, and a person is told how good one is.
+    """A measure by which validation chooses, models are compared, and a person reads how good one is.
 
     Attributes:
         name: what `training.metric` calls it, and its field of `Metrics`.
@@ -78,7 +78,7 @@ class DecidingMetric:
         return replace(gain, estimate=-gain.estimate, low=low, high=high)
 
     def unit(self, decision: Decision | None) -> float:
-        """Return what differences are told in hundredths of: 1, or of one number's errors its standard deviation."""
+        """Return the unit whose hundredths differences are counted in: 1, or the standard deviation of one number."""
         several = decision is None or len(decision.spread) != 1
         return decision.spread[0] if self.has_unit and decision is not None and not several else 1.0
 
@@ -215,9 +215,9 @@ class Task(Protocol):
             UserError: if it is `auto`, which images decide, or of another task.
         """
         if name not in self.metrics:
-            message = f"{name} is decided where a study is planned; here, give {' or '.join(self.metrics)}"
+            message = f"{name} is for studies alone; here, give {' or '.join(self.metrics)}"
             if name != "auto":
-                message = f"{name} is no measure of {self.name}; give {' or '.join(self.metrics)}, or auto"
+                message = f"{name} is not a metric of {self.name}; give {' or '.join(self.metrics)}, or auto"
             raise UserError(message, field="training.metric")
         return self.metrics[name]
 
@@ -265,7 +265,7 @@ class Task(Protocol):
     # --- what came of it ---
 
     def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
-        """Return every measure of a split, with a decision those of what is told by it."""
+        """Return every measure of a split, with a decision those of what is shown by it."""
 
     def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
         """Return what is predicted, as metrics take it."""
@@ -314,7 +314,7 @@ class Task(Protocol):
     def answers(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
     ) -> list[dict[str, Any]]:
-        """Return what is told of each image, as arguments of `deployment.Prediction`."""
+        """Return what is reported of each image, as arguments of `deployment.Prediction`."""
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return what web.js has to know to answer alike, and the words of its page.
@@ -339,13 +339,13 @@ class Task(Protocol):
         return []
 
     def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors | None:
-        """Return how far predictions are off; None: they are no numbers."""
+        """Return how far predictions are off; None: they are not numbers."""
         return None
 
     def together(
         self, labels: Labels, predicted: Labels, decision: Decision | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """Return on how many images two outputs are together, (K, K), in truth and as told; None: never."""
+        """Return on how many images two outputs are together, (K, K), in truth and as predicted; None: never."""
         return None
 
     def shown(

@@ -91,7 +91,7 @@ def test_labels_that_go_together_are_counted_in_truth_and_as_told(tmp_path: Path
         for b, second in enumerate(LABELS):
             row = rows[first, second]
             assert int(row["true"]) == (labels[:, a] & labels[:, b]).sum()
-            assert int(row["told"]) == (told[:, a] & told[:, b]).sum()
+            assert int(row["predicted"]) == (told[:, a] & told[:, b]).sum()
 
 
 def test_the_surest_false_alarms_and_misses_of_each_label_are_shown(tmp_path: Path) -> None:
