@@ -491,13 +491,13 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
     data = {"dataset": "image-folder", "path": str(images), "image_size": 32}
     study = tiny_study("linear", data={**data, "validation_images": 0, "test_images": 12})
     regression = regress(study, tmp_path, half=True)
-    assert len(regression.labels) == len(regression.right) == 36  # the test images are not read
-    assert regression.value == regression.right.mean() > 0.5
-    assert regression.right_of_half is not None
-    assert regression.right_of_half.mean() > 0.4
-    assert regress(study, tmp_path, half=False).right_of_half is None
+    assert len(regression.labels) == len(regression.brought) == 36  # the test images are not read
+    assert regression.value == regression.brought.mean() > 0.5
+    assert regression.brought_by_half is not None
+    assert regression.brought_by_half.mean() > 0.4
+    assert regress(study, tmp_path, half=False).brought_by_half is None
     few = {**data, "train_images": 6, "validation_images": 0, "test_images": 12}
-    assert regress(tiny_study("linear", data=few), tmp_path, half=True).right_of_half is None
+    assert regress(tiny_study("linear", data=few), tmp_path, half=True).brought_by_half is None
 
 
 @pytest.mark.slow

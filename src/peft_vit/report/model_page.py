@@ -19,9 +19,9 @@ from peft_vit.report.markdown import escaped, section_parts, summary_parts
 from peft_vit.report.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.report.summary import caveats, images_name, run_provenance, settings
 from peft_vit.report.tables import table
-from peft_vit.report.trained import beside_the_probe, rows_of, test_score
+from peft_vit.report.trained import beside_the_probe, test_score
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, DecidingMetric, metric_of
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of
 
 CARD_FILE = "card.md"
 OUTPUTS, WRONG, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
@@ -338,6 +338,10 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
         kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
         size = f"{len(record.steps):,} of {training.batch_size} images"
         yield "Steps", f"{size}{kept}; learning rate {training.learning_rate:g}"
+    if training.loss is not None:
+        yield "Loss", training.loss.replace("_", " ")
+    if training.class_weights != "none":
+        yield "Class weights", f"{training.class_weights}, in the loss"
     if (counted := record.parameters) is not None:
         yield "Trained", f"{counted.final:,} of {counted.backbone_total + counted.head:,} parameters"
     yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"

@@ -15,9 +15,8 @@ from peft_vit.report.document import Block, Drawing, Gallery, Picture, Raw, Tabl
 from peft_vit.report.figure import DASHED, GRID, LINE_COLORS, METHOD_COLORS, MUTED, SEQUENTIAL, Canvas, draw, quiet_grid
 from peft_vit.report.formatting import count, known, percent, plain
 from peft_vit.report.tables import Column, table
-from peft_vit.report.trained import rows_of
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, Errors, Shown
+from peft_vit.tasks import TASKS, Errors, Shown, rows_of, thresholds_of
 
 _PANELS = 4  # numbers that are drawn
 _FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
@@ -71,7 +70,7 @@ def _measures(record: RunRecord, labels: NDArray[Any], predicted: NDArray[Any]) 
     measures = []
     for name, value in record.test.more.items():
         metric = TASKS[record.spec.task].metrics.get(name)
-        bounds = None if metric is None else _ends(metric.interval(labels, predicted))
+        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record.decision)))
         words = name.replace("_", " ") if metric is None else metric.words
         measures.append({"measure": words, "value": value, "bounds": bounds})
     return table(

@@ -124,8 +124,9 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
         final=final,
         before_rounding=before_rounding,
         longer=longer,
-        more=what_more_buys(labels, steps, longer, sizes, untried, request.minutes),
+        more=what_more_buys(labels, steps, longer, sizes, untried, request.minutes, context.scores.unit),
         stages=tuple(state.file.seconds.items()),
+        scores=context.scores,
     )
     for sentence in choice.more:
         tell(f"  {sentence}")
@@ -173,14 +174,13 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
     Raises:
         UserError: for such a limit, and if there is no time for a single model.
     """
-    classes = len(context.counts)
     sizes = {model: sizes_of(context, model) for model in context.backbones}
     forms = {}
     for model, own in sizes.items():
         for bits in (None, *ROUNDED):
             plain = Recipe(model, own[0])
             form = plain if bits is None else plain.rounded(bits)
-            forms[form] = form.file_bytes(context.shape(model, own[0]), classes)
+            forms[form] = form.file_bytes(context.shape(model, own[0]), context.outputs)
     models = within_bytes(context.request, forms)
     sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
     first = next(iter(sizes))
@@ -210,9 +210,14 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     """Say what the whole will take, stage by stage."""
     context, state = costs.context, costs.context.state
     images = context.different or context.images
-    resolution = resolvable(images, context.request.margin_share)
-    apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
-    state.tell(f"  {images:,} images tell two models apart that differ by {apart}, and an accuracy to within {known}")
+    if context.metric.counts_images:
+        resolution = resolvable(images, context.request.margin_share)
+        apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
+        state.tell(f"  {images:,} images tell models apart that differ by {apart}, and an accuracy to within {known}")
+    margin = context.scores.hundredths(context.request.margin_share)
+    if context.metric.has_unit:
+        value = context.metric.plain(context.request.margin_share * context.scores.deviation)
+        state.tell(f"  a smaller model may lose {margin}, which is {value}")
     probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
     parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())

@@ -117,5 +117,5 @@ def rate_of(method: str, rate: float) -> float:
 def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
     """Return what every section `training` of a tuning says, a probe's too."""
     augmentation = [change.model_dump(mode="json") for change in AUGMENTATION_OF_FLIPS[flips]]
-    decides = {"class_weights": True, "metric": metric.name} if metric.equal_classes else {}
-    return {"batch_size": batch_size, "augmentation": augmentation, **decides}
+    decides = {"class_weights": "balanced"} if metric.equal_classes else {}
+    return {"batch_size": batch_size, "augmentation": augmentation, "metric": metric.name, **decides}
