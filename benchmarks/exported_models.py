@@ -19,7 +19,7 @@ from common import machine, write
 
 from peft_vit.config import exported_bytes
 from peft_vit.data import load_data
-from peft_vit.deployment import export_onnx, export_openvino, merge, open_exported, torch_classifier
+from peft_vit.deployment import export_onnx, export_openvino, merge, open_exported
 from peft_vit.deployment.torch_files import with_float_weights
 from peft_vit.runs.export import compare
 from peft_vit.runs.restore import RestoredRun, restore_run
@@ -37,7 +37,7 @@ def measured(run: RestoredRun, kind: str, folder: Path) -> dict[str, Any]:
         sizes.append(exported_bytes(folder / f"{name}{ending}"))
     images = load_data(spec.data, spec.seed, smoke=spec.smoke).test.open()
     exported = open_exported(folder / f"model{ending}")
-    found = compare(torch_classifier(run.model, run.card), exported, images, "test")
+    found = compare(run, exported, images, "test")
     return {
         "run": spec.run_id,
         "format": kind,
@@ -46,8 +46,8 @@ def measured(run: RestoredRun, kind: str, folder: Path) -> dict[str, Any]:
         "test_images": found.images,
         "same_predictions": found.same_predictions,
         "logit_error": found.logit_error,
-        "trained_accuracy": found.trained_accuracy,
-        "exported_accuracy": found.exported_accuracy,
+        "trained_accuracy": found.trained,
+        "exported_accuracy": found.exported,
     }
 
 

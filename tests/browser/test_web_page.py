@@ -1,5 +1,6 @@
 """The page that asks a model, opened from disk in Chromium: it says what `predict` says, and nothing leaves."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from peft_vit.backbones import Backbone
 from peft_vit.deployment import ModelCard, export_onnx, open_exported, predict_images
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
-from peft_vit.records import Calibrated, Unlike
+from peft_vit.records import Calibrated, Decision, Unlike
 from peft_vit.report.web_page import runtime_files, write_web_page
 from peft_vit.statistics import Neighbours
 
@@ -29,6 +30,8 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 READ = """() => [...document.querySelectorAll('#results > li')].map((item) => ({
   name: item.querySelector('h2').textContent,
   classes: [...item.querySelectorAll('.bars li')].map((bar) => [bar.firstChild.textContent, Number(bar.dataset.share)]),
+  told: item.querySelector('.told').textContent,
+  bold: [...item.querySelectorAll('.first')].map((bar) => bar.firstChild.textContent),
   set: item.querySelector('.set').textContent,
   unlike: !item.querySelector('.warn').hidden,
   took: item.querySelector('.took').textContent,
@@ -178,6 +181,50 @@ def test_classes_are_those_of_predict_but_for_one_in_a_hundred(
     flagged = [p.unlike for p in predictions]
     assert 0 < sum(flagged) < len(flagged)
     assert np.mean([shown["unlike"] == p.unlike for shown, p in zip(said, predictions, strict=True)]) >= 0.95
+
+
+MEANINGS = {
+    "multilabel": Decision(
+        images=30, temperature=1.5, thresholds=(0.5, 0.4, 0.6, 0.5, 0.7), coverages=(0.9,), set_thresholds=(0.45,)
+    ),
+    "regression": Decision(
+        images=30,
+        center=(10.0, 0.0, -3.0, 500.0, 1.0),
+        spread=(2.0, 1.0, 0.5, 90.0, 1.0),
+        coverages=(0.9,),
+        half_widths=((1.6, 1.7, 1.8, 1.9, 2.0),),
+        scale_at=((9.0, 10.0, 11.0), *(((0.0,),) * 4)),
+        scale=((0.5, 1.0, 4.0), *(((2.0,),) * 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", MEANINGS)
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 360)])
+def test_labels_and_numbers_are_those_of_predict(runtime, open_page, tmp_path, task, scheme, width) -> None:
+    file, files = tmp_path / "model.onnx", photos(tmp_path, 12)
+    export_onnx(random_model("test_vit"), file, card_of(task=task, decision=MEANINGS[task]))
+    classifier = open_exported(file)
+    page = open_page(
+        write_web_page(tmp_path / "page", file.read_bytes(), classifier.card, runtime),
+        viewport={"width": width, "height": 740},
+        color_scheme=scheme,
+    )
+    predictions, alike = predict_images(classifier, files, coverage=0.9), []
+    for prediction, shown in zip(predictions, asked(page, files), strict=True):
+        if task == "multilabel":
+            names = [name for name, _ in prediction.labels]
+            alike.append(shown["told"] == f"Labels: {', '.join(names) or 'none'}")
+            alike.append(shown["bold"] == names)
+            alike.append(shown["set"] == f"Set at 90 %: {', '.join(name for name, _ in prediction.classes) or 'none'}")
+        else:
+            numbers = [float(number) for number in re.findall(r"-?\d[\d.]*(?:e-?\d+)?", shown["told"])]
+            alike.append(numbers == pytest.approx(np.ravel([*prediction.numbers.values()]), rel=0.03, abs=0.05))
+            assert re.findall(r"[a-e](?= -?\d)", shown["told"]) == [*"abcde"]
+            assert not shown["classes"]
+    assert np.mean(alike) > 0.9
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert axe_violations(page) == []
 
 
 @pytest.fixture(scope="module")

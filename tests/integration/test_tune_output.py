@@ -25,7 +25,7 @@ from peft_vit.deployment import open_exported
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, read_record, write_atomically
 from peft_vit.runs import fastest
-from peft_vit.statistics import paired_proportions, proportion_interval
+from peft_vit.statistics import paired_proportions
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tuning import pipeline
@@ -255,7 +255,7 @@ def made_up(monkeypatch, run_of):
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
 
     def export(folder: Path, share: float = 0.0, **limits):
-        loss = SimpleNamespace(images=100, accuracy_loss=replace(proportion_interval(0, 9), estimate=share))
+        loss = SimpleNamespace(images=100, lost_points=100 * share)
         monkeypatch.setattr(fastest, "compare_int8", lambda _: loss)
         return fastest.export_fastest(run_of("int4"), folder, meaning=None, fold_runs=[Path("a")] * 3, **limits)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.config import (
@@ -96,7 +96,7 @@ class ExportRequest(Request):
         OnlyWith(format=("onnx", "openvino", "safetensors", "web")),
     ] = Field(
         default=None,
-        description="Round the weights of a float run, and print the loss of accuracy. "
+        description="Round the weights of a float run, and print what that loses. "
         f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}.",
     )
     rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
@@ -133,8 +133,8 @@ class ExportRequest(Request):
         default=None,
         ge=0,
         le=100,
-        description="The most accuracy that --activations int8 may lose on validation images, in points. Without it, "
-        "0.5.",
+        description="The most that --activations int8 may lose on validation images of what decides, in points: "
+        "hundredths of a share, or of a standard deviation of numbers. Without it, 0.5.",
     )
 
     @model_validator(mode="before")
@@ -239,8 +239,7 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
         if compared is not None:
             said = (
                 f"{100 * compared.same_predictions:.2f} % of predictions as the run's on {compared.images} "
-                f"{compared.split} images, accuracy {100 * compared.trained_accuracy:.2f} % before and "
-                f"{100 * compared.exported_accuracy:.2f} % after"
+                f"{compared.split} images, {compared.values_text()}"
             )
         print(f"{adapter.name}: {adapter.file_bytes / 1e3:.1f} kB; {said}")
     _print_next(folder, f" --adapter {shlex.quote(done[0].name)}")
@@ -261,11 +260,6 @@ def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Expo
         require_extra(extra, f"--format {format}")
     from peft_vit.deployment import open_exported
     from peft_vit.report.web_page import MODEL_FILE, runtime_files, write_web_page
-    from peft_vit.runs.restore import done_record
-
-    if done_record(request.directory).decision is not None:
-        message = "is for models of one class an image so far; give --format onnx, which `predict` reads"
-        raise UserError(message, field="--format web")
 
     is_folder = output.suffix != ".html"
     refuse_existing(output, is_folder=is_folder, overwrite=request.overwrite, marks=(MODEL_FILE,))
@@ -291,11 +285,10 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
     if compared is None:
         print(f"Not compared with the run's model, since its images have changed: {done.not_compared}")
         return
-    before, after = 100 * compared.trained_accuracy, 100 * compared.exported_accuracy
     print(
         f"The file against the run's model, {compared.images} {compared.split} images, {done.activations}: "
         f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
-        f"relative, {compared.right_is} {before:.2f} % before and {after:.2f} % after"
+        f"relative, {compared.values_text()}"
     )
     if done.activations == "int8" or done.float_bytes is not None or compared.same_predictions < 1:
         print(f"Lost: {compared.loss_text()}")
@@ -330,8 +323,9 @@ class PredictRequest(Request):
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
         default=None,
-        description="Also print a set of classes for each image, the most probable first. In this share of images, "
-        "such as 0.9, the true class is in its set.",
+        description="How often what is printed is to hold, such as 90 for 90 % or 0.9. A set of classes, the most "
+        "probable first, holds the true class of so many images; a set of labels so much of an image's labels, on "
+        "average; an interval the number of so many images, and is printed without this, too, at 90 %.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,
@@ -340,6 +334,11 @@ class PredictRequest(Request):
     )
     output: Path | None = Field(default=None, description="Write to this .csv or .json file instead of printing.")
     overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
+
+    @field_validator("coverage")
+    @classmethod
+    def _percent(cls, coverage: float | None) -> float | None:
+        return coverage / 100 if coverage is not None and 1 < coverage <= 100 else coverage
 
     def chosen_format(self) -> str:
         """Return the format, by the file's name if there is one; raises UserError if it can't be taken."""

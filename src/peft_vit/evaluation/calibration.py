@@ -9,8 +9,7 @@ from numpy.typing import ArrayLike
 
 from peft_vit.records import Calibrated
 from peft_vit.statistics import TemperaturePrior, class_scores, conformal_quantile, fit_temperature, probabilities
-
-COVERAGES = tuple(percent / 100 for percent in range(80, 100))
+from peft_vit.tasks import COVERAGES
 
 
 def calibrate(

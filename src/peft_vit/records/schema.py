@@ -457,8 +457,9 @@ class Decision(_Value):
     """What the outputs of a model of several labels, or of numbers, mean; found on images that were not trained on.
 
     Of labels: the probability of each is 1 / (1 + exp(-output / temperature)), and one is reported from its threshold
-    on. Of numbers: each is center + spread * output, and `half_widths` on both sides of it hold the true one in a share
-    `coverage` of images.
+    on. Those from `set_thresholds` on hold, on average, a share `coverage` of an image's labels. Of numbers: each is
+    center + spread * output, and `half_widths` times its scale on both sides hold the true one in such a share of
+    images.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -469,10 +470,13 @@ class Decision(_Value):
     center: tuple[float, ...] = ()  # by number
     spread: tuple[_Positive, ...] = ()
     coverages: tuple[_Share, ...] = ()  # rising
-    half_widths: tuple[tuple[float, ...], ...] = ()  # by coverage and number, in the number's unit
+    set_thresholds: tuple[_Share, ...] = ()  # by coverage
+    half_widths: tuple[tuple[float, ...], ...] = ()  # by coverage and number, in the number's scale
+    scale_at: tuple[tuple[float, ...], ...] = ()  # by number: predictions, rising, see `statistics.ErrorScale`
+    scale: tuple[tuple[float, ...], ...] = ()  # by number: how large errors are there as a rule, in the number's unit
 
     def threshold(self, coverage: float) -> tuple[float, ...]:
-        """Return the half widths of the least stored coverage that is not below one.
+        """Return the half widths of the least stored coverage that is not below one, or the threshold of its sets.
 
         Raises:
             UserError: if there is none.
@@ -480,8 +484,8 @@ class Decision(_Value):
         stored = next((k for k, known in enumerate(self.coverages) if known >= coverage - 1e-9), None)
         if stored is None:
             ends = f"{self.coverages[0]:g} to {self.coverages[-1]:g}" if self.coverages else "none: leave it out"
-            raise UserError(f"the model has intervals of these shares of images: {ends}", field="coverage")
-        return self.half_widths[stored]
+            raise UserError(f"the model has thresholds of these shares: {ends}", field="coverage")
+        return (self.set_thresholds[stored],) if self.set_thresholds else self.half_widths[stored]
 
 
 class Unlike(_Value):
@@ -498,8 +502,10 @@ class TestedCalibration(_Value):
 
     nll: FiniteFloat  # nats, mean
     probability: list[_Share]  # calibrated, of the predicted class of each image, as in `predictions`
-    covered: dict[float, _Share] = {}  # by coverage that was asked for: share of images whose set holds the true class
-    set_size: dict[float, _Positive] = {}  # likewise, mean number of classes in a set
+    # By coverage that was asked for: share of images whose set holds the true class, and mean number of classes in a
+    # set; of labels the mean share of an image's labels; of numbers the share of intervals, and their mean width.
+    covered: dict[float, _Share] = {}
+    set_size: dict[float, Annotated[float, Field(ge=0)]] = {}
     unlike: _Count | None = None  # images that were flagged: false alarms; None: there is no threshold
 
 

@@ -73,6 +73,11 @@ def _without_glyph(font_file: str, letters: set[str]) -> set[str]:
     return {letter for letter in letters if not font.get_char_index(ord(letter))}
 
 
+def count_color(share: float) -> str:
+    """Return the color of a number on a cell whose own says a share."""
+    return _ON_BRIGHT if share > _BRIGHT else _ON_DARK
+
+
 def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
     """Draw what images of each class were predicted as; None for more classes than can be read.
 
@@ -102,7 +107,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         canvas.add("images", mesh, texts)
         if size <= _NUMBERED:
             for row, column in np.argwhere(confusion).tolist():
-                color = _ON_BRIGHT if shares[row, column] > _BRIGHT else _ON_DARK
+                color = count_color(shares[row, column])
                 axes.text(column + 0.5, row + 0.5, str(confusion[row, column]), ha="center", va="center", color=color)
         axes.set_ylim(size, 0)
         axes.set_aspect("equal")

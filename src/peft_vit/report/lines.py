@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
 from peft_vit.analysis import Calibration, Study
 from peft_vit.analysis.reliability import Bin
@@ -201,33 +200,6 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
         for step, value in values.items()
     ]
     return draw("learning", "Training and validation", caption, 2.7, paint, data, 4.6)
-
-
-def draw_scatter(names: Sequence[str], labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Drawing:
-    """Draw what is predicted over what is true, (N, K) each, a panel a number, at most four."""
-    shown = list(names[:4])
-
-    def paint(canvas: Canvas) -> None:
-        panels = canvas.figure.subplots(1, len(shown), squeeze=False)[0]
-        for k, (axes, name) in enumerate(zip(panels, shown, strict=True)):
-            color = LINE_COLORS[k % len(LINE_COLORS)]
-            canvas.series(name, color, "o")
-            x, y = labels[:, k], predicted[:, k]
-            ends = [min(x.min(), y.min()), max(x.max(), y.max())]
-            axes.plot(ends, ends, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
-            texts = [f"true {a:.3g}, predicted {b:.3g}" for a, b in zip(x, y, strict=True)]
-            canvas.plot(name, axes, x, y, texts, color=color, ls="", marker="o", ms=3, alpha=0.6, zorder=2)
-            axes.set_xlabel(f"true {name}")
-            axes.set_ylabel("predicted")
-            quiet_grid(axes)
-
-    data: list[dict[str, Raw]] = [
-        {"number": name, "true": float(x), "predicted": float(y)}
-        for k, name in enumerate(names)
-        for x, y in zip(labels[:, k], predicted[:, k], strict=True)
-    ]
-    caption = "Test images. On the dashed line what is predicted is true."
-    return draw("scatter", "Predicted against true", caption, 3.4, paint, data, 3.4)
 
 
 class Line(NamedTuple):

@@ -13,18 +13,20 @@ from peft_vit.errors import DataWarning
 from peft_vit.records import RunRecord
 from peft_vit.report.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.report.document import Block, Card, Facts, Paragraph, StudyDocument
-from peft_vit.report.formatting import bounds_of, count, fixed, joined, known, megabytes, percent, plain, value_of
-from peft_vit.report.lines import Line, draw_reliability, draw_scatter, learning_curves
+from peft_vit.report.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
+from peft_vit.report.lines import Line, draw_reliability, learning_curves
 from peft_vit.report.markdown import escaped, section_parts, summary_parts
+from peft_vit.report.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.report.summary import caveats, images_name, run_provenance, settings
-from peft_vit.report.tables import Column, table
+from peft_vit.report.tables import table
 from peft_vit.report.trained import beside_the_probe, test_score
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of
 
 CARD_FILE = "card.md"
-OUTPUTS, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
+OUTPUTS, WRONG, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
     "How good it is",
+    "Where it is wrong",
     "Test images and what it says of them",
     "Classes",
     "Mistakes",
@@ -84,7 +86,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     record, quality = summary.record, summary.quality
     sections: dict[str, tuple[Block, ...]] = {}
     if quality is None:
-        sections[OUTPUTS] = tuple(_outputs(summary))
+        sections |= {OUTPUTS: tuple(output_blocks(record)), WRONG: tuple(shown_blocks(record, pictures))}
     else:
         examples = example_gallery(quality, pictures)
         sections = {
@@ -262,55 +264,6 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 # --- sections ---
 
 
-def _outputs(summary: ModelSummary) -> Iterator[Block]:
-    """Yield measures of a model of several labels, or of numbers, each output's, and how far to believe them."""
-    record, own, test = summary.record, summary.record.predictions, summary.record.test
-    assert own is not None
-    assert test is not None
-    task, labels, predicted = TASKS[record.spec.task], rows_of(own.labels), rows_of(own.predicted)
-    names = [plain(name) for name in record.class_names]
-    if task.scatters:
-        yield draw_scatter(names, labels, predicted)
-    rows = task.rows(labels, predicted, names, record.decision)
-    columns = [Column(name, name, _short) for name in rows[0]]
-    yield table("outputs", "Each of them", rows, columns, f"On {count(summary.value.n)} test images. {task.note}")
-    measures = []
-    for name, value in test.more.items():
-        metric = task.metrics.get(name)
-        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record.decision)))
-        words = name.replace("_", " ") if metric is None else metric.words
-        measures.append({"measure": words, "value": value, "bounds": bounds})
-    yield table(
-        "measures",
-        "All measures",
-        measures,
-        [Column("Measure", "measure"), Column("Value", "value", _short), Column("95 % interval", "bounds")],
-        "Intervals say what other test images would change (bootstrap).",
-    )
-    tested = record.tested_calibration
-    if tested is not None and tested.covered:
-        rows = [{"asked": c, "held": held, "width": tested.set_size[c]} for c, held in tested.covered.items()]
-        yield table(
-            "coverage",
-            "Intervals",
-            rows,
-            [
-                Column("Coverage asked", "asked", percent),
-                Column("Intervals that hold the number", "held", percent),
-                Column("Mean width", "width", _short),
-            ],
-            "On the test images. `predict` gives such intervals, of 90 % or of --coverage.",
-        )
-
-
-def _ends(interval: Interval) -> str:
-    return f"{known(interval.low, _short)} to {known(interval.high, _short)}"
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
@@ -340,21 +293,7 @@ def _calibration(record: RunRecord) -> Iterator[Block]:
         f"Probabilities are calibrated on {count(calibrated.images)} images that training has not fitted: logits are "
         f"divided by {fixed(calibrated.temperature)}. All of this page's are."
     )
-    if tested.covered:
-        yield table(
-            "coverage",
-            "Prediction sets",
-            [
-                {"asked": asked, "held": held, "classes": tested.set_size[asked]}
-                for asked, held in tested.covered.items()
-            ],
-            [
-                Column("Coverage asked", "asked", percent),
-                Column("Sets that hold the class", "held", percent),
-                Column("Classes in a set", "classes", fixed),
-            ],
-            "On the test images. `predict --coverage` gives such sets: the classes that an image may be of.",
-        )
+    yield from coverage_table(record, fixed)
     if tested.unlike is not None:
         yield Paragraph(
             "`predict` says when an image is unlike all that the model was trained on. Of the test images, which are "

@@ -29,6 +29,7 @@ from peft_vit.packages import ONNXRUNTIME_WEB, fetch_npm
 from peft_vit.records import write_atomically
 from peft_vit.report.html import as_json, rendered, script_hash
 from peft_vit.safe_io import read_bytes, whole_folder
+from peft_vit.tasks import TASKS
 
 if TYPE_CHECKING:
     from peft_vit.deployment import ModelCard
@@ -101,6 +102,7 @@ def write_web_page(output: Path, model: bytes, card: ModelCard, runtime: Mapping
         single=single,
         part_hashes=[script_hash(part) for part in parts.values()],
         connects="'none'" if runtime else " ".join(_COPY + name for name in _RUNTIME),
+        outputs=TASKS[card.task].outputs.capitalize(),
         coverage=f"{100 * COVERAGE:g}",
         model_mb=f"{len(model) / 1e6:.1f}",
         version=ONNXRUNTIME_WEB.version,
@@ -123,11 +125,13 @@ def _script(files: Mapping[str, bytes]) -> str:
 
 def _facts(card: ModelCard, runtime_url: str | None) -> dict[str, Any]:
     """Return what the page's script has to know."""
-    sets = None
-    if card.calibrated is not None:
+    meaning, coverage = card.decision or card.calibrated, None
+    if meaning is not None:
         with suppress(UserError):  # it has none of this coverage
-            sets = {"coverage": COVERAGE, "threshold": card.calibrated.threshold(COVERAGE)}
+            meaning.threshold(COVERAGE)
+            coverage = COVERAGE
     return {
+        **TASKS[card.task].for_browser(meaning, coverage),
         "run": card.run,
         "model": card.model,
         "classes": card.class_names,
@@ -136,8 +140,6 @@ def _facts(card: ModelCard, runtime_url: str | None) -> dict[str, Any]:
         "interpolation": card.interpolation,
         "mean": card.mean,
         "std": card.std,
-        "temperature": 1.0 if card.calibrated is None else card.calibrated.temperature,
-        "set": sets,
         "unlike": None if card.unlike is None else card.unlike.threshold,
         "runtime": {"url": runtime_url, "files": _RUNTIME},
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import save_memory
 from peft_vit.backbones import Backbone
 from peft_vit.config import BUNDLE_FILE, is_bundle
-from peft_vit.deployment import Classifier, ModelCard, Prediction, predict_images, torch_classifier
+from peft_vit.deployment import Classifier, ModelCard, Prediction, predict_images
 from peft_vit.deployment.model_card import HEADER, write_exported
 from peft_vit.deployment.packed_adapter import (
     JoinedUpdates,
@@ -287,4 +287,4 @@ def _compared(run: RestoredRun, bundled: Classifier) -> Comparison | None:
         images, split = images_to_compare(run.load_data())
     except UserError:
         return None
-    return compare(torch_classifier(run.model, run.card), bundled, images, split)
+    return compare(run, bundled, images, split)

@@ -37,13 +37,13 @@ from peft_vit.records import FEATURES_FILE, Calibrated, Decision
 from peft_vit.runs.post_training import merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
-from peft_vit.statistics import Interval, paired_proportions
-from peft_vit.tasks import TASKS
+from peft_vit.statistics import Interval
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of, thresholds_of
 
 _COMPARED_AT_ONCE = 32
 _COMPARED_WITH = 128  # training images, where the run validated on none
 _ELSEWHERE = "choose another place"
-LARGEST_LOSS = 0.5  # points of accuracy that activations in 8 bits may lose where nothing else is said
+LARGEST_LOSS = 0.5  # points that activations in 8 bits may lose where nothing else is said
 
 Split: TypeAlias = Literal["validation", "training", "test"]
 
@@ -56,19 +56,30 @@ class Comparison:
     split: Split  # of the run, that they are of
     same_predictions: float  # share
     logit_error: float  # largest difference over the largest magnitude
-    trained_accuracy: float
-    exported_accuracy: float
-    accuracy_loss: Interval  # how much lower the latter is; of the population of images, see `paired_proportions`
-    right_is: str = "accuracy"  # what people call it, see `Task`
+    metric: DecidingMetric  # by which they are compared: what decides in the run
+    trained: float  # its value
+    exported: float
+    loss: Interval  # how much worse the latter is; of the population of images
+    unit: float  # of a loss that is counted in points: 1, or a standard deviation of the numbers
+
+    @property
+    def lost_points(self) -> float:
+        """Return the loss in hundredths of its unit."""
+        return 100 * self.loss.estimate / self.unit
+
+    def values_text(self) -> str:
+        """Return the metric before and after."""
+        if self.metric.is_share:
+            return f"{self.metric.words} {100 * self.trained:.2f} % before and {100 * self.exported:.2f} % after"
+        return f"{self.metric.words} {self.trained:.4g} before and {self.exported:.4g} after"
 
     def loss_text(self) -> str:
-        """Return the accuracy that was lost, in points, with its interval."""
-        loss = self.accuracy_loss
-        assert loss.low is not None
-        assert loss.high is not None
+        """Return what was lost, in points, with its interval."""
+        ends = [100 * end / self.unit for end in (self.loss.estimate, self.loss.low or 0.0, self.loss.high or 0.0)]
+        points = "points of" if self.unit == 1 else "hundredths of a standard deviation in"
         return (
-            f"{100 * loss.estimate:.2f} points of {self.right_is} on {loss.n} {self.split} images "
-            f"({100 * loss.confidence:.0f} % interval {100 * loss.low:.2f} to {100 * loss.high:.2f})"
+            f"{ends[0]:.2f} {points} {self.metric.words} on {self.loss.n} {self.split} images "
+            f"({100 * self.loss.confidence:.0f} % interval {ends[1]:.2f} to {ends[2]:.2f})"
         )
 
 
@@ -90,7 +101,7 @@ class OnnxOptions:
     Attributes:
         runtime: see `deployment.export_onnx`; None: small.
         activations: int8: frozen layers multiply 8-bit integers, as `training.compute: int8` does.
-        accept_loss: the most points of accuracy on the validation images that int8 may lose; None: LARGEST_LOSS.
+        accept_loss: the most points on the validation images that int8 may lose; None: LARGEST_LOSS.
     """
 
     runtime: OnnxRuntime | None = None
@@ -200,7 +211,7 @@ def export_run_to_file(
         return Exported(merged, None, missing)
     images, split = images_to_compare(data)
     if not int8:
-        comparison = compare(torch_classifier(run.model, card), open_exported(file), images, split)
+        comparison = compare(run, open_exported(file), images, split)
         return Exported(merged, comparison, float_bytes=float_bytes)
     # Written only if it is as accurate on these images as it has to be.
     if split == "training" and options.accept_loss is None:
@@ -211,7 +222,7 @@ def export_run_to_file(
         )
     comparison, content = _try_int8(run, merged.model, card, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
-    lost = 100 * comparison.accuracy_loss.estimate
+    lost = comparison.lost_points
     if lost > accepted:
         raise UserError(
             f"int8 loses {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
@@ -238,7 +249,7 @@ def _try_int8(
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
         export_onnx(merged, trial, card, activations="int8", known=run.known)
-        return compare(torch_classifier(run.model, card), open_exported(trial), images, split), trial.read_bytes()
+        return compare(run, open_exported(trial), images, split), trial.read_bytes()
 
 
 def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:
@@ -253,27 +264,30 @@ def _spread(images: LabelledImages, count: int) -> LabelledImages:
     return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
 
 
-def compare(trained: Classifier, exported: Classifier, images: LabelledImages, split: Split) -> Comparison:
-    """Return how far a classifier's outputs are from another's, on labelled images of a run's split."""
-    logits: list[tuple[Tensor, Tensor]] = []  # (B, classes) each
-    labels = []
-    card = trained.card
-    for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std):
+def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, split: Split) -> Comparison:
+    """Return how far a classifier's outputs are from those of a run's model, on labelled images of the run's split."""
+    trained = torch_classifier(run.model, run.card)
+    outputs: list[tuple[Tensor, Tensor]] = []  # (B, K) each
+    batches = []
+    for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
         pixels = batch.numpy()
-        logits.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
-        labels.append(targets)
-    before, after = (torch.cat(side) for side in zip(*logits, strict=True))  # (N, classes)
-    truth = torch.cat(labels)  # (N,)
-    task = TASKS[card.task]
-    right_before, right_after = (task.right(side.numpy(), truth.numpy(), card.decision) for side in (before, after))
-    losses, gains = int((right_before & ~right_after).sum()), int((right_after & ~right_before).sum())
+        outputs.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
+        batches.append(targets)
+    was, now = (torch.cat(side).numpy() for side in zip(*outputs, strict=True))  # (N, K) each
+    labels = torch.cat(batches).numpy()
+    decision, decision_now = trained.card.decision, exported.card.decision
+    task, metric = TASKS[run.card.task], metric_of(run.record.spec)
+    before, after = task.predicted(was, decision), task.predicted(now, decision_now)
+    least = thresholds_of(decision), thresholds_of(decision_now)
+    values = [metric.interval(labels, *said).estimate for said in zip((before, after), least, strict=True)]
     return Comparison(
-        images=len(truth),
+        images=len(labels),
         split=split,
-        same_predictions=float(task.same(before.numpy(), after.numpy()).mean()),
-        logit_error=float((after - before).abs().max() / before.abs().max()),
-        trained_accuracy=float(right_before.mean()),
-        exported_accuracy=float(right_after.mean()),
-        accuracy_loss=paired_proportions(losses, gains, len(truth)),
-        right_is=task.right_is,
+        same_predictions=float(task.same(was, now, decision, decision_now).mean()),
+        logit_error=float(np.abs(now - was).max() / np.abs(was).max()),
+        metric=metric,
+        trained=values[0],
+        exported=values[1],
+        loss=metric.loss(labels, before, after, *least),
+        unit=metric.unit(run.card.decision),
     )

@@ -212,7 +212,7 @@ def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way,
     except UserError as error:
         return _Way(replace(form, left_out=error.message), "onnx"), None
     images = sum(one.images for one in found)
-    lost = sum(one.images * one.accuracy_loss.estimate for one in found) / images
+    lost = sum(one.images * one.lost_points for one in found) / images / 100
     if 100 * lost > LARGEST_LOSS:
         said = f"it loses {100 * lost:.1f} points on {images} images of folds, and {LARGEST_LOSS:g} are accepted"
         return _Way(replace(form, left_out=said), "onnx"), lost

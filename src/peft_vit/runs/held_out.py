@@ -33,14 +33,13 @@ from peft_vit.statistics import (
     prediction_sets,
     probabilities,
 )
-from peft_vit.tasks import Labels, Task
+from peft_vit.tasks import SHOWN, Labels, Task
 
 MOST_KNOWN = 2000  # training images whose features are kept
 LIKE = 0.95  # share of images like the held-out ones that are not flagged
 # Of temperatures that were best on test images, see docs/explanation/probabilities.md. Validation images chose the step
 # and look better than others do; a few of them would make a model too sure.
 PRIOR = TemperaturePrior(median=1.5, spread=0.35)
-_SHOWN = (0.8, 0.9, 0.95, 0.99)
 
 
 class Outputs(NamedTuple):
@@ -148,7 +147,7 @@ def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None
     rows = np.arange(len(p))
     sets = {}
     if calibrated is not None:
-        sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in _SHOWN if c in calibrated.coverages}
+        sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in SHOWN if c in calibrated.coverages}
     return TestedCalibration(
         nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
         probability=p[rows, test.logits.argmax(1)].clip(0, 1).tolist(),

@@ -5,13 +5,16 @@ hold. They say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB 
 """
 
 from peft_vit.statistics.conformal import (
+    ErrorScale,
     TemperaturePrior,
     class_scores,
     conformal_quantile,
+    error_scale,
     fit_temperature,
     fold_coverage,
     prediction_sets,
     probabilities,
+    recall_threshold,
 )
 from peft_vit.statistics.descriptive import gini, normalized_entropy, spearman
 from peft_vit.statistics.intervals import (

@@ -148,6 +148,12 @@ class _Classification(Task):
     least_outputs = 2
     smooths = True
     gap = "balanced {} accuracy is the mean over {} of {} classes"
+    promise = (
+        "Prediction sets",
+        "Sets that hold the class",
+        "Classes in a set",
+        "On the test images. `predict --coverage` gives such sets: the classes that an image may be of.",
+    )
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is one column of labels."""
@@ -265,7 +271,13 @@ class _Classification(Task):
         """Return the most probable class, (N,); of equal ones the first."""
         return outputs.argmax(1)
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
         """Return of which images both name the same class."""
         return np.asarray(before.argmax(1) == after.argmax(1))
 
@@ -321,6 +333,20 @@ class _Classification(Task):
             name, probability = labels[0]
             told.append({"class_name": name, "probability": probability, "classes": classes, "top": labels[:top]})
         return told
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return the temperature, and the threshold of sets."""
+        calibrated = cast("Calibrated | None", meaning)
+        sets = None
+        if calibrated is not None and coverage is not None:
+            sets = {"coverage": coverage, "threshold": calibrated.threshold(coverage)}
+        return {
+            "says": "which of {} classes it is of",
+            "promise": "The set at {} % holds the true class of {} in 100 images",
+            "kind": "classes",
+            "temperature": 1.0 if calibrated is None else calibrated.temperature,
+            "set": sets,
+        }
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return columns of classes and probabilities, and of the set."""

@@ -17,14 +17,17 @@ from numpy.typing import NDArray
 from peft_vit.config import ClassWeights, LossName
 from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
-from peft_vit.statistics import TemperaturePrior
+from peft_vit.statistics import TemperaturePrior, recall_threshold
 from peft_vit.tasks.task import (
+    COVERAGES,
     LOG_TEMPERATURES,
+    SHOWN,
     DecidingMetric,
     Floats,
     Labels,
     Meaning,
     Named,
+    Shown,
     Task,
     bootstrapped,
     counted_images,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 _FOCUS, _MARGIN = 4, 0.05  # of the asymmetric loss, as its authors have them; what is there has no focus
 _CELLS = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
+_LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
 
 
 # --- measures: each image weighs as often as it is drawn --------------------------------------------------------------
@@ -144,12 +148,18 @@ class _Multilabel(Task):
         )
     }
     loss_names = ("binary_cross_entropy", "asymmetric")
-    right_is = "share of images with all labels right"
     outputs = "labels"
     fifth_of = "each label"
     linear = "logistic regression a label"
     note = "A label is predicted from its threshold on, which has the largest F1 on the validation images."
     gap = "{} mean average precision is the mean over {} of {} classes"
+    promise = (
+        "Prediction sets",
+        "An image's labels in its set",
+        "Labels in a set",
+        "Means over the test images that have a label. `predict --coverage` gives such sets: the labels that an image "
+        "may have.",
+    )
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is a column a class, or one with several in a cell."""
@@ -309,9 +319,16 @@ class _Multilabel(Task):
         shares: Floats = np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
         return shares
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
         """Return of which images both say the same labels."""
-        return np.asarray(((before > 0) == (after > 0)).all(1))
+        told = self._told(self.predicted(before, decision), decision)
+        return np.asarray((told == self._told(self.predicted(after, decision_after), decision_after)).all(1))
 
     def right(
         self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
@@ -338,30 +355,64 @@ class _Multilabel(Task):
 
         log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
         decision = Decision(images=images, temperature=math.exp(float(log_t)))
-        thresholds = _thresholds(self.predicted(outputs, decision), labels)
-        return decision.model_copy(update={"thresholds": thresholds})
+        scores = self.predicted(outputs, decision)
+        by_coverage = {coverage: recall_threshold(scores, labels, coverage) for coverage in COVERAGES}
+        held = {coverage: least for coverage, least in by_coverage.items() if math.isfinite(least)}
+        sets = {"coverages": tuple(held), "set_thresholds": tuple(held.values())}
+        return decision.model_copy(update={"thresholds": _thresholds(scores, labels), **sets})
+
+    def covered(
+        self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
+    ) -> tuple[dict[float, float], dict[float, float]]:
+        """Return which share of an image's labels is in its set, and how many labels are, over images that have one."""
+        there = labels == 1  # (N, K)
+        own = there.any(1)
+        if not own.any():
+            return {}, {}
+        scores, there = self.predicted(outputs, decision)[own], there[own]
+        shown = [coverage for coverage in SHOWN if coverage in decision.coverages]
+        inside = {coverage: scores >= decision.threshold(coverage) for coverage in shown}  # (N, K) each
+        held = {coverage: float(((within & there).sum(1) / there.sum(1)).mean()) for coverage, within in inside.items()}
+        return held, {coverage: float(within.sum(1).mean()) for coverage, within in inside.items()}
 
     def answers(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
     ) -> list[dict[str, Any]]:
-        """Return the labels whose probability reaches their threshold, and the most probable ones."""
+        """Return the labels that reach their threshold, the most probable ones, and with a coverage a set."""
         decision = cast("Decision", meaning)
+        least_in = math.inf if coverage is None else decision.threshold(coverage)[0]
         told = []
         for row in self.predicted(outputs, decision):
             ranked: Named = tuple((names[k], float(row[k])) for k in np.argsort(-row, kind="stable"))
             reached = {name for name, p, least in zip(names, row, decision.thresholds, strict=True) if p >= least}
             labels = tuple(named for named in ranked if named[0] in reached)
+            inside = tuple(named for named in ranked if named[1] >= least_in)
             name, probability = ranked[0]
-            told.append({"class_name": name, "probability": probability, "labels": labels, "top": ranked[:top]})
+            own = {"class_name": name, "probability": probability, "labels": labels, "classes": inside}
+            told.append({**own, "top": ranked[:top]})
         return told
 
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return the temperature, and thresholds of labels and of sets."""
+        decision = cast("Decision", meaning)
+        known = {"coverage": coverage, "threshold": decision.threshold(coverage)[0]} if coverage else None
+        return {
+            "says": "which of {} labels it has",
+            "promise": "The set at {} % holds {} % of an image's labels on average",
+            "kind": "labels",
+            "temperature": decision.temperature,
+            "thresholds": decision.thresholds,
+            "set": known,
+        }
+
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
-        """Return a column of labels, and of the most probable ones with their probabilities."""
-        return ["labels", *ranked_columns(names, top)]
+        """Return a column of labels, of the most probable ones with their probabilities, and of the set."""
+        return ["labels", *ranked_columns(names, top), *(["set"] if coverage else [])]
 
     def cells(self, prediction: Any, coverage: bool) -> list[Any]:
         """Return an image's."""
-        return [[name for name, _ in prediction.labels], *ranked_cells(prediction)]
+        inside = [[name for name, _ in prediction.classes]] if coverage else []
+        return [[name for name, _ in prediction.labels], *ranked_cells(prediction), *inside]
 
     def rows(
         self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
@@ -388,6 +439,40 @@ class _Multilabel(Task):
                 }
             )
         return rows
+
+    def _told(self, predicted: Labels, decision: Decision | None) -> NDArray[np.bool_]:
+        return np.asarray(predicted >= (0.5 if decision is None else np.array(decision.thresholds)))
+
+    def together(
+        self, labels: Labels, predicted: Labels, decision: Decision | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return on how many images two labels are, in truth and as predicted."""
+        pair = [is_in.astype(np.int64) for is_in in (labels == 1, self._told(predicted, decision))]
+        there, told = (own.T @ own for own in pair)
+        return there, told
+
+    def shown(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> Iterator[Shown]:
+        """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
+        told = self._told(predicted, decision)
+        kinds = (
+            ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
+            ("misses", "The surest misses", ~told & (labels == 1), predicted, "is there and not predicted"),
+        )
+        for slug, title, wrong, order, what in kinds:
+            most = np.argsort(-wrong.sum(0), kind="stable")[:_LABELS_SHOWN]
+            groups = []
+            for k in (int(k) for k in most if wrong[:, k].any()):
+                rows = np.flatnonzero(wrong[:, k])
+                worst = rows[np.argsort(order[rows, k], kind="stable")][:_IMAGES_SHOWN].tolist()
+                images = tuple(
+                    (n, (f"{names[k]}: {predicted[n, k]:.1%}", f"is {self.text(labels[n], names)}")) for n in worst
+                )
+                groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", images))
+            if groups:
+                rule = f"Of each label the images on which it {what}, the surest first. Is the label right?"
+                yield Shown(slug, title, rule, tuple(groups))
 
 
 def _thresholds(scores: Labels, labels: Labels) -> tuple[float, ...]:

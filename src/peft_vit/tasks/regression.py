@@ -17,15 +17,26 @@ from numpy.typing import NDArray
 from peft_vit.config import LossName
 from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
-from peft_vit.statistics import TemperaturePrior, conformal_quantile, spearman
-from peft_vit.tasks.task import DecidingMetric, Floats, Labels, Meaning, Task, bootstrapped
+from peft_vit.statistics import ErrorScale, TemperaturePrior, conformal_quantile, error_scale, spearman
+from peft_vit.tasks.task import (
+    COVERAGES,
+    SHOWN,
+    DecidingMetric,
+    Errors,
+    Floats,
+    Labels,
+    Meaning,
+    Shown,
+    Task,
+    bootstrapped,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BINS, _IN_A_BIN = 10, 5  # of equal counts that splits hold in equal shares, and images in one at least
-_COVERAGES = tuple(percent / 100 for percent in range(80, 100))
-_SHOWN = 0.9
+_IMAGES_SHOWN, _NUMBERS_SHOWN = 12, 3  # with the largest errors, and of each those of its numbers
+_USUAL = 0.9  # coverage of an interval where none is asked for
 
 
 def _number(cell: str) -> float | None:
@@ -122,14 +133,19 @@ class _Regression(Task):
     spread: tuple[float, ...] = (1.0,)
 
     name = "regression"
-    right_is = "share of images within half a standard deviation"
     weighs = False
     outputs = "numbers"
     fifth_of = "each part of their range"
     linear = "ridge regression"
-    scatters = True
     note = "Errors are in the number's unit, beside the error of always saying the median."
     metrics = METRICS
+    promise = (
+        "Intervals",
+        "Intervals that hold the number",
+        "Mean width",
+        "On the test images; widths of several numbers are in standard deviations. `predict` gives such intervals, of "
+        "90 % or of --coverage.",
+    )
     loss_names = ("huber", "mse", "quantile")
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
@@ -258,7 +274,13 @@ class _Regression(Task):
         numbers: Floats = np.array(center) + np.array(spread) * outputs.astype(np.float64)
         return numbers
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
         """Return of which images numbers agree to a hundredth of a standard deviation."""
         return np.asarray((np.abs(before - after) <= 0.01).all(1))
 
@@ -274,48 +296,66 @@ class _Regression(Task):
         return np.broadcast_to(np.median(labels, axis=0), labels.shape)
 
     def decide(self, outputs: NDArray[np.floating], labels: Labels, prior: TemperaturePrior) -> Decision:
-        """Return mean and spread, and by coverage how far the true number is from what is said (arXiv 1604.04173)."""
-        sizes = np.abs(self.predicted(outputs) - labels) if len(labels) else np.empty((0, len(self.center)))
-        by_coverage = {
-            coverage: tuple(conformal_quantile(column, coverage) for column in sizes.T) for coverage in _COVERAGES
-        }
+        """Return mean and spread, and how far the true number is from what is said, by coverage and by what is said."""
+        decision = Decision(images=len(labels), center=self.center, spread=self.spread)
+        if not len(labels):
+            return decision
+        found = [error_scale(p, y) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
+        by_coverage = {c: tuple(conformal_quantile(quotients, c) for _, quotients in found) for c in COVERAGES}
         held = {coverage: widths for coverage, widths in by_coverage.items() if all(map(math.isfinite, widths))}
-        return Decision(
-            images=len(labels),
-            center=self.center,
-            spread=self.spread,
-            coverages=tuple(held),
-            half_widths=tuple(held.values()),
-        )
+        widths = {"coverages": tuple(held), "half_widths": tuple(held.values())}
+        scale = {"scale_at": tuple(s.at for s, _ in found), "scale": tuple(s.sizes for s, _ in found)}
+        return decision.model_copy(update=widths | scale)
+
+    def half_widths(self, decision: Decision, predicted: Labels, coverage: float) -> Labels:
+        """Return how far intervals reach to both sides of numbers, (N, K)."""
+        scales = zip(predicted.T, decision.scale_at, decision.scale, strict=True)
+        sizes = np.stack([ErrorScale(at, sizes).of(p) for p, at, sizes in scales], axis=1)
+        return np.asarray(sizes * np.array(decision.threshold(coverage)))
 
     def covered(
         self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
     ) -> tuple[dict[float, float], dict[float, float]]:
-        """Return how often intervals hold the number, over all numbers, and their mean width."""
-        sizes = np.abs(self.predicted(outputs) - labels)
-        shown = [c for c in (0.8, 0.9, 0.95, 0.99) if c in decision.coverages]
-        widths = {coverage: np.array(decision.threshold(coverage)) for coverage in shown}
-        held = {coverage: float((sizes <= width).mean()) for coverage, width in widths.items()}
-        return held, {coverage: float(2 * width.mean()) for coverage, width in widths.items()}
+        """Return how often intervals hold the number, over all numbers, and their mean width, see `promise`."""
+        predicted = self.predicted(outputs, decision)
+        widths = {c: self.half_widths(decision, predicted, c) for c in SHOWN if c in decision.coverages}
+        held = {coverage: float((np.abs(predicted - labels) <= width).mean()) for coverage, width in widths.items()}
+        unit = np.array(decision.spread) if len(decision.spread) > 1 else 1.0
+        return held, {coverage: float(2 * (width / unit).mean()) for coverage, width in widths.items()}
 
     def answers(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
     ) -> list[dict[str, Any]]:
         """Return each number with the interval that holds it in a share of images, 0.9 if none is asked for."""
         decision = cast("Decision", meaning)
-        widths = decision.threshold(coverage or self._shown(decision)) if decision.coverages else (None,) * len(names)
-        return [
-            {
-                "numbers": {
-                    name: (value,) if width is None else (value, value - width, value + width)
-                    for name, value, width in zip(names, row, widths, strict=True)
-                }
-            }
-            for row in self.predicted(outputs, decision).tolist()
-        ]
+        predicted = self.predicted(outputs, decision)  # (N, K)
+        ends = [predicted]
+        if decision.coverages:
+            widths = self.half_widths(decision, predicted, coverage or self.usual(decision))
+            ends = [predicted, predicted - widths, predicted + widths]
+        rows = np.stack(ends, axis=2).tolist()  # (N, K, 1 or 3)
+        return [{"numbers": {name: tuple(own) for name, own in zip(names, row, strict=True)}} for row in rows]
 
-    def _shown(self, decision: Decision) -> float:
-        return _SHOWN if decision.coverages[-1] >= _SHOWN else decision.coverages[-1]
+    def usual(self, decision: Decision) -> float:
+        """Return the coverage of intervals where none is asked for: 0.9, or the largest that there is below."""
+        return min(_USUAL, decision.coverages[-1])
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return units, and how wide intervals are."""
+        decision = cast("Decision", meaning)
+        wide = (
+            {"half_widths": decision.threshold(coverage), "at": decision.scale_at, "scale": decision.scale}
+            if coverage
+            else {}
+        )
+        return {
+            "says": "{} numbers" if len(decision.center) > 1 else "a number",
+            "promise": "The interval at {} % holds the true number of {} in 100 images",
+            "kind": "numbers",
+            "center": decision.center,
+            "spread": decision.spread,
+            "set": {"coverage": coverage, **wide} if coverage else None,
+        }
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return a column a number, and its interval's ends."""
@@ -348,6 +388,31 @@ class _Regression(Task):
                 }
             )
         return rows
+
+    def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors:
+        """Return predicted less true, and how far the usual intervals reach."""
+        if decision is None or not decision.coverages:
+            return Errors(predicted - labels, None)
+        coverage = self.usual(decision)
+        return Errors(predicted - labels, self.half_widths(decision, predicted, coverage), coverage)
+
+    def shown(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> Iterator[Shown]:
+        """Yield the images with the largest errors, in standard deviations."""
+        errors = self.errors(labels, predicted, decision)
+        spread = self.spread if decision is None else decision.spread
+        sizes = np.abs(errors.sizes) / np.array(spread)  # (N, K)
+        worst = np.argsort(-sizes.mean(1), kind="stable")[:_IMAGES_SHOWN].tolist()
+        images = []
+        for n in worst:
+            lines = []
+            for k in np.argsort(-sizes[n], kind="stable")[:_NUMBERS_SHOWN].tolist():
+                reach = "" if errors.reach is None else f" ± {errors.reach[n, k]:.3g}"
+                lines.append(f"{names[k]}: {predicted[n, k]:.3g}{reach}, is {labels[n, k]:.3g}")
+            images.append((n, tuple(lines)))
+        rule = "Sorted by the size of the error. Is the number right?"
+        yield Shown("worst", "The largest errors", rule, ((f"{len(worst)} of {len(labels)} images", tuple(images)),))
 
 
 REGRESSION: Task = _Regression()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import scipy
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
+COVERAGES = tuple(percent / 100 for percent in range(80, 100))  # for which a model has thresholds
+SHOWN = (0.8, 0.9, 0.95, 0.99)  # that test images measure
 _AT_ONCE = 1_000_000  # weights held at a time
 _EFFECTIVE = 0.999  # beta of effective numbers
 Labels: TypeAlias = NDArray[Any]
@@ -75,6 +77,19 @@ class DecidingMetric:
     def share_of(self, metrics: Metrics) -> float:
         """Return what is larger of the better predictions, and 1 of perfect ones."""
         return metrics.value(self.as_share or self.name)
+
+    def loss(self, *arguments: Any) -> Interval:
+        """Return how much worse a metric becomes; arguments as those of `gain`."""
+        gain = self.gain(*arguments)
+        if self.sign < 0:
+            return gain
+        low, high = (None if end is None else -end for end in (gain.high, gain.low))
+        return replace(gain, estimate=-gain.estimate, low=low, high=high)
+
+    def unit(self, decision: Decision | None) -> float:
+        """Return the unit whose hundredths differences are counted in: 1, or the standard deviation of one number."""
+        several = decision is None or len(decision.spread) != 1
+        return decision.spread[0] if self.has_unit and decision is not None and not several else 1.0
 
     def quality(self, metrics: Metrics) -> tuple[float, float]:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
@@ -158,6 +173,23 @@ def pseudo_values(images: int, statistic: Callable[[Floats], Floats]) -> Floats:
     return values
 
 
+class Errors(NamedTuple):
+    """How far numbers are from the true ones."""
+
+    sizes: Floats  # (N, K), predicted less true
+    reach: Floats | None  # (N, K): how far intervals reach to both sides; None: there are none
+    coverage: float = 0.0  # of these
+
+
+class Shown(NamedTuple):
+    """Test images that a page shows."""
+
+    slug: str
+    title: str
+    rule: str  # how they were chosen
+    groups: tuple[tuple[str, tuple[tuple[int, tuple[str, ...]], ...]], ...]  # title, and of each image place and lines
+
+
 class Task(Protocol):
     """What is learned. What most tasks share stands here.
 
@@ -173,9 +205,8 @@ class Task(Protocol):
         gap: what a split says whose images lack a class, of its name.
         outputs: what people call them.
         linear: what people call its linear head.
-        right_is: what people call the share of images that it is right on.
-        scatters: a page draws what is predicted against what is true.
         note: how to read its table of outputs.
+        promise: what people call what `predict --coverage` gives, its shares that hold, its size, and what it is.
     """
 
     name: TaskName
@@ -189,9 +220,8 @@ class Task(Protocol):
     gap: str = ""
     outputs: str = "classes"
     linear: str = "logistic regression"
-    right_is: str = "accuracy"
-    scatters: bool = False
     note: str = ""
+    promise: tuple[str, str, str, str]
 
     # --- labels as people have them ---
 
@@ -319,7 +349,13 @@ class Task(Protocol):
     def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
         """Return what is predicted, as metrics take it."""
 
-    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
         """Return of which images two models' outputs say the same, (N,)."""
 
     def right(
@@ -337,7 +373,7 @@ class Task(Protocol):
     def covered(
         self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
     ) -> tuple[dict[float, float], dict[float, float]]:
-        """Return by coverage how often intervals hold the number, and their mean width."""
+        """Return by coverage of SHOWN how often sets or intervals hold the truth, and their mean size."""
         return {}, {}
 
     def predictions(
@@ -364,6 +400,14 @@ class Task(Protocol):
     ) -> list[dict[str, Any]]:
         """Return what is reported of each image, as arguments of `deployment.Prediction`."""
 
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return what web.js has to know to answer alike, and the words of its page.
+
+        Args:
+            meaning: of outputs.
+            coverage: of what is promised; None: the model has none.
+        """
+
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return the columns of a table of predictions, between `file` and `unlike`."""
 
@@ -377,6 +421,22 @@ class Task(Protocol):
     ) -> list[dict[str, Any]]:
         """Return what a page says of each output on test images: its name, and measures; none: it says it otherwise."""
         return []
+
+    def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors | None:
+        """Return how far predictions are off; None: they are not numbers."""
+        return None
+
+    def together(
+        self, labels: Labels, predicted: Labels, decision: Decision | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """Return on how many images two outputs are together, (K, K), in truth and as predicted; None: never."""
+        return None
+
+    def shown(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> Iterator[Shown]:
+        """Yield which test images a page shows, such as the worst ones."""
+        yield from ()
 
 
 def counted_images(counts: NDArray[np.int64], how: ClassWeights) -> Floats:

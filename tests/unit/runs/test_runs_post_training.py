@@ -60,8 +60,8 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
     near = PRIOR._replace(median=record.calibrated.temperature)
     assert card.calibrated == calibrate(validated, data.validation.labels, prior=near)  # of the packed model
     right = (validated.argmax(1) == data.validation.labels).mean()
-    assert (done.comparison.images, done.comparison.exported_accuracy) == (20, pytest.approx(right))
-    assert done.comparison.trained_accuracy == pytest.approx(record.validation.accuracy)
+    assert (done.comparison.images, done.comparison.exported) == (20, pytest.approx(right))
+    assert done.comparison.trained == pytest.approx(record.validation.accuracy)
     batch = next(data.validation.ordered_batches(20, card.mean, card.std))[0].numpy()
     np.testing.assert_allclose(open_exported(file).logits(batch), validated, rtol=0, atol=1e-5)
 

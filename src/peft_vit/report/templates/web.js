@@ -1,10 +1,10 @@
-// Images in, classes out, all in the page. What the model needs to know stands as JSON in it; bytes come from scripts
+// Images in, answers out, all in the page. What the model needs to know stands as JSON in it; bytes come from scripts
 // beside or in it, packed by gzip and base64, since a page that was opened from disk may not fetch files.
 "use strict";
 (() => {
   const facts = JSON.parse(document.getElementById("facts").textContent);
   const status = document.getElementById("status"), results = document.getElementById("results");
-  const TOP = 5; // classes that are shown
+  const TOP = 5; // bars that are shown
   const STRIP = 1 << 22; // pixels of a photo that are looked at together: phones have no canvas for all of a large one
   const ONE = 1 << 22; // of weights, as Pillow has them
 
@@ -123,29 +123,63 @@
 
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-  function ranked(logits) {
-    const largest = Math.max(...logits);
-    const shares = Array.from(logits, (z) => Math.exp((z - largest) / facts.temperature));
-    const sum = shares.reduce((a, b) => a + b);
-    return shares.map((share, k) => ({ name: facts.classes[k], share: share / sum })).sort((a, b) => b.share - a.share);
+  const number = (value) => String(Number(value.toPrecision(4)));
+  const byShare = (shares) => shares.map((share, k) => ({ name: facts.classes[k], share, k })).sort((a, b) => b.share - a.share);
+  const namesOf = (answers) => answers.map(({ name }) => name).join(", ") || "none";
+
+  // Between places on a line, constant beyond.
+  function interpolated(x, at, values) {
+    const k = at.findIndex((place) => place >= x);
+    if (k <= 0) return values[k < 0 ? values.length - 1 : 0];
+    return values[k - 1] + ((values[k] - values[k - 1]) * (x - at[k - 1])) / (at[k] - at[k - 1]);
   }
 
-  function show(item, classes, distance) {
-    for (const { name, share } of classes.slice(0, TOP)) {
+  // Of what kinds outputs are: what is told in a line, bars, which of them are bold, and what is promised.
+  const KINDS = {
+    classes(outputs) {
+      const largest = Math.max(...outputs);
+      const shares = Array.from(outputs, (z) => Math.exp((z - largest) / facts.temperature));
+      const sum = shares.reduce((a, b) => a + b), answers = byShare(shares.map((share) => share / sum));
+      const within = facts.set && answers.filter(({ share }, k) => !k || 1 - share <= facts.set.threshold);
+      const rest = percent(answers.slice(TOP).reduce((all, { share }) => all + share, 0));
+      const others = answers.length > TOP ? `${answers.length - TOP} other classes together: ${rest}` : "";
+      const said = `${answers[0].name}, ${percent(answers[0].share)}`;
+      return { said, told: "", bars: answers.slice(0, TOP), bold: ({ k }) => k === answers[0].k, others, within };
+    },
+    labels(outputs) {
+      const answers = byShare(Array.from(outputs, (z) => 1 / (1 + Math.exp(-z / facts.temperature))));
+      const bold = ({ share, k }) => share >= facts.thresholds[k], told = answers.filter(bold);
+      const within = facts.set && answers.filter(({ share }) => share >= facts.set.threshold);
+      const bars = answers.filter((answer, place) => place < TOP || bold(answer));
+      const others = answers.length > bars.length ? `${answers.length - bars.length} other labels are less probable` : "";
+      return { said: namesOf(told), told: `Labels: ${namesOf(told)}`, bars, bold, others, within };
+    },
+    numbers(outputs) {
+      const said = Array.from(outputs, (z, k) => {
+        const value = facts.center[k] + facts.spread[k] * z, { half_widths: widths, at, scale } = facts.set ?? {};
+        const reach = facts.set && widths[k] * interpolated(value, at[k], scale[k]);
+        return `${facts.classes[k]} ${number(value)}${facts.set ? ` (${number(value - reach)} to ${number(value + reach)})` : ""}`;
+      }).join("; ");
+      return { said, told: said, bars: [], others: "", within: null };
+    },
+  };
+
+  function show(item, { told, bars, bold, others, within }, distance) {
+    item.querySelector(".told").textContent = told;
+    for (const answer of bars) {
       const bar = document.createElement("li"), ground = document.createElement("div");
-      for (const text of [name, percent(share)]) bar.append(Object.assign(document.createElement("span"), { textContent: text }));
+      const texts = [answer.name, percent(answer.share)];
+      for (const text of texts) bar.append(Object.assign(document.createElement("span"), { textContent: text }));
       ground.append(document.createElement("div"));
-      ground.firstChild.style.width = percent(share).replace(" ", "");
+      ground.firstChild.style.width = percent(answer.share).replace(" ", "");
       bar.append(ground);
-      bar.dataset.share = share;
+      bar.dataset.share = answer.share;
+      bar.classList.toggle("first", bold(answer));
       item.querySelector(".bars").append(bar);
     }
-    const others = classes.slice(TOP);
-    const rest = percent(others.reduce((sum, { share }) => sum + share, 0));
-    item.querySelector(".others").textContent = others.length ? `${others.length} other classes together: ${rest}` : "";
-    if (facts.set) {
-      const within = classes.filter(({ share }, k) => !k || 1 - share <= facts.set.threshold).map(({ name }) => name);
-      item.querySelector(".set").textContent = `Set at ${Math.round(100 * facts.set.coverage)} %: ${within.join(", ")}`;
+    item.querySelector(".others").textContent = others;
+    if (within) {
+      item.querySelector(".set").textContent = `Set at ${Math.round(100 * facts.set.coverage)} %: ${namesOf(within)}`;
     }
     item.querySelector(".warn").hidden = !(facts.unlike !== null && distance > facts.unlike);
   }
@@ -170,12 +204,12 @@
     try {
       const images = prepared(bitmap), ready = performance.now();
       const { logits, distance } = await run(images);
-      const classes = ranked(logits.data);
-      show(item, classes, distance?.data[0]);
+      const answer = KINDS[facts.kind](logits.data);
+      show(item, answer, distance?.data[0]);
       const done = performance.now(), [preparing, running] = [ready - started, done - ready].map(Math.round);
       item.querySelector(".took").textContent =
         `${bitmap.width} x ${bitmap.height} pixels, read in ${preparing} ms; the model took ${running} ms`;
-      status.textContent = `${name}: ${classes[0].name}, ${percent(classes[0].share)}`;
+      status.textContent = `${name}: ${answer.said}`;
     } catch (error) {
       status.textContent = `${name} could not be looked at: ${error.message}`;
     }

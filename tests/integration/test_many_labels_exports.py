@@ -1,0 +1,161 @@
+"""Models of several labels, and of numbers, in every form that export writes: they say what the run's model says."""
+
+import json
+import re
+from functools import cache
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peft_vit import train
+from peft_vit.records import RECORD_FILE, read_record, single_run
+
+pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
+SMALL = {"model": "test_vit", "weights": "random", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
+TABLES = ["labels", "numbers"]
+WORDS = {"labels": "mean average precision", "numbers": "mean absolute error"}
+
+
+@pytest.fixture(scope="module")
+def run_on(images, _session_cache, tmp_path_factory):
+    """Return the folder of a model that learned a table of 48 images of three colours; each is trained once."""
+    root = tmp_path_factory.mktemp("tables")
+    files = sorted(images.rglob("*.png"))
+    rng = np.random.default_rng(0)
+    classes = [int(file.parent.name[-1]) for file in files]
+    cells = {
+        "labels": ("warm,cold", [f"{int(k < 2)},{int(k > 0)}" for k in classes]),
+        "numbers": ("heat", [round(10 * k + rng.normal(), 2) for k in classes]),
+    }
+
+    @cache
+    def done(table: str, method: str = "lora") -> Path:
+        columns, rows = cells[table]
+        lines = [f"path,{columns}", *(f"{file},{row}" for file, row in zip(files, rows, strict=True))]
+        (root / f"{table}.csv").write_text("\n".join(lines) + "\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PEFT_VIT_CACHE", _session_cache)
+            patch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 0)
+            steps = None if method.endswith("linear") else 8
+            return train(root / f"{table}.csv", method, steps=steps, output=root / f"{table}_{method}", **SMALL).path
+
+    return done
+
+
+def said(command, model, images) -> list[dict]:
+    words = ["predict", model, images / "class_0/00.png", images / "class_2/01.png", "--coverage", "80"]
+    rows = json.loads(command(*words, "--format", "json").out)
+    return [{key: value for key, value in row.items() if key != "file"} for row in rows]
+
+
+def same(rows, others, within: float) -> None:
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            assert other[key] == (pytest.approx(value, abs=within) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "output",
+    [
+        "a.safetensors",
+        "peft",
+        "--bundle",
+        *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("a.onnx", "a.xml", "pretrained")),
+    ],
+)
+def test_every_exported_form_tells_labels_and_numbers_alike(command, run_on, images, tmp_path, table, output) -> None:
+    if output == "a.xml":
+        pytest.importorskip("openvino")
+    folder, model = run_on(table), tmp_path / output.removeprefix("--")
+    form = ["--format", output] if output in ("pretrained", "peft") else []
+    words = ["--bundle", model] if output == "--bundle" else [*form, "--output", model]
+    told = command("export", folder, *words).out
+    if output != "peft":
+        assert f"{WORDS[table]} " in told
+    rows = said(command, folder, images)
+    if table == "labels":
+        assert rows[0]["labels"] == ["warm"]
+        assert "warm" in rows[0]["set"]
+    else:
+        assert rows[0]["heat_low"] < rows[0]["heat"] < rows[0]["heat_high"]
+    same(rows, said(command, model, images), 1e-3)
+
+
+ROUNDED = {"bits": "--bits 4 --output m.safetensors", "int8": "--activations int8 --accept-loss 100 --output m.onnx"}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("how", ["bits", pytest.param("int8", marks=pytest.mark.slow)])
+def test_what_rounding_loses_is_told_in_what_decides(
+    command, run_on, images, tmp_path, monkeypatch, table, how
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = command("export", run_on(table), *ROUNDED[how].split()).out
+    value = r"[\d.]+ %" if table == "labels" else r"[\d.]+"
+    assert re.search(rf"{WORDS[table]} {value} before and {value} after", told)
+    unit = "points of" if table == "labels" else "hundredths of a standard deviation in"
+    assert re.search(rf"Lost: -?[\d.]+ {unit} {WORDS[table]} on 9 validation images", told)
+    rows = said(command, Path(ROUNDED[how].split()[-1]), images)
+    same(rows, said(command, run_on(table), images), 0.3 if table == "labels" else 6)
+
+
+def test_products_in_8_bits_that_lose_too_much_of_what_decides_are_refused(
+    command, run_on, tmp_path, monkeypatch
+) -> None:
+    from peft_vit.runs import export
+
+    compare = export.compare
+
+    def worse(run, exported, images, split):
+        return compare(run, type(exported)(lambda x: exported.logits(x) + 100, exported.card), images, split)
+
+    monkeypatch.setattr(export, "compare", worse)
+    words = ["export", run_on("numbers"), "--activations", "int8", "--output", tmp_path / "m.onnx"]
+    err = command(*words, code=2).err
+    assert "int8 loses" in err
+    assert "hundredths of a standard deviation in mean absolute error" in err
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_page_for_a_browser_knows_thresholds_and_units(command, run_on, tmp_path, table) -> None:
+    command("export", run_on(table), "--output", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    (found,) = re.findall(r'<script type="application/json" id="facts">(.*?)</script>', text)
+    facts, decision = json.loads(found), read_record(single_run(run_on(table)) / RECORD_FILE).decision
+    assert facts["kind"] == table
+    if table == "labels":
+        assert facts["thresholds"] == [*decision.thresholds]
+        assert facts["set"]["threshold"] == decision.threshold(0.9)[0]
+        assert "which of 2 labels it has: warm, cold" in text
+        assert "The set at 90 % holds 90 % of an image's labels on average" in unescape(text)
+    else:
+        assert (facts["center"], facts["spread"]) == ([*decision.center], [*decision.spread])
+        assert facts["set"]["scale"] == [[*own] for own in decision.scale]
+        assert "it says a number: heat" in text
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_probe_on_packed_weights_is_told_and_exported(command, run_on, images, tmp_path, table) -> None:
+    folder = run_on(table, "qa_linear")
+    command("export", folder, "--output", tmp_path / "p.safetensors")
+    same(said(command, folder, images), said(command, tmp_path / "p.safetensors", images), 1e-3)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_page_shows_what_a_task_has_and_nothing_else(command, run_on, tmp_path, table) -> None:
+    command("report", run_on(table), "--output", tmp_path / "page")
+    page = (tmp_path / "page/report.html").read_text().replace("<wbr>", "")
+    titles = set(re.findall("<h3>(.*?)</h3>", page))
+    own = {
+        "labels": {"Labels that go together", "Prediction sets"},
+        "numbers": {"Predicted against true", "Errors by size", "The largest errors", "Intervals"},
+    }
+    assert own[table] | {"Each of them", "All measures"} <= titles
+    (other,) = set(TABLES) - {table}
+    assert not own[other] & titles
+    assert not {"Confusion matrix", "The most confident mistakes"} & titles
