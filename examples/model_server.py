@@ -5,7 +5,7 @@ r"""Ask a model that OpenVINO Model Server serves; images are prepared here, as 
         --model_name mine --model_path /models/mine --rest_port 8000
     python examples/model_server.py http://127.0.0.1:8000 mine models/mine/1/model.xml photos/*.jpg
 
-The server speaks the KServe protocol, version 2. The file on this side tells size, classes and temperature.
+The server speaks the KServe protocol, version 2. The file on this side holds size, classes and temperature.
 """
 
 from __future__ import annotations

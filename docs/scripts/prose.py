@@ -1,83 +1,138 @@
-"""Words that the documents and the program's lines do without, and how long README and the pages may be.
+"""Words that readers are spared, in the documents and in the program, and how long README and the pages may be.
 
     .venv/bin/python docs/scripts/prose.py
 
-It reads README, docs/ and tests/golden/, where what the program prints is kept, and leaves out code. Each line that it
-prints names a file, a line, the words, and what to write instead; then the exit code is 1.
+It reads README, docs/, tests/golden/ (what the program prints), and in src/ every text of two words and more: help,
+messages, log lines, report texts and templates, and the docstrings of what is public. Code is left out. Each line that
+it prints names a file, a line, the words, and what to write instead; then the exit code is 1.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src" / "peft_vit"
+PYTHON = ROOT / "docs" / "reference" / "python.md"  # which docstrings pages show
+REGISTERED = SOURCE / "analysis" / "sentences.py"  # sentences that studies have tested stay as they were declared
 WORDS = {  # a pattern, and what to write instead
-    r"ledger|mended|luckiest": "plain words",
+    r"ledger|mend(?:s|ed|ing)?|luckiest|bears?": "plain words",
     r"anew": "again",
-    r"sealed|hold-?out": "test set",
-    r"sites?": "target module, matrix",
+    r"sealed|hold-?out\b(?!:)": "test set",
     r"in the mean": "on average",
-    r"stands? twice": "occurs twice",
-    r"go(es)? on (with|from|where|after|again)|command goes on|call goes on": "continue",
-    r"(is|are) told( of)?|tells of": "says, reports, lists",
-    r"likewise": "the same",
+    r"(?:go|goes|gone|going|went) on": "continue",
+    r"(?:is|are|be) told(?: of)?|told|tells(?! you)": "say, report, list",
     r"takes? the place of|in place of": "replaces, instead of",
     r"stops? to gain|gains nothing": "stops improving",
     r"is yours to \w+": "say what it is",
     r"has to do\b(?= *[.;])": "say what is done",
     r"that does not say that": "say what may be",
-    r"what bears": "name the thing",
-    r"would buy|minutes can buy": "would bring",
-    r"was taken for|taken for": "predicted as",
-    r"is of no use": "can't be used",
+    r"would buy|minutes can buy|bytes buy": "would bring, pay for",
+    r"taken for": "predicted as",
+    r"of no use|can(?:'t)? be had": "can't be used, can't be loaded",
+    r"(?<!there )(?:is|are) no (?!longer|more|need|better|worse|larger|smaller|doubt)\w+": "is not a",
+    r"nor (?:can|is|are|does|do) it": "turn it around: it can't",
+    r"otherwise than|name \w+ otherwise": "differently, with another",
+    r"whoever": "you",
+    r"for want of": "for lack of",
+    r"whereas|thereby|hereby|thereof|therein": "but, so",
+    r"as they stand": "as they are",
     r"utili[sz]e|leverage|in order to|please note|it should be noted|obviously|simply": "leave it out, or use",
 }
+PRINTED_AND_PAGES = {  # in docstrings that no page shows these are terms of the code, or plain English
+    r"sites?\b(?!:)": "target module, matrix",
+    r"draws? of|(?:the|a|one|first|other|another|each|every|many|two|three|five|several) draws?": "choice, sample",
+    r"draws (?:its|another|other|new|the)|drawn per": "choose",
+    r"stands?\b(?! (?:for|in for)\b)|stood": "is, are",
+    r"what bears": "name the thing",
+    r"likewise": "the same",
+}
 README_ONLY = {r"not decided": "say what is known", r"hypothes[ei]s": "one link is enough"}
-README_LINES, README_WORDS, PAGES_WORDS = 110, 700, 33_000
-_FENCE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`|<!-- .*? -->|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
-_DATA = re.compile(r"^CSV: .*$", re.MULTILINE)  # names of columns in a file, which stay
-_REGISTERED = re.findall(  # sentences that studies have tested stay as they were declared
-    r'"([^"\n]{20,})"', (ROOT / "src/peft_vit/analysis/sentences.py").read_text(encoding="utf-8")
-)
-_GENERATED = re.compile(r"<!-- (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
+README_LINES, README_WORDS, PAGES_WORDS = 110, 700, 30_000  # pages without reference/
+_Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+CODE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`|<!-- .*? -->|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
+DATA = re.compile(r"^CSV: .*$", re.MULTILINE)  # names of columns in a file, which stay
+_REGISTERED = [
+    *re.findall(r'"([^"\n]{20,})"', REGISTERED.read_text(encoding="utf-8")),
+    "each seed draws its own images",  # a note beside them, which pages of the research hold
+    "copies, sealed",  # keys of images.json
+]
+QUOTED = re.compile(r"`[^`]*`")  # in a text of the program
+MARKUP = re.compile(r"\{[%{#].*?[%}#]\}|<(style|script)\b.*?</\1>|<[^>]*>", re.DOTALL)
 
 
-def prose_of(text: str, *, with_code: bool = False) -> str:
-    """Return a page without code and links' targets; its lines keep their numbers."""
-    pattern = _DATA if with_code else _FENCE
+def prose_of(text: str, code: re.Pattern[str]) -> str:
+    """Return a text without what a pattern finds; its lines keep their numbers."""
     for sentence in _REGISTERED:
         text = text.replace(sentence, " " * len(sentence))
-    return pattern.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).lower()
+    return code.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).lower()
 
 
-def faults(text: str, words: dict[str, str], *, with_code: bool = False) -> Iterator[tuple[int, str, str]]:
+def faults(text: str, words: dict[str, str], code: re.Pattern[str] = CODE) -> Iterator[tuple[int, str, str]]:
     """Yield the line, the words and the advice for each pattern that a text holds."""
-    prose = prose_of(text, with_code=with_code)
+    prose = prose_of(text, code)
     for pattern, advice in words.items():
         for found in re.finditer(rf"\b(?:{pattern})\b", prose):
             yield prose.count("\n", 0, found.start()) + 1, found[0], advice
 
 
-def handwritten(text: str) -> int:
-    """Return how many words of a page no script wrote."""
-    return 0 if "<!-- Generated by" in text else len(_GENERATED.sub("", text).split())
+def texts(file: Path) -> Iterator[tuple[int, str, str | None]]:
+    """Yield the line and the words of each text in a module, and of a docstring the name of what it describes.
+
+    Docstrings of private names are left out. What is filled in is a blank, and one word is a key, not a text.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    docs = {id(node.body[0].value): name for name, node in _described(tree, "") if ast.get_docstring(node)}  # type: ignore[attr-defined]
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            said = "".join(str(part.value) if isinstance(part, ast.Constant) else " {} " for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            said = node.value
+        else:
+            continue
+        name = docs.get(id(node))
+        private = re.search(r"(^|\.)_(?!_)", name or "")
+        if not private and len(re.findall(r"[a-z]+", said)) > 1 and " " in said.strip():
+            yield node.lineno, said, name
+
+
+def _described(node: _Described, name: str) -> Iterator[tuple[str, _Described]]:
+    yield name, node
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _described(inner, f"{name}.{inner.name}".removeprefix("."))
 
 
 def lines() -> Iterator[str]:
-    """Yield what is wrong with the documents."""
+    """Yield what is wrong with the documents and with what the program says."""
     readme, pages = ROOT / "README.md", sorted((ROOT / "docs").rglob("*.md"))
+    everywhere = WORDS | PRINTED_AND_PAGES
+    shown = set(re.findall(r"^::: \S*\b(\w+)$", PYTHON.read_text(encoding="utf-8"), re.MULTILINE))
     for file in (readme, *pages, *sorted((ROOT / "tests" / "golden").rglob("*.txt"))):
-        words = WORDS | (README_ONLY if file == readme else {})
-        for line, found, advice in faults(file.read_text(encoding="utf-8"), words, with_code=file.suffix == ".txt"):
+        words = everywhere | (README_ONLY if file == readme else {})
+        for line, found, advice in faults(
+            file.read_text(encoding="utf-8"), words, DATA if file.suffix == ".txt" else CODE
+        ):
+            yield f"{file.relative_to(ROOT)}:{line}: {found!r}: {advice}"
+    for file in sorted(SOURCE.rglob("*.py")):
+        for start, said, name in texts(file) if file != REGISTERED else ():
+            is_shown = name is None or not shown.isdisjoint(name.split("."))
+            for line, found, advice in faults(said, everywhere if is_shown else WORDS, QUOTED):
+                yield f"{file.relative_to(ROOT)}:{start + line - 1}: {found!r}: {advice}"
+    for file in sorted(SOURCE.rglob("*.j2")):
+        for line, found, advice in faults(file.read_text(encoding="utf-8"), everywhere, MARKUP):
             yield f"{file.relative_to(ROOT)}:{line}: {found!r}: {advice}"
     text = readme.read_text(encoding="utf-8")
     if len(text.splitlines()) > README_LINES or len(text.split()) > README_WORDS:
         yield f"README.md: more than {README_LINES} lines or {README_WORDS} words"
-    if (long := sum(handwritten(page.read_text(encoding="utf-8")) for page in pages)) > PAGES_WORDS:
-        yield f"docs: {long:,} words that no script wrote, more than {PAGES_WORDS:,}"
+    own = [page for page in pages if page.parent.name != "reference"]
+    if (long := sum(len(page.read_text(encoding="utf-8").split()) for page in own)) > PAGES_WORDS:
+        yield f"docs: {long:,} words beside the reference, more than {PAGES_WORDS:,}"
 
 
 if __name__ == "__main__":

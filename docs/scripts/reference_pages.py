@@ -49,7 +49,7 @@ CONFIGURATION = f"""{GENERATED}
 # Configuration
 
 A study is one YAML file, see [A study with a verdict](../tutorials/study.md). `peft-vit example` prints one to start
-from. Unknown keys, and keys that have no effect, are refused in one line that names where they stand. A key whose
+from. Unknown keys, and keys that have no effect, are refused in one line that names where they are. A key whose
 default is – may be left out.
 
 - The file may have a section `training`, too, which all experiments share. An experiment's own `training` goes before
@@ -61,7 +61,7 @@ default is – may be left out.
 DATA_SETS = f"""{GENERATED}
 # Data sets
 
-What `data.dataset` names. [Prepare images](../how_to/prepare_images.md) tells how your own ones are laid out.
+What `data.dataset` names. [Prepare images](../how_to/prepare_images.md) says how to lay out your own.
 """
 
 

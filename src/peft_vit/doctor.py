@@ -33,7 +33,7 @@ class Entry:
 
 
 def examine() -> Iterator[Entry]:
-    """Look at versions, machine, cache and extras; what can't be told is a line that says so."""
+    """Look at versions, machine, cache and extras; what is unknown is a line that says so."""
     yield Entry("peft-vit", f"{metadata.version('peft-vit')}, {Path(__file__).parent}")
     yield Entry("Python", f"{platform.python_version()}, {sys.executable}")
     yield _packages()
@@ -77,7 +77,7 @@ def _machine() -> Iterator[Entry]:
         yield Entry("threads", f"{torch.get_num_threads()} in PyTorch; {limits or 'no limit is set'}")
         yield Entry("memory", f"{memory.total / _GB:.1f} GB, {memory.available / _GB:.1f} GB available")
     except Exception as error:  # a broken library can fail in any way, and this is where one looks then
-        yield Entry("machine", f"can't be told: {type(error).__name__}: {error}", is_fault=True)
+        yield Entry("machine", f"unknown: {type(error).__name__}: {error}", is_fault=True)
 
 
 def _cache() -> Entry:

@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """Bad input, told in one line.
+    """Bad input, reported in one line.
 
     The command line prints ``str(error)`` and exits with code 2, without a traceback.
 

@@ -63,7 +63,7 @@ def require_extra(
 
 
 def load_openvino() -> Any:
-    """Return OpenVINO, imported without `openvino_telemetry`: with it each import tells Google Analytics of itself."""
+    """Return OpenVINO, imported without `openvino_telemetry`: with it each import is reported to Google Analytics."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # not importable: it has a stub for that
     import openvino
 

@@ -37,7 +37,7 @@ class AdaLoRACallback(TrainerCallback):
     ) -> None:
         """Refuse (UserError) what can't follow a change of rank: other optimizers, torch.compile, several processes."""
         if args.torch_compile:  # which wraps the model where a callback does not see it
-            message = "ranks can't change here: torch.compile goes on with the old tensors; train without it"
+            message = "ranks can't change here: torch.compile continues with the old tensors; train without it"
             raise UserError(message, field="torch_compile")
         self.controller.attach(given["model"], given["optimizer"])
 

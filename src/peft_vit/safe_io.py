@@ -26,7 +26,7 @@ def open_regular(file: str | Path) -> BufferedReader:
     """Open a file for reading, without waiting for it; links are followed.
 
     Raises:
-        OSError: if it can't be read, is no regular file (a pipe could wait for ever), or if its name is impossible;
+        OSError: if it can't be read, is not a regular file (a pipe could wait for ever), or if its name is impossible;
             `strerror` says why.
     """
     try:
@@ -68,7 +68,7 @@ def require_regular(status: os.stat_result, file: str | Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "a pipe, socket or device, no regular file", str(file))
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a regular file", str(file))
 
 
 def folder_below(root: Path, relative: str) -> Path:

@@ -147,12 +147,14 @@ def without_repeats(problem: str) -> AfterValidator:
 class AdapterConfig(Settings):
     """What all adapters have."""
 
-    scale: float = Field(default=2.0, gt=0, description="alpha / rank; stays when the rank moves")
+    scale: float = Field(
+        default=2.0, gt=0, description="alpha / rank of the LoRA paper; it stays the same when the rank changes"
+    )
     targets: Annotated[tuple[Target, ...], without_repeats("names a matrix twice; remove one")] = Field(
         default=MATRICES,
         min_length=1,
-        description="kinds of matrices, or patterns of their names, `blocks.*.attn.qkv`; the default, the six of a "
-        "plain block, stands for all that the model has",
+        description="Kinds of matrices, or patterns of names such as `blocks.*.attn.qkv`. The default, the six "
+        "of a plain block, stands for all that the model has",
     )
 
 

@@ -64,7 +64,7 @@ def test_it_fits_predicts_and_is_saved(classifier, photos, tmp_path, capsys) -> 
         assert ViTClassifier.load(tmp_path / "saved").predict(images).tolist() == labels.tolist()
     with pytest.raises(UserError, match="runs: holds other files; choose a new or an empty folder"):
         classifier.save(tmp_path / "runs")
-    with pytest.raises(UserError, match=r"name a folder that ViTClassifier\.save has written"):
+    with pytest.raises(UserError, match=r"name a folder that ViTClassifier\.save wrote"):
         ViTClassifier.load(tmp_path)
 
 

@@ -161,7 +161,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     (("train", "missing", *OWN), "", "", ("error: missing: does not exist; correct the path",)),
     ((*TRAIN[:4], "--weights", "a.pth"), "", "", ("a.pth: --weights: does not exist; correct",)),
     ((*TRAIN, "--init-adapter", "a"), "", "", ("--init-adapter: can't be read", "name a folder")),
-    (("predict", "empty", "out/tiny/probe/seed_0"), "", "", ("is no model", "predict out/tiny/probe/seed_0 empty")),
+    (("predict", "empty", "out/tiny/probe/seed_0"), "", "", ("is not a model", "predict out/tiny/probe/seed_0 empty")),
     (("export", "missing"), "", "", ("error: missing: does not exist; name the folder of a run",)),
     (("export", "several"), "", "", ("error: several: holds several runs; name one of them, as several/latest",)),
     (("predict", "several", "study.yaml"), "", "", ("error: several: holds several runs",)),
@@ -272,7 +272,7 @@ def test_a_corrupted_image(images, tmp_path, refused, command) -> None:
     assert "replace it or remove it" in line
     options = (*OWN, "--image-size", "32", "--strict", "--output", tmp_path / "out")
     line, listed = command("train", folder, *options, code=2).err.splitlines()
-    assert line.endswith("--strict: 1 file is to be left out; mend or remove it, or leave --strict out")
+    assert line.endswith("--strict: 1 file is unusable; repair or remove it, or leave --strict out")
     assert listed.startswith("  class_1/04.png: is not")
     assert list((tmp_path / "out").rglob("*.json")) == []
 

@@ -124,9 +124,9 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     finally:
         images.with_name("hidden").rename(images)
     assert Path("f.safetensors").is_file()
-    assert "--activations: needs the run's images, which tell what int8 loses, and they are not there" in line
+    assert "--activations: needs the run's images to measure what int8 loses, and they are not there" in line
     assert str(images) in line
-    assert "--bits: needs the run's images, which tell what int3 loses, and they are not there" in bits
+    assert "--bits: needs the run's images to measure what int3 loses, and they are not there" in bits
     (error,) = re.findall(r"relative error of the weights at most (\S+)", merged)
     assert 1e-6 < float(error) < 5e-3
     assert all("100.00 % of predictions equal" in text for text in (merged, fast))

@@ -40,7 +40,7 @@ def test_doctor_works_without_torch_and_says_that_nothing_else_does(command, cac
     names = [name for name in sys.modules if name.split(".")[0] == "peft_vit" and name.startswith("peft_vit.runs")]
     without("torch", *names)
     said = command("doctor", code=1).out
-    assert "can't be told: ModuleNotFoundError" in said
+    assert "unknown: ModuleNotFoundError" in said
     assert "cache" in said
 
 

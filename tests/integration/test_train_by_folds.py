@@ -95,7 +95,7 @@ def test_a_regression_that_is_better_on_folds_is_delivered_with_folds_of_its_own
             assert read_record(fold).head_fit.l2 == (record.head_fit.chosen_l2,)
         spent = sum(read_record(file).seconds for file in run.folder.rglob("record.json")) + run.sizes().seconds
         assert run.seconds() == pytest.approx(spent)
-        assert re.search(r"what is left tells|was done before", trained(options))
+        assert re.search(r"the rest measures|was done before", trained(options))
 
 
 def test_a_call_that_ends_within_its_folds_goes_on_there(trained, monkeypatch) -> None:
@@ -112,7 +112,7 @@ def test_a_call_that_ends_within_its_folds_goes_on_there(trained, monkeypatch) -
     assert run.record().calibrated is None
     done = {file: file.read_bytes() for file in (run.folder / "folds").rglob("record.json")}
     said = trained(options)
-    assert f"Training is done in {run.folder}; what is left tells how good it is." in said
+    assert f"Training is done in {run.folder}; the rest measures how good it is." in said
     assert {file: file.read_bytes() for file in (run.folder / "folds").rglob("record.json")} == done
     assert not run.folds_left()
     record = run.record()

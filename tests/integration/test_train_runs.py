@@ -1,4 +1,4 @@
-"""Each call of `train` is a run of its own, or goes on with its own; what a person reads of them from first to last."""
+"""Each call of `train` is a run of its own, or continues its own; what a person reads of them from first to last."""
 
 import json
 import os
@@ -195,7 +195,7 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
     (run.folder / "model.txt").unlink()  # as if the call had ended after training
     shutil.rmtree(run.folder / regression.spec.study)
     said = command(*words.split()).out
-    assert f"Training is done in {run.folder}; what is left tells how good it is." in said
+    assert f"Training is done in {run.folder}; the rest measures how good it is." in said
     assert "A regression at 64 px may be better; making it." in said
     assert not re.search("Starts in|it takes about", said)
 

@@ -399,7 +399,7 @@ def test_an_output_among_the_images_or_of_others_is_refused(tuning, images, tmp_
         tuning(output=images / "tuned")
     assert not (images / "tuned").exists()
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"{name}: is there already, and of no tuning"):
+    with pytest.raises(UserError, match=rf"{name}: exists already, and tune did not make it"):
         tuning()
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
@@ -474,7 +474,7 @@ def test_a_look_at_many_images_that_takes_more_than_its_share_is_told(images: Pa
     assert "1,000 images takes about 16.7 minutes" in line
     short = _telling_if_slow(State.opened(request_of(images, tmp_path, minutes=16.0), lines.append, lambda: now[0]))
     now[0] += 10.0
-    with pytest.raises(UserError, match=r"--minutes: to look at 1,000 images takes .* here; give more than 17"):
+    with pytest.raises(UserError, match=r"--minutes: reading 1,000 images takes .* here; give more than 17"):
         short(10, 1000)
 
 

@@ -157,7 +157,7 @@ REFUSED = [  # options, changes of the study, and what the line says
     ((UNTIL, "--method", "lora"), {}, "--until-decided: has no effect with --method"),
     ((UNTIL, "--seeds", "0,1"), {}, "--until-decided: has no effect with --seeds"),
     ((UNTIL, "--minutes", 0), {}, "--minutes: "),
-    ((UNTIL,), {"stopping": {**STOPPING, "control": "none"}}, "'none' is none of"),
+    ((UNTIL,), {"stopping": {**STOPPING, "control": "none"}}, "'none' is not one of"),
 ]
 
 
@@ -284,7 +284,7 @@ def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_pat
         assert [float(row[name]) for row in rows] == pytest.approx([value(look) for look in looks])
     assert "12 pairs: +0.3 [" in (tmp_path / "report.html").read_text()  # what a pointer is told
     summary = (tmp_path / "analysis_summary.md").read_text()
-    assert "![Courses of the comparisons with base](figures/stopped_courses.png)" in summary
+    assert "![How the comparisons went with base](figures/stopped_courses.png)" in summary
     assert "3 of 3 comparisons with base have stopped" in summary
     assert "Incomplete" not in summary, "what was not needed is not missing"
     assert "How far from base" not in summary, "no figure has intervals of a fixed number of seeds beside these"

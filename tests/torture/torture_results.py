@@ -75,14 +75,16 @@ def add(promise: str, kind: str, *, trials: int, passed: int, faults: Sequence[s
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return one row a promise and kind as Markdown, and where they were tried below it."""
+    """Return one row a promise as Markdown, and where it was tried below them; FILE has each kind of trial."""
     machines = list(dict.fromkeys(result.machine for result in results))
-    rows = ["| promise | tried | held | when | machine |", "| --- | --- | ---: | --- | --- |"]
-    for result in sorted(results, key=lambda result: (result.promise, result.kind)):
-        when = result.first if result.first == result.last else f"{result.first} to {result.last}"
-        held = f"{result.passed:,} of {result.trials:,}"
-        place = chr(ord("A") + machines.index(result.machine))
-        rows.append(f"| {result.promise} | {result.kind} | {held} | {when}, `{result.commit}` | {place} |")
+    rows = ["| promise | held | when | machines |", "| --- | ---: | --- | --- |"]
+    for promise in sorted({result.promise for result in results if "(the same, by " not in result.promise}):
+        tried = [result for result in results if result.promise == promise]
+        first, last = min(result.first for result in tried), max(result.last for result in tried)
+        when = first if first == last else f"{first} to {last}"
+        held = f"{sum(result.passed for result in tried):,} of {sum(result.trials for result in tried):,}"
+        where = ", ".join(sorted({chr(ord("A") + machines.index(result.machine)) for result in tried}))
+        rows.append(f"| {promise} | {held} | {when} | {where} |")
     places = [f"{chr(ord('A') + index)}: {name}." for index, name in enumerate(machines)]
     return "\n".join([*rows, "", *places])
 

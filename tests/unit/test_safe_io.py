@@ -22,8 +22,8 @@ def test_a_file_is_read_up_to_its_limit(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("pipe", "no regular file"),
-        ("endless", "no regular file"),
+        ("pipe", "not a regular file"),
+        ("endless", "not a regular file"),
         (".", "Is a directory"),
         ("nothing", "No such file"),
         ("loop", "Too many levels"),

@@ -64,16 +64,19 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
         The metadata that was saved with it.
 
     Raises:
-        UserError: if the file is no adapter file or does not fit the model.
+        UserError: if the file is not an adapter file or does not fit the model.
     """
     saved, form = read_adapter_file(file), _form(model)
     if saved.form != form:
-        message = f"holds adapters of the form {saved.form}, the model's are {form}; attach them alike"
+        message = f"holds adapters of the form {saved.form}, the model's are {form}; attach them in the same form"
         raise UserError(message, file=file)
     present = {name: weight.format for name, weight in packed_weights(model).items()}
     for name, format in saved.formats.items():
         if format != present.get(name):
-            message = f"was trained on {name} as {format}, the model has {present.get(name, 'floats')}; quantize alike"
+            message = (
+                f"was trained on {name} as {format}, the model has {present.get(name, 'floats')}; quantize "
+                "it in the same way"
+            )
             raise UserError(message, file=file)
     set_ranks(model, saved.ranks, file=file)
     restore_trained(model, saved.tensors, file=file)
@@ -130,7 +133,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Return header and tensors of a file that may come from anybody."""
     try:
         if not os.path.isfile(file):  # opening a pipe could wait for ever
-            raise ValueError("no regular file")
+            raise ValueError("is not a regular file")
         with safe_open(file, framework="pt") as handle:
             return handle.metadata() or {}, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
@@ -169,7 +172,7 @@ def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], *
     """Refuse tensors that are not those of a model by name and shape."""
     for name in sorted(expected.keys() ^ given.keys()):
         side = "model" if name in expected else "file"
-        message = f"stands only in the {side}; the adapter belongs to another configuration"
+        message = f"is only in the {side}; the adapter belongs to another configuration"
         raise UserError(message, file=file, field=name)
     for name, tensor in expected.items():
         if tensor.shape != given[name].shape:

@@ -1,9 +1,9 @@
 """Put adapters on a model's sites, see whether those that it carries are what settings ask for, and have a gradient.
 
-A model may compute with a module's weight past the module, `F.linear(x, self.qkv.weight)`. What stands in the module's
+A model may compute with a module's weight past the module, `F.linear(x, self.qkv.weight)`. What is in the module's
 place, an adapter of this package or of the PEFT library, then has neither effect nor gradient, and training would say
-nothing of it. One forward and backward pass of one image tells: where the derivative of the logits by the factors of an
-update is not zero, and no factor is, the update changes the logits to first order.
+nothing of it. One forward and backward pass of an image shows it: where the derivative of the logits by the factors of
+an update is not zero, and no factor is, the update changes the logits to first order.
 """
 
 from __future__ import annotations
@@ -51,16 +51,17 @@ def attach_adapters(
     pool: int = 1,
     check: bool = True,
 ) -> None:
-    """Freeze the backbone and put one adapter on each site; the model's outputs do not change.
+    """Freeze the backbone and put one adapter on each target module; the model's outputs do not change.
 
     One forward and backward pass of one image checks that each has an effect, see `check_gradients`.
 
     Args:
         model: a Vision Transformer of timm, changed in place.
         sites: from `backbones.find_sites`, or `fused_sites` of them.
-        ranks: of each site by name, or one for all; 0 is allowed.
-        scale: factor on the update, likewise.
-        seed: the run's seed. Each site has its own stream, so other sites or ranks do not move its start.
+        ranks: of each target module by name, or one for all; 0 is allowed.
+        scale: factor on the update, in the same form.
+        seed: the run's seed. Each target module has its own stream, so other target modules or ranks do not move its
+            start.
         parametrization: of the update, see `low_rank`; so for `factor_start` and `lambda_gain`.
         pool: inputs per group on which the update is constant; 1 for a plain adapter.
         check: refuse adapters without effect.

@@ -33,7 +33,7 @@ _SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors
 
 
 class LowRankUpdate:
-    """An update of the product form, whoever holds its factors: A (r, in / pool) and B (out, r)."""
+    """An update of the product form, whichever module holds its factors: A (r, in / pool) and B (out, r)."""
 
     in_features: int
     out_features: int
@@ -189,7 +189,8 @@ class GradientProbe:
     of G, whatever the adapter's rank. Where an update is constant on groups of inputs, q_i is too, and G is the
     gradient summed over each group: what an adapter there can follow.
 
-    A probe is no module and no parameter: no optimiser holds it, no state dict saves it, nothing counts it as trained.
+    A probe is neither module nor parameter: no optimiser holds it, no state dict saves it, nothing counts it as
+    trained.
 
     Args:
         in_features: inputs of the site's weight, or the groups of them on which its update is constant.

@@ -147,11 +147,12 @@ def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
 
 
 def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bool = False) -> None:
-    """Attach a PEFT LoRA adapter to a Vision Transformer of timm, so that outputs are PEFT's and training can go on.
+    """Attach a PEFT LoRA adapter to a Vision Transformer of timm, so that outputs are PEFT's and training can continue.
 
-    Each adapted module carries one adapter on all its rows, at PEFT's rank and scale: `attn.qkv` as the one site
-    `blocks.i.attn.qkv`, the others as `out`, `fc1`, `fc2`. All else is frozen but the head, which is loaded if the
-    adapter brings one. PEFT's files do not say which weights an adapter was trained on: give the model the right ones.
+    Each adapted module carries one adapter on all its rows, at PEFT's rank and scale: `attn.qkv` as the one target
+    module `blocks.i.attn.qkv`, the others as `out`, `fc1`, `fc2`. All else is frozen but the head, which is loaded if
+    the adapter brings one. PEFT's files do not say which weights an adapter was trained on: give the model the right
+    ones.
 
     Args:
         model: without adapters; changed in place, or left as it was on an error.
@@ -164,7 +165,7 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
         UserError: if a file can't be read or does not fit the model, or asks for anything but plain LoRA.
 
     Warns:
-        SilentNoEffectWarning: if the adapter was trained with dropout, which training goes on without; with
+        SilentNoEffectWarning: if the adapter was trained with dropout, which training continues without; with
             `fresh_head`, if it brings no head that fits.
     """
     if site_adapters(model):
@@ -184,7 +185,9 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
                 head[name].copy_(tensor)
     elif fresh_head:
         brought = f"a head of {_classes(adapter.head)} classes" if adapter.head else "no head"
-        _warn(f"the adapter of {folder} brings {brought} and these images have {_classes(head)}: the head is fresh")
+        _warn(
+            f"the adapter of {folder} brings {brought} and these images have {_classes(head)}, so a new head is trained"
+        )
     scales = {sites[module].name: scale for module, (_, _, scale) in adapter.updates.items()}
     attach_adapters(model, [sites[module] for module in adapter.updates], 0, scale=scales, seed=seed)
     by_site = site_adapters(model)
@@ -242,7 +245,7 @@ def read_peft(
         any_head: take a head of any size.
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, also False for an impossible name
-        raise UserError("is no folder; give the one that PEFT's save_pretrained has written", file=folder)
+        raise UserError("is not a folder; give the one that PEFT's save_pretrained wrote", file=folder)
     config_file, file = folder / CONFIG_FILE, folder / TENSORS_FILE
     config = _read_config(config_file)
     _read_base(folder / BASE_FILE)
@@ -253,7 +256,7 @@ def read_peft(
     heads = sorted({parameter.rpartition(".")[0] for parameter in head})
     for name in config.modules_to_save or ():
         if name not in heads:
-            message = f"{short(name)} is no head of this model, which has {' and '.join(heads)}"
+            message = f"{short(name)} is not a head of this model, which has {' and '.join(heads)}"
             raise UserError(f"{message}; leave it out", file=config_file, field="modules_to_save")
     of_head = {f"{PREFIX}{name}": shape for name, shape in head.items()} if config.modules_to_save else {}
     if any_head:
@@ -281,7 +284,7 @@ def read_peft(
             )
             raise UserError(f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}", file=file, field=name)
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError("holds values that are no finite numbers; save the adapter again", file=file, field=name)
+            raise UserError("holds values that are not finite; save the adapter again", file=file, field=name)
     targets = config.target_modules
     for name in modules if isinstance(targets, list) else ():  # of a pattern PEFT has saved what it hit
         if not any(name == target or name.endswith(f".{target}") for target in targets):
@@ -315,20 +318,20 @@ def doubts_about(
     named = _read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if named and _architecture(str(named)) != _architecture(model):
         doubts.append(
-            f"the adapter of {folder} names the base model {short(named)} and this run adapts {model}; PEFT's files "
-            "can't tell whether the weights agree, and over others the adapter is worth nothing"
+            f"the adapter of {folder} names the base model {short(named)} and this run adapts {model}; PEFT's "
+            "files do not say whether the weights agree, and with other weights the adapter is useless"
         )
     base = _read_base(folder / BASE_FILE)
     if "weights_sha256" in base and base["weights_sha256"] != weights_sha256:
         doubts.append(
-            f"the adapter of {folder} was trained on {short(base.get('weights_name'))} "
-            f"(SHA-256 {base['weights_sha256']}) and this run adapts {weights_name} (SHA-256 {weights_sha256}); "
-            "over other weights the adapter is worth nothing"
+            f"the adapter of {folder} was trained on {short(base.get('weights_name'))} (SHA-256 "
+            f"{base['weights_sha256']}) and this run adapts {weights_name} (SHA-256 {weights_sha256}); with other "
+            "weights the adapter is useless"
         )
     if base.get("class_names") not in (None, list(class_names)):
         doubts.append(
             f"the adapter of {folder} was trained on the classes {short(base['class_names'])} and this run has "
-            f"{short(list(class_names))}; its head starts from the others"
+            f"{short(list(class_names))}; its head starts from those of the adapter"
         )
     return doubts
 

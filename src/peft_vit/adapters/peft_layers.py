@@ -46,7 +46,7 @@ def sites_of_layers(model: nn.Module) -> dict[str, Site]:
     """Return the site of each of PEFT's layers, `blocks.3.attn.qkv`, by the layer's name as above.
 
     The model is or wraps one of a class that a family knows. A fused matrix is one site with one rank. Layers that
-    stand elsewhere than on a block's matrices are left out.
+    are elsewhere than on a block's matrices are left out.
     """
     layers = tuner_layers(model)
     if not all(hasattr(layer, _SITE) for layer in layers.values()):
@@ -222,8 +222,8 @@ def peft_sites(model: nn.Module) -> tuple[Site, ...]:
     for key, layer in peft_layers(holder).items():
         if key not in sites:
             raise UserError(
-                r"PEFT has adapted it too, and it is no matrix of a block; narrow target_modules, e.g. to "
-                r"r'.*blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])'",
+                "PEFT has adapted it too, and it is not a matrix of a block; narrow target_modules, e.g. to "
+                "r'.*blocks\\.\\d+\\.(attn\\.(qkv|proj)|mlp\\.fc[12])'",
                 field=key,
             )
         if not _can_resize(layer):

@@ -1,4 +1,4 @@
-"""Tuners of the PEFT library inside a timm model: references that stand beside our own in a study.
+"""Tuners of the PEFT library inside a timm model: references that are beside our own in a study.
 
 PEFT puts its layers in the place of timm's Linear layers, so the model keeps its class, and whatever works on
 parameters (the loop, counts, files) works on it. A fused query, key and value is one module with one rank. PEFT is an
@@ -82,7 +82,7 @@ def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) 
             raise UserError("is set by type and loop here; remove it", field=f"peft.{name}")
         if name not in fields:
             kind = types[type].__name__
-            raise UserError(f"is no setting of PEFT's {kind}{_nearest(name, fields - _OURS)}", field=f"peft.{name}")
+            raise UserError(f"is not a setting of PEFT's {kind}{_nearest(name, fields - _OURS)}", field=f"peft.{name}")
     given = copy.deepcopy(dict(settings))
     try:
         if type == "eva":

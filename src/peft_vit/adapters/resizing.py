@@ -1,6 +1,6 @@
 """Change a site's rank for real: tensors get smaller or larger, and the optimiser's moments follow their triplets.
 
-A change of rank replaces parameters. What would go on with the old ones, or lose moments silently, is refused.
+A change of rank replaces parameters. What would continue with the old ones, or lose moments silently, is refused.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             kinds.append("OptimizedModule")
         for holder in (_HOLD_TENSORS[kind] for kind in kinds if kind in _HOLD_TENSORS):
             message = (
-                f"ranks can't change here: {holder} goes on with the old tensors; train without it, in one process"
+                f"ranks can't change here: {holder} continues with the old tensors; train without it, in one process"
             )
             raise UserError(message, field=name or "model")
     distributed = torch.distributed

@@ -84,12 +84,12 @@ class AdaLoRAController:
         total_steps: optimiser steps of the whole run; the budget's course depends on it.
         seed: of the adapters' start, of triplets that grow, of probes and of the `random` metric.
         pool: inputs per group on which an update is constant, for weights that `QALoRATrainer` quantizes in groups. A
-            site then has at most in / pool ranks, and a rank costs less.
+            target module then has at most in / pool ranks, and a rank costs less.
         check: refuse adapters without effect; for False where `QALoRATrainer` follows, which checks on packed weights.
 
     Raises:
         UserError: if the model is of another class, the schedule does not fit the steps, the budget does not fit
-            the sites, or an adapter has no effect.
+            the target modules, or an adapter has no effect.
     """
 
     def __init__(
@@ -202,11 +202,11 @@ class AdaLoRAController:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Return the ranks as last applied, by site."""
+        """Return the ranks as last applied, by target module."""
         return dict(self.rank_history[-1]["ranks"])
 
     def update_importance_scores(self, model: nn.Module, step: int, *, loss_scale: float = 1.0) -> dict[str, float]:
-        """Score every site; call after backward, on accumulated gradients, before zero_grad.
+        """Score every target module; call after backward, on accumulated gradients, before zero_grad.
 
         Args:
             model: carries the adapters and their gradients.
@@ -214,8 +214,9 @@ class AdaLoRAController:
             loss_scale: factor on the loss; with `torch.amp.GradScaler` its `get_scale()`, or 1 after `unscale_`.
 
         Returns:
-            The mean score per triplet of each site. A site without rank keeps its last score, or gets one from its
-            probe where a decision is due (see `probes`); one that was never scored counts as an average site.
+            The mean score per triplet of each target module. A target module without rank keeps its last score, or gets
+            one from its probe where a decision is due (see `probes`); one that was never scored counts as an average
+            target module.
 
         Raises:
             UserError: if the step is not later than the last one.
@@ -248,7 +249,7 @@ class AdaLoRAController:
             step: as above.
 
         Returns:
-            The rank of each site; the present ranks if no decision is due. One that was due at a step that the
+            The rank of each target module; the present ranks if no decision is due. One that was due at a step that the
             caller left out is taken now.
 
         Raises:
@@ -291,8 +292,8 @@ class AdaLoRAController:
     def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
         """Resize the adapters and the optimiser's moments to the decided ranks, if they differ from the present ones.
 
-        Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores. If the
-        next step leads to a decision, the sites are probed in it.
+        Call after the optimiser's step. A shrinking target module loses its weakest triplets by their latest scores. If
+        the next step leads to a decision, the target modules are probed in it.
         """
         if optimizer is not self._optimizer:
             self._take_on(model, optimizer)
@@ -332,8 +333,8 @@ class AdaLoRAController:
         """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
 
         Returns:
-            By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each
-            site counted once whatever its rank; ranks are summed.
+            By target module, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's target
+            modules, each target module counted once whatever its rank; ranks are summed.
         """
         groups = {site.name: [place] for place, site in enumerate(self.sites)}
         for place, site in enumerate(self.sites):
@@ -381,17 +382,17 @@ class AdaLoRAController:
         return {"values": {"made_with": self._made_with(), **values}, "tensors": self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
+        """Continue from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
 
         The model must carry the adapters of that moment (`load_trained`, or `set_ranks` and their values).
 
         Raises:
-            UserError: if the state belongs to another configuration, length of run, seed or set of sites, or is of a
-                version that kept more.
+            UserError: if the state belongs to another configuration, length of run, seed or set of target modules, or
+                is of a version that kept more.
         """
         values = copy.deepcopy(state["values"])
         if "decisions" in values:
-            message = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which goes on with it"
+            message = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which continues with it"
             raise UserError(f"{message}; without it training starts again", field="decisions")
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)

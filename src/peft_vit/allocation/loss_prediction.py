@@ -11,8 +11,8 @@ Layers. With p the class probabilities by the float weights and q those by weigh
     fisher   1/2 sum_ij F_ij (Wq - W)_ij^2, F the diagonal of the Fisher information of p: its second-order term
 
 F is the mean over images of the squared gradient of log p(y), with y drawn from p. Labels of the data would make it the
-empirical Fisher, which is no second-order term of anything (arXiv 1905.12558, sec. 3). Quantization error weighted with
-the Fisher's diagonal: FIT, arXiv 2210.08502; within blocks, BRECQ, arXiv 2102.05426.
+empirical Fisher, which is not a second-order term of anything (arXiv 1905.12558, sec. 3). Quantization error weighted
+with the Fisher's diagonal: FIT, arXiv 2210.08502; within blocks, BRECQ, arXiv 2102.05426.
 
 Ranks. See `rank_gains`.
 """

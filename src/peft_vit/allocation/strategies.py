@@ -1,7 +1,7 @@
 """From scores to ranks: what a rank costs, how much is allowed at which step, and who gets it. Steps count from 1.
 
 A budget has a unit: ranks, in which each rank costs 1, or another, in which a rank of one site may cost more than a
-rank of another. A score per unit of cost then takes the place of the score:
+rank of another. A score per unit of cost then replaces the score:
 
     proportional   what is spent on a site is in proportion to its score; whole ranks by largest remainder
     threshold      sites whose score per cost is at least tau times the mean share in proportion to their scores, the

@@ -3,7 +3,7 @@
 An experiment is the same if its name and its configuration are; data and backbone may differ. Within a study, methods
 are compared as in `analysis.comparison`: pairs share seed, weights, images and split, the exact Wilcoxon test decides,
 with Holm's correction over the study's table. Over studies a difference is pooled only if nothing differs that
-POOL_KINDS names, or the caller allows it by name; what is refused is told with its reason. The pooled claim "is
+POOL_KINDS names, or the caller allows it by name; what is refused is reported with its reason. The pooled claim "is
 more accurate than the reference, on average over these studies" is decided by the stratified t test of
 `stratified_mean`, with Holm's correction over the pooled table.
 """
@@ -115,7 +115,9 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
     _refuse_copies(read)
     smoke = [f"{study.label} in {directory}" for directory, study in read if study.smoke]
     if smoke and len(smoke) < len(read):
-        problem = f"{', '.join(smoke)}: smoke runs say nothing about a method, so they stand beside no real study"
+        problem = (
+            f"{', '.join(smoke)}: smoke runs say nothing about a method, so they can't be compared with a real study"
+        )
         raise UserError(f"{problem}; leave them out", file="compare")
     labels = [study.label for _, study in read]
     if len(read) < 2:
@@ -128,7 +130,7 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
 
 
 def _refuse_copies(read: Sequence[tuple[Path, Study]]) -> None:
-    """Refuse a run that stands in two studies: the same seed of the same configuration on the same images."""
+    """Refuse a run that is in two studies: the same seed of the same configuration on the same images."""
     seen: dict[str, tuple[Path, str]] = {}
     for directory, study in read:
         for run in study.runs:
@@ -283,7 +285,7 @@ def parse_pool(text: str, option: str) -> frozenset[PoolKind]:
     names = [part.strip() for part in text.split(",")] if text else []
     unknown = [name for name in names if name not in POOL_KINDS]
     if unknown:
-        problem = f"{unknown[0]!r} is none of {', '.join(POOL_KINDS)}; name what may be pooled, with commas between"
+        problem = f"{unknown[0]!r} is not one of {', '.join(POOL_KINDS)}; name what may be pooled, separated by commas"
         raise UserError(problem, field=option)
     return frozenset(kind for kind in POOL_KINDS if kind in names)
 
@@ -340,7 +342,7 @@ def _splits(runs_of: RunsOf) -> Iterator[str]:
             shared = first.keys() & second.keys()
             same = all(first[seed] == second[seed] for seed in shared)
             if not (same if shared else {*first.values()} == {*second.values()}):
-                yield f"{label} and {other} divide the same images otherwise"
+                yield f"{label} and {other} divide the same images differently"
 
 
 def _configurations(runs_of: RunsOf) -> Iterator[str]:

@@ -165,7 +165,7 @@ def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tu
 
     What shows claims and what shows their opposites is corrected apart: the probability of any false "supported" is at
     most ALPHA, and so is that of any false "refuted". A test without a p-value counts as 1, since results must not make
-    the family smaller; estimates without values are no tests.
+    the family smaller; estimates without values are not tests.
 
     Args:
         family: one that has a test already keeps it.
@@ -396,7 +396,7 @@ class Front:
 
     @property
     def on_front(self) -> tuple[FrontPoint, ...]:
-        """Return who stands on it, cheapest first."""
+        """Return what is on it, cheapest first."""
         return tuple(point for point in self.points if point.on_front)
 
 
@@ -415,7 +415,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool,
 def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
     """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`.
 
-    Without validation images nothing says who stands on one, and there is none.
+    Without validation images nothing says what is on one, and there is none.
     """
     if any(m.validation_accuracy is None for m in methods):
         return ()

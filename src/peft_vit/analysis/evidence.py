@@ -61,7 +61,7 @@ class NoDataError(Exception):
 
 @dataclass(frozen=True)
 class Group:
-    """Some experiments of a study, told by what they are, never by their results; all that is said must hold."""
+    """Some experiments of a study, chosen by what they are, never by their results; all that is said must hold."""
 
     methods: tuple[str, ...] = ()  # one must be its own
     where: Mapping[str, Any] = field(default_factory=dict)  # settings by dotted name, and the value or values they have
@@ -433,7 +433,7 @@ def between_seeds(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
     """Return Spearman's rho of the final scores of two seeds, over disjoint pairs of seeds: 1st and 2nd, 3rd and 4th.
 
     All pairs of seeds would share runs, and no test for independent values could be used; the mean over all of them
-    stands in `analysis.importance`. Where each seed draws its own images out of one data set, agreement holds over
+    is in `analysis.importance`. Where each seed draws its own images out of one data set, agreement holds over
     these too, which is more than was asked; the note says so.
     """
     estimates = []

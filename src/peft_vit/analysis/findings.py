@@ -1,4 +1,4 @@
-"""Findings: what records say about each sentence, by the test that stands beside it.
+"""Findings: what records say about each sentence, by the test that is beside it.
 
 Nothing here knows a sentence. Its measure gives estimates, those of one family in one study are decided together, and a
 sentence without values has the verdict "no data" and the reason.
@@ -77,7 +77,7 @@ def _untested(finding: Finding, untested: str) -> Finding:
     """Return a finding whose verdict needs no test, with its outcome; one that is to be tested as it is."""
     question, values = finding.question, finding.by_seed.values()
     if not values:
-        return replace(finding, verdict=Verdict.NO_DATA, outcome=finding.note or "no finished run tells", note="")
+        return replace(finding, verdict=Verdict.NO_DATA, outcome=finding.note or "no finished run shows it", note="")
     if question.kind == "described":
         return replace(finding, outcome=f"described, not tested: {finding.sentence.reason}")
     if question.kind == "counted":

@@ -1,7 +1,7 @@
 """Where two experiments are right and wrong on the same test images: counts of all, and a few to look at.
 
 The counts are those of McNemar's table; nothing is tested with them, since seeds share test images
-and the comparison over seeds stands elsewhere.
+and the comparison over seeds is elsewhere.
 """
 
 from __future__ import annotations

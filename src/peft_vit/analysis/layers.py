@@ -3,7 +3,7 @@
 Scores of different metrics have different units and scales, so a run's scores are divided by their mean over
 its sites: a relative score of 1 is an average site of that run.
 
-Agreement describes. The sites of one network are no independent draws, so no p-value comes from their number.
+Agreement describes. The sites of one network are not independent, so no p-value comes from their number.
 """
 
 from __future__ import annotations

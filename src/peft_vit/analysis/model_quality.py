@@ -30,7 +30,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images of one class that are taken for another one."""
+    """Images of one class that are predicted as another one."""
 
     truth: str
     taken_for: str
@@ -73,7 +73,7 @@ class ModelQuality:
 
     @property
     def confusions(self) -> list[Confusion]:
-        """Return which classes are taken for which, the most frequent first."""
+        """Return which classes are predicted as which, the most frequent first."""
         names, totals = [found.name for found in self.classes], self.confusion.sum(1)
         wrong = self.confusion - np.diag(np.diag(self.confusion))
         pairs = [

@@ -1,7 +1,7 @@
 """The smallest configuration that is shown to lose no more than a margin against the best, or that nothing is shown.
 
 The best is the experiment with the highest mean validation accuracy, whatever it costs. Candidates are the experiments
-within the limits, and smaller than it where it keeps them itself; sizes are no test results, so ordering by them
+within the limits, and smaller than it where it keeps them itself; sizes are not test results, so ordering by them
 chooses nothing on test. Sizes within one percent are equal: nobody gives up accuracy for a hundred values. Each
 candidate's test accuracy is compared with the best's, paired by seed, by the one-sided non-inferiority t test
 (Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics 15 (1987)). The margin is the caller's and has to be
@@ -9,8 +9,8 @@ stated before looking.
 
 **Error rate.** The recommendation is the smallest candidate whose null hypothesis "it loses the margin or more" falls.
 Going up from the smallest and stopping at the first success would test each candidate that may come at full level:
-with m inferior ones it recommends one of them up to m times too often. It is no fixed-sequence procedure, which would
-have to stop at the first *failure* (Maurer, Hothorn & Lehmacher, in Vollmar (ed.), Biometrie in der chemisch-
+with m inferior ones it recommends one of them up to m times too often. It is not a fixed-sequence procedure, which
+would have to stop at the first *failure* (Maurer, Hothorn & Lehmacher, in Vollmar (ed.), Biometrie in der chemisch-
 pharmazeutischen Industrie 6 (1995)), and from the large end down that costs power wherever accuracy does not fall with
 size. Holm's correction over all candidates (Scandinavian Journal of Statistics 6 (1979)) holds the probability to
 reject any true null at 5 %, however the tests depend on each other, and so also that of recommending a configuration
@@ -221,7 +221,7 @@ def recommend(
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
     if any(run.validation is None for run in study.runs):
-        problem = "has runs without validation images, which say what the others are compared with"
+        problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
     stopping = study.stopping

@@ -39,7 +39,7 @@ class Calibration:
     """One experiment over its seeds."""
 
     experiment: ExperimentConfig
-    # equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent draws, and an
+    # equal-width bins over the predictions of all seeds. Seeds share images, so they are not independent, and an
     # interval from their count would be too narrow
     bins: tuple[Bin, ...]
     seeds: tuple[int, ...]  # with predictions

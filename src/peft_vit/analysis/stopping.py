@@ -1,7 +1,7 @@
 """Comparisons that stop: what a study's declared looks say of each experiment against the control, from its records.
 
 Nothing of a look is kept: differences are paired by seed in the declared order, up to the first seed that lacks one of
-both runs, and `statistics.sequential.follow` tells from these alone which looks there were and what follows. So a
+both runs, and `statistics.sequential.follow` says from these alone which looks there were and what follows. So a
 study that was interrupted, continued or run in another order has the same verdicts.
 """
 

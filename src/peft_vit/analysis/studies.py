@@ -204,15 +204,15 @@ class Study:
         """Return why no number here says anything about a method; empty if they do. It is one of the notices."""
         if self.smoke:
             return (
-                "Smoke runs: random weights, synthetic images and a compressed schedule. They show that the code "
-                "runs. No number here says anything about a method."
+                "Smoke runs have random weights, synthetic images and a short schedule. They show "
+                "that the code runs. No number here says anything about a method."
             )
         names = sorted({run.experiment.name for run in self.runs if run.provenance.random_weights})
         if not names:
             return ""
         return (
-            f"Random weights: the backbone of {', '.join(names)} was not pretrained. "
-            "Nothing here carries over to fine-tuning a pretrained model."
+            f"The backbone of {', '.join(names)} has random weights and was not pretrained. Nothing here carries "
+            "over to fine-tuning a pretrained model."
         )
 
     @property
@@ -252,8 +252,8 @@ class Study:
     def fixed_rank_loras(self) -> tuple[ExperimentConfig, ...]:
         """Return what others are compared with: our LoRA from nothing at one rank.
 
-        LoRA that goes on from an adapter was trained before, and that of the PEFT library has one rank for the fused
-        query, key and value: both stand under their own names, and are no reference.
+        LoRA that continues from an adapter was trained before, and that of the PEFT library has one rank for the fused
+        query, key and value: both are under their own names, and are not a reference.
         """
         return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
 
@@ -309,7 +309,7 @@ def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> St
     if len(exact or matching) == 1:
         return (exact or matching)[0]
     if not matching:
-        raise UserError(f"{name!r} is none of its studies, which are {labels}", file=source, field="--study")
+        raise UserError(f"{name!r} is not one of its studies, which are {labels}", file=source, field="--study")
     raise UserError(f"holds {len(studies)} studies ({labels}); choose one with --study NAME", file=source)
 
 
@@ -324,9 +324,9 @@ def _notices(study: Study) -> Iterator[str]:
         yield f"Failed: {runs_in_words(failed, ', ')}: {reason}"
     if plan.seeds_added:
         yield (
-            f"Continued: {seeds_in_words(plan.seeds_added)} of {study.name} were added when results were there, and "
-            "that was not declared. Tests take the number of seeds as given, so nothing here gets a verdict: estimates "
-            "and intervals describe."
+            f"Not declared: {seeds_in_words(plan.seeds_added)} of {study.name} were added after results were "
+            "there. Tests assume a fixed number of seeds, so nothing here gets a verdict, only estimates and "
+            "intervals."
         )
     if study.stopping is not None:
         yield (
@@ -357,11 +357,11 @@ def _of_unfinished(study: Study) -> Iterator[str]:
         which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs_in[state])}" for state in named)
         planned = len(study.runs) + len(study.failed) + len(study.unfinished)
         yield (
-            f"Incomplete: {sum(len(runs_in[state]) for state in named)} of {planned} planned runs are not done yet, "
-            f"and no number here has anything of them. {which}."
+            f"Incomplete: {sum(len(runs_in[state]) for state in named)} of {planned} planned runs are not done "
+            f"yet and are in no number here. {which}."
         )
     if missing := runs_in.get("missing"):
-        yield f"Missing: no record of {runs_in_words(missing)}. The study is incomplete or still running."
+        yield f"Missing: there is no record of {runs_in_words(missing)}. The study is incomplete or still running."
 
 
 def _differences(runs: tuple[Run, ...]) -> Iterator[str]:
@@ -497,7 +497,9 @@ def _once(contents: Contents) -> tuple[list[RunRecord], list[Problem]]:
             continue
         for file in files:
             others = ", ".join(other for other in files if other != file)
-            problem = f"holds the run {run!r} twice, and otherwise than {others}; move away what is not the result"
+            problem = (
+                f"holds the run {run!r}, and {others} hold it with other results; move away what is not the result"
+            )
             problems.append(Problem(file, problem))
     return records, problems
 

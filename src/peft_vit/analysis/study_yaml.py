@@ -39,7 +39,7 @@ def study_yaml(spec: RunSpec, seeds: Sequence[int], *, suffix: str, comments: Se
     Args:
         spec: what was asked of one of the experiment's runs.
         seeds: of the new study.
-        suffix: ends its name, so that it is not taken for the old study going on.
+        suffix: ends its name, so that it is not mistaken for the old study continuing.
         comments: lines for the top of the file, without ``#``.
     """
     experiment = spec.experiment

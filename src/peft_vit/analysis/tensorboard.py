@@ -21,7 +21,7 @@ _VERSION = "brain.Event:2"  # what an event file's first record says
 def export_to_tensorboard(results_dir: Path, log_dir: Path) -> int:
     """Write one event file a finished run, below a folder of the run's name, and return the number of runs.
 
-    A study that goes on may be exported again: files are replaced, those of runs that were there stay as they are.
+    A study that continues may be exported again: files are replaced, those of runs that were there stay as they are.
 
     Args:
         results_dir: a results directory, or one run's folder.

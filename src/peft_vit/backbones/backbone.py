@@ -93,7 +93,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         family = family_of(model)
         if family is None:
-            raise UserError(f"{type(model).__name__} is no {_KNOWN}")
+            raise UserError(f"{type(model).__name__} is not a {_KNOWN}")
         self.model = model
         self.family: Family = family
 
@@ -155,7 +155,8 @@ class Backbone:
         return torch.cat([seen[place] for place in layers], dim=-1)
 
     def logits_and_middle(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (B, classes) and what tells images of another kind, (B, D), of normalised images (B, 3, S, S).
+        """Return logits (B, classes) and features that show images of another kind, (B, D), of normalised images (B, 3,
+        S, S).
 
         That is what comes to the middle block: the class token, or the tokens' mean where there is none. There images
         of other kinds lie farther from those of training than in front of the head, whose features leave out whatever
@@ -186,7 +187,7 @@ class Backbone:
         return output, seen
 
     def prepare(self) -> bool:
-        """Make the model compute each matrix by its module, so that what stands there instead has an effect.
+        """Make the model compute each matrix by its module, so that what is there instead has an effect.
 
         Returns:
             Whether timm builds such a model otherwise.
@@ -203,10 +204,10 @@ class Backbone:
         return self.find_sites(None)
 
     def find_sites(self, kinds: Sequence[str] | None) -> tuple[Site, ...]:
-        """Return the sites of some kinds, or all; tokens are counted in a forward pass of one image.
+        """Return the target modules of some kinds, or all; tokens are counted in a forward pass of one image.
 
         Modules are read by their `in_features` and `out_features`, so replacing Linear layers by adapted ones
-        leaves the sites as they are.
+        leaves the target modules as they are.
 
         Raises:
             UserError: if a block lacks a wanted matrix.
@@ -264,7 +265,7 @@ class Backbone:
 
 
 def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[Site, ...]:
-    """List the sites of a model, block by block, in the model's order.
+    """List the target modules of a model, block by block, in the model's order.
 
     Args:
         model: a Vision Transformer.

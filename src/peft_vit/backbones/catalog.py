@@ -81,7 +81,7 @@ def architecture_of(backbone: BackboneConfig) -> Architecture:
     """Return the architecture that a configuration asks for; of transformers its files are looked for.
 
     Raises:
-        UserError: if transformers is not installed, or its files can't be had.
+        UserError: if transformers is not installed, or its files can't be loaded.
     """
     if backbone.library == "timm":
         return Architecture("timm", backbone.model)
@@ -154,8 +154,8 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
     if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
         below = max(image_size // step, 1) * step
         raise UserError(
-            f"{image_size} is not a multiple of {step}, which the patches and windows of {architecture.name} ask for; "
-            f"use {below} or {below + step}",
+            f"{image_size} is not a multiple of {step}, which the patches and windows of {architecture.name} "
+            f"need; use {below} or {below + step}",
             field="data.image_size",
         )
     if architecture.library == "transformers":
@@ -165,7 +165,7 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Turn off what drops values, tokens' or whole branches', in training: timm's Swin drops branches unless told.
+    """Turn off what drops values, tokens' or whole branches', in training: timm's Swin drops branches by default.
 
     All other families of timm come without. It would draw from the global generator, and no two runs would be the same.
     """

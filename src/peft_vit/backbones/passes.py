@@ -111,7 +111,7 @@ def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], Non
 
 
 class ReplayedPass:
-    """A forward pass that stops at a module, goes on from there later, and meanwhile lets weights change.
+    """A forward pass that stops at a module, continues from there later, and meanwhile lets weights change.
 
     What lies before the block that it has come to is not computed again, so between two stops only weights from that
     block on may change. What is held is one block's input.
@@ -136,7 +136,7 @@ class ReplayedPass:
         return self._reach(module)[0]
 
     def go_to(self, module: nn.Module) -> None:
-        """Go on to the block that a module lies in, if the pass has not come to it."""
+        """Continue to the block that a module lies in, if the pass has not come to it."""
         place = next((place for place, block in enumerate(self._blocks) if module in block.modules()), None)
         if place is not None and (self._at is None or place > self._at[0]):
             self._at = (place, *self._reach(self._blocks[place]))

@@ -84,14 +84,14 @@ def wanted_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...
     The six of a plain block together, which are the default of `targets`, stand for all that a model has.
 
     Raises:
-        UserError: if a target is no kind of this model's, or there is none.
+        UserError: if a target is not a kind of this model's, or there is none.
     """
     kinds = tuple(dict.fromkeys(known))
     if set(targets) == set(MATRICES):
         return kinds
     unknown = [target for target in targets if target not in kinds]
     if unknown or not targets:
-        wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix asked for"
+        wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix is named"
         raise UserError(f"{wrong}; expected some of {', '.join(kinds)}", field="targets")
     return tuple(kind for kind in kinds if kind in targets)
 

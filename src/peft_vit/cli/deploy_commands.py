@@ -92,7 +92,7 @@ class ExportRequest(Request):
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
     bits: Annotated[
         _Bits | None,
-        OnlyWith(bundle=None, remedy="leave it out: its backbone stays as it was trained on"),
+        OnlyWith(bundle=None, remedy="leave it out; the backbone of a bundle stays as it was trained on"),
         OnlyWith(format=("onnx", "openvino", "safetensors", "web")),
     ] = Field(
         default=None,
@@ -113,7 +113,7 @@ class ExportRequest(Request):
         "that from cdn.jsdelivr.net when it is opened.",
     )
     runtime_files: Annotated[Path | None, OnlyWith(format="web")] = Field(
-        default=None, description="Put onnxruntime-web into the page out of this folder of npm's package."
+        default=None, description="Put onnxruntime-web into the page from this folder of npm's package."
     )
     runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
@@ -217,7 +217,7 @@ def export(request: ExportRequest) -> None:
             from peft_vit.runs.export import export_run_to_peft
 
             card = export_run_to_peft(directory, output, overwrite=request.overwrite)
-        print("The adapter alone: whoever loads it needs the base that its peft_vit.json names.")
+        print("This is the adapter alone. To load it, you need the base model that its peft_vit.json names.")
         _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
     else:
         write = _write_page if format == "web" else _write_file
@@ -235,7 +235,7 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
         done = export_bundle(request.runs, folder, bits=bits, overwrite=request.overwrite, on_progress=on_progress)
     for adapter in done:
         compared = adapter.comparison
-        said = "not compared with the run's model, whose images are not as they were"
+        said = "not compared with the run's model, since its images have changed"
         if compared is not None:
             said = (
                 f"{100 * compared.same_predictions:.2f} % of predictions as the run's on {compared.images} "
@@ -264,7 +264,7 @@ def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Expo
     from peft_vit.runs.restore import done_record
 
     if done_record(request.directory).decision is not None:
-        message = "is for models of one class an image so far; give --format onnx, which `predict` takes"
+        message = "is for models of one class an image so far; give --format onnx, which `predict` reads"
         raise UserError(message, field="--format web")
 
     is_folder = output.suffix != ".html"
@@ -289,7 +289,7 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
     compared = done.comparison
     if compared is None:
-        print(f"Not compared with the run's model, whose images are not as they were: {done.not_compared}")
+        print(f"Not compared with the run's model, since its images have changed: {done.not_compared}")
         return
     before, after = 100 * compared.trained_accuracy, 100 * compared.exported_accuracy
     print(
@@ -325,7 +325,7 @@ class PredictRequest(Request):
         description=f"Only for an adapter in the PEFT library's format. {WEIGHTS} Without it, as the adapter says.",
     )
     adapter: str | None = Field(
-        default=None, description="Of a folder that export --bundle wrote: ask this adapter. Without it, the only one."
+        default=None, description="Use this adapter of a folder that export --bundle wrote. Without it, the only one."
     )
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
@@ -436,7 +436,7 @@ def _refuse_swapped(model: Path, images: Path) -> None:
 
     if not is_model(model) and is_model(images):
         places = f"{shlex.quote(str(images))} {shlex.quote(str(model))}"
-        raise UserError(f"is no model, which comes first: peft-vit predict {places}", file=model)
+        raise UserError(f"is not a model, and the model comes first: peft-vit predict {places}", file=model)
 
 
 def _printable(cell: Any) -> Any:

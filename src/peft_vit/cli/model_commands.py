@@ -82,7 +82,7 @@ def datasets() -> None:
 
 @app.command()
 def models() -> None:
-    """List pretrained models to choose from; docs/reference/backbones.md tells which others work."""
+    """List pretrained models to choose from; docs/reference/backbones.md says which others work."""
     from peft_vit.backbones import MODELS
     from peft_vit.config import DEFAULT_MODEL
 
@@ -97,7 +97,7 @@ class CheckRequest(Request):
     """A model, and what is tried with it."""
 
     model: Annotated[str, Option(is_argument=True)] = Field(
-        min_length=1, description=f"{MODEL} Of transformers also a type of models, hf:dinov2."
+        min_length=1, description=f"{MODEL} A type of models of transformers also works, such as hf:dinov2."
     )
     image_size: int | None = Field(
         default=None, ge=1, description="The side of its square input, in pixels. Without it, that of pretraining."
@@ -140,7 +140,7 @@ def check(request: CheckRequest) -> None:
 def doctor() -> None:
     """Check this installation: versions, device, threads, cache, extras. Paste it into an issue.
 
-    Exit codes: 0 studies can be run, 1 something is missing or broken without which they can't.
+    Exit codes: 0 studies can run, 1 something that they need is missing or broken.
     """
     from peft_vit.doctor import examine
 

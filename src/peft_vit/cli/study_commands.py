@@ -279,7 +279,7 @@ class RecommendRequest(Request):
         description="The loss of test accuracy that matters, in points. Choose it before you look at results.",
     )
     smallest: Literal["bytes", "params", "latency"] = Field(
-        default="bytes", description="What is to be small. Sizes within one percent count as equal."
+        default="bytes", description="Which size should be small. Sizes within one percent count as equal."
     )
     study: str | None = Field(default=None, description="The study's name, if RESULTS holds several.")
     output: Path | None = Field(
@@ -320,7 +320,7 @@ def compare(
     allow_mismatch: Annotated[
         str,
         typer.Option(
-            help="Pool differences of studies although these differ, such as versions,timings.",
+            help="Pool the differences of studies even if these differ, such as versions,timings.",
             metavar="NAMES",
             show_default=False,
         ),

@@ -1,6 +1,6 @@
 """What can be asked of the methods of fine-tuning: a section of an experiment each, and a line in `METHOD_KINDS`.
 
-What a method does to a model is a module of `methods`; how scores are computed and ranks given out is told in
+What a method does to a model is a module of `methods`; how scores are computed and ranks given out is described in
 `allocation`, how weights are quantized in `quantization`.
 """
 
@@ -19,7 +19,8 @@ from peft_vit.settings import AdapterConfig, Frozen, OnlyWith, Settings, exactly
 
 @dataclass(frozen=True)
 class ImportanceMetric:
-    """What a metric needs, by which ranks are given out; its score is told, and computed, in `allocation.importance`.
+    """What a metric needs, by which ranks are given out; its score is described, and computed, in
+    `allocation.importance`.
 
     Attributes:
         reads_gradient: whether it is smoothed over the steps' gradients.
@@ -54,7 +55,7 @@ BudgetUnit = Literal["ranks", "parameters", "bytes", "macs"]
 
 
 class Budget(NamedTuple):
-    """What all sites together may hold once the schedule has come down."""
+    """What all target modules together may hold once the schedule has come down."""
 
     unit: BudgetUnit
     total: int
@@ -70,65 +71,87 @@ _BUDGETS: dict[str, BudgetUnit] = {
 
 
 class AdaLoraConfig(AdapterConfig):
-    """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity).
+    """Adaptive ranks under a budget; its schedule and the sensitivity are AdaLoRA's (arXiv 2303.10512).
 
     The budget is given in exactly one unit, see `allocation.strategies.costs_for` for what a rank costs in each.
     """
 
-    total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all modules")
-    total_parameter_budget: int | None = Field(default=None, ge=1, description="trainable parameters, head not counted")
-    total_byte_budget: int | None = Field(default=None, ge=1, description="bytes of these values in float32")
-    total_mac_budget: int | None = Field(
-        default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
+    total_rank_budget: int | None = Field(default=None, ge=1, description="The sum of the ranks of all target modules")
+    total_parameter_budget: int | None = Field(
+        default=None, ge=1, description="Trainable parameters of all updates, without the head"
     )
-    allocation_strategy: Strategy = Field(description="how scores become ranks")
-    importance_metric: Metric = Field(description="what scores a rank, or a module")
-    update_frequency: int = Field(ge=1, description="steps between reallocations")
-    warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
-    final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
+    total_byte_budget: int | None = Field(
+        default=None, ge=1, description="Bytes of all updates in float32, without the head"
+    )
+    total_mac_budget: int | None = Field(
+        default=None, ge=1, description="Multiply-accumulates of all updates in a forward pass of one image"
+    )
+    allocation_strategy: Strategy = Field(description="How scores become ranks")
+    importance_metric: Metric = Field(description="How ranks or modules are scored")
+    update_frequency: int = Field(ge=1, description="Change ranks every so many steps")
+    warmup_steps: int = Field(ge=1, description="Change ranks for the first time after this many steps")
+    final_steps: int | None = Field(
+        default=None, ge=0, description="Keep the last ranks for this many steps. Without it, for a quarter of the run"
+    )
     budget_schedule: Literal["cubic", "constant"] = Field(
-        default="cubic", description="cubic: the budget comes down from initial_budget to the total"
+        default="cubic",
+        description="cubic: the budget falls from initial_budget to the total. constant: it is "
+        "the total from the start",
     )
     initial_budget: Annotated[int | None, OnlyWith(budget_schedule="cubic")] = Field(
         default=None,
         ge=1,
-        description="budget during warm-up under cubic, in the unit of the total; default 1.5 x total, at least one "
-        "rank a module",
+        description="The budget during warm-up with the cubic schedule, in the unit of the total. Without it, "
+        "1.5 times the total, and at least one rank for each module",
     )
-    minimum_rank: int = Field(default=0, ge=0, le=65_536, description="of a module; 0: it may lose its update")
-    maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
+    minimum_rank: int = Field(
+        default=0, ge=0, le=65_536, description="The lowest rank of a module. With 0 a module may lose its update"
+    )
+    maximum_rank: int | None = Field(
+        default=None, ge=1, description="The highest rank of a module. Without it, the smaller side of its matrix"
+    )
     parametrization: Literal["product", "svd"] = Field(
-        default="product", description="of an update: B A as in LoRA, or P diag(lambda) Q as in AdaLoRA"
+        default="product",
+        description="The form of an update. product: B A as in LoRA. svd: P diag(lambda) Q as in AdaLoRA",
     )
     factor_start: Annotated[Literal["normal", "orthonormal"], OnlyWith(parametrization="svd")] = Field(
-        default="normal", description="svd form: factors from N(0, 0.02^2) as published, or orthonormal ones"
+        default="normal",
+        description="How P and Q of the svd form start: from N(0, 0.02^2) as published, or orthonormal",
     )
     lambda_gain: Annotated[float, OnlyWith(parametrization="svd")] = Field(
         default=1.0,
         gt=0,
-        description="svd form: factor k on lambda; under AdamW a learning rate k times as high for it, under SGD k^2",
+        description="The factor k on lambda in the svd form. Lambda then learns k times as fast under AdamW, k^2 "
+        "times under SGD",
     )
     importance_gradient: Annotated[
         Literal["task", "task_and_penalty"], OnlyWith(importance_metric=GRADIENT_METRICS)
     ] = Field(
         default="task",
-        description="whose gradient is scored; the official AdaLoRA code scores with the penalty's. Read by the "
-        "training loop: in another one it is decided by where the scores are updated",
+        description="Which gradient is scored: that of the task's loss, or that with the penalty, as in the "
+        "official AdaLoRA code. In your own loop it depends on when you call update_importance_scores",
     )
     orthogonality_weight: Annotated[float | None, OnlyWith(parametrization="svd")] = Field(
-        default=None, ge=0, description="default 0.1 for svd, none for product"
+        default=None,
+        ge=0,
+        description="Weight of the orthogonality penalty. Without it, 0.1 for svd and none for product",
     )
     sensitivity_beta: Annotated[float, OnlyWith(importance_metric=GRADIENT_METRICS)] = Field(
-        default=0.85, gt=0, lt=1, description="smoothing of scores (b1)"
+        default=0.85, gt=0, lt=1, description="How much scores are smoothed (beta 1 of AdaLoRA)"
     )
     uncertainty_beta: Annotated[float, OnlyWith(importance_metric="sensitivity")] = Field(
-        default=0.85, gt=0, lt=1, description="smoothing of their spread (b2)"
+        default=0.85, gt=0, lt=1, description="How much their uncertainty is smoothed (beta 2 of AdaLoRA)"
     )
     threshold_tau: Annotated[float, OnlyWith(allocation_strategy="threshold")] = Field(
-        default=1.0, gt=0, description="threshold strategy: multiple of the mean score"
+        default=1.0,
+        gt=0,
+        description="With the strategy threshold: modules that score at least this multiple "
+        "of the mean share the budget",
     )
     top_k: Annotated[int | None, OnlyWith(allocation_strategy="top_k")] = Field(
-        default=None, ge=1, description="top_k strategy: number of modules; default half"
+        default=None,
+        ge=1,
+        description="With the strategy top_k: this many modules share the budget. Without it, half of them",
     )
 
     @property
@@ -160,8 +183,8 @@ class AdaLoraConfig(AdapterConfig):
             )
         if self.allocation_strategy == "global" and self.importance_metric == "uniform":
             raise ValueError(
-                "importance_metric: uniform is no control of allocation_strategy: global: of equal triplets those of "
-                "the last modules go; use it with proportional"
+                "importance_metric: uniform is not a control for allocation_strategy: global, which removes "
+                "those of the last modules from equal triplets; use it with proportional"
             )
         return self
 
@@ -171,21 +194,21 @@ ORDERED_RULES = ("random", "first_blocks", "last_blocks")  # give each site its 
 
 
 class StartingRanksConfig(Settings):
-    """A budget of ranks, if need be fewer than modules, and the rule that distributes them."""
+    """A budget of ranks, which may be fewer than modules, and the rule that distributes it."""
 
     rule: Literal["gradient", "stable_rank", "even", "random", "first_blocks", "last_blocks"] = Field(
-        description="how modules share the budget"
+        description="How modules share the budget"
     )
-    budget: int = Field(ge=1, description="over all modules, in the unit")
-    unit: BudgetUnit = Field(default="ranks", description="what the budget counts")
+    budget: int = Field(ge=1, description="The budget of all modules together, counted as unit says")
+    unit: BudgetUnit = Field(default="ranks", description="What the budget counts")
     maximum_rank: Annotated[int | None, OnlyWith(rule=SCORING_RULES)] = Field(
-        default=None, ge=1, description="of a module, for rules that score"
+        default=None, ge=1, description="The highest rank of a module, with rules that score"
     )
     site_rank: Annotated[int, OnlyWith(rule=ORDERED_RULES)] = Field(
-        default=1, ge=1, description="that random, first_blocks, last_blocks give to a module"
+        default=1, ge=1, description="The rank that random, first_blocks and last_blocks give to a module"
     )
     calibration_images: Annotated[int, OnlyWith(rule="gradient")] = Field(
-        default=64, ge=1, description="training images that gradients are of"
+        default=64, ge=1, description="Compute gradients on this many training images"
     )
 
     @property
@@ -207,25 +230,27 @@ class StoredAdapterConfig(AdapterConfig):
     """What adapters have whose ranks are chosen at the start, and whose files hold few bits a value."""
 
     ranks: StartingRanksConfig | None = Field(
-        default=None, description="instead of rank: a budget over all modules, and the rule that spends it"
+        default=None, description="Instead of rank: a budget for all modules, and a rule that distributes it"
     )
     adapter_bits: Literal[1, 2, 4, 8, 16] | None = Field(
         default=None,
-        description="of a value of an update in its file, one scale a row beside them; bytes of ranks are then those",
+        description="Store each value of an update in this many bits, with one scale for each row. A budget in "
+        "bytes then counts these",
     )
     adapter_rounding: Annotated[Literal["training", "after"] | None, OnlyWith(adapter_bits=...)] = Field(
         default=None,
-        description="when values are rounded to adapter_bits: from the first step on, with the gradient of unrounded "
-        "ones (straight-through), or only where the model is validated, tested and exported; default: training",
+        description="When values are rounded to adapter_bits. training: from the first step on, with the "
+        "gradients of unrounded values (straight-through). after: only to validate, test and export. "
+        "Without it, training",
     )
 
 
 class LoraConfig(StoredAdapterConfig):
-    """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
+    """LoRA (arXiv 2106.09685) of one rank, of ranks that a rule chooses, or from an adapter of PEFT."""
 
-    rank: int | None = Field(default=None, ge=1, description="of every update")
+    rank: int | None = Field(default=None, ge=1, description="The rank of every update")
     start: str | None = Field(
-        default=None, min_length=1, description="instead of rank: folder of a PEFT LoRA adapter to start from"
+        default=None, min_length=1, description="Instead of rank: start from the PEFT LoRA adapter in this folder"
     )
 
     @model_validator(mode="after")
@@ -240,20 +265,30 @@ class LoraConfig(StoredAdapterConfig):
 class PeftLoraConfig(AdapterConfig):
     """LoRA by the PEFT library; one rank for a fused query, key and value."""
 
-    rank: int = Field(ge=1, description="of every update")
+    rank: int = Field(ge=1, description="The rank of every update")
 
 
 class PeftAdaLoraConfig(AdapterConfig):
-    """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings stand in the descriptions."""
+    """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings are in brackets."""
 
-    initial_rank: int = Field(default=12, ge=2, description="init_r: rank of every module until the first mask")
-    target_rank: int = Field(default=8, ge=1, description="target_r: mean rank of the modules in the end")
-    update_frequency: int = Field(ge=1, description="deltaT: masks are made at multiples of it")
-    warmup_steps: int = Field(ge=1, description="tinit: no mask up to this step; at 0 PEFT masks before it has scores")
-    final_steps: int | None = Field(default=None, ge=0, description="tfinal: steps under the last mask; a quarter")
-    orthogonality_weight: float = Field(default=0.5, ge=0, description="orth_reg_weight; applied by our loop")
-    beta1: float = Field(default=0.85, gt=0, lt=1, description="smoothing of the sensitivity")
-    beta2: float = Field(default=0.85, gt=0, lt=1, description="smoothing of its uncertainty")
+    initial_rank: int = Field(default=12, ge=2, description="The rank of every module until the first mask (init_r)")
+    target_rank: int = Field(default=8, ge=1, description="The mean rank of the modules in the end (target_r)")
+    update_frequency: int = Field(ge=1, description="Make masks at multiples of this step (deltaT)")
+    warmup_steps: int = Field(
+        ge=1, description="Make no mask up to this step (tinit). With 0, PEFT masks before it has scores"
+    )
+    final_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="Keep the last mask for this many steps (tfinal). Without it, for a quarter of the run",
+    )
+    orthogonality_weight: float = Field(
+        default=0.5,
+        ge=0,
+        description="Weight of the orthogonality penalty (orth_reg_weight), which this package's loop adds",
+    )
+    beta1: float = Field(default=0.85, gt=0, lt=1, description="How much the sensitivity is smoothed")
+    beta2: float = Field(default=0.85, gt=0, lt=1, description="How much its uncertainty is smoothed")
 
     @model_validator(mode="after")
     def _rank_falls(self) -> Self:
@@ -266,11 +301,11 @@ class PeftAdaLoraConfig(AdapterConfig):
 
 
 class PeftConfig(Frozen):
-    """A tuner of the PEFT library with PEFT's own settings, which PEFT's own configuration checks."""
+    """A tuner of the PEFT library, with PEFT's own settings, which PEFT checks."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field(min_length=1, description="as PEFT names it, in small letters; and dora, rslora, eva")
+    type: str = Field(min_length=1, description="PEFT's name of the tuner, in small letters, or dora, rslora, eva")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -282,26 +317,30 @@ _CALIBRATION_IMAGES = 128  # as many as GPTQ's paper takes sequences
 
 
 class AdaptiveBitsConfig(Settings):
-    """Bits of each layer, chosen before training from what quantizing it to each type would cost on training images."""
+    """Choose each layer's bits before training, by what each number format would cost on training images."""
 
     average_bits: float | None = Field(
-        default=None, gt=0, le=32, description="stored bits a weight over the quantized layers, scales and offsets too"
+        default=None,
+        gt=0,
+        le=32,
+        description="Stored bits for each weight on average over the quantized layers, scales and offsets included",
     )
     total_byte_budget: int | None = Field(
-        default=None, ge=1, description="bytes of the packed weights; with ranks: true, of the float32 adapters too"
+        default=None, ge=1, description="Bytes of the packed weights; with ranks: true, also of the float32 adapters"
     )
     ranks: Annotated[bool, OnlyWith(total_byte_budget=...)] = Field(
-        default=False, description="choose each module's rank under the same bytes; instead of rank"
+        default=False, description="Choose each module's rank within the same bytes, instead of rank"
     )
     types: Annotated[tuple[QuantizationType, ...], without_repeats("names a format twice; remove one")] = Field(
-        default=("int2", "int4", "int8"), min_length=2, description="that a layer may get"
+        default=("int2", "int4", "int8"), min_length=2, description="The number formats that a layer may get"
     )
     sensitivity: Literal["fisher", "loss"] = Field(
         default="fisher",
-        description="fisher: squared error weighted with the Fisher's diagonal, one backward pass; loss: rise of the "
-        "loss, a forward pass for each type of each layer",
+        description="How the loss of a layer is predicted. fisher: by the squared error weighted with the "
+        "Fisher's diagonal, in one backward pass. loss: by the rise of the loss, in a forward pass "
+        "for each type of each layer",
     )
-    calibration_images: int = Field(default=64, ge=1, description="training images to measure on")
+    calibration_images: int = Field(default=64, ge=1, description="Measure on this many training images")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -319,58 +358,69 @@ class QaLoraConfig(StoredAdapterConfig):
     """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
 
     quantization_bits: Annotated[Bits | None, OnlyWith(adaptive_bits=None)] = Field(
-        default=None, description="bits of a code; not with adaptive_bits"
+        default=None, description="Bits of a weight; adaptive_bits replaces it"
     )
     quantization_type: Annotated[QuantizationType | None, OnlyWith(adaptive_bits=None)] = Field(
-        default=None, description="number format of the codes; not with adaptive_bits"
+        default=None, description="Number format of the weights; adaptive_bits replaces it"
     )
     quantization_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
-        description="how float weights give way to quantized ones; constant: they are quantized from the start",
+        description="How quantized weights replace float weights. constant: from the start. linear, cosine: gradually",
     )
-    gradient_scaling_factor: float = Field(default=1.0, gt=0, description="factor on the adapters' gradients")
+    gradient_scaling_factor: float = Field(
+        default=1.0, gt=0, description="Multiply the adapters' gradients by this factor"
+    )
     gradient_scaling: Literal["constant", "adaptive"] = Field(
         default="constant",
-        description="adaptive: each layer's factor in proportion to its relative quantization error, mean factor kept",
+        description="constant: one factor for all layers. adaptive: each layer's factor is in proportion to its "
+        "relative quantization error, with the same mean",
     )
     use_group_quantization: bool = Field(
-        description="true: scales for groups of inputs, and an adapter that merges exactly (QA-LoRA); false: one "
-        "scale for each output and a plain adapter (QLoRA)"
+        description="true: a scale for each group of inputs, and an adapter that merges exactly (QA-LoRA). "
+        "false: a scale for each output, and a plain adapter (QLoRA)"
     )
     group_size: Annotated[int, OnlyWith(use_group_quantization=True)] = Field(
-        default=32, ge=2, description="inputs that share a scale; with use_group_quantization"
+        default=32, ge=2, description="The number of inputs that share a scale, with use_group_quantization"
     )
     quantization_offset: bool | None = Field(
         default=None,
-        description="store an offset beside each scale while training; default: where there are groups and no "
+        description="Store an offset beside each scale while training. Without it, if there are groups and no "
         "use_double_quant",
     )
-    scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="of scales and offsets")
+    scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="The precision of scales and offsets")
     rounding: Rounding = Field(
         default="nearest",
-        description="gptq: layer by layer, with codes that make up for each other's errors on training images "
-        "(arXiv 2210.17323); see quantization.quantizer",
+        description="nearest: each weight by itself. gptq: layer by layer, so that errors make up for each other "
+        "on training images (arXiv 2210.17323)",
     )
     calibration_images: Annotated[int | None, OnlyWith(rounding="gptq")] = Field(
-        default=None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
+        default=None, ge=1, description="Training images for rounding: gptq. Without it, 128, or all if there are fewer"
     )
     use_double_quant: Annotated[bool, OnlyWith(use_group_quantization=True)] = Field(
-        default=False, description="keep the scales of groups in 8 bits themselves, as bitsandbytes does"
+        default=False, description="Store the scales of groups in 8 bits, as bitsandbytes does"
     )
     rank: int | None = Field(
-        default=None, ge=1, description="default 8; not where ranks, the section adalora or adaptive_bits decides them"
+        default=None,
+        ge=1,
+        description="The rank of every update. Without it, 8, or what ranks, the section "
+        "adalora or adaptive_bits decide",
     )
     quantization_warmup_steps: Annotated[int, OnlyWith(quantization_schedule=_COURSES)] = Field(
-        default=0, ge=0, description="steps before the float weights start to go"
+        default=0, ge=0, description="Train on float weights alone for this many steps"
     )
     quantization_end_step: Annotated[int | None, OnlyWith(quantization_schedule=_COURSES)] = Field(
-        default=None, ge=1, description="step at which only quantized weights are left; default two thirds of the run"
+        default=None,
+        ge=1,
+        description="From this step on, use quantized weights alone. Without it, after two thirds of the run",
     )
     balance_target: float | None = Field(
-        default=None, gt=0, description="adapter-to-error norm ratio to hold; null: it is measured, not managed"
+        default=None,
+        gt=0,
+        description="Hold the ratio of the update's norm to the quantization error's at this "
+        "value. Without it, the ratio is only measured",
     )
     balance_by: Annotated[Literal["gradient_scale", "schedule_pace"], OnlyWith(balance_target=...)] = Field(
-        default="gradient_scale", description="what is moved to hold balance_target"
+        default="gradient_scale", description="What changes to hold balance_target"
     )
     adaptive_bits: AdaptiveBitsConfig | None = None
 
@@ -406,7 +456,7 @@ class QaLoraConfig(StoredAdapterConfig):
         if self.ranks is not None and (self.rank is not None or self.adaptive_bits is not None):
             raise ValueError("ranks has no effect with rank or adaptive_bits; remove one of the two")
         if self.ranks is not None and self.ranks.reads_images:
-            raise ValueError("ranks.rule: gradient needs float weights; take another rule")
+            raise ValueError("ranks.rule: gradient needs float weights; use another rule")
         if self.adaptive_bits is not None:
             if self.adaptive_bits.ranks and self.rank is not None:
                 raise ValueError("rank has no effect with adaptive_bits.ranks: true; remove it")

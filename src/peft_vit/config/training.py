@@ -1,7 +1,7 @@
 """What a configuration file can say of training: how long, how fast, on how many images, changed in which ways.
 
 What changes training images before the model sees them is `training.augmentation`, a list of names or of names with
-settings, which is told, and done, in `data.images`:
+settings, which is described, and done, in `data.images`:
 
     augmentation: [flip, random_resized_crop: {scale: [0.5, 1.0]}, mixup: {alpha: 0.2}]
 """
@@ -38,20 +38,20 @@ _Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ris
 
 
 class Flip(Frozen):
-    """Left-right with probability 1/2; `both`: upside down, too, independently."""
+    """Flip left-right with probability 1/2; with `both` also upside down, independently."""
 
-    direction: Literal["horizontal", "both"] = Field(default="horizontal", description="both: upside down, too")
+    direction: Literal["horizontal", "both"] = Field(default="horizontal", description="both: also upside down")
 
 
 class Rotate90(Frozen):
-    """By 0, 90, 180 or 270 degrees, equally likely."""
+    """Turn by 0, 90, 180 or 270 degrees, equally likely."""
 
 
 class RandomResizedCrop(Frozen):
-    """A part of the image, enlarged to `image_size`."""
+    """Cut out a part of the image, and enlarge it to `image_size`."""
 
-    scale: _Range = Field(default=(0.08, 1.0), description="area of the part, as a share of the image")
-    ratio: _Range = Field(default=(3 / 4, 4 / 3), description="width over height of the part")
+    scale: _Range = Field(default=(0.08, 1.0), description="Area of the part, as a share of the image")
+    ratio: _Range = Field(default=(3 / 4, 4 / 3), description="Width over height of the part")
 
     @model_validator(mode="after")
     def _is_a_part(self) -> Self:
@@ -61,38 +61,42 @@ class RandomResizedCrop(Frozen):
 
 
 class ColorJitter(Frozen):
-    """Brightness, contrast and saturation times a factor out of [1 - x, 1 + x], hue moved by up to x of its circle.
+    """Multiply brightness, contrast and saturation by factors, and move the hue.
 
     torchvision's own defaults change nothing; these are what timm makes of its usual `color_jitter=0.4`.
     """
 
-    brightness: float = Field(default=0.4, ge=0, description="x of its factor")
-    contrast: float = Field(default=0.4, ge=0, description="x of its factor")
-    saturation: float = Field(default=0.4, ge=0, description="x of its factor")
-    hue: float = Field(default=0.0, ge=0, le=0.5, description="largest move, as a share of the circle")
+    brightness: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
+    contrast: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
+    saturation: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
+    hue: float = Field(default=0.0, ge=0, le=0.5, description="The largest move, as a share of the circle")
 
 
 class RandAugment(Frozen):
-    """Some operations drawn from a list, one after the other (arXiv 1909.13719)."""
+    """Apply some operations drawn from a list, one after the other (arXiv 1909.13719)."""
 
-    num_ops: int = Field(default=2, ge=1, le=14, description="operations an image")
-    magnitude: int = Field(default=9, ge=0, le=30, description="of 31 levels")
+    num_ops: int = Field(default=2, ge=1, le=14, description="Operations for each image")
+    magnitude: int = Field(default=9, ge=0, le=30, description="Their strength, of 31 levels")
 
 
 class Mixup(Frozen):
-    """Images and labels of two images in proportion (arXiv 1710.09412)."""
+    """Mix two images and their labels in proportion (arXiv 1710.09412)."""
 
-    alpha: float = Field(default=1.0, gt=0, description="of the Beta distribution of the proportion")
+    alpha: float = Field(
+        default=1.0, gt=0, description="The parameter of the Beta distribution that the proportion is drawn from"
+    )
 
 
 class Cutmix(Frozen):
-    """A rectangle of another image, labels in proportion to the areas (arXiv 1905.04899)."""
+    """Paste a rectangle of another image; labels follow the areas (arXiv 1905.04899)."""
 
-    alpha: float = Field(default=1.0, gt=0, description="of the Beta distribution of the proportion")
+    alpha: float = Field(
+        default=1.0, gt=0, description="The parameter of the Beta distribution that the proportion is drawn from"
+    )
 
 
 class Augmentation(Frozen):
-    """One entry of the list: one of these, by its name alone or with settings."""
+    """An entry of the list is one of these, by its name alone or with settings."""
 
     flip: Flip | None = None
     rotate90: Rotate90 | None = None
@@ -161,90 +165,104 @@ ActivationCheckpointing = Literal["none", "light", "blocks", "adaptive"]
 
 
 class TrainingConfig(Settings):
-    """How long and how fast. Set for the study, overridden per experiment."""
+    """How long and how fast to train. An experiment's own settings replace the study's."""
 
     epochs: Annotated[int | None, OnlyWith(steps=None)] = Field(
-        default=None, ge=1, le=100_000, description="passes over the training images, at most"
+        default=None, ge=1, le=100_000, description="Go through the training images at most this many times"
     )
-    steps: int | None = Field(default=None, ge=1, le=10_000_000, description="instead of epochs: the most steps")
-    validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default: an epoch")
+    steps: int | None = Field(
+        default=None, ge=1, le=10_000_000, description="Instead of epochs: train at most this many steps"
+    )
+    validate_every: int | None = Field(
+        default=None, ge=1, description="Validate every so many steps. Without it, after each epoch"
+    )
     patience: Annotated[int | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
         default=None,
         ge=1,
-        description="validations in a row without a gain, after which the learning rate comes down and training ends",
+        description="After this many validations in a row without a gain, bring the learning rate down and end "
+        "training",
     )
-    batch_size: int = Field(default=32, ge=1, le=65_536, description="images a step")
+    batch_size: int = Field(default=32, ge=1, le=65_536, description="Train on this many images in each step")
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="images of a batch that pass through the model at a time; a step adds up their gradients",
+        description="Pass this many images of a batch through the model at a time; a step adds up their gradients",
     )
     compute: Compute = Field(
         default="float",
-        description="of frozen products, in both directions: float, in the study's precision, or int8, in 8-bit "
-        "integers, with a scale for each output of a weight and each row of what it is multiplied by",
+        description="How frozen layers multiply, forward and backward. float: in the study's precision. int8: in "
+        "8-bit integers, with a scale for each output of a weight and for each row of inputs",
     )
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
-        description="what is computed again in the backward pass, not kept. none: nothing, the fastest; light: the "
-        "outputs of norms and activation functions under adapters; blocks: each block; adaptive: light, and as many"
-        " blocks as memory_limit needs, which is the default where there is one",
+        description="Save memory by computing some of the model again in the backward pass. none: nothing, the "
+        "fastest. light: the outputs of norms and activation functions under adapters. blocks: every "
+        "block. adaptive: light, and as many blocks as memory_limit needs, which is the default with "
+        "memory_limit",
     )
     recomputed_blocks: Annotated[int | None, OnlyWith(activation_checkpointing="adaptive")] = Field(
         default=None,
         ge=0,
-        description="for adaptive: how many blocks, from the first on; default: chosen when the study is planned",
+        description="With adaptive: compute this many blocks again, from the first on. Without it, the plan chooses",
     )
     memory_limit: Annotated[str, BeforeValidator(written_size)] | None = Field(
         default=None,
-        description="on the resident memory of a training process, as in 1GB; micro_batch_size and recomputed_blocks, "
-        "unless given, are the fastest that keep within",
+        description="The most memory that a training process may take, such as 1GB. The plan chooses the fastest "
+        "micro_batch_size and recomputed_blocks within it, unless you give them",
     )
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="required by all methods but linear probes; a list makes an experiment of each rate",
+        description="The highest learning rate, which all methods but linear probes need. A list makes an "
+        "experiment of each rate",
     )
-    weight_decay: float = Field(default=0.01, ge=0, description="of the optimizer, on all that is trained")
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="sgd has momentum 0.9")
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="The optimizer's weight decay, on everything that is trained"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="The optimizer; sgd has momentum 0.9")
     schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = Field(
-        default="one_cycle", description="course of the learning rate over the steps"
+        default="one_cycle", description="How the learning rate changes over the steps"
     )
     warmup_share: Annotated[float | None, OnlyWith(schedule=("one_cycle", "warmup_stable_decay"))] = Field(
         default=None,
         ge=0,
         lt=1,
-        description="share of the steps in which the learning rate rises; default: 0.3 for one_cycle, 20 steps or a "
-        "tenth of all for warmup_stable_decay",
+        description="The share of steps in which the learning rate rises. Without it, 0.3 with one_cycle; 20 "
+        "steps or a tenth of all with warmup_stable_decay",
     )
     layer_decay: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="factor on the learning rate from each block to the one before it; for full fine-tuning",
+        description="Multiply the learning rate by this factor from each block to the one before it, in full "
+        "fine-tuning",
     )
-    clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="Clip the gradient's norm to this value; null: never"
+    )
     augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(_in_order)] = Field(
         default=AUGMENTATION_OF_FLIPS["horizontal"],
-        description="what changes training images, in this order; [] nothing",
+        description="Change training images in these ways, in this order; []: not at all",
     )
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a label spread over all classes")
-    class_weights: bool = Field(default=False, description="weigh each image by its class's inverse frequency")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Spread this share of each label over all classes"
+    )
+    class_weights: bool = Field(default=False, description="Weigh each image by the inverse frequency of its class")
     head_start: Literal["random", "probe"] = Field(
         default="random",
-        description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",
+        description="How the head starts. probe: as the linear probe of the frozen backbone (arXiv 2202.10054)",
     )
     probe_l2: float | None = Field(
         default=None,
         gt=0,
-        description="strength of the probe's penalty; default: validation chooses among nine, or training images that "
-        "are left out in turn, where none validate",
+        description="The strength of the probe's penalty. Without it, one of nine is chosen on validation "
+        "images, or on training images that are left out in turn",
     )
     metric: MetricOfTask = Field(
         default="accuracy",
-        description="what validation chooses steps and the probe's penalty by; auto: map of several labels, mae of "
-        "numbers; of classes balanced_accuracy where one has more than three times as many images as another, else "
-        "accuracy; settled when planned",
+        description="The metric by which validation chooses the step and the probe's penalty. auto: map for "
+        "several labels, mae for numbers, balanced_accuracy above 3x imbalance of classes, else "
+        "accuracy",
     )
 
     @model_validator(mode="after")

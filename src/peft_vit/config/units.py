@@ -50,7 +50,7 @@ def count_of(number: str) -> float:
 
 
 def written_size(value: Any) -> Any:
-    """Refuse what is no size with its unit (ValueError)."""
+    """Refuse what is not a size with its unit (ValueError)."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"{value} has no unit; write it with one of {', '.join(_BYTES)}, as in 1GB")
     if isinstance(value, str):

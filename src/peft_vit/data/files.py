@@ -45,7 +45,7 @@ class FileTree:
         location: the folder or the zip.
         names: relative names with '/', sorted.
         read: returns the content of the file with a given name.
-        hashed: hashes the zip, or the folder's files with the given names, and tells these files apart.
+        hashed: hashes the zip, or the folder's files with the given names, and distinguishes these files.
         unused: folders of which no file is among the names; see `files_below`.
     """
 
@@ -135,7 +135,7 @@ def open_tree(location: Path) -> FileTree:
         )
     with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
-            raise zipfile.BadZipFile("no regular file")
+            raise zipfile.BadZipFile("is not a regular file")
         archive = zipfile.ZipFile(location)
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -162,7 +162,7 @@ def open_tree(location: Path) -> FileTree:
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """Return a member's content, of which zipfile unpacks no more than is asked for if it is deflated."""
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise zipfile.BadZipFile("compressed otherwise than by deflate")
+        raise zipfile.BadZipFile("compressed with another method than deflate")
     with archive.open(info) as member:
         content = member.read(LARGEST_BYTES + 1)
     if len(content) > LARGEST_BYTES:
@@ -171,7 +171,7 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str]:
-    """Return what tells members apart; only those are unpacked that agree with another one in checksum and size."""
+    """Return what shows members apart; only those are unpacked that agree with another one in checksum and size."""
     marks = {name: f"{info.CRC} {info.file_size}" for name, info in members.items()}
     seen = Counter(marks.values())
     for name, mark in marks.items():
@@ -196,7 +196,7 @@ def files_below(
         closed: is given the error of each folder that can't be read, and names may be any bytes; None: the first fault
             is raised.
         unused: is given by name, with a '/' at its end, each folder that is empty, "", or a link to a folder that is
-            read elsewhere, there; links to folders above themselves are not told of.
+            read elsewhere, there; links to folders above themselves are not reported.
 
     Raises:
         UserError: if a folder can't be read, or a name is not UTF-8.
@@ -306,7 +306,7 @@ def cache_fault(file: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def new_in_cache(target: Path) -> Iterator[Path]:
-    """Give a path for a file or folder that takes its name in the cache once it is written, and is gone on errors.
+    """Give a path for a file or folder that takes its name in the cache once it is written, and disappears on errors.
 
     Of two processes that make the same at once the first one's folder stays, or the last one's file.
 

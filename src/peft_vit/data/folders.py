@@ -103,7 +103,7 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
     train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
-    them may be written in capitals. Empty folders, and links to folders that are read elsewhere, are told of.
+    them may be written in capitals. Empty folders, and links to folders that are read elsewhere, are reported.
 
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
     which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
@@ -117,7 +117,7 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
         return index_inspected(images, ImagesFile.read(file), file)
     if images.dataset != config.dataset or images.taken is not None:
         place = images.path if images.dataset == "csv" else images.tree.location
-        message = f"has no class folders in it; images are those of {place}: name it, with dataset: {images.dataset}"
+        message = f"has no class folders; use {place} instead, with dataset: {images.dataset}"
         raise UserError(message, file=config.path, field="data.path")
     for name, why in images.left_out.items():
         if not name.endswith("/"):
@@ -161,7 +161,7 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
 
     What is learned of a table's is the given task, or else what its labels look like.
 
-    Class folders may lie deeper, links are followed, and what is no image or has no place in the layout of
+    Class folders may lie deeper, links are followed, and what is not an image or has no place in the layout of
     `read_image_folder` is left out. A folder without class folders may hold a table, images.csv or labels.csv.
 
     Raises:
@@ -173,10 +173,11 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
     root = _class_root(tree, path)
     if root is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
-        return _listed(table, task)._replace(taken=f"Images and labels are those that {table} lists.")
+        return _listed(table, task)._replace(taken=f"Using the images and labels that {table} lists.")
     if task not in (None, CLASSIFICATION.name):
         message = (
-            f"has a folder a class, which is no {task}; list the images and their labels in a CSV, or leave it out"
+            f"has a folder for each class, which is not {task}; list the images and their labels in a CSV, or "
+            "leave it out"
         )
         raise UserError(message, file=path, field="data.task")
     outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
@@ -196,13 +197,13 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
             continue
         folders = name.split("/")[:-1]
         if not is_image(name):
-            left_out[name] = "is no image file"
+            left_out[name] = "is not an image file"
         elif len(folders) != depth - 1:
             deeper = len(folders) >= depth
-            left_out[name] = "lies deeper than the class folders" if deeper else "lies in no class folder"
+            left_out[name] = "is deeper than the class folders" if deeper else "is in no class folder"
         else:
             if (split := None if test is None else _split(folders[0])) is None and test is not None:
-                message = "lies beside train/; expected only train, val or valid, and test"
+                message = "is beside train/; expected only train, val or valid, and test"
                 raise UserError(message, file=path / folders[0])
             classes_of.setdefault(split, set()).add(folders[-1])  # also of what can't be read: it stays a class
             if fault := tree.fault(name):
@@ -216,7 +217,7 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
         if place:
             left_out[name] = f"leads to the images of {place}, which are used there"
         elif name.count("/") == depth - 1:
-            left_out[name] = "is an empty folder, of which no class is made"
+            left_out[name] = "is an empty folder, so it is not a class"
     for split, names in sorted(classes_of.items()) if test is not None else ():
         if odd := sorted(names ^ classes_of["train"]):
             message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
@@ -254,7 +255,7 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     if len(classes) > 1:
         where += f" beside each other (images lie in {_shown(map(str, classes))})"
     raise UserError(
-        f"holds {images} images and {where}; put them into one folder a class, two at least, or list them in "
+        f"holds {images} images and {where}; make one folder for each class, at least two, or list them in "
         "images.csv with the columns path,label",
         file=path,
         field="data.path",
@@ -288,7 +289,7 @@ def _listed(path: Path, task_name: TaskName | None) -> Images:
             message = f"{name} is '{label}' here and '{before}' before; an image has one label, keep one"
             raise UserError(message, file=where, field="label")
         if split not in ("", "train", "test"):
-            message = f"expected train or test, got {split!r}; validation is drawn from train"
+            message = f"expected train or test, got {split!r}; validation images are chosen from train"
             raise UserError(message, file=where, field="split")
         labels[name] = label
         is_test.append(split == "test")
@@ -324,7 +325,7 @@ def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str
 class ClassFiles(NamedTuple):
     """The class of each image file by its name, and which of them are of the folder's own test split, if it has one.
 
-    Of several labels, or of numbers, the cells of the table's columns stand there, joined by '|'.
+    Of several labels, or of numbers, the cells of the table's columns are there, joined by '|'.
     """
 
     classes: dict[str, str]
@@ -361,7 +362,7 @@ def _split(folder: str) -> str | None:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is called as an image is; what it holds is told when it is decoded."""
+    """Return whether a file is called as an image is; what it holds is known when it is decoded."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -371,9 +372,9 @@ def is_image(name: str) -> bool:
 def read_csv(config: DataConfig) -> ImageIndex:
     """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
 
-    In place of label there may be a column a class, with 0, 1 or nothing, or columns of numbers. Paths are relative to
-    the file's folder. Without a value in split an image is no test image. A CSV's delimiter is a comma, a semicolon or
-    a tab, as in its first line.
+    Instead of label there may be a column a class, with 0, 1 or nothing, or columns of numbers. Paths are relative to
+    the file's folder. Without a value in split an image is not a test image. A CSV's delimiter is a comma, a semicolon
+    or a tab, as in its first line.
     """
     path = existing(str(config.path))
     if not path.is_file():
@@ -389,7 +390,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         require_extra("parquet", packages=("pyarrow",), file=path)
         from pyarrow import parquet
 
-        with foreign_fault("is no Parquet file that can be read", path):
+        with foreign_fault("is not a readable Parquet file", path):
             table = parquet.read_table(io.BytesIO(content))
         places = _places(table.column_names, path)
         columns = [table.column(place).to_pylist() for place in places.values()]
@@ -410,7 +411,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
             yield f"{path}:{rows.line_num}", {name: row[place].strip() for name, place in places.items()}
     except csv.Error as error:
-        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
+        raise UserError(f"is not a valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
 
 
 def _text(value: Any) -> str:

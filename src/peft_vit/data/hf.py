@@ -2,7 +2,7 @@
 
 Only image folders, Parquet and Arrow files are read by it: other kinds of files hold no images with labels, and some
 are parsed by code that may do more than that. From the hub nothing is asked once a set is in the library's cache, so
-that a study goes on with the images it began with.
+that a study continues with the images it began with.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def read_hf(config: DataConfig) -> ImageIndex:
 
     Its split `test` is the official test split; without it, `validation` is. If both are there, `validation` joins
     `train` as images that training and validation are drawn from. A split without any label is as if it were not
-    there, and so is one of another name; both are told. A single split is divided as the configuration says.
+    there, and so is one of another name; both are reported. A single split is divided as the configuration says.
 
     Args:
         config: path, and perhaps columns and configuration of the set.
 
     Raises:
-        UserError: as `open_splits`, and if images or labels can't be told from other columns, an image has several
-            labels or none, or a file lies elsewhere.
+        UserError: as `open_splits`, and if images or labels can't be distinguished from other columns, an image has
+            several labels or none, or a file lies elsewhere.
     """
     path = str(config.path)  # the configuration has seen to it
     splits = open_splits(path, config.hub_subset)
@@ -111,8 +111,8 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
         subset: which of the configurations of the set, for those that have several.
 
     Raises:
-        UserError: if the library is missing or too old, nothing is there, it can't be had from the hub, or it is of a
-            kind that is not read.
+        UserError: if the library is missing or too old, nothing is there, it can't be loaded from the hub, or it is of
+            a kind that is not read.
     """
     require_extra("hf", "hf", field="data.dataset")
     place = Path(os.path.abspath(os.path.expanduser(path)))
@@ -121,7 +121,9 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
             if os.path.exists(os.path.expanduser(path)):  # unlike Path.exists, also False for an impossible name
                 return _local(place, subset)
             if not _HUB_NAME.fullmatch(path):
-                raise UserError("does not exist, and is no name on the hub; correct it", file=path, field="data.path")
+                raise UserError(
+                    "does not exist, and is not a name on the hub; correct it", file=path, field="data.path"
+                )
             return _from_hub(path, subset)
         except UserError:
             raise
@@ -227,9 +229,9 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
         raise
     except Exception as error:  # the client's errors differ by version; each means that there is no set
         raise UserError(
-            f"neither exists here, nor can it be had from the hub ({_reason(error)}); correct the path or name; without"
-            f" a network name a local folder, made elsewhere by: hf download {name} --repo-type dataset --local-dir "
-            "FOLDER",
+            f"is not here, and can't be fetched from the hub ({_reason(error)}); correct the path or name; "
+            f"without a network, name a local folder, made elsewhere by: hf download {name} --repo-type dataset "
+            "--local-dir FOLDER",
             file=name,
             field="data.path",
         ) from None

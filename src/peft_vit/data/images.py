@@ -1,7 +1,7 @@
 """Decoded images as batches, what `training.augmentation` does to them, and the test split, which is read once.
 
 Images are changed each with draws of its own, and at last whole batches are mixed. Draws follow from the run's seed and
-from epoch and image, or the step, alone: a run goes on to the bit without keeping anything of them. Each entry of the
+from epoch and image, or the step, alone: a run continues to the bit without keeping anything of them. Each entry of the
 list has a stream of its own: adding one leaves the draws of the others as they are.
 """
 

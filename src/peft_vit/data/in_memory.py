@@ -121,7 +121,7 @@ def write_table(images: Any, labels: Any = None) -> tuple[Path, NDArray[Any]]:
 
     Raises:
         UserError: see `held_images`; if there are no labels, or they can't be names of classes.
-        ValueError: of scikit-learn, for labels that are no classes, or not as many as images.
+        ValueError: of scikit-learn, for labels that are not classes, or not as many as images.
     """
     from sklearn.utils import check_consistent_length, column_or_1d
     from sklearn.utils.multiclass import check_classification_targets

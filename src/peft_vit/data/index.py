@@ -41,7 +41,7 @@ class ImageIndex:
         digests: of what each file holds, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
         inspected: copies have been looked for, near ones too, and `contents` holds them all.
-        own: somebody's own files, of which one on both sides of a split is refused; in published sets it is told.
+        own: somebody's own files, of which one on both sides of a split is refused; in published sets it is reported.
         interpolation: of resizing.
         notes: what was left out of it, each in a line.
         left_out: why, by the names of files that an inspection has left out.
@@ -159,7 +159,7 @@ class ImagesFile(Frozen):
 def check_class_names(
     names: Iterable[str], file: str | Path | None, field: str | None = None, remedy: str = "rename it"
 ) -> None:
-    """Raise UserError, with the file that says so, if a class has a name that can't be printed or told from another."""
+    """Raise UserError, with the file that says so, if a class name can't be printed or looks like another."""
     known: set[str] = set()
     for name in dict.fromkeys(names):
         if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:

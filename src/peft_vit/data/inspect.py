@@ -6,7 +6,7 @@ are found by a hash of 128 bits.
 Nearly equal are two images of different splits whose grey thumbnails of 16 x 16 pixels correlate at least 0.999, and
 whose thumbnails' second differences correlate at least 0.98 (normalised cross-correlation, Lewis 1995, "Fast Normalized
 Cross-Correlation"). A photograph saved again as JPEG, scaled or brightened stays above both. Objects of one kind do not
-reach them: no two of ELPV's 2,624 cells are nearly equal, and no two of the 1,797 digits, whereas a 64-bit difference
+reach them: no two of ELPV's 2,624 cells are nearly equal, and no two of the 1,797 digits, but a 64-bit difference
 hash within 2 bits would call 1,025 and 2,779 pairs so. An image whose second differences deviate by less than 4 grey
 levels is nearly equal to nothing: it is flat or a gradient, and all gradients correlate. Of images as tiny as the
 digits little is found: scaled or saved again, they are no longer themselves.
@@ -16,7 +16,7 @@ product of the thumbnails of both sides.
 
 A folder is inspected before there are splits (`inspect_images`). Every image is decoded once, JPEGs at a fraction of
 their size unless their pixels are kept for training (`PixelStore`), and the answer is kept in the cache too; near
-copies are also what a chain of such pairs links. What no comparison of pixels tells, nobody sees here: photographs of
+copies are also what a chain of such pairs links. What no comparison of pixels shows, nobody sees here: photographs of
 one object one after the other, crops, mirrored images.
 """
 
@@ -81,7 +81,7 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
 
     Raises:
         UserError: if somebody's own images (a folder, a CSV) hold one image on two sides of the split; in published
-            sets, whose splits are what others used too, it is told.
+            sets, whose splits are what others used too, it is reported.
     """
     lines = list(index.notes)
     if not index.inspected:  # else splits are along its groups
@@ -306,7 +306,7 @@ class Inspection:
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
         if counts.max() == counts.min():
-            times = "all classes have as many images"
+            times = "all classes have the same number of images"
         rule = "" if self.metric.equal_classes else f"; balanced accuracy above {LARGEST_IMBALANCE:g}x imbalance"
         return [*known, f"metric: {self.metric.words} ({times}{rule})"]
 
@@ -386,7 +386,7 @@ def inspect_images(
         least: different images that each class has to have; None: as many as it takes to seal some.
         strict: refuse what would be left out.
         store: is given the pixels of every image that is decoded.
-        on_progress: told how many images are decoded, and of how many.
+        on_progress: gets how many images are decoded, and of how many.
 
     Raises:
         UserError: if there is no image, fewer than two classes, too few different images of a class (with the number
@@ -414,12 +414,12 @@ def inspect_images(
     )
     if strict and left_out:
         them = "it" if len(left_out) == 1 else "them"
-        message = f"{_files_are(left_out)} to be left out; mend or remove {them}, or leave --strict out"
+        message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
         raise UserError(message, file=path, field="--strict", details="\n".join(_listed(left_out)))
     faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
     count = len(names) + len(faults.keys() - decoded.faults.keys())
     if len(faults) > count / 2:
-        message = f"{len(faults):,} of {count:,} images can't be used; mend or replace them, or choose another folder"
+        message = f"{len(faults):,} of {count:,} images can't be used; repair or replace them, or choose another folder"
         raise UserError(message, file=path, details="\n".join(_listed(faults)))
     used = np.array([name not in left_out for name in names], dtype=bool)
     labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
@@ -439,14 +439,14 @@ def inspect_images(
 
 
 def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
-    """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
+    """Return what `data.images_file` holds, plain values: what is left out, copies, and what is set aside for the test.
 
-    Sealed is the folder's own test split, or else a fifth of the different images, each class with its own, by `seed`:
-    of a group of copies one, whose others are left out.
+    The test set is the folder's own test split, or else a fifth of the different images, each class with its own, by
+    `seed`: of a group of copies one, whose others are left out.
 
     Args:
         inspection: the folder.
-        seed: of the draw; None: nothing is drawn, only the folder's own test split is sealed.
+        seed: of this choice; None: only the folder's own test split is the test set.
 
     Raises:
         UserError: if a file can't be read any more.
@@ -501,8 +501,8 @@ def _refuse_few(
             beside += " (of copies, near ones too, one counts)"
         images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
         raise UserError(
-            f"class '{class_names[scarce]}' has {images} that can be used{beside}, {least} "
-            f"{'is' if least == 1 else 'are'} needed of each class{more}; add images, or remove the class",
+            f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
+            f"needs {least}{more}; add images, or remove the class",
             file=path,
         )
     if holdout is not None and not (tested := task.counts(labels[holdout], len(class_names))).all():

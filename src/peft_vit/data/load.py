@@ -107,7 +107,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
 
 
 def _made_up(config: DataConfig) -> ImageIndex:
-    """Return 96 images of four classes: noise around a grey level or colour that tells the class."""
+    """Return 96 images of four classes: noise around a grey level or colour that shows the class."""
     classes = np.tile(np.arange(4), 24)
     task = TASKS[config.task or CLASSIFICATION.name]
     names, labels = task.made_up(classes)

@@ -163,7 +163,7 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
         with gzip.open(file) as unzipped:
             header = unzipped.read(start)
             if len(header) < start or header[:4] != bytes((0, 0, 8, dimensions)):
-                raise UserError(f"is no idx file of bytes in {dimensions} dimensions; {FETCH_AGAIN}", file=file)
+                raise UserError(f"is not an idx file of bytes in {dimensions} dimensions; {FETCH_AGAIN}", file=file)
             shape = struct.unpack(f">{dimensions}I", header[4:])
             expected = math.prod(shape)
             if expected > LARGEST_BYTES:
@@ -183,7 +183,7 @@ _PIXELS = 3 * _SIDE * _SIDE
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """Names in a CIFAR archive, and how many bytes of labels stand before an image's pixels."""
+    """Names in a CIFAR archive, and how many bytes of labels are before an image's pixels."""
 
     archive: str
     md5: str
@@ -234,7 +234,7 @@ def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
     for file in (folder / batch for batch in batches):
         size = file.stat().st_size
         if size == 0 or size % (layout.label_bytes + _PIXELS):
-            raise UserError(f"is {size} bytes, no multiple of a record; {remedy}", file=file)
+            raise UserError(f"is {size} bytes, not a multiple of a record; {remedy}", file=file)
         records = np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, layout.label_bytes + _PIXELS)  # (N, bytes)
         if (largest := records[:, layout.label_bytes - 1].max()) >= len(class_names):
             message = f"a label is {largest}, but {layout.names} names {len(class_names)} classes; {remedy}"

@@ -167,7 +167,7 @@ def _eight_bits(image: Image.Image, upright: Image.Image, raw_mode: str) -> Imag
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Return an image as a viewer shows it: what is transparent lies on white, whatever colour stands behind it."""
+    """Return an image as a viewer shows it: what is transparent lies on white, whatever colour is behind it."""
     if not image.has_transparency_data:
         return image
     layered = image.convert("RGBA")
@@ -245,7 +245,7 @@ def split_pixels(
         image_size: side S in pixels.
 
     Returns:
-        (M, S, S, C) uint8, read-only, and where the rows stand in it, (N,) int64.
+        (M, S, S, C) uint8, read-only, and where the rows are in it, (N,) int64.
     """
     if divided is None:
         return cached_pixels(index, rows, image_size), np.arange(len(rows), dtype=np.int64)

@@ -57,7 +57,7 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
 
     Raises:
         UserError: if there are too few images, a class gets no training image, per_seed would change nothing, or a file
-            of somebody's own stands on both sides of the own test split; names field and numbers, or both files.
+            of somebody's own is on both sides of the own test split; names field and numbers, or both files.
     """
     if index.official_test is not None and index.own:
         refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
@@ -281,15 +281,14 @@ def _dealt(members: np.ndarray, sizes: np.ndarray, wanted: np.ndarray, rng: np.r
 
 
 def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:
-    """Count groups whose members bear different marks.
+    """Count groups whose members have different marks.
 
     Args:
         groups: of each image, (N,) integers; equal images are of one group.
         marks: of each image, (N,) integers: its side of a split, or its label.
 
     Returns:
-        The number of groups, and the positions of two members with different marks, the lower first; (0, 0) if there
-        is no such group.
+        The number of groups, and the positions of two members with different marks, the lower first, or (0, 0).
     """
     order = np.lexsort((marks, groups))
     group, mark = groups[order], marks[order]
@@ -301,7 +300,7 @@ def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int
 
 
 def refuse_across(index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows: np.ndarray | None = None) -> None:
-    """Raise UserError if equal images stand on different sides.
+    """Raise UserError if equal images are on different sides.
 
     Args:
         index: the data set.
@@ -314,7 +313,7 @@ def refuse_across(index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows
         a, b = pair if rows is None else rows[list(pair)].tolist()
         among = f"; {count} images are on several sides like this one" if count > 1 else ""
         raise UserError(
-            f"{index.title(a)} ({SIDES[sides[pair[0]]]}) and {index.title(b)} ({SIDES[sides[pair[1]]]}) are the same "
-            f"image, which tells nothing about new ones{among}; remove one of them",
+            f"{index.title(a)} ({SIDES[sides[pair[0]]]}) and {index.title(b)} ({SIDES[sides[pair[1]]]}) are the "
+            f"same image, which says nothing about new ones{among}; remove one of them",
             field="data.path",
         )

@@ -24,7 +24,7 @@ _TYPES = {"mean": (np.float32, 1), "spread": (np.float32, 1), "codes": (np.int8,
 
 
 class WithDistance(nn.Module):
-    """A model that also tells how far its images are from known ones: `Neighbours.distances`, in torch."""
+    """A model that also says how far its images are from known ones: `Neighbours.distances`, in torch."""
 
     def __init__(self, model: nn.Module, known: Neighbours) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def neighbours_from(parts: dict[str, np.ndarray], file: Path) -> Neighbours:
     if not fitting or len({part.shape[-1] for part in parts.values()}) > 1 or not len(parts["codes"]):
         raise UserError("holds no features of known images; export or rerun the run", file=file)
     if not (np.isfinite(parts["mean"]).all() and (parts["spread"] > 0).all()):
-        raise UserError("holds features that are no numbers; export or rerun the run", file=file)
+        raise UserError("holds features that are not numbers; export or rerun the run", file=file)
     return Neighbours(**parts)
 
 

@@ -25,7 +25,7 @@ same. The weight is written as operators on constants: for codes of 2 and 4 bits
 looked up in the table of the values that it holds (Gather), 8 bits are a Cast; then Mul by the scales and Add of the
 offsets, all in float32. onnxruntime's constant folding, which is on by default, computes that when the session is made.
 Seen with 1.32: the optimized model has the nodes of the float32 model's, MatMul on float32 initializers, and a call
-takes as long. DequantizeLinear would be less to write, but constant folding leaves it alone. While folding goes on,
+takes as long. DequantizeLinear would be less to write, but constant folding leaves it alone. While folding continues,
 onnxruntime keeps what every operator has computed, so codes are stored in the order of the folded matrix, (in, out), to
 need few of them: loading takes about 20 bytes a weight for a moment, where a float32 file takes 6. torch's exporter
 folds too, where codes are few: up to 8,192 bytes of a matrix are in the file as floats.
@@ -261,7 +261,7 @@ def export_onnx(
         card: what the file's metadata says of the model.
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
         activations: int8: linear layers of the blocks, packed or not, multiply 8-bit integers. Instead of `runtime`.
-        known: features of training images: a second output, `distance` (B,), tells how far an image is from these.
+        known: features of training images: a second output, `distance` (B,), says how far an image is from these.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, small: a layer's groups are too small for

@@ -49,7 +49,7 @@ _FRACTION_BITS = {torch.float16: 11, torch.float32: 24}
 
 
 class PackedPlace(nn.Module):
-    """What stands in a packed layer's place while the model's graph is made: an operator that names the layer."""
+    """What is in a packed layer's place while the model's graph is made: an operator that names the layer."""
 
     def __init__(self, layer: AdaptedLinear, name: str) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ class PackedAdapter:
     def of_model(
         cls, model: nn.Module, card: ModelCard, base: LowBitHeader, bits: StoredBits, head_bits: StoredBits
     ) -> PackedAdapter:
-        """Return what was trained of a model, without what tells images unlike its own.
+        """Return what was trained of a model, without what shows images unlike its own.
 
         Raises:
             UserError: if more than adapters and head was trained, or the PEFT library has done it.
@@ -70,7 +70,7 @@ class PackedAdapter:
         others = [name for name in trained_tensors(model) if ".sites." not in name and not backbone.is_of_head(name)]
         if others or tuner_layers(model):
             why = f"{others[0]} was trained, too" if others else "the PEFT library trained it"
-            raise UserError(f"{why}; a bundle takes runs of lora, adalora, qa_lora, qa_adalora, linear and qa_linear")
+            raise UserError(f"{why}; a bundle holds runs of lora, adalora, qa_lora, qa_adalora, linear and qa_linear")
         factors, ranks, pools = [], [], {1}
         for site in backbone.sites:
             adapter, rows = _adapter_on(model, site)

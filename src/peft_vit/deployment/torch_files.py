@@ -153,7 +153,7 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbour
         model: a Vision Transformer of timm whose adapters are merged (`merge`); float layers only are fine too.
         file: replaced if it exists.
         card: what the file says of the model.
-        known: features of training images, to which distances are told.
+        known: features of training images, to which distances are measured.
 
     Raises:
         UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
@@ -392,7 +392,7 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
             peft_vit.json says; it does not say paths.
 
     Raises:
-        UserError: if a file is missing or damaged, or the weights can't be had or are others.
+        UserError: if a file is missing or damaged, or the weights can't be loaded or are others.
     """
     file = folder / BASE_FILE
     with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):

@@ -136,7 +136,7 @@ def known_costs(kind: RunSpec) -> Costs | None:
         return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = "{}: {}".format(*first_fault(error)) if isinstance(error, ValidationError) else printable(str(error))
-        _log.warning("%s is of no use (%s); measured again when it is wanted", file, reason)
+        _log.warning("%s can't be used (%s); the next plan measures again", file, reason)
         return None
 
 

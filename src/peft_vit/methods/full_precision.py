@@ -1,7 +1,7 @@
 """Methods on float weights: the linear probe, full fine-tuning, LoRA (arXiv 2106.09685), AdaLoRA (arXiv 2303.10512).
 
 LoRA's ranks stay: equal ones, those that a rule chooses, or a PEFT adapter's; AdaLoRA's move between sites under a
-budget. How a probe is fitted is told in `training.linear_probe`.
+budget. How a probe is fitted is described in `training.linear_probe`.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int, 
 
 
 def adalora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
-    """Return mean rank 4 unless told otherwise, decided early, by magnitude.
+    """Return mean rank 4 unless something else is asked, decided early, by magnitude.
 
     It is what was found to keep up with LoRA at its learning rate.
     """

@@ -114,7 +114,7 @@ class Method:
 
 @contextmanager
 def below(field_name: str) -> Iterator[None]:
-    """Name the setting at which a fault of what it asks for is to be mended.
+    """Name the setting at which a fault of what it asks for is to be repaired.
 
     Raises:
         UserError: as inside, with the field, below the experiment.

@@ -60,7 +60,7 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
     Raises:
         UserError: if the group size does not divide `in`; if a weight is infinite, NaN or above 2^125 in
             magnitude; if a scale or an offset overflows the format's scale_dtype.
-        ValueError: if the weight is no matrix of floating-point numbers.
+        ValueError: if the weight is not a matrix of floating-point numbers.
     """
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise ValueError(f"expected a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")

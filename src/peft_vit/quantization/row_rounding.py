@@ -121,7 +121,7 @@ def unpack_rows(tensors: Mapping[str, Tensor], shapes: list[tuple[int, int]], bi
     if stored is None:
         expected = {"codes": (torch.uint8, row_bytes(values, bits)), "scales": (torch.float16, rows)}
     if {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()} != expected:
-        raise UserError("its tensors are not those that its header tells of; export the run again")
+        raise UserError("its tensors are not those that its header names; export the run again")
     if stored is not None:
         return [part.float().view(shape) for part, shape in zip(tensors["codes"].split(sizes), shapes, strict=True)]
     if not values:

@@ -100,13 +100,13 @@ class QuantizedTensor:
         """Return the weights of some inputs, (out, c), to compute with: scales in 8 bits are in floats.
 
         Raises:
-            ValueError: if they are no whole groups or bytes.
+            ValueError: if they are not whole groups or bytes.
         """
         start, stop, bits = columns.start, columns.stop, self.format.bits
         size = self.format.group_size if self.groups > 1 else None
         whole = math.lcm(size or 1, codes_at_once(bits))
         if start % whole or stop % whole:
-            raise ValueError(f"columns {start} to {stop} are no whole groups and bytes; use multiples of {whole}")
+            raise ValueError(f"columns {start} to {stop} are not whole groups and bytes; use multiples of {whole}")
         codes = self.codes[:, start * bits // 8 : stop * bits // 8].contiguous()  # (out, bytes of c)
         groups = slice(None) if size is None else slice(start // size, stop // size)
         return self._part(codes, (slice(None), groups), (self.shape[0], stop - start))

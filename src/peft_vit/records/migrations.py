@@ -1,6 +1,6 @@
 """What records and study.json files of earlier versions say, in today's words; what no longer exists is refused.
 
-A setting that went stands in `GONE`, a choice of one that stayed in `GONE_CHOICES`. A file in which such a setting has
+A setting that went is in `GONE`, a choice of one that stayed in `GONE_CHOICES`. A file in which such a setting has
 the value at which it did nothing, or one of kept results, is read without it; any other is refused in one line that
 names the version.
 """
@@ -96,8 +96,8 @@ def migrated_study(study: Any) -> Any:
         data, requested = (_section(study, "configuration", "data"), _section(limited, "asked", "data"))
         if any(data.get(size) != requested.get(size) for size in _SIZES):
             raise UserError(
-                "the study was made on smaller or fewer images than it asked for, which this version no longer does; "
-                f"peft-vit {LAST_VERSION_WITH_ALL} goes on with it",
+                "the study was made on smaller or fewer images than it asked for, which this version no longer "
+                f"does; peft-vit {LAST_VERSION_WITH_ALL} continues with it",
                 field="limited",
             )
     return study
@@ -116,7 +116,7 @@ def with_digested(experiment: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(values: Any, *names: str) -> dict[str, Any]:
-    """Return the mapping that stands below these names; an empty one where none does."""
+    """Return the mapping that is below these names; an empty one where none does."""
     for name in names:
         values = values.get(name) if isinstance(values, dict) else None
     return values if isinstance(values, dict) else {}

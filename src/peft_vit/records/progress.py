@@ -1,7 +1,7 @@
 """What has become of a study's runs, and who works on them: all that its folder says beside results.
 
-A run's record decides, and progress.json tells of attempts after it. A progress.json that can't be read counts as not
-there: the run goes on from its checkpoints, or begins again.
+A run's record decides, and progress.json reports attempts after it. A progress.json that can't be read counts as not
+there: the run continues from its checkpoints, or begins again.
 
 The lock is the kernel's: a killed process holds none, and asking writes nothing, also where nothing can be written. So
 it is no `filelock`, which is asked by taking it, and makes the file.
@@ -71,7 +71,7 @@ class Owner(BaseModel):
 
     def __str__(self) -> str:
         if self.pid is None:
-            return "a process that has not said its name"
+            return "an unknown process"
         return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
 
     def began(self, at: str) -> bool:
@@ -231,7 +231,7 @@ class Known:
     """What is known of a run.
 
     Attributes:
-        attempt: the latest one, unless a record tells how it ended.
+        attempt: the latest one, unless a record says how it ended.
         end: what the record says; None without one.
         has_adapter: without it no run is done, whatever its record says.
         fault: what in its folder does not count, though it is there.
@@ -387,11 +387,11 @@ class StudyStatus:
 
 
 def require_directory(directory: Path) -> None:
-    """Refuse what is no directory of results."""
+    """Refuse what is not a directory of results."""
     if os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
         return
     if os.path.lexists(directory):
-        raise UserError("is no directory; give what --output was", file=directory)
+        raise UserError("is not a folder; give the one that --output named", file=directory)
     raise UserError("does not exist; run a study first, e.g. `peft-vit run STUDY.yaml`", file=directory)
 
 
@@ -432,7 +432,7 @@ def status_lines(status: StudyStatus) -> Iterator[str]:
     if status.owner is not None:
         yield printable(f"  worked on by {status.owner}")
     if status.file is None:
-        yield "  made by an earlier version: its records are all that is known; `peft-vit run` takes them over"
+        yield "  made by an earlier version: its records are all that is known; `peft-vit run` continues with them"
     if foreign := sorted(set(_recorded(status.folder)) - {run.run for run in status.runs}):
         yield f"  {len(foreign)} records are of runs that the study does not have, such as {printable(foreign[0])}"
     for state in ("failed", "running", "pending", "skipped"):

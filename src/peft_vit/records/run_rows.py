@@ -117,7 +117,7 @@ def history_rows(
     """Return ranks and scores as a tidy table: one row a step and site, plain values, in the sites' order.
 
     Steps are those at which ranks or scores were recorded. `rank` and `budget` hold from that step on; a site that an
-    entry leaves out has rank 0. `score` is None where there is none: at step 0, and with fixed ranks. `probed` tells
+    entry leaves out has rank 0. `score` is None where there is none: at step 0, and with fixed ranks. `probed` says
     whether it came from a probe at this step, not from the site's own triplets.
     """
     entries = {entry.step: entry for entry in ranks}

@@ -1,6 +1,6 @@
 """What is kept of a run: RunSpec is what was asked, RunRecord what happened; and StudyFile, what a study planned.
 
-Units stand in the names: ``_s`` seconds, ``_bytes`` bytes, ``_steps`` optimiser steps. A step is counted from 1;
+Units are in the names: ``_s`` seconds, ``_bytes`` bytes, ``_steps`` optimiser steps. A step is counted from 1;
 the history entry of step 0 is the state before training.
 """
 
@@ -290,7 +290,7 @@ class ImportanceEntry(_Value):
 
 
 class ProbeEntry(_Value):
-    """A step in which temporary triplets scored the sites without rank; they are no parameters and counted as none."""
+    """A step in which temporary triplets scored the sites without rank; they are not parameters and counted as none."""
 
     step: int
     sites: list[str]  # that had no rank, and got their scores so
@@ -450,8 +450,8 @@ class Calibrated(_Value):
 class Decision(_Value):
     """What the outputs of a model of several labels, or of numbers, mean; found on images that were not trained on.
 
-    Of labels: the probability of each is 1 / (1 + exp(-output / temperature)), and one is told from its threshold on.
-    Of numbers: each is center + spread * output, and `half_widths` on both sides of it hold the true one in a share
+    Of labels: the probability of each is 1 / (1 + exp(-output / temperature)), and one is reported from its threshold
+    on. Of numbers: each is center + spread * output, and `half_widths` on both sides of it hold the true one in a share
     `coverage` of images.
     """
 

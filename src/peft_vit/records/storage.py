@@ -72,7 +72,7 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Replace a file as `write_atomically`; what has no room is told in one line."""
+    """Replace a file as `write_atomically`; what has no room is reported in one line."""
     try:
         write_atomically(file, content)
     except OSError as error:
@@ -84,7 +84,7 @@ def run_folder(results_dir: Path, spec: RunSpec) -> Path:
     """Return the folder that holds a run's files.
 
     Raises:
-        UserError: if a link stands in its way, which would lead out of the results directory.
+        UserError: if a link is in its way, which would lead out of the results directory.
     """
     return folder_below(results_dir, spec.run_id)
 
@@ -199,7 +199,7 @@ def read_bench(file: Path) -> tuple[BenchRow, ...]:
     """Return the rows of a .json file that `peft-vit bench` has written.
 
     Raises:
-        UserError: if it can't be read, or is no such file; names the file and the field.
+        UserError: if it can't be read, or is not such a file; names the file and the field.
     """
     with _reading(file, "table", "expected what `peft-vit bench MODEL... --output FILE.json` writes") as data:
         return TypeAdapter(tuple[BenchRow, ...]).validate_json(to_json(data))
@@ -207,7 +207,7 @@ def read_bench(file: Path) -> tuple[BenchRow, ...]:
 
 @contextmanager
 def _reading(file: Path, what: str, remedy: str) -> Iterator[Any]:
-    """Give the plain values of a JSON file; what is wrong with it or with them is told in one line."""
+    """Give the plain values of a JSON file; what is wrong with it or with them is reported in one line."""
     try:
         with checked(file, remedy), named(file):
             yield from_json(read_bytes(file))

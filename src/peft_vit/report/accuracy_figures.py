@@ -239,8 +239,8 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
 LEGEND_ENTRIES = 24
 _MARKER_STEP_PT = 7.0
 _READ = (
-    "Dots: single seeds, joined by a thin line. Large marker: mean. Of markers at the same place the "
-    "leftmost stands where it belongs, the others beside it."
+    "Dots: single seeds, joined by a thin line. Large marker: mean. If markers coincide, the leftmost is in its "
+    "place and the others are beside it."
 )
 
 

@@ -1,4 +1,4 @@
-"""The report on all records below a directory: which table and figure stands where, and which files it is."""
+"""The report on all records below a directory: which table and figure is where, and which files it is."""
 
 from __future__ import annotations
 
@@ -260,11 +260,13 @@ def write_report(
 
 
 def captions(documents: Sequence[StudyDocument]) -> str:
-    """Return captions.md of the figures for a paper, with sizes, below what stands above a study's numbers."""
+    """Return captions.md of the figures for a paper, with sizes, below what is above a study's numbers."""
     parts = [
         "# Captions",
-        f"Each figure stands here as PDF, SVG and PNG ({DPI} dots an inch), {WIDTHS_IN['one']} and "
-        f"{WIDTHS_IN['two']} inches wide. Text is at least 6.5 points.",
+        (
+            f"Each figure is here as PDF, SVG and PNG ({DPI} dots an inch), {WIDTHS_IN['one']} and {WIDTHS_IN['two']} "
+            "inches wide. Text is at least 6.5 points."
+        ),
     ]
     for document in documents:
         parts += [f"## {escaped(document.label)}", *notice_parts(document)]

@@ -74,7 +74,7 @@ def _without_glyph(font_file: str, letters: set[str]) -> set[str]:
 
 
 def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
-    """Draw what images of each class were taken for; None for more classes than can be read.
+    """Draw what images of each class were predicted as; None for more classes than can be read.
 
     Args:
         confusion: (classes, classes) images, by true and predicted class.
@@ -135,8 +135,8 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
 def no_font(letters: str) -> str:
     """Return what to say of letters that no installed font has."""
     return (
-        f"No font on this machine has {letters}: picture files of the figure show boxes for them, and tables have the "
-        "names; an installed font with these letters, as of Noto, mends it."
+        f"No font on this machine has {letters}: picture files of the figure show boxes for them, and tables have "
+        "the names. Install a font with these letters, such as Noto."
     )
 
 
@@ -144,7 +144,7 @@ def no_font(letters: str) -> str:
 
 
 def class_blocks(quality: ModelQuality) -> Iterator[Block]:
-    """Yield what is taken for what, and how much of each class is found."""
+    """Yield what is predicted as what, and how much of each class is found."""
     figure = confusion_figure(quality.confusion, [plain(found.name) for found in quality.classes])
     if figure is not None:
         yield figure
@@ -204,7 +204,7 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
         every = sum(image.right == right for image in quality.images)
         group = tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True))
         groups += [(f"{'Right' if right else 'Wrong'}: {len(shown)} of {every}", group)] if shown else []
-    caption = "Test images, drawn at random, class by class. Percent: how sure the model was of what it said."
+    caption = "Random test images of each class. Percent: how sure the model was of its answer."
     return Gallery("examples", "", caption, tuple(groups), small=True)
 
 
@@ -212,7 +212,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
     """Return the mistakes of which the model was surest: with pictures, or as a table where there are none."""
     mistakes = quality.mistakes
     shown = mistakes[:SHOWN_MISTAKES]
-    rule = "Sorted by the probability that the model gave to what it said. Is the label right?"
+    rule = "Sorted by the probability that the model gave to its answer. Is the label right?"
     made = pictures_of([image.position for image in shown], pictures)
     if isinstance(made, str):
         return table(

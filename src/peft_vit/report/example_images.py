@@ -100,8 +100,8 @@ def _gallery(examples: ImageExamples, thumbnails: Thumbnails | None, terms: str)
     shown = {group: examples.shown(group) for group in GROUPS}
     positions = [image.position for images in shown.values() for image in images]
     rule = (
-        f"Seed {examples.seeds[0]}, the first. Of each group the images on which the probabilities of both predictions "
-        "lie farthest apart, the lower position among equals; so they are no typical images."
+        f"Seed {examples.seeds[0]}, the first. Of each group the images on which the probabilities of both "
+        "predictions lie farthest apart, the lower position among equals; so they are not typical."
     )
     made = pictures_of(positions, None if thumbnails is None else partial(thumbnails, examples.run.record))
     if isinstance(made, str):
@@ -120,8 +120,8 @@ def _gallery(examples: ImageExamples, thumbnails: Thumbnails | None, terms: str)
     return Gallery(
         slug="pictures",
         title=f"Images, and what {plain(examples.best)} (best) and {plain(examples.baseline)} (baseline) made of them",
-        caption=f"{rule} Licence of the images: {terms}. They stand here, scaled down, to look at a model's errors, "
-        "which is research; whoever passes this page on passes them on.",
+        caption=f"{rule} Licence of the images: {terms}. They are shown, scaled down, to look at a model's "
+        "errors, which is research; if you pass this page on, you pass them on.",
         groups=tuple(
             (f"{titles[group]}: {counts[group]:,} of {len(examples.images):,} images", tuple(map(picture, images)))
             for group, images in shown.items()

@@ -1,10 +1,10 @@
-"""One way to draw a figure: its look, what it tells the page about itself, and its files for page and paper.
+"""One way to draw a figure: its look, what the page knows of it, and its files for page and paper.
 
 A painter draws into a `Canvas` and names its artists while it does. Places are read off the finished layout, so the
 page can find the value nearest to a pointer without knowing anything of how the figure was drawn. The same data give
 the same bytes, and matplotlib's global state stays as it is.
 
-Colors are Okabe and Ito's and four more, told apart with each of the three color-vision deficiencies. Ink, grid and
+Colors are Okabe and Ito's and four more, distinguished with each of the three color-vision deficiencies. Ink, grid and
 paper are exact hex values, so that the HTML page can exchange them for its own and follow a dark theme.
 """
 
@@ -96,7 +96,7 @@ _SMALL: dict[Any, Any] = {
 
 
 class Canvas:
-    """A figure while it is painted, and what it tells the page: which artists belong together, what stands where.
+    """A figure while it is painted, and what the page knows of it: which artists belong together, what is where.
 
     Attributes:
         figure: empty, laid out after painting.

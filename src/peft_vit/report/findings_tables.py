@@ -55,7 +55,7 @@ def reasons(conclusion: Conclusion) -> str:
 
 
 def numbers(finding: Finding) -> dict[str, str]:
-    """Return what stands beside a finding in a table: estimate, n and test, in words."""
+    """Return what is beside a finding in a table: estimate, n and test, in words."""
     n_of = finding.n_of if len(finding.by_seed) != 1 else finding.n_of.replace("seeds", "seed").replace("pairs", "pair")
     test = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
     note = f" ({finding.note})" if finding.note else ""

@@ -1,6 +1,6 @@
 """The report as one HTML file: no network, figures inline, light and dark, complete without its one script.
 
-What a figure's script needs stands in the page as JSON: points, rows of the CSV file, names. Texts
+What a figure's script needs is in the page as JSON: points, rows of the CSV file, names. Texts
 repeat (names, steps), so each column holds its distinct texts once and an index a row. Every character that could end
 the block or a string literal is written as an escape: no name can break out of it.
 """
@@ -46,7 +46,7 @@ def rendered(template: str, script: str, **values: Any) -> str:
     Args:
         template: its name; its policy is to name the script by `script_hash`, so that no other runs.
         script: the name of a file beside it.
-        values: what stands in it.
+        values: what is in it.
     """
     environment = Environment(
         loader=PackageLoader("peft_vit.report"),

@@ -32,8 +32,8 @@ def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
             Column("matrix types", "kendalls_w_matrices", fixed),
         ],
         "Kendall's coefficient of concordance of the final scores: 1 if all seeds order alike; orders drawn by "
-        "chance give 1 / seeds on average. It describes these runs: the modules of one network are no independent "
-        "draws, so there is no test. – : fewer than two seeds or three things to order.",
+        "chance give 1 / seeds on average. It describes these runs: the modules of one network are not "
+        "independent, so there is no test. – : fewer than two seeds or three things to order.",
     )
 
 
@@ -173,7 +173,7 @@ def _allocation_course(allocations: Sequence[Allocation]) -> Table:
     courses = [course for a in allocations for course in a.courses]
     return table(
         "allocation_course",
-        "How much moved, and how early the final ranks stood",
+        "How much moved, and how early the final ranks were in place",
         [
             {
                 "experiment": first["experiment"],
@@ -190,9 +190,10 @@ def _allocation_course(allocations: Sequence[Allocation]) -> Table:
             for first, *updates in [course]
         ],
         None,
-        "Moved: ranks that changed their module, over the ranks held afterwards. In place: share of the final ranks "
-        "that stood where they end, both taken as shares of all ranks, so that a larger budget is no difference. "
-        "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run.",
+        "Moved: ranks that changed their module, over the ranks held afterwards. In place: share of the final "
+        "ranks that were where they end, both as shares of all ranks, so that a larger budget makes no "
+        "difference. At the start nothing was decided, so what is in place there is what equal ranks give. One "
+        "row is one run.",
         data=(row for course in courses for row in course),
         folded=True,
     )

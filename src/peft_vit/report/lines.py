@@ -371,12 +371,12 @@ def _stopping_figure(
 
     margin = "" if stopping.margin is None else f" Not worse is meant by {margin_in_points(stopping.margin / 100)}."
     caption = (
-        f"Mean difference to {stopping.control} at each look, over the pairs that there were. Above the upper of two "
-        "bounds of a question its answer is yes, below the lower one the opposite is shown. Bounds beyond the picture "
-        "were hardly to be reached at that look; all come closer when other comparisons are decided."
-        f"{margin} The table has the verdicts.{note}"
+        f"Mean difference to {stopping.control} at each look, over the pairs that there were. Above the upper of "
+        "two bounds of a question its answer is yes, below the lower one the opposite is shown. Bounds outside "
+        "the picture could hardly be reached at that look; all come closer when other comparisons are "
+        f"decided.{margin} The table has the verdicts.{note}"
     )
-    title = f"Courses of the comparisons with {stopping.control}"
+    title = f"How the comparisons went with {stopping.control}"
     height, narrow = 0.9 + _PANEL_IN * math.ceil(len(drawn) / _COLUMNS), 1.2 + _PANEL_IN * len(drawn)
     data: list[dict[str, Raw]] = []
     for result in results:

@@ -50,7 +50,7 @@ def section_parts(document: StudyDocument) -> list[str]:
 
 
 def summary_parts(document: StudyDocument) -> list[str]:
-    """Return what stands above the sections: notices first."""
+    """Return what is above the sections: notices first."""
     return [
         *notice_parts(document),
         *([_rows(("asked", ""), document.facts)] if document.facts else []),

@@ -226,8 +226,8 @@ def pair_blocks(pairs: AllPairs) -> Iterator[Block]:
     """Yield the pairs that are decided, and how many of all these are."""
     if pairs.not_formed:
         yield Paragraph(
-            f"{len(pairs.experiments)} experiments make {count(pairs.not_formed)} pairs, too many to compare all: "
-            "none was formed. The differences to the references above stand."
+            f"{len(pairs.experiments)} experiments make {count(pairs.not_formed)} pairs, too many to compare all, "
+            "so none was formed. The differences to the references are above."
         )
     elif len(pairs.experiments) > 2:  # one pair stands against the reference already
         yield _pairs_table(pairs)
@@ -323,7 +323,7 @@ _FRONT = [
 
 
 def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
-    """Yield who stands on each Pareto front, and what could not be put on one."""
+    """Yield what is on each Pareto front, and what could not be put on one."""
     rows = [{"front": front.cost, **vars(point)} for front in fronts for point in front.points]
     if rows:
         yield table(

@@ -38,7 +38,7 @@ _FIRST = 8  # classes that are named
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What is told of a model.
+    """What is shown of a model.
 
     Attributes:
         record: of its run, which is finished.
@@ -78,7 +78,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     """Return the page of a model.
 
     Args:
-        summary: what is told.
+        summary: what is shown.
         pictures: makes pictures of images by their positions; None: there are none.
     """
     record, quality = summary.record, summary.quality
@@ -130,7 +130,7 @@ def card_head(summary: ModelSummary, library: str, name: str) -> str:
     """Return the fields of the hub's model cards. No licence is named: that of weights and that of images both bind.
 
     Args:
-        summary: what is told.
+        summary: what is shown.
         library: that opens the model.
         name: of the images.
     """
@@ -316,14 +316,15 @@ def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     said = f"It says {percent(sure)} on average and is right on {percent(right)}"
     if low <= sure <= high:
-        yield Paragraph(f"{said}: its probabilities hold, as far as {count(quality.accuracy.n)} images can tell.")
+        yield Paragraph(f"{said}, so its probabilities hold, as far as {count(quality.accuracy.n)} images can tell.")
     else:
         yield Paragraph(
-            f"{said}: it is too {'sure' if sure > right else 'careful'} by {fixed(100 * abs(sure - right), 1)} points."
+            f"{said}, so it is too {'sure' if sure > right else 'careful'} by "
+            f"{fixed(100 * abs(sure - right), 1)} points."
         )
     if bins := quality.reliability():
         caption = (
-            f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of what was said. Bars: "
+            f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of the answer. Bars: "
             "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
         )
         yield draw_reliability([Line("test images", bins)], caption, "images", with_intervals=True)
@@ -409,6 +410,6 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _limits(record: RunRecord) -> Iterator[str]:
-    yield "Images of another kind, camera or time than these: try it on some of them before you rely on it."
+    yield "Images of another kind, camera or time than these: try the model on some of them before you rely on it."
     yield "What another seed or another split of the images would change: this is one run."
     yield from caveats([record])

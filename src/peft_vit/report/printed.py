@@ -25,11 +25,11 @@ _WIDEST = 10_000  # columns; more than any table needs
 
 
 def print_blocks(blocks: Iterable[Paragraph | Table], console: Console | None = None) -> None:
-    """Print blocks in order, an empty line around each table; no text of theirs is taken for markup.
+    """Print blocks in order, an empty line around each table; no text of theirs is read as markup.
 
     Args:
         blocks: what to print.
-        console: default: the standard output; where that is no terminal, lines are as long as tables need.
+        console: default: the standard output; where that is not a terminal, lines are as long as tables need.
     """
     if console is None:
         console = Console(highlight=False)

@@ -64,7 +64,7 @@ def print_recommendation(advice: Recommendation, output: Path | None) -> None:
         content = configuration.encode()
         with os_fault("can't be written", output, remedy="choose another file", field="--output"):
             if output.exists() and output.read_bytes() != content:
-                raise UserError("is there and says something else; move it away or choose another file", file=output)
+                raise UserError("exists and holds something else; move it away or choose another file", file=output)
             write_atomically(output, content)
         print_blocks([Paragraph(f"Its configuration: {output}\nNext: peft-vit plan {output}")])
 

@@ -41,7 +41,7 @@ _COMPARISON_COLUMNS: Mapping[str, str | None] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResultTables:
-    """What studies came to. Shares are from 0 to 1; NaN or NA stands where there is nothing.
+    """What studies came to. Shares are from 0 to 1; NaN or NA is where there is nothing.
 
     Attributes:
         runs: a row a run with a record, with the columns `study`, `experiment`, `method`, `seed`, `state` (done or
@@ -133,7 +133,7 @@ def export_history(results_dir: Path, file: Path, *, overwrite: bool = False) ->
 
     Raises:
         UserError: as in `history_table`; for another ending, a file that is there, unless it is to be overwritten, if
-            Parquet can't be written for want of pyarrow, or if the file can't be written.
+            Parquet can't be written for lack of pyarrow, or if the file can't be written.
     """
     check_rows_file(file, (".parquet", ".json", ".csv"), overwrite=overwrite)
     if file.suffix.lower() == ".parquet":

@@ -83,11 +83,11 @@ def _weights(origin: Provenance) -> str:
 
 def _split(record: RunRecord) -> str:
     data = record.spec.data
-    drawn = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'drawn per seed'}"
+    drawn = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'chosen per seed'}"
     if data.folds is not None:
         drawn = f"each seed tests one of {data.folds} folds, new ones for each repetition"
     elif data.test_split == "per_seed":
-        drawn = "test, validation and training images drawn per seed"
+        drawn = "test, validation and training images chosen per seed"
     return f"{joined(f'{size:,} {name}' for name, size in record.split_sizes.items())}; {drawn}"
 
 
@@ -136,9 +136,14 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     """Return computed sentences: the best on validation and its differences, the claims that were decided."""
     methods = analysis.methods
     if not methods:
-        return ("Nothing: no run of this study has finished.",)
+        return ("No run of this study has finished.",)
     best = best_on_validation(methods)
-    sentences = ["No best: without validation images nothing chooses among experiments but test, which must not."]
+    sentences = [
+        (
+            "There is no best experiment, since without validation images only test images could choose it, "
+            "and they must not."
+        )
+    ]
     if best is not None and best.validation_accuracy is not None:
         name = best.name
         sentences = [
@@ -171,7 +176,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     """Return how much of this is decided, and what limits it."""
     study = analysis.study
     if not study.runs:
-        return ("Not at all: there is no finished run that anything could be computed from.",)
+        return ("No run has finished, so nothing can be computed.",)
     if study.stopping is not None:
         ended = sum(result.stopped is not None for result in analysis.sequential)
         decided = (
@@ -199,8 +204,10 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
         return (decided, images)
     return (
         decided,
-        f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
-        "images, so this matters less for differences.",
+        (
+            f"Each seed has its own test images, so intervals over seeds include that choice; {alone}a seed's images, "
+            "so this matters less for differences."
+        ),
         "An image that one seed is tested on may have been trained on or validated with another: choosing the "
         "best on mean validation accuracy has then seen some test images, through other seeds' models.",
     )
@@ -241,7 +248,7 @@ def caveats(records: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def progress(study: Study) -> tuple[Block, ...]:
-    """Return what was planned and is not done: which runs, why, and how to go on; nothing if all are."""
+    """Return what was planned and is not done: which runs, why, and how to continue; nothing if all are."""
     place = {experiment.name: index for index, experiment in enumerate(study.experiments)}
     runs = [
         *(RunStatus(r.spec.name, "failed", note=why_unfinished(r)) for r in study.failed),
@@ -256,8 +263,8 @@ def progress(study: Study) -> tuple[Block, ...]:
     sentences = []
     if states & {"failed", "pending", "skipped", "missing"}:
         sentences.append(
-            f"To go on: peft-vit run CONFIG --output DIR{looks}, with this study's configuration file and the "
-            "directory that holds its folder; it does what is not done, and tries again what has failed."
+            f"To continue: peft-vit run CONFIG --output DIR{looks}, with this study's configuration file and the "
+            "directory that holds its folder. It does what is not done, and tries again what has failed."
         )
     if "left out" in states:
         sentences.append(
@@ -283,8 +290,8 @@ def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
             for (experiment, state, note), seeds in groups.items()
         ],
         None,
-        f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
-        "tracebacks of failed runs stand under Provenance.",
+        f"{len(runs)} of {sum(study.counts().values())} runs. They are in no number of this report; tracebacks of "
+        "failed runs are under Provenance.",
         data=(
             {"experiment": run.experiment, "seed": run.seed, "state": run.state, "reason": plain(run.note)}
             for run in runs

@@ -14,7 +14,7 @@ from peft_vit.report.document import Raw, Table
 from peft_vit.report.formatting import number_interval
 from peft_vit.statistics import Interval
 
-OTHER_SEEDS = "what other seeds would change, on the same test images unless each seed draws its own"
+OTHER_SEEDS = "what other seeds would change, on the same test images unless each seed has its own"
 OVER_SEEDS = f"95 % t intervals in brackets: {OTHER_SEEDS}."
 FAMILY_NOTE = (
     "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows of "
@@ -32,7 +32,7 @@ class Column:
             a None; or what to make of the row.
         show: the text of a value.
         data: what the CSV file has of it: the name of the value there, or what to make of the value. By default a key
-            or field stands under its own name, and anything else is left out, as with "".
+            or field is under its own name, and anything else is left out, as with "".
         none: the text where the value is None.
     """
 
@@ -154,7 +154,7 @@ def interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
 
 
 def own_interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
-    """Return an interval as columns of a CSV file in which several stand beside one another: its n is named too."""
+    """Return an interval as columns of a CSV file in which several are beside one another: its n is named too."""
     return {f"{name}_n" if key == "n" else key: value for key, value in interval_columns(name, interval).items()}
 
 

@@ -65,7 +65,7 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
 def beside_the_probe(record: RunRecord) -> list[str]:
     """Return what the linear probe that training started from has on the same test images, and what training gained.
 
-    Where its test was not recorded, validation images are told instead; nothing where there is no probe.
+    Where its test was not recorded, validation images are shown instead; nothing where there is no probe.
     """
     metric, own, test, fit = metric_of(record.spec), record.predictions, record.probe_test, record.head_fit
     if record.spec.experiment.is_probe:

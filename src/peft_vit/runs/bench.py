@@ -69,7 +69,7 @@ def bench(
         threads: of a process; default: as many as processors.
         rounds: calls of each batch size in a process that are timed.
         repeats: processes of each model and number of threads.
-        on_progress: told how many processes have ended, and of how many.
+        on_progress: gets how many processes have ended, and of how many.
 
     Raises:
         UserError: if a model can't be opened or timed, threads are more than processors, or float32 can't be made.

@@ -68,12 +68,12 @@ class Bundle:
         """Open a folder that `export --bundle` has written: its backbone, and all other .safetensors files as adapters.
 
         Raises:
-            UserError: as the constructor, or if it is no such folder.
+            UserError: as the constructor, or if it is not such a folder.
         """
         folder = Path(folder).expanduser()
         if not is_bundle(folder):
             raise UserError(
-                f"is no bundle: it holds no {BUNDLE_FILE}; `peft-vit export --bundle` writes it", file=folder
+                f"is not a bundle, since it holds no {BUNDLE_FILE}; `peft-vit export --bundle` writes it", file=folder
             )
         files = sorted(file for file in folder.glob("*.safetensors") if file.name != BUNDLE_FILE)
         return cls(folder / BUNDLE_FILE, {file.stem: file for file in files})
@@ -168,7 +168,7 @@ class Bundle:
             images: paths of image files, and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
             names: of the adapters, one for all images or one each.
             coverage: how often the true class is to be in an image's set of classes; None: no sets.
-            top: how many of the most probable classes are told.
+            top: how many of the most probable classes to return.
 
         Raises:
             UserError: for the first image that can't be read; as `logits`.
@@ -240,7 +240,7 @@ def export_bundle(
         folder: new, empty, or a bundle of the same backbone.
         bits: of the adapters' values; None: those that they were trained in, else 16.
         overwrite: replace adapters of these names.
-        on_progress: is told how many runs of how many are done.
+        on_progress: gets how many runs of how many are done.
 
     Raises:
         UserError: if a run can't be restored or does not belong to the backbone; then nothing is written.
@@ -253,7 +253,7 @@ def export_bundle(
     if is_bundle(folder):
         bundle = Bundle(folder / BUNDLE_FILE, {})
     elif os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError("is no bundle; name one, or a new or an empty folder", file=folder, field="--bundle")
+        raise UserError("is not a bundle; name one, or a new or an empty folder", file=folder, field="--bundle")
     for file in (folder / f"{name}.safetensors" for name in names):
         if os.path.lexists(file) and not overwrite:
             raise UserError("exists already; rename the run's folder, or --overwrite", file=file, field="--bundle")

@@ -138,7 +138,7 @@ def run_one(
     Args:
         spec: what to do.
         on_progress: called after each step.
-        checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
+        checkpoints: where to keep what the run needs to continue; None: nothing is written at all.
         should_stop: asked after each step.
 
     Raises:
@@ -161,7 +161,7 @@ def run_one(
             if kind == "error" and attempt.trains_on:
                 # A program's fault as a rule; a changed checkpoint can bring it out too.
                 remedy = "if that was changed, remove the checkpoint-* folders there, and it starts again"
-                reason = f"{' '.join(reason.split())} (the run had gone on from {attempt.source}; {remedy})"
+                reason = f"{' '.join(reason.split())} (the run had continued from {attempt.source}; {remedy})"
             record = RunRecord(
                 spec=spec,
                 status="failed",
@@ -356,7 +356,7 @@ def _train_and_test(
 ) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
     """Return what training saw, what the record holds of the test split, read this once, and the features file.
 
-    With a probe to start from that is before training, while its features can be had; training can't reach the images.
+    With a probe to start from that is before training, while its features are there; training can't reach the images.
     """
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
     head, temperature, probed = Backbone(model).head, 1.0, None
@@ -511,7 +511,7 @@ class Attempt:
     Attributes:
         known: of the attempts before, and what this one has found since; `update` brings its sums up to date.
         overhead: seconds by purpose, of all attempts.
-        source: the checkpoint that it goes on from, if there is one.
+        source: the checkpoint that it continues from, if there is one.
         memory: of this attempt, while it is watched.
     """
 
@@ -565,14 +565,17 @@ class Attempt:
             if before.get(name) != after.get(name)
         ]
         if changes:
-            text = f"the run went on from step {self._step} with {', '.join(changes)}; uninterrupted, its numbers may "
-            warnings.warn(f"{text}have rounded otherwise", CheckpointWarning, stacklevel=2)
+            text = (
+                f"the run continued from step {self._step} with {', '.join(changes)}; without the "
+                "interruption, its numbers may "
+            )
+            warnings.warn(f"{text}have been rounded differently", CheckpointWarning, stacklevel=2)
         return first
 
     def _foreign(self, field: str, reason: str) -> UserError:
         return UserError(
-            f"the checkpoint of step {self._step} can't be gone on from: {reason}; remove the checkpoint-* folders "
-            "there, and the run starts again",
+            f"the run can't continue from the checkpoint of step {self._step}: {reason}; remove the checkpoint-* "
+            "folders there, and the run starts again",
             file=None if self.source is None else self.source.parent,
             field=field,
         )
@@ -588,11 +591,11 @@ class Attempt:
 
     @property
     def trains_on(self) -> bool:
-        """Return whether a training was gone on with."""
+        """Return whether a training was continued."""
         return self.source is not None and self._training is None
 
     def take_training(self) -> State | None:
-        """Hand out the training's state, once: nothing of it is held here while the training goes on."""
+        """Hand out the training's state, once: nothing of it is held here while the training continues."""
         state, self._training = self._training, None
         return state
 
@@ -612,7 +615,7 @@ class Attempt:
             raise Interrupted(self._step)
 
     def update(self) -> Known:
-        """Bring the sums up to date. Warnings stand there once: an attempt repeats those of the start.
+        """Bring the sums up to date. Warnings are there once: an attempt repeats those of the start.
 
         They may quote names of files, which may be any bytes, and a record is UTF-8.
         """

@@ -104,7 +104,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
     Args:
         run_dir: holds record.json and adapter.safetensors.
         output_dir: new or empty.
-        overwrite: take the place of an earlier export.
+        overwrite: replace an earlier export.
 
     Raises:
         UserError: if the run can't be restored, its method has no PEFT counterpart, or something is in the way.
@@ -156,7 +156,7 @@ def export_run_to_file(
         calibrated: what the file says of how far it can be believed; None: what the run found.
         bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
         rounding: of these; None: gptq below 4 bits, else nearest.
-        overwrite: take the place of what is there; of a folder only of an earlier export.
+        overwrite: replace what is there; of a folder only of an earlier export.
 
     Raises:
         UserError: if something is in the way, the run can't be restored, an option has no effect on it, activations in
@@ -181,7 +181,7 @@ def export_run_to_file(
     except UserError as error:
         missing = str(error.about(None))  # not of a key that nobody wrote
     if data is None and (lossy := options.activations or bits):
-        message = f"needs the run's images, which tell what {lossy} loses, and they are not there: {missing}"
+        message = f"needs the run's images to measure what {lossy} loses, and they are not there: {missing}"
         raise UserError(message, field="--activations" if int8 else "--bits")
     if data is not None and bits is not None:
         float_bytes = storage_bytes(merged.model.state_dict().values())
@@ -205,8 +205,8 @@ def export_run_to_file(
     # Written only if it is as accurate on these images as it has to be.
     if split == "training" and options.accept_loss is None:
         raise UserError(
-            "this run validated on no images, which could tell what int8 loses; export without it, or say what is "
-            "accepted on training images with --accept-loss",
+            "this run has no validation images to measure what int8 loses; export without it, or accept a loss "
+            "on training images with --accept-loss",
             field="--activations",
         )
     comparison, content = _try_int8(run, merged.model, card, images, split)

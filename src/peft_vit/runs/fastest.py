@@ -58,7 +58,7 @@ class Exports:
     """What was written.
 
     Attributes:
-        model: the file that was taken; of an .xml the .bin stands beside it.
+        model: the file that was taken; of an .xml the .bin is beside it.
         forms: all that were tried.
         float32_s: median of a call of the same architecture in float32 by onnxruntime, on the same machine.
         processor: that all were timed on.
@@ -108,13 +108,13 @@ def export_fastest(
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
-        folder: gets model.onnx, or model.xml and model.bin; what stands there under these names is replaced.
+        folder: gets model.onnx, or model.xml and model.bin; what is there under these names is replaced.
         calibrated: what the file says of how far it can be believed.
         bits: to which float weights are rounded; None: they are written as the run has them.
         fold_runs: folders of runs of the same method on folds; none: activations stay in float.
         max_bytes: of the model's files.
         max_latency_s: of one image, median.
-        tell: is told what is done.
+        tell: gets what is done.
 
     Raises:
         UserError: if the run can't be restored, no form can be written, or none can be timed.
@@ -203,7 +203,9 @@ def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way,
     """Return the form with activations in 8 bits, left out if it loses too much on folds."""
     form = Form("ONNX, activations in 8 bits", "--format onnx --activations int8")
     if not fold_runs:
-        return _Way(replace(form, left_out="nothing tells what it loses: there are no runs on folds"), "onnx"), None
+        return _Way(
+            replace(form, left_out="its loss can't be measured, since there are no runs on folds"), "onnx"
+        ), None
     tell("measuring what activations in 8 bits lose, on folds")
     try:
         found = [compare_int8(run) for run in fold_runs[:_INT8_FOLDS]]

@@ -89,8 +89,8 @@ class SharedFeatures:
     """Features of the model as it is before training, looked up in the user's cache or computed.
 
     They depend on the weights, their packing, the images and the arithmetic, and on no seed: a file of the cache holds
-    those of one such combination. What can't be told so (random weights, an adapter to go on from) is computed again.
-    The model is prepared, with updates of zero, and a hook that packs weights says how.
+    those of one such combination. What has no such name (random weights, an adapter to continue from) is computed
+    again. The model is prepared, with updates of zero, and a hook that packs weights says how.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class SharedFeatures:
             except FileNotFoundError:
                 pass
             except (OSError, ValueError, LookupError, SafetensorError) as error:
-                _log.warning("%s is of no use (%s); features are computed again", self._file, error)
+                _log.warning("%s can't be used (%s); features are computed again", self._file, error)
         return np.empty(0, np.int64), np.empty((0, 0), np.float32)
 
     def _keep(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:

@@ -88,7 +88,7 @@ def choose_precision(
 
     Args:
         requested: by the configuration.
-        begun: with what the study was begun, maybe on another machine; auto goes on with it. None: it is new.
+        begun: with what the study was begun, maybe on another machine; auto continues with it. None: it is new.
         device: of the runs.
     """
     support = bf16_support(device)

@@ -160,7 +160,7 @@ def done_record(run_dir: Path) -> RunRecord:
     """Return the record of a run that came to an end and can be restored."""
     run_dir = single_run(run_dir)
     if not os.path.lexists(run_dir / RECORD_FILE):
-        reason = f"has no {RECORD_FILE}: no run, or one that was interrupted; give its command again to continue"
+        reason = f"has no {RECORD_FILE}, so it is not a run, or was interrupted; give its command again to continue"
         if not os.path.exists(run_dir):
             reason = "does not exist; name the folder of a run, or of a call of `train`"
         elif os.path.exists(run_dir / LATEST):

@@ -32,7 +32,7 @@ def normalized_entropy(amounts: ArrayLike) -> float:
 def spearman(left: ArrayLike, right: ArrayLike) -> float | None:
     """Return Spearman's rank correlation of (n,) values each, midranks under ties; None if one side is constant.
 
-    A description of the n values given. No p-value: the sites of one network are not independent draws, so
+    A description of the n values given. No p-value: the sites of one network are not independent, so
     the usual null distribution does not hold for them. Source: Spearman, American Journal of Psychology 15 (1904).
     """
     ranks = scipy.stats.rankdata([left, right], axis=1)  # (2, n)

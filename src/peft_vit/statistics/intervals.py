@@ -98,7 +98,7 @@ def mean_and_error(data: np.ndarray) -> tuple[float, float]:
 def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     """Return the mean of (n,) values with Student's t interval, ``m ± t_{n-1} s / sqrt(n)``.
 
-    Over the seeds of one experiment, the interval describes what another draw of seeds (initial head and adapter, order
+    Over the seeds of one experiment, the interval describes what other seeds (initial head and adapter, order
     of the images, augmentation) would change; over differences of runs that share a seed, what it would change in the
     difference, as what both have in common drops out. It says nothing about other test images or other data sets. Where
     each seed draws its own split of one data set, other splits of it count in; these overlap, so for new images the
@@ -118,7 +118,7 @@ def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval
 def proportion_interval(successes: float, n: int) -> Interval:
     """Return a share with Wilson's score interval.
 
-    For one run's accuracy, the interval describes what another draw of as many test images from the same
+    For one run's accuracy, the interval describes what as many other test images from the same
     population would change. It says nothing about other seeds.
 
     Assumption: images are independent. Source: Wilson, JASA 22 (1927).
@@ -167,7 +167,7 @@ def mean_of_groups(shares: Sequence[Interval]) -> Interval:
 def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
     """Return the mean of (K,) shares of separate groups, each counting the same, and its interval from Wilson's.
 
-    For balanced accuracy the groups are the classes, and the interval describes what another draw of as many test
+    For balanced accuracy the groups are the classes, and the interval describes what as many other test
     images of each class would change; see `mean_of_groups`.
     """
     groups = zip(np.asarray(successes).tolist(), np.asarray(cases).tolist(), strict=True)
@@ -177,7 +177,7 @@ def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
 def paired_improvement(differences: ArrayLike) -> Interval:
     """Return the share of (n,) paired differences that are positive, ties counted as half, with Wilson's interval.
 
-    Describes what another draw of seeds would change in who wins a pair. Not the bootstrap: where all pairs go one way,
+    Describes what other seeds would change in who wins a pair. Not the bootstrap: where all pairs go one way,
     which is common with few seeds, resampling shows no spread. With ties the variance is smaller than a share's, so the
     interval is too wide rather than too short.
 
@@ -190,7 +190,7 @@ def paired_improvement(differences: ArrayLike) -> Interval:
 def paired_proportions(losses: int, gains: int, n: int) -> Interval:
     """Return how much lower a share is after than before, both over the same n cases, with an adjusted Wald interval.
 
-    For the accuracy of two models on the same images, the interval describes what another draw of as many images from
+    For the accuracy of two models on the same images, the interval describes what as many other images from
     the same population would change. A case of each kind is added, so that there is a spread where no case changed;
     the interval need not be symmetric about the estimate.
 
@@ -231,7 +231,7 @@ def effect_size(differences: ArrayLike) -> EffectSize:
     Gamma(f/2) / (sqrt(f/2) Gamma((f-1)/2))`` with f = n - 1 takes away the bias of d.
 
     The unit is the scatter between pairs of runs that share a seed, so a d of 1 says nothing about accuracy points.
-    Describes what another draw of seeds would change. Assumption: differences are independent and normal; under skew
+    Describes what other seeds would change. Assumption: differences are independent and normal; under skew
     or heavy tails the interval covers less. Sources: Cohen, Statistical Power Analysis (1988), 2.3.5; Hedges, Journal
     of Educational Statistics 6 (1981); Steiger & Fouladi (1997) on the interval.
     """

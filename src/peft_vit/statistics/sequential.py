@@ -200,7 +200,7 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
 
 
 def next_look(courses: Sequence[SequentialResult], going: Collection[str]) -> tuple[list[str], int]:
-    """Return which of those that go on take part in the next look, and how many pairs it needs; [] and 0: none does."""
+    """Return which of those that continue take part in the next look, and how many pairs it needs, or [] and 0."""
     waiting = {
         course.name: course.next_look for course in courses if course.next_look is not None and course.name in going
     }
@@ -286,7 +286,7 @@ def _predictive_power(comparison: _Comparison, rule: StoppingRule, k: int) -> fl
     """Return how likely an open question is answered, either way, at the last look.
 
     With a statistic Z at the fraction t of the information and the last bound b it is
-    ``Phi((Z / sqrt(t) - b) / sqrt((1 - t) / t))``: the trend goes on, and is known as well as t tells it; the largest
+    ``Phi((Z / sqrt(t) - b) / sqrt((1 - t) / t))``: the trend continues, and is known as well as t shows it; the largest
     over questions and directions. The bound is that of the whole level, which other comparisons may yet pass on.
     Source: Spiegelhalter, Freedman & Blackburn, Controlled Clinical Trials 7 (1986).
     """

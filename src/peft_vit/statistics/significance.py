@@ -186,7 +186,7 @@ def verdict(estimate: float, significance: Significance, adjusted_p: float | Non
 # --- against a margin that was stated before the data -----------------------------------------------------------------
 #
 # All rest on Student's t. Assumption: differences are independent and normal; the margin is positive, in their unit.
-# What they say holds for another draw of seeds, not for other test images or data sets. Sources: Schuirmann, Journal of
+# What they say holds for other seeds, not for other test images or data sets. Sources: Schuirmann, Journal of
 # Pharmacokinetics and Biopharmaceutics 15 (1987); Wellek, Testing Statistical Hypotheses of Equivalence and
 # Noninferiority (2010).
 

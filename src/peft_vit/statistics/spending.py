@@ -1,6 +1,6 @@
 """Group-sequential bounds: how large a normal statistic must be at each look so that all looks together keep a level.
 
-Information is told in fractions of the largest, (K,) rising to 1. The statistics Z_k of the looks are standard normal
+Information is given in fractions of the largest, (K,) rising to 1. The statistics Z_k of the looks are standard normal
 with covariances ``sqrt(t_j / t_k)``, j <= k, as those of a mean of more and more independent values are. Levels are
 one-sided. Sources: Lan & DeMets, Biometrika 70 (1983); Armitage, McPherson & Rowe, JRSS A 132 (1969), for the
 integration; Jennison & Turnbull, Group Sequential Methods (2000), 7 and 19.
@@ -70,7 +70,7 @@ def _bound(points: np.ndarray, mass: np.ndarray, time: float, step: float, incre
 def _advance(
     points: np.ndarray, mass: np.ndarray, time: float, step: float, bound: float, smoothness: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return points (M,) below the bound of a look and the mass (M,) there of the paths that go on from it.
+    """Return points (M,) below the bound of a look and the mass (M,) there of the paths that continue from it.
 
     Paths are those of ``Z sqrt(t)``, whose increments are independent, with the variance `step`. Gauss-Legendre on
     pieces as wide as twice the standard deviation of an increment.

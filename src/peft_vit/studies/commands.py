@@ -152,7 +152,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             else:
                 images.write(file)
                 link_latest(run.folder)
-                _log(f"Training is done in {run.folder}; what is left tells how good it is.")
+                _log(f"Training is done in {run.folder}; the rest measures how good it is.")
             if run.folds_left():
                 _by_folds(run, request, images, file)
             if (size := run.size_left()) is not None:
@@ -232,7 +232,7 @@ def _tell_by_folds(
         plan = plan_study(study, folder, file=None)
         if plan.pending:
             about = duration(sum(planned.estimate.seconds for planned in plan.pending))
-            how = f"{len(study.seeds)} trainings, each without a part of them, tell how good it is"
+            how = f"{len(study.seeds)} trainings, each without a part of them, measure how good it is"
             print_lines([f"The images are too few to set some aside for validation: {how}; about {about}."])
             _drive(plan, lock)
     known = known_by_folds(record, plan, folder)
@@ -281,13 +281,13 @@ def run_until_decided(
     """Go from look to look until every comparison with the control has stopped, or the time is over.
 
     A look takes as many seeds as it needs, of the comparisons that are open. What there is to do follows from records
-    and the declared looks alone, so a command that was killed goes on.
+    and the declared looks alone, so a command that was killed continues.
 
     Args:
         study: with a section `stopping`.
         request: its file, where its folder lies, and how runs are carried out.
         limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-        log: told how a comparison stands, a line each, at the beginning and after each look.
+        log: gets how a comparison stands, a line each, at the beginning and after each look.
 
     Returns:
         Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments

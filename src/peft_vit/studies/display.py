@@ -1,4 +1,4 @@
-"""What a person sees of a study: its plan, its runs while they go on, where comparisons stand."""
+"""What a person sees of a study: its plan, its runs while they continue, where comparisons stand."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class _Running:
     def left_s(self, now: float, pace: float) -> float:
         """Return the seconds that are left: at the run's own rate, or as planned before there is one.
 
-        Until the first step a new process starts, which is no part of the plan.
+        Until the first step a new process starts, which is not a part of the plan.
         """
         planned = pace * self.run.estimate.seconds
         if self.first is None or self.latest is None:
@@ -119,7 +119,7 @@ class Watch(ProgressDisplay):
         plan: what is done.
         console: where to show it.
         until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
-        alone: it is one run, whose name and whose end are told elsewhere.
+        alone: it is one run, whose name and whose end are reported elsewhere.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ def course_line(course: SequentialResult, study: StudyConfig) -> str:
     return (
         f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
         f"{_points(look.difference)} points {interval}. {'. '.join(answers)}. "
-        f"{f'Goes on to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
+        f"{f'Continues to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
     )
 
 

@@ -34,7 +34,7 @@ class SizeTrial:
         image_size: in pixels.
         value: of the metric that decides, as a share, on images left out of the fit; larger is better.
         text: the value as a terminal shows it.
-        pace: how many times longer it took than was expected; None: features were there already, so that nothing tells.
+        pace: how many times longer it took than was expected; None: features were there already, so nobody knows.
     """
 
     image_size: int
@@ -72,7 +72,7 @@ def try_sizes(
         spec_of: a run of the method `linear` at a size.
         expected_s: what each size takes, rising, in pixels.
         limit_s: for all of them.
-        log: told a line each.
+        log: gets a line each.
 
     Raises:
         UserError: as `load_data`, `load_run_backbone`.

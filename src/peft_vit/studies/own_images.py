@@ -129,7 +129,7 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
 
     Args:
         request: of the command, or in Python.
-        on_progress: told how many images are decoded, and of how many.
+        on_progress: gets how many images are decoded, and of how many.
 
     Raises:
         UserError: see `find_images` and `inspect_images`.
@@ -196,10 +196,10 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Calla
         request: as for `study_of`.
         images: of the request.
         file: where it was written which of them are used.
-        log: told a line each size.
+        log: gets a line each size.
 
     Raises:
-        UserError: if the model's weights can't be had.
+        UserError: if the model's weights can't be loaded.
     """
     if not images.expected_s:
         return []
@@ -336,7 +336,7 @@ class Forecast:
     def now(self, counts: Counts, spent_s: float = 0.0, trials: Sequence[SizeTrial] = ()) -> Self:
         """Return the same machine's forecast for so many images, with so much less of the minutes, at a trial's pace.
 
-        The trial of the largest size tells the most: a small one is over before the machine has shown its pace.
+        The trial of the largest size says the most: a small one is over before the machine has shown its pace.
         """
         forecast = copy.copy(self)
         forecast.counts, forecast.limit_s = counts, self.limit_s - spent_s

@@ -37,11 +37,11 @@ Seen = list[tuple[Progress, float]]  # what a run told, and when
 def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, Costs]:
     """Measure, keep and return what runs of some kinds cost, one after the other.
 
-    A kind that fails is told and left out.
+    A kind that fails is reported and left out.
 
     Args:
         kinds: calibration runs by the name of an experiment.
-        log: told what is being done, a line each.
+        log: gets what is being done, a line each.
     """
     measured = {}
     with _executor() as executor:
@@ -83,7 +83,7 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
 
     Args:
         spec: of the few steps.
-        log: told what is being done, a line.
+        log: gets what is being done, a line.
 
     Raises:
         UserError: if it fails for another reason.
@@ -109,7 +109,7 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
 def measure_throughput(
     study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, log: Callable[[str], None]
 ) -> Throughput:
-    """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
+    """Measure what runs of a study cost; where not even one experiment could be measured, estimate it by arithmetic.
 
     All experiments are measured at the study's size, then at the smallest that makes sense, as long as there is time.
     Nothing is kept.
@@ -119,7 +119,7 @@ def measure_throughput(
         index: its images.
         workload: of the study.
         budget_s: seconds until the measurement ends, whatever it has found.
-        log: told what is being done, a line each.
+        log: gets what is being done, a line each.
     """
     ends_at = time.monotonic() + budget_s
     log(f"measuring steps of the study's methods, {budget_s:.0f} s at most")

@@ -1,7 +1,7 @@
 """The driver of a study, the one writer of its folder: decides what is attempted, and can be killed at any moment.
 
-study.json is written first. A result is written in the order adapter, record, removal of the rest. Whoever is killed in
-between has lost nothing: what is left over beside a result is removed when the study is opened again.
+study.json is written first. A result is written in the order adapter, record, removal of the rest. A kill in
+between loses nothing: what is left over beside a result is removed when the study is opened again.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def drive(
         plan: made while the lock was held.
         lock: of the study's folder.
         make_executor: called once, if there is something to do; nothing is written if it refuses.
-        on_event: told what happens; whether it can write is of no importance.
+        on_event: gets what happens; whether it can write is of no importance.
         skip_failed: leave runs alone that an earlier call has seen fail.
         deadline: what is started, and until when; None: everything, however long it takes.
 
@@ -117,7 +117,8 @@ def drive(
 
 
 class Deadline:
-    """Until when the runs of a plan may go on, and which of them are started: those that are expected to end in time.
+    """Until when the runs of a plan may continue, and which of them are started: those that are expected to end in
+    time.
 
     Args:
         plan: in whose order runs are started.
@@ -216,15 +217,13 @@ class _Attempts:
                     self.executor.submit(run)
             while self.waiting:
                 if signals and not self.stopping:
-                    self._stop("stopping: what runs writes a checkpoint first; Ctrl-C again ends at once")
+                    self._stop("stopping after a checkpoint of each run; press Ctrl-C again to end at once")
                 if deadline is not None:
                     if not self.stopping and not deadline.over:
                         for run in deadline.to_start(self.waiting):
                             self.executor.submit(run)
                     elif not self.stopping and deadline.under_way:
-                        self._stop(
-                            "the time is over: what still runs writes a checkpoint, from which a later call continues"
-                        )
+                        self._stop("time is up: runs under way write a checkpoint, from which a later call continues")
                     if deadline.past if self.stopping else not deadline.under_way:
                         break
                 event = self.executor.next_event(_POLL_S)
@@ -436,7 +435,7 @@ def go_on(
     old, new = _comparable(before.configuration, requested.configuration, part)
     if old != new:
         raise UserError(
-            f"was begun with another configuration, see below; set it back, name the study otherwise, or {remedy}",
+            f"was begun with another configuration, see below; set it back, give the study another name, or {remedy}",
             file=file,
             field="configuration",
             details=difference(old, new, str(file), source),

@@ -142,7 +142,7 @@ class TrainRun:
 
     @property
     def step(self) -> int:
-        """Return the step from which it goes on."""
+        """Return the step from which it continues."""
         return max(checkpoint_folders(self.folder / self.run), default=0)
 
     def status(self) -> RunStatus:
@@ -191,7 +191,7 @@ class TrainRun:
         return sizes.better_than(record.spec.data.image_size)
 
     def folds_left(self) -> bool:
-        """Return whether its run is done, no image validated, and folds have not told yet how good it is."""
+        """Return whether its run is done, no image validated, and folds have not shown yet how good it is."""
         record, sizes = self.record(), self.sizes()
         if record is None or record.status != "done" or record.spec.smoke or record.validation is not None:
             return False
@@ -214,7 +214,7 @@ def train_runs(output: Path) -> list[TrainRun]:
 
 
 def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
-    """Return the latest call that asked for the same with the same content, to be gone on with.
+    """Return the latest call that asked for the same with the same content, to be continued.
 
     Returns:
         The call, or None: this is another one; and then, where only images, weights or the adapter differ from an

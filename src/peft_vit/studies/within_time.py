@@ -26,7 +26,7 @@ from peft_vit.tasks import DecidingMetric
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to, on images that it was not trained on: of its fold, or the sealed ones.
+    """What a finished run came to, on images that it was not trained on: of its fold, or the test images.
 
     Attributes:
         images: their positions in the data set, (n,).
@@ -81,9 +81,9 @@ class StudyRunner:
 
     Attributes:
         results_dir: studies lie below it.
-        metric: of what is told.
+        metric: of what is shown.
         executor: which one.
-        tell: told what ended and what failed, a line each.
+        tell: gets what ended and what failed, a line each.
     """
 
     results_dir: Path

@@ -11,5 +11,5 @@ TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, REGRESSIO
 
 
 def metric_of(spec: RunSpec) -> DecidingMetric:
-    """Return what decides in a run that is planned: which step, which penalty of the probe, and what is told first."""
+    """Return what decides in a run that is planned: which step, which penalty of the probe, and what is shown first."""
     return TASKS[spec.task].metric(spec.experiment.training.metric)

@@ -119,7 +119,7 @@ class _Multilabel(Task):
     right_is = "share of images with all labels right"
     outputs = "labels"
     linear = "logistic regression a label"
-    note = "A label is told from its threshold on, which has the largest F1 on the validation images."
+    note = "A label is predicted from its threshold on, which has the largest F1 on the validation images."
     gap = "{} mean average precision is the mean over {} of {} classes"
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
@@ -129,7 +129,7 @@ class _Multilabel(Task):
         return all(cell.lower() in _CELLS for column in cells.values() for cell in column)
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
-        """Refuse what is no 0, 1 or nothing, unless names stand in one cell."""
+        """Refuse what is not 0, 1 or nothing, unless names are in one cell."""
         odd = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
         return f"expected 0, 1, or nothing for what is not known, got {odd[0]!r}" if odd else None
 
@@ -146,7 +146,7 @@ class _Multilabel(Task):
             if len(set(labels[:, place]) & {0.0, 1.0}) < 2:
                 what = "has" if (labels[:, place] == 1).any() else "is without"
                 remedy = "add images of both kinds, or take the class out"
-                raise UserError(f"every image {what} '{name}', so nothing can be learned of it; {remedy}")
+                raise UserError(f"every image {what} '{name}', so nothing can be learned about it; {remedy}")
         return names, labels
 
     def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
@@ -349,7 +349,7 @@ class _Multilabel(Task):
 
 
 def _threshold(scores: Floats, truth: Floats) -> float:
-    """Return the probability from which on a label is told for the largest F1; 1/2 where no image has it.
+    """Return the probability from which on a label is reported for the largest F1; 1/2 where no image has it.
 
     It lies in the middle between two probabilities; of equal ones the highest is taken.
     """

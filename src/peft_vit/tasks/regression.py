@@ -85,7 +85,7 @@ class _Regression(Task):
     outputs = "numbers"
     linear = "ridge regression"
     scatters = True
-    note = "Errors are in the number's unit; beside them stands that of always saying the median."
+    note = "Errors are in the number's unit, beside the error of always saying the median."
     metrics = METRICS
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
@@ -96,7 +96,7 @@ class _Regression(Task):
         return set(cells) != {"label"} or any(not float(number or 0).is_integer() for number in numbers)
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
-        """Refuse what is no number."""
+        """Refuse what is not a number."""
         odd = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
         return "expected a number in column {}, got {!r}".format(*odd[0]) if odd else None
 

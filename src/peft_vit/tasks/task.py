@@ -33,7 +33,7 @@ Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilit
 
 @dataclass(frozen=True)
 class DecidingMetric:
-    """A measure by which validation chooses, models are compared, and a person is told how good one is.
+    """A measure by which validation chooses, models are compared, and a person reads how good one is.
 
     Attributes:
         name: what `training.metric` calls it, and its field of `Metrics`.
@@ -183,9 +183,9 @@ class Task(Protocol):
             UserError: if it is `auto`, which images decide, or of another task.
         """
         if name not in self.metrics:
-            message = f"{name} is decided where a study is planned; here, give {' or '.join(self.metrics)}"
+            message = f"{name} is for studies alone; here, give {' or '.join(self.metrics)}"
             if name != "auto":
-                message = f"{name} is no measure of {self.name}; give {' or '.join(self.metrics)}, or auto"
+                message = f"{name} is not a metric of {self.name}; give {' or '.join(self.metrics)}, or auto"
             raise UserError(message, field="training.metric")
         return self.metrics[name]
 
@@ -233,7 +233,7 @@ class Task(Protocol):
     # --- what came of it ---
 
     def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
-        """Return every measure of a split, with a decision those of what is told by it."""
+        """Return every measure of a split, with a decision those of what is shown by it."""
 
     def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
         """Return what is predicted, as metrics take it."""
@@ -281,7 +281,7 @@ class Task(Protocol):
     def answers(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
     ) -> list[dict[str, Any]]:
-        """Return what is told of each image, as arguments of `deployment.Prediction`."""
+        """Return what is reported of each image, as arguments of `deployment.Prediction`."""
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return the columns of a table of predictions, between `file` and `unlike`."""

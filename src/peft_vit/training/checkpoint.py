@@ -51,7 +51,8 @@ _SHARE = 100  # of a run's time that checkpoints may take: one part in so many
 
 
 class State(dict[str, Any]):
-    """What a run needs to go on from between two steps. Its tensors may be the living ones: good until the next step.
+    """What a run needs to continue from between two steps. Its tensors may be the living ones: good until the next
+    step.
 
     Attributes:
         source: the checkpoint that it was read from, for errors.
@@ -134,7 +135,7 @@ def load_generators_state(state: Mapping[str, Any]) -> None:
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was of no use, or of less than it should be; said loudly, and kept in the run's record."""
+    """A checkpoint could not be used, or not in full; shown as a warning, and kept in the run's record."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -299,7 +300,7 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"is no readable {kind} ({reason})", file=file) from None
+        raise UserError(f"is not a readable {kind} ({reason})", file=file) from None
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> Any:
@@ -352,7 +353,7 @@ def _digest(saved: dict[str, Any]) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or whatever stands in its place: of a link only the link, and a pipe is not waited for."""
+    """Remove a folder, or whatever is in its place: of a link only the link, and a pipe is not waited for."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -78,7 +78,7 @@ class HookContext:
 
 
 class Hook:
-    """What a method may do around a step, and what it tells the record; a method overrides what it needs.
+    """What a method may do around a step, and what it adds to the record; a method overrides what it needs.
 
     The loop knows no method by name. A hook's seconds count under `name`, those of calls that `purposes` names
     ({"after_backward": "scoring"}) under what it says of them.
@@ -90,7 +90,7 @@ class Hook:
     def begin(self, model: nn.Module, context: HookContext) -> None:
         """Change ranks or weights of a model whose head is the one that training starts from.
 
-        Called once before the optimiser is built; not by a training that goes on from a state.
+        Called once before the optimiser is built; not by a training that continues from a state.
         """
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -122,11 +122,11 @@ class Hook:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the hook needs to go on, between two steps, beside model and optimiser; see `State`."""
+        """Return what the hook needs to continue, between two steps, beside model and optimiser; see `State`."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on from such a state. The model and its adapters are as they were then; `attach` is called after this."""
+        """Continue from such a state. Model and adapters are as they were then; `attach` is called after this."""
 
     def features_depend_on(self) -> dict[str, Any]:
         """Return what has changed the frozen backbone before training, as plain values."""
@@ -135,7 +135,7 @@ class Hook:
     def finish(self, model: nn.Module, context: HookContext) -> None:
         """Check and measure what can be once training is over.
 
-        Called once; the model stands in the state that was chosen, and its adapter file is made.
+        Called once; the model is in the state that was chosen, and its adapter file is made.
         """
 
     def record(self, model: nn.Module) -> dict[str, Any]:

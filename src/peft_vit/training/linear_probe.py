@@ -144,7 +144,10 @@ def held_out_fit(
     """
     labels, ordered = train.labels[: len(groups)], sorted(l2, reverse=True)
     if not can_hold_out(train.task.strata(labels), groups):
-        message = "probe needs two training images of each class where none validate; add images, or start at random"
+        message = (
+            "probe needs two training images of each class if there are no validation images; add images, "
+            "or start at random"
+        )
         raise UserError(message, field="training.head_start")
     held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
     quality = [metric.quality(train.task.measure(logits, labels)) for logits in held_out]

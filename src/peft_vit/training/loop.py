@@ -130,14 +130,14 @@ def train(
         on_progress: called after each step.
         between_steps: called with how many steps are done, and what returns the training's state then; first before
             the first step, and after the last one of an epoch only when it was validated. It may raise.
-        resume: such a state, to go on from; model and hooks are those of the start.
+        resume: such a state, to continue from; model and hooks are those of the start.
         overhead: takes the seconds of validation and hooks.
         probe: how good the model is on validation before the first step; None: it may not be chosen.
         temperature: what the head's logits are divided by in training, beyond what that was measured with.
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
-        UserError: if the state to go on from is of a model with other sites or shapes.
+        UserError: if the state to continue from is of a model with other target modules or shapes.
     """
     overhead = Overhead() if overhead is None else overhead
     fresh = resume is None
@@ -180,7 +180,7 @@ def train(
 class TrainingState:
     """A training between two steps: all that the next one depends on, and what the record will say of those before.
 
-    The arguments are those of `train`; to go on from a state, the model is brought to where it was.
+    The arguments are those of `train`; to continue from a state, the model is brought to where it was.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class TrainingState:
         resume: State | None,
     ) -> None:
         if config.is_undecided:
-            message = "is kept where a study is planned; here, give micro_batch_size or activation_checkpointing"
+            message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
             raise UserError(message, field="training.memory_limit")
         self.model = model
         self.result = TrainingResult(initial_parameters=trainable_parameters(model), overhead_s=overhead)
@@ -351,7 +351,7 @@ class TrainingState:
         return result
 
     def state_dict(self) -> State:
-        """Return what a training that is built again needs to go on from here, to the bit."""
+        """Return what a training that is built again needs to continue from here, to the bit."""
         result = self.result
         return State(
             model=model_state(self.model),
@@ -422,7 +422,7 @@ class BestState:
         return {"evaluation": evaluation, "stale": self.stale, "ranks": self._ranks, "tensors": self._tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         if state["evaluation"] is not None:
             self.evaluation = Evaluation.model_validate(state["evaluation"])
         self.stale, self._tensors, self._ranks = state["stale"], dict(state["tensors"]), dict(state["ranks"])

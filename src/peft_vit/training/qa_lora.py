@@ -62,22 +62,22 @@ class QALoRATrainer(Hook):
     into the offsets. Without groups, it is a plain LoRA adapter over a quantized weight (QLoRA, arXiv 2305.14314).
 
     Args:
-        model: a Vision Transformer of timm; adapters are attached and its sites' weights are quantized. If it carries
-            adapters already (an AdaLoRAController's, imported ones, or LoRA by `peft.get_peft_model`), these are taken
-            as they are, and the weights under them are quantized.
+        model: a Vision Transformer of timm; adapters are attached and its target modules' weights are quantized. If it
+            carries adapters already (an AdaLoRAController's, imported ones, or LoRA by `peft.get_peft_model`), these
+            are taken as they are, and the weights under them are quantized.
         config: the settings, see `config.QaLoraConfig`.
         total_steps: optimiser steps of the whole run; the schedule depends on it.
         seed: of the adapters' start.
         clip_norm: largest gradient norm in `training_step`; None: no clipping.
         formats: by module, `blocks.3.attn.qkv`, instead of what the settings say.
-        ranks: by site, `blocks.3.attn.query`, instead of the settings' rank.
+        ranks: by target module, `blocks.3.attn.query`, instead of the settings' rank.
         images: calibration images (N, C, H, W), normalised, for `rounding: gptq` alone.
         packed: tensors of saved weights by module, instead of rounding again, see `adapters.read_adapter_file`.
 
     Raises:
-        UserError: if the model is of another class, a group does not divide a site's inputs, the rank lies above the
-            number of groups, the schedule does not fit the steps, adapters that are there don't fit the settings, or
-            one has no effect; if calibration images are missing or have no effect.
+        UserError: if the model is of another class, a group does not divide a target module's inputs, the rank lies
+            above the number of groups, the schedule does not fit the steps, adapters that are there don't fit the
+            settings, or one has no effect; if calibration images are missing or have no effect.
     """
 
     name = "quantization"
@@ -326,7 +326,7 @@ class QALoRATrainer(Hook):
         return copy.deepcopy(state) | ({"codes": dict(self._codes)} if self.config.keeps_codes else {})
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
+        """Continue from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
 
         Raises:
             UserError: if the state belongs to another configuration, length of run, or other weights.

@@ -61,7 +61,7 @@ class StartingRanks(Hook):
         return {"ranks": self._ranks, "scores": self._scores}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on with what was chosen."""
+        """Continue with what was chosen."""
         self._ranks, self._scores = dict(state["ranks"]), dict(state["scores"])
 
     def record(self, model: nn.Module) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class AllocationHook(Hook):
         return self.controller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         self.controller.load_state_dict(dict(state))
 
     def finish(self, model: nn.Module, context: HookContext) -> None:
@@ -230,7 +230,7 @@ class PeftAdaLoraHook(Hook):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         device = next(model.parameters()).device
         for name in _PEFT_SCORES:
             scores = {key: tensor.to(device) for key, tensor in state["scores"][name].items()}

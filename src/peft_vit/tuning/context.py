@@ -1,4 +1,4 @@
-"""The first stage: what is in the folder, which images are sealed, what decides; and what all stages know of it."""
+"""The first stage: what is in the folder, what is for the test, what decides; and what all stages know of it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TuningContext:
 
     @property
     def images(self) -> int:
-        """Return how many images are not sealed."""
+        """Return how many images are not for the test."""
         return sum(self.counts)
 
     @property
@@ -81,10 +81,10 @@ class TuningContext:
 
     @cached_property
     def backbones(self) -> dict[str, BackboneConfig]:
-        """Return the models that can be had, by name; others are told.
+        """Return the models that can be loaded, by name; others are reported.
 
         Raises:
-            UserError: if none can be had, with the reason of the last.
+            UserError: if none can be loaded, with the reason of the last.
         """
         found: dict[str, BackboneConfig] = {}
         fault: UserError | None = None
@@ -94,7 +94,7 @@ class TuningContext:
                 check_weights(backbone)
             except UserError as error:
                 fault = error
-                self.state.tell(f"  {name} can't be had: {error.message}")
+                self.state.tell(f"  {name} can't be loaded: {error.message}")
             else:
                 found[name] = backbone
         if not found:
@@ -160,7 +160,7 @@ class TuningContext:
             image_size: in pixels.
             seeds: of the runs.
             experiments: as a configuration holds them.
-            data: beside what all have; `folds: null` trains on all that is not sealed, which tests.
+            data: beside what all have; `folds: null` trains on all that is not for the test, which tests.
         """
         request = self.request
         return {
@@ -191,7 +191,7 @@ MakeRunner = Callable[[State, DecidingMetric], Runner]
 
 
 def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
-    """Look at the images, seal some of them, and return what all other stages stand on.
+    """Look at the images, set some aside for the test, and return what all other stages build on.
 
     Raises:
         UserError: see `inspect_images`; if the folder has other images than when the output was begun; and if
@@ -212,7 +212,9 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     if state.begun or not place.exists():
         write_whole(place, content.encode())
     elif read_bytes(place) != content.encode():  # equal: a call was killed before its output was begun
-        raise UserError("is there already, and of no tuning; move it away, or choose another --output", file=place)
+        raise UserError(
+            "exists already, and tune did not make it; move it away, or choose another --output", file=place
+        )
     found = json.loads(content)
     sealed, left_out = set(found["sealed"]), set(found["left_out"])
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
@@ -226,7 +228,7 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
 
 
 def _telling_if_slow(state: State) -> Callable[[int, int], None]:
-    """Return what tells once, soon after the beginning, that to look at so many images takes more than its share.
+    """Return what says once, soon after the beginning, that reading so many images takes more than its share.
 
     Raises:
         UserError: if it takes all the time that there is.
@@ -240,7 +242,7 @@ def _telling_if_slow(state: State) -> Callable[[int, int], None]:
         if told or spent_s < _SURE_S or whole_s <= state.share_s("look"):
             return
         told = True
-        about = f"to look at {count:,} images takes about {whole_s / 60:.1f} minutes"
+        about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes"
         if whole_s > 60 * state.request.minutes:
             raise UserError(f"{about} here; give more than {math.ceil(whole_s / 60)}", field="--minutes")
         state.tell(f"  {about}, more than its share; less is trained")
@@ -249,7 +251,7 @@ def _telling_if_slow(state: State) -> Callable[[int, int], None]:
 
 
 def _refuse_others(images: Path, place: Path, content: str) -> None:
-    """Refuse to go on with other images than those that the output was begun with."""
+    """Refuse to continue with other images than those that the output was begun with."""
     try:
         before, now = json.loads(read_bytes(place)), json.loads(content)
     except (OSError, ValueError) as error:

@@ -172,7 +172,7 @@ MeasureThroughput = Callable[[StudyConfig, ImageIndex, Workload, float, Callable
 
 
 def said_ms(seconds: float) -> str:
-    """Return milliseconds as text; a machine that is too busy to measure them tells of events all at once."""
+    """Return milliseconds as text; a machine that is too busy to measure them reports events all at once."""
     return f"{1000 * seconds:.1f} ms" if seconds >= _SHORTEST_S else "not measured"
 
 

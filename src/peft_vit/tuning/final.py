@@ -1,4 +1,4 @@
-"""The last training: the recipe that was taken, on all images that are not sealed, which are read once, here.
+"""The last training: the recipe that was taken, on all images that are not for the test, which are read once, here.
 
 It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on. Where
 the folds say that more steps gain, it has up to twice as many, as time allows. The penalty of the probe that it starts
@@ -37,10 +37,10 @@ def times_longer(folds: Folds, recipe: Recipe) -> float:
 
 
 def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
-    """Train a recipe on everything that is not sealed, so many times longer than on folds.
+    """Train a recipe on everything that is not for the test, so many times longer than on folds.
 
     Returns:
-        What it came to on the sealed images, and what the same run came to before its weights were rounded; where
+        What it came to on the test images, and what the same run came to before its weights were rounded; where
         nothing is rounded after training, twice the same.
 
     Raises:
@@ -69,7 +69,7 @@ def calibrated_on(folds: Sequence[Outcome]) -> Calibrated:
 
 
 def in_form(record: RunRecord, final: Outcome, calibrated: Calibrated) -> RunRecord:
-    """Return the last training's record with what the delivered form says of the sealed images."""
+    """Return the last training's record with what the delivered form says of the test images."""
     assert record.predictions is not None
     logits = final.logits.astype(np.float32)
     predictions = CLASSIFICATION.predictions(logits, final.labels, final.images, keep_logits=True)

@@ -59,7 +59,7 @@ def check_output(request: TuneRequest) -> None:
     if not (output / TUNE_FILE).exists():
         for name in (MODEL_FOLDER, "figures", "tables", CONFIG_FILE, CARD_FILE, HTML_FILE):
             if (output / name).exists():
-                problem = "is there already, and of no tuning; move it away, or choose another --output"
+                problem = "exists already, and tune did not make it; move it away, or choose another --output"
                 raise UserError(problem, file=request.output / name)
 
 
@@ -124,16 +124,10 @@ def configuration(choice: Choice, record: RunRecord) -> str:
 def _use(summary: TuningSummary) -> str:
     model = f"model/{summary.exports.model.name}"
     sets = " --coverage 0.9" if summary.record.calibrated and summary.record.calibrated.coverages else ""
-    return f"""```
-peft-vit predict {model} IMAGES...{sets}
-peft-vit run config.yaml --output again     # trains it again
-```
-
-```python
-import peft_vit
-
-print(peft_vit.load("{model}").predict("photo.jpg"))
-```
-
-The file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the temperature
-stand in its metadata `peft_vit_model`. `model/adapter.safetensors` holds what was trained, without the backbone."""
+    return (
+        f"```\npeft-vit predict {model} IMAGES...{sets}\npeft-vit run config.yaml --output again     # trains it "
+        f'again\n```\n\n```python\nimport peft_vit\n\nprint(peft_vit.load("{model}").predict("photo.jpg"))\n```\n\nThe '
+        "file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the "
+        "temperature\nare in its metadata `peft_vit_model`. `model/adapter.safetensors` holds what was "
+        "trained, without the backbone."
+    )

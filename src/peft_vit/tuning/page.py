@@ -1,4 +1,4 @@
-"""The page of a tuned model: that of any model, with what it was compared with, its files, and what more would buy."""
+"""The page of a tuned model: that of any model, what it was compared with, its files, and what more would bring."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bri
 
 
 def model_summary(summary: TuningSummary) -> ModelSummary:
-    """Return what the page of any model tells of the chosen one."""
+    """Return what the page of any model says of the chosen one."""
     use = f"peft-vit predict model/{summary.exports.model.name}"
     return ModelSummary(summary.record, summary.quality, use, said=answer(summary.choice))
 
@@ -82,7 +82,7 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     seconds = sum(seconds for _, seconds in choice.stages)
     stages = joined(f"{TITLES[name]} {_duration(taken)}" for name, taken in choice.stages)
     yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
-    yield "Models", f"{joined(request.models)}; taken: {choice.recipe.model} at {choice.recipe.image_size} pixels"
+    yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
     if choice.recipe.when == "after":
         yield "Rounding", f"after training, to {choice.recipe.bits}: peft-vit export --bits {choice.recipe.bits}"
 
@@ -110,7 +110,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
     once = "read once, after everything was chosen"
     if readers > 1:
         once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
-    yield f"The test images were {once}. The interval tells what as many other images of the same kind would change."
+    yield (f"The test images were {once}. The interval says what as many other images of the same kind would change.")
     if choice.longer > 1:
         yield (
             f"The last training has {choice.longer:g} times the steps of those on folds, where more steps gain; the "
@@ -123,7 +123,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
 
 
 def _readers(choice: Choice) -> int:
-    """Return how many models have read the sealed images: of a call that went on, those of the earlier ones, too."""
+    """Return how many models have read the test images: of a call that went on, those of the earlier ones, too."""
     studies = choice.final.folder.parents[2]
     return len({record.parents[1] for record in studies.glob(f"final-*/*/*/{RECORD_FILE}")})
 
@@ -141,7 +141,7 @@ def _not_shown(summary: TuningSummary) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TuningSummary:
-    """Everything that is told of a tuning."""
+    """Everything that is shown of a tuning."""
 
     choice: Choice  # what was chosen and what it was chosen by
     record: RunRecord  # of the last training, in the form that is delivered, on the sealed images

@@ -1,22 +1,22 @@
-"""From images and limits to a model, stage by stage; each is told, and each can be killed.
+"""From images and limits to a model, stage by stage; each is reported, and each can be killed.
 
 How it goes, with the shares of the minutes (`state.SHARES`):
 
-- look, machine (5 %): a fifth of the images, or the folder's own test split, is sealed. The others make five folds. How
-  fast this machine is, is measured once, and from it follows how many steps a run has (`costs`).
+- look, machine (5 %): a fifth of the images, or the folder's own test split, is set aside for the test. The others make
+  five folds. How fast this machine is, is measured once, and from it follows how many steps a run has (`costs`).
 - sizes (15 %): regressions on frozen features, in this process, at image sizes that rise by the square root of 2 while
   they fit. The best one is a candidate itself, on the folds. The two sizes whose regression, with what training may add
-  in the steps that fit, promises the most go on. All further time trains.
+  in the steps that fit, promises the most continue. All further time trains.
 - search: LoRA there over sizes, rates and steps, by successive halving over folds.
 - folds: the best LoRA on three folds or five, and the same with its weights rounded after training, for which nothing
   is trained again; half of its steps; then others, as time allows.
 - the decision: the smallest model within the limits whose expected loss beyond the margin, against the best float model
   found, is below a tenth of the margin; if there is none, that with the least expected loss.
-- final, output: that recipe on all that is not sealed, with up to twice the steps where that gains, its fastest form, a
-  page. Sealed images are read once.
+- final, output: that recipe on all that is not for the test, with up to twice the steps where that gains, its fastest
+  form, a page. Test images are read once.
 
 What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
-rates, steps and candidates. Only the sealed images, the folds, flips and how products are computed stay.
+rates, steps and candidates. Only the test images, the folds, flips and how products are computed stay.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def say(text: str) -> None:
 
 
 def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: Environment | None = None) -> Choice:
-    """Find the best model that the minutes can buy, within limits, and how sure that is.
+    """Find the best model in the given minutes, within limits, and how sure that is.
 
     Raises:
         UserError: for bad input, before anything is trained; see `inspect_images`, `limits`, `check_output` and
             `State.opened`. Also if another command works on the same output.
-        KeyboardInterrupt: after Ctrl-C; the same request goes on.
+        KeyboardInterrupt: after Ctrl-C; the same request continues.
     """
     require_extra("tune", "tune")
     check_output(request)
@@ -163,7 +163,7 @@ def choose(
         untried += compare(folds, probe, ranked)
         decision = decide(folds)
         taken = decision.taken
-        state.tell(f"  taken: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
+        state.tell(f"  chosen: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
     return decision, sizes, labels, untried
 
 

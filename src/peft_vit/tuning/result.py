@@ -1,4 +1,4 @@
-"""What a tuning came to: everything that is told of it."""
+"""What a tuning came to: everything that is shown of it."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Choice:
 
     @property
     def score(self) -> Interval:
-        """Return what decides, on the sealed images."""
+        """Return what decides, on the test images."""
         return self.metric.interval(self.final.labels, self.final.logits.argmax(1))
 
 
 def answer(choice: Choice) -> str:
-    """Return what was taken, what it has on the sealed images, and its odds: a line."""
+    """Return what was taken, what it has on the test images, and its odds: a line."""
     taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
     right = metric.words if metric.equal_classes else "right"
     by = f"{bounds_in_percent(score)}, by {score.n:,} test images"
@@ -71,7 +71,7 @@ def what_more_buys(
     untried: Sequence[Recipe],
     minutes: float,
 ) -> tuple[str, ...]:
-    """Return what more labels and more minutes would buy, in sentences.
+    """Return what more labels and more minutes would bring, in sentences.
 
     Args:
         labels: what twice as many bring a regression, a share; None: unknown.
@@ -95,7 +95,7 @@ def what_more_buys(
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:
-        sentences.append("More minutes: nothing was left out for want of time.")
+        sentences.append("Nothing was left out for lack of time.")
     else:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         sentences.append(

@@ -1,8 +1,8 @@
 """LoRA at the two most promising sizes, over learning rates and steps, by successive halving (arXiv 1502.07943).
 
-The resource is the number of folds: every recipe is trained on the first one; which go on to the next, Optuna's pruner
-says. It hears of the default first, the usual rate with the most steps at the most promising size, so that one always
-goes on. A recipe that may have been lucky does not displace it. Where the best has the highest or the lowest
+The resource is the number of folds: every recipe is trained on the first one; which continue to the next, Optuna's
+pruner says. It hears of the default first, the usual rate with the most steps at the most promising size, so that one
+always continues. A recipe that may have been lucky does not displace it. Where the best has the highest or the lowest
 rate of all, or the most steps, what lies beyond is tried.
 
 With little time that is the default, half of its steps, and the second size: the steps of what is delivered come first.
@@ -63,7 +63,7 @@ def search(folds: Folds, sizes: Sequence[SizeResult], limit: Limit) -> tuple[lis
         if not seeds or folds.seconds(further, seeds) > limit.left_s:
             left.insert(0, further)
             break
-        state.tell(f"  the best so far has {best.settings}, at the end of what was tried; then {further.settings}")
+        state.tell(f"  the best so far has {best.settings}, at the end of what was tried; next are {further.settings}")
         folds.run([further], seeds, limit)
         tried.append(further)
         best = best_of(folds, [best, further])
@@ -72,7 +72,7 @@ def search(folds: Folds, sizes: Sequence[SizeResult], limit: Limit) -> tuple[lis
 
 
 def best_of(folds: Folds, recipes: Sequence[Recipe]) -> Recipe:
-    """Return the best of some recipes; the first one, unless another is better by more than the luckiest would be."""
+    """Return the best of some recipes; the first one, unless another is better by more than luck would make it."""
     default, *others = [recipe for recipe in recipes if folds.seeds(recipe)] or recipes
     luckiest = math.sqrt(2 * math.log(max(2, len(others))))  # of so many standard normal variables, about
     better = [recipe for recipe in others if folds.clearly_better(recipe, default, luckiest)]

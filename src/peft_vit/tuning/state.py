@@ -71,7 +71,7 @@ class State:
     def opened(
         cls, request: TuneRequest, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> State:
-        """Begin, or go on with what the output holds.
+        """Begin, or continue with what the output holds.
 
         Raises:
             UserError: if it was begun with something else asked for, with the difference; or if it can't be read.

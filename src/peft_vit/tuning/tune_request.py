@@ -107,7 +107,7 @@ class TuneRequest(Request):
         return self.margin / 100
 
     def kept(self) -> dict[str, Any]:
-        """Return what may not change when the same output goes on, by option."""
+        """Return what may not change when the same output continues, by option."""
         values = self.model_dump(mode="json", exclude={"output", "minutes", "executor"})
         values["images"] = str(self.images.absolute())
         return {self.option(field).name.lstrip("-").lower(): value for field, value in values.items()}

@@ -55,7 +55,7 @@ def test_a_file_of_another_configuration_is_refused_whole(tiny_vit, tmp_path) ->
     file.write_bytes(adapter_bytes(adapted(tiny_vit()), {}))
     with pytest.raises(UserError, match="other modules"):
         load_trained(adapted(tiny_vit(), targets=("key",)), file)
-    with pytest.raises(UserError, match=r"belongs to another configuration|attach them alike"):
+    with pytest.raises(UserError, match=r"belongs to another configuration|attach them in the same form"):
         load_trained(adapted(tiny_vit(), parametrization="svd"), file)
     with pytest.raises(UserError, match=r"head\.weight: expected shape \(7, 64\), got \(5, 64\)"):
         load_trained(adapted(tiny_vit(num_classes=7)), file)
@@ -90,7 +90,9 @@ def test_a_file_says_how_each_weight_is_stored(tiny_vit, batch, fill_adapters, t
         assert torch.equal(fresh(batch[0]), model(batch[0]))
     others = {**FORMATS, "blocks.0.mlp.fc1": QuantizationFormat("int4", 16, False, torch.float32)}
     for other in (quantized(tiny_vit(), others), adapted(tiny_vit())):
-        with pytest.raises(UserError, match=r"was trained on blocks\.0\.\S+ as .*, the model has .*; quantize alike"):
+        with pytest.raises(
+            UserError, match=r"was trained on blocks\.0\.\S+ as .*, the model has .*; quantize it in the same way"
+        ):
             load_trained(other, file)
 
 
@@ -138,7 +140,7 @@ BAD = {
     "text": (lambda file, _: file.write_bytes(b"no tensors here"), "is not a readable safetensors file"),
     "cut": (lambda file, model: file.write_bytes(adapter_bytes(model, {})[:-3]), "is not a readable safetensors file"),
     "missing": (lambda *_: None, "is not a readable safetensors file"),
-    "pipe": (lambda file, _: os.mkfifo(file), "no regular file"),  # which is not waited for
+    "pipe": (lambda file, _: os.mkfifo(file), "is not a regular file"),  # which is not waited for
     "foreign": (lambda file, _: save_file({"head.weight": torch.zeros(2)}, file), "no peft_vit header"),
     # Refused before memory is asked for.
     **{

@@ -257,7 +257,7 @@ def test_fully_sharded_models_are_refused(model) -> None:
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)
     wrapped.inner = model
-    assert "FullyShardedDataParallel goes on" in refusal(wrapped, adamw(model))
+    assert "FullyShardedDataParallel continues" in refusal(wrapped, adamw(model))
     optimizer = adamw(model)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     fully_shard(model.blocks[1], mesh=mesh)

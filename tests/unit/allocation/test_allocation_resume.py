@@ -106,7 +106,7 @@ def test_a_state_of_the_version_that_kept_more_is_refused_by_its_number(tiny_vit
     state = controller.state_dict()
     state["values"]["decisions"] = 0
     state["values"]["made_with"]["config"]["prune"] = "physical"
-    with pytest.raises(UserError, match=r"^decisions: the state was made by peft-vit 0\.2\.0, which goes on with it"):
+    with pytest.raises(UserError, match=r"^decisions: the state was made by peft-vit 0\.2\.0, which continues with it"):
         controller.load_state_dict(state)
 
 

@@ -84,7 +84,7 @@ DIFFERING: dict[str, tuple[str, dict[str, Any], str]] = {
         {"random_weights": True, "weights_sha256": None},
         "pretrained weights in a and b; random weights in c",
     ),
-    "splits": ("splits", {"data_sha256": "b" * 64}, "a and c divide the same images otherwise"),
+    "splits": ("splits", {"data_sha256": "b" * 64}, "a and c divide the same images differently"),
 }
 
 
@@ -172,7 +172,7 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
     }
     assert "splits" not in differences(per_seed), "seed 1, which both have, is divided alike"
     apart = {"a": per_seed["a"], "b": per_seed["b"][1:]}
-    assert differences(apart)["splits"] == "a and b divide the same images otherwise", "no seed tells that they agree"
+    assert differences(apart)["splits"] == "a and b divide the same images differently", "no seed tells that they agree"
 
 
 def test_only_common_experiments_are_compared_and_others_named(tmp_path) -> None:
@@ -266,7 +266,7 @@ def test_what_may_be_pooled_is_named_strictly() -> None:
     assert parse_pool("", "--allow-mismatch") == frozenset()
     assert parse_pool(" versions, timings", "--allow-mismatch") == {"versions", "timings"}
     for text in ("all", "versions,", "Versions", ",", "versions timings"):
-        with pytest.raises(UserError, match=r"--allow-mismatch: .* is none of configurations"):
+        with pytest.raises(UserError, match=r"--allow-mismatch: .* is not one of configurations"):
             parse_pool(text, "--allow-mismatch")
     assert set(POOL_KINDS) == {"configurations", "precision", "versions", "splits", "weights", "timings"}
 

@@ -48,7 +48,7 @@ def test_smoke_runs_and_real_runs_are_never_pooled() -> None:
         ({"data_sha256": "e" * 64}, "2 different data sets"),
         ({"processor": "arm"}, "2 different machines"),
         ({"packages": {"torch": "2.6.0"}}, "2 different sets of package versions"),
-        ({"random_weights": True, "weights_sha256": None}, "Random weights: the backbone of lora_r8"),
+        ({"random_weights": True, "weights_sha256": None}, "The backbone of lora_r8"),
         ({}, "Configurations differ between the seeds of lora_r8"),
     ],
 )
@@ -74,7 +74,7 @@ def test_warnings_are_named_once_a_text() -> None:
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [(".", "holds no record.json"), ("x" * 5000, "does not exist"), ("file", "file: is no directory")],
+    [(".", "holds no record.json"), ("x" * 5000, "does not exist"), ("file", "file: is not a folder")],
 )
 def test_an_empty_or_missing_directory_is_one_line(place, words, tmp_path) -> None:
     if place == "file":

@@ -104,7 +104,7 @@ def test_a_copy_with_adapters_knows_its_sites() -> None:
 
 
 def test_a_module_of_nobody_is_refused() -> None:
-    with pytest.raises(UserError, match="Sequential is no model of timm"):
+    with pytest.raises(UserError, match="Sequential is not a model of timm"):
         find_sites(nn.Sequential(nn.Linear(3, 3)))
     with torch.device("meta"), pytest.raises(UserError, match="no linear layer in a block"):
         find_sites(timm.create_model("resnet18"))

@@ -118,7 +118,7 @@ def _folder(folder: Path, _: Tensors) -> Path:
     return folder / "w.pth"
 
 
-_NUMBERS = "entry 'pos_embed' is no tensor of real numbers that are all in the file"
+_NUMBERS = "entry 'pos_embed' is not a tensor of real numbers within the file"
 _TOO_LARGE = (1 << 20, 1 << 20)
 
 
@@ -140,7 +140,7 @@ _TOO_LARGE = (1 << 20, 1 << 20)
         (_compressed, "weights", r"w\.pth: .*it is compressed"),  # may be a bomb
         (_cut, "weights", r"w\.safetensors: .*can't be read as weights"),
         (_saved("w.pt", lambda _: [1, 2]), "weights", "holds no state_dict"),
-        (_saved("w.pt", lambda _: {"lr": 0.1}), "weights", "'lr' is no named tensor"),
+        (_saved("w.pt", lambda _: {"lr": 0.1}), "weights", "'lr' is not a named tensor"),
         (_seeming(torch.zeros(1).expand(_TOO_LARGE)), "weights", _NUMBERS),  # four bytes that claim four terabytes
         (_seeming(torch.empty(_TOO_LARGE, device="meta")), "weights", _NUMBERS),
         (

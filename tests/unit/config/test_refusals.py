@@ -151,7 +151,7 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("[mixup, flip]", "", "put it last"),
     ],
     "stopping": [
-        ("{control: lora, margin: 1, every: 2}", "", "'lora' is none of the study's experiments"),
+        ("{control: lora, margin: 1, every: 2}", "", "'lora' is not one of the study's experiments"),
         ("{control: one, asked: superiority, every: 5}", "", "every: 5 is more than the study's 2 seeds"),
         ("{control: one, margin: 1, looks: [3, 5]}", "", "looks end at 5, and the study has 2 seeds"),
         ("{control: one, margin: 1, looks: [8, 5, 10]}", "", "looks have to rise"),
@@ -211,7 +211,7 @@ OF_METHODS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("importance_metric: fisher, uncertainty_beta: 0.85", ".uncertainty_beta", "importance_metric: fisher"),
         ("importance_metric: fisher, importance_gradient: task_and_penalty", "", "needs a penalty"),
         ("allocation_strategy: global, budget_schedule: constant", "", "where every triplet stays"),
-        ("allocation_strategy: global, importance_metric: uniform", "", "is no control of allocation_strategy: global"),
+        ("allocation_strategy: global, importance_metric: uniform", "", "is not a control for allocation_strategy"),
     ],
     ("qa_lora", "qa_lora"): [
         ("use_group_quantization: yes", ".use_group_quantization", "valid boolean, got 'yes'"),

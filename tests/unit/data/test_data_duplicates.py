@@ -72,7 +72,7 @@ def test_an_image_in_train_and_test_is_refused_with_both_names(official, pool, p
         with pytest.raises(
             UserError,
             match=r"^data\.path: test/cat/copy\.png \(test\) and train/cat/00\.png \(training\) are the same image, "
-            r"which tells nothing about new ones; remove one of them$",
+            r"which says nothing about new ones; remove one of them$",
         ):
             load()
     save(official / "test/cat/copy.png", textured(12))  # the same pixels as another test image: told

@@ -324,7 +324,7 @@ OTHER_CLASSES = rows(2, 50, label=(datasets.ClassLabel(names=["dog", "cat"]), [0
         (leading_out, r"leads out of .*set|can't be read"),
         (file_of("a.jsonl", b'{"text": "x", "label": 1}\n'), r"set: data\.path: is a set of the kind json; only image"),
         (file_of("train.parquet", b"PAR1broken"), r"train\.parquet: data\.path: can't be read .*Parq"),
-        (lambda tmp_path: tmp_path / "hf" / ".." / "hf", r"data\.path: does not exist, and is no name on the hub"),
+        (lambda tmp_path: tmp_path / "hf" / ".." / "hf", r"data\.path: does not exist, and is not a name on the hub"),
         (lambda tmp_path: file_of("a.txt", b"x")(tmp_path) / "a.txt", r"a\.txt: data\.path: expected a folder"),
         (splits_of(train=labelled(4), test=OTHER_CLASSES), r"data\.path: column 'label' of split test is not"),
         (
@@ -375,7 +375,7 @@ def test_without_a_network_the_line_says_what_to_do(name, hf, monkeypatch):
     with pytest.raises(UserError) as caught:
         hf(name)
     said = str(caught.value)
-    assert said.startswith(f"{name}: data.path: neither exists here, nor can it be had from the hub (OSError: Name or")
+    assert said.startswith(f"{name}: data.path: is not here, and can't be fetched from the hub (OSError: Name or")
     assert f"hf download {name} --repo-type dataset --local-dir FOLDER" in said
     assert asked == [(f"https://huggingface.co/api/datasets/{name}", 5.0)]
 
@@ -388,7 +388,7 @@ def no_hub(monkeypatch):
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./images", "a/b/c", "~nobody/x", "a\0b"])
 def test_what_can_be_no_name_does_not_exist(path, hf):
-    with pytest.raises(UserError, match=r"data\.path: does not exist, and is no name on the hub"):
+    with pytest.raises(UserError, match=r"data\.path: does not exist, and is not a name on the hub"):
         hf(path)
 
 

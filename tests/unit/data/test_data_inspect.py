@@ -97,12 +97,12 @@ def test_unreadable_files_are_named_with_their_reasons_and_left_out(root, tmp_pa
     seen = inspect_images(root)
     why = seen.left_out
     assert set(why) == {"cat/notes.txt", "cat/text.png", "dog/cut.png", "dog/empty.jpg", "dog/float.tiff"}
-    assert why["cat/notes.txt"] == "is no image file"
+    assert why["cat/notes.txt"] == "is not an image file"
     assert (why["cat/text.png"], why["dog/empty.jpg"]) == ("is not an image of a known format", "is empty")
     assert why["dog/cut.png"].startswith("is not a readable image")
     assert why["dog/float.tiff"].startswith("has pixels of mode F")
     (line,) = [line for line in seen.lines() if "left out" in line]
-    assert line.startswith("5 files are left out: cat/notes.txt (is no image file), ")
+    assert line.startswith("5 files are left out: cat/notes.txt (is not an image file), ")
     assert line.endswith(" and 2 more")
     index = open_index(config(root, write(tmp_path, seen)))
     assert not set(index.names) & set(why)
@@ -238,9 +238,9 @@ def elks(root):
         (shutil.rmtree, False, "does not exist"),
         (lambda root: shutil.rmtree(root / "dog"), False, "holds 12 images and one class alone, 'cat'"),
         (lambda root: split(root) or fox(1)(root / "test"), False, "class 'fox' is in only one of train and test"),
-        (fox(2), False, "class 'fox' has 2 different images that can be used, 10 are needed"),
-        (fox(9, 300), True, r"has 9 different images that can be used \(of copies, .*\), 10 are needed"),
-        (elks, True, "class 'elk' has 0 different images that can be used, 10 are needed"),
+        (fox(2), False, "class 'fox' has 2 different images that can be used, and each class needs 10"),
+        (fox(9, 300), True, r"has 9 different images that can be used \(of copies, .*\), and each class needs 10"),
+        (elks, True, "class 'elk' has 0 different images that can be used, and each class needs 10"),
     ],
 )
 def test_refused_in_one_line(root, monkeypatch, spoil, decodes, message):
@@ -262,7 +262,7 @@ def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
     assert seen.metric is ACCURACY
     assert seen.chosen_counts.tolist() == [10, 10]
     assert np.bincount(seen.labels).tolist() == [12, 70]
-    assert "metric: accuracy (all classes have as many images" in "\n".join(seen.lines())
+    assert "metric: accuracy (all classes have the same number of images" in "\n".join(seen.lines())
 
 
 def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path):

@@ -71,8 +71,8 @@ def test_parquet_may_hold_lists(table, tmp_path) -> None:
     [
         ("kind", ("cat", "dog"), None, "column kind holds 'cat' and 'dog', neither numbers nor 0, 1 or nothing; call"),
         ("a,age", ("1,30", ",40"), None, "has columns of 0, 1 or nothing, and others of numbers"),
-        ("a,b", ("1,0", "0,0"), None, "every image is without 'b', so nothing can be learned of it"),
-        ("a,b", ("1,1", "0,1"), None, "every image has 'b', so nothing can be learned of it"),
+        ("a,b", ("1,0", "0,0"), None, "every image is without 'b', so nothing can be learned about it"),
+        ("a,b", ("1,1", "0,1"), None, "every image has 'b', so nothing can be learned about it"),
         ("age", ("3",), "regression", "'age' is 3 for every image, so there is nothing to learn"),
         ("age", ("3.5", "nan"), None, "column age holds '3.5' and 'nan', neither numbers"),
         ("age", ("3.5", ""), "regression", "expected a number in column age, got ''"),
@@ -96,7 +96,7 @@ def test_what_can_not_be_learned_is_refused_in_one_line(table, header, cells, ta
 def test_a_folder_of_classes_is_no_other_task(tmp_path) -> None:
     for name in ("a/1.png", "b/1.png"):
         save(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match=r"data\.task: has a folder a class, which is no regression"):
+    with pytest.raises(UserError, match=r"data\.task: has a folder for each class, which is not regression"):
         find_images(tmp_path, "regression")
 
 

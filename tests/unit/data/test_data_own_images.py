@@ -129,7 +129,7 @@ FOUND = {
     split_deeper: "Using the images in {root}/set, where the class folders are.",
     only_train: "Using the images in {root}/train, where the class folders are.",
     linked: None,
-    csv_beside: "Images and labels are those that {root}/labels.csv lists.",
+    csv_beside: "Using the images and labels that {root}/labels.csv lists.",
     parquet: None,
 }
 
@@ -200,19 +200,16 @@ def half(root):
     ("make", "said"),
     [
         (several, r"data\.path: holds class folders in 2 folders \(april, march\); name one of them$"),
-        (
-            flat,
-            r"holds 12 images and no class folders; put them into one folder a class, .* or list them in images\.csv",
-        ),
+        (flat, r"holds 12 images and no class folders; make one folder for each class, .* or list them in images\.csv"),
         (
             never_two_beside_each_other,
-            r"holds 12 images and no class folders beside each other \(images lie in cat, more/dog\); put them into",
+            r"holds 12 images and no class folders beside each other \(images lie in cat, more/dog\); make one folder",
         ),
         (flat_splits, "holds 12 images and no class folders"),
         (lambda root: None, r"holds no image \(\.png "),
         (broken_table, r"images\.csv:3: label: a\.png is 'b' here and 'a' before"),
-        (no_table, r"images\.parquet: is no Parquet file that can be read"),
-        (half, r"5 of 8 images can't be used; mend or replace them, or choose another folder$"),
+        (no_table, r"images\.parquet: is not a readable Parquet file"),
+        (half, r"5 of 8 images can't be used; repair or replace them, or choose another folder$"),
     ],
 )
 def test_what_can_not_be_meant_is_one_line_with_a_hint(tmp_path, make, said):
@@ -248,19 +245,19 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
         "кот/gone.png": "can't be read",
         "кот/pipe.png": "can't be read",
         "hund mit hut/zero.webp": "is empty",
-        "hund mit hut/notes.txt": "is no image file",
-        "beside.png": "lies in no class folder",
-        "hund mit hut/more/below.png": "lies deeper than the class folders",
+        "hund mit hut/notes.txt": "is not an image file",
+        "beside.png": "is in no class folder",
+        "hund mit hut/more/below.png": "is deeper than the class folders",
     }
     lines = seen.remarks()
     assert lines[0] == "9 files are left out:"
     assert lines[1:] == [f"  {name}: {why}" for name, why in sorted(seen.left_out.items())]
-    with pytest.raises(UserError, match=r"--strict: 9 files are to be left out") as caught:
+    with pytest.raises(UserError, match=r"--strict: 9 files are unusable") as caught:
         inspect_images(root, least=1, strict=True)
     assert caught.value.details.splitlines() == lines[1:]
     for i in range(40):
         (root / "кот" / f"{i}.txt").write_text("x")
-    assert "  кот/ (40 files): is no image file" in inspect_images(root, least=1).remarks()
+    assert "  кот/ (40 files): is not an image file" in inspect_images(root, least=1).remarks()
     for i in range(40):
         save(root / f"class {i}" / "whole.png", textured(1000 + i))
         (root / f"class {i}" / "text.txt").write_text("x")
@@ -277,12 +274,12 @@ def test_a_class_without_images_and_links_to_what_is_there_are_told_by_train_and
     said = {
         "katze/": "leads to the images of кот/, which are used there",
         "кот/all/": "leads to the images of hund mit hut/, which are used there",
-        "лес/": "is an empty folder, of which no class is made",
+        "лес/": "is an empty folder, so it is not a class",
     }
     seen = inspect_images(root, least=1)
     assert (len(seen.names), seen.class_names, seen.left_out) == (12, ("hund mit hut", "кот"), said)
     assert seen.remarks()[0] == "3 items are left out:"
-    with pytest.raises(UserError, match=r"--strict: 3 items are to be left out"):
+    with pytest.raises(UserError, match=r"--strict: 3 items are unusable"):
         inspect_images(root, least=1, strict=True)
     config = DataConfig(
         dataset="image-folder", path=str(root), image_size=14, train_images=None, validation_images=2, test_images=2

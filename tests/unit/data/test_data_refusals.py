@@ -66,14 +66,14 @@ CLASS = r"data\.path: class '.*\\.*' holds a control character"
 ELPV_LINE = "images/cell0002.png  {}\n"
 CASES = {
     "image-folder": [
-        (plain(text("class_0/notes.txt", "x")), r"train/class_0/notes\.txt: is no image file; repair it or remove it"),
-        (plain(lambda f: shutil.copy(f / "class_0/000.png", f)), r"000\.png: lies in no class folder"),
-        (lambda f: f.parent, r"images are those of .*image-folder: name it, with dataset: image-folder"),
         (
-            lambda f: shutil.copytree(f / "test", f / "train/class_0/more") and f / "train",
-            r"lies deeper than the class",
+            plain(text("class_0/notes.txt", "x")),
+            r"train/class_0/notes\.txt: is not an image file; repair it or remove it",
         ),
-        (lambda f: shutil.copytree(f / "train", f / "x") and None, r"/x: lies beside train/"),
+        (plain(lambda f: shutil.copy(f / "class_0/000.png", f)), r"000\.png: is in no class folder"),
+        (lambda f: f.parent, r"has no class folders; use .* instead, with dataset: image-folder"),
+        (lambda f: shutil.copytree(f / "test", f / "train/class_0/more") and f / "train", r"is deeper than the class"),
+        (lambda f: shutil.copytree(f / "train", f / "x") and None, r"/x: is beside train/"),
         (
             plain(lambda f: (f / "class_0/l.png").symlink_to(f / "class_0/l.png")),
             r"l\.png: can't be read \(Too many levels",
@@ -104,7 +104,7 @@ CASES = {
         (row(f"./{IMAGE},cat"), r"images\.csv:3: path: .* occurs twice"),
         (row(f"./{IMAGE},x"), r"images\.csv:3: label: .* is 'x' here and 'cat' before"),
         *((row(f"train/class_0/003.png{end}"), r"csv:3: expected a path and a label") for end in ("", ",", ",x,y")),
-        (row('train/class_0/003.png,"x'), r"images\.csv:3: is no valid CSV"),
+        (row('train/class_0/003.png,"x'), r"images\.csv:3: is not a valid CSV"),
         (row("", "file,label"), r"images\.csv:1: has the columns file, label; expected path, label"),
         (text("images.csv", "file;label;weight\n"), r"images\.csv:1: has the columns file, label, weight"),
         (text("images.csv", "path, Path,label\n"), r"images\.csv:1: has the columns path, Path, label"),
@@ -136,7 +136,7 @@ CASES = {
         (idx(b"no gzip"), r"ubyte\.gz: is not a readable \.gz"),
         (idx(gzip.compress(shape(80, 28, 28) + bytes(80 * 784))[:-20]), r"is not a readable \.gz"),
         (idx(gzip.compress(shape(2, 28, 28) + bytes(784))), "holds 784 values"),
-        (idx(gzip.compress(shape(1, 1, 1, magic=b"\0\0\x0d\x03"))), "is no idx file of bytes"),
+        (idx(gzip.compress(shape(1, 1, 1, magic=b"\0\0\x0d\x03"))), "is not an idx file of bytes"),
         (idx(gzip.compress(shape(1, 28, 28) + bytes(784))), "holds 80 labels for 1 images"),
         (lambda f: write_idx(f / "t10k-labels-idx1-ubyte.gz", np.full(20, 10)), "holds label 10, expected 0 to 9"),
         (lambda f: (f / "t10k-labels-idx1-ubyte.gz").unlink(), r"t10k-labels-idx1-ubyte\.gz: data\.path: is missing"),

@@ -127,8 +127,8 @@ _PARTS = {"mean": np.zeros(4, np.float32), "spread": np.ones(4, np.float32), "co
         ({"codes": np.zeros((2, 4), np.float32)}, "holds no features"),
         ({"codes": np.zeros((0, 4), np.int8)}, "holds no features"),
         ({"mean": np.zeros(3, np.float32)}, "holds no features"),
-        ({"mean": np.full(4, np.nan, np.float32)}, "no numbers"),
-        ({"spread": np.zeros(4, np.float32)}, "no numbers"),
+        ({"mean": np.full(4, np.nan, np.float32)}, "not numbers"),
+        ({"spread": np.zeros(4, np.float32)}, "not numbers"),
         (None, "is not a readable safetensors file"),
     ],
 )

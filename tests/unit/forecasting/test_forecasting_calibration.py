@@ -182,7 +182,7 @@ def test_a_damaged_file_is_measured_anew_and_one_that_cannot_be_written_is_no_fa
         file.write_text(content)
         assert known_costs(kind) is None
         (message,) = caplog.messages
-        assert message.startswith(f"{file} is of no use (")
+        assert message.startswith(f"{file} can't be used (")
         assert message.isprintable()
     keep_costs(kind, COSTS)
     assert known_costs(kind) == COSTS

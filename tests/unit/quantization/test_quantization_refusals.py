@@ -67,7 +67,7 @@ CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
         UserError,
         "^offset_dtype: offset plus update is not finite",
     ),
-    (lambda: quantized().columns(slice(0, 4)), ValueError, "0 to 4 are no whole groups and bytes"),
+    (lambda: quantized().columns(slice(0, 4)), ValueError, "0 to 4 are not whole groups and bytes"),
     (lambda: quantized().columns(slice(5, 10)), ValueError, "5 to 10 are .* multiples of 10"),
     (lambda: stored([8, 0, 9]), UserError, "^codes: expected no code 0"),
     (lambda: stored([8, 8, 9, 1]), UserError, "^codes: expected zero bits after the last code"),

@@ -164,8 +164,8 @@ def test_smoke_and_real_studies_stand_apart_with_the_notice_above_the_numbers(tm
     assert tables >= {"quickstart_accuracy.csv", "quickstart_smoke_accuracy.csv"}
     assert markdown.count("### quickstart (smoke)") == len(SECTION_TITLES)
     article = page[page.index('id="quickstart_smoke"') :]
-    assert article.index("Smoke runs: random weights") < article.index("50.0")
-    assert article.count("Smoke runs: random weights") == 1, "it is no warning beside"
+    assert article.index("Smoke runs have random weights") < article.index("50.0")
+    assert article.count("Smoke runs have random weights") == 1, "it is no warning beside"
 
 
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_spoiled_file_is_computed_anew_with_a_warning(counted, spec, images, t
     assert counted.passes == 1
     np.testing.assert_array_equal(again.values, first.values)
     (warning,) = caplog.messages
-    assert warning.startswith(f"{file} is of no use (")
+    assert warning.startswith(f"{file} can't be used (")
     assert warning.endswith("; features are computed again")
     caplog.clear()
     counted.features(spec).of(images)

@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(spec_of, tmp_path, met
     record = run_one(spec_of(method, seed, **settings), checkpoints=Checkpoints(tmp_path)).record
     assert (record.status, record.failure) == ("failed", "error")
     assert record.error == (
-        f"{tmp_path}: spec_digest: the checkpoint of step 2 can't be gone on from: it was made with another "
+        f"{tmp_path}: spec_digest: the run can't continue from the checkpoint of step 2: it was made with another "
         "configuration; remove the checkpoint-* folders there, and the run starts again"
     )
     assert sorted(checkpoint_folders(tmp_path)) == [1, 2]  # they are still there
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_other_images_is_refused(spec_of, tmp_path, monkeypatch)
 
     monkeypatch.setattr(run_module, "load_data", others)
     record = run_one(spec, checkpoints=Checkpoints(tmp_path)).record
-    assert "data_sha256: the checkpoint of step 2 can't be gone on from: " in record.error
+    assert "data_sha256: the run can't continue from the checkpoint of step 2: " in record.error
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_start_is_refused(spec_of, tmp_path, other_prove
     interrupted(spec, tmp_path, 2)
     other_provenance(field, "another")
     record = run_one(spec, checkpoints=Checkpoints(tmp_path)).record
-    assert f"{tmp_path}: {field}: the checkpoint of step 2 can't be gone on from: " in record.error
+    assert f"{tmp_path}: {field}: the run can't continue from the checkpoint of step 2: " in record.error
 
 
 @pytest.mark.parametrize("field", ["packages", *_ALIKE])
@@ -175,7 +175,7 @@ def test_other_tools_are_said_and_kept_in_the_record(spec_of, tmp_path, other_pr
     spec = spec_of("full")
     interrupted(spec, tmp_path, 2)
     other_provenance(field, {"torch": "99.0"} if field == "packages" else "another")
-    with pytest.warns(CheckpointWarning, match="the run went on from step 2 with "):
+    with pytest.warns(CheckpointWarning, match="the run continued from step 2 with "):
         record = resumed(spec, tmp_path, 3).record
     (warning,) = record.warnings
     assert ("torch 99.0" if field == "packages" else f"{field} another") in warning
@@ -212,7 +212,7 @@ def test_what_is_no_state_of_a_run_is_refused_in_one_line(spec_of, tmp_path, val
     write_checkpoint(tmp_path, 3, values)
     record = run_one(spec_of("full"), checkpoints=Checkpoints(tmp_path)).record
     assert record.failure == "error"
-    assert "the checkpoint of step 3 can't be gone on from: " in record.error
+    assert "the run can't continue from the checkpoint of step 3: " in record.error
     assert len(record.error.splitlines()) == 1
 
 
@@ -225,7 +225,7 @@ def test_an_unforeseen_error_of_a_resumed_run_names_its_checkpoint(spec_of, tmp_
     monkeypatch.setattr(run_module, "train", broken)
     assert run_one(spec).record.error == "TypeError: 'int' and 'str'"
     error = run_one(spec, checkpoints=Checkpoints(tmp_path)).record.error
-    assert error.startswith(f"TypeError: 'int' and 'str' (the run had gone on from {tmp_path / 'checkpoint-4'}; if ")
+    assert error.startswith(f"TypeError: 'int' and 'str' (the run had continued from {tmp_path / 'checkpoint-4'}; if ")
     assert error.endswith("remove the checkpoint-* folders there, and it starts again)")
 
 

@@ -171,7 +171,7 @@ def test_what_needs_validation_images_is_refused(study, methods, training, measu
 
 
 def test_one_validation_image_and_a_strength_without_a_probe_are_refused(study) -> None:
-    with pytest.raises(ValidationError, match="1 image tells nothing; give at least 2, or 0"):
+    with pytest.raises(ValidationError, match="1 image says nothing; give at least 2, or 0"):
         with_data(study("lora"), validation_images=1)
     with pytest.raises(UserError, match=r"training\.probe_l2: has no effect where no probe is fitted"):
         study("lora", probe_l2=0.1)
@@ -186,6 +186,6 @@ def test_the_report_goes_without_and_a_recommendation_is_refused(unseen, tmp_pat
         recommend(study, {}, margin=0.01)
     build_report(tmp_path, tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "No best: without validation images nothing chooses among experiments" in page
+    assert "There is no best experiment, since without validation images only test images could choose it" in page
     assert "chosen on validation" not in page
     assert "Pareto fronts" not in page

@@ -148,7 +148,7 @@ def test_a_later_call_goes_on_with_the_rest(tmp_path) -> None:
 def test_what_still_runs_at_the_deadline_is_stopped_but_not_waited_for(tmp_path, deaf) -> None:
     executor = Timed({"a": 10.0, "b": 1000.0}, deaf=deaf)
     told = drive(tmp_path, TWO, AS_PLANNED, executor, over_at=57)
-    assert told == ["the time is over: what still runs writes a checkpoint, from which a later call continues"]
+    assert told == ["time is up: runs under way write a checkpoint, from which a later call continues"]
     assert executor.closed
     assert executor.now == pytest.approx(60 if deaf else 57, abs=0.5)
     attempt = look_at(tmp_path / "fake", "b/seed_0").attempt

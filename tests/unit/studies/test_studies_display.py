@@ -22,7 +22,7 @@ from peft_vit.training import Progress
 
 pytestmark = pytest.mark.part("runner")
 
-SAID = "Images: dog/ is an empty folder, of which no class is made"
+SAID = "Images: dog/ is an empty folder, so it is not a class"
 METRICS = Metrics(n=20, accuracy=0.75, balanced_accuracy=0.75, auroc=None, nll=0.5, ece=0.1)
 
 
@@ -123,7 +123,7 @@ def events_of(runs):
     """Yield a study's events with the seconds that pass before each."""
     first, second, third = runs
     probe = HeadFit(l2=(1.0,), validation=(METRICS,), chosen_l2=1.0, gradient_norm=0.0, images=9)
-    yield 0, Notice("[a notice] that is no markup")
+    yield 0, Notice("[a notice] without markup")
     yield 0, RunStarted(first, "process 7 on here")
     yield 0, RunStarted(second, "process 8 on here")
     yield (

@@ -88,7 +88,7 @@ def test_an_owner_says_one_line_or_has_not_said_its_name(tmp_path, content, owne
     with study_lock(tmp_path):
         (tmp_path / LOCK_FILE).write_bytes(content)
         assert owner_of(tmp_path) == Owner() if owner is None else str(owner_of(tmp_path)) == owner
-        said = owner or "a process that has not said its name"
+        said = owner or "an unknown process"
         with pytest.raises(UserError, match=f"works on this study, {said}"), study_lock(tmp_path):
             pass
 

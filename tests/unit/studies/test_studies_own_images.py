@@ -172,7 +172,7 @@ def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
     assert line.startswith("Images of 160 px")
     assert (study.data.images_file, study.data.validation_images, study.data.test_images) == (str(file), 4, 4)
     assert load_data(study.data, 0).left_out == {"cat/text.png": "is not an image of a known format"}
-    with pytest.raises(UserError, match="--strict: 1 file is to be left out"), open_images(asked(strict=True)):
+    with pytest.raises(UserError, match="--strict: 1 file is unusable"), open_images(asked(strict=True)):
         pass
 
 
@@ -242,12 +242,8 @@ def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(asked, case
 @pytest.mark.parametrize(
     ("images", "tested", "said"),
     [
-        (
-            2,
-            0,
-            "class 'cat' has 2 different images that can be used, 3 are needed of each class; 1 more class has too few",
-        ),
-        (2, 1, "class 'cat' has 1 different image that can be used beside the test split, 2 are needed of each class;"),
+        (2, 0, "class 'cat' has 2 different images that can be used, and each class needs 3; 1 more class has too few"),
+        (2, 1, "class 'cat' has 1 different image that can be used beside the test split, and each class needs 2;"),
     ],
 )
 def test_each_class_has_an_image_to_train_to_validate_and_to_test(asked, tmp_path, images, tested, said) -> None:

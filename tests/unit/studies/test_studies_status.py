@@ -146,7 +146,7 @@ def test_planned_is_the_sum_whatever_the_files_say(tmp_path_factory, holdings, a
     [
         ("empty", "holds no study"),
         ("nowhere", "does not exist"),
-        ("file", "file: is no directory"),
+        ("file", "file: is not a folder"),
         ("n" * 300, "does not exist"),
         ("a\0b", "does not exist"),
     ],

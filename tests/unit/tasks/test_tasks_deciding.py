@@ -17,7 +17,7 @@ def test_balanced_accuracy_decides_from_more_than_three_times_as_many_images_on(
     assert CLASSIFICATION.deciding(np.array([30, 10, 20])) is ACCURACY
     assert CLASSIFICATION.deciding(np.array([31, 10, 20])) is BALANCED_ACCURACY
     assert CLASSIFICATION.metric("balanced_accuracy") is BALANCED_ACCURACY
-    with pytest.raises(UserError, match=r"training\.metric: auto is decided where a study is planned"):
+    with pytest.raises(UserError, match=r"training\.metric: auto is for studies alone"):
         CLASSIFICATION.metric("auto")
 
 

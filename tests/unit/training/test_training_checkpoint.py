@@ -324,7 +324,7 @@ def test_an_impossible_layout_is_refused(tmp_path, strides) -> None:
     if strides is None:
         assert_same(read_checkpoint(place), state(3))
     else:
-        with pytest.raises(UserError, match=r"state\.json: is no readable state"):
+        with pytest.raises(UserError, match=r"state\.json: is not a readable state"):
             read_checkpoint(place)
 
 

@@ -168,5 +168,5 @@ def test_groups_that_do_not_divide_are_refused_with_what_all_sites_share(name, g
 
 def test_a_limit_that_nobody_has_met_yet_is_no_training(tiny_vit, data, runtime) -> None:
     limited = TrainingConfig(epochs=1, batch_size=8, learning_rate=3e-3, memory_limit="1GB")
-    with pytest.raises(UserError, match=r"^training\.memory_limit: is kept where a study is planned"):
+    with pytest.raises(UserError, match=r"^training\.memory_limit: is for studies alone"):
         train(tiny_vit(), data(), limited, runtime, seed=4)

@@ -60,8 +60,8 @@ def patch_size(model: Any) -> int:
 def add_bias_apart(model: nn.Module) -> bool:
     """Let attention call a fused query, key and value, and add its bias after that; say whether timm does otherwise.
 
-    Where the bias is no part of the module, timm adds it in one product with the module's weight, past whatever stands
-    in the module's place: an adapter there had no effect and no gradient. The two ways round differently.
+    Where the bias is not a part of the module, timm adds it in one product with the module's weight, past whatever
+    stands in the module's place: an adapter there had no effect and no gradient. The two ways round differently.
     """
     layers: list[Any] = [module for module in model.modules() if getattr(module, "q_bias", None) is not None]
     layers = [layer for layer in layers if getattr(layer, "qkv", None) is not None]
@@ -79,14 +79,14 @@ class Family:
         layout: lists the linear modules of a model that may carry adapters, block by block, in the model's order.
         blocks: names the blocks of a model, in the order in which a forward pass calls them.
         fit_weights: takes the tensors of a checkpoint to a model's own names and image size.
-        prepare: makes a model compute each matrix by the forward pass of its module, where an adapter can stand; tells
+        prepare: makes a model compute each matrix by the forward pass of its module, where an adapter can be; says
             whether timm builds such a model otherwise.
         input_size: channels, height and width of an image, in pixels.
         build: makes a model of a name for images of a side, in pixels, with so many classes.
         shallow: settings of the class for two blocks a stage.
         in_turn: the blocks are called one after the other, each with what the one before has returned.
         size_step: what the side of an image has to be a multiple of, in pixels.
-        sizes_are_tried: other sides may do too, and a forward pass tells; those of `size_step` do in any case.
+        sizes_are_tried: other sides may do too, and a forward pass shows it; those of `size_step` do in any case.
     """
 
     model_class: type[nn.Module]

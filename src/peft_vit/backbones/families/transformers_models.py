@@ -156,7 +156,7 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
     Files of the hub are downloaded if they are not cached.
 
     Raises:
-        UserError: if they can't be had, or the model is none that classifies images.
+        UserError: if they can't be loaded, or the model is none that classifies images.
     """
     transformers = require_transformers()
     folder = _folder(backbone, weights=False)
@@ -167,11 +167,11 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
     else:
         files = [file for name in (CONFIG_FILE, IMAGES_FILE) if (file := folder / name).is_file()]
         if not (folder / CONFIG_FILE).is_file():
-            raise _bad(f"holds no {CONFIG_FILE}; name a folder that save_pretrained has written", folder)
-        with foreign_fault("is no configuration of a model", folder / CONFIG_FILE, field=_FIELD):
+            raise _bad(f"holds no {CONFIG_FILE}; name a folder that save_pretrained wrote", folder)
+        with foreign_fault("is not the configuration of a model", folder / CONFIG_FILE, field=_FIELD):
             config = transformers.AutoConfig.from_pretrained(folder)
         if (folder / IMAGES_FILE).is_file():
-            with foreign_fault("is no image processor with mean and std", folder / IMAGES_FILE, field=_FIELD):
+            with foreign_fault("is not an image processor with mean and std", folder / IMAGES_FILE, field=_FIELD):
                 images = _images_of(transformers.AutoImageProcessor.from_pretrained(folder).to_dict())
         elif backbone.weights != "random":
             message = f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there"
@@ -204,7 +204,7 @@ def _class_of(config: Any) -> Any:
     known = transformers.AutoModelForImageClassification._model_mapping
     if type(config) not in known:
         raise UserError(
-            f"{config.model_type} is no Vision Transformer: transformers has no class of it that classifies images",
+            f"{config.model_type} is not a Vision Transformer: transformers has no class of it that classifies images",
             field="backbone.model",
         )
     kind = known[type(config)]
@@ -308,11 +308,11 @@ def weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
     """Return the files of the weights and their SHA-256; downloads them if they are not cached.
 
     Raises:
-        UserError: if they can't be had, or have another hash than the configuration says.
+        UserError: if they can't be loaded, or have another hash than the configuration says.
     """
     folder = _folder(backbone, weights=True)
     if folder is None:
-        raise _bad(f"{backbone.model} is a type of models, of which there are random weights alone; ask for these")
+        raise _bad(f"{backbone.model} is a type of models, which has random weights alone; use weights: random")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise _bad("holds no model.safetensors; save the model with save_pretrained", folder)
@@ -346,11 +346,11 @@ def _folder(backbone: BackboneConfig, *, weights: bool) -> Path | None:
             raise _bad("is a folder; its weights come from its file, not from the hub", folder)
         return folder
     if backbone.weights == "file":
-        raise _bad("is no folder; name one that save_pretrained has written, or use weights from the hub", folder)
+        raise _bad("is not a folder; name one that save_pretrained wrote, or use weights from the hub", folder)
     if backbone.weights == "random" and backbone.model in require_transformers().CONFIG_MAPPING:
         return None
     if backbone.model.startswith(("/", "~", "./", "../")):
-        raise _bad("is no folder; name one that save_pretrained has written, or a name on the hub", folder)
+        raise _bad("is not a folder; name one that save_pretrained wrote, or a name on the hub", folder)
     return _from_hub(backbone.model, weights=weights)
 
 
@@ -370,7 +370,7 @@ def _from_hub(repository: str, *, weights: bool) -> Path:
         pass
     with foreign_fault(
         f"could not get {repository} from the hub",
-        remedy="check name and network, or name a folder that save_pretrained has written",
+        remedy="check name and network, or name a folder that save_pretrained wrote",
         field=_FIELD,
     ):
         ask_hub(huggingface_hub.hf_hub_url(repository, CONFIG_FILE))

@@ -276,7 +276,7 @@ def _end_with(parent: int) -> None:
 
 
 def event_of(run: PlannedRun, message: Progress | Finished | Interrupted) -> Event:
-    """Return what a worker has told of its run as an event."""
+    """Return what a worker has sent of its run as an event."""
     match message:
         case Progress():
             return RunProgress(run, message)

@@ -1,7 +1,7 @@
 """Runs as tasks of a Ray cluster. Attempts that a lost node takes along are reported; the driver repeats them.
 
 Ray itself repeats nothing (`max_retries=0`): one place decides about attempts and counts them, whatever carries them
-out, and no attempt goes on unseen beside its repetition.
+out, and no attempt continues unseen beside its repetition.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Attempt:
 class RayExecutor:
     """Tasks on a Ray cluster, as many at a time as its resources allow.
 
-    A task writes checkpoints if it sees the study's folder of the driver, which the content of the study's lock tells;
+    A task writes checkpoints if it sees the study's folder of the driver, as the content of the study's lock shows;
     otherwise none are written, and an attempt that is lost starts from the beginning.
 
     Args:

@@ -36,13 +36,13 @@ class Channel:
         self._stopping = False
 
     async def report(self, number: int, bundle: str) -> bool:
-        """Take what an attempt tells, which is not opened here; return whether it should stop."""
+        """Take what an attempt sends, which is not opened here; return whether it should stop."""
         self._bundles.append((number, bundle))
         self._arrived.set()
         return self._stopping
 
     async def take(self, wait_s: float, stopping: bool) -> list[tuple[int, str]]:
-        """Return what was told since the last call, once there is something or the time is over."""
+        """Return what was sent since the last call, once there is something or the time is over."""
         self._stopping = stopping
         if not self._bundles:
             self._arrived.clear()
