@@ -572,4 +572,4 @@ SECTIONS: dict[str, type[Frozen]] = {
     for section, settings in kind.settings.items()
 }
 # Strengths of a probe's penalty, see `training.linear_probe`; validation chooses.
-PROBE_L2 = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+PROBE_L2 = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

@@ -255,8 +255,13 @@ class TrainingConfig(Settings):
     probe_l2: float | None = Field(
         default=None,
         gt=0,
-        description="The strength of the probe's penalty. Without it, one of nine is chosen on validation "
+        description="The strength of the probe's penalty. Without it, one of eleven is chosen on validation "
         "images, or on training images that are left out in turn",
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best",
+        description="The step whose model is kept where images validate. best: the best validated one. last: the last "
+        "one, whose learning rate has come down, or the start if that is better by more than a standard error",
     )
     metric: MetricOfTask = Field(
         default="accuracy",

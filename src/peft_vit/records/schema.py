@@ -93,6 +93,7 @@ _LATER_OF_EXPERIMENT = {
         "recomputed_blocks",
         "memory_limit",
         "probe_l2",
+        "keep",
         "metric",
     ),
 }

@@ -188,8 +188,8 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
             spent_s = time.monotonic() - started
             study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
             if trials:
-                values = {trial.image_size: trial.value for trial in trials}
-                write_sizes(run.folder, SizesFile(values=values, seconds=spent_s))
+                values, l2 = ({trial.image_size: getattr(trial, of) for trial in trials} for of in ("value", "l2"))
+                write_sizes(run.folder, SizesFile(values=values, l2=l2, seconds=spent_s))
         else:
             study = begun.configuration
         plan = plan_study(
@@ -250,7 +250,9 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     assert trained is not None
     request = request.model_copy(update={"weights": request.weights or trained.spec.backbone.weights})
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
-    study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute)
+    sizes = run.sizes()
+    l2 = None if sizes is None else sizes.l2.get(image_size)
+    study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute, l2)
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=None)
@@ -266,7 +268,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
         _tell_by_folds(run.folder / study.name, run.folder, regression, request, images, file)
         _log(f"The model is the regression at {image_size} px.")
         delivered = folder
-    elif metric.quality(regression.validation) > metric.quality(trained.validation):
+    elif not metric.worth(trained.validation, before=regression.validation):
         before, after = (metric.text(metric.of(own)) for own in (trained.validation, regression.validation))
         _log(
             f"The model is the regression at {image_size} px: {after} on validation images, and training had {before}."

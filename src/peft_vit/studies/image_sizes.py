@@ -34,12 +34,14 @@ class SizeTrial:
         image_size: in pixels.
         value: of the metric that decides, as a share, on images left out of the fit; larger is better.
         text: the value as a terminal shows it.
+        l2: strength of the penalty that has it.
         pace: how many times longer it took than was expected; None: features were there already, so nobody knows.
     """
 
     image_size: int
     value: float
     text: str
+    l2: float
     pace: float | None = None
 
 
@@ -104,7 +106,7 @@ def _trial(spec: RunSpec) -> tuple[SizeTrial, bool]:
     seen = seen_by_head(spec)
     features, metric, weights, strengths = seen.features, seen.metric, seen.class_weights, spec.experiment.probe_l2
     if len(features.labels) <= _FEW and can_hold_out(features.task.strata(features.labels), seen.groups):
-        _, logits = held_out_fit(features, seen.groups, metric, class_weights=weights, l2=strengths)
+        l2, logits = held_out_fit(features, seen.groups, metric, class_weights=weights, l2=strengths)
         metrics = features.task.measure(logits, features.labels)
     else:
         train, validation = (
@@ -113,9 +115,10 @@ def _trial(spec: RunSpec) -> tuple[SizeTrial, bool]:
         )
         probe = fit_probe(train, validation, seen.head, seen.runtime, metric, class_weights=weights, l2=strengths)
         assert probe.chosen is not None
-        metrics = probe.chosen.metrics
+        l2, metrics = probe.fit.chosen_l2, probe.chosen.metrics
     value = metric.of(metrics)
-    return SizeTrial(spec.data.image_size, metric.share_of(metrics), metric.text(value)), seen.is_new
+    trial = SizeTrial(spec.data.image_size, metric.share_of(metrics), metric.text(value), l2)
+    return trial, seen.is_new
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
 def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Callable[[str], None]) -> list[SizeTrial]:
     """Return what a regression on frozen features has at the image sizes that fit a fifth of the minutes.
 
-    Empty where the size is given, or nothing is to be chosen by images.
+    Empty where nothing is to be chosen by images.
 
     Args:
         request: as for `study_of`.
@@ -216,13 +216,20 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Calla
 
 
 def regression_at(
-    request: TrainRequest, name: str, images: OwnImages, file: Path, image_size: int, compute: Compute = "float"
+    request: TrainRequest,
+    name: str,
+    images: OwnImages,
+    file: Path,
+    image_size: int,
+    compute: Compute = "float",
+    l2: float | None = None,
 ) -> StudyConfig:
-    """Return the study of a regression on frozen features of the same images at a size."""
+    """Return the study of a regression on frozen features of the same images, with a penalty if one is known."""
     counts = count_images(request, images.index)
     plain = request.model_copy(update={"method": "linear"})
     shape = describe(_backbone(request), image_size)
     experiment = experiment_for(plain, counts, shape, 0, compute)
+    experiment["training"]["probe_l2"] = l2
     return _study(plain, name, _data(request, images, file, image_size), experiment)
 
 
@@ -259,6 +266,9 @@ def study_of(
     experiment = experiment_for(request, counts, shape, steps, forecast.compute)
     if not images.index.task.smooths:
         experiment["training"].pop("label_smoothing", None)
+    for trial in trials:
+        if trial.image_size == image_size:  # more images tell the penalty than those that validate
+            experiment["training"]["probe_l2"] = trial.l2
     study = _study(request, name, _data(request, images, file, image_size), experiment)
     return study, forecast.line(shape, image_size, steps)
 
@@ -379,15 +389,17 @@ class Forecast:
     def sizes_in_time(self) -> dict[int, float]:
         """Return the image sizes whose regressions may fit their share of the minutes, and the seconds of each.
 
+        If a size was asked for, it is the only one; its regression chooses the penalty and shows the machine's pace.
         The test images of one that is delivered should fit as much. The machine may turn out to be faster than its
         first moments tell: `try_sizes` then goes further.
         """
         request, share_s = self.request, self.limit_s * _SHARE_OF_SIZES
-        if request.image_size is not None or request.init_adapter is not None or request.smoke:
+        if request.init_adapter is not None or request.smoke:
             return {}
         images, throughput = self.counts.train + self.counts.validation, self.throughput
         expected_s: dict[int, float] = {}
-        for size in sizes_to_try(architecture_of(self.backbone)):
+        asked = request.image_size
+        for size in sizes_to_try(architecture_of(self.backbone)) if asked is None else [asked]:
             image_s = throughput.image_s(describe(self.backbone, size))
             seconds = throughput.start_s + images * image_s
             tried_s = _FASTER * (sum(expected_s.values()) + seconds)
@@ -511,12 +523,13 @@ def experiment_for(
         training |= {name: value for name, value in limits.items() if value is not None}
         if request.epochs is not None:
             training["epochs"] = request.epochs
+            training |= {"keep": "last"} if counts.validation else {}
         elif not counts.validation:
             training |= {"steps": steps, "schedule": "warmup_stable_decay"}
         else:
             every = min(validate_every(counts.validation, request.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
-            training |= {"steps": steps, "validate_every": every, **schedule}
+            training |= {"steps": steps, "validate_every": every, "keep": "last", **schedule}
     adapter = request.init_adapter
     sections = method.defaults(options) if adapter is None else {"lora": {"start": str(adapter)}}
     return {"name": request.experiment, "method": request.method, "training": training, **sections}

@@ -102,6 +102,7 @@ class SizesFile(BaseModel):
 
     Attributes:
         values: of each image size what a regression on frozen features has; larger is better.
+        l2: likewise, strength of its penalty.
         seconds: that they took.
         trained: what the trained model has, by folds; None: it is not known, or validation images tell.
         upper: the end of the 95 % interval of that.
@@ -110,6 +111,7 @@ class SizesFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     values: dict[int, float]
+    l2: dict[int, float] = {}
     seconds: float = 0.0
     trained: float | None = None
     upper: float | None = None
@@ -166,7 +168,7 @@ class TrainRun:
         return read_record(file) if file.exists() else None
 
     def sizes(self) -> SizesFile | None:
-        """Return what regressions have at several image sizes; None where the size was given."""
+        """Return what regressions have at several image sizes; None if training continues an adapter."""
         file = self.folder / SIZES_FILE
         with suppress(ValidationError):
             return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None

@@ -69,6 +69,17 @@ class DecidingMetric:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
         return self.sign * self.of(metrics), -metrics.nll
 
+    def worth(self, metrics: Metrics, *, before: Metrics) -> bool:
+        """Return whether a trained model is to be kept: it may be one standard error worse than before training.
+
+        Training usually helps, and a few images measure its value only to some points. The standard error of a share v
+        of n images is sqrt(v (1 - v) / n). A value in another unit has to be better.
+        """
+        value, slack = self.of(metrics), 0.0
+        if self.is_share and 0 <= value <= 1:
+            slack = math.sqrt(value * (1 - value) / metrics.n)
+        return self.quality(metrics) > self.quality(before) or self.sign * (value - self.of(before)) > -slack
+
     def text(self, value: float) -> str:
         """Return a value as a terminal shows it."""
         return self.plain(value) + self.suffix

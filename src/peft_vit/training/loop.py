@@ -115,10 +115,11 @@ def train(
 ) -> TrainingResult:
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
-    What `training.metric` names chooses on validation; of equal ones the lower NLL. Without validation images the last
-    step's model is taken, whatever it is worth. The test split is not touched. With `probe` the model as it is before
-    the first step, with its updates left out, is the first that may be chosen: what comes back is never below that on
-    validation, however a forward pass would round.
+    What `training.metric` names chooses on validation; of equal ones the lower NLL. With `keep: last` it has the choice
+    of the last step and the start alone, see `DecidingMetric.worth`: of many validations on few images the best one is
+    so by luck. Without validation images the last step's model is taken, whatever it is worth. The test split is not
+    touched. With `probe` the model as it is before the first step, with its updates left out, is the first that may be
+    chosen: the best is never below that on validation, however a forward pass would round.
 
     Args:
         model: with adapters attached, on the runtime's device.
@@ -311,7 +312,8 @@ class TrainingState:
             if not np.isfinite(logits).all():
                 raise DivergedError(f"predictions after step {steps} are not finite; lower the learning rate")
             self.offer(self._data.task.measure(logits, labels))
-        if self._config.patience is not None and self._best.stale >= self._config.patience:
+        stale = evaluations_since_best(self.result.evaluations, self._metric)
+        if self._config.patience is not None and stale >= self._config.patience:
             self.end = self.steps if self._decay is None else self._decay.bring_down(self.steps)
 
     def offer(self, metrics: Metrics) -> None:
@@ -322,7 +324,8 @@ class TrainingState:
         epoch = -(-steps // self._epoch_steps)  # of the last step, from 1; 0 before the first
         evaluation = Evaluation(step=steps, epoch=epoch, deployable=deployable, metrics=metrics)
         self.result.evaluations.append(evaluation)
-        self._best.offer(evaluation, self.model, without_updates=not within_budget)
+        if self._config.keep == "best" or not steps:
+            self._best.offer(evaluation, self.model, without_updates=not within_budget)
 
     def progress(self) -> Progress:
         """Return what a watcher gets after a step."""
@@ -346,6 +349,10 @@ class TrainingState:
         result.optimizer_bytes = optimizer_bytes(self._optimizer)
         result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
+            start, last = self._best.evaluation, result.evaluations[-1]
+            is_worth = start is None or self._metric.worth(last.metrics, before=start.metrics)
+            if self._config.keep == "last" and last.deployable and is_worth:
+                self._best.take(last, self.model)
             result.chosen = self._best.restore(self.model)
         result.chosen_step = self.steps if result.chosen is None else result.chosen.step
         return result
@@ -380,26 +387,35 @@ class TrainingState:
             hook.load_state_dict(of_hook, self.model)
 
 
+def evaluations_since_best(evaluations: Sequence[Evaluation], metric: DecidingMetric) -> int:
+    """Return how many deployable evaluations came after the best one, of equal ones the first."""
+    quality = [metric.quality(evaluation.metrics) for evaluation in evaluations if evaluation.deployable]
+    best = max(range(len(quality)), key=quality.__getitem__, default=-1)
+    return len(quality) - 1 - best
+
+
 class BestState:
     """Keeps a copy of what was trained, in the best deployable state so far by what decides."""
 
     def __init__(self, metric: DecidingMetric) -> None:
         self._quality = metric.quality
         self.evaluation: Evaluation | None = None
-        self.stale = 0  # deployable evaluations since the best one
         self._ranks: dict[str, int] = {}
         self._tensors: dict[str, Tensor] = {}
 
     def offer(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
-        """Take a state if it is better; without updates its sites have no rank, which is within every budget."""
+        """Take a deployable state if it is better."""
         if not evaluation.deployable:
             return
-        self.stale += 1
         if self.evaluation is not None:
             best = self._quality(self.evaluation.metrics)
             if self._quality(evaluation.metrics) <= best:
                 return
-        self.evaluation, self.stale = evaluation, 0
+        self.take(evaluation, model, without_updates=without_updates)
+
+    def take(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
+        """Take a state; without updates its sites have no rank, which is within every budget."""
+        self.evaluation = evaluation
         tensors, self._ranks = trained_tensors(model), current_ranks(model)
         if without_updates:
             self._ranks = dict.fromkeys(self._ranks, 0)
@@ -419,10 +435,10 @@ class BestState:
     def state_dict(self) -> dict[str, Any]:
         """Return what it keeps."""
         evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
-        return {"evaluation": evaluation, "stale": self.stale, "ranks": self._ranks, "tensors": self._tensors}
+        return {"evaluation": evaluation, "ranks": self._ranks, "tensors": self._tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from such a state."""
         if state["evaluation"] is not None:
             self.evaluation = Evaluation.model_validate(state["evaluation"])
-        self.stale, self._tensors, self._ranks = state["stale"], dict(state["tensors"]), dict(state["ranks"])
+        self._tensors, self._ranks = dict(state["tensors"]), dict(state["ranks"])

@@ -1,5 +1,7 @@
 """The loop equals a plain one, chooses by validation among deployable states, and leaves the test split alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from peft_vit.records import Evaluation, Metrics
 from peft_vit.tasks import CLASSIFICATION
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.training import AllocationHook, Hook, loss_weights, train
-from peft_vit.training.loop import BestState
+from peft_vit.training.loop import BestState, evaluations_since_best
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -97,15 +99,33 @@ def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_ther
         train(lora(tiny_vit()), data(), config(), runtime, seed=0, hooks=[DeployableFrom(10)])
 
 
+@pytest.mark.parametrize(("start", "chosen"), [(0.0, 9), (0.6, 9), (0.7, 0)])
+def test_the_last_step_is_kept_unless_the_start_is_better(tiny_vit, data, runtime, monkeypatch, start, chosen) -> None:
+    def metrics(accuracy: float) -> Metrics:
+        return Metrics(n=9, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
+
+    said = iter((0.9, 0.95, 0.5))  # after steps 3, 6 and 9
+    monkeypatch.setattr(type(CLASSIFICATION), "measure", lambda *_: metrics(next(said)))
+    watched, unwatched = lora(tiny_vit()), lora(tiny_vit())
+    result = train(watched, data(), config(keep="last"), runtime, seed=0, probe=metrics(start))
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 3, 6, 9]
+    assert result.chosen_step == chosen
+    blind = replace(data(), validation=data().validation.chosen(np.empty(0, dtype=np.int64)))
+    train(unwatched, blind, config(), runtime, seed=0)
+    ends = [torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]) for model in (watched, unwatched)]
+    assert torch.equal(*ends) == (chosen == 9)
+
+
 def test_balanced_accuracy_chooses_and_counts_patience_where_it_decides() -> None:
     rows = [(0.9, 0.5), (0.8, 0.6), (0.8, 0.6), (0.85, 0.55)]  # accuracy, balanced accuracy
     chosen = {}
     for metric in (ACCURACY, BALANCED_ACCURACY):
-        best = BestState(metric)
+        best, evaluations = BestState(metric), []
         for step, (accuracy, balanced) in enumerate(rows):
             metrics = Metrics(n=9, accuracy=accuracy, balanced_accuracy=balanced, auroc=None, nll=1.0 - step, ece=0.0)
-            best.offer(Evaluation(step=step, epoch=step, deployable=True, metrics=metrics), torch.nn.Linear(1, 1))
-        chosen[metric.name] = (best.evaluation.step, best.stale)
+            evaluations.append(Evaluation(step=step, epoch=step, deployable=True, metrics=metrics))
+            best.offer(evaluations[-1], torch.nn.Linear(1, 1))
+        chosen[metric.name] = (best.evaluation.step, evaluations_since_best(evaluations, metric))
     assert chosen == {"accuracy": (0, 3), "balanced_accuracy": (2, 1)}  # of equal ones the lower loss
 
 

