@@ -70,7 +70,7 @@ bench: setup ## time steps, memory and scoring beside PEFT; about two hours on t
 bench-quick: setup ## compare steps and passes with PEFT's and the frozen model's, in four minutes; fails if one became slower
 	$(BIN)/python benchmarks/quick.py
 
-wheel: ## build the wheel, install it away from here with each Python found, run a smoke study and its report
+wheel: ## build the wheel, install it away from here with each Python found, run a smoke study, report, export and predict
 	.ci/wheel $(PYTHONS)
 
 docs: setup ## serve the documentation at http://127.0.0.1:8000, and follow changes

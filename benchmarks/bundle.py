@@ -178,7 +178,8 @@ def main() -> None:
             }
         rows.append(row)
         print(json.dumps(row, indent=1), flush=True)
-    write("bundle", {"machine": machine(1), "batch": BATCH, "image_size": given.image_size, "rows": rows})
+    sizes = {"batch": BATCH, "image_size": given.image_size}
+    write("bundle", {"machine": machine(1), "load_average": os.getloadavg()[0], **sizes, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -186,9 +186,9 @@ def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = 
         state = State(request, lambda _: None, Limit(minutes, 0.0, lambda: runner.now), TuneFile(asked={}))
         state.clock = lambda: runner.now
         seen = SimpleNamespace(images=SimpleNamespace(dataset="image-folder"), path=Path("images"))
-        counts = (runner.images - runner.images // 2, runner.images // 2)
+        images = runner.images
         context = TuningContext(
-            state, runner, seen, Path("images.json"), counts, ACCURACY, runner.images, runner.images // 5
+            state, runner, seen, Path("images.json"), _CLASSES, images, ACCURACY, images, images // 5
         )
         folds = Folds(Costs(context, Throughput.estimated(3e8)), runner.round_run)
         return choose(folds, {MODEL: list(SIZES)}, runner.regress)[0]

@@ -1,9 +1,10 @@
-"""The pictures of pages that the documents show, taken in a Chromium.
+"""The pictures of pages that the documents show, light and dark, taken in a Chromium.
 
-    .venv/bin/python docs/scripts/screenshots.py PAGE NAME [PAGE NAME ...]
+    .venv/bin/python docs/scripts/screenshots.py NAME PAGE [IMAGE ...]
 
-Each PAGE becomes docs/images/NAME.png: `report` is peft-vit-runs/demo/report/report.html, of `make demo`, `tune`
-the report.html of a tuning. PEFT_VIT_CHROMIUM names another Chromium.
+PAGE becomes docs/images/NAME.png and NAME_dark.png: `report` is peft-vit-runs/demo/report/report.html, of `make demo`,
+`model` the report.html of a call of `train`, `browser` what `export --format web --offline` has written, which gets the
+images. PEFT_VIT_CHROMIUM names another Chromium.
 """
 
 from __future__ import annotations
@@ -22,28 +23,40 @@ from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
-_WIDTH, _HEIGHT = 1100, 845
+SIZES = {"report": (1100, 845), "model": (1100, 1846), "browser": (800, 1160)}  # in pixels
 _COLORS = 256  # enough for text and panels, at half the bytes
+_ALL_SAID = "n => [...document.querySelectorAll('.took')].filter((took) => took.textContent).length === n"
 
 
-def take(pages: dict[str, Path]) -> None:
-    """Write the first screen of each page to docs/images, by the picture's name.
+def take(name: str, page: Path, given: list[Path]) -> None:
+    """Write the first screen of a page to docs/images, in both colour schemes.
+
+    Args:
+        name: of the picture, one of `SIZES`.
+        page: what is shown.
+        given: images for a page that predicts.
 
     Raises:
-        UserError: if there is no Chromium, or a page does not exist.
+        UserError: if there is no such picture or file, or no Chromium.
     """
     chromium = os.environ.get("PEFT_VIT_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise UserError("no Chromium was found; name one in PEFT_VIT_CHROMIUM")
-    if missing := [page for page in pages.values() if not page.is_file()]:
-        raise UserError("there is no such page; name the report.html of a study or of a tuning", file=missing[0])
+    if name not in SIZES:
+        raise UserError(f"there is no picture {name}; name one of {', '.join(SIZES)}")
+    if missing := [file for file in (page, *given) if not file.is_file()]:
+        raise UserError("there is no such file", file=missing[0])
+    width, height = SIZES[name]
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        for name, page in pages.items():
-            tab = browser.new_page(viewport={"width": _WIDTH, "height": _HEIGHT}, color_scheme="light")
+        for scheme, picture in (("light", IMAGES / f"{name}.png"), ("dark", IMAGES / f"{name}_dark.png")):
+            tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
             tab.goto(page.resolve().as_uri())
-            write_atomically(IMAGES / f"{name}.png", _small(tab.screenshot()))
-            print(IMAGES / f"{name}.png")
+            if given:
+                tab.set_input_files("#choose", given)
+                tab.wait_for_function(_ALL_SAID, arg=len(given), timeout=0)
+            write_atomically(picture, _small(tab.screenshot()))
+            print(picture)
         browser.close()
 
 
@@ -55,8 +68,7 @@ def _small(png: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:]
-    if not asked or len(asked) % 2:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
     with cli.user_errors():
-        take({name: Path(page) for page, name in zip(asked[::2], asked[1::2], strict=True)})
+        take(sys.argv[1], Path(sys.argv[2]), [Path(image) for image in sys.argv[3:]])

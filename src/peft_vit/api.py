@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
     from peft_vit.config import (
         ActivationCheckpointing,
+        ClassWeights,
         ComputeSetting,
         Device,
-        MetricSetting,
+        LossName,
+        MetricOfTask,
         PrecisionSetting,
         TaskName,
     )
@@ -266,8 +268,10 @@ def tune(
     *,
     labels: Sequence[Any] | None = None,
     margin: float = 1.0,
-    metric: MetricSetting = "auto",
+    task: TaskName | None = None,
+    metric: MetricOfTask = "auto",
     max_bytes: str | int | None = None,
+    max_adapter_bytes: str | int | None = None,
     max_latency: str | None = None,
     memory_limit: str | None = None,
     minutes: float = 20.0,
@@ -290,9 +294,12 @@ def tune(
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
         labels: one for each image, if these are not files and hold none.
-        margin: points of accuracy that a smaller model may lose compared with the best one found.
-        metric: what decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
+        margin: what a smaller model may lose compared with the best one found: points of the metric; of errors of
+            numbers percent of the numbers' standard deviation.
+        task: classification, multilabel or regression; None: what the columns of a table look like.
+        metric: what decides; auto: the metric of the task, of classes by how uneven they are.
         max_bytes: the largest that the model's file may be, such as "16MB".
+        max_adapter_bytes: the most that the updates of all layers may take in a file, such as "8kB".
         max_latency: the longest that one image may take on this machine, such as "50ms".
         memory_limit: the most that a training process may take, such as "1GB".
         minutes: how long this call may take.
@@ -345,6 +352,9 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     learning_rate: float | None = None,
+    metric: MetricOfTask = "auto",
+    loss: LossName | None = None,
+    class_weights: ClassWeights = "none",
     batch_size: int = 32,
     micro_batch_size: int | None = None,
     activation_checkpointing: ActivationCheckpointing | None = None,
@@ -381,6 +391,9 @@ def train(
         steps: the most optimiser steps; None: what the minutes allow.
         epochs: instead of steps: exactly this many.
         learning_rate: the highest learning rate; None: the method's own.
+        metric: what decides which step and which image size are taken; auto: the metric of the task.
+        loss: the loss of training; None: that of the task.
+        class_weights: none, balanced or effective, by which rare classes count more in the loss.
         batch_size: images in each step.
         micro_batch_size: images of a step that pass at a time, to save memory.
         activation_checkpointing: blocks, light or adaptive, to save more memory.
@@ -430,7 +443,7 @@ def _asked(kind: type[_Request], given: dict[str, Any]) -> _Request:
     kind.of(images=".", **others)
     from peft_vit.data.in_memory import write_table
 
-    return kind.of(images=write_table(images, labels)[0], **others)
+    return kind.of(images=write_table(images, labels, of_classes=False)[0], **others)
 
 
 def load_results(directory: str | Path) -> ResultTables:

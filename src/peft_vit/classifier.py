@@ -26,7 +26,14 @@ from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
 
 if TYPE_CHECKING:
-    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, PrecisionSetting
+    from peft_vit.config import (
+        ActivationCheckpointing,
+        ClassWeights,
+        ComputeSetting,
+        Device,
+        MetricSetting,
+        PrecisionSetting,
+    )
 
 _MODEL_FILE, _FILE = "model.safetensors", "classifier.json"
 
@@ -71,6 +78,8 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         steps: int | None = None,
         epochs: int | None = None,
         learning_rate: float | None = None,
+        metric: MetricSetting = "auto",
+        class_weights: ClassWeights = "none",
         batch_size: int = 32,
         micro_batch_size: int | None = None,
         activation_checkpointing: ActivationCheckpointing | None = None,

@@ -95,6 +95,7 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("train", {"images": ["a.png"], "labels": [1], "rank": 0}, "rank", "got 0"),  # nothing is written before
     ("tune", {"model": "no_such_model"}, "model", "'no_such_model'"),
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
+    ("tune", {"max_adapter_bytes": "8"}, "max_adapter_bytes", "'8' is not a size above 0 with its unit"),
     ("tune", {"max_latency": "50"}, "max_latency", "is not a time above 0 with its unit, ms, s, min; write it as"),
     ("tune", {"max_latency": [1]}, "max_latency", "number, got [1]"),
     ("tune", {"image_size": 28.5}, "image_size", ", got 28.5"),
@@ -159,7 +160,7 @@ def test_arguments_are_the_options_of_the_command(function, request_type: type[R
 
 def test_the_classifier_has_what_train_has() -> None:
     ours, others = (set(inspect.signature(f).parameters) for f in (peft_vit.ViTClassifier, peft_vit.train))
-    assert others - ours == {"images", "labels", "seed", "task", "strict", "smoke"}
+    assert others - ours == {"images", "labels", "seed", "task", "loss", "strict", "smoke"}
     assert ours - others == {"random_state", "verbose"}
 
 

@@ -212,6 +212,7 @@ WRONG = (  # commands of somebody who has written no configuration, with what is
     "TUNE images --image-size 33",
     "TUNE images --image-size 32 --memory-limit 1MB",
     "TUNE images --image-size 32 --max-bytes 1kB",
+    "TUNE images --image-size 32 --max-adapter-bytes 9B",
     "TUNE images --minutes 0.001",
     *(f"TUNE {folder}" for folder in ("nowhere", "empty", "few")),
     "predict nowhere images",

@@ -1,16 +1,19 @@
 """From a table of several labels, or of numbers, to a model, its page and a prediction."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
-from peft_vit import load
+from peft_vit import load, load_results
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, read_record, single_run
+from peft_vit.records import RECORD_FILE, read_record, read_records, single_run
 from peft_vit.runs.execute import run_one
+from peft_vit.studies.train_runs import train_runs
 from peft_vit.training import Checkpoints, Interrupted
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
@@ -92,8 +95,6 @@ def test_numbers_from_a_table_to_a_prediction(command) -> None:
     command(*f"report {LATEST} --output page".split())
     assert "| heat |" in Path("page/card.md").read_text()
     assert "mae" in command("runs").out
-    command(*f"train numbers.csv {SMALL} --method linear".split())
-    assert "reports compare runs of one class an image" in command("report", "peft-vit-runs", code=2).err
 
     spec = record.spec.model_copy(update={"study": "again"})
     whole = run_one(spec)
@@ -103,6 +104,76 @@ def test_numbers_from_a_table_to_a_prediction(command) -> None:
     resumed = run_one(spec, checkpoints=checkpoints)
     assert resumed.record.adapter_sha256 == whole.record.adapter_sha256  # to the bit
     assert resumed.record.predictions == whole.record.predictions
+
+
+def test_what_decides_the_loss_and_weights_of_classes_can_be_chosen(command) -> None:
+    said = command(
+        *f"train labels.csv {SMALL} --steps 4 --metric f1_macro --loss asymmetric --class-weights effective".split()
+    ).out
+    assert re.search(r"class weights in the loss, effective: from '(warm|cold)' [\d.]+ to '(warm|cold)' [\d.]+", said)
+    record = record_of()
+    of_test = record.test.more["f1_macro"]
+    assert f"Test macro F1 {100 * of_test:.1f} %" in said
+    assert record.spec.experiment.training.metric == "f1_macro"
+    assert len(record.probe_test.thresholds) == 2
+    command(*f"report {LATEST} --output page".split())
+    card = Path("page/card.md").read_text()
+    assert "effective, in the loss" in card
+    assert "asymmetric" in card
+
+    said = command(*f"train numbers.csv {SMALL} --steps 4 --metric spearman --loss quantile".split()).out
+    assert "Test Spearman's correlation" in said
+    record = record_of()
+    assert record.spec.experiment.training.metric == "spearman"
+    said = command("train", "images", *f"{SMALL} --steps 4 --class-weights balanced".split()).out
+    assert re.search(r"class weights in the loss, balanced: from 'class_\d' 1.* to 'class_\d'", said)
+
+
+def by_fold(folder):
+    """Return what the runs on folds of a call say of their test images: labels, what is predicted, and of probes."""
+    records = [read_record(file) for file in sorted((folder / "folds").rglob("record.json"))]
+    columns = [[own.predictions.labels, own.predictions.logits, own.probe_test.predicted] for own in records]
+    arrays = [np.concatenate([np.array(own[k], dtype=float) for own in columns]) for k in range(3)]
+    return records, *arrays
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 30)
+    said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
+    assert "39 to train, 9 to test." in said
+    (run,) = train_runs(Path("peft-vit-runs"))
+    folds, truth, outputs, of_probes = by_fold(run.folder)
+    assert len(truth) == 39
+    means = np.repeat([fold.decision.center for fold in folds], [len(fold.predictions.images) for fold in folds], 0)
+    spreads = np.repeat([fold.decision.spread for fold in folds], [len(fold.predictions.images) for fold in folds], 0)
+    errors = np.abs(means + spreads * outputs - truth)  # each fold has its own mean and standard deviation
+    record = read_record(run.folder / "lora/seed_0/record.json")
+    assert record.decision.threshold(0.9)[0] == pytest.approx(np.sort(errors[:, 0])[35], rel=1e-4)  # ceil(40 0.9) - 1
+    assert record.decision.images == 39
+    assert 0.9 in record.tested_calibration.covered
+    sizes = run.sizes()
+    assert sizes.trained == pytest.approx(-errors.mean(), rel=1e-4)
+    assert sizes.values[32] == pytest.approx(-np.abs(of_probes - truth).mean(), rel=1e-4)
+    assert sizes.upper > sizes.trained
+    assert f"the model {errors.mean():.3g} mean error" in said
+
+    said = command(*f"train labels.csv {SMALL} --steps 10 --metric f1_micro".split()).out
+    run = train_runs(Path("peft-vit-runs"))[-1]
+    folds, truth, outputs, _ = by_fold(run.folder)
+    assert all((np.nansum(np.array(fold.predictions.labels, float), 0) > 0).all() for fold in folds)  # stratified
+    record = read_record(run.folder / "lora/seed_0/record.json")
+    decision, known = record.decision, ~np.isnan(truth)
+    scores = 1 / (1 + np.exp(-outputs / decision.temperature))
+    for k, threshold in enumerate(decision.thresholds):
+        own, y = scores[known[:, k], k], truth[known[:, k], k]
+        assert f1_score(y, own >= threshold) == pytest.approx(max(f1_score(y, own >= level) for level in own))
+    told = np.array(record.predictions.predicted) >= decision.thresholds
+    of_test = np.array(record.predictions.labels, float)
+    there = ~np.isnan(of_test)
+    assert record.test.more["f1_micro"] == pytest.approx(f1_score(of_test[there], told[there]))
+    assert 0 < run.sizes().trained <= max(f1_score(truth[known], (scores >= decision.thresholds)[known]), 1)
+    assert "was done before" in command(*f"train labels.csv {SMALL} --steps 10 --metric f1_micro".split()).out
 
 
 @pytest.mark.parametrize("table", ["labels", "numbers"])
@@ -121,9 +192,19 @@ def test_every_kind_of_method_learns_them(command, table, method) -> None:
     ("words", "message"),
     [
         (f"train labels.csv {SMALL} --shots 3", "needs one class an image, and these have multilabel labels"),
-        ("tune labels.csv", "tune compares models of one class an image; use train"),
         (f"train labels.csv {SMALL} --task regression", "expected a number in column cold, got ''"),
         (f"train images {SMALL} --task multilabel", "has a folder for each class, which is not multilabel"),
+        (f"train labels.csv {SMALL} --metric mae", "--metric: mae is not a metric of multilabel; give map or auroc or"),
+        (
+            f"train images {SMALL} --metric f1_macro",
+            "--metric: f1_macro is not a metric of classification; give accuracy",
+        ),
+        (f"train labels.csv {SMALL} --loss huber", "--loss: huber is not a loss of multilabel; give"),
+        (
+            f"train numbers.csv {SMALL} --class-weights balanced",
+            "--class-weights: has no effect on numbers, which have",
+        ),
+        (f"train numbers.csv {SMALL} --method linear --loss mse", "--loss: has no effect with --method linear"),
     ],
 )
 def test_what_is_not_there_yet_is_refused_in_one_line(command, words, message) -> None:
@@ -144,13 +225,39 @@ experiments:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ", 1"}, "experiments: a study of several runs is there for one class an image"),
         ({"measures": "{removal_images: 4}"}, "measures.removal_images: is there for one class an image"),
         ({"training": "metric: map, label_smoothing: 0.1"}, "training.label_smoothing: is there for one class"),
         ({"training": "metric: accuracy"}, "experiments[0].training.metric: accuracy is not a metric of multilabel"),
     ],
 )
-def test_a_study_of_one_run_may_learn_them(command, changes, message) -> None:
+def test_what_a_study_of_them_can_not_do_is_refused(command, changes, message) -> None:
     settings = {"seeds": "", "measures": "{logits: true}", "training": "metric: auto"}
     Path("study.yaml").write_text(STUDY.format(**settings | changes))
     assert message in command("plan", "study.yaml", code=2).err
+
+
+@pytest.mark.parametrize(("table", "metric", "unit"), [("labels", "map", "points"), ("numbers", "mae", "%")])
+@pytest.mark.usefixtures("in_this_process")
+def test_a_study_of_several_runs_compares_them_in_the_metrics_unit(command, table, metric, unit) -> None:
+    settings = {"seeds": ", 1, 2", "measures": "{}", "training": f"metric: {metric}"}
+    probe = f"  - {{name: probe, method: linear, training: {{metric: {metric}}}}}\n"
+    text = STUDY.format(**settings) + probe
+    Path("study.yaml").write_text(text.replace("labels.csv", f"{table}.csv").replace("images: 9}}", "images: 9}"))
+    command("run", "study.yaml", "--output", "results")
+    records = {read.spec.name: read for read in read_records(Path("results"))}
+    assert len(records) == 6
+
+    def score(name: str, seed: int) -> float:
+        record = records[f"{name}/seed_{seed}"]
+        value = record.test.more[metric]
+        return value if metric == "map" else -value / np.std([row[0] for row in record.predictions.labels])
+
+    differences = [score("lora", seed) - score("probe", seed) for seed in range(3)]
+    found = load_results("results").comparisons.set_index(["experiment", "reference"])
+    assert found.loc[("lora", "probe"), "difference"] == pytest.approx(np.mean(differences))
+    command("report", "results", "--output", "page")
+    summary = Path("page/analysis_summary.md").read_text()
+    words = {"map": "mean average precision", "mae": "mean absolute error"}[metric]
+    assert f"Test {words} by method" in summary
+    assert f"difference ({unit}" in summary
+    assert "of one class an image" in command("recommend", "results", "--margin", "1", code=2).err

@@ -14,10 +14,11 @@ import pytest
 import timm
 import torch
 from golden import check_golden
-from tiny_models import CARD
+from no_posix import run_without_posix
+from tiny_models import CARD, random_model
 
 from peft_vit import console
-from peft_vit.deployment import save_low_bit
+from peft_vit.deployment import export_onnx, save_low_bit
 from peft_vit.records import Calibrated
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -128,3 +129,10 @@ def test_a_coverage_is_named_as_it_was_typed_with_what_the_model_can_tell(comman
     said = command("predict", "calibrated.safetensors", "photos", "--coverage", 2, code=2).err
     expected = "expected a share of images from 0.8 to 0.9, for which the model has thresholds; got 2"
     assert said == f"error: calibrated.safetensors: --coverage: {expected}\n"
+
+
+def test_an_onnx_file_predicts_without_torch_and_without_anything_of_posix(here: Path) -> None:
+    export_onnx(random_model("test_vit").eval(), here / "model.onnx", CARD)
+    imports = "import multiprocessing, onnxruntime, rich.console, subprocess, tempfile"
+    said = run_without_posix("predict", "model.onnx", "photos/class_0", imports=imports, absent=["torch", "timm"])
+    assert re.search(r"^photos/class_0/00\.png\t\w+\t0\.\d", said, re.MULTILINE), said

@@ -132,7 +132,7 @@ REFUSED: dict[str, str] = {  # what is asked -> what is named
     "recommend ten --study none": "--study: 'none'",
     "recommend nowhere": "does not exist",
     "recommend ten --smallest size": "--smallest",
-    "recommend ten --margin 2 --output other.yaml": "other.yaml: is there and says something else",
+    "recommend ten --margin 2 --output other.yaml": "other.yaml: exists and holds something else",
     "recommend both": "holds 2 studies (one, two); choose one with --study NAME",
     "recommend torn": RECORD_FILE,
     "compare torn ten": RECORD_FILE,

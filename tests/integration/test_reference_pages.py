@@ -8,11 +8,11 @@ import re
 
 import backbones
 import interval_coverage as benchmark
-import notebook_page
 import numpy as np
 import pandas as pd
 import pytest
 import reference_pages
+import site_hooks
 import typer
 from marks import filled
 
@@ -101,7 +101,7 @@ def test_cells_become_markdown() -> None:
         {"cell_type": "code", "source": ["f()"], "outputs": outputs},
         {"cell_type": "code", "source": ["x = 1"], "outputs": []},
     ]
-    assert notebook_page.page(cells, "some.ipynb").split("\n\n") == [
+    assert site_hooks.page(cells, "some.ipynb").split("\n\n") == [
         "# Title",
         "Text.",
         "[This page as a notebook](some.ipynb)",

@@ -318,6 +318,23 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
     assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=330_000))  # which nothing of 4 bits meets
 
 
+def test_within_bytes_of_an_adapter_all_that_is_trained_fits(tuning: Tuning) -> None:
+    runner, asked = stand_ins(), list[dict[str, Any]]()
+
+    def listening(mapping: Any, *limits: Any) -> Any:
+        asked.extend(one for one in mapping["experiments"] if one["method"] != "linear")
+        return runner(mapping, *limits)
+
+    environment = environment_of(runner, make_runner=lambda *_: listening)
+    tuning(environment=environment, minutes=240.0, max_adapter_bytes=1500)
+    assert {one["method"] for one in asked} == {"lora", "qa_lora"}
+    for one in asked:
+        section = one[one["method"]]
+        assert section["ranks"] == {"rule": "even", "budget": 1500, "unit": "bytes"}
+        assert "adapter_bits" in section
+        assert "rank" not in section
+
+
 def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:
     runner, lines = stand_ins(step_s=60.0), list[str]()
     choice = tuning(environment=environment_of(runner, rate=8e6), minutes=6.0, tell=lines.append)
@@ -332,6 +349,7 @@ def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:
     ("more", "expected"),
     [
         ({"max_bytes": 1000}, r"--max-bytes: 0 MB is less .* the least that would do is 0\.\d MB, int2 weights"),
+        ({"max_adapter_bytes": 15}, r"--max-adapter-bytes: expected at least \d+ B, which one rank .* got 15 B"),
         ({"minutes": 0.2}, r"--minutes: 0\.2 are too few .* at least \d+"),
         ({"max_latency": 1e-9}, r"--max-latency: 1e-06 ms is less .* is 20 ms, test_vit"),
         ({"models": ("no_such_model",)}, "--model: "),
@@ -491,13 +509,13 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
     data = {"dataset": "image-folder", "path": str(images), "image_size": 32}
     study = tiny_study("linear", data={**data, "validation_images": 0, "test_images": 12})
     regression = regress(study, tmp_path, half=True)
-    assert len(regression.labels) == len(regression.right) == 36  # the test images are not read
-    assert regression.value == regression.right.mean() > 0.5
-    assert regression.right_of_half is not None
-    assert regression.right_of_half.mean() > 0.4
-    assert regress(study, tmp_path, half=False).right_of_half is None
+    assert len(regression.labels) == len(regression.brought) == 36  # the test images are not read
+    assert regression.value == regression.brought.mean() > 0.5
+    assert regression.brought_by_half is not None
+    assert regression.brought_by_half.mean() > 0.4
+    assert regress(study, tmp_path, half=False).brought_by_half is None
     few = {**data, "train_images": 6, "validation_images": 0, "test_images": 12}
-    assert regress(tiny_study("linear", data=few), tmp_path, half=True).right_of_half is None
+    assert regress(tiny_study("linear", data=few), tmp_path, half=True).brought_by_half is None
 
 
 @pytest.mark.slow
@@ -505,7 +523,7 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
 def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("peft_vit.tuning.search.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.tuning.costs.MOST_STEPS", 24)
-    monkeypatch.setattr("peft_vit.tuning.finalists._others", lambda *_: [])
+    monkeypatch.setattr("peft_vit.tuning.finalists._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
     request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=400_000)
     done: list[str] = []
     for kill_at in (3, 8, None):  # a run of the regression, of LoRA

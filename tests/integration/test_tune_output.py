@@ -29,7 +29,7 @@ from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tuning import pipeline
-from peft_vit.tuning.final import calibrated_on, changed_by_rounding, in_form
+from peft_vit.tuning.final import in_form
 from peft_vit.tuning.output import write_output
 from peft_vit.tuning.page import _how_sure
 from peft_vit.tuning.result import Choice
@@ -99,7 +99,7 @@ def test_the_file_predicts_as_was_compared_and_says_how_far_to_believe_it(choice
     np.testing.assert_allclose(model.logits(pixels.numpy()), choice.final.logits, rtol=0, atol=1e-4)
     assert not np.allclose(choice.final.logits, record.predictions.logits, rtol=0, atol=1e-3)  # of float weights
     assert labels.tolist() == record.predictions.labels
-    assert model.card.calibrated == calibrated_on(choice.folds)
+    assert model.card.calibrated == choice.meaning
     assert model.card.calibrated.images == 38  # of 48, 10 sealed; each held out once
 
 
@@ -147,7 +147,7 @@ def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
 
 
 def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(choice) -> None:
-    calibrated = calibrated_on(choice.folds)
+    calibrated = choice.meaning
     record = in_form(final(choice), choice.final, calibrated)
     truth, logits = choice.final.labels, choice.final.logits
     assert record.predictions.predicted == logits.argmax(1).tolist()
@@ -161,8 +161,8 @@ def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(ch
         inside = (1 - p <= calibrated.threshold(asked)) | (logits == logits.max(1, keepdims=True))
         assert share == pytest.approx(inside[rows, truth].mean())
     losses, gains = (int((one.right & ~two.right).sum()) for one, two in _both_ways(choice))
-    assert changed_by_rounding(choice.final, choice.before_rounding) == paired_proportions(gains, losses, len(truth))
-    assert changed_by_rounding(choice.final, choice.final) is None
+    assert choice.changed_by_rounding == paired_proportions(gains, losses, len(truth))
+    assert replace(choice, before_rounding=choice.final).changed_by_rounding is None
 
 
 def _both_ways(choice: Choice) -> tuple[tuple[Outcome, Outcome], tuple[Outcome, Outcome]]:
@@ -257,7 +257,7 @@ def made_up(monkeypatch, run_of):
     def export(folder: Path, share: float = 0.0, **limits):
         loss = SimpleNamespace(images=100, accuracy_loss=replace(proportion_interval(0, 9), estimate=share))
         monkeypatch.setattr(fastest, "compare_int8", lambda _: loss)
-        return fastest.export_fastest(run_of("int4"), folder, calibrated=None, fold_runs=[Path("a")] * 3, **limits)
+        return fastest.export_fastest(run_of("int4"), folder, meaning=None, fold_runs=[Path("a")] * 3, **limits)
 
     return export
 
@@ -308,7 +308,7 @@ def test_a_packed_model_is_written_in_every_form_of_onnx(run_of, tmp_path, monke
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
     known = Calibrated(images=60, temperature=3.0, coverages=(0.8,), thresholds=(0.4,))
     run = run_of("int4")
-    found = fastest.export_fastest(run, tmp_path, calibrated=known, fold_runs=[run], max_latency_s=0.001)
+    found = fastest.export_fastest(run, tmp_path, meaning=known, fold_runs=[run], max_latency_s=0.001)
     packed, fast, int8 = found.forms
     assert packed.bytes < fast.bytes
     assert all(form.comparison.same_predictions > 0.9 for form in (packed, fast))

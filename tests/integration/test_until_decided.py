@@ -301,10 +301,10 @@ def test_a_study_that_was_continued_gets_no_verdict(command, runs, tmp_path) -> 
 
     verdicts, notices = run(7)
     assert {"supported", "refuted"} <= verdicts
-    assert "Continued" not in notices
+    assert "Not declared" not in notices
     verdicts, notices = run(9)
     assert verdicts == {"not decided"}
-    assert "Continued: seeds 7, 8 of plain were added when results were there" in notices
+    assert "Not declared: seeds 7, 8 of plain were added after results were there" in notices
     reason = "no verdict: seeds 7, 8 of plain were added after results"
     findings = [finding for finding in findings_of(command, out, tmp_path / "analysis") if finding["outcome"] == reason]
     assert findings

@@ -160,7 +160,7 @@ def test_the_study_takes_what_the_rule_chose() -> None:
     assert study.data.image_size == published.chosen_size(kept)
     assert (experiment.method == "qa_lora") == ("int4" in factors)
     assert experiment.training.epochs == (24 if "epochs_24" in factors else 8)
-    assert experiment.training.class_weights == ("class_weights" in factors)
+    assert experiment.training.class_weights == ("balanced" if "class_weights" in factors else "none")
     assert any(one.mixes for one in experiment.training.augmentation) == ("mixup" in factors)
     assert not {*study.seeds} & {*pilots.seeds}
 

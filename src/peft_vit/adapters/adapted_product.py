@@ -34,6 +34,8 @@ from peft_vit.quantization import QuantizedTensor
 
 LEAST_VALUES = 1 << 17  # of an input: below, keeping it costs less than what computing it again takes to call
 _VALUES_AT_ONCE = 3 << 18  # about as many of an input are computed again together: 3 MB in float32
+_WEIGHTS_AT_ONCE = 1 << 17  # of a packed weight become floats together, see `product_by_pieces`: half a megabyte
+_ROWS_AT_ONCE = 256  # of inputs are multiplied with these: what a product packs of them stays in the cache, and small
 _COLUMNS = 64  # of which multiples are taken together
 _SAVES_FIRST: ContextVar[bool] = ContextVar("saves_first", default=False)  # see `saving_first`
 # By exact type: LayerNorm2d is a LayerNorm and acts on another dimension.
@@ -161,6 +163,26 @@ def adapted_product(
             saved = kept.grad_fn
         result: Tensor = _AdaptedProduct.apply(kept, x, frozen, layer, saved, bias, *parameters)
     return result
+
+
+def product_by_pieces(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """Return x (..., in) times packed weights, (..., out), of which some rows at a time become floats; no gradient.
+
+    It takes a fifth longer than the product with all of them at once, and megabytes less.
+    """
+    weight = weight.rows(slice(None))  # scales in 8 bits become floats once
+    (outputs, inputs), rows = weight.shape, x.reshape(-1, x.shape[-1])  # (N, in)
+    y = x.new_empty(len(rows), outputs)  # (N, out)
+    step = max(1, _WEIGHTS_AT_ONCE // (_COLUMNS * inputs)) * _COLUMNS
+    for start in range(0, outputs, step):
+        part = slice(start, start + step)
+        floats = weight.rows(part).dequantize(x.dtype).T  # (in, some of out)
+        for some, out in zip(rows.split(_ROWS_AT_ONCE), y[:, part].split(_ROWS_AT_ONCE), strict=True):
+            if bias is None:
+                torch.mm(some, floats, out=out)
+            else:
+                torch.addmm(bias[part], some, floats, out=out)
+    return y.view(*x.shape[:-1], outputs)
 
 
 def saving_first(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
@@ -410,6 +432,20 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+class InPlace(nn.Module):
+    """An activation function that writes over its inputs, an image at a time."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (B, ...), changed."""
+        for part in x.split(1):
+            part.copy_(self.function(part))
+        return x
+
+
 # --- what inputs were made from ---------------------------------------------------------------------------------------
 
 
@@ -461,9 +497,14 @@ def remember_sources(model: nn.Module) -> None:
             if type(module) in _NORMS:
                 by_rows = len(cast(nn.LayerNorm, module).normalized_shape) == 1
             else:
-                by_rows = type(module) in _ACTIVATIONS or type(module).__name__ in _OF_TRANSFORMERS
+                by_rows = is_activation(module)
             if by_rows and _remember not in module._forward_hooks.values():
                 module.register_forward_hook(_remember)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Return whether a module acts on each value alone."""
+    return type(module) in _ACTIVATIONS or type(module).__name__ in _OF_TRANSFORMERS
 
 
 def source_of(x: Tensor) -> Source | None:

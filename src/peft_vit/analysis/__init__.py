@@ -43,16 +43,12 @@ class Analysis:
 
 
 def analyze(study: Study) -> Analysis:
-    """Compute all tables and findings of one study.
-
-    Raises:
-        UserError: if a run is of another task, whose measures are not compared yet.
-    """
-    if other := next((run.record.spec for run in study.runs if run.test.more), None):
-        message = f"has {other.task} labels, and reports compare runs of one class an image; report it alone"
-        raise UserError(message, file=other.run_id)
+    """Compute all tables and findings of one study; findings and some tables are of one class an image alone."""
     methods = method_results(study)
     patterns = importance_patterns(study)
+    if not study.scores.metric.counts_images:
+        compared = compare_with_references(study)
+        return Analysis(study, methods, compared, (), AllPairs((), (), 0), (), (), patterns, (), (), ())
     evidence = Evidence(study)
     return Analysis(
         study=study,

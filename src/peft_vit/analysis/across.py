@@ -165,6 +165,8 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     Raises:
         UserError: if the reference has a finished run in fewer than two studies, or nothing occurs in two.
     """
+    for study in studies.values():
+        study.refuse_other_tasks("tables over data sets are")
     found_in = grouped(
         (name, label)
         for label, study in studies.items()
@@ -230,7 +232,7 @@ def _pooled(
         refused += [((kind, tuple(pairs), why), name) for kind, why in differing.items() if kind not in pool]
         untested = next((studies[label].untested for label in pairs if studies[label].untested), "")
         for table, value, needs, note in (
-            (rows, lambda a, b: round(a.test.accuracy - b.test.accuracy, DECIMALS), _NEEDS_OF_ACCURACY, untested),
+            (rows, lambda a, b: round(a.score - b.score, DECIMALS), _NEEDS_OF_ACCURACY, untested),
             (times, _log_ratio, _NEEDS_OF_TIMES, ""),
         ):
             allowed = tuple((kind, differing[kind]) for kind in needs if kind in differing)

@@ -112,7 +112,7 @@ def together(*notes: str) -> str:
 
 def accuracy_on_test(run: Run) -> float:
     """Return what methods are compared on unless something else is named."""
-    return run.test.accuracy
+    return run.score
 
 
 def compare(
@@ -254,7 +254,7 @@ def references(study: Study) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """One experiment over its runs, means where nothing else is said; accuracies are shares."""
+    """One experiment over its runs, means where nothing else is said; accuracies, or what else decides, are shares."""
 
     experiment: ExperimentConfig
     runs: tuple[Run, ...]
@@ -287,14 +287,14 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
         runs = study.of(experiment.name)
         if not runs:
             continue
-        margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
-        validated = [run.validation.accuracy for run in runs if run.validation is not None]
+        margins = [run.score - run.record.majority_accuracy.get("test", 0.0) for run in runs]
+        validated = [run.scores.of(run.validation) for run in runs if run.validation is not None]
         results.append(
             MethodResult(
                 experiment=experiment,
                 runs=runs,
-                by_seed={run.seed: run.test.accuracy for run in runs},
-                test_accuracy=mean_interval([run.test.accuracy for run in runs]),
+                by_seed={run.seed: run.score for run in runs},
+                test_accuracy=mean_interval([run.score for run in runs]),
                 validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
                 above_majority=mean_interval(margins),
                 runs_above_majority=sum(margin > 0 for margin in margins),

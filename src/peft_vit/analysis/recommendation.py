@@ -220,6 +220,7 @@ def recommend(
     """
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
+    study.refuse_other_tasks("recommendations are")
     if any(run.validation is None for run in study.runs):
         problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)

@@ -28,6 +28,7 @@ from peft_vit.records import (
     read_contents,
 )
 from peft_vit.records.progress import STATES_TO_COME, STATES_WITHOUT_RECORD, RunStatus, run_of
+from peft_vit.tasks import Scores, scores_of
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -70,6 +71,16 @@ class Run:
         """Return what its times depend on, in words."""
         made = self.provenance
         return f"{made.device} on {made.processor}, {made.cpu_count} processors, {made.threads} threads"
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Return by what runs are compared: accuracy of classes, of other tasks what decides."""
+        return scores_of(self.record)
+
+    @property
+    def score(self) -> float:
+        """Return what the test images say, a share of which more is better."""
+        return self.scores.of(self.test)
 
     def configuration(self) -> str:
         """Return everything that was asked but for the seed, as text that is equal where it is."""
@@ -219,6 +230,21 @@ class Study:
     def seeds(self) -> tuple[int, ...]:
         """Return all seeds that occur."""
         return tuple(sorted({run.seed for run in self.runs} | {record.spec.seed for record in self.failed}))
+
+    @property
+    def scores(self) -> Scores:
+        """Return by what its runs are compared; they have one task."""
+        return self.runs[0].scores if self.runs else Scores()
+
+    def refuse_other_tasks(self, who: str) -> None:
+        """Raise UserError if these are not runs of one class an image.
+
+        Args:
+            who: says so.
+        """
+        if not self.scores.metric.counts_images:
+            message = f"has {self.scores.task.name} labels, and {who} of one class an image; see `peft-vit report`"
+            raise UserError(message, file=self.label)
 
     @property
     def images_tested_by_seed(self) -> bool:

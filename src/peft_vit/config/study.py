@@ -150,9 +150,9 @@ class DataConfig(Settings):
     hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
         default=None, min_length=1, description="With hf: the set's configuration, if it has several"
     )
-    task: Annotated[TaskName | None, OnlyWith(dataset="csv")] = Field(
+    task: Annotated[TaskName | None, OnlyWith(dataset=("csv", "hf"))] = Field(
         default=None,
-        description="With csv: classification (one class an image), multilabel (several, or none) or regression "
+        description="With csv and hf: classification (one class an image), multilabel (several, or none) or regression "
         "(numbers). Without it, what the labels look like",
     )
     image_size: int = Field(

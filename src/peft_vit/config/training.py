@@ -20,9 +20,13 @@ Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
 ComputeSetting = Literal["auto", "float", "int8"]  # auto is decided when a call begins
 TaskName = Literal["classification", "multilabel", "regression"]  # see `tasks`
+ClassWeights = Literal["none", "balanced", "effective"]
 MetricName = Literal["accuracy", "balanced_accuracy"]  # of classes that may decide, see `tasks`
 MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # auto is decided when a call begins
-MetricOfTask = Literal["auto", "accuracy", "balanced_accuracy", "map", "auroc", "mae", "rmse", "r2"]
+MetricOfTask = Literal[
+    "auto", "accuracy", "balanced_accuracy", "map", "auroc", "f1_macro", "f1_micro", "mae", "rmse", "r2", "spearman"
+]
+LossName = Literal["cross_entropy", "binary_cross_entropy", "asymmetric", "huber", "mse", "quantile"]
 # What `train` and `tune` take. A model that has learned its few images by heart is otherwise sure of all others, too:
 # with 20 validation images of solar cells no temperature mends that (docs/explanation/probabilities.md).
 LABEL_SMOOTHING = 0.1
@@ -151,6 +155,10 @@ AUGMENTATION_OF_FLIPS: dict[Flips, tuple[Augmentation, ...]] = {
 }
 
 
+def _once_a_switch(value: Any) -> Any:
+    return {False: "none", True: "balanced"}[value] if isinstance(value, bool) else value
+
+
 def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
     names = [change.name for change in augmentation]
     for place, name in enumerate(names):
@@ -247,7 +255,17 @@ class TrainingConfig(Settings):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="Spread this share of each label over all classes"
     )
-    class_weights: bool = Field(default=False, description="Weigh each image by the inverse frequency of its class")
+    class_weights: Annotated[ClassWeights, BeforeValidator(_once_a_switch)] = Field(
+        default="none",
+        description="Weigh classes in the loss. balanced (once `true`): by the inverse of their number of images. "
+        "effective: by the inverse of their effective number, (1 - 0.999^n) / 0.001 (arXiv 1901.05555)",
+    )
+    loss: LossName | None = Field(
+        default=None,
+        description="The loss of training. With classes cross_entropy; with several labels binary_cross_entropy, or "
+        "asymmetric, in which easy absent labels count little (arXiv 2009.14119); with numbers huber, mse or quantile "
+        "(the median), on standardized numbers. Without it, the first of these",
+    )
     head_start: Literal["random", "probe"] = Field(
         default="random",
         description="How the head starts. probe: as the linear probe of the frozen backbone (arXiv 2202.10054)",

@@ -26,10 +26,11 @@ from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, hashes, remembered
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
-from peft_vit.errors import UserError, foreign_fault
+from peft_vit.errors import UserError, foreign_fault, named
 from peft_vit.extras import require_extra
 from peft_vit.packages import ask_hub, cache_dir, check_download
 from peft_vit.safe_io import LARGEST_BYTES, read_bytes
+from peft_vit.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, TASKS, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -64,8 +65,8 @@ def read_hf(config: DataConfig) -> ImageIndex:
         config: path, and perhaps columns and configuration of the set.
 
     Raises:
-        UserError: as `open_splits`, and if images or labels can't be distinguished from other columns, an image has
-            several labels or none, or a file lies elsewhere.
+        UserError: as `open_splits`, and if images or labels can't be distinguished from other columns, an image has no
+            label or one that is none of its task, or a file lies elsewhere.
     """
     path = str(config.path)  # the configuration has seen to it
     splits = open_splits(path, config.hub_subset)
@@ -74,9 +75,20 @@ def read_hf(config: DataConfig) -> ImageIndex:
     notes: list[str] = []
     parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], path, notes)
     is_test = _official_test(parts, path, notes)
-    names, labels = _classes(parts, features[label], label, path, notes)
+    task = TASKS[config.task] if config.task else _task_of(features[label])
+    if task is CLASSIFICATION and _inner(features[label]):
+        message = f"column '{label}' holds lists, which are not classification; leave task out"
+        raise UserError(message, file=path, field="data.task")
+    if task is CLASSIFICATION:
+        names, labels = _classes(parts, features[label], label, path, notes)
+        texts = [names[k] for k in labels]
+    else:
+        column = "label" if _inner(features[label]) else label  # lists stand in one cell, as in a table
+        texts = _texts(parts, features[label], column, task, path)
+        with named(Path(path)):
+            names, labels = task.read(texts, (column,))
     titles, digests = _titles_and_digests(parts, path)
-    lines = (f"{names[k]}\0{digest}\n" for k, digest in zip(labels, digests, strict=True))
+    lines = (f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True))
     starts = np.cumsum([0, *(len(part.images) for part in parts)])
 
     def read(i: int) -> bytes:
@@ -97,6 +109,7 @@ def read_hf(config: DataConfig) -> ImageIndex:
         names=titles,
         contents=numbered(digests)[1],
         notes=tuple(notes),
+        task=task,
     )
 
 
@@ -244,12 +257,13 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, str]:
     """Return the columns of images and of labels: those asked for, or else the only likely ones.
 
-    Labels are likely to be those of classes, or else texts or whole numbers, or what is called label.
+    Labels are likely to be those of classes, or lists of these, or else texts or whole numbers, or else lists of texts
+    or other numbers, or what is called label.
     """
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    possible, plain = list(images), []
+    possible, plain, more = list(images), [], []
     for name, feature in features.items():
         dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
         # As Parquet files have images that do not say that they are some.
@@ -259,11 +273,31 @@ def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, st
             ("int", "uint", "string", "large_string", "bool")
         ):
             plain.append(name)
+        elif _inner(feature) or dtype.startswith(("float", "double")):
+            more.append(name)
     image = _column("image", "hold images", features, config.image_column, images or possible, possible, path)
-    plain = [name for name in plain if name != image]
-    likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
+    plain, several = [name for name in plain if name != image], [name for name in more if _inner(features[name])]
+    likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
+    likely = likely or [name for name in several if isinstance(_inner(features[name]), datasets.ClassLabel)]
+    likely = likely or (["label"] if "label" in (*plain, *more) else plain or more)
     likely = ["label"] if "label" in likely else likely
-    return image, _column("label", "could be the label", features, config.label_column, likely, plain, path)
+    return image, _column("label", "could be the label", features, config.label_column, likely, [*plain, *more], path)
+
+
+def _inner(feature: Any) -> Any:
+    """Return the feature of what a list of labels holds; None: it is none."""
+    import datasets
+
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    text = isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+    return inner if text or isinstance(inner, datasets.ClassLabel) else None
+
+
+def _task_of(feature: Any) -> Task:
+    """Return what labels of a feature are: lists of several, numbers, or one class."""
+    if _inner(feature):
+        return MULTILABEL
+    return REGRESSION if getattr(feature, "dtype", "").startswith(("float", "double")) else CLASSIFICATION
 
 
 def _column(
@@ -343,6 +377,24 @@ def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarr
     if not test:
         return None
     return np.concatenate([np.full(len(part.images), part.name in test) for part in parts])
+
+
+def _texts(parts: list[_Split], feature: Any, column: str, task: Task, path: str) -> list[str]:
+    """Return labels as a table has them, N of them: a number, or names with | between them."""
+    inner, texts = _inner(feature), []
+    names = getattr(inner, "names", None)  # of numbered classes
+    for part in parts:
+        for row, value in enumerate(part.classes):
+            several = list(value) if inner else [value]
+            if names is not None:
+                several = [names[k] if k is not None and 0 <= k < len(names) else k for k in several]
+            text = "|".join(map(str, several))
+            odd = [own for own in several if inner and (not isinstance(own, str) or "|" in own or not own.strip())]
+            fault = f"{odd[0]!r} is not the name of a class without |" if odd else task.fault({column: text})
+            if fault:
+                raise UserError(f"{part.name}[{row}]: {fault}", file=path, field="data.label_column")
+            texts.append(text)
+    return texts
 
 
 def _classes(

@@ -56,6 +56,9 @@ def held_images(held: Any) -> Iterator[tuple[HeldImage, Any]]:
 def _items(held: Any) -> Iterable[Any]:
     if isinstance(held, str | os.PathLike | Image.Image):
         return [held]
+    of_label = getattr(held, "features", {}).get("label") if hasattr(held, "features") else None
+    if names := getattr(getattr(of_label, "feature", None), "names", None):  # lists of numbered classes
+        return ({**row, "label": [names[k] for k in row["label"]]} for row in held)
     if hasattr(held, "iloc"):  # of pandas
         return held.to_dict("records") if held.ndim == 2 else held.tolist()
     if getattr(held, "dtype", None) is not None:
@@ -109,12 +112,13 @@ def _pixels(image: Any, position: int) -> HeldImage:
     return np.rint(array * (255 / largest)).astype(np.uint8)
 
 
-def write_table(images: Any, labels: Any = None) -> tuple[Path, NDArray[Any]]:
+def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> tuple[Path, NDArray[Any]]:
     """Write a table of images and labels, as `find_images` reads it, to the cache; equal ones of a class are one row.
 
     Args:
         images: see `held_images`.
-        labels: of each, (N,); None: `images` hold them.
+        labels: of each, N; None: `images` hold them.
+        of_classes: each has one class; False: lists of names and numbers are labels, too.
 
     Returns:
         Its path, and the different labels, sorted.
@@ -128,7 +132,7 @@ def write_table(images: Any, labels: Any = None) -> tuple[Path, NDArray[Any]]:
 
     if labels is not None:
         check_consistent_length(images, labels)
-        labels = column_or_1d(labels)
+        labels = column_or_1d(labels) if of_classes else list(labels)
     rows: list[tuple[str, Any]] = []
     for position, (image, own) in enumerate(held_images(images)):
         label = own if labels is None else labels[position]
@@ -137,13 +141,14 @@ def write_table(images: Any, labels: Any = None) -> tuple[Path, NDArray[Any]]:
                 "are missing; give one for each image, or a table or data set that holds them", field="labels"
             )
         place = os.path.abspath(image) if isinstance(image, Path) else _written(image, str(label))
-        rows.append((place, label))
+        rows.append((place, label if of_classes else _cell(label)))
     if not rows:
         raise UserError("are none; give some of each class", field="images")
-    known = column_or_1d([label for _, label in rows]) if labels is None else labels
-    check_classification_targets(known)
+    known = column_or_1d([label for _, label in rows]) if labels is None or not of_classes else labels
+    if of_classes:
+        check_classification_targets(known)
     texts = dict.fromkeys((place, str(label)) for place, label in rows)
-    if wrong := [label for _, label in texts if not label or label != label.strip()]:
+    if wrong := [label for _, label in texts if (of_classes and not label) or label != label.strip()]:
         raise UserError(f"{wrong[0]!r} is empty, or begins or ends with a space; correct it", field="labels")
     content = io.StringIO()
     writer = csv.writer(content, lineterminator="\n")
@@ -154,6 +159,16 @@ def write_table(images: Any, labels: Any = None) -> tuple[Path, NDArray[Any]]:
     with cache_fault(table):
         write_atomically(table, encoded)
     return table, np.unique(known)
+
+
+def _cell(label: Any) -> str:
+    """Return a label as a table has it: a name, a number, or names with | between them."""
+    if not isinstance(label, list | tuple | np.ndarray):
+        return str(label)
+    if odd := [name for name in label if not isinstance(name, str) or "|" in name or not name]:
+        message = f"{odd[0]!r} in a list is not the name of a class; of several numbers give a table, a column each"
+        raise UserError(message, field="labels")
+    return "|".join(label)
 
 
 def _written(pixels: NDArray[np.uint8], label: str) -> str:

@@ -302,6 +302,8 @@ class Inspection:
         known = [*self._of_images(), *self._of_repeated()]
         if metric is not None:
             return [*known, f"metric: {metric.words}, as you asked"]
+        if not self.metric.counts_images:  # how many are of a class does not matter to it
+            return [*known, f"metric: {self.metric.words}"]
         counts = self.chosen_counts
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
@@ -316,11 +318,14 @@ class Inspection:
         return [*self._of_repeated(), *listed]
 
     def _of_images(self) -> Iterator[str]:
-        counts = np.bincount(self.labels, minlength=len(self.class_names))  # (K,)
+        task = self.images.files.task
+        counts = task.counts(self.labels, len(self.class_names))  # (K,)
         each = f"{counts.min():,} to {counts.max():,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
-        yield f"{len(self.names):,} images of {len(counts)} classes: {each}"
+        what = f"{len(self.names):,} images of {len(counts)} classes"
+        what = what if self.labels.ndim == 1 else task.images_of(len(self.names), self.class_names)
+        yield f"{what}: {each}" if task.weighs else what
         short, long = np.median(self.sides, axis=0).astype(int)
         smallest, largest = self.sides.min(), self.sides.max()
         between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"

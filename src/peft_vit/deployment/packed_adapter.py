@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from peft_vit.backbones.backbone import linear_layers
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard
 from peft_vit.deployment.torch_files import LowBitHeader, low_bit_digest, low_bit_parts
 from peft_vit.errors import UserError, named
-from peft_vit.quantization.row_rounding import pack_rows, unpack_rows
+from peft_vit.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
@@ -152,6 +154,84 @@ class PackedAdapter:
         parts = {key.removeprefix(_OF_HEAD): tensor for key, tensor in self.tensors.items() if key in _HEAD_ROWS}
         (weight,) = unpack_rows(parts, [(len(bias), width)], header.head_bits)
         return weight, bias.float()
+
+
+class JoinedUpdates:
+    """The updates of a batch's images, each by its own adapter: packed, and unpacked for one site at a time.
+
+    Args:
+        adapters: that fit the sites.
+        which: (B,), of each image its adapter.
+        sites: of the model, in its order.
+    """
+
+    def __init__(self, adapters: Sequence[PackedAdapter], which: NDArray[np.int64], sites: Sequence[Site]) -> None:
+        self._sites = sites
+        self.images = len(which)
+        alike: dict[tuple[StoredBits, int], list[int]] = {}
+        for number, adapter in enumerate(adapters):
+            alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
+        self._joined = [
+            _joined_files([adapters[number] for number in numbers], bits, pool, numbers, which, sites)
+            for (bits, pool), numbers in alike.items()
+        ]
+
+    def of_site(self, place: int) -> tuple[Tensor, Tensor] | None:
+        """Return what is added on one site: (B, R, in) and (B, R, out), R the highest rank, others with zeros.
+
+        As an `Update` does, each adds inputs @ right.T @ left. None: no adapter has a rank there.
+        """
+        site, most = self._sites[place], max((int(files.ranks[:, place].max()) for files in self._joined), default=0)
+        if not most:
+            return None
+        right = torch.zeros(self.images, most, site.in_features)
+        left = torch.zeros(self.images, most, site.out_features)
+        for files in self._joined:
+            ranks, columns = files.ranks[:, place], site.in_features // files.pool
+            images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
+            within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
+            into = (files.images[images], within)
+            starts, rows = files.starts[images, place], files.rows[images, place] + within
+            of_a = files.unpack(starts + within * columns, rows, columns)  # (n, in / pool)
+            right[into] = of_a if files.pool == 1 else of_a.repeat_interleave(files.pool, dim=1)
+            starts, rows = starts + ranks[images] * columns, rows + ranks[images]  # the columns of B come after
+            left[into] = files.unpack(starts + within * site.out_features, rows, site.out_features)
+        return right, left
+
+
+class _JoinedFiles(NamedTuple):
+    """The codes and scales of adapters in the same bits, each behind the one before, and the b images that ask them."""
+
+    images: NDArray[np.int64]  # (b,), their places in the batch
+    bits: StoredBits
+    pool: int
+    tensors: dict[str, Tensor]
+    ranks: NDArray[np.int64]  # (b, sites)
+    starts: NDArray[np.int64]  # (b, sites), how many codes stand before those of a site
+    rows: NDArray[np.int64]  # (b, sites), how many scales do
+
+    def unpack(self, starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int) -> Tensor:
+        return unpack_some(self.tensors, torch.from_numpy(starts), torch.from_numpy(rows), columns, self.bits)
+
+
+def _joined_files(
+    adapters: Sequence[PackedAdapter],
+    bits: StoredBits,
+    pool: int,
+    numbers: Sequence[int],
+    which: NDArray[np.int64],
+    sites: Sequence[Site],
+) -> _JoinedFiles:
+    names = ("codes", "scales") if bits < 16 else ("codes",)
+    tensors = {name: torch.cat([adapter.tensors[name] for adapter in adapters]) for name in names}
+    ranks = np.array([adapter.header.ranks for adapter in adapters])  # (a, sites)
+    values = ranks * np.array([site.in_features // pool + site.out_features for site in sites])
+    codes = np.array([len(adapter.tensors["codes"]) * (8 // bits if bits < 16 else 1) for adapter in adapters])  # (a,)
+    starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
+    rows = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
+    (images,) = np.isin(which, numbers).nonzero()
+    asked = np.searchsorted(numbers, which[images])  # (b,)
+    return _JoinedFiles(images, bits, pool, tensors, ranks[asked], starts[asked], rows[asked])
 
 
 def trained_bits(model: nn.Module) -> StoredBits | None:

@@ -44,6 +44,7 @@ _NEUTRAL: dict[str, Any] = {
     "patience": None,
     "head_start": "random",
     "label_smoothing": 0.0,
+    "loss": None,
     "warmup_share": None,
     "layer_decay": None,
 }

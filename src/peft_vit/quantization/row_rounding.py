@@ -130,3 +130,24 @@ def unpack_rows(tensors: Mapping[str, Tensor], shapes: list[tuple[int, int]], bi
     scales = tensors["scales"].float().repeat_interleave(lengths, output_size=values)  # (values,)
     flat = _levels(bits)[tensors["codes"].int()].flatten()[:values] * scales  # (bytes, codes a byte) -> (values,)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
+def unpack_some(tensors: Mapping[str, Tensor], starts: Tensor, rows: Tensor, columns: int, bits: int) -> Tensor:
+    """Return some rows of one length out of what `pack_rows` has packed, (n, columns) in float32.
+
+    Args:
+        tensors: as it returned them; several such codes that each begin with a byte may stand one after the other.
+        starts: (n,), how many codes stand before each row.
+        rows: (n,), how many scales do.
+        columns: the length of a row.
+        bits: as they were packed in.
+    """
+    along = torch.arange(columns)
+    if bits > 8:
+        return tensors["codes"][starts.unsqueeze(1) + along].float()
+    codes, at_once = tensors["codes"], 8 // bits
+    within = starts % at_once  # where a row begins in its first byte
+    places = (starts // at_once).unsqueeze(1) + torch.arange((columns + at_once - 2) // at_once + 1)  # (n, bytes)
+    values = _levels(bits)[codes[places.clamp_(max=len(codes) - 1)].int()].flatten(1)  # (n, codes of whole bytes)
+    values = values.gather(1, within.unsqueeze(1) + along) if bool(within.any()) else values[:, :columns]
+    return values.mul_(tensors["scales"][rows].float().unsqueeze(1))

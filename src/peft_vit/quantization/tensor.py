@@ -115,9 +115,10 @@ class QuantizedTensor:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
         bits = self.format.bits
         if self.format.has_codebook and bits in (3, 4):
-            words = values.view(-1).view(torch.int64)  # a pair of float32 each
-            pairs = unpack_pairs(self.codes, bits).flatten().int()  # (out * stored / 2,)
-            torch.index_select(pair_table(self.format.type, values.device), 0, pairs, out=words)
+            table, step = pair_table(self.format.type, values.device), rows_at_once(values)
+            for codes, part in zip(self.codes.split(step), values.split(step), strict=True):
+                pairs = unpack_pairs(codes, bits).flatten().int()  # (some rows * stored / 2,)
+                torch.index_select(table, 0, pairs, out=part.view(-1).view(torch.int64))  # a pair of float32 each
             return
         codes = unpack_codes(self.codes, bits, values.shape[1])  # (out, stored columns)
         if self.format.has_codebook:

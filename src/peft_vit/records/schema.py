@@ -85,6 +85,7 @@ _LATER_OF_EXPERIMENT = {
         "patience",
         "head_start",
         "label_smoothing",
+        "loss",
         "warmup_share",
         "layer_decay",
         "micro_batch_size",
@@ -149,6 +150,9 @@ class RunSpec(_Value):
             experiment["training"].add("augmentation")
         content = self.model_dump(mode="json", exclude=left_out | {"experiment": experiment})
         content["experiment"] = with_digested(content["experiment"])
+        training = content["experiment"]["training"]
+        once = {"none": False, "balanced": True}  # what class_weights were as long as there was one way
+        training["class_weights"] = once.get(training["class_weights"], training["class_weights"])
         if flips is not None:
             content["data"]["flips"] = flips  # where flips were said when there was nothing else
         return hashlib.sha256(to_json(content)).hexdigest()
@@ -265,6 +269,7 @@ class ProbeTest(_Value):
 
     metrics: Metrics
     predicted: _Answers
+    thresholds: tuple[_Share, ...] = Field(default=(), exclude_if=lambda kept: not kept)  # of labels, see `Decision`
 
 
 class RankEntry(_Value):

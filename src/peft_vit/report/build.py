@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,8 @@ def _sections(
 ) -> dict[str, tuple[Block, ...]]:
     """Return the blocks of each section of a study with finished runs, by SECTION_TITLES; accuracy comes first."""
     study, methods, means = analysis.study, analysis.methods, validation_means(analysis.methods)
+    if not study.scores.metric.counts_images:
+        return dict.fromkeys(SECTION_TITLES, ()) | {SECTION_TITLES[0]: tuple(_of_scores(analysis))}
     forest = forests(analysis)
     compared: list[Block] = [accuracy_by_method(study, methods), method_tables.accuracy_table(methods)]
     compared += stopping_blocks(study, analysis.sequential, means)
@@ -120,6 +122,17 @@ def _sections(
         "Quantization impact": quantized or (Paragraph("No finished run of this study quantized the backbone."),),
         "Insights": findings_tables.findings_tables(analysis.findings),
     }
+
+
+def _of_scores(analysis: Analysis) -> Iterator[Block]:
+    """Yield what a report says of runs of other tasks than one class an image."""
+    study, methods = analysis.study, analysis.methods
+    yield method_tables.accuracy_table(methods)
+    for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
+        yield method_tables.comparison_table(analysis.comparisons, reference, study.scores)
+    yield loss_curves(study, validation_means(methods))
+    yield method_tables.cost_table(methods)
+    yield method_tables.convergence_table(methods)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from peft_vit.analysis.comparison import CostName
 from peft_vit.statistics import Interval
-from peft_vit.tasks import DecidingMetric
+from peft_vit.tasks import DecidingMetric, Scores
 
 T = TypeVar("T")
 _MINUS = "\u2212"
@@ -80,6 +80,16 @@ def bounds_of(metric: DecidingMetric, interval: Interval) -> str:
 def gain_of(metric: DecidingMetric, value: float) -> str:
     """Return a difference of two of its values, with its sign."""
     return points(value) if metric.is_share else f"{value:+.2g}".replace("-", _MINUS)
+
+
+def score_of(scores: Scores, share: float) -> str:
+    """Return a score as its metric's value."""
+    return value_of(scores.metric, share * scores.factor)
+
+
+def score_interval(scores: Scores, interval: Interval) -> str:
+    """Return a score as its metric's value, with its interval."""
+    return percent_interval(interval) if scores.metric.is_share else number_interval(scaled(interval, scores.factor), 3)
 
 
 def margin_in_points(share: float) -> str:

@@ -25,6 +25,8 @@ from peft_vit.report.formatting import (
     points,
     points_interval,
     scaled,
+    score_interval,
+    score_of,
 )
 from peft_vit.report.tables import (
     EXPERIMENT,
@@ -43,6 +45,7 @@ from peft_vit.report.tables import (
     to_thousandths,
 )
 from peft_vit.statistics.sequential import SequentialResult
+from peft_vit.tasks import Scores
 
 DECIDED_UP_TO = 40  # rows; the CSV file has every pair
 QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a sequential result and of its looks
@@ -53,26 +56,33 @@ _RUNS = Column("n", lambda m: len(m.runs))
 
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
-    """Return test accuracy by experiment, each seed visible."""
+    """Return test accuracy by experiment, or of other tasks what decides, each seed visible."""
+    scores = methods[0].runs[0].scores if methods else Scores()
+    words, of_classes = scores.metric.words, scores.metric.counts_images
     validated = all(m.validation_accuracy is not None for m in methods)
     chose = "Validation chose the epoch" if validated else "Without validation images the last step's model was used"
     return table(
         "accuracy",
-        "Test accuracy by method",
+        f"Test {words} by method",
         methods,
         [
             EXPERIMENT,
             *only_in_file(method="experiment.method"),
-            Column("test accuracy", "test_accuracy", percent_interval, partial(interval_columns, "test_accuracy")),
+            Column(
+                f"test {words}",
+                "test_accuracy",
+                partial(score_interval, scores),
+                partial(interval_columns, "test_accuracy" if of_classes else "test_score"),
+            ),
             _RUNS,
             Column(
-                "each seed (%)",
+                "each seed (%)" if scores.metric.is_share else "each seed",
                 "by_seed",
-                lambda of: joined(f"{seed}: {fixed(100 * accuracy, 1)}" for seed, accuracy in of.items()),
-                lambda of: {f"seed_{seed}": accuracy for seed, accuracy in of.items()},
+                lambda of: joined(f"{seed}: {score_of(scores, own).removesuffix(' %')}" for seed, own in of.items()),
+                lambda of: {f"seed_{seed}": score for seed, score in of.items()},
             ),
-            Column("validation", "validation_accuracy.estimate", percent, "validation_accuracy"),
-            Column("above majority (points)", "above_majority.estimate", points, "above_majority"),
+            Column("validation", "validation_accuracy.estimate", partial(score_of, scores), "validation_accuracy"),
+            *([Column("above majority (points)", "above_majority.estimate", points, "above_majority")] * of_classes),
         ],
         f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. {chose}; test was read once.",
     )
@@ -183,17 +193,26 @@ def calibration_blocks(methods: Sequence[MethodResult], calibrations: Sequence[C
         yield Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {joined(lacking)}.")
 
 
-def comparison_table(comparisons: Sequence[Estimate], reference: str) -> Table:
-    """Return paired differences against one reference."""
+def comparison_table(comparisons: Sequence[Estimate], reference: str, scores: Scores | None = None) -> Table:
+    """Return paired differences against one reference, in the unit of scores; None: of accuracy."""
+    scores = scores or Scores()
     against = [c for c in comparisons if c.reference == reference]
     looks = any(c.significance is not None and c.significance.test == BY_LOOKS for c in against)
-    note = "Differences in test accuracy between runs that share seed, weights and images; n counts pairs. "
+    note = (
+        f"Differences in test {scores.metric.words} between runs that share seed, weights and images; n counts pairs. "
+    )
+    note += "" if scores.metric.sign > 0 else "Above 0 the error is smaller. "
     note += _LOOKS_NOTE if looks else FAMILY_NOTE
-    return differences_table(f"against_{reference}", f"Differences to {reference}, paired by seed", against, note)
+    return differences_table(
+        f"against_{reference}", f"Differences to {reference}, paired by seed", against, note, scores
+    )
 
 
-def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], note: str) -> Table:
-    """Return one family of comparisons."""
+def differences_table(
+    slug: str, title: str, comparisons: Sequence[Estimate], note: str, scores: Scores | None = None
+) -> Table:
+    """Return one family of comparisons, in the unit of scores; None: of accuracy."""
+    scores = scores or Scores()
     return table(
         slug,
         title,
@@ -202,7 +221,7 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], no
             Column("experiment", "name", data="experiment"),
             Column("", "reference"),
             Column(
-                "difference (points)",
+                f"difference ({scores.unit})",
                 "interval",
                 points_interval,
                 partial(interval_columns, "difference"),
@@ -215,7 +234,7 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], no
                 lambda by_seed: {f"seed_{seed}": difference for seed, difference in by_seed.items()},
             ),
             Column("n", lambda c: len(c.by_seed)),
-            Column("more accurate?", "verdict", data=""),
+            Column("more accurate?" if scores.metric.counts_images else "better?", "verdict", data=""),
             Column("test", lambda c: c, tested, comparison_values),
         ],
         note,

@@ -18,9 +18,9 @@ from peft_vit.report.lines import Line, draw_reliability, draw_scatter, learning
 from peft_vit.report.markdown import escaped, section_parts, summary_parts
 from peft_vit.report.summary import caveats, images_name, run_provenance, settings
 from peft_vit.report.tables import Column, table
-from peft_vit.report.trained import beside_the_probe, rows_of, test_score
+from peft_vit.report.trained import beside_the_probe, test_score
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, DecidingMetric, metric_of
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 
 CARD_FILE = "card.md"
 OUTPUTS, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
@@ -277,7 +277,7 @@ def _outputs(summary: ModelSummary) -> Iterator[Block]:
     measures = []
     for name, value in test.more.items():
         metric = task.metrics.get(name)
-        bounds = None if metric is None else _ends(metric.interval(labels, predicted))
+        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record.decision)))
         words = name.replace("_", " ") if metric is None else metric.words
         measures.append({"measure": words, "value": value, "bounds": bounds})
     yield table(
@@ -399,6 +399,10 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
         kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
         size = f"{len(record.steps):,} of {training.batch_size} images"
         yield "Steps", f"{size}{kept}; learning rate {training.learning_rate:g}"
+    if training.loss is not None:
+        yield "Loss", training.loss.replace("_", " ")
+    if training.class_weights != "none":
+        yield "Class weights", f"{training.class_weights}, in the loss"
     if (counted := record.parameters) is not None:
         yield "Trained", f"{counted.final:,} of {counted.backbone_total + counted.head:,} parameters"
     yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"

@@ -95,7 +95,8 @@ def read_tables(directory: Path) -> ResultTables:
         html += [f"<h3>{escape(study.label)}</h3>"]
         html += [f"<p><strong>{escape(notice)}</strong></p>" for notice in study.notices]
         shown = [accuracy_table(method_results(study))] if study.runs else []
-        shown += [comparison_table(compared, reference) for reference in dict.fromkeys(c.reference for c in compared)]
+        references = dict.fromkeys(c.reference for c in compared)
+        shown += [comparison_table(compared, reference, study.scores) for reference in references]
         for made in shown:
             caption = f"<caption>{escape(made.title)}</caption>"
             cells = DataFrame(made.rows, columns=list(made.columns)).to_html(index=False, border=0)

@@ -21,12 +21,14 @@ from peft_vit.report.formatting import (
     joined,
     megabytes,
     percent,
-    percent_interval,
     plain,
     points_interval,
+    score_interval,
+    score_of,
 )
 from peft_vit.report.tables import table
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
+from peft_vit.tasks import Scores
 
 
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
@@ -119,9 +121,9 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
         Card(
             best.experiment.kind.title,
             best.name,
-            percent(best.test_accuracy.estimate),
+            score_of(best.runs[0].scores, best.test_accuracy.estimate),
             (
-                f"{counted(len(best.runs), 'seed')}: {joined(fixed(100 * v, 1) for v in best.by_seed.values())} %",
+                _by_seed(best),
                 f"{count(best.final_parameters)} trainable parameters",
                 f"{megabytes(best.stored_bytes)} to store",
                 *([f"{fixed(best.seconds_per_step, 2)} s a step"] if best.seconds_per_step is not None else []),
@@ -130,6 +132,12 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
         for best in bests
         if best is not None
     )
+
+
+def _by_seed(best: MethodResult) -> str:
+    scores = best.runs[0].scores
+    each = joined(score_of(scores, value).removesuffix(" %") for value in best.by_seed.values())
+    return f"{counted(len(best.runs), 'seed')}: {each}{' %' if scores.metric.is_share else ''}"
 
 
 def came_out(analysis: Analysis) -> tuple[str, ...]:
@@ -145,18 +153,20 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
         )
     ]
     if best is not None and best.validation_accuracy is not None:
-        name = best.name
+        name, scores = best.name, analysis.study.scores
         sentences = [
-            f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
-            f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.runs), 'seed')}; in brackets the 95 % "
-            "interval over seeds).",
+            f"Best on validation: {name}, with {score_of(scores, best.validation_accuracy.estimate)} there and "
+            f"{score_interval(scores, best.test_accuracy)} on test ({counted(len(best.runs), 'seed')}; in brackets "
+            "the 95 % interval over seeds).",
             *(
-                f"{name} minus {c.reference} on test: {points_interval(c.interval)} points "
-                f"({counted(c.interval.n, 'pair')}): {_decided(c)}."
+                f"{name} minus {c.reference} on test: {points_interval(c.interval)} {scores.unit} "
+                f"({counted(c.interval.n, 'pair')}): {_decided(c, scores)}."
                 for c in analysis.comparisons
                 if c.name == name and c.interval is not None
             ),
         ]
+    if not analysis.study.scores.metric.counts_images:
+        return tuple(sentences)
     above, total = sum(m.runs_above_majority for m in methods), sum(len(m.runs) for m in methods)
     return (
         *sentences,
@@ -164,11 +174,13 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     )
 
 
-def _decided(comparison: Estimate) -> str:
+def _decided(comparison: Estimate, scores: Scores) -> str:
     significance = comparison.significance
     if comparison.verdict != "not decided":
-        word = "more" if comparison.verdict == "supported" else "less"
-        return f"{word} accurate (p = {comparison.adjusted_p:.3g} after Holm's correction)"
+        better = comparison.verdict == "supported"
+        word = ("more accurate" if better else "less accurate") if scores.metric.counts_images else "better"
+        word = word if better or scores.metric.counts_images else "worse"
+        return f"{word} (p = {comparison.adjusted_p:.3g} after Holm's correction)"
     return "not decided" if significance is None or significance.decidable else significance.sentence()
 
 
@@ -192,6 +204,8 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
             f"runs ({counted(len(study.seeds), 'seed')}). A single comparison can be decided from "
             f"n = {minimum_n_wilcoxon(ALPHA)} seeds on, several at once need more."
         )
+    if not study.scores.metric.counts_images:
+        return (decided,)
     best = best_on_validation(analysis.methods)
     test = (study.runs[0] if best is None else study.of(best.name)[0]).test
     image = proportion_interval(round(test.accuracy * test.n), test.n)

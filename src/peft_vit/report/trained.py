@@ -7,29 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from peft_vit.records import RunRecord
 from peft_vit.report.document import Raw, Table
 from peft_vit.report.formatting import bounds_of, count, gain_of, value_of
 from peft_vit.report.tables import Column, table
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, DecidingMetric, Labels, metric_of
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 
 _FEWEST_TESTED = 5  # images; fewer say next to nothing
-
-
-def rows_of(answers: Sequence[Any]) -> Labels:
-    """Return labels, or what was predicted, as metrics take them: (N,), or (N, K) with NaN for what is not known."""
-    rows = np.array(answers)
-    return rows.astype(float) if rows.dtype == object else rows
 
 
 def test_score(record: RunRecord) -> Interval:
     """Return what decides in a finished run, on the test images, with its interval."""
     own = record.predictions
     assert own is not None
-    return metric_of(record.spec).interval(rows_of(own.labels), rows_of(own.predicted))
+    return metric_of(record.spec).interval(rows_of(own.labels), rows_of(own.predicted), thresholds_of(record.decision))
 
 
 def test_line(record: RunRecord) -> str:
@@ -72,12 +64,12 @@ def beside_the_probe(record: RunRecord) -> list[str]:
         return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
     if test is not None and own is not None:
         labels, before, after = map(rows_of, (own.labels, test.predicted, own.predicted))  # N each
-        of_probe = _score(metric, metric.interval(labels, before), metric.suffix)
+        of_probe = _score(metric, metric.interval(labels, before, test.thresholds), metric.suffix)
         of_probe = f"A {TASKS[record.spec.task].linear} on the same frozen features has {of_probe}."
         if record.chosen_step == 0:
             none = "Training did not improve on it on validation images, so the model is this regression."
             return [of_probe, none]
-        gain = metric.gain(labels, before, after)
+        gain = metric.gain(labels, before, after, test.thresholds, thresholds_of(record.decision))
         assert gain.low is not None
         assert gain.high is not None
         worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))

@@ -10,20 +10,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
+from peft_vit.adapters import save_memory
 from peft_vit.backbones import Backbone
 from peft_vit.config import BUNDLE_FILE, is_bundle
 from peft_vit.deployment import Classifier, ModelCard, Prediction, predict_images, torch_classifier
 from peft_vit.deployment.model_card import HEADER, write_exported
-from peft_vit.deployment.packed_adapter import PackedAdapter, StoredBits, Update, backbone_of, trained_bits
+from peft_vit.deployment.packed_adapter import (
+    JoinedUpdates,
+    PackedAdapter,
+    StoredBits,
+    Update,
+    backbone_of,
+    trained_bits,
+)
 from peft_vit.deployment.predicting import GivenImage, prediction_of, prepared
 from peft_vit.deployment.torch_files import LowBitHeader, build_low_bit, read_low_bit
 from peft_vit.errors import UserError, named, os_fault
@@ -57,9 +64,13 @@ class Bundle:
         self._adapters: dict[str, PackedAdapter] = {}
         self._width = self._backbone.head.in_features
         self._lock = threading.Lock()  # over what one pass adds
-        self._batch: _Batch | None = None
-        for module in dict.fromkeys(site.module for site in self._backbone.sites):
-            model.get_submodule(module).register_forward_hook(partial(self._add, module))
+        self._updates: dict[str, Update] | JoinedUpdates | None = None  # of the images in a pass
+        save_memory(model)
+        places: dict[str, list[int]] = {}
+        for place, site in enumerate(self._backbone.sites):
+            places.setdefault(site.module, []).append(place)
+        for module, own in places.items():
+            model.get_submodule(module).register_forward_hook(partial(self._add, module, own))
         for name, path in {name: Path(path).expanduser() for name, path in adapters.items()}.items():
             self.add(name, _split(restore_run(path), 32, path)[2] if _is_run(path) else PackedAdapter.read(path), path)
 
@@ -97,6 +108,7 @@ class Bundle:
         """Return the logits (classes,) of each image by its own adapter; one pass of the backbone for all.
 
         Each layer multiplies all images with its weight, and each image with the two thin matrices of its adapter.
+        Weights are unpacked piece by piece, and the matrices of several adapters layer by layer.
 
         Args:
             images: (B, 3, S, S), normalised.
@@ -108,38 +120,38 @@ class Bundle:
         names = [names] * len(images) if isinstance(names, str) else [name for _, name in _pairs(images, names)]
         different = sorted(set(names))
         adapters = [self._adapter(name) for name in different]
-        which = torch.tensor([different.index(name) for name in names])  # (B,)
-        batch = _Batch(which, [adapter.updates(self._backbone.sites) for adapter in adapters])
+        which = np.array([different.index(name) for name in names])  # (B,)
+        sites = self._backbone.sites
+        updates = adapters[0].updates(sites) if len(adapters) == 1 else JoinedUpdates(adapters, which, sites)
         with self._lock, torch.inference_mode():
-            self._batch = batch
+            self._updates = updates
             try:
                 features = self._backbone.features(torch.from_numpy(images))  # (B, width)
             finally:
-                self._batch = None
+                self._updates = None
         outputs: list[Any] = [None] * len(names)
         for number, adapter in enumerate(adapters):
             weight, bias = adapter.head(self._width)
-            places = (which == number).nonzero().flatten()
-            for place, logits in zip(places.tolist(), (features[places] @ weight.T + bias).numpy(), strict=True):
+            (places,) = (which == number).nonzero()
+            for place, logits in zip(places, (features[places] @ weight.T + bias).numpy(), strict=True):
                 outputs[place] = logits
         return outputs
 
-    def _add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Add to a module's outputs, in place, what each adapter adds to its images."""
-        batch = self._batch
-        if batch is None or not any(name in updates for updates in batch.updates):
-            return
-        x = inputs[0].reshape(len(batch.which), -1, inputs[0].shape[-1])  # (B, T, in), windows of an image together
-        y = output.view(*x.shape[:2], -1)  # (B, T, out)
-        if len(batch.updates) == 1:
-            right, left = batch.updates[0][name]
-            y.flatten(0, 1).addmm_(x.flatten(0, 1) @ right.T, left)
-            return
-        nothing = Update(x.new_zeros(0, x.shape[-1]), x.new_zeros(0, y.shape[-1]))
-        parts = zip(*(updates.get(name, nothing) for updates in batch.updates), strict=True)
-        # Of each image, (B, R, in) and (B, R, out); where its adapter has fewer ranks, zeros.
-        right, left = (pad_sequence([*part], batch_first=True)[batch.which] for part in parts)
-        y.baddbmm_(x @ right.mT, left)
+    def _add(
+        self, name: str, places: Sequence[int], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """Add to a module's outputs, in place, what each adapter adds to its images on the sites at these places."""
+        updates, x = self._updates, inputs[0]
+        if isinstance(updates, JoinedUpdates):
+            x = x.reshape(updates.images, -1, x.shape[-1])  # (B, T, in), windows of an image together
+            y = output.view(*x.shape[:2], -1)  # (B, T, out)
+            for place in places:
+                if (pair := updates.of_site(place)) is not None:
+                    right, left = pair  # (B, R, in), (B, R, out)
+                    y[..., self._backbone.sites[place].span].baddbmm_(x @ right.mT, left)
+        elif updates is not None and name in updates:
+            right, left = updates[name]
+            output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ right.T, left)
 
     def _adapter(self, name: str) -> PackedAdapter:
         if name not in self._adapters:
@@ -186,13 +198,6 @@ class Bundle:
         return predictions
 
 
-class _Batch(NamedTuple):
-    """What one pass adds."""
-
-    which: Tensor  # (B,), of each image its adapter
-    updates: list[dict[str, Update]]  # of each adapter, by module
-
-
 def _pairs(images: Sequence[Any] | NDArray[Any], names: Sequence[str]) -> list[tuple[Any, str]]:
     if len(names) != len(images):
         raise UserError(f"expected one adapter's name, or one each of {len(images)} images, got {len(names)}")
@@ -206,11 +211,11 @@ def _is_run(path: Path) -> bool:
 def _split(
     run: RestoredRun, bits: StoredBits | None, path: Path
 ) -> tuple[LowBitHeader, dict[str, Tensor], PackedAdapter]:
-    """Return header and tensors of a run's backbone, and its adapter in so many bits; the head has at least 4."""
+    """Return header and tensors of a run's backbone, and its adapter in so many bits; the head has at least 8."""
     bits = bits or trained_bits(run.model) or 16
     header, tensors = backbone_of(copy.deepcopy(run.model), run.card)
     with named(path):
-        head_bits: StoredBits = 4 if bits < 4 else bits
+        head_bits: StoredBits = 8 if bits < 8 else bits  # 4 lose two points, see benchmarks/head_bits.py
         return header, tensors, PackedAdapter.of_model(run.model, run.card, header, bits, head_bits)
 
 

@@ -364,15 +364,18 @@ def _train_and_test(
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime, data.task)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
-        probe, temperature, probed = init_head(head, features, data, spec, runtime, attempt.overhead)
+        probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
         if not is_probe:
             images = data.test.open()
             with attempt.overhead.of("features"):
                 values = features.of(images).values
             logits = head_logits(head, values, runtime)
-            metrics = data.task.measure(logits, images.labels)
-            attempt.known.probe_test = ProbeTest(metrics=metrics, predicted=data.task.predicted(logits).tolist())
+            attempt.known.probe_test = ProbeTest(
+                metrics=data.task.measure(logits, images.labels, meaning),
+                predicted=data.task.predicted(logits, meaning).tolist(),
+                thresholds=() if meaning is None else meaning.thresholds,
+            )
     if is_probe:
         fitted = trainable_parameters(model)
         result = TrainingResult(

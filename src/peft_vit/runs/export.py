@@ -33,7 +33,7 @@ from peft_vit.errors import UserError, os_fault
 from peft_vit.evaluation import storage_bytes
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
-from peft_vit.records import FEATURES_FILE, Calibrated
+from peft_vit.records import FEATURES_FILE, Calibrated, Decision
 from peft_vit.runs.post_training import merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
@@ -137,7 +137,7 @@ def export_run_to_file(
     file: Path,
     format: str,
     options: OnnxOptions = OnnxOptions(),
-    calibrated: Calibrated | None = None,
+    meaning: Calibrated | Decision | None = None,
     *,
     bits: QuantizationType | None = None,
     rounding: Rounding | None = None,
@@ -153,7 +153,7 @@ def export_run_to_file(
         file: ends as the format says; of pretrained a folder, new or empty.
         format: of EXPORTS.
         options: of onnx.
-        calibrated: what the file says of how far it can be believed; None: what the run found.
+        meaning: what the file says that its outputs mean; None: what the run found.
         bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
         rounding: of these; None: gptq below 4 bits, else nearest.
         overwrite: replace what is there; of a folder only of an earlier export.
@@ -187,8 +187,8 @@ def export_run_to_file(
         float_bytes = storage_bytes(merged.model.state_dict().values())
         model, card = pack_after_training(merged.model, run, data, bits, rounding)
         merged = replace(merged, model=model)
-    if calibrated is not None:
-        card = card.model_copy(update={"calibrated": calibrated})
+    if meaning is not None:
+        card = card.model_copy(update={"decision" if isinstance(meaning, Decision) else "calibrated": meaning})
     if options.runtime is not None:
         export_onnx(merged.model, file, card, runtime=options.runtime, known=run.known)
     elif not int8 and kind.ending:

@@ -15,7 +15,7 @@ from peft_vit.config import QuantizationType, exported_bytes
 from peft_vit.deployment import OnnxRuntime
 from peft_vit.errors import UserError
 from peft_vit.extras import missing_packages
-from peft_vit.records import RECORD_FILE, BenchRow, Calibrated, read_record
+from peft_vit.records import RECORD_FILE, BenchRow, Calibrated, Decision, read_record
 from peft_vit.runs.bench import MADE, bench
 from peft_vit.runs.export import LARGEST_LOSS, Comparison, OnnxOptions, compare_int8, export_run_to_file
 
@@ -94,7 +94,7 @@ def export_fastest(
     run_dir: Path,
     folder: Path,
     *,
-    calibrated: Calibrated,
+    meaning: Calibrated | Decision,
     bits: QuantizationType | None = None,
     fold_runs: Sequence[Path] = (),
     max_bytes: int | None = None,
@@ -109,7 +109,7 @@ def export_fastest(
     Args:
         run_dir: holds record.json and adapter.safetensors.
         folder: gets model.onnx, or model.xml and model.bin; what is there under these names is replaced.
-        calibrated: what the file says of how far it can be believed.
+        meaning: what the file says that its outputs mean.
         bits: to which float weights are rounded; None: they are written as the run has them.
         fold_runs: folders of runs of the same method on folds; none: activations stay in float.
         max_bytes: of the model's files.
@@ -125,7 +125,7 @@ def export_fastest(
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
         packed, lost = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
         forms: dict[Path, Form] = {}
-        write = partial(_written, run_dir=run_dir, calibrated=calibrated, bits=bits)
+        write = partial(_written, run_dir=run_dir, meaning=meaning, bits=bits)
         try_ways = partial(_try_ways, forms=forms, write=write, place=Path(place), tell=tell)
         rows = try_ways(_exact_ways(packed, bits))
         if not rows:
@@ -219,11 +219,13 @@ def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way,
     return _Way(form, "onnx", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)), lost
 
 
-def _written(way: _Way, file: Path, run_dir: Path, calibrated: Calibrated, bits: QuantizationType | None) -> Form:
+def _written(
+    way: _Way, file: Path, run_dir: Path, meaning: Calibrated | Decision, bits: QuantizationType | None
+) -> Form:
     if way.form.left_out:
         return way.form
     try:
-        done = export_run_to_file(run_dir, file, way.format, way.options, calibrated, bits=bits, overwrite=True)
+        done = export_run_to_file(run_dir, file, way.format, way.options, meaning, bits=bits, overwrite=True)
     except UserError as error:  # a format that one of the runtimes has not
         return replace(way.form, left_out=error.message)
     return replace(way.form, bytes=exported_bytes(file), comparison=done.comparison)

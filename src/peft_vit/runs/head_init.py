@@ -20,7 +20,8 @@ from peft_vit.backbones import Head
 from peft_vit.data import Data, LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION
 from peft_vit.packages import cache_dir
-from peft_vit.records import Metrics, Provenance, RunSpec, write_atomically
+from peft_vit.records import Decision, Metrics, Provenance, RunSpec, write_atomically
+from peft_vit.runs.held_out import PRIOR
 from peft_vit.runs.machine import instruction_limits
 from peft_vit.safe_io import read_bytes
 from peft_vit.tasks import CLASSIFICATION, Task
@@ -46,13 +47,14 @@ _BATCH = 32
 
 def init_head(
     head: Head, features: SharedFeatures, data: Data, spec: RunSpec, runtime: RuntimeConfig, overhead: Overhead
-) -> tuple[LinearProbe, float, Metrics | None]:
+) -> tuple[LinearProbe, float, Metrics | None, Decision | None]:
     """Fit the head of a prepared model, with updates as they start, and put it in its place.
 
     Returns:
         The probe, what its logits are divided by in training, see `LinearProbe.training_temperature`, and how good the
         head is on validation images, by the very logits that the probe was chosen by: a model in bf16 rounds otherwise
-        with another head or batch, and would count another image. None: there are no such images, or no training.
+        with another head or batch, and would count another image. None: there are no such images, or no training. And
+        what the head's outputs mean by images that were left out of its fit, see `Task.decide`.
     """
     with overhead.of("features"):
         of_training = features.of_training(data.train)
@@ -71,18 +73,20 @@ def init_head(
         probe = fit_probe(of_training, of_validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
         if is_probe:
             probe.set_head(head)
-            return probe, 1.0, None
+            return probe, 1.0, None, None
         metrics = None
         if of_validation is not None:
             temperature = probe.temperature(of_validation)
             probe.set_head(head)
-            logits = head_logits(head, of_validation.values, runtime).astype(np.float64)  # (N, classes)
-            metrics = data.task.measure(logits / temperature, of_validation.labels)
+            logits = head_logits(head, of_validation.values, runtime).astype(np.float64) / temperature  # (N, classes)
+            metrics = data.task.measure(logits, of_validation.labels)
+            meaning = data.task.decide(logits, of_validation.labels, PRIOR)
         else:
             assert held_out is not None
             temperature = data.task.temperature(torch.from_numpy(held_out), torch.from_numpy(data.train.labels))
+            meaning = data.task.decide(held_out / temperature, data.train.labels, PRIOR)
         probe.set_head(head, temperature)
-        return probe, probe.training_temperature(of_training, temperature), metrics
+        return probe, probe.training_temperature(of_training, temperature), metrics, meaning
 
 
 class SharedFeatures:

@@ -77,14 +77,15 @@ def calibration_of(
     unlike: Unlike | None = found["unlike"]
     if neighbours is not None and unlike is not None and test.middle is not None:
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
-    tested = _tested(found["calibrated"], found["decision"], test, task, flagged)
+    tested = tested_on(found["calibrated"], found["decision"], test, task, flagged)
     features = None if content is None else hashlib.sha256(content).hexdigest()
     return {**found, "features_sha256": features, "tested_calibration": tested}, content
 
 
-def _tested(
+def tested_on(
     calibrated: Calibrated | None, decision: Decision | None, test: Outputs, task: Task, flagged: int | None
 ) -> TestedCalibration:
+    """Return what the meaning of outputs comes to on test images, of which some are flagged."""
     if decision is None:
         return checked_on(calibrated, test, flagged)
     covered, widths = task.covered(decision, test.logits, test.labels)
@@ -109,7 +110,7 @@ def unlike_by_training(
     fields = {
         "unlike": unlike,
         "features_sha256": hashlib.sha256(content).hexdigest(),
-        "tested_calibration": _tested(None, decision, test, task, flagged),
+        "tested_calibration": tested_on(None, decision, test, task, flagged),
     }
     return fields, content
 

@@ -41,10 +41,13 @@ class FoldMeans:
     covariance: Floats  # (C, C) of the means, as estimates of what new images would give
     run_variance: Floats  # (C,) by what one more training of the same recipe scatters
     degrees: float  # of freedom of the covariance
-    images: int | None = None  # if scores are shares of so many
+    images: int | None = None  # that were scored; None: folds were
+    counts: bool = True  # scores are shares of these images
 
 
-def means_of_images(scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | None = None) -> FoldMeans:
+def means_of_images(
+    scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | None = None, *, counts: bool = True
+) -> FoldMeans:
     """Return means over images that repeated folds predict.
 
     Candidates and fold runs are two ways of a layout, ``score = theta_c + beta_j + error``, solved by least squares, so
@@ -57,9 +60,11 @@ def means_of_images(scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | No
     - a trace for each candidate, so that two that never differed are not proven equal.
 
     Args:
-        scores: (C, R, N) of candidates, repetitions, images: 1 for right, 0 for wrong; NaN where a run was not done.
+        scores: (C, R, N) of candidates, repetitions, images: 1 for right, 0 for wrong, or what else each image brings;
+            NaN where a run was not done.
         folds: (R, N), the fold of a repetition that an image is tested in, from 0 on.
         classes: (N,), if all classes are to count the same (balanced accuracy).
+        counts: each score is 1 or 0.
 
     Raises:
         ValueError: if a candidate has no scores, or shares no fold with the others.
@@ -69,15 +74,16 @@ def means_of_images(scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | No
     run_of = (fold_of + number * np.arange(repetitions)[:, None]).ravel()  # (R N,)
     runs = np.eye(number * repetitions)[run_of]  # (R N, J) one-hot
     strata = np.zeros(images) if classes is None else np.asarray(classes)
-    _, labels, counts = np.unique(strata, return_inverse=True, return_counts=True)
-    weights = (images / (len(counts) * counts))[labels]  # (N,), so that the plain mean is that over classes
-    of_class = np.array([np.nanmean(values[..., labels == label]) for label in range(len(counts))])
+    changed = 1.0 if counts else max(4 * float(np.nanvar(values)), 1e-12)  # by one image, squared
+    _, labels, sizes = np.unique(strata, return_inverse=True, return_counts=True)
+    weights = (images / (len(sizes) * sizes))[labels]  # (N,), so that the plain mean is that over classes
+    of_class = np.array([np.nanmean(values[..., labels == label]) for label in range(len(sizes))])
     values = of_class.mean() + weights * (values - of_class[labels])  # around a class's own, so that folds hardly move
     known = ~np.isnan(values).reshape(candidates, -1)  # (C, R N)
     values = np.where(known, values.reshape(candidates, -1), 0.0)
     theta, beta, moved = _two_way(known @ runs, values @ runs)
     errors = np.where(known, values - theta[:, None] - beta[run_of], 0.0)
-    for label in range(len(counts)):
+    for label in range(len(sizes)):
         inside = known & np.tile(labels == label, repetitions)  # (C, R N)
         errors -= inside * (np.where(inside, errors, 0.0).sum(1) / np.maximum(1, inside.sum(1)))[:, None]
     influence = np.zeros_like(errors)  # (C, R N) of each prediction on the means
@@ -92,9 +98,9 @@ def means_of_images(scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | No
     times = np.sqrt(known.sum(1) / images)  # (C,) roots of how often every image was predicted
     seen = known.reshape(candidates, repetitions, images).any(1).sum(1)  # (C,) images
     covariance = by_image @ by_image.T * images / (images - 1) + once * (excess + np.outer(times, times) / (number - 1))
-    covariance += np.diag(_FLOOR * np.mean(weights**2) / seen**2)
+    covariance += np.diag(_FLOOR * changed * np.mean(weights**2) / seen**2)
     run_variance = excess * (apart**2).sum(1) * (known @ runs > 0).sum(1)
-    return FoldMeans(theta, covariance, run_variance, images - 1.0, images)
+    return FoldMeans(theta, covariance, run_variance, images - 1.0, images, counts)
 
 
 def _two_way(counts: Floats, totals: Floats) -> tuple[Floats, Floats, Floats]:
@@ -251,9 +257,9 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     """Return the score of the next training: of shares Wilson's interval of as many images as would scatter so."""
     mean, variance = float(known.means[:, candidate].mean()), float(known.means[:, candidate].var())
     variance += float(known.covariances[:, candidate, candidate].mean() + measured.run_variance[candidate])
-    if measured.images is None:
+    if measured.images is None or not measured.counts:
         half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
-        return Interval(mean, mean - half, mean + half, 0, CONFIDENCE)
+        return Interval(mean, mean - half, mean + half, measured.images or 0, CONFIDENCE)
     share = min(max(mean, 0.0), 1.0)
     inner = (share * measured.images + 1) / (measured.images + 2)
     images = max(1, round(inner * (1 - inner) / variance))

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from peft_vit.errors import UserError
-from peft_vit.evaluation import calibrate
-from peft_vit.records import RunRecord
-from peft_vit.runs.held_out import Outputs, checked_on
-from peft_vit.statistics import TemperaturePrior
+from peft_vit.records import Decision, RunRecord
+from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.plan import Plan
-from peft_vit.studies.within_time import Outcome, finished_runs
-from peft_vit.tasks import metric_of
-
-# No image that tells the temperature has chosen a step, and they are few: it is less known than after validation.
-_PRIOR = TemperaturePrior(median=1.5, spread=0.6)
+from peft_vit.studies.within_time import Outcome, finished_runs, meaning_on, pooled
+from peft_vit.tasks import OF_FOLDS, TASKS, Labels, Task, metric_of, rows_of, thresholds_of
 
 
 class ByFolds(NamedTuple):
     """What is known of a run's model by trainings like it, each tested on images that it did not see.
 
     Attributes:
-        record: of the run, with its temperature and thresholds.
+        record: of the run, with what its outputs mean.
         value: of the metric that decides; larger is better.
         upper: the end of its 95 % interval.
         of_probe: likewise, of the regression that these trainings started from, on the same images; None: of none.
@@ -47,27 +43,51 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     Raises:
         UserError: if none of them has finished.
     """
-    outcomes, predicted = [], []
-    for own, folder in finished_runs(plan, results_dir):
-        outcomes.append(Outcome.of(own, folder))
-        predicted.append(None if own.probe_test is None else np.asarray(own.probe_test.predicted))
-    if not outcomes:
+    task, metric, tested = TASKS[record.spec.task].restored(record.decision), metric_of(record.spec), record.predictions
+    finished = list(finished_runs(plan, results_dir))
+    if not finished:
         raise UserError("every training on folds failed; the same command tries again", file=results_dir)
-    logits, labels, images = (
-        np.concatenate([getattr(outcome, of) for outcome in outcomes]) for of in ("logits", "labels", "images")
-    )
-    metric, tested = metric_of(record.spec), record.predictions
+    outcomes = [Outcome.of(own, folder) for own, folder in finished]
+    labels = np.concatenate([outcome.labels for outcome in outcomes])
     assert tested is not None
     assert tested.logits is not None
-    calibrated = calibrate(logits, labels, images.tolist(), _PRIOR)
-    of_test = Outputs(np.asarray(tested.logits, np.float32), np.asarray(tested.labels, np.int64), None)
+    of_test = Outputs(np.asarray(tested.logits, np.float32), rows_of(tested.labels), None)
+    meaning = meaning_on(outcomes, task, OF_FOLDS)
+    decision = meaning if isinstance(meaning, Decision) else None
+    calibrated = None if isinstance(meaning, Decision) else meaning
+    measured: dict[str, Any] = {"calibrated": calibrated, "decision": decision}
+    if decision is not None:
+        positions = np.asarray(tested.images)
+        again = task.predictions(of_test.logits, of_test.labels, positions, keep_logits=True, decision=decision)
+        measured["predictions"] = again.model_copy(update={"files": tested.files})
+        measured["test"] = task.measure(of_test.logits, of_test.labels, decision)
     flagged = None if record.tested_calibration is None else record.tested_calibration.unlike
-    measured = {"calibrated": calibrated, "tested_calibration": checked_on(calibrated, of_test, flagged)}
-    score = metric.interval(labels, logits.argmax(1))
+    measured["tested_calibration"] = tested_on(calibrated, decision, of_test, task, flagged)
+    score = metric.interval(labels, *_by_others(task, outcomes))
     upper = score.high if metric.sign > 0 else score.low
     assert upper is not None
     of_probe = None
-    folds = [fold for fold in predicted if fold is not None]
-    if len(folds) == len(predicted):
-        of_probe = metric.sign * metric.interval(labels, np.concatenate(folds)).estimate
+    probes = [own.probe_test for own, _ in finished if own.probe_test is not None]
+    if len(probes) == len(finished):
+        each = [(rows_of(probe.predicted), probe.thresholds) for probe in probes]
+        of_probe = metric.sign * metric.interval(labels, *_joined(each)).estimate
     return ByFolds(record.model_copy(update=measured), metric.sign * score.estimate, metric.sign * upper, of_probe)
+
+
+def _by_others(task: Task, outcomes: Sequence[Outcome]) -> tuple[Labels, Labels]:
+    """Return what is predicted of all images, and from which probabilities on, with what other folds say that it means.
+
+    Thresholds that an image has chosen would make it look better than a new one.
+    """
+    each = []
+    for own in outcomes:
+        others = [other for other in outcomes if other is not own] or [own]
+        logits, labels, _ = pooled(others, task)
+        meaning = task.decide(logits, labels, OF_FOLDS)
+        each.append((task.predicted(pooled([own], task)[0], meaning), thresholds_of(meaning)))
+    return _joined(each)
+
+
+def _joined(each: Sequence[tuple[Labels, tuple[float, ...]]]) -> tuple[Labels, Labels]:
+    thresholds = [np.broadcast_to(least or 0.5, predicted.shape) for predicted, least in each]
+    return np.concatenate([predicted for predicted, _ in each]), np.concatenate(thresholds)

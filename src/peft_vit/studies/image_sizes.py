@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
-from peft_vit.tasks import DecidingMetric, metric_of
+from peft_vit.tasks import DecidingMetric, Labels, Scores, metric_of
 from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_fit, loss_weights
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
@@ -182,16 +183,16 @@ class Regression:
     """What a regression on frozen features has, on images that are left out of its fit in turn.
 
     Attributes:
-        value: of the metric that decides.
-        labels: of the images, (N,).
-        right: what it has right, (N,).
-        right_of_half: likewise with half of the images to learn from; None: that was not asked for.
+        value: of the metric that decides; larger is better.
+        labels: of the images, N.
+        brought: what each brings to it, (N,), see `DecidingMetric.by_image`: of accuracy 1 if it is right.
+        brought_by_half: likewise with half of the images to learn from; None: that was not asked for.
     """
 
     value: float
-    labels: NDArray[np.int64]
-    right: NDArray[np.bool_]
-    right_of_half: NDArray[np.bool_] | None = None
+    labels: Labels
+    brought: NDArray[Any]
+    brought_by_half: NDArray[Any] | None = None
 
 
 def regress(spec: RunSpec, *, half: bool = False) -> Regression:
@@ -213,14 +214,16 @@ def regress(spec: RunSpec, *, half: bool = False) -> Regression:
         own = Features(features.values[chosen], features.labels[chosen], task)
         return held_out_fit(own, groups[part], seen.metric, class_weights=seen.class_weights)[1]
 
+    scores = Scores(task, seen.metric)
     whole = logits_of(np.ones(len(groups), dtype=bool))  # (N, classes)
-    right_of_half = None
+    brought_by_half = None
     if half:
         part_of = deal_folds(task.strata(labels), groups, 2, np.random.default_rng(0))
         parts = [part_of == number for number in range(2)]
         if all(can_hold_out(task.strata(labels[part]), groups[part]) for part in parts):
-            right_of_half = np.zeros(len(groups), dtype=bool)
+            halves = np.empty_like(whole)
             for part in parts:
-                right_of_half[part] = logits_of(part).argmax(1) == labels[part]
-    value = seen.metric.of(task.measure(whole, labels))
-    return Regression(value, labels, whole.argmax(1) == labels, right_of_half)
+                halves[part] = logits_of(part)
+            brought_by_half = scores.by_image(halves, labels)
+    value = scores.of(task.measure(whole, labels))
+    return Regression(value, labels, scores.by_image(whole, labels), brought_by_half)

@@ -56,6 +56,7 @@ from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.studies.image_sizes import expected_gain, sizes_to_try
 from peft_vit.studies.request import TrainRequest
+from peft_vit.tasks import TASKS
 
 if TYPE_CHECKING:
     from peft_vit.records import RunRecord, RunSpec
@@ -264,8 +265,6 @@ def study_of(
     shape = describe(forecast.backbone, image_size)
     steps = _requested_steps(request, counts) or forecast.most_steps(shape)
     experiment = experiment_for(request, counts, shape, steps, forecast.compute)
-    if not images.index.task.smooths:
-        experiment["training"].pop("label_smoothing", None)
     for trial in trials:
         if trial.image_size == image_size:  # more images tell the penalty than those that validate
             experiment["training"]["probe_l2"] = trial.l2
@@ -325,8 +324,7 @@ def _share(request: TrainRequest, names: Sequence[str], labels: np.ndarray, own:
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = request.test_images or (fifth if own is None else own)
-    has_folds = request.shots is None and not request.smoke and labels.ndim == 1  # of one class an image so far
-    if validation < FEWEST_VALIDATION and has_folds:
+    if validation < FEWEST_VALIDATION and request.shots is None and not request.smoke:
         validation = 0
     train = images - validation - test if request.shots is None else request.shots * classes
     return Counts(max(1, train), validation, test)
@@ -504,7 +502,8 @@ def experiment_for(
     request: TrainRequest, counts: Counts, shape: BackboneShape, steps: int, compute: Compute = "float"
 ) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
-    training: dict[str, Any] = {"batch_size": request.batch_size, "compute": compute, "metric": "auto"}
+    training: dict[str, Any] = {"batch_size": request.batch_size, "compute": compute, "metric": request.metric}
+    training["class_weights"] = request.class_weights
     method, budget = METHODS[request.method], request.budget
     options = TrainOptions(
         rank=request.rank,
@@ -518,7 +517,7 @@ def experiment_for(
         rate = method.learning_rate_for(options) if request.learning_rate is None else request.learning_rate
         head_start = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
         training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": request.micro_batch_size}
-        training["label_smoothing"] = LABEL_SMOOTHING
+        training |= {"label_smoothing": LABEL_SMOOTHING, "loss": request.loss}
         limits = {"activation_checkpointing": request.activation_checkpointing, "memory_limit": request.memory_limit}
         training |= {name: value for name, value in limits.items() if value is not None}
         if request.epochs is not None:
@@ -548,6 +547,8 @@ def _data(request: TrainRequest, images: OwnImages, file: Path, image_size: int)
 
 
 def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+    if not TASKS[data.get("task", "classification")].smooths:
+        experiment["training"].pop("label_smoothing", None)
     mapping = {
         "name": name,
         "seeds": [request.seed],

@@ -16,6 +16,7 @@ from peft_vit.config import (
     AdaLoraConfig,
     AdaptiveBitsConfig,
     BackboneConfig,
+    ClassWeights,
     ExperimentConfig,
     LoraConfig,
     Precision,
@@ -246,14 +247,20 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     for place, own in enumerate(study.experiments):
         with _below(place):
             index.task.metric(own.training.metric)
+            if own.training.loss not in (None, *index.task.loss_names):
+                message = f"{own.training.loss} is not a loss of {index.task.name}; give "
+                raise UserError(message + " or ".join(index.task.loss_names), field="training.loss")
+            if own.training.class_weights != "none" and not index.task.weighs:
+                message = f"has no effect on {index.task.outputs}, which have no classes; leave it out"
+                raise UserError(message, field="training.class_weights")
     return study
 
 
 def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
     """Refuse what is there for one class an image alone."""
     alone = f"is there for one class an image, and these have {task.name} labels"
-    if len(study.seeds) * len(study.experiments) > 1:
-        raise UserError(f"a study of several runs {alone}; give one experiment and one seed", field="experiments")
+    if study.stopping is not None:
+        raise UserError(f"{alone}; leave it out", field="stopping")
     if study.measures.removal_images is not None:
         raise UserError(f"{alone}; leave it out", field="measures.removal_images")
     for place, own in enumerate(study.experiments):
@@ -313,12 +320,22 @@ def _notices(index: ImageIndex, study: StudyConfig, splits: dict[int, Splits]) -
     notices = list(seeds_of)
     if len(splits) > 1:
         notices = [f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items()]
+    for how in dict.fromkeys(experiment.training.class_weights for experiment in study.experiments):
+        if how != "none":
+            notices.append(_weights_line(index, splits[study.seeds[0]].train, how))
     probes = [experiment.name for experiment in study.experiments if experiment.is_probe]
     augmentation = [change for experiment in study.experiments for change in experiment.training.augmentation]
     changes = dict.fromkeys(change.name for change in augmentation if change.flip is None)
     if probes and changes:
         notices.append(f"augmentation: of its changes only flips reach {', '.join(probes)}, not {', '.join(changes)}")
     return notices
+
+
+def _weights_line(index: ImageIndex, train: np.ndarray, how: ClassWeights) -> str:
+    """Return which class weighs most in the loss, and which least."""
+    weights = index.task.loss_weights(index.class_counts(train), how)
+    ends = (f"'{index.class_names[k]}' {weights[k]:.2g}" for k in (weights.argmax(), weights.argmin()))
+    return f"class weights in the loss, {how}: from {' to '.join(ends)}"
 
 
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:

@@ -15,9 +15,12 @@ from peft_vit.config import (
     METHOD_KINDS,
     SEEDS,
     ActivationCheckpointing,
+    ClassWeights,
     ComputeSetting,
     Device,
+    LossName,
     MethodName,
+    MetricOfTask,
     PrecisionSetting,
     TaskName,
     WrittenSize,
@@ -48,6 +51,10 @@ AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be rea
 IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
     "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers."
+)
+TASK = (
+    "What to learn from a table: classification (one class an image), multilabel (several, or none) or regression "
+    "(numbers). Without it, what its columns look like."
 )
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
@@ -173,11 +180,7 @@ class TrainRequest(Request):
         "the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, peft_adalora, "
         "peft: with the PEFT library.",
     )
-    task: TaskName | None = Field(
-        default=None,
-        description="What to learn from a table: classification (one class an image), multilabel (several, or none) or "
-        "regression (numbers). Without it, what its columns look like.",
-    )
+    task: TaskName | None = Field(default=None, description=TASK)
     shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,
         ge=1,
@@ -210,6 +213,22 @@ class TrainRequest(Request):
     )
     learning_rate: Annotated[float | None, _WITH_STEPS] = Field(
         default=None, gt=0, description="The highest learning rate. Without it, the method's own."
+    )
+    metric: MetricOfTask = Field(
+        default="auto",
+        description="What decides: which step and which image size are taken, and what is reported first. Of classes "
+        "accuracy or balanced_accuracy; of several labels map, auroc, f1_macro or f1_micro; of numbers mae, rmse, r2 "
+        "or spearman. auto: the first of these; balanced_accuracy above 3x imbalance of classes.",
+    )
+    loss: Annotated[LossName | None, _WITH_STEPS] = Field(
+        default=None,
+        description="What training makes less. Of several labels binary_cross_entropy or asymmetric; of numbers huber, "
+        "mse or quantile, which aims at the median. Without it, the first of these; of classes cross_entropy.",
+    )
+    class_weights: ClassWeights = Field(
+        default="none",
+        description="Let rare classes count more in the loss. balanced: an image the more, the fewer its class has. "
+        "effective: the same, but less and less above some hundred images (arXiv 1901.05555).",
     )
     batch_size: int = Field(default=32, ge=1, description="Train on this many images in each step.")
     micro_batch_size: Annotated[int | None, _WITH_STEPS] = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
+from peft_vit.evaluation import calibrate
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
+from peft_vit.records import RECORD_FILE, Calibrated, Decision, RunRecord, read_record, run_folder
 from peft_vit.records.progress import study_lock
 from peft_vit.safe_io import folder_below
+from peft_vit.statistics import TemperaturePrior
 from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import Deadline, drive
-from peft_vit.tasks import DecidingMetric
+from peft_vit.tasks import CLASSIFICATION, OF_FOLDS, TASKS, DecidingMetric, Labels, Task, rows_of, thresholds_of
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,19 @@ class Outcome:
 
     Attributes:
         images: their positions in the data set, (n,).
-        labels: their classes, (n,).
-        logits: what it says of them, (n, classes).
+        labels: of them, n.
+        logits: what it says of them, (n, K), as the task has them that it learned.
         seconds: that the run took.
         folder: of its files.
+        learned: its task, with what of it follows from its training images.
     """
 
     images: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: Labels
     logits: NDArray[np.float64]
     seconds: float
     folder: Path
+    learned: Task = CLASSIFICATION
 
     @classmethod
     def of(cls, record: RunRecord, folder: Path) -> Self:
@@ -48,14 +52,38 @@ class Outcome:
         predictions = record.predictions
         assert predictions is not None
         assert predictions.logits is not None
-        images, labels = (np.asarray(values, np.int64) for values in (predictions.images, predictions.labels))
-        return cls(images, labels, np.asarray(predictions.logits, np.float64), record.seconds, folder)
+        images, logits = np.asarray(predictions.images, np.int64), np.asarray(predictions.logits, np.float64)
+        task = TASKS[record.spec.task].restored(record.decision)
+        return cls(images, rows_of(predictions.labels), logits, record.seconds, folder, task)
 
     @property
     def right(self) -> NDArray[np.bool_]:
         """Return where it is right, (n,)."""
-        right: NDArray[np.bool_] = self.logits.argmax(1) == self.labels
-        return right
+        return self.learned.right(self.logits, self.labels)
+
+    def told(self, meaning: Calibrated | Decision) -> tuple[Labels, tuple[float, ...]]:
+        """Return what is predicted of the images, and from which probabilities on, as metrics take it."""
+        decision = meaning if isinstance(meaning, Decision) else None
+        return self.learned.predicted(self.logits, decision), thresholds_of(decision)
+
+
+def pooled(outcomes: Iterable[Outcome], task: Task) -> tuple[NDArray[np.float64], Labels, NDArray[np.int64]]:
+    """Return logits (N, K) as a task has them, labels (N,) and positions (N,) of several runs' images together."""
+    runs = list(outcomes)
+    logits = np.concatenate([np.asarray(task.aligned(own.logits, own.learned), np.float64) for own in runs])
+    return logits, np.concatenate([own.labels for own in runs]), np.concatenate([own.images for own in runs])
+
+
+def meaning_on(outcomes: Iterable[Outcome], task: Task, prior: TemperaturePrior | None = None) -> Calibrated | Decision:
+    """Return what outputs of a task mean, as it was learned, from what like models said of images on folds.
+
+    Args:
+        outcomes: of these models.
+        task: with what of it follows from training images.
+        prior: of the temperature of a softmax; None: the images decide alone.
+    """
+    logits, labels, images = pooled(outcomes, task)
+    return task.decide(logits, labels, OF_FOLDS) or calibrate(logits, labels, images.tolist(), prior)
 
 
 Only = tuple[Sequence[str], Sequence[int]]

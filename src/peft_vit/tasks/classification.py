@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_vit.config import ClassWeights, LossName
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
 from peft_vit.statistics import (
     Interval,
@@ -29,6 +30,7 @@ from peft_vit.tasks.task import (
     Meaning,
     Named,
     Task,
+    counted_images,
     least_loss_temperature,
     ranked_cells,
     ranked_columns,
@@ -98,27 +100,38 @@ def balanced_accuracy(predicted: Classes, labels: Classes) -> float:
     return float(np.mean(hits / images))
 
 
-def _accuracy_interval(labels: Classes, predicted: Classes) -> Interval:
+def _accuracy_interval(labels: Classes, predicted: Classes, *_: Any) -> Interval:
     return proportion_interval(int((predicted == labels).sum()), len(labels))
 
 
-def _balanced_interval(labels: Classes, predicted: Classes) -> Interval:
+def _balanced_interval(labels: Classes, predicted: Classes, *_: Any) -> Interval:
     return mean_of_proportions(*_by_class(labels, predicted))
 
 
-def _accuracy_gain(labels: Classes, before: Classes, after: Classes) -> Interval:
+def _accuracy_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
     was_right, is_right = before == labels, after == labels
     return paired_proportions(int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum()), len(labels))
 
 
-def _balanced_gain(labels: Classes, before: Classes, after: Classes) -> Interval:
+def _balanced_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
     classes = (labels == label for label in np.unique(labels))  # (N,) each
     return mean_of_groups([_accuracy_gain(labels[own], before[own], after[own]) for own in classes])
 
 
-ACCURACY = DecidingMetric("accuracy", "accuracy", _accuracy_interval, _accuracy_gain)
+def _right(labels: Classes, predicted: Classes, *_: Any) -> Floats:
+    return (predicted == labels).astype(float)
+
+
+ACCURACY = DecidingMetric("accuracy", "accuracy", _accuracy_interval, _accuracy_gain, _right, counts_images=True)
 BALANCED_ACCURACY = DecidingMetric(
-    "balanced_accuracy", "balanced accuracy", _balanced_interval, _balanced_gain, suffix=" balanced", equal_classes=True
+    "balanced_accuracy",
+    "balanced accuracy",
+    _balanced_interval,
+    _balanced_gain,
+    _right,
+    suffix=" balanced",
+    equal_classes=True,
+    counts_images=True,
 )
 
 
@@ -130,6 +143,8 @@ class _Classification(Task):
 
     name = "classification"
     metrics: Mapping[str, DecidingMetric] = {metric.name: metric for metric in (ACCURACY, BALANCED_ACCURACY)}
+    loss_names = ("cross_entropy",)
+    compared_by = "accuracy"
     least_outputs = 2
     smooths = True
     gap = "balanced {} accuracy is the mean over {} of {} classes"
@@ -180,12 +195,23 @@ class _Classification(Task):
         """Return the classes."""
         return labels
 
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return n / (classes * n_c) for each class c, (classes,); over the images they average to 1."""
-        weights: Floats = counts.sum() / (len(counts) * counts)
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+        """Return weights in inverse proportion to `counted_images`, (classes,); over the images they average to 1.
+
+        Balanced, that is n / (classes * n_c) of class c.
+        """
+        known = counted_images(counts, how)
+        weights: Floats = counts.sum() / ((counts / known).sum() * known)
         return weights
 
-    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float = 0.0,
+        name: LossName | None = None,
+    ) -> Tensor:
         """Return sum_n sum_c w[c] t[n, c] (-log p[n, c]) / N, the cross entropy with class weights w and targets t.
 
         With a label y_n, t[n, y_n] is 1; smoothing (arXiv 1512.00567) makes it (1 - s) t + s / classes. A mixed image
@@ -200,6 +226,7 @@ class _Classification(Task):
             labels: (N,) int64, or shares of each class (N, classes) that add up to 1.
             weights: (classes,), see `loss_weights`, or None: all 1.
             label_smoothing: s, from 0 to below 1.
+            name: there is one.
         """
         from torch.nn import functional as F
 

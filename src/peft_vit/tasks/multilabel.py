@@ -14,6 +14,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from peft_vit.config import ClassWeights, LossName
 from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
 from peft_vit.statistics import TemperaturePrior
@@ -26,6 +27,7 @@ from peft_vit.tasks.task import (
     Named,
     Task,
     bootstrapped,
+    counted_images,
     least_loss_temperature,
     ranked_cells,
     ranked_columns,
@@ -34,8 +36,8 @@ from peft_vit.tasks.task import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FOCUS, _MARGIN = 4, 0.05  # of the asymmetric loss, as its authors have them; what is there has no focus
 _CELLS = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
-_EFFECTIVE = 0.999  # beta of effective numbers
 
 
 # --- measures: each image weighs as often as it is drawn --------------------------------------------------------------
@@ -102,6 +104,29 @@ def _f1(hits: Any, told: Any, there: Any) -> Any:
     return 2 * hits / np.maximum(told + there, 1)
 
 
+def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return the weight of images in which a label is found, is told, and is there, (B, K) each; unknown ones are none.
+
+    Args:
+        labels: (N, K).
+        told: 1 or 0, (N, K).
+        weights: of images, (B, N).
+    """
+    there, said = (labels == 1).astype(float), told * ~np.isnan(labels)
+    return weights @ (there * said), weights @ said, weights @ there
+
+
+def _f1_micro(labels: Labels, told: Labels, weights: Floats) -> Floats:
+    return np.asarray(_f1(*(part.sum(1) for part in _told(labels, told, weights))))
+
+
+def _f1_macro(labels: Labels, told: Labels, weights: Floats) -> Floats:
+    """Return the mean over the labels that some image has, (B,); 0 where none has."""
+    hits, said, there = _told(labels, told, weights)
+    values: Floats = _f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
+    return values
+
+
 # --- the task ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,10 +139,14 @@ class _Multilabel(Task):
         for metric in (
             bootstrapped("map", "mean average precision", _map, suffix=" mAP"),
             bootstrapped("auroc", "mean AUROC", _auroc, suffix=" AUROC"),
+            bootstrapped("f1_macro", "macro F1", _f1_macro, at_thresholds=True, suffix=" macro F1"),
+            bootstrapped("f1_micro", "micro F1", _f1_micro, at_thresholds=True, suffix=" micro F1"),
         )
     }
+    loss_names = ("binary_cross_entropy", "asymmetric")
     right_is = "share of images with all labels right"
     outputs = "labels"
+    fifth_of = "each label"
     linear = "logistic regression a label"
     note = "A label is predicted from its threshold on, which has the largest F1 on the validation images."
     gap = "{} mean average precision is the mean over {} of {} classes"
@@ -175,29 +204,44 @@ class _Multilabel(Task):
         """Return which images have each label, (N, K)."""
         return np.asarray(labels == 1)
 
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return (1 - b) / (1 - b^n_c) by effective numbers, b = 0.999, with a mean of 1 (arXiv 1901.05555)."""
-        weights: Floats = (1 - _EFFECTIVE) / (1 - _EFFECTIVE ** np.maximum(counts, 1))
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+        """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
+        weights: Floats = 1 / counted_images(counts, how)
         return weights / weights.mean()
 
-    def _each(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the binary cross entropy of each label, (N, K); 0 of what is not known."""
+    def _each(self, outputs: Tensor, labels: Tensor, name: LossName | None = None) -> Tensor:
+        """Return the loss of each label, (N, K); 0 of what is not known."""
         from torch.nn import functional as F
 
         known = labels.isfinite()
         targets = labels.nan_to_num(0.0).to(outputs.dtype)
+        if name == "asymmetric":
+            q = (outputs.sigmoid() - _MARGIN).clamp(min=0)
+            absent = (targets - 1) * q**_FOCUS * (1 - q).log()
+            return (absent - targets * F.logsigmoid(outputs)) * known
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none") * known
 
-    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float = 0.0,
+        name: LossName | None = None,
+    ) -> Tensor:
         """Return sum_n sum_k w[k] (-t log p - (1 - t) log(1 - p))[n, k] / N over what is known.
+
+        The asymmetric loss (Ridnik et al. 2021, arXiv 2009.14119) has q^4 log(1 - q) with q = max(p - 0.05, 0) instead
+        of log(1 - p): of labels that are not there only those count that the model is wrong about.
 
         Args:
             outputs: (N, K).
             labels: (N, K), from 0 to 1, or NaN.
             weights: w, (K,); None: all 1.
             label_smoothing: none is done.
+            name: binary_cross_entropy, asymmetric.
         """
-        each = self._each(outputs, labels)
+        each = self._each(outputs, labels, name)
         return (each if weights is None else each * weights).sum() / len(labels)
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -242,11 +286,10 @@ class _Multilabel(Task):
         return factor
 
     def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
-        """Return every measure of a split; F1 and exact match at the decision's thresholds, or at 1/2."""
+        """Return every measure of a split; F1 and exact match at the decision's thresholds, or at the best of these."""
         scores, known, one = self.predicted(outputs, decision), ~np.isnan(labels), np.ones((1, len(labels)))
-        told = (scores >= (0.5 if decision is None else np.array(decision.thresholds))) & known
+        told = scores >= np.array(_thresholds(scores, labels) if decision is None else decision.thresholds)
         there = labels == 1
-        hits, said, true = ((told & there).sum(0), told.sum(0), there.sum(0))  # (K,) each
         chance = np.where(there, scores, 1 - scores)
         return Metrics(
             n=len(labels),
@@ -254,9 +297,9 @@ class _Multilabel(Task):
             more={
                 "map": float(_map(labels, scores, one)[0]),
                 "auroc": float(_auroc(labels, scores, one)[0]),
-                "f1_micro": float(_f1(hits.sum(), said.sum(), true.sum())),
-                "f1_macro": float(_f1(hits, said, true)[true > 0].mean()) if true.any() else 0.0,
-                "exact_match": float((told == there).all(1).mean()),
+                "f1_micro": float(_f1_micro(labels, told, one)[0]),
+                "f1_macro": float(_f1_macro(labels, told, one)[0]),
+                "exact_match": float(((told == there) | ~known).all(1).mean()),
             },
         )
 
@@ -295,9 +338,8 @@ class _Multilabel(Task):
 
         log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
         decision = Decision(images=images, temperature=math.exp(float(log_t)))
-        scores = self.predicted(outputs, decision)
-        each = (_threshold(score, truth) for score, truth in zip(scores.T, labels.T, strict=True))
-        return decision.model_copy(update={"thresholds": tuple(each)})
+        thresholds = _thresholds(self.predicted(outputs, decision), labels)
+        return decision.model_copy(update={"thresholds": thresholds})
 
     def answers(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
@@ -346,6 +388,10 @@ class _Multilabel(Task):
                 }
             )
         return rows
+
+
+def _thresholds(scores: Labels, labels: Labels) -> tuple[float, ...]:
+    return tuple(_threshold(score, truth) for score, truth in zip(scores.T, labels.T, strict=True))
 
 
 def _threshold(scores: Floats, truth: Floats) -> float:

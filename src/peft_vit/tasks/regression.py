@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_vit.config import LossName
 from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
 from peft_vit.statistics import TemperaturePrior, conformal_quantile, spearman
@@ -58,12 +59,52 @@ def _r2(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
         return np.asarray((1 - share @ (predicted - labels) ** 2 / spread).mean(1))
 
 
+def _ranks(values: Floats, weights: Floats) -> Floats:
+    """Return the place of each of N values among images that weigh so much, (B, N); equal ones have the same."""
+    _, place = np.unique(values, return_inverse=True)  # (N,)
+    level = np.zeros((len(weights), place.max() + 1))  # (B, different values)
+    np.add.at(level.T, place, weights.T)
+    return np.asarray((np.cumsum(level, 1) - level / 2)[:, place])
+
+
+def _spearman(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    """Return the correlation of ranks, the mean over numbers, (B,); 0 of a constant."""
+    share = weights / weights.sum(1, keepdims=True)  # (B, N)
+
+    def of_number(y: Floats, p: Floats) -> Floats:
+        a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (_ranks(y, share), _ranks(p, share)))
+        spread = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
+        return np.asarray(np.divide((share * a * b).sum(1), spread, out=np.zeros(len(share)), where=spread > 0))
+
+    return np.mean([of_number(y, p) for y, p in zip(labels.T, predicted.T, strict=True)], axis=0)
+
+
+_ERROR: dict[str, Any] = {"sign": -1, "is_share": False, "has_unit": True, "as_share": "r2"}
 METRICS: Mapping[str, DecidingMetric] = {
     metric.name: metric
     for metric in (
-        bootstrapped("mae", "mean absolute error", _mae, sign=-1, is_share=False, suffix=" mean error", as_share="r2"),
-        bootstrapped("rmse", "root mean squared error", _rmse, sign=-1, is_share=False, suffix=" RMSE", as_share="r2"),
+        bootstrapped(
+            "mae",
+            "mean absolute error",
+            _mae,
+            sign=-1,
+            is_share=False,
+            has_unit=True,
+            suffix=" mean error",
+            as_share="r2",
+        ),
+        bootstrapped(
+            "rmse",
+            "root mean squared error",
+            _rmse,
+            sign=-1,
+            is_share=False,
+            has_unit=True,
+            suffix=" RMSE",
+            as_share="r2",
+        ),
         bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
+        bootstrapped("spearman", "Spearman's correlation", _spearman, is_share=False, suffix=" Spearman's"),
     )
 }
 
@@ -82,11 +123,14 @@ class _Regression(Task):
 
     name = "regression"
     right_is = "share of images within half a standard deviation"
+    weighs = False
     outputs = "numbers"
+    fifth_of = "each part of their range"
     linear = "ridge regression"
     scatters = True
     note = "Errors are in the number's unit, beside the error of always saying the median."
     metrics = METRICS
+    loss_names = ("huber", "mse", "quantile")
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether all cells are numbers; whole ones in a column `label` are classes."""
@@ -138,19 +182,40 @@ class _Regression(Task):
         spread = labels.std(0)
         return type(self)(tuple(labels.mean(0).tolist()), tuple(np.where(spread > 0, spread, 1.0).tolist()))
 
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return 1 for each number."""
-        return np.ones(len(counts))
+    def restored(self, decision: Decision | None) -> Self:
+        """Return the task with the decision's mean and standard deviation."""
+        return self if decision is None else type(self)(decision.center, decision.spread)
+
+    def aligned(self, outputs: NDArray[np.floating], learned: Task) -> NDArray[np.floating]:
+        """Return the same numbers, standardized with this task's mean and standard deviation."""
+        return np.asarray((learned.predicted(outputs) - np.array(self.center)) / np.array(self.spread))
 
     def _errors(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return output - t, (N, K)."""
         center, spread = (outputs.new_tensor(values) for values in (self.center, self.spread))
         return outputs - (labels.to(outputs.dtype) - center) / spread
 
-    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
-        """Return Huber's loss, e^2 / 2 up to |e| = 1 and |e| - 1/2 beyond, summed over numbers, mean over images."""
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float = 0.0,
+        name: LossName | None = None,
+    ) -> Tensor:
+        """Return the loss of errors e = output - t, summed over numbers, the mean over images.
+
+        huber: e^2 / 2 up to |e| = 1, and |e| - 1/2 beyond. mse: e^2 / 2. quantile: |e| / 2, the pinball loss at 1/2,
+        which the median makes least.
+        """
         size = self._errors(outputs, labels).abs()
-        return (size.clamp(max=1) ** 2 / 2 + (size - 1).clamp(min=0)).sum(1).mean()
+        if name == "mse":
+            each = size**2 / 2
+        elif name == "quantile":
+            each = size / 2
+        else:
+            each = size.clamp(max=1) ** 2 / 2 + (size - 1).clamp(min=0)
+        return each.sum(1).mean()
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of e^2 / 2 over numbers, (N,), which a linear head makes least."""
@@ -175,7 +240,6 @@ class _Regression(Task):
         """Return every measure of a split, in the numbers' units; of several numbers errors in standard deviations."""
         predicted, one = self.predicted(outputs), np.ones((1, len(labels)))
         errors = (predicted - labels) / np.array(self.spread)
-        ranks = [spearman(p, y) for p, y in zip(predicted.T, labels.T, strict=True)]
         r2 = float(_r2(labels, predicted, one)[0])
         return Metrics(
             n=len(labels),
@@ -184,7 +248,7 @@ class _Regression(Task):
                 "mae": float(_mae(labels, predicted, one)[0]),
                 "rmse": float(_rmse(labels, predicted, one)[0]),
                 "r2": r2 if math.isfinite(r2) else 0.0,
-                "spearman": float(np.mean([rank or 0.0 for rank in ranks])),
+                "spearman": float(_spearman(labels, predicted, one)[0]),
             },
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from peft_vit.config import TaskName
+from peft_vit.config import ClassWeights, LossName, TaskName
 from peft_vit.errors import UserError
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
 from peft_vit.statistics import Interval, TemperaturePrior, bootstrap_interval
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
+_AT_ONCE = 1_000_000  # weights held at a time
+_EFFECTIVE = 0.999  # beta of effective numbers
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
@@ -39,22 +41,31 @@ class DecidingMetric:
         name: what `training.metric` calls it, and its field of `Metrics`.
         words: what people call it.
         interval: of labels and what was predicted of them: its value, and where it may lie with other test images.
+            Probabilities from which on labels are reported may follow, (K,) or of each image (N, K).
         gain: of labels and what was predicted of them before and after: the value after minus the one before, likewise.
+            Thresholds of both may follow.
+        by_image: of what `interval` takes: what each image brings, (N,), whose mean is the value. Of balanced accuracy
+            that is the mean in which each class counts the same.
         suffix: said behind a value where one may take it for another metric.
         sign: 1 if the higher value is the better one, -1 if the lower one is.
         equal_classes: each class counts as much as any other, however many images it has.
         is_share: it lies between 0 and 1, and is said in percent.
+        counts_images: it is a share of images, so that each brings 0 or 1.
+        has_unit: it is in the unit of the labels.
         as_share: a measure that says the same from 0 to 1.
     """
 
     name: str
     words: str
-    interval: Callable[[Labels, Labels], Interval]
-    gain: Callable[[Labels, Labels, Labels], Interval]
+    interval: Callable[..., Interval]
+    gain: Callable[..., Interval]
+    by_image: Callable[..., Floats]
     suffix: str = ""
     sign: Literal[1, -1] = 1
     equal_classes: bool = False
     is_share: bool = True
+    counts_images: bool = False
+    has_unit: bool = False
     as_share: str = ""
 
     def of(self, metrics: Metrics) -> float:
@@ -90,7 +101,12 @@ class DecidingMetric:
 
 
 def bootstrapped(
-    name: str, words: str, statistic: Callable[[Labels, Labels, Floats], Floats], **more: Any
+    name: str,
+    words: str,
+    statistic: Callable[[Labels, Labels, Floats], Floats],
+    *,
+    at_thresholds: bool = False,
+    **more: Any,
 ) -> DecidingMetric:
     """Return a metric whose intervals are bootstraps over images, that of a gain over the same images of both.
 
@@ -98,18 +114,48 @@ def bootstrapped(
         name: as in `DecidingMetric`.
         words: likewise.
         statistic: of labels (N, K), what was predicted (N, K), and weights of images (B, N): its values (B,).
+        at_thresholds: it reads 1 for what is reported, from a label's threshold on, by default 1/2.
         more: other attributes.
     """
 
-    def interval(labels: Labels, predicted: Labels) -> Interval:
-        y, p = (np.asarray(rows, dtype=float) for rows in (labels, predicted))  # what is not known is None in records
+    def taken(predicted: Labels, thresholds: Sequence[float]) -> Floats:
+        p = np.asarray(predicted, dtype=float)
+        return (p >= (thresholds if len(thresholds) else 0.5)).astype(float) if at_thresholds else p
+
+    def interval(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Interval:
+        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)  # what is not known is None in records
         return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights))
 
-    def gain(labels: Labels, before: Labels, after: Labels) -> Interval:
-        y, p, q = (np.asarray(rows, dtype=float) for rows in (labels, before, after))
+    def gain(
+        labels: Labels, before: Labels, after: Labels, was: Sequence[float] = (), now: Sequence[float] = ()
+    ) -> Interval:
+        y, p, q = np.asarray(labels, dtype=float), taken(before, was), taken(after, now)
         return bootstrap_interval(len(y), lambda weights: statistic(y, q, weights) - statistic(y, p, weights))
 
-    return DecidingMetric(name, words, interval, gain, **more)
+    def by_image(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Floats:
+        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)
+        return pseudo_values(len(y), lambda weights: statistic(y, p, weights))
+
+    return DecidingMetric(name, words, interval, gain, by_image, **more)
+
+
+def pseudo_values(images: int, statistic: Callable[[Floats], Floats]) -> Floats:
+    """Return N T - (N - 1) T_i for each of N images, where T_i is a statistic T without image i: jackknife, (N,).
+
+    Of a mean they are its terms. Of other statistics their mean has less bias than T, and their variance over N is
+    about that of T. Source: Tukey, Annals of Mathematical Statistics 29 (1958), p. 614.
+
+    Args:
+        images: N.
+        statistic: of weights (B, N): its values (B,).
+    """
+    whole, without = float(statistic(np.ones((1, images)))[0]), np.empty(images)
+    block = max(1, _AT_ONCE // images)
+    for start in range(0, images, block):
+        left_out = 1 - np.eye(images)[start : start + block]  # (B, N)
+        without[start : start + block] = statistic(left_out)
+    values: Floats = images * whole - (images - 1) * np.nan_to_num(without, nan=whole)
+    return values
 
 
 class Task(Protocol):
@@ -117,9 +163,13 @@ class Task(Protocol):
 
     Attributes:
         name: what configurations call it.
-        metrics: which may decide, by name.
+        metrics: which may decide, by name; the first is the default.
+        loss_names: what may be made less in training; the first is the default.
+        compared_by: the name of that by which studies compare; empty: that which decides.
         least_outputs: names that there have to be at least.
         smooths: labels may be smoothed.
+        weighs: outputs may have other weights in the loss than 1.
+        fifth_of: of what a split takes a fifth.
         gap: what a split says whose images lack a class, of its name.
         outputs: what people call them.
         linear: what people call its linear head.
@@ -130,8 +180,12 @@ class Task(Protocol):
 
     name: TaskName
     metrics: Mapping[str, DecidingMetric]
+    loss_names: tuple[LossName, ...]
+    compared_by: str = ""
     least_outputs: int = 1
     smooths: bool = False
+    weighs: bool = True
+    fifth_of: str = "each class"
     gap: str = ""
     outputs: str = "classes"
     linear: str = "logistic regression"
@@ -187,6 +241,14 @@ class Task(Protocol):
         """Return the task as it is learned from these labels of training images."""
         return self
 
+    def restored(self, decision: Decision | None) -> Task:
+        """Return the task as it was learned by a model whose outputs mean this."""
+        return self
+
+    def aligned(self, outputs: NDArray[np.floating], learned: Task) -> NDArray[np.floating]:
+        """Return outputs of a model that has learned the same from other images, as if from these."""
+        return outputs
+
     def metric(self, name: str) -> DecidingMetric:
         """Return the metric of a name.
 
@@ -208,11 +270,19 @@ class Task(Protocol):
         """Return how many outputs the head has, for the names of what is predicted."""
         return len(names)
 
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return the weight of each output in the loss, (K,), so that all classes count the same."""
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+        """Return the weight of each output in the loss, (K,), by how many images are of its class, (K,)."""
+        return np.ones(len(counts))
 
-    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean loss of training."""
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float = 0.0,
+        name: LossName | None = None,
+    ) -> Tensor:
+        """Return the mean loss of training: that of a name, or the first of `loss_names`."""
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each image without weights, (N,)."""
@@ -309,12 +379,33 @@ class Task(Protocol):
         return []
 
 
+def counted_images(counts: NDArray[np.int64], how: ClassWeights) -> Floats:
+    """Return what the images of each class count for, (K,): their number, or their effective number.
+
+    That is (1 - b^n) / (1 - b) of n images: of a class that has many, a further one brings hardly anything new. With
+    b = 0.999 a class of 100 images counts for 95, and none for more than 1,000 (Cui et al. 2019, arXiv 1901.05555).
+
+    Args:
+        counts: images of each class, (K,).
+        how: balanced, effective.
+    """
+    images = np.maximum(counts, 1).astype(float)
+    effective: Floats = (1 - _EFFECTIVE**images) / (1 - _EFFECTIVE)
+    return effective if how == "effective" else images
+
+
 def least_loss_temperature(loss: Callable[[float], float]) -> float:
     """Return what outputs have to be divided by for the lowest loss, which is given for each divisor."""
     found = scipy.optimize.minimize_scalar(
         lambda log_t: loss(math.exp(log_t)), bounds=LOG_TEMPERATURES, method="bounded"
     )
     return math.exp(float(found.x))
+
+
+def rows_of(answers: Sequence[Any]) -> Labels:
+    """Return labels, or what was predicted, as metrics take it: (N,), or (N, K) with NaN for what is not known."""
+    rows = np.array(answers)
+    return rows.astype(float) if rows.dtype == object else rows
 
 
 def short(outputs: NDArray[np.float32]) -> list[list[float]]:

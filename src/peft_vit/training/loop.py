@@ -146,7 +146,7 @@ def train(
     if fresh:
         apply_temperature(head, temperature)
         weights = loss_weights(config, data, runtime.device)
-        loss = partial(data.task.loss, weights=weights, label_smoothing=config.label_smoothing)
+        loss = partial(data.task.loss, weights=weights, label_smoothing=config.label_smoothing, name=config.loss)
         context = HookContext(Calibration(data, runtime, seed).batch, weights, loss, overhead=overhead)
         for hook in hooks:
             hook.begin(model, context)
@@ -286,12 +286,14 @@ class TrainingState:
 
         The last batch of an epoch may be smaller, and its last micro-batch too.
         """
-        device, at_once, smoothing = self._runtime.device, self._config.images_at_once, self._config.label_smoothing
+        device, config, at_once = self._runtime.device, self._config, self._config.images_at_once
 
         def loss_of(x: Tensor, targets: Tensor) -> Tensor:
             with autocast(device, self._runtime.precision):
                 logits = self.model(x.to(device))  # (M, classes)
-            mean = self._data.task.loss(logits.float(), targets.to(device), self._class_weights, smoothing)
+            targets = targets.to(device)
+            loss = self._data.task.loss
+            mean = loss(logits.float(), targets, self._class_weights, config.label_smoothing, config.loss)
             return mean * (len(x) / len(images))
 
         for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)

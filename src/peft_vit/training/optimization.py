@@ -37,9 +37,10 @@ _DECAY_SHARE = 0.25  # of the steps before the decay
 
 def loss_weights(config: TrainingConfig, data: Data, device: torch.device) -> Tensor | None:
     """Return the loss's weights (classes,) on the device, None where a study asks for none."""
-    if not config.class_weights:
+    if config.class_weights == "none":
         return None
-    weights = data.task.loss_weights(data.task.counts(data.train.labels, len(data.class_names)))
+    counts = data.task.counts(data.train.labels, len(data.class_names))
+    weights = data.task.loss_weights(counts, config.class_weights)
     return torch.tensor(weights, dtype=torch.float32, device=device)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of, source_of
 from peft_vit.config import BackboneConfig, Compute, Flips, WeightsSource, named_backbone
@@ -22,8 +21,7 @@ from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.within_time import Runner
-from peft_vit.tasks import DecidingMetric
-from peft_vit.tasks.classification import CLASSIFICATION
+from peft_vit.tasks import DecidingMetric, Scores
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -39,20 +37,17 @@ class TuningContext:
     runner: Runner  # does the runs of a study
     seen: Any  # of the images, see `data.inspect_images`
     images_file: Path  # which of them are sealed
-    counts: tuple[int, ...]  # images of each class that are not sealed
+    outputs: int  # of the head
+    images: int  # that are not sealed
     metric: DecidingMetric  # what decides
     different: int | None = None  # of them, a copy not counted; None: all are
     sealed_images: int = 0  # how many are
+    scores: Scores = field(default_factory=Scores)  # by which everything is compared
 
     @property
     def request(self) -> TuneRequest:
         """Return what was asked for."""
         return self.state.request
-
-    @property
-    def images(self) -> int:
-        """Return how many images are not for the test."""
-        return sum(self.counts)
 
     @property
     def test_images(self) -> int:
@@ -74,10 +69,6 @@ class TuningContext:
         """Return how training images are flipped: as regressions have chosen, left-right until then."""
         flips: Flips = self.state.file.decided.get("flips", "horizontal")
         return flips
-
-    def weights(self, labels: NDArray[np.int64]) -> NDArray[np.float64] | None:
-        """Return what images of these classes count, (n,); None: all the same."""
-        return 1 / np.bincount(labels)[labels] if self.metric.equal_classes else None
 
     @cached_property
     def backbones(self) -> dict[str, BackboneConfig]:
@@ -178,6 +169,7 @@ class TuningContext:
                 "folds": FOLDS,
                 "validation_images": 0,
                 "split_seed": request.seed,
+                **({} if request.task is None else {"task": request.task}),
                 **data,
             },
             "experiments": [{**one, "training": {**one["training"], "compute": self.compute}} for one in experiments],
@@ -197,12 +189,10 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
         UserError: see `inspect_images`; if the folder has other images than when the output was begun; and if
             images.json is there already and holds something else.
     """
-    images = find_images(existing(str(state.request.images)))
-    if images.files.task is not CLASSIFICATION:
-        message = f"has {images.files.task.name} labels, and tune compares models of one class an image; use train"
-        raise UserError(message, file=images.path)
+    images = find_images(existing(str(state.request.images)), state.request.task)
+    task = images.files.task
+    asked = None if state.request.metric == "auto" else task.metric(state.request.metric)
     seen = inspect_images(images, on_progress=_telling_if_slow(state))
-    asked = None if state.request.metric == "auto" else CLASSIFICATION.metric(state.request.metric)
     for line in seen.lines(asked):
         state.tell(f"  {line}")
     content = json.dumps(images_file(seen, state.request.seed), indent=1) + "\n"
@@ -218,13 +208,12 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     found = json.loads(content)
     sealed, left_out = set(found["sealed"]), set(found["left_out"])
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
-    counts = np.bincount(seen.labels[used], minlength=len(seen.class_names))
-    own = "the folder's own test split" if seen.holdout is not None else "a fifth of each class"
-    state.tell(f"  test set, read at the end: {len(sealed):,} images, {own}; choices use the other {counts.sum():,}")
-    different = len(np.unique(seen.groups[used]))
-    metric = asked or seen.metric
-    runner = make_runner(state, metric)
-    return TuningContext(state, runner, seen, place, tuple(counts.tolist()), metric, different, len(sealed))
+    own = "the folder's own test split" if seen.holdout is not None else f"a fifth of {task.fifth_of}"
+    state.tell(f"  test set, read at the end: {len(sealed):,} images, {own}; choices use the other {used.sum():,}")
+    different, metric = len(np.unique(seen.groups[used])), asked or seen.metric
+    scores = Scores.on(task, metric, seen.labels[used])
+    outputs, runner = task.head_width(seen.class_names), make_runner(state, metric)
+    return TuningContext(state, runner, seen, place, outputs, int(used.sum()), metric, different, len(sealed), scores)
 
 
 def _telling_if_slow(state: State) -> Callable[[int, int], None]:

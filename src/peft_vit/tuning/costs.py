@@ -56,7 +56,7 @@ class Costs:
     def fits_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds of a regression on the features of so many images, its penalty chosen among them."""
         width = next(iter(self.shape(recipe).sites)).in_features
-        values = len(FLIP_AXES[self.context.flips]) * images * width * len(self.context.counts)
+        values = len(FLIP_AXES[self.context.flips]) * images * width * self.context.outputs
         return _FITS * _FIT_S * values
 
     def regression_s(self, recipe: Recipe) -> float:

@@ -8,20 +8,16 @@ of classes come from what the folds' runs say, in the form that is delivered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from peft_vit.errors import UserError
-from peft_vit.evaluation import calibrate
 from peft_vit.forecasting.time_limit import fit
-from peft_vit.records import Calibrated, RunRecord
-from peft_vit.runs.held_out import Outputs, checked_on
-from peft_vit.statistics import Interval, paired_proportions
+from peft_vit.records import Calibrated, Decision, RunRecord
+from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.within_time import Outcome
-from peft_vit.tasks.classification import CLASSIFICATION
 from peft_vit.tuning.costs import LONGEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe
@@ -60,32 +56,19 @@ def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome,
     return replace(outcome, logits=np.asarray(logits, dtype=np.float64)), outcome
 
 
-def calibrated_on(folds: Sequence[Outcome]) -> Calibrated:
-    """Return how far a model can be believed, from what its recipe's runs on folds said of their test images."""
-    logits, labels, images = (
-        np.concatenate([getattr(fold, of) for fold in folds]) for of in ("logits", "labels", "images")
-    )
-    return calibrate(logits, labels, images.tolist())
-
-
-def in_form(record: RunRecord, final: Outcome, calibrated: Calibrated) -> RunRecord:
+def in_form(record: RunRecord, final: Outcome, meaning: Calibrated | Decision) -> RunRecord:
     """Return the last training's record with what the delivered form says of the test images."""
     assert record.predictions is not None
-    logits = final.logits.astype(np.float32)
-    predictions = CLASSIFICATION.predictions(logits, final.labels, final.images, keep_logits=True)
+    logits, task, labels = final.logits.astype(np.float32), final.learned, final.labels
+    decision = meaning if isinstance(meaning, Decision) else None
+    calibrated = None if isinstance(meaning, Decision) else meaning
+    predictions = task.predictions(logits, labels, final.images, keep_logits=True, decision=decision)
     return record.model_copy(
         update={
-            "test": CLASSIFICATION.measure(logits, final.labels),
+            "test": task.measure(logits, labels, decision),
             "predictions": predictions.model_copy(update={"files": record.predictions.files}),
             "calibrated": calibrated,
-            "tested_calibration": checked_on(calibrated, Outputs(logits, final.labels, None)),
+            "decision": decision,
+            "tested_calibration": tested_on(calibrated, decision, Outputs(logits, labels, None), task, None),
         }
     )
-
-
-def changed_by_rounding(final: Outcome, before: Outcome) -> Interval | None:
-    """Return what rounding changed of the share that is right; None: nothing was rounded after training."""
-    if before is final:
-        return None
-    gains, losses = int((final.right & ~before.right).sum()), int((before.right & ~final.right).sum())
-    return paired_proportions(gains, losses, len(final.labels))

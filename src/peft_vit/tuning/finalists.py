@@ -59,7 +59,7 @@ def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
 
 def bytes_of(folds: Folds, recipe: Recipe) -> int:
     """Return the bytes of a recipe's file, as expected."""
-    return recipe.file_bytes(folds.costs.shape(recipe), len(folds.context.counts))
+    return recipe.file_bytes(folds.costs.shape(recipe), folds.context.outputs)
 
 
 def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
@@ -120,9 +120,9 @@ def _in_turn(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Reci
     if not ranked:
         return [probe]
     best, first = ranked[0], low_bits(folds, ranked[0])
-    adaptive = replace(best, method="adalora", rate=rate_of("adalora", best.rate))
+    ranks = [replace(best, method="adalora", rate=rate_of("adalora", best.rate)), replace(best, rank=_SMALL_RANK)]
     second = [recipe for recipe in ranked[1:] if recipe != best.half][:1]
-    others = [best, probe, *second, adaptive, replace(best, rank=_SMALL_RANK)]
+    others = [best, probe, *second, *(ranks if folds.context.request.max_adapter_bytes is None else ())]
     return [*first, *others] if first else [*others, *_packed(folds, best)]
 
 
@@ -146,7 +146,7 @@ def decide(folds: Folds) -> Decision:
     context, least = folds.context, min(FEWEST_FOLDS, max(map(len, folds.outcomes.values()), default=0))
     if not least:
         raise UserError(NO_MODEL, field="--minutes")
-    most, margin = context.request.max_bytes, context.request.margin_share
+    most, margin, unit = context.request.max_bytes, context.request.margin_share, context.scores.unit
     recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= least]
     sizes = [bytes_of(folds, recipe) for recipe in recipes]
     fitting = [number for number, size in enumerate(sizes) if most is None or size <= most]
@@ -161,9 +161,9 @@ def decide(folds: Folds) -> Decision:
         if number not in fitting:
             return "larger than the limit"
         if size < 0:
-            return f"expected to be {-gain:.1f} points worse" if gain <= -0.05 else "smaller, but less sure"
+            return f"expected to be {-gain:.1f} {unit} worse" if gain <= -0.05 else "smaller, but less sure"
         larger = "larger" if size > 0 else "as large"
-        return f"{larger}, and {gain:.1f} points better" if gain >= 0.05 else f"{larger}, and not better"
+        return f"{larger}, and {gain:.1f} {unit} better" if gain >= 0.05 else f"{larger}, and not better"
 
     candidates = [
         Candidate(recipe, sizes[number], len(folds.seeds(recipe)), choice.odds[number], why(number))

@@ -25,8 +25,7 @@ from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.statistics.odds import FoldMeans, means_of_images
 from peft_vit.studies.image_sizes import expected_gain
-from peft_vit.studies.within_time import Outcome
-from peft_vit.tasks.classification import log_softmax
+from peft_vit.studies.within_time import Outcome, pooled
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import ENOUGH_STEPS, FEWEST_FOLDS, Costs
 from peft_vit.tuning.limits import within_memory
@@ -93,8 +92,8 @@ class Folds:
         training = shared_training(context.batch_size, context.flips, context.metric)
         if not recipe.is_probe:
             training |= {"learning_rate": recipe.rate, "head_start": "probe", "steps": recipe.steps}
-            training["label_smoothing"] = LABEL_SMOOTHING
-        sections = recipe.sections(self.costs.shape(recipe))
+            training |= {"label_smoothing": LABEL_SMOOTHING} if context.scores.task.smooths else {}
+        sections = recipe.sections(self.costs.shape(recipe), context.request.max_adapter_bytes)
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
         if not recipe.is_probe:
             training |= within_memory(context, recipe.model, recipe.image_size, experiment)
@@ -160,10 +159,10 @@ class Folds:
         done = self.outcomes.get(recipe, {})
         if not seeds or any(seed not in done for seed in seeds):
             return None
-        labels, logits = (np.concatenate([getattr(done[seed], of) for seed in seeds]) for of in ("labels", "logits"))
-        score = self.context.metric.interval(labels, logits.argmax(1)).estimate
-        nll = float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
-        return score - _NLL_WEIGHT * nll
+        scores = self.context.scores
+        logits, labels, _ = pooled([done[seed] for seed in seeds], scores.task)
+        measured = scores.task.measure(logits, labels)
+        return scores.of(measured) - _NLL_WEIGHT * measured.nll
 
     def difference(self, recipe: Recipe, other: Recipe) -> tuple[float, float] | None:
         """Return by how much a recipe is better than another on the folds that both have, and the standard error."""
@@ -171,8 +170,7 @@ class Folds:
         own, others = self.value(recipe, seeds), self.value(other, seeds)
         if own is None or others is None:
             return None
-        right = [np.concatenate([self.outcomes[one][seed].right for seed in seeds]) for one in (recipe, other)]
-        differs = np.subtract(*(side.astype(float) for side in right))
+        differs = np.subtract(*(self._by_image(one, seeds) for one in (recipe, other)))
         return own - others, float(differs.std()) / len(differs) ** 0.5
 
     def clearly_better(self, recipe: Recipe, other: Recipe, errors: float = 1.0) -> bool:
@@ -195,31 +193,39 @@ class Folds:
     def gain_of_steps(self, recipe: Recipe) -> Interval | None:
         """Return what twice the steps would bring, a share; None: half of them were not tried on the same folds."""
         trained = recipe.trained
-        half, done = self.outcomes.get(trained.half, {}), self.outcomes[trained]
-        seeds = [seed for seed in half if seed in done]
+        done, scores = self.outcomes[trained], self.context.scores
+        seeds = [seed for seed in self.outcomes.get(trained.half, {}) if seed in done]
         if trained.is_probe or not seeds:
             return None
         labels = np.concatenate([done[seed].labels for seed in seeds])
-        of_half, of_all = (~np.concatenate([own[seed].right for seed in seeds]) for own in (half, done))
-        return gain_of_twice(of_half, of_all, self.context.weights(labels), share=1.0)
+        of_half, of_all = (scores.best - self._by_image(own, seeds) for own in (trained.half, trained))
+        return gain_of_twice(of_half, of_all, scores.image_weights(labels), share=1.0)
+
+    def _by_image(self, recipe: Recipe, seeds: Sequence[int]) -> NDArray[np.float64]:
+        """Return what images of some folds bring to the score, seed after seed, see `Scores.by_image`."""
+        scores = self.context.scores
+        return scores.by_image(*pooled([self.outcomes[recipe][seed] for seed in seeds], scores.task)[:2])
 
     def measured(self, recipes: Sequence[Recipe]) -> FoldMeans:
         """Return what is known of the deciding metric of C recipes, each of which has a fold."""
         known = {seed: outcome for recipe in recipes for seed, outcome in self.outcomes[recipe].items()}
         positions = np.unique(np.concatenate([outcome.images for outcome in known.values()]))  # (N,)
         repetitions = sorted({seed // FOLDS for seed in known})
-        scores = np.full((len(recipes), len(repetitions), len(positions)), np.nan)  # (C, R, N): 1 right, 0 wrong
+        brought = np.full((len(recipes), len(repetitions), len(positions)), np.nan)  # (C, R, N): of accuracy 1 or 0
         folds = np.full((len(repetitions), len(positions)), -1, dtype=np.int64)  # (R, N)
-        classes = np.zeros(len(positions), dtype=np.int64)
+        metric = self.context.metric
+        classes = np.zeros(len(positions), dtype=np.int64) if metric.equal_classes else None
         for seed, outcome in known.items():
             at = np.searchsorted(positions, outcome.images)
             folds[repetitions.index(seed // FOLDS), at] = seed % FOLDS
-            classes[at] = outcome.labels
+            if classes is not None:
+                classes[at] = outcome.labels
         for place, own in enumerate(folds):  # folds that nobody has done
             left = [fold for fold in range(FOLDS) if fold not in own]
             folds[place, own < 0] = left[0] if left else 0
         for number, recipe in enumerate(recipes):
-            for seed, outcome in self.outcomes[recipe].items():
-                at = np.searchsorted(positions, outcome.images)
-                scores[number, repetitions.index(seed // FOLDS), at] = outcome.right
-        return means_of_images(scores, folds, classes if self.context.metric.equal_classes else None)
+            for row, repetition in enumerate(repetitions):  # all of one together: of few images a metric may be nothing
+                if seeds := [seed for seed in self.seeds(recipe) if seed // FOLDS == repetition]:
+                    images = np.concatenate([self.outcomes[recipe][seed].images for seed in seeds])
+                    brought[number, row, np.searchsorted(positions, images)] = self._by_image(recipe, seeds)
+        return means_of_images(brought, folds, classes, counts=metric.counts_images)

@@ -18,7 +18,7 @@ from peft_vit.report.model_page import CARD_FILE, card_head, card_text
 from peft_vit.runs.fastest import export_fastest
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.own_images import refuse_among_images
-from peft_vit.tuning.final import calibrated_on, in_form
+from peft_vit.tuning.final import in_form
 from peft_vit.tuning.page import TuningSummary, model_summary, tuning_document
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.state import MODEL_FOLDER, TUNE_FILE, tuned_model
@@ -77,16 +77,15 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
 
 
 def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
-    run_dir, recipe, calibrated = choice.final.folder, choice.recipe, calibrated_on(choice.folds)
-    record = in_form(read_record(run_dir / RECORD_FILE), choice.final, calibrated)
+    run_dir, recipe = choice.final.folder, choice.recipe
+    record = in_form(read_record(run_dir / RECORD_FILE), choice.final, choice.meaning)
     tested = record.tested_calibration
     quality = model_quality(record, None if tested is None else tested.probability)
-    assert quality is not None
     model_folder = directory / MODEL_FOLDER
     exports = export_fastest(
         run_dir,
         model_folder,
-        calibrated=calibrated,
+        meaning=choice.meaning,
         bits=recipe.bits if recipe.when == "after" else None,
         fold_runs=[outcome.folder for outcome in choice.folds],
         max_bytes=choice.request.max_bytes,

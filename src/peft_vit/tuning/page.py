@@ -13,20 +13,20 @@ from peft_vit.report.document import Block, Card, Facts, Paragraph, StudyDocumen
 from peft_vit.report.formatting import (
     fixed,
     joined,
-    margin_in_points,
     megabytes,
+    number_interval,
     percent,
-    percent_interval,
     plain,
     points,
     points_interval,
+    score_interval,
+    score_of,
     signed,
 )
 from peft_vit.report.model_page import BELIEF, IMAGES, MADE, ModelSummary, accuracy_card, labels_card, model_document
 from peft_vit.report.summary import run_provenance
 from peft_vit.report.tables import Column, own_interval_columns, table
 from peft_vit.runs.fastest import Exports, Form
-from peft_vit.tuning.final import changed_by_rounding
 from peft_vit.tuning.result import Choice, answer
 from peft_vit.tuning.state import TITLES
 
@@ -73,11 +73,13 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     request = choice.request
     limits = [
         *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
+        *([f"{request.max_adapter_bytes / 1e3:g} kB of updates"] if request.max_adapter_bytes is not None else []),
         *([f"{1e3 * request.max_latency:g} ms an image"] if request.max_latency is not None else []),
         *([f"{request.memory_limit} of memory in training"] if request.memory_limit is not None else []),
     ]
     yield "Images", str(request.images)
-    yield "Margin", f"{margin_in_points(request.margin_share)} of {choice.metric.words}"
+    of = "" if choice.metric.has_unit else f" of {choice.metric.words}"
+    yield "Margin", choice.scores.hundredths(request.margin_share) + of
     yield "Limits", joined(limits) or "none"
     seconds = sum(seconds for _, seconds in choice.stages)
     stages = joined(f"{TITLES[name]} {_duration(taken)}" for name, taken in choice.stages)
@@ -96,16 +98,17 @@ def _cards(summary: TuningSummary) -> Iterator[Card]:
     float32 = summary.exports.float32_s
     against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
     yield Card("Time for an image", summary.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
-    if tested is not None and _AT in tested.covered:
+    if summary.quality is not None and tested is not None and _AT in tested.covered:
         said = f"hold {percent(tested.covered[_AT])} of the test images' classes"
         yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(tested.set_size[_AT], 2), (said,))
     yield labels_card(summary.record)
 
 
 def _how_sure(summary: TuningSummary) -> Iterator[str]:
-    choice, changed = summary.choice, changed_by_rounding(summary.choice.final, summary.choice.before_rounding)
+    choice, changed = summary.choice, summary.choice.changed_by_rounding
     if changed is not None:
-        yield f"Rounding changed what it has right on the test images by {points_interval(changed)} points."
+        by = f"{points_interval(changed)} points" if choice.metric.is_share else number_interval(changed, 3)
+        yield f"Rounding changed {choice.metric.words} on the test images by {by}."
     readers = _readers(choice)
     once = "read once, after everything was chosen"
     if readers > 1:
@@ -135,7 +138,7 @@ def _duration(seconds: float) -> str:
 def _not_shown(summary: TuningSummary) -> Iterator[str]:
     yield "Images of another kind, camera or time than these: nothing here is about them."
     yield "Other backbones and methods than those in the tables."
-    if summary.record.calibrated is None or not summary.record.calibrated.coverages:
+    if summary.quality is not None and not (summary.record.calibrated and summary.record.calibrated.coverages):
         yield "Prediction sets: there are too few images for thresholds."
 
 
@@ -145,13 +148,15 @@ class TuningSummary:
 
     choice: Choice  # what was chosen and what it was chosen by
     record: RunRecord  # of the last training, in the form that is delivered, on the sealed images
-    quality: ModelQuality  # likewise
+    quality: ModelQuality | None  # likewise; None of several labels, or of numbers
     exports: Exports  # what was written
 
 
 def compared_blocks(choice: Choice) -> Iterator[Block]:
     """Yield the models that were compared, and the image sizes that were tried."""
-    margin, words = margin_in_points(choice.request.margin_share), choice.metric.words
+    scores, words = choice.scores, choice.metric.words
+    margin, shown = scores.hundredths(choice.request.margin_share), partial(score_of, scores)
+    expected = partial(score_interval, scores), partial(own_interval_columns, "score")
     yield table(
         "candidates",
         "Models that were compared, smallest first",
@@ -161,10 +166,8 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
             Column("File, about", "bytes", megabytes),
             Column("Folds", "folds"),
-            Column(
-                f"{words.capitalize()} expected", "odds.score", percent_interval, partial(own_interval_columns, "score")
-            ),
-            Column("Against the best, points", "odds.loss", lambda loss: points(-loss), "loss"),
+            Column(f"{words.capitalize()} expected", "odds.score", *expected),
+            Column(f"Against the best, {scores.unit}", "odds.loss", lambda loss: points(-loss), "loss"),
             Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
             Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
         ],
@@ -179,7 +182,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
         [
             Column("Model", "model"),
             Column("Pixels", "image_size"),
-            Column(words.capitalize(), "score", percent),
+            Column(words.capitalize(), "score", shown),
             Column("Steps that fit a run", lambda size: size.steps or None, data="steps"),
             Column("Left out", lambda size: plain(size.why) or None, data="left_out"),
         ],

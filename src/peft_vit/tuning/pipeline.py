@@ -124,8 +124,9 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
         final=final,
         before_rounding=before_rounding,
         longer=longer,
-        more=what_more_buys(labels, steps, longer, sizes, untried, request.minutes),
+        more=what_more_buys(labels, steps, longer, sizes, untried, request.minutes, context.scores.unit),
         stages=tuple(state.file.seconds.items()),
+        scores=context.scores,
     )
     for sentence in choice.more:
         tell(f"  {sentence}")
@@ -173,14 +174,17 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
     Raises:
         UserError: for such a limit, and if there is no time for a single model.
     """
-    classes = len(context.counts)
     sizes = {model: sizes_of(context, model) for model in context.backbones}
     forms = {}
     for model, own in sizes.items():
+        try:
+            lora(model, own[0], LEAST_STEPS).sections(context.shape(model, own[0]), context.request.max_adapter_bytes)
+        except UserError as error:
+            raise error.about("--max-adapter-bytes") from None
         for bits in (None, *ROUNDED):
             plain = Recipe(model, own[0])
             form = plain if bits is None else plain.rounded(bits)
-            forms[form] = form.file_bytes(context.shape(model, own[0]), classes)
+            forms[form] = form.file_bytes(context.shape(model, own[0]), context.outputs)
     models = within_bytes(context.request, forms)
     sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
     first = next(iter(sizes))
@@ -210,9 +214,13 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     """Say what the whole will take, stage by stage."""
     context, state = costs.context, costs.context.state
     images = context.different or context.images
-    resolution = resolvable(images, context.request.margin_share)
-    apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
-    state.tell(f"  {images:,} images tell two models apart that differ by {apart}, and an accuracy to within {known}")
+    if context.metric.counts_images:
+        resolution = resolvable(images, context.request.margin_share)
+        apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
+        state.tell(f"  {images:,} images tell models apart that differ by {apart}, and an accuracy to within {known}")
+    if (scores := context.scores).metric.has_unit:
+        lost, value = context.request.margin_share, context.request.margin_share * scores.deviation
+        state.tell(f"  a smaller model may lose {scores.hundredths(lost)}, which is {scores.metric.plain(value)}")
     probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
     parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())

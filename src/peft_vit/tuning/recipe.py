@@ -87,9 +87,9 @@ class Recipe:
         """Return how it is trained, for people; empty of a probe."""
         return "" if self.is_probe else f"{self.steps} steps at {self.rate:g}"
 
-    def sections(self, shape: BackboneShape) -> dict[str, Any]:
-        """Return what the method brings to an experiment."""
-        options = TrainOptions(rank=self.rank or None, budget=None, steps=max(1, self.steps), shape=shape)
+    def sections(self, shape: BackboneShape, adapter_bytes: int | None = None) -> dict[str, Any]:
+        """Return what the method brings to an experiment; raises UserError if no rank fits the bytes."""
+        options = TrainOptions(self.rank or None, None, max(1, self.steps), shape, adapter_bytes=adapter_bytes)
         sections = METHODS[self.method].defaults(options)
         if self.bits is not None and self.when == "training":
             sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}
@@ -117,5 +117,5 @@ def rate_of(method: str, rate: float) -> float:
 def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
     """Return what every section `training` of a tuning says, a probe's too."""
     augmentation = [change.model_dump(mode="json") for change in AUGMENTATION_OF_FLIPS[flips]]
-    decides = {"class_weights": True, "metric": metric.name} if metric.equal_classes else {}
-    return {"batch_size": batch_size, "augmentation": augmentation, **decides}
+    decides = {"class_weights": "balanced"} if metric.equal_classes else {}
+    return {"batch_size": batch_size, "augmentation": augmentation, "metric": metric.name, **decides}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peft_vit.report.formatting import bounds_in_percent, fixed, joined, margin_in_points, megabytes, percent, points
+from peft_vit.records import Calibrated
+from peft_vit.records import Decision as Meaning
+from peft_vit.report.formatting import bounds_of, fixed, joined, megabytes, points, value_of
 from peft_vit.statistics import Interval
-from peft_vit.studies.within_time import Outcome
-from peft_vit.tasks import DecidingMetric
+from peft_vit.studies.within_time import Outcome, meaning_on
+from peft_vit.tasks import DecidingMetric, Scores
 from peft_vit.tuning.finalists import Decision
 from peft_vit.tuning.recipe import Recipe
 from peft_vit.tuning.sizes import NO_TIME, SizeResult
@@ -35,27 +38,41 @@ class Choice:
     longer: float  # times the steps that follow from the folds, of the last training
     more: tuple[str, ...]  # what more labels and more minutes would buy, sentences
     stages: tuple[tuple[str, float], ...]  # name and seconds of each stage, of all calls together
+    scores: Scores = field(default_factory=Scores)  # by which models were compared
 
     @property
     def recipe(self) -> Recipe:
         """Return what was taken."""
         return self.decision.taken.recipe
 
+    @cached_property
+    def meaning(self) -> Calibrated | Meaning:
+        """Return what the model's outputs mean, from what its recipe's runs on folds said of their test images."""
+        return meaning_on(self.folds, self.final.learned)
+
     @property
     def score(self) -> Interval:
         """Return what decides, on the test images."""
-        return self.metric.interval(self.final.labels, self.final.logits.argmax(1))
+        return self.metric.interval(self.final.labels, *self.final.told(self.meaning))
+
+    @property
+    def changed_by_rounding(self) -> Interval | None:
+        """Return what rounding changed of that; None: nothing was rounded after training."""
+        (before, least), (after, _) = (own.told(self.meaning) for own in (self.before_rounding, self.final))
+        rounded = self.before_rounding is not self.final
+        return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
 
 
 def answer(choice: Choice) -> str:
     """Return what was taken, what it has on the test images, and its odds: a line."""
     taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
-    right = metric.words if metric.equal_classes else "right"
-    by = f"{bounds_in_percent(score)}, by {score.n:,} test images"
-    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(score.estimate)} {right} on new images ({by})."
+    right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
+    by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
+    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {value} {right} on new images ({by})."
     if taken.recipe == choice.decision.reference:
         return f"{head} It is the best float model found."
-    margin, gap = margin_in_points(choice.request.margin_share), f"{fixed(100 * abs(odds.loss), 1)} points"
+    scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
+    gap = f"{fixed(100 * abs(odds.loss), 1)} {scores.unit}"
     than = f"The best float model found ({choice.decision.reference.title}) is expected to be {gap}"
     chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
     shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
@@ -70,6 +87,7 @@ def what_more_buys(
     sizes: Sequence[SizeResult],
     untried: Sequence[Recipe],
     minutes: float,
+    unit: str = "points",
 ) -> tuple[str, ...]:
     """Return what more labels and more minutes would bring, in sentences.
 
@@ -80,18 +98,19 @@ def what_more_buys(
         sizes: every model and image size.
         untried: recipes that there was no time for.
         minutes: of this call.
+        unit: of a hundredth of a share, see `Scores`.
     """
     sentences = []
     if labels is None:
         sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
     else:
         sentences.append(
-            f"Twice as many labels: {_gain(labels)}, as the regression learns with half and with all of them."
+            f"Twice as many labels: {_gain(labels, unit)}, as the regression learns with half and with all of them."
         )
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
         had = f" The last training has had {longer:g} times as many." if longer > 1 else ""
-        sentences.append(f"Twice the steps of the folds: {_gain(steps)}, {learns}.{had}")
+        sentences.append(f"Twice the steps of the folds: {_gain(steps, unit)}, {learns}.{had}")
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:
@@ -105,6 +124,6 @@ def what_more_buys(
     return tuple(sentences)
 
 
-def _gain(expected: Interval) -> str:
+def _gain(expected: Interval, unit: str) -> str:
     low, high = (points(end or 0.0) for end in (expected.low, expected.high))
-    return f"about {points(expected.estimate)} points ({low} to {high})"
+    return f"about {points(expected.estimate)} {unit} ({low} to {high})"

@@ -82,7 +82,7 @@ def best_of(folds: Folds, recipes: Sequence[Recipe]) -> Recipe:
 def _standing(folds: Folds, recipe: Recipe) -> float:
     """Return how a recipe stands: by the most folds first, then by its value on them; below 0 without any."""
     seeds = folds.seeds(recipe)
-    return len(seeds) + (folds.value(recipe, seeds) or 0.0) if seeds else -1.0
+    return len(seeds) + math.atan(folds.value(recipe, seeds) or 0.0) / math.pi + 0.5 if seeds else -1.0
 
 
 def _bracket_s(folds: Folds, recipes: Sequence[Recipe]) -> float:

@@ -111,20 +111,20 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
         results.append(SizeResult(probe.model, probe.image_size, score, steps, why))
         if score is not None:
             fits = f"{steps} steps fit a run" if steps else "no time to train"
-            state.tell(f"  {probe.model} at {probe.image_size} px: {context.metric.text(score)}, {fits}")
+            state.tell(f"  {probe.model} at {probe.image_size} px: {context.scores.text(score)}, {fits}")
     return results
 
 
 def _value(context: TuningContext, probe: Recipe, regress: Regress) -> float:
-    studies = context.state.studies
+    studies, deviation = context.state.studies, context.scores.deviation
     if "flips" not in context.state.file.decided:
-        scores = {way: regress(_study(context, probe, way), studies, False).value for way in _WAYS}
+        scores = {way: regress(_study(context, probe, way), studies, False).value / deviation for way in _WAYS}
         best = max(_WAYS, key=lambda way: (scores[way], -_WAYS.index(way)))
         context.state.once("flips", lambda: best)
-        compared = ", ".join(f"{_FLIPPED[way]} {score:.1%}" for way, score in scores.items())
+        compared = ", ".join(f"{_FLIPPED[way]} {context.scores.text(score)}" for way, score in scores.items())
         context.state.tell(f"  training images {_FLIPPED[best]}: {compared} at {probe.image_size} px")
         return scores[best]
-    return regress(_study(context, probe, context.flips), studies, False).value
+    return regress(_study(context, probe, context.flips), studies, False).value / deviation
 
 
 def _study(context: TuningContext, probe: Recipe, flips: Flips) -> dict[str, Any]:
@@ -140,10 +140,11 @@ def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> I
 
     def forecast() -> dict[str, Any] | None:
         found = regress(_study(context, probe, context.flips), context.state.studies, True)
-        if found.right_of_half is None:
+        if found.brought_by_half is None:
             return None
-        weights = context.weights(found.labels)
-        return asdict(gain_of_twice(~found.right_of_half, ~found.right, weights, share=1 - 1 / FOLDS))
+        scores = context.scores
+        of_half, of_all = (scores.best - own / scores.deviation for own in (found.brought_by_half, found.brought))
+        return asdict(gain_of_twice(of_half, of_all, scores.image_weights(found.labels), share=1 - 1 / FOLDS))
 
     try:
         kept = context.state.once(f"labels {probe.place}", forecast)

@@ -13,9 +13,10 @@ from peft_vit.config import (
     SEEDS,
     ComputeSetting,
     Device,
-    MetricSetting,
+    MetricOfTask,
     PrecisionSetting,
     Size,
+    TaskName,
     Time,
     WrittenSize,
     several,
@@ -31,6 +32,7 @@ from peft_vit.studies.request import (
     MEMORY_LIMIT,
     MODEL,
     PRECISION,
+    TASK,
     THREADS,
     Weights,
 )
@@ -48,14 +50,22 @@ class TuneRequest(Request):
         default=1.0,
         gt=0,
         lt=100,
-        description="How much accuracy a smaller model may lose compared with the best one found, in percentage "
-        "points; balanced accuracy if that is the metric.",
+        description="How much a smaller model may lose compared with the best one found: percentage points of the "
+        "metric; of errors of numbers percent of the numbers' standard deviation.",
     )
-    metric: MetricSetting = Field(
+    task: TaskName | None = Field(default=None, description=TASK)
+    metric: MetricOfTask = Field(
         default="auto",
-        description="The metric for all choices. auto: balanced_accuracy above 3x imbalance of classes, else accuracy.",
+        description="The metric for all choices, of the task. auto: balanced_accuracy above 3x imbalance of classes, "
+        "else accuracy; map of several labels, mae of numbers.",
     )
     max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
+    max_adapter_bytes: Size = Field(
+        default=None,
+        gt=0,
+        description="The most that the updates of all layers may take in a file, as --adapter-bytes of train, such as "
+        "8kB; the regression has none. LoRA and QA-LoRA are trained with that, and AdaLoRA is not tried.",
+    )
     max_latency: Time = Field(
         default=None, gt=0, description="The longest that one image may take on this machine, such as 50ms."
     )
@@ -103,7 +113,7 @@ class TuneRequest(Request):
 
     @property
     def margin_share(self) -> float:
-        """Return the margin as a share of accuracy."""
+        """Return the margin as a share, see `tasks.Scores`."""
         return self.margin / 100
 
     def kept(self) -> dict[str, Any]:

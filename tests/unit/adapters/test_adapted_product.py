@@ -12,7 +12,14 @@ from tiny_models import loose_site
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import AdaptedLinear, SiteAdapter, attach_adapters, merged_state_dict
+from peft_vit.adapters import (
+    AdaptedLinear,
+    SiteAdapter,
+    adapted_product,
+    attach_adapters,
+    merged_state_dict,
+    save_memory,
+)
 from peft_vit.adapters.adapted_product import FrozenWeight
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
@@ -44,6 +51,38 @@ def test_a_fresh_adapter_leaves_the_logits_bit_for_bit(tiny_vit, batch, form, ki
         after = attached(model, *form, kind)(batch[0])
     assert torch.equal(before, after)
     assert before.abs().max() > 0.1  # there was something to change
+
+
+@pytest.mark.parametrize(("bias", "double_quant"), [(True, False), (False, True)])
+def test_packed_weights_that_become_floats_piece_by_piece_give_the_same_product(
+    monkeypatch, bias, double_quant
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(IN, 200, bias=bias)
+    module = AdaptedLinear(layer)
+    format = QuantizationFormat(
+        "nf4", 16, offset=not double_quant, scale_dtype=torch.float16, double_quant=double_quant
+    )
+    module.set_quantized(quantize(layer.weight, format))
+    module.drop_float()
+    x = torch.randn(3, 5, IN, generator=generator)
+    expected = F.linear(x, module.quantized.dequantize(), module.bias)
+    pieces, rows = [], type(module.quantized).rows
+    monkeypatch.setattr(type(module.quantized), "rows", lambda self, part: pieces.append(part) or rows(self, part))
+    monkeypatch.setattr(adapted_product, "_WEIGHTS_AT_ONCE", 1)
+    save_memory(module)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), expected)
+    assert [part.start for part in pieces[1:]] == [0, 64, 128, 192]
+
+
+def test_activations_in_place_leave_the_logits(tiny_vit, batch) -> None:
+    model = tiny_vit().eval()
+    with torch.inference_mode():
+        expected = model(batch[0])
+        save_memory(model)
+        torch.testing.assert_close(model(batch[0]), expected)
+    assert not any(type(module.mlp.act) is nn.GELU for module in model.blocks)
 
 
 @pytest.mark.parametrize(("parametrization", "pool"), FORMS)

@@ -118,12 +118,12 @@ def test_a_probe_shares_what_it_reads_of_the_study_s_training(tmp_path: Path) ->
     shared = "  epochs: 2\n  batch_size: 16\n  class_weights: true\n  head_start: probe\n  optimizer: sgd"
     study = load(tmp_path, changed("  epochs: 2", shared))
     training = study.experiments[0].training
-    assert (training.batch_size, training.class_weights) == (16, True)
+    assert (training.batch_size, training.class_weights) == (16, "balanced")
     assert (training.head_start, training.optimizer, training.epochs) == ("random", "adamw", None)
     own = load(
         tmp_path, changed("method: linear", "method: linear\n    training: {class_weights: true, batch_size: 4}")
     )
-    assert (own.experiments[0].training.batch_size, own.experiments[0].training.class_weights) == (4, True)
+    assert (own.experiments[0].training.batch_size, own.experiments[0].training.class_weights) == (4, "balanced")
 
 
 def test_a_strength_of_the_penalty_goes_to_those_that_fit_a_probe(tmp_path: Path) -> None:

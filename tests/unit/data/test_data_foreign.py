@@ -111,7 +111,7 @@ def test_pickles_under_the_names_of_the_binary_version_are_pixels(tmp_path, conf
     for name in (*CIFAR10.train, CIFAR10.test):
         (tmp_path / name).write_bytes(pickle.dumps(Payload(marker)))
     (tmp_path / CIFAR10.names).write_text("cat\ndog\n")
-    with pytest.raises(UserError, match="no multiple of a record"):
+    with pytest.raises(UserError, match="not a multiple of a record"):
         open_index(config("cifar10", tmp_path))
 
 

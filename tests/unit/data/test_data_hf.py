@@ -161,7 +161,8 @@ def test_images_in_plain_parquet(hf, tmp_path, kind):
 
 
 INTS, TEXTS = (datasets.Value("int64"), [10, 9, 10, 9]), (datasets.Value("string"), ["b", "a", "b", "a"])
-FLOATS = (datasets.Value("float32"), [0.5] * 4)
+FLOATS = (datasets.Value("float32"), [0.5, 0.25, 4, 0.5])
+PAIRS = (datasets.List(datasets.Value("int64")), [[0, 1]] * 4)
 LISTS = (datasets.List(THREE), [[0, 1], [1], [0], [2]])
 COLUMNS = {
     "whole numbers": ({"number": INTS}, {}, ("9", "10"), [1, 0, 1, 0]),
@@ -186,6 +187,29 @@ def test_columns_are_found_or_chosen(case, hf, tmp_path):
     assert index.notes == (notes if case == "labels in their order" else ())
 
 
+@pytest.mark.parametrize(
+    ("columns", "settings", "task", "names", "labels"),
+    [
+        ({"tags": LISTS}, {}, "multilabel", ("bird", "cat", "dog"), [[0, 1, 1], [0, 0, 1], [0, 1, 0], [1, 0, 0]]),
+        ({"id": INTS, "tags": LISTS}, {}, "multilabel", ("bird", "cat", "dog"), None),
+        (
+            {"label": (datasets.List(datasets.Value("string")), [["a", "b"], [], ["b"], []])},
+            {},
+            "multilabel",
+            ("a", "b"),
+            [[1, 1], [0, 0], [0, 1], [0, 0]],
+        ),
+        ({"score": FLOATS}, {}, "regression", ("score",), [[0.5], [0.25], [4], [0.5]]),
+        ({"age": INTS}, {"task": "regression"}, "regression", ("age",), [[10], [9], [10], [9]]),
+    ],
+)
+def test_lists_are_several_labels_and_numbers_are_numbers(columns, settings, task, names, labels, hf, tmp_path):
+    index = hf(parquet(tmp_path / "set", train=rows(4, **columns)), **settings)
+    assert (index.task.name, index.class_names) == (task, names)
+    assert labels is None or index.labels.tolist() == labels
+    assert level(index, 3) == 3
+
+
 def test_an_image_column_is_chosen(hf, tmp_path):
     masks = (IMAGE, [{"bytes": png(100 + k), "path": None} for k in range(4)])
     folder = parquet(tmp_path / "set", train=rows(4, mask=masks, y=TEXTS))
@@ -197,13 +221,23 @@ def test_an_image_column_is_chosen(hf, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
+        ({"at": PAIRS, "y": TEXTS}, {"label_column": "at"}, r"column 'at' holds no labels, but List; name one of"),
+        ({"at": PAIRS}, {}, r"label_column: 0 of the columns image, at could be the label"),
         (
-            {"tags": LISTS, "y": TEXTS},
-            {"label_column": "tags"},
-            r"column 'tags' holds no labels, but List; name one of",
+            {"score": (FLOATS[0], [0.5, float("nan"), 1, 2])},
+            {},
+            r"label_column: train\[1\]: expected a number in column",
         ),
-        ({"score": FLOATS}, {}, r"label_column: 0 of the columns image, score could be the label"),
-        ({"score": FLOATS}, {"label_column": "score"}, r"label_column: column 'score' holds no labels, but float32"),
+        ({"score": (FLOATS[0], [0.5] * 4)}, {}, r"'score' is 0.5 for every image, so there is nothing to learn"),
+        ({"tags": (LISTS[0], [[0], [0, 1], [0], []])}, {"task": "classification"}, r"are not classification;"),
+        ({"y": TEXTS}, {"task": "regression"}, r"label_column: train\[0\]: expected a number in column y, got 'b'"),
+        ({"tags": (LISTS[0], [[0], [0, 1], [0], [0]])}, {}, r"every image has 'cat', so nothing can be learned ab"),
+        ({"tags": (LISTS[0], [[0], [0, 1], None, []])}, {}, r"label_column: train\[2\] has no label; remove it"),
+        (
+            {"tags": (datasets.List(datasets.Value("string")), [["a|b"], ["c"]] * 2)},
+            {},
+            r"'a\|b' is not the name of a class",
+        ),
         ({"a": TEXTS, "b": TEXTS}, {}, r"label_column: 2 of the columns image, a, b could be the label; name the one"),
         ({"a": TEXTS}, {"label_column": "c"}, r"label_column: there is no column 'c'; expected one of image, a"),
         ({"a": TEXTS}, {"image_column": "c"}, r"image_column: there is no column 'c'"),

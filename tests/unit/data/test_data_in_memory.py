@@ -17,6 +17,7 @@ from peft_vit.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
 LABELS = [1, 0, 1, 0]
+LISTED = [[0, 1], [1], [], [0]]
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -122,6 +123,21 @@ def test_a_table_names_images_that_are_read_again(tmp_path) -> None:
     assert write_table(held, ["3", "20", "20", "3", "3"])[0] == table
     assert {file: file.stat().st_mtime_ns for file in table.parent.iterdir() if file != table} == before
     assert not [name for name in os.listdir(table.parent) if name.startswith(".")]
+
+
+@pytest.mark.usefixtures("cache")
+def test_lists_of_names_and_numbers_are_labels_of_their_tasks() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": Image.fromarray(pixels), "label": own} for pixels, own in zip(PIXELS, LISTED, strict=True)]
+    inner = datasets.List(datasets.ClassLabel(names=["no", "yes"]))
+    features = datasets.Features({"image": datasets.Image(), "label": inner})
+    files = find_images(write_table(datasets.Dataset.from_list(rows, features=features), of_classes=False)[0]).files
+    assert (files.task.name, files.read()[0]) == ("multilabel", ("no", "yes"))
+    assert files.read()[1].tolist() == [[1, 1], [0, 1], [0, 0], [1, 0]]
+    numbers = find_images(write_table(PIXELS, [0.5, 1, 2, 0.25], of_classes=False)[0]).files
+    assert (numbers.task.name, numbers.read()[1].tolist()) == ("regression", [[0.5], [1], [2], [0.25]])
+    with pytest.raises(UserError, match="labels: 1 in a list is not the name of a class; of several numbers give"):
+        write_table(PIXELS, [[1, 2]] * 4, of_classes=False)
 
 
 @pytest.mark.usefixtures("cache")

@@ -67,6 +67,25 @@ def test_a_mixed_batch_is_what_each_model_says_alone(family, tmp_path, fill_adap
         np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-5 * scale)
 
 
+def test_adapters_in_different_bits_and_of_different_pools_are_mixed(tmp_path, fill_adapters) -> None:
+    kinds = {"a": (1, 1), "b": (16, 1), "c": (2, 16), "d": (1, 16)}  # bits, and inputs that share an update
+    for seed, (name, (bits, pool)) in enumerate(kinds.items()):
+        model = random_model("test_vit")
+        sites = find_sites(model)
+        ranks = {site.name: (place + seed) % 3 for place, site in enumerate(sites)}
+        attach_adapters(model, sites, ranks, scale=1.7, seed=seed, pool=pool)
+        fill_adapters(model, seed)
+        write(model, CARD, tmp_path, name, bits)
+    bundle, names = Bundle.load(tmp_path), ["d", "a", "c", "b", "a"]
+    mixed = bundle.logits(IMAGES, names)
+    for place, name in enumerate(names):
+        (alone,) = bundle.logits(IMAGES[place : place + 1], name)
+        np.testing.assert_allclose(mixed[place], alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+        assert (
+            np.abs(mixed[place] - bundle.logits(IMAGES[place : place + 1], "b" if name != "b" else "a")[0]).max() > 0.01
+        )
+
+
 @pytest.fixture
 def runs(study, tmp_path) -> list[Path]:
     """Return the folders of two runs on one backbone: a probe and a LoRA on the same packed weights, or both seeds."""
@@ -174,7 +193,7 @@ def test_a_run_in_few_bits_is_restored_and_stored_as_it_was_trained(study, tmp_p
         assert 0.8 * EVEN.budget < spent.cost <= EVEN.budget
     (done,) = export_bundle([run_folder(tmp_path, record.spec)], tmp_path / "bundle")
     packed = PackedAdapter.read(tmp_path / "bundle" / f"{done.name}.safetensors")
-    assert (packed.header.bits, packed.header.head_bits) == (settings["adapter_bits"], 4)
+    assert (packed.header.bits, packed.header.head_bits) == (settings["adapter_bits"], 8)
     if "ranks" in settings:
         stored = sum(packed.tensors[name].nbytes for name in ("codes", "scales"))
         assert spent.cost - 12 < stored <= spent.cost

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from sklearn import metrics as oracle
 from sklearn.linear_model import LogisticRegression, Ridge
+from timm.loss import AsymmetricLossMultiLabel
 from torch.nn import functional as F
 
 from peft_vit.errors import UserError
@@ -12,6 +14,7 @@ from peft_vit.records import Predictions
 from peft_vit.statistics import TemperaturePrior, bootstrap_interval
 from peft_vit.tasks import MULTILABEL, REGRESSION
 from peft_vit.tasks.multilabel import average_precision
+from peft_vit.tasks.regression import _spearman
 
 pytestmark = pytest.mark.part("trainer")
 RNG = np.random.default_rng(0)
@@ -44,6 +47,41 @@ def test_measures_of_labels_are_scikit_learns() -> None:
     weights = RNG.integers(0, 3, (2, 60)).astype(float)  # as the bootstrap draws images
     expected = [oracle.average_precision_score(LABELS[:, 0], OUTPUTS[:, 0], sample_weight=own) for own in weights]
     assert average_precision(OUTPUTS[:, 0], LABELS[:, 0] == 1, weights) == pytest.approx(expected)
+
+
+def test_f1_is_at_thresholds_of_validation_also_in_its_interval() -> None:
+    decision = MULTILABEL.decide(OUTPUTS, UNKNOWN, PRIOR)
+    scores, known = MULTILABEL.predicted(OUTPUTS, decision), ~np.isnan(UNKNOWN)
+    told = scores >= decision.thresholds
+    measured = MULTILABEL.measure(OUTPUTS, UNKNOWN, decision).more
+    assert measured["f1_micro"] == pytest.approx(oracle.f1_score(UNKNOWN[known], told[known]))
+    each = [oracle.f1_score(y[k], said[k]) for y, said, k in zip(UNKNOWN.T, told.T, known.T, strict=True)]
+    assert measured["f1_macro"] == pytest.approx(np.mean(each))
+    assert MULTILABEL.measure(OUTPUTS / decision.temperature, UNKNOWN).more == pytest.approx(measured)  # chosen there
+    for name in ("f1_macro", "f1_micro"):
+        metric = MULTILABEL.metric(name)
+        interval = metric.interval(UNKNOWN, scores, decision.thresholds)
+        assert interval.estimate == pytest.approx(measured[name])
+        assert interval.low < interval.estimate < interval.high
+        gain = metric.gain(UNKNOWN, scores, scores, (1.1,) * 3, decision.thresholds)  # nothing was told before
+        assert gain.estimate == pytest.approx(measured[name])
+
+
+def test_the_asymmetric_loss_is_timms() -> None:
+    outputs, weights = 2 * torch.tensor(OUTPUTS), torch.tensor([0.5, 1.0, 1.5])
+    timms = AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=0, clip=0.05)
+    loss = MULTILABEL.loss(outputs, torch.tensor(LABELS), None, name="asymmetric")
+    assert loss.item() == pytest.approx(timms(outputs, torch.tensor(LABELS)).item())
+    columns = [timms(outputs[:, [k]], torch.tensor(LABELS[:, [k]])).item() for k in range(3)]
+    weighted = MULTILABEL.loss(outputs, torch.tensor(LABELS), weights, name="asymmetric")
+    assert weighted.item() == pytest.approx(np.dot(columns, weights.numpy()))
+    known = ~np.isnan(UNKNOWN)
+    expected = timms(outputs[known][:, None], torch.tensor(UNKNOWN[known])[:, None]).item()
+    loss = MULTILABEL.loss(outputs, torch.tensor(UNKNOWN), None, name="asymmetric")
+    assert loss.item() == pytest.approx(expected * known.sum() / 60)
+    far = torch.tensor([[90.0, -90.0]], requires_grad=True)  # absent and surely told, there and surely not
+    MULTILABEL.loss(far, torch.tensor([[0.0, 1.0]]), None, name="asymmetric").backward()
+    assert far.grad.isfinite().all()
 
 
 def test_what_is_not_known_counts_nowhere() -> None:
@@ -100,9 +138,10 @@ def test_thresholds_have_the_largest_f1() -> None:
 
 
 def test_rare_labels_weigh_more_and_a_sure_head_is_softened() -> None:
-    weights = MULTILABEL.loss_weights(np.array([1000, 10, 100]))
+    weights = MULTILABEL.loss_weights(np.array([1000, 10, 100]), "effective")
     assert weights.mean() == pytest.approx(1)
     assert weights[1] / weights[0] == pytest.approx((1 - 0.999**1000) / (1 - 0.999**10))
+    assert MULTILABEL.loss_weights(np.array([1000, 10, 100])) == pytest.approx(3 * np.array([1, 100, 10]) / 111)
     sure = torch.tensor(40 * (LABELS - 0.5))
     factor = MULTILABEL.training_temperature(sure, torch.tensor(LABELS))
     assert float(MULTILABEL.loss(sure / factor, torch.tensor(LABELS), None)) > 0.5
@@ -138,6 +177,16 @@ def test_measures_of_numbers_are_scikit_learns() -> None:
             "r2": oracle.r2_score(truth, predicted),
         }
     )
+    ranked = one.measure(np.round(outputs), NUMBERS[:, :1])  # with ties
+    expected = spearmanr(truth, one.predicted(np.round(outputs))[:, 0]).statistic
+    assert ranked.more["spearman"] == pytest.approx(expected)
+    assert one.metric("spearman").interval(NUMBERS[:, :1], one.predicted(np.round(outputs))).estimate == pytest.approx(
+        expected
+    )
+    drawn = RNG.integers(0, 3, (1, 60)).astype(float)
+    again = np.repeat(np.arange(60), drawn[0].astype(int))  # as often as the bootstrap draws them
+    of_drawn = _spearman(NUMBERS[:, :1], np.round(outputs), drawn)[0]
+    assert of_drawn == pytest.approx(spearmanr(truth[again], np.round(outputs)[again, 0]).statistic)
     metric = one.metric("mae")
     assert metric.sign == -1
     assert metric.quality(measured) > metric.quality(one.measure(np.zeros((60, 1)), NUMBERS[:, :1]))
@@ -153,6 +202,10 @@ def test_the_loss_is_hubers_on_standardized_numbers() -> None:
     assert FITTED.losses(outputs, torch.tensor(NUMBERS)).mean().item() == pytest.approx(
         F.mse_loss(outputs, targets).item()
     )
+    mse, quantile = (FITTED.loss(outputs, torch.tensor(NUMBERS), None, name=name) for name in ("mse", "quantile"))
+    assert mse.item() == pytest.approx(F.mse_loss(outputs, targets).item())  # of two numbers, halved
+    pinball = 2 * oracle.mean_pinball_loss(targets.numpy(), outputs.numpy(), alpha=0.5)
+    assert quantile.item() == pytest.approx(pinball)
     assert FITTED.predicted(targets.numpy()) == pytest.approx(NUMBERS)
 
 

@@ -43,6 +43,15 @@ def test_weights_average_to_one_over_the_training_images() -> None:
     assert class_weights().double().numpy()[LABELS].mean() == pytest.approx(1.0)
 
 
+def test_effective_weights_are_in_proportion_to_those_of_the_paper() -> None:
+    counts = np.array([5000, 500, 20])
+    weights = CLASSIFICATION.loss_weights(counts, "effective")
+    assert (counts * weights).sum() == pytest.approx(counts.sum())  # over the images they average to 1
+    each_once = [sum(0.999**k for k in range(n)) for n in counts]  # of the n-th image 0.999^(n - 1) is new
+    assert weights[1:] / weights[0] == pytest.approx(each_once[0] / np.array(each_once[1:]))
+    assert weights[2] / weights[0] < CLASSIFICATION.loss_weights(counts)[2] / CLASSIFICATION.loss_weights(counts)[0]
+
+
 def test_in_a_batch_of_one_the_gradient_carries_the_classs_weight() -> None:
     gradients = []
     for weights in (None, class_weights()):

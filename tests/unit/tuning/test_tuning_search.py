@@ -11,6 +11,7 @@ import simulated_tunings
 from simulated_tunings import MODEL, StandIns
 
 from peft_vit.studies.within_time import Outcome
+from peft_vit.tasks import Scores
 from peft_vit.tasks.classification import ACCURACY
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import lora
@@ -50,7 +51,7 @@ def test_one_of_many_has_to_be_better_by_more_than_the_luckiest(contenders: int,
         return Outcome(np.arange(400), np.zeros(400, int), np.eye(2)[1 - right.astype(int)], 1.0, Path())
 
     usual, lucky = np.arange(400) < 300, (np.arange(400) >= 20) & (np.arange(400) < 332)  # 3 points, 1.7 errors
-    context = SimpleNamespace(metric=ACCURACY)
+    context = SimpleNamespace(metric=ACCURACY, scores=Scores())
     default, best, *others = [lora(MODEL, 32, 24 + steps) for steps in range(1 + contenders)]
     outcomes = {recipe: {0: outcome(usual)} for recipe in (default, *others)} | {best: {0: outcome(lucky)}}
     folds = Folds(SimpleNamespace(context=context), lambda *_: {}, outcomes)

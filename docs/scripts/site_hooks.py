@@ -1,8 +1,9 @@
-"""What mkdocs calls while it builds the site: each notebook in docs/ becomes a page, with the outputs that it holds."""
+"""What mkdocs calls while it builds the site: notebooks become pages, and the repository's address is filled in."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,33 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+_UNKNOWN = "https://HOST/OWNER/peft-vit"  # as documents and notebooks name the repository
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Let readers choose a version where there are several: on the site that mike puts together."""
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike"}
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page beside each notebook, which stays there to be downloaded."""
     for file in list(files):
         path = Path(file.src_uri)
         if path.suffix == ".ipynb":
+            file.content_string = _addressed(file.content_string, config)
             cells = json.loads(file.content_string)["cells"]
             files.append(File.generated(config, path.with_suffix(".md").as_posix(), content=page(cells, path.name)))
     return files
+
+
+def on_page_markdown(markdown: str, config: MkDocsConfig, **_: Any) -> str:
+    """Name the repository, if it is known."""
+    return _addressed(markdown, config)
+
+
+def _addressed(text: str, config: MkDocsConfig) -> str:
+    return text.replace(_UNKNOWN, config.repo_url) if config.repo_url else text
 
 
 def page(cells: list[dict[str, Any]], name: str) -> str:

@@ -1,0 +1,87 @@
+"""`peft-vit tune` on tables of several labels, and of numbers: real runs of a tiny model, from images to a file."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from peft_vit import load
+from peft_vit.forecasting.estimate import Throughput
+from peft_vit.records import read_records
+from peft_vit.runs import fastest
+from peft_vit.tuning.pipeline import Environment, tune
+from peft_vit.tuning.result import answer
+from peft_vit.tuning.tune_request import TuneRequest
+
+pytestmark = [pytest.mark.part("tuning"), pytest.mark.usefixtures("cache", "in_this_process")]
+
+
+@pytest.fixture
+def tuned(images, tmp_path, monkeypatch):
+    """Return what tunes on a table of 48 images of three colours, and the lines that it tells."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(images, "images")
+    monkeypatch.setattr("peft_vit.tuning.search.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.tuning.costs.MOST_STEPS", 24)
+    row = SimpleNamespace(median_s=0.01, low_s=0.01, high_s=0.01, processor="one")
+    monkeypatch.setattr(fastest, "bench", lambda files: [SimpleNamespace(**vars(row), file=str(f)) for f in files])
+    throughput = replace(Throughput.estimated(1e9), process_s=1.0)
+
+    def call(columns: str, cells, **asked):
+        files = sorted(Path("images").rglob("*.png"))
+        lines = [f"{file},{cells(int(file.parent.name[-1]), n)}" for n, file in enumerate(files)]
+        Path("table.csv").write_text("\n".join([f"path,{columns}", *lines]) + "\n")
+        given = {"models": ("test_vit",), "weights": "random", "image_sizes": (32,), "threads": 1, "minutes": 8.0}
+        given |= {"precision": "fp32", "compute": "float", "device": "cpu", "max_bytes": 400_000}
+        said: list[str] = []
+        request = TuneRequest.of(images=Path("table.csv"), output=tmp_path / "tuned", **given | asked)
+        return tune(request, said.append, Environment(measure=lambda *_: throughput)), "\n".join(said)
+
+    return call
+
+
+@pytest.mark.slow
+def test_several_labels(tuned, tmp_path) -> None:
+    def cells(k: int, n: int) -> str:
+        return f"{int(k < 2)},{int(k > 0) if n % 7 else ''}"
+
+    choice, said = tuned("warm,cold", cells)
+    assert "a fifth of each label" in said
+    assert re.search(r"32 px: \d+\.\d% mAP", said)
+    assert re.search(r"% mean average precision on new images \(.* by \d+ test images\)", answer(choice))
+    records = list(read_records(tmp_path / "tuned/studies"))
+    assert {record.spec.experiment.training.metric for record in records} == {"map"}
+    folds = [read for read in records if read.spec.data.folds]
+    assert all(np.nansum(np.array(fold.predictions.labels, float), 0).min() > 0 for fold in folds)  # stratified
+    model = load(tmp_path / "tuned")
+    (prediction,) = model.predict(["images/class_0/00.png"])
+    assert "warm" in dict(prediction.labels)
+    assert model.classifier.card.decision == choice.meaning
+    assert choice.meaning.images == len({image for fold in choice.folds for image in fold.images})
+    card = (tmp_path / "tuned/card.md").read_text()
+    assert "1 point of mean average precision" in card
+    assert "| warm |" in card
+
+
+@pytest.mark.slow
+def test_numbers(tuned, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    choice, said = tuned("heat", lambda k, _: f"{10 * k + rng.normal():.2f}", metric="rmse", margin=2.0)
+    sealed = choice.final.labels
+    margin = float(re.search(r"a smaller model may lose 2 % of a standard deviation, which is ([\d.]+)", said)[1])
+    assert margin == pytest.approx(0.02 * choice.scores.deviation, rel=0.01)
+    predicted = choice.final.learned.predicted(choice.final.logits)
+    error = float(np.sqrt(((predicted - sealed) ** 2).mean()))
+    assert choice.score.estimate == pytest.approx(error)
+    assert f"{error:.3g} root mean squared error on new images" in answer(choice)
+    assert error < sealed.std()
+    (prediction,) = load(tmp_path / "tuned").predict(["images/class_2/00.png"])
+    value, low, high = prediction.numbers["heat"]
+    assert low < value < high
+    card = (tmp_path / "tuned/card.md").read_text()
+    assert "2 % of a standard deviation" in card
+    assert "Against the best, % of a standard deviation" in card
