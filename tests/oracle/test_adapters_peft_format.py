@@ -304,8 +304,8 @@ def test_settings_that_change_the_model_are_refused_by_name(tiny_vit, tmp_path, 
 QKV_A, HEAD = "base_model.model.blocks.0.attn.qkv.lora_A.weight", "base_model.model.head.weight"
 BAD_TENSORS = {
     "a factor is missing": (lambda t: t.pop(QKV_A), QKV_A, "is missing"),
-    "not finite": (lambda t: t[QKV_A].fill_(math.nan), QKV_A, "finite"),
-    "whole numbers": (lambda t: t.update({QKV_A: torch.ones(3, 64, dtype=torch.int32)}), QKV_A, "numbers"),
+    "not finite": (lambda t: t[QKV_A].fill_(math.nan), QKV_A, "not finite"),
+    "whole numbers": (lambda t: t.update({QKV_A: torch.ones(3, 64, dtype=torch.int32)}), QKV_A, "not floating-point"),
     "another width": (lambda t: t.update({QKV_A: torch.ones(3, 32)}), QKV_A, "expected shape (3, 64), got (3, 32)"),
     "another head": (lambda t: t.update({HEAD: torch.ones(9, 64)}), HEAD, "reset_classifier"),
     "head is missing": (lambda t: t.pop(HEAD), HEAD, "is missing"),

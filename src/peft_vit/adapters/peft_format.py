@@ -284,7 +284,9 @@ def read_peft(
             )
             raise UserError(f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}", file=file, field=name)
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError("holds values that are not finite; save the adapter again", file=file, field=name)
+            raise UserError(
+                "holds values that are not finite or not floating-point; save the adapter again", file=file, field=name
+            )
     targets = config.target_modules
     for name in modules if isinstance(targets, list) else ():  # of a pattern PEFT has saved what it hit
         if not any(name == target or name.endswith(f".{target}") for target in targets):
