@@ -126,8 +126,8 @@ def test_a_coverage_is_named_as_it_was_typed_with_what_the_model_can_tell(comman
     calibrated = Calibrated(images=40, temperature=1.0, coverages=(0.8, 0.9), thresholds=(0.5, 0.7))
     card = CARD.model_copy(update={"class_names": ("a", "b", "c"), "channels": 3, "calibrated": calibrated})
     save_low_bit(timm.create_model("test_vit", img_size=32, num_classes=3), Path("calibrated.safetensors"), card)
-    said = command("predict", "calibrated.safetensors", "photos", "--coverage", 2, code=2).err
-    expected = "expected a share of images from 0.8 to 0.9, for which the model has thresholds; got 2"
+    said = command("predict", "calibrated.safetensors", "photos", "--coverage", 0.2, code=2).err
+    expected = "expected a share of images from 0.8 to 0.9, for which the model has thresholds; got 0.2"
     assert said == f"error: calibrated.safetensors: --coverage: {expected}\n"
 
 
