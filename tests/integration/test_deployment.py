@@ -23,6 +23,7 @@ from peft_vit.records import Calibrated
 from peft_vit.runs import export
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import paired_proportions
+from peft_vit.tasks.classification import ACCURACY
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
@@ -198,7 +199,7 @@ def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command,
 
 def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, refused, monkeypatch) -> None:
     lost = paired_proportions(8, 4, 400)  # one point: 8 gone and 4 new
-    loses = export.Comparison(400, "validation", 0.97, 0.1, 0.9, 0.89, lost)
+    loses = export.Comparison(400, "validation", 0.97, 0.1, ACCURACY, 0.9, 0.89, lost, 1.0)
     monkeypatch.setattr(export, "_try_int8", lambda *_: (loses, b"the new file"))
     file = tmp_path / "model.onnx"
     file.write_bytes(b"as before")

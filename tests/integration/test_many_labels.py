@@ -112,7 +112,7 @@ def test_every_kind_of_method_learns_them(command, table, method) -> None:
 
 @pytest.mark.parametrize("table", ["labels", "numbers"])
 def test_memory_can_be_saved_and_a_run_goes_on_to_the_bit(command, table) -> None:
-    said = f"train {table}.csv {SMALL} --steps 8 --method adalora"
+    said = f"train {table}.csv {SMALL} --steps 24 --method adalora"
     command(*said.split())
     whole = record_of()
     command(*f"{said} --micro-batch-size 10 --activation-checkpointing blocks --output saved".split())

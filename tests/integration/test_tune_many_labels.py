@@ -17,7 +17,7 @@ from peft_vit.tuning.pipeline import Environment, tune
 from peft_vit.tuning.result import answer
 from peft_vit.tuning.tune_request import TuneRequest
 
-pytestmark = [pytest.mark.part("tuning"), pytest.mark.usefixtures("cache", "in_this_process")]
+pytestmark = pytest.mark.usefixtures("cache", "in_this_process")
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from mapie.risk_control import MultiLabelClassificationController
 
 from peft_vit.statistics import ErrorScale, conformal_quantile, error_scale, recall_threshold
 
-pytestmark = pytest.mark.part("statistics")
-
 
 def labelled(rng, images: int):
     """Return probabilities and labels of images, (N, 4) each, of which a few have no label."""

@@ -22,7 +22,7 @@ def do(config: StudyConfig, metric: str, folder: Path, **training: object) -> Ru
     return do_one(with_settings(config, "training", **training), folder)
 
 
-@pytest.mark.parametrize("class_weights", [False, True])
+@pytest.mark.parametrize("class_weights", ["none", "balanced"])
 def test_the_check_is_of_the_saved_weights_on_training_images(study, tmp_path, class_weights) -> None:
     do(study("adalora"), "fisher", tmp_path, class_weights=class_weights)
     run = restore_run(tmp_path / "tiny" / "adalora" / "seed_0")
@@ -31,7 +31,7 @@ def test_the_check_is_of_the_saved_weights_on_training_images(study, tmp_path, c
     rows = data.train.order(0, 0)
     (batch,) = data.train.ordered_batches(24, run.backbone.mean, run.backbone.std)
     counts = [max(1, (data.train.labels == label).sum()) for label in range(10)]
-    weights = batch[0].new_tensor([24 / (10 * count) for count in counts]) if class_weights else None
+    weights = batch[0].new_tensor([24 / (10 * count) for count in counts]) if class_weights == "balanced" else None
     expected = check_fisher(run.model, batch[0][rows], batch[1][rows], class_weights=weights)
     check = record.fisher_check
     assert check.images == 24  # 32 if there are as many
