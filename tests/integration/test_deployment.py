@@ -42,7 +42,9 @@ def expected(run_dir: Path, files: list[Path]) -> dict[Path, tuple[str, float]]:
     ]
     batch = torch.from_numpy(((np.stack(pixels) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())
     with torch.inference_mode():
-        probabilities, classes = run.model(batch).softmax(1).max(1)
+        calibrated = run.record.calibrated
+        logits = run.model(batch) / (1.0 if calibrated is None else calibrated.temperature)
+        probabilities, classes = logits.softmax(1).max(1)
     names = [run.record.class_names[index] for index in classes]
     return dict(zip(files, zip(names, probabilities.tolist(), strict=True), strict=True))
 
