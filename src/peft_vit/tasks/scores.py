@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.records import Decision, Metrics
-from peft_vit.statistics import Interval, TemperaturePrior
+from peft_vit.statistics import TemperaturePrior
 from peft_vit.tasks.classification import ACCURACY, CLASSIFICATION
 from peft_vit.tasks.task import DecidingMetric, Floats, Labels, Task
 
@@ -82,16 +82,6 @@ class Scores:
     def image_weights(self, labels: Labels) -> Floats | None:
         """Return what images count, (N,), where classes count the same; None: all the same."""
         return 1 / np.bincount(labels)[labels] if self.metric.equal_classes else None
-
-    def interval(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None) -> Interval:
-        """Return the metric's own value on images, with its interval.
-
-        Args:
-            outputs: of the task's head, (N, K).
-            labels: N.
-            decision: what they mean, see `Task.decide`.
-        """
-        return self.metric.interval(labels, self.task.predicted(outputs, decision), thresholds_of(decision))
 
 
 def thresholds_of(decision: Decision | None) -> tuple[float, ...]:

@@ -88,8 +88,9 @@ class DecidingMetric:
 
     def unit(self, decision: Decision | None) -> float:
         """Return the unit whose hundredths differences are counted in: 1, or the standard deviation of one number."""
-        several = decision is None or len(decision.spread) != 1
-        return decision.spread[0] if self.has_unit and decision is not None and not several else 1.0
+        if self.has_unit and decision is not None and len(decision.spread) == 1:
+            return decision.spread[0]
+        return 1.0
 
     def quality(self, metrics: Metrics) -> tuple[float, float]:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""

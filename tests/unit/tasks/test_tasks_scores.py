@@ -26,7 +26,7 @@ def test_what_an_image_brings_is_the_jackknifes_pseudo_value() -> None:
     everything = np.arange(50)
     expected = [50 * map_of(everything) - 49 * map_of(np.delete(everything, i)) for i in range(50)]
     assert brought == pytest.approx(expected)
-    bounds = scores.interval(OUTPUTS, LABELS, None)  # a bootstrap, which is another way to the same variance
+    bounds = scores.metric.interval(LABELS, MULTILABEL.predicted(OUTPUTS))  # a bootstrap: another way to the variance
     assert brought.std() / 50**0.5 == pytest.approx((bounds.high - bounds.low) / 3.92, rel=0.25)
 
 
