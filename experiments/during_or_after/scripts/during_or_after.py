@@ -287,7 +287,7 @@ def _columns(record: RunRecord) -> dict[str, object]:
 
 
 def _packing(settings: QaLoraConfig | None) -> dict[str, Any] | None:
-    return None if settings is None else settings.model_dump(mode="json")
+    return None if settings is None else settings.model_dump(mode="json", exclude_none=True)
 
 
 def merged_logits(run_dir: Path) -> np.ndarray:
