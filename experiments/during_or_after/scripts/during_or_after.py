@@ -1,9 +1,9 @@
 """Quantized during training, or after? The study's configurations, its runs, what is kept of them, tables and figure.
 
-    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after configs
-    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after pilot experiments/outputs/during_or_after
-    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after run experiments/outputs/during_or_after
-    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after
+    python -m experiments.during_or_after.scripts.during_or_after configs
+    python -m experiments.during_or_after.scripts.during_or_after pilot experiments/outputs/during_or_after --images digits
+    python -m experiments.during_or_after.scripts.during_or_after run experiments/outputs/during_or_after
+    python -m experiments.during_or_after.scripts.during_or_after
 
 `configs` writes configs/, the studies at the rates that the pilot's kept runs choose; `pilot` and `run` do what is not
 done yet, on one thread, two seeds at a time, and put rows into results/. `run` also merges each run, rounds it if its
@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +63,12 @@ LORA = "lora"
 DURING = {"nf4": "nearest", "int3": "gptq", "int2": "gptq", "int8": "nearest"}  # by type, how it is rounded
 MORE = {"int8": "nf4"}  # in studies of their own, which come after the others, at the rate of another
 PILOTED = (LORA, *(name for name in DURING if name not in MORE))
-MIDDLE = dict.fromkeys(PILOTED, RATES[1])
 AT_ONCE = 2  # seeds
+ROUNDS = ((10, "study", "digits"), (10, "study", "fashion"), (20, "study", "digits"), (20, "study", "fashion"))
+ROUNDS += (
+    (20, "more", "digits"),
+    (20, "more", "fashion"),
+)  # what is run in turn: to so many seeds, and of which images
 
 
 class After(NamedTuple):
@@ -85,10 +89,8 @@ class After(NamedTuple):
 ROUNDED = (
     After("int8"),
     After("nf4"),
-    After("int4"),
     After("int3"),
     After("int2"),
-    After("int4", "gptq"),
     After("int3", "gptq"),
     After("int2", "gptq"),
     After("int3", "gptq", True),
@@ -172,7 +174,7 @@ def configurations() -> dict[str, str]:
     files = {}
     for images, (_, about, _, _) in SETS.items():
         for which, asks in ASKS.items():
-            content = configuration(images, which, chosen_rates())
+            content = configuration(images, which, chosen_rates(images))
             count, name = len(content["experiments"]) * len(content["seeds"]), content["name"]
             head = [
                 f"Asks:    {asks}",
@@ -192,57 +194,79 @@ def configurations() -> dict[str, str]:
 # --- runs, and what is kept of them -----------------------------------------------------------------------------------
 
 
-def chosen_rates() -> dict[str, float]:
-    """Return each method's rate: the best mean validation accuracy over sets and pilot seeds, of equal ones the lower.
+def chosen_rates(images: str) -> dict[str, float]:
+    """Return each method's rate: the best mean validation accuracy over the set's pilot seeds, of equal ones the lower.
 
     Without a pilot's rows the middle one.
 
     Raises:
         UserError: if the best rate is at an end of those that were tried.
     """
-    if not PILOT_ROWS.exists():
-        return MIDDLE
-    rows, chosen = pd.read_csv(PILOT_ROWS), {}
+    rows, chosen = pilot_rows(images), {}
     for name in PILOTED:
         own = rows[rows.experiment.str.fullmatch(rf"(during_)?{name}_rate\d+")]
         means = own.groupby("learning_rate").validation_accuracy.mean().sort_index().round(9)
-        chosen[name] = best = float(means.idxmax())
-        if best in (means.index[0], means.index[-1]):
+        chosen[name] = best = RATES[1] if means.empty else float(means.idxmax())
+        if not means.empty and best in (means.index[0], means.index[-1]):
             message = f"{name}: {best:g} is at an end of the rates; add one beyond it to WIDER, and run the pilot"
             raise UserError(message, file=PILOT_ROWS)
     return chosen
 
 
-def do(studies: Iterable[Path], folder: Path, seeds: Sequence[int]) -> None:
-    """Do the runs of studies that are not done yet, of these seeds, on one thread."""
+def pilot_rows(images: str) -> pd.DataFrame:
+    """Return the pilot's rows of a set."""
+    if not PILOT_ROWS.exists():
+        return pd.DataFrame({"study": [], "experiment": [], "learning_rate": [], "validation_accuracy": []}, dtype=str)
+    rows = pd.read_csv(PILOT_ROWS)
+    return rows[rows.study == f"during_or_after_{images}_pilot"]
+
+
+def do(images: str, which: str, folder: Path, seeds: Sequence[int]) -> None:
+    """Do the runs of a study that are not done yet, of these seeds, on one thread."""
+    file = CONFIGS / f"{configuration(images, which, dict.fromkeys(PILOTED, RATES[1]))['name']}.yaml"
     said = ["--seeds", ",".join(map(str, seeds)), "--workers", "1", "--output", str(folder)]
-    command = [sys.executable, "-m", "peft_vit.cli", "run", *map(str, studies), *said]
+    command = [sys.executable, "-m", "peft_vit.cli", "run", str(file), *said]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def study_files(which: str) -> list[Path]:
-    """Return the configurations of the pilot, the study, or what comes after it."""
-    return [CONFIGS / f"{configuration(images, which, MIDDLE)['name']}.yaml" for images in SETS]
-
-
-def pilot(folder: Path) -> None:
-    """Do the pilot and keep its rows."""
-    do(study_files("pilot"), folder, PILOT_SEEDS)
-    records = [record for record in read_records(folder) if record.spec.study.endswith("_pilot")]
+def pilot(images: str, folder: Path) -> None:
+    """Do a set's pilot and keep its rows."""
+    do(images, "pilot", folder, PILOT_SEEDS)
+    records = [record for record in read_records(folder) if record.spec.study == f"during_or_after_{images}_pilot"]
     keep(PILOT_ROWS, [evidence.row_of(record, lambda _: {}) for record in records])
 
 
-def run(folder: Path, seeds: int) -> None:
-    """Do the study and then what comes after it, with so many of the declared seeds; score what a round has done."""
-    for which in ("study", "more"):
-        for first in range(0, seeds, AT_ONCE):
-            do(study_files(which), folder, SEEDS[first : min(first + AT_ONCE, seeds)])
-            score(folder)
+def run(folder: Path) -> None:
+    """Do the studies in turn, and score what each pair of seeds has done.
+
+    Raises:
+        UserError: at a set whose pilot is not kept.
+    """
+    for count, which, images in ROUNDS:
+        if pilot_rows(images).empty:
+            raise UserError(f"holds no pilot of {images}; run it, then `configs`", file=PILOT_ROWS)
+        for first in range(0, count, AT_ONCE):
+            seeds = SEEDS[first : first + AT_ONCE]
+            if not is_kept(images, which, seeds):
+                do(images, which, folder, seeds)
+                score(folder)
+
+
+def is_kept(images: str, which: str, seeds: Sequence[int]) -> bool:
+    """Return whether all runs of these seeds have their rows."""
+    content = configuration(images, which, chosen_rates(images))
+    asked = {(content["name"], one["name"], seed) for one in content["experiments"] for seed in seeds}
+    return asked <= kept_runs()
+
+
+def kept_runs() -> set[tuple[object, ...]]:
+    """Return study, experiment and seed of all rows."""
+    return {tuple(key) for key in pd.read_csv(ROWS)[[*evidence.KEY]].to_numpy()} if ROWS.exists() else set()
 
 
 def score(folder: Path) -> None:
     """Put the rows of runs into results/ that are not there yet."""
-    there = set() if not ROWS.exists() else {tuple(key) for key in pd.read_csv(ROWS)[[*evidence.KEY]].to_numpy()}
+    there = kept_runs()
     for record in read_records(folder):
         study, name, seed = record.spec.study, record.spec.experiment.name, record.spec.seed
         if study.endswith("_pilot") or record.spec.smoke or (study, name, seed) in there:
@@ -343,28 +367,26 @@ def estimate(parts: Sequence[Mapping[str, pd.DataFrame]], hypothesis: Hypothesis
     return min(known, key=lambda one: one.mean) if len(known) == len(found) else None
 
 
-def by_seed(parts: Sequence[Mapping[str, pd.DataFrame]], hypothesis: Hypothesis, rival: str) -> list[float]:
-    """Return each seed's mean over sets of the difference, beyond what it has to lie above, as a share."""
-    if any(name not in part for part in parts for name in (hypothesis.better, rival)):
+def by_seed(right: Mapping[str, pd.DataFrame], hypothesis: Hypothesis, rival: str) -> list[float]:
+    """Return each seed's difference beyond what it has to lie above, as a share, up to the first missing seed."""
+    if hypothesis.better not in right or rival not in right:
         return []
-    sums = [(part[hypothesis.better] - part[rival]).mean(axis=1) for part in parts]
-    whole = pd.concat(sums, axis=1).dropna().mean(axis=1).sort_index()
-    in_order = [seed for place, seed in enumerate(SEEDS) if set(SEEDS[: place + 1]) <= set(whole.index)]
-    return (whole[in_order] - POINT * hypothesis.above).tolist()
+    differences = (right[hypothesis.better] - right[rival]).mean(axis=1).dropna()  # (seeds,)
+    in_order = [seed for place, seed in enumerate(SEEDS) if set(SEEDS[: place + 1]) <= set(differences.index)]
+    return (differences[in_order] - POINT * hypothesis.above).tolist()
 
 
-def decided(rows: pd.DataFrame) -> dict[str, tuple[str, float | None, int]]:
-    """Return by sentence its verdict, the p-value over looks (Holm over the four), and the seeds of the last look.
+def decided(right: Mapping[str, pd.DataFrame]) -> dict[str, tuple[str, float | None, int]]:
+    """Return of a set by sentence its verdict, the p-value over looks (Holm over the four), and the last look's seeds.
 
     A hypothesis with several rivals is supported if it is against each, and its p-value is the largest.
     """
-    rule = StoppingRule("superiority", POINT, LOOKS, form="pocock", futility=0.0)
-    parts, said = list(sets_of(rows).values()), {}
+    rule, said = StoppingRule("superiority", POINT, LOOKS, form="pocock", futility=0.0), {}
     for hypothesis in HYPOTHESES:
         ways = []
         for rival in hypothesis.rivals:
             family = {
-                other.sentence: by_seed(parts, other, rival if other is hypothesis else other.rivals[0])
+                other.sentence: by_seed(right, other, rival if other is hypothesis else other.rivals[0])
                 for other in HYPOTHESES
             }
             (course,) = (course for course in follow(family, rule) if course.name == hypothesis.sentence)
@@ -381,18 +403,25 @@ def decided(rows: pd.DataFrame) -> dict[str, tuple[str, float | None, int]]:
 
 
 def verdicts(rows: pd.DataFrame) -> str:
-    """Return a row a hypothesis."""
-    parts, said = list(sets_of(rows).values()), decided(rows)
+    """Return a row a set and hypothesis."""
+    sets = sets_of(rows)
+    asked = [(images, one, decided(sets[images])[one.sentence]) for images in SETS for one in HYPOTHESES]
+
+    def points(images: str, one: Hypothesis) -> str:
+        found = estimate([sets[images]], one)
+        return "–" if found is None else found.text
+
     columns = {
-        "sentence": lambda one: one.sentence,
-        "compared": lambda one: f"`{one.better}` − {' and '.join(f'`{rival}`' for rival in one.rivals)}",
-        "has to lie above": lambda one: f"{one.above:+.0f}",
-        "points (seeds; with images)": lambda one: ((e := estimate(parts, one)) and e.text) or "–",
-        "seeds at the look": lambda one: str(said[one.sentence][2]),
-        "p": lambda one: evidence.p(said[one.sentence][1]),
-        "verdict": lambda one: said[one.sentence][0] if said[one.sentence][2] else "not run",
+        "images": lambda row: SETS[row[0]][0],
+        "sentence": lambda row: row[1].sentence,
+        "compared": lambda row: f"`{row[1].better}` − {' and '.join(f'`{rival}`' for rival in row[1].rivals)}",
+        "has to lie above": lambda row: f"{row[1].above:+.0f}",
+        "points (seeds; with images)": lambda row: points(row[0], row[1]),
+        "seeds at the look": lambda row: str(row[2][2] or "–"),
+        "p": lambda row: evidence.p(row[2][1]),
+        "verdict": lambda row: row[2][0] if row[2][2] else "not run so far",
     }
-    return evidence.table(HYPOTHESES, columns, left=2)
+    return evidence.table(asked, columns, left=3)
 
 
 def contrasts(rows: pd.DataFrame) -> str:
@@ -413,7 +442,6 @@ def contrasts(rows: pd.DataFrame) -> str:
         "during": lambda pair: f"`{pair[0]}`",
         "after": lambda pair: f"`{pair[1]}`",
         **{SETS[images][0]: lambda pair, images=images: cell([sets[images]], pair) for images in SETS},
-        "both": lambda pair: cell(list(sets.values()), pair),
     }
     return evidence.table(pairs, columns, left=2)
 
@@ -471,22 +499,26 @@ def costs(rows: pd.DataFrame) -> str:
 
 
 def rates_table() -> str:
-    """Return the pilot's validation accuracy, a row a method."""
-    rows = pd.read_csv(PILOT_ROWS)
-    own = rows.assign(of=rows.experiment.str.replace(r"_rate\d+$", "", regex=True))
-    means = 100 * own.groupby(["of", "learning_rate"]).validation_accuracy.mean().unstack()
-    chosen = {name if name == LORA else f"during_{name}": rate for name, rate in chosen_rates().items()}
+    """Return the pilots' validation accuracy, a row a set and method."""
+    wanted = []
+    for images in SETS:
+        own = pilot_rows(images)
+        own = own.assign(of=own.experiment.str.replace(r"(during_)?(\w+)_rate\d+$", r"\2", regex=True))
+        wanted += [(images, name, own[own.of == name]) for name in PILOTED if not own.empty]
+    rates = sorted({rate for _, _, own in wanted for rate in own.learning_rate})
 
-    def cell(name: str, rate: float) -> str:
-        value = means.loc[name, rate]
-        shown = "–" if np.isnan(value) else f"{value:.1f}"
-        return f"**{shown}**" if chosen[name] == rate else shown
+    def cell(images: str, name: str, own: pd.DataFrame, rate: float) -> str:
+        value = 100 * own[own.learning_rate == rate].validation_accuracy.mean()
+        if np.isnan(value):
+            return "–"
+        return f"**{value:.1f}**" if chosen_rates(images)[name] == rate else f"{value:.1f}"
 
     columns = {
-        "trained": lambda name: f"`{name}`",
-        **{f"{rate:g}": lambda name, rate=rate: cell(name, rate) for rate in means.columns},
+        "images": lambda row: SETS[row[0]][0],
+        "trained": lambda row: "`lora`" if row[1] == LORA else f"`during_{row[1]}`",
+        **{f"{rate:g}": lambda row, rate=rate: cell(*row, rate) for rate in rates},
     }
-    return evidence.table([name for name in ORDER if name in means.index], columns)
+    return evidence.table(wanted, columns, left=2)
 
 
 FAMILIES = {
@@ -547,10 +579,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["configs", "pilot", "run"], help="left out: tables and figure")
     parser.add_argument("folder", nargs="?", type=Path, help="where the runs are")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of those that are declared, from the first on")
+    parser.add_argument("--images", choices=[*SETS], help="of the pilot")
     request = parser.parse_args()
     if request.what in ("pilot", "run") and request.folder is None:
         parser.error(f"{request.what} needs a folder for the runs")
+    if (request.what == "pilot") != (request.images is not None):
+        parser.error("--images goes with pilot, which needs it")
     torch.set_num_threads(1)
     with cli.user_errors():
         if request.what == "configs":
@@ -559,9 +593,9 @@ def main() -> None:
                 print(CONFIGS / name)
             return
         if request.what == "pilot":
-            pilot(request.folder)
+            pilot(request.images, request.folder)
         if request.what == "run":
-            run(request.folder, request.seeds)
+            run(request.folder)
         text = evidence.filled(DOCUMENT.read_text(encoding="utf-8"), dict(tables()))
         write_atomically(DOCUMENT, text.encode())
         print(DOCUMENT)

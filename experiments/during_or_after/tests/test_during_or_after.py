@@ -17,8 +17,6 @@ from peft_vit.runs.export import export_run_to_file
 from peft_vit.runs.restore import restore_run
 
 
-
-
 def test_the_configurations_are_those_of_the_script() -> None:
     assert study.configurations() == {file.name: file.read_text() for file in study.CONFIGS.glob("*.yaml")}
 
@@ -84,22 +82,20 @@ ACCURACIES = {
 
 def test_verdicts_follow_the_rows() -> None:
     rows = pd.concat([made_up(ACCURACIES, images) for images in study.SETS])
-    said = {sentence: verdict for sentence, (verdict, _, _) in study.decided(rows).items()}
-    eight, four, three, two = (hypothesis.sentence for hypothesis in study.HYPOTHESES)
+    right = study.sets_of(rows)["digits"]
+    said = {sentence: verdict for sentence, (verdict, _, _) in study.decided(right).items()}
+    eight, _, three, two = (hypothesis.sentence for hypothesis in study.HYPOTHESES)
     assert said[two] == "supported"
     assert said[three] != "supported"  # against the better of both ways it is no point
     assert said[eight] == "not decided"
-    table = study.verdicts(rows)
-    assert "not run" in table.splitlines()[2]
-    parts = list(study.sets_of(rows).values())
-    wide = rows.pivot(index=["study", "seed"], columns="experiment", values="test_accuracy")
-    by_seed = (wide.during_int2 - wide.after_int2_gptq).groupby("seed").mean() * 100
+    assert "not run so far" in study.verdicts(rows).splitlines()[2]
+    wide = rows[rows.study.str.endswith("digits")].pivot(index="seed", columns="experiment", values="test_accuracy")
+    by_seed = 100 * (wide.during_int2 - wide.after_int2_gptq)
     low, high = scipy.stats.ttest_1samp(by_seed, 0).confidence_interval()
-    found = study.estimate(parts, study.HYPOTHESES[3])
+    found = study.estimate([right], study.HYPOTHESES[3])
     assert (found.mean, found.of_seeds) == pytest.approx((by_seed.mean(), (high - low) / 2))
-    few = study.decided(rows[rows.seed < study.SEEDS[5]])
-    assert {verdict for verdict, _, _ in few.values()} == {"not decided"}  # before the first look
-    assert four in few
+    few = study.sets_of(rows[rows.seed < study.SEEDS[5]])["digits"]
+    assert {verdict for verdict, _, _ in study.decided(few).values()} == {"not decided"}  # before the first look
 
 
 def test_tables_and_figure_hold_what_the_rows_do() -> None:
@@ -113,17 +109,27 @@ def test_tables_and_figure_hold_what_the_rows_do() -> None:
 
 def test_a_best_rate_at_an_end_asks_for_a_wider_list(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        {"experiment": f"{name}_rate{place}", "learning_rate": rate, "validation_accuracy": accuracy}
+        {
+            "study": "during_or_after_digits_pilot",
+            "experiment": f"{name}_rate{place}",
+            "learning_rate": rate,
+            "validation_accuracy": accuracy,
+        }
         for name in ("lora", "during_nf4", "during_int3", "during_int2")
-        for place, (rate, accuracy) in enumerate(zip(study.RATES, (0.5, 0.7, 0.6), strict=True))
+        for place, (rate, accuracy) in enumerate(zip(study.RATES, (0.5, 0.6, 0.7), strict=True))
     ]
     monkeypatch.setattr(study, "PILOT_ROWS", tmp_path / "pilot.csv")
     pd.DataFrame(rows).to_csv(study.PILOT_ROWS)
-    assert set(study.chosen_rates().values()) == {1e-3}
-    rows[2]["validation_accuracy"] = 0.9
+    with pytest.raises(study.UserError, match=r"lora: 0\.003 is at an end"):
+        study.chosen_rates("digits")
+    for row in rows[1::3]:
+        row["validation_accuracy"] = 0.8
     pd.DataFrame(rows).to_csv(study.PILOT_ROWS)
-    with pytest.raises(study.UserError, match="lora: 0.003 is at an end"):
-        study.chosen_rates()
+    assert set(study.chosen_rates("digits").values()) == {1e-3}
+    assert "| digits | `lora` | 50.0 | **80.0** | 70.0 |" in study.rates_table()
+    assert (
+        study.configuration("digits", "more", study.chosen_rates("digits"))["experiments"][0]["name"] == "during_int8"
+    )
 
 
 def test_the_document_says_what_results_hold() -> None:
