@@ -1,9 +1,9 @@
 """Quantized during training, or after? The study's configurations, its runs, what is kept of them, tables and figure.
 
-    python -m experiments.during_or_after.scripts.during_or_after configs
-    python -m experiments.during_or_after.scripts.during_or_after pilot experiments/outputs/during_or_after --images digits
-    python -m experiments.during_or_after.scripts.during_or_after run experiments/outputs/during_or_after
-    python -m experiments.during_or_after.scripts.during_or_after
+    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after configs
+    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after pilot FOLDER --images digits
+    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after run FOLDER
+    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after
 
 `configs` writes configs/, the studies at the rates that the pilot's kept runs choose; `pilot` and `run` do what is not
 done yet, on one thread, two seeds at a time, and put rows into results/. `run` also merges each run, rounds it if its
@@ -202,12 +202,12 @@ def chosen_rates(images: str) -> dict[str, float]:
     Raises:
         UserError: if the best rate is at an end of those that were tried.
     """
-    rows, chosen = pilot_rows(images), {}
-    for name in PILOTED:
+    rows, chosen = pilot_rows(images), dict.fromkeys(PILOTED, RATES[1])
+    for name in PILOTED if len(rows) else ():
         own = rows[rows.experiment.str.fullmatch(rf"(during_)?{name}_rate\d+")]
         means = own.groupby("learning_rate").validation_accuracy.mean().sort_index().round(9)
-        chosen[name] = best = RATES[1] if means.empty else float(means.idxmax())
-        if not means.empty and best in (means.index[0], means.index[-1]):
+        chosen[name] = best = float(means.idxmax())
+        if best in (means.index[0], means.index[-1]):
             message = f"{name}: {best:g} is at an end of the rates; add one beyond it to WIDER, and run the pilot"
             raise UserError(message, file=PILOT_ROWS)
     return chosen
@@ -216,7 +216,7 @@ def chosen_rates(images: str) -> dict[str, float]:
 def pilot_rows(images: str) -> pd.DataFrame:
     """Return the pilot's rows of a set."""
     if not PILOT_ROWS.exists():
-        return pd.DataFrame({"study": [], "experiment": [], "learning_rate": [], "validation_accuracy": []}, dtype=str)
+        return pd.DataFrame()
     rows = pd.read_csv(PILOT_ROWS)
     return rows[rows.study == f"during_or_after_{images}_pilot"]
 
@@ -502,9 +502,9 @@ def rates_table() -> str:
     """Return the pilots' validation accuracy, a row a set and method."""
     wanted = []
     for images in SETS:
-        own = pilot_rows(images)
-        own = own.assign(of=own.experiment.str.replace(r"(during_)?(\w+)_rate\d+$", r"\2", regex=True))
-        wanted += [(images, name, own[own.of == name]) for name in PILOTED if not own.empty]
+        if len(own := pilot_rows(images)):
+            own = own.assign(of=own.experiment.str.replace(r"^(during_)?|_rate\d+$", "", regex=True))
+            wanted += [(images, name, own[own.of == name]) for name in PILOTED]
     rates = sorted({rate for _, _, own in wanted for rate in own.learning_rate})
 
     def cell(images: str, name: str, own: pd.DataFrame, rate: float) -> str:
