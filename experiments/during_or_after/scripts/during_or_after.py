@@ -48,8 +48,6 @@ ROWS, PILOT_ROWS = RESULTS / "during_or_after.csv", RESULTS / "during_or_after_p
 DOCUMENT, FIGURE = FOLDER / "docs" / "during_or_after.md", FOLDER / "docs" / "images" / "during_or_after.svg"
 PILOT_SEEDS, SEEDS = (780, 781), tuple(range(800, 820))  # of no other study
 LOOKS, POINT = (6, 10, 15, 20), 0.01
-RATES = (3e-4, 1e-3, 3e-3)
-WIDER: dict[str, tuple[float, ...]] = {}  # rates that were added where the best was at an end
 SETS = {
     "digits": ("digits", "handwritten digits, ten classes, with scikit-learn. CC BY 4.0 (UCI).", "digits", []),
     "fashion": (
@@ -60,9 +58,16 @@ SETS = {
     ),
 }
 LORA = "lora"
+# Of each method, rising; nf4's last was added, since the one before was the best.
+RATES = {
+    LORA: (3e-4, 1e-3, 3e-3),
+    "nf4": (3e-4, 1e-3, 3e-3, 1e-2),
+    "int3": (1e-3, 3e-3, 1e-2),
+    "int2": (1e-3, 3e-3, 1e-2),
+}
 DURING = {"nf4": "nearest", "int3": "gptq", "int2": "gptq", "int8": "nearest"}  # by type, how it is rounded
 MORE = {"int8": "nf4"}  # in studies of their own, which come after the others, at the rate of another
-PILOTED = (LORA, *(name for name in DURING if name not in MORE))
+PILOTED = tuple(RATES)
 AT_ONCE = 2  # seeds
 ROUNDS = ((10, "study", "digits"), (10, "study", "fashion"), (20, "study", "digits"), (20, "study", "fashion"))
 ROUNDS += (
@@ -119,7 +124,7 @@ def configuration(images: str, which: str, rates: Mapping[str, float]) -> dict[s
     if which == "pilot":
         experiments = []
         for name in PILOTED:
-            for place, rate in enumerate(sorted({*RATES, *WIDER.get(name, ())})):
+            for place, rate in enumerate(RATES[name]):
                 one = experiment(name, rate)
                 experiments.append({**one, "name": f"{one['name']}_rate{place}"})
     else:
@@ -202,13 +207,13 @@ def chosen_rates(images: str) -> dict[str, float]:
     Raises:
         UserError: if the best rate is at an end of those that were tried.
     """
-    rows, chosen = pilot_rows(images), dict.fromkeys(PILOTED, RATES[1])
+    rows, chosen = pilot_rows(images), {name: RATES[name][1] for name in PILOTED}
     for name in PILOTED if len(rows) else ():
         own = rows[rows.experiment.str.fullmatch(rf"(during_)?{name}_rate\d+")]
         means = own.groupby("learning_rate").validation_accuracy.mean().sort_index().round(9)
         chosen[name] = best = float(means.idxmax())
         if best in (means.index[0], means.index[-1]):
-            message = f"{name}: {best:g} is at an end of the rates; add one beyond it to WIDER, and run the pilot"
+            message = f"{name}: {best:g} is at an end of the rates; add one beyond it to RATES, and run the pilot"
             raise UserError(message, file=PILOT_ROWS)
     return chosen
 
@@ -223,7 +228,7 @@ def pilot_rows(images: str) -> pd.DataFrame:
 
 def do(images: str, which: str, folder: Path, seeds: Sequence[int]) -> None:
     """Do the runs of a study that are not done yet, of these seeds, on one thread."""
-    file = CONFIGS / f"{configuration(images, which, dict.fromkeys(PILOTED, RATES[1]))['name']}.yaml"
+    file = CONFIGS / f"{configuration(images, which, chosen_rates(images))['name']}.yaml"
     said = ["--seeds", ",".join(map(str, seeds)), "--workers", "1", "--output", str(folder)]
     command = [sys.executable, "-m", "peft_vit.cli", "run", str(file), *said]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
