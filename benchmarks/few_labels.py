@@ -20,7 +20,6 @@ the delivered file, seconds. What is there already is passed over.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import os
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from beside_peft import backbone, by_hand, image_folder, one_cycle
+from common import append_row, rows_of
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -212,10 +212,7 @@ def main() -> None:
         "threads": options.threads, "commit": commit.stdout.strip(),
     }  # fmt: skip
     for by in options.by:
-        there = []
-        if options.results.exists():
-            with options.results.open() as lines:
-                there = [(row["set"], row["train_images"], row["draw"], row["by"]) for row in csv.DictReader(lines)]
+        there = [(row["set"], row["train_images"], row["draw"], row["by"]) for row in rows_of(options.results)]
         if any(row[:3] == (name, str(train), str(options.draw)) and row[3].split()[0] == by for row in there):
             continue
         if by == "sklearn":
@@ -226,14 +223,8 @@ def main() -> None:
             minutes = options.minutes or (20 if by == "tune" else 6)
             output = options.work / "runs" / f"{folder.name}-{by}"
             rows = [by_peft_vit(folder, by, minutes, options.threads, output)]
-        is_new = not options.results.exists()
-        with options.results.open("a", newline="") as lines:
-            out = csv.DictWriter(lines, _COLUMNS, lineterminator="\n")
-            if is_new:
-                out.writeheader()
-            for row in rows:
-                shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-                out.writerow(same | shown)
+        for row in rows:
+            append_row(options.results, _COLUMNS, same | row)
 
 
 if __name__ == "__main__":
