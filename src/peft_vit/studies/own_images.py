@@ -54,7 +54,7 @@ from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
-from peft_vit.studies.image_sizes import expected_gain, sizes_to_try
+from peft_vit.studies.image_sizes import expected_gain, on_new_images, own_side, sizes_to_try
 from peft_vit.studies.request import TrainRequest
 from peft_vit.tasks import TASKS
 
@@ -260,7 +260,7 @@ def study_of(
     """
     counts = count_images(request, images.index)
     forecast = images.forecast.now(counts, spent_s, trials)
-    chosen = forecast.most_promising(trials) if trials else forecast.largest_size()
+    chosen = forecast.most_promising(trials, own_side(images.index)) if trials else forecast.largest_size()
     image_size = request.image_size or chosen
     shape = describe(forecast.backbone, image_size)
     steps = _requested_steps(request, counts) or forecast.most_steps(shape)
@@ -420,22 +420,29 @@ class Forecast:
         sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)}, reverse=True)
         return fit(sizes, seconds, self.limit_s) or sizes[-1]
 
-    def most_promising(self, trials: Sequence[SizeTrial]) -> int:
-        """Return the size of the highest sum of what a regression has there and what training may add in its steps.
+    def most_promising(self, trials: Sequence[SizeTrial], side: float) -> int:
+        """Return the size where a regression, and what training adds to it in the steps that fit, promise most.
 
-        Larger images leave fewer steps, see `expected_gain`.
+        Few images tell little of sizes, see `on_new_images`; larger ones leave fewer steps, see `expected_gain`.
+
+        Args:
+            trials: a regression a size.
+            side: of the images themselves, in pixels.
         """
 
-        def promise(trial: SizeTrial) -> float:
+        def gain(image_size: int) -> float:
             if self.request.is_probe:
-                return trial.value
-            shape = describe(self.backbone, trial.image_size)
+                return 0.0
+            shape = describe(self.backbone, image_size)
             steps = _requested_steps(self.request, self.counts) or self._steps_in_time(shape)
             if steps is None or self.seconds(shape, steps) > self.limit_s or not self._fits_memory(shape):
                 return -math.inf
-            return trial.value + expected_gain(steps)
+            return expected_gain(steps)
 
-        return max(trials, key=promise).image_size  # of equal ones, also where none fits, the smallest
+        values = on_new_images(trials, self.counts.train + self.counts.validation, side)
+        sizes = [trial.image_size for trial in trials]
+        promises = {size: value + gain(size) for size, value in zip(sizes, values, strict=True)}
+        return max(sizes, key=promises.__getitem__)  # of equal ones, also where none fits, the smallest
 
     def _fits_memory(self, shape: BackboneShape) -> bool:
         at_once = self.request.micro_batch_size or (1 if self.request.memory_limit else self.request.batch_size)
