@@ -73,7 +73,8 @@ _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _SHARE_OF_SIZES = 0.2  # of the minutes, for regressions at several sizes
 _FASTER, _SLOWER = 0.5, 2.0  # than foreseen, as far as a few regressions are believed
 FEWEST_VALIDATION = 30  # images; where fewer would validate, all are trained on, and folds tell how good the model is
-_FOLDS = 5
+_FOLDS, _FEWEST_FOLDS = 5, 3
+_STEPS_FOR_FOLDS = 96  # where training has fewer, time goes to steps before folds, as in `tune`
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
 
@@ -288,7 +289,7 @@ def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: Run
         request = request.model_copy(update={"method": "linear"})
     index = images.index
     train = make_splits(index, spec.data, spec.seed).train
-    folds = min(_FOLDS, len(np.unique(index.groups[train])))
+    folds = min(_folds_beside(spec.experiment.training.steps or 0), len(np.unique(index.groups[train])))
     counts = Counts(len(train) - len(train) // folds, 0, len(train) // folds)
     steps = max(1, round((spec.experiment.training.steps or 0) * (folds - 1) / folds))
     shape = describe(_backbone(request), spec.data.image_size)
@@ -380,7 +381,7 @@ class Forecast:
         step_s = throughput.step_s(shape, request.method, batch, self._recomputed(shape))
         validations = 2 + steps // validate_every(counts.validation, request.batch_size)
         images = 2 * counts.train + validations * counts.validation + counts.test
-        folds = 0 if counts.validation else _FOLDS
+        folds = 0 if counts.validation else _folds_beside(steps)
         trained_s = (1 + folds) * throughput.start_s + _trained_on_folds(steps, folds) * step_s
         return self.pace * (trained_s + images * throughput.image_s(shape))
 
@@ -493,6 +494,11 @@ class Forecast:
         if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
             line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line
+
+
+def _folds_beside(steps: int) -> int:
+    """Return how many trainings on folds tell how good one of so many steps is; regressions cost next to nothing."""
+    return _FEWEST_FOLDS if 0 < steps < _STEPS_FOR_FOLDS else _FOLDS
 
 
 def _trained_on_folds(steps: int, folds: int) -> int:

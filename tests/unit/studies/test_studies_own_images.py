@@ -158,6 +158,8 @@ def test_of_too_few_images_none_validates_and_folds_are_foreseen(asked, tmp_path
         times[least] = [forecast.seconds(shape, steps) for steps in (100, 200)]
     (few, several), (few_by_folds, several_by_folds) = times[20], times[30]
     assert several_by_folds - few_by_folds > 4.5 * (several - few)  # 1 + 5 * 4 / 5 trainings, no validation between
+    fewer, less = (Forecast(request, shares[30]).seconds(shape, steps) for steps in (90, 45))
+    assert 2.5 < (fewer - less) / 45 / ((several - few) / 100) < 3.5  # 1 + 3 * 2 / 3 where steps are few
 
 
 def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
