@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from peft_vit.backbones import Architecture, Backbone, Head, native_size, size_step_of
-from peft_vit.data import ImageIndex, deal_folds
+from peft_vit.data import deal_folds
 from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
@@ -26,7 +26,7 @@ _SMALLEST, _LARGEST = 56, 640  # pixels
 _FEW = 1500  # images, up to which folds are worth their fits
 _GAIN, _GAIN_STEPS = 0.03, 60  # what training adds to a regression at last, and in how many steps two thirds of it
 _RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `on_new_images`
-_UPSCALED, _LOOKED_AT = 4, 10  # times its own side, up to where larger images help; images that tell it
+_UPSCALED = 4  # times its own side, up to where a larger image helps
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,7 @@ def sizes_to_try(architecture: Architecture) -> list[int]:
     return sorted({*sizes, *([native] if native <= _LARGEST else [])}) or [native]
 
 
-def own_side(index: ImageIndex) -> float:
-    """Return the median of the shorter sides of ten images, in pixels, as their files hold them."""
-    some = np.linspace(0, len(index.labels) - 1, _LOOKED_AT).astype(int)
-    return float(np.median([min(index.read(row).size) for row in some]))
-
-
-def on_new_images(trials: Sequence[SizeTrial], images: int, side: float) -> list[float]:
+def on_new_images(values: Mapping[int, float], images: int, side: float) -> dict[int, float]:
     """Return what regressions may have on other images: their values on few, with what is known of sizes beforehand.
 
     With x = 2 log2(size), steps of the square root of 2, the values v of the sizes are a Gaussian process with the
@@ -75,18 +69,18 @@ def on_new_images(trials: Sequence[SizeTrial], images: int, side: float) -> list
     c do as well within 0.5.
 
     Args:
-        trials: one a size.
-        images: n, that the values are from.
-        side: of the images themselves, in pixels.
+        values: by image size, as shares, S of them.
+        images: n, that they are from.
+        side: the shorter one of the images themselves, in pixels.
     """
-    values = np.array([trial.value for trial in trials])  # (S,)
-    sizes = np.array([trial.image_size for trial in trials])
-    steps, rising = 2 * np.log2(sizes), 2 * np.log2(np.minimum(sizes, _UPSCALED * side))  # (S,)
-    before = values.mean() + _RISE * (rising - rising.mean())
+    sizes, seen = np.array(list(values)), np.array(list(values.values()))  # (S,) each
+    steps, rising = 2 * np.log2(sizes), 2 * np.log2(np.minimum(sizes, _UPSCALED * side))
+    before = seen.mean() + _RISE * (rising - rising.mean())
     covariance = _SPREAD**2 * np.exp(-((steps[:, None] - steps) ** 2) / (2 * _SMOOTH**2))  # (S, S)
-    best = float(np.clip(values.max(), 0.5 / images, 1 - 0.5 / images))
-    noise = best * (1 - best) / (2 * images) * np.eye(len(values))
-    return list(before + covariance @ np.linalg.solve(covariance + noise, values - before))
+    best = float(np.clip(abs(seen.max()), 0.5 / images, 1 - 0.5 / images))  # an error is negative
+    noise = best * (1 - best) / (2 * images) * np.eye(len(sizes))
+    told = before + covariance @ np.linalg.solve(covariance + noise, seen - before)
+    return dict(zip(values, told.tolist(), strict=True))
 
 
 def expected_gain(steps: int) -> float:

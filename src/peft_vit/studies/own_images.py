@@ -54,7 +54,7 @@ from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
-from peft_vit.studies.image_sizes import expected_gain, on_new_images, own_side, sizes_to_try
+from peft_vit.studies.image_sizes import expected_gain, on_new_images, sizes_to_try
 from peft_vit.studies.request import TrainRequest
 from peft_vit.tasks import TASKS
 
@@ -98,6 +98,7 @@ class OwnImages:
     Attributes:
         index: of those that are used.
         content: of the file that says which these are.
+        side: the median of their shorter sides, pixels.
         dataset: how a configuration calls their kind.
         path: likewise, of the folder, zip or table.
         expected_s: what a regression takes at the image sizes that are to be tried, rising; empty if none are.
@@ -108,6 +109,7 @@ class OwnImages:
 
     index: ImageIndex
     content: ImagesFile
+    side: float
     dataset: str
     path: Path
     expected_s: dict[int, float]
@@ -150,7 +152,8 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
         lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
         index = index_inspected(images, content, request.images)
         forecast = forecast.now(count_images(request, index))
-        yield OwnImages(index, content, images.dataset, images.path, expected_s, forecast, lines, store)
+        side = inspection.shorter_side
+        yield OwnImages(index, content, side, images.dataset, images.path, expected_s, forecast, lines, store)
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:
@@ -261,7 +264,7 @@ def study_of(
     """
     counts = count_images(request, images.index)
     forecast = images.forecast.now(counts, spent_s, trials)
-    chosen = forecast.most_promising(trials, own_side(images.index)) if trials else forecast.largest_size()
+    chosen = forecast.most_promising(trials, images.side) if trials else forecast.largest_size()
     image_size = request.image_size or chosen
     shape = describe(forecast.backbone, image_size)
     steps = _requested_steps(request, counts) or forecast.most_steps(shape)
@@ -428,7 +431,7 @@ class Forecast:
 
         Args:
             trials: a regression a size.
-            side: of the images themselves, in pixels.
+            side: the shorter one of the images themselves, in pixels.
         """
 
         def gain(image_size: int) -> float:
@@ -440,10 +443,9 @@ class Forecast:
                 return -math.inf
             return expected_gain(steps)
 
-        values = on_new_images(trials, self.counts.train + self.counts.validation, side)
-        sizes = [trial.image_size for trial in trials]
-        promises = {size: value + gain(size) for size, value in zip(sizes, values, strict=True)}
-        return max(sizes, key=promises.__getitem__)  # of equal ones, also where none fits, the smallest
+        values = {trial.image_size: trial.value for trial in trials}
+        told = on_new_images(values, self.counts.train + self.counts.validation, side)
+        return max(told, key=lambda size: told[size] + gain(size))  # of equal ones, also where none fits, the smallest
 
     def _fits_memory(self, shape: BackboneShape) -> bool:
         at_once = self.request.micro_batch_size or (1 if self.request.memory_limit else self.request.batch_size)

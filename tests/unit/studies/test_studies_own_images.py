@@ -80,7 +80,7 @@ def study_of(asked: TrainRequest, index=None, **chosen):
         sizes = {"image_size": 224, "validation_images": 2, "test_images": 2}
         index = open_index(DataConfig(dataset="image-folder", path=str(asked.images), **sizes))
     forecast = Forecast(asked, count_images(asked, index))
-    images = OwnImages(index, None, "image-folder", asked.images, {}, forecast, [], None)
+    images = OwnImages(index, None, 40.0, "image-folder", asked.images, {}, forecast, [], None)
     return own_images.study_of(asked, "own-images", images, asked.images / "images.json", **chosen)
 
 
@@ -611,10 +611,12 @@ def test_sizes_are_a_gaussian_process_around_a_slow_rise() -> None:
     kernel = ConstantKernel(0.015**2) * RBF(1.0)
     process = GaussianProcessRegressor(kernel, alpha=0.84 * 0.16 / (2 * images), optimizer=None)
     process.fit(steps[:, None], values - before)
-    trials = [SizeTrial(size, value, "", 1.0) for size, value in zip(sizes, values, strict=True)]
-    assert image_sizes.on_new_images(trials, images, 28) == pytest.approx(before + process.predict(steps[:, None]))
-    many = image_sizes.on_new_images(trials, 10**9, 28)
-    assert many == pytest.approx(values, abs=0.002)  # many images are believed
-    none_wrong = [SizeTrial(size, 1.0, "", 1.0) for size in sizes]
-    assert np.argmax(image_sizes.on_new_images(none_wrong, 24, 300)) == 4  # nothing decides: the largest
-    assert np.argmax(image_sizes.on_new_images(none_wrong, 24, 28)) == 2  # or four times what the images have
+    seen = dict(zip(sizes, values.tolist(), strict=True))
+    told = image_sizes.on_new_images(seen, images, 28)
+    assert list(told) == sizes
+    assert list(told.values()) == pytest.approx(before + process.predict(steps[:, None]))
+    assert image_sizes.on_new_images(seen, 10**9, 28) == pytest.approx(seen, abs=0.002)  # many images are believed
+    none_wrong = dict.fromkeys(sizes, 1.0)  # nothing decides: the largest, or four times what the images have
+    for side, best in ((300, 224), (28, 112)):
+        told = image_sizes.on_new_images(none_wrong, 24, side)
+        assert max(told, key=told.__getitem__) == best
