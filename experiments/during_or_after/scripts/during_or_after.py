@@ -58,6 +58,7 @@ SETS = {
     ),
 }
 LORA = "lora"
+ALL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # a pilot's experiment is named by the place here
 # Of each method, rising; nf4's last was added, since the one before was the best.
 RATES = {
     LORA: (3e-4, 1e-3, 3e-3),
@@ -124,9 +125,9 @@ def configuration(images: str, which: str, rates: Mapping[str, float]) -> dict[s
     if which == "pilot":
         experiments = []
         for name in PILOTED:
-            for place, rate in enumerate(RATES[name]):
+            for rate in RATES[name]:
                 one = experiment(name, rate)
-                experiments.append({**one, "name": f"{one['name']}_rate{place}"})
+                experiments.append({**one, "name": f"{one['name']}_rate{ALL_RATES.index(rate)}"})
     else:
         experiments = [experiment(name, rates[MORE.get(name, name)]) for name in (MORE if which == "more" else PILOTED)]
     return {
