@@ -88,7 +88,7 @@ def test_verdicts_follow_the_rows() -> None:
     assert said[two] == "supported"
     assert said[three] != "supported"  # against the better of both ways it is no point
     assert said[eight] == "not decided"
-    assert "not run so far" in study.verdicts(rows).splitlines()[2]
+    assert "no look so far" in study.verdicts(rows).splitlines()[2]
     wide = rows[rows.study.str.endswith("digits")].pivot(index="seed", columns="experiment", values="test_accuracy")
     by_seed = 100 * (wide.during_int2 - wide.after_int2_gptq)
     low, high = scipy.stats.ttest_1samp(by_seed, 0).confidence_interval()
@@ -105,6 +105,10 @@ def test_tables_and_figure_hold_what_the_rows_do() -> None:
     assert f"| `lora` | {mean:.1f} ±" in table
     assert {entry["name"] for entry in study.drawing(rows).data} == set(ACCURACIES)
     assert "seeds: digits 6, Fashion-MNIST 6" in study.costs(rows)
+    begun = rows[rows.study.str.endswith("digits") & (rows.seed < study.SEEDS[2])]
+    assert study.verdicts(begun).count("no look so far") == 2 * len(study.HYPOTHESES)
+    assert study.contrasts(begun).splitlines()[2].endswith("| – |")
+    assert {entry["set"] for entry in study.drawing(begun).data} == {"digits"}
 
 
 def test_a_best_rate_at_an_end_asks_for_a_wider_list(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
