@@ -147,7 +147,7 @@ def row_of(folder: Path, by: str, image_size: int, options: argparse.Namespace) 
         folder / "labels.csv",
         method="linear" if by == "probe" else "lora",
         image_size=image_size,
-        steps=options.steps,
+        **({} if by == "probe" else {"steps": options.steps}),
         minutes=options.minutes,
         threads=options.threads,
         output=options.work / "runs" / f"{folder.name}-{by}",
