@@ -272,7 +272,8 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
 
 def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
     """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
-    right = torch.cat([right for _, right, _ in parts]).repeat_interleave(pool, dim=1)  # (R, in)
+    right = parts[0][1] if len(parts) == 1 else torch.cat([right for _, right, _ in parts])  # (R, in / pool)
+    right = right if pool == 1 else right.repeat_interleave(pool, dim=1)  # (R, in)
     if len(parts) == 1 and parts[0][0].out_features == rows:
         return Update(right, parts[0][2])
     left, start = right.new_zeros(len(right), rows), 0  # (R, out)

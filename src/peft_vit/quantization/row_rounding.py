@@ -130,7 +130,8 @@ def unpack_rows(tensors: Mapping[str, Tensor], shapes: list[tuple[int, int]], bi
         return [torch.empty(shape) for shape in shapes]
     lengths = torch.tensor([columns for rows, columns in shapes for _ in range(rows)])  # (all rows,)
     scales = tensors["scales"].float().repeat_interleave(lengths, output_size=values)  # (values,)
-    flat = _levels(bits)[tensors["codes"].int()].flatten()[:values] * scales  # (bytes, codes a byte) -> (values,)
+    flat = _levels(bits).index_select(0, tensors["codes"].int()).flatten()  # (bytes, codes a byte) -> (all codes,)
+    flat = flat[:values] * scales  # (values,)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
