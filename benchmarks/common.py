@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import fcntl
 import json
 import os
 import platform
@@ -10,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,22 @@ def write(name: str, content: dict[str, Any]) -> None:
     file = RESULTS / f"{name}{apart}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWritten: {file}")
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a table of results; none if it isn't there."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def append_row(file: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Add a row to a table of results, numbers in four digits, while no other process does."""
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+    with file.open("a", newline="") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        out = csv.DictWriter(lines, columns, lineterminator="\n")
+        if not file.stat().st_size:
+            out.writeheader()
+        out.writerow(shown)

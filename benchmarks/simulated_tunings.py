@@ -185,7 +185,7 @@ def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = 
         )
         state = State(request, lambda _: None, Limit(minutes, 0.0, lambda: runner.now), TuneFile(asked={}))
         state.clock = lambda: runner.now
-        seen = SimpleNamespace(images=SimpleNamespace(dataset="image-folder"), path=Path("images"))
+        seen = SimpleNamespace(images=SimpleNamespace(dataset="image-folder"), path=Path("images"), shorter_side=300.0)
         images = runner.images
         context = TuningContext(
             state, runner, seen, Path("images.json"), _CLASSES, images, ACCURACY, images, images // 5

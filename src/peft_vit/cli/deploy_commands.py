@@ -381,7 +381,7 @@ def predict(request: PredictRequest) -> None:
     columns = ["file", *task.columns(classes, meaning, request.top, with_sets)]
     columns += [] if card.unlike is None else ["unlike"]
     if card.unlike is None and meaning is not None and meaning.images < FEWEST_HELD_OUT:
-        reason = f"only {meaning.images} validated the model, {FEWEST_HELD_OUT} are needed"
+        reason = f"that takes {FEWEST_HELD_OUT} images that trained or validated the model, and their features"
         print(f"images unlike those of training are not marked: {reason}", file=sys.stderr)
     to_file = request.output is not None
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)

@@ -279,6 +279,11 @@ class Inspection:
         return self.images.path
 
     @property
+    def shorter_side(self) -> float:
+        """Return the median of the shorter sides, in pixels."""
+        return float(np.median(self.sides[:, 0]))
+
+    @property
     def chosen_on(self) -> np.ndarray:
         """Return which images are not of the own test split, (N,) bool: what is chosen may rest on these alone."""
         return np.ones(len(self.names), dtype=bool) if self.holdout is None else ~self.holdout

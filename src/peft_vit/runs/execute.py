@@ -61,7 +61,7 @@ from peft_vit.records import (
     RunSpec,
 )
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.held_out import PRIOR, Outputs, calibration_of, known_images, unlike_by_training
+from peft_vit.runs.held_out import Outputs, calibration_of, known_images
 from peft_vit.runs.machine import (
     cpu_count,
     hash_arrays,
@@ -415,20 +415,12 @@ def _train_and_test(
         return found
 
     images = images or data.test.open()
-    test, content = outputs(images), None
-    calibration: dict[str, Any] = {}
-    if len(data.validation):
-        with attempt.overhead.of("calibration"):
-            known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
-            calibration, content = calibration_of(outputs(data.validation), test, known, data.task)
-    else:
-        calibration = {"decision": data.task.decide(test.logits[:0], data.validation.labels, PRIOR)}
-        if spec.measures.features:
-            with attempt.overhead.of("calibration"):
-                known = outputs(known_images(data.train, spec.seed, data.task)).middle
-                if known is not None:
-                    found, content = unlike_by_training(test, known, data.task, calibration["decision"])
-                    calibration |= found
+    test = outputs(images)
+    with attempt.overhead.of("calibration"):
+        none = Outputs(test.logits[:0], data.validation.labels, None)
+        validation = outputs(data.validation) if len(data.validation) else none
+        known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
+        calibration, content = calibration_of(validation, test, known, data.task)
     decision, keep = calibration["decision"], spec.measures.logits
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)
     predicted = predicted.model_copy(update={"files": data.test_files})

@@ -54,7 +54,7 @@ from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
-from peft_vit.studies.image_sizes import expected_gain, sizes_to_try
+from peft_vit.studies.image_sizes import expected_gain, on_new_images, sizes_to_try
 from peft_vit.studies.request import TrainRequest
 from peft_vit.tasks import TASKS
 
@@ -73,7 +73,8 @@ _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _SHARE_OF_SIZES = 0.2  # of the minutes, for regressions at several sizes
 _FASTER, _SLOWER = 0.5, 2.0  # than foreseen, as far as a few regressions are believed
 FEWEST_VALIDATION = 30  # images; where fewer would validate, all are trained on, and folds tell how good the model is
-_FOLDS = 5
+_FOLDS, _FEWEST_FOLDS = 5, 3
+_STEPS_FOR_FOLDS = 96  # where training has fewer, time goes to steps before folds, as in `tune`
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
 
@@ -97,6 +98,7 @@ class OwnImages:
     Attributes:
         index: of those that are used.
         content: of the file that says which these are.
+        side: the median of their shorter sides, pixels.
         dataset: how a configuration calls their kind.
         path: likewise, of the folder, zip or table.
         expected_s: what a regression takes at the image sizes that are to be tried, rising; empty if none are.
@@ -107,6 +109,7 @@ class OwnImages:
 
     index: ImageIndex
     content: ImagesFile
+    side: float
     dataset: str
     path: Path
     expected_s: dict[int, float]
@@ -149,7 +152,8 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
         lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
         index = index_inspected(images, content, request.images)
         forecast = forecast.now(count_images(request, index))
-        yield OwnImages(index, content, images.dataset, images.path, expected_s, forecast, lines, store)
+        side = inspection.shorter_side
+        yield OwnImages(index, content, side, images.dataset, images.path, expected_s, forecast, lines, store)
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:
@@ -260,7 +264,7 @@ def study_of(
     """
     counts = count_images(request, images.index)
     forecast = images.forecast.now(counts, spent_s, trials)
-    chosen = forecast.most_promising(trials) if trials else forecast.largest_size()
+    chosen = forecast.most_promising(trials, images.side) if trials else forecast.largest_size()
     image_size = request.image_size or chosen
     shape = describe(forecast.backbone, image_size)
     steps = _requested_steps(request, counts) or forecast.most_steps(shape)
@@ -288,7 +292,7 @@ def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: Run
         request = request.model_copy(update={"method": "linear"})
     index = images.index
     train = make_splits(index, spec.data, spec.seed).train
-    folds = min(_FOLDS, len(np.unique(index.groups[train])))
+    folds = min(_folds_beside(spec.experiment.training.steps or 0), len(np.unique(index.groups[train])))
     counts = Counts(len(train) - len(train) // folds, 0, len(train) // folds)
     steps = max(1, round((spec.experiment.training.steps or 0) * (folds - 1) / folds))
     shape = describe(_backbone(request), spec.data.image_size)
@@ -380,7 +384,7 @@ class Forecast:
         step_s = throughput.step_s(shape, request.method, batch, self._recomputed(shape))
         validations = 2 + steps // validate_every(counts.validation, request.batch_size)
         images = 2 * counts.train + validations * counts.validation + counts.test
-        folds = 0 if counts.validation else _FOLDS
+        folds = 0 if counts.validation else _folds_beside(steps)
         trained_s = (1 + folds) * throughput.start_s + _trained_on_folds(steps, folds) * step_s
         return self.pace * (trained_s + images * throughput.image_s(shape))
 
@@ -420,22 +424,28 @@ class Forecast:
         sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)}, reverse=True)
         return fit(sizes, seconds, self.limit_s) or sizes[-1]
 
-    def most_promising(self, trials: Sequence[SizeTrial]) -> int:
-        """Return the size of the highest sum of what a regression has there and what training may add in its steps.
+    def most_promising(self, trials: Sequence[SizeTrial], side: float) -> int:
+        """Return the size where a regression, and what training adds to it in the steps that fit, promise most.
 
-        Larger images leave fewer steps, see `expected_gain`.
+        Few images tell little of sizes, see `on_new_images`; larger ones leave fewer steps, see `expected_gain`.
+
+        Args:
+            trials: a regression a size.
+            side: the shorter one of the images themselves, in pixels.
         """
 
-        def promise(trial: SizeTrial) -> float:
+        def gain(image_size: int) -> float:
             if self.request.is_probe:
-                return trial.value
-            shape = describe(self.backbone, trial.image_size)
+                return 0.0
+            shape = describe(self.backbone, image_size)
             steps = _requested_steps(self.request, self.counts) or self._steps_in_time(shape)
             if steps is None or self.seconds(shape, steps) > self.limit_s or not self._fits_memory(shape):
                 return -math.inf
-            return trial.value + expected_gain(steps)
+            return expected_gain(steps)
 
-        return max(trials, key=promise).image_size  # of equal ones, also where none fits, the smallest
+        values = {trial.image_size: trial.value for trial in trials}
+        told = on_new_images(values, self.counts.train + self.counts.validation, side)
+        return max(told, key=lambda size: told[size] + gain(size))  # of equal ones, also where none fits, the smallest
 
     def _fits_memory(self, shape: BackboneShape) -> bool:
         at_once = self.request.micro_batch_size or (1 if self.request.memory_limit else self.request.batch_size)
@@ -486,6 +496,11 @@ class Forecast:
         if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
             line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line
+
+
+def _folds_beside(steps: int) -> int:
+    """Return how many trainings on folds tell how good one of so many steps is; regressions cost next to nothing."""
+    return _FEWEST_FOLDS if 0 < steps < _STEPS_FOR_FOLDS else _FOLDS
 
 
 def _trained_on_folds(steps: int, folds: int) -> int:

@@ -147,7 +147,7 @@ def choose(
     with state.stage("sizes"):
         reserved_s = max(state.training_s, state.limit.left_s - state.share_s("sizes"))
         sizes = try_sizes(costs, allowed, regress, state.until(reserved_s))
-        probe = max((size for size in sizes if size.score is not None), key=lambda size: size.score or 0.0).probe
+        probe = max((size for size in sizes if size.score is not None), key=lambda size: size.expected).probe
         labels = gain_of_labels(folds.context, probe, regress)
     with state.stage("search"):
         folds.run([probe], range(FEWEST_FOLDS), state.limit)

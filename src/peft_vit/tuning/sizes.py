@@ -7,7 +7,7 @@ decided at the first one: digits are not to be flipped, and cells of a panel may
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from peft_vit.forecasting.time_limit import Limit, Pace
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.studies import image_sizes
-from peft_vit.studies.image_sizes import Regression, expected_gain, sizes_to_try
+from peft_vit.studies.image_sizes import Regression, expected_gain, on_new_images, sizes_to_try
 from peft_vit.studies.plan import plan_study
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import LONGEST, MOST_SEEN, Costs
@@ -52,11 +52,12 @@ class SizeResult:
     score: float | None  # of the regression; None: it was not tried, `why` says why
     steps: int  # of LoRA that fit a run on a fold, at most
     why: str = ""  # it was not tried; empty: it was
+    expected: float = 0.0  # of the score, on other images, see `on_new_images`
 
     @property
     def promise(self) -> float:
-        """Return the sum of what a regression has there and what training may add in the steps of the last one."""
-        return (self.score or 0.0) + expected_gain(round(LONGEST * self.steps))
+        """Return the sum of what a regression may have and what training may add in the steps of the last one."""
+        return self.expected + expected_gain(round(LONGEST * self.steps))
 
     @property
     def probe(self) -> Recipe:
@@ -112,6 +113,13 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
         if score is not None:
             fits = f"{steps} steps fit a run" if steps else "no time to train"
             state.tell(f"  {probe.model} at {probe.image_size} px: {context.scores.text(score)}, {fits}")
+    for model in sizes:
+        scores = {own.image_size: own.score for own in results if own.model == model and own.score is not None}
+        told = on_new_images(scores, context.images, context.seen.shorter_side) if scores else {}
+        results = [
+            replace(own, expected=told[own.image_size]) if own.model == model and own.image_size in told else own
+            for own in results
+        ]
     return results
 
 

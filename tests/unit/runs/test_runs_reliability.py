@@ -30,24 +30,31 @@ def test_a_run_says_how_far_it_can_be_believed_and_what_is_unlike_its_images(stu
     inside[np.arange(len(p)), p.argmax(1)] = True
     assert tested.covered[0.9] == pytest.approx(inside[np.arange(len(p)), labels].mean())
     assert tested.set_size[0.9] == pytest.approx(inside.sum(1).mean())
-    assert (calibrated.images, record.unlike.images) == (24, 24)
+    assert (calibrated.images, record.unlike.images) == (24, 24 + 16)
 
     folder = run_folder(tmp_path, record.spec)
     model, data = open_model(folder), load_data(record.spec.data, record.spec.seed)
     assert (model.card.calibrated, model.card.unlike) == (calibrated, record.unlike)
-    assert restore_run(folder).known.codes.shape[0] == 16
-    images = data.test.open()
-    pixels = np.concatenate([b.numpy() for b, _ in images.ordered_batches(32, model.card.mean, model.card.std)])
-    assert int((model.with_distances(pixels)[1] > record.unlike.threshold).sum()) == tested.unlike
+    known = restore_run(folder).known.codes.astype(float) / 16  # (16, D), in standard deviations
+
+    def distances(images) -> np.ndarray:
+        pixels = np.concatenate([b.numpy() for b, _ in images.ordered_batches(32, model.card.mean, model.card.std)])
+        return model.with_distances(pixels)[1]
+
+    between = ((known[:, None] - known) ** 2).mean(2) ** 0.5 + np.diag([np.inf] * 16)
+    apart = np.sort(np.concatenate([between.min(1), distances(data.validation)]))
+    assert record.unlike.threshold == pytest.approx(apart[38], rel=1e-4)  # ceil(41 * 0.95) - 1
+    assert int((distances(data.test.open()) > record.unlike.threshold).sum()) == tested.unlike
 
     (folder / FEATURES_FILE).write_bytes(b"other")
     with pytest.raises(UserError, match="rerun this run"):
         open_model(folder)
 
 
-def test_few_validation_images_give_a_temperature_and_no_flag(study, tmp_path) -> None:
-    record = do_one(measured(with_data(study("lora"), validation_images=12), features=True), tmp_path)
-    assert record.calibrated.images == 12
+def test_few_images_give_a_temperature_and_no_flag(study, tmp_path) -> None:
+    few = with_data(study("lora"), validation_images=8, train_images=11)
+    record = do_one(measured(few, features=True), tmp_path)
+    assert record.calibrated.images == 8
     assert record.calibrated.temperature > 0
     assert (record.unlike, record.features_sha256, record.tested_calibration.unlike) == (None, None, None)
     assert not (run_folder(tmp_path, record.spec) / FEATURES_FILE).exists()
