@@ -9,12 +9,14 @@ import argparse
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from benchmarks.marks import filled
 from peft_vit import cli
@@ -195,6 +197,69 @@ def corrected(found: Mapping[str, Comparison]) -> dict[str, Comparison]:
 def or_one(value: float | None) -> float:
     """Return a p-value that a correction can take: what can't be tested is never significant."""
     return 1.0 if value is None else value
+
+
+def right(labels: Sequence[object], predicted: Sequence[object]) -> dict[str, object]:
+    """Return what a row keeps of test images: which are right, as bits in hexadecimal, and how many there are."""
+    equal = np.equal(labels, predicted)
+    return {"right": np.packbits(equal).tobytes().hex(), "images": len(equal)}
+
+
+def right_images(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return by experiment which test images are right: a row a seed, a column an image. A run that failed has none."""
+    found = {}
+    for name, part in rows.groupby("experiment"):
+        count = int(part["images"].max()) if part["images"].notna().any() else 0
+        right = [
+            np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:count]
+            if isinstance(text, str)
+            else [0] * count
+            for text in part.right
+        ]
+        found[str(name)] = pd.DataFrame(np.array(right, dtype=float), index=part.seed.to_numpy())
+    return found
+
+
+class Estimate(NamedTuple):
+    """A mean difference in points, and half of its 95 % interval, over seeds and with images counted, too."""
+
+    mean: float
+    of_seeds: float
+    with_images: float
+    seeds: int
+
+    @property
+    def text(self) -> str:
+        """Return mean and both halves."""
+        return f"{self.mean:+.1f} ± {self.of_seeds:.1f}, ± {self.with_images:.1f}"
+
+    @property
+    def p(self) -> float:
+        """Return the one-sided p-value of "above 0", with seeds and images counted: the wider of the two."""
+        t = float(stats.t.ppf(0.975, self.seeds - 1))
+        return float(stats.t.sf(self.mean * t / self.with_images, self.seeds - 1)) if self.with_images else 0.5
+
+
+def contrast(parts: Sequence[Mapping[str, pd.DataFrame]], weights: Mapping[str, float]) -> Estimate | None:
+    """Return the mean over sets of a weighted sum of accuracies, in points; None: not all of it is there.
+
+    Over seeds it is a t interval of the sums of each seed. Images add the variance of a mean of as many images of a
+    set, each with its mean over seeds.
+
+    Args:
+        parts: of each set, see `right_images`.
+        weights: of experiments.
+    """
+    if not parts or any(name not in part for part in parts for name in weights):
+        return None
+    sums = [sum(weight * part[name] for name, weight in weights.items()) for part in parts]  # (seeds, images) each
+    by_seed = pd.concat([100 * one.mean(axis=1) for one in sums], axis=1).dropna().mean(axis=1)  # (seeds,)
+    if len(by_seed) < 2:
+        return None
+    t = float(stats.t.ppf(0.975, len(by_seed) - 1))
+    of_seeds = t * float(by_seed.std(ddof=1)) / len(by_seed) ** 0.5
+    of_images = sum(100**2 * float(one.mean(axis=0).var(ddof=1)) / one.shape[1] for one in sums) / len(sums) ** 2
+    return Estimate(float(by_seed.mean()), of_seeds, float(np.hypot(of_seeds, 1.96 * of_images**0.5)), len(by_seed))
 
 
 def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]], left: int = 1) -> str:

@@ -17,10 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
 
 from experiments.methods.scripts.study_figures import write_figure
 from experiments.scripts import evidence
@@ -295,11 +293,10 @@ def row_of(record: RunRecord) -> dict[str, object]:
     """Return what is kept of a run: beside what all studies keep, its bytes and which test images are right."""
 
     def columns(done: RunRecord) -> dict[str, object]:
-        predictions, spent = done.predictions, done.rank_history[0] if done.rank_history else None
-        assert predictions is not None
-        right = np.equal(predictions.labels, predictions.predicted)
+        spent = done.rank_history[0] if done.rank_history else None
         stored = spent.cost if spent is not None and spent.unit == "bytes" else None
-        return {"adapter_bytes": stored, "right": np.packbits(right).tobytes().hex(), "images": len(right)}
+        assert done.predictions is not None
+        return {"adapter_bytes": stored, **evidence.right(done.predictions.labels, done.predictions.predicted)}
 
     return evidence.row_of(record, columns)
 
@@ -315,56 +312,9 @@ def _rows() -> pd.DataFrame | None:
     return pd.read_csv(ROWS) if ROWS.exists() else None
 
 
-class Estimate(NamedTuple):
-    """A mean difference in points, and half of its 95 % interval, over seeds and with images counted, too."""
-
-    mean: float
-    of_seeds: float
-    with_images: float
-    seeds: int
-
-    @property
-    def text(self) -> str:
-        """Return mean and both halves."""
-        return f"{self.mean:+.1f} ± {self.of_seeds:.1f}, ± {self.with_images:.1f}"
-
-
 def right_images(rows: pd.DataFrame, images: str, base: str) -> dict[str, pd.DataFrame]:
-    """Return by experiment which test images are right: a row a seed, a column an image. A run that failed has none."""
-    own = rows[(rows.study == f"adapter_bytes_{images}_{base}")]
-    found = {}
-    for name, part in own.groupby("experiment"):
-        count = int(part["images"].max()) if part["images"].notna().any() else 0
-        right = [
-            np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:count]
-            if isinstance(text, str)
-            else [0] * count
-            for text in part.right
-        ]
-        found[str(name)] = pd.DataFrame(np.array(right, dtype=float), index=part.seed.to_numpy())
-    return found
-
-
-def contrast(parts: Sequence[Mapping[str, pd.DataFrame]], weights: Mapping[str, float]) -> Estimate | None:
-    """Return the mean over sets of a weighted sum of accuracies, in points; None: not all of it is there.
-
-    Over seeds it is a t interval of the sums of each seed. Images add the variance of a mean of as many images of a
-    set, each with its mean over seeds.
-
-    Args:
-        parts: of each set, see `right_images`.
-        weights: of experiments.
-    """
-    if not parts or any(name not in part for part in parts for name in weights):
-        return None
-    sums = [sum(weight * part[name] for name, weight in weights.items()) for part in parts]  # (seeds, images) each
-    by_seed = pd.concat([100 * one.mean(axis=1) for one in sums], axis=1).dropna().mean(axis=1)  # (seeds,)
-    if len(by_seed) < 2:
-        return None
-    t = float(stats.t.ppf(0.975, len(by_seed) - 1))
-    of_seeds = t * float(by_seed.std(ddof=1)) / len(by_seed) ** 0.5
-    of_images = sum(100**2 * float(one.mean(axis=0).var(ddof=1)) / one.shape[1] for one in sums) / len(sums) ** 2
-    return Estimate(float(by_seed.mean()), of_seeds, float(np.hypot(of_seeds, 1.96 * of_images**0.5)), len(by_seed))
+    """Return which test images are right by experiment, see `evidence.right_images`."""
+    return evidence.right_images(rows[rows.study == f"adapter_bytes_{images}_{base}"])
 
 
 def hypotheses() -> dict[str, tuple[str, dict[str, float]]]:
@@ -407,12 +357,14 @@ def verdicts(rows: pd.DataFrame) -> str:
     found = []
     for sentence, (base, weights) in hypotheses().items():
         pooled = with_room(rows, base)
-        found.append((sentence, pooled, contrast([right_images(rows, images, base) for images in pooled], weights)))
+        found.append(
+            (sentence, pooled, evidence.contrast([right_images(rows, images, base) for images in pooled], weights))
+        )
     tested = [estimate for _, _, estimate in found if estimate is not None]
-    p_values = [_p(estimate) for estimate in tested]
+    p_values = [estimate.p for estimate in tested]
     adjusted = dict(zip(map(id, tested), evidence.holm(p_values), strict=True)) if tested else {}
 
-    def shown(estimate: Estimate | None) -> str:
+    def shown(estimate: evidence.Estimate | None) -> str:
         return "no data" if estimate is None else "shown" if adjusted[id(estimate)] < 0.05 else "not shown"
 
     columns = {
@@ -425,16 +377,6 @@ def verdicts(rows: pd.DataFrame) -> str:
     return evidence.table(found, columns, left=2)
 
 
-def _p(estimate: Estimate) -> float:
-    """Return the one-sided p-value with seeds and images counted: the wider of the two."""
-    t = float(stats.t.ppf(0.975, estimate.seeds - 1))
-    return (
-        float(stats.t.sf(estimate.mean / (estimate.with_images / t), estimate.seeds - 1))
-        if estimate.with_images
-        else 0.5
-    )
-
-
 def gains(rows: pd.DataFrame) -> list[dict[str, object]]:
     """Return a row a cell and baseline of each study that has runs: its bytes, and its gain over the probe."""
     found: list[dict[str, object]] = []
@@ -443,7 +385,7 @@ def gains(rows: pd.DataFrame) -> list[dict[str, object]]:
             right = right_images(rows, images, base)
             own = rows[rows.study == f"adapter_bytes_{images}_{base}"]
             for name in right:
-                estimate = contrast([right], {name: 1.0, PROBE: -1.0}) if name != PROBE else None
+                estimate = evidence.contrast([right], {name: 1.0, PROBE: -1.0}) if name != PROBE else None
                 if estimate is not None:
                     stored = own[own.experiment == name].adapter_bytes.mean()
                     found.append({"set": images, "base": base, "name": name, "bytes": stored, "gain": estimate})

@@ -9,6 +9,7 @@ import scipy
 from written_runs import run_and_write
 
 from experiments.adapter_bytes.scripts import grid
+from experiments.scripts import evidence
 from experiments.scripts.evidence import study_files
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
@@ -82,7 +83,7 @@ def rows() -> pd.DataFrame:
 
 def test_a_contrast_is_the_t_interval_of_seeds_and_adds_the_images(rows) -> None:
     right = grid.right_images(rows, "digits", "int4")
-    estimate = grid.contrast([right], {grid.FULL: 1.0, grid.PROBE: -1.0})
+    estimate = evidence.contrast([right], {grid.FULL: 1.0, grid.PROBE: -1.0})
     own = rows[rows.study == "adapter_bytes_digits_int4"].pivot(index="seed", columns="experiment")["test_accuracy"]
     differences = 100 * (own[grid.FULL] - own[grid.PROBE])
     low, high = scipy.stats.ttest_1samp(differences, 0).confidence_interval()
@@ -90,7 +91,7 @@ def test_a_contrast_is_the_t_interval_of_seeds_and_adds_the_images(rows) -> None
     by_image = (right[grid.FULL] - right[grid.PROBE]).mean(axis=0)
     of_images = 1.96 * 100 * scipy.stats.sem(by_image)
     assert estimate.with_images == pytest.approx(np.hypot(estimate.of_seeds, of_images))
-    assert grid.contrast([right], {"no such cell": 1.0}) is None
+    assert evidence.contrast([right], {"no such cell": 1.0}) is None
 
 
 def test_verdicts_follow_the_rows(rows) -> None:

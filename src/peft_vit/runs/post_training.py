@@ -44,12 +44,12 @@ def merge_float(run: RestoredRun) -> Merged:
     return merged
 
 
-def packing_of(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
-    """Return how a type is stored, as a section `qa_lora`: in the groups of `train`, int2 with an offset.
+def packing_of(sites: Sequence[Site], type: QuantizationType, offset: bool | None = None) -> dict[str, Any]:
+    """Return how a type is stored, as a section `qa_lora`: in the groups of `train`, with an offset beside each scale.
 
-    Without one int2 has three values, which is too few.
+    Where it is not said, int2 alone has one: without it int2 has three values, which is too few.
     """
-    return {**packed_by_default(sites, type), "quantization_offset": type == "int2"}
+    return {**packed_by_default(sites, type), "quantization_offset": type == "int2" if offset is None else offset}
 
 
 def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes: int) -> int:
@@ -77,13 +77,16 @@ def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes:
     return total + 4 * values
 
 
-def round_weights(model: nn.Module, type: QuantizationType, images: Tensor | None = None) -> nn.Module:
+def round_weights(
+    model: nn.Module, type: QuantizationType, images: Tensor | None = None, offset: bool | None = None
+) -> nn.Module:
     """Return a model whose blocks' matrices are packed; the given one stays as it is.
 
     Args:
         model: without adapters, its weights in float.
         type: of codes, see `packing_of`.
         images: training images (N, 3, S, S), normalised, by which GPTQ rounds; None: to nearest.
+        offset: see `packing_of`.
     """
     model, layers = copy.deepcopy(model), {}
     sites = Backbone.within(model).sites
@@ -92,7 +95,7 @@ def round_weights(model: nn.Module, type: QuantizationType, images: Tensor | Non
         assert isinstance(linear, nn.Linear)
         layers[name] = QuantizedLayer(AdaptedLinear(linear), ())
         model.set_submodule(name, layers[name].module)
-    formats = dict.fromkeys(layers, format_of(QaLoraConfig(**packing_of(sites, type))))
+    formats = dict.fromkeys(layers, format_of(QaLoraConfig(**packing_of(sites, type, offset))))
     rounding: Rounding = "nearest" if images is None else "gptq"
     for name, weight in rounded_weights(model, layers, formats, rounding, images):
         layers[name].module.quantized = weight
@@ -114,7 +117,7 @@ def pack_after_training(
 
 
 def logits_by_type(
-    run_dir: Path, types: Sequence[QuantizationType], rounding: Rounding | None = None
+    run_dir: Path, types: Sequence[QuantizationType], rounding: Rounding | None = None, offset: bool | None = None
 ) -> dict[QuantizationType, NDArray[np.float32]]:
     """Return what a float run's model says of its test images, (N, classes), with weights in each type in turn.
 
@@ -125,6 +128,7 @@ def logits_by_type(
         run_dir: holds record.json and adapter.safetensors.
         types: of codes.
         rounding: None: gptq below 4 bits, else nearest.
+        offset: see `packing_of`.
 
     Raises:
         UserError: if the run can't be restored, its weights are packed already, or its images are not there.
@@ -133,7 +137,7 @@ def logits_by_type(
     model, data = merge_float(run).model, run.load_data()
     tested, logits = data.test.open(), {}
     for type in types:
-        rounded = round_weights(model, type, _images_to_round_by(run, data, type, rounding))
+        rounded = round_weights(model, type, _images_to_round_by(run, data, type, rounding), offset)
         logits[type] = _outputs(rounded, tested, run.card).logits
     return logits
 
