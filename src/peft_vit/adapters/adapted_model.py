@@ -150,7 +150,7 @@ class AdaptedLinear(nn.Module):
 
 
 def save_memory(model: nn.Module) -> None:
-    """Let a model that only predicts take less memory and a fifth more time.
+    """Let a model that only predicts take less memory and a tenth more time.
 
     Packed weights become floats piece by piece, and values of activation functions are written over their inputs.
     """

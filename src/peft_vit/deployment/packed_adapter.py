@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -184,19 +184,20 @@ class JoinedUpdates:
         site, most = self._sites[place], max((int(files.ranks[:, place].max()) for files in self._joined), default=0)
         if not most:
             return None
-        right = torch.zeros(self.images, most, site.in_features)
-        left = torch.zeros(self.images, most, site.out_features)
+        right = np.zeros((self.images * most, site.in_features), np.float32)
+        left = np.zeros((self.images * most, site.out_features), np.float32)
         for files in self._joined:
             ranks, columns = files.ranks[:, place], site.in_features // files.pool
             images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
             within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
-            into = (files.images[images], within)
+            into = files.images[images] * most + within
             starts, rows = files.starts[images, place], files.rows[images, place] + within
             of_a = files.unpack(starts + within * columns, rows, columns)  # (n, in / pool)
-            right[into] = of_a if files.pool == 1 else of_a.repeat_interleave(files.pool, dim=1)
+            right[into] = of_a if files.pool == 1 else of_a.repeat(files.pool, axis=1)
             starts, rows = starts + ranks[images] * columns, rows + ranks[images]  # the columns of B come after
             left[into] = files.unpack(starts + within * site.out_features, rows, site.out_features)
-        return right, left
+        shape = (self.images, most, -1)
+        return torch.from_numpy(right).view(shape), torch.from_numpy(left).view(shape)
 
 
 class _JoinedFiles(NamedTuple):
@@ -205,13 +206,13 @@ class _JoinedFiles(NamedTuple):
     images: NDArray[np.int64]  # (b,), their places in the batch
     bits: StoredBits
     pool: int
-    tensors: dict[str, Tensor]
+    arrays: dict[str, NDArray[Any]]
     ranks: NDArray[np.int64]  # (b, sites)
     starts: NDArray[np.int64]  # (b, sites), how many codes stand before those of a site
     rows: NDArray[np.int64]  # (b, sites), how many scales do
 
-    def unpack(self, starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int) -> Tensor:
-        return unpack_some(self.tensors, torch.from_numpy(starts), torch.from_numpy(rows), columns, self.bits)
+    def unpack(self, starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int) -> NDArray[np.float32]:
+        return unpack_some(self.arrays, starts, rows, columns, self.bits)
 
 
 def _joined_files(
@@ -223,7 +224,7 @@ def _joined_files(
     sites: Sequence[Site],
 ) -> _JoinedFiles:
     names = ("codes", "scales") if bits < 16 else ("codes",)
-    tensors = {name: torch.cat([adapter.tensors[name] for adapter in adapters]) for name in names}
+    arrays = {name: np.concatenate([adapter.tensors[name].numpy() for adapter in adapters]) for name in names}
     ranks = np.array([adapter.header.ranks for adapter in adapters])  # (a, sites)
     values = ranks * np.array([site.in_features // pool + site.out_features for site in sites])
     codes = np.array([len(adapter.tensors["codes"]) * (8 // bits if bits < 16 else 1) for adapter in adapters])  # (a,)
@@ -231,7 +232,7 @@ def _joined_files(
     rows = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
     (images,) = np.isin(which, numbers).nonzero()
     asked = np.searchsorted(numbers, which[images])  # (b,)
-    return _JoinedFiles(images, bits, pool, tensors, ranks[asked], starts[asked], rows[asked])
+    return _JoinedFiles(images, bits, pool, arrays, ranks[asked], starts[asked], rows[asked])
 
 
 def trained_bits(model: nn.Module) -> StoredBits | None:
@@ -271,7 +272,8 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
 
 def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
     """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
-    right = torch.cat([right for _, right, _ in parts]).repeat_interleave(pool, dim=1)  # (R, in)
+    right = parts[0][1] if len(parts) == 1 else torch.cat([right for _, right, _ in parts])  # (R, in / pool)
+    right = right if pool == 1 else right.repeat_interleave(pool, dim=1)  # (R, in)
     if len(parts) == 1 and parts[0][0].out_features == rows:
         return Update(right, parts[0][2])
     left, start = right.new_zeros(len(right), rows), 0  # (R, out)

@@ -18,7 +18,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from peft_vit.errors import UserError
@@ -128,26 +130,32 @@ def unpack_rows(tensors: Mapping[str, Tensor], shapes: list[tuple[int, int]], bi
         return [torch.empty(shape) for shape in shapes]
     lengths = torch.tensor([columns for rows, columns in shapes for _ in range(rows)])  # (all rows,)
     scales = tensors["scales"].float().repeat_interleave(lengths, output_size=values)  # (values,)
-    flat = _levels(bits)[tensors["codes"].int()].flatten()[:values] * scales  # (bytes, codes a byte) -> (values,)
+    flat = _levels(bits).index_select(0, tensors["codes"].int()).flatten()  # (bytes, codes a byte) -> (all codes,)
+    flat = flat[:values] * scales  # (values,)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def unpack_some(tensors: Mapping[str, Tensor], starts: Tensor, rows: Tensor, columns: int, bits: int) -> Tensor:
-    """Return some rows of one length out of what `pack_rows` has packed, (n, columns) in float32.
+def unpack_some(
+    arrays: Mapping[str, NDArray[Any]], starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int, bits: int
+) -> NDArray[np.float32]:
+    """Return some rows of one length out of what `pack_rows` has packed, (n, columns).
 
     Args:
-        tensors: as it returned them; several such codes that each begin with a byte may stand one after the other.
+        arrays: as it returned them; several such codes that each begin with a byte may stand one after the other.
         starts: (n,), how many codes stand before each row.
         rows: (n,), how many scales do.
         columns: the length of a row.
         bits: as they were packed in.
     """
-    along = torch.arange(columns)
+    codes, along = arrays["codes"], np.arange(columns)
     if bits > 8:
-        return tensors["codes"][starts.unsqueeze(1) + along].float()
-    codes, at_once = tensors["codes"], 8 // bits
-    within = starts % at_once  # where a row begins in its first byte
-    places = (starts // at_once).unsqueeze(1) + torch.arange((columns + at_once - 2) // at_once + 1)  # (n, bytes)
-    values = _levels(bits)[codes[places.clamp_(max=len(codes) - 1)].int()].flatten(1)  # (n, codes of whole bytes)
-    values = values.gather(1, within.unsqueeze(1) + along) if bool(within.any()) else values[:, :columns]
-    return values.mul_(tensors["scales"][rows].float().unsqueeze(1))
+        return codes[starts[:, None] + along].astype(np.float32)
+    at_once = 8 // bits
+    first, within = np.divmod(starts, at_once)  # the first byte of a row, and where the row begins in it
+    places = first[:, None] + np.arange((columns + at_once - 2) // at_once + 1)  # (n, bytes)
+    values = _levels(bits).numpy().take(codes.take(places, mode="clip"), axis=0)  # (n, bytes, codes of a byte)
+    values = values.reshape(len(starts), places.shape[1] * at_once)
+    # (n, codes of whole bytes) -> (n, columns)
+    values = np.take_along_axis(values, within[:, None] + along, axis=1) if within.any() else values[:, :columns]
+    values *= arrays["scales"][rows, None].astype(np.float32)
+    return values

@@ -60,12 +60,13 @@ def test_a_file_holds_what_was_rounded(bits) -> None:
 def test_some_rows_of_several_files_are_unpacked_as_all_of_each_are(bits) -> None:
     files = [[drawn(2, 37), drawn(3, 5, 1)], [drawn(1, 5, 2), drawn(4, 37, 3)]]
     packed = [pack_rows(matrices, bits) for matrices in files]
-    tensors = {name: torch.cat([file[name] for file in packed]) for name in packed[0]}
+    arrays = {name: torch.cat([file[name] for file in packed]).numpy() for name in packed[0]}
     second = len(packed[0]["codes"]) * (8 // bits if bits < 16 else 1)  # the next file begins with a byte
-    starts, rows = torch.tensor([37, second + 5, second + 5 + 3 * 37]), torch.tensor([1, 6, 9])
+    starts, rows = np.array([37, second + 5, second + 5 + 3 * 37]), np.array([1, 6, 9])
     expected = torch.stack([files[0][0][1], files[1][1][0], files[1][1][3]])
-    some = unpack_some(tensors, starts, rows, 37, bits)
+    some = torch.from_numpy(unpack_some(arrays, starts, rows, 37, bits))
     assert torch.equal(some, expected if bits == 32 else rounded_rows(expected, bits))
+    assert unpack_some(arrays, starts[:0], rows[:0], 37, bits).shape == (0, 37)
 
 
 def test_small_scales_keep_their_precision() -> None:

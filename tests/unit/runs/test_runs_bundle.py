@@ -86,6 +86,26 @@ def test_adapters_in_different_bits_and_of_different_pools_are_mixed(tmp_path, f
         )
 
 
+def test_many_images_pass_in_parts_of_some_tokens(tmp_path, fill_adapters, monkeypatch) -> None:
+    for seed, name in enumerate(("a", "b")):
+        model = random_model("test_vit")
+        sites = find_sites(model)
+        attach_adapters(model, sites, 1 + seed, scale=1.7, seed=seed)
+        fill_adapters(model, seed)
+        write(model, CARD, tmp_path, name)
+    bundle, passes, features = Bundle.load(tmp_path), [], Backbone.features
+    monkeypatch.setattr(Backbone, "features", lambda self, part: passes.append(len(part)) or features(self, part))
+    for names in ("a", ["a", "b", "a", "b", "b"]):
+        monkeypatch.setattr("peft_vit.runs.bundle._ROWS_AT_ONCE", 10**9)
+        together = bundle.logits(IMAGES, names)
+        monkeypatch.setattr("peft_vit.runs.bundle._ROWS_AT_ONCE", 2 * sites[0].tokens)
+        for whole, part in zip(together, bundle.logits(IMAGES, names), strict=True):
+            np.testing.assert_allclose(part, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+        monkeypatch.setattr("peft_vit.runs.bundle._ROWS_AT_ONCE", 1)
+        bundle.logits(IMAGES[:2], names[:2])
+    assert passes == [5, 3, 2, 1, 1] * 2
+
+
 @pytest.fixture
 def runs(study, tmp_path) -> list[Path]:
     """Return the folders of two runs on one backbone: a probe and a LoRA on the same packed weights, or both seeds."""
