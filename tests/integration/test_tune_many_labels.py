@@ -65,6 +65,8 @@ def test_several_labels(tuned, tmp_path) -> None:
     card = (tmp_path / "tuned/card.md").read_text()
     assert "1 point of mean average precision" in card
     assert "| warm |" in card
+    assert "Labels that go together" in card
+    assert "An image's labels in its set | On folds |" in card
 
 
 @pytest.mark.slow
@@ -85,3 +87,6 @@ def test_numbers(tuned, tmp_path) -> None:
     card = (tmp_path / "tuned/card.md").read_text()
     assert "2 % of a standard deviation" in card
     assert "Against the best, % of a standard deviation" in card
+    assert "| heat |" in card
+    assert "Predicted against true" in card
+    assert "Intervals that hold the number | On folds |" in card

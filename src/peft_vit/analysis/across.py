@@ -25,6 +25,7 @@ from peft_vit.analysis.stopping import compare_all
 from peft_vit.analysis.studies import Run, Study, grouped, load_studies
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, Verdict, stratified_mean
+from peft_vit.tasks import Scores
 
 PoolKind = Literal["configurations", "precision", "versions", "splits", "weights", "timings"]
 POOL_KINDS: tuple[PoolKind, ...] = get_args(PoolKind)
@@ -92,6 +93,11 @@ class Across:
     alone: dict[str, str]  # experiment -> the one study with finished runs of it
     # of the importance of sites, between experiments of two studies with the same strategy and metric
     agreements: list[dict[str, Any]]  # rows of `study_agreements`
+
+    @property
+    def scores(self) -> Scores:
+        """Return by what runs are compared; the standard deviation is the first study's."""
+        return next(study.scores for study in self.studies.values() if study.runs)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -163,10 +169,13 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
         pool: what may be pooled although it differs.
 
     Raises:
-        UserError: if the reference has a finished run in fewer than two studies, or nothing occurs in two.
+        UserError: if studies are compared by different metrics, the reference has a finished run in fewer than two
+            studies, or nothing occurs in two.
     """
-    for study in studies.values():
-        study.refuse_other_tasks("tables over data sets are")
+    by_metric = grouped((study.scores.metric.words, label) for label, study in studies.items() if study.runs)
+    if len(by_metric) > 1:
+        metrics = "; ".join(f"{', '.join(labels)} by {words}" for words, labels in by_metric.items())
+        raise UserError(f"are compared by different metrics ({metrics}); give studies of one", file="compare")
     found_in = grouped(
         (name, label)
         for label, study in studies.items()

@@ -210,7 +210,7 @@ def recommend(
     Args:
         study: one study's runs.
         limits: what the configuration may cost.
-        margin: largest loss of test accuracy that does not matter, a share above 0.
+        margin: largest loss on the test images that does not matter, a share above 0; see `Scores`.
         measure: what "smallest" means; of sizes within one percent the higher validation accuracy decides.
         exported: latency of exported models, to be taken instead of what the records say.
 
@@ -220,7 +220,6 @@ def recommend(
     """
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
-    study.refuse_other_tasks("recommendations are")
     if any(run.validation is None for run in study.runs):
         problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
@@ -230,8 +229,8 @@ def recommend(
         problem = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
         raise UserError(problem, file=study.label)
     if stopping is not None and not math.isclose((stopping.margin or 0.0) / 100, margin):
-        problem = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g} points"
-        raise UserError(f"{problem}; give --margin {stopping.margin:g}", file=study.label)
+        problem = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g}"
+        raise UserError(f"{problem} {study.scores.unit}; give --margin {stopping.margin:g}", file=study.label)
     results = {result.name: result for result in method_results(study)}
     left_out: dict[str, str] = {}
     rated: list[Rated] = []

@@ -236,16 +236,6 @@ class Study:
         """Return by what its runs are compared; they have one task."""
         return self.runs[0].scores if self.runs else Scores()
 
-    def refuse_other_tasks(self, who: str) -> None:
-        """Raise UserError if these are not runs of one class an image.
-
-        Args:
-            who: says so.
-        """
-        if not self.scores.metric.counts_images:
-            message = f"has {self.scores.task.name} labels, and {who} of one class an image; see `peft-vit report`"
-            raise UserError(message, file=self.label)
-
     @property
     def images_tested_by_seed(self) -> bool:
         """Return whether each seed draws its own test images; runs of one seed share them in any case."""

@@ -276,7 +276,8 @@ class RecommendRequest(Request):
         default=1.0,
         gt=0,
         lt=100,
-        description="The loss of test accuracy that matters, in points. Choose it before you look at results.",
+        description="The loss of test accuracy that matters, in points, or that of another metric; of an error in % of "
+        "the numbers' standard deviation. Choose it before you look at results.",
     )
     smallest: Literal["bytes", "params", "latency"] = Field(
         default="bytes", description="Which size should be small. Sizes within one percent count as equal."

@@ -376,7 +376,10 @@ class StoppingConfig(Settings):
         default="both", description="What to show: better than the control, not worse by the margin, or both"
     )
     margin: Annotated[float | None, OnlyWith(asked=("non-inferiority", "both"))] = Field(
-        default=None, gt=0, lt=100, description="The margin of non-inferiority, in points"
+        default=None,
+        gt=0,
+        lt=100,
+        description="The margin of non-inferiority, in points, or of an error in % of the numbers' standard deviation",
     )
     looks: tuple[Annotated[int, Field(ge=FEWEST_PAIRS)], ...] | None = Field(
         default=None, min_length=1, description="Compare after these numbers of seeds; the last is that of the study"
@@ -399,12 +402,15 @@ class StoppingConfig(Settings):
         ge=1,
         description="How many different images all folds test, which limits what folds without scatter show",
     )
-    metric: MetricName = Field(default="accuracy", description="The metric on the test images")
+    metric: MetricName = Field(
+        default="accuracy",
+        description="The metric on the test images; of several labels, and of numbers, what decides in training",
+    )
 
     @model_validator(mode="after")
     def _says_what_it_needs(self) -> Self:
         if self.asked != "superiority" and self.margin is None:
-            raise ValueError(f"asked: {self.asked} needs the field 'margin', in points of accuracy; add it")
+            raise ValueError(f"asked: {self.asked} needs the field 'margin', in points; add it")
         exactly_one(self, "looks", "every")
         if self.looks is not None and list(self.looks) != sorted(set(self.looks)):
             raise ValueError(f"looks have to rise, got {list(self.looks)}")

@@ -310,10 +310,14 @@ def _listed(path: Path, task_name: TaskName | None) -> Images:
 
 
 def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Task:
-    """Return the task that a table's labels look like, the last of those that recognize it."""
+    """Return the task that a table's labels, or most of its rows look like; the last of those that recognize them."""
     cells = {column: [row[column] for row in rows] for column in columns}
     if fitting := [task for task in TASKS.values() if task.recognizes(cells)]:
         return fitting[-1]
+    for task in reversed(TASKS.values()):  # its fault in another row is told where it is read
+        own = [row for row in rows if task.fault({column: row[column] for column in columns}) is None]
+        if 2 * len(own) > len(rows) and task.recognizes({column: [row[column] for row in own] for column in columns}):
+            return task
     for column in columns:
         if not any(task.recognizes({column: cells[column]}) for task in TASKS.values()):
             values = sorted(set(cells[column]))
@@ -341,7 +345,8 @@ class ClassFiles(NamedTuple):
             UserError: if nothing can be learned from them.
         """
         with named(self.file):
-            return self.task.read(list(self.classes.values()), self.columns)
+            is_test = None if self.is_test is None else np.array(self.is_test, dtype=bool)
+            return self.task.read_split(list(self.classes.values()), self.columns, is_test)
 
     def without(self, left_out: Container[str]) -> ClassFiles:
         """Return those of other names."""

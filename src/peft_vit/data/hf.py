@@ -86,7 +86,7 @@ def read_hf(config: DataConfig) -> ImageIndex:
         column = "label" if _inner(features[label]) else label  # lists stand in one cell, as in a table
         texts = _texts(parts, features[label], column, task, path)
         with named(Path(path)):
-            names, labels = task.read(texts, (column,))
+            names, labels = task.read_split(texts, (column,), is_test)
     titles, digests = _titles_and_digests(parts, path)
     lines = (f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True))
     starts = np.cumsum([0, *(len(part.images) for part in parts)])

@@ -506,6 +506,8 @@ class TestedCalibration(_Value):
     # set; of labels the mean share of an image's labels; of numbers the share of intervals, and their mean width.
     covered: dict[float, _Share] = {}
     set_size: dict[float, Annotated[float, Field(ge=0)]] = {}
+    # `covered` on images of folds, each by what the other folds say; empty where there are none.
+    covered_on_folds: dict[float, _Share] = Field(default={}, exclude_if=lambda covered: not covered)
     unlike: _Count | None = None  # images that were flagged: false alarms; None: there is no threshold
 
 

@@ -1,4 +1,7 @@
-"""Accuracy by method as figures: rows with every seed, paired differences, and accuracy against what it costs."""
+"""Accuracy by method as figures: rows with every seed, paired differences, and accuracy against what it costs.
+
+Of other tasks what decides stands for accuracy, in its own unit.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +40,52 @@ from peft_vit.report.figure import (
 )
 from peft_vit.report.formatting import (
     COSTS,
+    better_question,
     counted,
     fixed,
-    margin_in_points,
-    percent,
-    percent_interval,
     points_interval,
+    scaled,
+    score_interval,
+    score_of,
     signed,
 )
 from peft_vit.statistics import Interval
+from peft_vit.tasks import Scores
 
 _ROW_IN = 0.31
 ROWS = 40
 _Style = dict[str, Any]  # of artists, as matplotlib names it
 _INTERVAL: _Style = {"lw": 2.2, "alpha": 0.45}
 _MARGIN: _Style = {"color": GRID, "alpha": 0.6, "lw": 0}
+
+
+class _Unit(NamedTuple):
+    """What shares are drawn in: times a factor, with how many decimals, and what stands behind a number."""
+
+    factor: float
+    decimals: int
+    name: str
+
+    def of(self, share: float) -> float:
+        return self.factor * share
+
+
+def _unit(scores: Scores) -> _Unit:
+    """Return what values are drawn in: percent, or what the metric is in."""
+    return _Unit(100.0, 1, " %") if scores.metric.is_share else _Unit(scores.factor, 3, "")
+
+
+def _capital(scores: Scores) -> str:
+    return scores.metric.words[0].upper() + scores.metric.words[1:]
+
+
+def _axis(study: Study) -> str:
+    """Return what stands at an axis of values."""
+    metric, names = study.scores.metric, study.runs[0].record.class_names
+    unit = "%" if metric.is_share else ""
+    if metric.has_unit:
+        unit = names[0] if len(names) == 1 else "standard deviations"
+    return f"test {metric.words}{unit and f' ({unit})'}"
 
 
 # How a row of accuracies and one of paired differences look.
@@ -69,34 +103,37 @@ def _rows(
     colors: Mapping[str, str],
     limits: tuple[float, float],
     legend: Sequence[Line2D | Patch],
+    scores: Scores,
     *,
     paired: bool,
 ) -> None:
     """Draw a row an estimate: each seed, the interval, and the mean with its number beside it.
 
-    Estimates are shares, accuracies in percent or, if `paired`, differences in points.
+    Estimates are shares, drawn in the metric's unit or, if `paired`, differences in points.
     """
-    mean_style, unit = _MEANS[paired], " points" if paired else " %"
-    write = signed if paired else partial(fixed, decimals=1)
+    mean_style, unit = _MEANS[paired], _Unit(100.0, 1, f" {scores.unit}") if paired else _unit(scores)
+    write = signed if paired else partial(fixed, decimals=unit.decimals)
     for at, estimate in enumerate(estimates):
         name, interval, color = estimate.name, estimate.interval, colors[estimate.name]
-        seeds = [100 * value for value in estimate.by_seed.values()]
+        seeds = [unit.of(value) for value in estimate.by_seed.values()]
         assert interval is not None
-        mean = 100 * interval.estimate
+        mean = unit.of(interval.estimate)
         canvas.series(name, color, mean_style["marker"])
         if interval.low is not None and interval.high is not None:
-            ends = np.clip([100 * interval.low, 100 * interval.high], *limits)
+            ends = np.clip(sorted([unit.of(interval.low), unit.of(interval.high)]), *limits)
             canvas.plot(name, axes, ends, [at, at], color=color, **_INTERVAL, solid_capstyle="butt", zorder=2)
             for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
                 if end == limit:
                     canvas.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
-        texts = [f"seed {seed}: {write(100 * value)}{unit}" for seed, value in estimate.by_seed.items()]
+        texts = [f"seed {seed}: {write(unit.of(value))}{unit.name}" for seed, value in estimate.by_seed.items()]
         style = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
         canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **style)
-        text = f"mean, {counted(len(seeds), 'seed')}: {percent_interval(interval)}"
+        text = f"mean, {counted(len(seeds), 'seed')}: {score_interval(scores, interval)}"
         if paired:
-            text = f"mean of {len(seeds)} pair{'' if len(seeds) == 1 else 's'}: {points_interval(interval)} points\n"
-            text += f"more accurate? {estimate.verdict}"
+            text = (
+                f"mean of {len(seeds)} pair{'' if len(seeds) == 1 else 's'}: {points_interval(interval)}{unit.name}\n"
+            )
+            text += f"{better_question(scores)} {estimate.verdict}"
         face = PAPER if paired and estimate.verdict == Verdict.NOT_DECIDED else color
         style = {"color": color, "mec": color, "mfc": face, "ls": "", "zorder": 4} | mean_style
         canvas.plot(name, axes, [mean], [at], [text], **style)
@@ -121,6 +158,7 @@ def _interval_values(interval: Interval | None) -> dict[str, Raw]:
 
 def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
     """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
+    scores, unit, of_test = study.scores, _unit(study.scores), f"test_{study.scores.metric.name}"
     drawn, note = leading(methods, validation_means(methods), ROWS)
     majority = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
     shares = [share for share in majority.values() if share is not None]
@@ -133,9 +171,10 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
     dashes: _Style = {"color": INK, "lw": 1, "ls": DASHED}
     if line:
         legend.append(_entry(f"majority class, {'on average ' if differs else ''}{fixed(line, 1)} %", **dashes))
-    values = [100 * value for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
+    values = [unit.of(value) for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
     low, high = min(values), max(values)  # of intervals nothing: those of two seeds would dwarf the data
-    pad = max(1.0, 0.18 * (high - low))
+    pad = max(1.0 if scores.metric.is_share else 0.02 * max(abs(low), abs(high)), 0.18 * (high - low))
+    least, most = (0.0, 100.5) if scores.metric.is_share else (-np.inf, np.inf)
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.figure.add_subplot()
@@ -143,9 +182,9 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
             axes.axvline(line, **dashes, zorder=1)
         shown = [Estimate(name=m.name, by_seed=m.by_seed, interval=m.test_accuracy) for m in drawn]
         colors = {m.name: METHOD_COLORS[m.experiment.method] for m in drawn}
-        limits = max(0.0, low - pad), min(100.5, high + pad)
-        _rows(canvas, axes, shown, colors, limits, legend, paired=False)
-        axes.set_xlabel("test accuracy (%)")
+        limits = max(least, low - pad), min(most, high + pad)
+        _rows(canvas, axes, shown, colors, limits, legend, scores, paired=False)
+        axes.set_xlabel(_axis(study))
 
     on = "on the same test images, not other images"
     if study.images_tested_by_seed:
@@ -160,15 +199,16 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
             "experiment": m.name,
             "method": m.experiment.method,
             "seed": seed,
-            "test_accuracy": value,
-            **_interval_values(m.test_accuracy),
+            of_test: scores.factor * value,
+            **_interval_values(scaled(m.test_accuracy, scores.factor)),
             "seeds": len(m.runs),
-            "majority_accuracy": majority.get(seed),
+            **({"majority_accuracy": majority.get(seed)} if scores.metric.counts_images else {}),
         }
         for m in methods
         for seed, value in m.by_seed.items()
     ]
-    return draw("accuracy_by_method", "Accuracy by method", caption, 1.15 + _ROW_IN * len(drawn), paint, data)
+    title = f"{_capital(scores)} by method"
+    return draw("accuracy_by_method", title, caption, 1.15 + _ROW_IN * len(drawn), paint, data)
 
 
 def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawing]:
@@ -184,6 +224,7 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
 
 
 def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], margin: float | None) -> Drawing:
+    scores = analysis.study.scores
     rows, note = leading(estimates, validation_means(analysis.methods), ROWS, lambda estimate: estimate.name)
     colors = {m.name: METHOD_COLORS[m.experiment.method] for m in analysis.methods}
     legend: list[Line2D | Patch] = [
@@ -194,7 +235,7 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
     ]
     band = 100 * (margin or 0.0)
     if margin is not None:
-        legend.append(Patch(**_MARGIN, label=f"margin, {margin_in_points(margin)}"))
+        legend.append(Patch(**_MARGIN, label=f"margin, {scores.hundredths(margin)}"))
     # Around zero, the margin and the pairs, and intervals up to that width beside them.
     inner = [-band, band, *(100 * pair for row in rows for pair in row.by_seed.values())]
     low, high = min(inner), max(inner)
@@ -208,9 +249,12 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
         if margin is not None:
             axes.axvspan(-band, band, **_MARGIN, zorder=0)
         axes.axvline(0, color=INK, lw=1, zorder=1)
-        _rows(canvas, axes, rows, colors, (low - 0.05 * room, high + 0.05 * room), legend, paired=True)
-        end = "\n" if canvas.narrow else " "
-        axes.set_xlabel(f"test accuracy minus that of {reference}{end}(percentage points)")
+        _rows(canvas, axes, rows, colors, (low - 0.05 * room, high + 0.05 * room), legend, scores, paired=True)
+        end, words = "\n" if canvas.narrow else " ", scores.metric.words
+        what = f"test {words} minus that of {reference}"
+        if scores.metric.sign < 0:
+            end, what = "\n", f"by how much the test {words} is smaller than that of {reference}"
+        axes.set_xlabel(f"{what}{end}({'percentage points' if scores.metric.is_share else scores.unit})")
 
     shown = "" if margin is None else " The band is the margin within which a difference does not matter."
     caption = (
@@ -245,7 +289,10 @@ _READ = (
 
 
 class _Against(NamedTuple):
-    """A figure of accuracy against a cost; `columns` of its data are fields of a result."""
+    """A figure of accuracy against a cost; `columns` of its data are fields of a result.
+
+    The title has a place for the metric, the caption one for the side of a line on which it is better.
+    """
 
     slug: str
     title: str
@@ -257,15 +304,15 @@ class _Against(NamedTuple):
 _AGAINST: dict[CostName, _Against] = {
     "final_parameters": _Against(
         "accuracy_by_parameters",
-        "Accuracy against trainable parameters",
-        f"{_READ} The blue line joins the fixed-rank LoRA means: an adaptive method earns its cost where it lies above "
-        "that line.",
+        "{} against trainable parameters",
+        f"{_READ} The blue line joins the fixed-rank LoRA means: an adaptive method earns its cost where it lies "
+        "{side} that line.",
         "trainable parameters at the end of the run,{end}head included (log scale)",
         {"trainable_parameters": "final_parameters"},
     ),
     "stored_bytes": _Against(
         "accuracy_by_bytes",
-        "Accuracy against bytes",
+        "{} against bytes",
         "What must be stored for one task: the frozen weights as they are held, scales and offsets included, plus the "
         f"saved adapter. {_READ}",
         "frozen weights + adapter file (MB, 10⁶ bytes)",
@@ -274,36 +321,36 @@ _AGAINST: dict[CostName, _Against] = {
 }
 
 
-def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing:
+def accuracy_against(cost: CostName, study: Study, methods: Sequence[MethodResult]) -> Drawing:
     """Draw every seed and the mean of each experiment at its cost: trainable parameters (log scale), or bytes."""
-    own, words = _AGAINST[cost], COSTS[cost]
+    own, words, scores, unit = _AGAINST[cost], COSTS[cost], study.scores, _unit(study.scores)
     drawn, note = leading(methods, validation_means(methods), LEGEND_ENTRIES)
     places = [words.scale * getattr(m, cost) for m in drawn]
 
     def paint(canvas: Canvas) -> None:
         axes, handles = canvas.figure.add_subplot(), []
         for m, x, offset, marker in zip(drawn, places, side_by_side(places), cycle(MARKERS), strict=False):
-            name, color, seeds = m.name, METHOD_COLORS[m.experiment.method], [100 * v for v in m.by_seed.values()]
+            name, color, seeds = m.name, METHOD_COLORS[m.experiment.method], [*map(unit.of, m.by_seed.values())]
             takes = f"{words.write(getattr(m, cost))}{words.unit}"
             handles.append(_entry(name, marker=marker, color=color, mec=color, ms=6))
             canvas.series(name, color, marker)
             moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
             draw_at = partial(canvas.plot, name, axes, color=color, transform=moved)
             draw_at([x, x], [min(seeds), max(seeds)], lw=0.8, alpha=0.5, zorder=2)
-            texts = [f"seed {s}: {percent(v)}\n{takes}" for s, v in m.by_seed.items()]
+            texts = [f"seed {s}: {score_of(scores, v)}\n{takes}" for s, v in m.by_seed.items()]
             draw_at([x] * len(seeds), seeds, texts, marker=".", ls="", ms=4, alpha=0.7, zorder=3)
-            texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(m.test_accuracy)}\n{takes}"]
+            texts = [f"mean, {counted(len(seeds), 'seed')}: {score_interval(scores, m.test_accuracy)}\n{takes}"]
             style = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
-            draw_at([x], [100 * m.test_accuracy.estimate], texts, **style)
+            draw_at([x], [unit.of(m.test_accuracy.estimate)], texts, **style)
             axes.update_datalim([(x, value) for value in seeds])  # moved artists do not count on their own
         axes.margins(x=0.1, y=0.08)
         axes.autoscale_view()
-        axes.set_ylabel("test accuracy (%)")
+        axes.set_ylabel(_axis(study))
         quiet_grid(axes)
         canvas.name_experiments(handles)
         if cost == "final_parameters":
             ranked = [(m, lora) for m in drawn if (lora := m.experiment.section(LoraConfig)) is not None]
-            line = sorted((m.final_parameters, 100 * m.test_accuracy.estimate) for m, lora in ranked if lora.rank)
+            line = sorted((m.final_parameters, unit.of(m.test_accuracy.estimate)) for m, lora in ranked if lora.rank)
             if len(line) > 1:
                 axes.plot(*zip(*line, strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
             axes.set_xscale("log")
@@ -318,14 +365,18 @@ def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing
             "experiment": m.name,
             "method": m.experiment.method,
             "seed": seed,
-            "test_accuracy": value,
-            "mean_test_accuracy": m.test_accuracy.estimate,
+            f"test_{scores.metric.name}": scores.factor * value,
+            f"mean_test_{scores.metric.name}": scores.factor * m.test_accuracy.estimate,
             **{column: getattr(m, field) for column, field in own.columns.items()},
         }
         for m in methods
         for seed, value in m.by_seed.items()
     ]
-    return draw(own.slug, own.title, own.caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
+    title, caption = (
+        own.title.format(_capital(scores)),
+        own.caption.format(side="above" if unit.factor > 0 else "below"),
+    )
+    return draw(own.slug, title, caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
 
 
 def side_by_side(positions: Sequence[float]) -> list[float]:

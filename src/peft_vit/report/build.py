@@ -92,8 +92,8 @@ def _sections(
         compared.append(Paragraph(none))
     compared += [
         *method_tables.pair_blocks(analysis.pairs),
-        accuracy_against("final_parameters", methods),
-        accuracy_against("stored_bytes", methods),
+        accuracy_against("final_parameters", study, methods),
+        accuracy_against("stored_bytes", study, methods),
         loss_curves(study, means),
         method_tables.cost_table(methods),
         *method_tables.front_blocks(analysis.fronts),
@@ -126,11 +126,18 @@ def _sections(
 
 def _of_scores(analysis: Analysis) -> Iterator[Block]:
     """Yield what a report says of runs of other tasks than one class an image."""
-    study, methods = analysis.study, analysis.methods
+    study, methods, forest = analysis.study, analysis.methods, forests(analysis)
+    means = validation_means(methods)
+    yield accuracy_by_method(study, methods)
     yield method_tables.accuracy_table(methods)
+    yield from stopping_blocks(study, analysis.sequential, means)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
+        if reference in forest:
+            yield forest[reference]
         yield method_tables.comparison_table(analysis.comparisons, reference, study.scores)
-    yield loss_curves(study, validation_means(methods))
+    yield accuracy_against("final_parameters", study, methods)
+    yield accuracy_against("stored_bytes", study, methods)
+    yield loss_curves(study, means)
     yield method_tables.cost_table(methods)
     yield method_tables.convergence_table(methods)
 

@@ -92,9 +92,14 @@ def score_interval(scores: Scores, interval: Interval) -> str:
     return percent_interval(interval) if scores.metric.is_share else number_interval(scaled(interval, scores.factor), 3)
 
 
-def margin_in_points(share: float) -> str:
-    """Return a margin in points, e.g. ``1 point`` or ``0.5 points``."""
-    return f"{100 * share:.4g} point{'' if 100 * share == 1 else 's'}"
+def better_above(scores: Scores) -> str:
+    """Return how differences of errors are turned round; nothing of other metrics."""
+    return "" if scores.metric.sign > 0 else "Above 0 the error is smaller. "
+
+
+def better_question(scores: Scores) -> str:
+    """Return what a comparison asks."""
+    return "more accurate?" if scores.metric.counts_images else "better?"
 
 
 def points_interval(interval: Interval | None) -> str:

@@ -30,7 +30,7 @@ from peft_vit.report.figure import (
     line_style,
     quiet_grid,
 )
-from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval, value_of
+from peft_vit.report.formatting import counted, fixed, points_interval, value_of
 from peft_vit.report.method_tables import QUESTIONS, stopping_table
 from peft_vit.report.tables import interval_columns
 from peft_vit.statistics import proportion_interval
@@ -306,19 +306,16 @@ def stopping_blocks(
     if study.stopping is None:
         return
     if looked := [result for result in results if result.looks]:
-        colors = {e.name: METHOD_COLORS[e.method] for e in study.experiments}
-        yield _stopping_figure(looked, study.stopping, colors, validation)
-    yield stopping_table(results, study.stopping)
+        yield _stopping_figure(study, looked, study.stopping, validation)
+    yield stopping_table(results, study.stopping, study.scores)
 
 
 def _stopping_figure(
-    results: Sequence[SequentialResult],
-    stopping: StoppingConfig,
-    colors: Mapping[str, str],
-    validation: Mapping[str, float],
+    study: Study, results: Sequence[SequentialResult], stopping: StoppingConfig, validation: Mapping[str, float]
 ) -> Drawing:
     """Draw a panel a comparison: its mean difference from look to look, between the bounds that decide it."""
     drawn, note = leading(results, validation, PANELS, lambda result: result.name)
+    colors, scores = {e.name: METHOD_COLORS[e.method] for e in study.experiments}, study.scores
     questions = {field: words for field, words in QUESTIONS.items() if getattr(drawn[0], field) is not None}
     legend = [
         Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.2, label="difference, with its repeated interval"),
@@ -332,16 +329,16 @@ def _stopping_figure(
         columns = 1 if canvas.narrow else min(_COLUMNS, len(drawn))
         panels = canvas.figure.subplots(math.ceil(len(drawn) / columns), columns, squeeze=False)
         for axes, result in zip(panels.flat, drawn, strict=False):
-            _stopping_panel(axes, canvas, result, stopping, colors[result.name], list(questions))
+            _stopping_panel(axes, canvas, result, stopping, colors[result.name], list(questions), scores.unit)
             axes.set_xlim(0, 1.05 * max(look.pairs for other in drawn for look in other.looks))
         for axes in panels.flat[len(drawn) :]:
             axes.set_axis_off()
         for axes in panels.flat[max(0, len(drawn) - columns) : len(drawn)]:
             axes.set_xlabel("pairs")
-        canvas.figure.supylabel(f"minus {stopping.control} (points)", fontsize="medium")
+        canvas.figure.supylabel(f"minus {stopping.control} ({scores.unit})", fontsize="medium")
         canvas.legend(legend, (1, len(legend)))
 
-    margin = "" if stopping.margin is None else f" Not worse is meant by {margin_in_points(stopping.margin / 100)}."
+    margin = "" if stopping.margin is None else f" Not worse is meant by {scores.hundredths(stopping.margin / 100)}."
     caption = (
         f"Mean difference to {stopping.control} at each look, over the pairs that there were. Above the upper of "
         "two bounds of a question its answer is yes, below the lower one the opposite is shown. Bounds outside "
@@ -365,7 +362,13 @@ def _stopping_figure(
 
 
 def _stopping_panel(
-    axes: Axes, canvas: Canvas, result: SequentialResult, stopping: StoppingConfig, color: str, fields: Sequence[str]
+    axes: Axes,
+    canvas: Canvas,
+    result: SequentialResult,
+    stopping: StoppingConfig,
+    color: str,
+    fields: Sequence[str],
+    unit: str,
 ) -> None:
     name, pairs = result.name, [look.pairs for look in result.looks]
     differences = [100 * look.difference for look in result.looks]
@@ -379,7 +382,7 @@ def _stopping_panel(
             heights += [abs(point) for point in points[-1:] if not math.isnan(point)]
     canvas.series(name, color, "o")
     texts = [
-        f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points" for look in result.looks
+        f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} {unit}" for look in result.looks
     ]
     for look in result.looks:
         if math.isfinite(look.high - look.low):

@@ -14,6 +14,8 @@ from peft_vit.config import StoppingConfig
 from peft_vit.report.document import Block, Paragraph, Raw, Table
 from peft_vit.report.formatting import (
     COSTS,
+    better_above,
+    better_question,
     count,
     fixed,
     joined,
@@ -201,7 +203,7 @@ def comparison_table(comparisons: Sequence[Estimate], reference: str, scores: Sc
     note = (
         f"Differences in test {scores.metric.words} between runs that share seed, weights and images; n counts pairs. "
     )
-    note += "" if scores.metric.sign > 0 else "Above 0 the error is smaller. "
+    note += better_above(scores)
     note += _LOOKS_NOTE if looks else FAMILY_NOTE
     return differences_table(
         f"against_{reference}", f"Differences to {reference}, paired by seed", against, note, scores
@@ -234,7 +236,7 @@ def differences_table(
                 lambda by_seed: {f"seed_{seed}": difference for seed, difference in by_seed.items()},
             ),
             Column("n", lambda c: len(c.by_seed)),
-            Column("more accurate?" if scores.metric.counts_images else "better?", "verdict", data=""),
+            Column(better_question(scores), "verdict", data=""),
             Column("test", lambda c: c, tested, comparison_values),
         ],
         note,
@@ -365,8 +367,9 @@ def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
             yield Paragraph(f"Not on the Pareto front of {words}, as it was not recorded: {joined(front.left_out)}.")
 
 
-def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig) -> Table:
+def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig, scores: Scores) -> Table:
     """Return where each comparison stands: repeated interval, what became of each question, and why it stopped."""
+    words = stopping.metric.replace("_", " ") if scores.metric.counts_images else scores.metric.words
 
     def question(field: str, words: str) -> Column:
         def answer(result: SequentialResult) -> tuple[str, float | None]:
@@ -389,7 +392,7 @@ def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig
             *only_in_file(control=lambda _: stopping.control),
             Column("pairs", lambda result: result.looks[-1].pairs if result.looks else 0, data="pairs"),
             Column(
-                "difference (points)",
+                f"difference ({scores.unit})",
                 lambda result: repeated_interval(result.looks[-1], stopping) if result.looks else None,
                 points_interval,
                 partial(interval_columns, "difference"),
@@ -402,8 +405,8 @@ def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig
             ),
             Column("state", "stopped", lambda why: ENDS[why], none=ENDS[None]),
         ],
-        f"Differences in test {stopping.metric.replace('_', ' ')} between runs that share seed, weights and images, "
-        f"after the declared looks. p-values hold over all looks and comparisons ({stopping.spending}), at "
+        f"Differences in test {words} between runs that share seed, weights and images, after the declared looks. "
+        f"{better_above(scores)}p-values hold over all looks and comparisons ({stopping.spending}), at "
         f"{100 * stopping.level:g} % one-sided; intervals are repeated ones of {100 - 200 * stopping.level:g} %: those "
         "of all looks of a comparison hold together.",
     )

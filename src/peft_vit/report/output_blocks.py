@@ -56,10 +56,15 @@ def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iter
     if tested is None or not tested.covered:
         return
     title, held, size, note = TASKS[record.spec.task].promise
-    rows = [{"asked": c, "held": share, "size": tested.set_size[c]} for c, share in tested.covered.items()]
+    folds = tested.covered_on_folds
+    rows = [
+        {"asked": c, "held": share, "folds": folds.get(c), "size": tested.set_size[c]}
+        for c, share in tested.covered.items()
+    ]
     columns = [
         Column("Coverage asked", "asked", percent),
         Column(held, "held", percent),
+        *([Column("On folds", "folds", percent)] if folds else []),
         Column(size, "size", show_size),
     ]
     yield table("coverage", title, rows, columns, note)

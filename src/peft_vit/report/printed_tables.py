@@ -19,22 +19,24 @@ from peft_vit.analysis.recommendation import (
     Violation,
     smallest_that_exists,
 )
-from peft_vit.analysis.studies import grouped
+from peft_vit.analysis.studies import Study, grouped
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.errors import UserError, os_fault
 from peft_vit.records import BenchRow, write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.formatting import (
+    better_above,
+    better_question,
     count,
     counted,
     fixed,
     joined,
-    margin_in_points,
     megabytes,
     number_interval,
-    percent,
-    percent_interval,
     points_interval,
+    scaled,
+    score_interval,
+    score_of,
 )
 from peft_vit.report.layer_tables import study_agreement_table
 from peft_vit.report.printed import print_blocks, print_with_rows
@@ -94,16 +96,16 @@ def _request(advice: Recommendation) -> Iterator[str]:
     if best.latency_s is not None:
         cost += f", {fixed(1000 * best.latency_s, 1)} ms latency"
     yield (
-        f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
-        f"{percent(validated.estimate)} ({counted(len(best.by_seed), 'seed')}); {cost}."
+        f"Study {study.label}. {reference}: {best.name}, mean validation {_words(study)} "
+        f"{score_of(study.scores, validated.estimate)} ({counted(len(best.by_seed), 'seed')}); {cost}."
     )
     if uneven := [rated for rated in _others(advice) if rated.by_seed.keys() != best.by_seed.keys()]:
         listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
         yield f"Validation means are over different seeds than {_whom(advice)}'s ({_seeds(best)}): {listed}."
     limits = joined(_limit(violation) for violation in best.beside) or "none"
     yield (
-        f"Asked: the smallest by {_ORDER[advice.measure]} that loses less than {margin_in_points(advice.margin)} of "
-        f"test accuracy against it. Limits: {limits}."
+        f"Asked: the smallest by {_ORDER[advice.measure]} that loses less than {_margin(advice)} of "
+        f"test {_words(study)} against it. Limits: {limits}."
     )
     if (exported := advice.exported) is not None:
         timed = joined(
@@ -128,12 +130,20 @@ def _others(advice: Recommendation) -> tuple[Rated, ...]:
     return (*(candidate.rated for candidate in advice.candidates), *advice.outside, *advice.larger)
 
 
+def _words(study: Study) -> str:
+    return study.scores.metric.words
+
+
+def _margin(advice: Recommendation) -> str:
+    return advice.study.scores.hundredths(advice.margin)
+
+
 def _whom(advice: Recommendation) -> str:
     return "the best" if advice.study.stopping is None else "the control"
 
 
 def _answer(advice: Recommendation) -> Iterator[str]:
-    best, margin, family = advice.best, margin_in_points(advice.margin), len(advice.candidates)
+    best, margin, family = advice.best, _margin(advice), len(advice.candidates)
     if advice.outcome == "nothing within":
         yield "Nothing is within the limits, so nothing is recommended."
         for violation, rated in smallest_that_exists(advice):
@@ -156,13 +166,14 @@ def _answer(advice: Recommendation) -> Iterator[str]:
     else:
         estimate = next(candidate.estimate for candidate in advice.candidates if candidate.rated is advice.chosen)
         yield (
-            f"Recommended: {advice.chosen.name}. Test accuracy against {best.name}: "
-            f"{points_interval(estimate.interval)} points, {counted(len(estimate.by_seed), 'pair')}; that it loses "
-            f"{margin} or more is rejected with p = {estimate.adjusted_p:.2g} ({_family(advice)})."
+            f"Recommended: {advice.chosen.name}. Test {_words(advice.study)} against {best.name}: "
+            f"{points_interval(estimate.interval)} {advice.study.scores.unit}, "
+            f"{counted(len(estimate.by_seed), 'pair')}; that it loses {margin} or more is rejected with "
+            f"p = {estimate.adjusted_p:.2g} ({_family(advice)})."
         )
         if advice.as_small:
             names = joined(rated.name for rated in advice.as_small)
-            yield f"Shown, too, and not larger {_CLEARLY}, but with no higher validation accuracy: {names}."
+            yield f"Shown, too, and not larger {_CLEARLY}, but no better on validation images: {names}."
         yield f"Against {best.name} it {'; '.join(dict.fromkeys(_savings(advice, advice.chosen)))}."
 
 
@@ -192,7 +203,7 @@ def _savings(advice: Recommendation, chosen: Rated) -> Iterator[str]:
 
 
 def _tested_table(advice: Recommendation) -> Table:
-    margin, interval = margin_in_points(advice.margin), f"{100 * advice.confidence:.4g} %"
+    margin, interval = _margin(advice), f"{100 * advice.confidence:.4g} %"
     method = (
         f"One-sided non-inferiority t test against {margin} at 5 %, {_family(advice)}. The {interval} t "
         "intervals hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
@@ -211,7 +222,10 @@ def _tested_table(advice: Recommendation) -> Table:
             Column("experiment", "rated.name"),
             Column("to store", "rated.stored_bytes", megabytes),
             Column("parameters", "rated.final_parameters", count),
-            Column("difference (points)", lambda candidate: points_interval(candidate.estimate.interval)),
+            Column(
+                f"difference ({advice.study.scores.unit})",
+                lambda candidate: points_interval(candidate.estimate.interval),
+            ),
             Column("n", lambda candidate: len(candidate.estimate.by_seed)),
             Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
             Column(
@@ -219,7 +233,8 @@ def _tested_table(advice: Recommendation) -> Table:
                 lambda c: _verdict(c, advice) + (f" ({c.estimate.note})" if c.estimate.note else ""),
             ),
         ],
-        f"Test accuracy, candidate minus {advice.best.name}, n pairs by seed; negative is a loss. {method}",
+        f"Test {_words(advice.study)}, candidate minus {advice.best.name}, n pairs by seed; negative is a loss. "
+        f"{better_above(advice.study.scores)}{method}",
     )
 
 
@@ -254,7 +269,7 @@ def recommended_yaml(advice: Recommendation) -> str | None:
     best = "the best by validation" if advice.study.stopping is None else "the control"
     why = f"{best}; nothing within the limits is smaller {_CLEARLY}"
     if advice.outcome == "smaller":
-        why = f"shown to lose less than {margin_in_points(advice.margin)} of test accuracy against {advice.best.name}"
+        why = f"shown to lose less than {_margin(advice)} of test {_words(advice.study)} against {advice.best.name}"
     comments = [f"{chosen.name} of study {advice.study.label}, made again from its records: {why}."]
     if advice.study.smoke:
         comments.append("Smoke runs: random weights, synthetic images. They say nothing about a method.")
@@ -313,7 +328,8 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     if across.alone:
         alone = joined(f"{name} (in {study})" for name, study in across.alone.items())
         yield Paragraph(f"In one study only, so not compared: {alone}.")
-    yield _by_study(across)
+    better = better_question(across.scores)
+    yield _by_study(across, better)
     if across.agreements:
         yield study_agreement_table(across.agreements)
     if across.reference is None:
@@ -325,14 +341,14 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     if across.pooled:
         yield table(
             "pooled",
-            f"Over studies: test accuracy against {across.reference} (points)",
+            f"Over studies: test {across.scores.metric.words} against {across.reference} ({across.scores.unit})",
             across.pooled,
             [
                 *_POOLED,
                 Column("mean over studies", "interval", partial(_with_reason, points_interval)),
                 Column("ahead in", lambda row: f"{row.ahead} of {len(row.studies)}"),
                 Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
-                Column("more accurate?", "estimate", lambda of: f"{of.verdict}{f' ({of.note})' if of.note else ''}"),
+                Column(better, "estimate", lambda of: f"{of.verdict}{f' ({of.note})' if of.note else ''}"),
             ],
             "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
             "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
@@ -359,7 +375,7 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
         yield Paragraph(f"Pooled although {kind} {_differ(kind)}, as asked: {reason}. Experiments: {listed}.")
 
 
-def _by_study(across: Across) -> Table:
+def _by_study(across: Across, better: str) -> Table:
     def tested(comparison: Estimate) -> str:
         significance, p = comparison.significance, comparison.adjusted_p
         verdict = comparison.verdict if significance is None else significance.sentence()
@@ -374,11 +390,19 @@ def _by_study(across: Across) -> Table:
         [
             Column("experiment", "name"),
             "study",
-            Column("test accuracy", "result.test_accuracy", percent_interval),
+            Column(
+                f"test {across.scores.metric.words}",
+                lambda row: score_interval(across.studies[row.study].scores, row.result.test_accuracy),
+            ),
             Column("n", "result.test_accuracy.n"),
-            Column(f"against {across.reference} (points)", "comparison", lambda c: points_interval(c.interval), ""),
+            Column(
+                f"against {across.reference} ({across.scores.unit})",
+                "comparison",
+                lambda c: points_interval(c.interval),
+                "",
+            ),
             Column("pairs", "comparison", lambda c: str(len(c.by_seed)), ""),
-            Column("more accurate?", "comparison", tested, ""),
+            Column(better, "comparison", tested, ""),
             Column("to store", "result.stored_bytes", megabytes),
             Column("parameters", "result.final_parameters", count),
             Column("s a step", "result.seconds_per_step", fixed),
@@ -403,7 +427,7 @@ def _differ(kind: PoolKind) -> str:
     return "differs" if kind == "precision" else "differ"
 
 
-# Of a row for other programs; accuracies and differences are shares.
+# Of a row for other programs; differences are shares, of an error of the numbers' standard deviation.
 _COLUMNS = (
     *("row", "study", "experiment", "reference", "measure"),
     *("estimate", "low", "high", "n"),
@@ -422,10 +446,11 @@ def _rows(across: Across) -> Iterator[dict[str, Raw]]:
         cells = (kind, "; ".join(studies), of.name, reference, measure, *values, *decided, notes)
         return dict(zip(_COLUMNS, cells, strict=True))
 
-    difference = "test_accuracy_difference"
+    difference = f"test_{across.scores.metric.name}_difference"
     for shown in across.rows:
-        accuracy = Estimate(name=shown.name, interval=shown.result.test_accuracy)
-        yield row("accuracy", [shown.study], "test_accuracy", accuracy)
+        scores = across.studies[shown.study].scores
+        value = Estimate(name=shown.name, interval=scaled(shown.result.test_accuracy, scores.factor))
+        yield row("accuracy", [shown.study], f"test_{scores.metric.name}", value)
         if shown.comparison is not None:
             yield row("difference", [shown.study], difference, shown.comparison, shown.comparison.note)
     for measure, rows in ((difference, across.pooled), ("seconds_per_step_ratio", across.times)):

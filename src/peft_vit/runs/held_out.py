@@ -62,7 +62,7 @@ def calibration_of(
 ) -> tuple[dict[str, Any], bytes | None]:
     """Return the record's fields by name, and the content of the file of training features.
 
-    What is unlike them all is told by validation images and by training images, each of these left out in turn:
+    What is unlike them all follows from validation images and by training images, each of these left out in turn:
     training has fitted them, but the middle of the network hardly moves, and the 95 % of few are known badly. Of models
     of Fashion-MNIST, digits and two sets of drawings, with 60 to 100 images that validate, 29, 19, 14 and 39 of 400
     test images were beyond the threshold of these alone, 20, 26, 20 and 19 beyond that of both.

@@ -12,7 +12,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import Decision, RunRecord
 from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.plan import Plan
-from peft_vit.studies.within_time import Outcome, finished_runs, meaning_on, pooled
+from peft_vit.studies.within_time import Outcome, covered_on_folds, finished_runs, meaning_on, pooled
 from peft_vit.tasks import OF_FOLDS, TASKS, Labels, Task, metric_of, rows_of, thresholds_of
 
 
@@ -62,7 +62,9 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
         measured["predictions"] = again.model_copy(update={"files": tested.files})
         measured["test"] = task.measure(of_test.logits, of_test.labels, decision)
     flagged = None if record.tested_calibration is None else record.tested_calibration.unlike
-    measured["tested_calibration"] = tested_on(calibrated, decision, of_test, task, flagged)
+    held = tested_on(calibrated, decision, of_test, task, flagged)
+    on_folds = {"covered_on_folds": covered_on_folds(outcomes, task)}
+    measured["tested_calibration"] = held.model_copy(update=on_folds)
     score = metric.interval(labels, *_by_others(task, outcomes))
     upper = score.high if metric.sign > 0 else score.low
     assert upper is not None

@@ -319,8 +319,8 @@ def run_until_decided(
                 (recorded,) = read_results(lock.folder).studies
             courses = follow_study(study, recorded)
             for course in courses:
-                if course.looks and reported.get(course.name) != course:
-                    log(course_line(course, study))
+                if recorded is not None and course.looks and reported.get(course.name) != course:
+                    log(course_line(course, study, recorded.scores.unit))
                 reported[course.name] = course
             out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
             able = set() if control in out else {course.name for course in courses} - out

@@ -249,7 +249,7 @@ def _cells(progress: Progress, run: PlannedRun) -> list[str]:
 # --- afterwards -------------------------------------------------------------------------------------------------------
 
 
-def course_line(course: SequentialResult, study: StudyConfig) -> str:
+def course_line(course: SequentialResult, study: StudyConfig, unit: str) -> str:
     """Return how a comparison with the control stands after its last look, and what follows."""
     stopping, look = study.stopping, course.looks[-1]
     assert stopping is not None
@@ -265,7 +265,7 @@ def course_line(course: SequentialResult, study: StudyConfig) -> str:
     interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
     return (
         f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
-        f"{_points(look.difference)} points {interval}. {'. '.join(answers)}. "
+        f"{_points(look.difference)} {unit} {interval}. {'. '.join(answers)}. "
         f"{f'Continues to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
     )
 

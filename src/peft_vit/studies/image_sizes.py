@@ -65,7 +65,7 @@ def on_new_images(values: Mapping[int, float], images: int, side: float) -> dict
     s^2 exp(-(x - x')^2 / 2 c^2); and the noise v (1 - v) / 2 n of each: sizes share their images, so about half of a
     share's variance is in their differences. a = 0.75 points, s = 1.5 points, c = 1 step fit what regressions of ELPV,
     digits, Fashion-MNIST and two sets of drawings had on 400 and more test images at 12 to 50 labels a class. The size
-    that is best here has 0.9 points more there, in the mean, than the size of the best value. Twice or half of a, s and
+    that is best here has 0.9 points more there on average than the size of the best value. Twice or half of a, s and
     c do as well within 0.5.
 
     Args:

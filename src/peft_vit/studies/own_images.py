@@ -326,7 +326,7 @@ def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
 def _share(request: TrainRequest, names: Sequence[str], labels: np.ndarray, own: int | None) -> Counts:
     images, classes = len(labels), len(names)
     usable = images - (own or 0)
-    validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
+    validation, fifth = (max(classes, 2, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = request.test_images or (fifth if own is None else own)
     if validation < FEWEST_VALIDATION and request.shots is None and not request.smoke:
         validation = 0

@@ -83,7 +83,26 @@ def meaning_on(outcomes: Iterable[Outcome], task: Task, prior: TemperaturePrior 
         prior: of the temperature of a softmax; None: the images decide alone.
     """
     logits, labels, images = pooled(outcomes, task)
-    return task.decide(logits, labels, OF_FOLDS) or calibrate(logits, labels, images.tolist(), prior)
+    return task.decide(logits, labels, OF_FOLDS, images) or calibrate(logits, labels, images.tolist(), prior)
+
+
+def covered_on_folds(outcomes: Sequence[Outcome], task: Task) -> dict[float, float]:
+    """Return by coverage how often sets or intervals hold the truth on images of folds; empty of one class an image.
+
+    Those of a fold are made by what models said of images outside of it, so that no image chose its own. Folds count by
+    their images.
+    """
+    if not outcomes:
+        return {}
+    logits, labels, images = pooled(outcomes, task)
+    by_fold = []
+    for own in outcomes:
+        others = ~np.isin(images, own.images)
+        decision = task.decide(logits[others], labels[others], OF_FOLDS, images[others])
+        by_fold.append({} if decision is None else task.covered(decision, pooled([own], task)[0], own.labels)[0])
+    sizes = [len(own.images) for own in outcomes]
+    everywhere = (c for c in by_fold[0] if all(c in held for held in by_fold))
+    return {c: float(np.average([held[c] for held in by_fold], weights=sizes)) for c in everywhere}
 
 
 Only = tuple[Sequence[str], Sequence[int]]

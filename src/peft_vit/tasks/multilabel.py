@@ -31,6 +31,7 @@ from peft_vit.tasks.task import (
     Task,
     bootstrapped,
     counted_images,
+    different_images,
     least_loss_temperature,
     ranked_cells,
     ranked_columns,
@@ -181,12 +182,15 @@ class _Multilabel(Task):
         else:
             names = tuple(columns)
             labels = np.array([[_CELLS[cell.lower()] for cell in text.split("|")] for text in texts])
+        return names, labels
+
+    def refuse_one_answer(self, names: Sequence[str], labels: Labels, image: str) -> None:
+        """Refuse a label that all images have, or none."""
         for place, name in enumerate(names):
             if len(set(labels[:, place]) & {0.0, 1.0}) < 2:
                 what = "has" if (labels[:, place] == 1).any() else "is without"
                 remedy = "add images of both kinds, or take the class out"
-                raise UserError(f"every image {what} '{name}', so nothing can be learned about it; {remedy}")
-        return names, labels
+                raise UserError(f"every {image} {what} '{name}', so nothing can be learned about it; {remedy}")
 
     def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
         """Return a label a class, and that of the class before."""
@@ -341,10 +345,16 @@ class _Multilabel(Task):
         """Return that nothing is there, which ranks all images alike."""
         return np.zeros_like(labels, dtype=float)
 
-    def decide(self, outputs: NDArray[np.floating], labels: Labels, prior: TemperaturePrior) -> Decision:
+    def decide(
+        self,
+        outputs: NDArray[np.floating],
+        labels: Labels,
+        prior: TemperaturePrior,
+        images: NDArray[np.int64] | None = None,
+    ) -> Decision:
         """Return the most probable temperature, and for each label the threshold with the largest F1."""
-        images, width = labels.shape
-        if not images:
+        width = labels.shape[1]
+        if not len(labels):
             return Decision(images=0, thresholds=(0.5,) * width)
         z, y, known = outputs.astype(np.float64), np.nan_to_num(labels), ~np.isnan(labels)
 
@@ -354,9 +364,9 @@ class _Multilabel(Task):
             return float(nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
 
         log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
-        decision = Decision(images=images, temperature=math.exp(float(log_t)))
+        decision = Decision(images=different_images(labels, images), temperature=math.exp(float(log_t)))
         scores = self.predicted(outputs, decision)
-        by_coverage = {coverage: recall_threshold(scores, labels, coverage) for coverage in COVERAGES}
+        by_coverage = {coverage: recall_threshold(scores, labels, coverage, images) for coverage in COVERAGES}
         held = {coverage: least for coverage, least in by_coverage.items() if math.isfinite(least)}
         sets = {"coverages": tuple(held), "set_thresholds": tuple(held.values())}
         return decision.model_copy(update={"thresholds": _thresholds(scores, labels), **sets})

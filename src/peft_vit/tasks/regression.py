@@ -29,6 +29,7 @@ from peft_vit.tasks.task import (
     Shown,
     Task,
     bootstrapped,
+    different_images,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _BINS, _IN_A_BIN = 10, 5  # of equal counts that splits hold in equal shares, and images in one at least
 _IMAGES_SHOWN, _NUMBERS_SHOWN = 12, 3  # with the largest errors, and of each those of its numbers
+_LARGEST = 1e30  # number: float32 holds it, and float64 its square
 _USUAL = 0.9  # coverage of an interval where none is asked for
 
 
@@ -44,7 +46,14 @@ def _number(cell: str) -> float | None:
         value = float(cell)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) < _LARGEST else None
+
+
+def _scales(decision: Decision) -> tuple[ErrorScale, ...]:
+    """Return that of each number; half widths without one, as the first records have them, are in its unit."""
+    return tuple(map(ErrorScale, decision.scale_at, decision.scale)) or (ErrorScale((0.0,), (1.0,)),) * len(
+        decision.center
+    )
 
 
 def _scale(labels: Labels) -> Any:
@@ -144,11 +153,13 @@ class _Regression(Task):
 
     def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
         """Return the columns' names, and the numbers."""
-        labels = np.array([[float(cell) for cell in text.split("|")] for text in texts])
-        for name, values in zip(columns, labels.T, strict=True):
+        return tuple(columns), np.array([[float(cell) for cell in text.split("|")] for text in texts])
+
+    def refuse_one_answer(self, names: Sequence[str], labels: Labels, image: str) -> None:
+        """Refuse a number that all images share."""
+        for name, values in zip(names, labels.T, strict=True):
             if np.ptp(values) == 0:
-                raise UserError(f"'{name}' is {values[0]:g} for every image, so there is nothing to learn")
-        return tuple(columns), labels
+                raise UserError(f"'{name}' is {values[0]:g} for every {image}, so there is nothing to learn")
 
     def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
         """Return the class as a number."""
@@ -277,13 +288,19 @@ class _Regression(Task):
         """Return the median, which has the least mean error."""
         return np.broadcast_to(np.median(labels, axis=0), labels.shape)
 
-    def decide(self, outputs: NDArray[np.floating], labels: Labels, prior: TemperaturePrior) -> Decision:
+    def decide(
+        self,
+        outputs: NDArray[np.floating],
+        labels: Labels,
+        prior: TemperaturePrior,
+        images: NDArray[np.int64] | None = None,
+    ) -> Decision:
         """Return mean and spread, and how far the true number is from what is said, by coverage and by what is said."""
-        decision = Decision(images=len(labels), center=self.center, spread=self.spread)
+        decision = Decision(images=different_images(labels, images), center=self.center, spread=self.spread)
         if not len(labels):
             return decision
-        found = [error_scale(p, y) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
-        by_coverage = {c: tuple(conformal_quantile(quotients, c) for _, quotients in found) for c in COVERAGES}
+        found = [error_scale(p, y, images) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
+        by_coverage = {c: tuple(conformal_quantile(quotients, c, images) for _, quotients in found) for c in COVERAGES}
         held = {coverage: widths for coverage, widths in by_coverage.items() if all(map(math.isfinite, widths))}
         widths = {"coverages": tuple(held), "half_widths": tuple(held.values())}
         scale = {"scale_at": tuple(s.at for s, _ in found), "scale": tuple(s.sizes for s, _ in found)}
@@ -291,8 +308,7 @@ class _Regression(Task):
 
     def half_widths(self, decision: Decision, predicted: Labels, coverage: float) -> Labels:
         """Return how far intervals reach to both sides of numbers, (N, K)."""
-        scales = zip(predicted.T, decision.scale_at, decision.scale, strict=True)
-        sizes = np.stack([ErrorScale(at, sizes).of(p) for p, at, sizes in scales], axis=1)
+        sizes = np.stack([scale.of(p) for p, scale in zip(predicted.T, _scales(decision), strict=True)], axis=1)
         return np.asarray(sizes * np.array(decision.threshold(coverage)))
 
     def covered(
@@ -325,11 +341,8 @@ class _Regression(Task):
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return units, and how wide intervals are."""
         decision = cast("Decision", meaning)
-        wide = (
-            {"half_widths": decision.threshold(coverage), "at": decision.scale_at, "scale": decision.scale}
-            if coverage
-            else {}
-        )
+        at, sizes = zip(*_scales(decision), strict=True)
+        wide = {"half_widths": decision.threshold(coverage), "at": at, "scale": sizes} if coverage else {}
         return {
             "says": "{} numbers" if len(decision.center) > 1 else "a number",
             "promise": "The interval at {} % holds the true number of {} in 100 images",

@@ -233,11 +233,34 @@ class Task(Protocol):
         """Return what is wrong with a row's cells, by column; None: nothing."""
 
     def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
-        """Return the names of outputs, and the labels, of cells that are joined by '|'.
+        """Return the names of outputs, and the labels, of cells that are joined by '|'."""
+
+    def refuse_one_answer(self, names: Sequence[str], labels: Labels, image: str) -> None:
+        """Refuse labels of which nothing can be learned, since all images have the same.
+
+        Args:
+            names: of outputs.
+            labels: N.
+            image: what one of them is called.
 
         Raises:
-            UserError: if nothing can be learned from them.
+            UserError: naming the output.
         """
+        return
+
+    def read_split(
+        self, texts: Sequence[str], columns: Sequence[str], is_test: NDArray[np.bool_] | None
+    ) -> tuple[tuple[str, ...], Labels]:
+        """Return likewise of images of which some, (N,), are for the test alone.
+
+        Raises:
+            UserError: as `refuse_one_answer`, of all images and of the others.
+        """
+        names, labels = self.read(texts, columns)
+        self.refuse_one_answer(names, labels, "image")
+        if is_test is not None and not is_test.all():
+            self.refuse_one_answer(names, labels[~is_test], "training image")
+        return names, labels
 
     def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
         """Return names and labels for made-up images of so many classes, (N,)."""
@@ -367,8 +390,21 @@ class Task(Protocol):
     def constant(self, labels: Labels) -> Labels:
         """Return what always the same answer would predict of images, at its best."""
 
-    def decide(self, outputs: NDArray[np.floating], labels: Labels, prior: TemperaturePrior) -> Decision | None:
-        """Return what outputs mean, by images that were not trained on; None: softmax, see `Calibrated`."""
+    def decide(
+        self,
+        outputs: NDArray[np.floating],
+        labels: Labels,
+        prior: TemperaturePrior,
+        images: NDArray[np.int64] | None = None,
+    ) -> Decision | None:
+        """Return what outputs mean, by images that were not trained on; None: softmax, see `Calibrated`.
+
+        Args:
+            outputs: (N, K).
+            labels: N.
+            prior: of the temperature.
+            images: (N,) which image each row is of, as where folds are repeated; None: each of another.
+        """
         return None
 
     def covered(
@@ -461,6 +497,11 @@ def least_loss_temperature(loss: Callable[[float], float]) -> float:
         lambda log_t: loss(math.exp(log_t)), bounds=LOG_TEMPERATURES, method="bounded"
     )
     return math.exp(float(found.x))
+
+
+def different_images(labels: Labels, images: NDArray[np.int64] | None) -> int:
+    """Return how many images N rows of labels are of."""
+    return len(labels) if images is None else len(np.unique(images))
 
 
 def rows_of(answers: Sequence[Any]) -> Labels:

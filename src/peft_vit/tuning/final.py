@@ -8,6 +8,7 @@ of classes come from what the folds' runs say, in the form that is delivered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,7 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import fit
 from peft_vit.records import Calibrated, Decision, RunRecord
 from peft_vit.runs.held_out import Outputs, tested_on
-from peft_vit.studies.within_time import Outcome
+from peft_vit.studies.within_time import Outcome, covered_on_folds
 from peft_vit.tuning.costs import LONGEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe
@@ -56,12 +57,16 @@ def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome,
     return replace(outcome, logits=np.asarray(logits, dtype=np.float64)), outcome
 
 
-def in_form(record: RunRecord, final: Outcome, meaning: Calibrated | Decision) -> RunRecord:
-    """Return the last training's record with what the delivered form says of the test images."""
+def in_form(
+    record: RunRecord, final: Outcome, meaning: Calibrated | Decision, folds: Sequence[Outcome] = ()
+) -> RunRecord:
+    """Return the last training's record with what the delivered form says of the test images, and of those of folds."""
     assert record.predictions is not None
     logits, task, labels = final.logits.astype(np.float32), final.learned, final.labels
     decision = meaning if isinstance(meaning, Decision) else None
     calibrated = None if isinstance(meaning, Decision) else meaning
+    held = tested_on(calibrated, decision, Outputs(logits, labels, None), task, None)
+    on_folds = {"covered_on_folds": covered_on_folds(folds, task)}
     predictions = task.predictions(logits, labels, final.images, keep_logits=True, decision=decision)
     return record.model_copy(
         update={
@@ -69,6 +74,6 @@ def in_form(record: RunRecord, final: Outcome, meaning: Calibrated | Decision) -
             "predictions": predictions.model_copy(update={"files": record.predictions.files}),
             "calibrated": calibrated,
             "decision": decision,
-            "tested_calibration": tested_on(calibrated, decision, Outputs(logits, labels, None), task, None),
+            "tested_calibration": held.model_copy(update=on_folds),
         }
     )

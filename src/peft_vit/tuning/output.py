@@ -78,7 +78,7 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
 
 def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
     run_dir, recipe = choice.final.folder, choice.recipe
-    record = in_form(read_record(run_dir / RECORD_FILE), choice.final, choice.meaning)
+    record = in_form(read_record(run_dir / RECORD_FILE), choice.final, choice.meaning, choice.folds)
     tested = record.tested_calibration
     quality = model_quality(record, None if tested is None else tested.probability)
     model_folder = directory / MODEL_FOLDER

@@ -20,6 +20,7 @@ from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, Table
 from peft_vit.report.method_tables import calibration_blocks, front_blocks, pair_blocks, stopping_table
 from peft_vit.report.quantization_tables import quantization_tables
 from peft_vit.statistics.sequential import follow
+from peft_vit.tasks import Scores
 
 EXPERIMENTS = planted.experiments()
 NF4, INT8 = (EXPERIMENTS[name] for name in ("qa_lora_4bit_nf4_constant", "qa_lora_8bit_int8_linear"))
@@ -147,7 +148,7 @@ def test_comparisons_that_stop_stand_with_what_was_asked_of_them(asked: str, que
     margin = {} if asked == "superiority" else {"margin": 1.0}
     stopping = StoppingConfig.model_validate({"control": "base", "asked": asked, "looks": (2, 4), **margin})
     rule = stopping_rule(stopping, 4)
-    made = stopping_table(follow({"ahead": [0.05, 0.06, 0.05, 0.06], "open": []}, rule), stopping)
+    made = stopping_table(follow({"ahead": [0.05, 0.06, 0.05, 0.06], "open": []}, rule), stopping, Scores())
     assert made.columns == ("experiment", "pairs", "difference (points)", *questions, "state")
     assert [(row[1], row[-1]) for row in made.rows] == [("4", "decided"), ("0", "open")]
     assert set(made.rows[1][3:-1]) == {"not decided"}

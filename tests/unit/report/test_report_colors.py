@@ -85,6 +85,7 @@ def test_heat_maps_go_from_dark_to_bright(deficiency: Deficiency | None) -> None
 
 def test_a_dozen_experiments_have_markers_of_their_own() -> None:
     """So that no two of them are told apart by color alone."""
-    drawing = accuracy_against("final_parameters", method_results(planted.study_of(planted.quickstart())))
+    study = planted.study_of(planted.quickstart())
+    drawing = accuracy_against("final_parameters", study, method_results(study))
     assert len(drawing.series) == 12
     assert len({series.glyph for series in drawing.series}) == 12

@@ -1,0 +1,81 @@
+"""How often sets and intervals hold the truth on images of folds, each by what other folds say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peft_vit.records import Decision
+from peft_vit.statistics import conformal_quantile, error_scale
+from peft_vit.studies.within_time import Outcome, covered_on_folds
+from peft_vit.tasks import CLASSIFICATION, MULTILABEL, OF_FOLDS, REGRESSION
+
+pytestmark = pytest.mark.part("runner")
+RNG = np.random.default_rng(5)
+IMAGES, FOLDS, REPEATED = 200, 5, 2
+NUMBERS = RNG.normal(20, 4, (IMAGES, 1))
+THERE = (RNG.random((IMAGES, 4)) < 0.4).astype(float)
+
+
+def outcomes(learned, labels, logits) -> list[Outcome]:
+    """Return runs on folds, each repetition with other folds, whose outputs are noisy ones of the labels."""
+    made = []
+    for _ in range(REPEATED):
+        for own in np.array_split(RNG.permutation(IMAGES), FOLDS):
+            noise = RNG.normal(0, 1 + np.abs(logits[own]) / 2)
+            made.append(Outcome(own, labels[own], logits[own] + noise, 1.0, Path(), learned))
+    return made
+
+
+def test_intervals_of_a_fold_are_those_of_the_other_images() -> None:
+    task = REGRESSION.fitted(NUMBERS)
+    folds = outcomes(task, NUMBERS, (NUMBERS - np.array(task.center)) / np.array(task.spread))
+    held = covered_on_folds(folds, task)
+    by_hand = []
+    predicted, truth, images = (
+        np.concatenate(parts)
+        for parts in zip(*((task.predicted(o.logits)[:, 0], o.labels[:, 0], o.images) for o in folds), strict=True)
+    )
+    for own in folds:
+        others = ~np.isin(images, own.images)
+        scale, quotients = error_scale(predicted[others], truth[others], images[others])
+        said = task.predicted(own.logits)[:, 0]
+        reach = conformal_quantile(quotients, 0.9, images[others]) * scale.of(said)
+        by_hand += (np.abs(said - own.labels[:, 0]) <= reach).tolist()
+    assert held[0.9] == pytest.approx(np.mean(by_hand))
+    assert held[0.8] == pytest.approx(0.8, abs=0.05)
+    assert list(held) == [0.8, 0.9, 0.95, 0.99]
+
+
+def test_sets_of_labels_hold_as_often_as_asked_on_folds() -> None:
+    held = covered_on_folds(outcomes(MULTILABEL, THERE, 4 * THERE - 2), MULTILABEL)
+    assert held[0.8] == pytest.approx(0.8, abs=0.05)
+    assert held[0.95] == pytest.approx(0.95, abs=0.03)
+
+
+def test_there_is_nothing_of_one_class_an_image_or_without_folds() -> None:
+    classes = RNG.integers(0, 3, IMAGES)
+    assert covered_on_folds(outcomes(CLASSIFICATION, classes, np.eye(3)[classes]), CLASSIFICATION) == {}
+    assert covered_on_folds([], MULTILABEL) == {}
+
+
+@pytest.mark.parametrize(("task", "labels"), [(MULTILABEL, THERE[:30]), (REGRESSION, NUMBERS[:30])])
+def test_an_image_that_two_repetitions_predict_counts_once(task, labels) -> None:
+    outputs = labels + RNG.normal(size=labels.shape)
+    rows = np.tile(np.arange(30), 2)
+    once, twice = task.decide(outputs, labels, OF_FOLDS), task.decide(outputs[rows], labels[rows], OF_FOLDS, rows)
+    assert twice.images == once.images == 30
+    assert twice.coverages == once.coverages  # 99 % needs 99 images
+    assert 0.99 not in once.coverages
+    assert np.array(twice.half_widths) == pytest.approx(np.array(once.half_widths))
+    if task is REGRESSION:
+        assert twice.set_thresholds == once.set_thresholds == ()
+
+
+def test_half_widths_of_an_older_record_are_in_the_numbers_unit() -> None:
+    written = {"images": 20, "center": (20.0,), "spread": (4.0,), "coverages": (0.9,), "half_widths": ((3.0,),)}
+    decision = Decision.model_validate(written)
+    task = REGRESSION.restored(decision)
+    assert task.half_widths(decision, np.array([[5.0], [50.0]]), 0.9).tolist() == [[3.0], [3.0]]
+    (answer,) = task.answers(np.zeros((1, 1)), ["age"], decision, 0.9, 1)
+    assert answer["numbers"]["age"] == (20.0, 17.0, 23.0)
