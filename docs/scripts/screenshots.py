@@ -51,7 +51,7 @@ def take(name: str, page: Path, given: list[Path]) -> None:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         for scheme, picture in (("light", IMAGES / f"{name}.png"), ("dark", IMAGES / f"{name}_dark.png")):
             tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-            tab.goto(page.resolve().as_uri())
+            tab.goto(page.resolve().as_uri(), timeout=0)
             if given:
                 tab.set_input_files("#choose", given)
                 tab.wait_for_function(_ALL_SAID, arg=len(given), timeout=0)

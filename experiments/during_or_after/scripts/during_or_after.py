@@ -1,13 +1,12 @@
 """Quantized during training, or after? The study's configurations, its runs, what is kept of them, tables and figure.
 
     .venv/bin/python -m experiments.during_or_after.scripts.during_or_after configs
-    .venv/bin/python -m experiments.during_or_after.scripts.during_or_after pilot FOLDER --images digits
     .venv/bin/python -m experiments.during_or_after.scripts.during_or_after run FOLDER
     .venv/bin/python -m experiments.during_or_after.scripts.during_or_after
 
-`configs` writes configs/, the studies at the rates that the pilot's kept runs choose; `pilot` and `run` do what is not
-done yet, on one thread, two seeds at a time, and put rows into results/. `run` also merges each run, rounds it if its
-weights are floats, and scores it in float32, as `export` does. Without an argument tables and figure are made anew.
+`run` does what is not done yet, on one thread, and begins again where it was stopped: each set's pilot, the studies at
+the rates that it chooses, two seeds at a time. It merges each run, rounds it if its weights are floats, scores it in
+float32, as `export` does, and puts rows into results/. Without an argument tables and figure are made anew.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ SETS = {
 }
 LORA = "lora"
 ALL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # a pilot's experiment is named by the place here
-# Of each method, rising; nf4's last was added, since the one before was the best.
+# Of each method, rising; on digits nf4's last was added, since the one before was the best.
 RATES = {
     LORA: (3e-4, 1e-3, 3e-3),
     "nf4": (3e-4, 1e-3, 3e-3, 1e-2),
-    "int3": (1e-3, 3e-3, 1e-2),
-    "int2": (1e-3, 3e-3, 1e-2),
+    "int3": (3e-4, 1e-3, 3e-3),
+    "int2": (3e-4, 1e-3, 3e-3),
 }
 DURING = {"nf4": "nearest", "int3": "gptq", "int2": "gptq", "int8": "nearest"}  # by type, how it is rounded
 MORE = {"int8": "nf4"}  # in studies of their own, which come after the others, at the rate of another
@@ -203,28 +202,37 @@ def configurations() -> dict[str, str]:
 def chosen_rates(images: str) -> dict[str, float]:
     """Return each method's rate: the best mean validation accuracy over the set's pilot seeds, of equal ones the lower.
 
-    Without a pilot's rows the middle one.
+    As long as the pilot is not whole, the middle one. A run that failed has no image right.
 
     Raises:
         UserError: if the best rate is at an end of those that were tried.
     """
-    rows, chosen = pilot_rows(images), {name: RATES[name][1] for name in PILOTED}
-    for name in PILOTED if len(rows) else ():
-        own = rows[rows.experiment.str.fullmatch(rf"(during_)?{name}_rate\d+")]
+    if not is_piloted(images):
+        return {name: RATES[name][1] for name in PILOTED}
+    rows, chosen = pilot_rows(images), {}
+    for name in PILOTED:
+        own = rows[rows.of == name].fillna({"validation_accuracy": 0.0})
         means = own.groupby("learning_rate").validation_accuracy.mean().sort_index().round(9)
         chosen[name] = best = float(means.idxmax())
         if best in (means.index[0], means.index[-1]):
-            message = f"{name}: {best:g} is at an end of the rates; add one beyond it to RATES, and run the pilot"
+            message = f"{name}: {best:g} is at an end of the rates; add one beyond it to RATES, and go on"
             raise UserError(message, file=PILOT_ROWS)
     return chosen
 
 
 def pilot_rows(images: str) -> pd.DataFrame:
-    """Return the pilot's rows of a set."""
+    """Return the pilot's rows of a set, `of` which method each is, at the rates that are asked for."""
     if not PILOT_ROWS.exists():
         return pd.DataFrame()
     rows = pd.read_csv(PILOT_ROWS)
-    return rows[rows.study == f"during_or_after_{images}_pilot"]
+    rows = rows.assign(of=rows.experiment.str.replace(r"^(during_)?|_rate\d+$", "", regex=True))
+    asked = np.array([rate in RATES[name] for name, rate in zip(rows.of, rows.learning_rate, strict=True)], dtype=bool)
+    return rows[asked & (rows.study == f"during_or_after_{images}_pilot")]
+
+
+def is_piloted(images: str) -> bool:
+    """Return whether every run of a set's pilot has its row."""
+    return len(pilot_rows(images)) == len(PILOT_SEEDS) * sum(map(len, RATES.values()))
 
 
 def do(images: str, which: str, folder: Path, seeds: Sequence[int]) -> None:
@@ -232,25 +240,31 @@ def do(images: str, which: str, folder: Path, seeds: Sequence[int]) -> None:
     file = CONFIGS / f"{configuration(images, which, chosen_rates(images))['name']}.yaml"
     said = ["--seeds", ",".join(map(str, seeds)), "--workers", "1", "--output", str(folder)]
     command = [sys.executable, "-m", "peft_vit.cli", "run", str(file), *said]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    code = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code not in (0, 1):  # 1: a run failed, and has a row that says so
+        sys.exit(code)
 
 
 def pilot(images: str, folder: Path) -> None:
-    """Do a set's pilot and keep its rows."""
-    do(images, "pilot", folder, PILOT_SEEDS)
-    records = [record for record in read_records(folder) if record.spec.study == f"during_or_after_{images}_pilot"]
-    keep(PILOT_ROWS, [evidence.row_of(record, lambda _: {}) for record in records])
+    """Do a set's pilot, keep its rows, and write the studies at the rates that they choose."""
+    if not is_piloted(images):
+        write_configurations()
+        do(images, "pilot", folder, PILOT_SEEDS)
+        records = [record for record in read_records(folder) if record.spec.study == f"during_or_after_{images}_pilot"]
+        keep(PILOT_ROWS, [evidence.row_of(record, lambda _: {}) for record in records])
+        write_configurations()
+
+
+def write_configurations() -> None:
+    """Write configs/."""
+    for name, text in configurations().items():
+        write_atomically(CONFIGS / name, text.encode())
 
 
 def run(folder: Path) -> None:
-    """Do the studies in turn, and score what each pair of seeds has done.
-
-    Raises:
-        UserError: at a set whose pilot is not kept.
-    """
+    """Do pilots and studies in turn, and score what each pair of seeds has done."""
     for count, which, images in ROUNDS:
-        if pilot_rows(images).empty:
-            raise UserError(f"holds no pilot of {images}; run it, then `configs`", file=PILOT_ROWS)
+        pilot(images, folder)
         for first in range(0, count, AT_ONCE):
             seeds = SEEDS[first : first + AT_ONCE]
             if not is_kept(images, which, seeds):
@@ -425,7 +439,7 @@ def verdicts(rows: pd.DataFrame) -> str:
         "points (seeds; with images)": lambda row: points(row[0], row[1]),
         "seeds at the look": lambda row: str(row[2][2] or "–"),
         "p": lambda row: evidence.p(row[2][1]),
-        "verdict": lambda row: row[2][0] if row[2][2] else "not run so far",
+        "verdict": lambda row: row[2][0] if row[2][2] else "no look so far",
     }
     return evidence.table(asked, columns, left=3)
 
@@ -501,23 +515,23 @@ def costs(rows: pd.DataFrame) -> str:
     counted = ", ".join(
         f"{SETS[images][0]} {runs[runs.study == f'during_or_after_{images}'].seed.nunique()}" for images in SETS
     )
-    return f"{total:.1f} core hours ({said}); seeds: {counted}; made with commit {', '.join(sorted(set(runs.commit)))}."
+    commits = ", ".join(sorted(set(runs.commit.dropna())))
+    return f"{total:.1f} core hours ({said}); seeds: {counted}; made with commit {commits}."
 
 
 def rates_table() -> str:
     """Return the pilots' validation accuracy, a row a set and method."""
     wanted = []
     for images in SETS:
-        if len(own := pilot_rows(images)):
-            own = own.assign(of=own.experiment.str.replace(r"^(during_)?|_rate\d+$", "", regex=True))
-            wanted += [(images, name, own[own.of == name]) for name in PILOTED]
+        if len(rows := pilot_rows(images)):
+            wanted += [(images, name, own) for name in PILOTED if len(own := rows[rows.of == name])]
     rates = sorted({rate for _, _, own in wanted for rate in own.learning_rate})
 
     def cell(images: str, name: str, own: pd.DataFrame, rate: float) -> str:
         value = 100 * own[own.learning_rate == rate].validation_accuracy.mean()
         if np.isnan(value):
             return "–"
-        return f"**{value:.1f}**" if chosen_rates(images)[name] == rate else f"{value:.1f}"
+        return f"**{value:.1f}**" if is_piloted(images) and chosen_rates(images)[name] == rate else f"{value:.1f}"
 
     columns = {
         "images": lambda row: SETS[row[0]][0],
@@ -528,9 +542,10 @@ def rates_table() -> str:
 
 
 FAMILIES = {
-    "during training": r"during_.*|lora",
+    "during training": r"during_.*",
     "after, to nearest": r"after_.*_nearest",
-    "after, GPTQ": r"after_.*gptq.*",
+    "after, GPTQ": r"after_.*_gptq",
+    "after, GPTQ with an offset": r"after_.*_offset",
 }
 
 
@@ -583,23 +598,16 @@ def tables() -> Iterator[tuple[str, str]]:
 def main() -> None:
     """Write configurations, do and keep runs, or make tables and figure anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["configs", "pilot", "run"], help="left out: tables and figure")
+    parser.add_argument("what", nargs="?", choices=["configs", "run"], help="left out: tables and figure")
     parser.add_argument("folder", nargs="?", type=Path, help="where the runs are")
-    parser.add_argument("--images", choices=[*SETS], help="of the pilot")
     request = parser.parse_args()
-    if request.what in ("pilot", "run") and request.folder is None:
-        parser.error(f"{request.what} needs a folder for the runs")
-    if (request.what == "pilot") != (request.images is not None):
-        parser.error("--images goes with pilot, which needs it")
+    if request.what == "run" and request.folder is None:
+        parser.error("run needs a folder for the runs")
     torch.set_num_threads(1)
     with cli.user_errors():
         if request.what == "configs":
-            for name, text in configurations().items():
-                write_atomically(CONFIGS / name, text.encode())
-                print(CONFIGS / name)
+            write_configurations()
             return
-        if request.what == "pilot":
-            pilot(request.images, request.folder)
         if request.what == "run":
             run(request.folder)
         text = evidence.filled(DOCUMENT.read_text(encoding="utf-8"), dict(tables()))

@@ -88,7 +88,7 @@ def test_verdicts_follow_the_rows() -> None:
     assert said[two] == "supported"
     assert said[three] != "supported"  # against the better of both ways it is no point
     assert said[eight] == "not decided"
-    assert "not run so far" in study.verdicts(rows).splitlines()[2]
+    assert "no look so far" in study.verdicts(rows).splitlines()[2]
     wide = rows[rows.study.str.endswith("digits")].pivot(index="seed", columns="experiment", values="test_accuracy")
     by_seed = 100 * (wide.during_int2 - wide.after_int2_gptq)
     low, high = scipy.stats.ttest_1samp(by_seed, 0).confidence_interval()
@@ -105,31 +105,39 @@ def test_tables_and_figure_hold_what_the_rows_do() -> None:
     assert f"| `lora` | {mean:.1f} ±" in table
     assert {entry["name"] for entry in study.drawing(rows).data} == set(ACCURACIES)
     assert "seeds: digits 6, Fashion-MNIST 6" in study.costs(rows)
+    begun = rows[rows.study.str.endswith("digits") & (rows.seed < study.SEEDS[2])]
+    assert study.verdicts(begun).count("no look so far") == 2 * len(study.HYPOTHESES)
+    assert study.contrasts(begun).splitlines()[2].endswith("| – |")
+    assert {entry["set"] for entry in study.drawing(begun).data} == {"digits"}
 
 
-def test_a_best_rate_at_an_end_asks_for_a_wider_list(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_pilot_chooses_rates_and_none_at_an_end(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {
             "study": "during_or_after_digits_pilot",
-            "experiment": f"{name}_rate{place}",
+            "experiment": f"{name if name == 'lora' else f'during_{name}'}_rate{place}",
             "learning_rate": rate,
-            "validation_accuracy": accuracy,
+            "validation_accuracy": 0.5 + place / 10,
+            "seed": seed,
         }
-        for name in ("lora", "during_nf4", "during_int3", "during_int2")
-        for place, (rate, accuracy) in enumerate(zip((3e-4, 1e-3, 3e-3), (0.5, 0.6, 0.7), strict=True))
+        for seed in study.PILOT_SEEDS
+        for name, rates in study.RATES.items()
+        for place, rate in enumerate(rates)
     ]
     monkeypatch.setattr(study, "PILOT_ROWS", tmp_path / "pilot.csv")
+    pd.DataFrame(rows[1:]).to_csv(study.PILOT_ROWS)
+    assert set(study.chosen_rates("digits").values()) == {1e-3}  # of a pilot that is not whole
+    assert "**" not in study.rates_table()
     pd.DataFrame(rows).to_csv(study.PILOT_ROWS)
     with pytest.raises(study.UserError, match=r"lora: 0\.003 is at an end"):
         study.chosen_rates("digits")
-    for row in rows[1::3]:
-        row["validation_accuracy"] = 0.8
+    for row in rows:
+        row["validation_accuracy"] = 0.8 if row["learning_rate"] == 1e-3 else 0.5
     pd.DataFrame(rows).to_csv(study.PILOT_ROWS)
     assert set(study.chosen_rates("digits").values()) == {1e-3}
-    assert "| digits | `lora` | 50.0 | **80.0** | 70.0 |" in study.rates_table()
-    assert (
-        study.configuration("digits", "more", study.chosen_rates("digits"))["experiments"][0]["name"] == "during_int8"
-    )
+    assert "| digits | `lora` | 50.0 | **80.0** | 50.0 | – |" in study.rates_table()
+    more = study.configuration("digits", "more", study.chosen_rates("digits"))
+    assert [one["name"] for one in more["experiments"]] == ["during_int8"]
 
 
 def test_the_document_says_what_results_hold() -> None:

@@ -86,7 +86,7 @@ class ExportRequest(Request):
     )
     adapter_bits: Annotated[Literal["1", "2", "4", "8", "16", "32"] | None, OnlyWith(bundle=...)] = Field(
         default=None,
-        description="Round the adapters of a bundle to this many bits a value, and their heads to 4 at least; what "
+        description="Round the adapters of a bundle to this many bits a value, and their heads to 8 at least; what "
         "that loses is printed. Without it, as they were trained by --adapter-bytes, else 16.",
     )
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
