@@ -225,6 +225,11 @@ def test_what_is_not_there_yet_is_refused_in_one_line(command, words, message) -
     assert message in command(*words.split(), code=2).err
 
 
+def test_images_that_are_too_few_for_a_test_are_refused(command) -> None:
+    Path("few.csv").write_text("".join(Path("numbers.csv").read_text().splitlines(keepends=True)[:8]))
+    assert "7 images are too few: a fifth of them tests, at least 2" in command("train", "few.csv", code=2).err
+
+
 STUDY = """
 name: several
 seeds: [0{seeds}]

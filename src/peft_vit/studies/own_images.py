@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from peft_vit.studies.image_sizes import SizeTrial
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
+_FEWEST_TEST = 2
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
 # steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
@@ -326,8 +327,11 @@ def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
 def _share(request: TrainRequest, names: Sequence[str], labels: np.ndarray, own: int | None) -> Counts:
     images, classes = len(labels), len(names)
     usable = images - (own or 0)
-    validation, fifth = (max(classes, 2, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
+    validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = request.test_images or (fifth if own is None else own)
+    if own is None and request.test_images is None and fifth < _FEWEST_TEST:
+        message = f"{images} images are too few: a fifth of them tests, at least {_FEWEST_TEST}; give more"
+        raise UserError(message, file="train")
     if validation < FEWEST_VALIDATION and request.shots is None and not request.smoke:
         validation = 0
     train = images - validation - test if request.shots is None else request.shots * classes
