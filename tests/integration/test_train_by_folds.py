@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 
 from peft_vit.data import load_data
 from peft_vit.records import read_record, single_run
+from peft_vit.report import build_report
 from peft_vit.runs.held_out import known_of
 from peft_vit.statistics import TemperaturePrior, fit_temperature
 from peft_vit.studies.train_runs import SizesFile, train_runs
@@ -41,7 +42,7 @@ def rows_of(study: Path):
     return *(np.concatenate([part[k] for part in parts]) for k in range(3)), np.concatenate(hits)
 
 
-def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_regression_is_better(trained) -> None:
+def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_regression_is_better(trained, tmp_path) -> None:
     said = trained("--image-size 32 --steps 20 --learning-rate 1e-2")
     (run,) = train_runs(Path("peft-vit-runs"))
     main = read_record(run.folder / "lora/seed_0/record.json")
@@ -72,6 +73,8 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_regression_is_bette
     assert {len(fold.steps) for fold in folds} == {13}
     assert len(folds) == 3  # steps before folds: five from 96 steps on
     assert f"the model {100 * right:.1f}%" in said
+    page = build_report(run.folder, tmp_path / "again")  # of the model, as if there were no folds
+    assert page.markdown.name == "card.md"
     assert "was done before" in trained("--image-size 32 --steps 20 --learning-rate 1e-2")
 
 

@@ -40,7 +40,7 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[Path, Drawing]]
         if (drawing := forests(analysis, MARGIN).get(REFERENCE)) is not None:
             yield IMAGES / f"{name}_differences.png", drawing
     if (elpv := analyses.get(MAIN)) is not None:
-        yield IMAGES / f"{MAIN}_bytes.png", accuracy_against("stored_bytes", elpv.methods)
+        yield IMAGES / f"{MAIN}_bytes.png", accuracy_against("stored_bytes", elpv.study, elpv.methods)
         shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
         yield IMAGES / f"{MAIN}_ranks.png", rank_maps(shown)
     if analyses.keys() >= KINDS.keys():

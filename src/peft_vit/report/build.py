@@ -14,7 +14,7 @@ from urllib.parse import quote
 from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
 from peft_vit.analysis.model_quality import model_quality
 from peft_vit.errors import os_fault
-from peft_vit.records import HTML_FILE, RECORD_FILE, as_csv, delivered_run, followed, write_atomically
+from peft_vit.records import HTML_FILE, RECORD_FILE, as_csv, single_run, write_atomically
 from peft_vit.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
 from peft_vit.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
@@ -183,7 +183,8 @@ def build_report(
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
     """
-    results = read_results(delivered_run(followed(results_dir)) or results_dir)
+    run = single_run(results_dir)  # of a call of `train` alone: its trainings on folds are no study to report
+    results = read_results(run if (run / RECORD_FILE).is_file() else results_dir)
     model = _only_model(results, results_dir, output_dir)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)

@@ -20,6 +20,7 @@ from peft_vit.deployment import Merged, ModelCard, merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict_with_middle
 from peft_vit.methods.quantized import packed_by_default
+from peft_vit.records import FEWEST_HELD_OUT
 from peft_vit.runs.held_out import PRIOR, Outputs, believed
 from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.training import Calibration, RuntimeConfig
@@ -111,8 +112,9 @@ def pack_after_training(
     if len(data.validation):
         meaning = card.decision or card.calibrated
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
-        found = believed(_outputs(rounded, data.validation, card), run.known, data.task, prior)
-        card = card.model_copy(update=found)
+        known = run.known if len(data.validation) >= FEWEST_HELD_OUT else None
+        found = believed(_outputs(rounded, data.validation, card), known, data.task, prior)
+        card = card.model_copy(update=found | ({"unlike": card.unlike} if known is None else {}))
     return rounded, card
 
 
