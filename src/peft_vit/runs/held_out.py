@@ -64,8 +64,8 @@ def calibration_of(
 
     Validation images say what is unlike the known ones, and so do training images, each of these left out in turn:
     training has fitted them, but the middle of the network hardly moves, and the 95 % of few are known badly. Of models
-    of digits, two sets of drawings and, twice, Fashion-MNIST, with 60 to 100 validation images, 19, 14, 39, 29 and 41 of
-    400 test images were beyond the threshold of these alone, 26, 20, 19, 20 and 38 beyond that of both.
+    of digits, two sets of drawings and, twice, Fashion-MNIST, with 60 to 100 validation images, 19, 14, 39, 29 and 41
+    of 400 test images were beyond the threshold of these alone, 26, 20, 19, 20 and 38 beyond that of both.
 
     Args:
         validation: of images that were not trained on; there may be none.
