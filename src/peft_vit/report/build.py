@@ -184,7 +184,7 @@ def build_report(
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     run = single_run(results_dir)  # of a call of `train` alone: its trainings on folds are no study to report
-    results = read_results(run if (run / RECORD_FILE).is_file() else results_dir)
+    results = read_results(run if os.path.isfile(run / RECORD_FILE) else results_dir)
     model = _only_model(results, results_dir, output_dir)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
