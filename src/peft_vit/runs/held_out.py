@@ -73,7 +73,7 @@ def calibration_of(
         known: features of training images, (n, D); None: none are kept.
         task: that the model learned.
     """
-    found = believed(validation, None, task)
+    found = believed(validation, task)
     neighbours, content, flagged = None, None, None
     if known is not None and test.middle is not None and len(known) + len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
@@ -81,7 +81,7 @@ def calibration_of(
         apart = neighbours.apart()  # (n,)
         if validation.middle is not None:
             apart = np.concatenate([apart, neighbours.distances(validation.middle)])
-        unlike = Unlike(images=len(apart), threshold=conformal_quantile(apart, LIKE))
+        unlike = unlike_beyond(apart)
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
         found |= {"unlike": unlike, "features_sha256": hashlib.sha256(content).hexdigest()}
     if len(validation.labels) or neighbours is not None:
@@ -100,28 +100,26 @@ def tested_on(
     return TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
 
 
-def believed(
-    validation: Outputs, known: Neighbours | None, task: Task, prior: TemperaturePrior = PRIOR
-) -> dict[str, Any]:
-    """Return what outputs mean, and when an image is unlike others, by images that were not trained on.
+def believed(validation: Outputs, task: Task, prior: TemperaturePrior = PRIOR) -> dict[str, Any]:
+    """Return what outputs mean, by images that were not trained on.
 
     Args:
-        validation: of these images.
-        known: features of training images, which tell what is unlike them; None: nothing does.
+        validation: of these images; there may be none.
         task: that the model learned.
         prior: of the temperature.
 
     Returns:
-        `decision`, or `calibrated` where the task has none, and `unlike`, as fields of a record or a card.
+        `decision`, or `calibrated` where the task has none, as fields of a record or a card.
     """
     decision = task.decide(validation.logits, validation.labels, prior)
     some = decision is None and len(validation.labels) > 0
     calibrated = calibrate(validation.logits, validation.labels, prior=prior) if some else None
-    unlike = None
-    if known is not None and validation.middle is not None:
-        threshold = conformal_quantile(known.distances(validation.middle), LIKE)
-        unlike = Unlike(images=len(validation.labels), threshold=threshold)
-    return {"calibrated": calibrated, "decision": decision, "unlike": unlike}
+    return {"calibrated": calibrated, "decision": decision}
+
+
+def unlike_beyond(distances: NDArray[np.float64]) -> Unlike:
+    """Return when an image is unlike others, by how far these, (n,), are from the nearest known image."""
+    return Unlike(images=len(distances), threshold=conformal_quantile(distances, LIKE))
 
 
 def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None = None) -> TestedCalibration:

@@ -21,7 +21,7 @@ from peft_vit.errors import UserError
 from peft_vit.evaluation import predict_with_middle
 from peft_vit.methods.quantized import packed_by_default
 from peft_vit.records import FEWEST_HELD_OUT
-from peft_vit.runs.held_out import PRIOR, Outputs, believed
+from peft_vit.runs.held_out import PRIOR, Outputs, believed, unlike_beyond
 from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.training import Calibration, RuntimeConfig
 from peft_vit.training.quantized_layers import QuantizedLayer, format_of
@@ -112,9 +112,11 @@ def pack_after_training(
     if len(data.validation):
         meaning = card.decision or card.calibrated
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
-        known = run.known if len(data.validation) >= FEWEST_HELD_OUT else None
-        found = believed(_outputs(rounded, data.validation, card), known, data.task, prior)
-        card = card.model_copy(update=found | ({"unlike": card.unlike} if known is None else {}))
+        validation = _outputs(rounded, data.validation, card)
+        found = believed(validation, data.task, prior)
+        if run.known is not None and validation.middle is not None and len(data.validation) >= FEWEST_HELD_OUT:
+            found["unlike"] = unlike_beyond(run.known.distances(validation.middle))
+        card = card.model_copy(update=found)
     return rounded, card
 
 
