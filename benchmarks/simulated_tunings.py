@@ -27,11 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.forecasting.estimate import Throughput
-from peft_vit.forecasting.time_limit import Limit
+from peft_vit.forecasting.time_limit import FOLDS, Limit
 from peft_vit.studies.image_sizes import Regression
 from peft_vit.studies.within_time import Only, Outcome, Outcomes
 from peft_vit.tasks.classification import ACCURACY
-from peft_vit.tuning.context import FOLDS, TuningContext
+from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.costs import Costs
 from peft_vit.tuning.finalists import Decision
 from peft_vit.tuning.folds import Folds

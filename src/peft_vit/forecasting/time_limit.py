@@ -10,6 +10,7 @@ from typing import TypeVar
 
 _STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
+FOLDS, FEWEST_FOLDS, ENOUGH_STEPS = 5, 3, 96  # where five folds leave a training fewer steps, there are only three
 _Option = TypeVar("_Option")
 
 

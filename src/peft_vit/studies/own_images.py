@@ -50,7 +50,7 @@ from peft_vit.data import (
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates
-from peft_vit.forecasting.time_limit import fit, validate_every
+from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
@@ -74,8 +74,6 @@ _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _SHARE_OF_SIZES = 0.2  # of the minutes, for regressions at several sizes
 _FASTER, _SLOWER = 0.5, 2.0  # than foreseen, as far as a few regressions are believed
 FEWEST_VALIDATION = 30  # images; where fewer would validate, all are trained on, and folds tell how good the model is
-_FOLDS, _FEWEST_FOLDS = 5, 3
-_STEPS_FOR_FOLDS = 96  # where training has fewer, time goes to steps before folds, as in `tune`
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
 
@@ -504,7 +502,7 @@ class Forecast:
 
 def _folds_beside(steps: int) -> int:
     """Return how many trainings on folds tell how good one of so many steps is; regressions cost next to nothing."""
-    return _FEWEST_FOLDS if 0 < steps < _STEPS_FOR_FOLDS else _FOLDS
+    return FEWEST_FOLDS if 0 < steps < ENOUGH_STEPS else FOLDS
 
 
 def _trained_on_folds(steps: int, folds: int) -> int:

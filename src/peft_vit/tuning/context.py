@@ -17,6 +17,7 @@ from peft_vit.config import BackboneConfig, Compute, Flips, WeightsSource, named
 from peft_vit.data import existing, find_images, images_file, inspect_images
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import product_rates
+from peft_vit.forecasting.time_limit import FOLDS
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.safe_io import read_bytes
@@ -25,7 +26,6 @@ from peft_vit.tasks import DecidingMetric, Scores
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
-FOLDS = 5
 _BATCH = 32
 
 

@@ -19,14 +19,13 @@ from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Line, Throughput, Workload
-from peft_vit.forecasting.time_limit import fit
+from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.training import FLIP_AXES
-from peft_vit.tuning.context import FOLDS, TuningContext
+from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.recipe import ROUNDED, Recipe, lora, shared_training
 
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
-ENOUGH_STEPS, FEWEST_FOLDS = 96, 3  # where five folds leave fewer steps, there are no more than three
 LONGEST = 2.0  # times the steps on folds, of the last training
 _LONGER = (LONGEST, 1.0)
 _PROCESSES, _MOST_RUNS = 5, 42  # worker processes that the least takes; runs of everything that is tried

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 
 from peft_vit.config import QuantizationType
 from peft_vit.errors import UserError
-from peft_vit.forecasting.time_limit import Limit
+from peft_vit.forecasting.time_limit import FEWEST_FOLDS, FOLDS, Limit
 from peft_vit.statistics.odds import Odds, choose_model
-from peft_vit.tuning.context import FOLDS
-from peft_vit.tuning.costs import FEWEST_FOLDS, LONGEST
+from peft_vit.tuning.costs import LONGEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from peft_vit.config import LABEL_SMOOTHING, QuantizationType
-from peft_vit.forecasting.time_limit import Limit, Pace
+from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, Limit, Pace
 from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import Interval
@@ -26,8 +26,8 @@ from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.statistics.odds import FoldMeans, means_of_images
 from peft_vit.studies.image_sizes import expected_gain
 from peft_vit.studies.within_time import Outcome, pooled
-from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.costs import ENOUGH_STEPS, FEWEST_FOLDS, Costs
+from peft_vit.tuning.context import TuningContext
+from peft_vit.tuning.costs import Costs
 from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
 

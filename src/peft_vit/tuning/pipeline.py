@@ -31,6 +31,7 @@ from typing import Any
 from peft_vit.config import named_as_typed
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
+from peft_vit.forecasting.time_limit import FEWEST_FOLDS
 from peft_vit.records.progress import study_lock
 from peft_vit.report.formatting import megabytes
 from peft_vit.runs.post_training import logits_by_type
@@ -40,7 +41,7 @@ from peft_vit.studies.profiling import measure_throughput
 from peft_vit.studies.within_time import Runner, StudyRunner
 from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import IMAGES_FILE, MakeRunner, TuningContext, context_of
-from peft_vit.tuning.costs import FEWEST_FOLDS, LEAST_STEPS, LONGEST, Costs, MeasureThroughput, throughput_of
+from peft_vit.tuning.costs import LEAST_STEPS, LONGEST, Costs, MeasureThroughput, throughput_of
 from peft_vit.tuning.final import times_longer, train_finally
 from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide, low_bits
 from peft_vit.tuning.folds import Folds, RoundRun

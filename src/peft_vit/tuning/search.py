@@ -15,8 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from peft_vit.forecasting.time_limit import Limit
-from peft_vit.tuning.context import FOLDS
+from peft_vit.forecasting.time_limit import FOLDS, Limit
 from peft_vit.tuning.costs import LEAST_STEPS
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import DEFAULT_RATE, Recipe, lora
