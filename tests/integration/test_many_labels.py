@@ -247,11 +247,15 @@ experiments:
         ({"measures": "{removal_images: 4}"}, "measures.removal_images: is there for one class an image"),
         ({"training": "metric: map, label_smoothing: 0.1"}, "training.label_smoothing: is there for one class"),
         ({"training": "metric: accuracy"}, "experiments[0].training.metric: accuracy is not a metric of multilabel"),
+        (
+            {"training": "metric: auto, augmentation: [mixup, cutmix]", "table": "numbers"},
+            "[0].training.augmentation: cutmix makes images whose numbers nobody can tell; give mixup or none",
+        ),
     ],
 )
 def test_what_a_study_of_them_can_not_do_is_refused(command, changes, message) -> None:
-    settings = {"seeds": "", "measures": "{logits: true}", "training": "metric: auto"}
-    Path("study.yaml").write_text(STUDY.format(**settings | changes))
+    settings = {"seeds": "", "measures": "{logits: true}", "training": "metric: auto", "table": "labels"} | changes
+    Path("study.yaml").write_text(STUDY.format(**settings).replace("labels.csv", f"{settings['table']}.csv"))
     assert message in command("plan", "study.yaml", code=2).err
 
 

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from peft_vit.analysis.reliability import Bin, equal_count_bins
 from peft_vit.records import Predictions, RunRecord
 from peft_vit.statistics import Interval, proportion_interval
+from peft_vit.tasks import TASKS
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
@@ -115,7 +116,7 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
         probability: of what is predicted of each image, (n,), where it is another than the record's, as calibrated.
     """
     predictions = record.predictions
-    if predictions is None or not predictions.labels or isinstance(predictions.labels[0], list):
+    if predictions is None or not predictions.labels or not TASKS[record.spec.task].one_class:
         return None
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
     k = max(len(record.class_names), int(labels.max()) + 1, int(predicted.max()) + 1)

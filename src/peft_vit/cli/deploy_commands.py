@@ -375,9 +375,9 @@ def predict(request: PredictRequest) -> None:
         with named(request.model):
             check_coverage(classifier.card, request.coverage)
     files = [image for image in images if not isinstance(image, UserError)]
-    is_labelled = len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
     card = classifier.card
     task, with_sets, meaning = TASKS[card.task], request.coverage is not None, card.decision or card.calibrated
+    is_labelled = task.one_class and len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
     columns = ["file", *task.columns(classes, meaning, request.top, with_sets)]
     columns += [] if card.unlike is None else ["unlike"]
     if card.unlike is None and meaning is not None and meaning.images < FEWEST_HELD_OUT:

@@ -71,6 +71,8 @@ from peft_vit.config.study import (
 from peft_vit.config.training import (
     AUGMENTATION_OF_FLIPS,
     LABEL_SMOOTHING,
+    TASKS_SAID,
+    USUAL_TASK,
     ActivationCheckpointing,
     Augmentation,
     ClassWeights,

@@ -19,7 +19,7 @@ from pydantic import (
 
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
 from peft_vit.config.registries import DATASETS
-from peft_vit.config.training import MetricName, TaskName, TrainingConfig
+from peft_vit.config.training import TASKS_SAID, MetricName, TaskName, TrainingConfig
 from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats
 
@@ -151,9 +151,7 @@ class DataConfig(Settings):
         default=None, min_length=1, description="With hf: the set's configuration, if it has several"
     )
     task: Annotated[TaskName | None, OnlyWith(dataset=("csv", "hf"))] = Field(
-        default=None,
-        description="With csv and hf: classification (one class an image), multilabel (several, or none) or regression "
-        "(numbers). Without it, what the labels look like",
+        default=None, description=f"With csv and hf: {TASKS_SAID}. Without it, what the labels look like"
     )
     image_size: int = Field(
         ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1], description="Resize images to squares of this side, in pixels"

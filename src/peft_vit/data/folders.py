@@ -174,7 +174,7 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
     if root is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
         return _listed(table, task)._replace(taken=f"Using the images and labels that {table} lists.")
-    if task not in (None, CLASSIFICATION.name):
+    if task is not None and not TASKS[task].one_class:
         message = (
             f"has a folder for each class, which is not {task}; list the images and their labels in a CSV, or "
             "leave it out"

@@ -30,7 +30,7 @@ from peft_vit.errors import UserError, foreign_fault, named
 from peft_vit.extras import require_extra
 from peft_vit.packages import ask_hub, cache_dir, check_download
 from peft_vit.safe_io import LARGEST_BYTES, read_bytes
-from peft_vit.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, TASKS, Task
+from peft_vit.tasks import TASKS, Column, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -75,15 +75,16 @@ def read_hf(config: DataConfig) -> ImageIndex:
     notes: list[str] = []
     parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], path, notes)
     is_test = _official_test(parts, path, notes)
-    task = TASKS[config.task] if config.task else _task_of(features[label])
-    if task is CLASSIFICATION and _inner(features[label]):
-        message = f"column '{label}' holds lists, which are not classification; leave task out"
+    holds = _holds(features[label])
+    task = TASKS[config.task] if config.task else next(own for own in TASKS.values() if own.column == holds)
+    if task.one_class and holds == "lists":
+        message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
         raise UserError(message, file=path, field="data.task")
-    if task is CLASSIFICATION:
+    if task.one_class:
         names, labels = _classes(parts, features[label], label, path, notes)
         texts = [names[k] for k in labels]
     else:
-        column = "label" if _inner(features[label]) else label  # lists stand in one cell, as in a table
+        column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
         texts = _texts(parts, features[label], column, task, path)
         with named(Path(path)):
             names, labels = task.read_split(texts, (column,), is_test)
@@ -293,11 +294,11 @@ def _inner(feature: Any) -> Any:
     return inner if text or isinstance(inner, datasets.ClassLabel) else None
 
 
-def _task_of(feature: Any) -> Task:
-    """Return what labels of a feature are: lists of several, numbers, or one class."""
+def _holds(feature: Any) -> Column:
+    """Return what a column of labels holds."""
     if _inner(feature):
-        return MULTILABEL
-    return REGRESSION if getattr(feature, "dtype", "").startswith(("float", "double")) else CLASSIFICATION
+        return "lists"
+    return "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
 
 
 def _column(

@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peft_vit.config import Augmentation, ColorJitter, Cutmix, Flip, Mixup, RandAugment, RandomResizedCrop, Rotate90
 from peft_vit.errors import UserError
 from peft_vit.seeding import Purpose, numpy_generator, torch_generator
+from peft_vit.tasks import Task
 
 _Change = Callable[[Tensor, np.ndarray], Tensor]  # of images (B, C, S, S) uint8, by their rows (B,) in the training set
 
@@ -227,7 +227,14 @@ def _of_torchvision(settings: Any, size: int) -> tuple[Callable[[Tensor], Tensor
 
 
 def mixed(
-    images: Tensor, labels: Tensor, augmentation: Sequence[Augmentation], *, classes: int, seed: int, step: int
+    images: Tensor,
+    labels: Tensor,
+    augmentation: Sequence[Augmentation],
+    *,
+    task: Task,
+    width: int,
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """Mix each image of a batch with the one that stands as far from the batch's other end, as timm's Mixup does.
 
@@ -238,15 +245,15 @@ def mixed(
 
     Args:
         images: (B, 3, S, S) float32.
-        labels: (B,) int64, or (B, K).
+        labels: of B images, as the task has them. What is not known of one of two images (NaN) is not of their mix.
         augmentation: as configured; without mixup and cutmix the batch is returned as it is.
-        classes: how many there are.
+        task: what is learned.
+        width: of its head.
         seed: the run's seed.
         step: the optimiser step that the batch is for.
 
     Returns:
-        images (B, 3, S, S), and shares of each class (B, classes) float32, or mixed labels (B, K); the labels as they
-        are if nothing is mixed.
+        images (B, 3, S, S), and mixed labels (B, K), see `Task.shares`; the labels as they are if nothing is mixed.
     """
     mixers = [entry.settings for entry in augmentation if entry.mixes]
     if not mixers:
@@ -264,5 +271,5 @@ def mixed(
         result[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     else:
         result = images * own + images.flip(0) * (1.0 - own)
-    one_hot = labels if labels.ndim > 1 else F.one_hot(labels, classes).float()  # (B,) -> (B, classes)
-    return result, one_hot * own + one_hot.flip(0) * (1.0 - own)
+    shares = task.shares(labels, width)  # (B, K)
+    return result, shares * own + shares.flip(0) * (1.0 - own)

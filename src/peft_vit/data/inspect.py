@@ -328,8 +328,7 @@ class Inspection:
         each = f"{counts.min():,} to {counts.max():,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
-        what = f"{len(self.names):,} images of {len(counts)} classes"
-        what = what if self.labels.ndim == 1 else task.images_of(len(self.names), self.class_names)
+        what = task.images_of(len(self.names), self.class_names)
         yield f"{what}: {each}" if task.weighs else what
         short, long = np.median(self.sides, axis=0).astype(int)
         smallest, largest = self.sides.min(), self.sides.max()

@@ -11,7 +11,7 @@ from importlib import import_module
 import numpy as np
 from PIL import Image
 
-from peft_vit.config import DATASETS, DataConfig, licence_of
+from peft_vit.config import DATASETS, USUAL_TASK, DataConfig, licence_of
 from peft_vit.data.images import HoldoutImages, LabelledImages
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.inspect import image_warnings
@@ -109,7 +109,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
 def _made_up(config: DataConfig) -> ImageIndex:
     """Return 96 images of four classes: noise around a grey level or colour that shows the class."""
     classes = np.tile(np.arange(4), 24)
-    task = TASKS[config.task or CLASSIFICATION.name]
+    task = TASKS[config.task or USUAL_TASK]
     names, labels = task.made_up(classes)
     channels = DATASETS[config.dataset].channels
     rng = np.random.default_rng(0)

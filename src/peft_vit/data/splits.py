@@ -137,7 +137,7 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
     rng = _generator("train_subset", config.split_seed, seed if per_seed else None)
     remaining = index.class_counts(pool)  # (K,)
     if (shots := config.shots_per_class) is not None:
-        if index.labels.ndim > 1:
+        if not index.task.one_class:
             message = f"needs one class an image, and these have {index.task.name} labels; give train_images, or none"
             raise UserError(message, field="data.shots_per_class")
         scarce = int(np.argmin(remaining))

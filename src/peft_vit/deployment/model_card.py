@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from peft_vit.config import Interpolation, Library, TaskName
+from peft_vit.config import USUAL_TASK, Interpolation, Library, TaskName
 from peft_vit.errors import UserError, checked, os_fault
 from peft_vit.records import Calibrated, Decision, Unlike, write_atomically
 
@@ -54,7 +54,7 @@ class ModelCard(Strict):
     calibrated: Calibrated | None = None  # None: probabilities are softmax(logits), and there are no sets
     integer_bits: Literal[7, 8] | None = None  # of weights that are multiplied in 8-bit integers; None: none are
     unlike: Unlike | None = None  # None: nothing says when an image is unlike those of training
-    task: TaskName = "classification"
+    task: TaskName = USUAL_TASK
     decision: Decision | None = None  # what outputs mean, of other tasks
 
     @model_serializer(mode="wrap")
@@ -64,7 +64,7 @@ class ModelCard(Strict):
         later = {
             "library": "timm",
             "interpolation": "bicubic",
-            "task": "classification",
+            "task": USUAL_TASK,
             **dict.fromkeys(("config", "calibrated", "integer_bits", "unlike", "decision")),
         }
         return {key: value for key, value in fields.items() if key not in later or value != later[key]}

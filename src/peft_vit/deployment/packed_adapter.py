@@ -23,6 +23,7 @@ from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.adapters.peft_layers import tuner_layers
 from peft_vit.backbones import Backbone, Site
 from peft_vit.backbones.backbone import linear_layers
+from peft_vit.config import USUAL_TASK
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard
 from peft_vit.deployment.torch_files import LowBitHeader, low_bit_digest, low_bit_parts
 from peft_vit.errors import UserError, named
@@ -261,7 +262,7 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
     nothing = {
         "calibrated": None,
         "decision": None,
-        "task": "classification",
+        "task": USUAL_TASK,
         "unlike": None,
         "integer_bits": None,
         "interpolation": "bicubic",

@@ -26,6 +26,7 @@ from pydantic_core import to_json
 from peft_vit.config import (
     AUGMENTATION_OF_FLIPS,
     SEEDS,
+    USUAL_TASK,
     BackboneConfig,
     BudgetUnit,
     DataConfig,
@@ -121,7 +122,7 @@ class RunSpec(_Value):
     @property
     def task(self) -> TaskName:
         """Return what is learned; a plan has written down what it found."""
-        return self.data.task or "classification"
+        return self.data.task or USUAL_TASK
 
     @property
     def name(self) -> str:

@@ -257,7 +257,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
         )
     if summary.use:
         yield f"To use it: {plain(summary.use)} IMAGES"
-    if summary.to_web and quality is not None:
+    if summary.to_web:
         yield f"To try it in a browser: {plain(summary.to_web)}"
 
 

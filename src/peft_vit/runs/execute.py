@@ -462,7 +462,7 @@ def provenance_of(
 
 def _majority(data: Data) -> dict[str, float]:
     """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
-    if data.train.labels.ndim > 1:  # there is no accuracy of several labels, or of numbers
+    if not data.task.one_class:  # there is no accuracy of several labels, or of numbers
         return {}
     majority = {"test": float(data.test.class_counts().max() / len(data.test))}
     if len(data.validation):

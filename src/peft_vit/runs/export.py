@@ -38,7 +38,7 @@ from peft_vit.runs.post_training import merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, DecidingMetric, metric_of, thresholds_of
+from peft_vit.tasks import TASKS, DecidingMetric, meaning_fields, metric_of, thresholds_of
 
 _COMPARED_AT_ONCE = 32
 _COMPARED_WITH = 128  # training images, where the run validated on none
@@ -199,7 +199,7 @@ def export_run_to_file(
         model, card = pack_after_training(merged.model, run, data, bits, rounding)
         merged = replace(merged, model=model)
     if meaning is not None:
-        card = card.model_copy(update={"decision" if isinstance(meaning, Decision) else "calibrated": meaning})
+        card = card.model_copy(update=meaning_fields(meaning))
     if options.runtime is not None:
         export_onnx(merged.model, file, card, runtime=options.runtime, known=run.known)
     elif not int8 and kind.ending:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from peft_vit.errors import UserError
-from peft_vit.records import Decision, RunRecord
+from peft_vit.records import RunRecord
 from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.plan import Plan
 from peft_vit.studies.within_time import Outcome, covered_on_folds, finished_runs, meaning_on, pooled
-from peft_vit.tasks import OF_FOLDS, TASKS, Labels, Task, metric_of, rows_of, thresholds_of
+from peft_vit.tasks import OF_FOLDS, TASKS, Labels, Task, meaning_fields, metric_of, rows_of, thresholds_of
 
 
 class ByFolds(NamedTuple):
@@ -52,10 +52,8 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     assert tested is not None
     assert tested.logits is not None
     of_test = Outputs(np.asarray(tested.logits, np.float32), rows_of(tested.labels), None)
-    meaning = meaning_on(outcomes, task, OF_FOLDS)
-    decision = meaning if isinstance(meaning, Decision) else None
-    calibrated = None if isinstance(meaning, Decision) else meaning
-    measured: dict[str, Any] = {"calibrated": calibrated, "decision": decision}
+    measured = meaning_fields(meaning_on(outcomes, task, OF_FOLDS))
+    calibrated, decision = measured["calibrated"], measured["decision"]
     if decision is not None:
         positions = np.asarray(tested.images)
         again = task.predictions(of_test.logits, of_test.labels, positions, keep_logits=True, decision=decision)

@@ -28,6 +28,7 @@ from peft_vit.backbones import (
 )
 from peft_vit.config import (
     LABEL_SMOOTHING,
+    USUAL_TASK,
     BackboneConfig,
     Compute,
     StudyConfig,
@@ -556,7 +557,7 @@ def _data(request: TrainRequest, images: OwnImages, file: Path, image_size: int)
     counts, own = count_images(request, images.index), images.index.official_test
     data = {"dataset": images.dataset, "path": str(images.path), "images_file": str(file), "image_size": image_size}
     data |= {"validation_images": counts.validation, "test_images": counts.test if own is None else request.test_images}
-    if request.task is not None or images.index.labels.ndim > 1:  # also of made-up images
+    if request.task is not None or images.index.task is not TASKS[USUAL_TASK]:  # also of made-up images
         data["task"] = images.index.task.name
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
@@ -564,7 +565,7 @@ def _data(request: TrainRequest, images: OwnImages, file: Path, image_size: int)
 
 
 def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
-    if not TASKS[data.get("task", "classification")].smooths:
+    if not TASKS[data.get("task", USUAL_TASK)].smooths:
         experiment["training"].pop("label_smoothing", None)
     mapping = {
         "name": name,

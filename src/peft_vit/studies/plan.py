@@ -13,6 +13,7 @@ import numpy as np
 from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.config import (
+    USUAL_TASK,
     AdaLoraConfig,
     AdaptiveBitsConfig,
     BackboneConfig,
@@ -45,7 +46,7 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.scheduler import difference, go_on, study_file
-from peft_vit.tasks import Task
+from peft_vit.tasks import TASKS, Task
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
 _ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be
@@ -231,10 +232,10 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     Raises:
         UserError: for what the task does not have.
     """
-    if index.labels.ndim > 1:
+    if not index.task.one_class:
         _refuse_of_classes(study, index.task)
-        if study.data.task is None:
-            study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
+    if index.task is not TASKS[study.data.task or USUAL_TASK]:
+        study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
     settled = {"metric": index.task.deciding(index.class_counts(chosen_on)).name}
     experiments = (
@@ -250,6 +251,11 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
             if own.training.loss not in (None, *index.task.loss_names):
                 message = f"{own.training.loss} is not a loss of {index.task.name}; give "
                 raise UserError(message + " or ".join(index.task.loss_names), field="training.loss")
+            for change in own.training.augmentation:
+                if change.mixes and change.name not in index.task.mixes:
+                    others = " or ".join([*index.task.mixes, "none"])
+                    message = f"{change.name} makes images whose {index.task.outputs} nobody can tell; give {others}"
+                    raise UserError(message, field="training.augmentation")
             if own.training.class_weights != "none" and not index.task.weighs:
                 message = f"has no effect on {index.task.outputs}, which have no classes; leave it out"
                 raise UserError(message, field="training.class_weights")

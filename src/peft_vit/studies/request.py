@@ -14,6 +14,7 @@ from peft_vit.config import (
     IMAGE_SIZES,
     METHOD_KINDS,
     SEEDS,
+    TASKS_SAID,
     ActivationCheckpointing,
     ClassWeights,
     ComputeSetting,
@@ -52,10 +53,7 @@ IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
     "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers."
 )
-TASK = (
-    "What to learn from a table: classification (one class an image), multilabel (several, or none) or regression "
-    "(numbers). Without it, what its columns look like."
-)
+TASK = f"What to learn from a table: {TASKS_SAID}. Without it, what its columns look like."
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
 COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where that is faster here."

@@ -23,7 +23,17 @@ from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetrie
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import Deadline, drive
-from peft_vit.tasks import CLASSIFICATION, OF_FOLDS, TASKS, DecidingMetric, Labels, Task, rows_of, thresholds_of
+from peft_vit.tasks import (
+    CLASSIFICATION,
+    OF_FOLDS,
+    TASKS,
+    DecidingMetric,
+    Labels,
+    Task,
+    meaning_fields,
+    rows_of,
+    thresholds_of,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Outcome:
 
     def told(self, meaning: Calibrated | Decision) -> tuple[Labels, tuple[float, ...]]:
         """Return what is predicted of the images, and from which probabilities on, as metrics take it."""
-        decision = meaning if isinstance(meaning, Decision) else None
+        decision = meaning_fields(meaning)["decision"]
         return self.learned.predicted(self.logits, decision), thresholds_of(decision)
 
 

@@ -5,7 +5,18 @@ from peft_vit.tasks.classification import CLASSIFICATION
 from peft_vit.tasks.multilabel import MULTILABEL
 from peft_vit.tasks.regression import REGRESSION
 from peft_vit.tasks.scores import OF_FOLDS, Scores, thresholds_of
-from peft_vit.tasks.task import COVERAGES, SHOWN, DecidingMetric, Errors, Labels, Shown, Task, rows_of
+from peft_vit.tasks.task import (
+    COVERAGES,
+    SHOWN,
+    Column,
+    DecidingMetric,
+    Errors,
+    Labels,
+    Shown,
+    Task,
+    meaning_fields,
+    rows_of,
+)
 
 # Of those that recognize a table the last one is taken: columns of 0 and 1 are numbers, too.
 TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, REGRESSION, MULTILABEL)}

@@ -142,6 +142,8 @@ class _Classification(Task):
     """See `Task`."""
 
     name = "classification"
+    one_class = True
+    column = "classes"
     metrics: Mapping[str, DecidingMetric] = {metric.name: metric for metric in (ACCURACY, BALANCED_ACCURACY)}
     loss_names = ("cross_entropy",)
     compared_by = "accuracy"
@@ -179,7 +181,7 @@ class _Classification(Task):
 
     def images_of(self, images: int, names: Sequence[str]) -> str:
         """Return how many images there are, and classes."""
-        return f"{images} images in {len(names)} classes"
+        return f"{images:,} images of {len(names)} classes"
 
     def members(self, labels: Classes, place: int) -> NDArray[np.bool_]:
         """Return which images are of a class, (N,)."""
@@ -240,6 +242,12 @@ class _Classification(Task):
             return F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
         total = F.cross_entropy(outputs, labels, weight=weights, reduction="sum", label_smoothing=label_smoothing)
         return total / len(labels)
+
+    def shares(self, labels: Tensor, width: int) -> Tensor:
+        """Return 1 of each image's class, (N, classes)."""
+        from torch.nn import functional as F
+
+        return F.one_hot(labels, width).float()  # (N,) -> (N, classes)
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropy of each image, (N,)."""

@@ -139,6 +139,7 @@ class _Multilabel(Task):
     """See `Task`."""
 
     name = "multilabel"
+    column = "lists"
     metrics: Mapping[str, DecidingMetric] = {
         metric.name: metric
         for metric in (
@@ -204,7 +205,7 @@ class _Multilabel(Task):
 
     def images_of(self, images: int, names: Sequence[str]) -> str:
         """Return how many images there are, and labels."""
-        return f"{images} images with up to {len(names)} labels each (multilabel)"
+        return f"{images:,} images with up to {len(names)} labels each (multilabel)"
 
     def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
         """Return which images have a label, (N,)."""

@@ -124,7 +124,9 @@ class _Regression(Task):
     spread: tuple[float, ...] = (1.0,)
 
     name = "regression"
+    column = "numbers"
     weighs = False
+    mixes = ("mixup",)  # half of a picture beside half of another has neither's number, nor one between
     outputs = "numbers"
     fifth_of = "each part of their range"
     linear = "ridge regression"
@@ -167,7 +169,7 @@ class _Regression(Task):
 
     def images_of(self, images: int, names: Sequence[str]) -> str:
         """Return how many images there are, and which numbers."""
-        return f"{images} images with a number for {', '.join(names)} (regression)"
+        return f"{images:,} images with a number for {', '.join(names)} (regression)"
 
     def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
         """Return that every image counts, (N,)."""
@@ -233,17 +235,53 @@ class _Regression(Task):
     def linear_heads(
         self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
     ) -> Iterator[tuple[Floats, Floats]]:
-        """Yield ridge regressions, in closed form from one singular value decomposition; all images weigh the same.
+        """Yield ridge regressions, in closed form from one singular value decomposition.
 
-        With z = U S V' less its mean, W' = V S / (S^2 + N l2) U' t.
+        With shares r_i^2 = w_i / sum w, and r (z - mean) = U S V', W' = V S / (S^2 + l2) U' r (t - mean).
         """
-        targets = (labels - np.array(self.center)) / np.array(self.spread)  # (N, K)
-        mean, shift = z.mean(0), targets.mean(0)  # (D,), (K,)
-        U, S, V = np.linalg.svd(z - mean, full_matrices=False)
-        projected = U.T @ (targets - shift)  # (rank, K)
+        mean, shift, S, V, projected, *_ = self._decomposed(z, labels, weights)
         for l2 in strengths:
-            W = ((S / (S**2 + len(z) * l2))[:, None] * projected).T @ V  # (K, D)
+            W = ((S / (S**2 + l2))[:, None] * projected).T @ V  # (K, D)
             yield W, shift - W @ mean
+
+    def _decomposed(self, z: Floats, labels: Labels, weights: Floats) -> tuple[Floats, ...]:
+        """Return both means, S, V (rank, D), U' r t (rank, K), U (N, rank), r (N, 1), and t less its mean (N, K)."""
+        share = weights / weights.sum()  # (N,)
+        targets = (labels - np.array(self.center)) / np.array(self.spread)  # (N, K)
+        mean, shift = share @ z, share @ targets  # (D,), (K,)
+        root, apart = np.sqrt(share)[:, None], targets - shift
+        U, S, V = np.linalg.svd(root * (z - mean), full_matrices=False)
+        return mean, shift, S, V, U.T @ (root * apart), U, root, apart
+
+    def left_out(
+        self, z: Floats, labels: Labels, groups: NDArray[np.int64], strengths: Sequence[float], weights: Floats
+    ) -> list[Floats]:
+        """Return what ridge regressions say of groups of images that they were not fitted to, in closed form.
+
+        H = r r' + U S^2 / (S^2 + l2) U' takes r t to r times what the regression of all images says, and e are its
+        errors. Those on a group G without which it is fitted, with the same l2 on W, are (I - H_GG)^-1 (r e)_G / r: of
+        one image e_i / (1 - h_ii), see Golub, Heath and Wahba, Technometrics 21, 1979, equation 1.2. Features and
+        numbers stay standardized by all images.
+
+        Args:
+            z: features (N, D).
+            labels: numbers (N, K), all of them known.
+            groups: (N,); of an image that no other is equal to, it is left out alone.
+            strengths: l2, S of them.
+            weights: w_i (N,), all above 0.
+
+        Returns:
+            S outputs (N, K).
+        """
+        _, shift, S, _, projected, U, root, apart = self._decomposed(z, labels, weights)
+        shrunk = S**2 / (S**2 + np.array(strengths)[:, None])  # (S, rank)
+        errors = root * apart - U @ (shrunk[:, :, None] * projected)  # (S, N, K)
+        places = np.unique(groups, return_inverse=True)[1]  # (N,)
+        ends = np.cumsum(np.bincount(places))
+        for own in np.split(np.argsort(places, kind="stable"), ends[:-1]):
+            hat = root[own] @ root[own].T + (U[own] * shrunk[:, None]) @ U[own].T  # (S, G, G)
+            errors[:, own] = np.linalg.solve(np.eye(len(own)) - hat, errors[:, own])  # (S, G, K)
+        return list(shift + apart - errors / root)
 
     def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split, in the numbers' units; of several numbers errors in standard deviations."""

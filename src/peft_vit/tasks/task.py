@@ -32,6 +32,7 @@ _EFFECTIVE = 0.999  # beta of effective numbers
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
+Column: TypeAlias = Literal["classes", "lists", "numbers"]
 Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
 
 
@@ -196,11 +197,15 @@ class Task(Protocol):
 
     Attributes:
         name: what configurations call it.
+        one_class: each image is of one class, and a label is its number: folders may hold them, and what is there for
+            classes alone may be asked for, such as shots and importance by Fisher information.
+        column: what a column of a Hugging Face data set holds whose labels are of this task, if no other is asked for.
         metrics: which may decide, by name; the first is the default.
         loss_names: what may be made less in training; the first is the default.
         compared_by: the name of that by which studies compare; empty: that which decides.
         least_outputs: names that there have to be at least.
         smooths: labels may be smoothed.
+        mixes: the augmentations that may mix two images, since a label between theirs says what is in the mix.
         weighs: outputs may have other weights in the loss than 1.
         fifth_of: of what a split takes a fifth.
         gap: what a split says whose images lack a class, of its name.
@@ -211,11 +216,14 @@ class Task(Protocol):
     """
 
     name: TaskName
+    one_class: bool = False
+    column: Column | None = None
     metrics: Mapping[str, DecidingMetric]
     loss_names: tuple[LossName, ...]
     compared_by: str = ""
     least_outputs: int = 1
     smooths: bool = False
+    mixes: tuple[str, ...] = ("mixup", "cutmix")
     weighs: bool = True
     fifth_of: str = "each class"
     gap: str = ""
@@ -341,6 +349,10 @@ class Task(Protocol):
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each image without weights, (N,)."""
 
+    def shares(self, labels: Tensor, width: int) -> Tensor:
+        """Return labels of N images as they are mixed and as `loss` takes them, too: (N, K), of a head of a width."""
+        return labels
+
     def image_weights(self, labels: Labels, weights: Floats) -> Floats:
         """Return the weight of each image in a linear fit, (N,), with weights of the loss (K,)."""
         return np.ones(len(labels))
@@ -356,6 +368,24 @@ class Task(Protocol):
             strengths: l2 of ``sum_i w_i loss_i / sum_i w_i + (l2 / 2) ||W||_F^2``.
             weights: w_i (N,).
         """
+
+    def left_out(
+        self, z: Floats, labels: Labels, groups: NDArray[np.int64], strengths: Sequence[float], weights: Floats
+    ) -> Sequence[Floats] | None:
+        """Return by strength what linear heads say of images that they were not fitted to, (N, K), without more fits.
+
+        Args:
+            z: as `linear_heads` has it.
+            labels: likewise.
+            groups: (N,), of images that are left out together, as views of one object: each of their heads knows none
+                of them.
+            strengths: as `linear_heads` has it.
+            weights: likewise.
+
+        Returns:
+            None where that has no closed form: heads are fitted without a fold of the images at a time then.
+        """
+        return None
 
     def temperature(self, outputs: Tensor, labels: Tensor) -> float:
         """Return what outputs are to be divided by for the lowest loss on held-out images."""
@@ -474,6 +504,12 @@ class Task(Protocol):
     ) -> Iterator[Shown]:
         """Yield which test images a page shows, such as the worst ones."""
         yield from ()
+
+
+def meaning_fields(meaning: Meaning) -> dict[str, Any]:
+    """Return what outputs mean as fields of a record or a card: `decision`, or `calibrated` of a softmax."""
+    is_decision = isinstance(meaning, Decision)
+    return {"calibrated": None if is_decision else meaning, "decision": meaning if is_decision else None}
 
 
 def counted_images(counts: NDArray[np.int64], how: ClassWeights) -> Floats:

@@ -7,7 +7,8 @@ minimizes
 
 as the task does it: of classification, cross entropy to convergence. Each l2 of a list is tried, and what decides
 chooses on validation images; of equal ones the lower NLL, then the stronger penalty. Without such images it chooses on
-training images that are left out of the fit in turn. The standardization is folded into the head afterwards, so that
+training images that are left out of the fit in turn: in folds, or where the task has that in closed form (ridge) one by
+one. The standardization is folded into the head afterwards, so that
 the model needs nothing new.
 """
 
@@ -133,7 +134,7 @@ def held_out_fit(
 
     Args:
         train: of n images in each of w ways, one way after the other, (w n, D).
-        groups: (n,), of images that are left out together.
+        groups: (n,), of images that are left out together, in all ways: those of equal numbers.
         metric: that says what is best.
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
@@ -149,7 +150,12 @@ def held_out_fit(
             "or start at random"
         )
         raise UserError(message, field="training.head_start")
-    held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
+    z, _, _, weights = _standardized(train, class_weights)
+    in_turn = train.task.left_out(z, train.labels, np.tile(groups, len(z) // len(groups)), ordered, weights)
+    if in_turn is None:
+        held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
+    else:
+        held_out = [outputs[: len(groups)] for outputs in in_turn]
     quality = [metric.quality(train.task.measure(logits, labels)) for logits in held_out]
     best = max(range(len(ordered)), key=quality.__getitem__)  # of equal ones the first, the strongest
     return ordered[best], held_out[best]
@@ -255,15 +261,23 @@ def fit_probe(
     return LinearProbe(*fits[best], fit, tuple(steps), tuple(evaluations))
 
 
+def _standardized(train: Features, class_weights: Floats | None) -> tuple[Floats, Floats, Floats, Floats]:
+    """Return z (N, D) in float64, what was taken off the features and what divided them, (D,), and weights, (N,)."""
+    values = train.values.astype(np.float64)
+    centre, spread = values.mean(0), values.std(0)  # (D,)
+    spread[spread <= 1e-12 * np.abs(centre).max()] = 1.0  # a constant feature tells nothing, and must not divide
+    weights = np.ones(len(values))
+    if class_weights is not None:
+        weights = train.task.image_weights(train.labels, class_weights)
+    return (values - centre) / spread, centre, spread, weights
+
+
 def _fits(
     train: Features, strengths: Sequence[float], class_weights: Floats | None
 ) -> Iterator[tuple[Floats, Floats, float, float, float]]:
     """Yield W (classes, D), b (classes,), mean loss, norm of the objective's gradient and seconds, by strength."""
-    values, task = train.values.astype(np.float64), train.task
-    centre, spread = values.mean(0), values.std(0)  # (D,)
-    spread[spread <= 1e-12 * np.abs(centre).max()] = 1.0  # a constant feature tells nothing, and must not divide
-    z = (values - centre) / spread  # (N, D)
-    weights = np.ones(len(z)) if class_weights is None else task.image_weights(train.labels, class_weights)  # (N,)
+    z, centre, spread, weights = _standardized(train, class_weights)
+    task = train.task
     started = time.perf_counter()
     for l2, (weight, bias) in zip(strengths, task.linear_heads(z, train.labels, strengths, weights), strict=True):
         # Without the penalty the mean weighted loss, with it the gradient.

@@ -237,7 +237,8 @@ class TrainingState:
 
         Images are (B, 3, S, S), labels (B,), or shares of each class (B, classes) where batches are mixed.
         """
-        augmentation, classes = self._config.augmentation, self._data.task.head_width(self._data.class_names)
+        augmentation, task = self._config.augmentation, self._data.task
+        width = task.head_width(self._data.class_names)
         while not self.ended:
             epoch = self._data.train.shuffled_batches(
                 self._config.batch_size,
@@ -249,7 +250,7 @@ class TrainingState:
                 skip=self.steps % self._epoch_steps,
             )
             for images, labels in epoch:
-                yield mixed(images, labels, augmentation, classes=classes, seed=seed, step=self.steps + 1)
+                yield mixed(images, labels, augmentation, task=task, width=width, seed=seed, step=self.steps + 1)
                 if self.ended:
                     break
 

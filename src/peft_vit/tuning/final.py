@@ -19,6 +19,7 @@ from peft_vit.forecasting.time_limit import fit
 from peft_vit.records import Calibrated, Decision, RunRecord
 from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.within_time import Outcome, covered_on_folds
+from peft_vit.tasks import meaning_fields
 from peft_vit.tuning.costs import LONGEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe
@@ -63,17 +64,16 @@ def in_form(
     """Return the last training's record with what the delivered form says of the test images, and of those of folds."""
     assert record.predictions is not None
     logits, task, labels = final.logits.astype(np.float32), final.learned, final.labels
-    decision = meaning if isinstance(meaning, Decision) else None
-    calibrated = None if isinstance(meaning, Decision) else meaning
-    held = tested_on(calibrated, decision, Outputs(logits, labels, None), task, None)
+    found = meaning_fields(meaning)
+    decision = found["decision"]
+    held = tested_on(found["calibrated"], decision, Outputs(logits, labels, None), task, None)
     on_folds = {"covered_on_folds": covered_on_folds(folds, task)}
     predictions = task.predictions(logits, labels, final.images, keep_logits=True, decision=decision)
     return record.model_copy(
-        update={
+        update=found
+        | {
             "test": task.measure(logits, labels, decision),
             "predictions": predictions.model_copy(update={"files": record.predictions.files}),
-            "calibrated": calibrated,
-            "decision": decision,
             "tested_calibration": held.model_copy(update=on_folds),
         }
     )

@@ -12,6 +12,7 @@ from peft_vit.config import AUGMENTATION_OF_FLIPS, Augmentation
 from peft_vit.data import LabelledImages, check_augmentation, mixed
 from peft_vit.errors import UserError
 from peft_vit.seeding import numpy_generator, torch_generator
+from peft_vit.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
 
 pytestmark = pytest.mark.part("runner")
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -179,7 +180,7 @@ def test_batches_are_mixed_as_by_timm(names, monkeypatch) -> None:
     seen = set()
     for step in range(1, 30):
         images = torch.randn(6, 3, 32, 32, generator=generator)
-        augmented, targets = mixed(images, labels, augmentation, classes=5, seed=3, step=step)
+        augmented, targets = mixed(images, labels, augmentation, task=CLASSIFICATION, width=5, seed=3, step=step)
         theirs = timm_mixup.Mixup(
             mixup_alpha=alphas["mixup"] if "mixup" in names else 0.0,
             cutmix_alpha=alphas["cutmix"] if "cutmix" in names else 0.0,
@@ -204,7 +205,7 @@ def test_mixing_follows_from_seed_and_step_and_leaves_the_middle_image() -> None
     augmentation = made("mixup")
 
     def do(seed=0, step=1):
-        return mixed(images, labels, augmentation, classes=5, seed=seed, step=step)
+        return mixed(images, labels, augmentation, task=CLASSIFICATION, width=5, seed=seed, step=step)
 
     first = do()
     np.random.seed(0)
@@ -213,4 +214,33 @@ def test_mixing_follows_from_seed_and_step_and_leaves_the_middle_image() -> None
     assert not torch.equal(do(seed=1)[0], first[0])
     torch.testing.assert_close(first[0][2], images[2])
     assert first[1][2].tolist() == pytest.approx([0, 0, 1, 0, 0])
-    assert mixed(images, labels, made("flip"), classes=5, seed=0, step=1) == (images, labels)
+    assert mixed(images, labels, made("flip"), task=CLASSIFICATION, width=5, seed=0, step=1) == (images, labels)
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_labels_of_two_images_are_shares_of_both_and_unknown_where_one_is(name) -> None:
+    """A rectangle or a blend of a cat and a dog shows a part of each; nobody knows what the unknown half adds."""
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 16, 16)
+    rows = [[1, 0, np.nan], [0, 1, 1], [1, np.nan, 0], [0, 0, 1]]
+    labels = torch.tensor(rows, dtype=torch.float64)
+    made_of, targets = mixed(images, labels, made(name), task=MULTILABEL, width=3, seed=1, step=1)
+    own = 1 - made_of[0].mean().item() / 3  # the last image is 3, the first one 0
+    assert 0.05 < own < 0.95
+    expected = [[own, 0, np.nan], [1 - own, np.nan, own], [own, np.nan, 1 - own], [1 - own, 0, np.nan]]
+    np.testing.assert_allclose(targets.numpy(), expected, atol=1e-6)
+    outputs = torch.tensor([[0.5, -1.0, 2.0]] * 4, dtype=torch.float64)
+    p, y = outputs.sigmoid().numpy(), np.array(expected)
+    entropy = -np.nansum(y * np.log(p) + (1 - y) * np.log(1 - p)) / 4
+    assert MULTILABEL.loss(outputs, targets, None).item() == pytest.approx(entropy, abs=1e-6)
+
+
+def test_a_mixed_number_is_the_mixed_standardized_one() -> None:
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 16, 16)
+    numbers = np.array([[10.0, 1.0], [20.0, 5.0], [70.0, 2.0], [40.0, 9.0]])
+    task = REGRESSION.fitted(numbers)
+    made_of, targets = mixed(images, torch.tensor(numbers), made("mixup"), task=task, width=2, seed=1, step=1)
+    own = 1 - made_of[0].mean().item() / 3
+    standardized = (numbers - numbers.mean(0)) / numbers.std(0)
+    expected = torch.tensor(own * standardized + (1 - own) * standardized[::-1])
+    assert task.losses(expected, targets).abs().max() < 1e-10
+    assert task.losses(torch.tensor(standardized), targets).min() > 1e-3

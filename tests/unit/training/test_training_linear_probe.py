@@ -6,12 +6,14 @@ import torch
 from qa_lora_settings import config as qa_lora
 from scipy.optimize import minimize
 from scipy.special import logsumexp
+from sklearn.linear_model import Ridge
 from torch import nn
 
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import freeze_backbone
 from peft_vit.backbones import find_sites
 from peft_vit.data import LabelledImages
+from peft_vit.tasks import REGRESSION
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.training import FLIP_AXES, Features, can_hold_out, fit_probe, head_inputs, head_logits, held_out_fit
 
@@ -234,6 +236,29 @@ def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(run
     with torch.no_grad():
         again = head(torch.from_numpy(validation.values)).numpy()
     assert again == pytest.approx(logits / temperature, abs=1e-4)
+
+
+def test_ridge_chooses_its_penalty_on_images_left_out_one_by_one_in_all_ways() -> None:
+    """An image and its mirror image are one: the penalty is that with the least error on both being left out."""
+    rng = np.random.default_rng(3)
+    own = rng.normal(size=(50, 30))
+    numbers = own[:, :2] @ rng.normal(size=(2, 1)) + 0.7 * rng.normal(size=(50, 1))
+    ways = np.concatenate([own, own + 0.05 * rng.normal(size=own.shape)])  # nearly the same, flipped
+    task = REGRESSION.fitted(numbers)
+    features = Features(ways.astype(np.float32), np.tile(numbers, (2, 1)), task)
+    strengths = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+    chosen, outputs = held_out_fit(features, np.arange(50), task.metric("mae"), l2=strengths)
+    values = features.values.astype(np.float64)
+    z = (values - values.mean(0)) / values.std(0)
+    said = {l2: np.empty((50, 1)) for l2 in strengths}
+    for i in range(50):
+        rest, targets = (np.delete(array, [i, i + 50], axis=0) for array in (z, features.labels))
+        for l2 in strengths:
+            said[l2][i] = Ridge(alpha=100 * l2).fit(rest, targets).predict(z[[i]])
+    errors = {l2: np.abs(predicted - numbers).mean() for l2, predicted in said.items()}
+    assert chosen == min(errors, key=errors.get)
+    assert strengths[0] > chosen > strengths[-1]
+    assert task.predicted(outputs) == pytest.approx(said[chosen])
 
 
 def test_copies_are_left_out_together() -> None:

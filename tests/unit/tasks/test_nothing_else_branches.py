@@ -1,0 +1,79 @@
+"""What differs between tasks stands on them: no other file of the package asks which one it has."""
+
+import ast
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import peft_vit
+from peft_vit.config import TaskName
+from peft_vit.tasks import TASKS
+
+pytestmark = pytest.mark.part("trainer")
+PACKAGE = Path(peft_vit.__file__).parent
+OBJECTS = {name.upper() for name in TASKS}
+NAMES_THEM = {"config/training.py"}  # what configurations may say
+PASSED_ON = ("CLASSIFICATION",)  # the task of a value that says no other; never asked for
+
+
+def branches(source: str) -> list[str]:
+    """Return where Python asks which task it has: by name, by object, by the shape of labels, or by type."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in TASKS:
+            found.append(f"{node.lineno}: {node.value!r}")
+        if isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            if name in OBJECTS - {*PASSED_ON}:
+                found.append(f"{node.lineno}: {name}")
+        if isinstance(node, ast.Attribute) and node.attr == "ndim" and "labels" in ast.unparse(node.value):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+        compared = [*ast.walk(node)] if isinstance(node, ast.Compare | ast.MatchValue) else []
+        for part in compared:
+            text = ast.unparse(part) if isinstance(part, ast.Attribute | ast.Name) else ""
+            if re.search(r"(^|\.)task(_name)?\.name$", text) or text in PASSED_ON:
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+        is_instance = isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+        if is_instance and re.search(r"\b(Decision|Calibrated)\b|labels", ast.unparse(node)):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_no_file_outside_of_tasks_asks_which_one_it_has() -> None:
+    files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] != "tasks"]
+    found = {file.relative_to(PACKAGE).as_posix(): branches(file.read_text(encoding="utf-8")) for file in files}
+    assert len(found) > 190
+    assert {name for name, places in found.items() if places} == NAMES_THEM
+    pages = [file for file in PACKAGE.rglob("*") if file.suffix in (".js", ".j2", ".html", ".css")]
+    assert len(pages) >= 5
+    assert not [
+        file.name for file in pages if re.search("|".join(rf"""["']{name}""" for name in TASKS), file.read_text())
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if spec.task == "regression": pass',
+        "if task.name == other: pass",
+        "if index.task.name in names: pass",
+        "if task is CLASSIFICATION: pass",
+        "kind = REGRESSION if numbers else None",
+        "from peft_vit import tasks; x = tasks.MULTILABEL",
+        "if index.labels.ndim > 1: pass",
+        "found = isinstance(meaning, Decision)",
+        "if isinstance(predictions.labels[0], list): pass",
+        'match task:\n    case "multilabel": pass',
+    ],
+)
+def test_such_a_branch_is_found(source) -> None:
+    assert branches(source)
+
+
+def test_a_task_is_named_where_configurations_may_say_it() -> None:
+    assert set(get_args(TaskName)) == set(TASKS)
+    assert all(task.name == name for name, task in TASKS.items())
+    assert [name for name, task in TASKS.items() if task.one_class] == ["classification"]
+    assert {task.column for task in TASKS.values()} == {"classes", "lists", "numbers"}
