@@ -158,6 +158,7 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
             f"the {len(pool)} that remain beside test and validation are of this class); use more, or add images",
             field="data.train_images",
         )
+    index.task.refuse_one_answer(index.class_names, index.labels[train], "training image")
     return train
 
 

@@ -1,5 +1,7 @@
 """Tables of several labels and of numbers: how they are read, what is refused of them, and how they are split."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,7 +9,7 @@ from pyarrow import parquet
 from written_images import save
 
 from peft_vit.config import DataConfig
-from peft_vit.data import deal_folds, find_images, inspect_images, open_index, stratified_draw
+from peft_vit.data import deal_folds, find_images, inspect_images, make_splits, open_index, stratified_draw
 from peft_vit.errors import UserError
 
 FILES = [f"{number:02}.png" for number in range(12)]
@@ -98,6 +100,23 @@ def test_what_can_not_be_learned_is_refused_in_one_line(table, header, cells, ta
         inspect_images(find_images(table(header, *cells), task), least=2)
     assert message in str(refused.value)
     assert "images.csv" in str(refused.value)
+
+
+def test_numbers_that_training_images_share_are_refused_when_these_are_drawn(table) -> None:
+    """One image of twelve is different, and is a test image with some seed: that of the split is not known before."""
+    path = table("age", *["9.5"] + ["3.5"] * 11)
+    data = {"dataset": "csv", "path": str(path), "image_size": 32, "validation_images": 2, "test_images": 3}
+    index, missing = open_index(DataConfig(**data)), 0
+    ranked = replace(index, labels=np.array([[99.0], *([float(n)] for n in range(11))]))  # drawn alike
+    for seed in range(20):
+        config = DataConfig(**data, split_seed=seed)
+        if 0 in make_splits(ranked, config, 0).train:
+            make_splits(index, config, 0)
+            continue
+        missing += 1
+        with pytest.raises(UserError, match=r"^'age' is 3\.5 for every training image, so there is nothing to learn$"):
+            make_splits(index, config, 0)
+    assert 0 < missing < 20
 
 
 def test_a_folder_of_classes_is_no_other_task(tmp_path) -> None:
