@@ -168,9 +168,9 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     def paint(canvas: Canvas) -> None:
         left, right = canvas.figure.subplots(*((2, 1) if canvas.narrow else (1, 2)))
         canvas.series("model", color, "o")
-        texts = [f"step {step}: training loss {fixed(loss, 3)} nats" for step, loss in losses.items()]
+        texts = [f"step {step}: training loss {fixed(loss, 3)}" for step, loss in losses.items()]
         canvas.plot("model", left, list(losses), list(losses.values()), texts, color=color, lw=1.6)
-        left.set_title("training loss (nats)")
+        left.set_title("training loss")
         for axes in (left, right):
             axes.set_xlabel("step")
             quiet_grid(axes)

@@ -8,7 +8,7 @@ from pathlib import Path
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.studies import grouped, seeds_in_words, why_unfinished
-from peft_vit.config import DATASETS, METHOD_KINDS, DataConfig, StudyConfig, licence_of
+from peft_vit.config import DATASETS, METHOD_KINDS, USUAL_TASK, DataConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import Provenance, RunRecord, RunSpec
 from peft_vit.records.progress import RunStatus
@@ -28,7 +28,7 @@ from peft_vit.report.formatting import (
 )
 from peft_vit.report.tables import table
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
-from peft_vit.tasks import Scores
+from peft_vit.tasks import TASKS, Scores
 
 
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
@@ -70,7 +70,7 @@ def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord
         "Images": _distinct(map(images, specs)),
         "Licence of the images": _distinct(licence_of(spec.data.dataset, smoke=smoke) for spec in specs),
         "Split": _distinct(map(_split, records)),
-        "Classes": _distinct(_classes(records)),
+        TASKS[specs[0].data.task or USUAL_TASK].outputs.capitalize(): _distinct(_classes(records)),
     }
 
 

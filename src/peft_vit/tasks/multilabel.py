@@ -478,7 +478,8 @@ class _Multilabel(Task):
                 rows = np.flatnonzero(wrong[:, k])
                 worst = rows[np.argsort(order[rows, k], kind="stable")][:_IMAGES_SHOWN].tolist()
                 images = tuple(
-                    (n, (f"{names[k]}: {predicted[n, k]:.1%}", f"is {self.text(labels[n], names)}")) for n in worst
+                    (n, (f"{names[k]}: {predicted[n, k]:.1%}", f"is {self.text(labels[n], names).replace('|', ', ')}"))
+                    for n in worst
                 )
                 groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", images))
             if groups:
