@@ -111,14 +111,7 @@ def _panels(
             canvas.series(name, color, "o")
             under(axes, k)
             texts = [f"{words[0]} {a:.3g}, {words[1]} {b:.3g}" for a, b in zip(x[:, k], y[:, k], strict=True)]
-            style: dict[str, Any] = {
-                "color": color,
-                "ls": "",
-                "marker": "o",
-                "ms": 3,
-                "alpha": 0.9,
-                "zorder": 2,
-            }  # 3 : 1 on dark, too
+            style: dict[str, Any] = {"color": color, "ls": "", "marker": "o", "ms": 3, "alpha": 0.9, "zorder": 2}
             canvas.plot(name, axes, x[:, k], y[:, k], texts, **style)
             axes.set_xlabel(f"{words[0]} {name}")
             axes.set_ylabel(words[1])

@@ -260,13 +260,13 @@ class _Regression(Task):
 
         H = r r' + U S^2 / (S^2 + l2) U' takes r t to r times what the regression of all images says, and e are its
         errors. Those on a group G without which it is fitted, with the same l2 on W, are (I - H_GG)^-1 (r e)_G / r: of
-        one image e_i / (1 - h_ii), see Golub, Heath and Wahba, Technometrics 21, 1979, equation 1.2. Features and
-        numbers stay standardized by all images.
+        one image e_i / (1 - h_ii) (Golub, Heath and Wahba, Technometrics 21, 1979, p. 215). Features and numbers stay
+        standardized by all images.
 
         Args:
             z: features (N, D).
             labels: numbers (N, K), all of them known.
-            groups: (N,); of an image that no other is equal to, it is left out alone.
+            groups: (N,); images of equal ones are left out together, and an image of one of its own alone.
             strengths: l2, S of them.
             weights: w_i (N,), all above 0.
 
