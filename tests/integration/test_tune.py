@@ -318,6 +318,16 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
     assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=330_000))  # which nothing of 4 bits meets
 
 
+def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tuning: Tuning) -> None:
+    planned, runner = paced(stand_ins(step_s=7.0)), stand_ins(step_s=14.0)
+    given = {"make_runner": lambda *_: runner, "regress": runner.regress, "round_run": runner.round_run}
+    environment = replace(planned, clock=lambda: runner.now, write_output=lambda *_: None, **given)
+    choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
+    assert choice.decision.taken.folds == 2
+    assert not choice.recipe.is_probe
+    assert runner.now <= 1.1 * 20 * 60
+
+
 def test_within_bytes_of_an_adapter_all_that_is_trained_fits(tuning: Tuning) -> None:
     runner, asked = stand_ins(), list[dict[str, Any]]()
 

@@ -146,7 +146,12 @@ def decide(folds: Folds) -> Decision:
     if not least:
         raise UserError(NO_MODEL, field="--minutes")
     most, margin, unit = context.request.max_bytes, context.request.margin_share, context.scores.unit
-    recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= least]
+    # Where steps took longer than planned, no training may have more than two folds: no reason for a regression.
+    of_trained = min(
+        least, max((len(done) for recipe, done in folds.outcomes.items() if not recipe.is_probe), default=0)
+    )
+    enough = {recipe: least if recipe.is_probe else max(2, of_trained) for recipe in folds.outcomes}
+    recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= enough[recipe]]
     sizes = [bytes_of(folds, recipe) for recipe in recipes]
     fitting = [number for number, size in enumerate(sizes) if most is None or size <= most]
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
@@ -169,7 +174,7 @@ def decide(folds: Folds) -> Decision:
         for number, recipe in enumerate(recipes)
     ]
     for recipe, done in folds.outcomes.items():
-        if 0 < len(done) < least:
+        if 0 < len(done) < enough[recipe]:
             dropped = f"{len(done)} of {FOLDS} folds: not clearly better"
             candidates.append(Candidate(recipe, bytes_of(folds, recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
