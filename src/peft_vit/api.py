@@ -121,9 +121,16 @@ class TrainedModel:
 
     @cached_property
     def record(self) -> RunRecord | None:
-        """What happened in the run that made it; None: an exported file holds none."""
-        from peft_vit.records import RECORD_FILE, read_record
+        """What happened in the run that made it; None: an exported file holds none.
 
+        What it says of test images is of the model as `tune` wrote it, with its bits.
+        """
+        from peft_vit.records import RECORD_FILE, read_record
+        from peft_vit.tuning.state import MODEL_FOLDER
+
+        in_form = self.path / MODEL_FOLDER / RECORD_FILE
+        if os.path.isfile(in_form):
+            return read_record(in_form)
         return None if self._run is None else read_record(self._run / RECORD_FILE)
 
     @property

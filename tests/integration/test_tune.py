@@ -22,7 +22,7 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.tuning.context import _telling_if_slow
-from peft_vit.tuning.costs import LONGEST, MOST_STEPS
+from peft_vit.tuning.costs import LONGEST, MOST_STEPS, Costs
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer
@@ -316,6 +316,31 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
     assert not any("qa_lora" in name for name in dear)
     assert any("qa_lora_nf4" in name for name in cheap)
     assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=330_000))  # which nothing of 4 bits meets
+
+
+def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tuning: Tuning) -> None:
+    planned, runner = paced(stand_ins(step_s=7.0)), stand_ins(step_s=10.0)
+    given = {"make_runner": lambda *_: runner, "regress": runner.regress, "round_run": runner.round_run}
+    environment = replace(planned, clock=lambda: runner.now, write_output=lambda *_: None, **given)
+    choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
+    assert choice.decision.taken.folds == 2
+    assert not choice.recipe.is_probe
+    assert runner.now <= 1.1 * 20 * 60
+
+
+def test_a_size_whose_model_takes_longer_to_write_than_there_is_time_is_not_taken(
+    tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def truth(experiment: Mapping[str, Any], size: int) -> float:
+        return {32: 0.6, 48: 0.7, 64: 0.95}[size] - 0.1 * (experiment["method"] != "linear")
+
+    def taken(output: Path) -> int:
+        return tuning(stand_ins(truth=truth), minutes=20.0, output=output).recipe.image_size
+
+    assert taken(tmp_path / "free") == 64
+    ending_s = Costs.ending_s
+    monkeypatch.setattr(Costs, "ending_s", lambda own, of, *a: 1400.0 if of.image_size == 64 else ending_s(own, of, *a))
+    assert taken(tmp_path / "dear") < 64
 
 
 def test_within_bytes_of_an_adapter_all_that_is_trained_fits(tuning: Tuning) -> None:

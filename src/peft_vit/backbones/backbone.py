@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -130,9 +130,10 @@ class Backbone:
             raise UserError(message, field="num_classes")
         return layers[0] if len(layers) == 1 else AveragedHeads(layers)
 
-    def is_of_head(self, parameter: str) -> bool:
-        """Tell whether a parameter, by its name, is one of the head's."""
-        return parameter.startswith(tuple(f"{name}." for name in self.heads))
+    def of_head(self, parameters: Iterable[str]) -> set[str]:
+        """Return which of some parameters, by their names, are the head's."""
+        prefixes = tuple(f"{name}." for name in self.heads)  # once: it looks through all modules
+        return {parameter for parameter in parameters if parameter.startswith(prefixes)}
 
     @property
     def blocks(self) -> list[str]:

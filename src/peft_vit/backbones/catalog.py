@@ -111,7 +111,8 @@ def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
     with counter, evaluating(model):
         model(torch.zeros(1, *backbone.input_size, device="meta"))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    head = tuple(name for name in sizes if backbone.is_of_head(name))
+    of_head = backbone.of_head(sizes)
+    head = tuple(name for name in sizes if name in of_head)
     return BackboneShape(
         sites=sites,
         multiply_adds=int(counter.get_total_flops()) // 2,

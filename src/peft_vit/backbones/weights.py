@@ -524,11 +524,13 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
         """Return the source's tensors but the head's under the model's names, in the shapes for its image size."""
         with foreign_fault("does not fit the model", weights.name, field="backbone.model"):
             tensors = backbone.family.fit_weights(dict(weights.tensors), model)  # renames, and resamples positions
-        return {name: tensor for name, tensor in tensors.items() if not backbone.is_of_head(name)}
+        of_head = backbone.of_head(tensors)
+        return {name: tensor for name, tensor in tensors.items() if name not in of_head}
 
     model = backbone.model
     like = model.state_dict()
-    own = [name for name in like if not backbone.is_of_head(name)]
+    of_head = backbone.of_head(like)
+    own = [name for name in like if name not in of_head]
     patches = weights.tensors.get(_PATCH_WEIGHT)
     if patches is not None and _PATCH_WEIGHT in like and patches.shape != like[_PATCH_WEIGHT].shape:
         refuse("holds tensors of another shape", [_PATCH_WEIGHT])  # timm would resample it silently

@@ -70,7 +70,8 @@ class PackedAdapter:
             UserError: if more than adapters and head was trained, or the PEFT library has done it.
         """
         backbone = Backbone(model)
-        others = [name for name in trained_tensors(model) if ".sites." not in name and not backbone.is_of_head(name)]
+        beside = [name for name in trained_tensors(model) if ".sites." not in name]
+        others = sorted(set(beside) - backbone.of_head(beside))
         if others or tuner_layers(model):
             why = f"{others[0]} was trained, too" if others else "the PEFT library trained it"
             raise UserError(f"{why}; a bundle holds runs of lora, adalora, qa_lora, qa_adalora, linear and qa_linear")

@@ -131,6 +131,7 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
     """
     backbone = Backbone.within(model)
     blocks = backbone.blocks
+    of_head = backbone.of_head(name for name, _ in backbone.model.named_parameters())
     layers: dict[int, list[nn.Parameter]] = {}
     reached = 0  # blocks that have been seen: parameters come in the order of a forward pass
     for name, parameter in backbone.model.named_parameters():
@@ -139,7 +140,7 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
             layer = reached = own + 1
         else:  # before the next block; before the first one stand embeddings
             layer = reached + 1 if reached else 0
-        if backbone.is_of_head(name):
+        if name in of_head:
             layer = len(blocks) + 1
         if parameter.requires_grad:
             layers.setdefault(layer, []).append(parameter)

@@ -70,8 +70,9 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
         ranked: of LoRA, the best first; none: there is no time to train.
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
-    limit = state.until(folds.ending_s(best.rounded(ROUNDED[0])))
-    _do(folds, best, _FEWEST, limit)
+    for fold in _FEWEST:  # each says more about how long the last training takes
+        limit = state.until(folds.ending_s(best.rounded(ROUNDED[0])))
+        _do(folds, best, [fold], limit)
     if not folds.clearly_better(best, probe):
         folds.round(probe, allowed_bits(folds, probe), limit)
     if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
@@ -146,9 +147,15 @@ def decide(folds: Folds) -> Decision:
     if not least:
         raise UserError(NO_MODEL, field="--minutes")
     most, margin, unit = context.request.max_bytes, context.request.margin_share, context.scores.unit
-    recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= least]
+    # Where steps took longer than planned, no training may have more than two folds: no reason for a regression.
+    of_trained = min(
+        least, max((len(done) for recipe, done in folds.outcomes.items() if not recipe.is_probe), default=0)
+    )
+    enough = {recipe: least if recipe.is_probe else max(2, of_trained) for recipe in folds.outcomes}
+    recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= enough[recipe]]
     sizes = [bytes_of(folds, recipe) for recipe in recipes]
-    fitting = [number for number, size in enumerate(sizes) if most is None or size <= most]
+    small = [number for number, size in enumerate(sizes) if most is None or size <= most]
+    fitting = [number for number in small if folds.ends_in_time(recipes[number])] or small
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     choice = choose_model(folds.measured(recipes), sizes, fitting or range(len(recipes)), floats, margin)
     taken = choice.odds[choice.chosen]
@@ -158,7 +165,7 @@ def decide(folds: Folds) -> Decision:
         if number == choice.chosen:
             return ""
         if number not in fitting:
-            return "larger than the limit"
+            return "no time to finish it" if number in small else "larger than the limit"
         if size < 0:
             return f"expected to be {-gain:.1f} {unit} worse" if gain <= -0.05 else "smaller, but less sure"
         larger = "larger" if size > 0 else "as large"
@@ -169,7 +176,7 @@ def decide(folds: Folds) -> Decision:
         for number, recipe in enumerate(recipes)
     ]
     for recipe, done in folds.outcomes.items():
-        if 0 < len(done) < least:
+        if 0 < len(done) < enough[recipe]:
             dropped = f"{len(done)} of {FOLDS} folds: not clearly better"
             candidates.append(Candidate(recipe, bytes_of(folds, recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))

@@ -95,6 +95,7 @@ def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Ou
     summary = TuningSummary(choice, record, quality, exports)
     files = output_files_in(directory)
     write_whole(files.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
+    write_whole(model_folder / RECORD_FILE, (record.model_dump_json(indent=1) + "\n").encode())
     write_whole(files.config, configuration(choice, record).encode())
     library = "openvino" if exports.model.suffix == ".xml" else "onnx"
     head = card_head(model_summary(summary), library, choice.request.images.name or "images")

@@ -148,7 +148,9 @@ def choose(
     with state.stage("sizes"):
         reserved_s = max(state.training_s, state.limit.left_s - state.share_s("sizes"))
         sizes = try_sizes(costs, allowed, regress, state.until(reserved_s))
-        probe = max((size for size in sizes if size.score is not None), key=lambda size: size.expected).probe
+        tried = [size for size in sizes if size.score is not None]
+        ending = [size for size in tried if folds.ends_in_time(size.probe.rounded(ROUNDED[0]))] or tried[:1]
+        probe = max(ending, key=lambda size: size.expected).probe
         labels = gain_of_labels(folds.context, probe, regress)
     with state.stage("search"):
         folds.run([probe], range(FEWEST_FOLDS), state.limit)

@@ -52,7 +52,7 @@ def test_every_family_has_every_parameter_once_and_blocks_rise_to_the_head(model
     for place, block in enumerate(blocks):
         (rate,) = {rate for name, rate in rate_of.items() if name.startswith(f"{block}.")}
         assert rate == pytest.approx(DECAY ** (len(blocks) - place))
-    assert {rate for name, rate in rate_of.items() if Backbone(made).is_of_head(name)} == {1.0}
+    assert {rate_of[name] for name in Backbone(made).of_head(rate_of)} == {1.0}
     first = [name for name in rate_of if name.startswith(("patch_embed", "embeds", "cls_token", "pos_embed"))]
     assert first
     assert all(rate_of[name] == pytest.approx(DECAY ** (len(blocks) + 1)) for name in first)
