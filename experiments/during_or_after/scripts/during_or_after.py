@@ -53,7 +53,7 @@ SETS = {
     ),
 }
 LORA = "lora"
-ALL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # a pilot's experiment is named by the place here
+ALL_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 1e-4)  # a pilot's experiment is named by the place here
 # Of each method, rising; on digits nf4's last was added, since the one before was the best.
 RATES = {
     LORA: (3e-4, 1e-3, 3e-3),
@@ -61,6 +61,7 @@ RATES = {
     "int3": (3e-4, 1e-3, 3e-3),
     "int2": (3e-4, 1e-3, 3e-3),
 }
+FURTHER = {("fashion", "nf4"): (1e-4,)}  # of a set alone, since the one beside it was the best there
 DURING = {"nf4": "nearest", "int3": "gptq", "int2": "gptq", "int8": "nearest"}  # by type, how it is rounded
 MORE = {"int8": "nf4"}  # in studies of their own, which come after the others, at the rate of another
 PILOTED = tuple(RATES)
@@ -97,6 +98,11 @@ ROUNDED = (
 )
 
 
+def rates_of(images: str) -> dict[str, tuple[float, ...]]:
+    """Return the rates of a set's pilot by method, rising."""
+    return {name: tuple(sorted((*rates, *FURTHER.get((images, name), ())))) for name, rates in RATES.items()}
+
+
 def experiment(name: str, rate: float) -> dict[str, Any]:
     """Return an experiment of the study: LoRA on floats, or QA-LoRA in a type."""
     training = {"learning_rate": rate}
@@ -119,7 +125,7 @@ def configuration(images: str, which: str, rates: Mapping[str, float]) -> dict[s
     if which == "pilot":
         experiments = []
         for name in PILOTED:
-            for rate in RATES[name]:
+            for rate in rates_of(images)[name]:
                 one = experiment(name, rate)
                 experiments.append({**one, "name": f"{one['name']}_rate{ALL_RATES.index(rate)}"})
     else:
@@ -200,7 +206,7 @@ def chosen_rates(images: str) -> dict[str, float]:
         means = in_turn.mean_by_rate(rows[rows.of == name])
         chosen[name] = best = float(means.idxmax())
         if best in (means.index[0], means.index[-1]):
-            message = f"{name}: {best:g} is at an end of the rates; add one beyond it to RATES, and go on"
+            message = f"{name}: {best:g} is at an end of the rates; add one beyond it to FURTHER, and go on"
             raise UserError(message, file=PILOT_ROWS)
     return chosen
 
@@ -211,13 +217,14 @@ def pilot_rows(images: str) -> pd.DataFrame:
         return pd.DataFrame()
     rows = pd.read_csv(PILOT_ROWS)
     rows = rows.assign(of=rows.experiment.str.replace(r"^(during_)?|_rate\d+$", "", regex=True))
-    asked = np.array([rate in RATES[name] for name, rate in zip(rows.of, rows.learning_rate, strict=True)], dtype=bool)
+    of_set = rates_of(images)
+    asked = np.array([rate in of_set[name] for name, rate in zip(rows.of, rows.learning_rate, strict=True)], dtype=bool)
     return rows[asked & (rows.study == f"during_or_after_{images}_pilot")]
 
 
 def is_piloted(images: str) -> bool:
     """Return whether every run of a set's pilot has its row."""
-    return len(pilot_rows(images)) == len(PILOT_SEEDS) * sum(map(len, RATES.values()))
+    return len(pilot_rows(images)) == len(PILOT_SEEDS) * sum(map(len, rates_of(images).values()))
 
 
 def do(images: str, which: str, folder: Path, seeds: Sequence[int]) -> None:
