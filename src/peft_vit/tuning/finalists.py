@@ -148,10 +148,8 @@ def decide(folds: Folds) -> Decision:
         raise UserError(NO_MODEL, field="--minutes")
     most, margin, unit = context.request.max_bytes, context.request.margin_share, context.scores.unit
     # Where steps took longer than planned, no training may have more than two folds: no reason for a regression.
-    of_trained = min(
-        least, max((len(done) for recipe, done in folds.outcomes.items() if not recipe.is_probe), default=0)
-    )
-    enough = {recipe: least if recipe.is_probe else max(2, of_trained) for recipe in folds.outcomes}
+    trained = min(least, max([2, *(len(done) for recipe, done in folds.outcomes.items() if not recipe.is_probe)]))
+    enough = {recipe: least if recipe.is_probe else trained for recipe in folds.outcomes}
     recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= enough[recipe]]
     sizes = [bytes_of(folds, recipe) for recipe in recipes]
     small = [number for number, size in enumerate(sizes) if most is None or size <= most]
