@@ -131,7 +131,7 @@ FORMS = {
         kind: (partial(packed_model, [QuantizationFormat(kind, 32, True, torch.float16)]), {})
         for kind in ("int2", "int3", "int4", "int8", "nf4", "fp4")
     },
-    "nf3_fast": (partial(packed_model, [QuantizationFormat("nf3", 32, True, torch.float16)]), {"runtime": "fast"}),
+    "int3_fast": (partial(packed_model, [QuantizationFormat("int3", 32, True, torch.float16)]), {"runtime": "fast"}),
 }
 
 

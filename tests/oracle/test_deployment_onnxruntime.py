@@ -29,8 +29,6 @@ FORMATS = [  # with offset, which an update has changed; blocks of one and of se
         QuantizationFormat(kind, None, offset=False, scale_dtype=torch.float16)
         for kind in ("int2", "int3", "int4", "int8", "nf4", "fp4")
     ),
-    QuantizationFormat("nf4", 32, False, torch.float16, double_quant=True),
-    QuantizationFormat("int4", 32, True, double_quant=True),
     QuantizationFormat("int4", 32, offset=True),  # float32
     QuantizationFormat("int8", 32, offset=False),
     QuantizationFormat("nf4", 32, offset=False),

@@ -31,7 +31,7 @@ FORMATS = [
     *(QuantizationFormat(kind, None, False, torch.float16) for kind in KINDS),
     *(QuantizationFormat(kind, 32, offset, torch.float32) for kind in KINDS for offset in (False, True)),
     QuantizationFormat("int3", 16, True, torch.float16),
-    QuantizationFormat("int3", 32, False, torch.float16, double_quant=True),
+    QuantizationFormat("int3", 32, False, torch.float16),
     QuantizationFormat("int4", 8, True),
 ]
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_vit.quantization import QuantizationFormat, code_values, quantize, unpack_codes
-from peft_vit.quantization.formats import dynamic_values
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -76,39 +75,3 @@ def test_any_weights(type, group, rows, groups, scale, dtype, heavy_tails, seed)
     if dtype is not torch.float32:  # whose denormals they flush
         scale = min(max(scale, 0.02), 1.0)
     assert_equal_to_bitsandbytes((weight * scale).to(dtype).contiguous(), type, group)
-
-
-def test_values_of_the_8_bit_type_of_scales() -> None:
-    assert torch.equal(dynamic_values(), functional.create_dynamic_map())
-
-
-@pytest.mark.parametrize(("rows", "scale"), [(48, 0.02), (7, 1.0), (1, 1e-6), (60, 1e20)])
-@pytest.mark.parametrize("type", TYPES)
-def test_double_quantization_keeps_the_same_scales(type: str, rows: int, scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = scale * torch.randn(rows, 384, generator=generator) * torch.rand(rows, 1, generator=generator)
-    _, state = functional.quantize_4bit(weight, blocksize=32, quant_type=type, compress_statistics=True)
-    format = QuantizationFormat(type, 32, offset=False, double_quant=True)  # type: ignore[arg-type]
-    quantized = quantize(weight, format)
-    tensors = quantized.tensors()
-    assert torch.equal(tensors["scale_blocks"], state.state2.absmax)
-    assert torch.equal(tensors["scale_mean"][0], state.offset)
-    theirs = (functional.dequantize_blockwise(state.absmax, state.state2) + state.offset).flatten().clamp(min=0)
-    ours, codes = quantized.scales.flatten(), tensors["scales"].flatten()
-    # Their kernel's search takes the second nearest code about once in a thousand.
-    differ = codes != state.absmax.flatten()
-    assert differ.sum() <= 0.002 * len(codes)
-    assert torch.equal(ours[~differ], theirs[~differ])
-    exact = weight.view(-1, 32).abs().amax(1)
-    assert ((ours - exact).abs() <= (theirs - exact).abs()).all()
-
-
-@pytest.mark.parametrize("type", TYPES)
-def test_codes_against_the_stored_scales_lose_no_more_than_theirs(type: str) -> None:
-    # bitsandbytes chooses codes before it rounds the scales.
-    weight = 0.02 * torch.randn(96, 384, generator=torch.Generator().manual_seed(0))
-    theirs = functional.dequantize_4bit(*functional.quantize_4bit(weight, None, None, 32, True, type))
-    ours = quantize(weight, QuantizationFormat(type, 32, offset=False, double_quant=True))  # type: ignore[arg-type]
-    assert (
-        (ours.dequantize() - weight).norm() <= (theirs - weight).norm() <= 1.001 * (ours.dequantize() - weight).norm()
-    )

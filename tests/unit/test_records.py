@@ -293,7 +293,7 @@ def study_file(folder: Path, change: dict[str, Any], **beside: object) -> Path:
 
 def older(folder: Path, section: str, **settings: object) -> Path:
     """Return the file of a record in which a section of the experiment has further settings."""
-    name = "adalora_top_k_fisher" if section == "adalora" else "lora_r1"
+    name = {"adalora": "adalora_top_k_fisher", "qa_lora": "qa_lora_fp4_cosine"}.get(section, "lora_r1")
     file = write_record(folder, record(spec(name)))
     data = json.loads(file.read_text())
     data["spec"]["experiment"][section] |= settings
@@ -351,6 +351,9 @@ def test_what_went_of_a_study_is_refused(tmp_path, monkeypatch, change, beside, 
         ("adalora", {"importance_metric": "singular_value"}, "adalora.importance_metric"),
         ("adalora", {"prune": "sideways"}, "adalora.prune"),
         ("adalora", {"polish": "shiny"}, "adalora.polish"),
+        ("qa_lora", {"quantization_type": "nf3"}, "qa_lora.quantization_type"),
+        ("qa_lora", {"adaptive_bits": {"types": ["int8", "nf3"]}}, "qa_lora.adaptive_bits.types"),
+        ("qa_lora", {"use_double_quant": True}, "qa_lora.use_double_quant"),
         ("training", {"schedule": "zigzag"}, "training.schedule"),
     ],
 )
@@ -366,6 +369,7 @@ def test_what_went_of_a_record_is_refused(tmp_path, monkeypatch, section, settin
 def test_what_went_is_left_out_where_it_did_nothing_and_is_no_result_of_this_version(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none"))
     assert read_record(older(tmp_path, "adalora", polish="none")).spec == spec("adalora_top_k_fisher")
+    assert read_record(older(tmp_path, "qa_lora", use_double_quant=False)).spec == spec()
     file = older(tmp_path, "adalora", prune="reversible")
     data = json.loads(file.read_text())
     assert read_record(file).spec == spec("adalora_top_k_fisher")

@@ -126,7 +126,9 @@ def read_adapter_file(file: Path) -> AdapterFile:
             formats={name: QuantizationFormat.from_json(fields) for name, fields in formats.items()},
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError) as error:
-        raise UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file) from None
+        raise UserError(
+            f"has a damaged peft_vit header, or one of another version ({type(error).__name__}: {error})", file=file
+        ) from None
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -383,9 +383,7 @@ class QaLoraConfig(StoredAdapterConfig):
         default=32, ge=2, description="The number of inputs that share a scale, with use_group_quantization"
     )
     quantization_offset: bool | None = Field(
-        default=None,
-        description="Store an offset beside each scale while training. Without it, if there are groups and no "
-        "use_double_quant",
+        default=None, description="Store an offset beside each scale while training. Without it, if there are groups"
     )
     scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="The precision of scales and offsets")
     rounding: Rounding = Field(
@@ -395,9 +393,6 @@ class QaLoraConfig(StoredAdapterConfig):
     )
     calibration_images: Annotated[int | None, OnlyWith(rounding="gptq")] = Field(
         default=None, ge=1, description="Training images for rounding: gptq. Without it, 128, or all if there are fewer"
-    )
-    use_double_quant: Annotated[bool, OnlyWith(use_group_quantization=True)] = Field(
-        default=False, description="Store the scales of groups in 8 bits, as bitsandbytes does"
     )
     rank: int | None = Field(
         default=None,
@@ -437,9 +432,7 @@ class QaLoraConfig(StoredAdapterConfig):
     @property
     def offset(self) -> bool:
         """Return whether an offset is stored beside each scale while training."""
-        if self.quantization_offset is None:
-            return self.use_group_quantization and not self.use_double_quant
-        return self.quantization_offset
+        return self.use_group_quantization if self.quantization_offset is None else self.quantization_offset
 
     @property
     def images_to_round_by(self) -> int:

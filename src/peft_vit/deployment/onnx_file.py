@@ -10,8 +10,6 @@ modules that are exported as onnxruntime's operators first, in one of three ways
     nf4, fp4            MatMulBnb4: value[c] s
     with offset         the same, plus (sum of x over the group) (o + 2^(bits - 1) s), for nf4 and fp4 (...) o
 
-nf3 is in none of them: MatMulBnb4 has the tables of nf4 and fp4 alone.
-
 MatMulNBits also takes float zero points -o / s, at 2 and 4 bits. The CPU kernel of onnxruntime 1.32 then unpacks the
 weights at each call: ViT-S at 112 px and batch 1 takes 39 ms where the sums over groups take 20 and float32 takes 19.
 And constant groups, whose s is 0, would need another way. The attribute accuracy_level stays at its default, inputs in
@@ -74,7 +72,7 @@ class OnnxLinear(nn.Module):
     """A packed linear layer whose forward pass can only be exported.
 
     Raises:
-        UserError: if the operators have no blocks that fit its groups, or not its codebook.
+        UserError: if the operators have no blocks that fit its groups.
     """
 
     def __init__(self, layer: AdaptedLinear, name: str) -> None:
@@ -98,12 +96,6 @@ class OnnxLinear(nn.Module):
         codes = quantized.codes
         self.shift = 0  # what the operator takes from a code and the format does not
         if kind.has_codebook:
-            if kind.type not in _BNB4_TYPE:
-                raise UserError(
-                    f"{name} is in {kind.type}, which onnxruntime's low-bit products have no table for; export with "
-                    "--runtime fast, or use int3",
-                    field="quantization_type",
-                )
             self.operator = "MatMulBnb4"
             self.attributes["quant_type"] = _BNB4_TYPE[kind.type]
             codes = ((codes & 15) << 4 | codes >> 4).flatten()  # its earlier code takes the upper half

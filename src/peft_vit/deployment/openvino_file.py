@@ -12,8 +12,8 @@ Constant -> Convert -> Subtract -> Multiply -> Reshape of (out, groups, group si
 
 Without offset z is 0, and there is no Subtract; int2's is 2. Codes are signed, since z is then small, and loses little
 where it is stored in float16 (relative error 2^-11), as offsets of float16 are. int3 takes fields of 4 bits, since the
-CPU plugin has no product on 3. OpenVINO's nf4 has QLoRA's values; no type has those of nf3. Its 4-bit float, f4e2m1, is
-not bitsandbytes' fp4: scaled to the same range, code 1 is 1/12 there and 1/192 here.
+CPU plugin has no product on 3. OpenVINO's nf4 has QLoRA's values. Its 4-bit float, f4e2m1, is not bitsandbytes' fp4:
+scaled to the same range, code 1 is 1/12 there and 1/192 here.
 
 Sources: OpenVINO's src/common/transformations, op_conversions/convert_fc_to_compressed.cpp, for what is fused; its type
 nf4, core/type/nf4.cpp, for the table.
@@ -42,8 +42,6 @@ from peft_vit.statistics import Neighbours
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
 _INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
-_CODEBOOKS = {"nf4": "nf4"}
-_NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)"}
 _NF4_ZERO = 7  # the code whose value is 0
 _FRACTION_BITS = {torch.float16: 11, torch.float32: 24}
 
@@ -79,7 +77,7 @@ def weight_node(weight: QuantizedTensor) -> Any:
     (rows, columns), groups = weight.shape, weight.groups
     bits = field_bits(weight.format.bits)
     packed = pack_codes(codes.reshape(1, -1), bits).numpy()
-    kind = _CODEBOOKS[weight.format.type] if weight.format.has_codebook else _INTEGERS[bits]
+    kind = weight.format.type if weight.format.has_codebook else _INTEGERS[bits]
     tensor = ov.Tensor(packed, ov.Shape([rows, groups, columns // groups]), getattr(ov.Type, kind))
     node = ops.convert(ov.op.Constant(tensor, shared_memory=False), ov.Type.f32)
     if zeros is not None:
@@ -130,11 +128,10 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighb
     check_merged(model)
     packed = packed_weights(model)
     for name, weight in packed.items():
-        kind = weight.format.type
-        if weight.format.has_codebook and kind not in _CODEBOOKS:
+        if weight.format.type == "fp4":
             raise UserError(
-                f"{name} is in {kind}, which OpenVINO has no type for{_NO_TYPE.get(kind, '')}; export onnx or "
-                "safetensors, or use nf4 or an int type",
+                f"{name} is in fp4, which OpenVINO has no type for (its f4e2m1 has another value at code 1); export "
+                "onnx or safetensors, or use nf4 or an int type",
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed, known)

@@ -20,7 +20,6 @@ import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import SerializerFunctionWrapHandler, model_serializer
 from safetensors.torch import load_file, save, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -130,14 +129,7 @@ class _Layer(Strict):
     group_size: int | None
     offset: bool
     scale_dtype: Literal["float16", "float32"]
-    double_quant: bool = False
     shape: tuple[int, int]  # (out, in)
-
-    @model_serializer(mode="wrap")
-    def _as_older_files(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave double_quant out where it is false, or the hash of older files would be another one."""
-        fields: dict[str, Any] = serialize(self)
-        return fields if self.double_quant else {name: fields[name] for name in fields if name != "double_quant"}
 
 
 class LowBitHeader(Header):

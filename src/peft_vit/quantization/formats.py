@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Self
 
@@ -18,8 +18,6 @@ from peft_vit.quantization.packing import row_bytes
 SCALE_DTYPES = (torch.float32, torch.float16)
 # bitsandbytes takes the reciprocal of at least this, so that a group of zeros does not divide by zero.
 _SMALLEST_SCALE = 1e-38
-BLOCK = 256  # scales in 8 bits that share a largest magnitude
-_EXPONENTS = 7  # powers of ten, from 1e-6 to 1
 LARGEST_LOSS = 0.01  # ten times what rounding a normal float16 number may lose
 SPACING = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps  # 2^-24
 
@@ -43,15 +41,11 @@ class QuantizationFormat:
               c = 0 is never used             group's minimum
     ========  ==============================  =============================================
 
-    With `double_quant` the scales themselves are kept in 8 bits, see `QuantizedScales`; the scale above is the one that
-    they stand for, rounded to scale_dtype.
-
     Attributes:
         type: the code's type.
         group_size: adjacent inputs that share a scale (and an offset); None for one scale per output row.
         offset: whether groups have an offset; a merged update always becomes one.
         scale_dtype: float32 or float16, for scales, and for offsets as they are quantized.
-        double_quant: whether scales are kept in 8 bits.
 
     Raises:
         UserError: if a field has a value that no format has.
@@ -61,7 +55,6 @@ class QuantizationFormat:
     group_size: int | None
     offset: bool
     scale_dtype: torch.dtype = torch.float32
-    double_quant: bool = False
 
     def __post_init__(self) -> None:
         if self.type not in NUMBER_FORMATS:
@@ -82,9 +75,8 @@ class QuantizationFormat:
         return cls(**{**fields, "scale_dtype": dtypes[fields["scale_dtype"].removeprefix("torch.")]})
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them, the dtype by its name; double_quant where it is true, as older files."""
-        fields = {**asdict(self), "scale_dtype": dtype_name(self.scale_dtype)}
-        return fields if self.double_quant else {name: fields[name] for name in fields if name != "double_quant"}
+        """Return the fields as JSON has them, the dtype by its name."""
+        return {**asdict(self), "scale_dtype": dtype_name(self.scale_dtype)}
 
     @property
     def bits(self) -> int:
@@ -134,10 +126,8 @@ class QuantizationFormat:
         Raises:
             UserError: if the group size does not divide the columns.
         """
-        groups = rows * self.groups(columns)
-        scales = groups + 4 * -(-groups // BLOCK) + 4 if self.double_quant else groups * self.scale_dtype.itemsize
-        offsets = groups * self.scale_dtype.itemsize if self.offset else 0
-        return rows * row_bytes(columns, self.bits) + scales + offsets
+        scales = rows * self.groups(columns) * self.scale_dtype.itemsize
+        return rows * row_bytes(columns, self.bits) + scales * (2 if self.offset else 1)
 
 
 def code_values(type: QuantizationType) -> Tensor:
@@ -147,13 +137,13 @@ def code_values(type: QuantizationType) -> Tensor:
 
 @cache
 def pair_table(type: QuantizationType, device: torch.device) -> Tensor:
-    """Return the two float32 values of each pair of a codebook's codes, earlier + 2^bits later, of shape (4^bits,).
+    """Return the two float32 values of each pair of a codebook's 4-bit codes, earlier + 16 later, of shape (256,).
 
     Both are in one int64, to be read and written at once: several times as fast as looking up single codes.
     """
     values = code_values(type)
-    pairs = torch.cartesian_prod(values, values).flip(1)  # (4^bits, 2): the earlier code changes fastest
-    return pairs.contiguous().view(torch.int64).flatten().to(device)  # (4^bits, 1) -> (4^bits,)
+    pairs = torch.cartesian_prod(values, values).flip(1)  # (256, 2): the earlier code changes fastest
+    return pairs.contiguous().view(torch.int64).flatten().to(device)  # (256, 1) -> (256,)
 
 
 def nearest_codes(weights: Tensor, scales: Tensor, values: Tensor) -> Tensor:
@@ -170,77 +160,6 @@ def nearest_codes(weights: Tensor, scales: Tensor, values: Tensor) -> Tensor:
     values, codes = values.sort(stable=True)  # (codes,) each
     scaled = (weights * (1.0 / scales.clamp(min=_SMALLEST_SCALE))).clamp_(-1, 1)
     return codes.to(torch.uint8)[torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)]
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedScales:
-    """The scales of a matrix, (out, groups), in 8 bits: double quantization of QLoRA, arXiv 2305.14314, section 3.
-
-    The mean of all scales of a matrix is taken off, and what is left is kept as codes of bitsandbytes' dynamic 8-bit
-    type (Dettmers, arXiv 1511.04561, as `bitsandbytes.functional.create_dynamic_map` makes it) times the largest
-    magnitude of each block of 256, row by row:
-
-        scale = mean + largest of the block * value[code]
-
-    With groups of 32 that is 8 / 32 + 32 / (32 * 256) = 0.254 bits a weight, where float16 takes 0.5. bitsandbytes
-    calls it `compress_statistics`, transformers `bnb_4bit_use_double_quant`.
-
-    Attributes:
-        codes: uint8, (out, groups).
-        blocks: float32, (ceil(out * groups / 256),), the largest magnitude of scale - mean in each block.
-        mean: float32, (1,).
-        dtype: float32 or float16, to which the scales are rounded that they stand for.
-    """
-
-    codes: Tensor
-    blocks: Tensor
-    mean: Tensor
-    dtype: torch.dtype
-
-    def dequantize(self) -> Tensor:
-        """Return the scales that the codes stand for, (out, groups), none of them negative."""
-        values = dynamic_values().to(self.codes.device)[self.codes.flatten().int()]  # (out * groups,)
-        scales = values * self.blocks.repeat_interleave(BLOCK)[: len(values)] + self.mean
-        return scales.clamp_(0, torch.finfo(self.dtype).max).to(self.dtype).view(self.codes.shape)  # (out, groups)
-
-    def to(self, device: torch.device | str) -> QuantizedScales:
-        """Return the same scales on another device."""
-        return replace(self, codes=self.codes.to(device), blocks=self.blocks.to(device), mean=self.mean.to(device))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what has to be stored."""
-        return {"scales": self.codes, "scale_blocks": self.blocks, "scale_mean": self.mean}
-
-
-def quantize_scales(scales: Tensor) -> QuantizedScales:
-    """Round scales to the nearest that 8 bits can store.
-
-    A scale comes out off by up to 0.7 % of its block's largest distance from the mean. One that is tiny beside the
-    others may be far off, or 0. (bitsandbytes' CPU kernel takes the second nearest now and then, once in a thousand.)
-
-    Args:
-        scales: float32 or float16 on the CPU, (out, groups), not negative.
-    """
-    flat = scales.float().flatten()  # (out * groups,)
-    mean = flat.mean()  # ()
-    rest = torch.nn.functional.pad(flat - mean, (0, -len(flat) % BLOCK)).view(-1, BLOCK)  # (blocks, 256)
-    largest = rest.abs().amax(1)  # (blocks,)
-    codes = nearest_codes(rest, largest.unsqueeze(1), dynamic_values())  # (blocks, 256)
-    return QuantizedScales(codes.flatten()[: len(flat)].view(scales.shape).clone(), largest, mean.view(1), scales.dtype)
-
-
-@cache
-def dynamic_values() -> Tensor:
-    """Return the values of the 256 codes, float32, from the smallest to 1: zero, and seven powers of ten of both signs.
-
-    The power 10^-e is split into 2^(6 - e) equal parts of [0.1, 1], each stood for by its middle.
-    """
-    positive = []
-    for exponent in range(_EXPONENTS):
-        edges = torch.linspace(0.1, 1, 2 ** (_EXPONENTS - 1 - exponent) + 1, dtype=torch.float32)
-        positive.append(10.0**-exponent * ((edges[:-1] + edges[1:]) / 2))  # in float32, as bitsandbytes rounds them
-    magnitudes = torch.cat(positive)  # (127,)
-    return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values  # (256,)
 
 
 def warn_of_scales(largest: Tensor, format: QuantizationFormat, name: str) -> None:

@@ -81,7 +81,9 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
         words = packed.to(torch.int16, memory_format=torch.contiguous_format)
         words.bitwise_or_(words << 4).bitwise_and_(0x0F0F)
     elif bits == 3:
-        words = _pairs_of_3_bits(packed)
+        words = _words(packed, 3)
+        words.bitwise_or_(words << 20).bitwise_and_(0x00000FFF00000FFF)
+        words.bitwise_or_(words << 10).bitwise_and_(0x003F003F003F003F)
         words.bitwise_or_(words << 5).bitwise_and_(0x0707070707070707)
     elif bits == 2:
         words = packed.to(torch.int32, memory_format=torch.contiguous_format)
@@ -92,26 +94,6 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
         words = _words(packed, bits).unsqueeze(-1) >> positions & 2**bits - 1  # (out, words, codes a word)
         return words.flatten(1)[:, :columns].to(torch.uint8)  # (out, codes)
     return words.view(torch.uint8)[:, :columns]  # (out, words) -> (out, codes)
-
-
-def unpack_pairs(packed: Tensor, bits: int) -> Tensor:
-    """Return packed codes of 3 or 4 bits in pairs, as whole numbers: earlier + 2^bits later.
-
-    Args:
-        packed: uint8, (out, bytes), contiguous.
-        bits: 3 or 4.
-
-    Returns:
-        uint8 or int16, (out, codes / 2), those that fill up a row included.
-    """
-    return packed if bits == 4 else _pairs_of_3_bits(packed).view(torch.int16)
-
-
-def _pairs_of_3_bits(packed: Tensor) -> Tensor:
-    """Return eight codes a word, (out, words) int64: a pair in the lowest 6 of each 16 bits."""
-    words = _words(packed, 3)
-    words.bitwise_or_(words << 20).bitwise_and_(0x00000FFF00000FFF)
-    return words.bitwise_or_(words << 10).bitwise_and_(0x003F003F003F003F)
 
 
 def _words(packed: Tensor, bits: int) -> Tensor:

@@ -4,9 +4,6 @@ Scales and offsets are rounded outwards to their stored dtype first (scales up, 
 chosen against the stored numbers. So no weight lies outside its group's range of codes, and its error is at
 most half the gap between neighbouring codes, in float16 as in float32. A group's minimum and largest
 magnitude are float32 numbers already: with float32 scales, only the scale of integer codes is rounded at all.
-
-Scales in 8 bits (double_quant) are these numbers rounded to nearest, as bitsandbytes does, so that a group's largest
-weights may lie outside by a little and are clipped; codes are chosen against the scales that the 8 bits stand for.
 """
 
 from __future__ import annotations
@@ -18,13 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization.formats import (
-    QuantizationFormat,
-    QuantizedScales,
-    nearest_codes,
-    quantize_scales,
-    warn_of_scales,
-)
+from peft_vit.quantization.formats import QuantizationFormat, nearest_codes, warn_of_scales
 from peft_vit.quantization.packing import pack_codes
 from peft_vit.quantization.tensor import QuantizedTensor, rows_at_once
 
@@ -71,13 +62,10 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
     parts = (_ranges(part, format) for part in row_blocks)
     largest, scales, offsets = (torch.cat(part) for part in zip(*parts, strict=True))  # (out, groups) each
     warn_of_scales(largest, format, name)
-    stored = quantize_scales(scales) if format.double_quant else scales
-    if isinstance(stored, QuantizedScales):
-        scales = stored.dequantize()
     step = len(row_blocks[0])
     of_rows = zip(row_blocks, scales.split(step), offsets.split(step), strict=True)
     codes = torch.cat([_codes(*part, format) for part in of_rows])  # (out, bytes)
-    return QuantizedTensor(codes, stored, offsets if format.offset else None, (rows, columns), format).to(weight.device)
+    return QuantizedTensor(codes, scales, offsets if format.offset else None, (rows, columns), format).to(weight.device)
 
 
 def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor]:

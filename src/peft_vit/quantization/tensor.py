@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization.formats import (
-    BLOCK,
-    SCALE_DTYPES,
-    QuantizationFormat,
-    QuantizedScales,
-    pair_table,
-    warn_of_offsets,
-)
-from peft_vit.quantization.packing import codes_at_once, row_bytes, unpack_codes, unpack_pairs
+from peft_vit.quantization.formats import SCALE_DTYPES, QuantizationFormat, pair_table, warn_of_offsets
+from peft_vit.quantization.packing import codes_at_once, row_bytes, unpack_codes
 
 _AT_ONCE = 1 << 16  # weights
 
@@ -32,8 +25,8 @@ class QuantizedTensor:
 
     Attributes:
         codes: packed, uint8, (out, `row_bytes(in, bits)`); layout as in `pack_codes`.
-        stored_scales: (out, groups), not negative, of the format's scale_dtype; of a format with double_quant, their
-            8-bit codes. Where a scale is 0, the group is constant and its codes mean nothing.
+        scales: (out, groups), not negative, of the format's scale_dtype. Where a scale is 0, the group is constant and
+            its codes mean nothing.
         offsets: (out, groups), float32 or float16; as quantized of the format's scale_dtype, merged ones may
             be of the other. None if the format has none.
         shape: (out, in).
@@ -41,16 +34,10 @@ class QuantizedTensor:
     """
 
     codes: Tensor
-    stored_scales: Tensor | QuantizedScales
+    scales: Tensor
     offsets: Tensor | None
     shape: tuple[int, int]
     format: QuantizationFormat
-
-    @property
-    def scales(self) -> Tensor:
-        """The scales, (out, groups), of the format's scale_dtype; computed at each call if they are kept in 8 bits."""
-        stored = self.stored_scales
-        return stored.dequantize() if isinstance(stored, QuantizedScales) else stored
 
     @property
     def groups(self) -> int:
@@ -97,7 +84,7 @@ class QuantizedTensor:
         return values.to(dtype)
 
     def columns(self, columns: slice) -> QuantizedTensor:
-        """Return the weights of some inputs, (out, c), to compute with: scales in 8 bits are in floats.
+        """Return the weights of some inputs, (out, c).
 
         Raises:
             ValueError: if they are not whole groups or bytes.
@@ -114,10 +101,10 @@ class QuantizedTensor:
     def _decode(self, values: Tensor) -> None:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
         bits = self.format.bits
-        if self.format.has_codebook and bits in (3, 4):
+        if self.format.has_codebook and bits == 4:
             table, step = pair_table(self.format.type, values.device), rows_at_once(values)
             for codes, part in zip(self.codes.split(step), values.split(step), strict=True):
-                pairs = unpack_pairs(codes, bits).flatten().int()  # (some rows * stored / 2,)
+                pairs = codes.flatten().int()  # (some rows * stored / 2,): earlier + 16 later
                 torch.index_select(table, 0, pairs, out=part.view(-1).view(torch.int64))  # a pair of float32 each
             return
         codes = unpack_codes(self.codes, bits, values.shape[1])  # (out, stored columns)
@@ -171,31 +158,26 @@ class QuantizedTensor:
             raise ValueError(f"expected an update of shape {expected}, got {tuple(update.shape)}")
 
     def rows(self, rows: slice) -> QuantizedTensor:
-        """Return some rows, to compute with: on the same memory, but scales in 8 bits are in floats."""
+        """Return some rows, on the same memory."""
         codes = self.codes[rows]
         return self._part(codes, (rows, slice(None)), (len(codes), self.shape[1]))
 
     def _part(self, codes: Tensor, groups: tuple[slice, slice], shape: tuple[int, int]) -> QuantizedTensor:
         offsets = None if self.offsets is None else self.offsets[groups]
-        return QuantizedTensor(codes, self.scales[groups], offsets, shape, replace(self.format, double_quant=False))
+        return QuantizedTensor(codes, self.scales[groups], offsets, shape, self.format)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
         return replace(
             self,
             codes=self.codes.to(device),
-            stored_scales=self.stored_scales.to(device),
+            scales=self.scales.to(device),
             offsets=None if self.offsets is None else self.offsets.to(device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what has to be stored: "codes", "scales" and, if there are any, "offsets".
-
-        Scales in 8 bits are "scales", "scale_blocks" and "scale_mean".
-        """
-        stored = self.stored_scales
-        scales = stored.tensors() if isinstance(stored, QuantizedScales) else {"scales": stored}
-        tensors = {"codes": self.codes, **scales}
+        """Return what has to be stored: "codes", "scales" and, if there are any, "offsets"."""
+        tensors = {"codes": self.codes, "scales": self.scales}
         return tensors if self.offsets is None else {**tensors, "offsets": self.offsets}
 
     @classmethod
@@ -203,8 +185,7 @@ class QuantizedTensor:
         """Return the quantized weights that `tensors` stored.
 
         Args:
-            tensors: "codes", "scales" and, exactly if the format has offsets, "offsets"; for scales in 8 bits also
-                "scale_blocks" and "scale_mean".
+            tensors: "codes", "scales" and, exactly if the format has offsets, "offsets".
             shape: (out, in) of the weight matrix.
             format: the format it was quantized to.
 
@@ -217,11 +198,8 @@ class QuantizedTensor:
         per_group = (rows, format.groups(columns))
         expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
             "codes": ((torch.uint8,), (rows, row_bytes(columns, format.bits))),
-            "scales": ((torch.uint8 if format.double_quant else format.scale_dtype,), per_group),
+            "scales": ((format.scale_dtype,), per_group),
         }
-        if format.double_quant:
-            blocks = -(-math.prod(per_group) // BLOCK)
-            expected |= {"scale_blocks": ((torch.float32,), (blocks,)), "scale_mean": ((torch.float32,), (1,))}
         if format.offset:
             expected["offsets"] = (SCALE_DTYPES, per_group)
         if tensors.keys() != expected.keys():
@@ -242,12 +220,8 @@ class QuantizedTensor:
         if not format.has_codebook and not format.offset:
             used = bool((unpacked[:, :columns] > 0).all())
             _check(used, "codes", "expected no code 0, which symmetric integers never use")
-        for name in ("scale_blocks", "scale_mean") if format.double_quant else ("scales",):
-            _check(bool((tensors[name] >= 0).all()), name, "expected no negative scale")
-        scales: Tensor | QuantizedScales = stored["scales"]
-        if format.double_quant:
-            scales = QuantizedScales(stored["scales"], stored["scale_blocks"], stored["scale_mean"], format.scale_dtype)
-        return cls(codes, scales, stored.get("offsets"), (rows, columns), format)
+        _check(bool((stored["scales"] >= 0).all()), "scales", "expected no negative scale")
+        return cls(codes, stored["scales"], stored.get("offsets"), (rows, columns), format)
 
 
 def rows_at_once(weight: Tensor) -> int:

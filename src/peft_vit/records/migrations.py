@@ -39,10 +39,13 @@ GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
     ("training", "activation_storage"): Gone("exact"),
     ("qa_lora", "start"): Gone("zero"),
     ("qa_lora", "loftq_iterations"): Gone(1),
+    ("qa_lora", "use_double_quant"): Gone(False),
 }
-GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {  # likewise, the values that went
+GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {  # likewise, the values that went, single or in a list
     ("lora", "ranks", "rule"): frozenset({"eva", "spt", "gora"}),
     ("adalora", "importance_metric"): frozenset({"singular_value", "relative_magnitude"}),
+    ("qa_lora", "quantization_type"): frozenset({"nf3"}),
+    ("qa_lora", "adaptive_bits", "types"): frozenset({"nf3"}),
 }
 # Keys of a study's configuration on which no result depends: dropped.
 GONE_OF_STUDIES: tuple[str, ...] = ("hypotheses",)
@@ -70,8 +73,10 @@ def migrated(content: Any) -> Any:
             if setting in section and (value := section.pop(setting)) not in (gone.default, *gone.kept):
                 raise _refusal(value, "experiment", *sections, setting)
         for (*sections, setting), choices in GONE_CHOICES.items():
-            if isinstance(value := _section(experiment, *sections).get(setting), str) and value in choices:
-                raise _refusal(value, "experiment", *sections, setting)
+            value = _section(experiment, *sections).get(setting)
+            for choice in _list(value) or [value]:
+                if isinstance(choice, str) and choice in choices:
+                    raise _refusal(choice, "experiment", *sections, setting)
     stopping = _section(content, "stopping")
     if stopping.get("spending") == "anytime":
         raise _refusal("anytime", "stopping", "spending")

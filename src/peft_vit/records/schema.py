@@ -79,7 +79,7 @@ _LATER = {
 }
 _LATER_OF_EXPERIMENT = {
     "lora": ("ranks", "adapter_bits", "adapter_rounding"),
-    "qa_lora": ("rounding", "calibration_images", "use_double_quant", "ranks", "adapter_bits", "adapter_rounding"),
+    "qa_lora": ("rounding", "calibration_images", "ranks", "adapter_bits", "adapter_rounding"),
     "training": (
         "steps",
         "validate_every",

@@ -135,7 +135,6 @@ def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> Qua
         group_size=config.group_size if config.use_group_quantization else None,
         offset=config.offset,
         scale_dtype=torch.float32 if config.scale_precision == "fp32" else torch.float16,
-        double_quant=config.use_double_quant,
     )
 
 

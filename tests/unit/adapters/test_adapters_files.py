@@ -135,6 +135,7 @@ def with_ranks(change, form=FORM):
 
 
 SITE = "blocks.0.attn.query"
+NF3 = {"type": "nf3", "group_size": 32, "offset": False, "scale_dtype": "float16"}  # of an earlier version
 BAD = {
     "empty": (lambda file, _: file.write_bytes(b""), "is not a readable safetensors file"),
     "text": (lambda file, _: file.write_bytes(b"no tensors here"), "is not a readable safetensors file"),
@@ -152,6 +153,10 @@ BAD = {
         for rank in (2.0, "2", None, True, [2], float("inf"))
     },
     "no ranks": (with_ranks(lambda ranks: {}), "names other modules"),
+    "nf3": (
+        with_header(lambda model: {"ranks": current_ranks(model), "form": FORM, "formats": {SITE: NF3}}),
+        "or one of another version (UserError: type: expected one of nf4, fp4, int2, int3, int4, int8, got 'nf3')",
+    ),
     "ranks in a list": (with_ranks(lambda ranks: [1, 2]), "damaged peft_vit header"),
     **{
         f"form {form!r}": (with_ranks(lambda ranks: ranks, form), "form and formats are mappings")

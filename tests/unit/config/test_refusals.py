@@ -218,7 +218,8 @@ OF_METHODS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("quantization_bits: 9", ".quantization_bits", "got 9"),
         ("quantization_bits: 8", "", "nf4 stores 4 bits, quantization_bits says 8"),
         ("use_group_quantization: false, group_size: 64", ".group_size", "use_group_quantization: false"),
-        ("use_group_quantization: false, use_double_quant: true", ".use_double_quant", "use_group_quantization: true"),
+        ("use_double_quant: true", ".use_double_quant", "unknown key here; remove it"),
+        ("quantization_bits: 3, quantization_type: nf3", ".quantization_type", "'int3', 'int4' or 'int8', got 'nf3'"),
         ("quantization_end_step: 5", ".quantization_end_step", "quantization_schedule: linear or cosine"),
         (
             "quantization_schedule: linear, quantization_warmup_steps: 9, quantization_end_step: 9",

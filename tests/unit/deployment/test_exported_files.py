@@ -63,9 +63,7 @@ def test_a_model_with_adapters_is_refused(tmp_path: Path, name: str) -> None:
     ("export", "kind", "group", "fault"),
     [
         (export_onnx, "int4", 8, r"qkv has groups of 8 inputs"),
-        (export_onnx, "nf3", 16, r"qkv is in nf3.*--runtime fast, or use int3"),
         (export_openvino, "fp4", 32, r"qkv is in fp4.*export onnx or safetensors"),
-        (export_openvino, "nf3", 32, r"qkv is in nf3.*export onnx or safetensors"),
     ],
 )
 def test_a_format_that_a_runtime_lacks_is_refused(tmp_path: Path, export, kind: str, group: int, fault: str) -> None:

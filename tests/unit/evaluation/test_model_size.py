@@ -95,15 +95,3 @@ def test_the_files_have_the_bytes_of_the_live_storages(tmp_path: Path) -> None:
     merge_into_offsets(model)
     save_low_bit(model, tmp_path / "model.safetensors", card)
     assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(size.live_bytes, rel=0.02)
-
-
-def test_scales_in_8_bits_are_counted_with_their_blocks_and_mean(tiny_vit) -> None:
-    model = quantized(tiny_vit(), quantization_bits=3, quantization_type="nf3", use_double_quant=True)
-    size = model_size(model)
-    for name, layer in size.layers.items():
-        groups = layer.weights // 16
-        assert layer.codes_bytes == 3 * layer.weights // 8, name
-        assert layer.scales_bytes == groups + 4 * -(-groups // 256) + 4
-        assert layer.offsets_bytes == 0
-    assert size.live_bytes == sum(layer.stored_bytes for layer in size.layers.values()) + sum(size.float_bytes.values())
-    assert size.merging_bytes == 2 * WEIGHTS // 16  # float16 offsets, as without

@@ -17,15 +17,12 @@ MAGNITUDE = {torch.float32: 2.0**125, torch.float16: 65504.0}
 
 
 @st.composite
-def formats(
-    draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None, double_quant: bool | None = False
-) -> QuantizationFormat:
+def formats(draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None) -> QuantizationFormat:
     return QuantizationFormat(
         type=draw(st.sampled_from(types)),
         group_size=draw(st.sampled_from([None, 1, 2, 3, 5, 16, 32, 64, 128])),
         offset=draw(st.booleans()) if offset is None else offset,
         scale_dtype=draw(st.sampled_from([torch.float32, torch.float16])),
-        double_quant=draw(st.booleans()) if double_quant is None else double_quant,
     )
 
 
@@ -50,9 +47,9 @@ def weights(draw: st.DrawFn, format: QuantizationFormat) -> Tensor:
 
 @st.composite
 def formats_and_weights(
-    draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None, double_quant: bool | None = False
+    draw: st.DrawFn, types: tuple[str, ...] = TYPES, offset: bool | None = None
 ) -> tuple[QuantizationFormat, Tensor]:
-    format = draw(formats(types, offset, double_quant))
+    format = draw(formats(types, offset))
     return format, draw(weights(format))
 
 

@@ -83,7 +83,7 @@ def test_groups_whose_scales_are_whole_numbers_of_times_the_smallest_are_exact_a
     )
     times = torch.randint(1, 9, packed.scales.shape, generator=generator)
     times[:, 0] = 1
-    whole = replace(packed, stored_scales=(torch.rand(24, 1, generator=generator) + 0.1) * times)
+    whole = replace(packed, scales=(torch.rand(24, 1, generator=generator) + 0.1) * times)
     integers = IntegerWeight.from_quantized(whole)
     torch.testing.assert_close(integers.dequantize(), whole.dequantize(), rtol=1e-6, atol=1e-7)
     assert torch.equal(integers.codes.float(), (whole.dequantize() / whole.scales[:, :1]).round())

@@ -52,7 +52,7 @@ def test_scales_and_offsets_are_the_least_that_hold_a_group(case: FormatAndWeigh
 
 
 @settings(max_examples=200)
-@given(formats_and_weights(double_quant=None))
+@given(formats_and_weights())
 def test_codes_are_the_nearest_and_dequantize_to_the_formula(case: FormatAndWeights) -> None:
     format, weight = case
     quantized = quantize(weight, format)
@@ -65,7 +65,7 @@ def test_codes_are_the_nearest_and_dequantize_to_the_formula(case: FormatAndWeig
     nearest = np.abs(levels[:, :, None] - groups[..., None]).min(-1)
     assert (np.abs(chosen - groups) <= nearest + rounding).all()
     assert (np.abs(in_groups(quantized.dequantize(), quantized) - chosen) <= rounding).all()
-    if not format.has_codebook and not format.double_quant:  # in float64, halves to even
+    if not format.has_codebook:  # in float64, halves to even
         lowest, bias = (levels[..., :1], 0) if format.offset else (0, 2 ** (format.bits - 1))
         scales = quantized.scales.double().numpy()[..., None]
         with np.errstate(invalid="ignore"):
@@ -138,8 +138,6 @@ FORMATS = [
     QuantizationFormat("int4", 48, False, torch.float16),
     QuantizationFormat("int8", 16, True),
     QuantizationFormat("int3", 16, True, torch.float16),
-    QuantizationFormat("nf3", 16, True, torch.float16),
-    QuantizationFormat("int4", 16, False, torch.float16, double_quant=True),
     QuantizationFormat("nf4", 16, False, torch.float16),
     QuantizationFormat("nf4", 16, True),
     QuantizationFormat("fp4", None, False),
