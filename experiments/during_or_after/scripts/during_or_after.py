@@ -29,10 +29,11 @@ from peft_vit.config import QaLoraConfig
 from peft_vit.deployment import merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
+from peft_vit.methods.quantized import packing_of
 from peft_vit.records import RunRecord, read_records, run_folder, write_atomically
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import Canvas, draw, line_style, quiet_grid
-from peft_vit.runs.post_training import file_bytes, logits_by_type, packing_of
+from peft_vit.runs.post_training import file_bytes, logits_by_type
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import Verdict
 from peft_vit.statistics.sequential import StoppingRule, follow
