@@ -517,6 +517,7 @@ FAMILIES = {
     "after, GPTQ": r"after_.*_gptq",
     "after, GPTQ with an offset": r"after_.*_offset",
 }
+_BELOW = ("after_int3_nearest", "after_int2_nearest")  # so far that nothing else could be told apart beside them
 
 
 def drawing(rows: pd.DataFrame) -> Drawing:
@@ -545,6 +546,11 @@ def drawing(rows: pd.DataFrame) -> Drawing:
             whole = found[(found.set == images) & (found.name == LORA)].accuracy
             if len(whole):
                 axes.axhline(whole.iloc[0].mean, color="#5b6671", lw=1, ls=(0, (4, 3)), label="LoRA in float32, 86 MB")
+            shown = found[(found.set == images) & ~found.name.isin(_BELOW)].accuracy
+            least = min((value.mean - value.of_seeds for value in shown), default=0.0)
+            axes.set_ylim(
+                bottom=least - 1, top=max((value.mean + value.of_seeds for value in shown), default=100.0) + 1
+            )
             axes.set(xlabel="MB of the merged model", title=SETS[images][0])
             quiet_grid(axes)
         panels[0].set_ylabel("test accuracy, %")
