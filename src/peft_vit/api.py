@@ -369,6 +369,7 @@ def train(
     rank: int | None = None,
     budget: int | str | None = None,
     adapter_bytes: str | None = None,
+    bits: int | str | None = None,
     init_adapter: str | Path | None = None,
     precision: PrecisionSetting = "auto",
     compute: ComputeSetting = "auto",
@@ -408,6 +409,7 @@ def train(
         rank: the rank of each matrix, with lora, peft_lora and qa_lora; None: 8.
         budget: the ranks of all matrices together, or their bytes such as "100kB", with lora, adalora and qa_adalora.
         adapter_bytes: with lora and qa_lora instead of rank: the most bytes of all updates in a file, such as "8kB".
+        bits: of frozen weights with qa_lora, qa_linear and qa_adalora: 8, 4, 3, 2, or a number format; None: 4.
         init_adapter: folder of a PEFT LoRA adapter to continue from.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.

@@ -87,6 +87,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         rank: int | None = None,
         budget: int | str | None = None,
         adapter_bytes: str | None = None,
+        bits: int | str | None = None,
         init_adapter: str | None = None,
         precision: PrecisionSetting = "auto",
         compute: ComputeSetting = "auto",

@@ -55,7 +55,11 @@ def left(choice: Choice, _session_cache: str):
         patch.setattr(fastest, "bench", lambda files: [row(file, 0.012) for file in files])
         patch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
         said: list[str] = []
-        return write_output(choice, choice.request.output, said.append), said
+        output = choice.request.output
+        write_output(choice, output, said.append)
+        names = {"model": "model/model.onnx", "adapter": f"model/{ADAPTER_FILE}", "config": "config.yaml"}
+        names |= {"card": "card.md", "report": "report.html"}
+        return SimpleNamespace(**{name: output / file for name, file in names.items()}), said
 
 
 def row(file: Path, seconds: float) -> object:

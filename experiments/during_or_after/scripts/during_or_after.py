@@ -29,10 +29,11 @@ from peft_vit.config import QaLoraConfig
 from peft_vit.deployment import merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
+from peft_vit.methods.quantized import packing_of
 from peft_vit.records import RunRecord, read_records, run_folder, write_atomically
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import Canvas, draw, line_style, quiet_grid
-from peft_vit.runs.post_training import file_bytes, logits_by_type, packing_of
+from peft_vit.runs.post_training import file_bytes, logits_by_type
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import Verdict
 from peft_vit.statistics.sequential import StoppingRule, follow
@@ -516,6 +517,7 @@ FAMILIES = {
     "after, GPTQ": r"after_.*_gptq",
     "after, GPTQ with an offset": r"after_.*_offset",
 }
+_BELOW = ("after_int3_nearest", "after_int2_nearest")  # so far that nothing else could be told apart beside them
 
 
 def drawing(rows: pd.DataFrame) -> Drawing:
@@ -544,6 +546,11 @@ def drawing(rows: pd.DataFrame) -> Drawing:
             whole = found[(found.set == images) & (found.name == LORA)].accuracy
             if len(whole):
                 axes.axhline(whole.iloc[0].mean, color="#5b6671", lw=1, ls=(0, (4, 3)), label="LoRA in float32, 86 MB")
+            shown = found[(found.set == images) & ~found.name.isin(_BELOW)].accuracy
+            least = min((value.mean - value.of_seeds for value in shown), default=0.0)
+            axes.set_ylim(
+                bottom=least - 1, top=max((value.mean + value.of_seeds for value in shown), default=100.0) + 1
+            )
             axes.set(xlabel="MB of the merged model", title=SETS[images][0])
             quiet_grid(axes)
         panels[0].set_ylabel("test accuracy, %")

@@ -38,11 +38,13 @@ from peft_vit.config.registries import (
     DatasetInfo,
     ExportFormat,
     QuantizationType,
+    WrittenBits,
     exported_bytes,
     exported_format,
     format_of_name,
     is_bundle,
     licence_of,
+    type_of_bits,
 )
 from peft_vit.config.study import (
     CHECKPOINT_EVERY_S,

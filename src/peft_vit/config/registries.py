@@ -265,7 +265,14 @@ TYPE_OF_BITS = {"8": "int8", "4": "nf4", "3": "int3", "2": "int2"}  # where only
 BITS_OF_TYPE: dict[str, int] = {name: format.bits for name, format in NUMBER_FORMATS.items()}
 if TYPE_CHECKING:
     QuantizationType = str
+    WrittenBits = str
     Bits = int
 else:
     QuantizationType = Literal[tuple(NUMBER_FORMATS)]
+    WrittenBits = Literal[(*TYPE_OF_BITS, *NUMBER_FORMATS)]
     Bits = Literal[tuple(sorted(set(BITS_OF_TYPE.values())))]
+
+
+def type_of_bits(written: WrittenBits) -> QuantizationType:
+    """Return the number format that `--bits` asks for: a name, or bits alone."""
+    return TYPE_OF_BITS.get(written, written)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_vit.allocation import rank_costs
 from peft_vit.backbones import BackboneShape, Site, chosen
-from peft_vit.config import AdapterConfig, ExperimentConfig, Frozen
+from peft_vit.config import AdapterConfig, ExperimentConfig, Frozen, QuantizationType
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.training import Hook, check_ranks
@@ -52,6 +52,7 @@ class TrainOptions:
         steps: of the run.
         shape: of the backbone.
         adapter_bytes: of the updates' values in their file, in as few bits as the method finds best.
+        bits: number format of frozen weights that are packed.
     """
 
     rank: int | None
@@ -60,6 +61,7 @@ class TrainOptions:
     shape: BackboneShape
     budget_unit: Literal["ranks", "bytes"] = "ranks"
     adapter_bytes: int | None = None
+    bits: QuantizationType = "nf4"
 
     @property
     def below_one_rank_a_matrix(self) -> bool:

@@ -36,15 +36,25 @@ from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
 
-def packed_by_default(sites: Sequence[Site], type: QuantizationType = "nf4") -> dict[str, Any]:
+def packed_by_default(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
     """Return what `peft-vit train` takes: groups of 32 inputs, or of fewer where that does not divide a site's.
 
-    Where no group divides all of them, each row has one scale.
+    Where no group divides all of them, each row has one scale. Below 4 bits GPTQ rounds: 2 bits to nearest lose almost
+    everything.
     """
     group = math.gcd(_GROUP, *(site.in_features for site in sites))
     groups = {"use_group_quantization": True, "group_size": group} if group >= _SMALLEST_GROUP else {}
     bits = {"quantization_bits": BITS_OF_TYPE[type], "quantization_type": type}
-    return {**bits, "use_group_quantization": False, **groups}
+    rounding = {"rounding": "gptq"} if BITS_OF_TYPE[type] < 4 else {}
+    return {**bits, **rounding, "use_group_quantization": False, **groups}
+
+
+def packing_of(sites: Sequence[Site], type: QuantizationType, offset: bool | None = None) -> dict[str, Any]:
+    """Return the same where nothing is merged into offsets, so none are needed.
+
+    Where it is not said, int2 alone has them: without them int2 has three values, which is too few.
+    """
+    return {**packed_by_default(sites, type), "quantization_offset": type == "int2" if offset is None else offset}
 
 
 def _trainer(
@@ -129,7 +139,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 
 
 def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
-    packing, sites = packed_by_default(options.shape.sites), options.shape.sites
+    packing, sites = packed_by_default(options.shape.sites, options.bits), options.shape.sites
     if options.adapter_bytes is not None:
         adapters = Adapters("qa_lora", packing.get("group_size", 1))
         return {"qa_lora": packing | stored_in(options.adapter_bytes, adapters, sites)}
@@ -169,7 +179,10 @@ QA_ADALORA = Method(
     prepare=_prepare_adaptive,
     check=_check_adaptive,
     shorten=_shorten_adaptive,
-    defaults=lambda options: {**adalora_defaults(options), "qa_lora": packed_by_default(options.shape.sites)},
+    defaults=lambda options: {
+        **adalora_defaults(options),
+        "qa_lora": packed_by_default(options.shape.sites, options.bits),
+    },
     why_not_peft="its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
 )
 
@@ -192,7 +205,6 @@ QA_LINEAR = Method(
     prepare=_prepare_probe,
     check=_check_probe,
     shorten=_shorten,
-    # Nothing is merged into offsets, so none are needed.
-    defaults=lambda options: {"qa_lora": {**packed_by_default(options.shape.sites), "quantization_offset": False}},
+    defaults=lambda options: {"qa_lora": packing_of(options.shape.sites, options.bits)},
     forward_passes=1,
 )

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, packed_weights
-from peft_vit.backbones import Backbone, BackboneShape, Site, fused_sites
+from peft_vit.backbones import Backbone, BackboneShape, fused_sites
 from peft_vit.config import BITS_OF_TYPE, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.data import Data, LabelledImages
 from peft_vit.deployment import Merged, ModelCard, merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict_with_middle
-from peft_vit.methods.quantized import packed_by_default
+from peft_vit.methods.quantized import packing_of
 from peft_vit.records import FEWEST_HELD_OUT
 from peft_vit.runs.held_out import PRIOR, Outputs, believed, unlike_beyond
 from peft_vit.runs.restore import RestoredRun, restore_run
@@ -27,7 +27,7 @@ from peft_vit.training import Calibration, RuntimeConfig
 from peft_vit.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.training.quantized_layers import packed_weights as rounded_weights
 
-_IMAGES = 128  # training images, at most, by which GPTQ rounds
+IMAGES_ROUNDED_BY = 128  # training images, at most, by which GPTQ rounds
 _CPU = torch.device("cpu")
 _SCALE_BYTES = 2  # of a group's scale, and of its offset
 
@@ -43,14 +43,6 @@ def merge_float(run: RestoredRun) -> Merged:
         types = " and ".join(sorted({weight.format.type for weight in packed_weights(run.model).values()}))
         raise UserError(f"has no effect on this run, whose weights are {types} already; leave it out", field="--bits")
     return merged
-
-
-def packing_of(sites: Sequence[Site], type: QuantizationType, offset: bool | None = None) -> dict[str, Any]:
-    """Return how a type is stored, as a section `qa_lora`: in the groups of `train`, with an offset beside each scale.
-
-    Where it is not said, int2 alone has one: without it int2 has three values, which is too few.
-    """
-    return {**packed_by_default(sites, type), "quantization_offset": type == "int2" if offset is None else offset}
 
 
 def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes: int) -> int:
@@ -153,7 +145,7 @@ def _images_to_round_by(
     if rounding == "nearest" or (rounding is None and BITS_OF_TYPE[type] >= 4):
         return None
     runtime = RuntimeConfig(_CPU, "fp32", run.card.mean, run.card.std)
-    return Calibration(data, runtime, run.record.spec.seed).images(_IMAGES)
+    return Calibration(data, runtime, run.record.spec.seed).images(IMAGES_ROUNDED_BY)
 
 
 def _outputs(model: nn.Module, images: LabelledImages, card: ModelCard) -> Outputs:

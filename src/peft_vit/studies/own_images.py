@@ -35,6 +35,7 @@ from peft_vit.config import (
     bytes_of,
     named_backbone,
     study_from_mapping,
+    type_of_bits,
 )
 from peft_vit.data import (
     ImageIndex,
@@ -530,6 +531,7 @@ def experiment_for(
         steps=steps,
         shape=shape,
         adapter_bytes=None if request.adapter_bytes is None else bytes_of(request.adapter_bytes),
+        bits=type_of_bits(request.bits or "4"),
     )
     if not request.is_probe:
         rate = method.learning_rate_for(options) if request.learning_rate is None else request.learning_rate

@@ -15,6 +15,7 @@ from peft_vit.config import (
     METHOD_KINDS,
     SEEDS,
     TASKS_SAID,
+    TYPE_OF_BITS,
     ActivationCheckpointing,
     ClassWeights,
     ComputeSetting,
@@ -24,6 +25,7 @@ from peft_vit.config import (
     MetricOfTask,
     PrecisionSetting,
     TaskName,
+    WrittenBits,
     WrittenSize,
     bytes_of,
     micro_batch_fault,
@@ -58,6 +60,7 @@ MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
 COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
 DEVICE = "Where to train. auto: on a GPU if there is one."
+BITS = f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}."
 THREADS = "Use this many processor threads. Without it, as many as there are processors."
 EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
 _SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
@@ -270,6 +273,16 @@ class TrainRequest(Request):
         description="The most that the updates of all layers may take in a file, such as 8kB, with lora and qa_lora "
         "instead of --rank. They are trained in as few bits as it takes, from 1 to 16; export --bundle writes them.",
     )
+    bits: Annotated[
+        WrittenBits | None,
+        BeforeValidator(lambda given: str(given) if isinstance(given, int) else given),
+        Option(keys=("quantization_bits", "quantization_type")),
+        OnlyWith(method=("qa_lora", "qa_linear", "qa_adalora"), remedy="leave it out, and round afterwards: export"),
+    ] = Field(
+        default=None,
+        description="The bits of frozen weights, with qa_lora, qa_linear and qa_adalora, below 4 rounded by GPTQ on "
+        f"training images. {BITS} Without it, 4.",
+    )
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
         default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."
     )
@@ -337,6 +350,7 @@ class TrainRequest(Request):
             "rank": "r{}",
             "budget": "budget {}",
             "adapter_bytes": "{}",
+            "bits": "bits {}",
             "image_size": "{}px",
             "shots": "{} shots",
             "init_adapter": "from {0.name}",

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.config import BITS_OF_TYPE, QuantizationType, StudyConfig, study_from_mapping
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Line, Throughput, Workload
 from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit
+from peft_vit.runs.post_training import IMAGES_ROUNDED_BY
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.context import TuningContext
@@ -32,7 +33,8 @@ _PROCESSES, _MOST_RUNS = 5, 42  # worker processes that the least takes; runs of
 MOST_SEEN = 1500  # images by which sizes are compared
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
 _FIT_S = 4e-8  # of one, for each of its values: images x features x classes
-_PACK_S = 1.5  # to restore a run's model, and to round its weights once
+_PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nearest
+_GPTQ_S, _GPTQ_PASSES = 5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
 _FORMS, _COMPARED = 3, 128  # of the model that are written, and images on which each is compared
 _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in each
 
@@ -67,13 +69,20 @@ class Costs:
     def run_s(self, recipe: Recipe) -> float:
         """Return the seconds of a run on a fold, without a process's start and features that others share."""
         train, test = self.context.train_images, self.context.test_images
-        begun = self.machine.start_s + self.fits_s(recipe, train)
+        begun = self.machine.start_s + self.fits_s(recipe, train) + self.packing_s(recipe, recipe.trained.bits)
         return begun + recipe.steps * self._step_s(recipe) + (0 if recipe.is_probe else test * self.image_s(recipe))
 
-    def rounding_s(self, recipe: Recipe, forms: int, images: int | None = None) -> float:
+    def packing_s(self, recipe: Recipe, bits: QuantizationType | None) -> float:
+        """Return the seconds to round the weights of a recipe's model once, below 4 bits by GPTQ; 0 without bits."""
+        if bits is None or BITS_OF_TYPE[bits] >= 4:
+            return 0.0 if bits is None else _PACK_S
+        return _GPTQ_S * self.shape(recipe).parameters + _GPTQ_PASSES * IMAGES_ROUNDED_BY * self.image_s(recipe)
+
+    def rounding_s(self, recipe: Recipe, forms: Sequence[QuantizationType], images: int | None = None) -> float:
         """Return the seconds of a run's predictions with weights rounded to some formats; None: of a fold's images."""
         seen = self.context.test_images if images is None else images
-        return self.machine.start_s / 2 + forms * (_PACK_S + 2 * seen * self.image_s(recipe))
+        packed_s = sum(self.packing_s(recipe, bits) for bits in forms)
+        return self.machine.start_s / 2 + packed_s + 2 * len(forms) * seen * self.image_s(recipe)
 
     def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
         """Return the seconds of the last training and of the output, as far as they can be foreseen.
@@ -87,8 +96,10 @@ class Costs:
         """
         context, machine, image_s = self.context, self.machine, self.image_s(recipe)
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
+        begun += self.packing_s(recipe, recipe.trained.bits)
         trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + context.sealed_images * image_s
-        rounded = self.rounding_s(recipe, 1, context.sealed_images) if recipe.when == "after" else 0.0
+        bits = [recipe.bits] if recipe.bits is not None and recipe.when == "after" else []
+        rounded = self.rounding_s(recipe, bits, context.sealed_images) if bits else 0.0
         forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
@@ -119,7 +130,7 @@ class Costs:
         training so many times longer.
         """
         probe, recipe = Recipe(model, image_size), lora(model, image_size, steps)
-        fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, len(ROUNDED) - 1)
+        fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, ROUNDED[:-1])
         halved_s = 2 * self.run_s(recipe.half) if longer > 1 else 0.0
         ending_s = self.ending_s(recipe.rounded(ROUNDED[0]), longer)
         return folds * fold_s + halved_s + _PROCESSES * self.machine.process_s + ending_s
@@ -166,13 +177,8 @@ class Costs:
 
 
 _LEAST_S = 20.0  # of measuring
-_SHORTEST_S = 5e-5  # of a forward pass; less is rounded to nothing
+_SHORTEST_S = 5e-5  # of a forward pass; less: the machine was too busy to measure it
 MeasureThroughput = Callable[[StudyConfig, ImageIndex, Workload, float, Callable[[str], None]], Throughput]
-
-
-def said_ms(seconds: float) -> str:
-    """Return milliseconds as text; a machine that is too busy to measure them reports events all at once."""
-    return f"{1000 * seconds:.1f} ms" if seconds >= _SHORTEST_S else "not measured"
 
 
 def throughput_of(context: TuningContext, recipe: Recipe, measure: MeasureThroughput) -> Throughput:
@@ -196,7 +202,8 @@ def throughput_of(context: TuningContext, recipe: Recipe, measure: MeasureThroug
     kept = context.state.once("throughput", decide)
     machine = Throughput(**{**kept, **{name: Line(**kept[name]) for name in ("step", "image")}})
     shape = context.shape(recipe.model, recipe.image_size)
-    pixels, image = recipe.image_size, said_ms(machine.image_s(shape))
+    pixels, image_s = recipe.image_size, machine.image_s(shape)
+    image = f"{1000 * image_s:.1f} ms" if image_s >= _SHORTEST_S else "not measured"
     step_s = machine.step_s(shape, recipe.method, context.batch_size)
     tell(f"  at {pixels} px a forward pass: {image} an image; a step of {context.batch_size} images: {step_s:.2f} s")
     return machine

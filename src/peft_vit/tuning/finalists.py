@@ -95,7 +95,7 @@ def _done_in_time(folds: Folds, recipes: Sequence[Recipe], seeds: Sequence[int],
     """Do what is missing of some recipes' runs, if there is time for all, and return whether there was."""
     needed_s = 0.0
     for recipe in recipes:
-        missing, forms = len(folds.missing(recipe, seeds)), len(_forms(folds, recipe))
+        missing, forms = len(folds.missing(recipe, seeds)), _forms(folds, recipe)
         needed_s += folds.seconds(recipe, seeds) + missing * folds.costs.rounding_s(recipe, forms)
     if needed_s > limit.left_s:
         return False

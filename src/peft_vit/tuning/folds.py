@@ -131,7 +131,7 @@ class Folds:
         for seed, outcome in sorted(self.outcomes.get(recipe, {}).items()):
             if not any(self.missing(recipe.rounded(one), [seed]) for one in bits):
                 continue
-            if limit.left_s < self.costs.rounding_s(recipe, len(bits)) and seed >= FEWEST_FOLDS:
+            if limit.left_s < self.costs.rounding_s(recipe, bits) and seed >= FEWEST_FOLDS:
                 return
             self._add_rounded(recipe, seed, outcome, self.rounded_logits(outcome.folder, bits))
 

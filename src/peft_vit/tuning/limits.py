@@ -36,16 +36,11 @@ def within_bytes(request: TuneRequest, forms: Mapping[Recipe, int]) -> list[str]
     if not models:
         least = min(forms, key=forms.__getitem__)
         raise UserError(
-            f"{_mb(request.max_bytes or 0)} MB is less than any model here takes; the least that would do is "
-            f"{_mb(forms[least], up=True)} MB, {least.bits or 'float'} weights of {least.model}",
+            f"{round(limit / 1e5) / 10:g} MB is less than any model here takes; the least that would do is "
+            f"{math.ceil(forms[least] / 1e5) / 10:g} MB, {least.bits or 'float'} weights of {least.model}",
             field="--max-bytes",
         )
     return models
-
-
-def _mb(size: float, *, up: bool = False) -> str:
-    tenths = math.ceil(size / 1e5) if up else round(size / 1e5)
-    return f"{tenths / 10:g}"
 
 
 def within_latency(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,35 +20,10 @@ from peft_vit.studies.own_images import refuse_among_images
 from peft_vit.tuning.final import in_form
 from peft_vit.tuning.page import TuningSummary, model_summary, tuning_document
 from peft_vit.tuning.result import Choice
-from peft_vit.tuning.state import MODEL_FOLDER, TUNE_FILE, tuned_model
+from peft_vit.tuning.state import MODEL_FOLDER, TUNE_FILE
 from peft_vit.tuning.tune_request import TuneRequest
 
 CONFIG_FILE = "config.yaml"
-
-
-@dataclass(frozen=True)
-class OutputFiles:
-    """Where everything lies that a tuning leaves."""
-
-    model: Path  # .onnx or .xml, of which the .bin stands beside it
-    adapter: Path  # what was trained, without the backbone
-    config: Path  # of a study that trains the model again, to the same adapter
-    card: Path  # as Markdown, with figures in a folder beside it
-    report: Path  # complete in itself
-
-
-def output_files_in(directory: Path) -> OutputFiles:
-    """Return where everything lies below what was a tuning's output.
-
-    Raises:
-        UserError: if it holds no model.
-    """
-    folder, model = directory / MODEL_FOLDER, tuned_model(directory)
-    if model is None:
-        raise UserError("holds no model; run `peft-vit tune` first", file=folder)
-    return OutputFiles(
-        model, folder / ADAPTER_FILE, directory / CONFIG_FILE, directory / CARD_FILE, directory / HTML_FILE
-    )
 
 
 def check_output(request: TuneRequest) -> None:
@@ -63,20 +37,20 @@ def check_output(request: TuneRequest) -> None:
                 raise UserError(problem, file=request.output / name)
 
 
-def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> OutputFiles:
+def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> None:
     """Write everything that a tuning leaves; what an earlier call left is replaced.
 
     Raises:
         UserError: if a run can't be restored, the model can't be exported, or a file can't be read or written.
     """
     try:
-        return _written(choice, directory, tell)
+        _write(choice, directory, tell)
     except OSError as error:  # of reading as well as of writing: the error names the file
         problem = f"{error.strerror or error}; fix that, and the same command continues"
         raise UserError(problem, file=error.filename or directory) from None
 
 
-def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
+def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None:
     run_dir, recipe = choice.final.folder, choice.recipe
     record = in_form(read_record(run_dir / RECORD_FILE), choice.final, choice.meaning, choice.folds)
     tested = record.tested_calibration
@@ -93,10 +67,10 @@ def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Ou
         tell=lambda text: tell(f"  {text}"),
     )
     summary = TuningSummary(choice, record, quality, exports)
-    files = output_files_in(directory)
-    write_whole(files.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
+    adapter, config = model_folder / ADAPTER_FILE, directory / CONFIG_FILE
+    write_whole(adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
     write_whole(model_folder / RECORD_FILE, (record.model_dump_json(indent=1) + "\n").encode())
-    write_whole(files.config, configuration(choice, record).encode())
+    write_whole(config, configuration(choice, record).encode())
     library = "openvino" if exports.model.suffix == ".xml" else "onnx"
     head = card_head(model_summary(summary), library, choice.request.images.name or "images")
     document = tuning_document(summary, partial(thumbnails_of, record))
@@ -105,9 +79,8 @@ def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Ou
         tell(f"  {no_font(missing)}")
     for sentence in (*document.came_out, *exports.missed):
         tell(f"  {sentence}")
-    for path in (files.model, files.adapter, files.config, files.card, files.report):
+    for path in (exports.model, adapter, config, directory / CARD_FILE, directory / HTML_FILE):
         tell(f"  {path}")
-    return files
 
 
 def configuration(choice: Choice, record: RunRecord) -> str:

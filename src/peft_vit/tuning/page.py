@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from peft_vit.analysis.model_quality import ModelQuality
+from peft_vit.console import duration
 from peft_vit.records import RECORD_FILE, RunRecord
 from peft_vit.report.class_blocks import Pictures
 from peft_vit.report.document import Block, Card, Facts, Paragraph, StudyDocument, Table
@@ -82,8 +83,8 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     yield "Margin", choice.scores.hundredths(request.margin_share) + of
     yield "Limits", joined(limits) or "none"
     seconds = sum(seconds for _, seconds in choice.stages)
-    stages = joined(f"{TITLES[name]} {_duration(taken)}" for name, taken in choice.stages)
-    yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
+    stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stages)
+    yield "Time", f"{duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
     yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
     if choice.recipe.when == "after":
         yield "Rounding", f"after training, to {choice.recipe.bits}: peft-vit export --bits {choice.recipe.bits}"
@@ -129,10 +130,6 @@ def _readers(choice: Choice) -> int:
     """Return how many models have read the test images: of a call that went on, those of the earlier ones, too."""
     studies = choice.final.folder.parents[2]
     return len({record.parents[1] for record in studies.glob(f"final-*/*/*/{RECORD_FILE}")})
-
-
-def _duration(seconds: float) -> str:
-    return f"{fixed(seconds, 0)} s" if seconds < 100 else f"{fixed(seconds / 60, 1)} min"
 
 
 def _not_shown(summary: TuningSummary) -> Iterator[str]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import IMAGES_FILE, MakeRunner, TuningContext, context_of
 from peft_vit.tuning.costs import LEAST_STEPS, LONGEST, Costs, MeasureThroughput, throughput_of
 from peft_vit.tuning.final import times_longer, train_finally
-from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide, low_bits
+from peft_vit.tuning.finalists import NO_MODEL, Decision, allowed_bits, compare, decide, low_bits
 from peft_vit.tuning.folds import Folds, RoundRun
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
 from peft_vit.tuning.output import check_output, write_output
@@ -75,9 +76,7 @@ class Environment:
     clock: Callable[[], float] = time.monotonic  # in seconds
 
 
-def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+say = partial(print, flush=True)  # a line at once
 
 
 def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: Environment | None = None) -> Choice:
@@ -160,7 +159,7 @@ def choose(
         if trained:
             first = lora(trained[0].model, trained[0].image_size, trained[0].steps)
             reserved_s = folds.ending_s(first.rounded(ROUNDED[0]), LONGEST)
-            reserved_s += FEWEST_FOLDS * costs.rounding_s(first, len(ROUNDED) - 1)
+            reserved_s += FEWEST_FOLDS * costs.rounding_s(first, allowed_bits(folds, first))
             reserved_s += sum(folds.seconds(recipe, range(FEWEST_FOLDS)) for recipe in low_bits(folds, first))
             ranked, untried = search(folds, trained, state.until(reserved_s))
     with state.stage("folds"):

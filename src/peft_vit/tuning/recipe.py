@@ -11,7 +11,8 @@ from peft_vit.backbones import BackboneShape
 from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.methods.method import DEFAULT_RANK
-from peft_vit.runs.post_training import file_bytes, packing_of
+from peft_vit.methods.quantized import packing_of
+from peft_vit.runs.post_training import file_bytes
 from peft_vit.tasks import DecidingMetric
 
 DEFAULT_RATE = 1e-3  # of LoRA
@@ -90,10 +91,9 @@ class Recipe:
     def sections(self, shape: BackboneShape, adapter_bytes: int | None = None) -> dict[str, Any]:
         """Return what the method brings to an experiment; raises UserError if no rank fits the bytes."""
         options = TrainOptions(self.rank or None, None, max(1, self.steps), shape, adapter_bytes=adapter_bytes)
-        sections = METHODS[self.method].defaults(options)
         if self.bits is not None and self.when == "training":
-            sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}
-        return sections
+            options = replace(options, bits=self.bits)
+        return METHODS[self.method].defaults(options)
 
     def file_bytes(self, shape: BackboneShape, classes: int) -> int:
         """Return what its file takes, see `file_bytes`."""

@@ -92,11 +92,9 @@ def what_more_buys(
     """Return what more labels and more minutes would bring, in sentences.
 
     Args:
-        labels: what twice as many bring a regression, a share; None: unknown.
-        steps: what twice as many as on the folds bring the model that was taken; None: unknown.
-        longer: times as many the last training has had.
-        sizes: every model and image size.
-        untried: recipes that there was no time for.
+        labels, steps: what twice as many bring the regression and what was taken, a share; None: unknown.
+        longer: times as many steps the last training has had.
+        sizes, untried: sizes, and recipes that there was no time for.
         minutes: of this call.
         unit: of a hundredth of a share, see `Scores`.
     """

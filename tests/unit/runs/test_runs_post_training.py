@@ -12,11 +12,12 @@ from peft_vit.backbones.catalog import describe
 from peft_vit.deployment import load_low_bit, merge, open_exported
 from peft_vit.errors import UserError
 from peft_vit.evaluation import calibrate, predict
+from peft_vit.methods.quantized import packing_of
 from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_compensation
 from peft_vit.records import run_folder
 from peft_vit.runs.export import export_run_to_file
 from peft_vit.runs.held_out import PRIOR
-from peft_vit.runs.post_training import file_bytes, logits_by_type, packing_of, round_weights
+from peft_vit.runs.post_training import file_bytes, logits_by_type, round_weights
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import conformal_quantile
 

@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from peft_vit.backbones import describe
-from peft_vit.config import DEFAULT_MODEL, METHOD_KINDS, RULE_OF_A_BUDGET, DataConfig, bytes_of, named_backbone
+from peft_vit.config import (
+    BITS_OF_TYPE,
+    DEFAULT_MODEL,
+    METHOD_KINDS,
+    RULE_OF_A_BUDGET,
+    DataConfig,
+    bytes_of,
+    named_backbone,
+)
 from peft_vit.data import load_data, open_index
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
@@ -219,6 +227,11 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "rank and bytes": ({"rank": 4, "adapter_bytes": "8kB"}, "--adapter-bytes"),
     "bytes of another method": ({"adapter_bytes": "8kB", "method": "adalora"}, "no effect with --method adalora"),
     "fewer bytes than a rank": ({"adapter_bytes": "19B"}, "expected at least 20 B, which one rank of the smallest"),
+    "bits of float weights": (
+        {"bits": "4"},
+        "no effect with --method lora; leave it out, and round afterwards: export",
+    ),
+    "other bits": ({"bits": "5", "method": "qa_lora"}, "--bits: "),
     "int8 of full": ({"method": "full", "compute": "int8"}, "no effect with --method full, since no layer is frozen"),
     "int8 of PEFT": ({"method": "peft_lora", "compute": "int8"}, "since the layers are PEFT's"),
     "steps and epochs": ({"steps": 30, "epochs": 2}, "--epochs"),
@@ -437,6 +450,19 @@ def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> Non
         METHODS[experiment.method].check(experiment, describe(study.backbone, size), 60, 100)
 
 
+@pytest.mark.parametrize("method", ["qa_lora", "qa_adalora", "qa_linear"])
+@pytest.mark.parametrize(
+    ("bits", "type", "rounding"),
+    [(None, "nf4", "nearest"), ("8", "int8", "nearest"), (3, "int3", "gptq"), ("int2", "int2", "gptq")],
+)
+def test_below_4_bits_weights_are_rounded_by_what_images_make_of_them(asked, method, bits, type, rounding) -> None:
+    steps = {} if method == "qa_linear" else {"steps": 60}
+    packing = experiment_of(asked(method, bits=bits, **steps)).qa_lora
+    assert (packing.quantization_type, packing.rounding) == (type, rounding)
+    assert packing.quantization_bits == BITS_OF_TYPE[type]
+    assert packing.offset == (method != "qa_linear" or type == "int2")  # three values would be too few
+
+
 @pytest.mark.parametrize(
     ("method", "size", "bits"),
     [("lora", "8kB", 1), ("lora", "80kB", 1), ("lora", "100kB", 2), ("lora", "9MB", 16), ("qa_lora", "80kB", 2)],
@@ -462,6 +488,7 @@ def test_bytes_buy_ranks_before_bits(asked, method, size, bits) -> None:
         ({"method": "qa_lora", "rank": 4, "image_size": 112}, "qa-lora-r4-112px", "--image-size 112 --rank 4"),
         ({"budget": "100kB", "minutes": 2.5}, "lora-budget-100kb-2-5-min", "--minutes 2.5 --budget 100kB"),
         ({"adapter_bytes": "8kB"}, "lora-8kb", "--adapter-bytes 8kB"),
+        ({"method": "qa_lora", "bits": 2}, "qa-lora-bits-2", "--bits 2"),
         ({"init_adapter": "a/My_Adapter"}, "lora-from-my-adapter", "--init-adapter a/My_Adapter"),
         ({"model": "x" * 99, "smoke": True}, f"lora-smoke-{'x' * 37}", f"--model {'x' * 99} --smoke"),
     ],

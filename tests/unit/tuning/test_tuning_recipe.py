@@ -38,7 +38,8 @@ def test_every_recipe_is_an_experiment_of_its_own_name() -> None:
     assert len(set(names)) == len(names)
     assert LORA.rounded("int4").trained == LORA
     assert LORA.rounded("int4").name == LORA.name  # nothing is trained for it
-    assert configured(QA_LORA).qa_lora.quantization_type == "nf4"
+    packings = [configured(replace(QA_LORA, bits=bits)).qa_lora for bits in ("nf4", "int2")]
+    assert [(own.quantization_type, own.rounding) for own in packings] == [("nf4", "nearest"), ("int2", "gptq")]
     assert LORA.rounded("nf4").title == "LoRA, 4 bits (nf4), 32 px"
     assert {QA_LORA.plain, replace(ADALORA, rank=2).plain, LORA.rounded("nf4").plain} == {LORA}
     assert replace(LORA, rank=2).title == "LoRA of rank 2, 32 px"
