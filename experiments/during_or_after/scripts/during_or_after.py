@@ -417,23 +417,36 @@ def verdicts(rows: pd.DataFrame) -> str:
     return evidence.table(asked, columns, left=3)
 
 
-def contrasts(rows: pd.DataFrame) -> str:
-    """Return a row a comparison of during with after, on each set and over both."""
+# Weights, and those of more bits that they are compared with.
+FEWER_BITS = (
+    ("after_nf4_nearest", LORA),
+    ("during_nf4", LORA),
+    ("after_int3_gptq", "after_nf4_nearest"),
+    ("after_int3_gptq_offset", "after_nf4_nearest"),
+    ("during_int3", "during_nf4"),
+    ("after_int2_gptq", "after_nf4_nearest"),
+    ("during_int2", "during_nf4"),
+)
+
+
+def during_after(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return what is trained on rounded weights, beside each way to round to the same type afterwards."""
+    names = {name for part in sets_of(rows).values() for name in part}
+    types = [type for type in ("int8", "nf4", "int3", "int2") if f"during_{type}" in names]
+    return [(f"during_{type}", after.name) for type in types for after in ROUNDED if after.type == type]
+
+
+def contrasts(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], heads: tuple[str, str]) -> str:
+    """Return a row a pair, the first minus the second, on each set."""
     sets = sets_of(rows)
-    pairs = [
-        (f"during_{type}", after.name)
-        for type in ("int8", "nf4", "int3", "int2")
-        for after in ROUNDED
-        if after.type == type and any(f"during_{type}" in part for part in sets.values())
-    ]
 
     def cell(parts: Sequence[Mapping[str, pd.DataFrame]], pair: tuple[str, str]) -> str:
         found = evidence.contrast(parts, {pair[0]: 1.0, pair[1]: -1.0})
         return "–" if found is None else found.text
 
     columns = {
-        "during": lambda pair: f"`{pair[0]}`",
-        "after": lambda pair: f"`{pair[1]}`",
+        heads[0]: lambda pair: f"`{pair[0]}`",
+        heads[1]: lambda pair: f"`{pair[1]}`",
         **{SETS[images][0]: lambda pair, images=images: cell([sets[images]], pair) for images in SETS},
     }
     return evidence.table(pairs, columns, left=2)
@@ -566,7 +579,8 @@ def tables() -> Iterator[tuple[str, str]]:
     if ROWS.exists():
         rows = pd.read_csv(ROWS)
         yield "during_or_after_verdicts", verdicts(rows)
-        yield "during_or_after_contrasts", contrasts(rows)
+        yield "during_or_after_contrasts", contrasts(rows, during_after(rows), ("during", "after"))
+        yield "during_or_after_bits", contrasts(rows, FEWER_BITS, ("fewer bits", "more bits"))
         yield "during_or_after_arms", arm_table(rows)
         yield "during_or_after_costs", costs(rows)
 

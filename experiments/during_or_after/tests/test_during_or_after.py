@@ -107,7 +107,13 @@ def test_tables_and_figure_hold_what_the_rows_do() -> None:
     assert "seeds: digits 6, Fashion-MNIST 6" in study.costs(rows)
     begun = rows[rows.study.str.endswith("digits") & (rows.seed < study.SEEDS[2])]
     assert study.verdicts(begun).count("no look so far") == 2 * len(study.HYPOTHESES)
-    assert study.contrasts(begun).splitlines()[2].endswith("| – |")
+    (first, *_), heads = study.during_after(begun), ("during", "after")
+    assert first == ("during_nf4", "after_nf4_nearest")
+    (line,) = study.contrasts(begun, [first], heads).splitlines()[2:]
+    assert line.endswith("| – |")
+    wide = begun.pivot(index="seed", columns="experiment", values="test_accuracy")
+    gap = 100 * (wide.during_nf4 - wide.after_nf4_nearest).mean()
+    assert f"| {gap:+.1f} ±" in line
     assert {entry["set"] for entry in study.drawing(begun).data} == {"digits"}
 
 

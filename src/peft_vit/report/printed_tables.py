@@ -21,6 +21,7 @@ from peft_vit.analysis.recommendation import (
 )
 from peft_vit.analysis.studies import Study, grouped
 from peft_vit.analysis.study_yaml import study_yaml
+from peft_vit.config import QaLoraConfig
 from peft_vit.errors import UserError, os_fault
 from peft_vit.records import BenchRow, write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
@@ -45,6 +46,10 @@ from peft_vit.statistics import Interval
 
 _SUFFIX = "-recommended"
 _CLEARLY = f"by more than {100 * SAME_SIZE:.0f} %"
+_ROUNDED = (
+    "Not in the study: float runs that `peft-vit export RUN --bits 4` rounds. At 4 and 3 bits that loses about as "
+    "little as training on such weights, which saves memory while it trains."
+)
 _ORDER: dict[Measure, str] = {"bytes": "bytes to store", "params": "trainable parameters", "latency": "latency"}
 
 
@@ -84,6 +89,9 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
     if advice.larger and advice.outcome != "nothing within":
         names = joined(rated.name for rated in advice.larger)
         yield Paragraph(f"Not smaller than {_whom(advice)} {_CLEARLY}, so not tested: {names}.")
+    floats = [rated for rated in (advice.best, *_others(advice)) if rated.experiment.section(QaLoraConfig) is None]
+    if advice.measure == "bytes" and floats:
+        yield Paragraph(_ROUNDED)
 
 
 def _request(advice: Recommendation) -> Iterator[str]:
