@@ -96,6 +96,10 @@ ROUNDED = (
     After("int3", "gptq"),
     After("int2", "gptq"),
     After("int3", "gptq", True),
+    # Asked when the others had been seen: no hypothesis is about them.
+    After("int4"),
+    After("nf4", "gptq"),
+    After("int4", "gptq"),
 )
 
 
@@ -265,14 +269,17 @@ def score(folder: Path) -> None:
     there = in_turn.kept(ROWS)
     for record in read_records(folder):
         study, name, seed = record.spec.study, record.spec.experiment.name, record.spec.seed
-        if study.endswith("_pilot") or record.spec.smoke or (study, name, seed) in there:
+        if study.endswith("_pilot") or record.spec.smoke:
             continue
-        keep(ROWS, rows_of(record, run_folder(folder, record.spec)))
-        print(f"{study}/{name}/seed_{seed}: scored", flush=True)
+        ways = ROUNDED if name == LORA and record.status == "done" else ()
+        missing = [after for after in ways if (study, after.name, seed) not in there]
+        if missing or (study, name, seed) not in there:
+            keep(ROWS, rows_of(record, run_folder(folder, record.spec), missing))
+            print(f"{study}/{name}/seed_{seed}: scored", flush=True)
 
 
-def rows_of(record: RunRecord, run_dir: Path) -> list[dict[str, object]]:
-    """Return the rows of a run: of its merged model, and of this rounded in every way if its weights are floats."""
+def rows_of(record: RunRecord, run_dir: Path, ways: Sequence[After]) -> list[dict[str, object]]:
+    """Return the rows of a run: of its merged model, and of this rounded in some ways, if its weights are floats."""
     base = evidence.row_of(record, _columns)
     if record.status != "done":
         return [base]
@@ -293,8 +300,8 @@ def rows_of(record: RunRecord, run_dir: Path) -> list[dict[str, object]]:
 
     begun = time.monotonic()
     rows = [row(record.spec.experiment.name, merged_logits(run_dir), _packing(settings), time.monotonic() - begun)]
-    for rounding, offset in dict.fromkeys((after.rounding, after.offset) for after in ROUNDED if settings is None):
-        arms = [after for after in ROUNDED if (after.rounding, after.offset) == (rounding, offset)]
+    for rounding, offset in dict.fromkeys((after.rounding, after.offset) for after in ways):
+        arms = [after for after in ways if (after.rounding, after.offset) == (rounding, offset)]
         begun = time.monotonic()
         found = logits_by_type(run_dir, [arm.type for arm in arms], rounding, offset)
         seconds = (time.monotonic() - begun) / len(arms)
@@ -420,7 +427,13 @@ def verdicts(rows: pd.DataFrame) -> str:
 # Weights, and those of more bits that they are compared with.
 FEWER_BITS = (
     ("after_nf4_nearest", LORA),
+    ("after_int4_nearest", LORA),
+    ("after_nf4_gptq", LORA),
+    ("after_int4_gptq", LORA),
     ("during_nf4", LORA),
+    ("after_nf4_gptq", "after_nf4_nearest"),
+    ("after_int4_gptq", "after_int4_nearest"),
+    ("after_int3_gptq", "after_int4_nearest"),
     ("after_int3_gptq", "after_nf4_nearest"),
     ("after_int3_gptq_offset", "after_nf4_nearest"),
     ("during_int3", "during_nf4"),
@@ -433,7 +446,8 @@ def during_after(rows: pd.DataFrame) -> list[tuple[str, str]]:
     """Return what is trained on rounded weights, beside each way to round to the same type afterwards."""
     names = {name for part in sets_of(rows).values() for name in part}
     types = [type for type in ("int8", "nf4", "int3", "int2") if f"during_{type}" in names]
-    return [(f"during_{type}", after.name) for type in types for after in ROUNDED if after.type == type]
+    arms = [after for after in ROUNDED if after.name in names]
+    return [(f"during_{type}", after.name) for type in types for after in arms if after.type == type]
 
 
 def contrasts(rows: pd.DataFrame, pairs: Sequence[tuple[str, str]], heads: tuple[str, str]) -> str:
