@@ -277,7 +277,7 @@ class TrainRequest(Request):
         WrittenBits | None,
         BeforeValidator(lambda given: str(given) if isinstance(given, int) else given),
         Option(keys=("quantization_bits", "quantization_type")),
-        OnlyWith(method=("qa_lora", "qa_linear", "qa_adalora"), remedy="leave it out; export takes it, too"),
+        OnlyWith(method=("qa_lora", "qa_linear", "qa_adalora"), remedy="leave it out and let export round"),
     ] = Field(
         default=None,
         description="The bits of frozen weights, with qa_lora, qa_linear and qa_adalora, below 4 rounded by GPTQ on "
