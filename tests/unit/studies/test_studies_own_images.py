@@ -227,10 +227,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "rank and bytes": ({"rank": 4, "adapter_bytes": "8kB"}, "--adapter-bytes"),
     "bytes of another method": ({"adapter_bytes": "8kB", "method": "adalora"}, "no effect with --method adalora"),
     "fewer bytes than a rank": ({"adapter_bytes": "19B"}, "expected at least 20 B, which one rank of the smallest"),
-    "bits of float weights": (
-        {"bits": "4"},
-        "no effect with --method lora; leave it out and let export round",
-    ),
+    "bits of float weights": ({"bits": "4"}, "no effect with --method lora; leave it out and let export round"),
     "other bits": ({"bits": "5", "method": "qa_lora"}, "--bits: "),
     "int8 of full": ({"method": "full", "compute": "int8"}, "no effect with --method full, since no layer is frozen"),
     "int8 of PEFT": ({"method": "peft_lora", "compute": "int8"}, "since the layers are PEFT's"),
