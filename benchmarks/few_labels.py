@@ -243,7 +243,7 @@ def readme(rows: Sequence[dict[str, str]]) -> Iterator[str]:
                 shown[-1] += f"<sub>±{50 * (best['high'] - best['low']) / len(draws) ** 0.5:.1f}</sub>"
         times = f", {len(draws)} draws" if len(draws) > 1 else ""
         lines.append(f"| {images:.0f} {_NAMES.get(name, name)}{times} | {' | '.join(shown)} |")
-    yield "| learnt from | regression | PEFT, 86 MB | `train`, 86 MB | `tune`, 14 MB |"
+    yield "| learnt from | scikit-learn | PEFT, 86 MB | `train`, 86 MB | `tune`, 14 MB |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     yield from lines
     yield f"| minutes | {' | '.join(f'{np.median(own):.0f}' for own in minutes.values())} |"

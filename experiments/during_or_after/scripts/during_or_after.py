@@ -416,7 +416,7 @@ def verdicts(rows: pd.DataFrame) -> str:
         "sentence": lambda row: row[1].sentence,
         "compared": lambda row: f"`{row[1].better}` − {' and '.join(f'`{rival}`' for rival in row[1].rivals)}",
         "has to lie above": lambda row: f"{row[1].above:+.0f}",
-        "points (seeds; with images)": lambda row: points(row[0], row[1]),
+        "points of all seeds (seeds; with images)": lambda row: points(row[0], row[1]),
         "seeds at the look": lambda row: str(row[2][2] or "–"),
         "p": lambda row: evidence.p(row[2][1]),
         "verdict": lambda row: row[2][0] if row[2][2] else "no look so far",
