@@ -7,6 +7,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 
 from peft_vit.config.from_yaml import load_study, named_as_typed, study_from_mapping
 from peft_vit.config.methods import (
+    IMAGES_ROUNDED_BY,
     METHOD_KINDS,
     METRICS,
     ORDERED_RULES,

@@ -313,7 +313,7 @@ class PeftConfig(Frozen):
         return dict(self.model_extra or {})
 
 
-_CALIBRATION_IMAGES = 128  # as many as GPTQ's paper takes sequences
+IMAGES_ROUNDED_BY = 128  # as many as GPTQ's paper takes sequences
 
 
 class AdaptiveBitsConfig(Settings):
@@ -437,7 +437,7 @@ class QaLoraConfig(StoredAdapterConfig):
     @property
     def images_to_round_by(self) -> int:
         """Return how many training images `rounding: gptq` takes, if there are as many."""
-        return _CALIBRATION_IMAGES if self.calibration_images is None else self.calibration_images
+        return IMAGES_ROUNDED_BY if self.calibration_images is None else self.calibration_images
 
     @property
     def keeps_codes(self) -> bool:

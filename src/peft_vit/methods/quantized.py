@@ -11,7 +11,7 @@ from torch import nn
 from peft_vit.adapters import freeze_backbone
 from peft_vit.allocation.starting_ranks import Adapters
 from peft_vit.backbones import BackboneShape, Site, find_sites
-from peft_vit.config import BITS_OF_TYPE, ExperimentConfig, Frozen, QaLoraConfig, QuantizationType
+from peft_vit.config import BITS_OF_TYPE, ExperimentConfig, Frozen, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.errors import UserError
 from peft_vit.methods.full_precision import (
     adalora_defaults,
@@ -36,16 +36,20 @@ from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
 
+def usual_rounding(type: QuantizationType) -> Rounding:
+    """Return how weights are rounded where nothing is said: below 4 bits by GPTQ, since to nearest they lose much."""
+    return "gptq" if BITS_OF_TYPE[type] < 4 else "nearest"
+
+
 def packed_by_default(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
     """Return what `peft-vit train` takes: groups of 32 inputs, or of fewer where that does not divide a site's.
 
-    Where no group divides all of them, each row has one scale. Below 4 bits GPTQ rounds: 2 bits to nearest lose almost
-    everything.
+    Where no group divides all of them, each row has one scale.
     """
     group = math.gcd(_GROUP, *(site.in_features for site in sites))
     groups = {"use_group_quantization": True, "group_size": group} if group >= _SMALLEST_GROUP else {}
     bits = {"quantization_bits": BITS_OF_TYPE[type], "quantization_type": type}
-    rounding = {"rounding": "gptq"} if BITS_OF_TYPE[type] < 4 else {}
+    rounding = {} if usual_rounding(type) == "nearest" else {"rounding": "gptq"}
     return {**bits, **rounding, "use_group_quantization": False, **groups}
 
 

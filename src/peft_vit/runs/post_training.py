@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, packed_weights
 from peft_vit.backbones import Backbone, BackboneShape, fused_sites
-from peft_vit.config import BITS_OF_TYPE, QaLoraConfig, QuantizationType, Rounding
+from peft_vit.config import IMAGES_ROUNDED_BY, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.data import Data, LabelledImages
 from peft_vit.deployment import Merged, ModelCard, merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict_with_middle
-from peft_vit.methods.quantized import packing_of
+from peft_vit.methods.quantized import packing_of, usual_rounding
 from peft_vit.records import FEWEST_HELD_OUT
 from peft_vit.runs.held_out import PRIOR, Outputs, believed, unlike_beyond
 from peft_vit.runs.restore import RestoredRun, restore_run
@@ -27,7 +27,6 @@ from peft_vit.training import Calibration, RuntimeConfig
 from peft_vit.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.training.quantized_layers import packed_weights as rounded_weights
 
-IMAGES_ROUNDED_BY = 128  # training images, at most, by which GPTQ rounds
 _CPU = torch.device("cpu")
 _SCALE_BYTES = 2  # of a group's scale, and of its offset
 
@@ -142,7 +141,7 @@ def _images_to_round_by(
     run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
 ) -> Tensor | None:
     """Return training images for GPTQ; None: to nearest, which from 4 bits on loses as little, fifty times as fast."""
-    if rounding == "nearest" or (rounding is None and BITS_OF_TYPE[type] >= 4):
+    if (rounding or usual_rounding(type)) == "nearest":
         return None
     runtime = RuntimeConfig(_CPU, "fp32", run.card.mean, run.card.std)
     return Calibration(data, runtime, run.record.spec.seed).images(IMAGES_ROUNDED_BY)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import BITS_OF_TYPE, QuantizationType, StudyConfig, study_from_mapping
+from peft_vit.config import IMAGES_ROUNDED_BY, QuantizationType, StudyConfig, study_from_mapping
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Line, Throughput, Workload
 from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit
-from peft_vit.runs.post_training import IMAGES_ROUNDED_BY
+from peft_vit.methods.quantized import usual_rounding
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.context import TuningContext
@@ -73,8 +73,8 @@ class Costs:
         return begun + recipe.steps * self._step_s(recipe) + (0 if recipe.is_probe else test * self.image_s(recipe))
 
     def packing_s(self, recipe: Recipe, bits: QuantizationType | None) -> float:
-        """Return the seconds to round the weights of a recipe's model once, below 4 bits by GPTQ; 0 without bits."""
-        if bits is None or BITS_OF_TYPE[bits] >= 4:
+        """Return the seconds to round the weights of a recipe's model once, as is usual; 0 without bits."""
+        if bits is None or usual_rounding(bits) == "nearest":
             return 0.0 if bits is None else _PACK_S
         return _GPTQ_S * self.shape(recipe).parameters + _GPTQ_PASSES * IMAGES_ROUNDED_BY * self.image_s(recipe)
 
