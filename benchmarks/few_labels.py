@@ -246,7 +246,7 @@ def readme(rows: Sequence[dict[str, str]]) -> Iterator[str]:
     yield "| learnt from | scikit-learn | PEFT, 86 MB | `train`, 86 MB | `tune`, 14 MB |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     yield from lines
-    yield f"| minutes | {' | '.join(f'{np.median(own):.0f}' for own in minutes.values())} |"
+    yield f"| minutes, median | {' | '.join(f'{np.median(own):.0f}' for own in minutes.values())} |"
 
 
 def main() -> None:

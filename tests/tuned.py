@@ -46,7 +46,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     holdout.write_text(json.dumps(images_file(seen)))
     data = {"dataset": "image-folder", "path": str(images), "images_file": str(holdout), "image_size": 32}
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
-    (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies")
+    (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies", features=True)
 
     def odds(loss: float, chance: float) -> Odds:
         return Odds(Interval(0.72 - loss, 0.66 - loss, 0.78 - loss, 38, 0.95), loss, chance, 0.0001, shown=False)
@@ -82,7 +82,7 @@ def _rounded(outcome: Outcome) -> Outcome:
     return Outcome(outcome.images, outcome.labels, logits.astype(np.float64), outcome.seconds, outcome.folder)
 
 
-def _done(study: str, seeds: list[int], data: dict[str, Any], results: Path) -> list[Outcome]:
+def _done(study: str, seeds: list[int], data: dict[str, Any], results: Path, **measures: bool) -> list[Outcome]:
     """Do the runs of LoRA in a study; nothing validates."""
     training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-2, "head_start": "probe"}
     mapping = tiny_study(
@@ -90,7 +90,7 @@ def _done(study: str, seeds: list[int], data: dict[str, Any], results: Path) -> 
         seeds=seeds,
         data={**data, "validation_images": 0},
         backbone={"model": MODEL, "weights": "random"},
-        measures={"logits": True},
+        measures={"logits": True, **measures},
         experiments=[{"name": TRAINED.name, "method": "lora", "lora": {"rank": 8}, "training": training}],
     )
     outcomes = []

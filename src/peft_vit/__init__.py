@@ -1,4 +1,4 @@
-"""peft-vit: which layers of a Vision Transformer deserve rank, how much, and how many bits can go."""
+"""peft-vit: small, accurate image classifiers from a folder of labelled images, with LoRA, AdaLoRA and QA-LoRA."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -41,9 +41,9 @@ _MODEL_FILE, _FILE = "model.safetensors", "classifier.json"
 class ViTClassifier(ClassifierMixin, BaseEstimator):
     """A Vision Transformer that is fine-tuned on images: an estimator of scikit-learn around `train`.
 
-    `fit` validates on a fifth of its images, tests on two, and trains on all others. On the validation images it is
-    never worse than a logistic regression on the features of the frozen backbone. Each fit is a run in a folder below
-    `output`; the same fit again reads what is there.
+    `fit` validates on a fifth of its images, tests on two, and trains on all others. It starts from a logistic
+    regression on the features of the frozen backbone, and keeps that if it is clearly better on validation images. Each
+    fit is a run in a folder below `output`; the same fit again reads what is there.
 
     X is a list or an array of paths, PIL images or arrays; an array or tensor (N, H, W), (N, H, W, 3) or (N, 3, H, W)
     of integers from 0 to 255 or floats from 0 to 1; a DataFrame with a column image, img, path or file; or a torch or

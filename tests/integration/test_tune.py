@@ -21,6 +21,7 @@ from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.forecasting.memory_limit import StepCost
+from peft_vit.records import read_record
 from peft_vit.tuning.context import _telling_if_slow
 from peft_vit.tuning.costs import LONGEST, MOST_STEPS, Costs
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
@@ -569,6 +570,7 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
     compared = {(candidate.recipe.method, candidate.recipe.bits) for candidate in choice.decision.candidates}
     assert {("linear", None), ("lora", None), ("lora", "nf4")} <= compared
     assert choice.decision.taken.bytes <= 400_000
-    assert (choice.final.folder / "record.json").exists()
+    record = read_record(choice.final.folder / "record.json")
+    assert record.unlike is not None  # its last training keeps features of what it has seen
     if choice.recipe.when == "after":
         assert not np.array_equal(choice.final.logits, choice.before_rounding.logits)

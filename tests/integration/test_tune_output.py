@@ -105,6 +105,9 @@ def test_the_file_predicts_as_was_compared_and_says_how_far_to_believe_it(choice
     assert labels.tolist() == record.predictions.labels
     assert model.card.calibrated == choice.meaning
     assert model.card.calibrated.images == 38  # of 48, 10 sealed; each held out once
+    assert model.card.unlike.images == 38  # the same, each left out of what the last training has seen
+    known = model.with_distances(pixels.numpy())[1] <= model.card.unlike.threshold
+    assert known.mean() > 0.5
 
 
 def test_the_configuration_trains_the_same_adapter_again(choice, left, tmp_path, monkeypatch) -> None:
@@ -245,8 +248,7 @@ def made_up(monkeypatch, run_of):
     """Write files of made-up sizes, which take made-up seconds."""
     taken = {}
 
-    def write(_run, file: Path, _format, options, _calibrated, *, bits, overwrite):
-        assert overwrite  # an earlier attempt may have written there
+    def write(_source, file: Path, _format, options, _calibrated):
         kind = options.activations or options.runtime
         write_atomically(file, bytes(SIZES_AND_SECONDS[kind][0]))
         taken[str(file)] = kind
@@ -255,7 +257,7 @@ def made_up(monkeypatch, run_of):
     def time_them(files):
         return [row(file, SIZES_AND_SECONDS[taken[str(file)]][1]) for file in files]
 
-    monkeypatch.setattr(fastest, "export_run_to_file", write)
+    monkeypatch.setattr(fastest, "write_model", write)
     monkeypatch.setattr(fastest, "bench", time_them)
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
 

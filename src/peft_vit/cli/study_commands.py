@@ -76,9 +76,9 @@ def train(request: TrainRequest) -> None:
 
     A fifth of the images is kept for the test, and another fifth for validation. Training starts from a linear probe, a
     classifier on the features of the pretrained model. It stops early when validation stops improving, or when the
-    minutes are over, and on validation the model is never worse than that probe. Each call makes a folder of its own,
-    and `latest` beside it leads to the last one. The same call continues where it was interrupted. Exit codes: 0 done,
-    1 training failed, 2 bad input, 130 interrupted.
+    minutes are over. If the probe is clearly better on validation, you get the probe. Each call makes a folder of its
+    own, and `latest` beside it leads to the last one. The same call continues where it was interrupted. Exit codes: 0
+    done, 1 training failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import train_on_own_images
 

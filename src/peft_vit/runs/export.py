@@ -37,7 +37,7 @@ from peft_vit.records import FEATURES_FILE, Calibrated, Decision
 from peft_vit.runs.post_training import merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
-from peft_vit.statistics import Interval
+from peft_vit.statistics import Interval, Neighbours
 from peft_vit.tasks import TASKS, DecidingMetric, meaning_fields, metric_of, thresholds_of
 
 _COMPARED_AT_ONCE = 32
@@ -92,6 +92,27 @@ class Exported:
     not_compared: str = ""  # why
     activations: Literal["float32", "int8"] = "float32"
     float_bytes: int | None = None  # of the merged model, where it was packed after training
+
+
+@dataclass(frozen=True)
+class ModelToWrite:
+    """A run's model as files hold it, and what it is compared with."""
+
+    folder: Path  # of the run
+    run: RestoredRun
+    merged: Merged
+    card: ModelCard
+    known: Neighbours | None  # features of training images, of this model; None: nothing says what is unlike them
+    data: Data | None  # the run's images; None: they are not there
+    missing: str  # why
+    float_bytes: int | None = None  # of the merged model, where it was packed after training
+
+    def need_data(self, field: str, lossy: str) -> Data:
+        """Return the run's images; raises UserError if they are not there."""
+        if self.data is None:
+            message = f"needs the run's images to measure what {lossy} loses, and they are not there: {self.missing}"
+            raise UserError(message, field=field)
+        return self.data
 
 
 @dataclass(frozen=True)
@@ -179,40 +200,59 @@ def export_run_to_file(
     _check_room(file, kind, overwrite)
     if kind.extra is not None:
         require_extra(kind.extra, f"--format {format}")
+    return write_model(model_to_write(run_dir, bits, rounding), file, format, options, meaning)
+
+
+def model_to_write(
+    run_dir: Path, bits: QuantizationType | None = None, rounding: Rounding | None = None
+) -> ModelToWrite:
+    """Restore a run, merge its adapters, and pack its float weights where that is asked for.
+
+    Raises:
+        UserError: if the run can't be restored, or its images are not there to tell what bits lose.
+    """
     run = restore_run(run_dir)
-    int8, card = options.activations is not None, run.card
-    if options.runtime is not None and bits is None and not packed_weights(run.model):
-        raise UserError(
-            f"has no effect on this run, whose weights are floats: {run_dir}; leave it out", field="--runtime"
-        )
-    merged = merge(run.model, card) if bits is None else merge_float(run)
-    data, missing, float_bytes = None, "", None
+    merged = merge(run.model, run.card) if bits is None else merge_float(run)
+    data, missing = None, ""
     try:
         data = run.load_data()
     except UserError as error:
         missing = str(error.about(None))  # not of a key that nobody wrote
-    if data is None and (lossy := options.activations or bits):
-        message = f"needs the run's images to measure what {lossy} loses, and they are not there: {missing}"
-        raise UserError(message, field="--activations" if int8 else "--bits")
-    if data is not None and bits is not None:
-        float_bytes = storage_bytes(merged.model.state_dict().values())
-        model, card = pack_after_training(merged.model, run, data, bits, rounding)
-        merged = replace(merged, model=model)
+    source = ModelToWrite(run_dir, run, merged, run.card, run.known, data, missing)
+    if bits is None:
+        return source
+    packed = pack_after_training(merged.model, run, source.need_data("--bits", bits), bits, rounding)
+    model, card, known = packed
+    float_bytes = storage_bytes(merged.model.state_dict().values())
+    return replace(source, merged=replace(merged, model=model), card=card, known=known, float_bytes=float_bytes)
+
+
+def write_model(
+    source: ModelToWrite, file: Path, format: str, options: OnnxOptions, meaning: Calibrated | Decision | None
+) -> Exported:
+    """Write a model, see `export_run_to_file`, which checks that there is room for it; the source stays as it is."""
+    run, merged, card, known, data = source.run, source.merged, source.card, source.known, source.data
+    int8 = options.activations is not None
+    if options.runtime is not None and not packed_weights(merged.model):
+        reason = f"has no effect on this run, whose weights are floats: {source.folder}; leave it out"
+        raise UserError(reason, field="--runtime")
+    if options.activations is not None:
+        source.need_data("--activations", options.activations)
     if meaning is not None:
         card = card.model_copy(update=meaning_fields(meaning))
     if options.runtime is not None:
-        export_onnx(merged.model, file, card, runtime=options.runtime, known=run.known)
-    elif not int8 and kind.ending:
-        writer_of(format)(merged.model, file, card, run.known)
+        export_onnx(merged.model, file, card, runtime=options.runtime, known=known)
+    elif not int8 and EXPORTS[format].ending:
+        writer_of(format)(merged.model, file, card, known)
     elif not int8:
         with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
-            writer_of(format)(merged.model, made, card, run.known)
+            writer_of(format)(merged.model, made, card, known)
     if data is None:
-        return Exported(merged, None, missing)
+        return Exported(merged, None, source.missing)
     images, split = images_to_compare(data)
     if not int8:
         comparison = compare(run, open_exported(file), images, split)
-        return Exported(merged, comparison, float_bytes=float_bytes)
+        return Exported(merged, comparison, float_bytes=source.float_bytes)
     # Written only if it is as accurate on these images as it has to be.
     if split == "training" and options.accept_loss is None:
         raise UserError(
@@ -220,7 +260,7 @@ def export_run_to_file(
             "on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(run, merged.model, card, images, split)
+    comparison, content = _try_int8(run, merged.model, card, known, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     lost = comparison.lost_points
     if lost > accepted:
@@ -230,7 +270,7 @@ def export_run_to_file(
             field="--activations",
         )
     write_exported(file, content)
-    return Exported(merged, comparison, activations="int8", float_bytes=float_bytes)
+    return Exported(merged, comparison, activations="int8", float_bytes=source.float_bytes)
 
 
 def compare_int8(run_dir: Path) -> Comparison:
@@ -239,16 +279,17 @@ def compare_int8(run_dir: Path) -> Comparison:
     Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
     """
     run = restore_run(run_dir)
-    return _try_int8(run, merge(run.model, run.card).model, run.card, run.load_data().test.open(), "test")[0]
+    model = merge(run.model, run.card).model
+    return _try_int8(run, model, run.card, run.known, run.load_data().test.open(), "test")[0]
 
 
 def _try_int8(
-    run: RestoredRun, merged: nn.Module, card: ModelCard, images: LabelledImages, split: Split
+    run: RestoredRun, merged: nn.Module, card: ModelCard, known: Neighbours | None, images: LabelledImages, split: Split
 ) -> tuple[Comparison, bytes]:
     """Return what products in 8 bits do to a run's model, and the file's content."""
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        export_onnx(merged, trial, card, activations="int8", known=run.known)
+        export_onnx(merged, trial, card, activations="int8", known=known)
         return compare(run, open_exported(trial), images, split), trial.read_bytes()
 
 

@@ -17,7 +17,15 @@ from peft_vit.errors import UserError
 from peft_vit.extras import missing_packages
 from peft_vit.records import RECORD_FILE, BenchRow, Calibrated, Decision, read_record
 from peft_vit.runs.bench import MADE, bench
-from peft_vit.runs.export import LARGEST_LOSS, Comparison, OnnxOptions, compare_int8, export_run_to_file
+from peft_vit.runs.export import (
+    LARGEST_LOSS,
+    Comparison,
+    ModelToWrite,
+    OnnxOptions,
+    compare_int8,
+    model_to_write,
+    write_model,
+)
 
 _INT8_FOLDS = 5  # runs on folds that tell what 8 bits lose, at most: each takes a calibration and an export
 _AS_FAST = 1.1  # times the seconds of the fastest: less is within the scatter of medians
@@ -125,7 +133,7 @@ def export_fastest(
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
         packed, lost = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
         forms: dict[Path, Form] = {}
-        write = partial(_written, run_dir=run_dir, meaning=meaning, bits=bits)
+        write = partial(_written, source=model_to_write(run_dir, bits), meaning=meaning)
         try_ways = partial(_try_ways, forms=forms, write=write, place=Path(place), tell=tell)
         rows = try_ways(_exact_ways(packed, bits))
         if not rows:
@@ -219,13 +227,11 @@ def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way,
     return _Way(form, "onnx", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)), lost
 
 
-def _written(
-    way: _Way, file: Path, run_dir: Path, meaning: Calibrated | Decision, bits: QuantizationType | None
-) -> Form:
+def _written(way: _Way, file: Path, source: ModelToWrite, meaning: Calibrated | Decision) -> Form:
     if way.form.left_out:
         return way.form
     try:
-        done = export_run_to_file(run_dir, file, way.format, way.options, meaning, bits=bits, overwrite=True)
+        done = write_model(source, file, way.format, way.options, meaning)
     except UserError as error:  # a format that one of the runtimes has not
         return replace(way.form, left_out=error.message)
     return replace(way.form, bytes=exported_bytes(file), comparison=done.comparison)

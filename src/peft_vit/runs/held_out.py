@@ -62,11 +62,6 @@ def calibration_of(
 ) -> tuple[dict[str, Any], bytes | None]:
     """Return the record's fields by name, and the content of the file of training features.
 
-    Validation images say what is unlike the known ones, and so do training images, each of these left out in turn:
-    training has fitted them, but the middle of the network hardly moves, and the 95 % of few are known badly. Of models
-    of digits, two sets of drawings and, twice, Fashion-MNIST, with 60 to 100 validation images, 19, 14, 39, 29 and 41
-    of 400 test images were beyond the threshold of these alone, 26, 20, 19, 20 and 38 beyond that of both.
-
     Args:
         validation: of images that were not trained on; there may be none.
         test: likewise, and nothing was chosen by them.
@@ -76,12 +71,8 @@ def calibration_of(
     found = believed(validation, task)
     neighbours, content, flagged = None, None, None
     if known is not None and test.middle is not None and len(known) + len(validation.labels) >= FEWEST_HELD_OUT:
-        neighbours = Neighbours.of(known)
+        neighbours, unlike = known_by(known, validation.middle)
         content = neighbours_bytes(neighbours)
-        apart = neighbours.apart()  # (n,)
-        if validation.middle is not None:
-            apart = np.concatenate([apart, neighbours.distances(validation.middle)])
-        unlike = unlike_beyond(apart)
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
         found |= {"unlike": unlike, "features_sha256": hashlib.sha256(content).hexdigest()}
     if len(validation.labels) or neighbours is not None:
@@ -117,9 +108,21 @@ def believed(validation: Outputs, task: Task, prior: TemperaturePrior = PRIOR) -
     return {"calibrated": calibrated, "decision": decision}
 
 
-def unlike_beyond(distances: NDArray[np.float64]) -> Unlike:
-    """Return when an image is unlike others, by how far these, (n,), are from the nearest known image."""
-    return Unlike(images=len(distances), threshold=conformal_quantile(distances, LIKE))
+def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None) -> tuple[Neighbours, Unlike]:
+    """Return what is kept of training images, and when an image is unlike them, by features (n, D) and (m, D).
+
+    Validation images say that, and so do training images, each of these left out in turn: training has fitted them, but
+    the middle of the network hardly moves, and the 95 % of few are known badly. Of models of digits, two sets of
+    drawings and, twice, Fashion-MNIST, with 60 to 100 validation images, 19, 14, 39, 29 and 41 of 400 test images were
+    beyond the threshold of these alone, 26, 20, 19, 20 and 38 beyond that of both. All features are of one model: with
+    weights of 4 bits 27 to 241 of 400 test images of two sets were beyond a threshold by float weights, beyond which 12
+    and 17 were with these.
+    """
+    known = Neighbours.of(train)
+    apart = known.apart()  # (n,)
+    if validation is not None:
+        apart = np.concatenate([apart, known.distances(validation)])
+    return known, Unlike(images=len(apart), threshold=conformal_quantile(apart, LIKE))
 
 
 def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None = None) -> TestedCalibration:

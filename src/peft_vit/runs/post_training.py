@@ -20,9 +20,9 @@ from peft_vit.deployment import Merged, ModelCard, merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict_with_middle
 from peft_vit.methods.quantized import packing_of, usual_rounding
-from peft_vit.records import FEWEST_HELD_OUT
-from peft_vit.runs.held_out import PRIOR, Outputs, believed, unlike_beyond
+from peft_vit.runs.held_out import PRIOR, Outputs, believed, known_by, known_images
 from peft_vit.runs.restore import RestoredRun, restore_run
+from peft_vit.statistics import Neighbours
 from peft_vit.training import Calibration, RuntimeConfig
 from peft_vit.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.training.quantized_layers import packed_weights as rounded_weights
@@ -97,18 +97,24 @@ def round_weights(
 
 def pack_after_training(
     model: nn.Module, run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
-) -> tuple[nn.Module, ModelCard]:
-    """Return a run's merged float model with packed weights, and its card, with what validation images tell of it."""
+) -> tuple[nn.Module, ModelCard, Neighbours | None]:
+    """Return a run's merged float model with packed weights, its card, and what it knows of training images.
+
+    What validation images say, and the features of training images, are those of the rounded model.
+    """
     rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
+    found: dict[str, Any] = {}
+    known, middle = None, None
     if len(data.validation):
         meaning = card.decision or card.calibrated
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
-        found = believed(validation, data.task, prior)
-        if run.known is not None and validation.middle is not None and len(data.validation) >= FEWEST_HELD_OUT:
-            found["unlike"] = unlike_beyond(run.known.distances(validation.middle))
-        card = card.model_copy(update=found)
-    return rounded, card
+        found, middle = believed(validation, data.task, prior), validation.middle
+    if run.known is not None:
+        train = _outputs(rounded, known_images(data.train, run.record.spec.seed, data.task), card).middle
+        assert train is not None
+        known, found["unlike"] = known_by(train, middle)
+    return rounded, card.model_copy(update=found), known
 
 
 def logits_by_type(

@@ -21,6 +21,7 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Line, Throughput, Workload
 from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit
 from peft_vit.methods.quantized import usual_rounding
+from peft_vit.runs.held_out import MOST_KNOWN
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.context import TuningContext
@@ -97,7 +98,8 @@ class Costs:
         context, machine, image_s = self.context, self.machine, self.image_s(recipe)
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
         begun += self.packing_s(recipe, recipe.trained.bits)
-        trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + context.sealed_images * image_s
+        seen = context.sealed_images + min(MOST_KNOWN, context.images)
+        trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + seen * image_s
         bits = [recipe.bits] if recipe.bits is not None and recipe.when == "after" else []
         rounded = self.rounding_s(recipe, bits, context.sealed_images) if bits else 0.0
         forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)

@@ -3,7 +3,8 @@
 It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on. Where
 the folds say that more steps gain, it has up to twice as many, as time allows. The penalty of the probe that it starts
 from is chosen in the same way, on training images that are left out of its fit. Nothing validates. Temperature and sets
-of classes come from what the folds' runs say, in the form that is delivered.
+of classes come from what the folds' runs say, in the form that is delivered; when an image is unlike all others, from
+how far training images are from each other.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome,
     context, trained = folds.context, replace(recipe.trained, steps=folds.costs.last_steps(recipe, longer))
     name, seed = f"final-{recipe.place}", context.request.seed
     study = context.study(name, recipe.model, recipe.image_size, [seed], [folds.experiment(trained)], folds=None)
+    study["measures"] |= {"features": True}
     done = context.runner(study, context.state.until(-_ENDLESS_S), None)  # it has to be brought to its end
     if (trained.name, seed) not in done:
         problem = "the last training failed, see above; the same command tries it again"

@@ -58,7 +58,8 @@ def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
 
 def bytes_of(folds: Folds, recipe: Recipe) -> int:
     """Return the bytes of a recipe's file, as expected."""
-    return recipe.file_bytes(folds.costs.shape(recipe), folds.context.outputs)
+    context = folds.context
+    return recipe.file_bytes(folds.costs.shape(recipe), context.outputs, context.images)
 
 
 def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:

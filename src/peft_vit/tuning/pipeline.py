@@ -186,7 +186,7 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
         for bits in (None, *ROUNDED):
             plain = Recipe(model, own[0])
             form = plain if bits is None else plain.rounded(bits)
-            forms[form] = form.file_bytes(context.shape(model, own[0]), context.outputs)
+            forms[form] = form.file_bytes(context.shape(model, own[0]), context.outputs, context.images)
     models = within_bytes(context.request, forms)
     sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
     first = next(iter(sizes))

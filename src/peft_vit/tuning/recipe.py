@@ -12,6 +12,7 @@ from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, Quantiza
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.methods.method import DEFAULT_RANK
 from peft_vit.methods.quantized import packing_of
+from peft_vit.runs.held_out import MOST_KNOWN
 from peft_vit.runs.post_training import file_bytes
 from peft_vit.tasks import DecidingMetric
 
@@ -95,13 +96,14 @@ class Recipe:
             options = replace(options, bits=self.bits)
         return METHODS[self.method].defaults(options)
 
-    def file_bytes(self, shape: BackboneShape, classes: int) -> int:
-        """Return what its file takes, see `file_bytes`."""
+    def file_bytes(self, shape: BackboneShape, classes: int, images: int) -> int:
+        """Return what its file takes, see `file_bytes`, with the features of so many training images."""
         packing = None
         if self.bits is not None:
             after = self.when == "after"
             packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
-        return file_bytes(shape, packing, classes)
+        known = min(MOST_KNOWN, images) * next(iter(shape.sites)).in_features  # a byte each
+        return file_bytes(shape, packing, classes) + known
 
 
 def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:

@@ -1,5 +1,7 @@
 """Float runs, packed after training: the codes are the quantizer's, files say what the model in memory says."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn.functional import mse_loss
 from peft_vit.adapters import packed_weights
 from peft_vit.backbones import watching
 from peft_vit.backbones.catalog import describe
+from peft_vit.config import StudyConfig
 from peft_vit.deployment import load_low_bit, merge, open_exported
 from peft_vit.errors import UserError
 from peft_vit.evaluation import calibrate, predict
@@ -19,7 +22,6 @@ from peft_vit.runs.export import export_run_to_file
 from peft_vit.runs.held_out import PRIOR
 from peft_vit.runs.post_training import file_bytes, logits_by_type, round_weights
 from peft_vit.runs.restore import restore_run
-from peft_vit.statistics import conformal_quantile
 
 pytestmark = pytest.mark.part("runner")
 NF4 = QuantizationFormat("nf4", 32, False, torch.float16)
@@ -68,10 +70,7 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
 
 
 def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> None:
-    config = study("lora")
-    record = do_one(
-        config.model_copy(update={"measures": config.measures.model_copy(update={"features": True})}), tmp_path
-    )
+    record = do_one(study("lora"), tmp_path)
     run_dir = run_folder(tmp_path, record.spec)
     logits = logits_by_type(run_dir, ("int8", "nf4", "int2"))
     run = restore_run(run_dir)
@@ -84,12 +83,25 @@ def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> Non
     assert [np.array_equal(nearest[type], logits[type]) for type in logits] == [True, True, False]  # gptq
     np.testing.assert_array_equal(logits_by_type(run_dir, ["int2"], "nearest")["int2"], nearest["int2"])
 
-    file, validated = tmp_path / "model.safetensors", run.load_data().validation
+
+@pytest.mark.parametrize("validated", [20, 0])
+def test_what_is_unlike_is_told_by_features_of_the_rounded_model(study, tmp_path, validated) -> None:
+    content = json.loads(study("lora").model_dump_json())
+    content["measures"] |= {"features": True}
+    content["data"] |= {"validation_images": validated}
+    record = do_one(StudyConfig.model_validate_json(json.dumps(content)), tmp_path)
+    run_dir, file = run_folder(tmp_path, record.spec), tmp_path / "model.safetensors"
+    run = restore_run(run_dir)
     export_run_to_file(run_dir, file, "safetensors", bits="int2")
-    batch = next(validated.ordered_batches(20, run.card.mean, run.card.std))[0].numpy()
-    opened = open_exported(file)
-    _, distances = opened.with_distances(batch)
-    assert opened.card.unlike.threshold == pytest.approx(conformal_quantile(distances, 0.95), rel=1e-5)
+    opened, data = open_exported(file), run.load_data()
+
+    def distances(images) -> np.ndarray:
+        batches = images.ordered_batches(20, run.card.mean, run.card.std)
+        return np.concatenate([opened.with_distances(batch.numpy())[1] for batch, _ in batches])
+
+    assert opened.card.unlike.images == 24 + validated
+    assert distances(data.train).max() < 0.02  # each is its own neighbour, but for codes of eight bits
+    assert (distances(data.test.open()) > opened.card.unlike.threshold).mean() < 0.3
     assert opened.card.unlike.threshold != pytest.approx(run.card.unlike.threshold, rel=1e-3)
 
 

@@ -59,14 +59,20 @@ def test_bytes_are_those_of_the_model_whose_weights_are_rounded(bits: str | None
     rounded = model if bits is None else round_weights(model, bits)
     codes = sum(weight.nbytes for weight in packed_weights(rounded).values())
     in_float = storage_bytes(rounded.state_dict().values())
-    assert recipe.file_bytes(SHAPE, CLASSES) == pytest.approx(in_float + codes, rel=0.01)
+    assert recipe.file_bytes(SHAPE, CLASSES, 0) == pytest.approx(in_float + codes, rel=0.01)
+
+
+def test_features_of_training_images_take_a_byte_each_of_at_most_2000_images() -> None:
+    width = next(iter(SHAPE.sites)).in_features
+    sizes = [LORA.file_bytes(SHAPE, CLASSES, images) for images in (0, 300, 2000, 9000)]
+    assert [size - sizes[0] for size in sizes] == [0, 300 * width, 2000 * width, 2000 * width]
 
 
 def test_bytes_of_qa_lora_are_those_of_the_packed_model() -> None:
     experiment = configured(QA_LORA)
     model = create_model(Architecture("timm", "test_vit"), 32, CLASSES)
     METHODS["qa_lora"].prepare(model, experiment, PrepareContext(STEPS, 0))
-    assert QA_LORA.file_bytes(SHAPE, CLASSES) == pytest.approx(model_size(model).live_bytes, rel=0.01)
+    assert QA_LORA.file_bytes(SHAPE, CLASSES, 0) == pytest.approx(model_size(model).live_bytes, rel=0.01)
 
 
 def test_other_methods_have_rates_that_go_with_those_of_lora_and_classes_count_by_the_metric() -> None:
