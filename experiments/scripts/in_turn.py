@@ -80,7 +80,7 @@ def rates_table(tried: Sequence[tuple[tuple[str, ...], pd.DataFrame, float | Non
     rates = sorted({rate for _, own, _ in tried for rate in own.learning_rate})
 
     def cell(own: pd.DataFrame, chosen: float | None, rate: float) -> str:
-        value = 100 * own[own.learning_rate == rate].validation_accuracy.mean()
+        value = 100 * mean_by_rate(own).get(rate, np.nan)
         return "–" if np.isnan(value) else f"**{value:.1f}**" if rate == chosen else f"{value:.1f}"
 
     columns = {

@@ -67,6 +67,8 @@ class Report:
 def open_classifier(path: Path, weights: str | None = None, adapter: str | None = None) -> Classifier:
     """Open what an export has written, an adapter of a bundle, or the model of a run; see `load`."""
     if is_bundle(path):
+        if weights is not None:
+            raise UserError("has no effect here: the bundle holds its backbone's weights", field="--weights")
         from peft_vit.runs.bundle import Bundle
 
         return Bundle.load(path).classifier(adapter)

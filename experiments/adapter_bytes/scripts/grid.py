@@ -370,7 +370,7 @@ def with_room(rows: pd.DataFrame, base: str) -> list[str]:
     """Return the sets on which the pilot's LoRA r=8, at its best rate, leads the probe by 3 points on validation."""
     found = []
     for images in SETS:
-        own = rows[rows.study == f"adapter_bytes_{images}_{base}_pilot"]
+        own = rows[rows.study == f"adapter_bytes_{images}_{base}_pilot"].fillna({"validation_accuracy": 0.0})
         best = own[own.experiment.str.startswith(FULL)].groupby("experiment").validation_accuracy.mean().max()
         if 100 * (best - own[own.experiment == PROBE].validation_accuracy.mean()) >= ROOM:
             found.append(images)
@@ -581,7 +581,7 @@ def drawing(rows: pd.DataFrame) -> Drawing:
             for row in own:
                 if row["name"] == FULL:
                     full: Any = row["gain"]
-                    axes.axhline(full.mean, color=MUTED, lw=1, ls=DASHED, label="LoRA r=8, float32")
+                    axes.axhline(full.mean, color=MUTED, lw=1, ls=DASHED, label="rank 8 in float32")
             axes.set(xscale="log", xlabel="kB of the adapter", title=f"{SETS[images].title}, {BASES[base].title}")
             quiet_grid(axes)
         every[0].set_ylabel("points above the linear probe")

@@ -6,8 +6,9 @@ B are stored as `quantization.row_rounding` says, site by site in the model's or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -31,6 +32,7 @@ from peft_vit.quantization.row_rounding import pack_rows, unpack_rows, unpack_so
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
+_TENSORS = {"codes", "scales", *_HEAD_ROWS, "head_bias"}
 _Rank = Annotated[int, Field(ge=0, le=65_536)]
 StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
 
@@ -47,10 +49,16 @@ class AdapterHeader(Header):
 
 
 class Update(NamedTuple):
-    """What an adapter adds to the outputs of one module: inputs @ right.T @ left."""
+    """What an adapter adds to the outputs of one module: summed(inputs, pool) @ right.T @ left."""
 
-    right: Tensor  # (R, in), R the ranks of all sites of the module
+    right: Tensor  # (R, in / pool), R the ranks of all sites of the module
     left: Tensor  # (R, out), zero where a rank is not of a row's site
+    pool: int
+
+
+def summed(x: Tensor, pool: int) -> Tensor:
+    """Return the sums of as many adjacent inputs as share an update: (..., in) to (..., in / pool)."""
+    return x if pool == 1 else x.unflatten(-1, (-1, pool)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -133,8 +141,12 @@ class PackedAdapter:
         with named(file):
             if len(self.header.ranks) != len(sites):
                 raise UserError(f"has ranks of {len(self.header.ranks)} matrices, the model {len(sites)}")
-            self.updates(sites)
-            self.head(width)
+            bias, classes = self.tensors.get("head_bias", torch.empty(0)), len(theirs.class_names)
+            if bias.shape != (classes,) or not self.tensors.keys() <= _TENSORS:
+                raise UserError(f"does not hold an adapter and a head of {classes} outputs; export the run again")
+            updates = [part for update in self.updates(sites).values() for part in update[:2]]
+            if not all(bool(part.isfinite().all()) for part in (*updates, *self.head(width))):
+                raise UserError("holds values that are not finite; train it again")
 
     def updates(self, sites: Sequence[Site]) -> dict[str, Update]:
         """Return what it adds, by module, in float32."""
@@ -177,16 +189,17 @@ class JoinedUpdates:
             _joined_files([adapters[number] for number in numbers], bits, pool, numbers, which, sites)
             for (bits, pool), numbers in alike.items()
         ]
+        self.pool = math.gcd(*(files.pool for files in self._joined))
 
     def of_site(self, place: int) -> tuple[Tensor, Tensor] | None:
-        """Return what is added on one site: (B, R, in) and (B, R, out), R the highest rank, others with zeros.
+        """Return what is added on one site: (B, R, in / pool) and (B, R, out), R the highest rank, others with zeros.
 
-        As an `Update` does, each adds inputs @ right.T @ left. None: no adapter has a rank there.
+        As an `Update` does, each adds summed(inputs, pool) @ right.T @ left. None: no adapter has a rank there.
         """
         site, most = self._sites[place], max((int(files.ranks[:, place].max()) for files in self._joined), default=0)
         if not most:
             return None
-        right = np.zeros((self.images * most, site.in_features), np.float32)
+        right = np.zeros((self.images * most, site.in_features // self.pool), np.float32)
         left = np.zeros((self.images * most, site.out_features), np.float32)
         for files in self._joined:
             ranks, columns = files.ranks[:, place], site.in_features // files.pool
@@ -195,7 +208,7 @@ class JoinedUpdates:
             into = files.images[images] * most + within
             starts, rows = files.starts[images, place], files.rows[images, place] + within
             of_a = files.unpack(starts + within * columns, rows, columns)  # (n, in / pool)
-            right[into] = of_a if files.pool == 1 else of_a.repeat(files.pool, axis=1)
+            right[into] = of_a if files.pool == self.pool else of_a.repeat(files.pool // self.pool, axis=1)
             starts, rows = starts + ranks[images] * columns, rows + ranks[images]  # the columns of B come after
             left[into] = files.unpack(starts + within * site.out_features, rows, site.out_features)
         shape = (self.images, most, -1)
@@ -252,10 +265,15 @@ def number_formats(base: LowBitHeader) -> str:
 def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return a model's backbone as `save_low_bit` writes it, on the model's memory; it has a head of one class.
 
-    The model is changed: its adapters go, and its head.
+    The model is changed: its adapters go, its head, and the offsets of a codebook, which are 0 until an update is
+    merged into them.
     """
     for _, module in adapted_modules(model):
-        module.sites, module.multiplies_integers = nn.ModuleDict(), False
+        module.sites, module.multiplies_integers, packed = nn.ModuleDict(), False, module.quantized
+        if packed is None or packed.offsets is None or not packed.format.has_codebook:
+            continue
+        if not packed.offsets.any():
+            module.quantized = replace(packed, offsets=None, format=replace(packed.format, offset=False))
     for name, layer in Backbone(model).heads.items():
         head = nn.Linear(layer.in_features, 1)
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
@@ -275,14 +293,13 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
 def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
     """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
     right = parts[0][1] if len(parts) == 1 else torch.cat([right for _, right, _ in parts])  # (R, in / pool)
-    right = right if pool == 1 else right.repeat_interleave(pool, dim=1)  # (R, in)
     if len(parts) == 1 and parts[0][0].out_features == rows:
-        return Update(right, parts[0][2])
+        return Update(right, parts[0][2], pool)
     left, start = right.new_zeros(len(right), rows), 0  # (R, out)
     for site, _, of_site in parts:
         left[start : start + len(of_site), site.span] = of_site
         start += len(of_site)
-    return Update(right, left)
+    return Update(right, left, pool)
 
 
 def _adapter_on(model: nn.Module, site: Site) -> tuple[SiteAdapter | None, slice]:

@@ -258,9 +258,12 @@ def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
     return normalised
 
 
-def prediction_of(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> Prediction:
+def prediction_of(
+    image: GivenImage, logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int
+) -> Prediction:
     """Return what the logits (classes,) of one image say."""
-    return Prediction(None, **_answers(logits[None], card, coverage, top)[0])
+    file = image if isinstance(image, Path) else None
+    return Prediction(file, **_answers(logits[None], card, coverage, top)[0])
 
 
 def _answers(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> list[dict[str, Any]]:

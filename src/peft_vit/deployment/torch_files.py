@@ -37,7 +37,7 @@ from peft_vit.adapters.peft_format import BASE_FILE, import_peft
 from peft_vit.backbones import load_backbone
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.backbones.families.transformers_models import TowerClassifier, inputs, quiet, vision_config
-from peft_vit.config import CARD_FILE, QuantizationType, named_backbone
+from peft_vit.config import BUNDLE_FILE, CARD_FILE, QuantizationType, named_backbone
 from peft_vit.deployment.known_images import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
 from peft_vit.deployment.model_card import HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
 from peft_vit.errors import UserError, agreeing_with, named, one_line, os_fault
@@ -175,6 +175,8 @@ def low_bit_parts(
 def open_low_bit(file: Path) -> Classifier:
     """Return the classifier in a file; raises UserError as `load_low_bit`."""
     header, tensors = read_low_bit(file)
+    if file.name == BUNDLE_FILE and header.card.run == "backbone":
+        raise UserError("is a bundle's backbone, without a head; name its folder, and an --adapter", file=file)
     known = None
     if header.card.unlike is not None:
         parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}

@@ -116,6 +116,7 @@ def stored_in(total_bytes: int, adapters: Adapters, sites: Sequence[Site]) -> di
 
     The bits are the fewest with which they buy at most rank DEFAULT_RANK everywhere: ranks of one bit are worth more
     than the bits of fewer ranks (arXiv 2307.16867, on float weights). Whether that is the best rule is not measured.
+    Bytes that all ranks together do not take are left.
 
     Raises:
         UserError: if they buy no rank of one bit.
@@ -125,7 +126,8 @@ def stored_in(total_bytes: int, adapters: Adapters, sites: Sequence[Site]) -> di
         reason = f"expected at least {least} B, which one rank of the smallest matrix takes in one bit"
         raise UserError(f"{reason}, got {total_bytes} B", field="--adapter-bytes")
     bits = next((bits for bits, cost in costs.items() if total_bytes <= DEFAULT_RANK * int(cost.sum())), 16)
-    return {"adapter_bits": bits, "ranks": {"rule": "even", "budget": total_bytes, "unit": "bytes"}}
+    most = int(costs[bits] @ largest_ranks(sites, adapters.pool)) - 1  # with all ranks nothing would be chosen
+    return {"adapter_bits": bits, "ranks": {"rule": "even", "budget": min(total_bytes, most), "unit": "bytes"}}
 
 
 LORA = Method(

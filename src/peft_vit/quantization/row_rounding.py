@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peft_vit.errors import UserError
+from peft_vit.errors import DivergedError, UserError
 from peft_vit.quantization.packing import pack_codes, row_bytes, unpack_codes
 
 _STEPS = 8  # of turns; afterwards scales of normal rows move by less than a hundredth
@@ -36,7 +36,7 @@ def round_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the codes of rows (rows, n), uint8, and 256 times their scales (rows,), float16.
 
     Raises:
-        UserError: if a value is not finite, or above 127 in magnitude.
+        DivergedError: if a value is not finite, or above 127 in magnitude.
     """
     rows = rows.detach().float()
     middle = (2**bits - 1) / 2
@@ -48,7 +48,7 @@ def round_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         scales = (rows * levels).sum(1) / levels.square().sum(1)
     stored = (scales * _UNIT).half()
     if not bool(stored.isfinite().all()):
-        raise UserError("holds values that can't be stored in few bits: not finite, or above 127; train it again")
+        raise DivergedError("values are not finite or above 127, too large for few bits; lower the learning rate")
     return (codes if bits == 1 else _codes(rows, stored.float() / _UNIT, bits)).to(torch.uint8), stored
 
 
@@ -155,7 +155,10 @@ def unpack_some(
     places = first[:, None] + np.arange((columns + at_once - 2) // at_once + 1)  # (n, bytes)
     values = _levels(bits).numpy().take(codes.take(places, mode="clip"), axis=0)  # (n, bytes, codes of a byte)
     values = values.reshape(len(starts), places.shape[1] * at_once)
-    # (n, codes of whole bytes) -> (n, columns)
-    values = np.take_along_axis(values, within[:, None] + along, axis=1) if within.any() else values[:, :columns]
+    if within.any():
+        begin = np.arange(len(starts)) * values.shape[1] + within  # (n,), where each row does among all codes
+        values = values.ravel().take(begin[:, None] + along)  # (n, codes of whole bytes) -> (n, columns)
+    else:
+        values = values[:, :columns]
     values *= arrays["scales"][rows, None].astype(np.float32)
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from peft_vit.deployment.packed_adapter import (
     StoredBits,
     Update,
     backbone_of,
+    summed,
     trained_bits,
 )
 from peft_vit.deployment.predicting import GivenImage, prediction_of, prepared
@@ -39,7 +41,7 @@ from peft_vit.runs.export import Comparison, compare, images_to_compare
 from peft_vit.runs.restore import RestoredRun, restore_run
 
 _AT_ONCE = 32
-_ROWS_AT_ONCE = 256  # about as many are multiplied with a weight each time that it is unpacked, see `Bundle.logits`
+_ROWS_AT_ONCE = 192  # about as many are multiplied with a weight each time that it is unpacked, see `Bundle.logits`
 _LISTED = 10
 
 
@@ -113,7 +115,7 @@ class Bundle:
 
         Each layer multiplies all images with its weight, and each image with the two thin matrices of its adapter.
         Weights are unpacked piece by piece, and the matrices of several adapters layer by layer. Many images pass in
-        parts of about 256 tokens, one after the other: what is between layers then takes less memory, and unpacking
+        parts of about 192 tokens, one after the other: what is between layers then takes less memory, and unpacking
         each weight for each part takes a twentieth of the time.
 
         Args:
@@ -121,8 +123,14 @@ class Bundle:
             names: of the adapters, one for all images or one each.
 
         Raises:
-            UserError: if there is no adapter of a name, or not one name an image.
+            UserError: if there is no adapter of a name, not one name an image, or the images have another shape.
         """
+        size = self._header.card.image_size
+        if images.shape[1:] != (3, size, size):
+            raise UserError(f"expected images (B, 3, {size}, {size}), got {images.shape}", field="images")
+        if not len(images):
+            return []
+        images = images.astype(np.float32, copy=False)
         names = [names] * len(images) if isinstance(names, str) else [name for _, name in _pairs(images, names)]
         different = sorted(set(names))
         adapters = [self._adapter(name) for name in different]
@@ -159,19 +167,22 @@ class Bundle:
         if isinstance(updates, JoinedUpdates):
             x = x.reshape(updates.images, -1, x.shape[-1])  # (B, T, in), windows of an image together
             y = output.view(*x.shape[:2], -1)  # (B, T, out)
+            x = summed(x, updates.pool)  # (B, T, in / pool)
             for place in places:
                 if (pair := updates.of_site(place)) is not None:
-                    right, left = pair  # (B, R, in), (B, R, out)
+                    right, left = pair  # (B, R, in / pool), (B, R, out)
                     y[..., self._backbone.sites[place].span].baddbmm_(x @ right.mT, left)
         elif updates is not None and name in updates:
-            right, left = updates[name]
-            output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ right.T, left)
+            right, left, pool = updates[name]
+            rows = summed(x.reshape(-1, x.shape[-1]), pool)  # (N, in / pool)
+            output.view(-1, output.shape[-1]).addmm_(rows @ right.T, left)
 
     def _adapter(self, name: str) -> PackedAdapter:
         if name not in self._adapters:
             there = ", ".join(self.names[:_LISTED]) + (", ..." if len(self.names) > _LISTED else "")
             has = f"has no adapter {name!r}, but" if name else "has"
-            raise UserError(f"the bundle {has} {there or 'none'}; name one", field="--adapter")
+            said = f"{has} {there}; name one" if there else "has no adapters yet; export a run into it"
+            raise UserError(f"the bundle {said}", field="--adapter")
         return self._adapters[name]
 
     def classifier(self, name: str | None = None) -> Classifier:
@@ -199,6 +210,8 @@ class Bundle:
         Raises:
             UserError: for the first image that can't be read; as `logits`.
         """
+        if isinstance(images, str | Path):
+            raise UserError(f"expected a list of images, got {images}", field="images")
         given = [Path(image) if isinstance(image, str) else image for image in images]
         if isinstance(names, str):
             return predict_images(self.classifier(names), given, coverage, top)
@@ -208,7 +221,8 @@ class Bundle:
             cards = [self._adapter(name).header.card for _, name in chunk]
             pixels = [prepared(image, card) for (image, _), card in zip(chunk, cards, strict=True)]
             rows = self.logits(np.stack(pixels), [name for _, name in chunk])
-            predictions += [prediction_of(*pair, coverage, top) for pair in zip(rows, cards, strict=True)]
+            parts = zip((image for image, _ in chunk), rows, cards, strict=True)
+            predictions += [prediction_of(*part, coverage, top) for part in parts]
         return predictions
 
 
@@ -252,6 +266,8 @@ def export_bundle(
 ) -> list[BundledAdapter]:
     """Write the one backbone of several runs, and a file each with adapter and head, called as the run's folder.
 
+    A run of a study is called by its experiment and seed.
+
     A folder that holds the same backbone gets more adapters. Each is compared with its run on the run's images.
 
     Args:
@@ -264,7 +280,7 @@ def export_bundle(
     Raises:
         UserError: if a run can't be restored or does not belong to the backbone; then nothing is written.
     """
-    names = [followed(path).name for path in runs]
+    names = [_name_of(followed(path)) for path in runs]
     if taken := [name for name in names if names.count(name) > 1 or f"{name}.safetensors" == BUNDLE_FILE]:
         message = f"{taken[0]} can't be the name of two adapters, or the backbone's; rename a folder"
         raise UserError(message, file=runs[names.index(taken[0])])
@@ -294,6 +310,11 @@ def export_bundle(
             for name in sorted(os.listdir(place), key=lambda name: name != BUNDLE_FILE):
                 os.replace(Path(place, name), folder / name)
     return done
+
+
+def _name_of(path: Path) -> str:
+    """Return an adapter's name: of its folder, with the experiment's where that is a seed's."""
+    return f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed_\d+", path.name) else path.name
 
 
 def _compared(run: RestoredRun, bundled: Classifier) -> Comparison | None:

@@ -13,8 +13,10 @@ from tiny_models import CARD, random_model
 
 from peft_vit import Bundle
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters, store_in_bits
+from peft_vit.api import open_classifier
 from peft_vit.backbones import Backbone, find_sites
 from peft_vit.config import StartingRanksConfig
+from peft_vit.deployment import load_low_bit, open_exported
 from peft_vit.deployment.model_card import HEADER
 from peft_vit.deployment.packed_adapter import PackedAdapter, backbone_of
 from peft_vit.errors import UserError
@@ -148,6 +150,7 @@ def test_images_of_several_adapters_are_predicted_together(runs, tmp_path) -> No
     together = bundle.predict([str(file), file], ["linear", "lora"], top=2)
     for name, said in zip(("linear", "lora"), together, strict=True):
         (alone,) = bundle.predict([file], name, top=2)
+        assert said.file == alone.file == file
         assert (said.class_name, said.top[0][0]) == (alone.class_name, alone.top[0][0])
         assert said.probability == pytest.approx(alone.probability, abs=1e-5)
 
@@ -183,6 +186,58 @@ def test_what_does_not_belong_together_is_refused_in_one_line(runs, tmp_path) ->
     content[-1] ^= 1
     file.write_bytes(content)
     refused(lambda: Bundle.load(one_each), str(file), "was changed")
+
+
+def test_what_can_not_be_asked_of_a_bundle_is_one_line(runs, tmp_path) -> None:
+    (made,), folder = runs("lora"), tmp_path / "bundle"
+    export_bundle([made], folder)
+    bundle = Bundle.load(folder)
+    assert bundle.logits(IMAGES[:0], []) == []
+    exact = bundle.logits(IMAGES, "lora")
+    for row, of_doubles in zip(exact, bundle.logits(IMAGES.astype(np.float64), "lora"), strict=True):
+        np.testing.assert_array_equal(row, of_doubles)
+    refused(lambda: bundle.logits(IMAGES[..., :16], "lora"), "(B, 3, 32, 32)", "(5, 3, 32, 16)")
+    refused(lambda: bundle.predict("image.png", "lora"), "a list of images")
+    refused(lambda: open_classifier(folder, "weights.pt"), "--weights", "bundle")
+    refused(lambda: open_exported(folder / "backbone.safetensors"), "without a head", "--adapter")
+    refused(lambda: Bundle(folder / "backbone.safetensors", {}).classifier("a"), "no adapters")
+
+
+def test_runs_of_a_study_are_called_by_experiment_and_seed(study, tmp_path) -> None:
+    folders = [run_folder(tmp_path, record.spec) for record in do(study("lora", "linear"), tmp_path)]
+    assert {folder.name for folder in folders} == {"seed_0"}
+    assert [one.name for one in export_bundle(folders, tmp_path / "bundle")] == ["lora-seed_0", "linear-seed_0"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"head_bias": torch.zeros(3)}, "head of 5 outputs"),
+        ({"head_bias": torch.tensor(0.0)}, "head of 5 outputs"),
+        ({"more": torch.zeros(1)}, "head of 5 outputs"),
+        ({"head_bias": torch.full((5,), torch.nan)}, "not finite"),
+        ({"codes": None}, "not finite"),
+    ],
+)
+def test_tensors_that_are_no_adapter_of_the_header_are_refused(tmp_path, change, said) -> None:
+    model = random_model("test_vit")
+    attach_adapters(model, find_sites(model), 1, scale=1.0, seed=0)
+    packed = write(model, CARD, tmp_path, "a")
+    changes = {name: packed.tensors[name] * torch.nan if of is None else of for name, of in change.items()}
+    other = PackedAdapter(packed.header, {**packed.tensors, **changes})
+    refused(lambda: Bundle.load(tmp_path).add("b", other, Path("here")), "here", said)
+
+
+def test_offsets_that_are_all_zero_are_not_stored(runs, tmp_path) -> None:
+    (made,), folder = runs("qa_lora"), tmp_path / "bundle"
+    packed = [module.quantized for _, module in adapted_modules(restore_run(made).model)]
+    assert all(one.offsets is not None and not one.offsets.any() for one in packed)
+    export_bundle([made], folder)
+    model, _ = load_low_bit(folder / "backbone.safetensors")
+    stored = [module.quantized for _, module in adapted_modules(model)]
+    assert all(one.offsets is None for one in stored)
+    for before, after in zip(packed, stored, strict=True):
+        assert torch.equal(before.dequantize(), after.dequantize())
 
 
 @pytest.mark.parametrize("change", [{"ranks": (1,)}, {"bits": 8}, {"head_bits": 4}, {"pool": 2}])
@@ -222,7 +277,11 @@ def test_a_run_in_few_bits_is_restored_and_stored_as_it_was_trained(study, tmp_p
     for name, module in adapted_modules(run.model):
         expected = torch.cat([adapter.delta() for _, adapter in module.adapters()])  # (out, in)
         update = updates.get(name)
-        stored = torch.zeros_like(expected) if update is None else update.left.T @ update.right
+        stored = (
+            torch.zeros_like(expected)
+            if update is None
+            else update.left.T @ update.right.repeat_interleave(update.pool, 1)
+        )
         torch.testing.assert_close(stored, expected, rtol=1e-6, atol=1e-9)  # not float16's 1e-3: the same codes
 
 
