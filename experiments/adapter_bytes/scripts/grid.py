@@ -45,6 +45,7 @@ PILOT_SEEDS, SEEDS = (900, 901), tuple(range(910, 920))  # of no other study
 LOOKS = (6, 10)  # seeds
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # a pilot's experiment is named by the rate's place here
 PROBE, FULL = "linear_probe", "lora_r8"
+ON_FLOATS = "on_floats_"  # before the name of an experiment of the study on float weights
 ROOM, SHARE_32, SHARE_4 = 3.0, 0.9, 0.5  # points; shares of LoRA r=8's gain over the probe
 PLACES = {"even": "evenly", "last": "last blocks"}
 BITS = (1, 2, 4, 16)
@@ -341,9 +342,24 @@ def right_images(rows: pd.DataFrame, images: str, base: str) -> dict[str, pd.Dat
 Weights = Mapping[str, float]  # of experiments
 
 
-def share(cell: str, of_full: float) -> dict[str, float]:
-    """Return what lies above 0 if a cell has more than a share of what LoRA r=8 gains over the probe."""
-    return {cell: 1.0, FULL: -of_full, PROBE: of_full - 1.0}
+def share(cell: str, of_full: float, of: str = "") -> dict[str, float]:
+    """Return what lies above 0 if a cell has more than a share of what LoRA r=8 gains over the probe.
+
+    Args:
+        cell: its experiment.
+        of_full: the share.
+        of: before the names of LoRA and the probe; `ON_FLOATS`: those on float weights.
+    """
+    found = {cell: 1.0, PROBE: -1.0, f"{of}{FULL}": -of_full}
+    found[f"{of}{PROBE}"] = found.get(f"{of}{PROBE}", 0.0) + of_full
+    return found
+
+
+def with_floats(rows: pd.DataFrame, images: str, base: str) -> dict[str, pd.DataFrame]:
+    """Return which test images are right, of LoRA r=8 and of the probe on float weights, too."""
+    floats = right_images(rows, images, "float")
+    beside = {f"{ON_FLOATS}{name}": floats[name] for name in (FULL, PROBE) if name in floats}
+    return right_images(rows, images, base) | beside
 
 
 def hypotheses() -> dict[str, tuple[str, Weights]]:
@@ -447,14 +463,16 @@ def verdicts(rows: pd.DataFrame) -> str:
     return evidence.table(answers(rows).items(), columns, left=2)
 
 
-def lower_share(parts: Sequence[Mapping[str, pd.DataFrame]], cell: str, *, with_images: bool) -> float | None:
+def lower_share(
+    parts: Sequence[Mapping[str, pd.DataFrame]], cell: str, of: str = "", *, with_images: bool
+) -> float | None:
     """Return the lower end of a 95 % interval of the share of LoRA r=8's gain that a cell has; None: it has none.
 
     It is the largest share below which the contrast of `share` is not told from 0 (Fieller).
     """
 
     def lead(of_full: float) -> float:
-        found = evidence.contrast(parts, share(cell, of_full))
+        found = evidence.contrast(parts, share(cell, of_full, of))
         assert found is not None
         return found.mean - (found.with_images if with_images else found.of_seeds)
 
@@ -465,7 +483,7 @@ def shares(rows: pd.DataFrame) -> str:
     """Return a row a cell: the share of LoRA r=8's gain that it has, over the sets with room, in percent."""
     found: list[tuple[str, str, list[dict[str, pd.DataFrame]]]] = []
     for base in BASES:
-        parts = [right_images(rows, images, base) for images in with_room(rows, base)]
+        parts = [with_floats(rows, images, base) for images in with_room(rows, base)]
         found += [
             (base, cell.name, parts) for cell in CELLS if evidence.contrast(parts, share(cell.name, 1.0)) is not None
         ]
@@ -473,16 +491,24 @@ def shares(rows: pd.DataFrame) -> str:
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.0f}"
 
-    def part(row: tuple[str, str, list[dict[str, pd.DataFrame]]]) -> float | None:
-        gained = [evidence.contrast(row[2], {name: 1.0, PROBE: -1.0}) for name in (row[1], FULL)]
+    def part(row: tuple[str, str, list[dict[str, pd.DataFrame]]], of: str = "") -> float | None:
+        names = ((row[1], PROBE), (f"{of}{FULL}", f"{of}{PROBE}"))
+        gained = [evidence.contrast(row[2], {name: 1.0, probe: -1.0}) for name, probe in names]
         return gained[0].mean / gained[1].mean if gained[0] and gained[1] and gained[1].mean > 0 else None
+
+    def least(row: tuple[str, str, list[dict[str, pd.DataFrame]]], of: str, *, with_images: bool) -> str:
+        there = part(row, of) is not None
+        return percent(lower_share(row[2], row[1], of, with_images=with_images) if there else None)
 
     columns: dict[str, Callable[[Any], str]] = {
         "weights": lambda row: BASES[row[0]].title,
         "adapter": lambda row: f"`{row[1]}`",
-        "of LoRA r=8's gain, %": lambda row: percent(part(row)),
-        "at least, over seeds": lambda row: percent(lower_share(row[2], row[1], with_images=False)),
-        "at least, with images": lambda row: percent(lower_share(row[2], row[1], with_images=True)),
+        "of rank 8's gain on the same weights, %": lambda row: percent(part(row)),
+        "at least, over seeds": lambda row: least(row, "", with_images=False),
+        "at least, with images": lambda row: least(row, "", with_images=True),
+        "of LoRA r=8's on float32, %": lambda row: percent(part(row, ON_FLOATS)),
+        "at least, seeds": lambda row: least(row, ON_FLOATS, with_images=False),
+        "at least, images": lambda row: least(row, ON_FLOATS, with_images=True),
     }
     return evidence.table(found, columns, left=2)
 
@@ -540,7 +566,7 @@ def cell_table(rows: pd.DataFrame) -> str:
     def named(key: tuple[str, str], part: int) -> str:
         cell = Cell.of(key[1])
         if cell is None:
-            return "LoRA r=8" if part == 0 else "–"
+            return "rank 8 in float32" if part == 0 else "–"
         return (f"{cell.kilobytes} kB", str(cell.bits), PLACES[cell.place])[part]
 
     columns = {
