@@ -25,6 +25,7 @@ from peft_vit.deployment import open_exported
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, read_record, write_atomically
 from peft_vit.runs import fastest
+from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import paired_proportions
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.within_time import Outcome
@@ -106,6 +107,7 @@ def test_the_file_predicts_as_was_compared_and_says_how_far_to_believe_it(choice
     assert model.card.calibrated == choice.meaning
     assert model.card.calibrated.images == 38  # of 48, 10 sealed; each held out once
     assert model.card.unlike.images == 38  # the same, each left out of what the last training has seen
+    assert restore_run(left[0].model.parent).known is not None  # the folder has all of the run's files
     known = model.with_distances(pixels.numpy())[1] <= model.card.unlike.threshold
     assert known.mean() > 0.5
 

@@ -184,12 +184,14 @@ class JoinedUpdates:
         self.images = len(which)
         alike: dict[tuple[StoredBits, int], list[int]] = {}
         for number, adapter in enumerate(adapters):
+            if not any(adapter.header.ranks):  # a head alone, which adds nothing
+                continue
             alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
         self._joined = [
             _joined_files([adapters[number] for number in numbers], bits, pool, numbers, which, sites)
             for (bits, pool), numbers in alike.items()
         ]
-        self.pool = math.gcd(*(files.pool for files in self._joined))
+        self.pool = math.gcd(*(files.pool for files in self._joined)) or 1  # without any adapter 0
 
     def of_site(self, place: int) -> tuple[Tensor, Tensor] | None:
         """Return what is added on one site: (B, R, in / pool) and (B, R, out), R the highest rank, others with zeros.

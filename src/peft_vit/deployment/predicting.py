@@ -262,7 +262,7 @@ def prediction_of(
     image: GivenImage, logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int
 ) -> Prediction:
     """Return what the logits (classes,) of one image say."""
-    file = image if isinstance(image, Path) else None
+    file = image.file if isinstance(image, ImageFile) else image if isinstance(image, Path) else None
     return Prediction(file, **_answers(logits[None], card, coverage, top)[0])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from peft_vit.adapters import attach_adapters, freeze_backbone, store_in_bits
@@ -125,8 +126,10 @@ def stored_in(total_bytes: int, adapters: Adapters, sites: Sequence[Site]) -> di
     if total_bytes < (least := int(costs[1].min())):
         reason = f"expected at least {least} B, which one rank of the smallest matrix takes in one bit"
         raise UserError(f"{reason}, got {total_bytes} B", field="--adapter-bytes")
-    bits = next((bits for bits, cost in costs.items() if total_bytes <= DEFAULT_RANK * int(cost.sum())), 16)
-    most = int(costs[bits] @ largest_ranks(sites, adapters.pool)) - 1  # with all ranks nothing would be chosen
+    largest = largest_ranks(sites, adapters.pool)
+    usual = np.minimum(DEFAULT_RANK, largest)
+    bits = next((bits for bits, cost in costs.items() if total_bytes <= int(cost @ usual)), 16)
+    most = int(costs[bits] @ largest) - 1  # with all ranks nothing would be chosen
     return {"adapter_bits": bits, "ranks": {"rule": "even", "budget": min(total_bytes, most), "unit": "bytes"}}
 
 

@@ -126,14 +126,16 @@ class Bundle:
             UserError: if there is no adapter of a name, not one name an image, or the images have another shape.
         """
         size = self._header.card.image_size
-        if images.shape[1:] != (3, size, size):
-            raise UserError(f"expected images (B, 3, {size}, {size}), got {images.shape}", field="images")
-        if not len(images):
-            return []
+        if images.shape[1:] != (3, size, size) or images.dtype.kind != "f":
+            got = f"{images.shape} {images.dtype}"
+            raise UserError(f"expected normalised images (B, 3, {size}, {size}) in float32, got {got}", field="images")
         images = images.astype(np.float32, copy=False)
+        asked = {names} if isinstance(names, str) else set(names)
         names = [names] * len(images) if isinstance(names, str) else [name for _, name in _pairs(images, names)]
-        different = sorted(set(names))
+        different = sorted(asked)
         adapters = [self._adapter(name) for name in different]
+        if not names:
+            return []
         which = np.array([different.index(name) for name in names])  # (B,)
         parts = min(len(names), round(len(names) * self._rows / _ROWS_AT_ONCE)) or 1
         pairs = zip(np.array_split(images, parts), np.array_split(which, parts), strict=True)
@@ -167,11 +169,10 @@ class Bundle:
         if isinstance(updates, JoinedUpdates):
             x = x.reshape(updates.images, -1, x.shape[-1])  # (B, T, in), windows of an image together
             y = output.view(*x.shape[:2], -1)  # (B, T, out)
-            x = summed(x, updates.pool)  # (B, T, in / pool)
-            for place in places:
-                if (pair := updates.of_site(place)) is not None:
-                    right, left = pair  # (B, R, in / pool), (B, R, out)
-                    y[..., self._backbone.sites[place].span].baddbmm_(x @ right.mT, left)
+            pairs = [(place, pair) for place in places if (pair := updates.of_site(place)) is not None]
+            sums = summed(x, updates.pool) if pairs else x  # (B, T, in / pool)
+            for place, (right, left) in pairs:  # (B, R, in / pool), (B, R, out)
+                y[..., self._backbone.sites[place].span].baddbmm_(sums @ right.mT, left)
         elif updates is not None and name in updates:
             right, left, pool = updates[name]
             rows = summed(x.reshape(-1, x.shape[-1]), pool)  # (N, in / pool)
@@ -314,7 +315,7 @@ def export_bundle(
 
 def _name_of(path: Path) -> str:
     """Return an adapter's name: of its folder, with the experiment's where that is a seed's."""
-    return f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed_\d+", path.name) else path.name
+    return f"{path.absolute().parent.name}-{path.name}" if re.fullmatch(r"seed_\d+", path.name) else path.name
 
 
 def _compared(run: RestoredRun, bundled: Classifier) -> Comparison | None:

@@ -98,7 +98,6 @@ class Exported:
 class ModelToWrite:
     """A run's model as files hold it, and what it is compared with."""
 
-    folder: Path  # of the run
     run: RestoredRun
     merged: Merged
     card: ModelCard
@@ -200,25 +199,32 @@ def export_run_to_file(
     _check_room(file, kind, overwrite)
     if kind.extra is not None:
         require_extra(kind.extra, f"--format {format}")
-    return write_model(model_to_write(run_dir, bits, rounding), file, format, options, meaning)
+    return write_model(model_to_write(run_dir, bits, rounding, options.runtime), file, format, options, meaning)
 
 
 def model_to_write(
-    run_dir: Path, bits: QuantizationType | None = None, rounding: Rounding | None = None
+    run_dir: Path,
+    bits: QuantizationType | None = None,
+    rounding: Rounding | None = None,
+    runtime: OnnxRuntime | None = None,
 ) -> ModelToWrite:
     """Restore a run, merge its adapters, and pack its float weights where that is asked for.
 
     Raises:
-        UserError: if the run can't be restored, or its images are not there to tell what bits lose.
+        UserError: if the run can't be restored, has nothing packed that a runtime could run, or its images are not
+            there to tell what bits lose.
     """
     run = restore_run(run_dir)
+    if runtime is not None and bits is None and not packed_weights(run.model):
+        reason = f"has no effect on this run, whose weights are floats: {run_dir}; leave it out"
+        raise UserError(reason, field="--runtime")
     merged = merge(run.model, run.card) if bits is None else merge_float(run)
     data, missing = None, ""
     try:
         data = run.load_data()
     except UserError as error:
         missing = str(error.about(None))  # not of a key that nobody wrote
-    source = ModelToWrite(run_dir, run, merged, run.card, run.known, data, missing)
+    source = ModelToWrite(run, merged, run.card, run.known, data, missing)
     if bits is None:
         return source
     packed = pack_after_training(merged.model, run, source.need_data("--bits", bits), bits, rounding)
@@ -233,9 +239,6 @@ def write_model(
     """Write a model, see `export_run_to_file`, which checks that there is room for it; the source stays as it is."""
     run, merged, card, known, data = source.run, source.merged, source.card, source.known, source.data
     int8 = options.activations is not None
-    if options.runtime is not None and not packed_weights(merged.model):
-        reason = f"has no effect on this run, whose weights are floats: {source.folder}; leave it out"
-        raise UserError(reason, field="--runtime")
     if options.activations is not None:
         source.need_data("--activations", options.activations)
     if meaning is not None:

@@ -133,7 +133,13 @@ def export_fastest(
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
         packed, lost = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
         forms: dict[Path, Form] = {}
-        write = partial(_written, source=model_to_write(run_dir, bits), meaning=meaning)
+        try:
+            source = model_to_write(run_dir, bits)
+        except UserError as error:
+            raise UserError(
+                f"can't be exported ({error.message}); the same command tries it again", file=run_dir
+            ) from None
+        write = partial(_written, source=source, meaning=meaning)
         try_ways = partial(_try_ways, forms=forms, write=write, place=Path(place), tell=tell)
         rows = try_ways(_exact_ways(packed, bits))
         if not rows:

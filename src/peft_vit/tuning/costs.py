@@ -101,7 +101,7 @@ class Costs:
         seen = context.sealed_images + min(MOST_KNOWN, context.images)
         trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + seen * image_s
         bits = [recipe.bits] if recipe.bits is not None and recipe.when == "after" else []
-        rounded = self.rounding_s(recipe, bits, context.sealed_images) if bits else 0.0
+        rounded = self.rounding_s(recipe, bits, seen) + self.packing_s(recipe, recipe.bits) if bits else 0.0
         forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)

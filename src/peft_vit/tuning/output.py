@@ -10,7 +10,7 @@ from peft_vit.analysis.model_quality import model_quality
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.data import thumbnails_of
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_whole
+from peft_vit.records import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_whole
 from peft_vit.report.build import write_report
 from peft_vit.report.class_blocks import fonts_for, no_font
 from peft_vit.report.model_page import CARD_FILE, card_head, card_text
@@ -68,7 +68,8 @@ def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None
     )
     summary = TuningSummary(choice, record, quality, exports)
     adapter, config = model_folder / ADAPTER_FILE, directory / CONFIG_FILE
-    write_whole(adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
+    for name in (ADAPTER_FILE, *([] if record.features_sha256 is None else [FEATURES_FILE])):
+        write_whole(model_folder / name, read_bytes(run_dir / name, limit_bytes=None))
     write_whole(model_folder / RECORD_FILE, (record.model_dump_json(indent=1) + "\n").encode())
     write_whole(config, configuration(choice, record).encode())
     library = "openvino" if exports.model.suffix == ".xml" else "onnx"

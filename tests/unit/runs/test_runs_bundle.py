@@ -70,7 +70,7 @@ def test_a_mixed_batch_is_what_each_model_says_alone(family, tmp_path, fill_adap
 
 
 def test_adapters_in_different_bits_and_of_different_pools_are_mixed(tmp_path, fill_adapters) -> None:
-    kinds = {"a": (1, 1), "b": (16, 1), "c": (2, 16), "d": (1, 16)}  # bits, and inputs that share an update
+    kinds = {"a": (1, 8), "b": (16, 8), "c": (2, 16), "d": (1, 16)}  # bits, and inputs that share an update
     for seed, (name, (bits, pool)) in enumerate(kinds.items()):
         model = random_model("test_vit")
         sites = find_sites(model)
@@ -197,6 +197,8 @@ def test_what_can_not_be_asked_of_a_bundle_is_one_line(runs, tmp_path) -> None:
     for row, of_doubles in zip(exact, bundle.logits(IMAGES.astype(np.float64), "lora"), strict=True):
         np.testing.assert_array_equal(row, of_doubles)
     refused(lambda: bundle.logits(IMAGES[..., :16], "lora"), "(B, 3, 32, 32)", "(5, 3, 32, 16)")
+    refused(lambda: bundle.logits(np.zeros((1, 3, 32, 32), np.uint8), "lora"), "normalised", "uint8")
+    refused(lambda: bundle.logits(IMAGES[:0], "lara"), "'lara'")
     refused(lambda: bundle.predict("image.png", "lora"), "a list of images")
     refused(lambda: open_classifier(folder, "weights.pt"), "--weights", "bundle")
     refused(lambda: open_exported(folder / "backbone.safetensors"), "without a head", "--adapter")
