@@ -123,6 +123,7 @@ CELLS = (
     *(Cell(kilobytes, bits, "even") for kilobytes in (32, 4) for bits in (1, 16)),
     *(Cell(8, bits, "last") for bits in (1, 16)),
 )
+AFTERWARDS = (Cell(4, 2, "even"), Cell(32, 2, "even"))  # on int4, of no hypothesis: asked when int4 was answered
 AFTER = tuple(Cell(8, bits, "even") for bits in (1, 2))  # int4's pilots round these after training, too
 
 
@@ -140,18 +141,18 @@ def ranks_of(cell: Cell, pool: int, places: Sequence[Site]) -> dict[str, Any]:
     return {**rule, "site_rank": fewest} if cell.place == "last" and fewest > 1 else rule
 
 
-def sections(base: str, places: Sequence[Site]) -> dict[str, dict[str, Any]]:
-    """Return by name the settings of what is trained on a backbone, beside the probe."""
-    found: dict[str, dict[str, Any]] = {FULL: {"rank": 8}}
-    for cell in CELLS:
+def sections(base: str, places: Sequence[Site], more: bool = False) -> dict[str, dict[str, Any]]:
+    """Return by name the settings of what is trained on a backbone beside the probe; `more`: of AFTERWARDS."""
+    found: dict[str, dict[str, Any]] = {} if more else {FULL: {"rank": 8}}
+    for cell in AFTERWARDS if more else CELLS:
         found[cell.name] = {"adapter_bits": cell.bits, "ranks": ranks_of(cell, BASES[base].pool, places)}
     return found
 
 
-def piloted(base: str, places: Sequence[Site]) -> dict[str, dict[str, Any]]:
+def piloted(base: str, places: Sequence[Site], more: bool = False) -> dict[str, dict[str, Any]]:
     """Return by name the settings of what a pilot looks for rates of."""
-    found = sections(base, places)
-    for cell in AFTER if base == "int4" else ():
+    found = sections(base, places, more)
+    for cell in AFTER if base == "int4" and not more else ():
         found[f"{cell.name}_after"] = {**found[cell.name], "adapter_rounding": "after"}
     return found
 
@@ -186,22 +187,24 @@ def _study(name: str, description: str, images: Images, seeds: Sequence[int], ex
     }
 
 
-def pilot(images: str, base: str, places: Sequence[Site], rows: pd.DataFrame) -> dict[str, Any]:
+def pilot(images: str, base: str, places: Sequence[Site], rows: pd.DataFrame, more: bool = False) -> dict[str, Any]:
     """Return the study that chooses rates, with those that are due by its rows."""
-    experiments = [_probe(base)]
-    for name, section in piloted(base, places).items():
+    experiments = [] if more else [_probe(base)]
+    for name, section in piloted(base, places, more).items():
         for rate in rates_of(images, base, name, rows)[0]:
             experiments.append(_experiment(base, f"{name}_rate{LADDER.index(rate)}", rate, section))
-    name = f"adapter_bytes_{images}_{base}_pilot"
+    name = f"adapter_bytes_{images}_{base}{'_more' if more else ''}_pilot"
     return _study(name, "Rates of adapters by bytes and bits.", SETS[images], PILOT_SEEDS, experiments)
 
 
-def study(images: str, base: str, places: Sequence[Site], rates: Mapping[str, float]) -> dict[str, Any]:
+def study(
+    images: str, base: str, places: Sequence[Site], rates: Mapping[str, float], more: bool = False
+) -> dict[str, Any]:
     """Return the study of a grid; where no rate is chosen yet, at the one in the middle of those that are tried."""
-    experiments = [_probe(base)]
-    for name, section in sections(base, places).items():
+    experiments = [] if more else [_probe(base)]
+    for name, section in sections(base, places, more).items():
         experiments.append(_experiment(base, name, rates.get(name, SETS[images].rates[1]), section))
-    name = f"adapter_bytes_{images}_{base}"
+    name = f"adapter_bytes_{images}_{base}{'_more' if more else ''}"
     return _study(name, "Rank or bits at equal bytes, and where.", SETS[images], SEEDS, experiments)
 
 
@@ -215,9 +218,8 @@ def rates_of(images: str, base: str, name: str, rows: pd.DataFrame) -> tuple[tup
         UserError: if the best is at the end of `LADDER`.
     """
     tried = list(SETS[images].rates)
-    own = rows[
-        (rows.study == f"adapter_bytes_{images}_{base}_pilot") & rows.experiment.str.fullmatch(rf"{name}_rate\d")
-    ]
+    own = _of(rows, images, base, "_pilot")
+    own = own[own.experiment.str.fullmatch(rf"{name}_rate\d")]
     while True:
         asked = own[own.learning_rate.isin(tried)]
         if len(asked) < len(PILOT_SEEDS) * len(tried):
@@ -233,9 +235,9 @@ def rates_of(images: str, base: str, name: str, rows: pd.DataFrame) -> tuple[tup
         tried = sorted([*tried, LADDER[place]])
 
 
-def chosen_rates(images: str, base: str, rows: pd.DataFrame) -> dict[str, float] | None:
+def chosen_rates(images: str, base: str, rows: pd.DataFrame, more: bool = False) -> dict[str, float] | None:
     """Return the rate of everything that a pilot looked for; None: it is not whole."""
-    found = {name: rates_of(images, base, name, rows)[1] for name in piloted(base, sites())}
+    found = {name: rates_of(images, base, name, rows)[1] for name in piloted(base, sites(), more)}
     chosen = {name: rate for name, rate in found.items() if rate is not None}
     return chosen if len(chosen) == len(found) else None
 
@@ -258,18 +260,18 @@ def configurations() -> dict[str, str]:
     """Return the files of configs/ by name."""
     rows, places, files = _rows(), sites(), {}
     for images in SETS:
-        for base, of in BASES.items():
-            rates = chosen_rates(images, base, rows)
+        for base, more in _parts():
+            of, rates = BASES[base], chosen_rates(images, base, rows, more)
             waits = "" if rates else "; its rates stand when the pilot is whole"
             for asks, content, provisional in (
                 (
                     "at which rates does an adapter of so many bytes and bits learn? Validation accuracy alone.",
-                    pilot(images, base, places, rows),
+                    pilot(images, base, places, rows, more),
                     "",
                 ),
                 (
                     f"at equal bytes, few ranks of many bits or many of few, and where? {of.title} weights.",
-                    study(images, base, places, rates or {}),
+                    study(images, base, places, rates or {}, more),
                     waits,
                 ),
             ):
@@ -282,23 +284,32 @@ def configurations() -> dict[str, str]:
 
 def run(folder: Path) -> None:
     """Do pilots and studies in turn, and keep their rows."""
-    for base in BASES:
+    for base, more in _parts():
+        which = "_more" if more else ""
+        of_pilot = f"{which}_pilot"
         for images in SETS:
-            while chosen_rates(images, base, _rows()) is None or not _is_kept(images, base, "_pilot", PILOT_SEEDS):
-                _do(images, base, "_pilot", folder, PILOT_SEEDS)
+            while chosen_rates(images, base, _rows(), more) is None or not _is_kept(
+                images, base, of_pilot, PILOT_SEEDS
+            ):
+                _do(images, base, of_pilot, folder, PILOT_SEEDS)
         for first, last in zip((0, *LOOKS), LOOKS, strict=False):
             for images in SETS:
                 for begin in range(first, last, in_turn.AT_ONCE):
                     seeds = SEEDS[begin : begin + in_turn.AT_ONCE]
-                    if not _is_kept(images, base, "", seeds):
-                        _do(images, base, "", folder, seeds)
+                    if not _is_kept(images, base, which, seeds):
+                        _do(images, base, which, folder, seeds)
+
+
+def _parts() -> list[tuple[str, bool]]:
+    """Return backbones, and whether it is what was asked afterwards, in the order in which they are done."""
+    return [*((base, False) for base in BASES), *([("int4", True)] if "int4" in BASES else [])]
 
 
 def _content(images: str, base: str, which: str) -> dict[str, Any]:
-    rows = _rows()
-    if which:
-        return pilot(images, base, sites(), rows)
-    return study(images, base, sites(), chosen_rates(images, base, rows) or {})
+    rows, more = _rows(), which.startswith("_more")
+    if which.endswith("_pilot"):
+        return pilot(images, base, sites(), rows, more)
+    return study(images, base, sites(), chosen_rates(images, base, rows, more) or {}, more)
 
 
 def _is_kept(images: str, base: str, which: str, seeds: Sequence[int]) -> bool:
@@ -331,12 +342,17 @@ def _rows() -> pd.DataFrame:
     return pd.read_csv(ROWS) if ROWS.exists() else pd.DataFrame(columns=[*evidence.KEY, "learning_rate"])
 
 
+def _of(rows: pd.DataFrame, images: str, base: str, which: str = "") -> pd.DataFrame:
+    """Return the rows of a study, or of a pilot, with those of what was asked afterwards."""
+    return rows[rows.study.isin([f"adapter_bytes_{images}_{base}{more}{which}" for more in ("", "_more")])]
+
+
 # --- what they show ---------------------------------------------------------------------------------------------------
 
 
 def right_images(rows: pd.DataFrame, images: str, base: str) -> dict[str, pd.DataFrame]:
     """Return which test images are right by experiment, see `evidence.right_images`."""
-    return evidence.right_images(rows[rows.study == f"adapter_bytes_{images}_{base}"])
+    return evidence.right_images(_of(rows, images, base))
 
 
 Weights = Mapping[str, float]  # of experiments
@@ -485,7 +501,9 @@ def shares(rows: pd.DataFrame) -> str:
     for base in BASES:
         parts = [with_floats(rows, images, base) for images in with_room(rows, base)]
         found += [
-            (base, cell.name, parts) for cell in CELLS if evidence.contrast(parts, share(cell.name, 1.0)) is not None
+            (base, cell.name, parts)
+            for cell in (*CELLS, *AFTERWARDS)
+            if evidence.contrast(parts, share(cell.name, 1.0)) is not None
         ]
 
     def percent(value: float | None) -> str:
@@ -518,8 +536,8 @@ def rates_table(rows: pd.DataFrame) -> str:
     tried = []
     for base, of in BASES.items():
         for images, pictures in SETS.items():
-            pilots = rows[rows.study == f"adapter_bytes_{images}_{base}_pilot"]
-            for name in piloted(base, sites()):
+            pilots = _of(rows, images, base, "_pilot")
+            for name in (*piloted(base, sites()), *piloted(base, sites(), more=True)):
                 own = pilots[pilots.experiment.str.fullmatch(rf"{name}_rate\d")]
                 if len(own):
                     chosen = rates_of(images, base, name, rows)[1]
@@ -543,7 +561,7 @@ def gains(rows: pd.DataFrame) -> list[dict[str, object]]:
     for images in SETS:
         for base in BASES:
             right = right_images(rows, images, base)
-            own = rows[rows.study == f"adapter_bytes_{images}_{base}"]
+            own = _of(rows, images, base)
             for name in right:
                 estimate = evidence.contrast([right], {name: 1.0, PROBE: -1.0}) if name != PROBE else None
                 if estimate is not None:
