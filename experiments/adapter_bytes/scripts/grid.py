@@ -13,12 +13,14 @@ docs/images/adapter_bytes.svg is drawn; `configs` writes configs/ as the rows wa
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from matplotlib.ticker import NullLocator
 from scipy.optimize import brentq
 
 from experiments.methods.scripts.study_figures import write_figure
@@ -613,24 +615,28 @@ def drawing(rows: pd.DataFrame) -> Drawing:
         every = canvas.figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
         for axes, (images, base) in zip(every, panels, strict=True):
             own = [row for row in found if (row["set"], row["base"]) == (images, base)]
-            for place, bits in enumerate(BITS):
-                line = [row for row in own if (cell := Cell.of(str(row["name"]))) and cell[1:] == (bits, "even")]
-                line.sort(key=lambda row: float(str(row["bytes"])))
-                x = [float(str(row["bytes"])) / 1000 for row in line]
-                estimates: list[Any] = [row["gain"] for row in line]
+            cells: dict[Cell, Any] = {cell: row["gain"] for row in own if (cell := Cell.of(str(row["name"])))}
+            for (place, bits), where in itertools.product(enumerate(BITS), PLACES):
+                line = sorted(cell for cell in cells if cell[1:] == (bits, where))
+                beside = 1 + 0.06 * (place - 1.5 + (where == "last") / 2)  # so that none hides another
+                x, gained = [cell.kilobytes * beside for cell in line], [cells[cell] for cell in line]
                 if line:
-                    halves = [one.with_images for one in estimates]
-                    means = [one.mean for one in estimates]
-                    axes.errorbar(x, means, halves, **line_style(place), lw=1, capsize=2, label=f"{bits} bits")
+                    halves, means = [one.with_images for one in gained], [one.mean for one in gained]
+                    said = f"{bits} bit{'s' if bits > 1 else ''}{', last blocks' if where == 'last' else ''}"
+                    style = line_style(place) | ({"ls": "none", "marker": "x"} if where == "last" else {"marker": "."})
+                    axes.errorbar(x, means, halves, **style, lw=1, capsize=2, label=said)
             for row in own:
                 if row["name"] == FULL:
                     full: Any = row["gain"]
                     axes.axhline(full.mean, color=MUTED, lw=1, ls=DASHED, label="rank 8 in float32")
             axes.set(xscale="log", xlabel="kB of the adapter", title=f"{SETS[images].title}, {BASES[base].title}")
+            axes.xaxis.set_minor_locator(NullLocator())
+            ticks = sorted({cell.kilobytes for cell in cells})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
             quiet_grid(axes)
         every[0].set_ylabel("points above the linear probe")
         handles = dict(pair[::-1] for axes in every for pair in zip(*axes.get_legend_handles_labels(), strict=True))
-        canvas.figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
+        canvas.figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
 
     for row in found:
         gain: Any = row["gain"]
