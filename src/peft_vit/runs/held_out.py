@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_vit.backbones import BackboneShape
 from peft_vit.data import LabelledImages, stratified_draw
 from peft_vit.deployment.known_images import neighbours_bytes, read_neighbours
 from peft_vit.errors import UserError, os_fault
@@ -55,6 +56,13 @@ def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages
     rng = numpy_generator(seed, "features")
     count = min(MOST_KNOWN, len(train))
     return train.chosen(stratified_draw(np.arange(len(train), dtype=np.int64), task.strata(train.labels), count, rng))
+
+
+def known_bytes(shape: BackboneShape, images: int) -> int:
+    """Return the bytes that features of so many training images take: one for each, of what comes to the middle block."""
+    blocks = shape.sites[-1].layer + 1
+    width = next(site.in_features for site in shape.sites if site.layer >= blocks // 2)
+    return min(MOST_KNOWN, images) * width if images >= FEWEST_HELD_OUT else 0
 
 
 def calibration_of(

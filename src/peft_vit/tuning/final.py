@@ -3,8 +3,7 @@
 It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on. Where
 the folds say that more steps gain, it has up to twice as many, as time allows. The penalty of the probe that it starts
 from is chosen in the same way, on training images that are left out of its fit. Nothing validates. Temperature and sets
-of classes come from what the folds' runs say, in the form that is delivered; when an image is unlike all others, from
-how far training images are from each other.
+of classes come from what the folds' runs say, in the form that is delivered; what is unlike, from training images.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ def in_form(
     logits, task, labels = final.logits.astype(np.float32), final.learned, final.labels
     found = meaning_fields(meaning)
     decision = found["decision"]
-    of_run = record.tested_calibration
-    same = of_run is not None and np.array_equal(record.predictions.logits or [], final.logits)
-    flagged = of_run.unlike if of_run is not None and same else None  # of a rounded model nobody has counted them
+    same = np.array_equal(record.predictions.logits or [], final.logits)  # of a rounded model nobody has counted them
+    flagged = record.tested_calibration.unlike if same and record.tested_calibration else None
     held = tested_on(found["calibrated"], decision, Outputs(logits, labels, None), task, flagged)
     on_folds = {"covered_on_folds": covered_on_folds(folds, task)}
     predictions = task.predictions(logits, labels, final.images, keep_logits=True, decision=decision)

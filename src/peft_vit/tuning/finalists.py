@@ -58,8 +58,7 @@ def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
 
 def bytes_of(folds: Folds, recipe: Recipe) -> int:
     """Return the bytes of a recipe's file, as expected."""
-    context = folds.context
-    return recipe.file_bytes(folds.costs.shape(recipe), context.outputs, context.images)
+    return recipe.file_bytes(folds.costs.shape(recipe), folds.context.outputs, folds.context.images)
 
 
 def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:

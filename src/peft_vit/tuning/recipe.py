@@ -12,8 +12,7 @@ from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, Quantiza
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.methods.method import DEFAULT_RANK
 from peft_vit.methods.quantized import packing_of
-from peft_vit.records import FEWEST_HELD_OUT
-from peft_vit.runs.held_out import MOST_KNOWN
+from peft_vit.runs.held_out import known_bytes
 from peft_vit.runs.post_training import file_bytes
 from peft_vit.tasks import DecidingMetric
 
@@ -103,10 +102,7 @@ class Recipe:
         if self.bits is not None:
             after = self.when == "after"
             packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
-        blocks = shape.sites[-1].layer + 1
-        middle = next(site.in_features for site in shape.sites if site.layer >= blocks // 2)
-        known = min(MOST_KNOWN, images) * middle if images >= FEWEST_HELD_OUT else 0  # a byte each
-        return file_bytes(shape, packing, classes) + known
+        return file_bytes(shape, packing, classes) + known_bytes(shape, images)
 
 
 def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:
