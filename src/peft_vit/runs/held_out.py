@@ -59,7 +59,7 @@ def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages
 
 
 def known_bytes(shape: BackboneShape, images: int) -> int:
-    """Return the bytes that features of so many training images take: one for each, of what comes to the middle block."""
+    """Return the bytes that features of so many training images take: one each, of what comes to the middle block."""
     blocks = shape.sites[-1].layer + 1
     width = next(site.in_features for site in shape.sites if site.layer >= blocks // 2)
     return min(MOST_KNOWN, images) * width if images >= FEWEST_HELD_OUT else 0
