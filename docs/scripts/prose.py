@@ -4,7 +4,8 @@
 
 It reads README, docs/, tests/golden/ (what the program prints), and in src/ every text of two words and more: help,
 messages, log lines, report texts and templates, and the docstrings of what is public. Code is left out. Each line that
-it prints names a file, a line, the words, and what to write instead; then the exit code is 1.
+it prints names a file, a line, the words, and what to write instead; then the exit code is 1. Proselint reads README
+and the pages, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from proselint.checks import __register__ as CHECKS
+from proselint.config import DEFAULT
+from proselint.registry import CheckRegistry
+from proselint.tools import LintFile
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "peft_vit"
@@ -51,6 +57,7 @@ PRINTED_AND_PAGES = {  # in docstrings that no page shows these are terms of the
     r"what bears": "name the thing",
     r"likewise": "the same",
 }
+NOT_OURS = ("typography", "lexical_illusions", "misc.phrasal_adjectives", "dates_times")  # symbols, headings, names
 README_ONLY = {r"not decided": "say what is known", r"hypothes[ei]s": "one link is enough"}
 README_LINES, README_WORDS, PAGES_WORDS = 110, 700, 30_000  # pages without reference/
 _Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -78,6 +85,14 @@ def faults(text: str, words: dict[str, str], code: re.Pattern[str] = CODE) -> It
     for pattern, advice in words.items():
         for found in re.finditer(rf"\b(?:{pattern})\b", prose):
             yield prose.count("\n", 0, found.start()) + 1, found[0], advice
+
+
+def style(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the advice of each check of proselint that a page does not pass."""
+    checks = {name: on and not name.startswith(NOT_OURS) for name, on in DEFAULT["checks"].items()}
+    page = LintFile("page", CODE.sub(lambda found: re.sub(r"[^\n]", "#", found[0]), text))
+    for found in page.lint({"max_errors": 1000, "checks": checks}):
+        yield found.pos[0], " ".join(found.check_result.message.split())
 
 
 def texts(file: Path) -> Iterator[tuple[int, str, str | None]]:
@@ -119,6 +134,8 @@ def lines() -> Iterator[str]:
             file.read_text(encoding="utf-8"), words, DATA if file.suffix == ".txt" else CODE
         ):
             yield f"{file.relative_to(ROOT)}:{line}: {found!r}: {advice}"
+        for line, advice in style(file.read_text(encoding="utf-8")) if file.suffix == ".md" else ():
+            yield f"{file.relative_to(ROOT)}:{line}: {advice}"
     for file in sorted(SOURCE.rglob("*.py")):
         for start, said, name in texts(file) if file != REGISTERED else ():
             is_shown = name is None or not shown.isdisjoint(name.split("."))
@@ -134,6 +151,8 @@ def lines() -> Iterator[str]:
     if (long := sum(len(page.read_text(encoding="utf-8").split()) for page in own)) > PAGES_WORDS:
         yield f"docs: {long:,} words beside the reference, more than {PAGES_WORDS:,}"
 
+
+CheckRegistry().register_many(CHECKS)
 
 if __name__ == "__main__":
     wrong = list(lines())

@@ -54,5 +54,11 @@ def test_messages_and_public_docstrings_are_read_private_ones_and_keys_not(tmp_p
     assert read[2][1].split() == ["a", "{}", "goes", "on"]
 
 
+def test_proselint_reads_pages_without_their_code() -> None:
+    text = "# Models\n\nIt is `very unique`.\n\nThis model is very unique.\n"
+    assert {line for line, _ in prose.style(text)} == {5}
+    assert list(prose.style("Two `very` small models.\n")) == []
+
+
 def test_documents_and_what_the_program_prints_keep_to_it() -> None:
     assert list(prose.lines()) == []
