@@ -89,7 +89,8 @@ def faults(text: str, words: dict[str, str], code: re.Pattern[str] = CODE) -> It
 
 def style(text: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the advice of each check of proselint that a page does not pass."""
-    checks = {name: on and not name.startswith(NOT_OURS) for name, on in DEFAULT["checks"].items()}
+    checks = dict.fromkeys(NOT_OURS, False)  # the first that fits a check's name decides
+    checks |= {name: on for name, on in DEFAULT["checks"].items() if name not in checks}
     page = LintFile("page", CODE.sub(lambda found: re.sub(r"[^\n]", "#", found[0]), text))
     for found in page.lint({"max_errors": 1000, "checks": checks}):
         yield found.pos[0], " ".join(found.check_result.message.split())
