@@ -131,11 +131,10 @@ def lines() -> Iterator[str]:
     shown = set(re.findall(r"^::: \S*\b(\w+)$", PYTHON.read_text(encoding="utf-8"), re.MULTILINE))
     for file in (readme, *pages, *sorted((ROOT / "tests" / "golden").rglob("*.txt"))):
         words = everywhere | (README_ONLY if file == readme else {})
-        for line, found, advice in faults(
-            file.read_text(encoding="utf-8"), words, DATA if file.suffix == ".txt" else CODE
-        ):
+        text, is_page = file.read_text(encoding="utf-8"), file.suffix == ".md"
+        for line, found, advice in faults(text, words, CODE if is_page else DATA):
             yield f"{file.relative_to(ROOT)}:{line}: {found!r}: {advice}"
-        for line, advice in style(file.read_text(encoding="utf-8")) if file.suffix == ".md" else ():
+        for line, advice in style(text) if is_page else ():
             yield f"{file.relative_to(ROOT)}:{line}: {advice}"
     for file in sorted(SOURCE.rglob("*.py")):
         for start, said, name in texts(file) if file != REGISTERED else ():

@@ -189,13 +189,17 @@ def _study(name: str, description: str, images: Images, seeds: Sequence[int], ex
     }
 
 
+def _name(images: str, base: str, more: bool, which: str = "") -> str:
+    return f"adapter_bytes_{images}_{base}{'_more' if more else ''}{which}"
+
+
 def pilot(images: str, base: str, places: Sequence[Site], rows: pd.DataFrame, more: bool = False) -> dict[str, Any]:
     """Return the study that chooses rates, with those that are due by its rows."""
     experiments = [] if more else [_probe(base)]
     for name, section in piloted(base, places, more).items():
         for rate in rates_of(images, base, name, rows)[0]:
             experiments.append(_experiment(base, f"{name}_rate{LADDER.index(rate)}", rate, section))
-    name = f"adapter_bytes_{images}_{base}{'_more' if more else ''}_pilot"
+    name = _name(images, base, more, "_pilot")
     return _study(name, "Rates of adapters by bytes and bits.", SETS[images], PILOT_SEEDS, experiments)
 
 
@@ -206,7 +210,7 @@ def study(
     experiments = [] if more else [_probe(base)]
     for name, section in sections(base, places, more).items():
         experiments.append(_experiment(base, name, rates.get(name, SETS[images].rates[1]), section))
-    name = f"adapter_bytes_{images}_{base}{'_more' if more else ''}"
+    name = _name(images, base, more)
     return _study(name, "Rank or bits at equal bytes, and where.", SETS[images], SEEDS, experiments)
 
 
@@ -346,7 +350,7 @@ def _rows() -> pd.DataFrame:
 
 def _of(rows: pd.DataFrame, images: str, base: str, which: str = "") -> pd.DataFrame:
     """Return the rows of a study, or of a pilot, with those of what was asked afterwards."""
-    return rows[rows.study.isin([f"adapter_bytes_{images}_{base}{more}{which}" for more in ("", "_more")])]
+    return rows[rows.study.isin([_name(images, base, more, which) for more in (False, True)])]
 
 
 # --- what they show ---------------------------------------------------------------------------------------------------

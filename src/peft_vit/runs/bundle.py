@@ -115,8 +115,8 @@ class Bundle:
 
         Each layer multiplies all images with its weight, and each image with the two thin matrices of its adapter.
         Weights are unpacked piece by piece, and the matrices of several adapters layer by layer. Many images pass in
-        parts of about 192 tokens, one after the other: what is between layers then takes less memory, and unpacking
-        each weight for each part takes a twentieth of the time.
+        parts of about 192 tokens, one after the other: what is between layers then takes less memory, but each weight
+        is unpacked for each part.
 
         Args:
             images: (B, 3, S, S), normalised.
@@ -130,9 +130,8 @@ class Bundle:
             got = f"{images.shape} {images.dtype}"
             raise UserError(f"expected normalised images (B, 3, {size}, {size}) in float32, got {got}", field="images")
         images = images.astype(np.float32, copy=False)
-        asked = {names} if isinstance(names, str) else set(names)
+        different = sorted({names} if isinstance(names, str) else set(names))
         names = [names] * len(images) if isinstance(names, str) else [name for _, name in _pairs(images, names)]
-        different = sorted(asked)
         adapters = [self._adapter(name) for name in different]
         if not names:
             return []

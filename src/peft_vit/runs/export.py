@@ -227,8 +227,8 @@ def model_to_write(
     source = ModelToWrite(run, merged, run.card, run.known, data, missing)
     if bits is None:
         return source
-    packed = pack_after_training(merged.model, run, source.need_data("--bits", bits), bits, rounding)
-    model, card, known = packed
+    images = source.need_data("--bits", bits)
+    model, card, known = pack_after_training(merged.model, run, images, bits, rounding)
     float_bytes = storage_bytes(merged.model.state_dict().values())
     return replace(source, merged=replace(merged, model=model), card=card, known=known, float_bytes=float_bytes)
 
