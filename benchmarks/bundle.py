@@ -82,7 +82,7 @@ def make(folder: Path, adapters: int, bits: int, image_size: int, name: str = DE
             site, adapter = sites[place], ranked[sites[place].name]
             adapter.lora_A = torch.nn.Parameter(torch.randn(rank, site.in_features // POOL, generator=generator) * 0.02)
             adapter.lora_B = torch.nn.Parameter(torch.randn(site.out_features, rank, generator=generator) * 0.02)
-        packed = PackedAdapter.of_model(model, card, header, bits, 8 if bits < 8 else bits)
+        packed = PackedAdapter.of_model(model, card, header, bits)
         (folder / f"customer_{number:03}.safetensors").write_bytes(packed.content())
 
 

@@ -95,8 +95,8 @@ class ExportRequest(Request):
     ] = Field(default=None, description=f"Round the weights of a float run, and print what that loses. {BITS}")
     rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
         default=None,
-        description="How to round. nearest: each weight by itself, the default from 4 bits on. gptq: errors make up "
-        "for each other on training images, which takes longer and is the default below 4 bits.",
+        description="How to round. nearest: each weight by itself, the default in 8 bits. gptq: errors make up for "
+        "each other on training images, which takes longer and is the default in fewer.",
     )
     single: Annotated[bool, OnlyWith(format="web")] = Field(
         default=False, description="Write the page for a browser as one file. A name that ends in .html does so too."

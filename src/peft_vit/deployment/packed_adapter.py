@@ -70,14 +70,28 @@ class PackedAdapter:
 
     @classmethod
     def of_model(
-        cls, model: nn.Module, card: ModelCard, base: LowBitHeader, bits: StoredBits, head_bits: StoredBits
+        cls,
+        model: nn.Module,
+        card: ModelCard,
+        base: LowBitHeader,
+        bits: StoredBits,
+        head_bits: StoredBits | None = None,
     ) -> PackedAdapter:
         """Return what was trained of a model, without what shows images unlike its own.
+
+        Args:
+            model: that holds it.
+            card: of the model.
+            base: header of the backbone's file.
+            bits: of the adapter's values.
+            head_bits: of the head's weight; without them as the adapter's, but at least 8, since 4 lose two points
+                (`benchmarks/head_bits.py`).
 
         Raises:
             UserError: if more than adapters and head was trained, or the PEFT library has done it.
         """
         backbone = Backbone(model)
+        head_bits = head_bits or (8 if bits < 8 else bits)
         beside = [name for name in trained_tensors(model) if ".sites." not in name]
         others = sorted(set(beside) - backbone.of_head(beside))
         if others or tuner_layers(model):

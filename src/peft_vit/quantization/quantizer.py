@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+import scipy
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from peft_vit.quantization.tensor import QuantizedTensor, rows_at_once
 # A group's range, its scale and every step of computing a weight from them stay finite in float32 below this.
 _LARGEST_MAGNITUDE = 2.0**125
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
-_BLOCK = 128  # columns whose updates reach those behind them together, in one product
+_BLOCKS = (128, 16)  # columns whose updates reach those behind them, in the block before, together in one product
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def quantize_with_compensation(
         Wq_j = nearest(W_j),   e_j = (W_j - Wq_j) / U_jj,   W_k <- W_k - e_j U_jk  for all k > j
 
     It is computed in float64 on the CPU. Source: GPTQ, arXiv 2210.17323, algorithm 1, with its damping of 1 % and its
-    blocks of 128 columns.
+    blocks of 128 columns, here each of blocks of 16.
 
     Args:
         weight: floating point, (out, in).
@@ -152,19 +154,28 @@ def quantize_with_compensation(
     columns, groups = weight.shape[1], rounded.scales.shape[1]
     group_of = torch.arange(columns) // (columns // groups)  # (in,)
     scales = rounded.scales.cpu().double().T[group_of]  # (in, out)
-    offsets = torch.zeros_like(scales) if rounded.offsets is None else rounded.offsets.cpu().double().T[group_of]
+    divisors = torch.where(scales > 0, scales, 1.0)
+    offsets = None if rounded.offsets is None else rounded.offsets.cpu().double().T[group_of]
     rest = weight.detach().cpu().double().T.contiguous()  # (in, out): a column lies in one piece
-    codes = torch.empty(rest.shape, dtype=torch.uint8)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        errors = torch.empty_like(rest[start:stop])  # (block, out)
-        for j in range(start, stop):
-            scaled = (rest[j] - offsets[j]) / torch.where(scales[j] > 0, scales[j], 1.0)  # (out,)
-            places = torch.bucketize(scaled, middles)  # on a tie the lower value's
-            codes[j], values = codes_of_levels[places].to(torch.uint8), levels[places] * scales[j] + offsets[j]
-            errors[j - start] = (rest[j] - values) / factor[j, j]
-            rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)  # (rest, block) @ (block, out)
+    errors, places = torch.empty_like(rest), torch.empty(rest.shape, dtype=torch.int64)
+
+    def compensate(start: int, stop: int, blocks: tuple[int, ...]) -> None:
+        if not blocks:
+            for j in range(start, stop):
+                wished = rest[j] if offsets is None else rest[j] - offsets[j]  # (out,)
+                torch.bucketize(wished / divisors[j], middles, out=places[j])  # on a tie the lower value's
+                torch.addcmul(wished, levels[places[j]], scales[j], value=-1, out=errors[j]).div_(diagonal[j])
+                rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j], alpha=-1)
+            return
+        for begin in range(start, stop, blocks[0]):
+            end = min(begin + blocks[0], stop)
+            compensate(begin, end, blocks[1:])
+            # (columns behind, block) @ (block, out)
+            rest[end:stop].addmm_(factor[begin:end, end:stop].T, errors[begin:end], alpha=-1)
+
+    diagonal = factor.diagonal().tolist()
+    compensate(0, columns, _BLOCKS)
+    codes = codes_of_levels.to(torch.uint8)[places]  # (in, out)
     packed = pack_codes(codes.T.contiguous(), format.bits)  # (in, out) -> (out, bytes)
     return replace(rounded, codes=packed.to(weight.device))
 
@@ -179,7 +190,9 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
             f"gptq has no effect on {name}: its inputs are all zero on the calibration images; leave it out of targets",
             field="rounding",
         )
-    damped = hessian.clone()  # (in, in), as all that follow
+    damped = hessian.flip(0, 1)  # (in, in), as all that follow
     damped.diagonal().add_(DAMPING * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    # H = V V^T with V upper triangular, so U = V^-1: a third of what inverting H and factoring again takes
+    upper = torch.linalg.cholesky(damped).flip(0, 1)
+    inverse, _ = scipy.linalg.lapack.dtrtri(upper.numpy(), lower=0)
+    return torch.from_numpy(np.ascontiguousarray(inverse))

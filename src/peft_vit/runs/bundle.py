@@ -239,12 +239,11 @@ def _is_run(path: Path) -> bool:
 def _split(
     run: RestoredRun, bits: StoredBits | None, path: Path
 ) -> tuple[LowBitHeader, dict[str, Tensor], PackedAdapter]:
-    """Return header and tensors of a run's backbone, and its adapter in so many bits; the head has at least 8."""
+    """Return header and tensors of a run's backbone, and its adapter in so many bits."""
     bits = bits or trained_bits(run.model) or 16
     header, tensors = backbone_of(copy.deepcopy(run.model), run.card)
     with named(path):
-        head_bits: StoredBits = 8 if bits < 8 else bits  # 4 lose two points, see benchmarks/head_bits.py
-        return header, tensors, PackedAdapter.of_model(run.model, run.card, header, bits, head_bits)
+        return header, tensors, PackedAdapter.of_model(run.model, run.card, header, bits)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from peft_vit.forecasting.estimate import Line, Throughput, Workload
 from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit
 from peft_vit.methods.quantized import usual_rounding
 from peft_vit.runs.held_out import MOST_KNOWN
+from peft_vit.runs.post_training import images_rounded_by
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.context import TuningContext
@@ -35,7 +36,7 @@ MOST_SEEN = 1500  # images by which sizes are compared
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
 _FIT_S = 4e-8  # of one, for each of its values: images x features x classes
 _PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nearest
-_GPTQ_S, _GPTQ_PASSES = 5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
+_GPTQ_S, _GPTQ_PASSES = 2.5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
 _FORMS, _COMPARED = 3, 128  # of the model that are written, and images on which each is compared
 _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in each
 
@@ -70,19 +71,24 @@ class Costs:
     def run_s(self, recipe: Recipe) -> float:
         """Return the seconds of a run on a fold, without a process's start and features that others share."""
         train, test = self.context.train_images, self.context.test_images
-        begun = self.machine.start_s + self.fits_s(recipe, train) + self.packing_s(recipe, recipe.trained.bits)
+        begun = self.machine.start_s + self.fits_s(recipe, train) + self._begun_s(recipe)
         return begun + recipe.steps * self._step_s(recipe) + (0 if recipe.is_probe else test * self.image_s(recipe))
 
-    def packing_s(self, recipe: Recipe, bits: QuantizationType | None) -> float:
-        """Return the seconds to round the weights of a recipe's model once, as is usual; 0 without bits."""
-        if bits is None or usual_rounding(bits) == "nearest":
-            return 0.0 if bits is None else _PACK_S
-        return _GPTQ_S * self.shape(recipe).parameters + _GPTQ_PASSES * IMAGES_ROUNDED_BY * self.image_s(recipe)
+    def _begun_s(self, recipe: Recipe) -> float:
+        """Return the seconds to round the weights on which a recipe trains; 0 where these are floats."""
+        bits = recipe.trained.bits
+        nearest = bits is None or usual_rounding(bits) == "nearest"
+        return 0.0 if bits is None else self._packed_s(recipe, 0 if nearest else IMAGES_ROUNDED_BY)
+
+    def _packed_s(self, recipe: Recipe, images: int) -> float:
+        """Return the seconds to round a recipe's weights once, by GPTQ on so many images; 0: to nearest."""
+        gptq_s = _GPTQ_S * self.shape(recipe).parameters + _GPTQ_PASSES * images * self.image_s(recipe)
+        return _PACK_S + (gptq_s if images else 0.0)
 
     def rounding_s(self, recipe: Recipe, forms: Sequence[QuantizationType], images: int | None = None) -> float:
         """Return the seconds of a run's predictions with weights rounded to some formats; None: of a fold's images."""
         seen = self.context.test_images if images is None else images
-        packed_s = sum(self.packing_s(recipe, bits) for bits in forms)
+        packed_s = sum(self._packed_s(recipe, images_rounded_by(bits)) for bits in forms)
         return self.machine.start_s / 2 + packed_s + 2 * len(forms) * seen * self.image_s(recipe)
 
     def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
@@ -97,11 +103,14 @@ class Costs:
         """
         context, machine, image_s = self.context, self.machine, self.image_s(recipe)
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
-        begun += self.packing_s(recipe, recipe.trained.bits)
+        begun += self._begun_s(recipe)
         seen = context.sealed_images + min(MOST_KNOWN, context.images)
         trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + seen * image_s
-        bits = [recipe.bits] if recipe.bits is not None and recipe.when == "after" else []
-        rounded = self.rounding_s(recipe, bits, seen) + self.packing_s(recipe, recipe.bits) if bits else 0.0
+        rounded = 0.0
+        if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files
+            rounded = self.rounding_s(recipe, [recipe.bits], seen) + self._packed_s(
+                recipe, images_rounded_by(recipe.bits)
+            )
         forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
@@ -134,7 +143,7 @@ class Costs:
         probe, recipe = Recipe(model, image_size), lora(model, image_size, steps)
         fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, ROUNDED[:-1])
         halved_s = 2 * self.run_s(recipe.half) if longer > 1 else 0.0
-        ending_s = self.ending_s(recipe.rounded(ROUNDED[0]), longer)
+        ending_s = self.ending_s(recipe.rounded("nf4"), longer)
         return folds * fold_s + halved_s + _PROCESSES * self.machine.process_s + ending_s
 
     def forecast(self, probes: Sequence[Recipe], spent_s: float) -> dict[str, float]:

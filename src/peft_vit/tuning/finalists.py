@@ -71,14 +71,14 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
     for fold in _FEWEST:  # each says more about how long the last training takes
-        limit = state.until(folds.ending_s(best.rounded(ROUNDED[0])))
+        limit = state.until(folds.ending_s(best.rounded("nf4")))
         _do(folds, best, [fold], limit)
     if not folds.clearly_better(best, probe):
         folds.round(probe, allowed_bits(folds, probe), limit)
     if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
         folds.run([best.half], _HALVED, limit)
     if folds.gains_by_steps(best) and not folds.clearly_better(probe, best):
-        limit = state.until(folds.ending_s(best.rounded(ROUNDED[0]), LONGEST))
+        limit = state.until(folds.ending_s(best.rounded("nf4"), LONGEST))
     left = [
         recipe
         for recipe in _in_turn(folds, probe, ranked)

@@ -153,7 +153,7 @@ class Folds:
         return {one: logits[one] for one in bits}
 
     def _place(self, folder: Path) -> Path:
-        return self.context.request.output / "rounded" / f"{'-'.join(folder.parts[-3:])}.safetensors"
+        return self.context.request.output / "rounded_after" / f"{'-'.join(folder.parts[-3:])}.safetensors"
 
     def _kept(self, folder: Path) -> dict[QuantizationType, Any]:
         with suppress(OSError, ValueError, SafetensorError):  # none, or damaged: they are computed again

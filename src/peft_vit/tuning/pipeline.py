@@ -1,17 +1,10 @@
 """From images and limits to a model, stage by stage; each is reported, and each can be killed.
 
-How it goes, with the shares of the minutes (`state.SHARES`):
-
-- look, machine (5 %): a fifth of the images, or the folder's own test split, is set aside for the test. The others make
-  five folds. How fast this machine is, is measured once, and from it follows how many steps a run has (`costs`).
-- sizes (15 %): regressions on frozen features, in this process, at image sizes that rise by the square root of 2 while
-  they fit. The best one is a candidate itself, on the folds. The two sizes whose regression, with what training may add
-  in the steps that fit, promises the most continue. All further time trains.
-- search: LoRA there over sizes, rates and steps, by successive halving over folds.
-- folds: the best LoRA on three folds or five, and the same with its weights rounded after training, for which nothing
-  is trained again; half of its steps; then others, as time allows.
-- the decision: the smallest model within the limits whose expected loss beyond the margin, against the best float model
-  found, is below a tenth of the margin; if there is none, that with the least expected loss.
+- look, machine (5 % of the minutes): a fifth of the images, or the folder's own test split, is set aside for the test;
+  the others make five folds. How fast this machine is, is measured: it says how many steps a run has (`costs`).
+- sizes (15 %): regressions on frozen features; the best is a candidate, and two sizes are trained at with what is left.
+- search, folds: LoRA over sizes, rates and steps; the best also rounded after training, and with half of its steps.
+- the decision: the smallest model within the limits that loses little, see `statistics.odds.choose_model`.
 - final, output: that recipe on all that is not for the test, with up to twice the steps where that gains, its fastest
   form, a page. Test images are read once.
 
@@ -148,7 +141,7 @@ def choose(
         reserved_s = max(state.training_s, state.limit.left_s - state.share_s("sizes"))
         sizes = try_sizes(costs, allowed, regress, state.until(reserved_s))
         tried = [size for size in sizes if size.score is not None]
-        ending = [size for size in tried if folds.ends_in_time(size.probe.rounded(ROUNDED[0]))] or tried[:1]
+        ending = [size for size in tried if folds.ends_in_time(size.probe.rounded("nf4"))] or tried[:1]
         probe = max(ending, key=lambda size: size.expected).probe
         labels = gain_of_labels(folds.context, probe, regress)
     with state.stage("search"):
@@ -158,7 +151,7 @@ def choose(
         trained, untried, ranked = _worth_training(folds, sizes), list[Recipe](), list[Recipe]()
         if trained:
             first = lora(trained[0].model, trained[0].image_size, trained[0].steps)
-            reserved_s = folds.ending_s(first.rounded(ROUNDED[0]), LONGEST)
+            reserved_s = folds.ending_s(first.rounded("nf4"), LONGEST)
             reserved_s += FEWEST_FOLDS * costs.rounding_s(first, allowed_bits(folds, first))
             reserved_s += sum(folds.seconds(recipe, range(FEWEST_FOLDS)) for recipe in low_bits(folds, first))
             ranked, untried = search(folds, trained, state.until(reserved_s))

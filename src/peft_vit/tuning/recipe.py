@@ -17,7 +17,7 @@ from peft_vit.runs.post_training import file_bytes
 from peft_vit.tasks import DecidingMetric
 
 DEFAULT_RATE = 1e-3  # of LoRA
-ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int4", "int2")  # after training; int3 takes 4 bits in a file
+ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int2")  # after training; int3 takes 4 bits in a file
 _TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora": "AdaLoRA", "qa_lora": "QA-LoRA"}
 
 

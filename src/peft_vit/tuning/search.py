@@ -4,8 +4,6 @@ The resource is the number of folds: every recipe is trained on the first one; w
 pruner says. It hears of the default first, the usual rate with the most steps at the most promising size, so that one
 always continues. A recipe that may have been lucky does not displace it. Where the best has the highest or the lowest
 rate of all, or the most steps, what lies beyond is tried.
-
-With little time that is the default, half of its steps, and the second size: the steps of what is delivered come first.
 """
 
 from __future__ import annotations
