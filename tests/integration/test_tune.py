@@ -53,9 +53,7 @@ def planted(
 
 
 def stand_ins(**changes: Any) -> StandIns:
-    return StandIns(
-        **{"truth": planted(), "images": 1000, "step_s": 0.1, "seed": 3, "lost": {"nf4": 0.0}} | changes
-    )
+    return StandIns(**{"truth": planted(), "images": 1000, "step_s": 0.1, "seed": 3, "lost": {"nf4": 0.0}} | changes)
 
 
 def environment_of(runner: StandIns | None, rate: float = 1e9, **changes: Any) -> Environment:
