@@ -72,12 +72,12 @@ def answer(choice: Choice) -> str:
     if taken.recipe == choice.decision.reference:
         return f"{head} It is the best float model found."
     scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
-    gap = f"{fixed(100 * abs(odds.loss), 1)} {scores.unit}"
+    amount, better = fixed(100 * abs(odds.loss), 1), "better" if odds.loss > 0 else "worse"
+    gap = f"{amount} {scores.unit} {better}" if float(amount) else "as good"
     than = f"The best float model found ({choice.decision.reference.title}) is expected to be {gap}"
     chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
     shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
-    better = "better" if odds.loss > 0 else "worse"
-    return f"{head} {than} {better}; the chance that it is more than {margin} better is {chance}.{shown}"
+    return f"{head} {than}; the chance that it is more than {margin} better is {chance}.{shown}"
 
 
 def what_more_buys(
