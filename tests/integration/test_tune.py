@@ -167,6 +167,24 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     assert f", by {sealed} test images). The best float model found" in said
 
 
+@pytest.mark.parametrize("better", ["test_vit", "test_vit2"])
+def test_of_two_models_the_better_one_is_trained_and_taken(tuning: Tuning, better: str) -> None:
+    runner, models = stand_ins(), ("test_vit", "test_vit2")
+    truths = {model: planted(0.8 if model == better else 0.7) for model in models}
+
+    def of_its_model(method: str) -> Callable[..., Any]:
+        def call(mapping: Any, *given: Any) -> Any:
+            runner.truth = truths[mapping["backbone"]["model"]]
+            return getattr(runner, method)(mapping, *given)
+
+        return call
+
+    changes: dict[str, Any] = {"make_runner": lambda *_: of_its_model("__call__"), "regress": of_its_model("regress")}
+    choice = tuning(environment=environment_of(runner, **changes), models=models)
+    assert (choice.recipe.model, choice.recipe.method) == (better, "lora")
+    assert {size.model for size in choice.sizes} == set(models)
+
+
 @pytest.mark.parametrize(
     ("changes", "asked", "taken"),
     [

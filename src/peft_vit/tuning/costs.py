@@ -52,6 +52,19 @@ class Costs:
         """Return the shape of a recipe's backbone."""
         return self.context.shape(recipe.model, recipe.image_size)
 
+    def bytes_of(self, recipe: Recipe) -> int:
+        """Return the bytes of a recipe's file, as expected."""
+        return recipe.file_bytes(self.shape(recipe), self.context.outputs, self.context.images)
+
+    def allowed_bits(self, recipe: Recipe) -> list[QuantizationType]:
+        """Return the formats to which a recipe is rounded after training and keeps within the limit of bytes.
+
+        2 bits lose much: only where no more are allowed.
+        """
+        most = self.context.request.max_bytes
+        fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) <= most]
+        return [bits for bits in fitting if bits != "int2"] or fitting
+
     def image_s(self, recipe: Recipe) -> float:
         """Return the seconds of a forward pass for each of its images."""
         return self.machine.image_s(self.shape(recipe))
@@ -141,7 +154,7 @@ class Costs:
         training so many times longer.
         """
         probe, recipe = Recipe(model, image_size), lora(model, image_size, steps)
-        fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, ROUNDED[:-1])
+        fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, self.allowed_bits(recipe))
         halved_s = 2 * self.run_s(recipe.half) if longer > 1 else 0.0
         ending_s = self.ending_s(recipe.rounded("nf4"), longer)
         return folds * fold_s + halved_s + _PROCESSES * self.machine.process_s + ending_s

@@ -17,7 +17,7 @@ from peft_vit.forecasting.time_limit import FEWEST_FOLDS, FOLDS, Limit
 from peft_vit.statistics.odds import Odds, choose_model
 from peft_vit.tuning.costs import LONGEST
 from peft_vit.tuning.folds import Folds
-from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
+from peft_vit.tuning.recipe import Recipe, rate_of
 
 _FEWEST, _FIRST, _SECOND = range(FEWEST_FOLDS), range(FOLDS), range(2 * FOLDS)  # seeds: a repetition's, of both
 _HALVED = range(2)  # of half of the steps
@@ -46,21 +46,6 @@ class Decision:
     reference: Recipe  # the best float model found
 
 
-def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
-    """Return the formats to which a recipe is rounded after training and keeps within the limit of bytes.
-
-    2 bits lose much: only where no more are allowed.
-    """
-    most = folds.context.request.max_bytes
-    fitting = [bits for bits in ROUNDED if most is None or bytes_of(folds, recipe.rounded(bits)) <= most]
-    return [bits for bits in fitting if bits != "int2"] or fitting
-
-
-def bytes_of(folds: Folds, recipe: Recipe) -> int:
-    """Return the bytes of a recipe's file, as expected."""
-    return recipe.file_bytes(folds.costs.shape(recipe), folds.context.outputs, folds.context.images)
-
-
 def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
     """Bring the finalists to folds, and return those that there was no time for.
 
@@ -74,7 +59,7 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
         limit = state.until(folds.ending_s(best.rounded("nf4")))
         _do(folds, best, [fold], limit)
     if not folds.clearly_better(best, probe):
-        folds.round(probe, allowed_bits(folds, probe), limit)
+        folds.round(probe, folds.costs.allowed_bits(probe), limit)
     if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
         folds.run([best.half], _HALVED, limit)
     if folds.gains_by_steps(best) and not folds.clearly_better(probe, best):
@@ -111,7 +96,7 @@ def _do(folds: Folds, recipe: Recipe, seeds: Sequence[int], limit: Limit) -> Non
 
 def _forms(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
     """Return the formats to which a recipe is rounded on its folds; a probe, if it is compared so at all."""
-    allowed = [] if recipe.bits else allowed_bits(folds, recipe)
+    allowed = [] if recipe.bits else folds.costs.allowed_bits(recipe)
     return [bits for bits in allowed if not recipe.is_probe or folds.seeds(recipe.rounded(bits))]
 
 
@@ -128,13 +113,13 @@ def _in_turn(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Reci
 
 def low_bits(folds: Folds, best: Recipe) -> list[Recipe]:
     """Return QA-LoRA with the best recipe of LoRA, where less than 4 bits are allowed."""
-    return _packed(folds, best) if "int2" in allowed_bits(folds, best) else []
+    return _packed(folds, best) if "int2" in folds.costs.allowed_bits(best) else []
 
 
 def _packed(folds: Folds, best: Recipe) -> list[Recipe]:
     most, rate = folds.context.request.max_bytes, rate_of("qa_lora", best.rate)
     both = [replace(best, method="qa_lora", rate=rate, bits=bits, when="training") for bits in ("nf4", "int2")]
-    return [recipe for recipe in both if most is None or bytes_of(folds, recipe) <= most][:1]
+    return [recipe for recipe in both if most is None or folds.costs.bytes_of(recipe) <= most][:1]
 
 
 def decide(folds: Folds) -> Decision:
@@ -151,7 +136,7 @@ def decide(folds: Folds) -> Decision:
     trained = min(least, max([2, *(len(done) for recipe, done in folds.outcomes.items() if not recipe.is_probe)]))
     enough = {recipe: least if recipe.is_probe else trained for recipe in folds.outcomes}
     recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= enough[recipe]]
-    sizes = [bytes_of(folds, recipe) for recipe in recipes]
+    sizes = [folds.costs.bytes_of(recipe) for recipe in recipes]
     small = [number for number, size in enumerate(sizes) if most is None or size <= most]
     fitting = [number for number in small if folds.ends_in_time(recipes[number])] or small
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
@@ -176,6 +161,6 @@ def decide(folds: Folds) -> Decision:
     for recipe, done in folds.outcomes.items():
         if 0 < len(done) < enough[recipe]:
             dropped = f"{len(done)} of {FOLDS} folds: not clearly better"
-            candidates.append(Candidate(recipe, bytes_of(folds, recipe), len(done), None, dropped))
+            candidates.append(Candidate(recipe, folds.costs.bytes_of(recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
     return Decision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])

@@ -37,7 +37,7 @@ from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import IMAGES_FILE, MakeRunner, TuningContext, context_of
 from peft_vit.tuning.costs import LEAST_STEPS, LONGEST, Costs, MeasureThroughput, throughput_of
 from peft_vit.tuning.final import times_longer, train_finally
-from peft_vit.tuning.finalists import NO_MODEL, Decision, allowed_bits, compare, decide, low_bits
+from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide, low_bits
 from peft_vit.tuning.folds import Folds, RoundRun
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
 from peft_vit.tuning.output import check_output, write_output
@@ -152,7 +152,7 @@ def choose(
         if trained:
             first = lora(trained[0].model, trained[0].image_size, trained[0].steps)
             reserved_s = folds.ending_s(first.rounded("nf4"), LONGEST)
-            reserved_s += FEWEST_FOLDS * costs.rounding_s(first, allowed_bits(folds, first))
+            reserved_s += FEWEST_FOLDS * costs.rounding_s(first, costs.allowed_bits(first))
             reserved_s += sum(folds.seconds(recipe, range(FEWEST_FOLDS)) for recipe in low_bits(folds, first))
             ranked, untried = search(folds, trained, state.until(reserved_s))
     with state.stage("folds"):
