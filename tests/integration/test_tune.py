@@ -167,6 +167,15 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     assert f", by {sealed} test images). The best float model found" in said
 
 
+@pytest.mark.parametrize(("loss", "words"), [(0.0004, "as good"), (-0.0004, "as good"), (0.004, "0.4 points better")])
+def test_a_gap_that_rounds_to_nothing_is_none(tuning: Tuning, loss: float, words: str) -> None:
+    choice = tuning(stand_ins())
+    decision = choice.decision
+    odds = replace(decision.odds, loss=loss)
+    said = answer(replace(choice, decision=replace(decision, odds=odds)))
+    assert f" is expected to be {words}; the chance that it is more than 1 point better is " in said
+
+
 @pytest.mark.parametrize("better", ["test_vit", "test_vit2"])
 def test_of_two_models_the_better_one_is_trained_and_taken(tuning: Tuning, better: str) -> None:
     runner, models = stand_ins(), ("test_vit", "test_vit2")

@@ -53,6 +53,7 @@ class BackboneShape:
     size_step: int  # what the side of an image is a multiple of, in pixels: for most models that of a patch
     parameters: int  # at the image size asked for, head excluded
     head: tuple[str, ...]  # names of its parameters
+    in_turn: bool  # see `Family`
 
     @property
     def tokens(self) -> int:
@@ -119,6 +120,7 @@ def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
         size_step=backbone.family.size_step(model),
         parameters=sum(size for name, size in sizes.items() if name not in head),
         head=head,
+        in_turn=backbone.family.in_turn,
     )
 
 

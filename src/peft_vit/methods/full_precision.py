@@ -116,7 +116,7 @@ def stored_in(total_bytes: int, adapters: Adapters, sites: Sequence[Site]) -> di
     """Return the settings by which updates take so many bytes in their files: ranks `even`, before bits.
 
     The bits are the fewest with which they buy at most rank DEFAULT_RANK everywhere: ranks of one bit are worth more
-    than the bits of fewer ranks (arXiv 2307.16867 on float weights, docs/what_we_found.md on int4 ones).
+    than the bits of fewer ranks (arXiv 2307.16867, docs/what_we_found.md).
     Bytes that all ranks together do not take are left.
 
     Raises:

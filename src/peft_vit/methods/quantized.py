@@ -37,7 +37,7 @@ _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller on
 
 
 def usual_rounding(type: QuantizationType) -> Rounding:
-    """Return how weights are rounded where nothing is said: below 4 bits by GPTQ, since to nearest they lose much."""
+    """Return how weights to train on are rounded where nothing is said: below 4 bits by GPTQ, which loses less."""
     return "gptq" if BITS_OF_TYPE[type] < 4 else "nearest"
 
 

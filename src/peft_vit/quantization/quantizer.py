@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import scipy
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from peft_vit.errors import UserError
@@ -143,9 +144,11 @@ def quantize_with_compensation(
         The quantized weights, on the weight's device.
 
     Raises:
-        UserError: as `quantize`; if the Hessian holds infinities or NaN, or is zero.
+        UserError: as `quantize`; if the Hessian holds infinities or NaN.
     """
     rounded = quantize(weight, format, name=name)
+    if not bool(hessian.any()):
+        return rounded  # inputs are all zero: any codes are as good
     factor = _inverse_factor(hessian.cpu().double(), name)
     levels, codes_of_levels = format.values().double().sort(stable=True)  # (levels,)
     if format.zero:  # code 0 is never used
@@ -185,14 +188,11 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
     mean = float(hessian.diagonal().mean())
     if not bool(hessian.isfinite().all()):
         raise UserError(f"the inputs of {name} hold infinities or NaN on the calibration images", field="rounding")
-    if mean <= 0:
-        raise UserError(
-            f"gptq has no effect on {name}: its inputs are all zero on the calibration images; leave it out of targets",
-            field="rounding",
-        )
     damped = hessian.flip(0, 1)  # (in, in), as all that follow
     damped.diagonal().add_(DAMPING * mean)
     # H = V V^T with V upper triangular, so U = V^-1: a third of what inverting H and factoring again takes
     upper = torch.linalg.cholesky(damped).flip(0, 1)
-    inverse, _ = scipy.linalg.lapack.dtrtri(upper.numpy(), lower=0)
+    del damped
+    with threadpool_limits(torch.get_num_threads(), user_api="blas"):
+        inverse, _ = scipy.linalg.lapack.dtrtri(upper.numpy(), lower=0, overwrite_c=1)
     return torch.from_numpy(np.ascontiguousarray(inverse))

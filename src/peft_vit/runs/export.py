@@ -186,7 +186,7 @@ def export_run_to_file(
         options: of onnx.
         meaning: what the file says that its outputs mean; None: what the run found.
         bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
-        rounding: of these; None: gptq up to 4 bits, else nearest.
+        rounding: of these, see `logits_by_type`.
         overwrite: replace what is there; of a folder only of an earlier export.
 
     Raises:

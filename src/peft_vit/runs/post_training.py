@@ -96,9 +96,9 @@ def round_weights(
 
 
 def images_rounded_by(type: QuantizationType) -> int:
-    """Return how many training images GPTQ takes where nothing is said; 0: to nearest, by which 8 bits lose nothing.
+    """Return how many training images GPTQ takes where nothing is said; 0: to nearest.
 
-    In 4 bits a quarter of the images loses as little.
+    To nearest 8 bits lose nothing, and in 4 bits a quarter of the images does (`benchmarks/rounding_images.py`).
     """
     return {8: 0, 4: IMAGES_ROUNDED_BY // 4}.get(BITS_OF_TYPE[type], IMAGES_ROUNDED_BY)
 
@@ -136,7 +136,7 @@ def logits_by_type(
     Args:
         run_dir: holds record.json and adapter.safetensors.
         types: of codes.
-        rounding: None: gptq up to 4 bits, else nearest.
+        rounding: nearest; gptq, on IMAGES_ROUNDED_BY images; None: see `images_rounded_by`.
         offset: see `packing_of`.
 
     Raises:
@@ -155,11 +155,9 @@ def _images_to_round_by(
     run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
 ) -> Tensor | None:
     """Return training images for GPTQ; None: to nearest."""
-    count = images_rounded_by(type)
-    if rounding == "nearest" or (rounding is None and not count):
-        return None
+    count = {"nearest": 0, "gptq": IMAGES_ROUNDED_BY, None: images_rounded_by(type)}[rounding]
     runtime = RuntimeConfig(_CPU, "fp32", run.card.mean, run.card.std)
-    return Calibration(data, runtime, run.record.spec.seed).images(count or IMAGES_ROUNDED_BY)
+    return Calibration(data, runtime, run.record.spec.seed).images(count) if count else None
 
 
 def _outputs(model: nn.Module, images: LabelledImages, card: ModelCard) -> Outputs:

@@ -65,6 +65,10 @@ class Costs:
         fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) <= most]
         return [bits for bits in fitting if bits != "int2"] or fitting
 
+    def longest_form(self, recipe: Recipe) -> Recipe:
+        """Return a recipe rounded as it may have to be, in the way that takes the longest."""
+        return recipe.rounded((self.allowed_bits(recipe) or ["nf4"])[-1])
+
     def image_s(self, recipe: Recipe) -> float:
         """Return the seconds of a forward pass for each of its images."""
         return self.machine.image_s(self.shape(recipe))
@@ -95,8 +99,9 @@ class Costs:
 
     def _packed_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds to round a recipe's weights once, by GPTQ on so many images; 0: to nearest."""
-        gptq_s = _GPTQ_S * self.shape(recipe).parameters + _GPTQ_PASSES * images * self.image_s(recipe)
-        return _PACK_S + (gptq_s if images else 0.0)
+        shape = self.shape(recipe)
+        passes = _GPTQ_PASSES if shape.in_turn else len(shape.modules) / 2  # else each begins with the image
+        return _PACK_S + (_GPTQ_S * shape.parameters + passes * images * self.image_s(recipe) if images else 0.0)
 
     def rounding_s(self, recipe: Recipe, forms: Sequence[QuantizationType], images: int | None = None) -> float:
         """Return the seconds of a run's predictions with weights rounded to some formats; None: of a fold's images."""
@@ -105,14 +110,10 @@ class Costs:
         return self.machine.start_s / 2 + packed_s + 2 * len(forms) * seen * self.image_s(recipe)
 
     def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
-        """Return the seconds of the last training and of the output, as far as they can be foreseen.
+        """Return the seconds of the last training, so many times longer than on folds, and of the output.
 
         The output writes the model in some forms, compares each with the run's model, and times them beside float32;
         where none is as fast as was asked for, activations in 8 bits are measured on folds.
-
-        Args:
-            recipe: that is trained.
-            longer: times the steps that follow from those on folds.
         """
         context, machine, image_s = self.context, self.machine, self.image_s(recipe)
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
@@ -121,9 +122,8 @@ class Costs:
         trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + seen * image_s
         rounded = 0.0
         if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files
-            rounded = self.rounding_s(recipe, [recipe.bits], seen) + self._packed_s(
-                recipe, images_rounded_by(recipe.bits)
-            )
+            again_s = self._packed_s(recipe, images_rounded_by(recipe.bits))
+            rounded = self.rounding_s(recipe, [recipe.bits], seen) + again_s
         forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
@@ -156,7 +156,7 @@ class Costs:
         probe, recipe = Recipe(model, image_size), lora(model, image_size, steps)
         fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, self.allowed_bits(recipe))
         halved_s = 2 * self.run_s(recipe.half) if longer > 1 else 0.0
-        ending_s = self.ending_s(recipe.rounded("nf4"), longer)
+        ending_s = self.ending_s(self.longest_form(recipe), longer)
         return folds * fold_s + halved_s + _PROCESSES * self.machine.process_s + ending_s
 
     def forecast(self, probes: Sequence[Recipe], spent_s: float) -> dict[str, float]:

@@ -56,14 +56,15 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
     for fold in _FEWEST:  # each says more about how long the last training takes
-        limit = state.until(folds.ending_s(best.rounded("nf4")))
+        limit = state.until(folds.ending_s(folds.costs.longest_form(best)))
         _do(folds, best, [fold], limit)
-    if not folds.clearly_better(best, probe):
+    rounding_s = FEWEST_FOLDS * folds.costs.rounding_s(probe, folds.costs.allowed_bits(probe))
+    if not folds.clearly_better(best, probe) and (not ranked or rounding_s <= limit.left_s):
         folds.round(probe, folds.costs.allowed_bits(probe), limit)
     if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
         folds.run([best.half], _HALVED, limit)
     if folds.gains_by_steps(best) and not folds.clearly_better(probe, best):
-        limit = state.until(folds.ending_s(best.rounded("nf4"), LONGEST))
+        limit = state.until(folds.ending_s(folds.costs.longest_form(best), LONGEST))
     left = [
         recipe
         for recipe in _in_turn(folds, probe, ranked)
@@ -80,8 +81,9 @@ def _done_in_time(folds: Folds, recipes: Sequence[Recipe], seeds: Sequence[int],
     """Do what is missing of some recipes' runs, if there is time for all, and return whether there was."""
     needed_s = 0.0
     for recipe in recipes:
-        missing, forms = len(folds.missing(recipe, seeds)), _forms(folds, recipe)
-        needed_s += folds.seconds(recipe, seeds) + missing * folds.costs.rounding_s(recipe, forms)
+        forms = _forms(folds, recipe)
+        missing = {seed for form in (recipe, *map(recipe.rounded, forms)) for seed in folds.missing(form, seeds)}
+        needed_s += folds.seconds(recipe, seeds) + len(missing) * folds.costs.rounding_s(recipe, forms)
     if needed_s > limit.left_s:
         return False
     for recipe in recipes:

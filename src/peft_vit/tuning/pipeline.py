@@ -141,7 +141,7 @@ def choose(
         reserved_s = max(state.training_s, state.limit.left_s - state.share_s("sizes"))
         sizes = try_sizes(costs, allowed, regress, state.until(reserved_s))
         tried = [size for size in sizes if size.score is not None]
-        ending = [size for size in tried if folds.ends_in_time(size.probe.rounded("nf4"))] or tried[:1]
+        ending = [size for size in tried if folds.ends_in_time(costs.longest_form(size.probe))] or tried[:1]
         probe = max(ending, key=lambda size: size.expected).probe
         labels = gain_of_labels(folds.context, probe, regress)
     with state.stage("search"):
@@ -151,7 +151,7 @@ def choose(
         trained, untried, ranked = _worth_training(folds, sizes), list[Recipe](), list[Recipe]()
         if trained:
             first = lora(trained[0].model, trained[0].image_size, trained[0].steps)
-            reserved_s = folds.ending_s(first.rounded("nf4"), LONGEST)
+            reserved_s = folds.ending_s(costs.longest_form(first), LONGEST)
             reserved_s += FEWEST_FOLDS * costs.rounding_s(first, costs.allowed_bits(first))
             reserved_s += sum(folds.seconds(recipe, range(FEWEST_FOLDS)) for recipe in low_bits(folds, first))
             ranked, untried = search(folds, trained, state.until(reserved_s))

@@ -79,7 +79,7 @@ CALLS: list[tuple[Callable[[], object], type[Exception], str]] = [
             UserError,
             words,
         )
-        for fill, words in ((0.0, "gptq has no effect on qkv: .* all zero"), (np.nan, "NaN"))
+        for fill, words in ((np.inf, "infinities"), (np.nan, "NaN"))
     ),
 ]
 

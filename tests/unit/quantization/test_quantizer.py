@@ -189,10 +189,20 @@ def test_it_is_the_papers_algorithm_and_better_than_nearest_rounding(format) -> 
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.type}-{format.group_size}-{format.offset}")
-def test_inputs_that_do_not_hang_together_leave_nothing_to_compensate(format) -> None:
+@pytest.mark.parametrize("size", [0.0, 3.0])
+def test_inputs_that_do_not_hang_together_or_are_zero_leave_nothing_to_compensate(format, size) -> None:
     weight, _ = layer()
-    compensated = quantize_with_compensation(weight, format, torch.eye(144) * 3)
+    compensated = quantize_with_compensation(weight, format, torch.eye(144) * size)
     assert torch.equal(compensated.dequantize(), quantize(weight, format).dequantize())
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 16, 150, 267])
+def test_columns_need_not_fill_blocks(inputs: int) -> None:
+    weight, x = layer(inputs)
+    format = QuantizationFormat("nf4", None, False)
+    compensated = quantize_with_compensation(weight, format, 2 * x.T @ x)
+    expected = by_elimination(weight.numpy(), x.numpy(), format)
+    np.testing.assert_allclose(compensated.dequantize().double().numpy(), expected, atol=1e-5)
 
 
 def test_a_factor_on_the_hessian_changes_nothing_and_an_input_that_is_never_there_is_no_trouble() -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 from peft_vit.adapters import packed_weights
 from peft_vit.backbones import watching
 from peft_vit.backbones.catalog import describe
-from peft_vit.config import StudyConfig
+from peft_vit.config import IMAGES_ROUNDED_BY, StudyConfig
 from peft_vit.deployment import load_low_bit, merge, open_exported
 from peft_vit.errors import UserError
 from peft_vit.evaluation import calibrate, predict
@@ -20,7 +20,7 @@ from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_co
 from peft_vit.records import run_folder
 from peft_vit.runs.export import export_run_to_file
 from peft_vit.runs.held_out import PRIOR
-from peft_vit.runs.post_training import file_bytes, logits_by_type, round_weights
+from peft_vit.runs.post_training import file_bytes, images_rounded_by, logits_by_type, round_weights
 from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.part("runner")
@@ -83,6 +83,11 @@ def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> Non
     assert [np.array_equal(nearest[type], logits[type]) for type in logits] == [True, False, False]  # gptq up to 4 bits
     for type in ("nf4", "int2"):
         np.testing.assert_array_equal(logits_by_type(run_dir, [type], "nearest")[type], nearest[type])
+
+
+def test_4_bits_are_rounded_by_fewer_images_than_2_and_8_to_nearest() -> None:
+    counts = [images_rounded_by(type) for type in ("int8", "nf4", "int4", "int3", "int2")]
+    assert counts == [0, 32, 32, IMAGES_ROUNDED_BY, IMAGES_ROUNDED_BY]
 
 
 @pytest.mark.parametrize("validated", [20, 0])
