@@ -75,8 +75,8 @@ class Comparison:
 
     def loss_text(self) -> str:
         """Return what was lost, in points, with its interval."""
-        ends = (self.loss.estimate, self.loss.low or 0.0, self.loss.high or 0.0)
-        ends = tuple(round(100 * end / self.unit, 2) + 0.0 for end in ends)  # + 0.0: of -0.0 too it is 0.0
+        shares = (self.loss.estimate, self.loss.low or 0.0, self.loss.high or 0.0)
+        ends = [round(100 * share / self.unit, 2) + 0.0 for share in shares]  # + 0.0: of -0.0 too it is 0.0
         points = "points of" if self.unit == 1 else "hundredths of a standard deviation in"
         return (
             f"{ends[0]:.2f} {points} {self.metric.words} on {self.loss.n} {self.split} images "
