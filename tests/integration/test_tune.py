@@ -354,6 +354,16 @@ def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tunin
     assert runner.now <= 1.1 * 20 * 60
 
 
+def test_a_machine_that_was_busy_when_it_was_measured_trains_longer_in_the_end(tuning: Tuning) -> None:
+    planned, runner = paced(stand_ins(step_s=6.0)), stand_ins(step_s=2.0)
+    given = {"make_runner": lambda *_: runner, "regress": runner.regress, "round_run": runner.round_run}
+    environment = replace(planned, clock=lambda: runner.now, write_output=lambda *_: None, **given)
+    choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
+    assert choice.longer > LONGEST
+    assert choice.longer * choice.recipe.steps <= LONGEST * MOST_STEPS
+    assert runner.now <= 1.1 * 20 * 60
+
+
 def test_a_size_whose_model_takes_longer_to_write_than_there_is_time_is_not_taken(
     tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

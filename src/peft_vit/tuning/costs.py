@@ -57,10 +57,7 @@ class Costs:
         return recipe.file_bytes(self.shape(recipe), self.context.outputs, self.context.images)
 
     def allowed_bits(self, recipe: Recipe) -> list[QuantizationType]:
-        """Return the formats to which a recipe is rounded after training and keeps within the limit of bytes.
-
-        2 bits lose much: only where no more are allowed.
-        """
+        """Return the formats within the limit of bytes to which a recipe is rounded; 2 bits only if no others are."""
         most = self.context.request.max_bytes
         fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) <= most]
         return [bits for bits in fitting if bits != "int2"] or fitting
@@ -109,8 +106,8 @@ class Costs:
         packed_s = sum(self._packed_s(recipe, images_rounded_by(bits)) for bits in forms)
         return self.machine.start_s / 2 + packed_s + 2 * len(forms) * seen * self.image_s(recipe)
 
-    def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
-        """Return the seconds of the last training, so many times longer than on folds, and of the output.
+    def ending_s(self, recipe: Recipe, longer: float = 1.0, pace: float = 1.0) -> float:
+        """Return the seconds of the last training, so many times longer than on folds, and of the output, at a pace.
 
         The output writes the model in some forms, compares each with the run's model, and times them beside float32;
         where none is as fast as was asked for, activations in 8 bits are measured on folds.
@@ -128,7 +125,7 @@ class Costs:
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
         timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)
-        return trained + rounded + written + measured + timed
+        return pace * trained + max(1.0, pace) * (rounded + written + measured + timed)
 
     def last_steps(self, recipe: Recipe, longer: float = 1.0) -> int:
         """Return the steps of the last training: as many more as there are more images, and as it is longer."""

@@ -33,6 +33,7 @@ from peft_vit.tuning.recipe import Recipe, shared_training
 
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
 _OVER = 0.1  # of the minutes, by which they may be exceeded
+_FASTEST = 0.5  # of the planned time: what takes less may have been lucky
 _USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
 RoundRun = Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType, NDArray[np.float32]]]
 
@@ -119,7 +120,7 @@ class Folds:
 
     def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
         """Return what the last training and the output will take, at this call's pace."""
-        return max(1.0, self.pace.factor) * self.costs.ending_s(recipe, longer)
+        return self.costs.ending_s(recipe, longer, max(_FASTEST, self.pace.factor))
 
     def ends_in_time(self, recipe: Recipe) -> bool:
         """Tell whether a recipe's last training and output fit what is left, and a tenth of the minutes."""
