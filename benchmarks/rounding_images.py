@@ -21,13 +21,13 @@ import pandas as pd
 import torch
 from common import append_row
 from scipy.special import log_softmax
-from scipy.stats import t
 
 from peft_vit.data import LabelledImages
 from peft_vit.deployment import ModelCard
 from peft_vit.evaluation import predict
 from peft_vit.runs.post_training import merge_float, round_weights
 from peft_vit.runs.restore import restore_run
+from peft_vit.statistics import mean_interval
 from peft_vit.training import Calibration, RuntimeConfig
 
 RESULTS = Path(__file__).parent / "results" / "rounding_images.csv"
@@ -70,11 +70,12 @@ def table() -> Iterator[str]:
     yield "| images | rounded by | runs | points | divergence | seconds |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
     for (name, count), own in pd.read_csv(RESULTS).groupby(["set", "images"]):
-        half = t.ppf(0.975, len(own) - 1) * own.points.std() / len(own) ** 0.5
+        points = mean_interval(own.points)
+        half = ((points.high or 0.0) - (points.low or 0.0)) / 2
         means = own[["divergence", "seconds"]].mean()
         how = f"{count:.0f}" if count else "to nearest"
         yield (
-            f"| {name} | {how} | {len(own)} | {own.points.mean():+.2f} ± {half:.2f} | {means.divergence:.4f} | "
+            f"| {name} | {how} | {len(own)} | {points.estimate:+.2f} ± {half:.2f} | {means.divergence:.4f} | "
             f"{means.seconds:.1f} |"
         )
 

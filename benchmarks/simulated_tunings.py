@@ -166,7 +166,7 @@ def planted(rng: np.random.Generator) -> tuple[Truth, dict[str, float]]:
         return accuracy + gain * (1 - math.exp(-training["steps"] / 60)) - 0.004 * away - low
 
     losses = (0.0, 0.0, 0.005, 0.01, 0.02, 0.04)
-    return truth, {bits: float(rng.choice(losses)) for bits in ("nf4",)}
+    return truth, {"nf4": float(rng.choice(losses))}
 
 
 def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = None) -> Decision:

@@ -345,9 +345,8 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
 
 
 def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tuning: Tuning) -> None:
-    planned, runner = paced(stand_ins(step_s=6.5)), stand_ins(step_s=9.5)
-    given = {"make_runner": lambda *_: runner, "regress": runner.regress, "round_run": runner.round_run}
-    environment = replace(planned, clock=lambda: runner.now, write_output=lambda *_: None, **given)
+    runner = stand_ins(step_s=9.5)
+    environment = environment_of(runner, measure=paced(stand_ins(step_s=6.5)).measure)
     choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
     assert choice.decision.taken.folds == 2
     assert not choice.recipe.is_probe
@@ -355,9 +354,8 @@ def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tunin
 
 
 def test_a_machine_that_was_busy_when_it_was_measured_trains_longer_in_the_end(tuning: Tuning) -> None:
-    planned, runner = paced(stand_ins(step_s=6.0)), stand_ins(step_s=2.0)
-    given = {"make_runner": lambda *_: runner, "regress": runner.regress, "round_run": runner.round_run}
-    environment = replace(planned, clock=lambda: runner.now, write_output=lambda *_: None, **given)
+    runner = stand_ins(step_s=2.0)
+    environment = environment_of(runner, measure=paced(stand_ins(step_s=6.0)).measure)
     choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
     assert choice.longer > LONGEST
     assert choice.longer * choice.recipe.steps <= LONGEST * MOST_STEPS

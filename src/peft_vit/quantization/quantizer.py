@@ -190,7 +190,7 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
         raise UserError(f"the inputs of {name} hold infinities or NaN on the calibration images", field="rounding")
     damped = hessian.flip(0, 1)  # (in, in), as all that follow
     damped.diagonal().add_(DAMPING * mean)
-    # H = V V^T with V upper triangular, so U = V^-1: a third of what inverting H and factoring again takes
+    # H = V V^T with V upper triangular, so U = V^-1: half the time of inverting H and factoring again
     upper = torch.linalg.cholesky(damped).flip(0, 1)
     del damped
     with threadpool_limits(torch.get_num_threads(), user_api="blas"):

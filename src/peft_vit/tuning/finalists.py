@@ -58,9 +58,10 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
     for fold in _FEWEST:  # each says more about how long the last training takes
         limit = state.until(folds.ending_s(folds.costs.longest_form(best)))
         _do(folds, best, [fold], limit)
-    rounding_s = FEWEST_FOLDS * folds.costs.rounding_s(probe, folds.costs.allowed_bits(probe))
-    if not folds.clearly_better(best, probe) and (not ranked or rounding_s <= limit.left_s):
-        folds.round(probe, folds.costs.allowed_bits(probe), limit)
+    forms = folds.costs.allowed_bits(probe)
+    fits = not ranked or FEWEST_FOLDS * folds.costs.rounding_s(probe, forms) <= limit.left_s
+    if fits and not folds.clearly_better(best, probe):
+        folds.round(probe, forms, limit)
     if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
         folds.run([best.half], _HALVED, limit)
     if folds.gains_by_steps(best) and not folds.clearly_better(probe, best):

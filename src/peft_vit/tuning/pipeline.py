@@ -5,8 +5,7 @@
 - sizes (15 %): regressions on frozen features; the best is a candidate, and two sizes are trained at with what is left.
 - search, folds: LoRA over sizes, rates and steps; the best also rounded after training, and with half of its steps.
 - the decision: the smallest model within the limits that loses little, see `statistics.odds.choose_model`.
-- final, output: that recipe on all that is not for the test, with more steps where that gains, its fastest
-  form, a page. Test images are read once.
+- final, output: that recipe on all that is not for the test, its fastest form, a page. Test images are read once.
 
 What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
 rates, steps and candidates. Only the test images, the folds, flips and how products are computed stay.
