@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from simulated_tunings import SIZES, StandIns
+from tiny_models import TINY_EVAS, TINY_FAMILIES
 from written_runs import tiny_study
 
 from peft_vit.backbones import describe
-from peft_vit.config import BackboneConfig
+from peft_vit.config import BackboneConfig, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.records import read_record
+from peft_vit.studies.plan import plan_study
 from peft_vit.tuning.context import _telling_if_slow
 from peft_vit.tuning.costs import LONGEST, MOST_STEPS, Costs
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
@@ -194,6 +196,22 @@ def test_of_two_models_the_better_one_is_trained_and_taken(tuning: Tuning, bette
     assert {size.model for size in choice.sizes} == set(models)
 
 
+@pytest.mark.parametrize("model", [name for name in TINY_FAMILIES if name not in TINY_EVAS[1:]])
+def test_every_way_of_building_a_model_is_tuned(tuning: Tuning, model: str) -> None:
+    planned: list[Mapping[str, Any]] = []
+    runner = stand_ins()
+
+    def call(mapping: Mapping[str, Any], *more: Any) -> Any:
+        plan = plan_study(study_from_mapping(dict(mapping), file=Path("tuning")), Path("none"), file=None)
+        planned.extend(one.spec.experiment for one in plan.runs)
+        return runner(mapping, *more)
+
+    environment = environment_of(runner, make_runner=lambda *_: call)
+    choice = tuning(environment=environment, models=(model,), image_sizes=(32,), max_bytes=10**6)
+    assert {experiment.method for experiment in planned} == {"linear", "lora", "adalora", "qa_lora"}
+    assert (choice.recipe.method, choice.recipe.bits) == ("lora", "nf4")
+
+
 @pytest.mark.parametrize(
     ("changes", "asked", "taken"),
     [
@@ -344,13 +362,17 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
     assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=330_000))  # which nothing of 4 bits meets
 
 
-def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tuning: Tuning) -> None:
-    runner = stand_ins(step_s=9.5)
+@pytest.mark.parametrize("step_s", [9.5, 13.0])
+def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tuning: Tuning, step_s: float) -> None:
+    runner = stand_ins(step_s=step_s)
     environment = environment_of(runner, measure=paced(stand_ins(step_s=6.5)).measure)
     choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
     assert choice.decision.taken.folds == 2
     assert not choice.recipe.is_probe
     assert runner.now <= 1.1 * 20 * 60
+    steps = int(runner.carried_out[-1][1].split("_")[-1])
+    assert steps == pytest.approx(choice.longer * choice.recipe.steps * 1.25, abs=1)
+    assert (choice.longer < 1) == (step_s > 10)
 
 
 def test_a_machine_that_was_busy_when_it_was_measured_trains_longer_in_the_end(tuning: Tuning) -> None:

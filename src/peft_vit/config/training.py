@@ -281,7 +281,7 @@ class TrainingConfig(Settings):
     keep: Literal["best", "last"] = Field(
         default="best",
         description="The step whose model is kept where images validate. best: the best validated one. last: the last "
-        "one, whose learning rate has come down, or the start if that is better by more than a standard error",
+        "one, whose learning rate has come down, or the start if that is clearly better",
     )
     metric: MetricOfTask = Field(
         default="accuracy",

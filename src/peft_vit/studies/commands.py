@@ -242,17 +242,21 @@ def _tell_by_folds(
 
 def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
     """Make a regression on frozen features of another size, and deliver the better of the two on validation images."""
+    from peft_vit.studies.image_sizes import on_new_images
     from peft_vit.studies.own_images import regression_at
     from peft_vit.studies.plan import plan_study
-    from peft_vit.tasks import metric_of
+    from peft_vit.tasks import expected_gain, metric_of
 
     trained = run.record()
     assert trained is not None
     request = request.model_copy(update={"weights": request.weights or trained.spec.backbone.weights})
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
-    sizes = run.sizes()
-    l2 = None if sizes is None else sizes.l2.get(image_size)
-    study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute, l2)
+    sizes, counts = run.sizes() or SizesFile(values={}), images.forecast.counts
+    told = on_new_images(sizes.values, counts.train + counts.validation, images.side) if sizes.values else {}
+    ahead = told.get(image_size, 0.0) - told.get(trained.spec.data.image_size, told.get(image_size, 0.0))
+    expected = max(0.0, expected_gain(trained.chosen_step or 0) - ahead)  # over the regression of another size
+    l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.compute
+    study = regression_at(request, name, images, file, image_size, compute, l2)
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=None)
@@ -268,7 +272,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
         _tell_by_folds(run.folder / study.name, run.folder, regression, request, images, file)
         _log(f"The model is the regression at {image_size} px.")
         delivered = folder
-    elif not metric.worth(trained.validation, before=regression.validation):
+    elif not metric.worth(trained.validation, before=regression.validation, expected=expected):
         before, after = (metric.text(metric.of(own)) for own in (trained.validation, regression.validation))
         _log(
             f"The model is the regression at {image_size} px: {after} on validation images, and training had {before}."

@@ -24,7 +24,6 @@ from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, 
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
 _FEW = 1500  # images, up to which folds are worth their fits
-_GAIN, _GAIN_STEPS = 0.03, 60  # what training adds to a regression at last, and in how many steps two thirds of it
 _RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `on_new_images`
 _UPSCALED = 4  # times its own side, up to where a larger image helps
 
@@ -81,15 +80,6 @@ def on_new_images(values: Mapping[int, float], images: int, side: float) -> dict
     noise = best * (1 - best) / (2 * images) * np.eye(len(sizes))
     told = before + covariance @ np.linalg.solve(covariance + noise, seen - before)
     return dict(zip(values, told.tolist(), strict=True))
-
-
-def expected_gain(steps: int) -> float:
-    """Return what so many steps of training may add to a regression on frozen features, a share.
-
-    About 3 points at last, most of it in 100 steps: LoRA's mean gain over its probe on ELPV, digits and Fashion-MNIST
-    at 50 labels a class, and how it grows from 48 to 498 steps.
-    """
-    return _GAIN * (1 - math.exp(-steps / _GAIN_STEPS))
 
 
 def try_sizes(

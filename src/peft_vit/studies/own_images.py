@@ -56,9 +56,9 @@ from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, f
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
-from peft_vit.studies.image_sizes import expected_gain, on_new_images, sizes_to_try
+from peft_vit.studies.image_sizes import on_new_images, sizes_to_try
 from peft_vit.studies.request import TrainRequest
-from peft_vit.tasks import TASKS
+from peft_vit.tasks import TASKS, expected_gain
 
 if TYPE_CHECKING:
     from peft_vit.records import RunRecord, RunSpec

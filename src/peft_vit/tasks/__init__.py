@@ -14,6 +14,7 @@ from peft_vit.tasks.task import (
     Labels,
     Shown,
     Task,
+    expected_gain,
     meaning_fields,
     rows_of,
 )

@@ -29,6 +29,7 @@ COVERAGES = tuple(percent / 100 for percent in range(80, 100))  # for which a mo
 SHOWN = (0.8, 0.9, 0.95, 0.99)  # that test images measure
 _AT_ONCE = 1_000_000  # weights held at a time
 _EFFECTIVE = 0.999  # beta of effective numbers
+_GAIN, _GAIN_SD, _GAIN_STEPS = 0.03, 0.03, 60  # what training adds at last, its spread, steps for two thirds of it
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
@@ -97,16 +98,22 @@ class DecidingMetric:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
         return self.sign * self.of(metrics), -metrics.nll
 
-    def worth(self, metrics: Metrics, *, before: Metrics) -> bool:
-        """Return whether a trained model is to be kept: it may be one standard error worse than before training.
+    def worth(self, metrics: Metrics, *, before: Metrics, expected: float) -> bool:
+        """Return whether a trained model is to be kept: few images do not outweigh what training usually brings.
 
-        Training usually helps, and a few images measure its value only to some points. The standard error of a share v
-        of n images is sqrt(v (1 - v) / n). A value in another unit has to be better.
+        Its gain g has the prior N(expected, s^2), and n images measure g with the variance v (1 - v) / n of its value
+        v, a share. The posterior mean is above 0 if the measured gain is above -expected v (1 - v) / (n s^2). A value
+        in another unit has to be better.
+
+        Args:
+            metrics: of the trained model.
+            before: on the same images, of what it would be kept instead of.
+            expected: gain, see `expected_gain`.
         """
         value, slack = self.of(metrics), 0.0
         if self.is_share and 0 <= value <= 1:
-            slack = math.sqrt(value * (1 - value) / metrics.n)
-        return self.quality(metrics) > self.quality(before) or self.sign * (value - self.of(before)) > -slack
+            slack = expected * value * (1 - value) / (metrics.n * _GAIN_SD**2)
+        return (self.sign * (value - self.of(before)) + slack, -metrics.nll) > (0.0, -before.nll)
 
     def text(self, value: float) -> str:
         """Return a value as a terminal shows it."""
@@ -115,6 +122,15 @@ class DecidingMetric:
     def plain(self, value: float) -> str:
         """Return a value without what it is of."""
         return f"{value:.1%}" if self.is_share else f"{value:.3g}"
+
+
+def expected_gain(steps: int) -> float:
+    """Return what so many steps of training may add to a regression on frozen features, a share.
+
+    About 3 points at last, most of it in 100 steps: LoRA's mean gain over its probe on ELPV, digits and Fashion-MNIST
+    at 50 labels a class, and how it grows from 48 to 498 steps. From data set to data set it varies by about as much.
+    """
+    return _GAIN * (1 - math.exp(-steps / _GAIN_STEPS))
 
 
 def bootstrapped(

@@ -30,7 +30,7 @@ from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import autocast, optimizer_bytes, predict, trainable_parameters
 from peft_vit.evaluation.halves import loss_in_halves, takes_halves
 from peft_vit.records import Evaluation, Metrics, StepRow
-from peft_vit.tasks import DecidingMetric
+from peft_vit.tasks import DecidingMetric, expected_gain
 from peft_vit.training.checkpoint import (
     State,
     generators_state,
@@ -353,7 +353,8 @@ class TrainingState:
         result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
             start, last = self._best.evaluation, result.evaluations[-1]
-            is_worth = start is None or self._metric.worth(last.metrics, before=start.metrics)
+            usual = expected_gain(self.steps)
+            is_worth = start is None or self._metric.worth(last.metrics, before=start.metrics, expected=usual)
             if self._config.keep == "last" and last.deployable and is_worth:
                 self._best.take(last, self.model)
             result.chosen = self._best.restore(self.model)

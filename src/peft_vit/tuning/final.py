@@ -1,9 +1,10 @@
 """The last training: the recipe that was taken, on all images that are not for the test, which are read once, here.
 
 It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on; where
-the folds say that more steps gain, up to twice as many, or four times if they were few, as time allows. The penalty of
-the probe that it starts from is chosen on training images that are left out of its fit. Temperature and sets of classes
-come from what the folds' runs say, in the form that is delivered; what is unlike, from training images.
+more steps gain on folds, up to twice as many, four times if they were few; half of them, if steps took longer than
+planned. The penalty of the probe that it starts from is chosen on training images that are left out of its fit.
+Temperature and sets of classes come from what the folds' runs say, in the form that is delivered; what is unlike, from
+training images.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ from peft_vit.records import Calibrated, Decision, RunRecord
 from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.within_time import Outcome, covered_on_folds
 from peft_vit.tasks import meaning_fields
-from peft_vit.tuning.costs import LONGEST, MOST_STEPS
+from peft_vit.tuning.costs import LONGEST, MOST_STEPS, SHORTEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe
 
 _ENDLESS_S = 1e8
 _LONGER = (4.0, 3.0, LONGEST, 1.5)  # steps are few if the machine was busy when they were planned
+_SHORTER = (1.0, 0.75)  # and too many if it has become so
 
 
 def times_longer(folds: Folds, recipe: Recipe) -> float:
     """Return how many times the steps that follow from the folds the last training has."""
-    if not folds.gains_by_steps(recipe):
+    if recipe.is_probe:
         return 1.0
-    options = [longer for longer in _LONGER if longer * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
-    return fit(options, partial(folds.ending_s, recipe), folds.context.state.limit.left_s) or 1.0
+    longer = _LONGER if folds.gains_by_steps(recipe) else ()
+    options = [times for times in longer if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
+    seconds, left_s = partial(folds.ending_s, recipe), folds.context.state.limit.left_s
+    return fit(options, seconds, left_s) or fit(_SHORTER, seconds, folds.most_left_s) or SHORTEST
 
 
 def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:

@@ -15,7 +15,7 @@ from peft_vit.config import QuantizationType
 from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import FEWEST_FOLDS, FOLDS, Limit
 from peft_vit.statistics.odds import Odds, choose_model
-from peft_vit.tuning.costs import LONGEST
+from peft_vit.tuning.costs import LONGEST, SHORTEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe, rate_of
 
@@ -55,8 +55,8 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
         ranked: of LoRA, the best first; none: there is no time to train.
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
-    for fold in _FEWEST:  # each says more about how long the last training takes
-        limit = state.until(folds.ending_s(folds.costs.longest_form(best)))
+    for fold in _FEWEST:  # each says more about how long the last training takes; two are the least that decide
+        limit = state.until(folds.ending_s(folds.costs.longest_form(best), SHORTEST if fold < 2 else 1.0))
         _do(folds, best, [fold], limit)
     forms = folds.costs.allowed_bits(probe)
     fits = not ranked or FEWEST_FOLDS * folds.costs.rounding_s(probe, forms) <= limit.left_s

@@ -24,10 +24,10 @@ from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.statistics.odds import FoldMeans, means_of_images
-from peft_vit.studies.image_sizes import expected_gain
 from peft_vit.studies.within_time import Outcome, pooled
+from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import TuningContext
-from peft_vit.tuning.costs import Costs
+from peft_vit.tuning.costs import SHORTEST, Costs
 from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
 
@@ -54,7 +54,7 @@ class Folds:
 
     def recall(self) -> None:
         """Read what earlier calls have done."""
-        earlier = self.context.state.recipes
+        earlier = [Recipe(**values) for values in self.context.state.file.recipes]
         for place in dict.fromkeys(recipe.place for recipe in earlier):
             alike = [recipe for recipe in earlier if recipe.place == place]
             self._take(alike, range(FOLDS * 2), self.context.state.limit, only=((), ()))
@@ -122,10 +122,14 @@ class Folds:
         """Return what the last training and the output will take, at this call's pace."""
         return self.costs.ending_s(recipe, longer, max(_FASTEST, self.pace.factor))
 
+    @property
+    def most_left_s(self) -> float:
+        """Return the seconds that are left for the last training and the output: a tenth of the minutes, too."""
+        return self.context.state.limit.left_s + 60 * _OVER * self.context.request.minutes
+
     def ends_in_time(self, recipe: Recipe) -> bool:
-        """Tell whether a recipe's last training and output fit what is left, and a tenth of the minutes."""
-        state = self.context.state
-        return self.ending_s(recipe) <= state.limit.left_s + 60 * _OVER * state.request.minutes
+        """Tell whether a recipe's last training, as short as it may be, and the output fit what is left."""
+        return self.ending_s(recipe, SHORTEST) <= self.most_left_s
 
     def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
         """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""

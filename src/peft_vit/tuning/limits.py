@@ -57,8 +57,7 @@ def within_latency(
     limit_s = context.request.max_latency
     if limit_s is None:
         return {model: list(own) for model, own in sizes.items()}
-    found: dict[str, list[int]] = {}
-    timed: list[tuple[float, str, int]] = []
+    found, timed = dict[str, list[int]](), list[tuple[float, str, int]]()
     for model, own in sizes.items():
         products = {size: context.shape(model, size).multiply_adds for size in own}
         pace = 0.0  # seconds a product, at the fastest size so far
@@ -91,11 +90,10 @@ def time_exported(context: TuningContext, model: str, image_size: int) -> float:
 
     architecture = architecture_of(context.backbones[model])
     names = tuple(context.seen.class_names)
-    plain = create_model(architecture, image_size, len(names))
     card = card_of_random(architecture, image_size, names, "tune")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        export_onnx(plain.eval(), file, card)
+        export_onnx(create_model(architecture, image_size, len(names)).eval(), file, card)
         calls = time_alone(file, [1], threads=cpu_count(), rounds=_ROUNDS)  # as what is left is timed
     return statistics.median(calls[1].seconds)
 

@@ -115,11 +115,10 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
     if readers > 1:
         once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
     yield (f"The test images were {once}. The interval says what as many other images of the same kind would change.")
-    if choice.longer > 1:
-        yield (
-            f"The last training has {choice.longer:g} times the steps of those on folds, where more steps gain; the "
-            "odds are of the shorter ones."
-        )
+    if choice.longer != 1:
+        why, others = ("more steps gain", "shorter") if choice.longer > 1 else ("time was short", "longer")
+        times = f"The last training has {choice.longer:g} times the steps of those on folds"
+        yield f"{times}, since {why}; the odds are of the {others} ones."
     if choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
     if summary.exports.int8_loss is not None:

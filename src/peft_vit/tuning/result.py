@@ -107,7 +107,7 @@ def what_more_buys(
         )
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
-        had = f" The last training has had {longer:g} times as many." if longer > 1 else ""
+        had = f" The last training has had {longer:g} times as many." if longer != 1 else ""
         sentences.append(f"Twice the steps of the folds: {_gain(steps, unit)}, {learns}.{had}")
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]

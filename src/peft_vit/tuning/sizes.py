@@ -19,8 +19,9 @@ from peft_vit.forecasting.time_limit import FOLDS, Limit, Pace
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.studies import image_sizes
-from peft_vit.studies.image_sizes import Regression, expected_gain, on_new_images, sizes_to_try
+from peft_vit.studies.image_sizes import Regression, on_new_images, sizes_to_try
 from peft_vit.studies.plan import plan_study
+from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.costs import LONGEST, MOST_SEEN, Costs
 from peft_vit.tuning.recipe import Recipe, shared_training

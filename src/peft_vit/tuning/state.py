@@ -123,11 +123,6 @@ class State:
         decided: _Of = self.file.decided[name]
         return decided
 
-    @property
-    def recipes(self) -> list[Recipe]:
-        """Return all that were tried."""
-        return [Recipe(**values) for values in self.file.recipes]
-
     def remember(self, recipe: Recipe) -> None:
         """Keep a recipe that is tried."""
         if (values := asdict(recipe)) not in self.file.recipes:

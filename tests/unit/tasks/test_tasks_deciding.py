@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
+from scipy.stats import norm
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from peft_vit.errors import UserError
 from peft_vit.records import Metrics
 from peft_vit.statistics import mean_of_proportions
-from peft_vit.tasks import CLASSIFICATION
+from peft_vit.tasks import CLASSIFICATION, expected_gain
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 pytestmark = pytest.mark.part("trainer")
@@ -24,6 +26,29 @@ def test_balanced_accuracy_decides_from_more_than_three_times_as_many_images_on(
 def test_a_value_is_said_with_what_it_is_of() -> None:
     metrics = Metrics(n=4, accuracy=0.75, balanced_accuracy=0.5, auroc=None, nll=0.3, ece=0.1)
     assert [metric.text(metric.of(metrics)) for metric in (ACCURACY, BALANCED_ACCURACY)] == ["75.0%", "50.0% balanced"]
+
+
+@pytest.mark.parametrize(
+    ("images", "before", "after", "kept"),
+    [
+        (40, 0.95, 0.90, True),  # two images of 40 say little against what training usually brings
+        (40, 0.95, 0.80, False),
+        (1000, 0.95, 0.90, False),
+        (1000, 0.90, 0.90, True),
+        (40, 0.90, 0.95, True),
+    ],
+)
+def test_training_is_kept_while_its_gain_is_expected_to_be_above_zero(images, before, after, kept) -> None:
+    def of(share: float, nll: float = 1.0) -> Metrics:
+        return Metrics(n=images, accuracy=share, balanced_accuracy=share, auroc=None, nll=nll, ece=0.0)
+
+    usual = expected_gain(140)
+    gains = np.linspace(-1, 1, 20_001)
+    density = norm.pdf(gains, usual, 0.03) * norm.pdf(after - before, gains, (after * (1 - after) / images) ** 0.5)
+    assert (trapezoid(gains * density, gains) > 0) == kept
+    assert ACCURACY.worth(of(after), before=of(before), expected=usual) == kept
+    assert not ACCURACY.worth(of(before, 1.1), before=of(before), expected=0.0)
+    assert ACCURACY.worth(of(before, 0.9), before=of(before), expected=0.0)
 
 
 def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:
