@@ -175,9 +175,8 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
             lora(model, own[0], LEAST_STEPS).sections(context.shape(model, own[0]), context.request.max_adapter_bytes)
         except UserError as error:
             raise error.about("--max-adapter-bytes") from None
-        for bits in (None, *ROUNDED):
-            plain = Recipe(model, own[0])
-            form = plain if bits is None else plain.rounded(bits)
+        plain = Recipe(model, own[0])
+        for form in (plain, *map(plain.rounded, ROUNDED)):
             forms[form] = form.file_bytes(context.shape(model, own[0]), context.outputs, context.images)
     models = within_bytes(context.request, forms)
     sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
