@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from golden import check_golden
@@ -167,6 +168,13 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SizesFile, "better_than", lambda *_: 64)
+    asked: list[tuple[Any, ...]] = []
+
+    def gain_over(*given: Any) -> float:
+        asked.append(given)
+        return 0.0  # so that training has to be better
+
+    monkeypatch.setattr("peft_vit.studies.image_sizes.gain_over", gain_over)
     pressed(None)
     words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
     words += f" --learning-rate {learning_rate} --compute {compute}"
@@ -179,6 +187,9 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
     quality = [metric_of(record.spec).quality(record.validation) for record in (trained, regression)]
     better = regression if quality[1] > quality[0] else trained
     assert run.record() == read_record(single_run(run.folder) / "record.json") == better
+    known = trained.split_sizes["train"] + trained.split_sizes["validation"]
+    assert [given[1:5] for given in asked] == [(64, trained.spec.data.image_size, trained.chosen_step, known)]
+    assert asked[0][0] == run.sizes().values
     assert ("The model is the regression at 64 px" in said) == (better is regression)
     card = (run.folder / "report/card.md").read_text()  # the page is of what is delivered
     assert ("It is a linear probe" in card) == (better is regression)

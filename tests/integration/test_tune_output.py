@@ -26,14 +26,14 @@ from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, read_record, write_atomically
 from peft_vit.runs import fastest
 from peft_vit.runs.restore import restore_run
-from peft_vit.statistics import paired_proportions
+from peft_vit.statistics import Interval, paired_proportions
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tuning import pipeline
 from peft_vit.tuning.final import in_form
 from peft_vit.tuning.output import write_output
 from peft_vit.tuning.page import _how_sure
-from peft_vit.tuning.result import Choice
+from peft_vit.tuning.result import Choice, what_more_buys
 from peft_vit.tuning.tune_request import TuneRequest
 
 pytestmark = pytest.mark.part("runner")
@@ -186,6 +186,19 @@ def test_models_of_earlier_calls_that_read_the_sealed_images_are_counted(choice,
     later = replace(choice, final=replace(choice.final, folder=folder / "lora_2" / "seed_0"))
     summary = SimpleNamespace(choice=later, exports=SimpleNamespace(int8_loss=None))
     assert "read by 2 models, 1 of them of earlier calls" in " ".join(_how_sure(summary))
+
+
+def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tmp_path) -> None:
+    final = replace(choice.final, folder=tmp_path / "studies" / "final-test_vit-32" / "lora_1" / "seed_0")
+    shorter = replace(choice, final=final, longer=0.5)
+    said = list(_how_sure(SimpleNamespace(choice=shorter, exports=SimpleNamespace(int8_loss=None))))
+    assert (
+        "The last training has 0.5 times the steps of those on folds, since time was short; the odds are of the longer "
+        "ones."
+    ) in said
+    _, steps, left = what_more_buys(None, Interval(0.01, 0.0, 0.03, 38, 0.95), 0.5, [], [], 20.0)
+    assert steps.endswith("The last training has had 0.5 times the steps of the folds.")
+    assert left.startswith("Not tried for lack of time: all steps of the last training. The same command")
 
 
 def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) -> None:

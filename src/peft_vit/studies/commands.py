@@ -241,20 +241,18 @@ def _tell_by_folds(
 
 
 def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
-    """Make a regression on frozen features of another size, and deliver the better of the two on validation images."""
-    from peft_vit.studies.image_sizes import on_new_images
+    """Make a regression on frozen features of another size, and deliver it if it is clearly better on validation."""
+    from peft_vit.studies.image_sizes import gain_over
     from peft_vit.studies.own_images import regression_at
     from peft_vit.studies.plan import plan_study
-    from peft_vit.tasks import expected_gain, metric_of
+    from peft_vit.tasks import metric_of
 
     trained = run.record()
     assert trained is not None
     request = request.model_copy(update={"weights": request.weights or trained.spec.backbone.weights})
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
-    sizes, counts = run.sizes() or SizesFile(values={}), images.forecast.counts
-    told = on_new_images(sizes.values, counts.train + counts.validation, images.side) if sizes.values else {}
-    ahead = told.get(image_size, 0.0) - told.get(trained.spec.data.image_size, told.get(image_size, 0.0))
-    expected = max(0.0, expected_gain(trained.chosen_step or 0) - ahead)  # over the regression of another size
+    sizes = run.sizes()
+    assert sizes is not None
     l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.compute
     study = regression_at(request, name, images, file, image_size, compute, l2)
     images.keep_pixels(study)
@@ -266,6 +264,8 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     folder = run_folder(run.folder, plan.runs[0].spec)
     regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)
     delivered = single_run(run.folder)
+    own, steps, counts = trained.spec.data.image_size, trained.chosen_step or 0, images.forecast.counts
+    expected = gain_over(sizes.values, image_size, own, steps, counts.train + counts.validation, images.side)
     if regression.status != "done":
         pass
     elif trained.validation is None or regression.validation is None:  # folds have told that it is better

@@ -18,7 +18,7 @@ from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
-from peft_vit.tasks import DecidingMetric, Labels, Scores, metric_of
+from peft_vit.tasks import DecidingMetric, Labels, Scores, expected_gain, metric_of
 from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_fit, loss_weights
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
@@ -79,6 +79,20 @@ def on_new_images(values: Mapping[int, float], images: int, side: float) -> dict
     noise = best * (1 - best) / (2 * images) * np.eye(len(sizes))
     told = before + covariance @ np.linalg.solve(covariance + noise, seen - before)
     return dict(zip(values, told.tolist(), strict=True))
+
+
+def gain_over(values: Mapping[int, float], other: int, own: int, steps: int, images: int, side: float) -> float:
+    """Return what training may have more than the regression of another size on other images, a share; at least 0.
+
+    Args:
+        values: of regressions by image size, as shares; see `on_new_images`, also for `images` and `side`.
+        other: size of the regression.
+        own: size of the training.
+        steps: of the training.
+    """
+    told = on_new_images(values, images, side)
+    ahead = told[other] - told[own] if {other, own} <= told.keys() else 0.0
+    return max(0.0, expected_gain(steps) - ahead)
 
 
 def try_sizes(

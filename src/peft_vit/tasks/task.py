@@ -101,9 +101,10 @@ class DecidingMetric:
     def worth(self, metrics: Metrics, *, before: Metrics, expected: float) -> bool:
         """Return whether a trained model is to be kept: few images do not outweigh what training usually brings.
 
-        Its gain g has the prior N(expected, s^2), and n images measure g with the variance v (1 - v) / n of its value
-        v, a share. The posterior mean is above 0 if the measured gain is above -expected v (1 - v) / (n s^2). A value
-        in another unit has to be better.
+        Its gain g has the prior N(expected, s^2), s = 0.03, and n images measure g with about the variance
+        e^2 = v (1 - v) / n of its value v, a share. The posterior mean is above 0 if the measured gain is above
+        -expected e^2 / s^2. What is worse by more than 2 e is not kept: training may fail, of which the prior knows
+        nothing. A value in another unit has to be better.
 
         Args:
             metrics: of the trained model.
@@ -112,7 +113,9 @@ class DecidingMetric:
         """
         value, slack = self.of(metrics), 0.0
         if self.is_share and 0 <= value <= 1:
-            slack = expected * value * (1 - value) / (metrics.n * _GAIN_SD**2)
+            share = min(max(value, 0.5 / metrics.n), 1 - 0.5 / metrics.n)
+            error = math.sqrt(share * (1 - share) / metrics.n)
+            slack = min(expected * error**2 / _GAIN_SD**2, 2 * error)
         return (self.sign * (value - self.of(before)) + slack, -metrics.nll) > (0.0, -before.nll)
 
     def text(self, value: float) -> str:

@@ -36,8 +36,8 @@ def times_longer(folds: Folds, recipe: Recipe) -> float:
         return 1.0
     longer = _LONGER if folds.gains_by_steps(recipe) else ()
     options = [times for times in longer if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
-    seconds, left_s = partial(folds.ending_s, recipe), folds.context.state.limit.left_s
-    return fit(options, seconds, left_s) or fit(_SHORTER, seconds, folds.most_left_s) or SHORTEST
+    possible = fit(options, partial(folds.ending_s, recipe), folds.context.state.limit.left_s)
+    return possible or next((times for times in _SHORTER if folds.ends_in_time(recipe, times)), SHORTEST)
 
 
 def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:

@@ -20,7 +20,7 @@ from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe, rate_of
 
 _FEWEST, _FIRST, _SECOND = range(FEWEST_FOLDS), range(FOLDS), range(2 * FOLDS)  # seeds: a repetition's, of both
-_HALVED = range(2)  # of half of the steps
+_LEAST, _HALVED = 2, range(2)  # folds that decide of a training if time is short; seeds of half of the steps
 _SMALL_RANK = 2
 NO_MODEL = "ended before a single model; give more, and the same command continues"
 
@@ -55,10 +55,11 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
         ranked: of LoRA, the best first; none: there is no time to train.
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
-    for fold in _FEWEST:  # each says more about how long the last training takes; two are the least that decide
-        limit = state.until(folds.ending_s(folds.costs.longest_form(best), SHORTEST if fold < 2 else 1.0))
-        _do(folds, best, [fold], limit)
     forms = folds.costs.allowed_bits(probe)
+    for fold in _FEWEST:  # each says more about how long the last training takes
+        shortest_s = folds.ending_s(folds.costs.longest_form(best), SHORTEST) + folds.costs.rounding_s(best, forms)
+        limit = state.until(shortest_s if fold < _LEAST else folds.ending_s(folds.costs.longest_form(best)))
+        _do(folds, best, [fold], limit)
     fits = not ranked or FEWEST_FOLDS * folds.costs.rounding_s(probe, forms) <= limit.left_s
     if fits and not folds.clearly_better(best, probe):
         folds.round(probe, forms, limit)
@@ -136,12 +137,13 @@ def decide(folds: Folds) -> Decision:
         raise UserError(NO_MODEL, field="--minutes")
     most, margin, unit = context.request.max_bytes, context.request.margin_share, context.scores.unit
     # Where steps took longer than planned, no training may have more than two folds: no reason for a regression.
-    trained = min(least, max([2, *(len(done) for recipe, done in folds.outcomes.items() if not recipe.is_probe)]))
+    trained = min(least, max([_LEAST, *(len(done) for recipe, done in folds.outcomes.items() if not recipe.is_probe)]))
     enough = {recipe: least if recipe.is_probe else trained for recipe in folds.outcomes}
     recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= enough[recipe]]
     sizes = [folds.costs.bytes_of(recipe) for recipe in recipes]
     small = [number for number, size in enumerate(sizes) if most is None or size <= most]
-    fitting = [number for number in small if folds.ends_in_time(recipes[number])] or small
+    whole, half = ([n for n in small if folds.ends_in_time(recipes[n], longer)] for longer in (1.0, SHORTEST))
+    fitting = whole if any(not recipes[number].is_probe for number in whole) else half or small
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     choice = choose_model(folds.measured(recipes), sizes, fitting or range(len(recipes)), floats, margin)
     taken = choice.odds[choice.chosen]

@@ -27,7 +27,7 @@ from peft_vit.statistics.odds import FoldMeans, means_of_images
 from peft_vit.studies.within_time import Outcome, pooled
 from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import TuningContext
-from peft_vit.tuning.costs import SHORTEST, Costs
+from peft_vit.tuning.costs import Costs
 from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
 
@@ -122,14 +122,10 @@ class Folds:
         """Return what the last training and the output will take, at this call's pace."""
         return self.costs.ending_s(recipe, longer, max(_FASTEST, self.pace.factor))
 
-    @property
-    def most_left_s(self) -> float:
-        """Return the seconds that are left for the last training and the output: a tenth of the minutes, too."""
-        return self.context.state.limit.left_s + 60 * _OVER * self.context.request.minutes
-
-    def ends_in_time(self, recipe: Recipe) -> bool:
-        """Tell whether a recipe's last training, as short as it may be, and the output fit what is left."""
-        return self.ending_s(recipe, SHORTEST) <= self.most_left_s
+    def ends_in_time(self, recipe: Recipe, longer: float = 1.0) -> bool:
+        """Tell whether a recipe's last training and output fit what is left, and a tenth of the minutes."""
+        state = self.context.state
+        return self.ending_s(recipe, longer) <= state.limit.left_s + 60 * _OVER * state.request.minutes
 
     def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
         """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""

@@ -35,7 +35,7 @@ from peft_vit.studies.own_images import (
 )
 from peft_vit.studies.request import TrainRequest
 from peft_vit.studies.train_runs import RequestFile, earlier_call, write_request
-from peft_vit.tasks import CLASSIFICATION
+from peft_vit.tasks import CLASSIFICATION, expected_gain
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
 
@@ -652,3 +652,18 @@ def test_sizes_are_a_gaussian_process_around_a_slow_rise() -> None:
     for side, best in ((300, 224), (28, 112)):
         told = image_sizes.on_new_images(none_wrong, 24, side)
         assert max(told, key=told.__getitem__) == best
+
+
+def test_a_regression_of_another_size_takes_its_lead_from_what_training_brings() -> None:
+    values, usual = {56: 0.80, 112: 0.85, 154: 0.86, 224: 0.87}, expected_gain(140)
+    told = image_sizes.on_new_images(values, 10**9, 300)
+
+    def over(other: int, own: int, steps: int = 140) -> float:
+        return image_sizes.gain_over(values, other, own, steps, 10**9, 300)
+
+    assert over(224, 154) == pytest.approx(usual - (told[224] - told[154]))
+    assert told[154] < told[224]
+    assert over(154, 224) == pytest.approx(usual + (told[224] - told[154]))
+    assert over(224, 56) == 0.0  # nothing makes up for that
+    assert over(224, 224, 0) == 0.0
+    assert over(224, 98) == usual  # no regression was made at that size

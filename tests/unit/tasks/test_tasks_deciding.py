@@ -9,10 +9,14 @@ from statsmodels.stats.proportion import confint_proportions_2indep, proportion_
 from peft_vit.errors import UserError
 from peft_vit.records import Metrics
 from peft_vit.statistics import mean_of_proportions
-from peft_vit.tasks import CLASSIFICATION, expected_gain
+from peft_vit.tasks import CLASSIFICATION, REGRESSION, expected_gain
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 pytestmark = pytest.mark.part("trainer")
+
+
+def accurate(images: int, share: float, nll: float = 1.0) -> Metrics:
+    return Metrics(n=images, accuracy=share, balanced_accuracy=share, auroc=None, nll=nll, ece=0.0)
 
 
 def test_balanced_accuracy_decides_from_more_than_three_times_as_many_images_on() -> None:
@@ -39,16 +43,26 @@ def test_a_value_is_said_with_what_it_is_of() -> None:
     ],
 )
 def test_training_is_kept_while_its_gain_is_expected_to_be_above_zero(images, before, after, kept) -> None:
-    def of(share: float, nll: float = 1.0) -> Metrics:
-        return Metrics(n=images, accuracy=share, balanced_accuracy=share, auroc=None, nll=nll, ece=0.0)
-
     usual = expected_gain(140)
     gains = np.linspace(-1, 1, 20_001)
     density = norm.pdf(gains, usual, 0.03) * norm.pdf(after - before, gains, (after * (1 - after) / images) ** 0.5)
     assert (trapezoid(gains * density, gains) > 0) == kept
-    assert ACCURACY.worth(of(after), before=of(before), expected=usual) == kept
-    assert not ACCURACY.worth(of(before, 1.1), before=of(before), expected=0.0)
-    assert ACCURACY.worth(of(before, 0.9), before=of(before), expected=0.0)
+    assert ACCURACY.worth(accurate(images, after), before=accurate(images, before), expected=usual) == kept
+
+
+@pytest.mark.parametrize(("images", "before", "after"), [(30, 0.83, 0.60), (8, 1.0, 0.5), (4, 1.0, 0.25)])
+def test_a_training_that_has_failed_is_not_kept_however_few_images_say_so(images, before, after) -> None:
+    assert not ACCURACY.worth(accurate(images, after), before=accurate(images, before), expected=0.03)
+
+
+def test_where_nothing_is_expected_of_training_it_has_to_be_better() -> None:
+    for own, kept in ((accurate(40, 0.9, 1.1), False), (accurate(40, 0.9, 0.9), True), (accurate(40, 0.85), False)):
+        assert ACCURACY.worth(own, before=accurate(40, 0.9), expected=0.0) == kept
+    assert ACCURACY.worth(accurate(40, 1.0, 1.1), before=accurate(40, 1.0), expected=0.03)  # labels were smoothed
+    errors = [Metrics(n=40, nll=1.0, more={"mae": mae, "r2": 1 - mae}) for mae in (0.30, 0.31)]
+    for name in ("mae", "r2"):
+        metric = REGRESSION.metric(name)
+        assert [metric.worth(errors[k], before=errors[1 - k], expected=0.03) for k in (0, 1)] == [True, False]
 
 
 def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:
