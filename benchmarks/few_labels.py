@@ -3,7 +3,8 @@
 A draw takes labels of each class (of a folder of one's own: so many images as they come) and 400 test images from what
 is left, each different image once, and writes both as PNG into `train/` and `test/`. Then
 
-- `train`, `regression`: `peft-vit train`, and the same with `--method linear`; `tune`: `--max-bytes 16MB`;
+- `train`, `regression`: `peft-vit train`, and the same with `--method linear`; `tune`: `--max-bytes 16MB`, 20 minutes;
+  `hour`: the same in 60; `unlimited`: in 20, without a limit of bytes;
 - `sklearn`: scikit-learn's logistic regression on frozen features, of the class token and with the patches' mean, at
   three image sizes, standardized, its strength by five folds among 11 from 1e-4 to 10: a row each;
 - `peft`: LoRA r=8 on all linear layers by hand, in float32: timm, torchvision, PEFT, AdamW at 1e-3, one cycle, batches
@@ -55,6 +56,7 @@ _SETS = ("elpv", "digits", "fashion-mnist")
 _TEST_IMAGES = 400
 _SIZES = (112, 154, 224)
 _WAYS = ("train", "regression", "sklearn", "peft", "tune")
+_TUNED: dict[str, tuple[str | None, int]] = {"tune": ("16MB", 20), "hour": ("16MB", 60), "unlimited": (None, 20)}
 _COLUMNS = (
     *("set", "train_images", "test_images", "draw", "by", "accuracy", "metric", "image_size", "nll", "ece", "unlike"),
     *("bytes", "seconds", "threads", "commit", "low", "high"),
@@ -168,11 +170,11 @@ def equal_mass_ece(confidence: NDArray[np.float64], right: NDArray[np.bool_], bi
 
 
 def by_peft_vit(folder: Path, name: str, minutes: float, threads: int, output: Path) -> dict[str, Any]:
-    """Return the row of `train` or `tune`."""
+    """Return the row of `train` or of a way to tune."""
     started = time.monotonic()
     common: dict[str, Any] = {"minutes": minutes, "threads": threads, "output": output}
-    if name == "tune":
-        trained = peft_vit.tune(folder, max_bytes="16MB", **common)
+    if name in _TUNED:
+        trained = peft_vit.tune(folder, max_bytes=_TUNED[name][0], **common)
     else:
         trained = peft_vit.train(folder, method="linear" if name == "regression" else "lora", **common)
     seconds, record = time.monotonic() - started, trained.record
@@ -188,7 +190,7 @@ def by_peft_vit(folder: Path, name: str, minutes: float, threads: int, output: P
         "nll": record.tested_calibration.nll,
         "ece": equal_mass_ece(np.asarray(record.tested_calibration.probability), right),
         "unlike": record.tested_calibration.unlike,
-        "bytes": sum(file.stat().st_size for file in files) if name == "tune" else None,
+        "bytes": sum(file.stat().st_size for file in files) if name in _TUNED else None,
         "seconds": seconds,
     }
 
@@ -292,7 +294,7 @@ def main() -> None:
         elif by == "peft":
             rows = [by_peft(folder, options.peft_image_size, epochs, options.threads) for epochs in (3, 10)]
         else:
-            minutes = options.minutes or (20 if by == "tune" else 6)
+            minutes = options.minutes or (_TUNED[by][1] if by in _TUNED else 6)
             output = options.work / "runs" / f"{folder.name}-{by}"
             rows = [by_peft_vit(folder, by, minutes, options.threads, output)]
         for row in rows:
