@@ -55,11 +55,11 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
         ranked: of LoRA, the best first; none: there is no time to train.
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
-    forms = folds.costs.allowed_bits(probe)
     for fold in _FEWEST:  # each says more about how long the last training takes
-        shortest_s = folds.ending_s(folds.costs.longest_form(best), SHORTEST) + folds.costs.rounding_s(best, forms)
-        limit = state.until(shortest_s if fold < _LEAST else folds.ending_s(folds.costs.longest_form(best)))
+        longer = SHORTEST if fold < _LEAST else 1.0
+        limit = state.until(folds.ending_s(folds.costs.longest_form(best), longer))
         _do(folds, best, [fold], limit)
+    forms = folds.costs.allowed_bits(probe)
     fits = not ranked or FEWEST_FOLDS * folds.costs.rounding_s(probe, forms) <= limit.left_s
     if fits and not folds.clearly_better(best, probe):
         folds.round(probe, forms, limit)
