@@ -56,8 +56,8 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
     for fold in _FEWEST:  # each says more about how long the last training takes
-        longer = SHORTEST if fold < _LEAST else 1.0
-        limit = state.until(folds.ending_s(folds.costs.longest_form(best), longer))
+        longer, over_s = (SHORTEST, state.over_s) if fold < _LEAST else (1.0, 0.0)
+        limit = state.until(folds.ending_s(folds.costs.longest_form(best), longer) - over_s)
         _do(folds, best, [fold], limit)
     forms = folds.costs.allowed_bits(probe)
     fits = not ranked or FEWEST_FOLDS * folds.costs.rounding_s(probe, forms) <= limit.left_s

@@ -32,7 +32,6 @@ from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
 
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
-_OVER = 0.1  # of the minutes, by which they may be exceeded
 _FASTEST = 0.5  # of the planned time: what takes less may have been lucky
 _USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
 RoundRun = Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType, NDArray[np.float32]]]
@@ -124,8 +123,7 @@ class Folds:
 
     def ends_in_time(self, recipe: Recipe, longer: float = 1.0) -> bool:
         """Tell whether a recipe's last training and output fit what is left, and a tenth of the minutes."""
-        state = self.context.state
-        return self.ending_s(recipe, longer) <= state.limit.left_s + 60 * _OVER * state.request.minutes
+        return self.ending_s(recipe, longer) <= self.context.state.limit.left_s + self.context.state.over_s
 
     def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
         """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""

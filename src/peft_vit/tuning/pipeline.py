@@ -93,7 +93,8 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
     try:
         with state.stage("machine"):
             costs, allowed = _look_at_machine(context, environment)
-            state.begin()
+            state.begun = True
+            state.save()
             _tell_forecast(costs, allowed)
     finally:
         if not (state.begun or was_there):  # refused: another limit can be asked for

@@ -108,9 +108,9 @@ def what_more_buys(
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
         had = f" The last training has had {longer:g} times the steps of the folds." if longer != 1 else ""
         sentences.append(f"Twice the steps of the folds: {_gain(steps, unit)}, {learns}.{had}")
-    left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
+    left = ["all steps of the last training"] if longer < 1 else []
+    left += [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
-    left += ["all steps of the last training"] if longer < 1 else []
     if not left:
         sentences.append("Nothing was left out for lack of time.")
     else:

@@ -30,6 +30,7 @@ TITLES = {
     "final": "last training",
     "output": "model and page",
 }
+_OVER = 0.1  # of the minutes, by which they may be exceeded
 _Of = TypeVar("_Of")
 
 
@@ -111,6 +112,11 @@ class State:
         """Return the seconds of a call that training has, with the output."""
         return 60 * self.request.minutes * (1 - sum(SHARES.values()))
 
+    @property
+    def over_s(self) -> float:
+        """Return the seconds by which a call may exceed its minutes."""
+        return 60 * self.request.minutes * _OVER
+
     def until(self, reserved_s: float) -> Limit:
         """Return this call's limit, so many seconds earlier."""
         return Limit(self.limit.minutes - reserved_s / 60, self.limit.started, self.limit.clock)
@@ -139,11 +145,6 @@ class State:
         finally:
             self.file.seconds[name] = self.file.seconds.get(name, 0.0) + self.clock() - started
             self.save()
-
-    def begin(self) -> None:
-        """Keep from now on what is asked for and decided."""
-        self.begun = True
-        self.save()
 
     def save(self) -> None:
         """Write tune.json, once the tuning has begun."""
