@@ -246,7 +246,7 @@ def readme(rows: Sequence[dict[str, str]]) -> Iterator[str]:
             minutes[kind].append(best["seconds"] / 60)
             if kind == "tune":  # half of the interval over test images; draws are apart
                 shown[-1] += f"<sub>±{50 * (best['high'] - best['low']) / len(draws) ** 0.5:.1f}</sub>"
-        times = f", {len(draws)} draws" if len(draws) > 1 else ""
+        times = f"<sub>×{len(draws)}</sub>" if len(draws) > 1 else ""
         lines.append(f"| {images:.0f} {_NAMES.get(name, name)}{times} | {' | '.join(shown)} |")
     yield "| learnt from | scikit-learn | PEFT, 86 MB | `train`, 86 MB | `tune`, 14 MB |"
     yield "| --- | ---: | ---: | ---: | ---: |"
