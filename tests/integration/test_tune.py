@@ -24,6 +24,7 @@ from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, ste
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.records import read_record
 from peft_vit.studies.plan import plan_study
+from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import _telling_if_slow
 from peft_vit.tuning.costs import LONGEST, MOST_STEPS, Costs
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
@@ -345,6 +346,14 @@ def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, t
     assert (longer.longer, shorter.longer) == (LONGEST, 1.0)
     assert any("The last training has had 2 times the steps" in sentence for sentence in longer.more)
     assert not any("The last training" in sentence for sentence in shorter.more)
+
+
+def test_a_size_promises_what_as_long_a_last_training_brings_as_fits(tuning: Tuning) -> None:
+    choice = tuning(environment=paced(stand_ins(step_s=6.5)), minutes=20.0)
+    small, *_, large = choice.sizes
+    assert (small.longer, large.longer) == (LONGEST, 1.0)
+    assert large.promise == pytest.approx(large.expected + expected_gain(large.steps))
+    assert small.promise == pytest.approx(small.expected + expected_gain(2 * small.steps))
 
 
 def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning, tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ class Costs:
         """Return the steps of the last training: as many more as there are more images, and as it is longer."""
         return round(longer * recipe.steps * self.context.images / self.context.train_images)
 
-    def most_steps(self, model: str, image_size: int) -> int:
-        """Return the most steps of LoRA on a fold that fit what trains; 0: too few do.
+    def most_steps(self, model: str, image_size: int) -> tuple[int, float]:
+        """Return the most steps of LoRA on a fold that fit what trains, and times as many of the last; 0: too few do.
 
         Five folds, where these leave enough steps; else three, and up to as many; without a longer last training, and
         half of the steps by which that is decided, where there is no time for it.
@@ -141,8 +141,9 @@ class Costs:
         few, least_s = [steps for steps in options if steps <= ENOUGH_STEPS], partial(self.least_s, model, image_size)
         most = fit(options, partial(least_s, FOLDS, LONGEST), whole_s) or 0
         if most >= ENOUGH_STEPS:
-            return most
-        return next(filter(None, (fit(few, partial(least_s, FEWEST_FOLDS, longer), whole_s) for longer in _LONGER)), 0)
+            return most, LONGEST
+        fewer = ((fit(few, partial(least_s, FEWEST_FOLDS, longer), whole_s), longer) for longer in _LONGER)
+        return next(((steps, longer) for steps, longer in fewer if steps), (0, 1.0))
 
     def least_s(self, model: str, image_size: int, folds: int, longer: float, steps: int) -> float:
         """Return the seconds of the least that is to be trained: what is delivered, and what that is known by.
@@ -168,7 +169,7 @@ class Costs:
             if sizes_s and sizes_s + self.regression_s(probe) > state.share_s("sizes"):
                 break
             sizes_s += self.regression_s(probe)
-            if steps := self.most_steps(probe.model, probe.image_size):
+            if steps := self.most_steps(probe.model, probe.image_size)[0]:
                 trained.append(lora(probe.model, probe.image_size, steps))
         recipe = trained[-1] if trained else min(probes, key=self.image_s)
         ending_s = self.ending_s(recipe, LONGEST if trained else 1.0)

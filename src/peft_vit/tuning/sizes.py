@@ -54,11 +54,12 @@ class SizeResult:
     steps: int  # of LoRA that fit a run on a fold, at most
     why: str = ""  # it was not tried; empty: it was
     expected: float = 0.0  # of the score, on other images, see `on_new_images`
+    longer: float = LONGEST  # times the steps, of the last training that fits
 
     @property
     def promise(self) -> float:
         """Return the sum of what a regression may have and what training may add in the steps of the last one."""
-        return self.expected + expected_gain(round(LONGEST * self.steps))
+        return self.expected + expected_gain(round(self.longer * self.steps))
 
     @property
     def probe(self) -> Recipe:
@@ -109,8 +110,8 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
                 if flips_known:  # else it was fitted three times
                     pace.add(clock() - began, expected_s)
         score = state.file.decided.get(name)
-        steps = costs.most_steps(probe.model, probe.image_size)
-        results.append(SizeResult(probe.model, probe.image_size, score, steps, why))
+        steps, longer = costs.most_steps(probe.model, probe.image_size)
+        results.append(SizeResult(probe.model, probe.image_size, score, steps, why, longer=longer))
         if score is not None:
             fits = f"{steps} steps fit a run" if steps else "no time to train"
             state.tell(f"  {probe.model} at {probe.image_size} px: {context.scores.text(score)}, {fits}")
