@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--tunings", type=int, default=100)
     asked = parser.parse_args()
     for minutes in (20.0, 60.0):
-        for max_bytes in (None, 450_000):
+        for max_bytes in (None, 550_000):
             found = calibration(asked.tunings, minutes, max_bytes)
             said = ", ".join(f"{what} {value:.3f}" for what, value in found.items())
             print(f"{minutes:g} minutes, limit {max_bytes}: {said}", flush=True)

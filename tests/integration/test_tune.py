@@ -23,14 +23,15 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.records import read_record
+from peft_vit.studies.image_sizes import regress
 from peft_vit.studies.plan import plan_study
+from peft_vit.studies.within_time import EveryRunFailedError
 from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import _telling_if_slow
 from peft_vit.tuning.costs import LONGEST, MOST_STEPS, Costs
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer
-from peft_vit.tuning.sizes import regress
 from peft_vit.tuning.state import TITLES, State
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -218,7 +219,7 @@ def test_every_way_of_building_a_model_is_tuned(tuning: Tuning, model: str) -> N
     [
         ({"lost": {"nf4": 0.2, "int8": 0.2}}, {}, ("lora", None)),
         ({"lost": {"nf4": 0.2, "int8": 0.0}}, {}, ("lora", "int8")),
-        ({"lost": {"nf4": 0.3}}, {"max_bytes": 400_000}, ("qa_lora", "nf4")),
+        ({"lost": {"nf4": 0.3}}, {"max_bytes": 500_000}, ("qa_lora", "nf4")),
         ({"truth": planted(gain=-0.1), "lost": {"nf4": 0.0}}, {}, ("linear", "nf4")),  # training loses
     ],
 )
@@ -330,6 +331,24 @@ def test_minutes_are_kept_as_forecast_and_at_least_half_of_them_train_adapters(t
         assert seconds[runner.carried_out[-1]] == max(seconds.values())  # what is delivered is trained for the longest
 
 
+def test_a_call_with_fewer_minutes_keeps_the_longer_training_that_an_earlier_one_has_done(tuning: Tuning) -> None:
+    runner = stand_ins(step_s=2.0)
+    environment = paced(runner)
+    first = tuning(environment=environment, minutes=20.0)
+    assert first.longer > 1
+    done = len(runner.carried_out)
+    second = tuning(environment=environment, minutes=3.0)
+    assert (second.recipe, second.longer) == (first.recipe, first.longer)
+    assert not any(study.startswith("final") for study, *_ in runner.carried_out[done:])
+
+
+def test_what_was_tried_is_not_said_to_be_left_out(tuning: Tuning) -> None:
+    choice = tuning(environment=paced(stand_ins(step_s=2.0)), minutes=20.0)
+    left = next(sentence for sentence in choice.more if "Not tried for lack of time" in sentence)
+    for candidate in choice.decision.candidates:
+        assert f"{candidate.recipe.title} ({candidate.recipe.settings})" not in left
+
+
 def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, tmp_path: Path) -> None:
     def steps_of(gain: float) -> tuple[int, Choice]:
         def truth(experiment: Mapping[str, Any], size: int) -> float:
@@ -368,7 +387,7 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
     assert max(cheap.values()) >= 5
     assert not any("qa_lora" in name for name in dear)
     assert any("qa_lora_nf4" in name for name in cheap)
-    assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=330_000))  # which nothing of 4 bits meets
+    assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=430_000))  # which nothing of 4 bits meets
 
 
 @pytest.mark.parametrize("step_s", [9.5, 14.0])
@@ -459,11 +478,11 @@ def test_what_nothing_can_meet_is_refused_before_anything_is_trained(tuning, tmp
 
 
 def test_the_largest_size_that_is_fast_enough_is_tried(tuning: Tuning, tmp_path: Path) -> None:
-    environment = replace(environment_of(stand_ins()), time_export=lambda context, model, size: 1e-3 * size)
+    environment = replace(environment_of(stand_ins()), time_export=lambda _, size, *more: 1e-3 * size)
     choice = tuning(environment=environment, max_latency=0.05)
     assert {size.image_size for size in choice.sizes} == {32, 48}
     seconds = {"test_vit": 0.01, "test_vit2": 0.03}
-    environment = replace(environment_of(stand_ins()), time_export=lambda context, model, size: seconds[model])
+    environment = replace(environment_of(stand_ins()), time_export=lambda architecture, *_: seconds[architecture.name])
     with pytest.raises(UserError, match="the least that would do is 10 ms, test_vit at 32 px"):
         tuning(environment=environment, output=tmp_path / "two", models=tuple(seconds), max_latency=0.005)
 
@@ -483,23 +502,30 @@ def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: py
 
 
 def failing(runner: StandIns, *names: str) -> Environment:
-    """Return an environment in which experiments whose study or name begins so have no results."""
+    """Return an environment in which experiments whose study or name begins so fail."""
 
     def call(mapping: Mapping[str, Any], *more: Any) -> Any:
         done = runner(mapping, *more)
         lost = mapping["name"].startswith(names)
-        return {at: outcome for at, outcome in done.items() if not lost and not at[0].startswith(names)}
+        found = {at: outcome for at, outcome in done.items() if not lost and not at[0].startswith(names)}
+        if done and not found:
+            raise EveryRunFailedError("every run failed: not enough memory", file=mapping["name"])
+        return found
 
     return replace(environment_of(runner), make_runner=lambda *_: call)
 
 
 def test_results_that_are_missing_are_one_line_and_others_are_compared(tuning: Tuning, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"final-\S+: the last training failed, .*; the same command tries it again"):
-        tuning(environment=failing(stand_ins(), "final"))
-    with pytest.raises(UserError, match="--minutes: ended before a single model"):
-        tuning(environment=failing(stand_ins(), "folds"), output=tmp_path / "nothing")
-    choice = tuning(environment=failing(stand_ins(), "lora_"), output=tmp_path / "no-lora")
-    assert choice.recipe.method != "lora"
+    for study in ("final", "folds"):
+        with pytest.raises(UserError, match=rf"{study}-\S+: every run failed: not enough memory"):
+            tuning(environment=failing(stand_ins(), study), output=tmp_path / study)
+    for lost in (["lora_"], ["adalora", "qa_lora"]):
+        lines: list[str] = []
+        choice = tuning(environment=failing(stand_ins(), *lost), output=tmp_path / lost[0], tell=lines.append)
+        methods = {candidate.recipe.method for candidate in choice.decision.candidates}
+        assert methods == ({"linear", "lora"} if "lora_" not in lost else {"linear"})
+        told = [line for line in lines if "left out: every run failed: not enough memory" in line]
+        assert len(told) == len(set(told)) >= len(lost)  # none is tried again in the same call
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "images.json"])
@@ -615,7 +641,7 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
     monkeypatch.setattr("peft_vit.tuning.search.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.tuning.costs.MOST_STEPS", 24)
     monkeypatch.setattr("peft_vit.tuning.finalists._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
-    request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=400_000)
+    request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=500_000)
     done: list[str] = []
     for kill_at in (3, 8, None):  # a run of the regression, of LoRA
 
@@ -634,7 +660,7 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
     assert {recipe.method for recipe in (Recipe("test_vit", 32), lora("test_vit", 32, 24))} == {"linear", "lora"}
     compared = {(candidate.recipe.method, candidate.recipe.bits) for candidate in choice.decision.candidates}
     assert {("linear", None), ("lora", None), ("lora", "nf4")} <= compared
-    assert choice.decision.taken.bytes <= 400_000
+    assert choice.decision.taken.bytes <= 500_000
     record = read_record(choice.final.folder / "record.json")
     assert record.unlike is not None  # its last training keeps features of what it has seen
     if choice.recipe.when == "after":

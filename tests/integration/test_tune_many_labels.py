@@ -36,7 +36,7 @@ def tuned(images, tmp_path, monkeypatch):
         lines = [f"{file},{cells(int(file.parent.name[-1]), n)}" for n, file in enumerate(files)]
         Path("table.csv").write_text("\n".join([f"path,{columns}", *lines]) + "\n")
         given = {"models": ("test_vit",), "weights": "random", "image_sizes": (32,), "threads": 1, "minutes": 8.0}
-        given |= {"precision": "fp32", "compute": "float", "device": "cpu", "max_bytes": 400_000}
+        given |= {"precision": "fp32", "compute": "float", "device": "cpu", "max_bytes": 500_000}
         said: list[str] = []
         request = TuneRequest.of(images=Path("table.csv"), output=tmp_path / "tuned", **given | asked)
         return tune(request, said.append, Environment(measure=lambda *_: throughput)), "\n".join(said)

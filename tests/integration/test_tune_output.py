@@ -27,10 +27,10 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, r
 from peft_vit.runs import fastest
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import Interval, paired_proportions
+from peft_vit.studies.by_folds import with_meaning
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tuning import pipeline
-from peft_vit.tuning.final import in_form
 from peft_vit.tuning.output import write_output
 from peft_vit.tuning.page import _how_sure
 from peft_vit.tuning.result import Choice, what_more_buys
@@ -114,10 +114,13 @@ def test_the_file_predicts_as_was_compared_and_says_how_far_to_believe_it(choice
 
 def test_the_configuration_trains_the_same_adapter_again(choice, left, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))  # not the user's, whose features may be of other sums
-    assert "export again --bits nf4" in left[0].config.read_text()
     study = load_study(left[0].config)
     (planned,) = plan_study(study, tmp_path, file=left[0].config).runs
     assert run_and_write(planned.spec, tmp_path).adapter_sha256 == final(choice).adapter_sha256
+    for file in (left[0].config, left[0].card):
+        assert "peft-vit run config.yaml --output again\n" in file.read_text()
+        (folder,) = re.findall(r"peft-vit export again/(\S+) --bits nf4 --output again.onnx\n", file.read_text())
+        assert restore_run(tmp_path / folder).card.run == planned.spec.run_id
 
 
 def test_the_card_is_one_of_the_hub(choice, left) -> None:
@@ -157,7 +160,8 @@ def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
 
 def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(choice) -> None:
     calibrated = choice.meaning
-    record = in_form(final(choice), choice.final, calibrated)
+    outputs = choice.final.logits.astype(np.float32)
+    record = with_meaning(final(choice), calibrated, [], choice.final.learned, outputs)
     truth, logits = choice.final.labels, choice.final.logits
     assert record.predictions.predicted == logits.argmax(1).tolist()
     assert record.predictions.files == final(choice).predictions.files
@@ -193,10 +197,10 @@ def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tm
     shorter = replace(choice, final=final, longer=0.5)
     said = list(_how_sure(SimpleNamespace(choice=shorter, exports=SimpleNamespace(int8_loss=None))))
     assert (
-        "The last training has 0.5 times the steps of those on folds, since time was short; the odds are of the longer "
-        "ones."
+        "The last training has 0.5 times the steps of those on folds, since time was short; the odds, probabilities "
+        "and sets of classes are from the longer ones."
     ) in said
-    _, steps, left = what_more_buys(None, Interval(0.01, 0.0, 0.03, 38, 0.95), 0.5, [], [], 20.0)
+    _, steps, left = what_more_buys(None, 0.3, Interval(0.01, 0.0, 0.03, 38, 0.95), 0.5, [], [], 20.0)
     assert steps.endswith("The last training has had 0.5 times the steps of the folds.")
     assert left.startswith("Not tried for lack of time: all steps of the last training. The same command")
 
@@ -223,7 +227,8 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     tuned = peft_vit.load(choice.request.output)
     assert isinstance(tuned, TrainedModel)
-    assert tuned.record == in_form(final(choice), choice.final, choice.meaning, choice.folds)
+    outputs, learned = choice.final.logits.astype(np.float32), choice.final.learned
+    assert tuned.record == with_meaning(final(choice), choice.meaning, choice.folds, learned, outputs)
     assert tuned.record.predictions.predicted == choice.final.logits.argmax(1).tolist()  # of 4 bits, as delivered
     assert isinstance(tuned.model, nn.Module)  # of the run: the file is for onnxruntime
     with pytest.raises(UserError, match="runs without PyTorch and holds no module of it"):

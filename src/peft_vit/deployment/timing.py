@@ -7,16 +7,22 @@ runs this file as a script, which imports nothing of the package for an .onnx or
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from peft_vit.backbones import Architecture
+
 _WARM_UP = 3  # calls that are not counted
+_ROUNDS = 10  # of a model with random weights, that are
 
 
 class Calls(NamedTuple):
@@ -53,6 +59,20 @@ def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int)
         raise UserError(f"can't be timed with {threads} threads ({reason})", file=file)
     timings = json.loads(done.stdout.splitlines()[-1])
     return {int(batch): Calls(tuple(wall), tuple(processor)) for batch, wall, processor in timings}
+
+
+def time_random(architecture: Architecture, image_size: int, class_names: Sequence[str], threads: int) -> float:
+    """Return the median seconds of one image, of an ONNX export with random weights."""
+    from peft_vit.backbones.catalog import create_model
+    from peft_vit.deployment import export_onnx
+    from peft_vit.deployment.check import card_of_random
+
+    card = card_of_random(architecture, image_size, class_names, "timed")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(create_model(architecture, image_size, len(class_names)).eval(), file, card)
+        calls = time_alone(file, [1], threads=threads, rounds=_ROUNDS)
+    return statistics.median(calls[1].seconds)
 
 
 def _measure(job: dict[str, Any]) -> list[tuple[int, list[float], list[float]]]:

@@ -290,8 +290,8 @@ def _calibration(record: RunRecord) -> Iterator[Block]:
     if calibrated is None or tested is None:
         return
     yield Paragraph(
-        f"Probabilities are calibrated on {count(calibrated.images)} images that training has not fitted: logits are "
-        f"divided by {fixed(calibrated.temperature)}. All of this page's are."
+        f"Probabilities are calibrated on {count(calibrated.images)} images, each by a model that was not trained on "
+        f"it: logits are divided by {fixed(calibrated.temperature)}. All of this page's are."
     )
     yield from coverage_table(record, fixed)
     if tested.unlike is not None:

@@ -266,36 +266,15 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     return replace(proportion_interval(share * images, images), n=measured.images)
 
 
-@dataclass(frozen=True)
-class Resolution:
-    """What so many images can tell, before anything is scored."""
-
-    difference: float  # two models have to differ by so much, for chance to be ruled out
-    accuracy: float  # half the width of its interval
-    shown: float  # probability that a model which loses nothing would be shown by itself; beside others it is higher
-
-
-def resolvable(
-    images: int,
-    margin: float,
-    *,
-    folds: int = 5,
-    repetitions: int = 1,
-    disagreement: float = 0.1,
-    accuracy: float = 0.8,
-) -> Resolution:
-    """Return what images can resolve without shrinkage, all shares.
+def resolvable(images: int, *, folds: int = 5, repetitions: int = 1, disagreement: float = 0.1) -> float:
+    """Return by how much, a share, two models have to differ for chance to be ruled out, without shrinkage.
 
     Args:
         images: that folds divide.
-        margin: of a comparison.
         folds: of a repetition.
         repetitions: of all folds.
         disagreement: share of images that only one of two models has right; of adapters on one backbone 0.02 to 0.14.
-        accuracy: that is expected.
     """
     of_training = 1 / (folds - 1)
     error = math.sqrt(disagreement * (_REPEATED + (1 - _REPEATED) / repetitions + of_training) / images)
-    z, one_sided = scipy.special.ndtri([0.5 + CONFIDENCE / 2, SHOWN])
-    half = z * math.sqrt(accuracy * (1 - accuracy) * (1 + of_training) / images)
-    return Resolution(float(z * error), float(half), float(scipy.special.ndtr(margin / error - one_sided)))
+    return float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * error

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from peft_vit.errors import UserError
-from peft_vit.records import RunRecord
+from peft_vit.records import Calibrated, Decision, RunRecord
 from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.plan import Plan
 from peft_vit.studies.within_time import Outcome, covered_on_folds, finished_runs, meaning_on, pooled
@@ -43,26 +44,13 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     Raises:
         UserError: if none of them has finished.
     """
-    task, metric, tested = TASKS[record.spec.task].restored(record.decision), metric_of(record.spec), record.predictions
+    task, metric = TASKS[record.spec.task].restored(record.decision), metric_of(record.spec)
     finished = list(finished_runs(plan, results_dir))
     if not finished:
         raise UserError("every training on folds failed; the same command tries again", file=results_dir)
     outcomes = [Outcome.of(own, folder) for own, folder in finished]
     labels = np.concatenate([outcome.labels for outcome in outcomes])
-    assert tested is not None
-    assert tested.logits is not None
-    of_test = Outputs(np.asarray(tested.logits, np.float32), rows_of(tested.labels), None)
-    measured = meaning_fields(meaning_on(outcomes, task, OF_FOLDS))
-    calibrated, decision = measured["calibrated"], measured["decision"]
-    if decision is not None:
-        positions = np.asarray(tested.images)
-        again = task.predictions(of_test.logits, of_test.labels, positions, keep_logits=True, decision=decision)
-        measured["predictions"] = again.model_copy(update={"files": tested.files})
-        measured["test"] = task.measure(of_test.logits, of_test.labels, decision)
-    flagged = None if record.tested_calibration is None else record.tested_calibration.unlike
-    held = tested_on(calibrated, decision, of_test, task, flagged)
-    on_folds = {"covered_on_folds": covered_on_folds(outcomes, task)}
-    measured["tested_calibration"] = held.model_copy(update=on_folds)
+    known = with_meaning(record, meaning_on(outcomes, task, OF_FOLDS), outcomes, task)
     score = metric.interval(labels, *_by_others(task, outcomes))
     upper = score.high if metric.sign > 0 else score.low
     assert upper is not None
@@ -71,7 +59,40 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     if len(probes) == len(finished):
         each = [(rows_of(probe.predicted), probe.thresholds) for probe in probes]
         of_probe = metric.sign * metric.interval(labels, *_joined(each)).estimate
-    return ByFolds(record.model_copy(update=measured), metric.sign * score.estimate, metric.sign * upper, of_probe)
+    return ByFolds(known, metric.sign * score.estimate, metric.sign * upper, of_probe)
+
+
+def with_meaning(
+    record: RunRecord,
+    meaning: Calibrated | Decision,
+    outcomes: Sequence[Outcome],
+    task: Task,
+    logits: NDArray[np.float32] | None = None,
+) -> RunRecord:
+    """Return a run's record with what its outputs mean, and what that comes to on its test images.
+
+    Args:
+        record: of the run.
+        meaning: of its outputs.
+        outcomes: of like runs on folds, by which that is known.
+        task: as the run learned it.
+        logits: (N, K) of its test images in another form of the model, such as with rounded weights; None: its own.
+    """
+    tested, found = record.predictions, meaning_fields(meaning)
+    assert tested is not None
+    own, labels = np.asarray(tested.logits, np.float32), rows_of(tested.labels)
+    is_own = logits is None or np.array_equal(own, logits)
+    logits, decision = own if logits is None else logits, found["decision"]
+    if decision is not None or not is_own:
+        images = np.asarray(tested.images)
+        again = task.predictions(logits, labels, images, keep_logits=True, decision=decision)
+        found["predictions"] = again.model_copy(update={"files": tested.files})
+        found["test"] = task.measure(logits, labels, decision)
+    # Of another form nobody has counted which images are unlike those of training.
+    flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
+    held = tested_on(found["calibrated"], decision, Outputs(logits, labels, None), task, flagged)
+    found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
+    return record.model_copy(update=found)
 
 
 def _by_others(task: Task, outcomes: Sequence[Outcome]) -> tuple[Labels, Labels]:

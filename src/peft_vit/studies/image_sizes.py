@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from peft_vit.backbones import Architecture, Backbone, Head, native_size, size_step_of
+from peft_vit.config import study_from_mapping
 from peft_vit.data import deal_folds
 from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
+from peft_vit.studies.plan import plan_study
 from peft_vit.tasks import DecidingMetric, Labels, Scores, expected_gain, metric_of
 from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_fit, loss_weights
 
@@ -226,17 +229,19 @@ class Regression:
     brought_by_half: NDArray[Any] | None = None
 
 
-def regress(spec: RunSpec, *, half: bool = False) -> Regression:
-    """Fit a regression to a run's training images, the penalty chosen on images that are left out of it in turn.
+def regress(study: Mapping[str, Any], results_dir: Path, half: bool) -> Regression:
+    """Fit a regression to the training images of a study's only run, here, the penalty chosen on images left out of it.
 
     Args:
-        spec: of the method `linear`; nothing validates.
+        study: of the method `linear`, without folds; nothing validates.
+        results_dir: of the study; nothing is written.
         half: with half of the images to learn from, too, where each class has enough.
 
     Raises:
         UserError: as `load_data`, `load_run_backbone`; and if a class has one image alone.
     """
-    seen = seen_by_head(spec, flipped=True)
+    plan = plan_study(study_from_mapping(dict(study), file=study["name"]), results_dir, file=None)
+    seen = seen_by_head(plan.runs[0].spec, flipped=True)
     features, groups, task = seen.features, seen.groups, seen.features.task
     labels, ways = features.labels[: len(groups)], len(features.labels) // len(groups)
 

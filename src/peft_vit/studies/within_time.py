@@ -115,6 +115,10 @@ def covered_on_folds(outcomes: Sequence[Outcome], task: Task) -> dict[float, flo
     return {c: float(np.average([held[c] for held in by_fold], weights=sizes)) for c in everywhere}
 
 
+class EveryRunFailedError(UserError):
+    """No run of a study has come to its end, and some have failed."""
+
+
 Only = tuple[Sequence[str], Sequence[int]]
 Outcomes = dict[tuple[str, int], Outcome]  # by name of the experiment, and seed
 
@@ -157,7 +161,8 @@ class StudyRunner:
             only: names and seeds that are done now; None: all.
 
         Raises:
-            UserError: for what planning refuses, and if every run has failed.
+            UserError: for what planning refuses.
+            EveryRunFailedError: if nothing is done, and something failed.
             KeyboardInterrupt: after Ctrl-C.
         """
         file = self.results_dir / str(mapping["name"])
@@ -177,7 +182,8 @@ class StudyRunner:
             for record, folder in finished_runs(whole, self.results_dir)
         }
         if failed and not done:
-            raise UserError(f"every run failed: {next(iter(failed.values()))}", file=file)
+            problem = f"every run failed: {next(iter(failed.values()))}; the same command tries again"
+            raise EveryRunFailedError(problem, file=file)
         return done
 
     def _say(self, event: StudyEvent) -> None:

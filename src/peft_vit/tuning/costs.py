@@ -30,6 +30,7 @@ from peft_vit.tuning.recipe import ROUNDED, Recipe, lora, shared_training
 
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
 LONGEST, SHORTEST = 2.0, 0.5  # times the steps on folds, of the last training
+LENGTHS = (4.0, 3.0, LONGEST, 1.5, 1.0, 0.75, SHORTEST)  # above 2: few were planned since the machine was busy
 _LONGER = (LONGEST, 1.0)
 _PROCESSES, _MOST_RUNS = 5, 42  # worker processes that the least takes; runs of everything that is tried
 MOST_SEEN = 1500  # images by which sizes are compared

@@ -61,7 +61,8 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
         _do(folds, best, [fold], limit)
     forms = folds.costs.allowed_bits(probe)
     fits = not ranked or FEWEST_FOLDS * folds.costs.rounding_s(probe, forms) <= limit.left_s
-    if fits and not folds.clearly_better(best, probe):
+    alone = len(folds.seeds(best)) < _LEAST  # then nothing else may be small enough
+    if alone or (fits and not folds.clearly_better(best, probe)):
         folds.round(probe, forms, limit)
     if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
         folds.run([best.half], _HALVED, limit)
@@ -76,7 +77,7 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
     again = list(dict.fromkeys((decision.taken.recipe.trained, decision.reference)))
     if not left:
         _done_in_time(folds, again, _SECOND, limit)
-    return [recipe for recipe in left if not folds.seeds(recipe)]
+    return left
 
 
 def _done_in_time(folds: Folds, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit) -> bool:
@@ -163,9 +164,12 @@ def decide(folds: Folds) -> Decision:
         Candidate(recipe, sizes[number], len(folds.seeds(recipe)), choice.odds[number], why(number))
         for number, recipe in enumerate(recipes)
     ]
+    halves = {recipe.half for recipe in folds.outcomes}
     for recipe, done in folds.outcomes.items():
         if 0 < len(done) < enough[recipe]:
-            dropped = f"{len(done)} of {FOLDS} folds: not clearly better"
+            better = folds.clearly_better(recipe, recipes[choice.chosen].trained)
+            reason = "half of the steps, to see what they gain" if recipe in halves else "not clearly better"
+            dropped = f"{len(done)} of {FOLDS} folds: {'no time for more' if better else reason}"
             candidates.append(Candidate(recipe, folds.costs.bytes_of(recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
     return Decision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])

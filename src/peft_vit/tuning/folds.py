@@ -20,14 +20,15 @@ from safetensors.numpy import load, save
 from peft_vit.config import LABEL_SMOOTHING, QuantizationType
 from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, Limit, Pace
 from peft_vit.records import make_folder, write_whole
+from peft_vit.report.formatting import joined
 from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.statistics.odds import FoldMeans, means_of_images
-from peft_vit.studies.within_time import Outcome, pooled
+from peft_vit.studies.within_time import EveryRunFailedError, Outcome, pooled
 from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import TuningContext
-from peft_vit.tuning.costs import Costs
+from peft_vit.tuning.costs import LENGTHS, Costs
 from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
 
@@ -45,6 +46,7 @@ class Folds:
     round_run: RoundRun  # gives logits of a run's test images with rounded weights
     outcomes: dict[Recipe, dict[int, Outcome]] = field(default_factory=dict)  # by recipe and seed, rounded ones too
     pace: Pace = field(default_factory=Pace)  # of this call's runs with steps
+    failed: set[Recipe] = field(default_factory=set)  # in this call, every run
 
     @property
     def context(self) -> TuningContext:
@@ -63,8 +65,9 @@ class Folds:
 
     def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit) -> None:
         """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time."""
-        for place in dict.fromkeys(recipe.place for recipe in recipes):
-            alike = [recipe for recipe in recipes if recipe.place == place]
+        going = [recipe for recipe in recipes if recipe not in self.failed]
+        for place in dict.fromkeys(recipe.place for recipe in going):
+            alike = [recipe for recipe in going if recipe.place == place]
             for recipe in alike:
                 self.context.state.remember(recipe)
             before = {recipe: set(self.seeds(recipe)) for recipe in alike}
@@ -78,7 +81,14 @@ class Folds:
         context, first = self.context, recipes[0]
         experiments = [self.experiment(recipe) for recipe in recipes]
         study = context.study(f"folds-{first.place}", first.model, first.image_size, seeds, experiments)
-        done = context.runner(study, limit, only)
+        try:
+            done = context.runner(study, limit, only)
+        except EveryRunFailedError as error:
+            if first.is_probe:  # without it there is no answer
+                raise
+            context.state.tell(f"  {joined([one.title for one in recipes])}, left out: {error.message}")
+            self.failed.update(recipes)
+            done = {}
         for recipe in recipes:
             outcomes = {seed: done[recipe.name, seed] for seed in seeds if (recipe.name, seed) in done}
             self.outcomes.setdefault(recipe, {}).update(outcomes)
@@ -122,8 +132,18 @@ class Folds:
         return self.costs.ending_s(recipe, longer, max(_FASTEST, self.pace.factor))
 
     def ends_in_time(self, recipe: Recipe, longer: float = 1.0) -> bool:
-        """Tell whether a recipe's last training and output fit what is left, and a tenth of the minutes."""
-        return self.ending_s(recipe, longer) <= self.context.state.limit.left_s + self.context.state.over_s
+        """Tell whether a recipe's last training is done, or fits what is left, with the output and a tenth more."""
+        left_s = self.context.state.limit.left_s + self.context.state.over_s
+        return longer <= self.longest_done(recipe) or self.ending_s(recipe, longer) <= left_s
+
+    def last(self, recipe: Recipe, longer: float) -> Recipe:
+        """Return what the last training trains, so many times longer than on folds."""
+        return replace(recipe.trained, steps=self.costs.last_steps(recipe, longer))
+
+    def longest_done(self, recipe: Recipe, most: float = LENGTHS[0]) -> float:
+        """Return how many times longer than on folds a last training was that is done, at most; 0: none is."""
+        done = self.context.state.file.decided
+        return next((own for own in LENGTHS if own <= most and self.last(recipe, own).done_as in done), 0.0)
 
     def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
         """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from peft_vit.backbones import architecture_of
+from peft_vit.backbones import Architecture, architecture_of
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.runs.machine import cpu_count
@@ -21,8 +18,7 @@ from peft_vit.tuning.recipe import Recipe
 from peft_vit.tuning.tune_request import TuneRequest
 
 MEMORY_LIMIT = "--memory-limit"
-_ROUNDS = 10  # calls that are timed
-TimeExport = Callable[[TuningContext, str, int], float]  # seconds of an image, of a model at a size
+TimeExport = Callable[[Architecture, int, Sequence[str], int], float]  # see `time_random`
 
 
 def within_bytes(request: TuneRequest, forms: Mapping[Recipe, int]) -> list[str]:
@@ -59,12 +55,14 @@ def within_latency(
         return {model: list(own) for model, own in sizes.items()}
     found, timed = dict[str, list[int]](), list[tuple[float, str, int]]()
     for model, own in sizes.items():
+        architecture = architecture_of(context.backbones[model])
         products = {size: context.shape(model, size).multiply_adds for size in own}
         pace = 0.0  # seconds a product, at the fastest size so far
         for size in sorted(own, reverse=True):
             if size > min(own) and pace * products[size] > limit_s:
                 continue
-            seconds = context.state.once(f"latency {model} {size}", partial(time_export, context, model, size))
+            time = partial(time_export, architecture, size, context.seen.class_names, cpu_count())  # as what is left is
+            seconds = context.state.once(f"latency {model} {size}", time)
             context.state.tell(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
             timed.append((seconds, model, size))
             pace = seconds / products[size]
@@ -79,23 +77,6 @@ def within_latency(
             field="--max-latency",
         )
     return found
-
-
-def time_exported(context: TuningContext, model: str, image_size: int) -> float:
-    """Return the median seconds of one image, of an ONNX export of an architecture with random weights."""
-    from peft_vit.backbones.catalog import create_model
-    from peft_vit.deployment import export_onnx
-    from peft_vit.deployment.check import card_of_random
-    from peft_vit.deployment.timing import time_alone
-
-    architecture = architecture_of(context.backbones[model])
-    names = tuple(context.seen.class_names)
-    card = card_of_random(architecture, image_size, names, "tune")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        export_onnx(create_model(architecture, image_size, len(names)).eval(), file, card)
-        calls = time_alone(file, [1], threads=cpu_count(), rounds=_ROUNDS)  # as what is left is timed
-    return statistics.median(calls[1].seconds)
 
 
 def within_memory(context: TuningContext, model: str, image_size: int, experiment: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from peft_vit.analysis.model_quality import model_quality
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.data import thumbnails_of
@@ -16,8 +18,8 @@ from peft_vit.report.class_blocks import fonts_for, no_font
 from peft_vit.report.model_page import CARD_FILE, card_head, card_text
 from peft_vit.runs.fastest import export_fastest
 from peft_vit.safe_io import read_bytes
+from peft_vit.studies.by_folds import with_meaning
 from peft_vit.studies.own_images import refuse_among_images
-from peft_vit.tuning.final import in_form
 from peft_vit.tuning.page import TuningSummary, model_summary, tuning_document
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.state import MODEL_FOLDER, TUNE_FILE
@@ -52,7 +54,8 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
 
 def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None:
     run_dir, recipe = choice.final.folder, choice.recipe
-    record = in_form(read_record(run_dir / RECORD_FILE), choice.final, choice.meaning, choice.folds)
+    record, logits = read_record(run_dir / RECORD_FILE), choice.final.logits.astype(np.float32)
+    record = with_meaning(record, choice.meaning, choice.folds, choice.final.learned, logits)
     tested = record.tested_calibration
     quality = model_quality(record, None if tested is None else tested.probability)
     model_folder = directory / MODEL_FOLDER
@@ -86,21 +89,29 @@ def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None
 
 def configuration(choice: Choice, record: RunRecord) -> str:
     """Return a study of the final run alone; run again it gives the same adapter, on the same kind of machine."""
-    bits = f"; then peft-vit export again --bits {choice.recipe.bits}" if choice.recipe.when == "after" else ""
     comments = [
         f"Trains {choice.recipe.title} again, as it was chosen for {choice.request.images}:",
-        f"peft-vit run {CONFIG_FILE} --output again{bits}",
+        *_again(choice, record),
         f"The adapter's SHA-256 was {record.adapter_sha256}.",
     ]
     return study_yaml(record.spec, [record.spec.seed], suffix="", comments=[" ".join(one.split()) for one in comments])
 
 
+def _again(choice: Choice, record: RunRecord) -> list[str]:
+    """Return the commands that train the model again."""
+    commands = [f"peft-vit run {CONFIG_FILE} --output again"]
+    if choice.recipe.when == "after":
+        commands.append(f"peft-vit export again/{record.spec.run_id} --bits {choice.recipe.bits} --output again.onnx")
+    return commands
+
+
 def _use(summary: TuningSummary) -> str:
+    again = "\n".join(_again(summary.choice, summary.record))
     model = f"model/{summary.exports.model.name}"
     sets = " --coverage 0.9" if summary.record.calibrated and summary.record.calibrated.coverages else ""
     return (
-        f"```\npeft-vit predict {model} IMAGES...{sets}\npeft-vit run config.yaml --output again     # trains it "
-        f'again\n```\n\n```python\nimport peft_vit\n\nprint(peft_vit.load("{model}").predict("photo.jpg"))\n```\n\nThe '
+        f"```\npeft-vit predict {model} IMAGES...{sets}\n\n# trains it again\n{again}\n"
+        f'```\n\n```python\nimport peft_vit\n\nprint(peft_vit.load("{model}").predict("photo.jpg"))\n```\n\nThe '
         "file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the "
         "temperature\nare in its metadata `peft_vit_model`. `model/adapter.safetensors` holds what was "
         "trained, without the backbone."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,8 +38,9 @@ COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bri
 
 def model_summary(summary: TuningSummary) -> ModelSummary:
     """Return what the page of any model says of the chosen one."""
-    use = f"peft-vit predict model/{summary.exports.model.name}"
-    return ModelSummary(summary.record, summary.quality, use, said=answer(summary.choice))
+    use = f"peft-vit predict {shlex.quote(str(summary.exports.model))}"
+    said = answer(summary.choice, summary.exports.taken.bytes)
+    return ModelSummary(summary.record, summary.quality, use, said=said)
 
 
 def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
@@ -84,7 +86,7 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     yield "Limits", joined(limits) or "none"
     seconds = sum(seconds for _, seconds in choice.stages)
     stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stages)
-    yield "Time", f"{duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
+    yield "Time", f"{duration(seconds)} in all calls, of {request.minutes:g} minutes each, before this page: {stages}"
     yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
     if choice.recipe.when == "after":
         yield "Rounding", f"after training, to {choice.recipe.bits}: peft-vit export --bits {choice.recipe.bits}"
@@ -116,9 +118,11 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
         once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
     yield (f"The test images were {once}. The interval says what as many other images of the same kind would change.")
     if choice.longer != 1:
-        why, others = ("more steps gain", "shorter") if choice.longer > 1 else ("time was short", "longer")
+        why, others = ("time was short", "longer")
+        if choice.longer > 1:
+            why, others = ("more steps usually gain, and the folds do not contradict it", "shorter")
         times = f"The last training has {choice.longer:g} times the steps of those on folds"
-        yield f"{times}, since {why}; the odds are of the {others} ones."
+        yield f"{times}, since {why}; the odds, probabilities and sets of classes are from the {others} ones."
     if choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
     if summary.exports.int8_loss is not None:

@@ -22,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.config import named_as_typed
+from peft_vit.deployment.timing import time_random
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.forecasting.time_limit import FEWEST_FOLDS
 from peft_vit.records.progress import study_lock
-from peft_vit.report.formatting import megabytes
+from peft_vit.report.formatting import bounds_in_percent, megabytes
 from peft_vit.runs.post_training import logits_by_type
-from peft_vit.statistics import Interval
+from peft_vit.statistics import Interval, proportion_interval
 from peft_vit.statistics.odds import resolvable
+from peft_vit.studies.image_sizes import regress
 from peft_vit.studies.profiling import measure_throughput
 from peft_vit.studies.within_time import Runner, StudyRunner
 from peft_vit.tasks import DecidingMetric
@@ -38,12 +40,12 @@ from peft_vit.tuning.costs import LEAST_STEPS, LONGEST, Costs, MeasureThroughput
 from peft_vit.tuning.final import times_longer, train_finally
 from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide, low_bits
 from peft_vit.tuning.folds import Folds, RoundRun
-from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
+from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency
 from peft_vit.tuning.output import check_output, write_output
 from peft_vit.tuning.recipe import ROUNDED, Recipe, lora
 from peft_vit.tuning.result import Choice, what_more_buys
 from peft_vit.tuning.search import search
-from peft_vit.tuning.sizes import Regress, SizeResult, gain_of_labels, regress, sizes_of, try_sizes
+from peft_vit.tuning.sizes import Regress, SizeResult, gain_of_labels, sizes_of, try_sizes
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -61,8 +63,8 @@ class Environment:
 
     make_runner: MakeRunner = study_runner  # does runs
     measure: MeasureThroughput = measure_throughput  # see `measure_throughput`
-    time_export: TimeExport = time_exported  # see `time_exported`
-    regress: Regress = regress  # see `sizes.regress`
+    time_export: TimeExport = time_random  # see `time_random`
+    regress: Regress = regress  # see `image_sizes.regress`
     round_run: RoundRun = logits_by_type  # see `runs.post_training.logits_by_type`
     write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output  # writes model, card and report
     clock: Callable[[], float] = time.monotonic  # in seconds
@@ -104,6 +106,7 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
     decision, sizes, labels, untried = choose(folds, allowed, environment.regress)
     recipe = decision.taken.recipe
     longer, steps = times_longer(folds, recipe), folds.gain_of_steps(recipe)
+    error = context.scores.best - decision.odds.score.estimate
     with state.stage("final"):
         final, before_rounding = train_finally(folds, recipe, longer)
     choice = Choice(
@@ -117,7 +120,7 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
         final=final,
         before_rounding=before_rounding,
         longer=longer,
-        more=what_more_buys(labels, steps, longer, sizes, untried, request.minutes, context.scores.unit),
+        more=what_more_buys(labels, error, steps, longer, sizes, untried, request.minutes, context.scores.unit),
         stages=tuple(state.file.seconds.items()),
         scores=context.scores,
     )
@@ -160,7 +163,7 @@ def choose(
         decision = decide(folds)
         taken = decision.taken
         state.tell(f"  chosen: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
-    return decision, sizes, labels, untried
+    return decision, sizes, labels, [recipe for recipe in untried if not folds.seeds(recipe)]
 
 
 def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[Costs, Mapping[str, list[int]]]:
@@ -209,9 +212,10 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     context, state = costs.context, costs.context.state
     images = context.different or context.images
     if context.metric.counts_images:
-        resolution = resolvable(images, context.request.margin_share)
-        apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
-        state.tell(f"  {images:,} images tell models apart that differ by {apart}, and an accuracy to within {known}")
+        tested, apart = context.sealed_images, f"{100 * resolvable(images):.1f} points, if all have five folds"
+        state.tell(f"  {images:,} images tell models apart that differ by {apart}")
+        eighty = bounds_in_percent(proportion_interval(0.8 * tested, tested))
+        state.tell(f"  {tested:,} test images of which 80.0 % are right: {eighty} on new images")
     if (scores := context.scores).metric.has_unit:
         lost, value = context.request.margin_share, context.request.margin_share * scores.deviation
         state.tell(f"  a smaller model may lose {scores.hundredths(lost)}, which is {scores.metric.plain(value)}")
@@ -227,7 +231,8 @@ def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:
     fitting = (size for size in sorted(sizes, key=lambda size: -size.promise) if size.score is not None and size.steps)
     promising = list(islice((size for size in fitting if _memory_fault(folds, size.probe) is None), _SIZES_TRAINED))
     if promising:
-        tell(f"  LoRA is trained at {' and '.join(f'{size.image_size} px' for size in promising)}")
+        first, *second = (f"{size.image_size} px" for size in promising)
+        tell(f"  LoRA is trained at {first}{''.join(f', if there is time at {size}' for size in second)}")
     else:
         tell(f"  no time to train: {LEAST_STEPS} steps on {FEWEST_FOLDS} folds do not fit; give more --minutes")
     return promising

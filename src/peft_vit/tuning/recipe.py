@@ -17,6 +17,7 @@ from peft_vit.runs.post_training import file_bytes
 from peft_vit.tasks import DecidingMetric
 
 DEFAULT_RATE = 1e-3  # of LoRA
+GRAPH_BYTES = 2800  # of an ONNX file, a matrix of the blocks; a ViT-S has 0.19 MB for its 72
 ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int2")  # after training; int3 takes 4 bits in a file
 _TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora": "AdaLoRA", "qa_lora": "QA-LoRA"}
 
@@ -78,6 +79,11 @@ class Recipe:
         return f"{plain}-{self.image_size}"
 
     @property
+    def done_as(self) -> str:
+        """Return under what is kept that it was trained for the last time."""
+        return f"trained {self.place} {self.name}"
+
+    @property
     def title(self) -> str:
         """Return what it is, for people."""
         rank = f" of rank {self.rank}" if self.rank else ""
@@ -102,7 +108,7 @@ class Recipe:
         if self.bits is not None:
             after = self.when == "after"
             packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
-        return file_bytes(shape, packing, classes) + known_bytes(shape, images)
+        return file_bytes(shape, packing, classes) + known_bytes(shape, images) + GRAPH_BYTES * len(shape.sites)
 
 
 def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:

@@ -63,12 +63,12 @@ class Choice:
         return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
 
 
-def answer(choice: Choice) -> str:
-    """Return what was taken, what it has on the test images, and its odds: a line."""
+def answer(choice: Choice, written: int | None = None) -> str:
+    """Return what was taken, what it has on the test images, and its odds: a line; `written` is the file's bytes."""
     taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
     right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
     by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
-    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {value} {right} on new images ({by})."
+    head = f"{taken.recipe.title}, {megabytes(written or taken.bytes)}: {value} {right} on new images ({by})."
     if taken.recipe == choice.decision.reference:
         return f"{head} It is the best float model found."
     scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
@@ -82,6 +82,7 @@ def answer(choice: Choice) -> str:
 
 def what_more_buys(
     labels: Interval | None,
+    error: float,
     steps: Interval | None,
     longer: float,
     sizes: Sequence[SizeResult],
@@ -92,7 +93,9 @@ def what_more_buys(
     """Return what more labels and more minutes would bring, in sentences.
 
     Args:
-        labels, steps: what twice as many bring the regression and what was taken, a share; None: unknown.
+        labels: by what share of its error twice as many lower the regression's; None: unknown.
+        error: that is expected of what was taken, a share.
+        steps: by how much twice as many lower that, a share; None: unknown.
         longer: times as many steps the last training has had.
         sizes, untried: sizes, and recipes that there was no time for.
         minutes: of this call.
@@ -102,8 +105,8 @@ def what_more_buys(
     if labels is None:
         sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
     else:
-        learns = "as the regression learns with half and with all of them"
-        sentences.append(f"Twice as many labels: {_gain(labels, unit)}, {learns}.")
+        learns = "if errors fall as the regression's do with half and with all of them"
+        sentences.append(f"Twice as many labels: {_gain(labels, unit, error)}, {learns}.")
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
         had = f" The last training has had {longer:g} times the steps of the folds." if longer != 1 else ""
@@ -122,6 +125,6 @@ def what_more_buys(
     return tuple(sentences)
 
 
-def _gain(expected: Interval, unit: str) -> str:
-    low, high = (points(end or 0.0) for end in (expected.low, expected.high))
-    return f"about {points(expected.estimate)} {unit} ({low} to {high})"
+def _gain(expected: Interval, unit: str, of: float = 1.0) -> str:
+    estimate, low, high = (points(of * (value or 0.0)) for value in (expected.estimate, expected.low, expected.high))
+    return f"about {estimate} {unit} ({low} to {high})"

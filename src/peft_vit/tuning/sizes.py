@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import architecture_of
-from peft_vit.config import Flips, study_from_mapping
+from peft_vit.config import Flips
 from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.forecasting.time_limit import FOLDS, Limit, Pace
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
-from peft_vit.studies import image_sizes
 from peft_vit.studies.image_sizes import Regression, on_new_images, sizes_to_try
-from peft_vit.studies.plan import plan_study
 from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.costs import LONGEST, MOST_SEEN, Costs
@@ -30,18 +28,6 @@ NO_TIME = "no time for it"
 _WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
 Regress = Callable[[Mapping[str, Any], Path, bool], Regression]
-
-
-def regress(study: Mapping[str, Any], results_dir: Path, half: bool) -> Regression:
-    """Fit the regression of a study's only run in this process; see `image_sizes.regress`.
-
-    Args:
-        study: of the method `linear`, without folds.
-        results_dir: of the study; nothing is written.
-        half: with half of the images to learn from, too.
-    """
-    plan = plan_study(study_from_mapping(dict(study), file=study["name"]), results_dir, file=None)
-    return image_sizes.regress(plan.runs[0].spec, half=half)
 
 
 @dataclass(frozen=True)
@@ -146,7 +132,7 @@ def _study(context: TuningContext, probe: Recipe, flips: Flips) -> dict[str, Any
 
 
 def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> Interval | None:
-    """Return what twice as many labels would bring a regression, a share; None: there are too few to tell."""
+    """Return by what share of its error twice as many labels lower a regression's; None: there are too few to tell."""
 
     def forecast() -> dict[str, Any] | None:
         found = regress(_study(context, probe, context.flips), context.state.studies, True)
@@ -154,10 +140,11 @@ def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> I
             return None
         scores = context.scores
         of_half, of_all = (scores.best - own / scores.deviation for own in (found.brought_by_half, found.brought))
-        return asdict(gain_of_twice(of_half, of_all, scores.image_weights(found.labels), share=1 - 1 / FOLDS))
+        weights = scores.image_weights(found.labels)
+        return asdict(gain_of_twice(of_half, of_all, weights, share=1 - 1 / FOLDS, error=1.0))
 
     try:
-        kept = context.state.once(f"labels {probe.place}", forecast)
+        kept = context.state.once(f"more labels {probe.place}", forecast)
     except UserError:  # a class has one image in a half
         return None
     return None if kept is None else Interval(**kept)

@@ -18,6 +18,8 @@ def test_it_is_the_power_law_through_both_points() -> None:
     assert gain.low < gain.estimate < gain.high
     of_steps = gain_of_twice(wrong(0.4, 2000), wrong(0.3, 2000), share=1.0)
     assert of_steps.estimate == pytest.approx(0.3 - 0.3**2 / 0.4)
+    alike = gain_of_twice(wrong(0.4, 2000), wrong(0.3, 2000), share=0.8, error=0.1)  # a third of the errors
+    assert alike.estimate == pytest.approx(0.1 - 0.1 * 2**-exponent)
     few = gain_of_twice(wrong(0.4, 100), wrong(0.3, 100), share=0.8)
     assert few.high - few.low > 2 * (gain.high - gain.low)
 
