@@ -60,7 +60,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
         Candidate(TRAINED, 300_000, FOLDS, odds(0.0, 0.0), "larger, and 0.4 points better"),
     )
     sizes = (SizeResult(MODEL, 32, 0.7, 8), SizeResult(MODEL, 64, None, 0, "no time for it"))
-    labels, steps = Interval(0.02, 0.0, 0.04, 38, 0.95), Interval(0.01, 0.0, 0.03, 38, 0.95)
+    labels, steps = Interval(0.07, 0.0, 0.14, 38, 0.95), Interval(0.01, 0.0, 0.03, 38, 0.95)
     return Choice(
         request=TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked}),
         seen=seen,
@@ -72,7 +72,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
         final=_rounded(final),
         before_rounding=final,
         longer=2.0,
-        more=what_more_buys(labels, steps, 2.0, sizes, [lora(MODEL, 32, 16)], 20.0),
+        more=what_more_buys(labels, 0.284, steps, 2.0, sizes, [lora(MODEL, 32, 16)], 20.0),
         stages=(("look", 1.0), ("folds", 70.0), ("final", 130.0)),
     )
 
