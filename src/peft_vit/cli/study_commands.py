@@ -152,9 +152,9 @@ def tune(request: TuneRequest) -> None:
 
     A fifth of the images, or the folder's own test split, is set aside for one test at the end. With the others it
     chooses image sizes, by fitting only the last layer, then, as minutes allow, learning rate and number of steps, by
-    short trainings, and compares the best with itself on weights of 8 and 4 bits. It chooses the smallest that is hardly worse than the
-    best one found. The same command continues where an earlier one was stopped, and with more minutes tries more. Exit
-    codes: 0 a model was chosen, 2 bad input, 130 interrupted.
+    short trainings, and compares the best with itself on weights of 8 and 4 bits. It chooses the smallest that is
+    hardly worse than the best one found. The same command continues where an earlier one was stopped, and with more
+    minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.extras import require_extra
 
