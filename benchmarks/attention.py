@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 HEADS, HEAD_WIDTH = 6, 64
-TOKENS = (37, 65, 145, 197, 257)  # 84, 112, 168 px in patches of 14; 224 px in patches of 16 and 14
+TOKENS = (37, 65, 145, 197, 257, 530)  # 84, 112, 168 px in patches of 14; 224 px in patches of 16 and 14; 322 px
 
 
 def passes(tokens: int, dtype: torch.dtype, *, fused: bool) -> Callable[[], None]:

@@ -23,7 +23,7 @@ _KNOWN = (
     "model of timm; one of transformers has to come from load_backbone(BackboneConfig(library='transformers', ...))"
 )
 _CLASS_TOKENS = frozenset({"cls_token", "class_token", "class_embedding"})  # as libraries call it
-_SHORT = 200  # tokens, for `choose_attention`
+_SHORT = 300  # tokens, for `choose_attention`; 224 px in patches of 14 are 257, with registers 261
 # What one pass has counted, by input size and module; it goes with its model.
 _tokens: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], dict[str, int]]] = WeakKeyDictionary()
 
@@ -298,9 +298,9 @@ def freeze_batch_norm(model: nn.Module) -> None:
 def choose_attention(model: nn.Module, device: torch.device, precision: Precision) -> bool:
     """Let short sequences in bfloat16 on a CPU go through plain matrix products; say whether they do.
 
-    torch's fused attention saves memory that grows with the square of the tokens. Some dozen tokens leave little to
-    save, and in bfloat16 its backward pass on CPUs costs several times what the products do: see `attention` in
-    benchmarks/. (In float32 the two are close, and the fused one holds less.) Both compute
+    torch's fused attention saves memory that grows with the square of the tokens: of a ViT-S at 224 px 13 MB a block.
+    In bfloat16 its two passes on CPUs take two to four times as long as the products, at any length: see `attention`
+    in benchmarks/. (In float32 the two are close, and the fused one holds less.) Both compute
     softmax(q k^T / sqrt(d)) v; they round differently.
     """
     if device.type != "cpu" or precision != "bf16" or max(site.tokens for site in Backbone(model).sites) > _SHORT:

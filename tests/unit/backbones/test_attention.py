@@ -29,7 +29,8 @@ def test_same_logits_and_gradients() -> None:
 
 
 def test_long_sequences_and_other_devices_stay_fused() -> None:
-    long = vit(240)  # 15 x 15 patches and a class token
+    assert choose_attention(vit(272), torch.device("cpu"), "bf16")  # 17 x 17 patches and a class token
+    long = vit(288)  # 18 x 18
     for model, device, precision in ((long, "cpu", "bf16"), (vit(48), "meta", "bf16"), (vit(48), "cpu", "fp32")):
         assert not choose_attention(model, torch.device(device), precision)
         assert all(block.attn.fused_attn for block in model.blocks)
