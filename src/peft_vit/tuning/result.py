@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_vit.records import Calibrated
 from peft_vit.records import Decision as Meaning
-from peft_vit.report.formatting import bounds_of, fixed, joined, megabytes, points, value_of
+from peft_vit.report.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
 from peft_vit.statistics import Interval
 from peft_vit.studies.within_time import Outcome, meaning_on
 from peft_vit.tasks import DecidingMetric, Scores
@@ -106,7 +106,7 @@ def what_more_buys(
         sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
     else:
         learns = "if errors fall as the regression's do with half and with all of them"
-        sentences.append(f"Twice as many labels: {_gain(labels, unit, error)}, {learns}.")
+        sentences.append(f"Twice as many labels: {_gain(scaled(labels, error), unit)}, {learns}.")
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
         had = f" The last training has had {longer:g} times the steps of the folds." if longer != 1 else ""
@@ -125,6 +125,6 @@ def what_more_buys(
     return tuple(sentences)
 
 
-def _gain(expected: Interval, unit: str, of: float = 1.0) -> str:
-    estimate, low, high = (points(of * (value or 0.0)) for value in (expected.estimate, expected.low, expected.high))
-    return f"about {estimate} {unit} ({low} to {high})"
+def _gain(expected: Interval, unit: str) -> str:
+    low, high = (points(end or 0.0) for end in (expected.low, expected.high))
+    return f"about {points(expected.estimate)} {unit} ({low} to {high})"
