@@ -23,12 +23,13 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.records import read_record
-from peft_vit.studies.image_sizes import regress
+from peft_vit.studies.image_sizes import regress, seen_by_head
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.within_time import EveryRunFailedError
 from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import _telling_if_slow
 from peft_vit.tuning.costs import LONGEST, MOST_STEPS, Costs
+from peft_vit.tuning.limits import within_bytes
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer
@@ -196,6 +197,24 @@ def test_of_two_models_the_better_one_is_trained_and_taken(tuning: Tuning, bette
     choice = tuning(environment=environment_of(runner, **changes), models=models)
     assert (choice.recipe.model, choice.recipe.method) == (better, "lora")
     assert {size.model for size in choice.sizes} == set(models)
+    compared = choice.decision.candidates
+    assert {own.recipe.model for own in compared if not own.recipe.is_probe} == set(
+        models
+    )  # though one promises little
+
+
+def test_a_model_that_can_not_be_loaded_any_more_is_left_out(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, lines = ("test_vit", "test_vit2"), list[str]()
+    tuning(models=models)
+
+    def check_weights(backbone: BackboneConfig) -> None:
+        if backbone.model == "test_vit2":
+            raise UserError("its weights are gone")
+
+    monkeypatch.setattr("peft_vit.tuning.context.check_weights", check_weights)
+    choice = tuning(models=models, tell=lines.append)
+    assert "  test_vit2 can't be loaded: its weights are gone" in lines
+    assert {own.recipe.model for own in choice.decision.candidates} == {"test_vit"}
 
 
 @pytest.mark.parametrize("model", [name for name in TINY_FAMILIES if name not in TINY_EVAS[1:]])
@@ -445,6 +464,72 @@ def test_within_bytes_of_an_adapter_all_that_is_trained_fits(tuning: Tuning) -> 
         assert "rank" not in section
 
 
+def test_a_size_at_which_2_bits_alone_fit_is_left_out_unless_none_has_room_for_more() -> None:
+    lines: list[str] = []
+    context: Any = SimpleNamespace(request=SimpleNamespace(max_bytes=None), state=SimpleNamespace(tell=lines.append))
+    takes = {None: 86, "nf4": 14, "int2": 9}
+
+    def fitting(limit: int | None) -> dict[str, list[int]]:
+        context.request.max_bytes = limit
+        return within_bytes(
+            context,
+            {
+                Recipe(model, size, bits=bits): times * own + size // 100
+                for model, times in (("a", 1), ("b", 3))
+                for size in (112, 224)
+                for bits, own in takes.items()
+            },
+        )
+
+    assert fitting(None) == {"a": [112, 224], "b": [112, 224]}
+    assert not lines
+    assert fitting(87) == {"a": [112, 224], "b": [112, 224]}  # one has floats, all have 4 bits
+    assert fitting(15) == {"a": [112]}
+    assert lines == [f"  {own}: left out, more than --max-bytes, but for 2 bits at most" for own in (
+        "a at 224 px", "b at 112 px, 224 px"
+    )]  # fmt: skip
+    assert fitting(11) == {"a": [112, 224]}
+    assert fitting(10) == {"a": [112]}
+
+
+def test_a_look_that_takes_long_leaves_sizes_their_share(tuning: Tuning) -> None:
+    runner = stand_ins()
+    measured = environment_of(runner).measure
+
+    def slow(*given: Any) -> Any:
+        runner.now += 0.25 * 3600
+        return measured(*given)
+
+    choice = tuning(environment=environment_of(runner, measure=slow))
+    assert all(size.score is not None for size in choice.sizes)
+
+
+def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
+    tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FEWEST", "_FEW"):
+        monkeypatch.setattr(f"peft_vit.studies.image_sizes.{name}", 20)
+    folder, runner, drawn = tmp_path / "uneven", stand_ins(), list[tuple[int, ...]]()
+    for number, file in enumerate(sorted(images.rglob("*.png")) * 5):
+        own = folder / ("rare" if number % 12 == 0 else "usual") / f"{number}.png"
+        own.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.blend(Image.open(file).convert("RGB").resize((32, 32)), Image.fromarray(noise), 0.7).save(own)
+
+    def counting(study: Mapping[str, Any], *given: Any) -> Any:
+        seen = seen_by_head(only_run(study))
+        drawn.append(tuple(np.bincount(seen.features.labels)))
+        return runner.regress(study, *given)
+
+    def only_run(study: Mapping[str, Any]) -> Any:
+        return plan_study(study_from_mapping(dict(study), file=Path("sizes")), tmp_path, file=None).runs[0].spec
+
+    tuning(photos=folder, output=tmp_path / "out", environment=environment_of(runner, regress=counting))
+    assert {min(own) for own in drawn} == {3}
+    assert len(set(drawn)) == 1  # all sizes by as many
+    assert sum(drawn[0]) < 100
+
+
 def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:
     runner, lines = stand_ins(step_s=60.0), list[str]()
     choice = tuning(environment=environment_of(runner, rate=8e6), minutes=6.0, tell=lines.append)
@@ -528,13 +613,15 @@ def test_results_that_are_missing_are_one_line_and_others_are_compared(tuning: T
         assert len(told) == len(set(told)) >= len(lost)  # none is tried again in the same call
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "images.json"])
-def test_an_output_among_the_images_or_of_others_is_refused(tuning, images, tmp_path, name) -> None:
+@pytest.mark.parametrize(
+    ("name", "fault"), [("config.yaml", "and tune did not make it"), ("images.json", "of other images")]
+)
+def test_an_output_among_the_images_or_of_others_is_refused(tuning, images, tmp_path, name, fault) -> None:
     with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):
         tuning(output=images / "tuned")
     assert not (images / "tuned").exists()
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"{name}: exists already, and tune did not make it"):
+    with pytest.raises(UserError, match=rf"{name}: exists already, {fault}; move it away"):
         tuning()
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"

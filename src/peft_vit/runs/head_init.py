@@ -32,6 +32,7 @@ from peft_vit.training import (
     LinearProbe,
     Overhead,
     RuntimeConfig,
+    can_hold_out,
     fit_probe,
     head_inputs,
     head_logits,
@@ -66,9 +67,11 @@ def init_head(
         metric = data.task.metric(spec.experiment.training.metric)
         is_probe = spec.experiment.is_probe
         if of_validation is None and (len(strengths) > 1 or not is_probe):
-            each = np.arange(len(data.train))
+            groups = data.groups[data.train.positions]  # copies are left out together
+            if not can_hold_out(data.task.strata(data.train.labels), groups):
+                groups = np.arange(len(groups))
             settings: Any = {"class_weights": class_weights, "l2": strengths, "seed": spec.seed}
-            chosen, held_out = held_out_fit(of_training, each, metric, **settings)
+            chosen, held_out = held_out_fit(of_training, groups, metric, **settings)
             strengths = (chosen,)
         probe = fit_probe(of_training, of_validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
         if is_probe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from peft_vit.tasks import DecidingMetric, Labels, Scores, expected_gain, metric
 from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_fit, loss_weights
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
-_FEW = 1500  # images, up to which folds are worth their fits
+_FEWEST, _FEW = 300, 1500  # images by which sizes can be compared; up to which folds are worth their fits
 _RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `on_new_images`
 _UPSCALED = 4  # times its own side, up to where a larger image helps
 
@@ -154,6 +155,14 @@ def _trial(spec: RunSpec) -> tuple[SizeTrial, bool]:
     value = metric.of(metrics)
     trial = SizeTrial(spec.data.image_size, metric.share_of(metrics), metric.text(value), l2)
     return trial, seen.is_new
+
+
+def images_to_compare(images: int, rarest: float, fitting: float) -> int:
+    """Return by how many of some images sizes are compared, if regressions on so many are worth their time.
+
+    There are three images of the rarest class among them, or its folds could not be made.
+    """
+    return min(images, max(_FEWEST, min(_FEW, int(fitting)), math.ceil(3 * images / max(1, rarest))))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from peft_vit.training.linear_probe import (
     Features,
     LinearProbe,
     can_hold_out,
+    fewest_groups,
     fit_probe,
     head_inputs,
     head_logits,

@@ -112,10 +112,11 @@ class LinearProbe:
 
 def can_hold_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> bool:
     """Return whether each of the strata (n,) or (n, S) has two groups (n,), so that one can be left out of a fit."""
-    return _fewest_groups(strata, groups) >= 2
+    return fewest_groups(strata, groups) >= 2
 
 
-def _fewest_groups(strata: NDArray[Any], groups: NDArray[np.int64]) -> int:
+def fewest_groups(strata: NDArray[Any], groups: NDArray[np.int64]) -> int:
+    """Return of how many groups (n,) the rarest of the strata (n,) or (n, S) is; 0: there is none."""
     several = strata.ndim > 1
     members = strata[:, strata.any(0)].T if several else (strata == stratum for stratum in np.unique(strata))
     return min((len(np.unique(groups[own])) for own in members), default=0)
@@ -171,7 +172,7 @@ def _held_out_logits(
     """
     images, task = len(groups), train.task
     strata = task.strata(train.labels[:images])
-    folds = min(_FOLDS, _fewest_groups(strata, groups))
+    folds = min(_FOLDS, fewest_groups(strata, groups))
     fold_of = deal_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
     logits: list[list[Floats]] = [[] for _ in strengths]
     for fold in range(folds):

@@ -23,6 +23,7 @@ from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.within_time import Runner
 from peft_vit.tasks import DecidingMetric, Scores
+from peft_vit.training import fewest_groups
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -43,6 +44,7 @@ class TuningContext:
     different: int | None = None  # of them, a copy not counted; None: all are
     sealed_images: int = 0  # how many are
     scores: Scores = field(default_factory=Scores)  # by which everything is compared
+    rarest: float = math.inf  # different images of the rarest class
 
     @property
     def request(self) -> TuneRequest:
@@ -146,10 +148,7 @@ class TuningContext:
         """Return a study on the folds: seed s tests on fold s % 5 of repetition s // 5. Nothing validates.
 
         Args:
-            name: of the study.
-            model: of the backbone.
-            image_size: in pixels.
-            seeds: of the runs.
+            name, model, image_size, seeds: of the study, its backbone, its images in pixels, its runs.
             experiments: as a configuration holds them.
             data: beside what all have; `folds: null` trains on all that is not for the test, which tests.
         """
@@ -202,9 +201,7 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     if state.begun or not place.exists():
         write_whole(place, content.encode())
     elif read_bytes(place) != content.encode():  # equal: a call was killed before its output was begun
-        raise UserError(
-            "exists already, and tune did not make it; move it away, or choose another --output", file=place
-        )
+        raise UserError("exists already, of other images; move it away, or choose another --output", file=place)
     found = json.loads(content)
     sealed, left_out = set(found["sealed"]), set(found["left_out"])
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
@@ -212,8 +209,9 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     state.tell(f"  test set, read at the end: {len(sealed):,} images, {own}; choices use the other {used.sum():,}")
     different, metric = len(np.unique(seen.groups[used])), asked or seen.metric
     scores = Scores.on(task, metric, seen.labels[used])
-    outputs, runner = task.head_width(seen.class_names), make_runner(state, metric)
-    return TuningContext(state, runner, seen, place, outputs, int(used.sum()), metric, different, len(sealed), scores)
+    outputs, runner, count = task.head_width(seen.class_names), make_runner(state, metric), int(used.sum())
+    rarest = fewest_groups(task.strata(seen.labels[used]), seen.groups[used])
+    return TuningContext(state, runner, seen, place, outputs, count, metric, different, len(sealed), scores, rarest)
 
 
 def _telling_if_slow(state: State) -> Callable[[int, int], None]:

@@ -23,6 +23,7 @@ from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, f
 from peft_vit.methods.quantized import usual_rounding
 from peft_vit.runs.held_out import MOST_KNOWN
 from peft_vit.runs.post_training import images_rounded_by
+from peft_vit.studies.image_sizes import images_to_compare
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.context import TuningContext
@@ -33,7 +34,6 @@ LONGEST, SHORTEST = 2.0, 0.5  # times the steps on folds, of the last training
 LENGTHS = (4.0, 3.0, LONGEST, 1.5, 1.0, 0.75, SHORTEST)  # above 2: few were planned since the machine was busy
 _LONGER = (LONGEST, 1.0)
 _PROCESSES, _MOST_RUNS = 5, 42  # worker processes that the least takes; runs of everything that is tried
-MOST_SEEN = 1500  # images by which sizes are compared
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
 _FIT_S = 4e-8  # of one, for each of its values: images x features x classes
 _PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nearest
@@ -77,11 +77,16 @@ class Costs:
         values = len(FLIP_AXES[self.context.flips]) * images * width * self.context.outputs
         return _FITS * _FIT_S * values
 
+    def compared_images(self, recipe: Recipe) -> int:
+        """Return by how many images sizes are compared, decided once, so that an eighth of their time fits them."""
+        context, fitting = self.context, self.context.state.share_s("sizes") / 8 / self.fits_s(recipe, 1)
+        return context.state.once("compared", partial(images_to_compare, context.images, context.rarest, fitting))
+
     def regression_s(self, recipe: Recipe) -> float:
         """Return the seconds of a size's regression, with the features of all images: the best one's are needed."""
         images = self.context.images
         features_s = len(FLIP_AXES[self.context.flips]) * images * self.image_s(recipe)
-        return self.machine.start_s + features_s + self.fits_s(recipe, min(MOST_SEEN, images))
+        return self.machine.start_s + features_s + self.fits_s(recipe, self.compared_images(recipe))
 
     def run_s(self, recipe: Recipe) -> float:
         """Return the seconds of a run on a fold, without a process's start and features that others share."""
@@ -194,9 +199,8 @@ class Costs:
             raise UserError(f"{problem}; give at least {enough}", field="--minutes")
 
     def _step_s(self, recipe: Recipe) -> float:
-        return (
-            0.0 if recipe.is_probe else self.machine.step_s(self.shape(recipe), recipe.method, self.context.batch_size)
-        )
+        shape, batch_size = self.shape(recipe), self.context.batch_size
+        return 0.0 if recipe.is_probe else self.machine.step_s(shape, recipe.method, batch_size)
 
 
 _LEAST_S = 20.0  # of measuring
@@ -213,9 +217,8 @@ def throughput_of(context: TuningContext, recipe: Recipe, measure: MeasureThroug
         training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
         sections = recipe.sections(context.shape(recipe.model, recipe.image_size))
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
-        study = study_from_mapping(
-            context.study("machine", recipe.model, recipe.image_size, [0], [experiment]), file=Path("machine")
-        )
+        content = context.study("machine", recipe.model, recipe.image_size, [0], [experiment])
+        study = study_from_mapping(content, file=Path("machine"))
         study = study.model_copy(update={"precision": decide_precision(study, None).chosen})
         index = open_index(study.data)
         workload = workload_of(study, index, splits_of(index, study)[study.seeds[0]])
@@ -224,9 +227,8 @@ def throughput_of(context: TuningContext, recipe: Recipe, measure: MeasureThroug
 
     kept = context.state.once("throughput", decide)
     machine = Throughput(**{**kept, **{name: Line(**kept[name]) for name in ("step", "image")}})
-    shape = context.shape(recipe.model, recipe.image_size)
-    pixels, image_s = recipe.image_size, machine.image_s(shape)
+    shape, pixels = context.shape(recipe.model, recipe.image_size), recipe.image_size
+    image_s, step_s = machine.image_s(shape), machine.step_s(shape, recipe.method, context.batch_size)
     image = f"{1000 * image_s:.1f} ms" if image_s >= _SHORTEST_S else "not measured"
-    step_s = machine.step_s(shape, recipe.method, context.batch_size)
     tell(f"  at {pixels} px a forward pass: {image} an image; a step of {context.batch_size} images: {step_s:.2f} s")
     return machine

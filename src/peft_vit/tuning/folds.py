@@ -55,7 +55,7 @@ class Folds:
 
     def recall(self) -> None:
         """Read what earlier calls have done."""
-        earlier = [Recipe(**values) for values in self.context.state.file.recipes]
+        earlier = [Recipe(**own) for own in self.context.state.file.recipes if own["model"] in self.context.backbones]
         for place in dict.fromkeys(recipe.place for recipe in earlier):
             alike = [recipe for recipe in earlier if recipe.place == place]
             self._take(alike, range(FOLDS * 2), self.context.state.limit, only=((), ()))
@@ -154,9 +154,7 @@ class Folds:
                 return
             self._add_rounded(recipe, seed, outcome, self.rounded_logits(outcome.folder, bits))
 
-    def _add_rounded(
-        self, recipe: Recipe, seed: int, outcome: Outcome, by_type: Mapping[QuantizationType, Any]
-    ) -> None:
+    def _add_rounded(self, recipe: Recipe, seed: int, outcome: Outcome, by_type: Mapping[Any, Any]) -> None:
         for bits, logits in by_type.items():
             own = self.outcomes.setdefault(recipe.rounded(bits), {})
             own[seed] = replace(outcome, logits=np.asarray(logits, dtype=np.float64))

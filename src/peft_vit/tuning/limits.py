@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,33 +11,41 @@ from typing import Any
 from peft_vit.backbones import Architecture, architecture_of
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
+from peft_vit.report.formatting import joined
 from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.recipe import Recipe
-from peft_vit.tuning.tune_request import TuneRequest
 
 MEMORY_LIMIT = "--memory-limit"
 TimeExport = Callable[[Architecture, int, Sequence[str], int], float]  # see `time_random`
 
 
-def within_bytes(request: TuneRequest, forms: Mapping[Recipe, int]) -> list[str]:
-    """Return the models of which some form keeps within the limit, by the bytes of all that could be written.
+def within_bytes(context: TuningContext, forms: Mapping[Recipe, int]) -> dict[str, list[int]]:
+    """Return the sizes of each model at which some form keeps within the limit; 2 bits alone do if no size has more.
 
     Raises:
         UserError: if none does, with the least that would do.
     """
-    limit = math.inf if request.max_bytes is None else request.max_bytes
-    models = list(dict.fromkeys(recipe.model for recipe, size in forms.items() if size <= limit))
-    if not models:
+    limit = math.inf if context.request.max_bytes is None else context.request.max_bytes
+    best, found = defaultdict[str, dict[int, int]](dict), dict[str, list[int]]()
+    for form, size in forms.items():  # sizes in pixels by what keeps within: nothing, 2 bits alone, more
+        own = 0 if size > limit else 1 if form.bits == "int2" else 2
+        best[form.model][form.image_size] = max(own, best[form.model].get(form.image_size, 0))
+    for model, by_size in best.items():
+        if kept := [size for size, own in by_size.items() if own == max(by_size.values()) > 0]:
+            found[model] = kept
+        if left := [f"{size} px" for size in by_size if size not in kept]:
+            context.state.tell(f"  {model} at {joined(left)}: left out, more than --max-bytes, but for 2 bits at most")
+    if not found:
         least = min(forms, key=forms.__getitem__)
         raise UserError(
             f"{round(limit / 1e5) / 10:g} MB is less than any model here takes; the least that would do is "
             f"{math.ceil(forms[least] / 1e5) / 10:g} MB, {least.bits or 'float'} weights of {least.model}",
             field="--max-bytes",
         )
-    return models
+    return found
 
 
 def within_latency(

@@ -84,12 +84,9 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     of = "" if choice.metric.has_unit else f" of {choice.metric.words}"
     yield "Margin", choice.scores.hundredths(request.margin_share) + of
     yield "Limits", joined(limits) or "none"
-    seconds = sum(seconds for _, seconds in choice.stages)
     stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stages)
-    yield "Time", f"{duration(seconds)} in all calls, of {request.minutes:g} minutes each, before this page: {stages}"
+    yield "Time", f"{duration(sum(dict(choice.stages).values()))} in all calls, before this page: {stages}"
     yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
-    if choice.recipe.when == "after":
-        yield "Rounding", f"after training, to {choice.recipe.bits}: peft-vit export --bits {choice.recipe.bits}"
 
 
 def _cards(summary: TuningSummary) -> Iterator[Card]:

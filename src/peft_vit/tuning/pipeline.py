@@ -2,7 +2,7 @@
 
 - look, machine (5 % of the minutes): a fifth of the images, or the folder's own test split, is set aside for the test;
   the others make five folds. How fast this machine is, is measured: it says how many steps a run has (`costs`).
-- sizes (15 %): regressions on frozen features; the best is a candidate, and two sizes are trained at with what is left.
+- sizes (15 %): regressions on frozen features; the best is a candidate, and LoRA trains at two, or each model's best.
 - search, folds: LoRA over sizes, rates and steps; the best also rounded after training, and with half of its steps.
 - the decision: the smallest model within the limits that loses little, see `statistics.odds.choose_model`.
 - final, output: that recipe on all that is not for the test, its fastest form, a page. Test images are read once.
@@ -141,12 +141,12 @@ def choose(
     """
     costs, state = folds.costs, folds.context.state
     with state.stage("sizes"):
-        reserved_s = max(state.training_s, state.limit.left_s - state.share_s("sizes"))
+        reserved_s = max(state.training_s, state.limit.left_s) - state.share_s("sizes")
         sizes = try_sizes(costs, allowed, regress, state.until(reserved_s))
         tried = [size for size in sizes if size.score is not None]
         ending = [size for size in tried if folds.ends_in_time(costs.longest_form(size.probe))] or tried[:1]
         probe = max(ending, key=lambda size: size.expected).probe
-        labels = gain_of_labels(folds.context, probe, regress)
+        labels = gain_of_labels(costs, probe, regress)
     with state.stage("search"):
         folds.run([probe], range(FEWEST_FOLDS), state.limit)
         if not folds.seeds(probe):  # without it there is no answer
@@ -179,11 +179,10 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
             lora(model, own[0], LEAST_STEPS).sections(context.shape(model, own[0]), context.request.max_adapter_bytes)
         except UserError as error:
             raise error.about("--max-adapter-bytes") from None
-        plain = Recipe(model, own[0])
-        for form in (plain, *map(plain.rounded, ROUNDED)):
-            forms[form] = form.file_bytes(context.shape(model, own[0]), context.outputs, context.images)
-    models = within_bytes(context.request, forms)
-    sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
+        for plain in (Recipe(model, size) for size in own):
+            for form in (plain, *map(plain.rounded, ROUNDED)):
+                forms[form] = form.file_bytes(context.shape(model, plain.image_size), context.outputs, context.images)
+    sizes = within_latency(context, within_bytes(context, forms), environment.time_export)
     first = next(iter(sizes))
     middle = sizes[first][(len(sizes[first]) - 1) // 2]  # steps at the largest would take the time of measuring alone
     costs = Costs(context, throughput_of(context, lora(first, middle, LEAST_STEPS), environment.measure))
@@ -226,13 +225,17 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
 
 
 def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:
-    """Return the sizes at which LoRA is trained, the most promising first; none if there is no time for it."""
+    """Return the sizes at which LoRA is trained, each model's best first; none if there is no time for it."""
     tell = folds.context.state.tell
-    fitting = (size for size in sorted(sizes, key=lambda size: -size.promise) if size.score is not None and size.steps)
-    promising = list(islice((size for size in fitting if _memory_fault(folds, size.probe) is None), _SIZES_TRAINED))
+    fitting = [size for size in sorted(sizes, key=lambda size: -size.promise) if size.score is not None and size.steps]
+    best = {size.model: size for size in reversed(fitting)}  # of each model
+    fitting.sort(key=lambda size: size is not best[size.model])
+    possible = (size for size in fitting if _memory_fault(folds, size.probe) is None)
+    promising = list(islice(possible, max(_SIZES_TRAINED, len(best))))
     if promising:
-        first, *second = (f"{size.image_size} px" for size in promising)
-        tell(f"  LoRA is trained at {first}{''.join(f', if there is time at {size}' for size in second)}")
+        of = "{0.model} at {0.image_size} px" if len(best) > 1 else "{0.image_size} px"
+        first, *more = map(of.format, promising)
+        tell(f"  LoRA is trained at {first}{''.join(f', if there is time at {size}' for size in more)}")
     else:
         tell(f"  no time to train: {LEAST_STEPS} steps on {FEWEST_FOLDS} folds do not fit; give more --minutes")
     return promising

@@ -21,7 +21,7 @@ from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.studies.image_sizes import Regression, on_new_images, sizes_to_try
 from peft_vit.tasks import expected_gain
 from peft_vit.tuning.context import TuningContext
-from peft_vit.tuning.costs import LONGEST, MOST_SEEN, Costs
+from peft_vit.tuning.costs import LONGEST, Costs
 from peft_vit.tuning.recipe import Recipe, shared_training
 
 NO_TIME = "no time for it"
@@ -87,7 +87,7 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
             else:
                 began, flips_known = clock(), "flips" in state.file.decided
                 try:
-                    state.once(name, partial(_value, context, probe, regress))
+                    state.once(name, partial(_value, costs, probe, regress))
                 except Exception as error:
                     if not is_out_of_memory(error) or not tried:
                         raise
@@ -111,40 +111,41 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
     return results
 
 
-def _value(context: TuningContext, probe: Recipe, regress: Regress) -> float:
-    studies, deviation = context.state.studies, context.scores.deviation
+def _value(costs: Costs, probe: Recipe, regress: Regress) -> float:
+    context, studies, deviation = costs.context, costs.context.state.studies, costs.context.scores.deviation
     if "flips" not in context.state.file.decided:
-        scores = {way: regress(_study(context, probe, way), studies, False).value / deviation for way in _WAYS}
+        scores = {way: regress(_study(costs, probe, way), studies, False).value / deviation for way in _WAYS}
         best = max(_WAYS, key=lambda way: (scores[way], -_WAYS.index(way)))
         context.state.once("flips", lambda: best)
         compared = ", ".join(f"{_FLIPPED[way]} {context.scores.text(score)}" for way, score in scores.items())
         context.state.tell(f"  training images {_FLIPPED[best]}: {compared} at {probe.image_size} px")
         return scores[best]
-    return regress(_study(context, probe, context.flips), studies, False).value / deviation
+    return regress(_study(costs, probe, context.flips), studies, False).value / deviation
 
 
-def _study(context: TuningContext, probe: Recipe, flips: Flips) -> dict[str, Any]:
+def _study(costs: Costs, probe: Recipe, flips: Flips) -> dict[str, Any]:
+    context, compared = costs.context, costs.compared_images(probe)
     training = shared_training(context.batch_size, flips, context.metric)
     experiment = {"name": "linear", "method": "linear", "training": training}
-    some = {"train_images": MOST_SEEN} if context.images > MOST_SEEN else {}
+    some = {"train_images": compared} if compared < context.images else {}
     seed = context.request.seed
     return context.study("sizes", probe.model, probe.image_size, [seed], [experiment], folds=None, **some)
 
 
-def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> Interval | None:
+def gain_of_labels(costs: Costs, probe: Recipe, regress: Regress) -> Interval | None:
     """Return by what share of its error twice as many labels lower a regression's; None: there are too few to tell."""
 
     def forecast() -> dict[str, Any] | None:
-        found = regress(_study(context, probe, context.flips), context.state.studies, True)
+        found = regress(_study(costs, probe, costs.context.flips), costs.context.state.studies, True)
         if found.brought_by_half is None:
             return None
-        scores = context.scores
+        scores = costs.context.scores
         of_half, of_all = (scores.best - own / scores.deviation for own in (found.brought_by_half, found.brought))
         weights = scores.image_weights(found.labels)
         return asdict(gain_of_twice(of_half, of_all, weights, share=1 - 1 / FOLDS, error=1.0))
 
     try:
-        kept = context.state.once(f"more labels {probe.place}", forecast)
+        kept = costs.context.state.once(f"more labels {probe.place}", forecast)
     except UserError:  # a class has one image in a half
         return None
     return None if kept is None else Interval(**kept)

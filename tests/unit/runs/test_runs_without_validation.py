@@ -17,7 +17,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import run_folder
 from peft_vit.report import build_report
 from peft_vit.runs import execute as run_module
-from peft_vit.runs import run_one
+from peft_vit.runs import head_init, run_one
 from peft_vit.runs.export import export_run_to_file
 from peft_vit.studies.plan import plan_study
 from peft_vit.tasks.classification import ACCURACY
@@ -114,6 +114,27 @@ def test_images_left_out_choose_the_penalty(unseen, tmp_path) -> None:
     assert probe.head_fit.chosen_l2 == lora.head_fit.chosen_l2
     assert probe.head_fit.l2 == (probe.head_fit.chosen_l2,)
     assert (probe.head_fit.validation, probe.evaluations, probe.chosen_step) == ((), [], 1)
+
+
+@pytest.mark.parametrize("different", [23, 1])
+def test_copies_are_left_out_together(unseen, tmp_path, monkeypatch, different) -> None:
+    """Unless a class would have no image to learn from."""
+    spec, loaded, seen = spec_of(unseen("lora", head_start="probe"), tmp_path), run_module.load_data, []
+
+    def with_copies(*arguments, **named):
+        data = loaded(*arguments, **named)
+        groups = np.arange(len(data.groups))
+        groups[data.train.positions] = groups[data.train.positions[0]] + np.arange(24) % different
+        return replace(data, groups=groups)
+
+    def listening(train, groups, *rest, **named):
+        seen.append(len(np.unique(groups)))
+        return held_out_fit(train, groups, *rest, **named)
+
+    monkeypatch.setattr(run_module, "load_data", with_copies)
+    monkeypatch.setattr(head_init, "held_out_fit", listening)
+    assert run_one(spec).record.error is None
+    assert seen == [23 if different == 23 else 24]
 
 
 def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:

@@ -667,3 +667,20 @@ def test_a_regression_of_another_size_takes_its_lead_from_what_training_brings()
     assert over(224, 56) == 0.0  # nothing makes up for that
     assert over(224, 224, 0) == 0.0
     assert over(224, 98) == usual  # no regression was made at that size
+
+
+@pytest.mark.parametrize(
+    ("images", "rarest", "fitting", "expected"),
+    [
+        (250, 8, 1e4, 250),  # all
+        (1200, 40, 1e4, 1200),
+        (9000, 900, 1e4, 1500),
+        (1200, 40, 452.6, 452),  # thirty classes in twenty minutes
+        (1200, 40, 20.0, 300),
+        (8000, 8, 1e4, 3000),  # three of eight in eight thousand
+        (500, 0, 1e4, 500),  # no class
+        (1000, float("inf"), 1e4, 1000),
+    ],
+)
+def test_sizes_are_compared_by_as_many_images_as_are_worth_their_time(images, rarest, fitting, expected) -> None:
+    assert image_sizes.images_to_compare(images, rarest, fitting) == expected
