@@ -18,6 +18,9 @@ from peft_vit.adapters import site_adapters
 
 NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"
 
+# On Intel's processors MKL adds in an order that follows where memory lies, so equal products differ in last bits;
+# it reads this at its first product, and no other library or processor does.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 torch.set_num_threads(1)  # every model here is too small for two; and the number of threads changes bits
 
 # No test holds a clock: an example may take as long as a busy machine needs.

@@ -106,7 +106,7 @@ def test_what_is_unlike_is_told_by_features_of_the_rounded_model(study, tmp_path
         return np.concatenate([opened.with_distances(batch.numpy())[1] for batch, _ in batches])
 
     assert opened.card.unlike.images == 24 + validated
-    assert distances(data.train).max() < 0.02  # each is its own neighbour, but for codes of eight bits
+    assert distances(data.train).max() < 0.03  # each is its own neighbour, but for codes of eight bits
     assert (distances(data.test.open()) > opened.card.unlike.threshold).mean() < 0.3
     assert opened.card.unlike.threshold != pytest.approx(run.card.unlike.threshold, rel=1e-3)
 
