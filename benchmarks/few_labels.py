@@ -16,8 +16,8 @@ is left, each different image once, and writes both as PNG into `train/` and `te
 `stamps` are the folders at the top of Debian's `tuxpaint-stamps-default` with 40 PNG or more (files named by their
 paths, with - for /); `emoji`, of npm's `emoji-datasource-google`, and draws 2 and 3 of `stamps` were made by a script
 that is not kept. Draws above 3 of `stamps` and `hour` of digits' draw 3 are of an Intel Xeon with AMX, all other rows
-of an AMD EPYC; PEFT's epochs take as long on both. There `train` had the 6 minutes of `--minutes`' default on its one
-thread, on the EPYC 10. A draw is passed over where a class has too few images for `tune`.
+of an AMD EPYC; PEFT's epochs take as long on both. On the Xeon `train` had 6 minutes, the default here, on the EPYC
+`--minutes 10`, on one thread each. A draw is passed over where a class has too few images for `tune`.
 
 It adds rows to `benchmarks/results/few_labels.csv`: accuracy (balanced, if classes are uneven in training), NLL and ECE
 of calibrated probabilities (ten bins of equal mass), test images that were called unlike the training images, bytes of

@@ -62,11 +62,6 @@ PASSES = (
 )
 
 
-def _in_use(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
-    """Return the sides without those that multiply 8-bit integers, where nothing chooses these."""
-    return {name: call for name, call in calls.items() if "int8" not in name or "amx_bf16" not in instruction_sets()}
-
-
 def steps(size: int) -> dict[str, Callable[[], Any]]:
     """Return one step of each side."""
     bf16 = bf16_support(sides.DEVICE).native
@@ -82,7 +77,7 @@ def steps(size: int) -> dict[str, Callable[[], Any]]:
     if bf16:
         calls["PEFT LoRA, bf16"] = sides.peft_lora(size, bf16=True).step
         calls["LoRA, bf16"] = sides.lora(size, bf16=True).step
-    return _in_use(calls)
+    return calls
 
 
 def passes(size: int, folder: Path) -> dict[str, Callable[[], Any]]:
@@ -101,13 +96,12 @@ def passes(size: int, folder: Path) -> dict[str, Callable[[], Any]]:
     packed = sides.qa_lora(size, bf16=False, type="nf4")
     (trainer,) = packed.hooks
     assert isinstance(trainer, QALoRATrainer)
-    calls = {
+    return {
         "features, fp32": sides.features(size),
         "features, int8": sides.features(size, integers=True),
         "ONNX, float32": exported("float32.onnx", adapted),
         "ONNX, nf4 small": exported("nf4.onnx", packed.model),
     }
-    return _in_use(calls)
 
 
 def too_slow(calls: dict[str, Callable[[], Any]], bounds: tuple[Bound, ...], rounds: int) -> list[Bound]:
@@ -128,13 +122,14 @@ def too_slow(calls: dict[str, Callable[[], Any]], bounds: tuple[Bound, ...], rou
 def main() -> int:
     options = parser(__doc__, rounds=5, image_size=112, threads=2).parse_args()
     torch.set_num_threads(options.threads)
-    size, missed = options.image_size, []
+    size, missed, amx = options.image_size, [], "amx_bf16" in instruction_sets()
     with tempfile.TemporaryDirectory() as folder:
-        for title, calls, bounds, times in (
+        for title, every, bounds, times in (
             ("Steps", steps(size), STEPS, 1),
             ("Forward passes", passes(size, Path(folder)), PASSES, 3),
         ):
             print(f"\n{title}, {size} px, median of {times * options.rounds}")
+            calls = {name: call for name, call in every.items() if not (amx and "int8" in name)}
             again = too_slow(calls, bounds, times * options.rounds)
             if again:
                 print("  once more, twice as long:")
