@@ -13,7 +13,9 @@ from peft_vit.adapters.adapted_model import (
     save_memory,
     site_adapters,
     update_ranks,
+    use_float_products,
     use_integer_products,
+    with_float_products,
     without_updates,
 )
 from peft_vit.adapters.adapted_product import remember_sources

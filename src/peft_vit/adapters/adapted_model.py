@@ -7,7 +7,8 @@ import mmap
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Self, TypeAlias
+from dataclasses import replace
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,11 @@ from peft_vit.adapters.peft_layers import (
     sites_of_layers,
     tuner_layers,
 )
+from peft_vit.adapters.products import product_here
 from peft_vit.backbones import Backbone, Site
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor, quantize, relative_error
-from peft_vit.quantization.integers import IntegerWeight, bits_of_weights, check_integers
+from peft_vit.quantization.integers import IntegerWeight, Product, exact_products
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
 
@@ -54,7 +56,7 @@ class AdaptedLinear(nn.Module):
         self.sites = nn.ModuleDict()  # adapters, by the kind of their site
         self._sites: dict[str, Site] = {}  # likewise
         self.ablated: frozenset[str] = frozenset()  # names of sites whose updates `without_updates` skips for now
-        self.multiplies_integers = False
+        self.product: Product | None = None  # of integers, in which the frozen weight is multiplied; None: in float
         self.unpacks_by_pieces = False
         self._integers: tuple[tuple[Any, ...], IntegerWeight] | None = None  # what they were made from, and they
 
@@ -90,15 +92,16 @@ class AdaptedLinear(nn.Module):
     @property
     def _in_use(self) -> tuple[Any, ...]:
         version = None if self.weight is None else (self.weight.data_ptr(), self.weight._version)
-        return version, self.quantized, self.quantized_share
+        return version, self.quantized, self.quantized_share, self.product
 
     def integer_weight(self) -> IntegerWeight:
         """Return the weight in use in 8-bit integers; they are kept until it changes."""
         if self._integers is None or self._integers[0] != self._in_use:
+            assert self.product is not None
             if self.quantized is not None and (self.weight is None or self.quantized_share == 1):
-                integers = IntegerWeight.from_quantized(self.quantized)
+                integers = IntegerWeight.from_quantized(self.quantized, self.product)
             else:
-                integers = IntegerWeight.from_float(self.frozen_weight())
+                integers = IntegerWeight.from_float(self.frozen_weight(), self.product)
             self._integers = (self._in_use, integers)
         return self._integers[1]
 
@@ -137,7 +140,7 @@ class AdaptedLinear(nn.Module):
         if self.unpacks_by_pieces and self.weight is None and not updates and not torch.is_grad_enabled():
             assert self.quantized is not None
             return product_by_pieces(x, self.quantized, self.bias)  # (..., out)
-        if self.multiplies_integers:
+        if self.product is not None:
             return integer_product(x, self.integer_weight(), self.bias, updates, pool=self.pool)  # (..., out)
         return adapted_product(x, self._frozen, self.bias, updates, pool=self.pool)  # (..., out)
 
@@ -161,7 +164,7 @@ def save_memory(model: nn.Module) -> None:
             model.set_submodule(name, InPlace(module))
 
 
-def use_integer_products(model: nn.Module) -> Literal[7, 8]:
+def use_integer_products(model: nn.Module, product: Product | None = None) -> Product:
     """Let all frozen linear layers of a model's blocks multiply 8-bit integers from here on, see `integer_product`.
 
     On a CPU their float weights move into a temporary file that is mapped into memory. They take none until they are
@@ -169,15 +172,16 @@ def use_integer_products(model: nn.Module) -> Literal[7, 8]:
 
     Args:
         model: whose methods have put their adapters on, changed in place.
+        product: see `products.Choice`; None: the fastest exact one on this machine.
 
     Returns:
-        The bits of weights, as few as those of the layer with the fewest.
+        The product; with fewer bits if those of a layer are not exact.
 
     Raises:
         UserError: if the device has no integer products, or a layer is trained or somebody else's.
     """
     device = next(model.parameters()).device
-    check_integers(device)
+    product = product_here(device) if product is None else product
     layers: list[AdaptedLinear] = []
     for name in dict.fromkeys(site.module for site in Backbone.within(model).sites):
         layer = model.get_submodule(name)
@@ -189,11 +193,34 @@ def use_integer_products(model: nn.Module) -> Literal[7, 8]:
             raise UserError(
                 f"int8 multiplies frozen linear layers, and {name} {reason}; use float", field="training.compute"
             )
-        layer.multiplies_integers = True
         layers.append(layer)
+    for inputs in {layer.in_features for layer in layers}:
+        if product not in exact_products(inputs, device.type):
+            product = replace(product, bits=7)
+    for layer in layers:
+        layer.product = product
     if device.type == "cpu":
         _keep_in_file([layer for layer in layers if layer.weight is not None])
-    return min(bits_of_weights(layer.in_features, device) for layer in layers)
+    return product
+
+
+def use_float_products(model: nn.Module) -> None:
+    """Let a model multiply in float again, as the one does that is delivered; its integers are gone."""
+    for _, layer in adapted_modules(model):
+        layer.product = layer._integers = None
+
+
+@contextmanager
+def with_float_products(model: nn.Module) -> Iterator[None]:
+    """Let a model multiply in float, and afterwards as before."""
+    products = [(layer, layer.product) for _, layer in adapted_modules(model)]
+    try:
+        for layer, _ in products:
+            layer.product = None
+        yield
+    finally:
+        for layer, product in products:
+            layer.product = product
 
 
 def _keep_in_file(layers: Sequence[AdaptedLinear]) -> None:

@@ -13,7 +13,6 @@ All that goes over (N, out) or (N, in) is done a few rows at a time, which stay 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,9 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from peft_vit.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
-from peft_vit.quantization.integers import LARGEST, IntegerWeight, int8_product, largest_code, quantize_rows
+from peft_vit.quantization.integers import IntegerWeight, quantize_rows, reused_memory
 
-_MEMORY = threading.local()
 _VALUES_AT_ONCE = 3 << 17  # of a product: 1.6 MB in float32
 
 
@@ -93,16 +91,14 @@ class _IntegerProduct(torch.autograd.Function):
         outputs = torch.empty(*x.shape[:-1], len(weight.codes), dtype=dtype, device=x.device)  # (..., out)
         y = outputs.view(len(rows), len(weight.codes))  # (N, out), of the same memory
         for part in _parts(rows, y.shape[1]):
-            shape = y[part].shape
-            sums = _memory("sums", shape, torch.int32, x.device)
-            int8_product(codes[part], weight.codes.T, sums)
-            product = _floats("product", y[part]).copy_(sums).mul_(scales[part])  # (n, out)
+            product = weight.multiply(codes[part])  # (n, out)
+            sums = y[part] if dtype == torch.float32 else product
             if bias is None:
-                product.mul_(weight.scales)
+                torch.mul(product, scales[part], out=sums)
             else:
-                torch.addcmul(bias, product, weight.scales, out=product)
-            if product.dtype != dtype:
-                y[part] = product
+                torch.addcmul(bias, product, scales[part], out=sums)
+            if dtype != torch.float32:
+                y[part] = sums
             if inner is not None and left is not None:
                 y[part].addmm_(inner[:, part].T, left)  # (n, R) @ (R, out)
         kept = codes if factors and function is None else None
@@ -137,17 +133,16 @@ class _IntegerProduct(torch.autograd.Function):
             to_x = torch.empty(len(gradient), ctx.shape[-1], dtype=ctx.dtype, device=device)  # (N, in)
             if outer is not None:
                 outer, right = outer.to(ctx.dtype), right.to(ctx.dtype)
-            by_input = _by_input(weight.codes)
             for part in _parts(gradient, max(gradient.shape[1], to_x.shape[1])):
                 shape = gradient[part].shape  # (n, out)
-                scaled = _memory("values", shape, torch.float32, device)
+                scaled = reused_memory("values", shape, torch.float32, device)
                 torch.mul(_in_float("values", gradient[part]), weight.scales, out=scaled)
-                of_gradient, of_rows = quantize_rows(scaled, _memory("codes", shape, torch.int8, device), scaled)
-                sums = _memory("sums", to_x[part].shape, torch.int32, device)
-                int8_product(of_gradient, by_input, sums)  # (n, in)
-                product = _floats("product", to_x[part]).copy_(sums).mul_(of_rows)
-                if product.dtype != to_x.dtype:
-                    to_x[part] = product
+                of_gradient, of_rows = quantize_rows(scaled, reused_memory("codes", shape, torch.int8, device), scaled)
+                product = weight.multiply_back(of_gradient)  # (n, in)
+                if to_x.dtype == torch.float32:
+                    torch.mul(product, of_rows, out=to_x[part])
+                else:
+                    to_x[part] = product.mul_(of_rows)
                 if outer is not None:
                     to_x[part].addmm_(outer[:, part].T, right)  # (n, R) @ (R, in)
             to_x = to_x.view(ctx.shape)
@@ -175,7 +170,7 @@ def _rounded(
     scales = torch.empty(len(rows), 1, device=rows.device)
     for part in _parts(rows, rows.shape[1]):
         x = rows[part] if function is None else function(rows[part])
-        values = _memory("values", x.shape, torch.float32, x.device)
+        values = reused_memory("values", x.shape, torch.float32, x.device)
         _, scales[part] = quantize_rows(_in_float("values", x), codes[part], values)
         if take is not None and dtype == torch.float32:
             take(part, values)
@@ -190,13 +185,6 @@ def _multiplied(right: Tensor, inner: Tensor, part: slice, codes: Tensor) -> Non
 
 def _added(outer: Tensor, to_right: Tensor, part: slice, codes: Tensor) -> None:
     to_right += outer[:, part] @ codes.to(outer.dtype)  # (R, n) @ (n, in)
-
-
-def _by_input(codes: Tensor) -> Tensor:
-    """Return codes (out, in), which AVX2 alone multiplies a fifth faster if those of an input lie side by side."""
-    if codes.device.type != "cpu" or largest_code(codes.shape[1], "cpu") == LARGEST:
-        return codes
-    return _memory("codes by input", codes.T.shape, torch.int8, codes.device).copy_(codes.T).T
 
 
 def _joined(
@@ -215,23 +203,8 @@ def _joined(
     return left, right
 
 
-def _memory(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of this thread that is used again and again, and so is in the processor's cache already."""
-    kept: dict[str, Tensor] = vars(_MEMORY)
-    key = f"{name} {dtype} {device}"
-    if key not in kept or kept[key].numel() < shape.numel():
-        with torch.inference_mode(False):  # or it could be used in that mode alone
-            kept[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
-    return kept[key][: shape.numel()].view(shape)
-
-
-def _floats(name: str, x: Tensor) -> Tensor:
-    """Return memory of this shape in float32: the tensor itself where it is that."""
-    return x if x.dtype == torch.float32 else _memory(name, x.shape, torch.float32, x.device)
-
-
 def _in_float(name: str, x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float32 else _floats(name, x).copy_(x)
+    return x if x.dtype == torch.float32 else reused_memory(name, x.shape, torch.float32, x.device).copy_(x)
 
 
 def _parts(x: Tensor, width: int) -> Iterator[slice]:

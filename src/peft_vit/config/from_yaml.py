@@ -223,6 +223,7 @@ def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, 
         if {"epochs", "steps"} & training.keys():  # a length of one's own replaces the study's, however either is said
             taken = {key: value for key, value in taken.items() if key not in ("epochs", "steps")}
         taken |= training
+        taken.setdefault("compute", "auto")
         for key in taken if place in probes else ():
             if key in TrainingConfig.model_fields and key not in PROBE_READS:
                 path: KeyPath = ("experiments", place, "training", key)

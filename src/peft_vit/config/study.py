@@ -219,7 +219,9 @@ class DataConfig(Settings):
 
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.
-PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights", "compute", "metric", "probe_l2"})
+PROBE_READS = frozenset(
+    {"augmentation", "batch_size", "class_weights", "compute", "integer_bits", "metric", "probe_l2"}
+)
 NO_EFFECT_ON_PROBES = "has no effect on a linear probe, which is fitted to each image and its flips; remove it"
 S = TypeVar("S", bound=Frozen)
 

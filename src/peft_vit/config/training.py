@@ -198,10 +198,16 @@ class TrainingConfig(Settings):
         ge=1,
         description="Pass this many images of a batch through the model at a time; a step adds up their gradients",
     )
-    compute: Compute = Field(
-        default="float",
+    compute: ComputeSetting = Field(
+        default="float",  # of records; in a file it is auto
         description="How frozen layers multiply, forward and backward. float: in the study's precision. int8: in "
-        "8-bit integers, with a scale for each output of a weight and for each row of inputs",
+        "8-bit integers, with a scale for each output of a weight and for each row of inputs. auto, which a file "
+        "has without it: int8 where that is faster, measured when the study begins",
+    )
+    integer_bits: Annotated[Literal[7, 8] | None, OnlyWith(compute=("int8", "auto"))] = Field(
+        default=None,
+        description="The bits of weights in 8-bit integers. 7 are exact on every processor, 8 on some. Without it, as "
+        "many as are exact where the study begins",
     )
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
@@ -314,6 +320,12 @@ class TrainingConfig(Settings):
         if self.schedule == "warmup_stable_decay" and (self.warmup_share or 0) > 0.8:
             raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
         return self
+
+    @property
+    def decided_compute(self) -> Compute:
+        """Return how frozen layers multiply, which a plan has decided."""
+        assert self.compute != "auto"
+        return self.compute
 
     @property
     def images_at_once(self) -> int:

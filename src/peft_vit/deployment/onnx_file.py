@@ -59,7 +59,7 @@ from peft_vit.deployment.torch_files import check_merged
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
-from peft_vit.quantization.integers import LARGEST, LARGEST_OF_7_BITS, IntegerWeight
+from peft_vit.quantization.integers import IN_FILES, LARGEST, IntegerWeight
 from peft_vit.quantization.packing import field_bits
 from peft_vit.statistics import Neighbours
 
@@ -202,9 +202,9 @@ class Int8Linear(nn.Module):
         packed = layer.quantized if isinstance(layer, AdaptedLinear) else None
         if packed is None:
             assert layer.weight is not None
-            integers = IntegerWeight.from_float(layer.weight, LARGEST_OF_7_BITS)
+            integers = IntegerWeight.from_float(layer.weight, IN_FILES)
         else:
-            integers = IntegerWeight.from_quantized(packed, LARGEST_OF_7_BITS)
+            integers = IntegerWeight.from_quantized(packed, IN_FILES)
         self.expanded = None if packed is None else ExpandedWeight(packed)
         self.codes = nn.Buffer(integers.codes.T.contiguous()) if packed is None else None  # (in, out)
         self.scales = nn.Buffer(integers.scales)  # (out,)

@@ -31,6 +31,7 @@ from peft_vit.adapters import (
     merge_into_offsets,
     merged_state_dict,
     packed_weights,
+    use_float_products,
 )
 from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.adapters.peft_format import BASE_FILE, import_peft
@@ -80,8 +81,7 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     if not layers:
         return Merged(with_float_weights(model, card), "float", {})
     merged = copy.deepcopy(model)
-    for _, module in adapted_modules(merged):
-        module.multiplies_integers = False  # files say how they are computed with
+    use_float_products(merged)  # files say how they are computed with
     if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
         return Merged(merged, "codes", merge_by_requantizing(merged))
     return Merged(merged, "offsets", merge_into_offsets(merged))

@@ -18,8 +18,9 @@ from peft_vit.config import Compute, ComputeSetting, ExperimentConfig, Precision
 from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration_run import Costs, known_costs
 from peft_vit.methods import METHODS
-from peft_vit.quantization.integers import IntegerWeight, check_integers, has_integer_products
+from peft_vit.quantization.integers import IntegerWeight
 from peft_vit.records import RunRecord, RunSpec
+from peft_vit.runs import products
 from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.training import FLIP_AXES
 
@@ -28,7 +29,6 @@ TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix prod
 START_S = 6.0  # loading weights and images
 PROCESS_S = 10.0  # until a worker process is ready
 PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
-_LEAST_GAIN = 1.1  # of products in int8 over those in float, for `auto` to take them
 _PRODUCTS_S = 0.2  # for which products are timed, about; three are in any case
 # Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
 VALUES_KEPT = 34 / 16
@@ -159,7 +159,9 @@ def product_rate(
     (tokens, inputs, outputs), _ = work.most_common(1)[0]
     x = torch.ones(32 * tokens, inputs, dtype=dtype, device=device)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
-    integers = IntegerWeight.from_float(weight) if compute == "int8" else None
+    integers = None
+    if compute == "int8":
+        integers = IntegerWeight.from_float(weight, products.choose_product(device, precision).usable(device))
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
@@ -175,19 +177,19 @@ def product_rate(
 def product_rates(
     asked: ComputeSetting, shape: BackboneShape, device: torch.device, precision: Precision, threads: int
 ) -> dict[Compute, float]:
-    """Return multiply-adds per second of each way to compute that was asked for, the fastest first, see `product_rate`.
+    """Return multiply-adds per second of the way to compute that was asked for, see `product_rate`.
+
+    For auto that is the one that `choose_product` has found to be faster; float's comes second where that is int8.
 
     Raises:
-        UserError: if int8 was asked for, and the device has no such products.
+        UserError: if int8 was asked for, and the device has no such product, or a slow one.
     """
-    if asked == "int8":
-        check_integers(device, "--compute")
     ways: list[Compute] = ["float"] if asked == "auto" else [asked]
-    if asked == "auto" and has_integer_products(device):
-        ways.append("int8")
-    rates = {way: product_rate(shape, device, precision, threads, way) for way in ways}
-    least = {"float": 1.0, "int8": _LEAST_GAIN}
-    return dict(sorted(rates.items(), key=lambda item: item[1] / least[item[0]], reverse=True))
+    if asked == "int8":
+        products.choose_product(device, precision).usable(device, "--compute")
+    elif asked == "auto" and products.choose_product(device, precision).is_faster:
+        ways = ["int8", "float"]
+    return {way: product_rate(shape, device, precision, threads, way) for way in ways}
 
 
 # --- what the runs of a study will take -------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ def estimate_runs(
         }
         measured = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: measured.get(run.spec.experiment.name) for kind, run in unknown.items()}
-    computes = {run.spec.experiment.training.compute for run in runs if costs[run.kind_sha256] is None}
+    computes = {run.spec.experiment.training.decided_compute for run in runs if costs[run.kind_sha256] is None}
     estimated = {compute: Throughput.estimated(workload.product_rate(compute)) for compute in computes}
     estimates = []
     for run in runs:
@@ -317,7 +319,7 @@ def _estimate(
         pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
         peak_bytes = costs.peak_memory_bytes + max(0, pixels)
     else:
-        throughput, peak_bytes = estimated[experiment.training.compute], estimated_bytes(run.spec, workload)
+        throughput, peak_bytes = estimated[experiment.training.decided_compute], estimated_bytes(run.spec, workload)
         if experiment.is_probe:  # each image once, in every way in which training shows it
             ways = len(FLIP_AXES[experiment.training.flips])
             steps, images = 0, ways * workload.train + workload.validation + workload.test

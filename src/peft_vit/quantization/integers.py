@@ -9,27 +9,54 @@ gradient is taken by the same codes: (g W)[n, i] = sum_o (g[n, o] s[o]) c[o, i],
 is that of the weights that the forward pass has, and there is one copy of them.
 
 Trap: a CPU without VNNI instructions adds pairs of products u8 * s8 in 16 bits, which saturates (oneDNN developer
-guide, "Nuances of int8 computations"): with activations shifted to 0..255, pairs are exact while |c| <= 64. So each
-process looks once whether the largest values come out right, and weights take 7 bits where they do not.
+guide, "Nuances of int8 computations"): with activations shifted to 0..255, pairs are exact while |c| <= 64. Two calls
+of PyTorch multiply, and which one is exact and fast differs by processor, see `adapters.products`:
+
+    int_mm    torch._int_mm; without VNNI in AVX-512 a nested loop, exact and a hundred times slower than float32
+              (pytorch/pytorch#136942)
+    qlinear   oneDNN's linear layer, on weights that are packed once for each direction and inputs as q + 128 with zero
+              point 128; it multiplies by the weights' scales, too
+
+Their results are equal to the last bit.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from peft_vit.errors import UserError
 from peft_vit.quantization.tensor import QuantizedTensor
 
 LARGEST = 127  # of a code of activations, and of a weight's where products are exact
 LARGEST_OF_7_BITS = 64  # of a weight's code that no processor's pairs of products are too large with
+ProductName = Literal["int_mm", "qlinear"]
+Bits = Literal[7, 8]
+_ZERO = 128  # of inputs in qlinear, which takes them from 0 to 255
 _WHOLE = 1e-6  # of a number that counts as whole, so that nothing but float rounding is lost
 _ROWS = 32  # of the check; kernels differ by the number of rows, and few take the plainest one
+_MEMORY = threading.local()
+
+
+@dataclass(frozen=True)
+class Product:
+    """A way to multiply integers, exact with weights of so many bits."""
+
+    name: ProductName
+    bits: Bits
+
+    @property
+    def largest(self) -> int:
+        """Return the largest code of weights."""
+        return LARGEST if self.bits == 8 else LARGEST_OF_7_BITS
+
+
+IN_FILES = Product("int_mm", 7)  # whatever computes them later is exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,41 +66,41 @@ class IntegerWeight:
     Attributes:
         codes: (out, in) int8.
         scales: (out,) float32.
+        product: that multiplies them.
     """
 
     codes: Tensor
     scales: Tensor
+    product: ProductName = "int_mm"
 
     @classmethod
-    def from_float(cls, weight: Tensor, largest: int | None = None) -> IntegerWeight:
-        """Round float weights (out, in) to the nearest codes.
-
-        Args:
-            weight: of a layer.
-            largest: code; None: the largest that this machine multiplies exactly.
-        """
-        largest = largest or largest_code(weight.shape[1], weight.device.type)
+    def from_float(cls, weight: Tensor, product: Product) -> Self:
+        """Round float weights (out, in) to the nearest codes that a product takes."""
+        largest = product.largest
         scales = (weight.detach().abs().amax(1).float() / largest).clamp_min_(torch.finfo(torch.float32).tiny)  # (out,)
         codes = (weight.detach() / scales.unsqueeze(1)).round_().clamp_(-largest, largest).to(torch.int8)  # (out, in)
-        return cls(codes, scales)
+        return cls(codes, scales, product.name)
 
     @classmethod
-    def from_quantized(cls, quantized: QuantizedTensor, largest: int | None = None) -> IntegerWeight:
+    def from_quantized(cls, quantized: QuantizedTensor, product: Product) -> Self:
         """Return a packed weight as it is, where each group's scale is a whole number of times its row's smallest one.
 
         So it is of integers with one scale a row, and of groups like QServe's (arXiv 2405.04532, sec. 4.1). Others are
-        rounded to the nearest codes; `largest` is as in `from_float`.
+        rounded as in `from_float`.
         """
         weight = quantized.dequantize()
-        largest = largest or largest_code(weight.shape[1], weight.device.type)
         scales = quantized.scales.float()  # (out, groups)
         unit = scales.masked_fill(scales == 0, math.inf).amin(1)  # (out,); infinite where a row is constant
         codes = weight / unit.unsqueeze(1)  # (out, in)
         whole = codes.round()
         near = bool(((codes - whole).abs() <= _WHOLE * whole.abs()).all())
-        if near and whole.abs().max() <= largest and unit.isfinite().all():
-            return cls(whole.to(torch.int8), unit)
-        return cls.from_float(weight, largest)
+        if near and whole.abs().max() <= product.largest and unit.isfinite().all():
+            return cls(whole.to(torch.int8), unit, product.name)
+        return cls.from_float(weight, product)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the same: nothing of it changes, and packed weights can't be copied."""
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +110,70 @@ class IntegerWeight:
     def dequantize(self) -> Tensor:
         """Return the weights that products are made with, (out, in) float32."""
         return self.codes * self.scales.unsqueeze(1)
+
+    def multiply(self, codes: Tensor) -> Tensor:
+        """Return what inputs' codes (N, in) come to before their own scales, (N, out) float32.
+
+        It may be in memory that this thread's next product takes.
+        """
+        if self.product == "qlinear":
+            return _qlinear(codes, self._packed, self.scales, self._no_zeros[0])
+        return _floats(codes, self.codes.T).mul_(self.scales)
+
+    def multiply_back(self, codes: Tensor) -> Tensor:
+        """Return what codes (N, out) of gradients, which hold the weights' scales, come to, (N, in); likewise."""
+        if self.product == "qlinear":
+            return _qlinear(codes, self._turned, self._ones, self._no_zeros[1])
+        return _floats(codes, self.codes)
+
+    @functools.cached_property
+    def _packed(self) -> Tensor:
+        return _prepack(self.codes)
+
+    @functools.cached_property
+    def _turned(self) -> Tensor:
+        return _prepack(self.codes.T.contiguous())
+
+    @functools.cached_property
+    def _ones(self) -> Tensor:
+        return torch.ones(self.codes.shape[1])
+
+    @functools.cached_property
+    def _no_zeros(self) -> tuple[Tensor, Tensor]:
+        outputs, inputs = self.codes.shape
+        return torch.zeros(outputs, dtype=torch.int32), torch.zeros(inputs, dtype=torch.int32)
+
+
+def _prepack(codes: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # or it could be used in that mode alone
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
+    return packed
+
+
+def _qlinear(codes: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    shifted = reused_memory("shifted", codes.shape, torch.uint8, codes.device)
+    torch.bitwise_xor(codes.view(torch.uint8), _ZERO, out=shifted)  # q + 128
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(
+        shifted, 1.0, _ZERO, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product
+
+
+def _floats(codes: Tensor, weight: Tensor) -> Tensor:
+    """Return codes (N, K) @ weight (K, M), added up in integers, as float32."""
+    shape = torch.Size((len(codes), weight.shape[1]))
+    sums = int8_product(codes, weight, reused_memory("sums", shape, torch.int32, codes.device))
+    return reused_memory("product", shape, torch.float32, codes.device).copy_(sums)
+
+
+def reused_memory(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory of this thread that is used again and again, and so is in the processor's cache already."""
+    kept: dict[str, Tensor] = vars(_MEMORY)
+    key = f"{name} {dtype} {device}"
+    if key not in kept or kept[key].numel() < shape.numel():
+        with torch.inference_mode(False):  # or it could be used in that mode alone
+            kept[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
+    return kept[key][: shape.numel()].view(shape)
 
 
 def quantize_rows(x: Tensor, codes: Tensor | None = None, scaled: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -114,26 +205,25 @@ def int8_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return out.copy_(padded[: len(left), : right.shape[1]])
 
 
-def has_integer_products(device: torch.device | str) -> bool:
-    """Return whether a device multiplies 8-bit integers at all."""
-    kind = torch.device(device).type
-    return kind in ("cpu", "cuda") and _works(kind)
+def exact_products(inputs: int, device: str, bits: Bits | None = None) -> list[Product]:
+    """Return the products that are exact with so many inputs on a kind of device, those of more bits first.
 
-
-def check_integers(device: torch.device, field: str = "training.compute") -> None:
-    """Refuse a device that multiplies no 8-bit integers (UserError)."""
-    if not has_integer_products(device):
-        raise UserError(f"{device.type} multiplies no 8-bit integers; use float", field=field)
-
-
-def bits_of_weights(inputs: int, device: torch.device | str) -> Literal[7, 8]:
-    """Return the bits that weights with so many inputs have in products on a device."""
-    return 8 if largest_code(inputs, torch.device(device).type) == LARGEST else 7
+    Args:
+        inputs: of a weight.
+        device: cpu, cuda, ...
+        bits: of weights; None: of each product the most.
+    """
+    names: tuple[ProductName, ...] = ("int_mm", "qlinear") if device == "cpu" else ("int_mm",)
+    largest = {name: largest_code(name, inputs, device) for name in names}
+    most = [Product(name, 8 if largest[name] == LARGEST else 7) for name in names if largest[name]]
+    if bits is not None:
+        most = [Product(product.name, bits) for product in most if bits <= product.bits]
+    return sorted(most, key=lambda product: -product.bits)
 
 
 @functools.cache
-def largest_code(inputs: int, device: str) -> int:
-    """Return the largest code of weights whose products with so many inputs are exact on a kind of device.
+def largest_code(name: ProductName, inputs: int, device: str) -> int:
+    """Return the largest code of weights whose products with so many inputs are exact on a kind of device; 0: none.
 
     The largest values are multiplied once a process, in all signs, and compared with integers of 64 bits.
     """
@@ -141,19 +231,17 @@ def largest_code(inputs: int, device: str) -> int:
     signs[1::4] = -1
     signs[2::4, ::2] = -1
     signs[3::4, ::3] = -1
-    x, weight = signs * LARGEST, signs.flip(1).contiguous() * LARGEST  # (32, in)
-    exact = x.long() @ weight.long().T  # (32, 32)
-    return LARGEST if torch.equal(_product(x, weight.T, device), exact) else LARGEST_OF_7_BITS
+    for largest in (LARGEST, LARGEST_OF_7_BITS):
+        x, weight = signs * LARGEST, signs.flip(1).contiguous() * largest  # (32, in)
+        try:
+            product = _product(name, x, weight, device)
+        except (RuntimeError, NotImplementedError, AttributeError):  # a device or a build of PyTorch without it
+            return 0
+        if torch.equal(product, (x.long() @ weight.long().T).float()):
+            return largest
+    return 0
 
 
-def _product(x: Tensor, weight: Tensor, device: str) -> Tensor:
-    return torch._int_mm(x.to(device), weight.to(device)).cpu().long()
-
-
-@functools.cache
-def _works(device: str) -> bool:
-    try:
-        ones = torch.ones(_ROWS, _ROWS, dtype=torch.int8)
-        return bool((_product(ones, ones.T, device) == _ROWS).all())
-    except (RuntimeError, NotImplementedError):
-        return False
+def _product(name: ProductName, x: Tensor, weight: Tensor, device: str) -> Tensor:
+    scales = torch.ones(len(weight), device=device)
+    return IntegerWeight(weight.to(device), scales, name).multiply(x.to(device)).cpu().clone()

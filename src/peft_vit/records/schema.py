@@ -91,6 +91,7 @@ _LATER_OF_EXPERIMENT = {
         "layer_decay",
         "micro_batch_size",
         "compute",
+        "integer_bits",
         "activation_checkpointing",
         "recomputed_blocks",
         "memory_limit",
@@ -123,6 +124,11 @@ class RunSpec(_Value):
     def task(self) -> TaskName:
         """Return what is learned; a plan has written down what it found."""
         return self.data.task or USUAL_TASK
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Return whether frozen layers multiply 8-bit integers in training."""
+        return self.experiment.training.compute == "int8"
 
     @property
     def name(self) -> str:
@@ -554,6 +560,9 @@ class Provenance(_Value):
     start_sha256: str | None = None  # of the PEFT adapter that training went on from
     weights_licence: str | None = None  # None in older records
     integer_bits: Literal[7, 8] | None = None  # of weights with `compute: int8`; 7 where products of 8 are not exact
+    # What multiplied them. Then training alone does so, and what is measured is measured in float; None in older
+    # records, whose measures are those of the forward pass in integers.
+    product: Literal["int_mm", "qlinear"] | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class RunRecord(_Value):
@@ -614,6 +623,14 @@ class RunRecord(_Value):
     registration: Registration | None = None  # as of version 0.2.0; None in older and newer records
     adapter_sha256: str | None = None
     optimizer_sha256: str | None = None  # of its state after the last step; None in older records
+
+    @property
+    def is_measured_in_integers(self) -> bool:
+        """Return whether test and validation went through products of integers, as they did in older records.
+
+        What is delivered computes in float.
+        """
+        return self.spec.multiplies_integers and self.provenance is not None and self.provenance.product is None
 
     @field_validator("steps", "evaluations", "rank_history", "importance_history", "bits_history")
     @classmethod

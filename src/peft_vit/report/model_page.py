@@ -348,7 +348,9 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "Seed", str(spec.seed)
     shown = ("peft-vit", "torch", "timm", "transformers")
     yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)
-    integers = ", frozen layers in int8" if training.compute == "int8" else ""
+    integers = ""
+    if spec.multiplies_integers:
+        integers = ", int8 forward pass" if record.is_measured_in_integers else ", frozen layers trained in int8"
     yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}{integers}"
 
 

@@ -13,14 +13,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks, use_integer_products
+from peft_vit.adapters import (
+    adapted_sites,
+    adapter_bytes,
+    packed_weights,
+    update_ranks,
+    use_float_products,
+    use_integer_products,
+    with_float_products,
+)
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
@@ -48,6 +56,7 @@ from peft_vit.evaluation import (
 )
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.methods.quantized import keeps_codes, packed_at_once
+from peft_vit.quantization.integers import Product
 from peft_vit.records import (
     BitAllocation,
     ByteCounts,
@@ -60,6 +69,7 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
+from peft_vit.runs import products
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.held_out import Outputs, calibration_of, known_images
 from peft_vit.runs.machine import (
@@ -228,10 +238,11 @@ class Loaded:
     def made_ready(self) -> Provenance:
         """Let the model, which its method has prepared, multiply as was asked for; return what the run is made of."""
         model = self.backbone.model.to(self.device)  # what is packed comes packed
-        integers = self.spec.experiment.training.compute == "int8"
-        return provenance_of(
-            self.spec, self.data, self.backbone, self.device, use_integer_products(model) if integers else None
-        )
+        training, product = self.spec.experiment.training, None
+        if training.compute == "int8":
+            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
+            product = use_integer_products(model, choice.usable(self.device))
+        return provenance_of(self.spec, self.data, self.backbone, self.device, product)
 
     def float_weights(self) -> dict[str, Tensor]:
         """Load the weights again, as they were."""
@@ -357,19 +368,26 @@ def _train_and_test(
     """Return what training saw, what the record holds of the test split, read this once, and the features file.
 
     With a probe to start from that is before training, while its features are there; training can't reach the images.
+    Where frozen layers multiply integers, training does so alone, with the validation that chooses a step. All that is
+    told, calibrated or kept is measured on the model that is delivered, which multiplies in float.
     """
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
     head, temperature, probed = Backbone(model).head, 1.0, None
     images: LabelledImages | None = None
-    assert attempt.known.provenance is not None
-    features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime, data.task)
+    provenance = attempt.known.provenance
+    assert provenance is not None
+    features = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
+    in_float = features
+    if spec.multiplies_integers:
+        provenance = provenance.model_copy(update={"integer_bits": None})
+        in_float = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
         probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
         if not is_probe:
             images = data.test.open()
-            with attempt.overhead.of("features"):
-                values = features.of(images).values
+            with attempt.overhead.of("features"), with_float_products(model):
+                values = in_float.of(images).values
             logits = head_logits(head, values, runtime)
             attempt.known.probe_test = ProbeTest(
                 metrics=data.task.measure(logits, images.labels, meaning),
@@ -411,9 +429,12 @@ def _train_and_test(
         else:
             found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
         if is_probe:  # its logits are of the features that it was fitted to
-            return found._replace(logits=head_logits(head, features.of(of).values, runtime))
+            return found._replace(logits=head_logits(head, in_float.of(of).values, runtime))
         return found
 
+    if spec.multiplies_integers:
+        attempt.update()  # of the memory that training took
+        use_float_products(model)
     images = images or data.test.open()
     test = outputs(images)
     with attempt.overhead.of("calibration"):
@@ -429,7 +450,7 @@ def _train_and_test(
 
 
 def provenance_of(
-    spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, integer_bits: Literal[7, 8] | None
+    spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, product: Product | None
 ) -> Provenance:
     """Return what a run is made of, and what carries it out."""
     commit, dirty = loaded_git_state()
@@ -456,7 +477,8 @@ def provenance_of(
         head_init_sha256=hash_arrays(backbone.backbone.head.parameters()),
         data_order_sha256=hash_arrays(data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1)),
         start_sha256=None if start is None else peft_sha256(Path(start)),
-        integer_bits=integer_bits,
+        integer_bits=None if product is None else product.bits,
+        product=None if product is None else product.name,
     )
 
 

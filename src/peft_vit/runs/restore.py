@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file, use_integer_products
+from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file
 from peft_vit.adapters.peft_format import attach_fused
 from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
@@ -33,7 +33,7 @@ class RestoredRun:
 
     record: RunRecord
     backbone: LoadedBackbone
-    model: nn.Module  # carries adapters and head at the chosen step; on the CPU, in evaluation mode
+    model: nn.Module  # with adapters and head of the chosen step; on the CPU, in evaluation mode, in float
     known: Neighbours | None  # features of training images; None: the run kept none
 
     @property
@@ -133,8 +133,6 @@ def restore_run(run_dir: Path) -> RestoredRun:
     for _, module in adapted_modules(backbone.model):
         if module.quantized is not None:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
-    if spec.experiment.training.compute == "int8":
-        use_integer_products(backbone.model)
     return RestoredRun(record, backbone, backbone.model.eval(), known_of(run_dir, record))
 
 

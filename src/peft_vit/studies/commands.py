@@ -253,7 +253,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
     sizes = run.sizes()
     assert sizes is not None
-    l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.compute
+    l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.decided_compute
     study = regression_at(request, name, images, file, image_size, compute, l2)
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:

@@ -61,8 +61,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.title} "
         f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
-    precision = [] if plan.precision.note is None else [plan.precision.note]
-    print_lines([f"Images: {plan.licence}", *precision, *plan_notes(plan)], console)
+    decided = filter(None, (plan.precision.note, plan.compute_note))
+    print_lines([f"Images: {plan.licence}", *decided, *plan_notes(plan)], console)
     numbers = (Column(name, justify="right") for name in ("steps", "seconds", "peak MB"))
     table = Table(Column("run", no_wrap=True), *numbers, "known from", "state")
     for run in plan.runs:

@@ -297,7 +297,7 @@ def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: Run
     counts = Counts(len(train) - len(train) // folds, 0, len(train) // folds)
     steps = max(1, round((spec.experiment.training.steps or 0) * (folds - 1) / folds))
     shape = describe(_backbone(request), spec.data.image_size)
-    experiment = experiment_for(request, counts, shape, steps, spec.experiment.training.compute)
+    experiment = experiment_for(request, counts, shape, steps, spec.experiment.training.decided_compute)
     if spec.experiment.is_probe and record.head_fit is not None:  # another penalty, and logits have another scale
         experiment["training"]["probe_l2"] = record.head_fit.chosen_l2
     data = _data(request, images, file, spec.data.image_size) | {"folds": folds}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
+import torch
 
 from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
@@ -41,9 +42,9 @@ from peft_vit.forecasting.calibration_run import calibration_run
 from peft_vit.forecasting.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
 from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
 from peft_vit.methods import check, shorten
-from peft_vit.quantization.integers import check_integers
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read_record, read_study_file, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
+from peft_vit.runs import products
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.scheduler import difference, go_on, study_file
 from peft_vit.tasks import TASKS, Task
@@ -76,6 +77,7 @@ class Plan:
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
         precision: of the runs, and how it was decided.
+        compute_note: a line that says what `compute: auto` became and why; None if nothing was decided.
         notices: what to know of the images before believing a number; none if nothing is to be done.
         before: what study.json says, read while planning; None: the study is new.
         memory: what was chosen now for each `memory_limit`, and its price.
@@ -87,6 +89,7 @@ class Plan:
     data_sha256: str
     runs: tuple[PlannedRun, ...]
     precision: ChosenPrecision
+    compute_note: str | None = None
     part: bool = False
     notices: tuple[str, ...] = ()
     before: StudyFile | None = None
@@ -148,6 +151,7 @@ def plan_study(
             study = study.model_copy(update={"data": data})
         precision = decide_precision(study, before)
         study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
+        study, compute_note = _with_compute(study, before, smoke=smoke)
         index = open_index(study.data, smoke=smoke)
         study = _settled(study, index)
         requested = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
@@ -159,8 +163,6 @@ def plan_study(
             with _below(place):
                 check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
                 check_augmentation(experiment.training.augmentation, index.channels)
-                if experiment.training.compute == "int8":
-                    check_integers(workload.device)
         study, choices = _within_memory(study, workload, index, first, measure_step)
         wanted = []
         for place, experiment in enumerate(study.experiments):
@@ -173,8 +175,9 @@ def plan_study(
                 wanted.append(EstimateRequest(spec, steps, kind, digest, _taken(results_dir, spec, index.sha256)))
         notices: list[str] = []
         if any(run.taken is None for run in wanted):
+            notices = _slow_products([run.spec for run in wanted if run.taken is None], workload.device, before)
             check_weights(study.backbone)
-            notices = _notices(index, study, splits)
+            notices += _notices(index, study, splits)
         runs = []
         for run, estimate in zip(wanted, estimate_runs(wanted, workload, None if smoke else measure), strict=True):
             choice = choices.get(run.spec.experiment.name)
@@ -190,11 +193,58 @@ def plan_study(
             index.sha256,
             tuple(runs),
             precision,
+            compute_note,
             part=part,
             notices=tuple(notices),
             before=before,
             memory=tuple(choices[experiment.name].line(experiment, blocks) for experiment in limited),
         )
+
+
+def _with_compute(study: StudyConfig, before: StudyFile | None, *, smoke: bool) -> tuple[StudyConfig, str | None]:
+    """Return the study with what frozen layers multiply, and a line on what was decided now.
+
+    It is what they multiplied when the study was begun, on whatever machine that was, so that all its runs are alike;
+    of a new study what is faster here. Any exact product may compute it.
+    """
+    begun = {} if before is None else {own.name: own for own in before.configuration.experiments}
+    others = [own for own in begun.values() if not own.kind.without_integers]
+    experiments, note = [], None
+    for own in study.experiments:
+        training, earlier = own.training, begun.get(own.name) or next(iter(others), None)
+        compute, bits = training.compute, training.integer_bits
+        if compute == "auto" and (smoke or own.kind.without_integers):
+            compute = "float"
+        elif earlier is not None and compute in ("auto", earlier.training.compute):
+            compute, bits = earlier.training.compute, bits or earlier.training.integer_bits
+        elif compute != "float":
+            choice = products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
+            if compute == "auto":
+                compute = "int8" if choice.is_faster else "float"
+                note = f"compute: auto is {compute}: {choice.times}" if choice.product else None
+            bits = choice.product.bits if choice.product else bits
+        update = {"compute": compute, "integer_bits": bits if compute == "int8" else None}
+        experiments.append(own.model_copy(update={"training": training.model_copy(update=update)}))
+    return study.model_copy(update={"experiments": tuple(experiments)}), note
+
+
+def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: StudyFile | None) -> list[str]:
+    """Return a line where products of integers that runs need are slower than those of floats.
+
+    Raises:
+        UserError: if this machine has none, or such slow ones that nobody would wait for them.
+    """
+    lines = []
+    kinds = {(spec.precision, spec.experiment.training.integer_bits) for spec in pending if spec.multiplies_integers}
+    for precision, bits in kinds:
+        choice = products.choose_product(device, precision, bits)
+        remedy = "use float"
+        if before is not None:
+            remedy = "go on where the study was begun, or use float and another --output"
+        choice.usable(device, remedy=remedy)
+        if choice.seconds > choice.float_s:
+            lines.append(f"training.compute: int8 is slower than float here: {choice.times}")
+    return lines
 
 
 @contextmanager

@@ -124,9 +124,9 @@ class TuningContext:
             name, backbone = next(iter(self.backbones.items()))
             shape = self.shape(name, 8 * size_step_of(architecture_of(backbone)))
             rates = product_rates(request.compute, shape, device, precision, request.threads or cpu_count())
-            (best, rate), *slower = rates.items()
-            if best == "int8" and slower:
-                gain = rate / slower[0][1]
+            best = next(iter(rates))
+            if best == "int8" and "float" in rates:
+                gain = rates["int8"] / rates["float"]
                 self.state.tell(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
             return best
 

@@ -16,10 +16,11 @@ from peft_vit.adapters import integer_product as integer_product_module
 from peft_vit.adapters.adapted_model import use_integer_products
 from peft_vit.adapters.adapted_product import remember_sources
 from peft_vit.adapters.integer_product import integer_product
+from peft_vit.adapters.products import product_here
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.quantization.integers import LARGEST, LARGEST_OF_7_BITS, IntegerWeight, quantize_rows
+from peft_vit.quantization.integers import IntegerWeight, Product, exact_products, quantize_rows
 
 SPANS = (slice(0, 24), slice(40, 64))
 
@@ -37,13 +38,12 @@ def adapters(pool: int, parametrization: str = "product", ranks: tuple[int, int]
     return made
 
 
-@pytest.mark.parametrize("largest", [LARGEST, LARGEST_OF_7_BITS])
+@pytest.mark.parametrize("product", exact_products(32, "cpu") + exact_products(64, "cpu", 7), ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 12_000])
 @pytest.mark.parametrize(("pool", "parametrization"), [(1, "product"), (8, "product"), (1, "svd"), (8, "svd")])
-def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization, largest, monkeypatch) -> None:
-    monkeypatch.setattr(integer_product_module, "largest_code", lambda inputs, device: largest)
+def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization, product) -> None:
     generator = torch.Generator().manual_seed(5)
-    weight = IntegerWeight.from_float(torch.randn(64, 32, generator=generator))
+    weight = IntegerWeight.from_float(torch.randn(64, 32, generator=generator), product)
     bias = torch.randn(64, generator=generator)
     x = torch.randn(rows, 32, generator=generator, requires_grad=True)
     direction = torch.randn(rows, 64, generator=generator)
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization, lar
 
 
 def test_under_autocast_outputs_have_its_type_and_are_near() -> None:
-    weight = IntegerWeight.from_float(torch.randn(64, 32))
+    weight = IntegerWeight.from_float(torch.randn(64, 32), product_here(torch.device("cpu")))
     updates = list(zip(SPANS, adapters(1), strict=True))
     x = torch.randn(2, 9, 32, requires_grad=True)
     exact = integer_product(x, weight, None, updates)
@@ -90,7 +90,7 @@ def linear(pool: int = 1) -> AdaptedLinear:
     layer = AdaptedLinear(nn.Linear(32, 48))
     adapter = SiteAdapter(32, 48, 2, scale=1.0, generator=torch.Generator().manual_seed(0), pool=pool)
     layer.add_site(loose_site("query", (0, 48), 32), adapter)
-    layer.multiplies_integers = True
+    layer.product = Product("int_mm", 7)
     return layer
 
 
@@ -104,7 +104,7 @@ def test_integers_follow_the_weight_in_use() -> None:
     layer.set_quantized(quantize(layer.weight, QuantizationFormat("int2", group_size=None, offset=False)))
     for share in (0.25, 0.5):
         layer.quantized_share = share
-        assert torch.equal(layer.integer_weight().codes, IntegerWeight.from_float(layer.frozen_weight()).codes)
+        assert torch.equal(layer.integer_weight().codes, IntegerWeight.from_float(layer.frozen_weight(), layer.product).codes)
     layer.drop_float()
     assert (layer.integer_weight().dequantize() - layer.quantized.dequantize()).abs().max() < 0.01
 
@@ -115,8 +115,9 @@ def test_codes_of_eight_bits_in_one_group_are_multiplied_as_they_are() -> None:
         quantize(layer.weight, QuantizationFormat("int8", group_size=None, offset=False, scale_dtype=torch.float32))
     )
     layer.drop_float()
-    if layer.integer_weight().codes.abs().max() == 127:  # products of 8 bits are exact here
-        torch.testing.assert_close(layer.integer_weight().dequantize(), layer.quantized.dequantize(), rtol=1e-6, atol=0)
+    layer.product = Product("qlinear", 8)  # the codes are those of the weight, whatever multiplies them
+    assert layer.integer_weight().codes.abs().max() == 127
+    torch.testing.assert_close(layer.integer_weight().dequantize(), layer.quantized.dequantize(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("pool", [1, 8])
@@ -127,7 +128,7 @@ def test_a_model_multiplies_integers_in_all_blocks_and_learns(tiny_vit, batch, p
     images, labels = batch
     expected = model(images)
     use_integer_products(model)
-    assert all(module.multiplies_integers for _, module in adapted_modules(model))
+    assert all(module.product for _, module in adapted_modules(model))
     assert len(list(adapted_modules(model))) == 8  # fc1 without an adapter, too
     logits = model(images)
     assert 0 < (logits - expected).abs().max() < 0.1 * expected.abs().max()

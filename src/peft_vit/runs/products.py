@@ -1,0 +1,71 @@
+"""Which product of 8-bit integers runs take on this machine: measured once, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from peft_vit.adapters.products import Choice, measure_products
+from peft_vit.config import Precision
+from peft_vit.packages import cache_dir
+from peft_vit.quantization.integers import Bits, Product, ProductName
+from peft_vit.records import write_atomically
+from peft_vit.runs.machine import instruction_limits, processor_name
+from peft_vit.safe_io import read_bytes
+
+_log = logging.getLogger(__name__)
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: ProductName
+    bits: Bits
+    seconds: float = Field(gt=0)
+    float_s: float = Field(gt=0)
+
+    def choice(self) -> Choice:
+        """Return it as it was found."""
+        return Choice(Product(self.name, self.bits), self.seconds, self.float_s)
+
+
+@functools.cache
+def choose_product(device: torch.device, precision: Precision, bits: Bits | None = None) -> Choice:
+    """Return the fastest exact product of a device, beside one in float.
+
+    Args:
+        device: of the runs.
+        precision: of the float product.
+        bits: of weights, as a study was begun with; None: as many as are exact.
+    """
+    place = {
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "instructions": instruction_limits(),
+        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "torch": torch.__version__,
+        "device": device.type,
+        "precision": precision,
+        "bits": bits,
+    }
+    digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()
+    file = cache_dir() / "products" / f"{digest[:32]}.json"
+    try:
+        return _Kept.model_validate_json(read_bytes(file, 1 << 16)).choice()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        _log.warning("%s can't be used (%s); products are timed again", file, type(error).__name__)
+    choice = measure_products(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
+    if choice.product is not None and math.isfinite(choice.seconds):
+        kept = _Kept(name=choice.product.name, bits=choice.product.bits, seconds=choice.seconds, float_s=choice.float_s)
+        try:
+            write_atomically(file, kept.model_dump_json().encode() + b"\n")
+        except OSError as error:
+            _log.warning("%s can't be written (%s); the next call times products again", file, error.strerror)
+    return choice
