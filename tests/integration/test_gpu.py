@@ -56,7 +56,7 @@ def run(images: Path, weights: Path, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("shape", [(1, 384, 1536), (16, 100, 30), (65, 384, 10)])
 def test_products_of_8_bit_integers_are_exact(device: torch.device, shape: tuple[int, int, int]) -> None:
     rows, inner, columns = shape
-    largest = largest_code(inner, device.type)
+    largest = largest_code("int_mm", inner, device.type)
     generator = torch.Generator().manual_seed(0)
     left = torch.randint(-127, 128, (rows, inner), generator=generator, dtype=torch.int8)
     right = torch.randint(-largest, largest + 1, (inner, columns), generator=generator, dtype=torch.int8)

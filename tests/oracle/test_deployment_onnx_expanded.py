@@ -17,7 +17,7 @@ from peft_vit.config import NUMBER_FORMATS
 from peft_vit.deployment import export_onnx, open_exported, runtimes
 from peft_vit.deployment.onnx_file import ExpandedLinear, Int8Linear, onnx_graph
 from peft_vit.quantization import QuantizationFormat
-from peft_vit.quantization.integers import LARGEST, LARGEST_OF_7_BITS, IntegerWeight, quantize_rows
+from peft_vit.quantization.integers import IN_FILES, LARGEST, IntegerWeight, quantize_rows
 from peft_vit.quantization.packing import field_bits
 
 onnx = pytest.importorskip("onnx")
@@ -112,16 +112,16 @@ def test_a_product_in_8_bits_is_the_one_that_training_makes(kind, bias, tmp_path
     torch.manual_seed(3)
     layer: AdaptedLinear | nn.Linear = nn.Linear(48, 10, bias=bias)
     if kind == "float":
-        integers = IntegerWeight.from_float(layer.weight, LARGEST_OF_7_BITS)
+        integers = IntegerWeight.from_float(layer.weight, IN_FILES)
     elif kind == "whole":
         layer = packed(layer, QuantizationFormat("int4", 16, False, torch.float32))
         scales = 0.07 * torch.tensor([[1, 3, 5]]).expand(10, -1)
         layer.quantized = replace(layer.quantized, scales=scales)
-        integers = IntegerWeight.from_quantized(layer.quantized, LARGEST_OF_7_BITS)
+        integers = IntegerWeight.from_quantized(layer.quantized, IN_FILES)
         assert torch.equal(integers.scales, scales[:, 0])
     else:
         layer = packed(layer, QuantizationFormat(kind, 16, True, torch.float16))
-        integers = IntegerWeight.from_quantized(layer.quantized, LARGEST_OF_7_BITS)
+        integers = IntegerWeight.from_quantized(layer.quantized, IN_FILES)
     session = one_layer(Int8Linear(layer), tmp_path)
     x = torch.randn(500, 48) * torch.logspace(-3, 3, 500).unsqueeze(1)
     x[7] = 0
@@ -161,7 +161,7 @@ def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
     export_onnx(model, tmp_path / "model.onnx", CARD, activations="int8")
     opened = open_exported(tmp_path / "model.onnx")
     assert opened.card.integer_bits == 7
-    use_integer_products(model)
+    use_integer_products(model, IN_FILES)
     images = images_like(400)
     with torch.inference_mode():
         trained = model(images)
@@ -171,7 +171,7 @@ def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
 
 
 def test_the_largest_integers_are_exact_here_and_a_runtime_that_is_wrong_is_named(in_8_bits, monkeypatch) -> None:
-    assert (runtimes.LARGEST_CODE, runtimes.LARGEST_WEIGHT) == (LARGEST, LARGEST_OF_7_BITS)
+    assert (runtimes.LARGEST_CODE, runtimes.LARGEST_WEIGHT) == (LARGEST, IN_FILES)
     assert runtimes.exact_in_8_bits()
     right = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0].clip(-30000, 30000)])

@@ -104,7 +104,9 @@ def test_integers_follow_the_weight_in_use() -> None:
     layer.set_quantized(quantize(layer.weight, QuantizationFormat("int2", group_size=None, offset=False)))
     for share in (0.25, 0.5):
         layer.quantized_share = share
-        assert torch.equal(layer.integer_weight().codes, IntegerWeight.from_float(layer.frozen_weight(), layer.product).codes)
+        assert torch.equal(
+            layer.integer_weight().codes, IntegerWeight.from_float(layer.frozen_weight(), layer.product).codes
+        )
     layer.drop_float()
     assert (layer.integer_weight().dequantize() - layer.quantized.dequantize()).abs().max() < 0.01
 

@@ -8,7 +8,6 @@ import torch
 from peft_vit.quantization import QuantizationFormat, integers, quantize
 from peft_vit.quantization.integers import IntegerWeight, Product, exact_products, largest_code, quantize_rows
 
-
 PRODUCTS = exact_products(384, "cpu")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from peft_vit.adapters.products import Choice
 from peft_vit.backbones import describe
 from peft_vit.config import (
     BITS_OF_TYPE,
@@ -22,6 +23,7 @@ from peft_vit.config import (
 from peft_vit.data import load_data, open_index
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
+from peft_vit.quantization.integers import Product
 from peft_vit.studies import image_sizes, own_images
 from peft_vit.studies.image_sizes import SizeTrial
 from peft_vit.studies.own_images import (
@@ -367,6 +369,8 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     pace(FAST)
     rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
     monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
+    choice = Choice(Product("qlinear", 7), 1.0, faster)
+    monkeypatch.setattr("peft_vit.runs.products.choose_product", lambda device, precision, bits=None: choice)
     study, line = study_of(asked(method, compute=requested, steps=60, image_size=64))
     assert study.experiments[0].training.compute == chosen
     saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)
