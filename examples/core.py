@@ -21,6 +21,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from timeit import repeat
 
 import numpy as np
@@ -168,7 +169,7 @@ def faster_product() -> type[nn.Module]:
     """Return the frozen product that is faster here: without AVX512-VNNI PyTorch multiplies integers in a loop."""
     x = torch.ones(512, 512, dtype=torch.int8)
     pairs = ((torch._int_mm, x), (torch.mm, x.float()))
-    integers, floats = (min(repeat(lambda: multiply(x, x), number=1)) for multiply, x in pairs)
+    integers, floats = (min(repeat(partial(multiply, x, x), number=1)) for multiply, x in pairs)
     return IntegerProduct if integers < floats else FloatProduct
 
 

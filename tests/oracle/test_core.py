@@ -15,16 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from written_runs import plan_of
+from written_runs import plan_of, run_and_write
 
 from peft_vit.adapters import adapted_modules, attach_adapters, current_ranks, merge_into_offsets, site_adapters
 from peft_vit.adapters.adapted_model import AdaptedLinear, use_integer_products
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import find_sites
 from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
+from peft_vit.evaluation import predict
 from peft_vit.quantization import unpack_codes
 from peft_vit.quantization.integers import Product
-from peft_vit.runs.execute import run_one
+from peft_vit.records import RunRecord, run_folder
+from peft_vit.runs.restore import restore_run
 from peft_vit.training import AllocationHook, Hook, QALoRATrainer
 from peft_vit.training.optimization import build_optimizer, build_scheduler, optimization_step
 
@@ -189,6 +191,15 @@ def test_codes_of_four_bits_are_the_librarys_and_within_half_a_step(small: Modul
 
 @pytest.mark.slow
 @pytest.mark.real
+def in_integers(record: RunRecord, folder: Path) -> float:
+    """Return the test accuracy of the forward pass that trained; a record's is that of the float model."""
+    run = restore_run(run_folder(folder, record.spec))
+    use_integer_products(run.model, Product("int_mm", 7))
+    batches = run.load_data().test.open().ordered_batches(100, run.backbone.mean, run.backbone.std)
+    logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
+    return float((logits.argmax(1) == labels).mean())
+
+
 def test_accuracies_are_within_two_standard_errors_of_the_librarys(core: ModuleType, tmp_path: Path) -> None:
     # These errors count images, not seeds. At SEED 11 all three hold. At 12 AdaLoRA has 94.0 % here and 96.0 % there,
     # just more than two of them; over seeds 0, 1, 2, 11 and 12 its differences are 0.4, -0.7, 0.8, 1.6 and -2.0.
@@ -209,7 +220,11 @@ def test_accuracies_are_within_two_standard_errors_of_the_librarys(core: ModuleT
         "qa_lora": {"method": "qa_lora", "qa_lora": qa_lora(core)},
     }
     experiments = [
-        {"name": name, "training": training | ({"compute": "int8"} if name == "lora" else {}), **settings}
+        {
+            "name": name,
+            "training": training | ({"compute": "int8", "integer_bits": 7} if name == "lora" else {}),
+            **settings,
+        }
         for name, settings in methods.items()
     ]
     study = {
@@ -229,10 +244,10 @@ def test_accuracies_are_within_two_standard_errors_of_the_librarys(core: ModuleT
     }
     plan = plan_of(study, tmp_path)
     for planned, (name, accuracy) in zip(plan.runs, mine.items(), strict=True):
-        record = run_one(planned.spec).record
+        record = run_and_write(planned.spec, tmp_path)
         assert record.status == "done", record.error
         assert record.split_sizes == {"train": core.TRAIN, "validation": 0, "test": core.TEST}
-        theirs = record.test.accuracy
+        theirs = record.test.accuracy if name != "LoRA" else in_integers(record, tmp_path)
         error = math.sqrt((accuracy * (1 - accuracy) + theirs * (1 - theirs)) / core.TEST)
         print(f"{name}: {accuracy:.1%}, the library's {theirs:.1%}, two standard errors {2 * error:.1%}")
         assert abs(accuracy - theirs) <= 2 * error

@@ -171,7 +171,7 @@ def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
 
 
 def test_the_largest_integers_are_exact_here_and_a_runtime_that_is_wrong_is_named(in_8_bits, monkeypatch) -> None:
-    assert (runtimes.LARGEST_CODE, runtimes.LARGEST_WEIGHT) == (LARGEST, IN_FILES)
+    assert (LARGEST, IN_FILES.largest) == (runtimes.LARGEST_CODE, runtimes.LARGEST_WEIGHT)
     assert runtimes.exact_in_8_bits()
     right = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0].clip(-30000, 30000)])

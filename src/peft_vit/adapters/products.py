@@ -56,10 +56,12 @@ class Choice:
     def times(self) -> str:
         """Return both times, for people."""
         assert self.product is not None
-        name = {"int_mm": "torch._int_mm", "qlinear": "oneDNN"}[self.product.name]
-        return (
-            f"products take {1e3 * self.seconds:.3g} ms in 8-bit integers ({name}), {1e3 * self.float_s:.3g} in float"
+        call = {"int_mm": "torch._int_mm", "qlinear": "oneDNN"}[self.product.name]
+        integers, floats = (
+            f"{1e3 * seconds:,.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
+            for seconds in (self.seconds, self.float_s)
         )
+        return f"products take {integers} ms in 8-bit integers ({call}), {floats} in float"
 
     def usable(self, device: torch.device, field: str = "training.compute", remedy: str = "use float") -> Product:
         """Return the product.
