@@ -39,6 +39,8 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
+# On Intel's processors MKL adds in an order that follows where memory lies, unless it is told before torch is imported.
+SURROUNDINGS = ALLOCATOR | {"MKL_CBWR": "AUTO,STRICT"}
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _Order = tuple[RunSpec, Checkpoints]  # what a worker is asked to do; None in its place asks it to stop what it does
 
@@ -220,7 +222,7 @@ def _surroundings_of_workers() -> Iterator[None]:
     of others seldom guard against that.
     """
     main = sys.modules["__main__"]
-    with environment(ALLOCATOR | {"PYTHONSAFEPATH": "1"}):
+    with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}):
         resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         sys.modules["__main__"] = ModuleType("__main__")

@@ -30,7 +30,7 @@ from peft_vit.records import Failure, run_folder
 from peft_vit.records.progress import LOCK_FILE
 from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.executors import Event, Executor, RunStarted, lost
-from peft_vit.studies.executors.local import ALLOCATOR, environment, event_of
+from peft_vit.studies.executors.local import SURROUNDINGS, environment, event_of
 from peft_vit.studies.executors.ray_task import Channel, Place, carry_out
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Checkpoints, Progress
@@ -133,7 +133,7 @@ class RayExecutor:
         channel = ray.remote(Channel).options(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver)
         self._channel: Any = channel.remote()  # of a type that Ray makes up
         self._answer: ray.ObjectRef | None = None
-        variables = ALLOCATOR | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
+        variables = SURROUNDINGS | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
         self._task = ray.remote(carry_out).options(
             num_cpus=need.cpus,
             num_gpus=need.gpus,
