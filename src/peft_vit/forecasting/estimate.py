@@ -17,6 +17,7 @@ from peft_vit.backbones import BackboneShape
 from peft_vit.config import Compute, ComputeSetting, ExperimentConfig, Precision
 from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration_run import Costs, known_costs
+from peft_vit.forecasting.time_limit import PROCESS_S
 from peft_vit.methods import METHODS
 from peft_vit.quantization.integers import IntegerWeight, check_integers, has_integer_products
 from peft_vit.records import RunRecord, RunSpec
@@ -26,7 +27,6 @@ from peft_vit.training import FLIP_AXES
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
 START_S = 6.0  # loading weights and images
-PROCESS_S = 10.0  # until a worker process is ready
 PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
 _LEAST_GAIN = 1.1  # of products in int8 over those in float, for `auto` to take them
 _PRODUCTS_S = 0.2  # for which products are timed, about; three are in any case
@@ -197,11 +197,12 @@ Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, n
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take, and what that is known from."""
+    """What a run will take, what that is known from, and what of the time comes after its last step, as far as known."""
 
     seconds: float
     peak_memory_bytes: int
     basis: Basis
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True)

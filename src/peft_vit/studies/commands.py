@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study, named_as_typed
 from peft_vit.console import duration, print_lines, progress
-from peft_vit.errors import UserError, named
+from peft_vit.errors import NothingDoneError, UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import (
     RECORD_FILE,
@@ -26,9 +26,9 @@ from peft_vit.records import (
 )
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
+from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
-from peft_vit.studies.scheduler import Deadline
 from peft_vit.studies.train_runs import (
     REQUEST_FILE,
     SIZES_FILE,
@@ -80,6 +80,7 @@ def run_studies(request: RunRequest) -> dict[str, str]:
     Raises:
         UserError: before any run starts, for anything that would fail later or if another command works on one of
             the studies; later if there is no room for a result.
+        NothingDoneError: if the time is over, and no run of the study is done.
         KeyboardInterrupt: see `drive`.
     """
     limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
@@ -301,6 +302,7 @@ def run_until_decided(
 
     Raises:
         UserError: as `plan_study` and `drive`.
+        NothingDoneError: if the time is over, and no run of the study is done.
         KeyboardInterrupt: see `drive`.
     """
     from peft_vit.analysis.stopping import follow_study
@@ -352,6 +354,10 @@ def _drive(
     """Do what a plan says is pending, and show it; see `drive`. Without a request processes of this machine do.
 
     With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+
+    Raises:
+        UserError, KeyboardInterrupt: see `drive`.
+        NothingDoneError: if the limit is over, and no run of the study is done.
     """
     from peft_vit.studies.display import Watch
     from peft_vit.studies.executors import open_executor
@@ -361,8 +367,13 @@ def _drive(
     name = request.executor
     make_executor = partial(open_executor, name, plan, results_dir, request.ray_address)
     deadline = None if limit is None else Deadline(plan, results_dir, limit, name)
-    with Watch(plan, until=None if limit is None else limit.over_at, alone=alone) as watch:
-        return drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
+    with Watch(plan, results_dir, until=None if limit is None else limit.over_at, alone=alone) as watch:
+        failed = drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
+    if deadline is not None and not failed and all(run.state != "done" for run in study_status(lock.folder).runs):
+        reason = f"no run was done in {deadline.limit.minutes:g} minutes: {deadline.shortest()}"
+        remedy = "give more --minutes, with which the same command continues, fewer images, or a smaller image_size"
+        raise NothingDoneError(f"{reason}; {remedy}", file=plan.file)
+    return failed
 
 
 def _load(request: RunRequest) -> list[_Requested]:
