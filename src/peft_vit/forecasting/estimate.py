@@ -197,7 +197,7 @@ Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, n
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take, what that is known from, and what of the time comes after its last step, as far as known."""
+    """What a run will take, what that is known from, and what of its time comes after the last step, if known."""
 
     seconds: float
     peak_memory_bytes: int
@@ -323,8 +323,10 @@ def _estimate(
             ways = len(FLIP_AXES[experiment.training.flips])
             steps, images = 0, ways * workload.train + workload.validation + workload.test
         images += measured_images(run.spec, workload)
-    seconds = throughput.start_s + steps * throughput.step.at(products) + images * throughput.image_s(shape)
-    return Estimate(seconds, peak_bytes, "estimate" if costs is None else "calibration")
+    image_s = throughput.image_s(shape)
+    seconds = throughput.start_s + steps * throughput.step.at(products) + images * image_s
+    after_s = 0.0 if experiment.is_probe else (workload.test + measured_images(run.spec, workload)) * image_s
+    return Estimate(seconds, peak_bytes, "estimate" if costs is None else "calibration", min(seconds, after_s))
 
 
 def kept_values(shape: BackboneShape, recomputed: int = 0) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study, named_as_typed
-from peft_vit.console import duration, print_lines, progress
+from peft_vit.console import OnProgress, duration, print_lines, progress
 from peft_vit.errors import NothingDoneError, UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import (
@@ -142,8 +142,8 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             run = TrainRun(lock.folder, asked)
             file = lock.folder.absolute() / IMAGES_FILE
             if run.status().state != "done":
-                with progress("getting ready"):
-                    plan, chosen = _plan_call(run, request, images, file)
+                with progress("getting ready") as on_progress:
+                    plan, chosen = _plan_call(run, request, images, file, on_progress)
                 link_latest(run.folder)
                 about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
                 start = f"Continues from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
@@ -161,7 +161,9 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         return run
 
 
-def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path) -> tuple[Plan, str]:
+def _plan_call(
+    run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, on_progress: OnProgress
+) -> tuple[Plan, str]:
     """Plan the run of a call, and choose what was not said; nothing of it stays if that fails.
 
     What was asked for is written first: if the process is killed meanwhile, the same call continues in its folder.
@@ -185,7 +187,7 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
             if weights:
                 _log(weights)
             started = time.monotonic()
-            trials = regressions(request, images, file, _log)
+            trials = regressions(request, images, file, _log, on_progress)
             spent_s = time.monotonic() - started
             study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
             if trials:
@@ -332,7 +334,8 @@ def run_until_decided(
             able = set() if control in out else {course.name for course in courses} - out
             before, look = look, next_look(courses, able)
             names, seeds = look
-            if not names or look == before or (limit is not None and limit.left_s <= 0):
+            time_is_over = limit is not None and limit.left_s <= 0 and before is not None  # one is begun in any case
+            if not names or look == before or time_is_over:
                 break  # the same again: time for the rest of this look is missing
             whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
             plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)

@@ -151,7 +151,7 @@ class Deadline:
         self._workers = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
         self._times = Times(plan.pending, results_dir)
         self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
-        self._has_warned = False
+        self._warned_of: int | None = None  # how many runs were said to be done in time
         self._stopped: list[tuple[float, str]] = []  # seconds that runs take that were stopped, and a line on it
 
     @property
@@ -186,22 +186,26 @@ class Deadline:
         """Take in what happened to a run; one that is not among those waiting has ended."""
         name, now = event.run.spec.name, self.limit.clock()
         if isinstance(event, RunInterrupted) and name in self._times.running:
-            self._stopped.append((self._times.left_s(now)[name], f"{event.run.spec.run_id} {self._takes(name, now)}"))
+            self._stopped.append((self._times.left_s(now)[name], f"{name} {self._takes(name, now)}"))
         if isinstance(event, RunEnded | RunInterrupted) and name not in waiting:
             self.under_way.discard(name)
         self._times.on_event(event, now)
 
     def warning(self, waiting: Set[str]) -> str | None:
-        """Return, once, that a run takes several times what was planned, if not all runs will be done in time.
+        """Return, once, that a run takes several times what was planned, if not all runs will be done in time; again if
+        none will be.
 
         Args:
             waiting: names of the runs that have not ended.
         """
         now = self.limit.clock()
-        for name, course in {} if self._has_warned else self._times.running.items():
+        for name, course in {} if self._warned_of == 0 else self._times.running.items():
             taken_s = course.takes_s(now) if course.steps_seen >= _ENOUGH_STEPS else course.done_s + course.spent_s(now)
-            if taken_s >= _SEVERAL * course.planned_s and (fitting := self._fitting(waiting)) < len(self._runs):
-                self._has_warned = True
+            if taken_s < _SEVERAL * course.planned_s:
+                continue
+            fitting = self._fitting(waiting)
+            if fitting < len(self._runs) and (self._warned_of is None or fitting == 0):
+                self._warned_of = fitting
                 planned = f"{name} was planned to take {duration(course.planned_s)} and {self._takes(name, now)}"
                 fits = f"{fitting} of {len(self._runs)} runs will be done in {self.limit.minutes:g} minutes"
                 return f"slower than planned: {planned}; about {fits}"
@@ -209,10 +213,13 @@ class Deadline:
 
     def shortest(self) -> str:
         """Return which run could have been the first to end, and what it takes here, as far as is known."""
-        if self._stopped:
-            return min(self._stopped)[1]
+        now = self.limit.clock()
+        under_way = self._times.left_s(now).items()
+        begun = self._stopped + [(left_s, f"{name} {self._takes(name, now)}") for name, left_s in under_way]
+        if begun:
+            return min(begun)[1]
         run, seconds = min(self._idle({run.spec.name for run in self._runs}), key=lambda own: own[1])
-        return f"{run.spec.run_id} is planned to take {duration(seconds)}"
+        return f"{run.spec.name} is planned to take {duration(seconds)}"
 
     def _takes(self, name: str, now: float) -> str:
         """Return in words what a run under way takes."""

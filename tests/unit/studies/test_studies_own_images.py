@@ -543,7 +543,7 @@ def test_a_size_that_a_large_test_set_takes_too_long_at_is_not_tried(asked, pace
 def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, factor, tried) -> None:
     now = [0.0]
 
-    def trial(size: int) -> tuple[SizeTrial, bool]:
+    def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         now[0] += factor * size
         return SizeTrial(size, size / 100, f"{size}%", 1.0), True
 
@@ -565,7 +565,7 @@ def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> No
 
 
 def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
-    def trial(size: int) -> tuple[SizeTrial, bool]:
+    def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         if size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return SizeTrial(size, size / 100, f"{size}%", 1.0), False
