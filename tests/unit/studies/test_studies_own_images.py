@@ -555,6 +555,21 @@ def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, fac
     assert {trial.pace for trial in trials} == {factor}
 
 
+def test_while_features_of_a_size_are_computed_it_is_told_how_far_they_are(monkeypatch) -> None:
+    told = []
+
+    def trial(size: int, on_images) -> tuple[SizeTrial, bool]:
+        on_images(32, 20_000)
+        return SizeTrial(size, size / 100, f"{size}%", 1.0), True
+
+    monkeypatch.setattr(image_sizes, "_trial", trial)
+    expected_s = {64: 1.0, 80: 1.0}
+    image_sizes.try_sizes(
+        lambda size: size, expected_s, 200, lambda _: None, lambda done, count, what: told.append((done, count, what))
+    )
+    assert told == [(32, 20_000, f"features of images at {size} px") for size in (64, 80)]
+
+
 def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> None:
     pace(SLOW)
     forecast, shape = Forecast(asked(), Counts(100, 40, 40)), describe(named_backbone("test_vit", "random"), 64)
