@@ -40,7 +40,7 @@ write `--model A,B` or `--model A --model B`.
 | exit code | means |
 | --- | --- |
 | 0 | done |
-| 1 | done in part: a run failed, or a file was left out; it is named on stderr |
+| 1 | not or not all done: a run failed, time was over, or a file was left out; stderr names it |
 | 2 | bad input: one line on stderr says where and what to do, before anything else is done |
 | 130 | interrupted with Ctrl-C; the same command continues |
 """

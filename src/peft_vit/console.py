@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -115,16 +115,24 @@ class ProgressDisplay:
             print_lines([line], self.console)
 
 
+class OnProgress(Protocol):
+    """Takes how many things are done, of how many; and, if `what` is under way has another name now, that."""
+
+    def __call__(self, done: int, count: int, what: str | None = None) -> None:
+        """Take it in."""
+
+
 @contextmanager
-def progress(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Show that something is under way, and give what takes how many things of it are done, and of how many."""
-    started, counts = time.monotonic(), (0, 0)
+def progress(what: str, file: TextIO | None = None) -> Iterator[OnProgress]:
+    """Show that something is under way, and give what takes how far it is; another count begins another part of it."""
+    part, counts = what, (0, 0)
+    started = heard = time.monotonic()
 
     def said() -> str:
         (done, count), passed_s = counts, time.monotonic() - started
         if not done:
-            return f"{what}, {duration(passed_s)}"
-        return f"{what}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
+            return f"{part}, {duration(passed_s)}"
+        return f"{part}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
 
     def view() -> RenderableType:
         done, count = counts
@@ -132,9 +140,11 @@ def progress(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, i
 
     with ProgressDisplay(view, said, open_console(file)) as shown:
 
-        def on_progress(done: int, count: int) -> None:
-            nonlocal counts
-            counts = done, count
+        def on_progress(done: int, count: int, what: str | None = None) -> None:
+            nonlocal part, counts, started, heard
+            if counts[1] not in (0, count) or done < counts[0]:
+                started = heard
+            part, counts, heard = what or part, (done, count), time.monotonic()
             shown.tick()
 
         yield on_progress

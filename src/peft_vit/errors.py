@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 class UserError(Exception):
     """Bad input, reported in one line.
 
-    The command line prints ``str(error)`` and exits with code 2, without a traceback.
+    The command line prints ``str(error)`` and exits with `exit_code`, without a traceback.
 
     Args:
         message: what was expected and what to do about it.
@@ -34,6 +34,8 @@ class UserError(Exception):
         field: the dotted name of the setting, e.g. ``experiments[2].lora.rank``.
         details: lines to be shown below that one, such as a difference.
     """
+
+    exit_code = 2
 
     def __init__(
         self, message: str, *, file: str | Path | None = None, field: str | None = None, details: str = ""
@@ -156,6 +158,12 @@ def checked(file: Path, remedy: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); {remedy}", file=file) from None
+
+
+class NothingDoneError(UserError):
+    """A command was asked for something possible, and has ended without a result; the line says what to do."""
+
+    exit_code = 1
 
 
 class DivergedError(UserError):

@@ -21,6 +21,7 @@ from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import read_records, read_study_file
 from peft_vit.records.progress import study_lock
 from peft_vit.studies import commands
+from peft_vit.studies.executors import RunInterrupted, RunStarted
 from peft_vit.studies.plan import plan_study
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
@@ -336,7 +337,8 @@ def runs_of_a_minute(monkeypatch) -> PlantedRuns:
         return carry_out(run).model_copy(update={"seconds": 60.0})
 
     executor._record = a_minute_later
-    monkeypatch.setattr(commands, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
+    executor.limit = lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0])
+    monkeypatch.setattr(commands, "Limit", executor.limit)
     monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
     return executor
 
@@ -361,6 +363,80 @@ def test_within_minutes_runs_start_seed_by_seed_and_the_rest_is_left(tmp_path, c
     assert snapshot(out) == before
     command("run", file, "--output", out)  # as the same study, without a limit
     assert read_study_file(out / "tiny").configuration.data == load_study(file).data
+
+
+class EndlessRuns(PlantedRuns):
+    """Runs that make no step, on a clock that goes on a second whenever it is asked what happens."""
+
+    def __init__(self, now: list[float]) -> None:
+        super().__init__(lambda *_: None)
+        self._now = now
+
+    def next_event(self, timeout_s: float):
+        self._now[0] += 1
+        if self._waiting:
+            self._events.append(RunStarted(self._waiting.popleft(), "nobody"))
+            self._begun = self._events[-1].run
+        return self._events.popleft() if self._events else None
+
+    def stop(self) -> None:
+        self._events.append(RunInterrupted(self._begun, 0))
+
+
+@pytest.mark.part("runner")
+@pytest.mark.parametrize("until_decided", [False, True])
+def test_time_that_is_over_before_a_run_is_done_is_no_success(
+    tmp_path, command, monkeypatch, runs_of_a_minute, until_decided
+) -> None:
+    """With runs a hundred times slower than planned, as int8 products were where a processor has none."""
+    now = [0.0]
+    endless = EndlessRuns(now)
+    monkeypatch.setattr(commands, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
+    stopping = "stopping: {control: probe, asked: superiority, every: 2}\n" if until_decided else ""
+    head, _, _ = STUDY.replace("seeds: [0]", "seeds: [0, 1]").partition("  - name: adaptive")
+    file, out = write(tmp_path, stopping + head), tmp_path / "out"
+    arguments = ("run", file, "--output", out, *(["--until-decided"] if until_decided else []), "--minutes")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: endless)
+        said = command(*arguments, 9, code=1)
+        slower = re.findall(r"slower than planned: .+", said.out)
+        how = r"probe/seed_0 was planned to take \d+ s and takes more than [\d.]+ min here"
+        for line, done in zip(slower, ("[1-3]", 0), strict=True):  # when not all fit any more, and when none does
+            assert re.fullmatch(f"slower than planned: {how}; about {done} of 4 runs will be done in 9 minutes", line)
+        (line,) = said.err.splitlines()
+        assert line == (
+            f"error: {file}: no run was done in 9 minutes: probe/seed_0 takes more than 8.7 min here; give more "
+            "--minutes, with which the same command continues, fewer images, or a smaller image_size"
+        )
+        assert "Next: " not in said.out
+        (line,) = command("report", out, "--format", "md", code=1).err.splitlines()
+        assert line.startswith(f"error: {out}: no run is done, so the report has no result; `peft-vit run STUDY.yaml`")
+        assert "No run of this study has finished." in (out / "analysis" / "analysis_summary.md").read_text()
+    if not until_decided:
+        monkeypatch.setattr(commands, "Limit", runs_of_a_minute.limit)
+        command(*arguments, 1.5)  # one run is done
+        with monkeypatch.context() as patch:
+            patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: endless)
+            patch.setattr(commands, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
+            assert "Left: 3 of the study's runs;" in command(*arguments, 9).out  # not its first result
+    command("report", out, "--format", "md", code=int(until_decided))
+
+
+@pytest.mark.part("runner")
+def test_the_demo_ends_with_its_first_command_that_fails(tmp_path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make here")
+    root, called = Path(__file__).parents[2], tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".setup-done").touch()
+    program = tmp_path / "bin" / "peft-vit"
+    for code, commands_called in ((1, ["run"]), (0, ["run", "report"])):
+        program.write_text(f'#!/bin/sh\necho "$1" >> {called}\nexit {code}\n')
+        program.chmod(0o755)
+        done = subprocess.run(["make", "-C", root, "demo", f"VENV={tmp_path}"], capture_output=True, check=False)
+        assert (done.returncode == 0) == (code == 0)
+        assert called.read_text().split() == commands_called
+        called.unlink()
 
 
 @pytest.mark.slow

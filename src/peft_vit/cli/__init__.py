@@ -47,12 +47,12 @@ _group()
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn bad input into one line and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn bad input into one line and exit code 2, no result into one and 1, and Ctrl-C into exit code 130."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", *error.details.splitlines(), sep="\n", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the same command continues with the runs that are not done", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None

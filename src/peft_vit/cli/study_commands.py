@@ -18,7 +18,7 @@ from pydantic import Field
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
 from peft_vit.config import Number, Size, Time
 from peft_vit.console import ProgressDisplay, bar, duration, progress
-from peft_vit.errors import UserError
+from peft_vit.errors import NothingDoneError, UserError
 from peft_vit.settings import Option, Request
 from peft_vit.studies.request import DEFAULT_OUTPUT, RunRequest, StudiesRequest, TrainRequest
 from peft_vit.tuning.tune_request import TuneRequest
@@ -38,7 +38,8 @@ def run(request: RunRequest) -> None:
 
     The same command continues where an earlier one was interrupted or killed: done runs are skipped, others continue
     from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes: 0
-    every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
+    every run is done, or --minutes are over and some are, 1 a run failed, or --minutes are over and none is done, 2 bad
+    input, 130 interrupted.
     """
     from peft_vit.studies.commands import plan_studies, run_studies
 
@@ -224,8 +225,8 @@ def report(
 ) -> None:
     """Write the report of a study, or the page of a model: one HTML file that needs no network.
 
-    Beside it lie a summary in Markdown and every figure as PNG and SVG. Exit codes: 0 done, 1 written, but a file that
-    may be a result was left out and is named, 2 bad input.
+    Beside it lie a summary in Markdown and every figure as PNG and SVG. Exit codes: 0 done, 1 written, but no
+    run is done, or a file that may be a result was left out and is named, 2 bad input.
     """
     with progress("writing the report", sys.stderr):
         from peft_vit.records import followed
@@ -244,6 +245,14 @@ def report(
     print(f"Markdown: {files.markdown}")
     for line in files.results.lines():
         print(line, file=sys.stderr)
+    if not any(study.runs for study in files.results.studies):
+        from peft_vit.studies.train_runs import REQUEST_FILE
+
+        does = "the same `peft-vit train`" if (results_dir / REQUEST_FILE).is_file() else "`peft-vit run STUDY.yaml`"
+        reason = (
+            f"no run is done, so the report has no result; {does} does what is left, and `peft-vit status` names it"
+        )
+        raise NothingDoneError(reason, file=results_dir)
     if not files.results.is_whole:  # so that scripts notice
         raise typer.Exit(1)
 

@@ -17,6 +17,7 @@ from peft_vit.backbones import BackboneShape
 from peft_vit.config import Compute, ComputeSetting, ExperimentConfig, Precision
 from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration_run import Costs, known_costs
+from peft_vit.forecasting.time_limit import PROCESS_S
 from peft_vit.methods import METHODS
 from peft_vit.quantization.integers import IntegerWeight
 from peft_vit.records import RunRecord, RunSpec
@@ -27,7 +28,6 @@ from peft_vit.training import FLIP_AXES
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
 START_S = 6.0  # loading weights and images
-PROCESS_S = 10.0  # until a worker process is ready
 PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
 _PRODUCTS_S = 0.2  # for which products are timed, about; three are in any case
 # Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
@@ -199,11 +199,12 @@ Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, n
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take, and what that is known from."""
+    """What a run will take, what that is known from, and what of its time comes after the last step, if known."""
 
     seconds: float
     peak_memory_bytes: int
     basis: Basis
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -324,8 +325,10 @@ def _estimate(
             ways = len(FLIP_AXES[experiment.training.flips])
             steps, images = 0, ways * workload.train + workload.validation + workload.test
         images += measured_images(run.spec, workload)
-    seconds = throughput.start_s + steps * throughput.step.at(products) + images * throughput.image_s(shape)
-    return Estimate(seconds, peak_bytes, "estimate" if costs is None else "calibration")
+    image_s = throughput.image_s(shape)
+    seconds = throughput.start_s + steps * throughput.step.at(products) + images * image_s
+    after_s = 0.0 if experiment.is_probe else (workload.test + measured_images(run.spec, workload)) * image_s
+    return Estimate(seconds, peak_bytes, "estimate" if costs is None else "calibration", min(seconds, after_s))
 
 
 def kept_values(shape: BackboneShape, recomputed: int = 0) -> float:

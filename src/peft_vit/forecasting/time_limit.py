@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+PROCESS_S = 10.0  # until a worker process is ready
 _STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 FOLDS, FEWEST_FOLDS, ENOUGH_STEPS = 5, 3, 96  # where five folds leave a training fewer steps, there are only three
@@ -54,6 +55,78 @@ class Pace:
     def factor(self) -> float:
         """Return how many times longer runs take than they were planned to."""
         return self.taken_s / self.planned_s if self.planned_s else 1.0
+
+
+def still_s(expected_s: float, spent_s: float) -> float:
+    """Return the seconds that are left of what shows nothing of how far it is, and was expected to take so many.
+
+    What is expected less what is spent, and at least as long again as it has taken so far. From a tenth to nine tenths
+    of the time that it takes in truth, that is at most ten times too short or too long, however wrong the plan was, if
+    it was too short. That something takes much less than planned shows with its steps, or its end.
+    """
+    return max(expected_s - spent_s, spent_s)
+
+
+@dataclass
+class Course:
+    """A run that is under way, on the clock of its call, in seconds.
+
+    Until a second step is heard of, it takes what was expected, see `still_s`: before steps come weights and features
+    of the images. From then on each step that is left takes what steps have taken so far, with the validations between
+    them and with what has passed since the last one, so that a long one lengthens what is left at once. What follows
+    the last step takes as many times longer than planned as the steps do.
+
+    Attributes:
+        planned_s: that the whole run was planned to take.
+        began: when it did.
+        after_s: of what was planned, after the last step.
+        done_s: of what was planned, by earlier attempts.
+    """
+
+    planned_s: float
+    began: float
+    after_s: float = 0.0
+    done_s: float = 0.0
+    _steps: tuple[int, int, int] = (0, 0, 0)  # the first and the latest that were heard of, and all that there are
+    _heard: tuple[float, float] = (0.0, 0.0)  # when these two were
+
+    def stepped(self, step: int, total_steps: int, now: float) -> None:
+        """Take in that it has made so many of its steps."""
+        first, at = (self._steps[0], self._heard[0]) if self._steps[2] else (step, now)
+        self._steps, self._heard = (first, step, total_steps), (at, now)
+
+    @property
+    def steps_seen(self) -> int:
+        """Return how many steps were made between the first and the latest that were heard of."""
+        return self._steps[1] - self._steps[0]
+
+    def spent_s(self, now: float) -> float:
+        """Return the seconds since it began."""
+        return max(0.0, now - self.began)
+
+    def left_s(self, now: float, pace: float = 1.0) -> float:
+        """Return the seconds that are left, where others take `pace` times what they were planned to."""
+        if not self.steps_seen:
+            return still_s(pace * (self.planned_s - self.done_s), self.spent_s(now))
+        (first, latest, total), (at, heard) = self._steps, self._heard
+        step_s = ((now if latest < total else heard) - at) / self.steps_seen
+        planned_s = self.planned_s - self.done_s - self.after_s  # of steps and what is before them
+        after_s = self.after_s * (step_s * (total - first) / planned_s if planned_s > 0 else pace)
+        return (total - latest) * step_s + after_s if latest < total else still_s(after_s, now - heard)
+
+    def takes_s(self, now: float) -> float:
+        """Return the seconds of the whole run, as its steps so far tell; what was done before took what was planned."""
+        return self.done_s + self.spent_s(now) + self.left_s(now)
+
+    def shown_s(self, now: float, pace: float) -> float | None:
+        """Return the seconds of the whole run that it has shown to take; None: it may still take what is expected.
+
+        One that takes longer than expected will be as much over it again.
+        """
+        over_s = self.spent_s(now) - pace * (self.planned_s - self.done_s)
+        if self.steps_seen:
+            return self.takes_s(now)
+        return self.done_s + self.spent_s(now) + over_s if over_s > 0 else None
 
 
 def fit(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class SharedFeatures:
 
     They depend on the weights, their packing, the images and the arithmetic, and on no seed: a file of the cache holds
     those of one such combination. What has no such name (random weights, an adapter to continue from) is computed
-    again. The model is prepared, with updates of zero, and a hook that packs weights says how.
+    again. The model is prepared, with updates of zero, and a hook that packs weights says how. `on_progress` gets how
+    many images of a split are done, and of how many.
     """
 
     def __init__(
@@ -108,10 +110,11 @@ class SharedFeatures:
         hooks: list[Hook],
         runtime: RuntimeConfig,
         task: Task = CLASSIFICATION,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._model, self._runtime, self._task = model, runtime, task
         self._ways = FLIP_AXES[spec.experiment.training.flips]
-        self._file = _place(spec, provenance, hooks)
+        self._file, self._on_progress = _place(spec, provenance, hooks), on_progress
         self.computed = 0  # features, not found in the cache
 
     def of_training(self, images: LabelledImages) -> Features:
@@ -129,7 +132,8 @@ class SharedFeatures:
         places, values = self._cached()  # (M,), (M, D)
         missing = ~np.isin(wanted, places)
         if missing.any():
-            computed = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._runtime, _BATCH, axes)
+            new = images.chosen(np.flatnonzero(missing))
+            computed = head_inputs(self._model, new, self._runtime, _BATCH, axes, self._on_progress)
             self.computed += len(computed)
             places = np.concatenate([places, wanted[missing]])  # (M + new,)
             values = np.concatenate([values, computed]) if len(values) else computed  # (M + new, D)

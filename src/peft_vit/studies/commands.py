@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study, named_as_typed
-from peft_vit.console import duration, print_lines, progress
-from peft_vit.errors import UserError, named
+from peft_vit.console import OnProgress, duration, print_lines, progress
+from peft_vit.errors import NothingDoneError, UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import (
     RECORD_FILE,
@@ -26,9 +26,9 @@ from peft_vit.records import (
 )
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
+from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
-from peft_vit.studies.scheduler import Deadline
 from peft_vit.studies.train_runs import (
     REQUEST_FILE,
     SIZES_FILE,
@@ -80,6 +80,7 @@ def run_studies(request: RunRequest) -> dict[str, str]:
     Raises:
         UserError: before any run starts, for anything that would fail later or if another command works on one of
             the studies; later if there is no room for a result.
+        NothingDoneError: if the time is over, and no run of the study is done.
         KeyboardInterrupt: see `drive`.
     """
     limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
@@ -141,8 +142,8 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             run = TrainRun(lock.folder, asked)
             file = lock.folder.absolute() / IMAGES_FILE
             if run.status().state != "done":
-                with progress("getting ready"):
-                    plan, chosen = _plan_call(run, request, images, file)
+                with progress("getting ready") as on_progress:
+                    plan, chosen = _plan_call(run, request, images, file, on_progress)
                 link_latest(run.folder)
                 about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
                 start = f"Continues from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
@@ -160,7 +161,9 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         return run
 
 
-def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path) -> tuple[Plan, str]:
+def _plan_call(
+    run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, on_progress: OnProgress
+) -> tuple[Plan, str]:
     """Plan the run of a call, and choose what was not said; nothing of it stays if that fails.
 
     What was asked for is written first: if the process is killed meanwhile, the same call continues in its folder.
@@ -184,7 +187,7 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
             if weights:
                 _log(weights)
             started = time.monotonic()
-            trials = regressions(request, images, file, _log)
+            trials = regressions(request, images, file, _log, on_progress)
             spent_s = time.monotonic() - started
             study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
             if trials:
@@ -301,6 +304,7 @@ def run_until_decided(
 
     Raises:
         UserError: as `plan_study` and `drive`.
+        NothingDoneError: if the time is over, and no run of the study is done.
         KeyboardInterrupt: see `drive`.
     """
     from peft_vit.analysis.stopping import follow_study
@@ -330,7 +334,8 @@ def run_until_decided(
             able = set() if control in out else {course.name for course in courses} - out
             before, look = look, next_look(courses, able)
             names, seeds = look
-            if not names or look == before or (limit is not None and limit.left_s <= 0):
+            time_is_over = limit is not None and limit.left_s <= 0 and before is not None  # one is begun in any case
+            if not names or look == before or time_is_over:
                 break  # the same again: time for the rest of this look is missing
             whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
             plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
@@ -352,6 +357,10 @@ def _drive(
     """Do what a plan says is pending, and show it; see `drive`. Without a request processes of this machine do.
 
     With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+
+    Raises:
+        UserError, KeyboardInterrupt: see `drive`.
+        NothingDoneError: if the limit is over, and no run of the study is done.
     """
     from peft_vit.studies.display import Watch
     from peft_vit.studies.executors import open_executor
@@ -361,8 +370,13 @@ def _drive(
     name = request.executor
     make_executor = partial(open_executor, name, plan, results_dir, request.ray_address)
     deadline = None if limit is None else Deadline(plan, results_dir, limit, name)
-    with Watch(plan, until=None if limit is None else limit.over_at, alone=alone) as watch:
-        return drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
+    with Watch(plan, results_dir, until=None if limit is None else limit.over_at, alone=alone) as watch:
+        failed = drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
+    if deadline is not None and not failed and all(run.state != "done" for run in study_status(lock.folder).runs):
+        reason = f"no run was done in {deadline.limit.minutes:g} minutes: {deadline.shortest()}"
+        remedy = "give more --minutes, with which the same command continues, fewer images, or a smaller image_size"
+        raise NothingDoneError(f"{reason}; {remedy}", file=plan.file)
+    return failed
 
 
 def _load(request: RunRequest) -> list[_Requested]:

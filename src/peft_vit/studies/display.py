@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.table import Column, Table
@@ -14,10 +15,11 @@ from peft_vit.config import StudyConfig
 from peft_vit.console import ProgressDisplay, bar, duration, open_console, print_lines
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.forecasting.time_limit import Pace, makespan
+from peft_vit.forecasting.time_limit import makespan
 from peft_vit.records import RunRecord
 from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import SequentialResult
+from peft_vit.studies.deadline import Times
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.tasks import metric_of
@@ -91,39 +93,35 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 @dataclass
 class _Running:
-    """A run in progress, and the first that was heard of it: a resumed one does not begin with step 1."""
+    """A run in progress."""
 
     run: PlannedRun
     said_at: float  # when the latest plain line was on it; all times are time.monotonic()
-    first: tuple[int, float] | None = None  # step, time
+    started_at: float
     latest: Progress | None = None
-
-    def left_s(self, now: float, pace: float) -> float:
-        """Return the seconds that are left: at the run's own rate, or as planned before there is one.
-
-        Until the first step a new process starts, which is not a part of the plan.
-        """
-        planned = pace * self.run.estimate.seconds
-        if self.first is None or self.latest is None:
-            return planned
-        (step, began), latest = self.first, self.latest
-        if latest.step == step:
-            return planned * (latest.total_steps - step) / latest.total_steps
-        return (now - began) / (latest.step - step) * (latest.total_steps - latest.step)
 
 
 class Watch(ProgressDisplay):
     """Shows a study's progress; use as a context manager and hand `on_event` to the driver.
 
+    What is left follows what the call has seen so far, see `Times`, and is never more than what `until` leaves.
+
     Args:
         plan: what is done.
+        results_dir: checkpoints lie below it, from which runs continue; None: there are none.
         console: where to show it.
         until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
         alone: it is one run, whose name and whose end are reported elsewhere.
     """
 
     def __init__(
-        self, plan: Plan, *, console: Console | None = None, until: float | None = None, alone: bool = False
+        self,
+        plan: Plan,
+        results_dir: Path | None = None,
+        *,
+        console: Console | None = None,
+        until: float | None = None,
+        alone: bool = False,
     ) -> None:
         super().__init__(self._shown, self._of_the_quietest, console)
         self._until, self._alone, self._notices = until, alone, plan.notices
@@ -132,23 +130,24 @@ class Watch(ProgressDisplay):
         self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
-        self._pace = Pace()
+        self._times = Times(plan.pending, results_dir)
 
     def _of_the_quietest(self) -> str | None:
         """Return how far the run is of which nothing was said for longest."""
         now = time.monotonic()
         running = min(list(self._running.values()), key=lambda running: running.said_at, default=None)
         if running is None:
-            return "getting ready" if self._alone and self._waiting else None
+            return f"getting ready; {self._left_for_all(now)} left" if self._alone and self._waiting else None
         running.said_at = now
-        said = "getting ready (weights, features of the images)"
-        if running.latest is not None:
+        if running.latest is None:
+            said = f"getting ready (weights, features of the images) for {duration(now - running.started_at)}"
+        else:
             step, *values = _cells(running.latest, running.run)
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
             said = ", ".join([f"step {step}", *known])
-        left = f"{duration(running.left_s(now, self._pace.factor))} left"
-        left += f", {duration(self._left_s())} for all" if self._count > 1 else ""
+        left = f"about {self._left(now)[running.run.spec.name]} left"
+        left += f", {self._left_for_all(now)} for all" if self._count > 1 else ""
         return f"{self._place(running.run)}{said}; {left}"
 
     def _place(self, run: PlannedRun) -> str:
@@ -161,15 +160,15 @@ class Watch(ProgressDisplay):
             return
         run, now = event.run, time.monotonic()
         name = run.spec.name
+        self._times.on_event(event, now)
         match event:
             case RunStarted():
                 self._waiting.pop(name, None)
-                self._running[name] = _Running(run, said_at=now)
+                self._running[name] = _Running(run, said_at=now, started_at=now)
                 if not self.is_drawn and not self._alone:
                     self.say(f"{self._place(run)}started on {event.worker}")
             case RunProgress():
                 if (running := self._running.get(name)) is not None:
-                    running.first = running.first or (event.progress.step, now)
                     running.latest = event.progress
                     self.tick()
             case RunEnded():
@@ -193,8 +192,7 @@ class Watch(ProgressDisplay):
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
             return f"FAILED, {record.error}"
-        self._pace.add(record.seconds, run.estimate.seconds)
-        left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
+        left = f"; about {self._left_for_all(time.monotonic())} left" if self._waiting or self._running else ""
         validation = ""
         if record.validation is not None:
             metric = metric_of(record.spec)
@@ -207,27 +205,35 @@ class Watch(ProgressDisplay):
     def _ended(self) -> int:
         return self._count - len(self._waiting) - len(self._running)
 
-    def _left_s(self) -> float:
-        now, pace = time.monotonic(), self._pace.factor
+    def _left(self, now: float) -> dict[str, str]:
+        """Return what is left of each run under way, by name."""
+        most = math.inf if self._until is None else max(0.0, self._until - now)
+        return {name: duration(min(most, seconds)) for name, seconds in self._times.left_s(now).items()}
+
+    def _left_s(self, now: float) -> float:
+        busy = self._times.left_s(now).values()
         left_s = makespan(
-            [pace * run.estimate.seconds for run in list(self._waiting.values())],
-            max(self._workers, len(self._running)),  # on a cluster it shows how many there are
-            busy=[running.left_s(now, pace) for running in list(self._running.values())],
+            self._times.whole_s(list(self._waiting.values()), now),
+            max(self._workers, len(busy)),  # on a cluster it shows how many there are
+            busy=busy,
         )
         return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
 
+    def _left_for_all(self, now: float) -> str:
+        return duration(self._left_s(now))
+
     def _shown(self) -> Group:
         """Return what a terminal shows now; called from the thread that refreshes it."""
-        now, pace = time.monotonic(), self._pace.factor
+        now = time.monotonic()
         names = ("step", "left", "loss", "validation", "rank", "bits")
         numbers = (Column(name, justify="right", no_wrap=True) for name in names)
         run = Column("run", no_wrap=True, overflow="ellipsis")
-        table = Table(run, *numbers, box=None, pad_edge=False, header_style="dim")
+        table, left = Table(run, *numbers, box=None, pad_edge=False, header_style="dim"), self._left(now)
         for name, running in list(self._running.items()):
             latest = running.latest
             cells = [_UNKNOWN] * 5 if latest is None else _cells(latest, running.run)
-            table.add_row(name, cells[0], duration(running.left_s(now, pace)), *cells[1:])
-        left_s = self._left_s()
+            table.add_row(name, cells[0], left.get(name, _UNKNOWN), *cells[1:])
+        left_s = self._left_s(now)
         ended = "" if self._alone else f"{self._ended()} of {self._count} runs ended, "
         share = (now - self._since) / max(1.0, now - self._since + left_s)
         total = bar(share, f"{ended}about {duration(left_s)} left")

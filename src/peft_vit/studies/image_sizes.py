@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from peft_vit.backbones import Architecture, Backbone, Head, native_size, size_step_of
 from peft_vit.config import study_from_mapping
+from peft_vit.console import OnProgress
 from peft_vit.data import deal_folds
 from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
@@ -100,7 +102,11 @@ def gain_over(values: Mapping[int, float], other: int, own: int, steps: int, ima
 
 
 def try_sizes(
-    spec_of: Callable[[int], RunSpec], expected_s: Mapping[int, float], limit_s: float, log: Callable[[str], None]
+    spec_of: Callable[[int], RunSpec],
+    expected_s: Mapping[int, float],
+    limit_s: float,
+    log: Callable[[str], None],
+    on_progress: OnProgress | None = None,
 ) -> list[SizeTrial]:
     """Fit regressions at rising sizes while the next one fits memory and, at the pace so far, ends in time.
 
@@ -111,6 +117,7 @@ def try_sizes(
         expected_s: what each size takes, rising, in pixels.
         limit_s: for all of them.
         log: gets a line each.
+        on_progress: gets how far the features of a size are.
 
     Raises:
         UserError: as `load_data`, `load_run_backbone`.
@@ -123,7 +130,8 @@ def try_sizes(
         if trials and began - started + pace.factor * seconds > limit_s:
             break
         try:
-            trial, is_new = _trial(spec_of(size))
+            on_images = None if on_progress is None else partial(on_progress, what=f"features of images at {size} px")
+            trial, is_new = _trial(spec_of(size), on_images)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -137,9 +145,9 @@ def try_sizes(
     return trials
 
 
-def _trial(spec: RunSpec) -> tuple[SizeTrial, bool]:
+def _trial(spec: RunSpec, on_progress: Callable[[int, int], None] | None) -> tuple[SizeTrial, bool]:
     """Return what the regression has, and whether its features were computed for it."""
-    seen = seen_by_head(spec)
+    seen = seen_by_head(spec, on_progress=on_progress)
     features, metric, weights, strengths = seen.features, seen.metric, seen.class_weights, spec.experiment.probe_l2
     if len(features.labels) <= _FEW and can_hold_out(features.task.strata(features.labels), seen.groups):
         l2, logits = held_out_fit(features, seen.groups, metric, class_weights=weights, l2=strengths)
@@ -191,19 +199,22 @@ class SeenByHead:
     is_new: bool
 
 
-def seen_by_head(spec: RunSpec, *, flipped: bool = False) -> SeenByHead:
+def seen_by_head(
+    spec: RunSpec, *, flipped: bool = False, on_progress: Callable[[int, int], None] | None = None
+) -> SeenByHead:
     """Compute the features of a run's training and validation images, or look them up; no test image is read.
 
     Args:
         spec: of the method `linear`.
         flipped: training images come in every way in which training shows them.
+        on_progress: see `SharedFeatures`.
 
     Raises:
         UserError: as `load_data`, `load_run_backbone`.
     """
     loaded = Loaded.of(spec, test=False)
     data, model, runtime = loaded.data, loaded.backbone.model.requires_grad_(False), loaded.runtime
-    shared = SharedFeatures(model, spec, loaded.made_ready(), [], runtime, data.task)
+    shared = SharedFeatures(model, spec, loaded.made_ready(), [], runtime, data.task, on_progress)
     parts = [shared.of_training(data.train) if flipped else shared.of(data.train)]
     if len(data.validation):
         parts.append(shared.of(data.validation))

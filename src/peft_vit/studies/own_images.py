@@ -37,6 +37,7 @@ from peft_vit.config import (
     study_from_mapping,
     type_of_bits,
 )
+from peft_vit.console import OnProgress
 from peft_vit.data import (
     ImageIndex,
     ImagesFile,
@@ -193,7 +194,13 @@ def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
     return request.model_copy(update={"weights": source}), line
 
 
-def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Callable[[str], None]) -> list[SizeTrial]:
+def regressions(
+    request: TrainRequest,
+    images: OwnImages,
+    file: Path,
+    log: Callable[[str], None],
+    on_progress: OnProgress | None = None,
+) -> list[SizeTrial]:
     """Return what a regression on frozen features has at the image sizes that fit a fifth of the minutes.
 
     Empty where nothing is to be chosen by images.
@@ -203,6 +210,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Calla
         images: of the request.
         file: where it was written which of them are used.
         log: gets a line each size.
+        on_progress: see `try_sizes`.
 
     Raises:
         UserError: if the model's weights can't be loaded.
@@ -218,7 +226,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Calla
         study = regression_at(request, "sizes", images, file, size, images.forecast.compute)
         return plan_study(study, request.output, file=None).runs[0].spec
 
-    return try_sizes(spec_of, images.expected_s, 60 * request.minutes * _SHARE_OF_SIZES, log)
+    return try_sizes(spec_of, images.expected_s, 60 * request.minutes * _SHARE_OF_SIZES, log, on_progress)
 
 
 def regression_at(

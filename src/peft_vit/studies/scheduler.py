@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import shutil
 import signal
-import statistics
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Set
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError, printable
-from peft_vit.forecasting.time_limit import Limit, Pace, fit
 from peft_vit.records import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -30,7 +28,6 @@ from peft_vit.records import (
     StudyFile,
     checkpoint_folders,
     read_record,
-    run_folder,
     write_result,
     write_study_file,
     write_whole,
@@ -38,10 +35,8 @@ from peft_vit.records import (
 from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, StudyLock, look_at, now
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.executors import (
-    EXECUTORS,
     Event,
     Executor,
-    ExecutorName,
     Notice,
     RunEnded,
     RunInterrupted,
@@ -52,6 +47,7 @@ from peft_vit.studies.executors import (
 )
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
+    from peft_vit.studies.deadline import Deadline
     from peft_vit.studies.plan import Plan, PlannedRun
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
@@ -116,84 +112,6 @@ def drive(
             executor.close()
 
 
-class Deadline:
-    """Until when the runs of a plan may continue, and which of them are started: those that are expected to end in
-    time.
-
-    Args:
-        plan: in whose order runs are started.
-        results_dir: checkpoints lie below it.
-        limit: of time.
-        executor: of the runs; on a cluster all may run at a time.
-
-    Attributes:
-        limit: as above.
-        under_way: names of the runs that were started and have not ended.
-    """
-
-    def __init__(self, plan: Plan, results_dir: Path, limit: Limit, executor: ExecutorName = "local") -> None:
-        self.limit = limit
-        self.under_way: set[str] = set()
-        self._runs = plan.pending
-        self._workers = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
-        self._left = {}  # share of a run that is still to be done, by its newest checkpoint
-        for run in plan.pending:
-            reached = max(checkpoint_folders(run_folder(results_dir, run.spec)), default=0)
-            self._left[run.spec.name] = 1 - reached / run.total_steps
-        self._taken: dict[str, list[float]] = {}  # seconds of this call's finished runs, by experiment
-        self._pace = Pace()  # of those that take steps
-        self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
-
-    @property
-    def over(self) -> bool:
-        """Tell whether what runs should be stopped."""
-        return self.limit.left_s <= 0
-
-    @property
-    def past(self) -> bool:
-        """Tell whether nothing should be waited for any more."""
-        return self.limit.clock() >= self.limit.past_at
-
-    def to_start(self, waiting: Set[str]) -> Iterator[PlannedRun]:
-        """Yield the runs that should be started now, which then count as under way.
-
-        Args:
-            waiting: names of the runs that have not ended.
-        """
-        while len(self.under_way) < self._workers:
-            idle = [run for run in self._runs if run.spec.name in waiting - self.under_way]
-            run = fit(idle, self._expected_s, self.limit.left_s)
-            if self._whatever is None:
-                self._whatever = bool(idle) and run is None
-            if self._whatever:
-                run = next(iter(idle), None)
-            if run is None:
-                return
-            self.under_way.add(run.spec.name)
-            yield run
-
-    def on_event(self, event: Event, waiting: Set[str]) -> None:
-        """Take in what happened to a run; one that is not among those waiting has ended."""
-        name = event.run.spec.name
-        if isinstance(event, RunEnded | RunInterrupted) and name not in waiting:
-            self.under_way.discard(name)
-        if isinstance(event, RunEnded) and event.record.status == "done":
-            experiment = event.run.spec.experiment
-            self._taken.setdefault(experiment.name, []).append(event.record.seconds)
-            if not experiment.is_probe:  # its first run computes features for all others: it says nothing of steps
-                self._pace.add(event.record.seconds, event.run.estimate.seconds)
-
-    def _expected_s(self, run: PlannedRun) -> float:
-        """Return the seconds that a run will still take once it is started.
-
-        The median of this call's finished runs of the same experiment; without one what was planned, times what others
-        have taken over what they were planned to.
-        """
-        alike = self._taken.get(run.spec.experiment.name)
-        whole = statistics.median(alike) if alike else self._pace.factor * run.estimate.seconds
-        return self._left[run.spec.name] * whole
-
-
 @dataclass
 class _Attempts:
     """What of a call is not over yet, and what each event means for it."""
@@ -222,6 +140,8 @@ class _Attempts:
                     if not self.stopping and not deadline.over:
                         for run in deadline.to_start(self.waiting):
                             self.executor.submit(run)
+                        if (warning := deadline.warning(self.waiting)) is not None:
+                            self.on_event(Notice(warning))
                     elif not self.stopping and deadline.under_way:
                         self._stop("time is up: runs under way write a checkpoint, from which a later call continues")
                     if deadline.past if self.stopping else not deadline.under_way:

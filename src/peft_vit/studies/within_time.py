@@ -19,10 +19,11 @@ from peft_vit.records import RECORD_FILE, Calibrated, Decision, RunRecord, read_
 from peft_vit.records.progress import study_lock
 from peft_vit.safe_io import folder_below
 from peft_vit.statistics import TemperaturePrior
+from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
-from peft_vit.studies.scheduler import Deadline, drive
+from peft_vit.studies.scheduler import drive
 from peft_vit.tasks import (
     CLASSIFICATION,
     OF_FOLDS,

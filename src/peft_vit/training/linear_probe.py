@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -187,9 +187,14 @@ def _held_out_logits(
 
 @torch.inference_mode()
 def head_inputs(
-    model: nn.Module, images: LabelledImages, runtime: RuntimeConfig, batch_size: int, axes: tuple[int, ...] = ()
+    model: nn.Module,
+    images: LabelledImages,
+    runtime: RuntimeConfig,
+    batch_size: int,
+    axes: tuple[int, ...] = (),
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Return what the head sees of images, (N, D).
+    """Return what the head sees of images, (N, D), and tell meanwhile of how many it is known, and how many they are.
 
     Batches are all of one size, the last one filled up with its last image, so that an image's features do not
     depend on the others. Along the axes images are flipped: -1 left-right, -2 upside down.
@@ -207,6 +212,8 @@ def head_inputs(
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
             of_batch = forward_in_halves(forward, filled, runtime.device)  # (batch_size, D)
             features.append(of_batch.float().cpu().numpy()[: len(batch)])  # (B, D)
+            if on_progress is not None:
+                on_progress(min(len(features) * batch_size, len(images)), len(images))
     return np.concatenate(features)  # (N, D)
 
 

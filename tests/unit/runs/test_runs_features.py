@@ -98,6 +98,19 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
     assert sorted(load_file(files(tmp_path)[0])["places"]) == sorted([*(4 * images.positions), 20])
 
 
+def test_how_far_features_are_is_told_batch_by_batch_of_those_that_are_computed(counted, spec) -> None:
+    rng, told = np.random.default_rng(0), []
+    pixels = rng.integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
+    many = LabelledImages(pixels, np.arange(70) % 3, np.arange(70))
+    shared = SharedFeatures(
+        counted.model, spec, SimpleNamespace(**PROVENANCE), [], RUNTIME, on_progress=lambda *counts: told.append(counts)
+    )
+    shared.of(many)
+    assert told == [(32, 70), (64, 70), (70, 70)]
+    shared.of(many)  # which are known now
+    assert len(told) == 3
+
+
 @pytest.mark.parametrize(
     ("flips", "ways"), [("none", [()]), ("horizontal", [(), (-1,)]), ("both", [(), (-1,), (-2,), (-2, -1)])]
 )

@@ -2,7 +2,6 @@
 
 from collections import deque
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +9,11 @@ from fake_study import done_record, failed_record, fake_adapter, fake_config, fa
 
 from peft_vit.cli.model_commands import EXAMPLES
 from peft_vit.config import load_study
+from peft_vit.forecasting.estimate import Estimate
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records.progress import look_at, study_lock, study_status
+from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
-from peft_vit.studies.scheduler import Deadline
 from peft_vit.studies.scheduler import drive as drive_study
 
 pytestmark = pytest.mark.part("runner")
@@ -73,7 +73,7 @@ def drive(out, config, planned_s, executor, over_at, kind="local") -> list[str]:
     events: list[Any] = []
     plan = fake_plan(config, out)
     runs = sorted(plan.runs, key=lambda run: run.spec.seed)
-    estimates = [SimpleNamespace(seconds=planned_s[run.spec.experiment.name]) for run in runs]
+    estimates = [Estimate(planned_s[run.spec.experiment.name], 0, "estimate") for run in runs]
     plan = replace(plan, runs=tuple(replace(run, estimate=own) for run, own in zip(runs, estimates, strict=True)))
     minutes = min(over_at / 57, (over_at + 10) / 60)
     deadline = Deadline(plan, out, Limit(minutes, 0.0, executor.clock), kind)
@@ -155,6 +155,35 @@ def test_what_still_runs_at_the_deadline_is_stopped_but_not_waited_for(tmp_path,
     assert attempt is not None
     assert attempt.state == ("running" if deaf else "interrupted")
     assert states(tmp_path)["b/seed_0"] == "pending"
+
+
+@pytest.mark.parametrize(
+    ("study", "seconds", "over_at", "said"),
+    [
+        # 10 s until a process is there, then three times what was planned
+        (TWO, {"a": 1000.0, "b": 20.0}, 57, "a/seed_0 was planned to take 10 s and takes more than 30 s here; about 0"),
+        # those before it end as planned
+        (of("a", "b", "c"), {"a": 10.0, "b": 20.0, "c": 1000.0}, 570, "c/seed_0 was planned to take 5 s and takes"),
+        (TWO, {"a": 12.0, "b": 25.0}, 75, ""),  # a little slower
+        (of("a"), {"a": 100.0}, 10_000, ""),  # ten times slower, and there is time for all
+    ],
+)
+def test_that_runs_are_much_slower_than_planned_is_told_at_once_and_stops_none(
+    tmp_path, study, seconds, over_at, said
+) -> None:
+    executor = Timed(seconds)
+    told = drive(tmp_path, study, {**AS_PLANNED, "c": 5.0}, executor, over_at)
+    assert sum(line.startswith("slower than planned: ") for line in told) == bool(said)
+    if said:
+        assert told[0].startswith(f"slower than planned: {said}")
+        assert " runs will be done in " in told[0]
+        assert told[1:] == ["time is up: runs under way write a checkpoint, from which a later call continues"]
+
+
+def test_how_many_runs_will_be_done_counts_those_that_are_and_those_that_fit(tmp_path) -> None:
+    """At 70 s a0 is done, and b0 may take 60 s more, as long as it has taken; two of a fit the 25 s after that."""
+    told = drive(tmp_path, TWO, AS_PLANNED, Timed({"a": 10.0, "b": 130.0}), over_at=155)
+    assert "b/seed_0 was planned to take 20 s and takes more than 1.0 min here; about 4 of 16 runs will be" in told[0]
 
 
 def test_if_no_run_can_end_in_time_the_first_is_begun_all_the_same(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """What a person reads of a plan and of runs that go on, in lines and in a terminal."""
 
 import io
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from peft_vit import console
 from peft_vit.console import duration, progress
 from peft_vit.forecasting.estimate import Estimate
-from peft_vit.records import HeadFit, Metrics, StepRow
+from peft_vit.records import HeadFit, Metrics, StepRow, run_folder
 from peft_vit.studies.display import Watch, counted, print_plan
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.plan import PlannedRun, plan_study
@@ -55,6 +56,15 @@ def test_a_count_is_told_soon_then_every_ten_seconds_or_in_a_bar(monkeypatch) ->
             on_progress(done, 3000)
     said = [f"reading images: {done} of 3,000, about {duration(3000 - done)} left" for done in (2, 12, 22)]
     assert piped.getvalue().splitlines() == said
+    parts = io.StringIO()
+    with progress("getting ready", parts) as on_progress:
+        for size, count in ((64, 3000), (112, 6000)):  # the second takes as long an image, from where the first ended
+            for done in range(20, count + 1, 20):
+                now.s += 0.2
+                on_progress(done, count, f"images at {size} px")
+    told = parts.getvalue().splitlines()
+    assert told[0] == "images at 64 px: 160 of 3,000, about 28 s left"
+    assert told[-1] == "images at 112 px: 5,160 of 6,000, about 8 s left"
     monkeypatch.undo()
     terminal = Terminal()
     with progress("reading images", terminal) as on_progress:
@@ -167,6 +177,86 @@ def test_what_is_said_of_runs_that_go_on(monkeypatch) -> None:
                 document += [f"## {type(event).__name__} of {event.run.spec.name}", view.file.getvalue()]
     text = "\n".join(line.rstrip() for line in "\n".join(document).splitlines())
     check_golden("watch.txt", text + "\n")
+
+
+def said_s(text: str) -> float:
+    """Return the seconds of a time as a person reads it."""
+    number, unit = text.split()
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+
+
+def course_of(run, real_s: float, ready: float, steps: int, after: float):
+    """Yield what happens to a run that takes so many seconds, and when: ready for its first step after a share of it,
+    and its last one a share before its end."""
+    yield 0.0, RunStarted(run, "process 7")
+    for step in range(1, steps + 1):
+        at = ready + (1 - ready - after) * step / steps
+        yield real_s * at, RunProgress(run, Progress(step, steps, 0.5, None, None, None))
+    yield real_s, ended(run, seconds=real_s)
+
+
+@pytest.mark.parametrize(
+    ("planned_s", "real_s", "ready", "steps"),
+    [
+        (10, 1000, 0.05, 100),
+        (10, 1000, 0.6, 100),  # most of it before the first step
+        (10, 1000, 0.0, 0),  # a linear probe, which has no steps
+        (10, 100, 0.6, 40),
+        (1000, 10, 0.05, 100),
+        (1000, 1000, 0.3, 20),
+    ],
+)
+def test_what_is_left_is_never_ten_times_wrong_however_wrong_the_plan_is(
+    monkeypatch, planned_s, real_s, ready, steps
+) -> None:
+    """From the first tenth of what it takes on, of one run and of three, one after the other; the clock is made up."""
+    config = fake_config(("one", "two", "three"), (0,))
+    estimate = Estimate(planned_s, 10**8, "estimate", after_s=0.1 * planned_s if steps else 0.0)
+    runs = [PlannedRun(run.spec, steps, estimate, False) for run in fake_plan(config, Path("x")).runs]
+    monkeypatch.setattr("peft_vit.studies.deadline.PROCESS_S", 0.0)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    plan = SimpleNamespace(study=config, pending=tuple(runs), notices=())
+    watch = Watch(plan, console=in_memory())
+    events = [
+        (place * real_s + at, event)
+        for place, run in enumerate(runs)
+        for at, event in course_of(run, real_s, ready, steps, 0.1 if steps else 0.0)
+    ]
+    looked = 0
+    for moment in range(1, 300):
+        now = moment * real_s / 100
+        while events and events[0][0] < now:
+            clock[0], event = events.pop(0)
+            watch.on_event(event)
+        clock[0] = now
+        share = (moment - 1) % 100 / 100
+        if 0.1 <= share < 0.9:
+            own, together = re.search(r"about ([^,]+) left, (.+) for all", watch._of_the_quietest()).groups()
+            assert 0.1 <= said_s(own) / (real_s * (1 - moment % 100 / 100)) <= 10, (moment, own)
+            if moment >= 30:  # a tenth of all
+                assert 0.1 <= said_s(together) / (3 * real_s - now) <= 10, (moment, together)
+            looked += 1
+    assert looked == 240
+
+
+def test_no_more_is_said_to_be_left_than_the_limit_leaves(monkeypatch) -> None:
+    clock, plan = [0.0], planned_runs()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watch = Watch(plan, console=in_memory(), until=540.0)
+    watch.on_event(RunStarted(plan.pending[0], "process 7"))
+    for clock[0], own, together in ((20.0, "50 s", "1.8 min"), (400.0, "2.3 min", "2.3 min"), (539.0, "1 s", "1 s")):
+        assert watch._of_the_quietest().endswith(f"; about {own} left, {together} for all")
+
+
+def test_a_checkpoint_shortens_what_is_left_before_the_first_step(monkeypatch, tmp_path) -> None:
+    clock, plan = [0.0], planned_runs()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    run = plan.pending[0]
+    (run_folder(tmp_path, run.spec) / "checkpoint-150").mkdir(parents=True)  # of 200 steps, and 60 s
+    watch = Watch(plan, tmp_path, console=in_memory())
+    watch.on_event(RunStarted(run, "process 7"))
+    assert "; about 15 s left, " in watch._of_the_quietest()
 
 
 def test_a_terminal_draws_a_table_and_one_that_can_do_nothing_gets_lines() -> None:

@@ -547,7 +547,7 @@ def test_a_size_that_a_large_test_set_takes_too_long_at_is_not_tried(asked, pace
 def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, factor, tried) -> None:
     now = [0.0]
 
-    def trial(size: int) -> tuple[SizeTrial, bool]:
+    def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         now[0] += factor * size
         return SizeTrial(size, size / 100, f"{size}%", 1.0), True
 
@@ -557,6 +557,21 @@ def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, fac
     trials = image_sizes.try_sizes(lambda size: size, expected_s, 200, lambda _: None)
     assert [trial.image_size for trial in trials] == tried
     assert {trial.pace for trial in trials} == {factor}
+
+
+def test_while_features_of_a_size_are_computed_it_is_told_how_far_they_are(monkeypatch) -> None:
+    told = []
+
+    def trial(size: int, on_images) -> tuple[SizeTrial, bool]:
+        on_images(32, 20_000)
+        return SizeTrial(size, size / 100, f"{size}%", 1.0), True
+
+    monkeypatch.setattr(image_sizes, "_trial", trial)
+    expected_s = {64: 1.0, 80: 1.0}
+    image_sizes.try_sizes(
+        lambda size: size, expected_s, 200, lambda _: None, lambda done, count, what: told.append((done, count, what))
+    )
+    assert told == [(32, 20_000, f"features of images at {size} px") for size in (64, 80)]
 
 
 def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> None:
@@ -569,7 +584,7 @@ def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> No
 
 
 def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
-    def trial(size: int) -> tuple[SizeTrial, bool]:
+    def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         if size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return SizeTrial(size, size / 100, f"{size}%", 1.0), False
