@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import site_adapters
 from peft_vit.adapters.products import Choice
-from peft_vit.quantization.integers import exact_products
+from peft_vit.quantization.integers import Bits, exact_products
 from peft_vit.runs import products
 
 NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"
@@ -42,7 +42,7 @@ def _old_objects_are_left_alone() -> None:
 def _integers_are_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `compute: auto` be float, whatever this machine's products take; `int8` is computed as it is asked for."""
 
-    def found(device: torch.device, precision: str, bits: int | None = None) -> Choice:
+    def found(device: torch.device, precision: str, bits: Bits | None = None) -> Choice:
         return Choice(next(iter(exact_products(64, device.type, bits)), None), 1.0, 1.0)
 
     monkeypatch.setattr(products, "choose_product", found)

@@ -219,12 +219,9 @@ def test_accuracies_are_within_two_standard_errors_of_the_librarys(core: ModuleT
         "adalora": {"method": "adalora", "adalora": adalora(core, matrices=72)},
         "qa_lora": {"method": "qa_lora", "qa_lora": qa_lora(core)},
     }
+    integers = {"compute": "int8", "integer_bits": 7}
     experiments = [
-        {
-            "name": name,
-            "training": training | ({"compute": "int8", "integer_bits": 7} if name == "lora" else {}),
-            **settings,
-        }
+        {"name": name, "training": training | (integers if name == "lora" else {}), **settings}
         for name, settings in methods.items()
     ]
     study = {
