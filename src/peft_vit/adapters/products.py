@@ -1,6 +1,6 @@
 """Which product of 8-bit integers is exact and the fastest on this machine, beside a float product of the same shape.
 
-No flag of a processor tells: the same call is a nested loop on one and three times as fast as float32 on another, see
+No flag of a processor says it: the same call is a nested loop on one and three times as fast as float32 on another, see
 `quantization.integers`. So each product is tried here, first on so few values that a nested loop is left after
 milliseconds; in turn with float, the fastest of several times, and on one thread, whatever else the machine does.
 """

@@ -240,7 +240,7 @@ def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: Stu
         choice = products.choose_product(device, precision, bits)
         remedy = "use float"
         if before is not None:
-            remedy = "go on where the study was begun, or use float and another --output"
+            remedy = "continue where the study was begun, or use float and another --output"
         choice.usable(device, remedy=remedy)
         if choice.seconds > choice.float_s:
             lines.append(f"training.compute: int8 is slower than float here: {choice.times}")

@@ -119,7 +119,7 @@ def test_a_machine_without_a_fast_product_of_these_numbers_is_refused(study, tmp
     assert caught.value.field == "training.compute"
     assert caught.value.message == (
         "int8 is too slow here: products take 3,000 ms in 8-bit integers (torch._int_mm), 10 in float; "
-        "go on where the study was begun, or use float and another --output"
+        "continue where the study was begun, or use float and another --output"
     )
     begin(with_settings(auto, "training", compute="int8", integer_bits=7), tmp_path / "seven")
     found(SLOW, seven=Choice(SEVEN, 0.006, 0.01))
