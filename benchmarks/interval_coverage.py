@@ -25,7 +25,7 @@ import numpy as np
 from marks import filled
 from scipy import integrate, stats
 
-from peft_vit.statistics import effect_size, mean_interval, paired_improvement, proportion_interval
+from peft_vit.statistics import effect_size, mean_interval, mean_of_proportions, paired_improvement, proportion_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "explanation" / "statistics.md"
@@ -156,6 +156,9 @@ INTERVALS: dict[
 }
 SHARE = "share of right images in one run, Wilson"
 SHARE_SIZES = (*SIZES, IMAGES)
+BALANCED = "balanced accuracy"
+CLASSES = {f"{n} images in each of ten classes": (n,) * 10 for n in (3, 10, 40)} | {"200 and 20 images": (200, 20)}
+RIGHT = (0.6, 0.8, 0.9, 0.97)  # shares of each class
 
 
 def coverage(ends: list[Ends], truth: float) -> dict[str, float]:
@@ -197,6 +200,20 @@ def of_shares() -> list[dict[str, Any]]:
     return rows
 
 
+def of_classes() -> list[dict[str, Any]]:
+    """Return the coverage of the interval of balanced accuracy, if models are as good on every class."""
+    rows = []
+    for stream, (name, images) in enumerate(CLASSES.items(), start=7):
+        for place, share in enumerate(RIGHT):
+            rng = np.random.default_rng([SEED, stream, place])
+            found = [
+                mean_of_proportions(hits, images) for hits in rng.binomial(images, share, (SIMULATIONS, len(images)))
+            ]
+            ends = coverage([(interval.low, interval.high) for interval in found], share)
+            rows.append({"interval": BALANCED, "population": f"{share:.0%} right", "images": name, **ends})
+    return rows
+
+
 def simulate() -> list[dict[str, Any]]:
     """Return one row a cell."""
     rows = []
@@ -207,7 +224,7 @@ def simulate() -> list[dict[str, Any]]:
                 ends, truth = measured(np.random.default_rng([SEED, stream, j, n]), population, n)
                 rows.append({"interval": interval, "population": name, "n": n, **coverage(ends, truth)})
         print(f"  {interval:50} {time.perf_counter() - started:5.1f} s", flush=True)
-    return rows + of_shares()
+    return rows + of_shares() + of_classes()
 
 
 def three_errors_below() -> float:
@@ -217,18 +234,28 @@ def three_errors_below() -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return the result as Markdown: one row for an interval and n, one column for a population."""
-    cells = {(row["interval"], row["population"], row["n"]): row for row in result["rows"]}
-    names = list(dict.fromkeys(row["population"] for row in result["rows"] if row["interval"] != SHARE))
+    of_seeds = [row for row in result["rows"] if row["interval"] not in (SHARE, BALANCED)]
+    cells = {(row["interval"], row["population"], row["n"]): row for row in of_seeds}
+    names = list(dict.fromkeys(row["population"] for row in of_seeds))
     lines = [f"| interval | n | {' | '.join(names)} |", f"| --- | ---: | {' | '.join('---:' for _ in names)} |"]
-    for interval in dict.fromkeys(row["interval"] for row in result["rows"] if row["interval"] != SHARE):
+    for interval in dict.fromkeys(row["interval"] for row in of_seeds):
         for n in result["setting"]["sizes"]:
             lines.append(f"| {interval} | {n} | {' | '.join(_cell(cells[interval, name, n]) for name in names)} |")
     shares = ", ".join(f"n = {row['n']}: {_cell(row)}" for row in result["rows"] if row["interval"] == SHARE)
+    of_classes: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        if row["interval"] == BALANCED:
+            of_classes.setdefault(row["images"], {})[row["population"]] = _cell(row)
+    shown = list(next(iter(of_classes.values())))
+    balanced = [f"| {BALANCED} | {' | '.join(shown)} |", f"| --- | {' | '.join('---:' for _ in shown)} |"]
+    balanced += [f"| {images} | {' | '.join(own.values())} |" for images, own in of_classes.items()]
     setting, machine = result["setting"], result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(
         [
             *lines,
+            "",
+            *balanced,
             "",
             f"Percent of {setting['simulations']:,} simulated studies in which a 95 % interval holds the truth; one "
             "standard error is 0.3 points. **Bold**: more than three standard errors below 95 %. In brackets, where "

@@ -11,8 +11,8 @@ import simulated_tunings
 from simulated_tunings import MODEL, StandIns
 
 from peft_vit.studies.within_time import Outcome
-from peft_vit.tasks import Scores
-from peft_vit.tasks.classification import ACCURACY
+from peft_vit.tasks import CLASSIFICATION, Scores
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import lora
 from peft_vit.tuning.search import RATES, best_of, wished
@@ -56,6 +56,51 @@ def test_one_of_many_has_to_be_better_by_more_than_the_luckiest(contenders: int,
     outcomes = {recipe: {0: outcome(usual)} for recipe in (default, *others)} | {best: {0: outcome(lucky)}}
     folds = Folds(SimpleNamespace(context=context), lambda *_: {}, outcomes)
     assert best_of(folds, [default, best, *others]) == (best if displaced else default)
+
+
+def compared(labels: Any, *right: Any, seeds: int = 1) -> Folds:
+    """Return folds of recipes that have some images right, in so many repetitions alike; logits are of two classes."""
+    scores = Scores(CLASSIFICATION, BALANCED_ACCURACY)
+    context = SimpleNamespace(metric=BALANCED_ACCURACY, scores=scores)
+    made = {}
+    for steps, own in zip((48, 24), right, strict=True):
+        logits = np.eye(2)[np.where(own, labels, 1 - labels)]
+        outcome = Outcome(np.arange(len(labels)), labels, logits, 1.0, Path())
+        made[lora(MODEL, 32, steps)] = dict.fromkeys(range(0, 5 * seeds, 5), outcome)
+    return Folds(SimpleNamespace(context=context), lambda *_: {}, made)
+
+
+def test_the_error_of_a_difference_counts_classes_alike() -> None:
+    labels, rng, own = (
+        np.repeat([0, 1], [200, 20]),
+        np.random.default_rng(0),
+        (lora(MODEL, 32, 48), lora(MODEL, 32, 24)),
+    )
+    found = np.array([compared(labels, *(rng.random((2, 220)) < 0.8)).difference(*own) for _ in range(300)])
+    assert found[:, 0].std() / found[:, 1].mean() == pytest.approx(1, abs=0.12)
+    assert np.mean(found[:, 0] > 1.645 * found[:, 1]) < 0.09
+
+
+def test_one_rare_image_does_not_outweigh_what_steps_usually_gain() -> None:
+    """By hand: it is a 40th of the score, about as much as the error e, with m = 0.0066 of 48 steps against 24.
+
+    The mean of the prior N(m, 0.01^2) and of what was seen has the sign of -0.025 * 0.01^2 + m e^2.
+    """
+    labels, whole = np.repeat([0, 1], [200, 20]), np.ones(220, bool)
+    fewer = np.arange(220) != 200  # of all of the steps one rare image is wrong
+    folds, recipe = compared(labels, fewer, whole), lora(MODEL, 32, 48)
+    difference, error = folds.difference(recipe, recipe.half)
+    assert difference == pytest.approx(-1 / 40, abs=2e-4)
+    assert error == pytest.approx((0.975**2 + 19 * 0.025**2 + 2 * 0.025**2) ** 0.5 / 40)
+    assert folds.gains_by_steps(recipe)
+
+
+def test_an_image_of_two_repetitions_says_no_more_than_once() -> None:
+    labels, rng = np.repeat([0, 1], [60, 30]), np.random.default_rng(1)
+    right = rng.random((2, 90)) < 0.7
+    once, twice = (compared(labels, *right, seeds=seeds) for seeds in (1, 2))
+    pair = lora(MODEL, 32, 48), lora(MODEL, 32, 24)
+    assert twice.difference(*pair) == pytest.approx(once.difference(*pair))
 
 
 def test_worse_recipes_have_fewer_folds() -> None:
