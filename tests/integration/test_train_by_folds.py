@@ -25,8 +25,8 @@ def trained(images, tmp_path, command, monkeypatch, in_this_process, cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 30)
 
-    def call(options: str = "", code: int = 0) -> str:
-        return command("train", images, *f"{ASKED} {options}".split(), code=code).out
+    def call(options: str = "", source: str | Path = images, code: int = 0) -> str:
+        return command("train", source, *f"{ASKED} {options}".split(), code=code).out
 
     return call
 
@@ -62,7 +62,7 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_regression_is_bette
     assert 0 <= main.tested_calibration.unlike <= 9
     right = (logits.argmax(1) == labels).mean()
     sizes = run.sizes()
-    assert (sizes.values, sizes.trained) == ({32: pytest.approx(hits.mean())}, pytest.approx(right))
+    assert (sizes.signed, sizes.trained) == ({32: pytest.approx(hits.mean())}, pytest.approx(right))
     hits_of_model = round(39 * right)
     assert sizes.upper == pytest.approx(binomtest(hits_of_model, 39).proportion_ci(method="wilson").high)
     better = hits.mean() > sizes.upper
@@ -76,6 +76,36 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_regression_is_bette
     page = build_report(run.folder, tmp_path / "again")  # of the model, as if there were no folds
     assert page.markdown.name == "card.md"
     assert "was done before" in trained("--image-size 32 --steps 20 --learning-rate 1e-2")
+
+
+def test_errors_are_compared_with_errors() -> None:
+    """A positive share of an error's, such as R², lies above every model's error, which is negative here."""
+    values, two = {56: 0.5, 112: -5.0}, {56: -0.02, 112: -0.03}
+    assert SizesFile(values=values, trained=-0.01, upper=-0.008).better_than(112) is None
+    assert SizesFile(values=values, signed=two, trained=-0.01, upper=-0.008).better_than(112) is None
+    assert SizesFile(values=values, signed=two, trained=-0.05, upper=-0.025).better_than(112) == 56
+    assert SizesFile(values={56: -5.0, 112: 0.5}, signed=two).better_than(112) == 56
+
+
+def test_regressions_of_numbers_are_said_and_compared_by_their_errors(trained, images, monkeypatch) -> None:
+    files = sorted(images.rglob("*.png"))
+    rng = np.random.default_rng(0)
+    numbers = [round(0.1 * int(file.parent.name[-1]) + 0.01 * rng.normal(), 4) for file in files]
+    rows = "".join(f"{file},{own}\n" for file, own in zip(files, numbers, strict=True))
+    Path("numbers.csv").write_text(f"path,heat\n{rows}")
+    monkeypatch.setattr("peft_vit.studies.own_images.sizes_to_try", lambda _: [32, 64])
+    said = trained("--steps 20 --learning-rate 1e-3", "numbers.csv")
+    (run,) = train_runs(Path("peft-vit-runs"))
+    main, sizes = read_record(run.folder / "lora/seed_0/record.json"), run.sizes()
+    assert list(sizes.values) == [32, 64]
+    assert max(sizes.values.values()) > 0 > max(sizes.signed.values())  # R² and minus an error
+    own = main.spec.data.image_size
+    for size, value in sizes.signed.items():
+        tried = re.search(rf"frozen features of {size} px: (\S+) mean error on images left out", said)
+        assert size == own or -value == pytest.approx(float(tried[1]), rel=0.01)
+        assert f"a regression at {size} px {-value:.3g} mean error" in said
+    better = max(sizes.signed.values()) > sizes.upper
+    assert run.record().spec.experiment.method == ("linear" if better else "lora")
 
 
 def test_a_regression_that_is_better_on_folds_is_delivered_with_folds_of_its_own(trained, monkeypatch) -> None:

@@ -188,8 +188,9 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
             spent_s = time.monotonic() - started
             study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
             if trials:
-                values, l2 = ({trial.image_size: getattr(trial, of) for trial in trials} for of in ("value", "l2"))
-                write_sizes(run.folder, SizesFile(values=values, l2=l2, seconds=spent_s))
+                names = {"values": "value", "signed": "signed", "l2": "l2"}
+                known = {own: {t.image_size: getattr(t, name) for t in trials} for own, name in names.items()}
+                write_sizes(run.folder, SizesFile(**known, seconds=spent_s))
         else:
             study = begun.configuration
         plan = plan_study(
@@ -209,12 +210,12 @@ def _by_folds(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pat
     assert record is not None
     size, sizes = record.spec.data.image_size, run.sizes() or SizesFile(values={})
     known = _tell_by_folds(run.folder, run.folder.parent, record, request, images, file)
-    values = sizes.values if known.of_probe is None else {**sizes.values, size: known.of_probe}
+    signed = sizes.signed if known.of_probe is None else {**sizes.signed, size: known.of_probe}
     metric = metric_of(record.spec)
-    its = {"the model": known.value, **{f"a regression at {at} px": values[at] for at in sorted(values)}}
+    its = {"the model": known.value, **{f"a regression at {at} px": signed[at] for at in sorted(signed)}}
     said = ", ".join(f"{name} {metric.text(metric.sign * value)}" for name, value in its.items())
     print_lines([f"On images that are left out of training in turn: {said}."])
-    write_sizes(run.folder, sizes.model_copy(update={"values": values, "trained": known.value, "upper": known.upper}))
+    write_sizes(run.folder, sizes.model_copy(update={"signed": signed, "trained": known.value, "upper": known.upper}))
 
 
 def _tell_by_folds(

@@ -506,7 +506,7 @@ def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label
 
 def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked, pace, monkeypatch) -> None:
     """At 64 px the regression is 5 points better; where too few steps fit there, it is 32 px."""
-    trials = [SizeTrial(32, 0.70, "70.0%", 0.1), SizeTrial(64, 0.75, "75.0%", 3.0)]
+    trials = [SizeTrial(32, 0.70, 0.70, "70.0%", 0.1), SizeTrial(64, 0.75, 0.75, "75.0%", 3.0)]
     monkeypatch.setattr(image_sizes, "_SPREAD", 1.0)  # the values are believed, though images are few
     study, _ = study_of(asked(), trials=trials)
     assert study.data.image_size == 64
@@ -545,7 +545,7 @@ def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, fac
 
     def trial(size: int) -> tuple[SizeTrial, bool]:
         now[0] += factor * size
-        return SizeTrial(size, size / 100, f"{size}%", 1.0), True
+        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0), True
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     monkeypatch.setattr(image_sizes.time, "perf_counter", lambda: now[0])
@@ -560,7 +560,7 @@ def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> No
     forecast, shape = Forecast(asked(), Counts(100, 40, 40)), describe(named_backbone("test_vit", "random"), 64)
     seconds = forecast.seconds(shape, 100)
     for told, factor in (((0.7,), 0.7), ((9.0, 1.5), 1.5), ((0.1,), 0.5), ((7.0,), 2.0), ((None,), 1.0), ((), 1.0)):
-        trials = [SizeTrial(64, 0.7, "70.0%", 1.0, one) for one in told]
+        trials = [SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, one) for one in told]
         assert forecast.now(forecast.counts, 30, trials).seconds(shape, 100) == pytest.approx(factor * seconds)
 
 
@@ -568,7 +568,7 @@ def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
     def trial(size: int) -> tuple[SizeTrial, bool]:
         if size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return SizeTrial(size, size / 100, f"{size}%", 1.0), False
+        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0), False
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     lines: list[str] = []
