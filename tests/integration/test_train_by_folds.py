@@ -11,6 +11,7 @@ from peft_vit.data import load_data
 from peft_vit.records import read_record, single_run
 from peft_vit.report import build_report
 from peft_vit.runs.held_out import known_of
+from peft_vit.runs.post_training import logits_by_type
 from peft_vit.statistics import TemperaturePrior, fit_temperature
 from peft_vit.studies.train_runs import SizesFile, train_runs
 from peft_vit.tasks import metric_of
@@ -125,7 +126,9 @@ def test_a_regression_that_is_better_on_folds_is_delivered_with_folds_of_its_own
         temperature = fit_temperature(logits, labels, TemperaturePrior(1.5, 0.6), images)
         assert record.calibrated.temperature == pytest.approx(temperature, rel=1e-6)
         for fold in place.rglob("record.json"):
-            assert read_record(fold).head_fit.l2 == (record.head_fit.chosen_l2,)
+            assert (
+                read_record(fold).spec.experiment.training.probe_l2 is None
+            )  # the run's was chosen on its test images
         spent = sum(read_record(file).seconds for file in run.folder.rglob("record.json")) + run.sizes().seconds
         assert run.seconds() == pytest.approx(spent)
         assert re.search(r"the rest measures|was done before", trained(options))
@@ -152,3 +155,33 @@ def test_a_call_that_ends_within_its_folds_goes_on_there(trained, monkeypatch) -
     value = metric_of(record.spec).of(record.test)
     assert 0 <= value <= 1
     assert record.calibrated.images == 39
+
+
+def test_what_bits_lose_is_measured_on_images_that_folds_left_out(trained, command) -> None:
+    trained("--method linear --image-size 32")
+    (run,) = train_runs(Path("peft-vit-runs"))
+    words = [
+        "export",
+        run.folder,
+        "--output",
+        "small.safetensors",
+        "--bits",
+        "2",
+        "--rounding",
+        "nearest",
+        "--overwrite",
+    ]
+    said = command(*words).out
+    logits, labels, _, _ = rows_of(run.folder / "folds")
+    before = (logits.argmax(1) == labels).mean()
+    folds = sorted((run.folder / "folds").rglob("record.json"))
+    rounded = [logits_by_type(file.parent, ["int2"], "nearest")["int2"] for file in folds]
+    after = (np.concatenate(rounded).argmax(1) == labels).mean()
+    assert f"accuracy {100 * before:.2f} % before and {100 * after:.2f} % after" in said
+    assert f"Lost: {100 * (before - after) + 0.0:.2f} points of accuracy on 39 held-out images" in said
+    assert "39 training images, float32:" in said
+    (run.folder / "folds").rename("elsewhere")
+    said = command(*words).out
+    assert "What that loses isn't measured: no image validated, and training images would hide it." in said
+    assert "Lost:" not in said
+    assert "accuracy" not in said

@@ -188,9 +188,9 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
             spent_s = time.monotonic() - started
             study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
             if trials:
-                names = {"values": "value", "signed": "signed", "l2": "l2"}
-                known = {own: {t.image_size: getattr(t, name) for t in trials} for own, name in names.items()}
-                write_sizes(run.folder, SizesFile(**known, seconds=spent_s))
+                columns = ("value", "signed", "l2")
+                values, signed, l2 = ({own.image_size: getattr(own, name) for own in trials} for name in columns)
+                write_sizes(run.folder, SizesFile(values=values, signed=signed, l2=l2, seconds=spent_s))
         else:
             study = begun.configuration
         plan = plan_study(

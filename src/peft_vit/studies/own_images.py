@@ -54,7 +54,7 @@ from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates
 from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
-from peft_vit.records import write_whole
+from peft_vit.records import FOLDS_STUDY, write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.studies.image_sizes import on_new_images, sizes_to_try
 from peft_vit.studies.request import TrainRequest
@@ -280,7 +280,7 @@ def study_of(
 def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: RunRecord) -> StudyConfig:
     """Return the study that trains as a run did, without a fold of its images, and tests on that, each fold in turn.
 
-    Steps are as many fewer as images are.
+    Steps are as many fewer as images are. Each chooses its own penalty: the run's was chosen on what the fold tests.
 
     Args:
         request: as for `study_of`.
@@ -298,10 +298,8 @@ def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: Run
     steps = max(1, round((spec.experiment.training.steps or 0) * (folds - 1) / folds))
     shape = describe(_backbone(request), spec.data.image_size)
     experiment = experiment_for(request, counts, shape, steps, spec.experiment.training.compute)
-    if spec.experiment.is_probe and record.head_fit is not None:  # another penalty, and logits have another scale
-        experiment["training"]["probe_l2"] = record.head_fit.chosen_l2
     data = _data(request, images, file, spec.data.image_size) | {"folds": folds}
-    study = _study(request, "folds", data, experiment)
+    study = _study(request, FOLDS_STUDY, data, experiment)
     measures = study.measures.model_copy(update={"features": False})
     return study.model_copy(update={"seeds": tuple(range(folds)), "measures": measures})
 
