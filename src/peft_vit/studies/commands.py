@@ -243,6 +243,7 @@ def _tell_by_folds(
 
 def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
     """Make a regression on frozen features of another size, and deliver it if it is clearly better on validation."""
+    from peft_vit.backbones import describe
     from peft_vit.studies.image_sizes import gain_over
     from peft_vit.studies.own_images import regression_at
     from peft_vit.studies.plan import plan_study
@@ -254,13 +255,19 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
     sizes = run.sizes()
     assert sizes is not None
-    l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.compute
-    study = regression_at(request, name, images, file, image_size, compute, l2)
+    begun = read_study_file(run.folder / name)
+    if begun is None:
+        l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.compute
+        study = regression_at(request, name, images, file, image_size, compute, l2)
+    else:  # the machine may have another pace now, which says how many images test
+        study = begun.configuration
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=None)
         if plan.pending:
-            _log(f"A regression at {image_size} px may be better; making it.")
+            forecast = images.forecast
+            tested = forecast.test_line(describe(forecast.backbone, image_size))
+            print_lines([f"A regression at {image_size} px may be better; making it.{tested}"])
             _drive(plan, lock, alone=True)
     folder = run_folder(run.folder, plan.runs[0].spec)
     regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)
