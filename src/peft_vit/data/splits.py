@@ -42,7 +42,7 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     set); what is left of that split is used for nothing. Files with equal content are one image: test and validation
     images are drawn from one of each, and its copies are left out of what training images are drawn from.
 
-    Of the test images `tested_images` are drawn, if it is set; the others are used for nothing, and no other split moves.
+    Of the test images `tested_images` are drawn, if that is set; the others are used for nothing, and no split moves.
 
     Test and validation follow from `config.split_seed`, and with `test_split: per_seed` from `seed` too; they do not
     move when `train_images` does. Training images come out of what test and validation leave, so they move with these;

@@ -59,7 +59,7 @@ class Pace:
 
 def images_to_test(images: int, image_s: float, minutes: float) -> int:
     """Return how many of so many test images are read in their share of the minutes, at least two."""
-    return min(images, max(2, int(TEST_SHARE * 60 * minutes / image_s)))
+    return min(images, max(2, int(TEST_SHARE * 60 * minutes / max(image_s, 1e-9))))
 
 
 def fit(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:

@@ -37,6 +37,7 @@ from peft_vit.config import (
     study_from_mapping,
     type_of_bits,
 )
+from peft_vit.console import duration
 from peft_vit.data import (
     ImageIndex,
     ImagesFile,
@@ -49,7 +50,6 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
-from peft_vit.console import duration
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates

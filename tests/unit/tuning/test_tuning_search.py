@@ -10,9 +10,13 @@ import pytest
 import simulated_tunings
 from simulated_tunings import MODEL, StandIns
 
+from peft_vit.backbones import describe
+from peft_vit.config import named_backbone
+from peft_vit.forecasting.estimate import Throughput
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks import CLASSIFICATION, Scores
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.tuning.costs import Costs
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import lora
 from peft_vit.tuning.search import RATES, best_of, wished
@@ -114,3 +118,29 @@ def test_worse_recipes_have_fewer_folds() -> None:
     worse = [count for recipe, count in folds.items() if recipe.method == "lora" and recipe.rate != 1e-3]
     assert worse
     assert max(worse) < 5
+
+
+def test_what_is_chosen_does_not_know_how_many_images_test() -> None:
+    shape = describe(named_backbone("test_vit", "random"), 64)
+    costs = {}
+    for sealed in (10, 10**6):
+        request, state = (
+            SimpleNamespace(minutes=6.0, max_bytes=None, max_latency=None),
+            SimpleNamespace(training_s=300.0),
+        )
+        context = SimpleNamespace(
+            request=request, state=state, sealed_images=sealed, images=100, train_images=80, test_images=20,
+            shape=lambda *_: shape, flips="none", outputs=2, batch_size=32,
+        )  # fmt: skip
+        costs[sealed] = Costs(context, Throughput.estimated(1e8))
+    recipe = lora("test_vit", 64, 48)
+    for own in (recipe, recipe.rounded("nf4")):
+        assert costs[10].ending_s(own) == costs[10**6].ending_s(own)
+    assert costs[10].most_steps("test_vit", 64) == costs[10**6].most_steps("test_vit", 64)
+    passes = 2 * costs[10].image_s(recipe)  # of the probe that it starts from, and of the model
+    drawn = costs[10**6].tested_images(recipe)
+    assert drawn * passes <= 60 < (drawn + 1) * passes  # a sixth of six minutes
+    assert costs[10].tested_images(recipe) == 10
+    assert costs[10**6].tested_images(recipe.rounded("nf4")) == drawn // 2
+    assert costs[10].test_line(recipe, 10).startswith("  testing 10 images takes about ")
+    assert f"testing {drawn:,} of 1,000,000 images, drawn at random, takes" in costs[10**6].test_line(recipe, drawn)
