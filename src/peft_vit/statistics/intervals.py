@@ -170,9 +170,9 @@ def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
     """Return the mean of (K,) shares of separate groups, each counting the same, with a score interval.
 
     For balanced accuracy the groups are the classes, and the interval describes what as many other test
-    images of each class would change. It holds the means m of true shares p under which the observed one is no further
-    away than ``z sqrt(sum p (1 - p) / n) / K``: of one group it is Wilson's. From their estimates shares move together,
-    on the scale of logits, the faster the fewer cases a group has, which is where the mean may most easily be another
+    images of each class would change. It holds the means of true shares p from which the observed one is at most
+    ``z sqrt(sum p (1 - p) / n) / K`` away: of one group it is Wilson's. From their estimates shares move together, on
+    the scale of logits, the faster the fewer cases a group has, which is where the mean may most easily be another
     one. The estimates have _AS_MANY cases more of the mean of all groups: of three images of a class all are right as a
     rule, which does not make its share sure.
 
