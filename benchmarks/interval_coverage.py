@@ -4,7 +4,7 @@
     python benchmarks/interval_coverage.py --table   fill docs/explanation/statistics.md from the result that is there
 
 Each cell is 4,000 studies with a known truth. The functions measured are those that reports use, called once a study.
-Two bootstraps that no report uses stand beside them for comparison, and are scipy's.
+A bootstrap that no report uses stands beside them for comparison, and is scipy's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from marks import filled
 from scipy import integrate, stats
 
-from peft_vit.statistics import effect_size, mean_interval, paired_improvement, proportion_interval
+from peft_vit.statistics import effect_size, mean_interval, mean_of_proportions, paired_improvement, proportion_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "explanation" / "statistics.md"
@@ -126,18 +126,6 @@ def standardized(rng: np.random.Generator, population: Population, n: int) -> tu
     return [(effect.low, effect.high) for effect in found], 1.0
 
 
-def wins(values: np.ndarray, reference: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Return the share of all pairs in which the first is larger, ties as half: (..., n) and (..., k) to (...)."""
-    higher = np.sign(values[..., :, None] - reference[..., None, :])  # (..., n, k)
-    return (higher.mean(axis=(-2, -1)) + 1) / 2
-
-
-def improvement(rng: np.random.Generator, population: Population, n: int) -> tuple[list[Ends], float]:
-    better, worse = population.draw(rng, (SIMULATIONS, n)) + population.shift, population.draw(rng, (SIMULATIONS, n))
-    ends = [bootstrap(pair, wins, "percentile", rng) for pair in zip(better, worse, strict=True)]
-    return ends, population.improvement
-
-
 def improvement_of_pairs(rng: np.random.Generator, population: Population, n: int) -> tuple[list[Ends], float]:
     better, worse = population.draw(rng, (SIMULATIONS, n)) + population.shift, population.draw(rng, (SIMULATIONS, n))
     found = [paired_improvement(row) for row in better - worse]
@@ -151,11 +139,13 @@ INTERVALS: dict[
     "mean (or paired difference), t": (0, mean_by_t),
     "mean, BCa bootstrap": (1, mean_by_bca),
     "effect size d, noncentral t": (4, standardized),
-    "probability of improvement, bootstrap": (5, improvement),
     "probability of improvement of pairs, Wilson": (6, improvement_of_pairs),
 }
 SHARE = "share of right images in one run, Wilson"
 SHARE_SIZES = (*SIZES, IMAGES)
+BALANCED = "balanced accuracy"
+CLASSES = {f"{n}×10": (n,) * 10 for n in (3, 10, 40)} | {"200+20": (200, 20)}  # images of each class
+RIGHT = (0.6, 0.8, 0.9, 0.97)  # shares of each class
 
 
 def coverage(ends: list[Ends], truth: float) -> dict[str, float]:
@@ -197,6 +187,20 @@ def of_shares() -> list[dict[str, Any]]:
     return rows
 
 
+def of_classes() -> list[dict[str, Any]]:
+    """Return the coverage of the interval of balanced accuracy, if models are as good on every class."""
+    rows = []
+    for stream, (name, images) in enumerate(CLASSES.items(), start=7):
+        for place, share in enumerate(RIGHT):
+            rng = np.random.default_rng([SEED, stream, place])
+            found = [
+                mean_of_proportions(hits, images) for hits in rng.binomial(images, share, (SIMULATIONS, len(images)))
+            ]
+            ends = coverage([(interval.low, interval.high) for interval in found], share)
+            rows.append({"interval": BALANCED, "population": f"{share:.0%} right", "images": name, **ends})
+    return rows
+
+
 def simulate() -> list[dict[str, Any]]:
     """Return one row a cell."""
     rows = []
@@ -207,7 +211,7 @@ def simulate() -> list[dict[str, Any]]:
                 ends, truth = measured(np.random.default_rng([SEED, stream, j, n]), population, n)
                 rows.append({"interval": interval, "population": name, "n": n, **coverage(ends, truth)})
         print(f"  {interval:50} {time.perf_counter() - started:5.1f} s", flush=True)
-    return rows + of_shares()
+    return rows + of_shares() + of_classes()
 
 
 def three_errors_below() -> float:
@@ -217,18 +221,31 @@ def three_errors_below() -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """Return the result as Markdown: one row for an interval and n, one column for a population."""
-    cells = {(row["interval"], row["population"], row["n"]): row for row in result["rows"]}
-    names = list(dict.fromkeys(row["population"] for row in result["rows"] if row["interval"] != SHARE))
+    of_seeds = [row for row in result["rows"] if row["interval"] not in (SHARE, BALANCED)]
+    cells = {(row["interval"], row["population"], row["n"]): row for row in of_seeds}
+    names = list(dict.fromkeys(row["population"] for row in of_seeds))
     lines = [f"| interval | n | {' | '.join(names)} |", f"| --- | ---: | {' | '.join('---:' for _ in names)} |"]
-    for interval in dict.fromkeys(row["interval"] for row in result["rows"] if row["interval"] != SHARE):
+    for interval in dict.fromkeys(row["interval"] for row in of_seeds):
         for n in result["setting"]["sizes"]:
             lines.append(f"| {interval} | {n} | {' | '.join(_cell(cells[interval, name, n]) for name in names)} |")
     shares = ", ".join(f"n = {row['n']}: {_cell(row)}" for row in result["rows"] if row["interval"] == SHARE)
+    of_classes: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        if row["interval"] == BALANCED:
+            of_classes.setdefault(row["images"], {})[row["population"]] = _cell(row)
+    shown = list(next(iter(of_classes.values())))
+    balanced = [
+        f"| {BALANCED}, images×classes | {' | '.join(shown)} |",
+        f"| --- | {' | '.join('---:' for _ in shown)} |",
+    ]
+    balanced += [f"| {images} | {' | '.join(own.values())} |" for images, own in of_classes.items()]
     setting, machine = result["setting"], result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(
         [
             *lines,
+            "",
+            *balanced,
             "",
             f"Percent of {setting['simulations']:,} simulated studies in which a 95 % interval holds the truth; one "
             "standard error is 0.3 points. **Bold**: more than three standard errors below 95 %. In brackets, where "

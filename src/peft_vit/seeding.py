@@ -21,6 +21,7 @@ Purpose = Literal[
     "split",
     "folds",
     "sealed",
+    "tested",
     "held_out",
     "probe",
     "calibration",

@@ -180,7 +180,7 @@ def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) ->
     assert 0.9 in record.tested_calibration.covered
     sizes = run.sizes()
     assert sizes.trained == pytest.approx(-errors.mean(), rel=1e-4)
-    assert sizes.values[32] == pytest.approx(-np.abs(of_probes - truth).mean(), rel=1e-4)
+    assert sizes.signed[32] == pytest.approx(-np.abs(of_probes - truth).mean(), rel=1e-4)
     assert sizes.upper > sizes.trained
     assert f"the model {errors.mean():.3g} mean error" in said
 

@@ -235,10 +235,11 @@ def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on
 
 
 def test_the_best_size_is_gone_back_to_only_if_its_regression_is_better() -> None:
-    sizes = SizesFile(values={56: 0.7, 112: 0.8, 224: 0.8})
+    signed = {56: 0.7, 112: 0.8, 224: 0.8}
+    sizes = SizesFile(values={}, signed=signed)
     assert sizes.better_than(56) == 112
     assert sizes.better_than(112) is None
     assert sizes.better_than(224) is None
-    assert SizesFile(values=sizes.values, trained=0.75, upper=0.79).better_than(112) == 112
-    assert SizesFile(values=sizes.values, trained=0.75, upper=0.81).better_than(56) is None
+    assert SizesFile(values={}, signed=signed, trained=0.75, upper=0.79).better_than(112) == 112
+    assert SizesFile(values={}, signed=signed, trained=0.75, upper=0.81).better_than(56) is None
     assert SizesFile(values={}, trained=0.75, upper=0.9).better_than(56) is None

@@ -131,6 +131,30 @@ def copied(images: Path, folder: Path, copies: int = 1) -> Path:
     return folder
 
 
+def test_the_test_reads_what_a_sixth_of_the_minutes_does_and_the_same_when_it_goes_on(tuning, tmp_path, monkeypatch):
+    finals: list[dict[str, Any]] = []
+    call = StandIns.__call__
+
+    def run(self: StandIns, mapping: Mapping[str, Any], *rest: Any) -> Any:
+        if not mapping["data"]["folds"] and mapping["name"].startswith("final"):
+            finals.append(mapping["data"])
+        return call(self, mapping, *rest)
+
+    monkeypatch.setattr(StandIns, "__call__", run)
+    monkeypatch.setattr("peft_vit.tuning.costs.images_to_test", lambda images, *_: images - 4)
+    runner, said = stand_ins(), list[str]()
+    tuning(runner, tell=said.append)
+    (sealed,) = {
+        int(found[1]) for line in said if (found := re.search(r"test set, read at the end: (\d+) images", line))
+    }
+    assert [own["tested_images"] for own in finals] == [sealed - 4]
+    told = [line for line in said if f"testing {sealed - 4} of {sealed} images, drawn at random, takes about" in line]
+    assert len(told) == 2  # what is foreseen, and before the last training
+    monkeypatch.setattr("peft_vit.tuning.costs.images_to_test", lambda images, *_: images - 2)  # a faster machine
+    tuning(runner, tell=said.append)
+    assert {own["tested_images"] for own in finals} == {sealed - 4}
+
+
 def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) -> None:
     asked: list[str] = []
 

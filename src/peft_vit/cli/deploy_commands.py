@@ -279,12 +279,19 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
     if compared is None:
         print(f"Not compared with the run's model, since its images have changed: {done.not_compared}")
         return
+    changed = done.activations == "int8" or done.float_bytes is not None or compared.same_predictions < 1
+    learned = changed and compared.split == "training" and done.activations != "int8"  # by heart: they hide a loss
     print(
         f"The file against the run's model, {compared.images} {compared.split} images, {done.activations}: "
         f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
-        f"relative, {compared.values_text()}"
+        f"relative{'' if learned else f', {compared.values_text()}'}"
     )
-    if done.activations == "int8" or done.float_bytes is not None or compared.same_predictions < 1:
+    if done.on_folds is not None:
+        print(f"Trainings like it on folds of the images: {done.on_folds.values_text()}")
+        print(f"Lost: {done.on_folds.loss_text()}")
+    elif learned:
+        print("What that loses isn't measured: no image validated, and training images would hide it.")
+    elif changed:
         print(f"Lost: {compared.loss_text()}")
     if bits == "int2":
         print("Training on 2 bits loses less, as a rule: peft-vit train IMAGES --method qa_lora --bits 2")

@@ -171,6 +171,12 @@ class DataConfig(Settings):
     test_images: int | None = Field(
         default=None, ge=2, description="Test on this many images. Without it, on the data set's own test split"
     )
+    tested_images: Annotated[int | None, OnlyWith(folds=None)] = Field(
+        default=None,
+        ge=2,
+        description="Read only so many of the test images, to save time, chosen at random; training and validation "
+        "images stay as they are. Without it, all of them",
+    )
     folds: int | None = Field(
         default=None,
         ge=2,

@@ -140,6 +140,7 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
             "images_file": None,
             "train_images": 16,
             "shots_per_class": None,
+            "tested_images": None,
             "validation_images": 8 if config.validation_images else 0,
             "test_images": None if config.test_images is None else 8,
         }

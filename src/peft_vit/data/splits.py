@@ -42,6 +42,8 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     set); what is left of that split is used for nothing. Files with equal content are one image: test and validation
     images are drawn from one of each, and its copies are left out of what training images are drawn from.
 
+    Of the test images `tested_images` are drawn, if that is set; the others are used for nothing, and no split moves.
+
     Test and validation follow from `config.split_seed`, and with `test_split: per_seed` from `seed` too; they do not
     move when `train_images` does. Training images come out of what test and validation leave, so they move with these;
     with `train_subset: per_seed` their choice follows from `seed` in any case.
@@ -75,6 +77,10 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         shuffle = numpy_generator(config.split_seed, "folds", repetition)
         fold_of = deal_folds(index.strata[divided], groups, config.folds, shuffle)
         test, rest = divided[fold_of == fold], divided[fold_of != fold]
+    if config.tested_images is not None:
+        _need("tested_images", config.tested_images, len(test), "test images are there")
+        drawing = _generator("tested", config.split_seed, seed if config.tests_by_seed else None)
+        test = stratified_draw(test, index.strata, config.tested_images, drawing)
     validated, trained = config.validation_images, 2 if config.train_images is None else config.train_images
     source = _one_of_each(index, rest)
     _need("validation_images", validated, len(source), "different images lie beside the test split")

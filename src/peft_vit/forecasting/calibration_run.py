@@ -89,6 +89,7 @@ def calibration_run(
             "shots_per_class": None,
             "train_subset": "fixed",
             "test_split": "fixed",  # a split that holds each class may not do so with another seed
+            "tested_images": None,
             "validation_images": validation if evaluated is None else min(validation, evaluated),
             "test_images": None if spec.data.folds is not None else test if evaluated is None else min(test, evaluated),
         }

@@ -51,6 +51,7 @@ from peft_vit.records.storage import (
     ADAPTER_FILE,
     DELIVERED_FILE,
     FEATURES_FILE,
+    FOLDS_STUDY,
     HTML_FILE,
     LATEST,
     RECORD_FILE,

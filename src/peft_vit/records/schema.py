@@ -75,6 +75,7 @@ _LATER = {
         "images_file",
         "folds",
         "task",
+        "tested_images",
     ),
 }
 _LATER_OF_EXPERIMENT = {

@@ -25,6 +25,7 @@ ADAPTER_FILE = "adapter.safetensors"
 FEATURES_FILE = "features.safetensors"
 HTML_FILE = "report.html"
 DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
+FOLDS_STUDY = "folds"  # there too: trainings like its run without a fold of the images each
 LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 

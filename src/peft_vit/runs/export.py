@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.adapters import packed_weights
@@ -33,19 +34,19 @@ from peft_vit.errors import UserError, os_fault
 from peft_vit.evaluation import storage_bytes
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
-from peft_vit.records import FEATURES_FILE, Calibrated, Decision
-from peft_vit.runs.post_training import merge_float, pack_after_training
+from peft_vit.records import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, Calibrated, Decision, read_record, single_run
+from peft_vit.runs.post_training import logits_by_type, merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval, Neighbours
-from peft_vit.tasks import TASKS, DecidingMetric, meaning_fields, metric_of, thresholds_of
+from peft_vit.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
 
 _COMPARED_AT_ONCE = 32
 _COMPARED_WITH = 128  # training images, where the run validated on none
 _ELSEWHERE = "choose another place"
 LARGEST_LOSS = 0.5  # points that activations in 8 bits may lose where nothing else is said
 
-Split: TypeAlias = Literal["validation", "training", "test"]
+Split: TypeAlias = Literal["validation", "training", "test", "held-out"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Exported:
     merged: Merged
     comparison: Comparison | None  # None: the run's images are not there
     not_compared: str = ""  # why
+    on_folds: Comparison | None = None  # what bits lose, where nothing validated; None: it isn't known
     activations: Literal["float32", "int8"] = "float32"
     float_bytes: int | None = None  # of the merged model, where it was packed after training
 
@@ -177,8 +179,9 @@ def export_run_to_file(
 ) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
 
-    They are compared on the run's validation images; on training images, where it validated on none. Where float
-    weights are packed, validation images also tell again how far probabilities can be believed.
+    They are compared on the run's validation images; on training images, where it validated on none: these don't tell
+    what bits lose, and images that trainings on folds have left out do. Where float weights are packed, validation
+    images also tell again how far probabilities can be believed.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
@@ -200,7 +203,11 @@ def export_run_to_file(
     _check_room(file, kind, overwrite)
     if kind.extra is not None:
         require_extra(kind.extra, f"--format {format}")
-    return write_model(model_to_write(run_dir, bits, rounding, options.runtime), file, format, options, meaning)
+    source = model_to_write(run_dir, bits, rounding, options.runtime)
+    done = write_model(source, file, format, options, meaning)
+    if bits is None or done.comparison is None or done.comparison.split != "training":
+        return done
+    return replace(done, on_folds=_compare_on_folds(source.run, single_run(run_dir).absolute(), bits, rounding))
 
 
 def model_to_write(
@@ -319,8 +326,40 @@ def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, spli
         outputs.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
         batches.append(targets)
     was, now = (torch.cat(side).numpy() for side in zip(*outputs, strict=True))  # (N, K) each
-    labels = torch.cat(batches).numpy()
-    decision, decision_now = trained.card.decision, exported.card.decision
+    decisions = trained.card.decision, exported.card.decision
+    return _compared(run, was, now, torch.cat(batches).numpy(), decisions, split)
+
+
+def _compare_on_folds(
+    run: RestoredRun, run_dir: Path, bits: QuantizationType, rounding: Rounding | None
+) -> Comparison | None:
+    """Return what bits lose of models that were trained like a run without a fold of its images each, on that fold.
+
+    None: there are none, as `train` makes them where nothing validates.
+    """
+    task, parts = TASKS[run.card.task].restored(run.card.decision), []
+    for file in sorted((run_dir.parents[1] / FOLDS_STUDY).glob(f"*/*/{RECORD_FILE}")):
+        own = read_record(file)
+        if own.status == "done" and own.predictions is not None and own.predictions.logits is not None:
+            learned = TASKS[own.spec.task].restored(own.decision)
+            pair = np.asarray(own.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
+            parts.append((*(task.aligned(one, learned) for one in pair), rows_of(own.predictions.labels)))
+    if not parts:
+        return None
+    was, now, labels = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return _compared(run, was, now, labels, (run.card.decision, run.card.decision), "held-out")
+
+
+def _compared(
+    run: RestoredRun,
+    was: NDArray[np.floating],
+    now: NDArray[np.floating],
+    labels: Labels,
+    decisions: tuple[Decision | None, Decision | None],
+    split: Split,
+) -> Comparison:
+    """Return how far outputs of a run's model, (N, K), are from what they were; decisions are of both."""
+    decision, decision_now = decisions
     task, metric = TASKS[run.card.task], metric_of(run.record.spec)
     before, after = task.predicted(was, decision), task.predicted(now, decision_now)
     least = thresholds_of(decision), thresholds_of(decision_now)

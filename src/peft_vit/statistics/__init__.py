@@ -15,6 +15,7 @@ from peft_vit.statistics.conformal import (
     prediction_sets,
     probabilities,
     recall_threshold,
+    row_weights,
 )
 from peft_vit.statistics.descriptive import gini, normalized_entropy, spearman
 from peft_vit.statistics.intervals import (

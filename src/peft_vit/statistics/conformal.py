@@ -51,7 +51,7 @@ def fit_temperature(
         images: (N,) which image each row is of, so that one with several counts once; None: each of another.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
-    weight, _ = _weights(np.arange(len(y)) if images is None else np.asarray(images))  # (N,)
+    weight, _ = row_weights(len(y), images)  # (N,)
     own = z[np.arange(len(y)), y]  # (N,)
     if prior is not None:
 
@@ -93,8 +93,7 @@ def conformal_quantile(scores: ArrayLike, coverage: float, images: ArrayLike | N
         images: (m,) which image each score is of; none: each of another.
     """
     s = np.asarray(scores, dtype=np.float64)
-    which = np.arange(s.size) if images is None else np.asarray(images)
-    weight, count = _weights(which)
+    weight, count = row_weights(s.size, images)
     order = np.argsort(s, kind="stable")
     below = np.cumsum(weight[order])  # images with a score up to it
     rank = math.ceil((count + 1) * coverage - 1e-9)  # 1e-9: 0.9 * 10 is 9 here too
@@ -140,7 +139,7 @@ def recall_threshold(
     """
     p, there = np.asarray(probability, dtype=np.float64), np.asarray(labels) == 1
     own = there.any(1)
-    weight, count = _weights((np.arange(len(p)) if images is None else np.asarray(images))[own])
+    weight, count = row_weights(own.sum(), None if images is None else np.asarray(images)[own])
     share = np.broadcast_to((weight / there[own].sum(1))[:, None], there[own].shape)[
         there[own]
     ]  # (labels that are there,)
@@ -185,7 +184,7 @@ def error_scale(
     """
     p, errors = np.asarray(predicted, dtype=np.float64), np.abs(np.asarray(predicted) - np.asarray(truth))
     which = np.arange(len(p)) if images is None else np.asarray(images)
-    weight, count = _weights(which)
+    weight, count = row_weights(len(p), which)
     _, place = np.unique(which, return_inverse=True)
     width = max(float(p.std()) / 2, _TINY)
     at = np.linspace(p.min(), p.max(), _PLACES if np.ptp(p) > 0 else 1)  # (P,)
@@ -231,12 +230,19 @@ def fold_coverage(
         others = ~np.isin(which, which[own])
         inside = prediction_sets(p[own], conformal_quantile(scores[others], coverage, which[others]))
         covered[own], sizes[own] = inside[np.arange(own.sum()), y[own]], inside.sum(1)
-    weight, count = _weights(which)
+    weight, count = row_weights(len(y), which)
     weight /= count
     return float(covered @ weight), float(sizes @ weight)
 
 
-def _weights(images: np.ndarray) -> tuple[NDArray[np.float64], int]:
-    """Return (m,) weights of rows such that each image has 1, and the number of images."""
-    _, place, times = np.unique(images, return_inverse=True, return_counts=True)
+def row_weights(rows: int, images: ArrayLike | None = None) -> tuple[NDArray[np.float64], int]:
+    """Return weights of rows (m,) such that each image has 1, and how many images they are of.
+
+    Args:
+        rows: m.
+        images: (m,) which image each row is of, as where folds are repeated; None: each of another.
+    """
+    if images is None:
+        return np.ones(rows), rows
+    _, place, times = np.unique(np.asarray(images), return_inverse=True, return_counts=True)
     return 1 / times[place], len(times)

@@ -191,8 +191,9 @@ def _plan_call(
             spent_s = time.monotonic() - started
             study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
             if trials:
-                values, l2 = ({trial.image_size: getattr(trial, of) for trial in trials} for of in ("value", "l2"))
-                write_sizes(run.folder, SizesFile(values=values, l2=l2, seconds=spent_s))
+                columns = ("value", "signed", "l2")
+                values, signed, l2 = ({own.image_size: getattr(own, name) for own in trials} for name in columns)
+                write_sizes(run.folder, SizesFile(values=values, signed=signed, l2=l2, seconds=spent_s))
         else:
             study = begun.configuration
         plan = plan_study(
@@ -212,12 +213,12 @@ def _by_folds(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pat
     assert record is not None
     size, sizes = record.spec.data.image_size, run.sizes() or SizesFile(values={})
     known = _tell_by_folds(run.folder, run.folder.parent, record, request, images, file)
-    values = sizes.values if known.of_probe is None else {**sizes.values, size: known.of_probe}
+    signed = sizes.signed if known.of_probe is None else {**sizes.signed, size: known.of_probe}
     metric = metric_of(record.spec)
-    its = {"the model": known.value, **{f"a regression at {at} px": values[at] for at in sorted(values)}}
+    its = {"the model": known.value, **{f"a regression at {at} px": signed[at] for at in sorted(signed)}}
     said = ", ".join(f"{name} {metric.text(metric.sign * value)}" for name, value in its.items())
     print_lines([f"On images that are left out of training in turn: {said}."])
-    write_sizes(run.folder, sizes.model_copy(update={"values": values, "trained": known.value, "upper": known.upper}))
+    write_sizes(run.folder, sizes.model_copy(update={"signed": signed, "trained": known.value, "upper": known.upper}))
 
 
 def _tell_by_folds(
@@ -245,6 +246,7 @@ def _tell_by_folds(
 
 def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
     """Make a regression on frozen features of another size, and deliver it if it is clearly better on validation."""
+    from peft_vit.backbones import describe
     from peft_vit.studies.image_sizes import gain_over
     from peft_vit.studies.own_images import regression_at
     from peft_vit.studies.plan import plan_study
@@ -256,13 +258,19 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
     sizes = run.sizes()
     assert sizes is not None
-    l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.decided_compute
-    study = regression_at(request, name, images, file, image_size, compute, l2)
+    begun = read_study_file(run.folder / name)
+    if begun is None:
+        l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.decided_compute
+        study = regression_at(request, name, images, file, image_size, compute, l2)
+    else:  # the machine may have another pace now, which says how many images test
+        study = begun.configuration
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=None)
         if plan.pending:
-            _log(f"A regression at {image_size} px may be better; making it.")
+            forecast = images.forecast
+            tested = forecast.test_line(describe(forecast.backbone, image_size))
+            print_lines([f"A regression at {image_size} px may be better; making it.{tested}"])
             _drive(plan, lock, alone=True)
     folder = run_folder(run.folder, plan.runs[0].spec)
     regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)

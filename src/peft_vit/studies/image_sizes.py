@@ -39,7 +39,9 @@ class SizeTrial:
 
     Attributes:
         image_size: in pixels.
-        value: of the metric that decides, as a share, on images left out of the fit; larger is better.
+        value: of the metric that decides, as a share, on images left out of the fit; larger is better. Of an error it
+            is another measure, which no model's error may be compared with.
+        signed: the metric's own, larger of the better one: an error is negative.
         text: the value as a terminal shows it.
         l2: strength of the penalty that has it.
         pace: how many times longer it took than was expected; None: features were there already, so nobody knows.
@@ -47,6 +49,7 @@ class SizeTrial:
 
     image_size: int
     value: float
+    signed: float
     text: str
     l2: float
     pace: float | None = None
@@ -161,7 +164,7 @@ def _trial(spec: RunSpec, on_progress: Callable[[int, int], None] | None) -> tup
         assert probe.chosen is not None
         l2, metrics = probe.fit.chosen_l2, probe.chosen.metrics
     value = metric.of(metrics)
-    trial = SizeTrial(spec.data.image_size, metric.share_of(metrics), metric.text(value), l2)
+    trial = SizeTrial(spec.data.image_size, metric.share_of(metrics), metric.sign * value, metric.text(value), l2)
     return trial, seen.is_new
 
 

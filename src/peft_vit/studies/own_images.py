@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -37,7 +37,7 @@ from peft_vit.config import (
     study_from_mapping,
     type_of_bits,
 )
-from peft_vit.console import OnProgress
+from peft_vit.console import OnProgress, duration
 from peft_vit.data import (
     ImageIndex,
     ImagesFile,
@@ -53,9 +53,9 @@ from peft_vit.data import (
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates
-from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, validate_every
+from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, images_to_test, validate_every
 from peft_vit.methods import METHODS, TrainOptions
-from peft_vit.records import write_whole
+from peft_vit.records import FOLDS_STUDY, write_whole
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.studies.image_sizes import on_new_images, sizes_to_try
 from peft_vit.studies.request import TrainRequest
@@ -74,6 +74,7 @@ _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS, _STEPS_APART = 20, 200, 1000, 10
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
 _WORTH_A_LINE_S = 30
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
+_TEST_PASSES = 2  # of an image: of the regression and of the model, or for features and for what is unlike them
 _SHARE_OF_SIZES = 0.2  # of the minutes, for regressions at several sizes
 _FASTER, _SLOWER = 0.5, 2.0  # than foreseen, as far as a few regressions are believed
 FEWEST_VALIDATION = 30  # images; where fewer would validate, all are trained on, and folds tell how good the model is
@@ -123,10 +124,11 @@ class OwnImages:
         """Write the file that a study names as `data.images_file`."""
         write_whole(file, self.content.model_dump_json(indent=1).encode())
 
-    def keep_pixels(self, study: StudyConfig) -> None:
-        """Put what was decoded where the study's runs find it."""
+    def keep_pixels(self, study: StudyConfig, *, test: bool = True) -> None:
+        """Put what was decoded where the study's runs find it; test images, if they are read."""
         index = open_index(study.data)
-        self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
+        splits = make_splits(index, study.data, study.seeds[0])
+        self.store.hand_over(index, splits if test else replace(splits, test=splits.test[:0]))
 
 
 @contextmanager
@@ -220,7 +222,7 @@ def regressions(
     from peft_vit.studies.image_sizes import try_sizes
     from peft_vit.studies.plan import plan_study
 
-    images.keep_pixels(regression_at(request, "sizes", images, file, min(images.expected_s)))
+    images.keep_pixels(regression_at(request, "sizes", images, file, min(images.expected_s)), test=False)
 
     def spec_of(size: int) -> RunSpec:
         study = regression_at(request, "sizes", images, file, size, images.forecast.compute)
@@ -238,13 +240,17 @@ def regression_at(
     compute: Compute = "float",
     l2: float | None = None,
 ) -> StudyConfig:
-    """Return the study of a regression on frozen features of the same images, with a penalty if one is known."""
+    """Return the study of a regression on frozen features of the same images, with a penalty if one is known.
+
+    It reads as many test images as `Forecast.tested` says.
+    """
     counts = count_images(request, images.index)
     plain = request.model_copy(update={"method": "linear"})
     shape = describe(_backbone(request), image_size)
     experiment = experiment_for(plain, counts, shape, 0, compute)
     experiment["training"]["probe_l2"] = l2
-    return _study(plain, name, _data(request, images, file, image_size), experiment)
+    data = _data(request, images, file, image_size) | images.forecast.tested(shape)
+    return _study(plain, name, data, experiment)
 
 
 def study_of(
@@ -281,14 +287,15 @@ def study_of(
     for trial in trials:
         if trial.image_size == image_size:  # more images tell the penalty than those that validate
             experiment["training"]["probe_l2"] = trial.l2
-    study = _study(request, name, _data(request, images, file, image_size), experiment)
-    return study, forecast.line(shape, image_size, steps)
+    data = _data(request, images, file, image_size) | forecast.tested(shape)
+    study = _study(request, name, data, experiment)
+    return study, f"{forecast.line(shape, image_size, steps)}{forecast.test_line(shape)}"
 
 
 def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: RunRecord) -> StudyConfig:
     """Return the study that trains as a run did, without a fold of its images, and tests on that, each fold in turn.
 
-    Steps are as many fewer as images are.
+    Steps are as many fewer as images are. Each chooses its own penalty: the run's was chosen on what the fold tests.
 
     Args:
         request: as for `study_of`.
@@ -306,10 +313,8 @@ def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: Run
     steps = max(1, round((spec.experiment.training.steps or 0) * (folds - 1) / folds))
     shape = describe(_backbone(request), spec.data.image_size)
     experiment = experiment_for(request, counts, shape, steps, spec.experiment.training.decided_compute)
-    if spec.experiment.is_probe and record.head_fit is not None:  # another penalty, and logits have another scale
-        experiment["training"]["probe_l2"] = record.head_fit.chosen_l2
     data = _data(request, images, file, spec.data.image_size) | {"folds": folds}
-    study = _study(request, "folds", data, experiment)
+    study = _study(request, FOLDS_STUDY, data, experiment)
     measures = study.measures.model_copy(update={"features": False})
     return study.model_copy(update={"seeds": tuple(range(folds)), "measures": measures})
 
@@ -389,23 +394,46 @@ class Forecast:
         return Throughput.estimated(self._rates[self.compute])
 
     def seconds(self, shape: BackboneShape, steps: int, throughput: Throughput | None = None) -> float:
-        """Return what a run takes at most: features for the probe, steps, validations, test."""
+        """Return what a run takes at most without its test: features for the probe, steps, validations."""
         throughput = throughput or self.throughput
         request, counts = self.request, self.counts
         batch = min(request.batch_size, counts.train)
         step_s = throughput.step_s(shape, request.method, batch, self._recomputed(shape))
         validations = 2 + steps // validate_every(counts.validation, request.batch_size)
-        images = 2 * counts.train + validations * counts.validation + counts.test
+        images = 2 * counts.train + validations * counts.validation
         folds = 0 if counts.validation else _folds_beside(steps)
         trained_s = (1 + folds) * throughput.start_s + _trained_on_folds(steps, folds) * step_s
         return self.pace * (trained_s + images * throughput.image_s(shape))
+
+    def tested(self, shape: BackboneShape) -> dict[str, int]:
+        """Return of how many test images, as a section `data` says it, its share of the minutes reads the answers.
+
+        Nothing is chosen by it. Empty: of all, as also where a number was asked for.
+        """
+        count = images_to_test(self.counts.test, self._test_s(shape), self.request.minutes)
+        all_ = self.request.test_images is not None or self.request.smoke or count == self.counts.test
+        return {} if all_ else {"tested_images": count}
+
+    def test_line(self, shape: BackboneShape) -> str:
+        """Return a further sentence: how long the test takes, and of how many images it is; empty of made-up ones."""
+        every, drawn = self.counts.test, self.tested(shape).get("tested_images")
+        about = f"about {duration((drawn or every) * self._test_s(shape))} on top of the minutes"
+        if self.request.smoke:
+            return ""
+        if drawn is None:
+            return f" Testing {every:,} images takes {about}."
+        everything = self.request.spelled("test_images", every)
+        return f" The test reads {drawn:,} of {every:,} images, drawn at random, {about}; {everything} reads all."
+
+    def _test_s(self, shape: BackboneShape) -> float:
+        """Return the seconds of a test image."""
+        return self.pace * _TEST_PASSES * self.throughput.image_s(shape)
 
     def sizes_in_time(self) -> dict[int, float]:
         """Return the image sizes whose regressions may fit their share of the minutes, and the seconds of each.
 
         If a size was asked for, it is the only one; its regression chooses the penalty and shows the machine's pace.
-        The test images of one that is delivered should fit as much. The machine may turn out to be faster than its
-        first moments tell: `try_sizes` then goes further.
+        The machine may turn out to be faster than its first moments tell: `try_sizes` then goes further.
         """
         request, share_s = self.request, self.limit_s * _SHARE_OF_SIZES
         if request.init_adapter is not None or request.smoke:
@@ -414,10 +442,8 @@ class Forecast:
         expected_s: dict[int, float] = {}
         asked = request.image_size
         for size in sizes_to_try(architecture_of(self.backbone)) if asked is None else [asked]:
-            image_s = throughput.image_s(describe(self.backbone, size))
-            seconds = throughput.start_s + images * image_s
-            tried_s = _FASTER * (sum(expected_s.values()) + seconds)
-            if expected_s and max(tried_s, self.counts.test * image_s) > share_s:
+            seconds = throughput.start_s + images * throughput.image_s(describe(self.backbone, size))
+            if expected_s and _FASTER * (sum(expected_s.values()) + seconds) > share_s:
                 break
             expected_s[size] = seconds
         return expected_s

@@ -190,7 +190,8 @@ class TrainRequest(Request):
     test_images: int | None = Field(
         default=None,
         ge=2,
-        description="Test on this many images. Without it, on a fifth, at most 2,000, or the folder's own test split.",
+        description="Test on this many images. Without it, on a fifth, at most 2,000, or the folder's own test split; "
+        "of these on as many, drawn at random, as a sixth of the minutes reads.",
     )
     model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
     weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
@@ -202,7 +203,9 @@ class TrainRequest(Request):
         "it, several sizes are tried, and the best one is used.",
     )
     minutes: float = Field(
-        default=10.0, ge=0.1, description="The call may take about this many minutes on this machine."
+        default=10.0,
+        ge=0.1,
+        description="The call may take about this many minutes on this machine. The test comes on top.",
     )
     steps: Annotated[int | None, _WITH_STEPS, OnlyWith(epochs=None)] = Field(
         default=None, ge=1, description="Train at most this many steps. Without it, what the minutes allow."

@@ -101,16 +101,18 @@ class SizesFile(BaseModel):
     """Content of sizes.json.
 
     Attributes:
-        values: of each image size what a regression on frozen features has; larger is better.
+        values: of each image size what a regression on frozen features has, as a share, see `SizeTrial`.
+        signed: likewise, in the metric that decides; larger is better.
         l2: likewise, strength of its penalty.
         seconds: that they took.
-        trained: what the trained model has, by folds; None: it is not known, or validation images tell.
+        trained: what the trained model has in that metric, by folds; None: it is not known, or validation images tell.
         upper: the end of the 95 % interval of that.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     values: dict[int, float]
+    signed: dict[int, float] = {}
     l2: dict[int, float] = {}
     seconds: float = 0.0
     trained: float | None = None
@@ -123,11 +125,11 @@ class SizesFile(BaseModel):
         lie above the trained model's interval: images are few, the best size is so in part by luck, and training rarely
         loses.
         """
-        if not self.values:
+        if not self.signed:
             return None
-        best = max(sorted(self.values), key=self.values.__getitem__)
-        than = self.values.get(image_size, math.inf) if self.upper is None else self.upper
-        return best if self.values[best] > than else None
+        best = max(sorted(self.signed), key=self.signed.__getitem__)
+        than = self.signed.get(image_size, math.inf) if self.upper is None else self.upper
+        return best if self.signed[best] > than else None
 
 
 @dataclass(frozen=True)

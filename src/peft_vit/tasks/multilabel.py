@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from peft_vit.config import ClassWeights, LossName
 from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
-from peft_vit.statistics import TemperaturePrior, recall_threshold
+from peft_vit.statistics import TemperaturePrior, recall_threshold, row_weights
 from peft_vit.tasks.task import (
     COVERAGES,
     LOG_TEMPERATURES,
@@ -31,7 +31,6 @@ from peft_vit.tasks.task import (
     Task,
     bootstrapped,
     counted_images,
-    different_images,
     least_loss_temperature,
     ranked_cells,
     ranked_columns,
@@ -106,7 +105,7 @@ def _auroc(labels: Labels, scores: Labels, weights: Floats) -> Floats:
 
 def _f1(hits: Any, told: Any, there: Any) -> Any:
     """Return 2 hits / (told + there), 0 where both are 0."""
-    return 2 * hits / np.maximum(told + there, 1)
+    return 2 * hits / np.maximum(told + there, 1e-12)
 
 
 def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
@@ -303,7 +302,7 @@ class _Multilabel(Task):
     def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split; F1 and exact match at the decision's thresholds, or at the best of these."""
         scores, known, one = self.predicted(outputs, decision), ~np.isnan(labels), np.ones((1, len(labels)))
-        told = scores >= np.array(_thresholds(scores, labels) if decision is None else decision.thresholds)
+        told = scores >= np.array(_thresholds(scores, labels, one[0]) if decision is None else decision.thresholds)
         there = labels == 1
         chance = np.where(there, scores, 1 - scores)
         return Metrics(
@@ -358,19 +357,20 @@ class _Multilabel(Task):
         if not len(labels):
             return Decision(images=0, thresholds=(0.5,) * width)
         z, y, known = outputs.astype(np.float64), np.nan_to_num(labels), ~np.isnan(labels)
+        weights, count = row_weights(len(labels), images)
 
         def loss(log_t: float) -> float:
             scaled = z / math.exp(log_t)
-            nll = ((np.logaddexp(0, scaled) - y * scaled) * known).sum()
+            nll = weights @ ((np.logaddexp(0, scaled) - y * scaled) * known).sum(1)
             return float(nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
 
         log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
-        decision = Decision(images=different_images(labels, images), temperature=math.exp(float(log_t)))
+        decision = Decision(images=count, temperature=math.exp(float(log_t)))
         scores = self.predicted(outputs, decision)
         by_coverage = {coverage: recall_threshold(scores, labels, coverage, images) for coverage in COVERAGES}
         held = {coverage: least for coverage, least in by_coverage.items() if math.isfinite(least)}
         sets = {"coverages": tuple(held), "set_thresholds": tuple(held.values())}
-        return decision.model_copy(update={"thresholds": _thresholds(scores, labels), **sets})
+        return decision.model_copy(update={"thresholds": _thresholds(scores, labels, weights), **sets})
 
     def covered(
         self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
@@ -487,21 +487,21 @@ class _Multilabel(Task):
                 yield Shown(slug, title, rule, tuple(groups))
 
 
-def _thresholds(scores: Labels, labels: Labels) -> tuple[float, ...]:
-    return tuple(_threshold(score, truth) for score, truth in zip(scores.T, labels.T, strict=True))
+def _thresholds(scores: Labels, labels: Labels, weights: Floats) -> tuple[float, ...]:
+    return tuple(_threshold(score, truth, weights) for score, truth in zip(scores.T, labels.T, strict=True))
 
 
-def _threshold(scores: Floats, truth: Floats) -> float:
+def _threshold(scores: Floats, truth: Floats, weights: Floats) -> float:
     """Return the probability from which on a label is reported for the largest F1; 1/2 where no image has it.
 
     It lies in the middle between two probabilities; of equal ones the highest is taken.
     """
     known = ~np.isnan(truth)
-    scores, there = scores[known], truth[known] == 1
+    scores, there, weights = scores[known], truth[known] == 1, weights[known]
     if not there.any():
         return 0.5
-    hits, drawn = (part[0] for part in _cumulated(scores, there, np.ones((1, len(scores)))))
-    best = int(_f1(hits, drawn, there.sum()).argmax())
+    hits, drawn = (part[0] for part in _cumulated(scores, there, weights[None]))
+    best = int(_f1(hits, drawn, weights @ there).argmax())
     levels = np.unique(scores)[::-1]  # (different scores,), falling
     return float((levels[best] + (levels[best + 1] if best + 1 < len(levels) else 0.0)) / 2)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from peft_vit.config import LossName
 from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
-from peft_vit.statistics import ErrorScale, TemperaturePrior, conformal_quantile, error_scale, spearman
+from peft_vit.statistics import ErrorScale, TemperaturePrior, conformal_quantile, error_scale, row_weights, spearman
 from peft_vit.tasks.task import (
     COVERAGES,
     SHOWN,
@@ -29,7 +29,6 @@ from peft_vit.tasks.task import (
     Shown,
     Task,
     bootstrapped,
-    different_images,
 )
 
 if TYPE_CHECKING:
@@ -334,7 +333,7 @@ class _Regression(Task):
         images: NDArray[np.int64] | None = None,
     ) -> Decision:
         """Return mean and spread, and how far the true number is from what is said, by coverage and by what is said."""
-        decision = Decision(images=different_images(labels, images), center=self.center, spread=self.spread)
+        decision = Decision(images=row_weights(len(labels), images)[1], center=self.center, spread=self.spread)
         if not len(labels):
             return decision
         found = [error_scale(p, y, images) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]

@@ -554,11 +554,6 @@ def least_loss_temperature(loss: Callable[[float], float]) -> float:
     return math.exp(float(found.x))
 
 
-def different_images(labels: Labels, images: NDArray[np.int64] | None) -> int:
-    """Return how many images N rows of labels are of."""
-    return len(labels) if images is None else len(np.unique(images))
-
-
 def rows_of(answers: Sequence[Any]) -> Labels:
     """Return labels, or what was predicted, as metrics take it: (N,), or (N, K) with NaN for what is not known."""
     rows = np.array(answers)

@@ -16,10 +16,11 @@ from typing import Any
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import IMAGES_ROUNDED_BY, QuantizationType, StudyConfig, study_from_mapping
+from peft_vit.console import duration
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Line, Throughput, Workload
-from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit
+from peft_vit.forecasting.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, images_to_test
 from peft_vit.methods.quantized import usual_rounding
 from peft_vit.runs.held_out import MOST_KNOWN
 from peft_vit.runs.post_training import images_rounded_by
@@ -115,23 +116,40 @@ class Costs:
     def ending_s(self, recipe: Recipe, longer: float = 1.0, pace: float = 1.0) -> float:
         """Return the seconds of the last training, so many times longer than on folds, and of the output, at a pace.
 
-        The output writes the model in some forms, compares each with the run's model, and times them beside float32;
-        where none is as fast as was asked for, activations in 8 bits are measured on folds.
+        Without the test, which comes on top. The output writes the model in some forms, compares each with the run's
+        model, and times them beside float32; where none is as fast as was asked for, activations in 8 bits are measured
+        on folds.
         """
         context, machine, image_s = self.context, self.machine, self.image_s(recipe)
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
         begun += self._begun_s(recipe)
-        seen = context.sealed_images + min(MOST_KNOWN, context.images)
-        trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + seen * image_s
+        known = min(MOST_KNOWN, context.images)
+        trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + known * image_s
         rounded = 0.0
         if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files
             again_s = self._packed_s(recipe, images_rounded_by(recipe.bits))
-            rounded = self.rounding_s(recipe, [recipe.bits], seen) + again_s
+            rounded = self.rounding_s(recipe, [recipe.bits], known) + again_s
         forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
         timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)
         return pace * trained + max(1.0, pace) * (rounded + written + measured + timed)
+
+    def test_image_s(self, recipe: Recipe) -> float:
+        """Return the seconds of a test image: of the probe and the model, and of it rounded, and as it was."""
+        rounded = recipe.bits is not None and recipe.when == "after"
+        return (4 if rounded else 2) * self.image_s(recipe)
+
+    def tested_images(self, recipe: Recipe) -> int:
+        """Return of how many test images a model is read; nothing is chosen by it."""
+        minutes = self.context.request.minutes
+        return images_to_test(self.context.sealed_images, self.test_image_s(recipe), minutes)
+
+    def test_line(self, recipe: Recipe, images: int) -> str:
+        """Return how long a test of so many images takes."""
+        every, about = self.context.sealed_images, duration(images * self.test_image_s(recipe))
+        of = f"{images:,} images" if images == every else f"{images:,} of {every:,} images, drawn at random,"
+        return f"  testing {of} takes about {about}, on top of the minutes"
 
     def last_steps(self, recipe: Recipe, longer: float = 1.0) -> int:
         """Return the steps of the last training: as many more as there are more images, and as it is longer."""
@@ -163,8 +181,8 @@ class Costs:
         ending_s = self.ending_s(self.longest_form(recipe), longer)
         return folds * fold_s + halved_s + _PROCESSES * self.machine.process_s + ending_s
 
-    def forecast(self, probes: Sequence[Recipe], spent_s: float) -> dict[str, float]:
-        """Return the seconds of everything, by what it is.
+    def forecast(self, probes: Sequence[Recipe], spent_s: float) -> tuple[dict[str, float], Recipe]:
+        """Return the seconds of everything but the test, by what it is, and what may be delivered.
 
         Args:
             probes: regressions at all sizes.
@@ -182,7 +200,7 @@ class Costs:
         left_s = max(0.0, 60 * state.request.minutes - spent_s - sizes_s - ending_s)
         folds_s = min(left_s, (_MOST_RUNS if trained else FOLDS) * self.run_s(recipe))
         parts = {"images and machine": spent_s, "image sizes": sizes_s, "training on folds": folds_s}
-        return {**parts, "last training and files": ending_s}
+        return {**parts, "last training and files": ending_s}, recipe
 
     def refuse_little_time(self, smallest: Recipe) -> None:
         """Refuse minutes in which not even the regression on the smallest images is done.

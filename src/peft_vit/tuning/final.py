@@ -38,6 +38,8 @@ def times_longer(folds: Folds, recipe: Recipe) -> float:
 def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
     """Train a recipe on everything that is not for the test, so many times longer than on folds.
 
+    The test comes on top of the minutes, on images drawn at random where not all of them fit their share.
+
     Returns:
         What it came to on the test images, and what the same run came to before its weights were rounded; where
         nothing is rounded after training, twice the same.
@@ -47,7 +49,16 @@ def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome,
     """
     context, trained = folds.context, folds.last(recipe, longer)
     name, seed = f"final-{recipe.place}", context.request.seed
-    study = context.study(name, recipe.model, recipe.image_size, [seed], [folds.experiment(trained)], folds=None)
+    every, is_done = context.sealed_images, trained.done_as in context.state.file.decided
+    # Once for a size, since its other models are read on the same images; a call with more minutes reads no others.
+    tested = context.state.once(
+        f"tested {recipe.place}", lambda: every if is_done else folds.costs.tested_images(recipe)
+    )
+    if not is_done:
+        context.state.tell(folds.costs.test_line(recipe, tested))
+    some = {"tested_images": tested} if tested < every else {}
+    experiments = [folds.experiment(trained)]
+    study = context.study(name, recipe.model, recipe.image_size, [seed], experiments, folds=None, **some)
     study["measures"] |= {"features": True}
     done = context.runner(study, context.state.until(-_ENDLESS_S), None)  # it has to be brought to its end
     outcome = done[trained.name, seed]

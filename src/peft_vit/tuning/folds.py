@@ -188,13 +188,22 @@ class Folds:
         return scores.of(measured) - _NLL_WEIGHT * measured.nll
 
     def difference(self, recipe: Recipe, other: Recipe) -> tuple[float, float] | None:
-        """Return by how much a recipe is better than another on the folds that both have, and the standard error."""
+        """Return by how much a recipe is better than another on the folds that both have, and the standard error.
+
+        Images weigh as they do in the metric, and one that several repetitions predict is one.
+        """
         seeds = [seed for seed in self.seeds(recipe) if seed in self.outcomes.get(other, {})]
         own, others = self.value(recipe, seeds), self.value(other, seeds)
         if own is None or others is None:
             return None
         differs = np.subtract(*(self._by_image(one, seeds) for one in (recipe, other)))
-        return own - others, float(differs.std()) / len(differs) ** 0.5
+        scores = self.context.scores
+        _, labels, images = pooled([self.outcomes[recipe][seed] for seed in seeds], scores.task)
+        counted = scores.image_weights(labels)
+        weights = np.ones(len(labels)) if counted is None else counted
+        apart = weights / weights.sum() * (differs - np.average(differs, weights=weights))
+        by_image = np.bincount(np.unique(images, return_inverse=True)[1], apart)
+        return own - others, float(np.linalg.norm(by_image))
 
     def clearly_better(self, recipe: Recipe, other: Recipe, errors: float = 1.0) -> bool:
         """Tell whether a recipe is better than another by more than so many standard errors, on the same folds."""

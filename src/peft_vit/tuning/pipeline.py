@@ -210,18 +210,20 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     """Say what the whole will take, stage by stage."""
     context, state = costs.context, costs.context.state
     images = context.different or context.images
+    probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
+    parts, last = costs.forecast(probes, state.clock() - state.limit.started)
+    tested = costs.tested_images(last)
     if context.metric.counts_images:
-        tested, apart = context.sealed_images, f"{100 * resolvable(images):.1f} points, if all have five folds"
+        apart = f"{100 * resolvable(images):.1f} points, if all have five folds"
         state.tell(f"  {images:,} images tell models apart that differ by {apart}")
         eighty = bounds_in_percent(proportion_interval(0.8 * tested, tested))
         state.tell(f"  {tested:,} test images of which 80.0 % are right: {eighty} on new images")
     if (scores := context.scores).metric.has_unit:
         lost, value = context.request.margin_share, context.request.margin_share * scores.deviation
         state.tell(f"  a smaller model may lose {scores.hundredths(lost)}, which is {scores.metric.plain(value)}")
-    probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
-    parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
     state.tell(f"  about {sum(parts.values()) / 60:.0f} minutes in all: {said}")
+    state.tell(costs.test_line(last, tested))
 
 
 def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:

@@ -73,7 +73,8 @@ class TuneRequest(Request):
     minutes: float = Field(
         default=20.0,
         gt=0,
-        description="The call may take this many minutes. The same command continues, and tries more with more time.",
+        description="The call may take this many minutes, and for the test up to a sixth more. The same command "
+        "continues, and tries more with more time.",
     )
     models: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],

@@ -95,6 +95,8 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("+hub_subset: y", ".hub_subset", "dataset: hf"),
         ("+images_file: y", ".images_file", "image-folder"),
         ("+train_images: 9, shots_per_class: 2", ".train_images", "with shots_per_class"),
+        ("+folds: 5, tested_images: 9", ".tested_images", "with folds"),
+        ("+tested_images: 1", ".tested_images", "greater than or equal to 2"),
         ("+folds: 5, test_split: per_seed", "", "test_split: per_seed has no effect"),
     ],
     "measures": [("{latency_batches: [1, 1]}", ".latency_batches", "twice"), ("{removal_images: 9}", "", "no effect")],

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_vit.statistics import mean_interval, paired_proportions
+from peft_vit.statistics import mean_interval, mean_of_proportions, paired_proportions
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -40,3 +40,21 @@ def test_paired_proportions_cover_at_their_nominal_rate_where_hardly_a_case_chan
     unchanged = paired_proportions(0, 0, 400)
     assert unchanged.low is not None
     assert unchanged.low < 0 == unchanged.estimate
+
+
+@pytest.mark.parametrize(("images", "share"), [(3, 0.9), (10, 0.9), (10, 0.97)])
+def test_the_mean_of_shares_of_few_cases_is_held_as_often_as_promised(images: int, share: float) -> None:
+    drawn = np.sort(np.random.default_rng(images).binomial(images, share, (2000, 10)), axis=1)  # groups count alike
+    hits, times = np.unique(drawn, axis=0, return_counts=True)
+    found = [mean_of_proportions(own, [images] * 10) for own in hits]
+    below = times @ [own.high < share for own in found] / 2000
+    above = times @ [own.low > share for own in found] / 2000
+    assert 0.925 <= 1 - above - below <= 0.98  # 2,000 studies: a standard error of 0.5 points
+    assert below < 0.06  # a group whose few cases are all right is not known to be
+
+
+def test_a_mean_of_shares_has_no_end_beyond_0_and_1() -> None:
+    whole, none = mean_of_proportions([3, 200], [3, 200]), mean_of_proportions([0, 0], [3, 200])
+    assert (whole.estimate, whole.high, none.estimate, none.low) == (1, 1, 0, 0)
+    assert whole.low == pytest.approx(1 - none.high)
+    assert 0.5 < whole.low < mean_of_proportions([30, 200], [30, 200]).low

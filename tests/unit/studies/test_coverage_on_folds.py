@@ -60,16 +60,30 @@ def test_there_is_nothing_of_one_class_an_image_or_without_folds() -> None:
 
 
 @pytest.mark.parametrize(("task", "labels"), [(MULTILABEL, THERE[:30]), (REGRESSION, NUMBERS[:30])])
-def test_an_image_that_two_repetitions_predict_counts_once(task, labels) -> None:
+def test_an_image_that_repetitions_predict_counts_once(task, labels) -> None:
     outputs = labels + RNG.normal(size=labels.shape)
-    rows = np.tile(np.arange(30), 2)
-    once, twice = task.decide(outputs, labels, OF_FOLDS), task.decide(outputs[rows], labels[rows], OF_FOLDS, rows)
-    assert twice.images == once.images == 30
-    assert twice.coverages == once.coverages  # 99 % needs 99 images
+    once = task.decide(outputs, labels, OF_FOLDS)
+    for times in (2, 3):
+        rows = np.tile(np.arange(30), times)
+        again = task.decide(outputs[rows], labels[rows], OF_FOLDS, rows)
+        assert again.images == once.images == 30
+        assert again.coverages == once.coverages  # 99 % needs 99 images
+        assert again.temperature == pytest.approx(once.temperature, rel=1e-4)
+        for name in ("half_widths", "thresholds", "set_thresholds"):
+            assert np.array(getattr(again, name)) == pytest.approx(np.array(getattr(once, name)), rel=1e-4)
     assert 0.99 not in once.coverages
-    assert np.array(twice.half_widths) == pytest.approx(np.array(once.half_widths))
-    if task is REGRESSION:
-        assert twice.set_thresholds == once.set_thresholds == ()
+    assert bool(once.set_thresholds) == (task is MULTILABEL)
+
+
+def test_an_image_of_three_repetitions_does_not_outvote_two_others() -> None:
+    outputs = np.array([[2.0], [2.0], [2.0], [1.0], [0.0], [-1.0]])  # the first image thrice
+    labels, images = np.array([[0.0], [0.0], [0.0], [1.0], [1.0], [0.0]]), np.array([0, 0, 0, 1, 2, 3])
+    decision = MULTILABEL.decide(outputs, labels, OF_FOLDS, images)
+    plain = MULTILABEL.decide(outputs[2:], labels[2:], OF_FOLDS)
+    assert decision.temperature == pytest.approx(plain.temperature, rel=1e-4)
+    assert decision.thresholds == pytest.approx(plain.thresholds, rel=1e-4)
+    p = 1 / (1 + np.exp(-outputs[4:, 0] / decision.temperature))
+    assert decision.thresholds[0] == pytest.approx(p.mean())  # F1 is 2 * 2 / (3 + 2) there
 
 
 def test_half_widths_of_an_older_record_are_in_the_numbers_unit() -> None:

@@ -20,7 +20,7 @@ from peft_vit.config import (
     bytes_of,
     named_backbone,
 )
-from peft_vit.data import load_data, open_index
+from peft_vit.data import load_data, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
 from peft_vit.quantization.integers import Product
@@ -406,7 +406,7 @@ def test_too_few_minutes_are_one_line_unless_a_length_was_asked_for(asked, pace)
     assert study.experiments[0].training.epochs == 3
     assert line.startswith("Images of 64 px, 9 steps")
     assert "fewer" not in line  # one_cycle goes on to its end
-    assert re.search(r"This may take [\d,]+ minutes here, more than --minutes 10\.$", line)
+    assert re.search(r"This may take [\d,]+ minutes here, more than --minutes 10\. ", line)
     assert training_of(asked(steps=30)).steps == 30
 
 
@@ -510,7 +510,7 @@ def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label
 
 def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked, pace, monkeypatch) -> None:
     """At 64 px the regression is 5 points better; where too few steps fit there, it is 32 px."""
-    trials = [SizeTrial(32, 0.70, "70.0%", 0.1), SizeTrial(64, 0.75, "75.0%", 3.0)]
+    trials = [SizeTrial(32, 0.70, 0.70, "70.0%", 0.1), SizeTrial(64, 0.75, 0.75, "75.0%", 3.0)]
     monkeypatch.setattr(image_sizes, "_SPREAD", 1.0)  # the values are believed, though images are few
     study, _ = study_of(asked(), trials=trials)
     assert study.data.image_size == 64
@@ -536,11 +536,57 @@ def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> N
         assert list(images.expected_s) == [48]
 
 
-def test_a_size_that_a_large_test_set_takes_too_long_at_is_not_tried(asked, pace) -> None:
-    """Or a regression that is delivered would take longer to test than all the minutes."""
-    few, many = (list(Forecast(asked(minutes=10), Counts(20, 4, test)).sizes_in_time()) for test in (4, 10**11))
-    assert many == few[: len(many)]
-    assert 0 < len(many) < len(few)
+def test_the_minutes_pay_for_the_model_whatever_number_of_images_tests(asked, pace) -> None:
+    pace(SLOW)
+    few, many = (Forecast(asked(minutes=10), Counts(100, 40, test)) for test in (4, 10**7))
+    shape = describe(named_backbone("test_vit", "random"), 64)
+    assert few.sizes_in_time().keys() == many.sizes_in_time().keys()
+    assert few.seconds(shape, 100) == pytest.approx(many.seconds(shape, 100), rel=1e-2)
+    assert few.most_steps(shape) == many.most_steps(shape)
+    assert few.largest_size() == many.largest_size()
+
+
+def test_a_test_that_does_not_fit_a_sixth_of_the_minutes_is_of_images_drawn_at_random(asked, pace) -> None:
+    pace(SLOW)
+    shape = describe(named_backbone("test_vit", "random"), 64)
+    request, counts = asked(minutes=6), Counts(100, 40, 1_200_000)
+    forecast = Forecast(request, counts)
+    image_s = 2 * forecast.throughput.image_s(shape)  # before training and after it
+    drawn = forecast.tested(shape)["tested_images"]
+    assert drawn * image_s <= 60 < (drawn + 1) * image_s
+    assert 2 <= drawn < 1_200_000
+    said = (
+        rf" The test reads {drawn:,} of 1,200,000 images, drawn at random, about (60 s|1\.0 min) on top of the minutes"
+    )
+    assert re.fullmatch(rf"{said}; --test-images 1200000 reads all\.", forecast.test_line(shape))
+    slow = forecast.now(counts, trials=[SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, 2.0)])  # as regressions have shown
+    assert slow.tested(shape)["tested_images"] == drawn // 2
+    assert Forecast(request, Counts(100, 40, drawn)).tested(shape) == {}
+    assert Forecast(asked(minutes=6, test_images=1_200_000), counts).tested(shape) == {}
+    assert "Testing 1,200,000 images" in Forecast(asked(minutes=6, test_images=1_200_000), counts).test_line(shape)
+
+
+def test_what_is_drawn_of_the_test_is_in_the_study_and_moves_no_other_image(asked, tmp_path, monkeypatch) -> None:
+    fill(tmp_path, 50, 40)
+    every, line = study_of(asked(shots=None, image_size=32, steps=20))
+    assert every.data.tested_images is None
+    assert " Testing 80 images takes about" in line
+    monkeypatch.setattr(own_images, "images_to_test", lambda *_: 20)
+    study, line = study_of(asked(shots=None, image_size=32, steps=20))
+    assert study.data.tested_images == 20
+    assert " The test reads 20 of 80 images, drawn at random" in line
+    whole_data, part_data = (own.data.model_copy(update={"images_file": None}) for own in (every, study))
+    index = open_index(part_data)
+    whole, part, again = (
+        make_splits(index, data, seed) for data, seed in ((whole_data, 0), (part_data, 0), (part_data, 1))
+    )
+    for name in ("train", "validation"):
+        assert getattr(part, name).tolist() == getattr(whole, name).tolist()
+    assert set(part.test) < set(whole.test)
+    assert index.class_counts(part.test).tolist() == [10, 10]
+    assert again.test.tolist() == part.test.tolist()  # it follows from the split seed
+    other = make_splits(index, part_data.model_copy(update={"split_seed": 1}), 0)
+    assert other.test.tolist() != part.test.tolist()
 
 
 @pytest.mark.parametrize(("factor", "tried"), [(0.5, [64, 80, 112]), (1.0, [64, 80]), (3.0, [64])])
@@ -549,7 +595,7 @@ def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, fac
 
     def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         now[0] += factor * size
-        return SizeTrial(size, size / 100, f"{size}%", 1.0), True
+        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0), True
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     monkeypatch.setattr(image_sizes.time, "perf_counter", lambda: now[0])
@@ -579,7 +625,7 @@ def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> No
     forecast, shape = Forecast(asked(), Counts(100, 40, 40)), describe(named_backbone("test_vit", "random"), 64)
     seconds = forecast.seconds(shape, 100)
     for told, factor in (((0.7,), 0.7), ((9.0, 1.5), 1.5), ((0.1,), 0.5), ((7.0,), 2.0), ((None,), 1.0), ((), 1.0)):
-        trials = [SizeTrial(64, 0.7, "70.0%", 1.0, one) for one in told]
+        trials = [SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, one) for one in told]
         assert forecast.now(forecast.counts, 30, trials).seconds(shape, 100) == pytest.approx(factor * seconds)
 
 
@@ -587,7 +633,7 @@ def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
     def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         if size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return SizeTrial(size, size / 100, f"{size}%", 1.0), False
+        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0), False
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     lines: list[str] = []

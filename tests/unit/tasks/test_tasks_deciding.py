@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from scipy.integrate import trapezoid
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 from scipy.stats import norm
-from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
+from statsmodels.stats.proportion import proportion_confint
 
 from peft_vit.errors import UserError
 from peft_vit.records import Metrics
@@ -65,17 +67,27 @@ def test_where_nothing_is_expected_of_training_it_has_to_be_better() -> None:
         assert [metric.worth(errors[k], before=errors[1 - k], expected=0.03) for k in (0, 1)] == [True, False]
 
 
-def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:
+def test_intervals_are_wilsons_and_of_several_classes_one_that_the_rarest_decides() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 2], [90, 12])  # of class 1 there is no image
     predicted = np.where(rng.random(102) < 0.8, labels, 1)
-    hits = [int((predicted[labels == k] == k).sum()) for k in (0, 2)]
+    hits, images = np.array([(predicted[labels == k] == k).sum() for k in (0, 2)]), np.array([90, 12])
     plain, balanced = (metric.interval(labels, predicted) for metric in (ACCURACY, BALANCED_ACCURACY))
-    assert (plain.low, plain.high) == pytest.approx(proportion_confint(sum(hits), 102, method="wilson"))
-    # (p + q) / 2 is half of 1 + p - (1 - q): Newcombe's interval of a difference of two shares, moved and halved.
-    low, high = confint_proportions_2indep(hits[0], 90, 12 - hits[1], 12, method="newcomb", compare="diff")
-    assert (balanced.low, balanced.high) == pytest.approx(((1 + low) / 2, (1 + high) / 2))
-    assert balanced.estimate == pytest.approx((hits[0] / 90 + hits[1] / 12) / 2)
+    assert (plain.low, plain.high) == pytest.approx(proportion_confint(hits.sum(), 102, method="wilson"))
+    estimate = (hits[0] / 90 + hits[1] / 12) / 2
+    assert balanced.estimate == pytest.approx(estimate)
+    alike = 4 / (1 / 90 + 1 / 12)  # images of one class whose share were known as well
+    pulled = (hits + 3 * (estimate * alike + 1) / (alike + 2)) / (images + 3)
+
+    def shares(move: float) -> np.ndarray:
+        return expit(logit(pulled) + move / images)
+
+    def beyond(move: float, side: int) -> float:
+        error = np.sqrt((shares(move) * (1 - shares(move)) / images).sum()) / 2
+        return float(shares(move).mean() - estimate - side * norm.ppf(0.975) * error)
+
+    ends = [shares(brentq(beyond, -500, 500, args=(side,), xtol=1e-12)).mean() for side in (-1, 1)]
+    assert (balanced.low, balanced.high) == pytest.approx(ends)
     assert balanced.high - balanced.low > plain.high - plain.low  # the rare class is known least
     one = mean_of_proportions([7], [9])
     assert (one.low, one.high) == pytest.approx(proportion_confint(7, 9, method="wilson"))

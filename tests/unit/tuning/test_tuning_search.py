@@ -10,9 +10,13 @@ import pytest
 import simulated_tunings
 from simulated_tunings import MODEL, StandIns
 
+from peft_vit.backbones import describe
+from peft_vit.config import named_backbone
+from peft_vit.forecasting.estimate import Throughput
 from peft_vit.studies.within_time import Outcome
-from peft_vit.tasks import Scores
-from peft_vit.tasks.classification import ACCURACY
+from peft_vit.tasks import CLASSIFICATION, Scores
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.tuning.costs import Costs
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import lora
 from peft_vit.tuning.search import RATES, best_of, wished
@@ -58,6 +62,51 @@ def test_one_of_many_has_to_be_better_by_more_than_the_luckiest(contenders: int,
     assert best_of(folds, [default, best, *others]) == (best if displaced else default)
 
 
+def compared(labels: Any, *right: Any, seeds: int = 1) -> Folds:
+    """Return folds of recipes that have some images right, in so many repetitions alike; logits are of two classes."""
+    scores = Scores(CLASSIFICATION, BALANCED_ACCURACY)
+    context = SimpleNamespace(metric=BALANCED_ACCURACY, scores=scores)
+    made = {}
+    for steps, own in zip((48, 24), right, strict=True):
+        logits = np.eye(2)[np.where(own, labels, 1 - labels)]
+        outcome = Outcome(np.arange(len(labels)), labels, logits, 1.0, Path())
+        made[lora(MODEL, 32, steps)] = dict.fromkeys(range(0, 5 * seeds, 5), outcome)
+    return Folds(SimpleNamespace(context=context), lambda *_: {}, made)
+
+
+def test_the_error_of_a_difference_counts_classes_alike() -> None:
+    labels, rng, own = (
+        np.repeat([0, 1], [200, 20]),
+        np.random.default_rng(0),
+        (lora(MODEL, 32, 48), lora(MODEL, 32, 24)),
+    )
+    found = np.array([compared(labels, *(rng.random((2, 220)) < 0.8)).difference(*own) for _ in range(300)])
+    assert found[:, 0].std() / found[:, 1].mean() == pytest.approx(1, abs=0.12)
+    assert np.mean(found[:, 0] > 1.645 * found[:, 1]) < 0.09
+
+
+def test_one_rare_image_does_not_outweigh_what_steps_usually_gain() -> None:
+    """By hand: it is a 40th of the score, about as much as the error e, with m = 0.0066 of 48 steps against 24.
+
+    The mean of the prior N(m, 0.01^2) and of what was seen has the sign of -0.025 * 0.01^2 + m e^2.
+    """
+    labels, whole = np.repeat([0, 1], [200, 20]), np.ones(220, bool)
+    fewer = np.arange(220) != 200  # of all of the steps one rare image is wrong
+    folds, recipe = compared(labels, fewer, whole), lora(MODEL, 32, 48)
+    difference, error = folds.difference(recipe, recipe.half)
+    assert difference == pytest.approx(-1 / 40, abs=2e-4)
+    assert error == pytest.approx((0.975**2 + 19 * 0.025**2 + 2 * 0.025**2) ** 0.5 / 40)
+    assert folds.gains_by_steps(recipe)
+
+
+def test_an_image_of_two_repetitions_says_no_more_than_once() -> None:
+    labels, rng = np.repeat([0, 1], [60, 30]), np.random.default_rng(1)
+    right = rng.random((2, 90)) < 0.7
+    once, twice = (compared(labels, *right, seeds=seeds) for seeds in (1, 2))
+    pair = lora(MODEL, 32, 48), lora(MODEL, 32, 24)
+    assert twice.difference(*pair) == pytest.approx(once.difference(*pair))
+
+
 def test_worse_recipes_have_fewer_folds() -> None:
     def truth(experiment: Any, size: int) -> float:
         training = experiment["training"]
@@ -69,3 +118,29 @@ def test_worse_recipes_have_fewer_folds() -> None:
     worse = [count for recipe, count in folds.items() if recipe.method == "lora" and recipe.rate != 1e-3]
     assert worse
     assert max(worse) < 5
+
+
+def test_what_is_chosen_does_not_know_how_many_images_test() -> None:
+    shape = describe(named_backbone("test_vit", "random"), 64)
+    costs = {}
+    for sealed in (10, 10**6):
+        request, state = (
+            SimpleNamespace(minutes=6.0, max_bytes=None, max_latency=None),
+            SimpleNamespace(training_s=300.0),
+        )
+        context = SimpleNamespace(
+            request=request, state=state, sealed_images=sealed, images=100, train_images=80, test_images=20,
+            shape=lambda *_: shape, flips="none", outputs=2, batch_size=32,
+        )  # fmt: skip
+        costs[sealed] = Costs(context, Throughput.estimated(1e8))
+    recipe = lora("test_vit", 64, 48)
+    for own in (recipe, recipe.rounded("nf4")):
+        assert costs[10].ending_s(own) == costs[10**6].ending_s(own)
+    assert costs[10].most_steps("test_vit", 64) == costs[10**6].most_steps("test_vit", 64)
+    passes = 2 * costs[10].image_s(recipe)  # of the probe that it starts from, and of the model
+    drawn = costs[10**6].tested_images(recipe)
+    assert drawn * passes <= 60 < (drawn + 1) * passes  # a sixth of six minutes
+    assert costs[10].tested_images(recipe) == 10
+    assert costs[10**6].tested_images(recipe.rounded("nf4")) == drawn // 2
+    assert costs[10].test_line(recipe, 10).startswith("  testing 10 images takes about ")
+    assert f"testing {drawn:,} of 1,000,000 images, drawn at random, takes" in costs[10**6].test_line(recipe, drawn)
