@@ -54,8 +54,8 @@ class Outputs(NamedTuple):
 def known_images(data: Data, seed: int) -> LabelledImages:
     """Return the training images whose features are kept: all, or `MOST_KNOWN`, each class with its share.
 
-    Of copies, near ones too, it is one, whichever. Beside another an image is no farther from the nearest than its
-    format rounds pixels, and new images all are: of 120 digits, each as PNG and as JPEG, at 56 px, 120 of 120 new ones
+    Of copies, near ones too, it is one, whichever. A copy lies as close to another as its format rounds pixels, and
+    every new image lies farther away: of 120 digits, each as PNG and as JPEG, at 56 px, 120 of 120 new ones
     were flagged, and 5.9 with one of each (6.5 of PNG alone, means of ten choices).
     """
     train, rng = data.train, numpy_generator(seed, "features")

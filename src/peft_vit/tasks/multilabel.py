@@ -168,9 +168,10 @@ class _Multilabel(Task):
         "Prediction sets",
         "An image's labels in its set",
         "Labels in a set",
-        "Means over the test images that have a label. `predict --coverage` gives such sets: the labels that an image "
-        "may have.",
+        "Means over the test images that have a label; they chose nothing. `predict --coverage` gives such sets: the "
+        "labels that an image may have. They hold about as much as asked.",
     )
+    holds = "The set at {0:g} % holds about {0:g} % of an image's labels on average"
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is a column a class, or one with several in a cell."""
@@ -418,7 +419,6 @@ class _Multilabel(Task):
         known = {"coverage": coverage, "threshold": decision.threshold(coverage)[0]} if coverage else None
         return {
             "says": "which of {} labels it has",
-            "promise": "The set at {} % holds {} % of an image's labels on average",
             "kind": "labels",
             "temperature": decision.temperature,
             "thresholds": decision.thresholds,

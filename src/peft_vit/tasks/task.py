@@ -242,6 +242,8 @@ class Task(Protocol):
         linear: what people call its linear head.
         note: how to read its table of outputs.
         promise: what people call what `predict --coverage` gives, its shares that hold, its size, and what it is.
+        holds: of which images it holds the truth, at so many percent. Never more than about: validation images have
+            chosen steps, sizes and penalties before they make thresholds, and folds do not test the last training.
     """
 
     name: TaskName
@@ -260,6 +262,7 @@ class Task(Protocol):
     linear: str = "logistic regression"
     note: str = ""
     promise: tuple[str, str, str, str]
+    holds: str = ""
 
     # --- labels as people have them ---
 
