@@ -3,9 +3,9 @@
 Either thresholds come from folds, and the model from all images, or from validation images, which have chosen one of
 several checkpoints that are equally good on new images.
 
-On folds: a planted task of three normal clouds in eight dimensions, whose class means a model learns: with few images it knows
-them badly, and before its temperature is fitted it is too sure of itself. Prints the table of
-docs/explanation/statistics.md.
+On folds: a planted task of three normal clouds in eight dimensions, whose class means a model learns: with few images
+it knows them badly, and before its temperature is fitted it is too sure of itself. Prints what
+docs/explanation/statistics.md tells.
 """
 
 from __future__ import annotations
