@@ -4,7 +4,7 @@
     python benchmarks/interval_coverage.py --table   fill docs/explanation/statistics.md from the result that is there
 
 Each cell is 4,000 studies with a known truth. The functions measured are those that reports use, called once a study.
-A bootstrap that no report uses stands beside them for comparison, and is scipy's.
+A bootstrap that no report uses is measured for comparison, and is scipy's; the document's table is without it.
 """
 
 from __future__ import annotations
@@ -220,12 +220,12 @@ def three_errors_below() -> float:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return the result as Markdown: one row for an interval and n, one column for a population."""
+    """Return the result of what reports use as Markdown: one row for an interval and n, one column for a population."""
     of_seeds = [row for row in result["rows"] if row["interval"] not in (SHARE, BALANCED)]
     cells = {(row["interval"], row["population"], row["n"]): row for row in of_seeds}
     names = list(dict.fromkeys(row["population"] for row in of_seeds))
     lines = [f"| interval | n | {' | '.join(names)} |", f"| --- | ---: | {' | '.join('---:' for _ in names)} |"]
-    for interval in dict.fromkeys(row["interval"] for row in of_seeds):
+    for interval in dict.fromkeys(row["interval"] for row in of_seeds if "bootstrap" not in row["interval"]):
         for n in result["setting"]["sizes"]:
             lines.append(f"| {interval} | {n} | {' | '.join(_cell(cells[interval, name, n]) for name in names)} |")
     shares = ", ".join(f"n = {row['n']}: {_cell(row)}" for row in result["rows"] if row["interval"] == SHARE)
@@ -250,7 +250,6 @@ def table(result: Mapping[str, Any]) -> str:
             f"Percent of {setting['simulations']:,} simulated studies in which a 95 % interval holds the truth; one "
             "standard error is 0.3 points. **Bold**: more than three standard errors below 95 %. In brackets, where "
             "there are any: percent of studies without an interval, which do not count. "
-            f"{setting['resamples']} resamples. "
             f"{SHARE[0].upper()}{SHARE[1:]}, 82 % right, exactly: {shares}.",
             "",
             f"`benchmarks/interval_coverage.py`, seed {setting['seed']}, {result['date']}, {machine['processor']}, "

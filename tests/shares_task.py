@@ -151,7 +151,7 @@ class _Shares(Task):
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return that outputs are as classes' are."""
-        return {"says": "shares of {}", "promise": "", "kind": "classes", "temperature": 1.0, "set": None}
+        return {"says": "shares of {}", "kind": "classes", "temperature": 1.0, "set": None}
 
     def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
         """Return columns of names and shares."""

@@ -184,7 +184,7 @@ class TrainedModel:
         Args:
             images: the path of an image, a folder or a zip, a PIL image or an array, or several of these; see
                 `ViTClassifier`.
-            coverage: how often the true class should be in an image's set of classes; None: no sets.
+            coverage: about how often the true class is to be in an image's set of classes; None: no sets.
             top: how many of the most probable classes to return.
 
         Raises:

@@ -134,7 +134,7 @@ def test_a_page_for_a_browser_knows_thresholds_and_units(command, run_on, tmp_pa
         assert facts["thresholds"] == [*decision.thresholds]
         assert facts["set"]["threshold"] == decision.threshold(0.9)[0]
         assert "which of 2 labels it has: warm, cold" in text
-        assert "The set at 90 % holds 90 % of an image's labels on average" in unescape(text)
+        assert "The set at 90 % holds about 90 % of an image's labels on average" in unescape(text)
     else:
         assert (facts["center"], facts["spread"]) == ([*decision.center], [*decision.spread])
         assert facts["set"]["scale"] == [[*own] for own in decision.scale]

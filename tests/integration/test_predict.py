@@ -129,6 +129,8 @@ def test_a_coverage_is_named_as_it_was_typed_with_what_the_model_can_tell(comman
     said = command("predict", "calibrated.safetensors", "photos", "--coverage", 0.2, code=2).err
     expected = "expected a share of images from 0.8 to 0.9, for which the model has thresholds; got 0.2"
     assert said == f"error: calibrated.safetensors: --coverage: {expected}\n"
+    held = command("predict", "calibrated.safetensors", "photos", "--coverage", 90).err.splitlines()
+    assert "The set at 90 % holds the true class of about 90 in 100 images, if they are like those of training" in held
 
 
 def test_an_onnx_file_predicts_without_torch_and_without_anything_of_posix(here: Path) -> None:

@@ -26,6 +26,7 @@ PILOT_OF = {
     "study_digits": "study_digits_pilot",
     "study_fashion": "study_fashion_pilot",
 }
+ON_FOUR_BITS = "adaptive-ranks-help-on-four-bits"
 WENT = {"study_elpv": {"adalora_published"}}  # methods of kept studies and their pilots that this version does not have
 RUN = {study: pilot for study, pilot in PILOT_OF.items() if (study_evidence.RESULTS / f"{pilot}.csv").exists()}
 
@@ -75,6 +76,9 @@ def test_what_we_found_says_what_the_studies_came_to() -> None:
     undecided = sum(one.verdict == "not decided" for one in against)
     assert f"{undecided} of {len(against)} comparisons of methods stayed open" in text
     told = [points_interval(one.interval) for one in against if one.name == "qa_lora_nf4"]
+    four_bits = [one for analysis in analyses for one in analysis.findings if one.sentence.id == ON_FOUR_BITS]
+    assert len(four_bits) == len(analyses)
+    told += [points_interval(one.interval) for one in four_bits]
     assert [difference for difference in told if difference not in text] == []
     nf4, lora = (next(m for m in analyses[0].methods if m.experiment.name == n) for n in ("qa_lora_nf4", "lora_r8"))
     assert f"stored in {megabytes(nf4.stored_bytes)} instead of {lora.stored_bytes / 1e6:.1f}" in text

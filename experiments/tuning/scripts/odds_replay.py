@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tuning_odds import Judged, Tuning, calibration, calibration_table, judge, row, truths_table
+from benchmarks.tuning_odds import Judged, Tuning, calibration_table, calibrations, judge, row, truths_table
 from experiments.methods.scripts.study_evidence import kept_studies, unpacked
 from experiments.scripts.evidence import EXPERIMENTS, filled
 from peft_vit.records import read_records, write_atomically
@@ -90,11 +90,7 @@ def measure(draws: int) -> dict[str, Any]:
         if (study := predicted(name)) is not None:
             judged[name] = [judge(draw(study, np.random.default_rng([SEED, place, at]))) for at in range(draws)]
     every = [one for of_study in judged.values() for one in of_study]
-    return {
-        "truths": [row(name, of_study) for name, of_study in judged.items()],
-        "chosen": calibration([one.chosen for one in every if one.chosen is not None]),
-        "all": calibration([claim for one in every for claim in one.others]),
-    }
+    return {"truths": [row(name, of_study) for name, of_study in judged.items()], **calibrations(every)}
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

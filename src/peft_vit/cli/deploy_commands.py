@@ -326,8 +326,8 @@ class PredictRequest(Request):
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
         default=None,
-        description="How often what is printed is to hold, such as 90 for 90 % or 0.9. A set of classes, the most "
-        "probable first, holds the true class of so many images; a set of labels so much of an image's labels, on "
+        description="About how often what is printed is to hold, such as 90 for 90 % or 0.9. A set of classes, the "
+        "most probable first, holds the true class of so many images; a set of labels so much of an image's labels, on "
         "average; an interval the number of so many images, and is printed without this, too, at 90 %.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
@@ -414,6 +414,8 @@ def predict(request: PredictRequest) -> None:
         print(f"{predicted:,} images: {request.output}")
     if is_labelled and predicted:
         print(f"right on {right:,} of {predicted:,}, by the names of their folders", file=sys.stderr)
+    if request.coverage is not None and predicted:
+        print(f"{task.holds.format(100 * request.coverage)}, if they are like those of training", file=sys.stderr)
     if unlike:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):

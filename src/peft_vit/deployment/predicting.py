@@ -156,7 +156,7 @@ def predict_files(
     Args:
         classifier: what is asked.
         images: paths, see `image_files`, or what it has found; and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
-        coverage: how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
+        coverage: about how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
         top: how many of the most probable classes to return.
 
     Raises:

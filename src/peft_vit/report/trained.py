@@ -70,8 +70,8 @@ def beside_the_probe(record: RunRecord) -> list[str]:
             none = "Training did not improve on it on validation images, so the model is this regression."
             return [of_probe, none]
         gain = metric.gain(labels, before, after, test.thresholds, thresholds_of(record.decision))
-        assert gain.low is not None
-        assert gain.high is not None
+        if gain.low is None or gain.high is None:
+            return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
         worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))
         said = "Training gained on it" if worst > 0 else "No clear difference"
         said = "Training lost against it" if best < 0 else said

@@ -103,7 +103,7 @@ def write_web_page(output: Path, model: bytes, card: ModelCard, runtime: Mapping
         part_hashes=[script_hash(part) for part in parts.values()],
         connects="'none'" if runtime else " ".join(_COPY + name for name in _RUNTIME),
         outputs=TASKS[card.task].outputs.capitalize(),
-        coverage=f"{100 * COVERAGE:g}",
+        promise=TASKS[card.task].holds.format(100 * COVERAGE),
         model_mb=f"{len(model) / 1e6:.1f}",
         version=ONNXRUNTIME_WEB.version,
     )

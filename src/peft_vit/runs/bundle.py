@@ -204,7 +204,7 @@ class Bundle:
         Args:
             images: paths of image files, and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
             names: of the adapters, one for all images or one each.
-            coverage: how often the true class is to be in an image's set of classes; None: no sets.
+            coverage: about how often the true class is to be in an image's set of classes; None: no sets.
             top: how many of the most probable classes to return.
 
         Raises:

@@ -440,7 +440,7 @@ def _train_and_test(
     with attempt.overhead.of("calibration"):
         none = Outputs(test.logits[:0], data.validation.labels, None)
         validation = outputs(data.validation) if len(data.validation) else none
-        known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
+        known = outputs(known_images(data, spec.seed)).middle if spec.measures.features else None
         calibration, content = calibration_of(validation, test, known, data.task)
     decision, keep = calibration["decision"], spec.measures.logits
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)

@@ -76,13 +76,15 @@ class Comparison:
 
     def loss_text(self) -> str:
         """Return what was lost, in points, with its interval."""
-        shares = (self.loss.estimate, self.loss.low or 0.0, self.loss.high or 0.0)
-        ends = [round(100 * share / self.unit, 2) + 0.0 for share in shares]  # + 0.0: of -0.0 too it is 0.0
-        points = "points of" if self.unit == 1 else "hundredths of a standard deviation in"
-        return (
-            f"{ends[0]:.2f} {points} {self.metric.words} on {self.loss.n} {self.split} images "
-            f"({100 * self.loss.confidence:.0f} % interval {ends[1]:.2f} to {ends[2]:.2f})"
-        )
+
+        def hundredths(share: float) -> str:
+            return f"{round(100 * share / self.unit, 2) + 0.0:.2f}"  # + 0.0: of -0.0 too it is 0.0
+
+        loss, points = self.loss, "points of" if self.unit == 1 else "hundredths of a standard deviation in"
+        interval = f"no interval: {loss.reason}"
+        if loss.low is not None and loss.high is not None:
+            interval = f"{100 * loss.confidence:.0f} % interval {hundredths(loss.low)} to {hundredths(loss.high)}"
+        return f"{hundredths(loss.estimate)} {points} {self.metric.words} on {loss.n} {self.split} images ({interval})"
 
 
 @dataclass(frozen=True)

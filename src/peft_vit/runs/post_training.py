@@ -119,7 +119,7 @@ def pack_after_training(
         validation = _outputs(rounded, data.validation, card)
         found, middle = believed(validation, data.task, prior), validation.middle
     if run.known is not None:
-        train = _outputs(rounded, known_images(data.train, run.record.spec.seed, data.task), card).middle
+        train = _outputs(rounded, known_images(data, run.record.spec.seed), card).middle
         assert train is not None
         known, found["unlike"] = known_by(train, middle)
     return rounded, card.model_copy(update=found), known

@@ -31,6 +31,7 @@ from peft_vit.statistics.intervals import (
     paired_proportions,
     proportion_interval,
     shifted,
+    unseen_share,
 )
 from peft_vit.statistics.neighbours import Neighbours
 from peft_vit.statistics.sequential import Look, SequentialResult, SequentialTest, Stopped, StoppingRule, follow

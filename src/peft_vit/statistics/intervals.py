@@ -131,12 +131,32 @@ def proportion_interval(successes: float, n: int) -> Interval:
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
-def bootstrap_interval(images: int, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
+def unseen_share(cases: int) -> float:
+    """Return the largest share of cases that may be of a kind of which n have none: ``1 - 0.05^(1/n)``, about 3 / n.
+
+    It is the upper end of the exact one-sided 95 % interval. Assumption: cases are independent. Sources: Clopper &
+    Pearson, Biometrika 26 (1934); Hanley & Lippman-Hand, JAMA 249 (1983), the rule of three.
+    """
+    return 1 - float((1 - CONFIDENCE) ** (1 / cases))
+
+
+def bootstrap_interval(
+    images: int,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    unseen: float | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Interval:
     """Return a statistic of images with its percentile bootstrap interval: what other images would change.
+
+    Where all resamples have one value, such as 1 of images that are ranked perfectly, they tell nothing of others.
 
     Args:
         images: how many there are, n.
         statistic: of weights (B, n), how often each image is drawn, its values (B,); NaN where it has none.
+        unseen: how far the interval then reaches from that value, within the bounds, so that it has one side at an end
+            of these, see `unseen_share`; None: there is no interval then.
+        bounds: of the statistic.
 
     Assumption: images are independent. Source: Efron, Annals of Statistics 7 (1979).
     """
@@ -148,6 +168,11 @@ def bootstrap_interval(images: int, statistic: Callable[[np.ndarray], np.ndarray
     estimate, values = float(statistic(np.ones((1, images)))[0]), values[np.isfinite(values)]
     if images < 2 or not values.size:
         return Interval(estimate, None, None, images, CONFIDENCE, reason="too few images")
+    if np.ptp(values) <= ROUNDING:
+        if unseen is None:
+            return Interval(estimate, None, None, images, CONFIDENCE, reason="all resamples agree")
+        low, high = max(bounds[0], estimate - unseen), min(bounds[1], estimate + unseen)
+        return Interval(estimate, low, high, images, CONFIDENCE)
     low, high = np.quantile(values, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
     return Interval(estimate, float(low), float(high), images, CONFIDENCE)
 

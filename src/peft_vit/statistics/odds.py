@@ -1,9 +1,8 @@
 """Which of several models to take, and how sure one can be: odds from what they scored on the same folds of images.
 
-`means_of_images` (or `means_of_folds`, where there is but a score a fold) says what was measured: means, and the
-covariance of their errors, which is small between models that are right on the same images. `posterior` shrinks the
-means towards each other, since the best of several was lucky as a rule. `choose_model` takes the smallest model that is
-expected to lose little.
+`means_of_images` says what was measured: means, and the covariance of their errors, which is small between models that
+are right on the same images. `posterior` shrinks the means towards each other, since the best of several was lucky as a
+rule. `choose_model` takes the smallest model that is expected to lose little.
 
 Sources: Corani & Benavoli, Machine Learning 100 (2015), and Benavoli, Corani, Demšar & Zaffalon, JMLR 18(77) (2017),
 on posteriors of correlated folds; Nadeau & Bengio, Machine Learning 52 (2003), on their variance.
@@ -30,7 +29,6 @@ _QUANTILES = 64  # of what a posterior is a mixture over
 _SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
 _FLOOR = 0.1  # images, squared, in the variance of a candidate's right ones: two that never differed may yet
 _RUNS = 10  # runs that the excess of their scatter is shrunk by
-_REPEATED = 0.2  # share of a difference's variance over images that comes again in each repetition
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class FoldMeans:
     covariance: Floats  # (C, C) of the means, as estimates of what new images would give
     run_variance: Floats  # (C,) by what one more training of the same recipe scatters
     degrees: float  # of freedom of the covariance
-    images: int | None = None  # that were scored; None: folds were
+    images: int  # that were scored
     counts: bool = True  # scores are shares of these images
 
 
@@ -51,12 +49,12 @@ def means_of_images(
     """Return means over images that repeated folds predict.
 
     Candidates and fold runs are two ways of a layout, ``score = theta_c + beta_j + error``, solved by least squares, so
-    that a candidate which was dropped is compared on the folds that it has. The covariance sums influences of images:
-    one counts once however often it is predicted (Liang & Zeger, Biometrika 73 (1986)). Added are
+    that a candidate which was dropped is compared on the folds that it has. The covariance is Nadeau & Bengio's: with
+    s^2 the variance of a fold's score, ``s^2 (1 / J + n_test / n_train)`` of J folds, since trainings share most of
+    their images, and all of them with the last training. s^2 is that of its images, more steady than that of five
+    scores. Added are
 
     - the excess, pooled over candidates, by which runs scatter more than their images do;
-    - for training images that all runs share, n_test / n_train of the variance of predicting every image once: Nadeau &
-      Bengio's correction, less what it holds for test images that come again;
     - a trace for each candidate, so that two that never differed are not proven equal.
 
     Args:
@@ -89,15 +87,15 @@ def means_of_images(
     influence = np.zeros_like(errors)  # (C, R N) of each prediction on the means
     for run in range(runs.shape[1]):
         influence[:, run_of == run] = moved[:, :, run] @ errors[:, run_of == run]
-    by_image = influence.reshape(candidates, repetitions, images).sum(1)  # (C, N)
-    once = influence @ influence.T  # (C, C), the covariance if every prediction were of an image of its own
+    alone = influence @ influence.T  # (C, C), the covariance if every prediction were of an image of its own
     done = int((known.any(0) @ runs > 0).sum())
     apart = influence - influence.mean(0)  # of the mean over candidates
     within, between = float((apart**2).sum()), float(((apart @ runs) ** 2).sum()) * done / max(1, done - 1)
     excess = max(0.0, between / max(within, 1e-300) - 1) * done / (done + _RUNS)
     times = np.sqrt(known.sum(1) / images)  # (C,) roots of how often every image was predicted
     seen = known.reshape(candidates, repetitions, images).any(1).sum(1)  # (C,) images
-    covariance = by_image @ by_image.T * images / (images - 1) + once * (excess + np.outer(times, times) / (number - 1))
+    shared = number / (number - 1) * np.outer(times, times)  # J n_test / n_train
+    covariance = alone * (1 + excess + shared)
     covariance += np.diag(_FLOOR * changed * np.mean(weights**2) / seen**2)
     run_variance = excess * (apart**2).sum(1) * (known @ runs > 0).sum(1)
     return FoldMeans(theta, covariance, run_variance, images - 1.0, images, counts)
@@ -117,29 +115,6 @@ def _two_way(counts: Floats, totals: Floats) -> tuple[Floats, Floats, Floats]:
     moved = np.zeros((candidates, candidates, runs))
     moved[:, rows, columns] = solver[:candidates]
     return solution[:candidates], solution[candidates:] - share @ solution[candidates:], moved
-
-
-def means_of_folds(scores: ArrayLike, test_share: float) -> FoldMeans:
-    """Return means over J scores of folds, with Nadeau & Bengio's variance ``s^2 (1 / J + rho / (1 - rho))``.
-
-    With two candidates and without shrinkage, what is known of their difference is the Bayesian correlated t test. Of
-    more, correlations are pulled to their mean, since few folds tell little of each.
-
-    Args:
-        scores: (C, J), all there; the higher, the better.
-        test_share: rho, the share of images that a fold tests.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    candidates, folds = values.shape
-    sample, deviations = np.atleast_2d(np.cov(values)), values.std(1, ddof=1)
-    scale = np.outer(deviations, deviations)  # (C, C)
-    correlation = np.divide(sample, scale, out=np.eye(candidates), where=scale > 0)
-    mean = (correlation.sum() - candidates) / max(1, candidates * (candidates - 1))
-    pull = candidates / (candidates + folds) if candidates > 2 else 0.0
-    pulled = scale * np.where(np.eye(candidates, dtype=bool), 1.0, (1 - pull) * correlation + pull * mean)
-    pulled += np.eye(candidates) * (1e-6 * np.mean(deviations**2) + 1e-18)  # equal scores have an inverse too
-    factor = 1 / folds + test_share / (1 - test_share)
-    return FoldMeans(values.mean(1), factor * pulled, deviations**2, folds - 1.0)
 
 
 @dataclass(frozen=True)
@@ -257,9 +232,9 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     """Return the score of the next training: of shares Wilson's interval of as many images as would scatter so."""
     mean, variance = float(known.means[:, candidate].mean()), float(known.means[:, candidate].var())
     variance += float(known.covariances[:, candidate, candidate].mean() + measured.run_variance[candidate])
-    if measured.images is None or not measured.counts:
+    if not measured.counts:
         half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
-        return Interval(mean, mean - half, mean + half, measured.images or 0, CONFIDENCE)
+        return Interval(mean, mean - half, mean + half, measured.images, CONFIDENCE)
     share = min(max(mean, 0.0), 1.0)
     inner = (share * measured.images + 1) / (measured.images + 2)
     images = max(1, round(inner * (1 - inner) / variance))
@@ -275,6 +250,5 @@ def resolvable(images: int, *, folds: int = 5, repetitions: int = 1, disagreemen
         repetitions: of all folds.
         disagreement: share of images that only one of two models has right; of adapters on one backbone 0.02 to 0.14.
     """
-    of_training = 1 / (folds - 1)
-    error = math.sqrt(disagreement * (_REPEATED + (1 - _REPEATED) / repetitions + of_training) / images)
+    error = math.sqrt(disagreement * (1 / repetitions + folds / (folds - 1)) / images)  # as `means_of_images`
     return float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * error

@@ -53,7 +53,7 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     known = with_meaning(record, meaning_on(outcomes, task, OF_FOLDS), outcomes, task)
     score = metric.interval(labels, *_by_others(task, outcomes))
     upper = score.high if metric.sign > 0 else score.low
-    assert upper is not None
+    upper = score.estimate if upper is None else upper
     of_probe = None
     probes = [own.probe_test for own, _ in finished if own.probe_test is not None]
     if len(probes) == len(finished):

@@ -154,8 +154,10 @@ class _Classification(Task):
         "Prediction sets",
         "Sets that hold the class",
         "Classes in a set",
-        "On the test images. `predict --coverage` gives such sets: the classes that an image may be of.",
+        "On the test images, which chose nothing. `predict --coverage` gives such sets: the classes that an image may "
+        "be of. They hold about as often as asked.",
     )
+    holds = "The set at {0:g} % holds the true class of about {0:g} in 100 images"
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is one column of labels."""
@@ -350,7 +352,6 @@ class _Classification(Task):
             sets = {"coverage": coverage, "threshold": calibrated.threshold(coverage)}
         return {
             "says": "which of {} classes it is of",
-            "promise": "The set at {} % holds the true class of {} in 100 images",
             "kind": "classes",
             "temperature": 1.0 if calibrated is None else calibrated.temperature,
             "set": sets,

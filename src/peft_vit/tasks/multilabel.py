@@ -103,6 +103,15 @@ def _auroc(labels: Labels, scores: Labels, weights: Floats) -> Floats:
     return _mean_over_labels(_area_under_roc, labels, scores, weights)
 
 
+def _cases(labels: Labels) -> Sequence[int]:
+    """Return of each label that some image has how many pairs, of an image that has it and one that has not, are apart.
+
+    A model whose AUROC is A orders m of them all rightly with a probability of at most A^m.
+    """
+    there, others = (labels == 1).sum(0), (labels == 0).sum(0)  # (K,) each
+    return [max(1, int(least)) for least in np.minimum(there, others)[there > 0]] or [1]
+
+
 def _f1(hits: Any, told: Any, there: Any) -> Any:
     """Return 2 hits / (told + there), 0 where both are 0."""
     return 2 * hits / np.maximum(told + there, 1e-12)
@@ -142,10 +151,10 @@ class _Multilabel(Task):
     metrics: Mapping[str, DecidingMetric] = {
         metric.name: metric
         for metric in (
-            bootstrapped("map", "mean average precision", _map, suffix=" mAP"),
-            bootstrapped("auroc", "mean AUROC", _auroc, suffix=" AUROC"),
-            bootstrapped("f1_macro", "macro F1", _f1_macro, at_thresholds=True, suffix=" macro F1"),
-            bootstrapped("f1_micro", "micro F1", _f1_micro, at_thresholds=True, suffix=" micro F1"),
+            bootstrapped("map", "mean average precision", _map, cases=_cases, suffix=" mAP"),
+            bootstrapped("auroc", "mean AUROC", _auroc, cases=_cases, suffix=" AUROC"),
+            bootstrapped("f1_macro", "macro F1", _f1_macro, cases=_cases, at_thresholds=True, suffix=" macro F1"),
+            bootstrapped("f1_micro", "micro F1", _f1_micro, cases=_cases, at_thresholds=True, suffix=" micro F1"),
         )
     }
     loss_names = ("binary_cross_entropy", "asymmetric")
@@ -158,9 +167,10 @@ class _Multilabel(Task):
         "Prediction sets",
         "An image's labels in its set",
         "Labels in a set",
-        "Means over the test images that have a label. `predict --coverage` gives such sets: the labels that an image "
-        "may have.",
+        "Means over the test images that have a label; they chose nothing. `predict --coverage` gives such sets: the "
+        "labels that an image may have. They hold about as much as asked.",
     )
+    holds = "The set at {0:g} % holds about {0:g} % of an image's labels on average"
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is a column a class, or one with several in a cell."""
@@ -409,7 +419,6 @@ class _Multilabel(Task):
         known = {"coverage": coverage, "threshold": decision.threshold(coverage)[0]} if coverage else None
         return {
             "says": "which of {} labels it has",
-            "promise": "The set at {} % holds {} % of an image's labels on average",
             "kind": "labels",
             "temperature": decision.temperature,
             "thresholds": decision.thresholds,

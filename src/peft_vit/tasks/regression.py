@@ -135,9 +135,10 @@ class _Regression(Task):
         "Intervals",
         "Intervals that hold the number",
         "Mean width",
-        "On the test images; widths of several numbers are in standard deviations. `predict` gives such intervals, of "
-        "90 % or of --coverage.",
+        "On the test images, which chose nothing; widths of several numbers are in standard deviations. `predict` "
+        "gives such intervals, of 90 % or of --coverage. They hold about as often as asked.",
     )
+    holds = "The interval at {0:g} % holds the true number of about {0:g} in 100 images"
     loss_names = ("huber", "mse", "quantile")
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
@@ -382,7 +383,6 @@ class _Regression(Task):
         wide = {"half_widths": decision.threshold(coverage), "at": at, "scale": sizes} if coverage else {}
         return {
             "says": "{} numbers" if len(decision.center) > 1 else "a number",
-            "promise": "The interval at {} % holds the true number of {} in 100 images",
             "kind": "numbers",
             "center": decision.center,
             "spread": decision.spread,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from peft_vit.config import ClassWeights, LossName, TaskName
 from peft_vit.errors import UserError
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
-from peft_vit.statistics import Interval, TemperaturePrior, bootstrap_interval
+from peft_vit.statistics import Interval, TemperaturePrior, bootstrap_interval, unseen_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,6 +142,7 @@ def bootstrapped(
     statistic: Callable[[Labels, Labels, Floats], Floats],
     *,
     at_thresholds: bool = False,
+    cases: Callable[[Labels], Sequence[int]] = lambda labels: [len(labels)],
     **more: Any,
 ) -> DecidingMetric:
     """Return a metric whose intervals are bootstraps over images, that of a gain over the same images of both.
@@ -151,8 +152,11 @@ def bootstrapped(
         words: likewise.
         statistic: of labels (N, K), what was predicted (N, K), and weights of images (B, N): its values (B,).
         at_thresholds: it reads 1 for what is reported, from a label's threshold on, by default 1/2.
+        cases: of labels (N, K): of each part that it is the mean of, how many independent cases speak for it.
         more: other attributes.
     """
+
+    is_share = more.get("is_share", True)
 
     def taken(predicted: Labels, thresholds: Sequence[float]) -> Floats:
         p = np.asarray(predicted, dtype=float)
@@ -160,13 +164,19 @@ def bootstrapped(
 
     def interval(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Interval:
         y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)  # what is not known is None in records
-        return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights))
+        unseen = float(np.mean([unseen_share(count) for count in cases(y)])) if is_share else None
+        return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights), unseen=unseen)
 
     def gain(
         labels: Labels, before: Labels, after: Labels, was: Sequence[float] = (), now: Sequence[float] = ()
     ) -> Interval:
         y, p, q = np.asarray(labels, dtype=float), taken(before, was), taken(after, now)
-        return bootstrap_interval(len(y), lambda weights: statistic(y, q, weights) - statistic(y, p, weights))
+        unseen = unseen_share(len(y)) if is_share else None  # images on which the two may differ in what counts
+
+        def difference(weights: Floats) -> Floats:
+            return statistic(y, q, weights) - statistic(y, p, weights)
+
+        return bootstrap_interval(len(y), difference, unseen=unseen, bounds=(-1.0, 1.0))
 
     def by_image(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Floats:
         y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)
@@ -232,6 +242,8 @@ class Task(Protocol):
         linear: what people call its linear head.
         note: how to read its table of outputs.
         promise: what people call what `predict --coverage` gives, its shares that hold, its size, and what it is.
+        holds: of which images it holds the truth, at so many percent. Never more than about: validation images have
+            chosen steps, sizes and penalties before they make thresholds, and folds do not test the last training.
     """
 
     name: TaskName
@@ -250,6 +262,7 @@ class Task(Protocol):
     linear: str = "logistic regression"
     note: str = ""
     promise: tuple[str, str, str, str]
+    holds: str = ""
 
     # --- labels as people have them ---
 

@@ -1,12 +1,16 @@
 """What training came to is said in plain words, and never more than the test images bear out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import planted
 import pytest
 
 from peft_vit.records import Metrics, Predictions, ProbeTest
+from peft_vit.report import trained
 from peft_vit.report.trained import result_lines
+from peft_vit.statistics import Interval
+from peft_vit.tasks import metric_of
 
 LORA = planted.experiments()["lora_r8"]
 N = 100
@@ -62,3 +66,11 @@ def test_training_is_held_against_the_probe_on_the_same_images(wrong, probe_wron
     share = 100 - len(probe_wrong)
     assert probe.startswith(f"A logistic regression on the same frozen features has {share}.0 % (95 % interval ")
     assert gain == said
+
+
+def test_what_resamples_of_test_images_can_not_tell_is_not_claimed(monkeypatch) -> None:
+    agree = Interval(0.0, None, None, N, 0.95, reason="all resamples agree")
+    metric = replace(metric_of(planted.record(LORA, 0, 0.8).spec), gain=lambda *_: agree)
+    monkeypatch.setattr(trained, "metric_of", lambda _: metric)
+    _, _, gain, *_ = lines_of(10, range(10))
+    assert gain == "100 test images can't tell what training gained on it: all resamples agree."

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 from done_runs import do_one, with_data
+from PIL import Image
+from scipy import stats
+from sklearn.datasets import load_digits
 
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
@@ -68,3 +71,18 @@ def test_a_run_of_a_study_is_calibrated_and_its_outcome_is_what_it_was(study, tm
     before = plain.model_copy(update={"calibrated": None, "tested_calibration": None})
     assert outcome_digest(plain) == outcome_digest(before)
     assert "calibrated" not in before.model_dump(mode="json")
+
+
+def test_copies_of_training_images_do_not_make_new_images_unlike(study, tmp_path) -> None:
+    rng, digits = np.random.default_rng(0), load_digits()
+    for i in rng.permutation(len(digits.target))[:120]:
+        for copy in range(2):  # of those that are tested one is used
+            file = tmp_path / "images" / str(digits.target[i] % 2) / f"{i}-{copy}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[i] * 15).astype(np.uint8)).resize((32, 32)).save(file)
+    sizes = {"validation_images": 0, "test_images": 40, "train_images": None}
+    config = with_data(study("lora"), dataset="image-folder", path=str(tmp_path / "images"), **sizes)
+    record = do_one(measured(config, features=True), tmp_path)
+    # Of 80 exchangeable distances the 77th is the threshold: how many of 40 further ones lie beyond is beta-binomial.
+    assert record.tested_calibration.unlike <= stats.betabinom(40, 4, 77).ppf(0.999)
+    assert (record.split_sizes["train"], record.unlike.images) == (160, 80)

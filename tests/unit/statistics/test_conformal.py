@@ -1,9 +1,11 @@
 """Temperature and prediction sets: against plain loops, a grid, exact laws of coverage, and planted tasks."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
+import prediction_sets as planted_sets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from peft_vit.statistics import (
     probabilities,
 )
 from peft_vit.statistics.conformal import TEMPERATURES
+from peft_vit.tasks import TASKS
 
 
 def mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
@@ -176,3 +179,15 @@ def test_coverage_on_folds_uses_no_score_of_the_own_images() -> None:
         sizes.setdefault(int(images[row]), []).append(len(inside))
     expected = [np.mean([np.mean(values) for values in found.values()]) for found in (held, sizes)]
     assert fold_coverage(p, labels, images, runs, 0.8) == pytest.approx(expected, rel=1e-12)
+
+
+def test_thresholds_hold_as_often_as_asked_where_images_chose_nothing_and_less_often_where_they_chose() -> None:
+    held = {
+        checkpoints: planted_sets.coverage_after_choice(np.random.default_rng(2), checkpoints, trials=200)
+        for checkpoints in (1, 30)
+    }
+    assert held[1] == pytest.approx(28 / 31, abs=0.015)  # ceil(31 * 0.9) of 31; four standard errors
+    assert held[30] < 0.87
+    for task in TASKS.values():  # so what is said of sets and intervals is never more than about
+        assert re.search(r"about 90 (%|in 100)", task.holds.format(90.0))
+        assert " about as " in task.promise[3]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import beta, spearmanr
 from sklearn import metrics as oracle
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from timm.loss import AsymmetricLossMultiLabel
@@ -175,7 +175,8 @@ def test_the_metric_that_decides_has_an_interval_and_a_paired_gain() -> None:
     gain = metric.gain(UNKNOWN, scores, np.nan_to_num(UNKNOWN))
     assert gain.estimate == pytest.approx(1 - interval.estimate)
     assert gain.low > 0
-    assert metric.gain(UNKNOWN, scores, scores).high == 0
+    same = metric.gain(UNKNOWN, scores, scores)  # as of shares of right images, other images may tell them apart
+    assert (same.low, same.estimate, same.high) == pytest.approx((0.05 ** (1 / 60) - 1, 0, 1 - 0.05 ** (1 / 60)))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -303,3 +304,37 @@ def test_a_bootstrap_interval_of_a_mean_is_students() -> None:
     assert bounds.estimate == pytest.approx(values.mean())
     assert (bounds.low, bounds.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05)
     assert bootstrap_interval(1, lambda weights: weights.sum(1)).low is None
+
+
+def test_images_that_are_ranked_perfectly_leave_room_below() -> None:
+    labels = np.repeat([[1.0, 0.0], [0.0, 1.0]], 6, axis=0)  # six images have each label, and six have not
+    unseen = 1 - beta.ppf(0.05, 6, 1)  # of six pairs none is the wrong way round: Clopper and Pearson's limit
+    for name in ("map", "auroc", "f1_macro", "f1_micro"):
+        bounds = MULTILABEL.metrics[name].interval(labels, labels)
+        assert (bounds.estimate, bounds.high) == (1.0, 1.0)
+        assert bounds.low == pytest.approx(1 - unseen)
+    nothing = MULTILABEL.metrics["auroc"].interval(labels, 1 - labels)
+    assert (nothing.estimate, nothing.low, nothing.high) == pytest.approx((0.0, 0.0, unseen))
+    rare = MULTILABEL.metrics["map"].interval(labels[:7], labels[:7])  # one image has the second label
+    assert rare.low == pytest.approx(0.05)
+    gain = MULTILABEL.metrics["map"].gain(labels, labels, labels)
+    assert (gain.low, gain.high) == pytest.approx((-(1 - 0.05 ** (1 / 12)), 1 - 0.05 ** (1 / 12)))
+    numbers = np.arange(12.0)[:, None]
+    ranked = REGRESSION.metrics["spearman"].interval(numbers, 2 * numbers)
+    assert (ranked.estimate, ranked.low, ranked.reason) == (1.0, None, "all resamples agree")
+
+
+@pytest.mark.parametrize(("apart", "name"), [(1.5, "map"), (1.5, "auroc"), (2.5, "map"), (2.5, "auroc")])
+def test_a_bound_of_perfect_rankings_is_wrong_in_at_most_a_twentieth(apart: float, name: str) -> None:
+    rng, labels = np.random.default_rng(0), np.repeat([1.0, 0.0], 6)[:, None]
+    truth = (
+        MULTILABEL.metrics[name]
+        .interval(np.repeat([[1.0], [0.0]], 4000, 0), rng.normal(size=(8000, 1)) + np.repeat([[apart], [0.0]], 4000, 0))
+        .estimate
+    )
+    scores = rng.normal(size=(4000, 12, 1)) + apart * labels
+    perfect = scores[:, :6].min((1, 2)) > scores[:, 6:].max((1, 2))
+    low = MULTILABEL.metrics[name].interval(labels, labels).low
+    assert low is not None
+    assert perfect.mean() * (truth < low) <= 0.05
+    assert truth < 1.0  # which [1, 1] would have missed whenever the ranking is perfect
