@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -222,8 +223,18 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
         if odd := sorted(names ^ classes_of["train"]):
             message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
             raise UserError(message, file=path)
+    tree = replace(tree, hashed=partial(_hashed_as_used, tree, len(classes)))
     taken = f"Using the images in {path / root}, where the class folders are." if root else None
     return Images("image-folder", path, tree, ClassFiles(classes, is_test if test else None), left_out, taken)
+
+
+def _hashed_as_used(tree: FileTree, images: int, used: list[str]) -> Hashes:
+    """Hash the used ones of so many images; a zip's hash alone does not say which of them these are."""
+    hashed = tree.hashed(used)
+    if len(used) == images or tree.location.is_dir():
+        return hashed
+    names = "".join(f"{name}\0" for name in used)
+    return Hashes(hashlib.sha256(f"{hashed.sha256}\0{names}".encode()).hexdigest(), hashed.each)
 
 
 def _class_root(tree: FileTree, path: Path) -> str | None:
