@@ -193,7 +193,7 @@ def refuse_if_passing(error: Exception, file: str) -> None:
     if isinstance(cause, OSError) and cause.errno not in (None, *_OF_CONTENT):
         reason = cause.strerror
     if reason is not None:
-        raise UserError(f"can't be read now ({reason}); mend that and call again", file=file) from None
+        raise UserError(f"can't be read now ({reason}); call again once that is over", file=file) from None
 
 
 def files_below(
