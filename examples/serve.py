@@ -9,6 +9,7 @@ The model is read once. With an ONNX or OpenVINO file no PyTorch is loaded.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,7 @@ _LARGEST = 20_000_000  # bytes of an image
 
 
 def answer(classifier: Classifier, content: bytes) -> dict[str, Any]:
-    """Return what a model says of the bytes of an image file.
-
-    Raises:
-        UserError: if they are no image, or too many.
-    """
-    if len(content) > _LARGEST:
-        raise UserError(f"{len(content)} bytes are too many; send at most {_LARGEST}")
+    """Return what a model says of the bytes of an image file; raises UserError if they are no image."""
     (said,) = predict_files(classifier, [ImageFile(Path("image"), lambda: content)], top=3)
     if isinstance(said, UserError):
         raise said
@@ -39,11 +34,17 @@ def app() -> Any:
     from fastapi import FastAPI, HTTPException, Request
 
     classifier = peft_vit.load(os.environ["MODEL"]).classifier
-    service = FastAPI(title="peft-vit")
+    service, turn = FastAPI(title="peft-vit"), asyncio.Lock()
 
     async def predict(request: Any) -> dict[str, Any]:
+        content = bytearray()
+        async for part in request.stream():  # and no further than that, whatever the header says
+            content += part
+            if len(content) > _LARGEST:
+                raise HTTPException(413, f"send at most {_LARGEST} bytes")
         try:
-            return answer(classifier, await request.body())
+            async with turn:  # OpenVINO answers one at a time; in a thread, or the next request would not even be read
+                return await asyncio.to_thread(answer, classifier, bytes(content))
         except UserError as error:
             raise HTTPException(422, str(error)) from None
 

@@ -61,7 +61,10 @@ class Report:
 
     def _repr_html_(self) -> str:
         page = escape(self.path.read_text(encoding="utf-8"), quote=True)
-        return f'<iframe srcdoc="{page}" title="Report" width="100%" height="{_HEIGHT}" style="border: 0"></iframe>'
+        # The page may be another person's: its scripts draw figures, and reach nothing of the notebook.
+        allowed = "allow-scripts allow-downloads allow-popups"
+        size = f'width="100%" height="{_HEIGHT}"'
+        return f'<iframe srcdoc="{page}" sandbox="{allowed}" title="Report" {size} style="border: 0"></iframe>'
 
 
 def open_classifier(path: Path, weights: str | None = None, adapter: str | None = None) -> Classifier:

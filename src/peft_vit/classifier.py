@@ -177,6 +177,8 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
             classifier = cls(**content["arguments"])
             classifier.classes_ = np.array(content["classes"])
         classifier.model_ = load(file.with_name(_MODEL_FILE))
+        if not {str(label) for label in classifier.classes_} <= set(classifier.model_.classes):
+            raise UserError("names classes that the model beside it does not have; save both again", file=file)
         return classifier
 
     def __sklearn_tags__(self) -> Any:

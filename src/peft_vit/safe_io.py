@@ -121,6 +121,8 @@ def refuse_existing(
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a new folder that takes the target's name, and the place of what was there, once everything is written.
 
+    If it can't take its place, what was there comes back.
+
     Raises:
         OSError: if it can't be written.
     """
@@ -129,6 +131,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
         made = Path(place, "new")
         made.mkdir()
         yield made
-        if os.path.lexists(target):
-            target.rename(Path(place, "old"))
-        made.rename(target)
+        before = Path(f"{place}.before")  # beside it: what is in it will be removed
+        try:
+            if os.path.lexists(target):
+                target.rename(before)
+            made.rename(target)
+        except BaseException:  # Ctrl-C, too
+            if os.path.lexists(before) and not os.path.lexists(target):
+                before.rename(target)
+            raise
+        if os.path.lexists(before):
+            before.rename(Path(place, "before"))

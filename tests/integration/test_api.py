@@ -35,7 +35,8 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
     assert peft_vit.train(images, "linear", **asked) == trained  # which is not done again
     assert trained.report.path == trained.path / "report" / "report.html"
     assert "linear" in trained.report.path.read_text()
-    assert trained._repr_html_().startswith("<iframe srcdoc=")
+    (allowed,) = re.findall(r'^<iframe srcdoc="[^"]*" sandbox="([^"]*)"', trained._repr_html_())
+    assert "allow-same-origin" not in allowed.split()  # with it a page could run cells
     first, test, size = repr(trained).splitlines()
     assert first == "linear on test_vit, 32 px, 3 classes: class_0, class_1, class_2"
     assert re.fullmatch(r"Test accuracy \d+\.\d % \(95 % interval .*\), on 9 images that training has not seen\.", test)

@@ -1,5 +1,6 @@
 """ViTClassifier as scikit-learn's tools use it: on images, and in scikit-learn's own checks as far as images allow."""
 
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -66,6 +67,10 @@ def test_it_fits_predicts_and_is_saved(classifier, photos, tmp_path, capsys) -> 
         classifier.save(tmp_path / "runs")
     with pytest.raises(UserError, match=r"name a folder that ViTClassifier\.save wrote"):
         ViTClassifier.load(tmp_path)
+    file = tmp_path / "saved" / "classifier.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"classes": ["nothing"]}))
+    with pytest.raises(UserError, match=r"classifier\.json: names classes that the model beside it does not have"):
+        ViTClassifier.load(tmp_path / "saved")
 
 
 def test_it_takes_a_table_and_says_what_it_leaves_out(classifier, photos, tmp_path) -> None:

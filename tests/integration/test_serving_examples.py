@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,15 +45,76 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_an_image_is_answered_as_predict_does(classifier: Classifier, photo: Path) -> None:
-    from serve import _LARGEST, answer
+    from serve import answer
 
     (expected,) = predict_images(classifier, [photo], top=3)
     said = json.loads(json.dumps(answer(classifier, photo.read_bytes())))
     assert (said["class"], said["probability"]) == (expected.class_name, expected.probability)
     assert said["top"] == dict(expected.top)
-    for content in (b"no image", b"\0" * (_LARGEST + 1)):
-        with pytest.raises(UserError):
-            answer(classifier, content)
+    with pytest.raises(UserError):
+        answer(classifier, b"no image")
+
+
+class RefusedError(Exception):
+    """Stands for fastapi.HTTPException."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+class Service:
+    """Stands for fastapi.FastAPI, which no extra brings."""
+
+    def __init__(self, title: str) -> None:
+        self.at: dict[str, Callable[[Any], Any]] = {}
+
+    def post(self, path: str) -> Callable[[Any], None]:
+        return partial(self.at.__setitem__, path)
+
+
+@pytest.fixture
+def predict(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[bytes]], Any]:
+    """Return what the service does with the parts of a body."""
+    from serve import app
+
+    import peft_vit
+
+    fastapi = SimpleNamespace(FastAPI=Service, HTTPException=RefusedError, Request=object)
+    monkeypatch.setitem(sys.modules, "fastapi", fastapi)
+    monkeypatch.setenv("MODEL", "model.onnx")
+    monkeypatch.setattr(peft_vit, "load", lambda path: SimpleNamespace(classifier=classifier))
+
+    def called(parts: Iterator[bytes]) -> Any:
+        async def stream() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        async def body() -> bytes:
+            return b"".join(parts)
+
+        return asyncio.run(app().at["/predict"](SimpleNamespace(stream=stream, body=body)))
+
+    return called
+
+
+def test_no_more_is_read_of_a_body_than_an_image_may_have(predict: Callable[[Iterator[bytes]], Any]) -> None:
+    from serve import _LARGEST
+
+    parts, part = iter(range(100)), b"\0" * (_LARGEST // 10)
+    with pytest.raises(RefusedError) as caught:
+        predict(part for _ in parts)
+    assert caught.value.status == 413
+    assert len(list(parts)) == 89  # the eleventh was too much
+
+
+def test_a_model_computes_beside_the_thread_that_reads_requests(
+    predict: Callable[[Iterator[bytes]], Any], photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import serve
+
+    monkeypatch.setattr(serve, "answer", lambda *_: {"thread": threading.get_ident()})
+    assert predict(iter([photo.read_bytes()]))["thread"] != threading.get_ident()
 
 
 def test_the_service_answers(classifier: Classifier, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

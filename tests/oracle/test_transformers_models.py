@@ -1,21 +1,23 @@
 """Models of transformers: what this package makes of their folders, against transformers itself."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import tiny_transformers
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
 from peft_vit.adapters.attach import effects
 from peft_vit.adapters.peft_format import export_peft
-from peft_vit.backbones import LoadedBackbone, find_sites, load_backbone
+from peft_vit.backbones import Architecture, LoadedBackbone, find_sites, load_backbone, native_size
 from peft_vit.backbones.families.transformers_models import TOWERS
 from peft_vit.config import BackboneConfig
 from peft_vit.deployment import (
@@ -191,9 +193,9 @@ def test_packed_weights_come_back_without_the_folder_that_they_came_from(tmp_pat
         torch.testing.assert_close(again(images()), merged(images()))
 
 
-def changed(folder: Path, **settings: object) -> None:
+def changed(folder: Path, name: str = "config.json", **settings: object) -> None:
     """Change a folder's configuration."""
-    file = folder / "config.json"
+    file = folder / name
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
@@ -222,6 +224,7 @@ def without_last_mlp(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "can't be read as weights"),
         (lambda folder: changed(folder, num_channels=1), "takes images of 1 channels; expected a model of the three"),
+        (lambda folder: changed(folder, auto_map={"AutoConfig": "own.Config"}), "of its own .*, which is never"),
         (without_last_mlp, r"lacks tensors .* vit\.layers\.1\.mlp\.fc1\.weight"),
     ],
 )
@@ -232,6 +235,92 @@ def test_refused_in_a_line(spoil, fault: str, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=fault) as caught:
         loaded(**{"model": tmp_path} | (changes if isinstance(changes, dict) else {}))
     assert "\n" not in str(caught.value)
+
+
+def with_own_code(folder: Path, name: str, kind: str) -> Path:
+    """Make a folder's model one of somebody's own code, and return the file that this makes where it is run."""
+    mark = folder.parent / "ran"
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Own: pass\n")
+    changed(folder, name, auto_map={kind: "own.Own"}, model_type="own", image_processor_type="OwnProcessor")
+    return mark
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("config.json", "AutoConfig"), ("preprocessor_config.json", "AutoImageProcessor")]
+)
+def test_a_model_s_own_code_is_never_run_whatever_is_answered(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    tiny_transformers.folder_of("vit", tmp_path / "base")
+    mark = with_own_code(tmp_path / "base", name, kind)
+    with pytest.raises(UserError, match=rf"{name}: .* names Python code of its own \(auto_map\)"):
+        loaded(tmp_path / "base")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov3_vit"])
+def test_an_exported_folder_s_own_code_is_never_run_whatever_is_answered(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    backbone, _ = trained(tmp_path / "base", kind)
+    folder, card = tmp_path / "merged", card_of(backbone)
+    save_pretrained(merge(backbone.model, card).model, folder, card)
+    mark = with_own_code(folder, "config.json", "AutoConfig")
+    names = ("config.json", "head.safetensors", "model.safetensors", "preprocessor_config.json")
+    files = [(name, folder / name) for name in names if (folder / name).exists()]
+    lines = [card.model_dump_json(), *(f"{name} {sha256(file.read_bytes()).hexdigest()}" for name, file in files)]
+    signed = {"version": 1, "card": json.loads(lines[0]), "sha256": sha256("\n".join(lines).encode()).hexdigest()}
+    (folder / "peft_vit.json").write_text(json.dumps(signed))
+    with pytest.raises(UserError, match=r"config\.json: .* names Python code of its own \(auto_map\)"):
+        open_exported(folder)
+    assert not mark.exists()
+
+
+def test_nothing_beside_the_hashed_files_is_read(tmp_path: Path) -> None:
+    backbone, logits = trained(tmp_path / "base", "vit")
+    folder, card = tmp_path / "merged", card_of(backbone)
+    save_pretrained(merge(backbone.model, card).model, folder, card)
+    whole = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    adapted = get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder)  # which transformers adds when it loads the folder
+    with torch.inference_mode():
+        torch.testing.assert_close(load_pretrained(folder, card)(images()), logits, rtol=1e-5, atol=1e-5)
+    processor = {"image_processor": {"image_processor_type": "ViTImageProcessor", "image_mean": [0.9] * 3}}
+    (tmp_path / "base" / "processor_config.json").write_text(json.dumps(processor))
+    assert loaded(tmp_path / "base").mean == tiny_transformers.MEAN
+
+
+def test_attention_from_the_hub_is_not_asked_for(tmp_path: Path) -> None:
+    backbone, logits = trained(tmp_path / "base", "vit")
+    card = card_of(backbone)
+    assert card.config is not None
+    content = json.loads(card.config)
+    content["config"]["attn_implementation"] = "somebody/attention"
+    card = card.model_copy(update={"config": json.dumps(content)})
+    save_low_bit(merge(backbone.model, card).model, tmp_path / "model.safetensors", card)
+    model, _ = load_low_bit(tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images()), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {"model_type": "vit", "patch_size": 0}},
+        {"config": {"model_type": "vit", "hidden_act": "nothing"}},
+        {"config": {"model_type": "vit", "hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1001}},
+        {"config": {"model_type": "swin", "embed_dim": 4, "num_heads": [1, 1], "depths": [1, 1000]}},
+        {"images": {}},
+        {"images": {"mean": [0] * 3, "std": [1] * 3, "interpolation": "bicubic", "side": "wide"}},
+    ],
+)
+def test_a_card_of_a_model_that_can_t_be_built_is_refused_in_one_line(change: dict[str, Any]) -> None:
+    images = {"mean": [0] * 3, "std": [1] * 3, "interpolation": "bicubic"}
+    content = {"config": {"model_type": "vit"}, "images": images} | change
+    with pytest.raises(UserError, match=r"can.t build a/model|a/model has more than 1000 layers"):
+        native_size(Architecture("transformers", "a/model", json.dumps(content)))
 
 
 @pytest.mark.parametrize("act", [find_sites, lambda model: attach_adapters(model, [], 2, scale=1.0, seed=0)])

@@ -1,11 +1,12 @@
 """Files of others are read without waiting and up to a limit; folders are not left."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from peft_vit.errors import UserError
-from peft_vit.safe_io import folder_below, read_bytes
+from peft_vit.safe_io import folder_below, read_bytes, whole_folder
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path) -> None:
@@ -55,3 +56,37 @@ def test_links_below_the_root_are_refused_and_above_it_fine(tmp_path) -> None:
     (tmp_path / "real" / "study" / "a").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"study/a: is a link, and results go into real folders only"):
         folder_below(tmp_path / "root", "study/a/seed_0")
+
+
+@pytest.mark.parametrize("fault", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("done", [1, 2])
+def test_a_folder_that_can_t_be_replaced_stays(tmp_path, monkeypatch, fault, done) -> None:
+    """Whether a fault comes instead of the renaming (1) or right after it (2), one whole folder is there."""
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "file").write_text("before")
+    rename, calls = Path.rename, []
+
+    def renamed(path, to):
+        calls.append(to)
+        if len(calls) == 2 and done == 1:
+            raise fault
+        rename(path, to)
+        if len(calls) == 1 and done == 2:
+            raise fault
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(type(fault)), whole_folder(target) as made:
+        (made / "file").write_text("after")
+    assert (target / "file").read_text() == "before"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("before", [lambda target: None, Path.mkdir, lambda target: target.symlink_to("/")])
+def test_a_whole_folder_takes_the_place_of_what_was_there(tmp_path, before) -> None:
+    target = tmp_path / "model"
+    before(target)
+    with whole_folder(target) as made:
+        (made / "file").write_text("after")
+    assert (target / "file").read_text() == "after"
+    assert os.listdir(tmp_path) == ["model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -24,6 +25,7 @@ from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular, sha256_
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".jfif", ".gif", ".avif", ".heic", ".heif")
 _THREADS, _AHEAD = 8, 64  # of `in_threads`: at most, and items that may be done before they are asked for
+_OF_CONTENT = (errno.EFBIG, errno.EINVAL)  # a file that is too large, an archive that names an impossible place
 FETCH_AGAIN = "fetch it again"
 
 _Item = TypeVar("_Item")
@@ -178,9 +180,20 @@ def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
         if seen[mark] > 1:
             try:
                 marks[name] = hashlib.sha256(_read_member(archive, members[name])).hexdigest()
-            except Exception:  # a foreign archive can fail in any way; who decodes the image says so, if it is used
+            except Exception as error:  # a foreign archive can fail in any way; who decodes the image says so
+                refuse_if_passing(error, f"{archive.filename}/{name}")
                 marks[name] = name
     return marks
+
+
+def refuse_if_passing(error: Exception, file: str) -> None:
+    """Raise UserError if a file could not be read for a reason of this machine, which says nothing of its content."""
+    cause = error.__context__ if isinstance(error, UserError) else error
+    reason = "not enough memory" if isinstance(cause, MemoryError) else None
+    if isinstance(cause, OSError) and cause.errno not in (None, *_OF_CONTENT):
+        reason = cause.strerror
+    if reason is not None:
+        raise UserError(f"can't be read now ({reason}); call again once that is over", file=file) from None
 
 
 def files_below(

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -24,7 +25,7 @@ from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbe
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault, named, os_fault
 from peft_vit.extras import require_extra
-from peft_vit.safe_io import read_bytes
+from peft_vit.safe_io import LARGEST_BYTES, read_bytes
 from peft_vit.tasks import CLASSIFICATION, TASKS, Labels, Task
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -37,6 +38,7 @@ _INCOMPLETE = "expected a path and a label, one value a column"
 _CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
 _NAMED = 5  # folders in a line
+_ROWS_AT_ONCE, _LEAST_BYTES = 256, 10  # of a Parquet file; what a row counts beside its texts
 _TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
 
 
@@ -222,8 +224,18 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
         if odd := sorted(names ^ classes_of["train"]):
             message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
             raise UserError(message, file=path)
+    tree = replace(tree, hashed=partial(_hashed_as_used, tree, len(classes)))
     taken = f"Using the images in {path / root}, where the class folders are." if root else None
     return Images("image-folder", path, tree, ClassFiles(classes, is_test if test else None), left_out, taken)
+
+
+def _hashed_as_used(tree: FileTree, images: int, used: list[str]) -> Hashes:
+    """Hash the used ones of so many images; a zip's hash alone does not say which of them these are."""
+    hashed = tree.hashed(used)
+    if len(used) == images or tree.location.is_dir():
+        return hashed
+    names = "".join(f"{name}\0" for name in used)
+    return Hashes(hashlib.sha256(f"{hashed.sha256}\0{names}".encode()).hexdigest(), hashed.each)
 
 
 def _class_root(tree: FileTree, path: Path) -> str | None:
@@ -396,12 +408,17 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         from pyarrow import parquet
 
         with foreign_fault("is not a readable Parquet file", path):
-            table = parquet.read_table(io.BytesIO(content))
-        places = _places(table.column_names, path)
-        columns = [table.column(place).to_pylist() for place in places.values()]
-        for number, values in enumerate(zip(*columns, strict=True), start=1):
-            texts = map(_text, values)
-            yield f"{path}: row {number}", dict(zip(places, texts, strict=True))
+            table = parquet.ParquetFile(io.BytesIO(content))
+            places = _places(table.schema_arrow.names, path)
+            number = unpacked = 0
+            for batch in table.iter_batches(_ROWS_AT_ONCE):  # of a small file there may be any number
+                columns = [batch.column(place).to_pylist() for place in places.values()]
+                for values in zip(*columns, strict=True):
+                    texts = dict(zip(places, map(_text, values), strict=True))
+                    number, unpacked = number + 1, unpacked + _LEAST_BYTES + sum(map(len, texts.values()))
+                    if unpacked > LARGEST_BYTES:
+                        raise ValueError(f"more than {LARGEST_BYTES} bytes, unpacked")
+                    yield f"{path}: row {number}", texts
         return
     text = decode_text(content, path)
     first = text.partition("\n")[0].lower()

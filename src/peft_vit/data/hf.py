@@ -49,6 +49,7 @@ class _Split:
     """A split with its columns, each of N rows."""
 
     name: str
+    column: str  # of the images
     images: ChunkedArray  # of structs {bytes, path}, or of bytes
     classes: list[Any]  # a class's number, or the label itself; None where there is none
     files: tuple[Path, ...]  # that hold the table
@@ -342,7 +343,7 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
         numbers = isinstance(features[label], datasets.ClassLabel)  # of which -1 is kept back
         values = table.column(label).to_pylist()
         classes = [None if value in (None, "") or (numbers and value < 0) else value for value in values]
-    return _Split(name, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
+    return _Split(name, image, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
 
 
 def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
@@ -430,7 +431,7 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     digests: list[str] = []
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
-        files = {f"{part.name} {k}": file for k, file in enumerate(part.files)}
+        files = {f"{part.name} {part.column} {k}": file for k, file in enumerate(part.files)}
         for row, digest in enumerate(remembered(files, len(part.images), partial(_digests, part, path))):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:

@@ -34,12 +34,11 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
 import numpy as np
-import PIL
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.config import Interpolation
-from peft_vit.data.files import FileTree, cache_fault, existing, in_threads
+from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, refuse_if_passing
 from peft_vit.data.folders import Images, find_images, is_image
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names
 from peft_vit.data.pixels import (
@@ -48,7 +47,9 @@ from peft_vit.data.pixels import (
     Facts,
     cached_pixels,
     decode_image,
+    decoders,
     facts_of,
+    formats,
     interpolation_key,
     on_white,
     split_pixels,
@@ -56,7 +57,6 @@ from peft_vit.data.pixels import (
 )
 from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across, stratified_draw
 from peft_vit.errors import DataWarning, UserError
-from peft_vit.extras import missing_packages
 from peft_vit.packages import cache_dir
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
@@ -153,7 +153,7 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
         thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
         return {"copies": equal, "groups": near_groups(thumbnails, start=len(splits.train))}
 
-    pixels = f"{PIL.__version__} {image_size} {index.channels}{interpolation_key(index)}"
+    pixels = f"{decoders()} {image_size} {index.channels}{interpolation_key(index)}"
 
     def read(saved: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         return _numbers(saved["copies"], len(rows)), _numbers(saved["groups"], len(rows))
@@ -398,9 +398,9 @@ def inspect_images(
         on_progress: gets how many images are decoded, and of how many.
 
     Raises:
-        UserError: if there is no image, fewer than two classes, too few different images of a class (with the number
-            that would do), or a test split of other classes; if more than half of the images can't be used, or with
-            `strict` one is to be left out, with the list.
+        UserError: if a file can't be read for a reason of this machine; if there is no image, fewer than two classes,
+            too few different images of a class (with the number that would do), or a test split of other classes; if
+            more than half of the images can't be used, or with `strict` one is to be left out, with the list.
     """
     images = path if isinstance(path, Images) else find_images(existing(str(path)))
     path, tree, files = images.path, images.tree, images.files
@@ -624,8 +624,7 @@ def _decoded_once(
     tree: FileTree, names: list[str], store: PixelStore, on_progress: Callable[[int, int], None] | None
 ) -> _Decoded:
     """Decode files, or find in the cache what it came to."""
-    # Of a zip the hash knows no names.
-    readers = f"{PIL.__version__} {missing_packages('heic')} {bool(store.sizes)}"
+    readers = f"{decoders()} {formats()} {bool(store.sizes)}"  # by which files can't be read, too
     text = "\n".join([readers, tree.hashed(names).sha256, *names])
     count = len(names)
 
@@ -654,6 +653,7 @@ def _decoded(
             image = on_white(decode_image(partial(bytes, content), name, enough=enough)).convert("RGB")
             facts = facts_of(content)
         except Exception as error:  # a foreign file or archive can fail in any way
+            refuse_if_passing(error, tree.file(name))
             return error.message if isinstance(error, UserError) else f"can't be read ({error})"
         mark = repr(((facts.short, facts.long), image.size)).encode()
         digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,17 +59,22 @@ _TRANSPARENT_COLOUR_IS_LOST = ("RGB;16B", "I;16B", "L;2", "L;4")  # of PNGs, who
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
     """Return what is decoded here: AVIF where Pillow was built with it, HEIC with the package of the extra."""
-    formats: tuple[str, ...] = _FORMATS
+    known: tuple[str, ...] = _FORMATS
     if features.check("avif"):
-        formats += ("AVIF",)
+        known += ("AVIF",)
     if not missing_packages("heic"):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-        formats += ("HEIF",)
-    return formats
+        known += ("HEIF",)
+    return known
+
+
+def decoders() -> str:
+    """Return the versions of what decodes and resizes images here, on which cached pixels and features depend."""
+    return PIL.__version__ if missing_packages("heic") else f"{PIL.__version__} {metadata.version('pillow_heif')}"
 
 
 def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = None) -> Image.Image:
@@ -88,7 +94,7 @@ def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = N
         if not content:
             raise UserError(f"is empty; {REMEDY}", file=file)
         try:
-            image = Image.open(io.BytesIO(content), formats=_formats())  # noqa: TID251 - these alone
+            image = Image.open(io.BytesIO(content), formats=formats())  # noqa: TID251 - these alone
         except UnidentifiedImageError:  # its text holds a memory address
             if content[4:8] == b"ftyp" and content[8:12] in _HEIC_BRANDS:
                 require_extra("heic", "HEIC", file=file)
@@ -124,7 +130,7 @@ class Facts(NamedTuple):
 
 def facts_of(content: bytes) -> Facts:
     """Return what the head of a sound image file says."""
-    with Image.open(io.BytesIO(content), formats=_formats()) as image:  # noqa: TID251 - these alone
+    with Image.open(io.BytesIO(content), formats=formats()) as image:  # noqa: TID251 - these alone
         is_animated = image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False)
         return Facts(min(image.size), max(image.size), is_animated)
 
@@ -195,7 +201,7 @@ def cached_pixels(
         UserError: if an image is broken, or the cache cannot be written.
     """
     shape = (len(rows), image_size, image_size, index.channels)
-    text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}{interpolation_key(index)}"
+    text = f"{FORMAT_VERSION} {decoders()} {index.sha256} {image_size} {index.channels}{interpolation_key(index)}"
     key = hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
     file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key}.npy"
     pixels = _open_cached(file, shape)

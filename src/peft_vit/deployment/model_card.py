@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from peft_vit.config import USUAL_TASK, Interpolation, Library, TaskName
-from peft_vit.errors import UserError, checked, os_fault
+from peft_vit.errors import UserError, checked, foreign_fault, os_fault
 from peft_vit.records import Calibrated, Decision, Unlike, write_atomically
+from peft_vit.tasks import TASKS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 HEADER = "peft_vit_model"  # key of a file's metadata
 UNSIGNED = "0" * 64  # instead of the hash while it is computed
+AGAIN = "export the run again"
 _Positive = Annotated[float, Field(gt=0)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -69,6 +71,12 @@ class ModelCard(Strict):
         }
         return {key: value for key, value in fields.items() if key not in later or value != later[key]}
 
+    def check_meaning(self, file: Path) -> None:
+        """Raise UserError, naming the file, if what the card says of outputs does not fit its classes."""
+        outputs = np.zeros((1, len(self.class_names)), np.float32)
+        with foreign_fault("says of outputs what does not fit its classes", file, remedy=AGAIN, field="card"):
+            TASKS[self.task].answers(outputs, self.class_names, self.decision or self.calibrated, None, 1)
+
     @property
     def architecture(self) -> Architecture:
         """Return what the model is built from."""
@@ -89,11 +97,13 @@ class Header(Strict):
         """Return the header of a file of a format, whose text has been found or not.
 
         Raises:
-            UserError: if there is none, or it is damaged.
+            UserError: if there is none, it is damaged, or what it says of outputs does not fit the classes.
         """
         if text is None:
             raise UserError(f"was not written by `peft-vit export --format {name}`, or was cut off", file=file)
-        return read_json(cls, text, file)
+        header = read_json(cls, text, file)
+        header.card.check_meaning(file)
+        return header
 
     def check(self, sha256: str, file: Path, *beside: Path) -> None:
         """Refuse a file whose content has another hash.
@@ -103,7 +113,7 @@ class Header(Strict):
         """
         if sha256 != self.sha256:
             which = "".join(f"it or {other.name} " for other in beside)
-            raise UserError(f"{which}was changed after it was written; export the run again", file=file)
+            raise UserError(f"{which}was changed after it was written; {AGAIN}", file=file)
 
     def signed(self, sha256: str) -> str:
         """Return the text of the header with the hash of its file's content."""
@@ -127,7 +137,7 @@ def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
     Raises:
         UserError: with the first fault; names the file and the field.
     """
-    with checked(file, "export the run again"):
+    with checked(file, AGAIN):
         return kind.model_validate_json(text)
 
 

@@ -25,7 +25,7 @@ from peft_vit.adapters.peft_layers import tuner_layers
 from peft_vit.backbones import Backbone, Site
 from peft_vit.backbones.backbone import linear_layers
 from peft_vit.config import USUAL_TASK
-from peft_vit.deployment.model_card import HEADER, Header, ModelCard
+from peft_vit.deployment.model_card import AGAIN, HEADER, Header, ModelCard
 from peft_vit.deployment.torch_files import LowBitHeader, low_bit_digest, low_bit_parts
 from peft_vit.errors import UserError, named
 from peft_vit.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
@@ -153,10 +153,13 @@ class PackedAdapter:
                 message = f"was trained on {what} {of_adapter}, and this backbone has {of_base}"
                 raise UserError(f"{message}; put it into another bundle", file=file)
         with named(file):
+            if any(site.in_features % self.header.pool for site in sites):
+                raise UserError(f"has updates for {self.header.pool} inputs at once, which no matrix has; {AGAIN}")
             if len(self.header.ranks) != len(sites):
                 raise UserError(f"has ranks of {len(self.header.ranks)} matrices, the model {len(sites)}")
             bias, classes = self.tensors.get("head_bias", torch.empty(0)), len(theirs.class_names)
-            if bias.shape != (classes,) or not self.tensors.keys() <= _TENSORS:
+            fits = bias.shape == (classes,) and bias.dtype in (torch.float16, torch.float32)
+            if not fits or not self.tensors.keys() <= _TENSORS:
                 raise UserError(f"does not hold an adapter and a head of {classes} outputs; export the run again")
             updates = [part for update in self.updates(sites).values() for part in update[:2]]
             if not all(bool(part.isfinite().all()) for part in (*updates, *self.head(width))):

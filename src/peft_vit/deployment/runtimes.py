@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.deployment.model_card import HEADER, UNSIGNED, Classifier, Header, ModelCard
-from peft_vit.errors import UserError, one_line, os_fault
+from peft_vit.deployment.model_card import AGAIN, HEADER, UNSIGNED, Classifier, Header, ModelCard
+from peft_vit.errors import UserError, foreign_fault, one_line, os_fault
 from peft_vit.extras import load_openvino, require_extra
 from peft_vit.safe_io import read_bytes
 
@@ -51,12 +51,10 @@ def open_onnx(file: Path) -> Classifier:
         proto = onnx.load_from_string(content)
         text = {entry.key: entry.value for entry in proto.metadata_props}.get(HEADER)
     except Exception as error:  # a damaged file can fail in any way; the user needs one line
-        raise UserError(f"is not a readable ONNX file ({error}); export the run again", file=file) from None
+        raise UserError(f"is not a readable ONNX file ({error}); {AGAIN}", file=file) from None
     header = Header.read(text, file, "onnx")
     if _names_other_files(proto):
-        raise UserError(
-            "keeps numbers in other files, which could be any of this machine; export the run again", file=file
-        )
+        raise UserError(f"keeps numbers in other files, which could be any of this machine; {AGAIN}", file=file)
     header.check(onnx_digest(header.card, proto), file)
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -68,17 +66,28 @@ def open_onnx(file: Path) -> Classifier:
             "predictions can be wrong; export the run without --activations int8",
             stacklevel=2,
         )
-    return _classifier(lambda names, images: session.run(names, {INPUT: images}), header.card)
+    return _classifier(lambda names, images: session.run(names, {INPUT: images}), header.card, file)
 
 
-def _classifier(run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ModelCard) -> Classifier:
-    """Return a classifier of what computes outputs by their names."""
+def _classifier(
+    run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ModelCard, file: Path
+) -> Classifier:
+    """Return a classifier of what computes a file's outputs by their names; that they fit its card is seen here."""
+    shapes = {OUTPUT: (len(card.class_names),), DISTANCE: ()}  # of one image
+
+    def outputs(names: list[str], images: np.ndarray) -> Sequence[np.ndarray]:
+        with foreign_fault("can't be computed with", file, remedy=AGAIN):
+            found = run(names, images)
+        for name, values in zip(names, found, strict=True):
+            if values.shape != (expected := (len(images), *shapes[name])):
+                raise UserError(f"has {name} of shape {values.shape}, expected {expected}; {AGAIN}", file=file)
+        return found
 
     def both(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits, distances = run([OUTPUT, DISTANCE], images)
+        logits, distances = outputs([OUTPUT, DISTANCE], images)
         return logits, distances
 
-    return Classifier(lambda images: run([OUTPUT], images)[0], card, None if card.unlike is None else both)
+    return Classifier(lambda images: outputs([OUTPUT], images)[0], card, None if card.unlike is None else both)
 
 
 @functools.cache
@@ -146,7 +155,7 @@ def open_openvino(file: Path) -> Classifier:
     beside = file.with_suffix(".bin")
     parts = []
     for part in (file, beside):
-        with os_fault("can't be read", part, remedy="export the run again"):
+        with os_fault("can't be read", part, remedy=AGAIN):
             parts.append(read_bytes(part, None))
     description, weights = parts
     text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
@@ -164,4 +173,4 @@ def open_openvino(file: Path) -> Classifier:
         outputs = compiled({INPUT: images})
         return [outputs[name] for name in names]
 
-    return _classifier(run, header.card)
+    return _classifier(run, header.card, file)

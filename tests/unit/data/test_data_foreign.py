@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from written_images import encoded, png_by_hand
 
-from peft_vit.data import decode_image, open_index
+from peft_vit.data import decode_image, find_images, open_index
+from peft_vit.data import folders as folders_module
 from peft_vit.data.packaged import CIFAR10, read_idx
 from peft_vit.errors import UserError
 
@@ -89,6 +90,22 @@ def zipped(file, members, method=zipfile.ZIP_DEFLATED):
         for name, content in members:
             archive.writestr(zipfile.ZipInfo(name), content, compress_type=method)
     return file
+
+
+@pytest.mark.parametrize("as_numbers", [False, True])
+def test_a_small_parquet_file_is_unpacked_no_further_than_a_table_goes(tmp_path, monkeypatch, as_numbers):
+    """Equal texts take nothing in the file, whether they are stored as texts or as numbers of a list of them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(folders_module, "LARGEST_BYTES", MIB)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 40_000, pa.int32()), pa.array(["x" * 1000]))
+    column = column if as_numbers else column.dictionary_decode()
+    pq.write_table(pa.table({"path": column, "label": column}), tmp_path / "images.parquet")
+    assert (tmp_path / "images.parquet").stat().st_size < MIB // 20
+    with (
+        in_memory_of(10 * MIB),
+        pytest.raises(UserError, match=r"images\.parquet: is not a readable Parquet file .*1048576 bytes"),
+    ):
+        find_images(tmp_path / "images.parquet")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

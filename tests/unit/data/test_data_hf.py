@@ -213,7 +213,9 @@ def test_lists_are_several_labels_and_numbers_are_numbers(columns, settings, tas
 def test_an_image_column_is_chosen(hf, tmp_path):
     masks = (IMAGE, [{"bytes": png(100 + k), "path": None} for k in range(4)])
     folder = parquet(tmp_path / "set", train=rows(4, mask=masks, y=TEXTS))
-    assert level(hf(folder, image_column="mask"), 1) == 101
+    images, masks = (hf(folder, image_column=column) for column in ("image", "mask"))
+    assert (level(images, 1), level(masks, 1)) == (1, 101)
+    assert images.sha256 != masks.sha256
     with pytest.raises(UserError, match=r"data\.image_column: 2 of the columns image, mask, y hold images; name the"):
         hf(folder)
 

@@ -1,5 +1,7 @@
 """The inspection of a folder: what is counted, left out, grouped, held out and refused, and the file that says so."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -12,8 +14,11 @@ from PIL import Image
 from written_images import save
 
 from peft_vit.config import DataConfig
+from peft_vit.data import files as files_module
 from peft_vit.data import images_file, inspect_images, load_data, make_splits, open_index
 from peft_vit.data import inspect as inspect_module
+from peft_vit.data import pixels as pixels_module
+from peft_vit.data.pixels import cached_pixels, decode_image
 from peft_vit.errors import UserError
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
@@ -208,6 +213,70 @@ def test_zips_are_inspected_in_place(root, tmp_path):
     assert seen.names == plain.names
     assert np.array_equal(seen.groups, plain.groups)
     assert len(open_index(config(tmp_path / "images.zip", write(tmp_path, seen))).labels) >= 21
+
+
+def test_a_zip_s_hash_says_which_of_its_images_are_used(root, tmp_path, monkeypatch, own_cache):
+    """A reader that is installed later brings an image back, and all that come after it move by one."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in sorted(root.rglob("*.*")):
+            archive.write(file, file.relative_to(root))
+    path = tmp_path / "images.zip"
+    everything = write(tmp_path, inspect_images(path), seed=None)
+    whole = open_index(config(path, everything))
+
+    def without_one(read, file, **named):
+        if file == "dog/00.png":
+            raise UserError("is not an image of a known format", file=file)
+        return decode_image(read, file, **named)
+
+    monkeypatch.setattr(inspect_module, "decode_image", without_one)
+    shutil.rmtree(own_cache / "inspected")
+    less = write(tmp_path, inspect_images(path), seed=None)
+    index = open_index(config(path, less))
+    assert [*index.names] == [name for name in whole.names if name != "dog/00.png"]
+    assert index.sha256 != whole.sha256
+    rows = np.array([index.names.index("dog/01.png")])
+    assert np.array_equal(cached_pixels(whole, rows + 1, 14), cached_pixels(index, rows, 14))
+    assert not np.array_equal(cached_pixels(whole, rows, 14), cached_pixels(index, rows, 14))
+
+
+def test_pixels_of_another_version_of_the_decoder_are_not_taken(root, monkeypatch, own_cache):
+    index, rows = open_index(config(root)), np.arange(2)
+    for version in ("1.0", "1.0", "1.1"):
+        monkeypatch.setattr(pixels_module, "missing_packages", lambda _: [])
+        monkeypatch.setattr(pixels_module.metadata, "version", lambda _, version=version: version)
+        cached_pixels(index, rows, 14)
+    assert len(list((own_cache / "pixels").iterdir())) == 2
+
+
+def test_a_zip_s_hash_is_the_file_s_as_long_as_all_of_its_images_are_used(root, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in sorted(root.rglob("*.png")):
+            archive.write(file, file.relative_to(root))
+        archive.writestr("notes.txt", "no image")
+    written = json.loads(write(tmp_path, inspect_images(tmp_path / "images.zip"), seed=None).read_text())
+    assert written["sha256"] == hashlib.sha256((tmp_path / "images.zip").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+@pytest.mark.parametrize("at", ["read", "decode"])
+def test_what_fails_for_now_leaves_no_image_out_for_ever(root, monkeypatch, own_cache, fault, at):
+    def no_more(*_, **__):
+        raise fault
+
+    def fails(read, file, **named):
+        return decode_image(no_more if file == "cat/00.png" else read, file, **named)
+
+    with monkeypatch.context() as patch:
+        if at == "decode":
+            patch.setattr(inspect_module, "decode_image", fails)
+        else:
+            patch.setattr(files_module, "read_bytes", no_more)
+        with pytest.raises(
+            UserError, match=r"00\.png: can't be read now \((Too many open|not enough memory).*call again"
+        ):
+            inspect_images(root)
+    assert inspect_images(root).left_out == {}
 
 
 def fox(count, *others):

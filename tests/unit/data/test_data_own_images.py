@@ -317,7 +317,7 @@ def test_heic_without_its_extra_is_left_out_with_the_command_that_helps(tmp_path
     def require_missing(extra, what, **named):
         raise UserError(f"{what} needs {extra}", **named)
 
-    monkeypatch.setattr(pixels_module, "_formats", lambda: ("PNG", "JPEG"))
+    monkeypatch.setattr(pixels_module, "formats", lambda: ("PNG", "JPEG"))
     monkeypatch.setattr(pixels_module, "require_extra", require_missing)
     root = fill(tmp_path / "images")
     (root / "кот" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")

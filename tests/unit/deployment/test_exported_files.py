@@ -1,9 +1,13 @@
 """What holds for a file of every format: it is the model, says what it is, and is refused when anything was changed."""
 
+import html
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from exported_files import compared, damaged, packed_model
@@ -15,9 +19,12 @@ from torch import nn
 from peft_vit.adapters import attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import EXPORTS
-from peft_vit.deployment import export_onnx, export_openvino, open_exported, writer_of
+from peft_vit.deployment import ModelCard, export_onnx, export_openvino, open_exported, predict_images, writer_of
+from peft_vit.deployment.model_card import HEADER, UNSIGNED, Header
+from peft_vit.deployment.runtimes import onnx_digest, openvino_digest
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
+from peft_vit.records import Decision, Unlike
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -48,6 +55,55 @@ def test_a_file_says_what_the_model_says_and_what_it_is(written: Written, tmp_pa
     assert open_exported(files[name]).card == CARD
     plain = random_model("test_vit").eval()
     assert compared(plain, write(plain, name, tmp_path), 3)[0] <= 1e-5
+
+
+def signed_again(file: Path, folder: Path, card: ModelCard) -> Path:
+    """Write a file for another runtime with another card and its hash, as anybody can who wants to be believed."""
+    header, content, again = Header(card=card), file.read_bytes(), folder / file.name
+    if file.suffix == ".onnx":
+        proto = onnx.load_from_string(content)
+        digest = onnx_digest(card, proto)
+        onnx.helper.set_model_props(proto, {HEADER: header.signed(digest)})
+        again.write_bytes(proto.SerializeToString())
+        return again
+    weights = file.with_suffix(".bin").read_bytes()
+    (own,) = re.findall(rb'<%b value="([^"]*)"' % HEADER.encode(), content)
+    unsigned = content.replace(own, html.escape(header.model_dump_json()).encode())
+    signed = unsigned.replace(UNSIGNED.encode(), openvino_digest(unsigned, weights).encode())
+    again.write_bytes(signed)
+    again.with_suffix(".bin").write_bytes(weights)
+    return again
+
+
+UNLIKE, NO_NAMES = Unlike(images=40, threshold=1.0), {"task": "multilabel", "class_names": tuple("abcde")}
+SETS = {"images": 30, "thresholds": (0.5,) * 5, "coverages": (0.8, 0.9), "set_thresholds": (0.4,)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"class_names": tuple("abcdefg")}, r"has logits of shape \(1, 5\), expected \(1, 7\)"),
+        ({"class_names": tuple("ab")}, r"has logits of shape \(1, 5\), expected \(1, 2\)"),
+        ({"image_size": 48}, "can't be computed with"),
+        ({"unlike": UNLIKE}, "can't be computed with"),
+        (NO_NAMES, "says of outputs what does not fit its classes"),
+        (NO_NAMES | {"decision": Decision(images=30, thresholds=(0.5,) * 3)}, "does not fit its classes"),
+        (NO_NAMES | {"decision": Decision.model_construct(**SETS)}, "expected rising coverages, and thresholds"),
+        (
+            {"task": "regression", "decision": Decision(images=9, center=(1.0,) * 3, spread=(1.0,) * 3)},
+            "does not fit its cl",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_card_that_is_not_its_model_s_is_refused_in_one_line(
+    written: Written, tmp_path: Path, name: str, change: dict[str, Any], said: str
+) -> None:
+    file = signed_again(written[1][name], tmp_path, CARD.model_copy(update=change))
+    with pytest.raises(UserError, match=said) as refused:
+        predict_images(open_exported(file), [np.zeros((40, 40, 3), np.uint8)])
+    assert str(file) in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -126,6 +126,18 @@ def signed_again(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, file, metadata={HEADER: header.signed(low_bit_digest(header, tensors))})
 
 
+def test_numbers_that_numpy_does_not_have_are_refused_in_a_line(tmp_path) -> None:
+    model = timm.create_model(CARD.model, img_size=CARD.image_size, num_classes=5).eval()
+    tensors = dict(model.state_dict()) | {"head.bias": torch.zeros(5, dtype=torch.bfloat16)}
+    header = LowBitHeader(card=CARD, layers={})
+    save_file(tensors, tmp_path / "model.safetensors", metadata={HEADER: header.signed("0" * 64)})
+    with pytest.raises(UserError, match="was changed after it was written"):
+        load_low_bit(tmp_path / "model.safetensors")
+    signed_again(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(UserError, match=r"head\.bias: expected finite float32 numbers, got torch\.bfloat16"):
+        load_low_bit(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "spoil",
     [torch.Tensor.double, torch.Tensor.half, torch.Tensor.int, lambda t: t * torch.nan, lambda t: t + torch.inf],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_vit.backbones import describe
-from peft_vit.config import Augmentation, PeftAdaLoraConfig, Rotate90
+from peft_vit.config import Augmentation, BackboneConfig, PeftAdaLoraConfig, Rotate90
 from peft_vit.data import make_splits, open_index
 from peft_vit.forecasting import calibration_run as calibration_runs
 from peft_vit.forecasting.calibration_run import Costs, calibration_run, keep_costs, known_costs
@@ -164,10 +164,24 @@ def test_costs_are_of_one_kind_machine_and_version(study, kinds_of, own_cache, m
     keep_costs(kind, COSTS)
     assert known_costs(kind) == COSTS
     assert known_costs(kind.model_copy(update={"threads": 2})) is None
-    for name, other in (("processor_name", "another one"), ("package_versions", {"torch": "9"})):
+    others = {"processor_name": "another one", "package_versions": {"torch": "9"}, "instruction_limits": ["AVX2", ""]}
+    for name, other in others.items():
         with monkeypatch.context() as patch:
-            patch.setattr(calibration_runs, name, lambda other=other: other)
+            patch.setattr(calibration_runs, name, lambda *_, other=other: other)
             assert known_costs(kind) is None
+
+
+def test_costs_are_of_the_configuration_in_a_model_s_folder(study, kinds_of, own_cache, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (kind,) = kinds_of(study("lora")).values()
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+    backbone = BackboneConfig(library="transformers", model=str(tmp_path / "base"), weights="random")
+    kind = kind.model_copy(update={"backbone": backbone})
+    transformers.ViTConfig(**settings).save_pretrained(tmp_path / "base")
+    keep_costs(kind, COSTS)
+    assert known_costs(kind) == COSTS
+    transformers.ViTConfig(**settings | {"num_hidden_layers": 12}).save_pretrained(tmp_path / "base")
+    assert known_costs(kind) is None
 
 
 def test_a_damaged_file_is_measured_anew_and_one_that_cannot_be_written_is_no_failure(

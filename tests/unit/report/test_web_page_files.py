@@ -6,11 +6,17 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import subprocess
 import tarfile
 from html import unescape
+from importlib import resources
 from pathlib import Path
 
+import numpy as np
+import PIL
 import pytest
+from PIL import Image
 from tiny_models import CARD
 
 from peft_vit.errors import UserError
@@ -55,7 +61,13 @@ def test_a_folder_holds_the_page_the_model_and_the_runtime(tmp_path: Path) -> No
     assert facts.pop("runtime")["url"] is None  # type: ignore[index]
     assert facts == {
         **{"run": card.run, "model": "test_vit", "classes": [*"abcde"], "size": 32, "channels": 3},
-        **{"interpolation": "lanczos", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "temperature": 2.0},
+        **{
+            "pillow": int(PIL.__version__.split(".")[0]),
+            "interpolation": "lanczos",
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.3, 0.25],
+            "temperature": 2.0,
+        },
         **{"kind": "classes", "says": "which of {} classes it is of"},
         **{"set": {"coverage": 0.9, "threshold": 0.7}, "unlike": 1.5},
     }
@@ -134,3 +146,44 @@ def test_what_can_not_become_a_page_is_one_line(tmp_path: Path, monkeypatch, fau
         call()
     assert str(refused.value) == stated
     assert not output.exists()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js to run the page's script")
+@pytest.mark.parametrize("pillow", [12, 13])
+def test_the_script_s_pixels_are_those_of_the_pillow_that_exported_it(pillow: int, tmp_path: Path) -> None:
+    """Of another version than the one that is installed they are made here axis by axis, in its order."""
+    script = resources.files("peft_vit.report").joinpath("templates", "web.js").read_text(encoding="utf-8")
+    prepare = re.search(r"const sinc = .*?(?=// --- what it says)", script, re.DOTALL)
+    assert prepare is not None
+    rng, size, cases = np.random.default_rng(0), 32, []
+    for width, height in [(50, 300), (300, 50), (40, 100), (64, 96), (64, 97), (16, 40), (32, 40), (20, 20)]:
+        for interpolation in ("bilinear", "bicubic", "lanczos"):
+            image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+            columns_first = pillow >= 13 and height > size and height - size > 2 * (width - size)
+            between, resampling = (
+                (width, size) if columns_first else (size, height),
+                Image.Resampling[interpolation.upper()],
+            )
+            expected = np.asarray(image.resize(between, resampling).resize((size, size), resampling))
+            if pillow == int(PIL.__version__.partition(".")[0]):
+                assert np.array_equal(np.asarray(image.resize((size, size), resampling)), expected)
+            facts = {"size": size, "channels": 3, "interpolation": interpolation, "pillow": pillow}
+            rgba = np.asarray(image.convert("RGBA")).ravel().tolist()
+            bitmap = {"width": width, "height": height, "rgba": rgba}
+            cases.append((facts | {"mean": [0, 0, 0], "std": [1, 1, 1]}, bitmap, expected))
+    (tmp_path / "cases.json").write_text(json.dumps([case[:2] for case in cases]))
+    (tmp_path / "page.js").write_text(
+        "const STRIP = 1 << 22, ONE = 1 << 22; let facts;\n"
+        "const context = { fillRect() {}, drawImage(bitmap, x, y) { this.bitmap = bitmap; },\n"
+        "  getImageData() { return { data: this.bitmap.rgba }; } };\n"
+        f"const document = {{ createElement: () => ({{ getContext: () => context }}) }};\n{prepare[0]}\n"
+        "const cases = JSON.parse(require('fs').readFileSync(process.argv[2]));\n"
+        "const told = cases.map(([own, bitmap]) => { facts = own; return Array.from(prepared(bitmap)); });\n"
+        "console.log(JSON.stringify(told));\n"
+    )
+    told = subprocess.run(
+        ["node", tmp_path / "page.js", tmp_path / "cases.json"], capture_output=True, check=True, text=True
+    ).stdout
+    for values, (facts, bitmap, expected) in zip(json.loads(told), cases, strict=True):
+        pixels = np.rint(255 * np.array(values)).reshape(3, size, size).transpose(1, 2, 0)
+        assert np.array_equal(pixels, expected), (facts, bitmap["width"], bitmap["height"])

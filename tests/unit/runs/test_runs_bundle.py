@@ -242,6 +242,19 @@ def test_offsets_that_are_all_zero_are_not_stored(runs, tmp_path) -> None:
         assert torch.equal(before.dequantize(), after.dequantize())
 
 
+def test_updates_for_more_inputs_at_once_than_divide_a_matrix_are_refused(tmp_path) -> None:
+    """Each matrix has (12 or 48) // 5 of them, so the number of codes is right."""
+    model = random_model("test_vit")
+    attach_adapters(model, find_sites(model), 1, scale=1.0, seed=0)
+    packed = write(model, CARD, tmp_path, "a", 32)
+    sites = Backbone(model).sites
+    values = sum(site.in_features // 5 + site.out_features for site in sites)
+    other = PackedAdapter(
+        packed.header.model_copy(update={"pool": 5}), {**packed.tensors, "codes": torch.zeros(values)}
+    )
+    refused(lambda: Bundle.load(tmp_path).add("b", other, Path("here")), "here", "for 5 inputs at once")
+
+
 @pytest.mark.parametrize("change", [{"ranks": (1,)}, {"bits": 8}, {"head_bits": 4}, {"pool": 2}])
 def test_a_header_that_tells_of_other_tensors_is_refused(tmp_path, change) -> None:
     model = random_model("test_vit")

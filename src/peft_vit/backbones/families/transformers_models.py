@@ -22,6 +22,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_vit.backbones.families.by_tokens import BY_TOKENS
@@ -30,13 +31,14 @@ from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.extras import require_extra
 from peft_vit.packages import HUB_TIMEOUT_S, ask_hub
-from peft_vit.safe_io import sha256_of
+from peft_vit.safe_io import read_bytes, sha256_of
 
 CONFIG_FILE, IMAGES_FILE = "config.json", "preprocessor_config.json"
 _WEIGHTS = {"model.safetensors"}
 # Towers without a class for classification; they get a head of ours on their pooled output.
 TOWERS = ("dinov3_vit", "clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_MOST_LAYERS = 1000  # a line of JSON can ask for any number, each of which takes memory
 _FIELD = "backbone.model"
 _NOT_OF_THE_MODEL = ("id2label", "label2id", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -169,10 +171,16 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
         if not (folder / CONFIG_FILE).is_file():
             raise _bad(f"holds no {CONFIG_FILE}; name a folder that save_pretrained wrote", folder)
         with foreign_fault("is not the configuration of a model", folder / CONFIG_FILE, field=_FIELD):
-            config = transformers.AutoConfig.from_pretrained(folder)
+            refuse_own_code(folder / CONFIG_FILE)
+            config = transformers.AutoConfig.from_pretrained(folder / CONFIG_FILE, trust_remote_code=False)
         if (folder / IMAGES_FILE).is_file():
             with foreign_fault("is not an image processor with mean and std", folder / IMAGES_FILE, field=_FIELD):
-                images = _images_of(transformers.AutoImageProcessor.from_pretrained(folder).to_dict())
+                refuse_own_code(folder / IMAGES_FILE)
+                # The file, not its folder: others there would go before it, and no hash covers them.
+                processor = transformers.AutoImageProcessor.from_pretrained(
+                    folder / IMAGES_FILE, config=config, trust_remote_code=False
+                )
+                images = _images_of(processor.to_dict())
         elif backbone.weights != "random":
             message = f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there"
             raise _bad(message, folder)
@@ -183,6 +191,12 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
     plain = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
     text = json.dumps({"config": plain, "images": images}, sort_keys=True, default=str)
     return text, _sha256_of_all(files) if files else None
+
+
+def refuse_own_code(file: Path) -> None:
+    """Refuse a file of JSON that names Python code for its model; raises what goes wrong where it can't be read."""
+    if "auto_map" in json.loads(read_bytes(file)):
+        raise _bad("names Python code of its own (auto_map), which is never run; choose a model of transformers", file)
 
 
 def _images_of(processor: dict[str, Any]) -> dict[str, Any]:
@@ -257,9 +271,10 @@ def build(architecture: Architecture, image_size: int, num_classes: int, *, shal
 
 def native_size(architecture: Architecture) -> int:
     """Return the side of the images that a model was made for, in pixels: its image processor's, or its own."""
-    with torch.device("meta"):
-        model: Any = build(architecture, 0, 1)
-    return int(model.default_cfg["input_size"][1])
+    with foreign_fault(f"this version of transformers can't build {architecture.name}", field=_FIELD):
+        with torch.device("meta"):
+            model: Any = build(architecture, 0, 1)
+        return int(model.default_cfg["input_size"][1])
 
 
 def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
@@ -267,7 +282,12 @@ def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     with foreign_fault(f"this version of transformers can't build {architecture.name}", field=_FIELD):
         content = json.loads(architecture.config or "{}")
         plain = dict(content["config"])
-        return require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain), content["images"]
+        config = require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain)
+        vision = vision_config(config)
+        if sum(getattr(vision, "depths", ())) + getattr(vision, "num_hidden_layers", 0) > _MOST_LAYERS:
+            raise _bad(f"{architecture.name} has more than {_MOST_LAYERS} layers; choose a model of fewer")
+        config._attn_implementation = None  # transformers' own; of a name on the hub code would be fetched and run
+        return config, content["images"]
 
 
 # --- weights ---
@@ -285,23 +305,35 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     files, sha256 = weight_files(backbone)
     folder = files[0].parent
     source = f"hub {backbone.model}" if backbone.weights == "hub" else f"folder {folder.name}"
-    config, _ = _parsed(Architecture("transformers", backbone.model, *read_config(backbone)))
-    kind = _class_of(config)
-    with foreign_fault(f"can't be read as weights of {backbone.model}", folder, field=_FIELD), quiet():
-        model, loading = kind.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
-            ignore_mismatched_sizes=True, output_loading_info=True,
+    architecture = Architecture("transformers", backbone.model, *read_config(backbone))
+    with foreign_fault(f"can't be read as weights of {backbone.model}", folder, field=_FIELD):
+        whole = [file for file in files if file.name in _WEIGHTS]  # others beside it are the same in lower precision
+        stored = {name: tensor for file in whole or files for name, tensor in load_file(file).items()}
+        tensors, lacking = named_as_built(architecture, stored, num_classes=1)
+    if wrong := sorted(name for name in lacking if not name.startswith("classifier")):
+        raise _bad(f"lacks tensors that the model needs, or in this shape: {', '.join(wrong[:3])}", folder)
+    return source, sha256, {name: value for name, value in tensors.items() if not name.startswith("classifier")}
+
+
+def named_as_built(
+    architecture: Architecture, tensors: dict[str, Tensor], num_classes: int
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Return what files hold under the names of the model that `build` returns, and which of these they lack.
+
+    transformers renames what older versions of it have written. It gets tensors, since in their folder it would read
+    more than them: adapters, and whatever files config.json names.
+    """
+    config, _ = _parsed(architecture)
+    config.num_labels = num_classes
+    with quiet():
+        model, loading = _class_of(config).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )  # fmt: skip
     prefix = "tower." if config.model_type in TOWERS else ""
-    wrong = {
-        name if isinstance(name, str) else name[0] for name in (*loading["missing_keys"], *loading["mismatched_keys"])
-    }
-    wrong = {name for name in wrong if prefix or not name.startswith("classifier")}
-    if wrong:
-        some = ", ".join(sorted(wrong)[:3])
-        raise _bad(f"lacks tensors that the model needs, or in this shape: {some}", folder)
-    tensors = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
-    return source, sha256, {name: value for name, value in tensors.items() if not name.startswith("classifier")}
+    lacking = (*loading["missing_keys"], *loading["mismatched_keys"])
+    names = {f"{prefix}{name if isinstance(name, str) else name[0]}" for name in lacking}
+    return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}, names
 
 
 def weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:

@@ -107,10 +107,11 @@
     return { values, width, height };
   }
 
-  // (3, S, S) float32, normalised. Pillow 13 begins with columns where they shrink by more than twice as many pixels.
+  // (3, S, S) float32, normalised. Since version 13 Pillow begins with columns where they shrink by more than twice as
+  // many pixels.
   function prepared(bitmap) {
     const { size, channels, mean, std } = facts, tall = bitmap.height - size;
-    const image = pixels(bitmap), columnsFirst = tall > 0 && tall > 2 * (bitmap.width - size);
+    const image = pixels(bitmap), columnsFirst = facts.pillow >= 13 && tall > 0 && tall > 2 * (bitmap.width - size);
     const { values } = resampled(resampled(image, columnsFirst), !columnsFirst);
     return Float32Array.from({ length: 3 * size * size }, (_, place) => {
       const channel = Math.floor(place / (size * size)), pixel = place % (size * size);
