@@ -44,6 +44,10 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
         precision: of the float product.
         bits: of weights, as a study was begun with; None: as many as are exact.
     """
+    if bits is not None:
+        found = choose_product(device, precision)  # not another measurement of the same
+        if found.product is not None and found.product.bits == bits:
+            return found
     place = {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "instructions": instruction_limits(),
