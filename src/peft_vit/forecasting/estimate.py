@@ -21,7 +21,7 @@ from peft_vit.forecasting.time_limit import PROCESS_S
 from peft_vit.methods import METHODS
 from peft_vit.quantization.integers import IntegerWeight
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.runs import products
+from peft_vit.runs import kept_products
 from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.training import FLIP_AXES
 
@@ -161,7 +161,7 @@ def product_rate(
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     integers = None
     if compute == "int8":
-        integers = IntegerWeight.from_float(weight, products.choose_product(device, precision).usable(device))
+        integers = IntegerWeight.from_float(weight, kept_products.choose_product(device, precision).usable(device))
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
@@ -186,8 +186,8 @@ def product_rates(
     """
     ways: list[Compute] = ["float"] if asked == "auto" else [asked]
     if asked == "int8":
-        products.choose_product(device, precision).usable(device, "--compute")
-    elif asked == "auto" and products.choose_product(device, precision).is_faster:
+        kept_products.choose_product(device, precision).usable(device, "--compute")
+    elif asked == "auto" and kept_products.choose_product(device, precision).is_faster:
         ways = ["int8", "float"]
     return {way: product_rate(shape, device, precision, threads, way) for way in ways}
 

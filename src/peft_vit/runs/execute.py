@@ -69,7 +69,7 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
-from peft_vit.runs import products
+from peft_vit.runs import kept_products
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.held_out import Outputs, calibration_of, known_images
 from peft_vit.runs.machine import (
@@ -240,7 +240,7 @@ class Loaded:
         model = self.backbone.model.to(self.device)  # what is packed comes packed
         training, product = self.spec.experiment.training, None
         if training.compute == "int8":
-            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
+            choice = kept_products.choose_product(self.device, self.spec.precision, training.integer_bits)
             product = use_integer_products(model, choice.usable(self.device))
         return provenance_of(self.spec, self.data, self.backbone, self.device, product)
 

@@ -44,7 +44,7 @@ from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, dec
 from peft_vit.methods import check, shorten
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read_record, read_study_file, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
-from peft_vit.runs import products
+from peft_vit.runs import kept_products
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.scheduler import difference, go_on, study_file
 from peft_vit.tasks import TASKS, Task
@@ -218,7 +218,7 @@ def _with_compute(study: StudyConfig, before: StudyFile | None, *, smoke: bool) 
         elif earlier is not None and compute in ("auto", earlier.training.compute):
             compute, bits = earlier.training.compute, bits or earlier.training.integer_bits
         elif compute != "float":
-            choice = products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
+            choice = kept_products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
             if compute == "auto":
                 compute = "int8" if choice.is_faster else "float"
                 note = f"compute: auto is {compute}: {choice.times}" if choice.product else None
@@ -237,7 +237,7 @@ def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: Stu
     lines = []
     kinds = {(spec.precision, spec.experiment.training.integer_bits) for spec in pending if spec.multiplies_integers}
     for precision, bits in kinds:
-        choice = products.choose_product(device, precision, bits)
+        choice = kept_products.choose_product(device, precision, bits)
         remedy = "use float"
         if before is not None:
             remedy = "continue where the study was begun, or use float and another --output"

@@ -13,7 +13,7 @@ from peft_vit.config import MeasuresConfig
 from peft_vit.deployment import merge
 from peft_vit.errors import UserError
 from peft_vit.report.summary import caveats
-from peft_vit.runs import products
+from peft_vit.runs import kept_products
 from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
@@ -66,7 +66,9 @@ def test_without_frozen_layers_of_ours_int8_is_refused(study, method) -> None:
 
 
 def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(products, "choose_product", lambda device, precision, bits=None: Choice(None, math.inf, 1.0))
+    monkeypatch.setattr(
+        kept_products, "choose_product", lambda device, precision, bits=None: Choice(None, math.inf, 1.0)
+    )
     config = with_settings(study("lora"), "training", compute="int8")
     with pytest.raises(UserError, match="cpu multiplies no such 8-bit integers exactly; use float") as caught:
         plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")

@@ -11,14 +11,14 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.quantization.integers import Product
 from peft_vit.records import write_study_file
-from peft_vit.runs import products, run_one
+from peft_vit.runs import kept_products, run_one
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import study_file
 
 pytestmark = pytest.mark.part("runner")
 
 CPU = torch.device("cpu")
-MEASURED = products.choose_product  # before a fixture of all tests replaces it
+MEASURED = kept_products.choose_product  # before a fixture of all tests replaces it
 EIGHT, SEVEN = Product("int_mm", 8), Product("qlinear", 7)
 FAST, SLOWER, SLOW = (Choice(EIGHT, seconds, 0.01) for seconds in (0.004, 0.02, 3.0))
 
@@ -45,7 +45,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
         asked.append((dtype, bits))
         return FAST
 
-    monkeypatch.setattr(products, "measure_products", measured)
+    monkeypatch.setattr(kept_products, "measure_products", measured)
 
     def choose(*given: object) -> Choice:
         MEASURED.cache_clear()  # as another process would
@@ -61,7 +61,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
     assert choose("fp32") == FAST
     assert len(asked) == 4
     assert "timed again" in caplog.text
-    monkeypatch.setattr(products, "instruction_limits", lambda: ["AVX2", "AVX2"])
+    monkeypatch.setattr(kept_products, "instruction_limits", lambda: ["AVX2", "AVX2"])
     choose("fp32")
     assert len(asked) == 5
     MEASURED.cache_clear()
