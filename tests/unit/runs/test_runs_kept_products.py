@@ -29,7 +29,9 @@ def found(monkeypatch: pytest.MonkeyPatch):
 
     def say(choice: Choice, seven: Choice | None = None) -> None:
         monkeypatch.setattr(
-            products, "choose_product", lambda device, precision, bits=None: (seven or choice) if bits == 7 else choice
+            kept_products,
+            "choose_product",
+            lambda device, precision, bits=None: (seven or choice) if bits == 7 else choice,
         )
 
     return say
