@@ -17,7 +17,7 @@ from peft_vit.statistics import error_scale
 from peft_vit.studies.train_runs import train_runs
 from peft_vit.training import Checkpoints, Interrupted
 
-pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
+pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache", "in_this_process")]
 SMALL = "--weights random --model test_vit --threads 1 --precision fp32 --compute float --device cpu --image-size 32"
 LATEST = Path("peft-vit-runs/latest")
 
@@ -161,7 +161,6 @@ def by_fold(folder):
     return records, *arrays
 
 
-@pytest.mark.usefixtures("in_this_process")
 def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
     monkeypatch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 30)
     said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
@@ -233,6 +232,9 @@ def test_images_that_are_too_few_for_a_test_are_refused(command) -> None:
 STUDY = """
 name: several
 seeds: [0{seeds}]
+threads: 1
+device: cpu
+precision: fp32
 backbone: {{model: test_vit, weights: random}}
 data: {{dataset: csv, path: labels.csv, image_size: 32, validation_images: 9, test_images: 9}}
 measures: {measures}
@@ -260,7 +262,6 @@ def test_what_a_study_of_them_can_not_do_is_refused(command, changes, message) -
 
 
 @pytest.mark.parametrize(("table", "metric", "unit"), [("labels", "map", "points"), ("numbers", "mae", "%")])
-@pytest.mark.usefixtures("in_this_process")
 def test_a_study_of_several_runs_compares_them_in_the_metrics_unit(command, table, metric, unit) -> None:
     settings = {"seeds": ", 1, 2", "measures": "{}", "training": f"metric: {metric}"}
     probe = f"  - {{name: probe, method: linear, training: {{metric: {metric}}}}}\n"
