@@ -303,7 +303,7 @@ def test_what_is_there_stays_unless_it_is_to_be_overwritten(run_of, tmp_path, co
 
 
 def test_without_a_name_the_file_lies_in_the_runs_folder(run_of, images, tmp_path, command, refused) -> None:
-    run = Path(shutil.copytree(run_of("lora"), tmp_path / "a run"))
+    run = Path(shutil.copytree(run_of("lora", "tiny_pool"), tmp_path / "a run"))
     said = command("export", run, "--format", "safetensors").out.splitlines()
     assert said[-1] == f"Next: peft-vit predict '{run / 'model.safetensors'}' IMAGES"
     assert command("predict", run / "model.safetensors", images).out == command("predict", run, images).out
