@@ -48,6 +48,12 @@ def _integers_are_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_products, "choose_product", found)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Take back what a run before set: its study's threads, of which small products would wait for one another."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def tiny_vit() -> Callable[..., VisionTransformer]:
     """Make a VisionTransformer of width 64 for 32 px; all its values are random, biases and norms too."""

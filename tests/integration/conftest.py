@@ -102,6 +102,12 @@ def refused(command: Callable[..., Said]) -> Callable[..., str]:
     return call
 
 
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let train write no page, which takes as long as its training, where nobody reads it."""
+    monkeypatch.setattr("peft_vit.cli.study_commands._page_of", lambda _: None)
+
+
 class InThisProcess:
     """Carries runs out in the process of the test, one after the other."""
 

@@ -29,8 +29,8 @@ SECONDS = {"float.xml": 2.0, "float.onnx": 4.0, "int4.onnx": 3.0, "int4.safetens
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, model = tmp_path_factory.mktemp("exported"), random_model("tiny_pool").eval()
-    card = CARD.model_copy(update={"model": "tiny_pool"})
+    folder, model = tmp_path_factory.mktemp("exported"), random_model("shallow_vit").eval()
+    card = CARD.model_copy(update={"model": "shallow_vit"})
     for write, name in ((export_onnx, "float.onnx"), (export_openvino, "float.xml")):
         write(model, folder / name, card)
     formats = [QuantizationFormat("int4", 32, True, torch.float16)]
@@ -110,8 +110,8 @@ def test_of_runs_the_merged_model_is_timed_and_float32_is_made(run_of, planted, 
 def test_a_run_with_float_weights_is_float32_itself_and_a_peft_folder_is_none(
     run_of, planted, tmp_path, command, refused
 ) -> None:
-    command("export", run_of("lora"), "--format", "peft", "--output", tmp_path / "adapter")
-    command("bench", run_of("lora"), "--output", tmp_path / "bench.json")
+    command("export", run_of("lora", "shallow_vit"), "--format", "peft", "--output", tmp_path / "adapter")
+    command("bench", run_of("lora", "shallow_vit"), "--output", tmp_path / "bench.json")
     assert planted[:1] == [("0.safetensors", (1,), 4, 20)]
     assert [row.ratio for row in read_bench(tmp_path / "bench.json")] == [1.0]
     assert "adapter: is an adapter without its base" in refused("bench", tmp_path / "adapter")
@@ -123,7 +123,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
     there = tmp_path / "there.csv"
     there.touch()
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
-    changed.write_bytes((exported / "float.xml").read_bytes().replace(b"tiny_pool", b"tiny_poll"))
+    changed.write_bytes((exported / "float.xml").read_bytes().replace(b"shallow_vit", b"shallow_vat"))
     for arguments, stated in (
         ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a folder that"),
         ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),

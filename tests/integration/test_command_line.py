@@ -106,7 +106,8 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(f): (f.read_bytes(), f.stat().st_mtime_ns) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-RUN, OWN = ("run", "study.yaml"), ("--method", "lora", "--model", "test_vit", "--weights", "random")
+RUN = ("run", "study.yaml")
+OWN = ("--method", "lora", "--model", "test_vit", "--weights", "random", "--threads", "1")
 TRAIN, WEIGHTS = ("train", "empty", *OWN), "weights: file\n  file: base.safetensors\n  sha256: "
 REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     # arguments; what is replaced in the study, by what ("": all of it); the field or file that is named, and the remedy
@@ -255,7 +256,7 @@ def test_who_has_written_no_configuration_reads_of_none(call, finished, images, 
     run = "out/tiny/probe/seed_0"
     if "PEFT" in call:
         command("export", run, "--format", "peft", "--output", "adapter")
-    own = f"{' '.join(OWN[2:])} --threads 1 --device cpu --output tuned"
+    own = f"{' '.join(OWN[2:])} --device cpu --output tuned"
     replaced = {"RUN": run, "PEFT": "adapter", "TRAIN": f"train {' '.join(OWN)}", "TUNE": f"tune {own}"}
     for name, text in replaced.items():
         call = re.sub(rf"\b{name}\b", text, call)

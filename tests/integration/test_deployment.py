@@ -103,13 +103,13 @@ CALLS = (
     ("by_row", "test_vit", "--format safetensors --output b.safetensors"),
     ("int4", "tiny_pool", "--runtime fast --output c.onnx"),
     ("int4", "tiny_pool", "--format onnx --activations int8 --accept-loss 100 --output d.onnx"),
-    ("lora", "test_vit", "--format onnx --activations int8 --accept-loss 100 --output d.onnx --overwrite"),
-    ("lora", "test_vit", "--bits 4 --output h.onnx"),
+    ("lora", "tiny_pool", "--format onnx --activations int8 --accept-loss 100 --output d.onnx --overwrite"),
+    ("lora", "tiny_pool", "--bits 4 --output h.onnx"),
     ("full", "test_vit", "--bits 2 --rounding gptq --format safetensors --output i.safetensors"),
     ("lora", "test_vit", "--format peft --output e"),
     ("lora", "test_vit", "--format pretrained --output g"),
-    ("int4", "test_vit", "--output h.html"),
-    ("lora", "test_vit", "--format web --bits 4 --output page"),
+    ("int4", "tiny_pool", "--output h.html"),
+    ("lora", "tiny_pool", "--format web --bits 4 --output page"),
 )
 
 
@@ -286,7 +286,7 @@ def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, comman
 def test_what_is_there_stays_unless_it_is_to_be_overwritten(run_of, tmp_path, command, refused, format) -> None:
     ending = {"safetensors": ".safetensors", "history": ".csv"}.get(format, "")
     output = tmp_path / f"out{ending}"
-    arguments = ("export", run_of("adaptive"), "--format", format, "--output", output)
+    arguments = ("export", run_of("adaptive", "tiny_pool"), "--format", format, "--output", output)
     command(*arguments)
     (others := tmp_path / "others").mkdir()
     (others / "thesis.txt").write_text("mine")
@@ -303,7 +303,7 @@ def test_what_is_there_stays_unless_it_is_to_be_overwritten(run_of, tmp_path, co
 
 
 def test_without_a_name_the_file_lies_in_the_runs_folder(run_of, images, tmp_path, command, refused) -> None:
-    run = Path(shutil.copytree(run_of("lora"), tmp_path / "a run"))
+    run = Path(shutil.copytree(run_of("lora", "tiny_pool"), tmp_path / "a run"))
     said = command("export", run, "--format", "safetensors").out.splitlines()
     assert said[-1] == f"Next: peft-vit predict '{run / 'model.safetensors'}' IMAGES"
     assert command("predict", run / "model.safetensors", images).out == command("predict", run, images).out

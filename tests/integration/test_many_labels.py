@@ -1,12 +1,14 @@
 """From a table of several labels, or of numbers, to a model, its page and a prediction."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models  # noqa: F401 - which registers shallow_vit
 from sklearn.metrics import f1_score
 
 from peft_vit import load, load_results
@@ -18,7 +20,7 @@ from peft_vit.studies.train_runs import train_runs
 from peft_vit.training import Checkpoints, Interrupted
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
-SMALL = "--weights random --model test_vit --threads 1 --precision fp32 --compute float --device cpu --image-size 32"
+SMALL = "--weights random --model shallow_vit --threads 1 --precision fp32 --compute float --device cpu --image-size 32"
 LATEST = Path("peft-vit-runs/latest")
 
 
@@ -44,8 +46,9 @@ def record_of(folder=LATEST):
     return read_record(single_run(folder) / RECORD_FILE)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_several_labels_from_a_table_to_a_prediction(command) -> None:
-    words = f"train labels.csv {SMALL} --steps 8"
+    words = f"train labels.csv {SMALL.replace('shallow', 'test')} --steps 8"  # a process of its own knows timm's
     said = command(*words.split()).out
     assert "48 images with up to 2 labels each (multilabel): 30 to train, 9 to validate, 9 to test." in said
     assert "Test mean average precision" in said
@@ -72,11 +75,13 @@ def test_several_labels_from_a_table_to_a_prediction(command) -> None:
     assert "mean average precision" in card
 
 
+@pytest.mark.usefixtures("in_this_process", "no_page")
 def test_numbers_from_a_table_to_a_prediction(command) -> None:
     said = command(*f"train numbers.csv {SMALL} --steps 8".split()).out
     assert "48 images with a number for heat (regression)" in said
     assert "Test mean absolute error" in said
     record = record_of()
+    assert pickle.loads(pickle.dumps(record)) == record  # as a process of its own sends it
     assert record.test.more["mae"] < 5
     assert record.decision.center[0] == pytest.approx(10, abs=2)
     assert 0.8 in record.tested_calibration.covered
@@ -96,8 +101,9 @@ def test_numbers_from_a_table_to_a_prediction(command) -> None:
 
 
 @pytest.mark.parametrize("table", ["labels", "numbers"])
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("method", ["linear", "qa_linear", "adalora", "qa_lora", "lora --compute int8"])
-def test_every_kind_of_method_learns_them(command, table, method) -> None:
+def test_every_kind_of_method_learns_them(command, request, table, method) -> None:
     steps, small = ("" if method.endswith("linear") else " --steps 24"), SMALL.replace("--compute float ", "")
     small = small if "int8" in method else SMALL
     command(*f"train {table}.csv {small} --method {method}{steps}".split())
@@ -105,12 +111,14 @@ def test_every_kind_of_method_learns_them(command, table, method) -> None:
     assert record.status == "done"
     assert record.test.more
     assert (record.provenance.integer_bits is not None) == ("int8" in method)
+    request.getfixturevalue("no_page")  # that of the whole run is written
     command(*f"train {table}.csv {small} --smoke --method {method}".split())
     smoke = record_of()
     assert (smoke.spec.smoke, smoke.spec.task) == (True, record.spec.task)
 
 
 @pytest.mark.parametrize("table", ["labels", "numbers"])
+@pytest.mark.usefixtures("in_this_process", "no_page")
 def test_memory_can_be_saved_and_a_run_goes_on_to_the_bit(command, table) -> None:
     said = f"train {table}.csv {SMALL} --steps 24 --method adalora"
     command(*said.split())
@@ -130,6 +138,7 @@ def test_memory_can_be_saved_and_a_run_goes_on_to_the_bit(command, table) -> Non
     assert resumed.record.decision == done.record.decision
 
 
+@pytest.mark.usefixtures("in_this_process", "no_page")
 def test_what_decides_the_loss_and_weights_of_classes_can_be_chosen(command) -> None:
     said = command(
         *f"train labels.csv {SMALL} --steps 4 --metric f1_macro --loss asymmetric --class-weights effective".split()
@@ -161,7 +170,7 @@ def by_fold(folder):
     return records, *arrays
 
 
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("in_this_process", "no_page")
 def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
     monkeypatch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 30)
     said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
@@ -233,7 +242,10 @@ def test_images_that_are_too_few_for_a_test_are_refused(command) -> None:
 STUDY = """
 name: several
 seeds: [0{seeds}]
-backbone: {{model: test_vit, weights: random}}
+threads: 1
+device: cpu
+precision: fp32
+backbone: {{model: shallow_vit, weights: random}}
 data: {{dataset: csv, path: labels.csv, image_size: 32, validation_images: 9, test_images: 9}}
 measures: {measures}
 experiments:

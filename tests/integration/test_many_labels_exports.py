@@ -8,12 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models  # noqa: F401 - which registers shallow_vit
 
 from peft_vit import train
 from peft_vit.records import RECORD_FILE, read_record, single_run
 
-pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
-SMALL = {"model": "test_vit", "weights": "random", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
+pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache", "in_this_process")]
+SMALL = {
+    "model": "shallow_vit",
+    "weights": "random",
+    "image_size": 32,
+    "threads": 1,
+    "precision": "fp32",
+    "device": "cpu",
+}
 TABLES = ["labels", "numbers"]
 WORDS = {"labels": "mean average precision", "numbers": "mean absolute error"}
 

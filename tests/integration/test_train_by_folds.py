@@ -43,6 +43,7 @@ def rows_of(study: Path):
     return *(np.concatenate([part[k] for part in parts]) for k in range(3)), np.concatenate(hits)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_regression_is_better(trained, tmp_path) -> None:
     said = trained("--image-size 32 --steps 20 --learning-rate 1e-2")
     (run,) = train_runs(Path("peft-vit-runs"))
@@ -134,6 +135,7 @@ def test_a_regression_that_is_better_on_folds_is_delivered_with_folds_of_its_own
         assert re.search(r"the rest measures|was done before", trained(options))
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_call_that_ends_within_its_folds_goes_on_there(trained, monkeypatch) -> None:
     options = "--method linear --image-size 32"
 

@@ -125,7 +125,7 @@ def test_what_a_person_reads_of_calls_of_train(images, tmp_path, command, presse
     assert not load_results(Path("peft-vit-runs")).runs.empty
 
 
-@pytest.mark.usefixtures("in_this_process", "cache")
+@pytest.mark.usefixtures("in_this_process", "no_page", "cache")
 def test_where_no_links_can_be_made_a_file_says_which_call_was_the_last(images, tmp_path, command, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no links here")
@@ -211,7 +211,7 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
     assert not re.search("Starts in|it takes about", said)
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("no_page", "cache")
 def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on_in(
     images, tmp_path, command, pressed, monkeypatch
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exported_files import compared, logits_of, packed, packed_model
-from tiny_models import CARD
+from tiny_models import CARD, random_model
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules, use_integer_products
@@ -157,7 +157,7 @@ def test_a_model_in_8_bits_is_near_and_does_not_depend_on_the_batch(in_8_bits) -
 
 def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
     """Nothing is merged, so that nothing is rounded again but weights of more than 7 bits."""
-    model = packed_model([QuantizationFormat("int4", None, False)])
+    model = packed_model([QuantizationFormat("int4", None, False)], random_model("shallow_vit"))
     export_onnx(model, tmp_path / "model.onnx", CARD, activations="int8")
     opened = open_exported(tmp_path / "model.onnx")
     assert opened.card.integer_bits == 7

@@ -19,7 +19,7 @@ from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration_run import Costs, known_costs
 from peft_vit.forecasting.time_limit import PROCESS_S
 from peft_vit.methods import METHODS
-from peft_vit.quantization.integers import IntegerWeight
+from peft_vit.quantization.integers import Bits, IntegerWeight
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs import kept_products
 from peft_vit.runs.machine import cpu_count, processor_name
@@ -139,7 +139,12 @@ def experiment_products(experiment: ExperimentConfig, shape: BackboneShape, trai
 
 
 def product_rate(
-    shape: BackboneShape, device: torch.device, precision: Precision, threads: int, compute: Compute = "float"
+    shape: BackboneShape,
+    device: torch.device,
+    precision: Precision,
+    threads: int,
+    compute: Compute = "float",
+    bits: Bits | None = None,
 ) -> float:
     """Return multiply-adds per second of the product that the model spends the most on.
 
@@ -149,6 +154,7 @@ def product_rate(
         precision: in which it computes.
         threads: of a run.
         compute: int8 for products of 8-bit integers, with what rounds their inputs and scales their outputs.
+        bits: of these, as a study was begun with.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.get_num_threads()
@@ -161,7 +167,9 @@ def product_rate(
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     integers = None
     if compute == "int8":
-        integers = IntegerWeight.from_float(weight, kept_products.choose_product(device, precision).usable(device))
+        integers = IntegerWeight.from_float(
+            weight, kept_products.choose_product(device, precision, bits).usable(device)
+        )
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
@@ -221,9 +229,9 @@ class Workload:
     validation: int
     test: int
 
-    def product_rate(self, compute: Compute = "float") -> float:
+    def product_rate(self, compute: Compute = "float", bits: Bits | None = None) -> float:
         """Return multiply-adds per second, see `product_rate`."""
-        return product_rate(self.shape, self.device, self.precision, self.threads, compute)
+        return product_rate(self.shape, self.device, self.precision, self.threads, compute, bits)
 
 
 @dataclass(frozen=True)
@@ -293,8 +301,11 @@ def estimate_runs(
         }
         measured = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: measured.get(run.spec.experiment.name) for kind, run in unknown.items()}
-    computes = {run.spec.experiment.training.decided_compute for run in runs if costs[run.kind_sha256] is None}
-    estimated = {compute: Throughput.estimated(workload.product_rate(compute)) for compute in computes}
+    trainings = [run.spec.experiment.training for run in runs if costs[run.kind_sha256] is None and run.taken is None]
+    computes = {training.decided_compute: training.integer_bits for training in trainings}
+    estimated = {
+        compute: Throughput.estimated(workload.product_rate(compute, bits)) for compute, bits in computes.items()
+    }
     estimates = []
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -48,6 +49,15 @@ def rendered(template: str, script: str, **values: Any) -> str:
         script: the name of a file beside it.
         values: what is in it.
     """
+    text = files("peft_vit.report").joinpath("templates", script).read_text(encoding="utf-8")
+    assert "</" not in text
+    page = _environment().get_template(template)
+    return page.render(script=Markup(text), script_hash=script_hash(text), **values)
+
+
+@cache
+def _environment() -> Environment:
+    """Return what compiles templates, and keeps them."""
     environment = Environment(
         loader=PackageLoader("peft_vit.report"),
         autoescape=True,
@@ -57,9 +67,7 @@ def rendered(template: str, script: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["soft"] = soft
-    text = files("peft_vit.report").joinpath("templates", script).read_text(encoding="utf-8")
-    assert "</" not in text
-    return environment.get_template(template).render(script=Markup(text), script_hash=script_hash(text), **values)
+    return environment
 
 
 def script_hash(script: str) -> str:

@@ -158,7 +158,10 @@ def package_versions(library: Library = "timm") -> dict[str, str]:
         library: whose model it is. Of a run on timm's, transformers' version would only keep it from being pooled.
     """
     optional = ("peft",) if importlib.util.find_spec("peft") is not None else ()
-    return {name: metadata.version(name) for name in dict.fromkeys((*_PACKAGES, library, *optional))}
+    return {name: _version(name) for name in dict.fromkeys((*_PACKAGES, library, *optional))}
+
+
+_version = functools.cache(metadata.version)  # which reads a file
 
 
 def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:

@@ -379,13 +379,14 @@ class _Classification(Task):
         as rows, whose ||W||_F^2 is half of that row's: C is twice as large.
         """
         from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import ThreadpoolController
 
+        threads = ThreadpoolController()  # once: it looks through all libraries that are loaded
         two = len(np.unique(labels)) == 2
         model = LogisticRegression(tol=_LARGEST_GRADIENT, max_iter=_MOST_ITERATIONS, warm_start=True)
         for l2 in strengths:
             model.set_params(C=(2.0 if two else 1.0) / (l2 * weights.sum()))
-            with threadpool_limits(1):  # two threads wait for each other at products this small, at worst for long
+            with threads.limit(limits=1):  # two threads wait for each other at products this small, at worst for long
                 model.fit(z, labels, sample_weight=weights)
             weight, bias = model.coef_, model.intercept_  # (classes, D), (classes,); (1, D), (1,) of two
             if two:  # (2, D), (2,)

@@ -280,8 +280,9 @@ class _Multilabel(Task):
         Where all of these agree, it is the constant that says so of one image more of each kind.
         """
         from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import ThreadpoolController
 
+        threads = ThreadpoolController()  # once: it looks through all libraries that are loaded
         models = [LogisticRegression(tol=1e-7, max_iter=10_000, warm_start=True) for _ in labels.T]
         for l2 in strengths:
             W, b = np.zeros((len(models), z.shape[1])), np.zeros(len(models))  # (K, D), (K,)
@@ -292,7 +293,7 @@ class _Multilabel(Task):
                     b[k] = math.log((there + 1) / (known.sum() - there + 1))
                     continue
                 model.set_params(C=1 / (l2 * weights.sum()))
-                with threadpool_limits(1):
+                with threads.limit(limits=1):
                     model.fit(z[known], truth[known], sample_weight=weights[known])
                 W[k], b[k] = model.coef_[0], model.intercept_[0]
             yield W, b

@@ -13,7 +13,8 @@ import torch
 from exported_files import compared, damaged, packed_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import CARD, random_model
+from tiny_models import SHALLOW_CARD as CARD
+from tiny_models import random_model
 from torch import nn
 
 from peft_vit.adapters import attach_adapters
@@ -41,10 +42,8 @@ def write(model: nn.Module, name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    model, folder = (
-        packed_model([QuantizationFormat("int4", 32, True, torch.float16)]),
-        tmp_path_factory.mktemp("files"),
-    )
+    packed = [QuantizationFormat("int4", 32, True, torch.float16)]
+    model, folder = packed_model(packed, random_model("shallow_vit")), tmp_path_factory.mktemp("files")
     return model, {name: write(model, name, folder) for name in NAMES}
 
 
@@ -53,7 +52,7 @@ def test_a_file_says_what_the_model_says_and_what_it_is(written: Written, tmp_pa
     model, files = written
     assert compared(model, files[name], 3)[0] <= (1e-3 if name == "openvino" else 1e-5)
     assert open_exported(files[name]).card == CARD
-    plain = random_model("test_vit").eval()
+    plain = random_model("shallow_vit").eval()
     assert compared(plain, write(plain, name, tmp_path), 3)[0] <= 1e-5
 
 
@@ -108,7 +107,7 @@ def test_a_card_that_is_not_its_model_s_is_refused_in_one_line(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_with_adapters_is_refused(tmp_path: Path, name: str) -> None:
-    model = random_model("test_vit")
+    model = random_model("shallow_vit")
     attach_adapters(model, find_sites(model, ("out",)), 2, scale=1.0, seed=0)
     with pytest.raises(UserError, match="merge the model first"):
         write(model, name, tmp_path)
@@ -152,7 +151,7 @@ def test_a_cut_or_altered_file_is_refused(written: Written, tmp_path: Path, name
 
 
 def test_a_folder_of_timm_is_the_model_and_refused_when_a_file_in_it_was_changed(tmp_path: Path) -> None:
-    model, folder = random_model("test_vit").eval(), tmp_path / "folder"
+    model, folder = random_model("shallow_vit").eval(), tmp_path / "folder"
     writer_of("pretrained")(model, folder, CARD, None)
     assert compared(model, folder, 3)[0] <= 1e-5
     assert open_exported(folder).card == CARD

@@ -10,7 +10,8 @@ from exported_files import packed_model
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from sklearn.neighbors import NearestNeighbors
-from tiny_models import CARD, random_model
+from tiny_models import SHALLOW_CARD as CARD
+from tiny_models import random_model
 
 from peft_vit.backbones import Backbone
 from peft_vit.config import EXPORTS
@@ -59,7 +60,9 @@ def test_what_comes_to_the_middle_block_is_its_class_token_or_the_mean_of_its_to
 @pytest.mark.parametrize("low_bit", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_tells_logits_as_before_and_distances_as_the_model(tmp_path: Path, name: str, low_bit: bool) -> None:
-    model = packed_model([QuantizationFormat("int4", 32, True, torch.float16)]) if low_bit else random_model("test_vit")
+    model = random_model("shallow_vit")
+    if low_bit:
+        model = packed_model([QuantizationFormat("int4", 32, True, torch.float16)], model)
     known = Neighbours.of(middle(model.eval(), images(50)))
     file = tmp_path / f"model{EXPORTS[name].ending}"
     writer_of(name)(model, file, WITH_UNLIKE, known)
@@ -79,7 +82,7 @@ def test_a_file_tells_logits_as_before_and_distances_as_the_model(tmp_path: Path
 
 
 def test_a_folder_of_its_library_tells_distances_too(tmp_path: Path) -> None:
-    model = random_model("test_vit").eval()
+    model = random_model("shallow_vit").eval()
     known = Neighbours.of(middle(model, images(50)))
     writer_of("pretrained")(model, tmp_path / "folder", WITH_UNLIKE, known)
     opened = open_exported(tmp_path / "folder")

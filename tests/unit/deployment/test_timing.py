@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import CARD, random_model
+from tiny_models import CARD, SHALLOW_CARD, random_model
 
 from peft_vit.deployment import export_onnx, export_openvino, save_low_bit, timing
 from peft_vit.deployment.runtimes import SETTINGS
@@ -20,9 +20,10 @@ WRITERS = {"onnx": export_onnx, "xml": export_openvino, "safetensors": save_low_
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
-    folder, model = tmp_path_factory.mktemp("timed"), random_model("test_vit").eval()
-    for ending, write in WRITERS.items():
-        write(model, folder / f"model.{ending}", CARD)
+    folder = tmp_path_factory.mktemp("timed")
+    for ending, write in WRITERS.items():  # another process builds test_vit, which timm knows
+        model, card = ("test_vit", CARD) if ending == "safetensors" else ("shallow_vit", SHALLOW_CARD)
+        write(random_model(model).eval(), folder / f"model.{ending}", card)
     return {ending: folder / f"model.{ending}" for ending in WRITERS}
 
 
