@@ -167,9 +167,8 @@ def product_rate(
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     integers = None
     if compute == "int8":
-        integers = IntegerWeight.from_float(
-            weight, kept_products.choose_product(device, precision, bits).usable(device)
-        )
+        choice = kept_products.choose_product(device, precision, bits)
+        integers = IntegerWeight.from_float(weight, choice.usable(device))
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
@@ -309,7 +308,9 @@ def estimate_runs(
     estimates = []
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
-        if alike is None:
+        if alike is None and run.taken is not None:  # on another machine
+            estimates.append(Estimate(run.taken.seconds, run.taken.peak_memory_bytes, "records"))
+        elif alike is None:
             estimates.append(_estimate(run, workload, estimated, cost))
         else:
             seconds = statistics.median(taken.seconds for taken in alike)
