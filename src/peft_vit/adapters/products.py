@@ -53,6 +53,11 @@ class Choice:
         return FASTER * self.seconds < self.float_s
 
     @property
+    def is_slow(self) -> bool:
+        """Return whether nobody would wait for it."""
+        return self.seconds > SLOW * self.float_s
+
+    @property
     def times(self) -> str:
         """Return both times, for people."""
         assert self.product is not None
@@ -71,7 +76,7 @@ class Choice:
         """
         if self.product is None:
             raise UserError(f"{device.type} multiplies no such 8-bit integers exactly; {remedy}", field=field)
-        if self.seconds > SLOW * self.float_s:
+        if self.is_slow:
             raise UserError(f"int8 is too slow here: {self.times}; {remedy}", field=field)
         return self.product
 

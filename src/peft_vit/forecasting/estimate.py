@@ -165,10 +165,13 @@ def product_rate(
     (tokens, inputs, outputs), _ = work.most_common(1)[0]
     x = torch.ones(32 * tokens, inputs, dtype=dtype, device=device)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
-    integers = None
+    integers, slower = None, 1.0
     if compute == "int8":
         choice = kept_products.choose_product(device, precision, bits)
-        integers = IntegerWeight.from_float(weight, choice.usable(device))
+        if choice.is_slow:  # what was found says it, too
+            slower = choice.seconds / choice.float_s
+        else:
+            integers = IntegerWeight.from_float(weight, choice.usable(device))
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
@@ -178,7 +181,7 @@ def product_rate(
         float(y[0, 0])
         times.append(time.perf_counter() - begin)
     torch.set_num_threads(before)
-    return x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
+    return x.shape[0] * x.shape[1] * weight.shape[0] / (slower * statistics.median(times))
 
 
 def product_rates(
@@ -308,9 +311,7 @@ def estimate_runs(
     estimates = []
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
-        if alike is None and run.taken is not None:  # on another machine
-            estimates.append(Estimate(run.taken.seconds, run.taken.peak_memory_bytes, "records"))
-        elif alike is None:
+        if alike is None:
             estimates.append(_estimate(run, workload, estimated, cost))
         else:
             seconds = statistics.median(taken.seconds for taken in alike)
