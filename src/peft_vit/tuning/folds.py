@@ -242,7 +242,7 @@ class Folds:
     def _by_image(self, recipe: Recipe, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Return what images of some folds bring to the score, seed after seed, see `Scores.by_image`."""
         scores = self.context.scores
-        return scores.by_image(*pooled([self.outcomes[recipe][seed] for seed in seeds], scores.task)[:2])
+        return scores.by_image(*pooled([self.outcomes[recipe][seed] for seed in seeds], scores.task))
 
     def measured(self, recipes: Sequence[Recipe]) -> FoldMeans:
         """Return what is known of the deciding metric of C recipes, each of which has a fold."""
