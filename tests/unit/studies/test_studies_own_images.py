@@ -736,6 +736,16 @@ def test_sizes_are_a_gaussian_process_around_a_slow_rise() -> None:
         assert max(told, key=told.__getitem__) == best
 
 
+def test_errors_as_large_as_a_standard_deviation_are_not_known_surely() -> None:
+    """Sizes that differ by what the errors of 100 images scatter by are hardly apart: less than half of it is told."""
+    rng, images = np.random.default_rng(0), 100
+    scatter = np.abs(rng.normal(size=(4000, images))).mean(1).std()
+    for size in (1.0, 1.3):  # of the errors of the best
+        values = {112: -size, 224: -size - scatter}
+        told = image_sizes.on_new_images(values, images, 28)  # of images that neither enlarges: no rise is expected
+        assert 0 < told[112] - told[224] < scatter / 2
+
+
 def test_a_regression_of_another_size_takes_its_lead_from_what_training_brings() -> None:
     values, usual = {56: 0.80, 112: 0.85, 154: 0.86, 224: 0.87}, expected_gain(140)
     told = image_sizes.on_new_images(values, 10**9, 300)
