@@ -403,7 +403,7 @@ class StoppingConfig(Settings):
     futility: float = Field(
         default=0.05, ge=0, lt=1, description="Stop a comparison whose predictive power is below this; 0: never"
     )
-    images: Annotated[int | None, OnlyWith(asked="non-inferiority")] = Field(
+    images: Annotated[int | None, OnlyWith(asked="non-inferiority"), OnlyWith(metric="accuracy")] = Field(
         default=None,
         ge=1,
         description="How many different images all folds test, which limits what folds without scatter show",

@@ -25,7 +25,6 @@ from peft_vit.statistics.intervals import (
     effect_size,
     hedges_factor,
     mean_interval,
-    mean_of_groups,
     mean_of_proportions,
     paired_improvement,
     paired_proportions,

@@ -193,7 +193,8 @@ def _plan_call(
             if trials:
                 columns = ("value", "signed", "l2")
                 values, signed, l2 = ({own.image_size: getattr(own, name) for own in trials} for name in columns)
-                write_sizes(run.folder, SizesFile(values=values, signed=signed, l2=l2, seconds=spent_s))
+                known = {"seconds": spent_s, "images": trials[0].images}
+                write_sizes(run.folder, SizesFile(values=values, signed=signed, l2=l2, **known))
         else:
             study = begun.configuration
         plan = plan_study(
@@ -247,6 +248,7 @@ def _tell_by_folds(
 def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
     """Make a regression on frozen features of another size, and deliver it if it is clearly better on validation."""
     from peft_vit.backbones import describe
+    from peft_vit.data import make_splits
     from peft_vit.studies.image_sizes import gain_over
     from peft_vit.studies.own_images import regression_at
     from peft_vit.studies.plan import plan_study
@@ -276,14 +278,17 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)
     delivered = single_run(run.folder)
     own, steps, counts = trained.spec.data.image_size, trained.chosen_step or 0, images.forecast.counts
-    expected = gain_over(sizes.values, image_size, own, steps, counts.train + counts.validation, images.side)
+    told_by = sizes.images or counts.train + counts.validation
+    expected = gain_over(sizes.values, image_size, own, steps, told_by, images.side)
+    validation = images.index.labels[make_splits(images.index, trained.spec.data, trained.spec.seed).validation]
+    alike = metric.images_alike(validation)
     if regression.status != "done":
         pass
     elif trained.validation is None or regression.validation is None:  # folds have told that it is better
         _tell_by_folds(run.folder / study.name, run.folder, regression, request, images, file)
         _log(f"The model is the regression at {image_size} px.")
         delivered = folder
-    elif not metric.worth(trained.validation, before=regression.validation, expected=expected):
+    elif not metric.worth(trained.validation, before=regression.validation, expected=expected, images=alike):
         before, after = (metric.text(metric.of(own)) for own in (trained.validation, regression.validation))
         _log(
             f"The model is the regression at {image_size} px: {after} on validation images, and training had {before}."

@@ -482,7 +482,7 @@ class Forecast:
             return expected_gain(steps)
 
         values = {trial.image_size: trial.value for trial in trials}
-        told = on_new_images(values, self.counts.train + self.counts.validation, side)
+        told = on_new_images(values, trials[0].images, side)
         return max(told, key=lambda size: told[size] + gain(size))  # of equal ones, also where none fits, the smallest
 
     def _fits_memory(self, shape: BackboneShape) -> bool:

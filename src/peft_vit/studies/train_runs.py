@@ -105,6 +105,7 @@ class SizesFile(BaseModel):
         signed: likewise, in the metric that decides; larger is better.
         l2: likewise, strength of its penalty.
         seconds: that they took.
+        images: that the values are from, see `DecidingMetric.images_alike`; None: a call of an older version.
         trained: what the trained model has in that metric, by folds; None: it is not known, or validation images tell.
         upper: the end of the 95 % interval of that.
     """
@@ -115,6 +116,7 @@ class SizesFile(BaseModel):
     signed: dict[int, float] = {}
     l2: dict[int, float] = {}
     seconds: float = 0.0
+    images: float | None = None
     trained: float | None = None
     upper: float | None = None
 

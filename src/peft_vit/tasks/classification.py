@@ -16,7 +16,6 @@ from peft_vit.config import ClassWeights, LossName
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
 from peft_vit.statistics import (
     Interval,
-    mean_of_groups,
     mean_of_proportions,
     paired_proportions,
     prediction_sets,
@@ -110,12 +109,14 @@ def _balanced_interval(labels: Classes, predicted: Classes, *_: Any) -> Interval
 
 def _accuracy_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
     was_right, is_right = before == labels, after == labels
-    return paired_proportions(int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum()), len(labels))
+    return paired_proportions((is_right & ~was_right).sum(), (was_right & ~is_right).sum(), len(labels))
 
 
 def _balanced_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
-    classes = (labels == label for label in np.unique(labels))  # (N,) each
-    return mean_of_groups([_accuracy_gain(labels[own], before[own], after[own]) for own in classes])
+    was_right, is_right = before == labels, after == labels
+    gains, images = _by_class(labels, np.where(is_right & ~was_right, labels, -1))
+    losses = _by_class(labels, np.where(was_right & ~is_right, labels, -1))[0]
+    return paired_proportions(gains, losses, images)
 
 
 def _right(labels: Classes, predicted: Classes, *_: Any) -> Floats:

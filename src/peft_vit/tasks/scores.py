@@ -67,14 +67,17 @@ class Scores:
         """Return a score as a terminal shows the metric's value."""
         return self.metric.text(share * self.factor)
 
-    def by_image(self, outputs: NDArray[np.floating], labels: Labels) -> Floats:
+    def by_image(
+        self, outputs: NDArray[np.floating], labels: Labels, images: NDArray[np.int64] | None = None
+    ) -> Floats:
         """Return what each of N images brings, (N,): its mean is the score, see `DecidingMetric.by_image`.
 
         Args:
             outputs: of the task's head, (N, K).
             labels: N.
+            images: (N,) which image each row is of, as where folds are repeated; None: each of another.
         """
-        decision = self.task.decide(outputs, labels, OF_FOLDS)
+        decision = self.task.decide(outputs, labels, OF_FOLDS, images)
         predicted = self.task.predicted(outputs, decision)
         values: Floats = self.metric.by_image(labels, predicted, thresholds_of(decision)) / self.factor
         return values

@@ -94,11 +94,22 @@ class DecidingMetric:
             return decision.spread[0]
         return 1.0
 
+    def images_alike(self, labels: Labels) -> float:
+        """Return how many images would tell its value as well as these N if all counted the same.
+
+        That is N, and where classes count the same ``K^2 / sum 1 / n_c`` of K with n_c images: then the mean of K
+        shares p, all of them about as large, has the variance of a share of so many, ``sum p (1 - p) / n_c / K^2``.
+        """
+        if not self.equal_classes or not len(labels):
+            return float(len(labels))
+        counts = np.unique(labels, return_counts=True)[1]  # (K,)
+        return float(len(counts) ** 2 / np.sum(1 / counts))
+
     def quality(self, metrics: Metrics) -> tuple[float, float]:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
         return self.sign * self.of(metrics), -metrics.nll
 
-    def worth(self, metrics: Metrics, *, before: Metrics, expected: float) -> bool:
+    def worth(self, metrics: Metrics, *, before: Metrics, expected: float, images: float) -> bool:
         """Return whether a trained model is to be kept: few images do not outweigh what training usually brings.
 
         Its gain g has the prior N(expected, s^2), s = 0.03, and n images measure g with about the variance
@@ -110,11 +121,12 @@ class DecidingMetric:
             metrics: of the trained model.
             before: on the same images, of what it would be kept instead of.
             expected: gain, see `expected_gain`.
+            images: n, see `images_alike`.
         """
         value, slack = self.of(metrics), 0.0
         if self.is_share and 0 <= value <= 1:
-            share = min(max(value, 0.5 / metrics.n), 1 - 0.5 / metrics.n)
-            error = math.sqrt(share * (1 - share) / metrics.n)
+            share = min(max(value, 0.5 / images), 1 - 0.5 / images)
+            error = math.sqrt(share * (1 - share) / images)
             slack = min(expected * error**2 / _GAIN_SD**2, 2 * error)
         return (self.sign * (value - self.of(before)) + slack, -metrics.nll) > (0.0, -before.nll)
 

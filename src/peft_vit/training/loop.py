@@ -353,8 +353,10 @@ class TrainingState:
         result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
             start, last = self._best.evaluation, result.evaluations[-1]
-            usual = expected_gain(self.steps)
-            is_worth = start is None or self._metric.worth(last.metrics, before=start.metrics, expected=usual)
+            usual, images = expected_gain(self.steps), self._metric.images_alike(self._data.validation.labels)
+            is_worth = start is None or self._metric.worth(
+                last.metrics, before=start.metrics, expected=usual, images=images
+            )
             if self._config.keep == "last" and last.deployable and is_worth:
                 self._best.take(last, self.model)
             result.chosen = self._best.restore(self.model)

@@ -45,6 +45,7 @@ class TuningContext:
     sealed_images: int = 0  # how many are
     scores: Scores = field(default_factory=Scores)  # by which everything is compared
     rarest: float = math.inf  # different images of the rarest class
+    alike: float = 1.0  # share of images by which the metric would be known as well if all counted the same
 
     @property
     def request(self) -> TuneRequest:
@@ -211,7 +212,10 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     scores = Scores.on(task, metric, seen.labels[used])
     outputs, runner, count = task.head_width(seen.class_names), make_runner(state, metric), int(used.sum())
     rarest = fewest_groups(task.strata(seen.labels[used]), seen.groups[used])
-    return TuningContext(state, runner, seen, place, outputs, count, metric, different, len(sealed), scores, rarest)
+    alike = metric.images_alike(seen.labels[used]) / count
+    return TuningContext(
+        state, runner, seen, place, outputs, count, metric, different, len(sealed), scores, rarest, alike
+    )
 
 
 def _telling_if_slow(state: State) -> Callable[[int, int], None]:

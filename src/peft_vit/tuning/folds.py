@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
@@ -190,7 +191,8 @@ class Folds:
     def difference(self, recipe: Recipe, other: Recipe) -> tuple[float, float] | None:
         """Return by how much a recipe is better than another on the folds that both have, and the standard error.
 
-        Images weigh as they do in the metric, and one that several repetitions predict is one.
+        Images weigh as they do in the metric, and one that several repetitions predict is one. The error is that of
+        `value`, NLL included: of recipes that have the same images right it is the NLL's, not 0.
         """
         seeds = [seed for seed in self.seeds(recipe) if seed in self.outcomes.get(other, {})]
         own, others = self.value(recipe, seeds), self.value(other, seeds)
@@ -198,10 +200,14 @@ class Folds:
             return None
         differs = np.subtract(*(self._by_image(one, seeds) for one in (recipe, other)))
         scores = self.context.scores
-        _, labels, images = pooled([self.outcomes[recipe][seed] for seed in seeds], scores.task)
+        runs = ([self.outcomes[one][seed] for seed in seeds] for one in (recipe, other))
+        (logits, labels, images), (of_other, *_) = (pooled(own, scores.task) for own in runs)
         counted = scores.image_weights(labels)
         weights = np.ones(len(labels)) if counted is None else counted
         apart = weights / weights.sum() * (differs - np.average(differs, weights=weights))
+        losses = (scores.task.losses(*map(torch.from_numpy, (z, labels))).numpy() for z in (logits, of_other))
+        nats = np.subtract(*losses)  # (N,)
+        apart -= _NLL_WEIGHT * (nats - nats.mean()) / len(nats)
         by_image = np.bincount(np.unique(images, return_inverse=True)[1], apart)
         return own - others, float(np.linalg.norm(by_image))
 
@@ -236,7 +242,7 @@ class Folds:
     def _by_image(self, recipe: Recipe, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Return what images of some folds bring to the score, seed after seed, see `Scores.by_image`."""
         scores = self.context.scores
-        return scores.by_image(*pooled([self.outcomes[recipe][seed] for seed in seeds], scores.task)[:2])
+        return scores.by_image(*pooled([self.outcomes[recipe][seed] for seed in seeds], scores.task))
 
     def measured(self, recipes: Sequence[Recipe]) -> FoldMeans:
         """Return what is known of the deciding metric of C recipes, each of which has a fold."""

@@ -214,9 +214,10 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     parts, last = costs.forecast(probes, state.clock() - state.limit.started)
     tested = costs.tested_images(last)
     if context.metric.counts_images:
-        apart = f"{100 * resolvable(images):.1f} points, if all have five folds"
+        apart = f"{100 * resolvable(max(1, round(context.alike * images))):.1f} points, if all have five folds"
         state.tell(f"  {images:,} images tell models apart that differ by {apart}")
-        eighty = bounds_in_percent(proportion_interval(0.8 * tested, tested))
+        as_many = max(1, round(context.alike * tested))
+        eighty = bounds_in_percent(proportion_interval(0.8 * as_many, as_many))
         state.tell(f"  {tested:,} test images of which 80.0 % are right: {eighty} on new images")
     if (scores := context.scores).metric.has_unit:
         lost, value = context.request.margin_share, context.request.margin_share * scores.deviation

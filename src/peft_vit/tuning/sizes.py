@@ -101,9 +101,10 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
         if score is not None:
             fits = f"{steps} steps fit a run" if steps else "no time to train"
             state.tell(f"  {probe.model} at {probe.image_size} px: {context.scores.text(score)}, {fits}")
+    compared = context.alike * costs.compared_images(min(every, key=costs.image_s))
     for model in sizes:
         scores = {own.image_size: own.score for own in results if own.model == model and own.score is not None}
-        told = on_new_images(scores, context.images, context.seen.shorter_side) if scores else {}
+        told = on_new_images(scores, compared, context.seen.shorter_side) if scores else {}
         results = [
             replace(own, expected=told[own.image_size]) if own.model == model and own.image_size in told else own
             for own in results

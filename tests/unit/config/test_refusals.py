@@ -165,6 +165,11 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("{control: one, asked: superiority, every: 2, margin: 1}", ".margin", "asked: superiority"),
         ("{control: one, asked: superiority, every: 2, images: 400}", ".images", "non-inferiority"),
         ("{control: one, asked: non-inferiority, margin: 1, every: 2, images: 400}", "", "with data.folds alone"),
+        (
+            "{control: one, asked: non-inferiority, margin: 1, every: 2, images: 400, metric: balanced_accuracy}",
+            ".images",
+            "metric: balanced_accuracy",
+        ),
         ("{control: one, margin: 0, every: 2}", ".margin", "greater than 0"),
         ("{control: one, asked: superiority, every: 2, metric: loss}", ".metric", "'balanced_accuracy'"),
     ],

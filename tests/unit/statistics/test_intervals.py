@@ -42,6 +42,20 @@ def test_paired_proportions_cover_at_their_nominal_rate_where_hardly_a_case_chan
     assert unchanged.low < 0 == unchanged.estimate
 
 
+@pytest.mark.parametrize(("sizes", "lost", "gained"), [([5] * 20, 0.05, 0.05), ([40, 20, 10] * 4, 0.1, 0.03)])
+def test_a_mean_of_paired_differences_is_held_as_often_as_promised(sizes, lost, gained) -> None:
+    """And is not much wider than what as many images of each group really scatter."""
+    rng, cases = np.random.default_rng(0), np.array(sizes)
+    drawn = np.stack([rng.multinomial(own, [lost, gained, 1 - lost - gained], 2000) for own in cases], 1)  # (B, K, 3)
+    found = [paired_proportions(one[:, 0], one[:, 1], cases) for one in drawn]
+    assert 0.93 <= np.mean([own.low <= lost - gained <= own.high for own in found]) <= 0.995
+    means = ((drawn[..., 0] - drawn[..., 1]) / cases).mean(1)
+    assert [own.estimate for own in found] == pytest.approx(means)
+    assert np.mean([own.high - own.low for own in found]) / (2 * 1.96 * means.std()) < 1.3
+    every = paired_proportions([5] * 100, [0] * 100, [5] * 100)
+    assert every.low < every.estimate == every.high == 1
+
+
 @pytest.mark.parametrize(("images", "share"), [(3, 0.9), (10, 0.9), (10, 0.97)])
 def test_the_mean_of_shares_of_few_cases_is_held_as_often_as_promised(images: int, share: float) -> None:
     drawn = np.sort(np.random.default_rng(images).binomial(images, share, (2000, 10)), axis=1)  # groups count alike

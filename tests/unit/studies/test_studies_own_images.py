@@ -38,6 +38,8 @@ from peft_vit.studies.own_images import (
 from peft_vit.studies.request import TrainRequest
 from peft_vit.studies.train_runs import RequestFile, earlier_call, write_request
 from peft_vit.tasks import CLASSIFICATION, expected_gain
+from peft_vit.tasks.classification import ACCURACY
+from peft_vit.training import Features, RuntimeConfig
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
 
@@ -508,10 +510,9 @@ def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label
     assert TrainRequest.model_validate_json(request.model_dump_json()) == request
 
 
-def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked, pace, monkeypatch) -> None:
+def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked, pace) -> None:
     """At 64 px the regression is 5 points better; where too few steps fit there, it is 32 px."""
-    trials = [SizeTrial(32, 0.70, 0.70, "70.0%", 0.1), SizeTrial(64, 0.75, 0.75, "75.0%", 3.0)]
-    monkeypatch.setattr(image_sizes, "_SPREAD", 1.0)  # the values are believed, though images are few
+    trials = [SizeTrial(32, 0.70, 0.70, "70.0%", 0.1, 1e9), SizeTrial(64, 0.75, 0.75, "75.0%", 3.0, 1e9)]
     study, _ = study_of(asked(), trials=trials)
     assert study.data.image_size == 64
     assert study.experiments[0].probe_l2 == (3.0,)  # the penalty comes with it
@@ -523,6 +524,22 @@ def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked,
     assert study.data.image_size == 64
     pace(FAST)
     assert study_of(asked(steps=10), trials=trials)[0].data.image_size == 64  # however few were asked for
+
+
+@pytest.mark.parametrize(("few", "images"), [(60, 60), (59, 20)])
+def test_a_size_says_of_how_many_images_its_value_is(monkeypatch, few, images) -> None:
+    """Of many images those that validate measure it alone, and train's other ones say nothing of its noise."""
+    rng, labels = np.random.default_rng(0), np.arange(60) % 2
+    runtime = RuntimeConfig(torch.device("cpu"), "fp32", (0.5,) * 3, (0.5,) * 3)
+    features = Features(rng.normal(size=(60, 4)).astype(np.float32), labels)
+    seen = image_sizes.SeenByHead(
+        features, np.arange(60), 40, ACCURACY, None, torch.nn.Linear(4, 2), runtime, is_new=True
+    )
+    monkeypatch.setattr(image_sizes, "seen_by_head", lambda *_, **__: seen)
+    monkeypatch.setattr(image_sizes, "_FEW", few)
+    spec = SimpleNamespace(experiment=SimpleNamespace(probe_l2=(1.0,)), data=SimpleNamespace(image_size=32))
+    (trial,) = image_sizes.try_sizes(lambda _: spec, {32: 1.0}, 100, lambda _: None)
+    assert trial.images == images
 
 
 def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> None:
@@ -559,7 +576,7 @@ def test_a_test_that_does_not_fit_a_sixth_of_the_minutes_is_of_images_drawn_at_r
         rf" The test reads {drawn:,} of 1,200,000 images, drawn at random, about (60 s|1\.0 min) on top of the minutes"
     )
     assert re.fullmatch(rf"{said}; --test-images 1200000 reads all\.", forecast.test_line(shape))
-    slow = forecast.now(counts, trials=[SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, 2.0)])  # as regressions have shown
+    slow = forecast.now(counts, trials=[SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, 100, 2.0)])  # as regressions have shown
     assert slow.tested(shape)["tested_images"] == drawn // 2
     assert Forecast(request, Counts(100, 40, drawn)).tested(shape) == {}
     assert Forecast(asked(minutes=6, test_images=1_200_000), counts).tested(shape) == {}
@@ -595,7 +612,7 @@ def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, fac
 
     def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         now[0] += factor * size
-        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0), True
+        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0, 100), True
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     monkeypatch.setattr(image_sizes.time, "perf_counter", lambda: now[0])
@@ -610,7 +627,7 @@ def test_while_features_of_a_size_are_computed_it_is_told_how_far_they_are(monke
 
     def trial(size: int, on_images) -> tuple[SizeTrial, bool]:
         on_images(32, 20_000)
-        return SizeTrial(size, size / 100, f"{size}%", 1.0), True
+        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0, 100), True
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     expected_s = {64: 1.0, 80: 1.0}
@@ -625,7 +642,7 @@ def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> No
     forecast, shape = Forecast(asked(), Counts(100, 40, 40)), describe(named_backbone("test_vit", "random"), 64)
     seconds = forecast.seconds(shape, 100)
     for told, factor in (((0.7,), 0.7), ((9.0, 1.5), 1.5), ((0.1,), 0.5), ((7.0,), 2.0), ((None,), 1.0), ((), 1.0)):
-        trials = [SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, one) for one in told]
+        trials = [SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, 100, one) for one in told]
         assert forecast.now(forecast.counts, 30, trials).seconds(shape, 100) == pytest.approx(factor * seconds)
 
 
@@ -633,7 +650,7 @@ def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
     def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
         if size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0), False
+        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0, 100), False
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     lines: list[str] = []
@@ -717,6 +734,16 @@ def test_sizes_are_a_gaussian_process_around_a_slow_rise() -> None:
     for side, best in ((300, 224), (28, 112)):
         told = image_sizes.on_new_images(none_wrong, 24, side)
         assert max(told, key=told.__getitem__) == best
+
+
+def test_errors_as_large_as_a_standard_deviation_are_not_known_surely() -> None:
+    """Sizes that differ by what the errors of 100 images scatter by are hardly apart: less than half of it is told."""
+    rng, images = np.random.default_rng(0), 100
+    scatter = np.abs(rng.normal(size=(4000, images))).mean(1).std()
+    for size in (1.0, 1.3):  # of the errors of the best
+        values = {112: -size, 224: -size - scatter}
+        told = image_sizes.on_new_images(values, images, 28)  # of images that neither enlarges: no rise is expected
+        assert 0 < told[112] - told[224] < scatter / 2
 
 
 def test_a_regression_of_another_size_takes_its_lead_from_what_training_brings() -> None:

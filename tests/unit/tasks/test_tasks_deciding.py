@@ -49,22 +49,46 @@ def test_training_is_kept_while_its_gain_is_expected_to_be_above_zero(images, be
     gains = np.linspace(-1, 1, 20_001)
     density = norm.pdf(gains, usual, 0.03) * norm.pdf(after - before, gains, (after * (1 - after) / images) ** 0.5)
     assert (trapezoid(gains * density, gains) > 0) == kept
-    assert ACCURACY.worth(accurate(images, after), before=accurate(images, before), expected=usual) == kept
+    assert (
+        ACCURACY.worth(accurate(images, after), before=accurate(images, before), expected=usual, images=images) == kept
+    )
+
+
+def test_of_rare_classes_a_balanced_value_is_known_as_by_few_images() -> None:
+    """Of 90 + 10 images it is known as by 4 / (1/90 + 1/10) = 36, which the scatter of such values shows."""
+    labels, rng = np.repeat([0, 1], [90, 10]), np.random.default_rng(0)
+    right = rng.random((20_000, 100)) < 0.9
+    values = (right[:, :90].mean(1) + right[:, 90:].mean(1)) / 2
+    alike = BALANCED_ACCURACY.images_alike(labels)
+    assert alike == pytest.approx(36)
+    assert values.var() == pytest.approx(0.9 * 0.1 / alike, rel=0.05)
+    assert ACCURACY.images_alike(labels) == BALANCED_ACCURACY.images_alike(np.arange(100) % 2) == 100
+    trained, start = accurate(100, 0.85), accurate(100, 0.9)  # a rare image, which counts five points
+    kept = [
+        metric.worth(trained, before=start, expected=0.03, images=metric.images_alike(labels))
+        for metric in (ACCURACY, BALANCED_ACCURACY)
+    ]
+    assert kept == [False, True]
 
 
 @pytest.mark.parametrize(("images", "before", "after"), [(30, 0.83, 0.60), (8, 1.0, 0.5), (4, 1.0, 0.25)])
 def test_a_training_that_has_failed_is_not_kept_however_few_images_say_so(images, before, after) -> None:
-    assert not ACCURACY.worth(accurate(images, after), before=accurate(images, before), expected=0.03)
+    assert not ACCURACY.worth(accurate(images, after), before=accurate(images, before), expected=0.03, images=images)
 
 
 def test_where_nothing_is_expected_of_training_it_has_to_be_better() -> None:
     for own, kept in ((accurate(40, 0.9, 1.1), False), (accurate(40, 0.9, 0.9), True), (accurate(40, 0.85), False)):
-        assert ACCURACY.worth(own, before=accurate(40, 0.9), expected=0.0) == kept
-    assert ACCURACY.worth(accurate(40, 1.0, 1.1), before=accurate(40, 1.0), expected=0.03)  # labels were smoothed
+        assert ACCURACY.worth(own, before=accurate(40, 0.9), expected=0.0, images=40) == kept
+    assert ACCURACY.worth(
+        accurate(40, 1.0, 1.1), before=accurate(40, 1.0), expected=0.03, images=40
+    )  # labels were smoothed
     errors = [Metrics(n=40, nll=1.0, more={"mae": mae, "r2": 1 - mae}) for mae in (0.30, 0.31)]
     for name in ("mae", "r2"):
         metric = REGRESSION.metric(name)
-        assert [metric.worth(errors[k], before=errors[1 - k], expected=0.03) for k in (0, 1)] == [True, False]
+        assert [metric.worth(errors[k], before=errors[1 - k], expected=0.03, images=40) for k in (0, 1)] == [
+            True,
+            False,
+        ]
 
 
 def test_intervals_are_wilsons_and_of_several_classes_one_that_the_rarest_decides() -> None:

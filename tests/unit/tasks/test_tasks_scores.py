@@ -54,6 +54,18 @@ def test_of_classes_an_image_brings_whether_it_is_right() -> None:
         assert scores.by_image(logits, labels).tolist() == (log_softmax(logits).argmax(1) == labels).tolist()
 
 
+def test_an_image_that_folds_predict_three_times_chooses_a_threshold_once() -> None:
+    """By hand: a 1, a 0 thrice, a 1, from the surest. Of images F1 is 2/3 at the first and 4/5 at all, of rows 4/7.
+
+    All are reported then. Of the rows F1 is 4/7, without the first one 2/5, and the first brings 5 * 4/7 - 4 * 2/5.
+    """
+    labels, outputs = np.array([[1.0], [0], [0], [0], [1]]), np.array([[2.0], [1], [1], [1], [0.5]])
+    scores = Scores.on(MULTILABEL, MULTILABEL.metric("f1_micro"), labels)
+    brought = scores.by_image(outputs, labels, np.array([7, 3, 3, 3, 5]))
+    assert brought[[0, 4]] == pytest.approx(20 / 7 - 8 / 5)
+    assert scores.by_image(outputs, labels)[4] != pytest.approx(20 / 7 - 8 / 5)
+
+
 @pytest.mark.parametrize("unit", [1.0, 0.01, 30.0])
 def test_odds_of_scores_that_are_no_shares_do_not_depend_on_their_unit(unit) -> None:
     rng = np.random.default_rng(1)

@@ -107,7 +107,8 @@ def test_the_last_step_is_kept_unless_the_start_is_better(tiny_vit, data, runtim
     said = iter((0.9, 0.95, 0.5))  # after steps 3, 6 and 9
     monkeypatch.setattr(type(CLASSIFICATION), "measure", lambda *_: metrics(next(said)))
     watched, unwatched = lora(tiny_vit()), lora(tiny_vit())
-    result = train(watched, data(), config(keep="last"), runtime, seed=0, probe=metrics(start))
+    nine = replace(data(), validation=data().validation.chosen(np.arange(9)))
+    result = train(watched, nine, config(keep="last"), runtime, seed=0, probe=metrics(start))
     assert [evaluation.step for evaluation in result.evaluations] == [0, 3, 6, 9]
     assert result.chosen_step == chosen
     blind = replace(data(), validation=data().validation.chosen(np.empty(0, dtype=np.int64)))
