@@ -81,7 +81,8 @@ def test_numbers_from_a_table_to_a_prediction(command) -> None:
     assert "48 images with a number for heat (regression)" in said
     assert "Test mean absolute error" in said
     record = record_of()
-    assert pickle.loads(pickle.dumps(record)) == record  # as a process of its own sends it
+    sent = pickle.loads(pickle.dumps(record))  # as by a process of its own
+    assert sent.model_dump_json() == record.model_dump_json()
     assert record.test.more["mae"] < 5
     assert record.decision.center[0] == pytest.approx(10, abs=2)
     assert 0.8 in record.tested_calibration.covered

@@ -100,7 +100,7 @@ def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
 
 @functools.cache
 def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
-    with torch.device("meta"):
+    with torch.device("meta"), _ParametersAsAllocated():
         model = create_model(architecture, image_size, num_classes=1)
     backbone = Backbone(model)
     try:
@@ -186,7 +186,7 @@ def create_skeleton(architecture: Architecture, image_size: int, num_classes: in
     Raises:
         UserError: as `describe`.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _ParametersAsAllocated():
         model = create_model(architecture, image_size, num_classes)
     absent = [buffer for buffer, _ in model.named_buffers() if buffer not in model.state_dict()]
     if absent:  # rotary embeddings, say: computed from the image size, and in no file
@@ -199,7 +199,10 @@ def create_skeleton(architecture: Architecture, image_size: int, num_classes: in
 
 
 class _ParametersAsAllocated(TorchFunctionMode):
-    """Leaves parameters as they were allocated: what is not written takes no memory, and no time."""
+    """Leaves parameters as they were allocated: what is not written takes no memory, and no time.
+
+    On the device "meta" too, where PyTorch computes the shapes of what fills a matrix in Python, operator by operator.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -233,7 +236,7 @@ def size_step_of(architecture: Architecture) -> int:
 @functools.cache
 def _on_paper(architecture: Architecture) -> Any:
     """Return a model without memory for its weights, at its own image size."""
-    with torch.device("meta"):
+    with torch.device("meta"), _ParametersAsAllocated():
         if architecture.library == "transformers":
             return transformers_models.build(architecture, transformers_models.native_size(architecture), 1)
         check_model_name(architecture.name)
