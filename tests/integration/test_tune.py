@@ -22,6 +22,7 @@ from peft_vit.config import BackboneConfig, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.forecasting.memory_limit import StepCost
+from peft_vit.quantization.integers import Product
 from peft_vit.records import read_record
 from peft_vit.studies.image_sizes import regress, seen_by_head
 from peft_vit.studies.plan import plan_study
@@ -286,6 +287,11 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
 ) -> None:
     rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
     monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
+
+    def found(*_: Any) -> Choice:
+        return Choice(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
+
+    monkeypatch.setattr("peft_vit.runs.kept_products.choose_product", found)
 
     def watched(runner: StandIns) -> Environment:
         def call(mapping: Mapping[str, Any], *more: Any) -> Any:

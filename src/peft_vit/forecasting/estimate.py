@@ -303,7 +303,7 @@ def estimate_runs(
         }
         measured = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: measured.get(run.spec.experiment.name) for kind, run in unknown.items()}
-    trainings = [run.spec.experiment.training for run in runs if costs[run.kind_sha256] is None and run.taken is None]
+    trainings = [run.spec.experiment.training for run in runs if costs[run.kind_sha256] is None]
     computes = {training.decided_compute: training.integer_bits for training in trainings}
     estimated = {
         compute: Throughput.estimated(workload.product_rate(compute, bits)) for compute, bits in computes.items()
