@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from peft_vit.adapters import site_adapters
-from peft_vit.adapters.products import Choice
+from peft_vit.adapters.products import ProductTimes
 from peft_vit.quantization.integers import Bits, exact_products
 from peft_vit.runs import kept_products
 
@@ -42,8 +42,8 @@ def _old_objects_are_left_alone() -> None:
 def _integers_are_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `compute: auto` be float, whatever this machine's products take; `int8` is computed as it is asked for."""
 
-    def found(device: torch.device, precision: str, bits: Bits | None = None) -> Choice:
-        return Choice(next(iter(exact_products(64, device.type, bits)), None), 1.0, 1.0)
+    def found(device: torch.device, precision: str, bits: Bits | None = None) -> ProductTimes:
+        return ProductTimes(next(iter(exact_products(64, device.type, bits)), None), 1.0, 1.0)
 
     monkeypatch.setattr(kept_products, "choose_product", found)
 

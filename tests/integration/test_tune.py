@@ -288,8 +288,8 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
     rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
     monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
 
-    def found(*_: Any) -> Choice:
-        return Choice(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
+    def found(*_: Any) -> ProductTimes:
+        return ProductTimes(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
 
     monkeypatch.setattr("peft_vit.runs.kept_products.choose_product", found)
 

@@ -34,7 +34,7 @@ _Linear = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProductTimes:
     """What was found.
 
     Attributes:
@@ -81,7 +81,9 @@ class Choice:
         return self.product
 
 
-def measure_products(device: torch.device, dtype: torch.dtype = torch.float32, bits: Bits | None = None) -> Choice:
+def measure_products(
+    device: torch.device, dtype: torch.dtype = torch.float32, bits: Bits | None = None
+) -> ProductTimes:
     """Try every exact product of a device beside the float one.
 
     Args:
@@ -121,12 +123,12 @@ def measure_products(device: torch.device, dtype: torch.dtype = torch.float32, b
     for product, seconds in exact.items():
         if best is None or seconds < _MUCH_FASTER * exact[best]:
             best = product
-    return Choice(best, math.inf if best is None else exact[best], float_s)
+    return ProductTimes(best, math.inf if best is None else exact[best], float_s)
 
 
 @functools.cache
 def product_here(device: torch.device) -> Product:
-    """Return the fastest exact product, measured once a process (UserError as `Choice.usable`)."""
+    """Return the fastest exact product, measured once a process (UserError as `ProductTimes.usable`)."""
     return measure_products(device).usable(device)
 
 

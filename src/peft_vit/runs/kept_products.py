@@ -11,7 +11,7 @@ import math
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from peft_vit.adapters.products import Choice, measure_products
+from peft_vit.adapters.products import ProductTimes, measure_products
 from peft_vit.config import Precision
 from peft_vit.packages import cache_dir
 from peft_vit.quantization.integers import Bits, Product, ProductName
@@ -30,13 +30,13 @@ class _Kept(BaseModel):
     seconds: float = Field(gt=0)
     float_s: float = Field(gt=0)
 
-    def choice(self) -> Choice:
+    def choice(self) -> ProductTimes:
         """Return it as it was found."""
-        return Choice(Product(self.name, self.bits), self.seconds, self.float_s)
+        return ProductTimes(Product(self.name, self.bits), self.seconds, self.float_s)
 
 
 @functools.cache
-def choose_product(device: torch.device, precision: Precision, bits: Bits | None = None) -> Choice:
+def choose_product(device: torch.device, precision: Precision, bits: Bits | None = None) -> ProductTimes:
     """Return the fastest exact product of a device, beside one in float.
 
     Args:

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from peft_vit.adapters import products
-from peft_vit.adapters.products import SLOW, Choice, measure_products
+from peft_vit.adapters.products import SLOW, ProductTimes, measure_products
 from peft_vit.errors import UserError
 from peft_vit.quantization.integers import Product
-
-pytestmark = pytest.mark.part("adapters")
 
 CPU = torch.device("cpu")
 LOOP, PACKED = Product("int_mm", 8), Product("qlinear", 7)
@@ -69,12 +67,12 @@ def test_a_nested_loop_is_left_after_a_few_values_and_its_time_is_reckoned(timed
 
 
 def test_slow_is_several_times_floats_time_and_none_is_none() -> None:
-    assert Choice(LOOP, 0.99 * SLOW, 1.0).usable(CPU) == LOOP
+    assert ProductTimes(LOOP, 0.99 * SLOW, 1.0).usable(CPU) == LOOP
     with pytest.raises(UserError, match="go on elsewhere") as caught:
-        Choice(LOOP, 1.01 * SLOW, 1.0).usable(CPU, "training.compute", "go on elsewhere")
+        ProductTimes(LOOP, 1.01 * SLOW, 1.0).usable(CPU, "training.compute", "go on elsewhere")
     assert caught.value.field == "training.compute"
     with pytest.raises(UserError, match="multiplies no such 8-bit integers exactly"):
-        Choice(None, math.inf, 1.0).usable(CPU)
+        ProductTimes(None, math.inf, 1.0).usable(CPU)
 
 
 def test_without_onednn_pytorchs_own_product_is_not_taken() -> None:

@@ -8,7 +8,7 @@ import torch
 from done_runs import do_one, restored, with_settings
 
 from peft_vit.adapters import use_integer_products
-from peft_vit.adapters.products import Choice
+from peft_vit.adapters.products import ProductTimes
 from peft_vit.config import MeasuresConfig
 from peft_vit.deployment import merge
 from peft_vit.errors import UserError
@@ -67,7 +67,7 @@ def test_without_frozen_layers_of_ours_int8_is_refused(study, method) -> None:
 
 def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
-        kept_products, "choose_product", lambda device, precision, bits=None: Choice(None, math.inf, 1.0)
+        kept_products, "choose_product", lambda device, precision, bits=None: ProductTimes(None, math.inf, 1.0)
     )
     config = with_settings(study("lora"), "training", compute="int8")
     with pytest.raises(UserError, match="cpu multiplies no such 8-bit integers exactly; use float") as caught:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from done_runs import do_one, with_settings
 
-from peft_vit.adapters.products import Choice
+from peft_vit.adapters.products import ProductTimes
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.quantization.integers import Product
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.part("runner")
 CPU = torch.device("cpu")
 MEASURED = kept_products.choose_product  # before a fixture of all tests replaces it
 EIGHT, SEVEN = Product("int_mm", 8), Product("qlinear", 7)
-FAST, SLOWER, SLOW = (Choice(EIGHT, seconds, 0.01) for seconds in (0.004, 0.02, 3.0))
+FAST, SLOWER, SLOW = (ProductTimes(EIGHT, seconds, 0.01) for seconds in (0.004, 0.02, 3.0))
 
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch):
     """Say what this machine's products take, by the bits that are asked for."""
 
-    def say(choice: Choice, seven: Choice | None = None) -> None:
+    def say(choice: ProductTimes, seven: ProductTimes | None = None) -> None:
         monkeypatch.setattr(
             kept_products,
             "choose_product",
@@ -43,13 +43,13 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
     asked = []
 
-    def measured(device: torch.device, dtype: torch.dtype, bits: int | None) -> Choice:
+    def measured(device: torch.device, dtype: torch.dtype, bits: int | None) -> ProductTimes:
         asked.append((dtype, bits))
         return FAST
 
     monkeypatch.setattr(kept_products, "measure_products", measured)
 
-    def choose(*given: object) -> Choice:
+    def choose(*given: object) -> ProductTimes:
         MEASURED.cache_clear()  # as another process would
         return MEASURED(CPU, *given)
 
@@ -104,7 +104,7 @@ def test_a_study_goes_on_with_the_numbers_that_it_was_begun_with(study, tmp_path
     for compute, bits in (("float", None), ("int8", 8), ("int8", 7), ("int8", None)):  # None: by an earlier version
         folder = tmp_path / f"{compute}{bits}"
         begin(with_settings(auto, "training", compute=compute, integer_bits=bits), folder)
-        found(Choice(SEVEN, 0.006, 0.01) if bits == 7 else FAST)
+        found(ProductTimes(SEVEN, 0.006, 0.01) if bits == 7 else FAST)
         plan = plan_study(auto, folder, file=None)
         assert computes(plan) == [(compute, bits)]
         assert plan.compute_note is None
@@ -124,7 +124,7 @@ def test_a_machine_without_a_fast_product_of_these_numbers_is_refused(study, tmp
         "continue where the study was begun, or use float and another --output"
     )
     begin(with_settings(auto, "training", compute="int8", integer_bits=7), tmp_path / "seven")
-    found(SLOW, seven=Choice(SEVEN, 0.006, 0.01))
+    found(SLOW, seven=ProductTimes(SEVEN, 0.006, 0.01))
     assert computes(plan_study(auto, tmp_path / "seven", file=None)) == [("int8", 7)]
 
 

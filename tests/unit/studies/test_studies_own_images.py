@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_vit.adapters.products import Choice
+from peft_vit.adapters.products import ProductTimes
 from peft_vit.backbones import describe
 from peft_vit.config import (
     BITS_OF_TYPE,
@@ -371,7 +371,7 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     pace(FAST)
     rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
     monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
-    choice = Choice(Product("qlinear", 7), 1.0, faster)
+    choice = ProductTimes(Product("qlinear", 7), 1.0, faster)
     monkeypatch.setattr("peft_vit.runs.kept_products.choose_product", lambda device, precision, bits=None: choice)
     study, line = study_of(asked(method, compute=requested, steps=60, image_size=64))
     assert study.experiments[0].training.compute == chosen
