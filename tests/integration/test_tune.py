@@ -17,6 +17,7 @@ from simulated_tunings import SIZES, StandIns
 from tiny_models import TINY_EVAS, TINY_FAMILIES
 from written_runs import tiny_study
 
+from peft_vit.adapters.products import ProductTimes
 from peft_vit.backbones import describe
 from peft_vit.config import BackboneConfig, study_from_mapping
 from peft_vit.errors import UserError
