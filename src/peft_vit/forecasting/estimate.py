@@ -243,13 +243,15 @@ class MeasuredCost:
     seconds: float
     peak_memory_bytes: int
     here: bool
+    weights_sha256: str | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> MeasuredCost:
         """Read it off a record."""
         made = record.provenance
         here = made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
-        return cls(record.seconds, record.peak_memory_bytes or 0, here)
+        weights_sha256 = None if made is None else made.weights_sha256
+        return cls(record.seconds, record.peak_memory_bytes or 0, here, weights_sha256)
 
 
 @dataclass(frozen=True)

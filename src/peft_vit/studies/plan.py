@@ -176,7 +176,7 @@ def plan_study(
         notices: list[str] = []
         if any(run.taken is None for run in wanted):
             notices = _slow_products([run.spec for run in wanted if run.taken is None], workload.device, before)
-            check_weights(study.backbone)
+            _refuse_other_weights(wanted, check_weights(study.backbone), results_dir)
             notices += _notices(index, study, splits)
         runs = []
         for run, estimate in zip(wanted, estimate_runs(wanted, workload, None if smoke else measure), strict=True):
@@ -410,6 +410,14 @@ def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -
         smoke=smoke,
         measures=study.measures,
     )
+
+
+def _refuse_other_weights(runs: Sequence[EstimateRequest], sha256: str | None, results_dir: Path) -> None:
+    """Refuse to go on beside runs that were done with what the file of the weights held before."""
+    for run in runs:
+        if run.taken is not None and sha256 not in (None, run.taken.weights_sha256):
+            file = run_folder(results_dir, run.spec) / RECORD_FILE
+            raise UserError("was made with other weights under the same path; choose another --output", file=file)
 
 
 def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost | None:

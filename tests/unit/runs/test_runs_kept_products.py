@@ -148,6 +148,15 @@ def test_a_run_says_so_too_where_its_node_is_not_the_one_that_planned(study, tmp
     assert do_one(config, tmp_path).provenance.product == "int_mm"
 
 
+def test_runs_of_a_study_share_their_weights(study, tmp_path, monkeypatch) -> None:
+    do_one(study("lora"), tmp_path)
+    more = study("lora", seeds=(0, 1))
+    assert [run.done for run in plan_study(more, tmp_path, file=None).runs] == [True, False]
+    monkeypatch.setattr("peft_vit.studies.plan.check_weights", lambda backbone: "of a file that was replaced")
+    with pytest.raises(UserError, match=r"record\.json: was made with other weights under the same path"):
+        plan_study(more, tmp_path, file=None)
+
+
 def test_a_file_has_auto_without_saying_so(study, tmp_path, found) -> None:
     found(FAST)
     file = tmp_path / "study.yaml"
