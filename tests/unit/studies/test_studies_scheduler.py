@@ -1,6 +1,7 @@
 """The driver attempts what is pending, retries what may pass, writes every result once, and stops when it is asked."""
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -241,8 +243,29 @@ def test_interruptions_are_carried_on_but_few_without_a_step(tmp_path, steps, at
         check_complete(study, tmp_path)
 
 
-def stopped_by(number: int, tmp_path: Path) -> None:
-    """Stop a study by a signal to this process, and go on."""
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """Do a test of signals in a process of its own, whose handlers are Python's: a library may leave others here."""
+
+    @functools.wraps(test)
+    def do(tmp_path: Path, **numbers: int) -> None:
+        code = "import sys; from pathlib import Path; import test_studies_scheduler as here; "
+        code += f"here.{test.__name__}.__wrapped__(Path(sys.argv[1]), *map(int, sys.argv[2:])); print('done')"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), *(str(int(number)) for number in numbers.values())],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "done\n"
+
+    return do
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@alone
+def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path, number: int) -> None:
     events, interrupt = [], signalled(number, "fake/a/seed_1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background may ignore it
     before = signal.getsignal(number)
@@ -259,26 +282,10 @@ def stopped_by(number: int, tmp_path: Path) -> None:
     fake_drive(STUDY, tmp_path)
     assert attempts_of(tmp_path, "a/seed_1") == 2
     check_complete(STUDY, tmp_path)
-    print("stopped, and went on")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path, number) -> None:
-    """In a process of its own, whose handlers are Python's: a library may have left others in the tests' process."""
-    code = "import sys; from pathlib import Path; from test_studies_scheduler import stopped_by; "
-    code += f"stopped_by({int(number)}, Path(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "stopped, and went on\n"
-
-
-def test_what_dies_while_a_study_stops_has_not_failed(tmp_path) -> None:
+@alone
+def test_what_dies_while_a_study_stops_has_not_failed(tmp_path: Path) -> None:
     """Ctrl-C in a terminal may reach a worker too, whose end is then no reason to give its run up."""
 
     class Dying(FakeExecutor):
@@ -297,7 +304,8 @@ def test_what_dies_while_a_study_stops_has_not_failed(tmp_path) -> None:
     check_complete(study, tmp_path)
 
 
-def test_a_second_signal_ends_at_once(tmp_path) -> None:
+@alone
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     class Deaf(FakeExecutor):
         def stop(self) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
