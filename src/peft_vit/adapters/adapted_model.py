@@ -172,7 +172,7 @@ def use_integer_products(model: nn.Module, product: Product | None = None) -> Pr
 
     Args:
         model: whose methods have put their adapters on, changed in place.
-        product: see `products.Choice`; None: the fastest exact one on this machine.
+        product: see `products.ProductTimes`; None: the fastest exact one on this machine.
 
     Returns:
         The product; with fewer bits if those of a layer are not exact.
