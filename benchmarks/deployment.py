@@ -32,13 +32,13 @@ import torch  # noqa: E402
 from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters  # noqa: E402
-from peft_vit.backbones import find_sites, load_backbone  # noqa: E402
-from peft_vit.config import BackboneConfig, exported_bytes  # noqa: E402
-from peft_vit.deployment import ModelCard, export_onnx, export_openvino, merge, open_exported  # noqa: E402
-from peft_vit.deployment.timing import time_alone  # noqa: E402
-from peft_vit.extras import load_openvino  # noqa: E402
-from peft_vit.quantization import QuantizationFormat, quantize  # noqa: E402
+from peft_vit.base.extras import load_openvino  # noqa: E402
+from peft_vit.core.adapters import adapted_modules, attach_adapters, site_adapters  # noqa: E402
+from peft_vit.core.backbones import find_sites, load_backbone  # noqa: E402
+from peft_vit.core.config import BackboneConfig, exported_bytes  # noqa: E402
+from peft_vit.core.quantization import QuantizationFormat, quantize  # noqa: E402
+from peft_vit.deploy import ModelCard, export_onnx, export_openvino, merge, open_exported  # noqa: E402
+from peft_vit.deploy.measures.timing import time_alone  # noqa: E402
 
 GROUP, CLASSES = 32, 10
 WAYS = {"int8": "small fast activations openvino", "int4": "small fast activations openvino"}

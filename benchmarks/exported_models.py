@@ -17,12 +17,12 @@ from typing import Any
 
 from common import machine, write
 
-from peft_vit.config import exported_bytes
+from peft_vit.core.config import exported_bytes
 from peft_vit.data import load_data
-from peft_vit.deployment import export_onnx, export_openvino, merge, open_exported
-from peft_vit.deployment.torch_files import with_float_weights
-from peft_vit.runs.export import compare
-from peft_vit.runs.restore import RestoredRun, restore_run
+from peft_vit.deploy import export_onnx, export_openvino, merge, open_exported
+from peft_vit.deploy.export import compare
+from peft_vit.deploy.formats.torch_files import with_float_weights
+from peft_vit.deploy.restore import RestoredRun, restore_run
 
 WRITERS = {"onnx": (export_onnx, ".onnx"), "openvino": (export_openvino, ".xml")}
 

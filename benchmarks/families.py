@@ -22,8 +22,8 @@ from typing import Any  # noqa: E402
 import sides  # noqa: E402
 import torch  # noqa: E402
 
-from peft_vit.adapters import attach_adapters, check_gradients  # noqa: E402
-from peft_vit.backbones import find_sites  # noqa: E402
+from peft_vit.core.adapters import attach_adapters, check_gradients  # noqa: E402
+from peft_vit.core.backbones import find_sites  # noqa: E402
 
 STEPS = {"vit_small_patch16_dinov3": 112, "swin_tiny_patch4_window7_224": 128}  # image size, in pixels
 SITES = ("vit_base_patch16_224", *STEPS)

@@ -52,10 +52,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import peft_vit
-from peft_vit.config import DataConfig
+from peft_vit.core.config import DataConfig
+from peft_vit.core.tasks.classification import CLASSIFICATION
 from peft_vit.data import open_index
 from peft_vit.data.pixels import decode_image
-from peft_vit.tasks.classification import CLASSIFICATION
 
 RESULTS = Path(__file__).parent / "results" / "few_labels.csv"
 _SETS = ("elpv", "digits", "fashion-mnist")

@@ -20,18 +20,18 @@ import torch
 from common import machine, parser, write
 from torch import Tensor
 
-from peft_vit.backbones import load_backbone
-from peft_vit.config import DEFAULT_MODEL, PROBE_L2, named_backbone, study_from_mapping
+from peft_vit.base.statistics import mean_interval
+from peft_vit.core.backbones import load_backbone
+from peft_vit.core.config import DEFAULT_MODEL, PROBE_L2, named_backbone, study_from_mapping
+from peft_vit.core.quantization import QuantizationFormat, quantize
+from peft_vit.core.quantization.row_rounding import rounded_rows
+from peft_vit.core.tasks import CLASSIFICATION
+from peft_vit.core.training.hooks import RuntimeConfig
+from peft_vit.core.training.linear_probe import Features, fit_probe, head_inputs, held_out_fit
 from peft_vit.data import open_index
 from peft_vit.data.images import LabelledImages
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
-from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.quantization.row_rounding import rounded_rows
-from peft_vit.statistics import mean_interval
-from peft_vit.tasks import CLASSIFICATION
-from peft_vit.training.hooks import RuntimeConfig
-from peft_vit.training.linear_probe import Features, fit_probe, head_inputs, held_out_fit
 
 SETS, SHOTS, SIZE, TEST, CLASSES = ("digits", "fashion-mnist"), 12, 56, 500, 10
 STEPS, RATE = 200, 3e-3

@@ -21,10 +21,10 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_vit.adapters import site_adapters  # noqa: E402
-from peft_vit.allocation import AdaLoRAController, ImportanceTracker  # noqa: E402
-from peft_vit.allocation.importance import weight_scores  # noqa: E402
-from peft_vit.config import AdaLoraConfig, Metric  # noqa: E402
+from peft_vit.core.adapters import site_adapters  # noqa: E402
+from peft_vit.core.allocation import AdaLoRAController, ImportanceTracker  # noqa: E402
+from peft_vit.core.allocation.importance import weight_scores  # noqa: E402
+from peft_vit.core.config import AdaLoraConfig, Metric  # noqa: E402
 
 RANK, SITES, REPEATS, WARMUP = 8, 72, 200, 20
 

@@ -1,4 +1,4 @@
-"""How often each interval of `peft_vit.statistics` holds the truth at 3, 5 and 10 seeds, by simulation.
+"""How often each interval of `peft_vit.base.statistics` holds the truth at 3, 5 and 10 seeds, by simulation.
 
     python benchmarks/interval_coverage.py           simulate for two minutes, write the result, fill the document
     python benchmarks/interval_coverage.py --table   fill docs/explanation/statistics.md from the result that is there
@@ -25,7 +25,13 @@ import numpy as np
 from marks import filled
 from scipy import integrate, stats
 
-from peft_vit.statistics import effect_size, mean_interval, mean_of_proportions, paired_improvement, proportion_interval
+from peft_vit.base.statistics import (
+    effect_size,
+    mean_interval,
+    mean_of_proportions,
+    paired_improvement,
+    proportion_interval,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "explanation" / "statistics.md"

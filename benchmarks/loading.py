@@ -21,12 +21,11 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from peft_vit.adapters import attach_adapters  # noqa: E402
-from peft_vit.backbones import find_sites, load_backbone  # noqa: E402
-from peft_vit.config import BackboneConfig, QaLoraConfig  # noqa: E402
-from peft_vit.evaluation import frozen_bytes  # noqa: E402
-from peft_vit.evaluation.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
-from peft_vit.training import QALoRATrainer, qa_lora  # noqa: E402
+from peft_vit.core.adapters import attach_adapters  # noqa: E402
+from peft_vit.core.adapters.footprint import frozen_bytes, peak_memory_bytes, reset_peak_memory  # noqa: E402
+from peft_vit.core.backbones import find_sites, load_backbone  # noqa: E402
+from peft_vit.core.config import BackboneConfig, QaLoraConfig  # noqa: E402
+from peft_vit.core.training import QALoRATrainer, qa_lora  # noqa: E402
 
 MODEL = "vit_base_patch16_224"
 FILE = "PEFT_VIT_BENCHMARK_WEIGHTS"  # names the file to the process of a side

@@ -24,7 +24,7 @@ import psutil  # noqa: E402 - torch must be loaded under the allocator
 import sides  # noqa: E402
 import torch  # noqa: E402
 
-from peft_vit.evaluation.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
+from peft_vit.core.adapters.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
 
 MODELS = {"S": "vit_small_patch16_224", "B": "vit_base_patch16_224", "L": "vit_large_patch16_224"}
 SIZES, BATCHES = (112, 224), (1, 8, 32)

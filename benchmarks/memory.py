@@ -14,7 +14,7 @@ import sys
 
 from common import RETURNING, machine, measured_alone, parser, with_allocator, with_one_side, write
 
-from peft_vit.studies.executors.local import ALLOCATOR
+from peft_vit.runs.executors.local import ALLOCATOR
 
 LARGE = "ViT-B/16: "
 with_allocator(RETURNING if any(LARGE in word for word in sys.argv) else ALLOCATOR)
@@ -25,9 +25,9 @@ import psutil  # noqa: E402
 import sides  # noqa: E402
 import torch  # noqa: E402
 
-from peft_vit.evaluation.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
+from peft_vit.core.adapters.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
+from peft_vit.core.training.optimization import blocks_of, recomputed  # noqa: E402
 from peft_vit.runs.machine import bf16_support  # noqa: E402
-from peft_vit.training.optimization import blocks_of, recomputed  # noqa: E402
 
 STEPS = 6
 SMALL_SIDES = {

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.config import ExperimentConfig
-from peft_vit.records import RunRecord, write_record
+from peft_vit.core.config import ExperimentConfig
+from peft_vit.core.records import RunRecord
+from peft_vit.runs.records.storage import write_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

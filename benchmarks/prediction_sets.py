@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peft_vit.evaluation import calibrate
-from peft_vit.runs.held_out import PRIOR
-from peft_vit.statistics import (
+from peft_vit.base.statistics import (
     class_scores,
     conformal_quantile,
     fit_temperature,
@@ -22,6 +20,8 @@ from peft_vit.statistics import (
     prediction_sets,
     probabilities,
 )
+from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.runs.held_out import PRIOR
 
 TRIALS, FOLDS, NEW, DIMENSIONS = 400, 5, 400, 8
 COVERAGES = (0.8, 0.9, 0.95)

@@ -25,8 +25,8 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from peft_vit.adapters import adapted_modules  # noqa: E402
-from peft_vit.adapters.adapted_product import FrozenWeight  # noqa: E402
+from peft_vit.core.adapters import adapted_modules  # noqa: E402
+from peft_vit.core.adapters.adapted_product import FrozenWeight  # noqa: E402
 
 FLOOR = "floor: frozen timm model"
 STEPS = 6

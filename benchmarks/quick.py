@@ -26,13 +26,13 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_vit.adapters import attach_adapters  # noqa: E402
-from peft_vit.adapters.products import product_here  # noqa: E402
-from peft_vit.backbones import Architecture, find_sites  # noqa: E402
-from peft_vit.deployment import export_onnx, merge, open_exported  # noqa: E402
-from peft_vit.deployment.check import card_of_random  # noqa: E402
+from peft_vit.core.adapters import attach_adapters  # noqa: E402
+from peft_vit.core.adapters.products import product_here  # noqa: E402
+from peft_vit.core.backbones import Architecture, find_sites  # noqa: E402
+from peft_vit.core.training import QALoRATrainer  # noqa: E402
+from peft_vit.deploy import export_onnx, merge, open_exported  # noqa: E402
+from peft_vit.deploy.measures.check import card_of_random  # noqa: E402
 from peft_vit.runs.machine import bf16_support, instruction_sets  # noqa: E402
-from peft_vit.training import QALoRATrainer  # noqa: E402
 
 TOLERANCE = 1.10
 

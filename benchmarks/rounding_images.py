@@ -22,13 +22,13 @@ import torch
 from common import append_row
 from scipy.special import log_softmax
 
+from peft_vit.base.statistics import mean_interval
+from peft_vit.core.training import Calibration, RuntimeConfig
+from peft_vit.core.training.metrics import predict
 from peft_vit.data import LabelledImages
-from peft_vit.deployment import ModelCard
-from peft_vit.evaluation import predict
-from peft_vit.runs.post_training import merge_float, round_weights
-from peft_vit.runs.restore import restore_run
-from peft_vit.statistics import mean_interval
-from peft_vit.training import Calibration, RuntimeConfig
+from peft_vit.deploy import ModelCard
+from peft_vit.deploy.post_training import merge_float, round_weights
+from peft_vit.deploy.restore import restore_run
 
 RESULTS = Path(__file__).parent / "results" / "rounding_images.csv"
 _COUNTS = (0, 16, 32, 128)

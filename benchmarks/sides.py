@@ -12,16 +12,16 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import attach_adapters, current_ranks, remember_sources, use_integer_products
-from peft_vit.allocation import AdaLoRAController
-from peft_vit.backbones import Architecture, choose_attention, find_sites
-from peft_vit.backbones.catalog import build_model
-from peft_vit.backbones.passes import class_token_alone
-from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
-from peft_vit.evaluation.halves import forward_in_halves, loss_in_halves, takes_halves
+from peft_vit.core.adapters import attach_adapters, current_ranks, remember_sources, use_integer_products
+from peft_vit.core.allocation import AdaLoRAController
+from peft_vit.core.backbones import Architecture, choose_attention, find_sites
+from peft_vit.core.backbones.catalog import build_model
+from peft_vit.core.backbones.passes import class_token_alone
+from peft_vit.core.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
+from peft_vit.core.training import AllocationHook, Hook, QALoRATrainer, optimization_step
+from peft_vit.core.training.halves import forward_in_halves, loss_in_halves, takes_halves
+from peft_vit.core.training.optimization import build_optimizer
 from peft_vit.runs.machine import bf16_support
-from peft_vit.training import AllocationHook, Hook, QALoRATrainer, optimization_step
-from peft_vit.training.optimization import build_optimizer
 
 MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
 DEVICE = torch.device("cpu")  # of every side, see `use`

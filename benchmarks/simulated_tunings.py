@@ -27,19 +27,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.forecasting.estimate import Throughput
-from peft_vit.forecasting.time_limit import FOLDS, Limit
-from peft_vit.studies.image_sizes import Regression
-from peft_vit.studies.within_time import Only, Outcome, Outcomes
-from peft_vit.tasks.classification import ACCURACY
-from peft_vit.tuning.context import TuningContext
-from peft_vit.tuning.costs import Costs
-from peft_vit.tuning.finalists import Decision
-from peft_vit.tuning.folds import Folds
-from peft_vit.tuning.pipeline import choose
-from peft_vit.tuning.recipe import Recipe
-from peft_vit.tuning.state import State, TuneFile
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.core.tasks.classification import ACCURACY
+from peft_vit.fit.context import TuningContext
+from peft_vit.fit.costs import Costs
+from peft_vit.fit.finalists import Decision
+from peft_vit.fit.folds import Folds
+from peft_vit.fit.image_sizes import Regression
+from peft_vit.fit.pipeline import choose
+from peft_vit.fit.recipe import Recipe
+from peft_vit.fit.state import State, TuneFile
+from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.fit.within_time import Only, Outcome, Outcomes
+from peft_vit.runs.costs.estimate import Throughput
+from peft_vit.runs.costs.time_limit import FOLDS, Limit
 
 MODEL, SIZES = "test_vit", (32, 48, 64)
 _RHO, _OWN = 0.8, 0.7  # of what makes an image hard: the image's own share, and of the rest the recipe's

@@ -21,9 +21,9 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_vit.adapters import merged_state_dict  # noqa: E402
-from peft_vit.backbones import load_backbone  # noqa: E402
-from peft_vit.config import BackboneConfig  # noqa: E402
+from peft_vit.core.adapters import merged_state_dict  # noqa: E402
+from peft_vit.core.backbones import load_backbone  # noqa: E402
+from peft_vit.core.config import BackboneConfig  # noqa: E402
 from peft_vit.runs.machine import bf16_support  # noqa: E402
 
 FLOOR = "floor: frozen timm model"

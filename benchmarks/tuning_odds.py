@@ -1,4 +1,4 @@
-"""How often what `peft_vit.statistics.odds` says is right, over simulated tunings with known truths.
+"""How often what `peft_vit.base.statistics.odds` says is right, over simulated tunings with known truths.
 
     python benchmarks/tuning_odds.py                 simulate for half a minute, write the result, fill the document
     python benchmarks/tuning_odds.py --table         fill docs/explanation/tuning.md from the result that is there
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from peft_vit.statistics.odds import ModelChoice, choose_model, means_of_images
+from peft_vit.base.statistics.odds import ModelChoice, choose_model, means_of_images
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "tuning_odds.json", ROOT / "docs" / "explanation" / "tuning.md"

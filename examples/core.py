@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
-from peft_vit.backbones.weights import LoadedBackbone, load_backbone
-from peft_vit.config import BackboneConfig
+from peft_vit.core.backbones.weights import LoadedBackbone, load_backbone
+from peft_vit.core.config import BackboneConfig
 
 SIZE = 56  # pixels a side: with patches of 14 px, 16 tokens and the class token
 TRAIN, TEST = 512, 1000  # images

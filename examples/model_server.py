@@ -19,8 +19,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.deployment import Classifier, open_exported, predict_files
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.deploy import Classifier, open_exported, predict_files
 
 
 def served(url: str, name: str, file: Path) -> Classifier:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import peft_vit
-from peft_vit.deployment import Classifier, ImageFile, predict_files
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.deploy import Classifier, ImageFile, predict_files
 
 _LARGEST = 20_000_000  # bytes of an image
 

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, settings
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from peft_vit.adapters import site_adapters
-from peft_vit.adapters.products import ProductTimes
-from peft_vit.quantization.integers import Bits, exact_products
+from peft_vit.core.adapters import site_adapters
+from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.quantization.integers import Bits, exact_products
 from peft_vit.runs import kept_products
 
 NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"

@@ -16,9 +16,9 @@ from typing import Any
 
 from fake_study import FakeExecutor, check_complete, fake_config, fake_drive, fake_plan
 
-from peft_vit.errors import UserError
-from peft_vit.records import read_records
-from peft_vit.records.progress import study_status
+from peft_vit.base.errors import UserError
+from peft_vit.runs.records.progress import study_status
+from peft_vit.runs.records.scan import read_records
 
 CALLS = ("write", "fsync", "replace", "pwrite", "ftruncate", "open", "mkdir", "unlink", "rmdir")
 STUDY = fake_config(experiments=("a",), seeds=(0, 1))

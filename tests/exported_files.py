@@ -8,10 +8,10 @@ import torch
 from tiny_models import random_model
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear
-from peft_vit.backbones import find_sites
-from peft_vit.deployment import open_exported
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize
+from peft_vit.core.adapters import AdaptedLinear
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, quantize
+from peft_vit.deploy import open_exported
 
 
 def quantized(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:

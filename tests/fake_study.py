@@ -13,22 +13,19 @@ from typing import Any
 
 from small_methods import study_mapping
 
-from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.records import (
+from peft_vit.core.config import StudyConfig, study_from_mapping
+from peft_vit.core.records import Failure, RunRecord, RunSpec, StudyFile
+from peft_vit.runs.scheduling.scheduler import drive
+from peft_vit.runs.executors import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
+from peft_vit.runs.records.progress import study_lock
+from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
     STUDY_FILE,
-    Failure,
-    RunRecord,
-    RunSpec,
-    StudyFile,
     read_record,
     read_study_file,
     run_folder,
 )
-from peft_vit.records.progress import study_lock
-from peft_vit.studies.executors import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
-from peft_vit.studies.scheduler import drive
 
 STARTED_AT = "2030-01-01T00:00:00+00:00"
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.analysis.studies import Plan, Study, make_study
-from peft_vit.config import (
+from peft_vit.core.config import (
     MATRICES,
     AdaLoraConfig,
     ExperimentConfig,
@@ -18,7 +17,7 @@ from peft_vit.config import (
     StudyConfig,
     study_from_mapping,
 )
-from peft_vit.records import (
+from peft_vit.core.records import (
     BitsEntry,
     ByteCounts,
     Evaluation,
@@ -34,8 +33,9 @@ from peft_vit.records import (
     RunSpec,
     SiteInfo,
     StepRow,
-    write_record,
 )
+from peft_vit.lab.analysis.studies import Plan, Study, make_study
+from peft_vit.runs.records.storage import write_record
 
 N_TEST = 600
 BLOCKS = 12

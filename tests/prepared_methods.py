@@ -7,10 +7,10 @@ from qa_lora_settings import config as qa_lora
 from torch import nn
 
 from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
-from peft_vit.adapters import attach_adapters, freeze_backbone
-from peft_vit.backbones import find_sites
-from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
-from peft_vit.training import AllocationHook, Hook, PeftAdaLoraHook
+from peft_vit.core.adapters import attach_adapters, freeze_backbone
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.core.training import AllocationHook, Hook, PeftAdaLoraHook
 
 STEPS = 12
 Prepare = Callable[[nn.Module], list[Hook]]
@@ -66,7 +66,7 @@ def both(model: nn.Module) -> list[Hook]:
 
 def peft_lora(model: nn.Module) -> list[Hook]:
     """Let PEFT attach LoRA of rank 2."""
-    from peft_vit.adapters.peft_tuner import attach_peft_lora
+    from peft_vit.core.adapters.peft_tuner import attach_peft_lora
 
     attach_peft_lora(model, PeftLoraConfig(rank=2), seed=3)
     return []

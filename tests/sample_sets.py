@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from peft_vit.data.packaged import CIFAR10, CIFAR100, CifarFiles
-from peft_vit.packages import cache_dir
+from peft_vit.base.packages import cache_dir
+from peft_vit.data.sources.packaged import CIFAR10, CIFAR100, CifarFiles
 
 
 def sample_images(labels: np.ndarray, side: int, channels: int, file: int = 0) -> np.ndarray:

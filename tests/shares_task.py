@@ -1,6 +1,6 @@
 """A task that is not in the package: of what each image is made, in shares that add up to 1, such as sand and water.
 
-A test puts it into a copy of the package as `tasks/shares.py`. It answers as classes do, so a browser knows how.
+A test puts it into a copy of the package as `core/tasks/shares.py`. It answers as classes do, so a browser knows how.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.records import Decision, Metrics
-from peft_vit.statistics import TemperaturePrior
-from peft_vit.tasks.classification import log_softmax
-from peft_vit.tasks.task import (
+from peft_vit.base.statistics import TemperaturePrior
+from peft_vit.core.records import Decision, Metrics
+from peft_vit.core.tasks.classification import log_softmax
+from peft_vit.core.tasks.task import (
     DecidingMetric,
     Floats,
     Labels,

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from written_runs import run_and_write
 
-from peft_vit.adapters import current_ranks, load_trained
-from peft_vit.backbones import load_backbone
-from peft_vit.config import METHOD_KINDS, PROBE_L2, AdaLoraConfig, QaLoraConfig
-from peft_vit.evaluation import trainable_parameters
-from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, read_record, run_folder
-from peft_vit.runs.restore import prepare_as_saved
+from peft_vit.core.adapters import current_ranks, load_trained
+from peft_vit.core.adapters.footprint import trainable_parameters
+from peft_vit.core.backbones import load_backbone
+from peft_vit.core.config import METHOD_KINDS, PROBE_L2, AdaLoraConfig, QaLoraConfig
+from peft_vit.core.records import RunRecord, RunSpec
+from peft_vit.deploy.restore import prepare_as_saved
+from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
 
 
 def check_smoke_run(spec: RunSpec, results_dir: Path) -> None:

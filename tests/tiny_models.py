@@ -23,9 +23,9 @@ from timm.models.vision_transformer import (
 from timm.models.vision_transformer_hybrid import ConvStem, _create_vision_transformer_hybrid
 from torch import nn
 
-from peft_vit.backbones import Architecture, Site
-from peft_vit.backbones.catalog import create_model
-from peft_vit.deployment import ModelCard
+from peft_vit.core.backbones import Architecture, Site
+from peft_vit.core.backbones.catalog import create_model
+from peft_vit.deploy import ModelCard
 
 TINY_EVAS = ("tiny_dinov3", "tiny_eva02", "tiny_eva02_fused")
 _ROW: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2}

@@ -9,17 +9,17 @@ import tiny_models
 from PIL import Image
 from written_runs import plan_of, run_and_write, tiny_study
 
+from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics.odds import Odds
+from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.data import images_file, inspect_images
-from peft_vit.runs.post_training import logits_by_type
-from peft_vit.statistics import Interval
-from peft_vit.statistics.odds import Odds
-from peft_vit.studies.within_time import Outcome
-from peft_vit.tasks.classification import ACCURACY
-from peft_vit.tuning.finalists import Candidate, Decision
-from peft_vit.tuning.recipe import Recipe, lora
-from peft_vit.tuning.result import Choice, what_more_buys
-from peft_vit.tuning.sizes import SizeResult
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.deploy.post_training import logits_by_type
+from peft_vit.fit.finalists import Candidate, Decision
+from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.result import Choice, what_more_buys
+from peft_vit.fit.sizes import SizeResult
+from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.fit.within_time import Outcome
 
 FOLDS = 2
 MODEL = "tiny_pool"

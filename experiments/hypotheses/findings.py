@@ -21,13 +21,13 @@ from experiments.hypotheses.registry import (
     unknown_registrations,
 )
 from peft_vit import cli
-from peft_vit.analysis import read_results, sequential_results
-from peft_vit.analysis.findings import Conclusion, conclude
-from peft_vit.report.document import Paragraph, Raw, Table
-from peft_vit.report.findings_tables import HOW, finding_rows, numbers, reasons
-from peft_vit.report.method_tables import stopping_table
-from peft_vit.report.printed import check_rows_file, print_blocks, print_with_rows
-from peft_vit.report.tables import table
+from peft_vit.deploy.page.document import Paragraph, Raw, Table
+from peft_vit.deploy.page.printed import check_rows_file, print_blocks, print_with_rows
+from peft_vit.deploy.page.tables import table
+from peft_vit.lab.analysis import read_results, sequential_results
+from peft_vit.lab.analysis.findings import Conclusion, conclude
+from peft_vit.lab.report.findings_tables import HOW, finding_rows, numbers, reasons
+from peft_vit.lab.report.method_tables import stopping_table
 
 _MARKED = (
     "Registered: the sentence was written down, as it is now, before every run of the study began. "

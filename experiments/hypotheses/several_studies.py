@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from peft_vit.analysis.comparison import Estimate, together
-from peft_vit.analysis.evidence import (
+from peft_vit.base.statistics import gini
+from peft_vit.base.statistics.intervals import ROUNDING
+from peft_vit.lab.analysis.comparison import Estimate, together
+from peft_vit.lab.analysis.evidence import (
     Evidence,
     Group,
     NoDataError,
@@ -18,8 +20,6 @@ from peft_vit.analysis.evidence import (
     rank_correlation,
     settings_without,
 )
-from peft_vit.statistics import gini
-from peft_vit.statistics.intervals import ROUNDING
 
 Studies = Sequence[tuple[Evidence, Group]]  # each with the experiments that a hypothesis is about
 Subjects = tuple[Subject, ...]

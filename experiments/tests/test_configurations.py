@@ -11,8 +11,8 @@ import pytest
 from smoke_runs import check_smoke_run
 
 from experiments.scripts.evidence import EXPERIMENTS, study_files
-from peft_vit.config import StudyConfig, load_study
-from peft_vit.studies.plan import Plan, plan_study, smoke_study
+from peft_vit.core.config import StudyConfig, load_study
+from peft_vit.runs.scheduling.plan import Plan, plan_study, smoke_study
 
 CONFIGS = study_files()
 pytestmark = pytest.mark.usefixtures("cache")

@@ -9,7 +9,7 @@ import planted
 import pytest
 
 from experiments.scripts import evidence
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
 
 EXPERIMENTS = planted.experiments()
 LORA, OTHER = EXPERIMENTS["lora_r8"], EXPERIMENTS["lora_r1"]

@@ -15,7 +15,7 @@ import pytest
 from experiments.scripts import analyze_adaptive_results as analyzer
 from experiments.scripts import run_adaptive_experiments as runner
 from experiments.scripts import update_docs
-from peft_vit.records import read_records
+from peft_vit.runs.records.scan import read_records
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "experiments" / "scripts"

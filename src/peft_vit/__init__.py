@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_vit import integrations
-    from peft_vit.allocation.adalora_controller import AdaLoRAController
     from peft_vit.api import TrainedModel, load, load_results, train, tune
     from peft_vit.classifier import ViTClassifier
-    from peft_vit.config import AdaLoraConfig, QaLoraConfig
-    from peft_vit.runs.bundle import Bundle
-    from peft_vit.training.adaptive_bits import allocate_bits
-    from peft_vit.training.qa_lora import QALoRATrainer
+    from peft_vit.core.allocation.adalora_controller import AdaLoRAController
+    from peft_vit.core.config import AdaLoraConfig, QaLoraConfig
+    from peft_vit.core.training.adaptive_bits import allocate_bits
+    from peft_vit.core.training.qa_lora import QALoRATrainer
+    from peft_vit.deploy.bundle import Bundle
 
 __all__ = [
     "AdaLoRAController",
@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdaLoRAController": "allocation.adalora_controller",
-    "QALoRATrainer": "training.qa_lora",
-    "AdaLoraConfig": "config",
-    "Bundle": "runs.bundle",
-    "QaLoraConfig": "config",
+    "AdaLoRAController": "core.allocation.adalora_controller",
+    "QALoRATrainer": "core.training.qa_lora",
+    "AdaLoraConfig": "core.config",
+    "Bundle": "deploy.bundle",
+    "QaLoraConfig": "core.config",
     "TrainedModel": "api",
     "ViTClassifier": "classifier",
-    "allocate_bits": "training.adaptive_bits",
+    "allocate_bits": "core.training.adaptive_bits",
     "load": "api",
     "load_results": "api",
     "train": "api",

@@ -13,16 +13,16 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-from peft_vit.config import DEFAULT_MODEL, exported_bytes, exported_format, is_bundle
-from peft_vit.errors import UserError
-from peft_vit.settings import Request, named_as_parameters
+from peft_vit.base.errors import UserError
+from peft_vit.base.settings import Request, named_as_parameters
+from peft_vit.core.config import DEFAULT_MODEL, exported_bytes, exported_format, is_bundle
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
-    from peft_vit.config import (
+    from peft_vit.core.config import (
         ActivationCheckpointing,
         ClassWeights,
         ComputeSetting,
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
         PrecisionSetting,
         TaskName,
     )
-    from peft_vit.deployment import Classifier, Prediction
-    from peft_vit.records import RunRecord
-    from peft_vit.report.result_tables import ResultTables
-    from peft_vit.studies.executors import ExecutorName
-    from peft_vit.tuning.result import Choice
+    from peft_vit.core.records import RunRecord
+    from peft_vit.deploy import Classifier, Prediction
+    from peft_vit.fit.result import Choice
+    from peft_vit.lab.report.result_tables import ResultTables
+    from peft_vit.runs.executors import ExecutorName
 
 Images: TypeAlias = Any  # see `data.in_memory.held_images`
 _Request = TypeVar("_Request", bound=Request)
@@ -72,16 +72,16 @@ def open_classifier(path: Path, weights: str | None = None, adapter: str | None 
     if is_bundle(path):
         if weights is not None:
             raise UserError("has no effect here: the bundle holds its backbone's weights", field="--weights")
-        from peft_vit.runs.bundle import Bundle
+        from peft_vit.deploy.bundle import Bundle
 
         return Bundle.load(path).classifier(adapter)
     if adapter is not None:
         raise UserError("has no effect here: only a folder of export --bundle has several", field="--adapter")
     if exported_format(path):
-        from peft_vit.deployment import open_exported
+        from peft_vit.deploy import open_exported
 
         return open_exported(path, weights)
-    from peft_vit.runs.restore import open_model  # with torch, which takes seconds
+    from peft_vit.deploy.restore import open_model  # with torch, which takes seconds
 
     return open_model(path, weights)
 
@@ -103,7 +103,7 @@ class TrainedModel:
     @cached_property
     def _file(self) -> Path:
         """Return what predicts."""
-        from peft_vit.tuning.state import tuned_model
+        from peft_vit.fit.state import tuned_model
 
         return tuned_model(self.path) or self.path
 
@@ -115,8 +115,8 @@ class TrainedModel:
     @cached_property
     def _run(self) -> Path | None:
         """Return the folder of the run that made it; None: it is not there."""
-        from peft_vit.records import RECORD_FILE, single_run
-        from peft_vit.tuning.state import STUDIES_FOLDER
+        from peft_vit.fit.state import STUDIES_FOLDER
+        from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
         if exported_format(self.path):
             return None
@@ -130,8 +130,8 @@ class TrainedModel:
 
         What it says of test images is of the model as `tune` wrote it, with its bits.
         """
-        from peft_vit.records import RECORD_FILE, read_record
-        from peft_vit.tuning.state import MODEL_FOLDER
+        from peft_vit.fit.state import MODEL_FOLDER
+        from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
         in_form = self.path / MODEL_FOLDER / RECORD_FILE
         if os.path.isfile(in_form):
@@ -166,13 +166,13 @@ class TrainedModel:
             UserError: of an exported file.
         """
         if self._file != self.path:
-            from peft_vit.records import HTML_FILE
+            from peft_vit.runs.records.storage import HTML_FILE
 
             return Report(self.path / HTML_FILE)
         if self._run is None:
             raise UserError("is an exported model, without a report; load its run", file=self.path)
         from peft_vit.data import thumbnails_of
-        from peft_vit.report import build_report
+        from peft_vit.lab.report import build_report
 
         page = build_report(self.path, self.path / "report", thumbnails=thumbnails_of).html
         assert page is not None
@@ -195,8 +195,8 @@ class TrainedModel:
         """
         import numpy as np
 
-        from peft_vit.data.in_memory import held_images
-        from peft_vit.deployment import check_coverage, predict_images
+        from peft_vit.data.sources.in_memory import held_images
+        from peft_vit.deploy import check_coverage, predict_images
 
         if coverage is not None:
             check_coverage(self.classifier.card, coverage)
@@ -214,9 +214,9 @@ class TrainedModel:
         return np.array([[row[name] for name in self.classes] for row in rows]).reshape(-1, len(self.classes))
 
     def __repr__(self) -> str:
-        from peft_vit.report.formatting import megabytes
-        from peft_vit.report.trained import test_line
-        from peft_vit.tasks import TASKS
+        from peft_vit.core.tasks import TASKS
+        from peft_vit.deploy.page.formatting import megabytes
+        from peft_vit.deploy.page.trained import test_line
 
         record = self.record
         if record is not None:
@@ -335,12 +335,12 @@ def tune(
         TypeError: for an unknown argument; it names the nearest.
     """
     given = locals()
-    from peft_vit.extras import require_extra
+    from peft_vit.base.extras import require_extra
 
     require_extra("tune", "tune")
-    from peft_vit.data.in_memory import held_folder
-    from peft_vit.tuning import pipeline
-    from peft_vit.tuning.tune_request import TuneRequest
+    from peft_vit.data.sources.in_memory import held_folder
+    from peft_vit.fit import pipeline
+    from peft_vit.fit.tune_request import TuneRequest
 
     with named_as_parameters(TuneRequest, held_folder()):
         request = _asked(TuneRequest, given)
@@ -434,9 +434,9 @@ def train(
         TypeError: for an unknown argument; it names the nearest.
     """
     given = locals()
-    from peft_vit.data.in_memory import held_folder
-    from peft_vit.studies.commands import train_on_own_images
-    from peft_vit.studies.request import TrainRequest
+    from peft_vit.data.sources.in_memory import held_folder
+    from peft_vit.fit.commands import train_on_own_images
+    from peft_vit.fit.request import TrainRequest
 
     with named_as_parameters(TrainRequest, held_folder()):
         run = train_on_own_images(_asked(TrainRequest, given))
@@ -456,7 +456,7 @@ def _asked(kind: type[_Request], given: dict[str, Any]) -> _Request:
     if isinstance(images, str | Path) and labels is None:
         return kind.of(images=images, **others)
     kind.of(images=".", **others)
-    from peft_vit.data.in_memory import write_table
+    from peft_vit.data.sources.in_memory import write_table
 
     return kind.of(images=write_table(images, labels, of_classes=False)[0], **others)
 
@@ -472,9 +472,9 @@ def load_results(directory: str | Path) -> ResultTables:
     Raises:
         UserError: if pandas is not installed; if the directory holds no result that can be read.
     """
-    from peft_vit.extras import require_extra
+    from peft_vit.base.extras import require_extra
 
     require_extra("report", "load_results", packages=("pandas",))
-    from peft_vit.report.result_tables import read_tables
+    from peft_vit.lab.report.result_tables import read_tables
 
     return read_tables(Path(directory))

@@ -19,14 +19,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from peft_vit.api import Images, load, naming_arguments, train
-from peft_vit.config import DEFAULT_MODEL, SEEDS, exported_format
-from peft_vit.data.in_memory import held_images, write_table
-from peft_vit.errors import DataWarning, UserError, foreign_fault, os_fault
-from peft_vit.records import make_folder, write_whole
-from peft_vit.safe_io import read_bytes
+from peft_vit.base.errors import DataWarning, UserError, foreign_fault, os_fault
+from peft_vit.base.files import read_bytes
+from peft_vit.core.config import DEFAULT_MODEL, SEEDS, exported_format
+from peft_vit.data.sources.in_memory import held_images, write_table
+from peft_vit.runs.records.storage import make_folder, write_whole
 
 if TYPE_CHECKING:
-    from peft_vit.config import (
+    from peft_vit.core.config import (
         ActivationCheckpointing,
         ClassWeights,
         ComputeSetting,
@@ -155,7 +155,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
             if exported_format(held) and held.absolute() != file.absolute():
                 shutil.copy(held, file)
         if not exported_format(held):
-            from peft_vit.runs.export import export_run_to_file
+            from peft_vit.deploy.export import export_run_to_file
 
             export_run_to_file(held, file, "safetensors", overwrite=True)
         given = self.get_params(deep=False)

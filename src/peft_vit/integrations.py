@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.errors import UserError
-from peft_vit.extras import require_extra
+from peft_vit.base.errors import UserError
+from peft_vit.base.extras import require_extra
 
 require_extra("transformers", "peft_vit.integrations")
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
 if TYPE_CHECKING:
-    from peft_vit.allocation.adalora_controller import AdaLoRAController
-    from peft_vit.training.qa_lora import QALoRATrainer
+    from peft_vit.core.allocation.adalora_controller import AdaLoRAController
+    from peft_vit.core.training.qa_lora import QALoRATrainer
 
 
 class AdaLoRACallback(TrainerCallback):

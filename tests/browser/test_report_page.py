@@ -11,11 +11,11 @@ import planted
 import pytest
 from chromium import axe_violations, context_of, needs_chromium, running_chromium
 
-from peft_vit.records import RunRecord
-from peft_vit.report import ReportFiles, build_report
-from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument, Table
-from peft_vit.report.figure import Canvas, draw
-from peft_vit.report.html import write_html
+from peft_vit.core.records import RunRecord
+from peft_vit.deploy.page.document import SECTION_TITLES, Drawing, StudyDocument, Table
+from peft_vit.deploy.page.figure import Canvas, draw
+from peft_vit.deploy.page.html import write_html
+from peft_vit.lab.report import ReportFiles, build_report
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 

@@ -14,13 +14,13 @@ from exported_files import packed_model
 from PIL import Image
 from tiny_models import CARD, random_model
 
-from peft_vit.backbones import Backbone
-from peft_vit.deployment import ModelCard, export_onnx, open_exported, predict_images
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat
-from peft_vit.records import Calibrated, Decision, Unlike
-from peft_vit.report.web_page import runtime_files, write_web_page
-from peft_vit.statistics import Neighbours
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Neighbours
+from peft_vit.core.backbones import Backbone
+from peft_vit.core.quantization import QuantizationFormat
+from peft_vit.core.records import Calibrated, Decision, Unlike
+from peft_vit.deploy import ModelCard, export_onnx, open_exported, predict_images
+from peft_vit.deploy.page.web_page import runtime_files, write_web_page
 
 pytest.importorskip("onnxscript")
 pytestmark = [pytest.mark.slow, needs_chromium]

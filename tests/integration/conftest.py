@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from written_runs import plan_of, run_and_write, tiny_study
 
-from peft_vit import console
+from peft_vit.base import console
 from peft_vit.cli import main
+from peft_vit.runs.scheduling.plan import PlannedRun
 from peft_vit.runs.execute import run_one
-from peft_vit.studies.executors import Event, RunEnded, RunProgress, RunStarted
-from peft_vit.studies.plan import PlannedRun
+from peft_vit.runs.executors import Event, RunEnded, RunProgress, RunStarted
 
 Said = CaptureResult[str]
 
@@ -26,7 +26,7 @@ Said = CaptureResult[str]
 @pytest.fixture(autouse=True)
 def _few_images_validate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let some of the few images of a test validate, instead of five trainings more; see test_train_by_folds."""
-    monkeypatch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 0)
+    monkeypatch.setattr("peft_vit.fit.own_images.FEWEST_VALIDATION", 0)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import nn
 
 import peft_vit
-from peft_vit.errors import UserError
-from peft_vit.settings import Request
-from peft_vit.studies.request import TrainRequest
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.base.errors import UserError
+from peft_vit.base.settings import Request
+from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.tune_request import TuneRequest
 
 SETTINGS = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
 
@@ -69,7 +69,7 @@ def test_train_takes_images_that_no_file_holds(tmp_path, weights) -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_an_exported_file_is_loaded(run_of, tmp_path) -> None:
-    from peft_vit.runs.export import export_run_to_file
+    from peft_vit.deploy.export import export_run_to_file
 
     file = tmp_path / "model.safetensors"
     export_run_to_file(run_of("linear"), file, "safetensors")

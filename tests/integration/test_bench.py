@@ -12,12 +12,13 @@ import torch
 from exported_files import packed_model
 from tiny_models import CARD, random_model
 
-from peft_vit.deployment import export_onnx, export_openvino, save_low_bit
-from peft_vit.deployment.timing import Calls
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat
-from peft_vit.records import BenchRow, read_bench
-from peft_vit.runs import bench as benching
+from peft_vit.base.errors import UserError
+from peft_vit.core.quantization import QuantizationFormat
+from peft_vit.core.records import BenchRow
+from peft_vit.deploy import export_onnx, export_openvino, save_low_bit
+from peft_vit.deploy.measures import bench as benching
+from peft_vit.deploy.measures.timing import Calls
+from peft_vit.runs.records.storage import read_bench
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")

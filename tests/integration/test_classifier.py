@@ -17,7 +17,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 
 from peft_vit import ViTClassifier
-from peft_vit.errors import DataWarning, UserError
+from peft_vit.base.errors import DataWarning, UserError
 
 pytestmark = pytest.mark.usefixtures("in_this_process", "cache")
 

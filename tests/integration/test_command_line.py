@@ -16,13 +16,14 @@ from planted_runs import PlantedRuns
 from safetensors.torch import save_file
 from written_runs import run_and_write
 
-from peft_vit.config import ExperimentConfig, StudyConfig, load_study
-from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import read_records, read_study_file
-from peft_vit.records.progress import study_lock
-from peft_vit.studies import commands
-from peft_vit.studies.executors import RunInterrupted, RunStarted
-from peft_vit.studies.plan import plan_study
+from peft_vit.core.config import ExperimentConfig, StudyConfig, load_study
+from peft_vit.fit import commands
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.runs.executors import RunInterrupted, RunStarted
+from peft_vit.runs.records.progress import study_lock
+from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.records.storage import read_study_file
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
 
@@ -340,7 +341,7 @@ def runs_of_a_minute(monkeypatch) -> PlantedRuns:
     executor._record = a_minute_later
     executor.limit = lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0])
     monkeypatch.setattr(commands, "Limit", executor.limit)
-    monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
+    monkeypatch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: executor)
     return executor
 
 
@@ -398,7 +399,7 @@ def test_time_that_is_over_before_a_run_is_done_is_no_success(
     file, out = write(tmp_path, stopping + head), tmp_path / "out"
     arguments = ("run", file, "--output", out, *(["--until-decided"] if until_decided else []), "--minutes")
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: endless)
+        patch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: endless)
         said = command(*arguments, 9, code=1)
         slower = re.findall(r"slower than planned: .+", said.out)
         how = r"probe/seed_0 was planned to take \d+ s and takes more than [\d.]+ min here"
@@ -417,7 +418,7 @@ def test_time_that_is_over_before_a_run_is_done_is_no_success(
         monkeypatch.setattr(commands, "Limit", runs_of_a_minute.limit)
         command(*arguments, 1.5)  # one run is done
         with monkeypatch.context() as patch:
-            patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: endless)
+            patch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: endless)
             patch.setattr(commands, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
             assert "Left: 3 of the study's runs;" in command(*arguments, 9).out  # not its first result
     command("report", out, "--format", "md", code=int(until_decided))

@@ -18,12 +18,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import CARD
 
-from peft_vit.deployment import open_exported, save_low_bit
-from peft_vit.records import Calibrated
-from peft_vit.runs import export
-from peft_vit.runs.restore import restore_run
-from peft_vit.statistics import paired_proportions
-from peft_vit.tasks.classification import ACCURACY
+from peft_vit.base.statistics import paired_proportions
+from peft_vit.core.records import Calibrated
+from peft_vit.core.tasks.classification import ACCURACY
+from peft_vit.deploy import export, open_exported, save_low_bit
+from peft_vit.deploy.restore import restore_run
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")

@@ -20,7 +20,7 @@ from PIL import Image
 
 import peft_vit
 from peft_vit.cli import app
-from peft_vit.config import load_study
+from peft_vit.core.config import load_study
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -14,15 +14,16 @@ from tiny_models import TINY_EVAS
 from torch import nn
 from written_runs import TRAINING, tiny_study
 
-from peft_vit.adapters.peft_format import import_peft
-from peft_vit.backbones import Architecture, load_backbone
-from peft_vit.backbones.catalog import build_model
-from peft_vit.config import BackboneConfig
-from peft_vit.deployment import export_onnx, export_openvino, load_low_bit, merge, save_low_bit
-from peft_vit.records import outcome_digest, read_record
+from peft_vit.core.adapters.peft_format import import_peft
+from peft_vit.core.backbones import Architecture, load_backbone
+from peft_vit.core.backbones.catalog import build_model
+from peft_vit.core.config import BackboneConfig
+from peft_vit.core.training import Checkpoints, Interrupted
+from peft_vit.deploy import export_onnx, export_openvino, load_low_bit, merge, save_low_bit
+from peft_vit.deploy.restore import restore_run
 from peft_vit.runs import run_one
-from peft_vit.runs.restore import restore_run
-from peft_vit.training import Checkpoints, Interrupted
+from peft_vit.runs.records.run_rows import outcome_digest
+from peft_vit.runs.records.storage import read_record
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")

@@ -12,12 +12,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from peft_vit.base.files import sha256_of
+from peft_vit.core.tasks import CLASSIFICATION
+from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data
-from peft_vit.evaluation import predict
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record
-from peft_vit.runs.restore import RestoredRun, restore_run
-from peft_vit.safe_io import sha256_of
-from peft_vit.tasks import CLASSIFICATION
+from peft_vit.deploy.restore import RestoredRun, restore_run
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")

@@ -12,8 +12,8 @@ import pytest
 from written_runs import tiny_study
 
 import peft_vit
-from peft_vit.config import load_study
-from peft_vit.extras import EXTRAS
+from peft_vit.base.extras import EXTRAS
+from peft_vit.core.config import load_study
 
 
 def test_the_version_is_told(command) -> None:
@@ -65,7 +65,7 @@ def test_tables_in_a_terminal_need_neither_torch_nor_what_draws(tmp_path: Path) 
     for place, seeds in (("a", (0, 1)), ("b", (2, 3))):
         planted.write(tmp_path / place, planted.quickstart(seeds))
     code = (
-        "import sys\nfrom peft_vit.extras import EXTRAS\n"
+        "import sys\nfrom peft_vit.base.extras import EXTRAS\n"
         "for name in {name for needed in EXTRAS.values() for name in needed} - {'torch'}: sys.modules[name] = None\n"
         "from peft_vit.cli import main\n"
         "for command, *folders in (('recommend', 'a'), ('status', 'a'), ('compare', 'a', 'b')):\n"
@@ -127,8 +127,8 @@ def test_nothing_is_imported_before_it_is_needed() -> None:
 
 def test_the_public_names() -> None:
     import peft_vit
-    from peft_vit.allocation.adalora_controller import AdaLoRAController
-    from peft_vit.training.qa_lora import QALoRATrainer
+    from peft_vit.core.allocation.adalora_controller import AdaLoRAController
+    from peft_vit.core.training.qa_lora import QALoRATrainer
 
     assert peft_vit.AdaLoRAController is AdaLoRAController
     assert peft_vit.QALoRATrainer is QALoRATrainer

@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 from written_runs import run_and_write, tiny_study
 
-from peft_vit.analysis.comparison import compare
-from peft_vit.analysis.studies import load_studies
-from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.core.config import StudyConfig, study_from_mapping
+from peft_vit.core.records import RunSpec
 from peft_vit.data import images_file, inspect_images, make_splits, open_index
-from peft_vit.forecasting.calibration_run import calibration_run
-from peft_vit.records import RunSpec
-from peft_vit.report.summary import facts
-from peft_vit.studies.plan import plan_study, smoke_study, workload_of
+from peft_vit.lab.analysis.comparison import compare
+from peft_vit.lab.analysis.studies import load_studies
+from peft_vit.lab.report.summary import facts
+from peft_vit.runs.scheduling.plan import plan_study, smoke_study, workload_of
+from peft_vit.runs.costs.calibration_run import calibration_run
 
 pytestmark = pytest.mark.part("runner")
 

@@ -35,10 +35,10 @@ for words in {commands!r}:
 
 def with_a_task_more(package: Path) -> None:
     """Write the three files into a copy of the package."""
-    tasks, names = package / "tasks/__init__.py", package / "config/training.py"
-    shutil.copy(Path(__file__).parents[1] / "shares_task.py", package / "tasks/shares.py")
+    tasks, names = package / "core/tasks/__init__.py", package / "core/config/training.py"
+    shutil.copy(Path(__file__).parents[1] / "shares_task.py", package / "core/tasks/shares.py")
     text, count = re.subn(r"(REGRESSION, MULTILABEL)\)\}", r"\1, SHARES)}", tasks.read_text())
-    tasks.write_text(text.replace("\nTASKS", "\nfrom peft_vit.tasks.shares import SHARES\n\nTASKS", 1))
+    tasks.write_text(text.replace("\nTASKS", "\nfrom peft_vit.core.tasks.shares import SHARES\n\nTASKS", 1))
     said, named = re.subn(r'(TaskName = Literal\[.*"regression")', r'\1, "shares"', names.read_text())
     said, measured = re.subn(r'("r2", "spearman")', r'\1, "overlap"', said)
     names.write_text(said)

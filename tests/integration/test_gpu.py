@@ -18,16 +18,17 @@ from torch.nn import functional as F
 from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapter_bytes, attach_adapters, current_ranks, resize_adapters, site_adapters
-from peft_vit.backbones import find_sites
-from peft_vit.quantization import QuantizedTensor
-from peft_vit.quantization.integers import int8_product, largest_code
-from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
-from peft_vit.runs.restore import restore_run
+from peft_vit.core.adapters import adapter_bytes, attach_adapters, current_ranks, resize_adapters, site_adapters
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizedTensor
+from peft_vit.core.quantization.integers import int8_product, largest_code
+from peft_vit.core.records import RunRecord
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 METHODS = ("lora", "adaptive", "nf4", "int4_adaptive")
-pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("ignore::peft_vit.errors.DataWarning")]
+pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.filterwarnings("ignore::peft_vit.base.errors.DataWarning")]
 
 Run = Callable[[str, str, str], tuple[RunRecord, Path]]
 

@@ -17,8 +17,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from peft_vit.backbones.weights import read_weights, source_of
-from peft_vit.config import named_backbone
+from peft_vit.core.backbones.weights import read_weights, source_of
+from peft_vit.core.config import named_backbone
 
 MODEL, REPOSITORY = "vit_small_patch14_dinov2", "timm/vit_small_patch14_dinov2.lvd142m"
 CONTENT = save({"cls_token": torch.ones(1, 1, 384)})

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from written_runs import run_and_write
 
-from peft_vit.adapters import site_adapters
-from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, read_record
-from peft_vit.runs.restore import restore_run
-from peft_vit.studies.own_images import open_images, study_of
-from peft_vit.studies.plan import PlannedRun, plan_study
-from peft_vit.studies.request import TrainRequest
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import site_adapters
+from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
+from peft_vit.core.records import RunRecord
+from peft_vit.deploy.restore import restore_run
+from peft_vit.fit.own_images import open_images, study_of
+from peft_vit.fit.request import TrainRequest
+from peft_vit.runs.scheduling.plan import PlannedRun, plan_study
+from peft_vit.runs.records.storage import read_record
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")

@@ -11,7 +11,7 @@ import pytest
 import tiny_models  # noqa: F401 - which registers shallow_vit
 
 from peft_vit import train
-from peft_vit.records import RECORD_FILE, read_record, single_run
+from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache", "in_this_process")]
 SMALL = {
@@ -45,7 +45,7 @@ def run_on(images, _session_cache, tmp_path_factory):
         (root / f"{table}.csv").write_text("\n".join(lines) + "\n")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PEFT_VIT_CACHE", _session_cache)
-            patch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 0)
+            patch.setattr("peft_vit.fit.own_images.FEWEST_VALIDATION", 0)
             steps = None if method.endswith("linear") else 8
             return train(root / f"{table}.csv", method, steps=steps, output=root / f"{table}_{method}", **SMALL).path
 
@@ -116,7 +116,7 @@ def test_what_rounding_loses_is_told_in_what_decides(
 def test_products_in_8_bits_that_lose_too_much_of_what_decides_are_refused(
     command, run_on, tmp_path, monkeypatch
 ) -> None:
-    from peft_vit.runs import export
+    from peft_vit.deploy import export
 
     compare = export.compare
 

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from planted_runs import PlantedRuns
 
-from peft_vit.analysis import read_results
-from peft_vit.config import DataConfig
-from peft_vit.records import RECORD_FILE, Metrics, Predictions, RunRecord, read_record
+from peft_vit.core.config import DataConfig
+from peft_vit.core.records import Metrics, Predictions, RunRecord
+from peft_vit.lab.analysis import read_results
+from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
 pytestmark = pytest.mark.part("analyzer")
 EXPERIMENTS = planted.experiments()
@@ -167,8 +168,8 @@ def test_comparisons_of_numbers_stop(command, tmp_path, monkeypatch) -> None:
     Path("numbers.csv").write_text("\n".join(lines))
     Path("study.yaml").write_text(STUDY)
     runs = Numbers(lambda name, seed: 0.7 + (0.06 + NOISE[seed] / 100 if name == "ahead" else 0.0))
-    monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: runs)
-    monkeypatch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
+    monkeypatch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: runs)
+    monkeypatch.setattr("peft_vit.runs.executors.decode_images", lambda _: None)
     said = command("run", "study.yaml", "--until-decided", "--output", "out").out
     (line,) = (line for line in said.splitlines() if line.startswith("ahead minus base"))
     mean = 6 + np.mean(NOISE[:4])

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
-from peft_vit.adapters import AdaptedLinear, adapted_modules, current_ranks, merge_by_requantizing, site_adapters
-from peft_vit.adapters.peft_format import import_peft
-from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.base.errors import SilentNoEffectWarning, UserError
+from peft_vit.core.adapters import AdaptedLinear, adapted_modules, current_ranks, merge_by_requantizing, site_adapters
+from peft_vit.core.adapters.peft_format import import_peft
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 from peft_vit.integrations import AdaLoRACallback, QALoRACallback  # noqa: E402 - which needs transformers
 
-pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+pytestmark = [
+    pytest.mark.part("trainer"),
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
+]
 
 STEPS = 8
 ADAPTS = {"allocation_strategy": "proportional", "importance_metric": "gradient_norm", "warmup_steps": 2}

@@ -18,11 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, current_ranks, site_adapters
-from peft_vit.allocation import AdaLoRAController
-from peft_vit.backbones import find_sites
-from peft_vit.config import AdaLoraConfig
-from peft_vit.errors import SilentNoEffectWarning
+from peft_vit.base.errors import SilentNoEffectWarning
+from peft_vit.core.adapters import attach_adapters, current_ranks, site_adapters
+from peft_vit.core.allocation import AdaLoRAController
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import AdaLoraConfig
 
 pytestmark = [pytest.mark.part("importance analysis"), pytest.mark.filterwarnings("ignore::UserWarning")]
 PLANTED = ("blocks.1.attn.value", "blocks.4.mlp.fc1")

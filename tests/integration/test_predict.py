@@ -17,9 +17,9 @@ from golden import check_golden
 from no_posix import run_without_posix
 from tiny_models import CARD, random_model
 
-from peft_vit import console
-from peft_vit.deployment import export_onnx, save_low_bit
-from peft_vit.records import Calibrated
+from peft_vit.base import console
+from peft_vit.core.records import Calibrated
+from peft_vit.deploy import export_onnx, save_low_bit
 
 pytestmark = pytest.mark.usefixtures("cache")
 

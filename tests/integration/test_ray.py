@@ -11,15 +11,16 @@ from ray_clusters import small_cluster
 from small_methods import EXPERIMENTS
 from written_runs import tiny_study
 
-from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.errors import UserError
-from peft_vit.records import outcome_digest, read_records
-from peft_vit.records.progress import study_lock
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import StudyConfig, study_from_mapping
 from peft_vit.runs import run_one
-from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, open_executor
-from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.scheduler import drive
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import drive
+from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, open_executor
+from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
+from peft_vit.runs.records.progress import study_lock
+from peft_vit.runs.records.run_rows import outcome_digest
+from peft_vit.runs.records.scan import read_records
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
 
@@ -119,7 +120,7 @@ def test_what_no_node_has_is_refused_before_any_run(cluster: Cluster, tmp_path: 
 def test_a_killed_driver_leaves_no_process_behind(cluster: Cluster, cache: str, tmp_path: Path, own: bool) -> None:
     """Helpers of Ray among them, which look for their node now and then."""
     make = (
-        "from ray_clusters import patient_ray; from peft_vit.studies.executors.ray_cluster import Need, RayExecutor\n"
+        "from ray_clusters import patient_ray; from peft_vit.runs.executors.ray_cluster import Need, RayExecutor\n"
         f"    address = {('local' if own else cluster.address)!r}\n"
         "    with patient_ray(): executor = RayExecutor(address, Need(1), folder, 30)"
     )

@@ -14,9 +14,10 @@ import planted
 import pytest
 from golden import check_golden
 
-from peft_vit.analysis.across import POOL_KINDS
-from peft_vit.config import load_study
-from peft_vit.records import RECORD_FILE, RunRecord
+from peft_vit.core.config import load_study
+from peft_vit.core.records import RunRecord
+from peft_vit.lab.analysis.across import POOL_KINDS
+from peft_vit.runs.records.storage import RECORD_FILE
 
 EXPERIMENTS = planted.experiments()
 BEST, THIRD, WORSE = "lora_r8", "qa_lora_8bit_int8_linear", "qa_lora_4bit_fp4_cosine"

@@ -174,7 +174,7 @@ def test_the_truths_are_those_of_the_populations(name: str) -> None:
 
 
 def test_every_function_in_the_document_exists() -> None:
-    from peft_vit import statistics
+    from peft_vit.base import statistics
 
     named = set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", DOCUMENT, re.MULTILINE))
     names = {name for pair in named for name in pair if name} | {"equivalence_verdict"}

@@ -10,10 +10,10 @@ import planted
 import pytest
 from recomputed_tables import KEYS, NOT_COVERED, Ledger, Row, recomputation_of
 
-from peft_vit.analysis import Analysis, MethodResult, analyze
-from peft_vit.analysis.convergence import late_loss_deviation, roughness, settled_step
-from peft_vit.report import ReportFiles, build_report
-from peft_vit.statistics import Interval, mean_interval
+from peft_vit.base.statistics import Interval, mean_interval
+from peft_vit.lab.analysis import Analysis, MethodResult, analyze
+from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness, settled_step
+from peft_vit.lab.report import ReportFiles, build_report
 
 CONVERGENCE = {"late_deviation": late_loss_deviation, "roughness": roughness, "settled_step": settled_step}
 
@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(results: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_vit.report.figure._saved", lambda *_, **options: b"")  # only the tables are read
+        patch.setattr("peft_vit.deploy.page.figure._saved", lambda *_, **options: b"")  # only the tables are read
         return build_report(results, tmp_path_factory.mktemp("report"), page=False)
 
 

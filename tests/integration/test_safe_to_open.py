@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from fake_study import FakeExecutor, fake_config, fake_drive
 
-from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE
-from peft_vit.records.progress import LOCK_FILE, PROGRESS_FILE
+from peft_vit.base.errors import UserError
+from peft_vit.runs.records.progress import LOCK_FILE, PROGRESS_FILE
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, STUDY_FILE
 
 QUICKSTART = str(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
 BAD = "<the bad path>"

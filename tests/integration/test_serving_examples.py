@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 from tiny_models import CARD
 
-from peft_vit.deployment import Classifier, predict_images
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.deploy import Classifier, predict_images
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WEIGHTS = np.random.default_rng(0).normal(size=(3, len(CARD.class_names))).astype(np.float32)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.analysis.tensorboard import EVENTS_FILE, export_to_tensorboard
-from peft_vit.errors import UserError
-from peft_vit.records import read_record, run_folder, write_result
+from peft_vit.base.errors import UserError
+from peft_vit.lab.analysis.tensorboard import EVENTS_FILE, export_to_tensorboard
+from peft_vit.runs.records.storage import read_record, run_folder, write_result
 
 pytest.importorskip("tensorboard")
 pytestmark = pytest.mark.part("runner")

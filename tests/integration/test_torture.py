@@ -71,7 +71,7 @@ def test_what_a_refusal_lacks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     from mutations import Target
     from spoiled_cases import fault_of, judged
 
-    from peft_vit.errors import UserError
+    from peft_vit.base.errors import UserError
 
     def raising(error: Exception) -> Target:
         def read() -> None:

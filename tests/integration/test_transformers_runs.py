@@ -8,8 +8,8 @@ import tiny_transformers
 from safetensors.torch import load_file, save_file
 from written_runs import tiny_study
 
-from peft_vit.records import read_record
-from peft_vit.runs.restore import restore_run
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.storage import read_record
 
 pytestmark = pytest.mark.usefixtures("cache", "in_this_process")
 

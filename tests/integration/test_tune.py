@@ -17,26 +17,26 @@ from simulated_tunings import SIZES, StandIns
 from tiny_models import TINY_EVAS, TINY_FAMILIES
 from written_runs import tiny_study
 
-from peft_vit.adapters.products import ProductTimes
-from peft_vit.backbones import describe
-from peft_vit.config import BackboneConfig, study_from_mapping
-from peft_vit.errors import UserError
-from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
-from peft_vit.forecasting.memory_limit import StepCost
-from peft_vit.quantization.integers import Product
-from peft_vit.records import read_record
-from peft_vit.studies.image_sizes import regress, seen_by_head
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.within_time import EveryRunFailedError
-from peft_vit.tasks import expected_gain
-from peft_vit.tuning.context import _telling_if_slow
-from peft_vit.tuning.costs import LONGEST, MOST_STEPS, Costs
-from peft_vit.tuning.limits import within_bytes
-from peft_vit.tuning.pipeline import Environment, study_runner, tune
-from peft_vit.tuning.recipe import Recipe, lora
-from peft_vit.tuning.result import Choice, answer
-from peft_vit.tuning.state import TITLES, State
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import BackboneConfig, study_from_mapping
+from peft_vit.core.quantization.integers import Product
+from peft_vit.core.tasks import expected_gain
+from peft_vit.fit.context import _telling_if_slow
+from peft_vit.fit.costs import LONGEST, MOST_STEPS, Costs
+from peft_vit.fit.image_sizes import regress, seen_by_head
+from peft_vit.fit.limits import within_bytes
+from peft_vit.fit.pipeline import Environment, study_runner, tune
+from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.result import Choice, answer
+from peft_vit.fit.state import TITLES, State
+from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.fit.within_time import EveryRunFailedError
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
+from peft_vit.runs.costs.memory_limit import StepCost
+from peft_vit.runs.records.storage import read_record
 
 STAGES = [*TITLES.values()]
 
@@ -143,7 +143,7 @@ def test_the_test_reads_what_a_sixth_of_the_minutes_does_and_the_same_when_it_go
         return call(self, mapping, *rest)
 
     monkeypatch.setattr(StandIns, "__call__", run)
-    monkeypatch.setattr("peft_vit.tuning.costs.images_to_test", lambda images, *_: images - 4)
+    monkeypatch.setattr("peft_vit.fit.costs.images_to_test", lambda images, *_: images - 4)
     runner, said = stand_ins(), list[str]()
     tuning(runner, tell=said.append)
     (sealed,) = {
@@ -152,7 +152,7 @@ def test_the_test_reads_what_a_sixth_of_the_minutes_does_and_the_same_when_it_go
     assert [own["tested_images"] for own in finals] == [sealed - 4]
     told = [line for line in said if f"testing {sealed - 4} of {sealed} images, drawn at random, takes about" in line]
     assert len(told) == 2  # what is foreseen, and before the last training
-    monkeypatch.setattr("peft_vit.tuning.costs.images_to_test", lambda images, *_: images - 2)  # a faster machine
+    monkeypatch.setattr("peft_vit.fit.costs.images_to_test", lambda images, *_: images - 2)  # a faster machine
     tuning(runner, tell=said.append)
     assert {own["tested_images"] for own in finals} == {sealed - 4}
 
@@ -164,7 +164,7 @@ def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) 
         asked.append(model)
         return "random", "Weights: of nobody."
 
-    monkeypatch.setattr("peft_vit.tuning.context.source_of", source_of)
+    monkeypatch.setattr("peft_vit.fit.context.source_of", source_of)
     said: list[str] = []
     tuning(weights=None, tell=said.append)
     tuning(weights="auto")  # the same, which goes on
@@ -235,7 +235,7 @@ def test_a_model_that_can_not_be_loaded_any_more_is_left_out(tuning: Tuning, mon
         if backbone.model == "test_vit2":
             raise UserError("its weights are gone")
 
-    monkeypatch.setattr("peft_vit.tuning.context.check_weights", check_weights)
+    monkeypatch.setattr("peft_vit.fit.context.check_weights", check_weights)
     choice = tuning(models=models, tell=lines.append)
     assert "  test_vit2 can't be loaded: its weights are gone" in lines
     assert {own.recipe.model for own in choice.decision.candidates} == {"test_vit"}
@@ -287,7 +287,7 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
     tuning: Tuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
-    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *given: rates[given[4]])
 
     def found(*_: Any) -> ProductTimes:
         return ProductTimes(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
@@ -537,7 +537,7 @@ def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
     tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_FEWEST", "_FEW"):
-        monkeypatch.setattr(f"peft_vit.studies.image_sizes.{name}", 20)
+        monkeypatch.setattr(f"peft_vit.fit.image_sizes.{name}", 20)
     folder, runner, drawn = tmp_path / "uneven", stand_ins(), list[tuple[int, ...]]()
     for number, file in enumerate(sorted(images.rglob("*.png")) * 5):
         own = folder / ("rare" if number % 12 == 0 else "usual") / f"{number}.png"
@@ -608,9 +608,9 @@ def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: py
         timed.append(threads)
         return {1: SimpleNamespace(seconds=(0.01,))}
 
-    monkeypatch.setattr("peft_vit.deployment.export_onnx", lambda *_: None)
-    monkeypatch.setattr("peft_vit.deployment.timing.time_alone", time_alone)
-    monkeypatch.setattr("peft_vit.tuning.limits.cpu_count", lambda: 7)
+    monkeypatch.setattr("peft_vit.deploy.export_onnx", lambda *_: None)
+    monkeypatch.setattr("peft_vit.deploy.measures.timing.time_alone", time_alone)
+    monkeypatch.setattr("peft_vit.fit.limits.cpu_count", lambda: 7)
     tuning(max_latency=0.05)
     assert timed == [7]
 
@@ -665,11 +665,11 @@ def test_a_limit_of_memory_is_kept_by_every_run_or_refused(tuning: Tuning, monke
     def broken(*_: Any, **more: Any) -> StepCost:
         raise UserError("is not a readable image", file="broken.png")
 
-    monkeypatch.setattr("peft_vit.tuning.limits.measure_step", broken)
+    monkeypatch.setattr("peft_vit.fit.limits.measure_step", broken)
     with pytest.raises(UserError, match=r"^broken\.png: is not a readable image$"):  # which is not the limit's fault
         tuning(memory_limit="1GB")
     cost = StepCost(step_s=0.1, peak_bytes=800_000_000)
-    monkeypatch.setattr("peft_vit.tuning.limits.measure_step", lambda spec, log: cost)
+    monkeypatch.setattr("peft_vit.fit.limits.measure_step", lambda spec, log: cost)
     runner, trainings = stand_ins(), list[Mapping[str, Any]]()
 
     def call(mapping: Mapping[str, Any], *more: Any) -> Any:
@@ -754,9 +754,9 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.tuning.search.RATES", (1e-3,))
-    monkeypatch.setattr("peft_vit.tuning.costs.MOST_STEPS", 24)
-    monkeypatch.setattr("peft_vit.tuning.finalists._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
+    monkeypatch.setattr("peft_vit.fit.search.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
+    monkeypatch.setattr("peft_vit.fit.finalists._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
     request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=500_000)
     done: list[str] = []
     for kill_at in (3, 8, None):  # a run of the regression, of LoRA

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from peft_vit import load
-from peft_vit.forecasting.estimate import Throughput
-from peft_vit.records import read_records
-from peft_vit.runs import fastest
-from peft_vit.tuning.pipeline import Environment, tune
-from peft_vit.tuning.result import answer
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.deploy.measures import fastest
+from peft_vit.fit.pipeline import Environment, tune
+from peft_vit.fit.result import answer
+from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.runs.costs.estimate import Throughput
+from peft_vit.runs.records.scan import read_records
 
 pytestmark = pytest.mark.usefixtures("cache", "in_this_process")
 
@@ -25,8 +25,8 @@ def tuned(images, tmp_path, monkeypatch):
     """Return what tunes on a table of 48 images of three colours, and the lines that it tells."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(images, "images")
-    monkeypatch.setattr("peft_vit.tuning.search.RATES", (1e-3,))
-    monkeypatch.setattr("peft_vit.tuning.costs.MOST_STEPS", 24)
+    monkeypatch.setattr("peft_vit.fit.search.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
     row = SimpleNamespace(median_s=0.01, low_s=0.01, high_s=0.01, processor="one")
     monkeypatch.setattr(fastest, "bench", lambda files: [SimpleNamespace(**vars(row), file=str(f)) for f in files])
     throughput = replace(Throughput.estimated(1e9), process_s=1.0)

@@ -19,22 +19,23 @@ from written_runs import run_and_write
 
 import peft_vit
 from peft_vit.api import TrainedModel
-from peft_vit.config import load_study
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Interval, paired_proportions
+from peft_vit.core.config import load_study
+from peft_vit.core.records import Calibrated, RunRecord
 from peft_vit.data import load_data
-from peft_vit.deployment import open_exported
-from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, read_record, write_atomically
-from peft_vit.runs import fastest
-from peft_vit.runs.restore import restore_run
-from peft_vit.statistics import Interval, paired_proportions
-from peft_vit.studies.by_folds import with_meaning
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.within_time import Outcome
-from peft_vit.tuning import pipeline
-from peft_vit.tuning.output import write_output
-from peft_vit.tuning.page import _how_sure
-from peft_vit.tuning.result import Choice, what_more_buys
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.deploy import open_exported
+from peft_vit.deploy.measures import fastest
+from peft_vit.deploy.restore import restore_run
+from peft_vit.fit import pipeline
+from peft_vit.fit.by_folds import with_meaning
+from peft_vit.fit.output import write_output
+from peft_vit.fit.page import _how_sure
+from peft_vit.fit.result import Choice, what_more_buys
+from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.fit.within_time import Outcome
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, write_atomically
 
 pytestmark = pytest.mark.part("runner")
 
@@ -142,7 +143,7 @@ def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None
     def unreadable(*_, **more) -> None:
         raise OSError(errno.EIO, "Input/output error", "photos/1.png")
 
-    monkeypatch.setattr("peft_vit.tuning.output.export_fastest", unreadable)
+    monkeypatch.setattr("peft_vit.fit.output.export_fastest", unreadable)
     with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; fix that"):  # it is not unwritable
         write_output(choice, tmp_path, lambda _: None)
 

@@ -12,14 +12,14 @@ import pytest
 from golden import check_golden
 from planted_runs import PlantedRuns, study_of_loras
 
-from peft_vit.analysis import read_results
-from peft_vit.analysis.stopping import compare_all, sequential_results
-from peft_vit.config import study_from_mapping
-from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import RECORD_FILE, read_record
-from peft_vit.statistics import SequentialResult
-from peft_vit.studies.commands import run_until_decided
-from peft_vit.studies.request import RunRequest
+from peft_vit.base.statistics import SequentialResult
+from peft_vit.core.config import study_from_mapping
+from peft_vit.fit.commands import run_until_decided
+from peft_vit.fit.request import RunRequest
+from peft_vit.lab.analysis import read_results
+from peft_vit.lab.analysis.stopping import compare_all, sequential_results
+from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -53,8 +53,8 @@ def accuracy(name: str, seed: int) -> float:
 
 def plant(patch: pytest.MonkeyPatch, executor: PlantedRuns) -> PlantedRuns:
     """Let every run end at once with the accuracy that is planted for it."""
-    patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
-    patch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
+    patch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: executor)
+    patch.setattr("peft_vit.runs.executors.decode_images", lambda _: None)
     patch.setenv("COLUMNS", "140")
     return executor
 
@@ -174,7 +174,7 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_run(
 @pytest.mark.usefixtures("in_this_process")
 def test_runs_that_train_are_compared_by_what_they_reach(command, images, weights, tmp_path, monkeypatch) -> None:
     """Colours that are told apart after six steps of all weights, and not by an adapter that hardly moves."""
-    monkeypatch.setattr("peft_vit.evaluation.footprint.give_memory_back", lambda: None)  # which walks all of pytest
+    monkeypatch.setattr("peft_vit.core.adapters.footprint.give_memory_back", lambda: None)  # which walks all of pytest
     training = {"steps": 6, "validate_every": 6, "batch_size": 12}
     folder = {"dataset": "image-folder", "path": str(images), "image_size": 32, "test_split": "per_seed"}
     study = mapping(
@@ -227,7 +227,7 @@ def course_of(directory: Path, name: str) -> SequentialResult:
 def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:
     """Write the report without its page; return the table of its findings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_vit.report.figure._saved", lambda *_, **options: b"")  # only tables and texts are read
+        patch.setattr("peft_vit.deploy.page.figure._saved", lambda *_, **options: b"")  # only tables and texts are read
         command("report", directory, "--format", "md", "--output", output)
     (file,) = output.glob("tables/*_findings.csv")
     with file.open(newline="", encoding="utf-8") as handle:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from peft_vit.adapters import (
+from peft_vit.base.errors import SilentNoEffectWarning, UserError
+from peft_vit.core.adapters import (
     adapter_bytes,
     attach_adapters,
     current_ranks,
@@ -20,10 +21,9 @@ from peft_vit.adapters import (
     resize_adapters,
     site_adapters,
 )
-from peft_vit.adapters.peft_format import BASE_FILE, CONFIG_FILE, TENSORS_FILE, export_peft, import_peft
-from peft_vit.backbones import find_sites
-from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.core.adapters.peft_format import BASE_FILE, CONFIG_FILE, TENSORS_FILE, export_peft, import_peft
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, quantize
 
 peft = pytest.importorskip("peft")
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import (
     attach_adapters,
     check_resizable,
     current_ranks,
@@ -18,8 +19,7 @@ from peft_vit.adapters import (
     set_ranks,
     site_adapters,
 )
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
+from peft_vit.core.backbones import find_sites
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.part("controller")
@@ -73,7 +73,7 @@ def test_the_fused_matrix_is_one_site(tiny_vit) -> None:
 
 def test_peft_is_not_imported_for_models_without_it() -> None:
     program = (
-        "import sys, timm; from peft_vit.adapters import peft_sites; "
+        "import sys, timm; from peft_vit.core.adapters import peft_sites; "
         "print(peft_sites(timm.create_model('test_vit')), 'peft' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "() False\n"

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
-from peft_vit.adapters import SiteAdapter, current_ranks, site_adapters
-from peft_vit.allocation import BudgetSchedule
-from peft_vit.errors import SilentNoEffectWarning
-from peft_vit.evaluation import optimizer_bytes, trainable_parameters
-from peft_vit.training import AllocationHook, optimization_step
+from peft_vit.base.errors import SilentNoEffectWarning
+from peft_vit.core.adapters import SiteAdapter, current_ranks, site_adapters
+from peft_vit.core.adapters.footprint import optimizer_bytes, trainable_parameters
+from peft_vit.core.allocation import BudgetSchedule
+from peft_vit.core.training import AllocationHook, optimization_step
 
 peft = pytest.importorskip("peft")
 layer = pytest.importorskip("peft.tuners.adalora.layer")
@@ -175,7 +175,7 @@ def adaptive(tiny_vit, batch, total=8, **settings):
     return model, controller, optimizer
 
 
-@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+@pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning")
 def test_trap_allocation_before_the_first_step_masks_everything_in_peft(tiny_vit, batch) -> None:
     """At lambda = 0 every |w dL/dw| is 0, and PEFT masks what is at or below the threshold, 0. We keep the budget."""
     model, controller, optimizer = adaptive(tiny_vit, batch)
@@ -192,7 +192,7 @@ def test_trap_allocation_before_the_first_step_masks_everything_in_peft(tiny_vit
     assert controller.ranks == current_ranks(model)
 
 
-@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+@pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning")
 def test_trap_ties_keep_fewer_than_the_budget_in_peft(tiny_vit, batch, monkeypatch) -> None:
     """PEFT drops every triplet that ties with the threshold. We keep the budget, and of equals the first."""
     model, controller, optimizer = adaptive(tiny_vit, batch)

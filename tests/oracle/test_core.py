@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from written_runs import plan_of, run_and_write
 
-from peft_vit.adapters import adapted_modules, attach_adapters, current_ranks, merge_into_offsets, site_adapters
-from peft_vit.adapters.adapted_model import AdaptedLinear, use_integer_products
-from peft_vit.allocation import AdaLoRAController
-from peft_vit.backbones import find_sites
-from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
-from peft_vit.evaluation import predict
-from peft_vit.quantization import unpack_codes
-from peft_vit.quantization.integers import Product
-from peft_vit.records import RunRecord, run_folder
-from peft_vit.runs.restore import restore_run
-from peft_vit.training import AllocationHook, Hook, QALoRATrainer
-from peft_vit.training.optimization import build_optimizer, build_scheduler, optimization_step
+from peft_vit.core.adapters import adapted_modules, attach_adapters, current_ranks, merge_into_offsets, site_adapters
+from peft_vit.core.adapters.adapted_model import AdaptedLinear, use_integer_products
+from peft_vit.core.allocation import AdaLoRAController
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
+from peft_vit.core.quantization import unpack_codes
+from peft_vit.core.quantization.integers import Product
+from peft_vit.core.records import RunRecord
+from peft_vit.core.training import AllocationHook, Hook, QALoRATrainer
+from peft_vit.core.training.metrics import predict
+from peft_vit.core.training.optimization import build_optimizer, build_scheduler, optimization_step
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.storage import run_folder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {"STEPS": 12, "BATCH": 4, "RATE": 1e-2, "RANK": 2, "START": 6, "TARGET": 3, "FIRST": 3, "LAST": 9, "EVERY": 2}

@@ -11,14 +11,15 @@ from exported_files import compared, logits_of, packed, packed_model
 from tiny_models import CARD, random_model
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, adapted_modules, use_integer_products
-from peft_vit.adapters.integer_product import integer_product
-from peft_vit.config import NUMBER_FORMATS
-from peft_vit.deployment import export_onnx, open_exported, runtimes
-from peft_vit.deployment.onnx_file import ExpandedLinear, Int8Linear, onnx_graph
-from peft_vit.quantization import QuantizationFormat
-from peft_vit.quantization.integers import IN_FILES, LARGEST, IntegerWeight, quantize_rows
-from peft_vit.quantization.packing import field_bits
+from peft_vit.core.adapters import AdaptedLinear, adapted_modules, use_integer_products
+from peft_vit.core.adapters.integer_product import integer_product
+from peft_vit.core.config import NUMBER_FORMATS
+from peft_vit.core.quantization import QuantizationFormat
+from peft_vit.core.quantization.integers import IN_FILES, LARGEST, IntegerWeight, quantize_rows
+from peft_vit.core.quantization.packing import field_bits
+from peft_vit.deploy import export_onnx, open_exported
+from peft_vit.deploy.formats import runtimes
+from peft_vit.deploy.formats.onnx_file import ExpandedLinear, Int8Linear, onnx_graph
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -8,12 +8,12 @@ from exported_files import compared, packed_model
 from tiny_models import CARD, SHALLOW_CARD, random_model
 from torch import nn
 
-from peft_vit.adapters import AdaptedLinear, adapted_modules
-from peft_vit.deployment import export_onnx, open_exported
-from peft_vit.deployment.model_card import HEADER, Header
-from peft_vit.deployment.runtimes import onnx_digest
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import AdaptedLinear, adapted_modules
+from peft_vit.core.quantization import QuantizationFormat, quantize
+from peft_vit.deploy import export_onnx, open_exported
+from peft_vit.deploy.formats.runtimes import onnx_digest
+from peft_vit.deploy.model_card import HEADER, Header
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

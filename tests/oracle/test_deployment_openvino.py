@@ -14,13 +14,13 @@ from exported_files import compared, logits_of, packed_model, quantized
 from tiny_models import CARD
 from torch import nn
 
-from peft_vit.adapters import adapted_modules
-from peft_vit.deployment import export_openvino
-from peft_vit.deployment.check import random_weights
-from peft_vit.deployment.openvino_file import weight_node
-from peft_vit.deployment.runtimes import SETTINGS
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, unpack_codes
-from peft_vit.quantization.packing import field_bits
+from peft_vit.core.adapters import adapted_modules
+from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, unpack_codes
+from peft_vit.core.quantization.packing import field_bits
+from peft_vit.deploy import export_openvino
+from peft_vit.deploy.formats.openvino_file import weight_node
+from peft_vit.deploy.formats.runtimes import SETTINGS
+from peft_vit.deploy.measures.check import random_weights
 
 ov = pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")

@@ -5,7 +5,7 @@ import pytest
 from crepes import ConformalRegressor
 from mapie.risk_control import MultiLabelClassificationController
 
-from peft_vit.statistics import ErrorScale, conformal_quantile, error_scale, recall_threshold
+from peft_vit.base.statistics import ErrorScale, conformal_quantile, error_scale, recall_threshold
 
 
 def labelled(rng, images: int):

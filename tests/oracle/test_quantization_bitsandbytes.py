@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_vit.quantization import QuantizationFormat, code_values, quantize, unpack_codes
+from peft_vit.core.quantization import QuantizationFormat, code_values, quantize, unpack_codes
 
 functional = pytest.importorskip("bitsandbytes.functional")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, unpack_codes
+from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, quantize, unpack_codes
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

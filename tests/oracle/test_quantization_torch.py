@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.core.quantization import QuantizationFormat, quantize
 
 
 @pytest.mark.parametrize(("type", "bits"), [("int2", 2), ("int4", 4), ("int8", 8)])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, current_ranks, resize_adapters, site_adapters
-from peft_vit.backbones import find_sites
+from peft_vit.core.adapters import attach_adapters, current_ranks, resize_adapters, site_adapters
+from peft_vit.core.backbones import find_sites
 
 pytestmark = pytest.mark.part("controller")
 

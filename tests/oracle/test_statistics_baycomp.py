@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peft_vit.statistics.odds import means_of_images
+from peft_vit.base.statistics.odds import means_of_images
 
 baycomp = pytest.importorskip("baycomp")
 

@@ -9,7 +9,7 @@ from scipy import integrate, special, stats
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import ttost_paired
 
-from peft_vit.statistics import (
+from peft_vit.base.statistics import (
     beyond_margin,
     effect_size,
     equivalence,

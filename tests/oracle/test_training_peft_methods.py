@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, merged_state_dict, site_adapters
-from peft_vit.adapters.peft_format import export_peft, import_peft
-from peft_vit.adapters.peft_layers import peft_factors, peft_layers, peft_ranks
-from peft_vit.adapters.peft_tuner import attach_peft_lora
-from peft_vit.backbones import find_sites
-from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
-from peft_vit.training import PeftAdaLoraHook, optimization_step
+from peft_vit.core.adapters import attach_adapters, merged_state_dict, site_adapters
+from peft_vit.core.adapters.peft_format import export_peft, import_peft
+from peft_vit.core.adapters.peft_layers import peft_factors, peft_layers, peft_ranks
+from peft_vit.core.adapters.peft_tuner import attach_peft_lora
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.core.training import PeftAdaLoraHook, optimization_step
 
 peft = pytest.importorskip("peft")
 

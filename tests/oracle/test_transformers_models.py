@@ -14,13 +14,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
-from peft_vit.adapters.attach import effects
-from peft_vit.adapters.peft_format import export_peft
-from peft_vit.backbones import Architecture, LoadedBackbone, find_sites, load_backbone, native_size
-from peft_vit.backbones.families.transformers_models import TOWERS
-from peft_vit.config import BackboneConfig
-from peft_vit.deployment import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import adapted_modules, attach_adapters, site_adapters
+from peft_vit.core.adapters.attach import effects
+from peft_vit.core.adapters.peft_format import export_peft
+from peft_vit.core.backbones import Architecture, LoadedBackbone, find_sites, load_backbone, native_size
+from peft_vit.core.backbones.families.transformers_models import TOWERS
+from peft_vit.core.config import BackboneConfig
+from peft_vit.core.quantization import QuantizationFormat, quantize
+from peft_vit.deploy import (
     ModelCard,
     export_onnx,
     load_low_bit,
@@ -30,9 +32,7 @@ from peft_vit.deployment import (
     save_low_bit,
     save_pretrained,
 )
-from peft_vit.deployment.torch_files import open_peft
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.deploy.formats.torch_files import open_peft
 
 
 def loaded(model: Path | str, image_size: int = 32, **others: object) -> LoadedBackbone:

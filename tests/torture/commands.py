@@ -108,7 +108,7 @@ def run_forked(arguments: list[str], log: Path, events: Path | None = None) -> C
 
     def run() -> None:
         from peft_vit.cli import main
-        from peft_vit.studies.executors import local
+        from peft_vit.runs.executors import local
 
         fork = multiprocessing.get_context("fork")
         local.multiprocessing = SimpleNamespace(get_context=lambda _method: fork)  # type: ignore[assignment]
@@ -139,8 +139,8 @@ def undisturbed(config: Path) -> dict[str, End]:
 
 def write_events(file: Path) -> None:
     """Have each start, step and end of a run appended to a file, one JSON object a line."""
-    from peft_vit.studies.display import Watch
-    from peft_vit.studies.executors import RunEnded, RunProgress, RunStarted, StudyEvent
+    from peft_vit.runs.scheduling.display import Watch
+    from peft_vit.runs.executors import RunEnded, RunProgress, RunStarted, StudyEvent
 
     show = Watch.on_event
 

@@ -25,9 +25,9 @@ import harness
 from commands import Command, run_forked
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
-from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, checkpoint_folders
-from peft_vit.records.progress import PROGRESS_FILE
+from peft_vit.base.errors import UserError
+from peft_vit.runs.records.progress import PROGRESS_FILE
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, checkpoint_folders
 
 PAGE = 4096
 _DISK = 16 << 20
@@ -147,7 +147,7 @@ def trial(
 
 def unreadable(run: Path) -> str | None:
     """Return why a checkpoint can't be read; None if all can."""
-    from peft_vit.training.checkpoint import read_checkpoint
+    from peft_vit.core.training.checkpoint import read_checkpoint
 
     for folder in checkpoint_folders(run).values():
         try:

@@ -27,7 +27,7 @@ import harness
 from commands import fork
 from tiny_studies import METHODS, STEPS, newest_step, with_adalora, write_study
 
-from peft_vit.records import RankEntry, RunSpec
+from peft_vit.core.records import RankEntry, RunSpec
 
 KINDS: dict[str, dict[str, Any]] = {
     "physical": {"method": "adalora", **with_adalora(parametrization="svd")},
@@ -51,9 +51,9 @@ def attempt(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None = None)
 
 
 def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, result: Path) -> None:
-    from peft_vit.records import outcome_digest
+    from peft_vit.core.training import AllocationHook, CheckpointKeeper, Checkpoints
     from peft_vit.runs import run_one
-    from peft_vit.training import AllocationHook, CheckpointKeeper, Checkpoints
+    from peft_vit.runs.records.run_rows import outcome_digest
 
     if kill_at is not None:
         step, moment = kill_at
@@ -107,8 +107,8 @@ def steps_of(ranks: list[RankEntry], kind: str) -> list[int]:
 
 def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
     """Kill and resume each kind of allocation at each step and moment."""
-    from peft_vit.config import load_study
-    from peft_vit.studies.plan import plan_study
+    from peft_vit.core.config import load_study
+    from peft_vit.runs.scheduling.plan import plan_study
 
     for kind in options.only:
         file = write_study(folder / kind, {kind: KINDS[kind]}, (options.seed,))

@@ -40,8 +40,8 @@ import harness
 from commands import Command, run_forked, run_fresh, undisturbed
 from tiny_studies import METHODS, NAME, STEPS, End, difference, done_records, newest_step, write_study
 
-from peft_vit.records import read_records
-from peft_vit.records.progress import look_at
+from peft_vit.runs.records.progress import look_at
+from peft_vit.runs.records.scan import read_records
 
 SEEDS = (0, 1, 2)
 START, STEP, CHECKPOINT, LAST, RESULTS = "at the start", "in a step", "in a checkpoint", "after the last", "in results"

@@ -26,25 +26,41 @@ from mutations import Mutation, Nasty, Target, is_one_line
 from safetensors.torch import load, save
 from sound_files import EXAMPLES, SIDE, SoundFiles
 
-from peft_vit.adapters.peft_format import doubts_about
-from peft_vit.analysis import analyze, load_studies, read_results
-from peft_vit.backbones import load_backbone
-from peft_vit.config import BackboneConfig, DataConfig, load_study
+from peft_vit.base.errors import UserError, named
+from peft_vit.core.adapters.peft_format import doubts_about
+from peft_vit.core.backbones import load_backbone
+from peft_vit.core.config import BackboneConfig, DataConfig, load_study
+from peft_vit.core.records import RunSpec
+from peft_vit.core.training import Checkpoints
+from peft_vit.core.training.checkpoint import STATE_FILE, TENSORS_FILE, read_checkpoint
 from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
-from peft_vit.deployment import open_exported, predict_files, runtimes, torch_files
-from peft_vit.errors import UserError, named
-from peft_vit.forecasting.calibration_run import Costs, keep_costs
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, RunSpec, checkpoint_folders, read_record, run_folder
-from peft_vit.records.progress import LOCK_FILE, PROGRESS_FILE, find_studies, status_lines, study_lock, study_status
-from peft_vit.report.result_tables import history_table
+from peft_vit.deploy import open_exported, predict_files
+from peft_vit.deploy.formats import runtimes, torch_files
+from peft_vit.deploy.restore import open_model
+from peft_vit.lab.analysis import analyze, load_studies, read_results
+from peft_vit.lab.report.result_tables import history_table
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import StudyStore
+from peft_vit.runs.costs.calibration_run import Costs, keep_costs
 from peft_vit.runs.execute import run_one
-from peft_vit.runs.restore import open_model
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.scheduler import StudyStore
-from peft_vit.training import Checkpoints
-from peft_vit.training.checkpoint import STATE_FILE, TENSORS_FILE, read_checkpoint
+from peft_vit.runs.records.progress import (
+    LOCK_FILE,
+    PROGRESS_FILE,
+    find_studies,
+    status_lines,
+    study_lock,
+    study_status,
+)
+from peft_vit.runs.records.storage import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    STUDY_FILE,
+    checkpoint_folders,
+    read_record,
+    run_folder,
+)
 
 
 def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:

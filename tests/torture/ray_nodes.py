@@ -30,11 +30,11 @@ from ray_clusters import small_cluster
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 from written_runs import run_and_write
 
-from peft_vit.config import load_study
-from peft_vit.records.progress import study_lock
-from peft_vit.studies.executors import RunEnded, RunRetried, RunStarted, StudyEvent, open_executor
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.scheduler import drive
+from peft_vit.core.config import load_study
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import drive
+from peft_vit.runs.executors import RunEnded, RunRetried, RunStarted, StudyEvent, open_executor
+from peft_vit.runs.records.progress import study_lock
 
 KIND = "one of two nodes, at a random moment, with a run under way on it"
 SEEDS = (0, 1)

@@ -17,7 +17,7 @@ import sound_files
 from kinds import KINDS
 from mutations import Nasty, Target, is_one_line, nasty_texts
 
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
 
 SLOW_S = 20.0  # of processor time
 _CLEARED_EVERY = 100  # cases, of the cache that they fill

@@ -11,8 +11,10 @@ from typing import Any
 
 from small_methods import INT4, LINEAR, study_mapping
 
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders, outcome_digest, read_records, run_folder
-from peft_vit.records.progress import look_at
+from peft_vit.runs.records.progress import look_at
+from peft_vit.runs.records.run_rows import outcome_digest
+from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, checkpoint_folders, run_folder
 
 NAME = "tiny"
 STEPS = 12  # of a run: 24 images in batches of 8, four times

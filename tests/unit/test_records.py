@@ -13,27 +13,22 @@ import planted
 import pytest
 from pydantic import BaseModel
 
-from peft_vit.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
-from peft_vit.errors import UserError
-from peft_vit.records import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
+from peft_vit.core.records import ImportanceEntry, Metrics, RankEntry, RunRecord, RunSpec, StudyFile
+from peft_vit.runs.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study
+from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
     STUDY_FILE,
-    ImportanceEntry,
-    Metrics,
-    RankEntry,
-    RunRecord,
-    RunSpec,
-    StudyFile,
     flush,
     read_record,
-    read_records,
     read_study_file,
     write_atomically,
     write_record,
     write_result,
 )
-from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of 0.2.0's studies, one of each kind below

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, Owner, RunStatus, look_at, run_status
+from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, Known, Owner, RunStatus, look_at, run_status
 
 pytestmark = pytest.mark.part("runner")
 

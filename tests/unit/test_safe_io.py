@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.errors import UserError
-from peft_vit.safe_io import folder_below, read_bytes, whole_folder
+from peft_vit.base.errors import UserError
+from peft_vit.base.files import folder_below, read_bytes, whole_folder
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_vit.seeding import Purpose, numpy_generator, torch_generator
+from peft_vit.base.seeding import Purpose, numpy_generator, torch_generator
 
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

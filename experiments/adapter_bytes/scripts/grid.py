@@ -26,15 +26,17 @@ from scipy.optimize import brentq
 from experiments.methods.scripts.study_figures import write_figure
 from experiments.scripts import evidence, in_turn
 from peft_vit import cli
-from peft_vit.allocation.starting_ranks import Adapters
-from peft_vit.backbones import Site, describe
-from peft_vit.config import DEFAULT_MODEL, named_backbone
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, read_records, write_atomically
-from peft_vit.report.document import Drawing
-from peft_vit.report.figure import DASHED, MUTED, Canvas, draw, line_style, quiet_grid
-from peft_vit.statistics import Verdict
-from peft_vit.statistics.sequential import StoppingRule, follow
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Verdict
+from peft_vit.base.statistics.sequential import StoppingRule, follow
+from peft_vit.core.allocation.starting_ranks import Adapters
+from peft_vit.core.backbones import Site, describe
+from peft_vit.core.config import DEFAULT_MODEL, named_backbone
+from peft_vit.core.records import RunRecord
+from peft_vit.deploy.page.document import Drawing
+from peft_vit.deploy.page.figure import DASHED, MUTED, Canvas, draw, line_style, quiet_grid
+from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.records.storage import write_atomically
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS, ROWS = FOLDER / "configs", FOLDER / "results" / "adapter_bytes.csv"

@@ -15,11 +15,11 @@ from written_runs import run_and_write
 from experiments.adapter_bytes.scripts import grid
 from experiments.scripts import evidence, in_turn
 from experiments.scripts.evidence import study_files
-from peft_vit.allocation.starting_ranks import Adapters, choose_starting_ranks
-from peft_vit.config import StartingRanksConfig, load_study
-from peft_vit.errors import UserError
-from peft_vit.records import run_folder
-from peft_vit.studies.plan import plan_study
+from peft_vit.base.errors import UserError
+from peft_vit.core.allocation.starting_ranks import Adapters, choose_starting_ranks
+from peft_vit.core.config import StartingRanksConfig, load_study
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.records.storage import run_folder
 
 
 def test_the_configurations_are_those_of_the_script() -> None:

@@ -43,8 +43,8 @@ from experiments.scripts.evidence import (
     study_tables,
     table,
 )
-from peft_vit.records import RunRecord
-from peft_vit.statistics import Verdict, holm, noninferiority, wilcoxon
+from peft_vit.base.statistics import Verdict, holm, noninferiority, wilcoxon
+from peft_vit.core.records import RunRecord
 
 FOLDER = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = FOLDER / "results", FOLDER / "docs" / "quantization.md"

@@ -12,7 +12,7 @@ from scipy import stats
 
 from experiments.bits.scripts import quantization_evidence as evidence
 from experiments.scripts.evidence import filled
-from peft_vit.config import load_study
+from peft_vit.core.config import load_study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -24,19 +24,21 @@ import torch
 from experiments.methods.scripts.study_figures import write_figure
 from experiments.scripts import evidence, in_turn
 from peft_vit import cli
-from peft_vit.backbones import describe
-from peft_vit.config import QaLoraConfig
-from peft_vit.deployment import merge
-from peft_vit.errors import UserError
-from peft_vit.evaluation import predict
-from peft_vit.methods.quantized import packing_of
-from peft_vit.records import RunRecord, read_records, run_folder, write_atomically
-from peft_vit.report.document import Drawing
-from peft_vit.report.figure import Canvas, draw, line_style, quiet_grid
-from peft_vit.runs.post_training import file_bytes, logits_by_type
-from peft_vit.runs.restore import restore_run
-from peft_vit.statistics import Verdict
-from peft_vit.statistics.sequential import StoppingRule, follow
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Verdict
+from peft_vit.base.statistics.sequential import StoppingRule, follow
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import QaLoraConfig
+from peft_vit.core.methods.quantized import packing_of
+from peft_vit.core.records import RunRecord
+from peft_vit.core.training.metrics import predict
+from peft_vit.deploy import merge
+from peft_vit.deploy.page.document import Drawing
+from peft_vit.deploy.page.figure import Canvas, draw, line_style, quiet_grid
+from peft_vit.deploy.post_training import file_bytes, logits_by_type
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.records.storage import run_folder, write_atomically
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS, RESULTS = FOLDER / "configs", FOLDER / "results"

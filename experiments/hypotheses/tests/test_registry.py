@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from experiments.hypotheses.registry import MEASURES, find, load_registry
-from peft_vit.analysis import findings
-from peft_vit.analysis.evidence import Evidence
-from peft_vit.analysis.sentences import SENTENCES
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.lab.analysis import findings
+from peft_vit.lab.analysis.evidence import Evidence
+from peft_vit.lab.analysis.sentences import SENTENCES
 
 pytestmark = pytest.mark.part("analyzer")
 

@@ -7,7 +7,7 @@ import planted
 import pytest
 
 from experiments.hypotheses.registry import MarkedFinding, all_findings, load_registry
-from peft_vit.records import ImportanceEntry, RunRecord
+from peft_vit.core.records import ImportanceEntry, RunRecord
 
 pytestmark = pytest.mark.part("analyzer")
 

@@ -9,7 +9,7 @@ import scipy
 
 from experiments.int8.scripts import int8
 from experiments.scripts import evidence
-from peft_vit.statistics import mean_interval
+from peft_vit.base.statistics import mean_interval
 
 
 def test_the_document_says_what_results_hold() -> None:

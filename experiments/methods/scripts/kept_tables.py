@@ -10,9 +10,9 @@ import tarfile
 from collections.abc import Iterator
 
 from experiments.methods.scripts.study_evidence import RESULTS, unpacked
-from peft_vit.analysis import analyze, load_studies
-from peft_vit.records import as_csv
-from peft_vit.report.build import study_documents
+from peft_vit.lab.analysis import analyze, load_studies
+from peft_vit.lab.report.build import study_documents
+from peft_vit.runs.records.run_rows import as_csv
 
 KEPT = RESULTS / "tables.tar.xz"
 STUDIES = ("study_elpv", "study_digits", "study_fashion", "study_elpv_published", "elpv_published")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from matplotlib.transforms import ScaledTranslation
 
 from experiments.methods.scripts.study_tables import KINDS, SHOWN, titled
-from peft_vit.analysis import Analysis, MethodResult
-from peft_vit.report.document import Drawing
-from peft_vit.report.figure import GRID, INK, MARKERS, METHOD_COLORS, MUTED, PAPER, THEME, Canvas, draw, quiet_grid
+from peft_vit.deploy.page.document import Drawing
+from peft_vit.deploy.page.figure import GRID, INK, MARKERS, METHOD_COLORS, MUTED, PAPER, THEME, Canvas, draw, quiet_grid
+from peft_vit.lab.analysis import Analysis, MethodResult
 
 _SPAN = 5.0  # points of accuracy that each panel shows, so that differences compare
 _DODGE_PT = 7.0  # from marker to marker where sizes are about the same

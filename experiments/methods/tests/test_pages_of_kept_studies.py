@@ -13,7 +13,7 @@ import pytest
 
 from experiments.methods.scripts.study_evidence import RESULTS
 from experiments.scripts.evidence import EXPERIMENTS, ROOT
-from peft_vit.config import load_study
+from peft_vit.core.config import load_study
 
 HOW_TO = ROOT / "docs" / "how_to"
 FOUND = ROOT / "docs" / "what_we_found.md"

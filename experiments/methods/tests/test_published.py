@@ -14,9 +14,9 @@ from scipy import stats
 
 from experiments.methods.scripts import published
 from experiments.scripts import evidence
-from peft_vit.config import load_study
-from peft_vit.errors import UserError
-from peft_vit.records import Predictions
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import load_study
+from peft_vit.core.records import Predictions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

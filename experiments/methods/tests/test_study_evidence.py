@@ -13,11 +13,11 @@ import pytest
 
 from experiments.methods.scripts import study_evidence, study_figures, study_tables
 from experiments.scripts import evidence
-from peft_vit.analysis import Analysis, load_studies
-from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError
-from peft_vit.report.figure import METHOD_COLORS
-from peft_vit.report.formatting import megabytes, points_interval
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import StudyConfig, load_study
+from peft_vit.deploy.page.figure import METHOD_COLORS
+from peft_vit.deploy.page.formatting import megabytes, points_interval
+from peft_vit.lab.analysis import Analysis, load_studies
 
 CONFIGS = study_evidence.CONFIGS
 PILOT_OF = {

@@ -40,8 +40,8 @@ from experiments.scripts.evidence import (
     study_tables,
     table,
 )
-from peft_vit.records import RunRecord
-from peft_vit.statistics import gini
+from peft_vit.base.statistics import gini
+from peft_vit.core.records import RunRecord
 
 FOLDER = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = FOLDER / "results", FOLDER / "docs" / "adaptive_ranks.md"

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from peft_vit.config import ORDERED_RULES
-from peft_vit.config.from_yaml import at_rates, read_mapping
+from peft_vit.core.config import ORDERED_RULES
+from peft_vit.core.config.from_yaml import at_rates, read_mapping
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS = FOLDER / "configs"

@@ -14,13 +14,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from experiments.ranks.scripts import frontier_configs as configs
 from experiments.ranks.scripts.frontier_configs import BUDGETS, EVEN_DEPTHS, SENTENCES, SEQUENCE, TASKS, VALUES
 from experiments.scripts.evidence import table
-from peft_vit.analysis.stopping import ENDS, repeated_interval, stopping_rule
-from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError
-from peft_vit.report.document import Drawing
-from peft_vit.report.figure import DASHED, LINE_COLORS, MARKERS, MUTED, PAPER, Canvas, draw, quiet_grid
-from peft_vit.report.formatting import count, fixed, joined, percent, points_interval
-from peft_vit.statistics import Interval, SequentialResult, follow, mean_interval
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Interval, SequentialResult, follow, mean_interval
+from peft_vit.core.config import StudyConfig, load_study
+from peft_vit.deploy.page.document import Drawing
+from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MARKERS, MUTED, PAPER, Canvas, draw, quiet_grid
+from peft_vit.deploy.page.formatting import count, fixed, joined, percent, points_interval
+from peft_vit.lab.analysis.stopping import ENDS, repeated_interval, stopping_rule
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
 NOTE = (

@@ -16,14 +16,14 @@ import scipy
 from experiments.methods.scripts import study_figures
 from experiments.ranks.scripts import frontier, frontier_configs, frontier_figure
 from experiments.scripts.evidence import EXPERIMENTS, filled, study_files
-from peft_vit.allocation import choose_starting_ranks
-from peft_vit.backbones import describe
-from peft_vit.config import MATRICES, load_study
-from peft_vit.errors import UserError
-from peft_vit.methods import METHODS
-from peft_vit.report.formatting import fixed, points_interval
-from peft_vit.statistics import Interval
-from peft_vit.studies.plan import plan_study
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Interval
+from peft_vit.core.allocation import choose_starting_ranks
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import MATRICES, load_study
+from peft_vit.core.methods import METHODS
+from peft_vit.deploy.page.formatting import fixed, points_interval
+from peft_vit.runs.scheduling.plan import plan_study
 
 CONFIGS = frontier_configs.CONFIGS
 RATES = (1e-3, 3e-3, 1e-2)

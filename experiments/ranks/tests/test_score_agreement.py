@@ -17,13 +17,13 @@ from scipy import optimize, special, stats
 
 from experiments.ranks.scripts import score_agreement
 from experiments.scripts import evidence
-from peft_vit.adapters import adapted_sites, without_updates
-from peft_vit.config import MeasuresConfig, load_study
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import adapted_sites, without_updates
+from peft_vit.core.config import MeasuresConfig, load_study
+from peft_vit.core.records import AdapterRemoval, ImportanceEntry
+from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data
-from peft_vit.errors import UserError
-from peft_vit.evaluation import predict
-from peft_vit.records import AdapterRemoval, ImportanceEntry
-from peft_vit.runs.restore import restore_run
+from peft_vit.deploy.restore import restore_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GONE = ("spt_probe", "spt_random", "gora_probe", "gora_random", "eva_probe")  # whose rows are kept

@@ -19,13 +19,13 @@ import pandas as pd
 from experiments.methods.scripts.study_evidence import kept_studies, unpacked
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, SHORT
 from experiments.scripts.evidence import EXPERIMENTS, run, table
-from peft_vit.analysis import load_studies
-from peft_vit.analysis.stopping import paired
-from peft_vit.config import StoppingConfig
-from peft_vit.errors import UserError
-from peft_vit.statistics import SequentialResult, StoppingRule, follow
-from peft_vit.statistics.sequential import Asked
-from peft_vit.statistics.spending import Spending
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import SequentialResult, StoppingRule, follow
+from peft_vit.base.statistics.sequential import Asked
+from peft_vit.base.statistics.spending import Spending
+from peft_vit.core.config import StoppingConfig
+from peft_vit.lab.analysis import load_studies
+from peft_vit.lab.analysis.stopping import paired
 
 DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"
 RATES = "learning_rates_fresh_seeds"

@@ -11,9 +11,9 @@ from scipy import stats
 
 from experiments.scripts import evidence
 from experiments.tuning.scripts import sequential_designs as script
-from peft_vit.statistics import StoppingRule, follow
-from peft_vit.statistics.sequential import Asked
-from peft_vit.statistics.spending import Spending
+from peft_vit.base.statistics import StoppingRule, follow
+from peft_vit.base.statistics.sequential import Asked
+from peft_vit.base.statistics.spending import Spending
 
 ROWS = pd.read_csv(script.ROWS)
 DOCUMENT = script.DOCUMENT.read_text(encoding="utf-8")

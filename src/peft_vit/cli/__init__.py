@@ -11,9 +11,9 @@ from typing import Any
 
 import typer
 
+from peft_vit.base.errors import UserError
 from peft_vit.cli import deploy_commands, model_commands, study_commands
 from peft_vit.cli.app import app
-from peft_vit.errors import UserError
 
 __all__ = ["app", "main", "user_errors"]
 

@@ -12,7 +12,7 @@ import typer
 from annotated_types import Ge, Le
 from pydantic.fields import FieldInfo
 
-from peft_vit.settings import Option, Request
+from peft_vit.base.settings import Option, Request
 
 _Request = TypeVar("_Request", bound=Request)
 ROWS_FILE = "Also write the values, unrounded, to this .csv or .json file."

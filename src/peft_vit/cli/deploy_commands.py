@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import typer
 from pydantic import Field, field_validator, model_validator
 
+from peft_vit.base.console import progress
+from peft_vit.base.errors import UserError, named, printable
+from peft_vit.base.extras import require_extra
+from peft_vit.base.files import refuse_existing
+from peft_vit.base.settings import Option, Request, refuse
 from peft_vit.cli.app import OVERWRITE, command
-from peft_vit.config import (
+from peft_vit.core.config import (
     EXPORTS,
     OnlyWith,
     Rounding,
@@ -29,16 +34,11 @@ from peft_vit.config import (
     named_as_typed,
     type_of_bits,
 )
-from peft_vit.console import progress
-from peft_vit.errors import UserError, named, printable
-from peft_vit.extras import require_extra
-from peft_vit.safe_io import refuse_existing
-from peft_vit.settings import Option, Request, refuse
-from peft_vit.studies.request import BITS, WEIGHTS
+from peft_vit.fit.request import BITS, WEIGHTS
 
 if TYPE_CHECKING:
-    from peft_vit.deployment import Classifier, ImageFile
-    from peft_vit.runs.export import Exported
+    from peft_vit.deploy import Classifier, ImageFile
+    from peft_vit.deploy.export import Exported
 
     _Format = str
 else:
@@ -198,17 +198,17 @@ def export(request: ExportRequest) -> None:
         return
     directory, (format, output) = request.directory, request.target()
     if format == "history":
-        from peft_vit.report.result_tables import export_history
+        from peft_vit.lab.report.result_tables import export_history
 
         print(f"{export_history(directory, output, overwrite=request.overwrite)} rows: {output}")
     elif format == "tensorboard":
-        from peft_vit.analysis.tensorboard import export_to_tensorboard
+        from peft_vit.lab.analysis.tensorboard import export_to_tensorboard
 
         refuse_existing(output, is_folder=True, overwrite=request.overwrite)
         print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
     elif format == "peft":
         with progress(f"exporting {directory}", sys.stderr):
-            from peft_vit.runs.export import export_run_to_peft
+            from peft_vit.deploy.export import export_run_to_peft
 
             card = export_run_to_peft(directory, output, overwrite=request.overwrite)
         print("This is the adapter alone. To load it, you need the base model that its peft_vit.json names.")
@@ -223,7 +223,7 @@ def export(request: ExportRequest) -> None:
 
 def _export_bundle(request: ExportRequest, folder: Path) -> None:
     with progress(f"exporting to {folder}", sys.stderr) as on_progress:
-        from peft_vit.runs.bundle import export_bundle
+        from peft_vit.deploy.bundle import export_bundle
 
         bits: Any = request.adapter_bits and int(request.adapter_bits)
         done = export_bundle(request.runs, folder, bits=bits, overwrite=request.overwrite, on_progress=on_progress)
@@ -240,7 +240,7 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
 
 
 def _write_file(request: ExportRequest, format: str, output: Path) -> tuple[Exported, None]:
-    from peft_vit.runs.export import OnnxOptions, export_run_to_file
+    from peft_vit.deploy.export import OnnxOptions, export_run_to_file
 
     options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
     bits, rounding, overwrite = request.number_format, request.rounding, request.overwrite
@@ -252,8 +252,8 @@ def _write_file(request: ExportRequest, format: str, output: Path) -> tuple[Expo
 def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Exported, Path]:
     for extra in ("onnx", "report"):
         require_extra(extra, f"--format {format}")
-    from peft_vit.deployment import open_exported
-    from peft_vit.report.web_page import MODEL_FILE, runtime_files, write_web_page
+    from peft_vit.deploy import open_exported
+    from peft_vit.deploy.page.web_page import MODEL_FILE, runtime_files, write_web_page
 
     is_folder = output.suffix != ".html"
     refuse_existing(output, is_folder=is_folder, overwrite=request.overwrite, marks=(MODEL_FILE,))
@@ -345,7 +345,7 @@ class PredictRequest(Request):
 
     def chosen_format(self) -> str:
         """Return the format, by the file's name if there is one; raises UserError if it can't be taken."""
-        from peft_vit.report.printed import check_rows_file
+        from peft_vit.deploy.page.printed import check_rows_file
 
         if self.output is None:
             return self.format or "table"
@@ -369,9 +369,9 @@ def predict(request: PredictRequest) -> None:
     """
     format = request.chosen_format()
     images, classifier = _opened(request)
-    from peft_vit.deployment import check_coverage, predict_files
-    from peft_vit.records import FEWEST_HELD_OUT
-    from peft_vit.tasks import TASKS
+    from peft_vit.core.records import FEWEST_HELD_OUT
+    from peft_vit.core.tasks import TASKS
+    from peft_vit.deploy import check_coverage, predict_files
 
     classes = classifier.card.class_names
     if request.coverage is not None:
@@ -406,7 +406,7 @@ def predict(request: PredictRequest) -> None:
             printed.add(dict(zip(columns, map(_printable, cells), strict=True)))
     printed.end()
     if request.output is not None:
-        from peft_vit.report.printed import write_rows
+        from peft_vit.deploy.page.printed import write_rows
 
         write_rows(
             printed.rows if format == "json" else [*map(_flat, printed.rows)], request.output, dict.fromkeys(columns)
@@ -425,7 +425,7 @@ def predict(request: PredictRequest) -> None:
 def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Classifier]:
     with progress(f"opening {request.model}", sys.stderr):
         from peft_vit.api import open_classifier
-        from peft_vit.deployment import image_files
+        from peft_vit.deploy import image_files
 
         _refuse_swapped(request.model, request.images[0])
         images = image_files(request.images)
@@ -433,7 +433,7 @@ def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Class
 
 
 def _refuse_swapped(model: Path, images: Path) -> None:
-    from peft_vit.records import RECORD_FILE, single_run
+    from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
     def is_model(path: Path) -> bool:
         return exported_format(path) is not None or is_bundle(path) or os.path.isfile(single_run(path) / RECORD_FILE)

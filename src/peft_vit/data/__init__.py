@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from peft_vit.data.files import IMAGE_SUFFIXES, existing
-from peft_vit.data.folders import Images, find_images, index_inspected
 from peft_vit.data.index import ImageIndex, ImagesFile
 from peft_vit.data.pixels import decode_image, to_pixels
+from peft_vit.data.sources.folders import Images, find_images, index_inspected
 
 if TYPE_CHECKING:
     from peft_vit.data.images import HoldoutImages, LabelledImages, check_augmentation, mixed, normalised

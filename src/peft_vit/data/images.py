@@ -14,10 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_vit.config import Augmentation, ColorJitter, Cutmix, Flip, Mixup, RandAugment, RandomResizedCrop, Rotate90
-from peft_vit.errors import UserError
-from peft_vit.seeding import Purpose, numpy_generator, torch_generator
-from peft_vit.tasks import Task
+from peft_vit.base.errors import UserError
+from peft_vit.base.seeding import Purpose, numpy_generator, torch_generator
+from peft_vit.core.config import (
+    Augmentation,
+    ColorJitter,
+    Cutmix,
+    Flip,
+    Mixup,
+    RandAugment,
+    RandomResizedCrop,
+    Rotate90,
+)
+from peft_vit.core.tasks import Task
 
 _Change = Callable[[Tensor, np.ndarray], Tensor]  # of images (B, C, S, S) uint8, by their rows (B,) in the training set
 

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from peft_vit.config import Interpolation
-from peft_vit.errors import CONTROL_CHARACTER, UserError, checked, os_fault
-from peft_vit.safe_io import read_bytes
-from peft_vit.settings import Frozen
-from peft_vit.tasks import CLASSIFICATION, Task
+from peft_vit.base.errors import CONTROL_CHARACTER, UserError, checked, os_fault
+from peft_vit.base.files import read_bytes
+from peft_vit.base.settings import Frozen
+from peft_vit.core.config import Interpolation
+from peft_vit.core.tasks import CLASSIFICATION, Task
 
 _LONGEST_CLASS_NAME = 255
 _REMEDY = "inspect the images again"

@@ -37,9 +37,14 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from peft_vit.config import Interpolation
+from peft_vit.base.errors import DataWarning, UserError
+from peft_vit.base.files import read_bytes
+from peft_vit.base.packages import cache_dir
+from peft_vit.base.seeding import numpy_generator
+from peft_vit.core.config import Interpolation
+from peft_vit.core.tasks import DecidingMetric, Task
+from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, refuse_if_passing
-from peft_vit.data.folders import Images, find_images, is_image
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
@@ -55,14 +60,9 @@ from peft_vit.data.pixels import (
     split_pixels,
     to_pixels,
 )
+from peft_vit.data.sources.folders import Images, find_images, is_image
 from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across, stratified_draw
-from peft_vit.errors import DataWarning, UserError
-from peft_vit.packages import cache_dir
-from peft_vit.records import write_atomically
-from peft_vit.safe_io import read_bytes
-from peft_vit.seeding import numpy_generator
-from peft_vit.tasks import DecidingMetric, Task
-from peft_vit.tasks.classification import LARGEST_IMBALANCE
+from peft_vit.runs.records.storage import write_atomically
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail

@@ -11,16 +11,16 @@ from importlib import import_module
 import numpy as np
 from PIL import Image
 
-from peft_vit.config import DATASETS, USUAL_TASK, DataConfig, licence_of
+from peft_vit.base.errors import UserError
+from peft_vit.base.packages import no_downloads
+from peft_vit.core.config import DATASETS, USUAL_TASK, DataConfig, licence_of
+from peft_vit.core.records import RunRecord
+from peft_vit.core.tasks import CLASSIFICATION, TASKS, Task
 from peft_vit.data.images import HoldoutImages, LabelledImages
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.inspect import image_warnings
 from peft_vit.data.pixels import on_white, split_pixels
 from peft_vit.data.splits import make_splits
-from peft_vit.errors import UserError
-from peft_vit.packages import no_downloads
-from peft_vit.records import RunRecord
-from peft_vit.tasks import CLASSIFICATION, TASKS, Task
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
@@ -91,7 +91,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     Raises:
         UserError: if it is not there, broken, has fewer than two classes, or one that could not be printed.
     """
-    sources = import_module(f"peft_vit.data.{DATASETS[config.dataset].module}").SOURCES
+    sources = import_module(f"peft_vit.data.sources.{DATASETS[config.dataset].module}").SOURCES
     index = replace(
         _made_up(config) if smoke else sources[config.dataset](config),
         name=config.dataset,

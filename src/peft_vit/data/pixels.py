@@ -38,12 +38,12 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from peft_vit.config import Interpolation
+from peft_vit.base.errors import UserError, foreign_fault
+from peft_vit.base.extras import missing_packages, require_extra
+from peft_vit.base.packages import cache_dir
+from peft_vit.core.config import Interpolation
 from peft_vit.data.files import in_threads, new_in_cache
 from peft_vit.data.index import ImageIndex
-from peft_vit.errors import UserError, foreign_fault
-from peft_vit.extras import missing_packages, require_extra
-from peft_vit.packages import cache_dir
 
 FORMAT_VERSION = 3  # raise when a reader, the resizing or the layout changes
 _log = logging.getLogger(__name__)

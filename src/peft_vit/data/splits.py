@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peft_vit.config import DataConfig
+from peft_vit.base.errors import DataWarning, UserError
+from peft_vit.base.seeding import Purpose, numpy_generator
+from peft_vit.core.config import DataConfig
 from peft_vit.data.index import ImageIndex
-from peft_vit.errors import DataWarning, UserError
-from peft_vit.seeding import Purpose, numpy_generator
 
 _NAMED = 3  # classes in a warning
 SIDES = ("training", "validation", "test")

@@ -20,21 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from peft_vit.adapters import (
-    adapted_sites,
-    adapter_bytes,
-    packed_weights,
-    update_ranks,
-    use_float_products,
-    use_integer_products,
-    with_float_products,
-)
-from peft_vit.adapters.peft_format import doubts_about, peft_sha256
-from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
-from peft_vit.config import QaLoraConfig
-from peft_vit.data import Data, LabelledImages, load_data
-from peft_vit.errors import (
+from peft_vit.base.errors import (
     DataWarning,
     DivergedError,
     SilentNoEffectWarning,
@@ -44,20 +30,31 @@ from peft_vit.errors import (
     one_line,
     printable,
 )
-from peft_vit.evaluation import (
+from peft_vit.core.adapters import (
+    adapted_sites,
+    adapter_bytes,
+    packed_weights,
+    update_ranks,
+    use_float_products,
+    use_integer_products,
+    with_float_products,
+)
+from peft_vit.core.adapters.footprint import (
     MemoryWatch,
     frozen_bytes,
     give_memory_back,
     head_parameters,
-    predict,
-    predict_with_middle,
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.quantization.integers import Product
-from peft_vit.records import (
+from peft_vit.core.adapters.peft_format import doubts_about, peft_sha256
+from peft_vit.core.adapters.peft_tuner import load_peft
+from peft_vit.core.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
+from peft_vit.core.config import QaLoraConfig
+from peft_vit.core.methods import METHODS, PrepareContext
+from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
+from peft_vit.core.quantization.integers import Product
+from peft_vit.core.records import (
     BitAllocation,
     ByteCounts,
     Failure,
@@ -69,19 +66,7 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
-from peft_vit.runs import kept_products
-from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.held_out import Outputs, calibration_of, known_images
-from peft_vit.runs.machine import (
-    cpu_count,
-    hash_arrays,
-    loaded_git_state,
-    package_versions,
-    processor_name,
-    resolve_device,
-)
-from peft_vit.runs.removal_and_latency import take_measures
-from peft_vit.training import (
+from peft_vit.core.training import (
     Calibration,
     CheckpointKeeper,
     Checkpoints,
@@ -101,6 +86,20 @@ from peft_vit.training import (
     steps_per_epoch,
     train,
 )
+from peft_vit.core.training.metrics import predict, predict_with_middle
+from peft_vit.data import Data, LabelledImages, load_data
+from peft_vit.runs import kept_products
+from peft_vit.runs.head_init import SharedFeatures, init_head
+from peft_vit.runs.held_out import Outputs, calibration_of, known_images
+from peft_vit.runs.machine import (
+    cpu_count,
+    hash_arrays,
+    loaded_git_state,
+    package_versions,
+    processor_name,
+    resolve_device,
+)
+from peft_vit.runs.removal_and_latency import take_measures
 
 OnProgress = Callable[[Progress], None]
 # What a record keeps of the warnings.

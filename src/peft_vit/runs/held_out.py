@@ -9,24 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.backbones import BackboneShape
-from peft_vit.data import Data, LabelledImages, stratified_draw
-from peft_vit.deployment.known_images import neighbours_bytes, read_neighbours
-from peft_vit.errors import UserError, os_fault
-from peft_vit.evaluation import calibrate
-from peft_vit.records import (
-    FEATURES_FILE,
-    FEWEST_HELD_OUT,
-    RECORD_FILE,
-    Calibrated,
-    Decision,
-    RunRecord,
-    TestedCalibration,
-    Unlike,
-)
-from peft_vit.safe_io import sha256_of
-from peft_vit.seeding import numpy_generator
-from peft_vit.statistics import (
+from peft_vit.base.errors import UserError, os_fault
+from peft_vit.base.files import sha256_of
+from peft_vit.base.seeding import numpy_generator
+from peft_vit.base.statistics import (
     Neighbours,
     TemperaturePrior,
     class_scores,
@@ -34,7 +20,13 @@ from peft_vit.statistics import (
     prediction_sets,
     probabilities,
 )
-from peft_vit.tasks import SHOWN, Labels, Task
+from peft_vit.core.backbones import BackboneShape
+from peft_vit.core.records import FEWEST_HELD_OUT, Calibrated, Decision, RunRecord, TestedCalibration, Unlike
+from peft_vit.core.tasks import SHOWN, Labels, Task
+from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.data import Data, LabelledImages, stratified_draw
+from peft_vit.runs.known_images import neighbours_bytes, read_neighbours
+from peft_vit.runs.records.storage import FEATURES_FILE, RECORD_FILE
 
 MOST_KNOWN = 2000  # training images whose features are kept
 LIKE = 0.95  # share of images like the held-out ones that are not flagged

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_vit.config import Library, Precision, PrecisionSetting
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import Library, Precision, PrecisionSetting
 
 _PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
 _CPUINFO = Path("/proc/cpuinfo")

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, merge_into_offsets, update_ranks
-from peft_vit.backbones import LoadedBackbone, choose_attention
+from peft_vit.base.errors import SilentNoEffectWarning
+from peft_vit.base.seeding import numpy_generator
+from peft_vit.core.adapters import adapted_modules, merge_into_offsets, update_ranks
+from peft_vit.core.backbones import LoadedBackbone, choose_attention
+from peft_vit.core.records import AdapterRemoval, RunSpec
+from peft_vit.core.tasks import CLASSIFICATION, Task
+from peft_vit.core.training import Overhead, RuntimeConfig
+from peft_vit.core.training.metrics import forward_s, measure_ablation
 from peft_vit.data import Data, LabelledImages, stratified_draw
-from peft_vit.deployment import merge
-from peft_vit.errors import SilentNoEffectWarning
-from peft_vit.evaluation import forward_s, measure_ablation
-from peft_vit.records import AdapterRemoval, RunSpec
-from peft_vit.runs.restore import model_card
-from peft_vit.seeding import numpy_generator
-from peft_vit.tasks import CLASSIFICATION, Task
-from peft_vit.training import Overhead, RuntimeConfig
+from peft_vit.deploy import merge
+from peft_vit.deploy.restore import model_card
 
 _BATCH = 32  # images of a forward pass without an update
 

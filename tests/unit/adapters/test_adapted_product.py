@@ -12,7 +12,8 @@ from tiny_models import loose_site
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import (
     AdaptedLinear,
     SiteAdapter,
     adapted_product,
@@ -20,10 +21,9 @@ from peft_vit.adapters import (
     merged_state_dict,
     save_memory,
 )
-from peft_vit.adapters.adapted_product import FrozenWeight
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.core.adapters.adapted_product import FrozenWeight
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, quantize
 
 pytestmark = pytest.mark.part("quantization")
 IN, HEAD, SCALE = 32, 8, 1.7

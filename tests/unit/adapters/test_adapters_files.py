@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_vit.adapters import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import (
     adapted_modules,
     adapter_bytes,
     attach_adapters,
@@ -17,10 +18,9 @@ from peft_vit.adapters import (
     set_ranks,
     trained_tensors,
 )
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
-from peft_vit.evaluation import trainable_parameters
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.core.adapters.footprint import trainable_parameters
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, quantize
 
 FORM = {"scale": 2.0, "parametrization": "product", "pool": 1}
 

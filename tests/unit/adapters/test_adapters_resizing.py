@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, check_resizable, current_ranks, resize_adapters, site_adapters
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
-from peft_vit.evaluation import optimizer_bytes, trainable_parameters
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import attach_adapters, check_resizable, current_ranks, resize_adapters, site_adapters
+from peft_vit.core.adapters.footprint import optimizer_bytes, trainable_parameters
+from peft_vit.core.backbones import find_sites
 
 pytestmark = pytest.mark.part("controller")
 OPTIMIZERS = {

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_vit.adapters import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import (
     SiteAdapter,
     adapter_bytes,
     attach_adapters,
@@ -14,8 +15,7 @@ from peft_vit.adapters import (
     merged_state_dict,
     site_adapters,
 )
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
+from peft_vit.core.backbones import find_sites
 
 WIDTH, RANK = 384, 8
 

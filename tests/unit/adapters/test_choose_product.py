@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from peft_vit.adapters import products
-from peft_vit.adapters.products import SLOW, ProductTimes, measure_products
-from peft_vit.errors import UserError
-from peft_vit.quantization.integers import Product
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import products
+from peft_vit.core.adapters.products import SLOW, ProductTimes, measure_products
+from peft_vit.core.quantization.integers import Product
 
 CPU = torch.device("cpu")
 LOOP, PACKED = Product("int_mm", 8), Product("qlinear", 7)

@@ -11,16 +11,16 @@ import torch
 from tiny_models import loose_site
 from torch import nn
 
-from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
-from peft_vit.adapters import integer_product as integer_product_module
-from peft_vit.adapters.adapted_model import use_integer_products
-from peft_vit.adapters.adapted_product import remember_sources
-from peft_vit.adapters.integer_product import integer_product
-from peft_vit.adapters.products import product_here
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.quantization.integers import IntegerWeight, Product, exact_products, quantize_rows
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
+from peft_vit.core.adapters import integer_product as integer_product_module
+from peft_vit.core.adapters.adapted_model import use_integer_products
+from peft_vit.core.adapters.adapted_product import remember_sources
+from peft_vit.core.adapters.integer_product import integer_product
+from peft_vit.core.adapters.products import product_here
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, quantize
+from peft_vit.core.quantization.integers import IntegerWeight, Product, exact_products, quantize_rows
 
 SPANS = (slice(0, 24), slice(40, 64))
 

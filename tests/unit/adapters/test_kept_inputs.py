@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from peft_vit.adapters import (
+from peft_vit.core.adapters import (
     AdaptedLinear,
     SiteAdapter,
     adapted_modules,
@@ -20,9 +20,9 @@ from peft_vit.adapters import (
     attach_adapters,
     site_adapters,
 )
-from peft_vit.adapters.adapted_product import remember_sources, source_of
-from peft_vit.backbones import find_sites
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.core.adapters.adapted_product import remember_sources, source_of
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, quantize
 
 pytestmark = pytest.mark.part("trainer")
 WIDTH = 64

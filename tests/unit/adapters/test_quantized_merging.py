@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from peft_vit.adapters import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import (
     AdaptedLinear,
     adapted_modules,
     attach_adapters,
@@ -21,10 +22,9 @@ from peft_vit.adapters import (
     packed_weights,
     site_adapters,
 )
-from peft_vit.backbones import find_sites
-from peft_vit.config import NUMBER_FORMATS
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, code_values, quantize
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import NUMBER_FORMATS
+from peft_vit.core.quantization import QuantizationFormat, code_values, quantize
 
 pytestmark = pytest.mark.part("quantization")
 SCALE = 1.7

@@ -8,12 +8,12 @@ import torch
 from tiny_models import TINY_EVAS, random_model
 from torch.nn import functional as F
 
-from peft_vit.allocation import loss_prediction
-from peft_vit.allocation.loss_prediction import fit_head, layer_losses, rank_gains
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.seeding import torch_generator
+from peft_vit.base.errors import UserError
+from peft_vit.base.seeding import torch_generator
+from peft_vit.core.allocation import loss_prediction
+from peft_vit.core.allocation.loss_prediction import fit_head, layer_losses, rank_gains
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, quantize
 
 pytestmark = pytest.mark.part("quantization")
 FORMATS = [QuantizationFormat(type, 16, True, torch.float16) for type in ("int2", "int4", "int8")]

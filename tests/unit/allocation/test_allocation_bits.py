@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.training.adaptive_bits import choose
+from peft_vit.core.training.adaptive_bits import choose
 
 pytestmark = pytest.mark.part("quantization")
 GROUP = st.integers(1, 4).flatmap(

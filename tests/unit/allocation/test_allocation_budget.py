@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.allocation import Bounds, BudgetSchedule, bounds_for, costs_for, largest_ranks, schedule_for
-from peft_vit.backbones import Site
-from peft_vit.config import AdaLoraConfig
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.allocation import Bounds, BudgetSchedule, bounds_for, costs_for, largest_ranks, schedule_for
+from peft_vit.core.backbones import Site
+from peft_vit.core.config import AdaLoraConfig
 
 pytestmark = pytest.mark.part("controller")
 

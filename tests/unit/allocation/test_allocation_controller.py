@@ -10,8 +10,8 @@ from allocation_runs import config, scored, start, train, train_step
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from peft_vit.adapters import current_ranks, site_adapters
-from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.base.errors import SilentNoEffectWarning, UserError
+from peft_vit.core.adapters import current_ranks, site_adapters
 
 pytestmark = pytest.mark.part("controller")
 STRATEGIES = ("proportional", "threshold", "top_k", "global")

@@ -9,12 +9,12 @@ import torch
 from allocation_runs import config
 from torch.nn import functional as F
 
-from peft_vit.adapters import SiteAdapter, attach_adapters, merged_state_dict, site_adapters
-from peft_vit.allocation import AdaLoRAController, ImportanceTracker, check_fisher
-from peft_vit.allocation.importance import mean_per_triplet
-from peft_vit.backbones import find_sites
-from peft_vit.config import METRICS
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import SiteAdapter, attach_adapters, merged_state_dict, site_adapters
+from peft_vit.core.allocation import AdaLoRAController, ImportanceTracker, check_fisher
+from peft_vit.core.allocation.importance import mean_per_triplet
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import METRICS
 
 pytestmark = pytest.mark.part("importance analysis")
 BETA1, BETA2, RANK = 0.85, 0.7, 3

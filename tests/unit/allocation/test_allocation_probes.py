@@ -6,11 +6,11 @@ import torch
 from allocation_runs import backward, config, scored, start, train, train_step
 from torch.nn import functional as F
 
-from peft_vit.adapters import GradientProbe, current_ranks, merged_state_dict, set_ranks, site_adapters
-from peft_vit.allocation import AdaLoRAController
-from peft_vit.allocation.importance import PROBE_TRIPLETS, attach_probes, probed_scores, take_probes
-from peft_vit.backbones import find_sites
-from peft_vit.evaluation import trainable_parameters
+from peft_vit.core.adapters import GradientProbe, current_ranks, merged_state_dict, set_ranks, site_adapters
+from peft_vit.core.adapters.footprint import trainable_parameters
+from peft_vit.core.allocation import AdaLoRAController
+from peft_vit.core.allocation.importance import PROBE_TRIPLETS, attach_probes, probed_scores, take_probes
+from peft_vit.core.backbones import find_sites
 
 pytestmark = pytest.mark.part("importance analysis")
 
@@ -145,7 +145,7 @@ def test_the_site_with_the_largest_gradient_comes_back(tiny_vit, batch) -> None:
         ({"total_rank_budget": 13, "minimum_rank": 1}, []),  # no site is without rank
     ],
 )
-@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+@pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning")
 def test_steps_are_probed_that_lead_to_a_decision_of_which_something_can_come(
     tiny_vit, batch, settings, probed
 ) -> None:

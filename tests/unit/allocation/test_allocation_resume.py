@@ -10,8 +10,8 @@ from safetensors.torch import load, save
 from torch.utils._pytree import tree_map
 
 from peft_vit import AdaLoRAController
-from peft_vit.adapters import current_ranks, set_ranks, site_adapters
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import current_ranks, set_ranks, site_adapters
 
 pytestmark = pytest.mark.part("controller")
 STEPS = 12

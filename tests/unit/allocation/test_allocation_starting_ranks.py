@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters
-from peft_vit.allocation import CalibrationBatch, check_starting_ranks, choose_starting_ranks
-from peft_vit.backbones import Site, find_sites
-from peft_vit.config import StartingRanksConfig
-from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.base.errors import SilentNoEffectWarning, UserError
+from peft_vit.core.adapters import attach_adapters
+from peft_vit.core.allocation import CalibrationBatch, check_starting_ranks, choose_starting_ranks
+from peft_vit.core.backbones import Site, find_sites
+from peft_vit.core.config import StartingRanksConfig
 
 pytestmark = pytest.mark.part("controller")
 IMAGES = 18  # batches of 8, 8 and 2

@@ -8,8 +8,8 @@ from covering_pairs import covering_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.allocation import Bounds, allocate
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.allocation import Bounds, allocate
 
 pytestmark = pytest.mark.part("controller")
 STRATEGIES = ("proportional", "threshold", "top_k", "global")

@@ -7,8 +7,8 @@ from covering_pairs import covering_pairs
 from tiny_models import random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_vit.adapters import adapted_modules, current_ranks, site_adapters
-from peft_vit.backbones import find_sites
+from peft_vit.core.adapters import adapted_modules, current_ranks, site_adapters
+from peft_vit.core.backbones import find_sites
 
 pytestmark = pytest.mark.part("controller")
 STRATEGIES = ("proportional", "threshold", "top_k", "global")
@@ -51,7 +51,7 @@ def counted(model, images, unit: str) -> int:
     return total
 
 
-@pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")
+@pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning")
 @pytest.mark.parametrize(
     ("strategy", "metric", "unit", "parametrization"),
     [

@@ -9,10 +9,10 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis.across import POOL_KINDS, Across, compare_studies, differences, load_across, parse_pool
-from peft_vit.analysis.studies import Run, Study
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord
+from peft_vit.base.errors import UserError
+from peft_vit.core.records import RunRecord
+from peft_vit.lab.analysis.across import POOL_KINDS, Across, compare_studies, differences, load_across, parse_pool
+from peft_vit.lab.analysis.studies import Run, Study
 
 EXPERIMENTS = planted.experiments()
 N_TEST = 100_000

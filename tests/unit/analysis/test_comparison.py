@@ -1,9 +1,9 @@
 import planted
 import pytest
 
-from peft_vit.analysis import Study, analyze, compare_all
-from peft_vit.analysis.comparison import all_pairs, references
-from peft_vit.records import RunRecord
+from peft_vit.core.records import RunRecord
+from peft_vit.lab.analysis import Study, analyze, compare_all
+from peft_vit.lab.analysis.comparison import all_pairs, references
 
 EXPERIMENTS = planted.experiments()
 

@@ -6,11 +6,11 @@ from typing import Any
 import planted
 import pytest
 
-from peft_vit.analysis.recommendation import Limits, Recommendation, exported_latency, recommend
-from peft_vit.analysis.studies import Study
-from peft_vit.errors import UserError
-from peft_vit.records import BenchRow, RunRecord
-from peft_vit.report.printed_tables import recommendation_blocks
+from peft_vit.base.errors import UserError
+from peft_vit.core.records import BenchRow, RunRecord
+from peft_vit.lab.analysis.recommendation import Limits, Recommendation, exported_latency, recommend
+from peft_vit.lab.analysis.studies import Study
+from peft_vit.lab.report.printed_tables import recommendation_blocks
 
 EXPERIMENTS = planted.experiments()
 BEST, SMALL, WORSE = "lora_r8", "qa_lora_8bit_int8_linear", "qa_lora_4bit_fp4_cosine"

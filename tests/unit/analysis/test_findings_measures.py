@@ -7,12 +7,12 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis.convergence import late_loss_deviation, roughness
-from peft_vit.analysis.evidence import Evidence
-from peft_vit.analysis.findings import Finding, find
-from peft_vit.config import ExperimentConfig
-from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord
-from peft_vit.statistics import gini, normalized_entropy
+from peft_vit.base.statistics import gini, normalized_entropy
+from peft_vit.core.config import ExperimentConfig
+from peft_vit.core.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord
+from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness
+from peft_vit.lab.analysis.evidence import Evidence
+from peft_vit.lab.analysis.findings import Finding, find
 
 pytestmark = pytest.mark.part("analyzer")
 

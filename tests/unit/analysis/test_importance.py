@@ -7,15 +7,15 @@ import planted
 import pytest
 from scipy import stats
 
-from peft_vit.analysis.layers import (
+from peft_vit.core.records import ImportanceEntry, RunRecord, SiteInfo
+from peft_vit.lab.analysis.layers import (
     ImportancePattern,
     importance_patterns,
     kendalls_w,
     seed_agreements,
     study_agreements,
 )
-from peft_vit.records import ImportanceEntry, RunRecord, SiteInfo
-from peft_vit.report.heatmaps import importance_maps
+from peft_vit.lab.report.heatmaps import importance_maps
 
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]

@@ -5,10 +5,10 @@ import math
 import planted
 import pytest
 
-from peft_vit.analysis.layers import Allocation, allocations, moved_ranks
-from peft_vit.analysis.quantization import QuantizationImpact, layers_bits, quantization_impacts
-from peft_vit.config import ExperimentConfig
-from peft_vit.records import RankEntry, RunRecord
+from peft_vit.core.config import ExperimentConfig
+from peft_vit.core.records import RankEntry, RunRecord
+from peft_vit.lab.analysis.layers import Allocation, allocations, moved_ranks
+from peft_vit.lab.analysis.quantization import QuantizationImpact, layers_bits, quantization_impacts
 
 EXPERIMENTS = planted.experiments()
 ADALORA, LORA = EXPERIMENTS["adalora_proportional_magnitude"], EXPERIMENTS["lora_r8"]

@@ -5,9 +5,9 @@ import planted
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision_score, recall_score
 
-from peft_vit.analysis.model_quality import IN_A_BIN, MOST_BINS, ModelQuality, model_quality
-from peft_vit.records import Predictions, RunRecord
-from peft_vit.statistics import proportion_interval
+from peft_vit.base.statistics import proportion_interval
+from peft_vit.core.records import Predictions, RunRecord
+from peft_vit.deploy.page.model_quality import IN_A_BIN, MOST_BINS, ModelQuality, model_quality
 
 NAMES = ["ant", "bee", "cat", "dog"]
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_vit.analysis import method_results
-from peft_vit.analysis.comparison import Front, fronts, pareto_front
-from peft_vit.records import RunRecord
+from peft_vit.core.records import RunRecord
+from peft_vit.lab.analysis import method_results
+from peft_vit.lab.analysis.comparison import Front, fronts, pareto_front
 
 EXPERIMENTS = planted.experiments()
 

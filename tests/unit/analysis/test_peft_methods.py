@@ -5,13 +5,13 @@ from typing import Any
 import planted
 import pytest
 
-from peft_vit.analysis import Analysis, analyze
-from peft_vit.analysis.comparison import references
-from peft_vit.analysis.layers import Grid
-from peft_vit.analysis.studies import Study
-from peft_vit.config import ExperimentConfig
-from peft_vit.records import RankEntry, RunRecord, SiteInfo
-from peft_vit.report.build import study_documents
+from peft_vit.core.config import ExperimentConfig
+from peft_vit.core.records import RankEntry, RunRecord, SiteInfo
+from peft_vit.lab.analysis import Analysis, analyze
+from peft_vit.lab.analysis.comparison import references
+from peft_vit.lab.analysis.layers import Grid
+from peft_vit.lab.analysis.studies import Study
+from peft_vit.lab.report.build import study_documents
 
 SITES = [  # fused, as PEFT sees them
     SiteInfo(name=f"blocks.{block}.{matrix}", block=block, matrix=matrix, in_features=inward, out_features=outward)

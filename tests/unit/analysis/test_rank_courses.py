@@ -4,8 +4,8 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis.layers import allocations, overlap, settled_step
-from peft_vit.records import RankEntry
+from peft_vit.core.records import RankEntry
+from peft_vit.lab.analysis.layers import allocations, overlap, settled_step
 
 ADALORA = planted.experiments()["adalora_proportional_magnitude"]
 NAMES = [site.name for site in planted.sites()]

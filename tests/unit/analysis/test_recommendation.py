@@ -9,14 +9,14 @@ import pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from peft_vit.analysis.comparison import ALPHA, Question, decide
-from peft_vit.analysis.evidence import estimated
-from peft_vit.analysis.recommendation import Limits, Recommendation, needed_pairs, recommend, smallest_that_exists
-from peft_vit.analysis.studies import choose_study
+from peft_vit.base.errors import UserError
 from peft_vit.cli.study_commands import RecommendRequest
-from peft_vit.config import bytes_of
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord
+from peft_vit.core.config import bytes_of
+from peft_vit.core.records import RunRecord
+from peft_vit.lab.analysis.comparison import ALPHA, Question, decide
+from peft_vit.lab.analysis.evidence import estimated
+from peft_vit.lab.analysis.recommendation import Limits, Recommendation, needed_pairs, recommend, smallest_that_exists
+from peft_vit.lab.analysis.studies import choose_study
 
 EXPERIMENTS = planted.experiments()
 BEST, THIRD, TINY = "lora_r8", "qa_lora_8bit_int8_linear", "qa_lora_4bit_fp4_cosine"

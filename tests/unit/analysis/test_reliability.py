@@ -8,7 +8,9 @@ import planted
 import pytest
 from sklearn.metrics import brier_score_loss
 
-from peft_vit.analysis.reliability import (
+from peft_vit.core.records import Predictions, RunRecord
+from peft_vit.core.tasks.classification import expected_calibration_error
+from peft_vit.lab.analysis.reliability import (
     MEASURES,
     OVERCONFIDENCE,
     Bin,
@@ -17,8 +19,6 @@ from peft_vit.analysis.reliability import (
     equal_count_bins,
     equal_width_bins,
 )
-from peft_vit.records import Predictions, RunRecord
-from peft_vit.tasks.classification import expected_calibration_error
 
 EXPERIMENTS = planted.experiments()
 

@@ -9,10 +9,11 @@ import planted
 import pytest
 from unfinished import BAD, EXPERIMENTS, GOOD, attempt, planned, results_with
 
-from peft_vit.analysis import load_studies, read_results
-from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, read_records
-from peft_vit.records.progress import PROGRESS_FILE, study_lock
+from peft_vit.base.errors import UserError
+from peft_vit.lab.analysis import load_studies, read_results
+from peft_vit.runs.records.progress import PROGRESS_FILE, study_lock
+from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.records.storage import RECORD_FILE
 
 
 def spoiled(change: Callable[[dict], object]) -> bytes:

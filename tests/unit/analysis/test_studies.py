@@ -1,8 +1,8 @@
 import planted
 import pytest
 
-from peft_vit.analysis import load_studies
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.lab.analysis import load_studies
 
 EXPERIMENTS = planted.experiments()
 

@@ -4,9 +4,10 @@ from typing import Any
 import planted
 import pytest
 
-from peft_vit.analysis.study_yaml import study_yaml
-from peft_vit.config import METHOD_KINDS, StudyConfig, load_study, study_from_mapping
-from peft_vit.records import RunSpec, read_record, write_record
+from peft_vit.core.config import METHOD_KINDS, StudyConfig, load_study, study_from_mapping
+from peft_vit.core.records import RunSpec
+from peft_vit.lab.analysis.study_yaml import study_yaml
+from peft_vit.runs.records.storage import read_record, write_record
 
 ADALORA = {
     "total_rank_budget": 288,

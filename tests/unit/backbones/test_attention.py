@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from peft_vit.backbones import choose_attention
+from peft_vit.core.backbones import choose_attention
 
 
 def vit(image_size: int) -> nn.Module:

@@ -10,9 +10,9 @@ import timm
 import torch
 from torch.overrides import TorchFunctionMode
 
-from peft_vit.backbones import MODELS, Architecture, Backbone, describe, native_size, size_step_of
-from peft_vit.backbones.catalog import build_model, create_skeleton
-from peft_vit.config import BackboneConfig
+from peft_vit.core.backbones import MODELS, Architecture, Backbone, describe, native_size, size_step_of
+from peft_vit.core.backbones.catalog import build_model, create_skeleton
+from peft_vit.core.config import BackboneConfig
 
 ROWS = Path(__file__).parents[3] / "benchmarks" / "results" / "backbones.csv"
 LISTED = {

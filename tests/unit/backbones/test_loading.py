@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from peft_vit.backbones import Architecture, LoadedBackbone, load_backbone
-from peft_vit.backbones.catalog import create_model
-from peft_vit.config import BackboneConfig
+from peft_vit.core.backbones import Architecture, LoadedBackbone, load_backbone
+from peft_vit.core.backbones.catalog import create_model
+from peft_vit.core.config import BackboneConfig
 
 RANDOM = BackboneConfig(model="test_vit", weights="random")
 

@@ -6,13 +6,13 @@ import torch
 from tiny_models import random_model
 from torch import nn
 
-from peft_vit.adapters import attach_adapters, current_ranks
-from peft_vit.backbones import Architecture, Backbone, describe, find_sites
-from peft_vit.backbones.catalog import build_model
-from peft_vit.backbones.families.by_tokens import on_tokens
-from peft_vit.config import BackboneConfig
-from peft_vit.deployment.check import check_architecture
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import attach_adapters, current_ranks
+from peft_vit.core.backbones import Architecture, Backbone, describe, find_sites
+from peft_vit.core.backbones.catalog import build_model
+from peft_vit.core.backbones.families.by_tokens import on_tokens
+from peft_vit.core.config import BackboneConfig
+from peft_vit.deploy.measures.check import check_architecture
 
 
 def shape_of(name: str, image_size: int):

@@ -8,8 +8,8 @@ import torch
 from tiny_models import random_model
 from torch import nn
 
-from peft_vit.backbones import Site, find_sites
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.backbones import Site, find_sites
 
 TINY = "test_vit"  # timm's smallest: width 64, 6 blocks, 2 heads
 MODELS = {  # matrices of an MLP, and tokens that are no patches

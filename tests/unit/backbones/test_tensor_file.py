@@ -16,13 +16,13 @@ from qa_lora_settings import config
 from safetensors.torch import save_file
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapted_modules
-from peft_vit.backbones import load_backbone
-from peft_vit.backbones import weights as tensor_file
-from peft_vit.backbones.weights import TensorFile
-from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
-from peft_vit.training import qa_lora, quantized_layers
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import adapted_modules
+from peft_vit.core.backbones import load_backbone
+from peft_vit.core.backbones import weights as tensor_file
+from peft_vit.core.backbones.weights import TensorFile
+from peft_vit.core.config import BackboneConfig
+from peft_vit.core.training import qa_lora, quantized_layers
 
 SETTINGS = config(rank=2)
 LAYERS = 4 * 6  # of test_vit: query, key and value in one, out, fc1, fc2

@@ -7,10 +7,10 @@ import torch
 from tiny_models import TINY_EVAS, TINY_FAMILIES, random_model
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, site_adapters
-from peft_vit.backbones import Architecture, find_sites
-from peft_vit.backbones.catalog import create_skeleton
-from peft_vit.config import MATRICES
+from peft_vit.core.adapters import attach_adapters, site_adapters
+from peft_vit.core.backbones import Architecture, find_sites
+from peft_vit.core.backbones.catalog import create_skeleton
+from peft_vit.core.config import MATRICES
 
 
 @pytest.mark.parametrize("name", ["tiny_eva02", "tiny_eva02_fused"])

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch.torch_version import TorchVersion
 
-from peft_vit.backbones import Architecture, check_weights, load_backbone
-from peft_vit.backbones.catalog import create_model
-from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
-from peft_vit.safe_io import sha256_of
+from peft_vit.base.errors import UserError
+from peft_vit.base.files import sha256_of
+from peft_vit.core.backbones import Architecture, check_weights, load_backbone
+from peft_vit.core.backbones.catalog import create_model
+from peft_vit.core.config import BackboneConfig
 
 Tensors = dict[str, torch.Tensor]
 
@@ -201,7 +201,7 @@ def test_another_hash_or_a_file_that_cannot_be_read(
         with pytest.raises(UserError, match=r"the configuration expects 0000") as caught:
             refuse(_file(tmp_path / "w.safetensors", "0" * 64))
         assert caught.value.field == "backbone.sha256"
-    monkeypatch.setattr("peft_vit.backbones.weights.sha256_of", denied)
+    monkeypatch.setattr("peft_vit.core.backbones.weights.sha256_of", denied)
     with pytest.raises(UserError, match=r"w\.safetensors: backbone\.file: can't be read \(Permission denied\)"):
         check_weights(_file(tmp_path / "w.safetensors"))
 

@@ -10,8 +10,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import peft_vit.config
-from peft_vit.config import (
+import peft_vit.core.config
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import (
     DEFAULT_MODEL,
     MATRICES,
     AdaLoraConfig,
@@ -25,11 +26,10 @@ from peft_vit.config import (
     named_backbone,
     study_from_mapping,
 )
-from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("configuration")
 
-EXAMPLES = Path(peft_vit.config.__file__).parent / "examples"
+EXAMPLES = Path(peft_vit.core.config.__file__).parent / "examples"
 VALID = """\
 name: tiny
 seeds: [0, 1]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peft_vit.config import METHOD_KINDS, QaLoraConfig, load_study
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import METHOD_KINDS, QaLoraConfig, load_study
 
 pytestmark = pytest.mark.part("configuration")
 

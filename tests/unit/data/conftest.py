@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peft_vit.config import DataConfig
+from peft_vit.core.config import DataConfig
 
 
 @pytest.fixture(autouse=True)

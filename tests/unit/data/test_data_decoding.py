@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from written_images import encoded, png_by_hand, png_of, tiff_of
 
+from peft_vit.base.errors import UserError
 from peft_vit.data import decode_image, to_pixels
-from peft_vit.errors import UserError
 
 WHITE = 255
 

@@ -14,12 +14,12 @@ from scipy.signal import convolve2d
 from scipy.sparse.csgraph import connected_components
 from written_images import save
 
-from peft_vit.config import DataConfig
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import DataConfig
 from peft_vit.data import image_warnings, load_data, make_splits, open_index
 from peft_vit.data import inspect as duplicates
-from peft_vit.data.packaged import read_idx
+from peft_vit.data.sources.packaged import read_idx
 from peft_vit.data.splits import crossing
-from peft_vit.errors import UserError
 
 
 @cache

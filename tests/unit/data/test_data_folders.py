@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from written_images import save
 
+from peft_vit.base.errors import UserError
 from peft_vit.data import open_index
 from peft_vit.data.files import files_below
-from peft_vit.errors import UserError
 
 
 def paint(file, value=(10, 20, 30), size=(20, 16), **options):

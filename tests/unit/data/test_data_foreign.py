@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from written_images import encoded, png_by_hand
 
+from peft_vit.base.errors import UserError
 from peft_vit.data import decode_image, find_images, open_index
-from peft_vit.data import folders as folders_module
-from peft_vit.data.packaged import CIFAR10, read_idx
-from peft_vit.errors import UserError
+from peft_vit.data.sources import folders as folders_module
+from peft_vit.data.sources.packaged import CIFAR10, read_idx
 
 MIB = 1 << 20
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from peft_vit.config import DATASETS
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import DATASETS
 from peft_vit.data import decode_image, image_warnings, load_data, make_splits, open_index, thumbnails
-from peft_vit.data import hf as hub_module
-from peft_vit.errors import UserError
+from peft_vit.data.sources import hf as hub_module
 
 datasets = pytest.importorskip("datasets")
 CLASSES = ("cat", "dog")
@@ -92,9 +92,9 @@ FORMS = {
 def test_forms(form, hf, tmp_path, monkeypatch):
     made = {"train": labelled(6), "test": labelled(2, 50)}
     path = FORMS[form](tmp_path, made)
-    monkeypatch.setattr("peft_vit.data.hf.decode_image", lambda *_: pytest.fail("nothing is decoded yet"))
+    monkeypatch.setattr("peft_vit.data.sources.hf.decode_image", lambda *_: pytest.fail("nothing is decoded yet"))
     index = hf(path)
-    monkeypatch.setattr("peft_vit.data.hf.decode_image", decode_image)
+    monkeypatch.setattr("peft_vit.data.sources.hf.decode_image", decode_image)
     assert index.name == "hf"
     assert index.class_names == CLASSES
     order = np.argsort([level(index, i) for i in range(8)])  # a folder's images lie class by class
@@ -122,7 +122,7 @@ def test_a_single_parquet_file_is_read_anew_if_it_has_changed(hf, tmp_path, monk
     assert before.official_test is None
     assert [level(before, i) for i in range(4)] == [0, 1, 2, 3]
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.data.hf._digests", lambda *_: pytest.fail("hashed again"))
+        patch.setattr("peft_vit.data.sources.hf._digests", lambda *_: pytest.fail("hashed again"))
         assert hf(file).sha256 == before.sha256
     labelled(4, 9).to_parquet(str(file))
     os.utime(file, (1, 1))

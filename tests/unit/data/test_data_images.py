@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import normalize
 
-from peft_vit.config import AUGMENTATION_OF_FLIPS
+from peft_vit.core.config import AUGMENTATION_OF_FLIPS
 from peft_vit.data import HoldoutImages, LabelledImages
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)

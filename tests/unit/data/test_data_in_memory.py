@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from peft_vit.base.errors import UserError
 from peft_vit.data import decode_image, find_images
-from peft_vit.data.in_memory import held_images, write_table
-from peft_vit.errors import UserError
+from peft_vit.data.sources.in_memory import held_images, write_table
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
 LABELS = [1, 0, 1, 0]

@@ -13,14 +13,14 @@ from golden import check_golden
 from PIL import Image
 from written_images import save
 
-from peft_vit.config import DataConfig
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import DataConfig
+from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.data import files as files_module
 from peft_vit.data import images_file, inspect_images, load_data, make_splits, open_index
 from peft_vit.data import inspect as inspect_module
 from peft_vit.data import pixels as pixels_module
 from peft_vit.data.pixels import cached_pixels, decode_image
-from peft_vit.errors import UserError
-from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 
 def textured(seed, side=48, colours=3):

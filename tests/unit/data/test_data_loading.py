@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from sample_sets import sample_path
 
-from peft_vit.config import DATASETS, DataConfig
+from peft_vit.base.errors import UserError
+from peft_vit.base.packages import ELPV_WHEEL, fetch_wheel
+from peft_vit.core.config import DATASETS, DataConfig
 from peft_vit.data import load_data, make_splits, open_index, smoke_config
-from peft_vit.errors import UserError
-from peft_vit.packages import ELPV_WHEEL, fetch_wheel
 
 WITHOUT_TEST = ("elpv", "digits")
 

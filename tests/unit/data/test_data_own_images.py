@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, features
 from written_images import encoded, save
 
-from peft_vit.config import DataConfig
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import DataConfig
 from peft_vit.data import (
     PixelStore,
     decode_image,
@@ -25,7 +26,6 @@ from peft_vit.data import (
 from peft_vit.data import inspect as inspect_module
 from peft_vit.data import pixels as pixels_module
 from peft_vit.data.pixels import cached_pixels
-from peft_vit.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -350,7 +350,7 @@ def test_every_image_is_decoded_once_and_its_pixels_are_those_of_a_study(tmp_pat
     assert progress == [(i + 1, 17) for i in range(17)]
     assert len(decoded) == len(set(decoded)) * 2 - 1 == 17  # both classes have the same names
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.data.folders.decode_image", lambda *_: pytest.fail("it was decoded before"))
+        patch.setattr("peft_vit.data.sources.folders.decode_image", lambda *_: pytest.fail("it was decoded before"))
         kept = {size: load_data(config.model_copy(update={"image_size": size}), 0) for size in (20, 28)}
     shutil.rmtree(cache_of_its_own / "pixels")
     for size, data in kept.items():

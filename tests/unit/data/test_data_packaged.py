@@ -12,9 +12,9 @@ from sample_sets import sample_path
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from written_images import encoded, member, tar_gz
 
+from peft_vit.base.errors import UserError
 from peft_vit.data import open_index
-from peft_vit.data.packaged import CIFAR10, CIFAR100, read_idx
-from peft_vit.errors import UserError
+from peft_vit.data.sources.packaged import CIFAR10, CIFAR100, read_idx
 
 LAYOUTS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 ELPV_LINES = [

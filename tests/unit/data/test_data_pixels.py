@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from peft_vit.base.errors import UserError
 from peft_vit.data import ImageIndex
 from peft_vit.data.pixels import cached_pixels, to_pixels
-from peft_vit.errors import UserError
 
 
 class Reader:

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from sample_sets import sample_path, write_idx
 
+from peft_vit.base.errors import UserError
 from peft_vit.data import open_index
-from peft_vit.errors import UserError
 
 IMAGE = "train/class_0/000.png"
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from peft_vit import packages
-from peft_vit.config import DataConfig
+from peft_vit.base import packages
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import DataConfig
 from peft_vit.data import open_index, thumbnails
-from peft_vit.errors import UserError
 
 DIGITS = DataConfig(dataset="digits", image_size=28, train_images=20, validation_images=10, test_images=10)
 SHA256 = open_index(DIGITS).sha256

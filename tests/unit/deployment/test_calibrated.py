@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from tiny_models import CARD
 
-from peft_vit.deployment import Classifier, check_coverage, predict_files
-from peft_vit.deployment.model_card import ModelCard, read_json
-from peft_vit.errors import UserError
-from peft_vit.evaluation import calibrate
-from peft_vit.records import Calibrated
+from peft_vit.base.errors import UserError
+from peft_vit.core.records import Calibrated
+from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.deploy import Classifier, check_coverage, predict_files
+from peft_vit.deploy.model_card import ModelCard, read_json
 
 KNOWN = Calibrated(images=60, temperature=2.0, coverages=(0.8, 0.9, 0.95), thresholds=(0.2, 0.75, 0.9))
 CALIBRATED = CARD.model_copy(update={"calibrated": KNOWN})

@@ -17,15 +17,15 @@ from tiny_models import SHALLOW_CARD as CARD
 from tiny_models import random_model
 from torch import nn
 
-from peft_vit.adapters import attach_adapters
-from peft_vit.backbones import find_sites
-from peft_vit.config import EXPORTS
-from peft_vit.deployment import ModelCard, export_onnx, export_openvino, open_exported, predict_images, writer_of
-from peft_vit.deployment.model_card import HEADER, UNSIGNED, Header
-from peft_vit.deployment.runtimes import onnx_digest, openvino_digest
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat
-from peft_vit.records import Decision, Unlike
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import attach_adapters
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import EXPORTS
+from peft_vit.core.quantization import QuantizationFormat
+from peft_vit.core.records import Decision, Unlike
+from peft_vit.deploy import ModelCard, export_onnx, export_openvino, open_exported, predict_images, writer_of
+from peft_vit.deploy.formats.runtimes import onnx_digest, openvino_digest
+from peft_vit.deploy.model_card import HEADER, UNSIGNED, Header
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

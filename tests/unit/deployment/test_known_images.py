@@ -13,14 +13,14 @@ from sklearn.neighbors import NearestNeighbors
 from tiny_models import SHALLOW_CARD as CARD
 from tiny_models import random_model
 
-from peft_vit.backbones import Backbone
-from peft_vit.config import EXPORTS
-from peft_vit.deployment import Classifier, ModelCard, open_exported, predict_files, writer_of
-from peft_vit.deployment.known_images import WithDistance, neighbours_bytes, read_neighbours
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat
-from peft_vit.records import Unlike
-from peft_vit.statistics import Neighbours
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Neighbours
+from peft_vit.core.backbones import Backbone
+from peft_vit.core.config import EXPORTS
+from peft_vit.core.quantization import QuantizationFormat
+from peft_vit.core.records import Unlike
+from peft_vit.deploy import Classifier, ModelCard, open_exported, predict_files, writer_of
+from peft_vit.runs.known_images import WithDistance, neighbours_bytes, read_neighbours
 
 FORMATS = [name for name, kind in EXPORTS.items() if kind.ending]
 WITH_UNLIKE = CARD.model_copy(update={"unlike": Unlike(images=40, threshold=1.0)})

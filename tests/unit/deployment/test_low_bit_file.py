@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CARD, random_model
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, attach_adapters
-from peft_vit.backbones import find_sites
-from peft_vit.deployment import ModelCard, load_low_bit, merge, save_low_bit
-from peft_vit.deployment.model_card import HEADER, read_json
-from peft_vit.deployment.torch_files import LowBitHeader, low_bit_digest
-from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, code_values, quantize
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import adapted_modules, attach_adapters
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.quantization import QuantizationFormat, code_values, quantize
+from peft_vit.deploy import ModelCard, load_low_bit, merge, save_low_bit
+from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_digest
+from peft_vit.deploy.model_card import HEADER, read_json
 
 GROUPED = [QuantizationFormat(kind, 16, True, torch.float16) for kind in ("int2", "int4", "int8", "nf4", "fp4", "int3")]
 NO_OFFSETS = [QuantizationFormat("int4", 16, False, torch.float16)]

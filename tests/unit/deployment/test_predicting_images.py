@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from tiny_models import CARD
 
-from peft_vit.config import DataConfig
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import DataConfig
 from peft_vit.data import normalised, open_index, to_pixels
-from peft_vit.deployment import Classifier, predict_files
-from peft_vit.errors import UserError
+from peft_vit.deploy import Classifier, predict_files
 
 
 def write_images(folder: Path) -> None:

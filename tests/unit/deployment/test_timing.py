@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tiny_models import CARD, SHALLOW_CARD, random_model
 
-from peft_vit.deployment import export_onnx, export_openvino, save_low_bit, timing
-from peft_vit.deployment.runtimes import SETTINGS
-from peft_vit.errors import UserError
+from peft_vit.base.errors import UserError
+from peft_vit.deploy import export_onnx, export_openvino, save_low_bit
+from peft_vit.deploy.formats.runtimes import SETTINGS
+from peft_vit.deploy.measures import timing
 
 pytest.importorskip("onnxscript")
 WRITERS = {"onnx": export_onnx, "xml": export_openvino, "safetensors": save_low_bit}

@@ -13,12 +13,12 @@ from scipy.special import log_softmax
 from tiny_models import TINY_EVAS, random_model
 from torch import Tensor, nn
 
-from peft_vit.adapters import attach_adapters, site_adapters, update_ranks, without_updates
-from peft_vit.adapters.peft_layers import ADAPTER, peft_layers
-from peft_vit.backbones import find_sites
-from peft_vit.errors import UserError
-from peft_vit.evaluation import measure_ablation
-from peft_vit.training import QALoRATrainer
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import attach_adapters, site_adapters, update_ranks, without_updates
+from peft_vit.core.adapters.peft_layers import ADAPTER, peft_layers
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.training import QALoRATrainer
+from peft_vit.core.training.metrics import measure_ablation
 
 pytestmark = pytest.mark.part("importance analysis")
 OTHERS = (*TINY_EVAS, "tiny_swin", "tiny_hiera")

@@ -5,20 +5,20 @@ import pytest
 import torch
 from qa_lora_settings import config
 
-from peft_vit.adapters import adapted_modules, freeze_backbone
-from peft_vit.evaluation import (
+from peft_vit.core.adapters import adapted_modules, freeze_backbone
+from peft_vit.core.adapters.footprint import (
     available_memory_bytes,
     frozen_bytes,
     head_parameters,
     optimizer_bytes,
     peak_memory_bytes,
-    predict,
     reset_peak_memory,
     storage_bytes,
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.training import QALoRATrainer
+from peft_vit.core.training import QALoRATrainer
+from peft_vit.core.training.metrics import predict
 
 pytestmark = pytest.mark.part("trainer")
 

@@ -8,10 +8,10 @@ from tiny_models import TINY_FAMILIES, random_model
 from torch import nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, use_integer_products
-from peft_vit.backbones import Backbone, find_sites
-from peft_vit.backbones.passes import class_token_alone
-from peft_vit.evaluation.halves import forward_in_halves, in_halves, loss_in_halves, takes_halves
+from peft_vit.core.adapters import attach_adapters, use_integer_products
+from peft_vit.core.backbones import Backbone, find_sites
+from peft_vit.core.backbones.passes import class_token_alone
+from peft_vit.core.training.halves import forward_in_halves, in_halves, loss_in_halves, takes_halves
 
 CPU = torch.device("cpu")
 

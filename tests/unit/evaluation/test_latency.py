@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_vit.evaluation import forward_s
+from peft_vit.core.training.metrics import forward_s
 
 pytestmark = pytest.mark.part("runner")
 

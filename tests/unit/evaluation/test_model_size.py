@@ -7,12 +7,12 @@ from qa_lora_settings import config
 from tiny_models import CARD
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, merge_into_offsets
-from peft_vit.backbones import Architecture
-from peft_vit.backbones.catalog import create_model
-from peft_vit.deployment import save_low_bit
-from peft_vit.evaluation import model_size
-from peft_vit.training import QALoRATrainer
+from peft_vit.core.adapters import adapted_modules, merge_into_offsets
+from peft_vit.core.adapters.footprint import model_size
+from peft_vit.core.backbones import Architecture
+from peft_vit.core.backbones.catalog import create_model
+from peft_vit.core.training import QALoRATrainer
+from peft_vit.deploy import save_low_bit
 
 pytestmark = pytest.mark.part("quantization")
 

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.backbones import describe
-from peft_vit.config import Augmentation, BackboneConfig, PeftAdaLoraConfig, Rotate90
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import Augmentation, BackboneConfig, PeftAdaLoraConfig, Rotate90
+from peft_vit.core.methods import check
+from peft_vit.core.records import RunSpec
+from peft_vit.core.training import Progress, steps_per_epoch
 from peft_vit.data import make_splits, open_index
-from peft_vit.forecasting import calibration_run as calibration_runs
-from peft_vit.forecasting.calibration_run import Costs, calibration_run, keep_costs, known_costs
-from peft_vit.methods import check
-from peft_vit.records import RunSpec
+from peft_vit.runs.scheduling.plan import plan_study, spec_of
+from peft_vit.runs.scheduling.profiling import costs_of, measure_costs
+from peft_vit.runs.costs import calibration_run as calibration_runs
+from peft_vit.runs.costs.calibration_run import Costs, calibration_run, keep_costs, known_costs
 from peft_vit.runs.execute import run_one
-from peft_vit.studies.plan import plan_study, spec_of
-from peft_vit.studies.profiling import costs_of, measure_costs
-from peft_vit.training import Progress, steps_per_epoch
 
 pytestmark = pytest.mark.part("runner")
 

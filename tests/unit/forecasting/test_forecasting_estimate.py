@@ -8,15 +8,15 @@ import pytest
 import torch
 from written_runs import run_and_write
 
-from peft_vit.backbones import describe
+from peft_vit.core.backbones import describe
 from peft_vit.data import open_index
-from peft_vit.forecasting.calibration_run import Costs, keep_costs
-from peft_vit.forecasting.estimate import EstimateRequest, Line, Probe, Throughput, Workload, experiment_products
-from peft_vit.forecasting.estimate import estimate_runs as estimate
-from peft_vit.forecasting.time_limit import fit, makespan
-from peft_vit.records import write_record
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.profiling import measure_throughput
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.profiling import measure_throughput
+from peft_vit.runs.costs.calibration_run import Costs, keep_costs
+from peft_vit.runs.costs.estimate import EstimateRequest, Line, Probe, Throughput, Workload, experiment_products
+from peft_vit.runs.costs.estimate import estimate_runs as estimate
+from peft_vit.runs.costs.time_limit import fit, makespan
+from peft_vit.runs.records.storage import write_record
 
 pytestmark = pytest.mark.part("runner")
 
@@ -103,7 +103,7 @@ def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None
 def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
     study, tmp_path, monkeypatch, training, images, widths, passes
 ) -> None:
-    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_, **__: 1e9)
     config = study("lora")
     (experiment,) = config.experiments
     batch = {"batch_size": 8, "micro_batch_size": None, "activation_checkpointing": "none"}

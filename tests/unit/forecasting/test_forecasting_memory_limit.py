@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from peft_vit.forecasting.memory_limit import Choice, Setting, StepCost, choose
+from peft_vit.runs.costs.memory_limit import Choice, Setting, StepCost, choose
 
 pytestmark = pytest.mark.part("runner")
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from peft_vit import methods
-from peft_vit.config import METHOD_KINDS, SECTIONS, AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
-from peft_vit.methods import METHODS, shorten
+from peft_vit.core import methods
+from peft_vit.core.config import METHOD_KINDS, SECTIONS, AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
+from peft_vit.core.methods import METHODS, shorten
 
 TRAINING = {"epochs": 1, "learning_rate": 1e-3}
 ADALORA = {

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from peft_vit.config import NUMBER_FORMATS
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, code_values, unpack_codes
+from peft_vit.core.config import NUMBER_FORMATS
+from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, code_values, unpack_codes
 
 TYPES = tuple(NUMBER_FORMATS)
 INTEGERS = tuple(name for name, format in NUMBER_FORMATS.items() if format.values is None)

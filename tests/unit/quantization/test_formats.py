@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.config import NUMBER_FORMATS
-from peft_vit.config.registries import NumberFormat
-from peft_vit.quantization import QuantizationFormat, pack_codes, quantize, unpack_codes
-from peft_vit.quantization.packing import row_bytes
+from peft_vit.core.config import NUMBER_FORMATS
+from peft_vit.core.config.registries import NumberFormat
+from peft_vit.core.quantization import QuantizationFormat, pack_codes, quantize, unpack_codes
+from peft_vit.core.quantization.packing import row_bytes
 
 pytestmark = pytest.mark.part("quantization")
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peft_vit.quantization import QuantizationFormat, integers, quantize
-from peft_vit.quantization.integers import IntegerWeight, Product, exact_products, largest_code, quantize_rows
+from peft_vit.core.quantization import QuantizationFormat, integers, quantize
+from peft_vit.core.quantization.integers import IntegerWeight, Product, exact_products, largest_code, quantize_rows
 
 PRODUCTS = exact_products(384, "cpu")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_vit.errors import UserError
-from peft_vit.quantization import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.quantization import (
     QuantizationFormat,
     QuantizedTensor,
     pack_codes,

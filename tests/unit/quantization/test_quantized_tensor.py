@@ -12,12 +12,12 @@ from quantization_strategies import TYPES, formats_and_weights
 from safetensors.torch import load, save
 from torch import Tensor
 
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, relative_error
-from peft_vit.quantization.formats import SCALE_DTYPES
+from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, quantize, relative_error
+from peft_vit.core.quantization.formats import SCALE_DTYPES
 
 pytestmark = [
     pytest.mark.part("quantization"),
-    pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning"),  # tiny weights are drawn
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.UnderflowWarning"),  # tiny weights are drawn
 ]
 
 FormatAndWeights = tuple[QuantizationFormat, Tensor]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from quantization_strategies import INTEGERS, codes_of, formats_and_weights, in_groups, levels_of
 from torch import Tensor
 
-from peft_vit.errors import UnderflowWarning, UserError
-from peft_vit.quantization import (
+from peft_vit.base.errors import UnderflowWarning, UserError
+from peft_vit.core.quantization import (
     QuantizationFormat,
     quantize,
     quantize_with_compensation,
@@ -20,7 +20,7 @@ from peft_vit.quantization import (
 
 pytestmark = [
     pytest.mark.part("quantization"),
-    pytest.mark.filterwarnings("ignore::peft_vit.errors.UnderflowWarning"),  # tiny weights are drawn
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.UnderflowWarning"),  # tiny weights are drawn
 ]
 
 FormatAndWeights = tuple[QuantizationFormat, Tensor]

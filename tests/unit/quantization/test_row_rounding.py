@@ -7,8 +7,15 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from peft_vit.errors import DivergedError, UserError
-from peft_vit.quantization.row_rounding import pack_rows, round_rows, rounded_rows, row_values, unpack_rows, unpack_some
+from peft_vit.base.errors import DivergedError, UserError
+from peft_vit.core.quantization.row_rounding import (
+    pack_rows,
+    round_rows,
+    rounded_rows,
+    row_values,
+    unpack_rows,
+    unpack_some,
+)
 
 pytestmark = pytest.mark.part("quantization")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from quantization_strategies import TYPES
 
-from peft_vit.errors import UnderflowWarning
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.base.errors import UnderflowWarning
+from peft_vit.core.quantization import QuantizationFormat, quantize
 
 GROUP, ROWS, GROUPS = 32, 4, 3
 UPDATES = [(1e-8, torch.float16, 2), (1e-8, torch.float32, 0), (0.3, None, 0)]

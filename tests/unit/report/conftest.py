@@ -1,7 +1,7 @@
 import planted
 import pytest
 
-from peft_vit.records import RunRecord
+from peft_vit.core.records import RunRecord
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from matplotlib import font_manager
 
-from peft_vit.analysis.model_quality import ClassResult, ModelQuality
-from peft_vit.report.class_blocks import class_blocks, confusion_figure, fonts_for, shortened
-from peft_vit.report.document import Table
-from peft_vit.statistics import proportion_interval
+from peft_vit.base.statistics import proportion_interval
+from peft_vit.deploy.page.class_blocks import class_blocks, confusion_figure, fonts_for, shortened
+from peft_vit.deploy.page.document import Table
+from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import pytest
 from chromium import axe_violations, context_of, needs_chromium, running_chromium
 from golden import check_golden
 
-from peft_vit.errors import UserError
-from peft_vit.records import HeadFit, Predictions, ProbeTest, RunRecord
-from peft_vit.report import build_report, write_model_page
-from peft_vit.report.trained import result_lines
+from peft_vit.base.errors import UserError
+from peft_vit.core.records import HeadFit, Predictions, ProbeTest, RunRecord
+from peft_vit.deploy.page.trained import result_lines
+from peft_vit.lab.report import build_report, write_model_page
 
 NAMES = ["crack", "dirt", "good"]
 PNG = bytes.fromhex(

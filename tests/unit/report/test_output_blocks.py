@@ -9,11 +9,11 @@ import pytest
 from chromium import axe_violations, context_of, needs_chromium, running_chromium
 from test_model_page import PNG, record_of
 
-from peft_vit.records import RunRecord
-from peft_vit.records import TestedCalibration as Held
-from peft_vit.report import write_model_page
-from peft_vit.statistics import TemperaturePrior
-from peft_vit.tasks import MULTILABEL, REGRESSION, Task
+from peft_vit.base.statistics import TemperaturePrior
+from peft_vit.core.records import RunRecord
+from peft_vit.core.records import TestedCalibration as Held
+from peft_vit.core.tasks import MULTILABEL, REGRESSION, Task
+from peft_vit.lab.report import write_model_page
 
 PRIOR = TemperaturePrior(median=1.5, spread=0.35)
 LABELS, NUMBERS = ["crack", "dirt", "a label whose name is as long as this"], ["width", "height <mm>"]

@@ -8,19 +8,19 @@ import planted
 import pytest
 from golden import check_golden
 
-from peft_vit.analysis import Analysis, analyze
-from peft_vit.analysis.comparison import all_pairs
-from peft_vit.analysis.stopping import stopping_rule
-from peft_vit.config import StoppingConfig
-from peft_vit.records import Predictions, RankEntry, RunRecord
-from peft_vit.report import summary
-from peft_vit.report.accuracy_figures import accuracy_by_method
-from peft_vit.report.build import study_documents
-from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, Table
-from peft_vit.report.method_tables import calibration_blocks, front_blocks, pair_blocks, stopping_table
-from peft_vit.report.quantization_tables import quantization_tables
-from peft_vit.statistics.sequential import follow
-from peft_vit.tasks import Scores
+from peft_vit.base.statistics.sequential import follow
+from peft_vit.core.config import StoppingConfig
+from peft_vit.core.records import Predictions, RankEntry, RunRecord
+from peft_vit.core.tasks import Scores
+from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, Table
+from peft_vit.lab.analysis import Analysis, analyze
+from peft_vit.lab.analysis.comparison import all_pairs
+from peft_vit.lab.analysis.stopping import stopping_rule
+from peft_vit.lab.report import summary
+from peft_vit.lab.report.accuracy_figures import accuracy_by_method
+from peft_vit.lab.report.build import study_documents
+from peft_vit.lab.report.method_tables import calibration_blocks, front_blocks, pair_blocks, stopping_table
+from peft_vit.lab.report.quantization_tables import quantization_tables
 
 EXPERIMENTS = planted.experiments()
 NF4, INT8 = (EXPERIMENTS[name] for name in ("qa_lora_4bit_nf4_constant", "qa_lora_8bit_int8_linear"))

@@ -16,10 +16,10 @@ from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from peft_vit.analysis import method_results
-from peft_vit.report.accuracy_figures import accuracy_against
-from peft_vit.report.class_blocks import _BRIGHT, _ON_BRIGHT, _ON_DARK
-from peft_vit.report.figure import INK, LINE_COLORS, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL
+from peft_vit.deploy.page.class_blocks import _BRIGHT, _ON_BRIGHT, _ON_DARK
+from peft_vit.deploy.page.figure import INK, LINE_COLORS, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL
+from peft_vit.lab.analysis import method_results
+from peft_vit.lab.report.accuracy_figures import accuracy_against
 
 CLOSEST = 12.5  # Delta E of 1976; about 2 can be seen side by side
 _TO_LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
@@ -51,7 +51,7 @@ def contrast(first: str, other: str) -> float:
 
 def test_texts_of_figures_can_be_read_in_light_and_dark() -> None:
     """What axe can't see: they are drawn on a figure's paper."""
-    style = files("peft_vit.report").joinpath("templates", "colors.css").read_text(encoding="utf-8")
+    style = files("peft_vit.lab.report").joinpath("templates", "colors.css").read_text(encoding="utf-8")
     themes = [dict(re.findall(r"--(\w+): (#\w{6});", part)) for part in style.split(":root {")[1:3]]
     assert [theme["paper"] for theme in themes] == [PAPER, "#171b20"]
     assert (themes[0]["ink"], themes[0]["muted"]) == (INK, MUTED)

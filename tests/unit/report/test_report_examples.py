@@ -12,11 +12,11 @@ import planted
 import pytest
 from PIL import Image
 
-from peft_vit.analysis.image_examples import GROUPS, MOST_SHOWN, ImageExamples, image_examples
+from peft_vit.base.errors import UserError
 from peft_vit.cli import main
-from peft_vit.errors import UserError
-from peft_vit.records import Predictions, RunRecord
-from peft_vit.report import build_report
+from peft_vit.core.records import Predictions, RunRecord
+from peft_vit.lab.analysis.image_examples import GROUPS, MOST_SHOWN, ImageExamples, image_examples
+from peft_vit.lab.report import build_report
 
 EXPERIMENTS = planted.experiments()
 N = 40

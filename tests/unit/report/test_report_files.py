@@ -16,11 +16,11 @@ import unfinished
 from golden import check_golden
 from no_posix import run_without_posix
 
+from peft_vit.base.errors import UserError
 from peft_vit.cli import main
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord
-from peft_vit.report import ReportFiles, build_report
-from peft_vit.report.document import SECTION_TITLES
+from peft_vit.core.records import RunRecord
+from peft_vit.deploy.page.document import SECTION_TITLES
+from peft_vit.lab.report import ReportFiles, build_report
 
 FIGURES = {
     "accuracy_by_method",

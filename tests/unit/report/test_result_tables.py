@@ -10,8 +10,8 @@ from scipy.stats import t as t_distribution
 from scipy.stats import wilcoxon
 
 import peft_vit
-from peft_vit.errors import UserError
-from peft_vit.report.result_tables import ResultTables
+from peft_vit.base.errors import UserError
+from peft_vit.lab.report.result_tables import ResultTables
 
 KEPT = ("linear_probe", "lora_r8", "adalora_top_k_fisher", "qa_lora_4bit_nf4_constant")
 RECORDS = [r for r in planted.quickstart(tuple(range(6))) if r.spec.experiment.name in KEPT]

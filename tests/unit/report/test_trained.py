@@ -6,11 +6,11 @@ from pathlib import Path
 import planted
 import pytest
 
-from peft_vit.records import Metrics, Predictions, ProbeTest
-from peft_vit.report import trained
-from peft_vit.report.trained import result_lines
-from peft_vit.statistics import Interval
-from peft_vit.tasks import metric_of
+from peft_vit.base.statistics import Interval
+from peft_vit.core.records import Metrics, Predictions, ProbeTest
+from peft_vit.core.tasks import metric_of
+from peft_vit.deploy.page import trained
+from peft_vit.deploy.page.trained import result_lines
 
 LORA = planted.experiments()["lora_r8"]
 N = 100

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image
 from tiny_models import CARD
 
-from peft_vit.errors import UserError
-from peft_vit.records import Calibrated, Unlike
-from peft_vit.report import web_page
-from peft_vit.report.web_page import runtime_files, write_web_page
+from peft_vit.base.errors import UserError
+from peft_vit.core.records import Calibrated, Unlike
+from peft_vit.deploy.page import web_page
+from peft_vit.deploy.page.web_page import runtime_files, write_web_page
 
 RUNTIME = {name: name.encode() for name in web_page._RUNTIME}
 CALIBRATED = Calibrated(images=60, temperature=2.0, coverages=(0.8, 0.95), thresholds=(0.4, 0.7))
@@ -152,7 +152,7 @@ def test_what_can_not_become_a_page_is_one_line(tmp_path: Path, monkeypatch, fau
 @pytest.mark.parametrize("pillow", [12, 13])
 def test_the_script_s_pixels_are_those_of_the_pillow_that_exported_it(pillow: int, tmp_path: Path) -> None:
     """Of another version than the one that is installed they are made here axis by axis, in its order."""
-    script = resources.files("peft_vit.report").joinpath("templates", "web.js").read_text(encoding="utf-8")
+    script = resources.files("peft_vit.lab.report").joinpath("templates", "web.js").read_text(encoding="utf-8")
     prepare = re.search(r"const sinc = .*?(?=// --- what it says)", script, re.DOTALL)
     assert prepare is not None
     rng, size, cases = np.random.default_rng(0), 32, []

@@ -7,16 +7,17 @@ import numpy as np
 import torch
 from written_runs import run_and_write
 
-from peft_vit.adapters import adapted_modules, load_trained
-from peft_vit.backbones import LoadedBackbone, load_backbone
-from peft_vit.config import StudyConfig
+from peft_vit.core.adapters import adapted_modules, load_trained
+from peft_vit.core.backbones import LoadedBackbone, load_backbone
+from peft_vit.core.config import StudyConfig
+from peft_vit.core.methods import METHODS, PrepareContext
+from peft_vit.core.records import RunRecord, RunSpec
+from peft_vit.core.tasks import CLASSIFICATION
+from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data
-from peft_vit.evaluation import predict
-from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, run_folder
-from peft_vit.runs.restore import RestoredRun, restore_run
-from peft_vit.studies.plan import plan_study
-from peft_vit.tasks import CLASSIFICATION
+from peft_vit.deploy.restore import RestoredRun, restore_run
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.records.storage import ADAPTER_FILE, run_folder
 
 
 def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:

@@ -12,17 +12,17 @@ from safetensors.torch import save
 from tiny_models import CARD, random_model
 
 from peft_vit import Bundle
-from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters, store_in_bits
 from peft_vit.api import open_classifier
-from peft_vit.backbones import Backbone, find_sites
-from peft_vit.config import StartingRanksConfig
-from peft_vit.deployment import load_low_bit, open_exported
-from peft_vit.deployment.model_card import HEADER
-from peft_vit.deployment.packed_adapter import PackedAdapter, backbone_of
-from peft_vit.errors import UserError
-from peft_vit.records import run_folder
-from peft_vit.runs.bundle import export_bundle
-from peft_vit.runs.restore import restore_run
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import adapted_modules, attach_adapters, site_adapters, store_in_bits
+from peft_vit.core.backbones import Backbone, find_sites
+from peft_vit.core.config import StartingRanksConfig
+from peft_vit.deploy import load_low_bit, open_exported
+from peft_vit.deploy.bundle import export_bundle
+from peft_vit.deploy.formats.packed_adapter import PackedAdapter, backbone_of
+from peft_vit.deploy.model_card import HEADER
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.storage import run_folder
 
 pytestmark = pytest.mark.part("runner")
 IMAGES = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
@@ -98,12 +98,12 @@ def test_many_images_pass_in_parts_of_some_tokens(tmp_path, fill_adapters, monke
     bundle, passes, features = Bundle.load(tmp_path), [], Backbone.features
     monkeypatch.setattr(Backbone, "features", lambda self, part: passes.append(len(part)) or features(self, part))
     for names in ("a", ["a", "b", "a", "b", "b"]):
-        monkeypatch.setattr("peft_vit.runs.bundle._ROWS_AT_ONCE", 10**9)
+        monkeypatch.setattr("peft_vit.deploy.bundle._ROWS_AT_ONCE", 10**9)
         together = bundle.logits(IMAGES, names)
-        monkeypatch.setattr("peft_vit.runs.bundle._ROWS_AT_ONCE", 2 * sites[0].tokens)
+        monkeypatch.setattr("peft_vit.deploy.bundle._ROWS_AT_ONCE", 2 * sites[0].tokens)
         for whole, part in zip(together, bundle.logits(IMAGES, names), strict=True):
             np.testing.assert_allclose(part, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
-        monkeypatch.setattr("peft_vit.runs.bundle._ROWS_AT_ONCE", 1)
+        monkeypatch.setattr("peft_vit.deploy.bundle._ROWS_AT_ONCE", 1)
         bundle.logits(IMAGES[:2], names[:2])
     assert passes == [5, 3, 2, 1, 1] * 2
 

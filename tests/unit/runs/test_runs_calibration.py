@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 from done_runs import do_one, with_settings
 
-from peft_vit.adapters import adapted_modules, load_trained
-from peft_vit.allocation import check_fisher
-from peft_vit.backbones import load_backbone
-from peft_vit.config import StudyConfig
+from peft_vit.core.adapters import adapted_modules, load_trained
+from peft_vit.core.allocation import check_fisher
+from peft_vit.core.backbones import load_backbone
+from peft_vit.core.config import StudyConfig
+from peft_vit.core.methods import METHODS, PrepareContext
+from peft_vit.core.records import RunRecord
 from peft_vit.data import load_data
-from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
-from peft_vit.runs.restore import restore_run
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.storage import ADAPTER_FILE, run_folder
 
 pytestmark = pytest.mark.part("importance analysis")
 

@@ -6,13 +6,13 @@ import torch
 from done_runs import do_one as do
 from done_runs import restored, with_data, with_settings
 
-from peft_vit.adapters import current_ranks
-from peft_vit.config import PROBE_L2
+from peft_vit.core.adapters import current_ranks
+from peft_vit.core.config import PROBE_L2
+from peft_vit.core.training.metrics import predict
 from peft_vit.data import HoldoutImages, load_data
-from peft_vit.evaluation import predict
-from peft_vit.records import run_folder
+from peft_vit.deploy.restore import restore_run
 from peft_vit.runs import execute as run_module
-from peft_vit.runs.restore import restore_run
+from peft_vit.runs.records.storage import run_folder
 
 pytestmark = pytest.mark.part("runner")
 DESTROYS = {"head_start": "probe", "learning_rate": 1.0, "clip_norm": None, "schedule": "constant"}

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_vit.config import ExperimentConfig
-from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.training import AllocationHook, optimization_step
+from peft_vit.core.config import ExperimentConfig
+from peft_vit.core.methods import METHODS, PrepareContext
+from peft_vit.core.training import AllocationHook, optimization_step
 
-pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+pytestmark = [
+    pytest.mark.part("trainer"),
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
+]
 STEPS = 12
 SCALED = {
     "constant": {"gradient_scaling_factor": 10.0},

@@ -7,14 +7,14 @@ import pytest
 import torch
 from done_runs import do_one, restored, with_settings
 
-from peft_vit.adapters import use_integer_products
-from peft_vit.adapters.products import ProductTimes
-from peft_vit.config import MeasuresConfig
-from peft_vit.deployment import merge
-from peft_vit.errors import UserError
-from peft_vit.report.summary import caveats
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import use_integer_products
+from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.config import MeasuresConfig
+from peft_vit.deploy import merge
+from peft_vit.lab.report.summary import caveats
 from peft_vit.runs import kept_products
-from peft_vit.studies.plan import plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from done_runs import do_one, with_settings
 
-from peft_vit.adapters.products import ProductTimes
-from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError
-from peft_vit.quantization.integers import Product
-from peft_vit.records import write_study_file
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.config import StudyConfig, load_study
+from peft_vit.core.quantization.integers import Product
 from peft_vit.runs import kept_products, run_one
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.scheduler import study_file
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import study_file
+from peft_vit.runs.records.storage import write_study_file
 
 pytestmark = pytest.mark.part("runner")
 
@@ -152,7 +152,7 @@ def test_runs_of_a_study_share_their_weights(study, tmp_path, monkeypatch) -> No
     do_one(study("lora"), tmp_path)
     more = study("lora", seeds=(0, 1))
     assert [run.done for run in plan_study(more, tmp_path, file=None).runs] == [True, False]
-    monkeypatch.setattr("peft_vit.studies.plan.check_weights", lambda backbone: "of a file that was replaced")
+    monkeypatch.setattr("peft_vit.runs.scheduling.plan.check_weights", lambda backbone: "of a file that was replaced")
     with pytest.raises(UserError, match=r"record\.json: was made with other weights under the same path"):
         plan_study(more, tmp_path, file=None)
 

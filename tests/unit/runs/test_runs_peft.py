@@ -4,14 +4,14 @@ import pytest
 from done_runs import restored
 from written_runs import run_and_write
 
-from peft_vit.adapters.peft_layers import peft_layers
-from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
-from peft_vit.errors import UserError
-from peft_vit.evaluation import trainable_parameters
-from peft_vit.records import ADAPTER_FILE, read_record, run_folder
-from peft_vit.report import build_report
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters.footprint import trainable_parameters
+from peft_vit.core.adapters.peft_layers import peft_layers
+from peft_vit.core.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
+from peft_vit.lab.report import build_report
+from peft_vit.runs.scheduling.plan import plan_study, smoke_study
 from peft_vit.runs.machine import package_versions
-from peft_vit.studies.plan import plan_study, smoke_study
+from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.part("runner")

@@ -12,15 +12,16 @@ from tiny_models import random_model
 from torch import nn
 from written_runs import run_and_write
 
-from peft_vit.adapters import merged_state_dict
-from peft_vit.adapters.peft_tuner import attach_peft
-from peft_vit.backbones import load_run_backbone
-from peft_vit.config import ExperimentConfig, StudyConfig
-from peft_vit.errors import UserError
-from peft_vit.records import RunRecord, run_folder
-from peft_vit.runs.export import export_run_to_peft
-from peft_vit.runs.restore import restore_run
-from peft_vit.studies.plan import plan_study
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import merged_state_dict
+from peft_vit.core.adapters.peft_tuner import attach_peft
+from peft_vit.core.backbones import load_run_backbone
+from peft_vit.core.config import ExperimentConfig, StudyConfig
+from peft_vit.core.records import RunRecord
+from peft_vit.deploy.export import export_run_to_peft
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.records.storage import run_folder
 
 peft = pytest.importorskip("peft")
 TUNERS: dict[str, dict[str, Any]] = {

@@ -8,20 +8,21 @@ import torch
 from done_runs import do_one
 from torch.nn.functional import mse_loss
 
-from peft_vit.adapters import packed_weights
-from peft_vit.backbones import watching
-from peft_vit.backbones.catalog import describe
-from peft_vit.config import IMAGES_ROUNDED_BY, StudyConfig
-from peft_vit.deployment import load_low_bit, merge, open_exported
-from peft_vit.errors import UserError
-from peft_vit.evaluation import calibrate, predict
-from peft_vit.methods.quantized import packing_of
-from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_compensation
-from peft_vit.records import run_folder
-from peft_vit.runs.export import export_run_to_file
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import packed_weights
+from peft_vit.core.backbones import watching
+from peft_vit.core.backbones.catalog import describe
+from peft_vit.core.config import IMAGES_ROUNDED_BY, StudyConfig
+from peft_vit.core.methods.quantized import packing_of
+from peft_vit.core.quantization import QuantizationFormat, quantize, quantize_with_compensation
+from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.core.training.metrics import predict
+from peft_vit.deploy import load_low_bit, merge, open_exported
+from peft_vit.deploy.export import export_run_to_file
+from peft_vit.deploy.post_training import file_bytes, images_rounded_by, logits_by_type, round_weights
+from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.held_out import PRIOR
-from peft_vit.runs.post_training import file_bytes, images_rounded_by, logits_by_type, round_weights
-from peft_vit.runs.restore import restore_run
+from peft_vit.runs.records.storage import run_folder
 
 pytestmark = pytest.mark.part("runner")
 NF4 = QuantizationFormat("nf4", 32, False, torch.float16)

@@ -10,13 +10,13 @@ from done_runs import do_one, restored, with_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_vit.adapters import adapted_modules, current_ranks
-from peft_vit.backbones import weights as tensor_file
-from peft_vit.config import BackboneConfig
-from peft_vit.records import ADAPTER_FILE, run_folder
+from peft_vit.core.adapters import adapted_modules, current_ranks
+from peft_vit.core.backbones import weights as tensor_file
+from peft_vit.core.config import BackboneConfig
+from peft_vit.core.training import Calibration
 from peft_vit.runs import execute
-from peft_vit.studies.plan import smoke_study
-from peft_vit.training import Calibration
+from peft_vit.runs.scheduling.plan import smoke_study
+from peft_vit.runs.records.storage import ADAPTER_FILE, run_folder
 
 pytestmark = pytest.mark.part("quantization")
 

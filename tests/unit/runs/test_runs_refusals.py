@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from done_runs import with_settings
 
-from peft_vit.config import ExperimentConfig, StartingRanksConfig, StudyConfig
-from peft_vit.errors import UserError
-from peft_vit.studies.plan import plan_study
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import ExperimentConfig, StartingRanksConfig, StudyConfig
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("configuration")
 BITS = "qa_lora.adaptive_bits"

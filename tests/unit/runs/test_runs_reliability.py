@@ -7,11 +7,12 @@ from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
 
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import probabilities
 from peft_vit.data import load_data
-from peft_vit.errors import UserError
-from peft_vit.records import FEATURES_FILE, outcome_digest, run_folder
-from peft_vit.runs.restore import open_model, restore_run
-from peft_vit.statistics import probabilities
+from peft_vit.deploy.restore import open_model, restore_run
+from peft_vit.runs.records.run_rows import outcome_digest
+from peft_vit.runs.records.storage import FEATURES_FILE, run_folder
 
 pytestmark = pytest.mark.part("runner")
 

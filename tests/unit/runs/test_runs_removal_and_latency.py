@@ -10,20 +10,21 @@ from done_runs import do, specs, trained_again
 from scipy.special import softmax
 from written_runs import read_without
 
-from peft_vit.adapters import adapted_modules, current_ranks
-from peft_vit.backbones import describe
-from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import adapted_modules, current_ranks
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig
+from peft_vit.core.training import Checkpoints, RuntimeConfig
+from peft_vit.core.training.metrics import predict
 from peft_vit.data import LabelledImages, load_data, make_splits, open_index
-from peft_vit.errors import UserError
-from peft_vit.evaluation import predict
-from peft_vit.forecasting.calibration_run import calibration_run
-from peft_vit.forecasting.estimate import EstimateRequest, Workload, estimate_runs
-from peft_vit.records import STUDY_FILE, outcome_digest, read_record, read_study_file, run_folder, write_study_file
 from peft_vit.runs import removal_and_latency, run_one
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import go_on, study_file
+from peft_vit.runs.costs.calibration_run import calibration_run
+from peft_vit.runs.costs.estimate import EstimateRequest, Workload, estimate_runs
+from peft_vit.runs.records.run_rows import outcome_digest
+from peft_vit.runs.records.storage import STUDY_FILE, read_record, read_study_file, run_folder, write_study_file
 from peft_vit.runs.removal_and_latency import removal_images
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.scheduler import go_on, study_file
-from peft_vit.training import Checkpoints, RuntimeConfig
 
 pytestmark = pytest.mark.part("runner")
 ASKED = MeasuresConfig(removal_images=7, latency_batches=(1, 30))
@@ -215,7 +216,7 @@ def test_a_study_begun_before_there_were_measures_goes_on(study, tmp_path) -> No
 @pytest.mark.usefixtures("cache")
 def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_, **__: 1e6)
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_, **__: 1e6)
     config = study("linear", "lora")
     shape, index = describe(config.backbone, 32), open_index(config.data)
     workload = Workload(shape, 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)

@@ -9,16 +9,17 @@ from types import SimpleNamespace
 import pytest
 from done_runs import with_data, with_settings
 
-from peft_vit.config import StartingRanksConfig
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import StartingRanksConfig
+from peft_vit.core.training import Checkpoints, CheckpointWarning, Interrupted, StartingRanks
+from peft_vit.core.training.checkpoint import write_checkpoint
 from peft_vit.data import load_data
-from peft_vit.errors import UserError
-from peft_vit.records import checkpoint_folders, outcome_digest
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
+from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.execute import _ALIKE, _THE_SAME
-from peft_vit.studies.plan import plan_study
-from peft_vit.training import Checkpoints, CheckpointWarning, Interrupted, StartingRanks
-from peft_vit.training.checkpoint import write_checkpoint
+from peft_vit.runs.records.run_rows import outcome_digest
+from peft_vit.runs.records.storage import checkpoint_folders
 
 pytestmark = pytest.mark.part("runner")
 

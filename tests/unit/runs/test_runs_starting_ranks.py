@@ -4,10 +4,10 @@ import pytest
 import torch
 from done_runs import do_one, restored, with_settings
 
-from peft_vit.adapters import current_ranks
-from peft_vit.backbones import load_run_backbone
-from peft_vit.config import StartingRanksConfig
-from peft_vit.training import StartingRanks
+from peft_vit.core.adapters import current_ranks
+from peft_vit.core.backbones import load_run_backbone
+from peft_vit.core.config import StartingRanksConfig
+from peft_vit.core.training import StartingRanks
 
 pytestmark = pytest.mark.part("controller")
 

@@ -10,18 +10,18 @@ from done_runs import do
 from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
-from peft_vit.analysis.recommendation import recommend
-from peft_vit.analysis.studies import load_studies
-from peft_vit.config import StudyConfig
-from peft_vit.errors import UserError
-from peft_vit.records import run_folder
-from peft_vit.report import build_report
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import StudyConfig
+from peft_vit.core.tasks.classification import ACCURACY
+from peft_vit.core.training import Features, held_out_fit, loop
+from peft_vit.deploy.export import export_run_to_file
+from peft_vit.lab.analysis.recommendation import recommend
+from peft_vit.lab.analysis.studies import load_studies
+from peft_vit.lab.report import build_report
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import head_init, run_one
-from peft_vit.runs.export import export_run_to_file
-from peft_vit.studies.plan import plan_study
-from peft_vit.tasks.classification import ACCURACY
-from peft_vit.training import Features, held_out_fit, loop
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.records.storage import run_folder
 
 pytestmark = pytest.mark.part("runner")
 

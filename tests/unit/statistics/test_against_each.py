@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peft_vit.statistics import wilcoxon, wilcoxon_against_each
+from peft_vit.base.statistics import wilcoxon, wilcoxon_against_each
 
 pytestmark = pytest.mark.part("analyzer")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.statistics import (
+from peft_vit.base.statistics import (
     TemperaturePrior,
     class_scores,
     conformal_quantile,
@@ -19,8 +19,8 @@ from peft_vit.statistics import (
     prediction_sets,
     probabilities,
 )
-from peft_vit.statistics.conformal import TEMPERATURES
-from peft_vit.tasks import TASKS
+from peft_vit.base.statistics.conformal import TEMPERATURES
+from peft_vit.core.tasks import TASKS
 
 
 def mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from peft_vit.statistics import gini, normalized_entropy, spearman
+from peft_vit.base.statistics import gini, normalized_entropy, spearman
 
 
 def test_equal_amounts_and_one_taker_and_the_mean_absolute_difference() -> None:

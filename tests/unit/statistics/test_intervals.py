@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_vit.statistics import mean_interval, mean_of_proportions, paired_proportions
+from peft_vit.base.statistics import mean_interval, mean_of_proportions, paired_proportions
 
 
 def test_one_seed_has_no_interval() -> None:

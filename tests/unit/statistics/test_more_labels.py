@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from peft_vit.statistics.more_labels import gain_of_twice
+from peft_vit.base.statistics.more_labels import gain_of_twice
 
 
 def wrong(error: float, images: int) -> np.ndarray:

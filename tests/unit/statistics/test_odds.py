@@ -7,8 +7,8 @@ import pytest
 import tuning_odds
 from scipy import stats
 
-from peft_vit.statistics import odds
-from peft_vit.statistics.odds import FoldMeans, choose_model, means_of_images, posterior, resolvable
+from peft_vit.base.statistics import odds
+from peft_vit.base.statistics.odds import FoldMeans, choose_model, means_of_images, posterior, resolvable
 
 RIGHT = (0.8, 0.8, 0.6)  # of three candidates; those that fail together do so on the same images
 

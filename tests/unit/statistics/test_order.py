@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peft_vit.statistics import (
+from peft_vit.base.statistics import (
     EffectSize,
     beyond_margin,
     effect_size,

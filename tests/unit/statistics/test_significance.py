@@ -3,7 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from peft_vit.statistics import beyond_margin, equivalence, holm, minimum_n_wilcoxon, noninferiority, verdict, wilcoxon
+from peft_vit.base.statistics import (
+    beyond_margin,
+    equivalence,
+    holm,
+    minimum_n_wilcoxon,
+    noninferiority,
+    verdict,
+    wilcoxon,
+)
 
 
 def test_verdicts_follow_the_sign_where_seeds_suffice() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_vit.statistics import stratified_mean
+from peft_vit.base.statistics import stratified_mean
 
 A, B = [0.010, 0.014, 0.006], [0.030, 0.022, 0.026, 0.034]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
-from peft_vit.statistics import (
+from peft_vit.base.statistics import (
     Significance,
     beyond_margin,
     equivalence,

@@ -8,13 +8,13 @@ import pytest
 from fake_study import done_record, failed_record, fake_adapter, fake_config, fake_plan
 
 from peft_vit.cli.model_commands import EXAMPLES
-from peft_vit.config import load_study
-from peft_vit.forecasting.estimate import Estimate
-from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records.progress import look_at, study_lock, study_status
-from peft_vit.studies.deadline import Deadline
-from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
-from peft_vit.studies.scheduler import drive as drive_study
+from peft_vit.core.config import load_study
+from peft_vit.runs.scheduling.deadline import Deadline
+from peft_vit.runs.scheduling.scheduler import drive as drive_study
+from peft_vit.runs.costs.estimate import Estimate
+from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.runs.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
+from peft_vit.runs.records.progress import look_at, study_lock, study_status
 
 pytestmark = pytest.mark.part("runner")
 

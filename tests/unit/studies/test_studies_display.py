@@ -12,14 +12,15 @@ from fake_study import done_record, failed_record, fake_config, fake_plan
 from golden import check_golden
 from rich.console import Console
 
-from peft_vit import console
-from peft_vit.console import duration, progress
-from peft_vit.forecasting.estimate import Estimate
-from peft_vit.records import HeadFit, Metrics, StepRow, run_folder
-from peft_vit.studies.display import Watch, counted, print_plan
-from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
-from peft_vit.studies.plan import PlannedRun, plan_study
-from peft_vit.training import Progress
+from peft_vit.base import console
+from peft_vit.base.console import duration, progress
+from peft_vit.core.records import HeadFit, Metrics, StepRow
+from peft_vit.core.training import Progress
+from peft_vit.runs.scheduling.display import Watch, counted, print_plan
+from peft_vit.runs.scheduling.plan import PlannedRun, plan_study
+from peft_vit.runs.costs.estimate import Estimate
+from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
+from peft_vit.runs.records.storage import run_folder
 
 pytestmark = pytest.mark.part("runner")
 
@@ -213,7 +214,7 @@ def test_what_is_left_is_never_ten_times_wrong_however_wrong_the_plan_is(
     config = fake_config(("one", "two", "three"), (0,))
     estimate = Estimate(planned_s, 10**8, "estimate", after_s=0.1 * planned_s if steps else 0.0)
     runs = [PlannedRun(run.spec, steps, estimate, False) for run in fake_plan(config, Path("x")).runs]
-    monkeypatch.setattr("peft_vit.studies.deadline.PROCESS_S", 0.0)
+    monkeypatch.setattr("peft_vit.runs.scheduling.deadline.PROCESS_S", 0.0)
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     plan = SimpleNamespace(study=config, pending=tuple(runs), notices=())

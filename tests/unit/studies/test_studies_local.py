@@ -13,12 +13,12 @@ import pytest
 from at_work import alive, at_work, events_of, left_by_killed_driver, of
 from PIL import Image
 
-from peft_vit.errors import UserError
-from peft_vit.records import outcome_digest
+from peft_vit.base.errors import UserError
 from peft_vit.runs import run_one
-from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
-from peft_vit.studies.executors.local import LocalExecutor
-from peft_vit.studies.plan import plan_study
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
+from peft_vit.runs.executors.local import LocalExecutor
+from peft_vit.runs.records.run_rows import outcome_digest
 
 pytestmark = pytest.mark.part("runner")
 
@@ -152,7 +152,7 @@ def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_worker_behind(tmp_path, cache) -> None:
-    make = "from peft_vit.studies.executors.local import LocalExecutor; executor = LocalExecutor(1, folder, 30)"
+    make = "from peft_vit.runs.executors.local import LocalExecutor; executor = LocalExecutor(1, folder, 30)"
     started, left = left_by_killed_driver(tmp_path, make)
     assert started >= 1
     assert left == []
@@ -197,7 +197,7 @@ def test_workers_take_no_module_from_the_working_directory_and_do_not_run_the_sc
 def test_collections_of_a_run_look_at_what_it_made_alone() -> None:
     code = (
         "import gc, weakref\n"
-        "from peft_vit.studies.executors.local import prepare_process\n"
+        "from peft_vit.runs.executors.local import prepare_process\n"
         "prepare_process()\n"
         "class Cycle: pass\n"
         "cycle = Cycle()\n"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.errors import UserError
-from peft_vit.records.progress import LOCK_FILE, Owner, owner_of, study_lock
+from peft_vit.base.errors import UserError
+from peft_vit.runs.records.progress import LOCK_FILE, Owner, owner_of, study_lock
 
 pytestmark = pytest.mark.part("runner")
 

@@ -7,11 +7,11 @@ import torch
 from at_work import at_work, events_of, of
 from small_methods import study_mapping
 
-from peft_vit.config import study_from_mapping
+from peft_vit.core.config import study_from_mapping
 from peft_vit.runs import run_one
-from peft_vit.studies.executors import RunEnded
-from peft_vit.studies.executors.local import LocalExecutor
-from peft_vit.studies.plan import plan_study
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.executors import RunEnded
+from peft_vit.runs.executors.local import LocalExecutor
 
 pytestmark = pytest.mark.part("runner")
 

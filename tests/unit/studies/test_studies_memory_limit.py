@@ -7,17 +7,17 @@ import pytest
 import torch
 import yaml
 
-from peft_vit.backbones import describe
-from peft_vit.errors import UserError
-from peft_vit.forecasting.memory_limit import StepCost, model_bytes
-from peft_vit.records import read_record, read_study_file, write_study_file
+from peft_vit.base.errors import UserError
+from peft_vit.core.backbones import describe
+from peft_vit.fit.commands import run_studies
+from peft_vit.fit.request import RunRequest
 from peft_vit.runs import run_one
-from peft_vit.studies import profiling
-from peft_vit.studies.commands import run_studies
-from peft_vit.studies.plan import plan_study, spec_of
-from peft_vit.studies.profiling import measure_step
-from peft_vit.studies.request import RunRequest
-from peft_vit.studies.scheduler import study_file
+from peft_vit.runs.scheduling import profiling
+from peft_vit.runs.scheduling.plan import plan_study, spec_of
+from peft_vit.runs.scheduling.profiling import measure_step
+from peft_vit.runs.scheduling.scheduler import study_file
+from peft_vit.runs.costs.memory_limit import StepCost, model_bytes
+from peft_vit.runs.records.storage import read_record, read_study_file, write_study_file
 
 pytestmark = pytest.mark.part("runner")
 
@@ -126,8 +126,8 @@ def test_what_does_not_fit_or_can_not_be_measured_is_one_line(
     study, planned, monkeypatch, limit, measure, words
 ) -> None:
     if measure == "a GPU":
-        monkeypatch.setattr("peft_vit.studies.plan.resolve_device", lambda device: torch.device("cuda"))
-        monkeypatch.setattr("peft_vit.studies.plan.choose_precision", lambda *_: SimpleNamespace(chosen="fp32"))
+        monkeypatch.setattr("peft_vit.runs.scheduling.plan.resolve_device", lambda device: torch.device("cuda"))
+        monkeypatch.setattr("peft_vit.runs.scheduling.plan.choose_precision", lambda *_: SimpleNamespace(chosen="fp32"))
     with pytest.raises(UserError, match=words) as caught:
         planned(study("lora", memory_limit=limit), measure_step=measure)
     assert caught.value.field == "experiments[0].training.memory_limit"

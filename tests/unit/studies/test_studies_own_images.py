@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_vit.adapters.products import ProductTimes
-from peft_vit.backbones import describe
-from peft_vit.config import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import (
     BITS_OF_TYPE,
     DEFAULT_MODEL,
     METHOD_KINDS,
@@ -20,13 +21,15 @@ from peft_vit.config import (
     bytes_of,
     named_backbone,
 )
+from peft_vit.core.methods import METHODS
+from peft_vit.core.quantization.integers import Product
+from peft_vit.core.tasks import CLASSIFICATION, expected_gain
+from peft_vit.core.tasks.classification import ACCURACY
+from peft_vit.core.training import Features, RuntimeConfig
 from peft_vit.data import load_data, make_splits, open_index
-from peft_vit.errors import UserError
-from peft_vit.methods import METHODS
-from peft_vit.quantization.integers import Product
-from peft_vit.studies import image_sizes, own_images
-from peft_vit.studies.image_sizes import SizeTrial
-from peft_vit.studies.own_images import (
+from peft_vit.fit import image_sizes, own_images
+from peft_vit.fit.image_sizes import SizeTrial
+from peft_vit.fit.own_images import (
     Counts,
     Forecast,
     OwnImages,
@@ -35,11 +38,8 @@ from peft_vit.studies.own_images import (
     open_images,
     refuse_among_images,
 )
-from peft_vit.studies.request import TrainRequest
-from peft_vit.studies.train_runs import RequestFile, earlier_call, write_request
-from peft_vit.tasks import CLASSIFICATION, expected_gain
-from peft_vit.tasks.classification import ACCURACY
-from peft_vit.training import Features, RuntimeConfig
+from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.train_runs import RequestFile, earlier_call, write_request
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
 
@@ -49,7 +49,7 @@ def pace(cache, monkeypatch):
     """Set the machine's pace, at first a fast one with memory to spare."""
 
     def set_to(rate: float, memory: int = 1 << 40) -> None:
-        monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_: rate)
+        monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_: rate)
         monkeypatch.setattr(own_images, "available_memory_bytes", lambda: memory)
         monkeypatch.setattr(own_images, "FEWEST_VALIDATION", 0)  # in these tests a few images validate, but for one
 
@@ -370,7 +370,7 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
 ) -> None:
     pace(FAST)
     rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
-    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *given: rates[given[4]])
     choice = ProductTimes(Product("qlinear", 7), 1.0, faster)
     monkeypatch.setattr("peft_vit.runs.kept_products.choose_product", lambda device, precision, bits=None: choice)
     study, line = study_of(asked(method, compute=requested, steps=60, image_size=64))

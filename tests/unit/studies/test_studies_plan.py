@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 from written_runs import run_and_write
 
-from peft_vit.config import PROBE_L2
+from peft_vit.base.errors import UserError
+from peft_vit.core.config import PROBE_L2
+from peft_vit.core.tasks import metric_of
 from peft_vit.data import ImageIndex, make_splits
-from peft_vit.errors import UserError
-from peft_vit.records import read_record, run_folder, write_record, write_study_file
-from peft_vit.studies.plan import plan_study, smoke_study
-from peft_vit.studies.scheduler import study_file
-from peft_vit.tasks import metric_of
+from peft_vit.runs.scheduling.plan import plan_study, smoke_study
+from peft_vit.runs.scheduling.scheduler import study_file
+from peft_vit.runs.records.storage import read_record, run_folder, write_record, write_study_file
 
 pytestmark = pytest.mark.part("runner")
 
@@ -46,7 +46,7 @@ def toy(monkeypatch, few: int, many: int) -> ImageIndex:
         sha256="0" * 64,
         read=lambda i: Image.fromarray(np.full((8, 8), 4 * i, np.uint8)),
     )
-    monkeypatch.setattr("peft_vit.studies.plan.open_index", lambda *_, **__: index)
+    monkeypatch.setattr("peft_vit.runs.scheduling.plan.open_index", lambda *_, **__: index)
     return index
 
 
@@ -80,7 +80,7 @@ def test_done_runs_are_skipped_and_estimate_the_others_and_their_records_are_not
         held.append(weakref.ref(record))
         return record
 
-    monkeypatch.setattr("peft_vit.studies.plan.read_record", read)
+    monkeypatch.setattr("peft_vit.runs.scheduling.plan.read_record", read)
     plan = planned(config, tmp_path)
     assert [run.done for run in plan.runs] == [True, True, False]
     assert [run.spec.seed for run in plan.pending] == [5]

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import ray
 
-from peft_vit.errors import UserError
-from peft_vit.studies.commands import run_studies
-from peft_vit.studies.executors import open_executor
-from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
-from peft_vit.studies.executors.ray_task import Place
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.request import RunRequest
+from peft_vit.base.errors import UserError
+from peft_vit.fit.commands import run_studies
+from peft_vit.fit.request import RunRequest
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.executors import open_executor
+from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
+from peft_vit.runs.executors.ray_task import Place
 
 pytestmark = pytest.mark.part("runner")
 

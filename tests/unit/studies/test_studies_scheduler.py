@@ -25,10 +25,10 @@ from fake_study import (
     fake_plan,
 )
 
-from peft_vit.errors import UserError
-from peft_vit.records import read_record, write_result
-from peft_vit.records.progress import LOCK_FILE, look_at, owner_of, study_status
-from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
+from peft_vit.base.errors import UserError
+from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
+from peft_vit.runs.records.progress import LOCK_FILE, look_at, owner_of, study_status
+from peft_vit.runs.records.storage import read_record, write_result
 
 pytestmark = pytest.mark.part("runner")
 

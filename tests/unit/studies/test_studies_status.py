@@ -19,11 +19,19 @@ from golden import check_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_vit.errors import UserError
-from peft_vit.records import read_record, write_result, write_study_file
-from peft_vit.records.progress import PROGRESS_FILE, Attempt, find_studies, now, status_lines, study_lock, study_status
-from peft_vit.studies.executors import Notice
-from peft_vit.studies.scheduler import StudyStore, study_file
+from peft_vit.base.errors import UserError
+from peft_vit.runs.scheduling.scheduler import StudyStore, study_file
+from peft_vit.runs.executors import Notice
+from peft_vit.runs.records.progress import (
+    PROGRESS_FILE,
+    Attempt,
+    find_studies,
+    now,
+    status_lines,
+    study_lock,
+    study_status,
+)
+from peft_vit.runs.records.storage import read_record, write_result, write_study_file
 
 pytestmark = pytest.mark.part("runner")
 

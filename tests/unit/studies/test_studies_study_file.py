@@ -6,9 +6,10 @@ import pytest
 from fake_study import done_record, failed_record, fake_config, fake_plan
 from golden import check_golden
 
-from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, STUDY_FILE, StudyFile, read_study_file, write_study_file
-from peft_vit.studies.scheduler import go_on, study_file
+from peft_vit.base.errors import UserError
+from peft_vit.core.records import StudyFile
+from peft_vit.runs.scheduling.scheduler import go_on, study_file
+from peft_vit.runs.records.storage import RECORD_FILE, STUDY_FILE, read_study_file, write_study_file
 
 pytestmark = pytest.mark.part("runner")
 

@@ -10,12 +10,12 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from timm.loss import AsymmetricLossMultiLabel
 from torch.nn import functional as F
 
-from peft_vit.errors import UserError
-from peft_vit.records import Decision, Predictions
-from peft_vit.statistics import TemperaturePrior, bootstrap_interval
-from peft_vit.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
-from peft_vit.tasks.multilabel import average_precision
-from peft_vit.tasks.regression import _spearman
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import TemperaturePrior, bootstrap_interval
+from peft_vit.core.records import Decision, Predictions
+from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
+from peft_vit.core.tasks.multilabel import average_precision
+from peft_vit.core.tasks.regression import _spearman
 
 pytestmark = pytest.mark.part("trainer")
 RNG = np.random.default_rng(0)

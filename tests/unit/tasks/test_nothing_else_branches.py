@@ -8,13 +8,13 @@ from typing import get_args
 import pytest
 
 import peft_vit
-from peft_vit.config import TaskName
-from peft_vit.tasks import TASKS
+from peft_vit.core.config import TaskName
+from peft_vit.core.tasks import TASKS
 
 pytestmark = pytest.mark.part("trainer")
 PACKAGE = Path(peft_vit.__file__).parent
 OBJECTS = {name.upper() for name in TASKS}
-NAMES_THEM = {"config/training.py"}  # what configurations may say
+NAMES_THEM = {"core/config/training.py"}  # what configurations may say
 PASSED_ON = ("CLASSIFICATION",)  # the task of a value that says no other; never asked for
 
 

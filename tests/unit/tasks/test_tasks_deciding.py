@@ -8,11 +8,11 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from statsmodels.stats.proportion import proportion_confint
 
-from peft_vit.errors import UserError
-from peft_vit.records import Metrics
-from peft_vit.statistics import mean_of_proportions
-from peft_vit.tasks import CLASSIFICATION, REGRESSION, expected_gain
-from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import mean_of_proportions
+from peft_vit.core.records import Metrics
+from peft_vit.core.tasks import CLASSIFICATION, REGRESSION, expected_gain
+from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 pytestmark = pytest.mark.part("trainer")
 

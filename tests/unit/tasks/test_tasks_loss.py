@@ -6,7 +6,7 @@ import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from peft_vit.tasks import CLASSIFICATION
+from peft_vit.core.tasks import CLASSIFICATION
 
 pytestmark = pytest.mark.part("trainer")
 LABELS = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2])

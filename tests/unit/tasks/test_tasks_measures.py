@@ -5,8 +5,8 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
-from peft_vit.tasks import CLASSIFICATION
-from peft_vit.tasks.classification import expected_calibration_error, log_softmax
+from peft_vit.core.tasks import CLASSIFICATION
+from peft_vit.core.tasks.classification import expected_calibration_error, log_softmax
 
 pytestmark = pytest.mark.part("trainer")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from peft_vit.statistics.odds import choose_model, means_of_images
-from peft_vit.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, Scores
-from peft_vit.tasks.classification import log_softmax
+from peft_vit.base.statistics.odds import choose_model, means_of_images
+from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION, Scores
+from peft_vit.core.tasks.classification import log_softmax
 
 pytestmark = pytest.mark.part("trainer")
 RNG = np.random.default_rng(5)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from peft_vit.core.training import RuntimeConfig
 from peft_vit.data import Data, HoldoutImages, LabelledImages
-from peft_vit.training import RuntimeConfig
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from peft_vit import QaLoraConfig, QALoRATrainer, allocate_bits
-from peft_vit.adapters import adapted_modules, current_ranks, site_adapters
-from peft_vit.allocation.loss_prediction import fit_head, layer_losses, rank_gains
-from peft_vit.backbones import find_sites
-from peft_vit.errors import SilentNoEffectWarning
+from peft_vit.base.errors import SilentNoEffectWarning
+from peft_vit.core.adapters import adapted_modules, current_ranks, site_adapters
+from peft_vit.core.allocation.loss_prediction import fit_head, layer_losses, rank_gains
+from peft_vit.core.backbones import find_sites
 
 pytestmark = [
     pytest.mark.part("quantization"),
-    pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning"),
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
 ]
 
 

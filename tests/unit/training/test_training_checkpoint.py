@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from peft_vit.errors import UserError
-from peft_vit.records import checkpoint_folders
-from peft_vit.training import CheckpointKeeper, Checkpoints, CheckpointWarning, State, checkpoint
-from peft_vit.training.checkpoint import read_checkpoint, tensors_sha256, write_checkpoint
+from peft_vit.base.errors import UserError
+from peft_vit.core.training import CheckpointKeeper, Checkpoints, CheckpointWarning, State, checkpoint
+from peft_vit.core.training.checkpoint import read_checkpoint, tensors_sha256, write_checkpoint
+from peft_vit.runs.records.storage import checkpoint_folders
 
 pytestmark = pytest.mark.part("runner")
 FILES = ("tensors.safetensors", "state.json")
@@ -251,7 +251,7 @@ def test_whatever_stands_in_its_place_is_no_checkpoint(tmp_path) -> None:
 
 def test_want_of_memory_is_no_damage(tmp_path, monkeypatch) -> None:
     written(tmp_path, 1, 2)
-    monkeypatch.setattr("peft_vit.training.checkpoint.load_file", lambda file: torch.empty(1 << 50))
+    monkeypatch.setattr("peft_vit.core.training.checkpoint.load_file", lambda file: torch.empty(1 << 50))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         CheckpointKeeper(Checkpoints(tmp_path, 0)).newest()
 

@@ -12,11 +12,11 @@ from tiny_models import TINY_FAMILIES, random_model
 from torch import nn
 from torch.nn import functional as F
 
-from peft_vit.adapters import adapted_product, attach_adapters, current_ranks, site_adapters, trained_tensors
-from peft_vit.backbones import Backbone, describe, find_sites, load_backbone
-from peft_vit.config import BackboneConfig, TrainingConfig
-from peft_vit.training import train
-from peft_vit.training.optimization import blocks_of, recomputed
+from peft_vit.core.adapters import adapted_product, attach_adapters, current_ranks, site_adapters, trained_tensors
+from peft_vit.core.backbones import Backbone, describe, find_sites, load_backbone
+from peft_vit.core.config import BackboneConfig, TrainingConfig
+from peft_vit.core.training import train
+from peft_vit.core.training.optimization import blocks_of, recomputed
 
 pytestmark = pytest.mark.part("trainer")
 

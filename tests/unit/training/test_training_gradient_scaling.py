@@ -10,11 +10,14 @@ from qa_lora_settings import config
 from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import trained_tensors
-from peft_vit.errors import SilentNoEffectWarning
-from peft_vit.training.quantized_layers import format_of, quantized_layers
+from peft_vit.base.errors import SilentNoEffectWarning
+from peft_vit.core.adapters import trained_tensors
+from peft_vit.core.training.quantized_layers import format_of, quantized_layers
 
-pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+pytestmark = [
+    pytest.mark.part("trainer"),
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
+]
 STEPS = 6
 
 

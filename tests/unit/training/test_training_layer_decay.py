@@ -5,9 +5,9 @@ import torch
 from timm.optim import param_groups_layer_decay
 from tiny_models import TINY_FAMILIES, random_model
 
-from peft_vit.backbones import Backbone
-from peft_vit.config import TrainingConfig
-from peft_vit.training.optimization import build_optimizer, build_scheduler, layer_groups
+from peft_vit.core.backbones import Backbone
+from peft_vit.core.config import TrainingConfig
+from peft_vit.core.training.optimization import build_optimizer, build_scheduler, layer_groups
 
 pytestmark = pytest.mark.part("trainer")
 DECAY = 0.6

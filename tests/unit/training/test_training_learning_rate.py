@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from peft_vit.adapters import attach_adapters
-from peft_vit.backbones import find_sites
-from peft_vit.config import TrainingConfig
-from peft_vit.records import Metrics
-from peft_vit.tasks import CLASSIFICATION
-from peft_vit.training import Hook, train
-from peft_vit.training.loop import TrainingState
-from peft_vit.training.optimization import WarmupStableDecay, build_scheduler
+from peft_vit.core.adapters import attach_adapters
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import TrainingConfig
+from peft_vit.core.records import Metrics
+from peft_vit.core.tasks import CLASSIFICATION
+from peft_vit.core.training import Hook, train
+from peft_vit.core.training.loop import TrainingState
+from peft_vit.core.training.optimization import WarmupStableDecay, build_scheduler
 
 pytestmark = pytest.mark.part("runner")
 

@@ -10,12 +10,12 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import freeze_backbone
-from peft_vit.backbones import find_sites
+from peft_vit.core.adapters import freeze_backbone
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.tasks import REGRESSION
+from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.core.training import FLIP_AXES, Features, can_hold_out, fit_probe, head_inputs, head_logits, held_out_fit
 from peft_vit.data import LabelledImages
-from peft_vit.tasks import REGRESSION
-from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.training import FLIP_AXES, Features, can_hold_out, fit_probe, head_inputs, head_logits, held_out_fit
 
 pytestmark = pytest.mark.part("runner")
 

@@ -9,15 +9,16 @@ from tiny_models import random_model
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
-from peft_vit.adapters import attach_adapters, current_ranks, set_ranks
-from peft_vit.backbones import find_sites
-from peft_vit.config import AUGMENTATION_OF_FLIPS, TrainingConfig
-from peft_vit.evaluation import predict, trainable_parameters
-from peft_vit.records import Evaluation, Metrics
-from peft_vit.tasks import CLASSIFICATION
-from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.training import AllocationHook, Hook, loss_weights, train
-from peft_vit.training.loop import BestState, evaluations_since_best
+from peft_vit.core.adapters import attach_adapters, current_ranks, set_ranks
+from peft_vit.core.adapters.footprint import trainable_parameters
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import AUGMENTATION_OF_FLIPS, TrainingConfig
+from peft_vit.core.records import Evaluation, Metrics
+from peft_vit.core.tasks import CLASSIFICATION
+from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.core.training import AllocationHook, Hook, loss_weights, train
+from peft_vit.core.training.loop import BestState, evaluations_since_best
+from peft_vit.core.training.metrics import predict
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -223,7 +224,7 @@ def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, runtime, monk
         purposes = AllocationHook.purposes
 
     now = [0.0]
-    monkeypatch.setattr("peft_vit.training.hooks.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("peft_vit.core.training.hooks.time.perf_counter", lambda: now[0])
     result = train(lora(tiny_vit()), data(), config(epochs=1), runtime, seed=0, hooks=[Slow(1), Split(1)])  # 3 steps
     assert result.overhead_s.pop("evaluation") == 0
     assert result.overhead_s == {

@@ -5,10 +5,10 @@ import torch
 from prepared_methods import METHODS, adalora, lora
 from torch import nn
 
-from peft_vit.adapters import current_ranks, trained_tensors
-from peft_vit.config import METRICS, TrainingConfig
-from peft_vit.records import StepRow
-from peft_vit.training import Hook, train
+from peft_vit.core.adapters import current_ranks, trained_tensors
+from peft_vit.core.config import METRICS, TrainingConfig
+from peft_vit.core.records import StepRow
+from peft_vit.core.training import Hook, train
 
 pytestmark = pytest.mark.part("trainer")
 IMAGES = 21  # in batches of 8, 8 and 5: in micro-batches of 4 the last one is of a single image

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
-from peft_vit.adapters import freeze_backbone, site_adapters
-from peft_vit.errors import DivergedError, UserError
-from peft_vit.training import AllocationHook, Hook, optimization_step
+from peft_vit.base.errors import DivergedError, UserError
+from peft_vit.core.adapters import freeze_backbone, site_adapters
+from peft_vit.core.training import AllocationHook, Hook, optimization_step
 
 pytestmark = pytest.mark.part("trainer")
 RATE = 0.1

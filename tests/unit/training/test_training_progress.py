@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 from timm.models.vision_transformer import VisionTransformer
 
-from peft_vit.adapters import adapted_modules
-from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.peft_layers import peft_ranks
-from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, PeftAdaLoraConfig, QaLoraConfig, TrainingConfig
-from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.training import Progress, train
+from peft_vit.core.adapters import adapted_modules
+from peft_vit.core.adapters.low_rank import SiteAdapter
+from peft_vit.core.adapters.peft_layers import peft_ranks
+from peft_vit.core.config import (
+    AdaLoraConfig,
+    ExperimentConfig,
+    LoraConfig,
+    PeftAdaLoraConfig,
+    QaLoraConfig,
+    TrainingConfig,
+)
+from peft_vit.core.methods import METHODS, PrepareContext
+from peft_vit.core.training import Progress, train
 
 pytestmark = pytest.mark.part("trainer")
 

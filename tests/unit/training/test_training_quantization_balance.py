@@ -11,9 +11,9 @@ from qa_lora_settings import config, scheduled
 from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapted_modules
-from peft_vit.training.qa_lora import next_part
-from peft_vit.training.quantized_layers import (
+from peft_vit.core.adapters import adapted_modules
+from peft_vit.core.training.qa_lora import next_part
+from peft_vit.core.training.quantized_layers import (
     MEASURE_EVERY_STEPS,
     error_removed,
     managed_pace,

@@ -10,10 +10,13 @@ from qa_lora_settings import scheduled
 from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapted_modules, adapter_bytes, load_trained, trained_tensors
-from peft_vit.training.quantized_layers import quantized_layers
+from peft_vit.core.adapters import adapted_modules, adapter_bytes, load_trained, trained_tensors
+from peft_vit.core.training.quantized_layers import quantized_layers
 
-pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+pytestmark = [
+    pytest.mark.part("trainer"),
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
+]
 
 
 def step_with(model, trainer, optimizer, batch, step) -> None:

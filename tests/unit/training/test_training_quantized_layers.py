@@ -5,10 +5,10 @@ import torch
 from qa_lora_settings import config
 
 from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
-from peft_vit.adapters import adapted_modules, attach_adapters, current_ranks, site_adapters
-from peft_vit.backbones import find_sites
-from peft_vit.errors import SilentNoEffectWarning
-from peft_vit.training.quantized_layers import format_of
+from peft_vit.base.errors import SilentNoEffectWarning
+from peft_vit.core.adapters import adapted_modules, attach_adapters, current_ranks, site_adapters
+from peft_vit.core.backbones import find_sites
+from peft_vit.core.training.quantized_layers import format_of
 
 pytestmark = pytest.mark.part("trainer")
 

@@ -8,16 +8,16 @@ from qa_lora_settings import config, scheduled
 from torch import nn
 
 from peft_vit import QALoRATrainer, allocate_bits
-from peft_vit.adapters import attach_adapters
-from peft_vit.backbones import describe, find_sites
-from peft_vit.config import BackboneConfig, QaLoraConfig, TrainingConfig
-from peft_vit.errors import UserError
-from peft_vit.training import check_bits, train
-from peft_vit.training.quantized_layers import check_ranks, format_of
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import attach_adapters
+from peft_vit.core.backbones import describe, find_sites
+from peft_vit.core.config import BackboneConfig, QaLoraConfig, TrainingConfig
+from peft_vit.core.training import check_bits, train
+from peft_vit.core.training.quantized_layers import check_ranks, format_of
 
 pytestmark = [
     pytest.mark.part("configuration"),
-    pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning"),
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
 ]
 Make = Callable[..., nn.Module]
 IMAGES = torch.zeros(2, 3, 32, 32)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from prepared_methods import METHODS, STEPS
 
-from peft_vit.adapters import current_ranks, trained_tensors, use_integer_products
-from peft_vit.config import TrainingConfig
-from peft_vit.errors import UserError
-from peft_vit.records import Metrics
-from peft_vit.training import State, train
-from peft_vit.training.checkpoint import (
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import current_ranks, trained_tensors, use_integer_products
+from peft_vit.core.config import TrainingConfig
+from peft_vit.core.records import Metrics
+from peft_vit.core.training import State, train
+from peft_vit.core.training.checkpoint import (
     generators_state,
     load_generators_state,
     load_model_state,

@@ -5,12 +5,15 @@ import torch
 from qa_lora_settings import config, scheduled
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapted_modules, merge_by_requantizing
-from peft_vit.backbones import Backbone, ReplayedPass
-from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_compensation
-from peft_vit.training.quantized_layers import quantized_layers
+from peft_vit.core.adapters import adapted_modules, merge_by_requantizing
+from peft_vit.core.backbones import Backbone, ReplayedPass
+from peft_vit.core.quantization import QuantizationFormat, quantize, quantize_with_compensation
+from peft_vit.core.training.quantized_layers import quantized_layers
 
-pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
+pytestmark = [
+    pytest.mark.part("trainer"),
+    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
+]
 FORMAT = QuantizationFormat("nf4", 16, True, torch.float16)
 
 

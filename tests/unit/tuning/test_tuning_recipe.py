@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from peft_vit.adapters import packed_weights
-from peft_vit.backbones import Architecture, describe
-from peft_vit.backbones.catalog import create_model
-from peft_vit.config import BackboneConfig, ExperimentConfig
-from peft_vit.evaluation import model_size, storage_bytes
-from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.runs.post_training import round_weights
-from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.tuning.recipe import GRAPH_BYTES, ROUNDED, Recipe, lora, rate_of, shared_training
+from peft_vit.core.adapters import packed_weights
+from peft_vit.core.adapters.footprint import model_size, storage_bytes
+from peft_vit.core.backbones import Architecture, describe
+from peft_vit.core.backbones.catalog import create_model
+from peft_vit.core.config import BackboneConfig, ExperimentConfig
+from peft_vit.core.methods import METHODS, PrepareContext
+from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.deploy.post_training import round_weights
+from peft_vit.fit.recipe import GRAPH_BYTES, ROUNDED, Recipe, lora, rate_of, shared_training
 
 CLASSES, STEPS = 5, 48
 SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)

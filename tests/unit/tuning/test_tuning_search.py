@@ -10,19 +10,19 @@ import pytest
 import simulated_tunings
 from simulated_tunings import MODEL, StandIns
 
-from peft_vit.backbones import describe
-from peft_vit.config import named_backbone
-from peft_vit.forecasting.estimate import Throughput
-from peft_vit.forecasting.time_limit import Limit
-from peft_vit.studies.image_sizes import on_new_images
-from peft_vit.studies.within_time import Outcome
-from peft_vit.tasks import CLASSIFICATION, Scores
-from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.tuning.costs import Costs
-from peft_vit.tuning.folds import Folds
-from peft_vit.tuning.recipe import Recipe, lora
-from peft_vit.tuning.search import RATES, best_of, wished
-from peft_vit.tuning.sizes import SizeResult, try_sizes
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import named_backbone
+from peft_vit.core.tasks import CLASSIFICATION, Scores
+from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.fit.costs import Costs
+from peft_vit.fit.folds import Folds
+from peft_vit.fit.image_sizes import on_new_images
+from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.search import RATES, best_of, wished
+from peft_vit.fit.sizes import SizeResult, try_sizes
+from peft_vit.fit.within_time import Outcome
+from peft_vit.runs.costs.estimate import Throughput
+from peft_vit.runs.costs.time_limit import Limit
 
 LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.tuning.state import State
-from peft_vit.tuning.tune_request import TuneRequest
+from peft_vit.fit.state import State
+from peft_vit.fit.tune_request import TuneRequest
 
 
 @pytest.mark.parametrize(("first", "then", "threads"), [(None, None, 5), (2, None, 2), (2, 2, 2), (None, 5, 5)])

@@ -1,0 +1,144 @@
+"""Files and folders that may come from anybody: read without waiting and up to a size, written without leaving.
+
+A name in somebody's archive or results may be a pipe that never ends, a link that leads out, or a bomb.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+
+from peft_vit.base.errors import UserError
+
+LARGEST_BYTES = 1 << 28  # of an image, a table or a record; far more than any real one
+# Each is of some systems only: O_BINARY of Windows, the others of POSIX.
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+
+
+def open_regular(file: str | Path) -> BufferedReader:
+    """Open a file for reading, without waiting for it; links are followed.
+
+    Raises:
+        OSError: if it can't be read, is not a regular file (a pipe could wait for ever), or if its name is impossible;
+            `strerror` says why.
+    """
+    try:
+        descriptor = os.open(file, _FLAGS)
+    except ValueError:  # a NUL in its name
+        raise OSError(errno.EINVAL, "impossible name", str(file)) from None
+    try:
+        require_regular(os.fstat(descriptor), file)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(file: str | Path, limit_bytes: int | None = LARGEST_BYTES) -> bytes:
+    """Return a file's content.
+
+    Args:
+        file: its path; links are followed.
+        limit_bytes: what it may hold at most; None: anything, for weights.
+
+    Raises:
+        OSError: as `open_regular`, and if it is larger; `strerror` says why.
+    """
+    with open_regular(file) as handle:
+        if limit_bytes is not None and os.fstat(handle.fileno()).st_size > limit_bytes:
+            raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(file))
+        return handle.read()
+
+
+def sha256_of(file: str | Path) -> str:
+    """Return the SHA-256 of a file's content as hex; raises OSError as `open_regular`."""
+    with open_regular(file) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def require_regular(status: os.stat_result, file: str | Path) -> None:
+    """Raise OSError if a file's status is not that of a regular file."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a regular file", str(file))
+
+
+def folder_below(root: Path, relative: str) -> Path:
+    """Return a folder below `root` that files may be written to; it need not exist.
+
+    Raises:
+        UserError: if a part of the path leads out, or is a link: what it leads to is not `root`'s.
+    """
+    parts = PurePosixPath(relative).parts
+    if not parts or ".." in parts or "\0" in relative or PurePosixPath(relative).is_absolute():
+        raise UserError(f"{relative!r} leads out of it; nothing is written there", file=root)
+    folder = root
+    for part in parts:
+        folder = folder / part
+        if os.path.islink(folder):
+            raise UserError("is a link, and results go into real folders only; put the folder itself here", file=folder)
+    return folder
+
+
+def refuse_existing(
+    output: Path, *, is_folder: bool = False, overwrite: bool = False, marks: tuple[str, ...] = ()
+) -> None:
+    """Refuse to write where something is: a file, or a folder that holds anything.
+
+    Args:
+        output: the file or the folder that is to be written.
+        is_folder: which of the two.
+        overwrite: all the same, but no file instead of a folder or the other way round.
+        marks: files of which a folder has to hold one, or it is not overwritten: somebody's own would be gone.
+
+    Raises:
+        UserError: if it is refused.
+    """
+    if not os.path.lexists(output):
+        return
+    fault = ""
+    if os.path.isdir(output) != is_folder:
+        fault = f"is a {'file' if is_folder else 'folder'}, which a {'folder' if is_folder else 'file'} can't replace"
+    elif is_folder and not os.listdir(output):
+        return
+    elif not overwrite:
+        fault = f"{'holds files' if is_folder else 'exists'} already; give another name, or --overwrite"
+    elif marks and not any(os.path.lexists(output / mark) for mark in marks):
+        fault = "holds files that no export has written, which --overwrite leaves alone"
+    if fault:
+        raise UserError(fault if "; " in fault else f"{fault}; give another name", file=output, field="--output")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a new folder that takes the target's name, and the place of what was there, once everything is written.
+
+    If it can't take its place, what was there comes back.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as place:
+        made = Path(place, "new")
+        made.mkdir()
+        yield made
+        before = Path(f"{place}.before")  # beside it: what is in it will be removed
+        try:
+            if os.path.lexists(target):
+                target.rename(before)
+            made.rename(target)
+        except BaseException:  # Ctrl-C, too
+            if os.path.lexists(before) and not os.path.lexists(target):
+                before.rename(target)
+            raise
+        if os.path.lexists(before):
+            before.rename(Path(place, "before"))

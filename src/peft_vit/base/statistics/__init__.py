@@ -1,0 +1,51 @@
+"""Pure functions on arrays: intervals, paired tests, equivalence, effect sizes, concentration, association.
+
+docs/explanation/statistics.md says which test is primary, what each interval describes, and how often the intervals
+hold. They say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB of them, when it is first asked for.
+"""
+
+from peft_vit.base.statistics.conformal import (
+    ErrorScale,
+    TemperaturePrior,
+    class_scores,
+    conformal_quantile,
+    error_scale,
+    fit_temperature,
+    fold_coverage,
+    prediction_sets,
+    probabilities,
+    recall_threshold,
+    row_weights,
+)
+from peft_vit.base.statistics.descriptive import gini, normalized_entropy, spearman
+from peft_vit.base.statistics.intervals import (
+    EffectSize,
+    Interval,
+    bootstrap_interval,
+    effect_size,
+    hedges_factor,
+    mean_interval,
+    mean_of_proportions,
+    paired_improvement,
+    paired_proportions,
+    proportion_interval,
+    shifted,
+    unseen_share,
+)
+from peft_vit.base.statistics.neighbours import Neighbours
+from peft_vit.base.statistics.sequential import Look, SequentialResult, SequentialTest, Stopped, StoppingRule, follow
+from peft_vit.base.statistics.significance import (
+    Significance,
+    Verdict,
+    beyond_margin,
+    equivalence,
+    equivalence_verdict,
+    holm,
+    inferiority,
+    minimum_n_wilcoxon,
+    noninferiority,
+    stratified_mean,
+    verdict,
+    wilcoxon,
+    wilcoxon_against_each,
+)

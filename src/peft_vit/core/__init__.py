@@ -1,0 +1,1 @@
+"""What a PyTorch user imports: backbones, adapters, allocation, quantization, tasks, methods, the training loop."""

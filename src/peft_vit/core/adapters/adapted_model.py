@@ -1,0 +1,445 @@
+"""The module in a Linear's place, the adapters that a model carries so, and the way back to weights without."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters.adapted_product import (
+    FrozenWeight,
+    InPlace,
+    adapted_product,
+    is_activation,
+    product_by_pieces,
+)
+from peft_vit.core.adapters.integer_product import integer_product
+from peft_vit.core.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.core.adapters.peft_layers import (
+    ADAPTER,
+    PeftSite,
+    check_plain,
+    is_plain,
+    peft_factors,
+    peft_layers,
+    peft_ranks,
+    peft_site_adapters,
+    sites_of_layers,
+    tuner_layers,
+)
+from peft_vit.core.adapters.products import product_here
+from peft_vit.core.backbones import Backbone, Site
+from peft_vit.core.quantization import QuantizedTensor, quantize, relative_error
+from peft_vit.core.quantization.integers import IntegerWeight, Product, exact_products
+
+Adapter: TypeAlias = SiteAdapter | PeftSite
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer whose rows carry one adapter, or several on slices (query, key, value).
+
+    The weight in use is ``(1 - share) * float + share * quantized``. At share 1 for good (`drop_float`) only the
+    packed weight is left.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight: Tensor | None
+        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)  # (out, in)
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
+        self.quantized: QuantizedTensor | None = None
+        self.quantized_share = 0.0
+        self.sites = nn.ModuleDict()  # adapters, by the kind of their site
+        self._sites: dict[str, Site] = {}  # likewise
+        self.ablated: frozenset[str] = frozenset()  # names of sites whose updates `without_updates` skips for now
+        self.product: Product | None = None  # of integers, in which the frozen weight is multiplied; None: in float
+        self.unpacks_by_pieces = False
+        self._integers: tuple[tuple[Any, ...], IntegerWeight] | None = None  # what they were made from, and they
+
+    def add_site(self, site: Site, adapter: SiteAdapter) -> None:
+        """Put an adapter on a site's rows; all of a layer act on the same groups of inputs."""
+        if self.sites and adapter.pool != self.pool:
+            raise ValueError(f"the layer's adapters pool {self.pool} inputs, this one {adapter.pool}")
+        self.sites[site.kind] = adapter
+        self._sites[site.kind] = site
+
+    def set_quantized(self, quantized: QuantizedTensor) -> float:
+        """Hold a packed copy of the weight beside the float one; return its relative error."""
+        if self.weight is None:
+            raise RuntimeError("the float weight is gone; quantize before it is dropped")
+        self.quantized = quantized
+        return relative_error(self.weight, quantized)
+
+    def drop_float(self) -> None:
+        """Free the float weight; only the packed weight is left from here on."""
+        if self.quantized is None:
+            raise RuntimeError("there is no quantized weight to fall back on")
+        self.quantized_share = 1.0
+        self.weight = None
+
+    def frozen_weight(self) -> Tensor:
+        """Return a copy of the weight in use without the adapters, (out, in) float32."""
+        return self._frozen.unpack()
+
+    @property
+    def _frozen(self) -> FrozenWeight:
+        return FrozenWeight(self.weight, self.quantized, self.quantized_share)
+
+    @property
+    def _in_use(self) -> tuple[Any, ...]:
+        version = None if self.weight is None else (self.weight.data_ptr(), self.weight._version)
+        return version, self.quantized, self.quantized_share, self.product
+
+    def integer_weight(self) -> IntegerWeight:
+        """Return the weight in use in 8-bit integers; they are kept until it changes."""
+        if self._integers is None or self._integers[0] != self._in_use:
+            assert self.product is not None
+            if self.quantized is not None and (self.weight is None or self.quantized_share == 1):
+                integers = IntegerWeight.from_quantized(self.quantized, self.product)
+            else:
+                integers = IntegerWeight.from_float(self.frozen_weight(), self.product)
+            self._integers = (self._in_use, integers)
+        return self._integers[1]
+
+    def move_float(self, values: Tensor) -> None:
+        """Put the float weight into other memory that holds the same values; integers that were made of it stay."""
+        assert self.weight is not None
+        integers = self.integer_weight()
+        self.weight.data = values
+        self._integers = (self._in_use, integers)
+
+    def merged_weight(self) -> Tensor:
+        """Return the weight with every update added, (out, in) float32."""
+        total = self.frozen_weight()
+        for site, adapter in self.adapters():
+            total[site.span] += adapter.delta()  # (out_s, in)
+        return total
+
+    @property
+    def pool(self) -> int:
+        """Return how many adjacent inputs share an update; 1 without adapters."""
+        return next((adapter.pool for _, adapter in self.adapters()), 1)
+
+    def adapters(self) -> list[tuple[Site, SiteAdapter]]:
+        """Return each site and its adapter, in the order of the rows."""
+        return [
+            (self._sites[kind], adapter) for kind, adapter in self.sites.items() if isinstance(adapter, SiteAdapter)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        adapters = [(site.span, adapter) for site, adapter in self.adapters() if site.name not in self.ablated]
+        updates: list[tuple[slice, SiteAdapter | GradientProbe]]
+        updates = [(span, adapter) for span, adapter in adapters if adapter.rank]
+        if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
+            updates += [(span, adapter.probe) for span, adapter in adapters if adapter.probe is not None]
+        if self.unpacks_by_pieces and self.weight is None and not updates and not torch.is_grad_enabled():
+            assert self.quantized is not None
+            return product_by_pieces(x, self.quantized, self.bias)  # (..., out)
+        if self.product is not None:
+            return integer_product(x, self.integer_weight(), self.bias, updates, pool=self.pool)  # (..., out)
+        return adapted_product(x, self._frozen, self.bias, updates, pool=self.pool)  # (..., out)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.quantized is not None:
+            # Moves follow; changes of type do not: they would alter scales and so the weights.
+            self.quantized = self.quantized.to(fn(self.quantized.scales).device)
+        return self
+
+
+def save_memory(model: nn.Module) -> None:
+    """Let a model that only predicts take less memory and a tenth more time.
+
+    Packed weights become floats piece by piece, and values of activation functions are written over their inputs.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            module.unpacks_by_pieces = True
+        elif is_activation(module):
+            model.set_submodule(name, InPlace(module))
+
+
+def use_integer_products(model: nn.Module, product: Product | None = None) -> Product:
+    """Let all frozen linear layers of a model's blocks multiply 8-bit integers from here on, see `integer_product`.
+
+    On a CPU their float weights move into a temporary file that is mapped into memory. They take none until they are
+    read, say when the model is merged. If there is no room for the file, they stay where they are.
+
+    Args:
+        model: whose methods have put their adapters on, changed in place.
+        product: see `products.ProductTimes`; None: the fastest exact one on this machine.
+
+    Returns:
+        The product; with fewer bits if those of a layer are not exact.
+
+    Raises:
+        UserError: if the device has no integer products, or a layer is trained or somebody else's.
+    """
+    device = next(model.parameters()).device
+    product = product_here(device) if product is None else product
+    layers: list[AdaptedLinear] = []
+    for name in dict.fromkeys(site.module for site in Backbone.within(model).sites):
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            layer = AdaptedLinear(layer)
+            model.set_submodule(name, layer)
+        if not isinstance(layer, AdaptedLinear):
+            reason = "is trained itself" if isinstance(layer, nn.Linear) else f"is a {type(layer).__name__}"
+            raise UserError(
+                f"int8 multiplies frozen linear layers, and {name} {reason}; use float", field="training.compute"
+            )
+        layers.append(layer)
+    for inputs in {layer.in_features for layer in layers}:
+        if product not in exact_products(inputs, device.type):
+            product = replace(product, bits=7)
+    for layer in layers:
+        layer.product = product
+    if device.type == "cpu":
+        _keep_in_file([layer for layer in layers if layer.weight is not None])
+    return product
+
+
+def use_float_products(model: nn.Module) -> None:
+    """Let a model multiply in float again, as the one does that is delivered; its integers are gone."""
+    for _, layer in adapted_modules(model):
+        layer.product = layer._integers = None
+
+
+@contextmanager
+def with_float_products(model: nn.Module) -> Iterator[None]:
+    """Let a model multiply in float, and afterwards as before."""
+    products = [(layer, layer.product) for _, layer in adapted_modules(model)]
+    try:
+        for layer, _ in products:
+            layer.product = None
+        yield
+    finally:
+        for layer, product in products:
+            layer.product = product
+
+
+def _keep_in_file(layers: Sequence[AdaptedLinear]) -> None:
+    weights = [layer.weight for layer in layers if layer.weight is not None]
+    if not weights:
+        return
+    for layer in layers:
+        layer.integer_weight()  # of what is in memory still
+    try:
+        with tempfile.TemporaryFile() as file:
+            for weight in weights:
+                file.write(weight.detach().contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as the weights
+    except OSError:
+        return
+    start = 0
+    for layer, weight in zip(layers, weights, strict=True):
+        values = torch.frombuffer(mapped, dtype=weight.dtype, count=weight.numel(), offset=start)  # (out in,)
+        layer.move_float(values.view(weight.shape))  # (out, in)
+        start += weight.nbytes
+
+
+# --- what a model carries ---------------------------------------------------------------------------------------------
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Yield (name, module) of every linear layer that carries adapters, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+def packed_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Return the packed weight of each quantized layer, by the layer's name."""
+    return {name: module.quantized for name, module in adapted_modules(model) if module.quantized is not None}
+
+
+def site_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
+    ours = {site.name: adapter for _, module in adapted_modules(model) for site, adapter in module.adapters()}
+    return {**peft_site_adapters(model), **ours}
+
+
+def adapted_sites(model: nn.Module) -> dict[str, Site]:
+    """Return the sites that carry an adapter of this package's or of the PEFT library's, by name, block by block."""
+    ours = [site for _, module in adapted_modules(model) for site, _ in module.adapters()]
+    return {site.name: site for site in (*ours, *sites_of_layers(model).values())}
+
+
+def current_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of each site as its tensors have it now."""
+    return {name: adapter.rank for name, adapter in site_adapters(model).items()}
+
+
+def update_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of every site that has an update of this package's or of the PEFT library's."""
+    return current_ranks(model) | peft_ranks(model)
+
+
+@contextmanager
+def without_updates(model: nn.Module, sites: Collection[str]) -> Iterator[None]:
+    """Leave the updates of some sites out of every forward pass, as if B (or lambda) were zero.
+
+    No tensor is touched. Afterwards the model is as it was, whatever happened inside.
+
+    Args:
+        model: carries adapters of this package, or LoRA or AdaLoRA of the PEFT library.
+        sites: by name, `blocks.3.attn.query`; of PEFT's `blocks.3.attn.qkv`.
+
+    Raises:
+        UserError: if the model has no adapter on a site.
+    """
+    unknown = sorted(set(sites) - set(update_ranks(model)))
+    if unknown:
+        raise UserError(f"the model has no adapter on {unknown[0]}; name modules that have one", field="sites")
+    with ExitStack() as stack:
+        for _, module in adapted_modules(model):
+            named = {site.name for site, _ in module.adapters()}.intersection(sites)
+            if named:
+                stack.callback(setattr, module, "ablated", module.ablated)
+                module.ablated = module.ablated.union(named)
+        places = sites_of_layers(model)
+        for name, layer in peft_layers(model).items():
+            if name in places and places[name].name in sites and not layer.disable_adapters:
+                stack.enter_context(_disabled(layer))
+        yield
+
+
+@contextmanager
+def _disabled(layer: Any) -> Iterator[None]:
+    """Use PEFT's own switch, which also says that the factors are not, and then that they are to be trained."""
+    trained = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        layer.enable_adapters(True)
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
+
+
+# --- back to weights without adapters ---------------------------------------------------------------------------------
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict of the plain timm model, with every update added to its weight (float32)."""
+    adapted = dict(adapted_modules(model))
+    by_peft = tuner_layers(model)
+    replaced = tuple(f"{module}." for module in (*adapted, *by_peft))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(replaced)}
+    for name, module in adapted.items():
+        state[f"{name}.weight"] = module.merged_weight().detach()
+        if module.bias is not None:
+            state[f"{name}.bias"] = module.bias.detach()
+    for name, layer in by_peft.items():
+        if is_plain(layer):
+            check_plain(name, layer)
+            base = layer.get_base_layer()
+            right, left, scale = peft_factors(layer)  # (r, in), (out, r)
+            state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)  # (out, in)
+        else:
+            merged = copy.deepcopy(layer)
+            with torch.no_grad():
+                merged.merge(adapter_names=[ADAPTER])  # as PEFT does it
+            base = merged.get_base_layer()
+            state[f"{name}.weight"] = base.weight.detach()  # (out, in)
+        if base.bias is not None:
+            state[f"{name}.bias"] = base.bias.detach()
+    return state
+
+
+def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Move each update into its layer's offsets: offset <- offset + scale * B A; no code and no scale changes.
+
+    The adapters are removed. `offset_dtype` is float32 or float16; None: as the layer's format stores offsets.
+
+    This is QA-LoRA's merge, arXiv 2309.14717, sec. 3.3. It is exact but for the rounding of the offsets. It takes
+    adapters whose input is summed over the quantizer's groups.
+
+    Returns:
+        By module, ||W_merged - W_trained||_F / ||W_trained||_F.
+
+    Raises:
+        UserError: if a layer is not quantized for good, its adapters act on other groups, or an offset overflows; then
+            the model is as it was.
+    """
+
+    def merged(name: str, module: AdaptedLinear, quantized: QuantizedTensor) -> QuantizedTensor:
+        groups = quantized.groups
+        delta = torch.zeros(quantized.shape[0], groups, device=quantized.codes.device)  # (out, groups)
+        for site, adapter in module.adapters():
+            left, right = adapter.factors()  # (out_s, r), (r, in / pool)
+            if right.shape[1] != groups:
+                raise UserError(
+                    f"the adapters of {name} do not act on its {groups} groups of inputs, so no offset can take them; "
+                    "use merge_by_requantizing, which reports its error",
+                    field="model",
+                )
+            delta[site.span] += left @ right  # (out_s, groups)
+        return quantized.with_offset_added(delta, offset_dtype, name=name)
+
+    return _merge(model, merged)
+
+
+def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
+    """Replace adapters by their sum with the layer's weight, quantized again to the layer's own format.
+
+    For adapters over a quantized weight that act on single inputs (QLoRA, arXiv 2305.14314). The update is rounded to
+    codes with the weight, each to the nearest, and what is smaller than half a code's step may be lost: look at the
+    error, and at the accuracy before and after. A layer without update keeps its codes.
+
+    Returns:
+        By module, ||W_merged - W_trained||_F / ||W_trained||_F.
+
+    Raises:
+        UserError: if a layer is not quantized for good, its adapters could be merged into offsets, or the sum does not
+            fit the format; then the model is as it was.
+    """
+
+    def merged(name: str, module: AdaptedLinear, quantized: QuantizedTensor) -> QuantizedTensor:
+        if module.pool > 1:
+            message = f"the adapters of {name} act on groups of inputs; use merge_into_offsets, which changes no code"
+            raise UserError(message, field="model")
+        if not any(adapter.rank for _, adapter in module.adapters()):
+            return quantized
+        return quantize(module.merged_weight(), quantized.format, name=name)
+
+    return _merge(model, merged)
+
+
+@torch.no_grad()
+def _merge(
+    model: nn.Module, merged: Callable[[str, AdaptedLinear, QuantizedTensor], QuantizedTensor]
+) -> dict[str, float]:
+    """Put the merged weight in the place of each layer's and remove the adapters; return the relative errors."""
+    weights = []
+    for name, module in adapted_modules(model):
+        if not module.sites:
+            continue
+        if module.quantized is None or module.weight is not None:
+            raise UserError(
+                f"{name} still has its float weight; finish the quantization schedule, or use merged_state_dict for "
+                "float weights",
+                field="model",
+            )
+        weights.append((name, module, merged(name, module, module.quantized)))
+    if not weights:
+        message = "the model carries no adapters of this package on quantized weights; nothing to merge"
+        raise UserError(message, field="model")
+    errors = {}
+    for name, module, quantized in weights:
+        errors[name] = relative_error(module.merged_weight(), quantized)
+        module.quantized = quantized
+        module.sites = nn.ModuleDict()
+    return errors

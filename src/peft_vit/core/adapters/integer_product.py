@@ -1,0 +1,215 @@
+"""Inputs times an adapted weight whose frozen part is multiplied in integers, and the gradients.
+
+    y = x^ W^T + s (x^ A^T) B^T + bias,  x^ = t q the inputs as they were rounded, row by row,
+
+so that the adapters learn on what integer hardware computes, and of the inputs the codes are kept alone: a byte each.
+Where x = f(s), see `remember_sources`, they are made again of s, which f keeps in any case. Rounding has the
+derivative 1. Adapters and their gradients are float products of few rows. With g = dL/dy (N, out):
+
+    dL/dx = g W + (g B) A, dL/dA = (g B)^T x^, dL/dB = g^T (x^ A^T).
+
+All that goes over (N, out) or (N, in) is done a few rows at a time, which stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peft_vit.core.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of
+from peft_vit.core.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.core.quantization.integers import IntegerWeight, quantize_rows, reused_memory
+
+_VALUES_AT_ONCE = 3 << 17  # of a product: 1.6 MB in float32
+
+
+def integer_product(
+    x: Tensor,
+    weight: IntegerWeight,
+    bias: Tensor | None,
+    updates: Sequence[tuple[slice, SiteAdapter | GradientProbe]],
+    *,
+    pool: int = 1,
+) -> Tensor:
+    """Apply a linear layer whose frozen weight is multiplied in integers, with low-rank updates on slices of its rows.
+
+    Under autocast the updates' products run in autocast's type, which the outputs have.
+
+    Args:
+        x: inputs (..., in).
+        weight: (out, in).
+        bias: (out,) or None.
+        updates: the rows of each site that has a rank above 0, and its adapter; likewise of its probe.
+        pool: inputs per group on which the updates are constant, the same for all of them.
+
+    Returns:
+        Outputs (..., out).
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    source = source_of(x) if updates and x.numel() >= LEAST_VALUES else None
+    values = None if source is None else source.values.detach()
+    function = None if source is None else partial(_again, source.function, dtype, autocast)
+    with torch.autocast(device, enabled=False):
+        factors = []
+        for _, adapter in updates:
+            left, right = adapter.factors()  # (out_s, r), (r, in / pool)
+            factors += [left, right if pool == 1 else right.repeat_interleave(pool, 1)]  # (r, in)
+        spans = tuple(span for span, _ in updates)
+        result: Tensor = _IntegerProduct.apply(x, weight, bias, spans, dtype, values, function, *factors)
+    return result
+
+
+class _IntegerProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: IntegerWeight,
+        bias: Tensor | None,
+        spans: tuple[slice, ...],
+        dtype: torch.dtype,
+        values: Tensor | None,
+        function: Callable[[Tensor], Tensor] | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        left, right, inner, take = None, None, None, None
+        if factors:
+            left, right = _joined(factors, spans, len(weight.codes), dtype)
+            inner = torch.empty(len(right), len(rows), dtype=dtype, device=x.device)  # (R, N)
+            take = partial(_multiplied, right, inner)
+        codes, scales = _rounded(rows, dtype, take=take)
+        if inner is not None:
+            inner.mul_(scales.T)
+        outputs = torch.empty(*x.shape[:-1], len(weight.codes), dtype=dtype, device=x.device)  # (..., out)
+        y = outputs.view(len(rows), len(weight.codes))  # (N, out), of the same memory
+        for part in _parts(rows, y.shape[1]):
+            product = weight.multiply(codes[part])  # (n, out)
+            sums = y[part] if dtype == torch.float32 else product
+            if bias is None:
+                torch.mul(product, scales[part], out=sums)
+            else:
+                torch.addcmul(bias, product, scales[part], out=sums)
+            if dtype != torch.float32:
+                y[part] = sums
+            if inner is not None and left is not None:
+                y[part].addmm_(inner[:, part].T, left)  # (n, R) @ (R, out)
+        kept = codes if factors and function is None else None
+        ctx.save_for_backward(kept, scales, left, right, inner, values)
+        ctx.weight, ctx.spans, ctx.shape, ctx.dtype, ctx.function = weight, spans, x.shape, x.dtype, function
+        ctx.ranks = [len(factor) for factor in factors[1::2]]
+        return outputs  # no view, since some models add to it in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        weight = ctx.weight
+        codes, scales, left, right, inner, values = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])  # (N, out)
+        dtype, outer = gradient.dtype, None
+        to_factors: list[Tensor] = []
+        if inner is not None:
+            outer = left @ gradient.T  # (R, out) @ (out, N): the gradient of the inner products
+            to_lefts = (inner @ gradient).split(ctx.ranks)  # (R, N) @ (N, out)
+            of_right = torch.zeros(len(outer), ctx.shape[-1], device=gradient.device)  # (R, in)
+            add = partial(_added, outer * scales.T.to(dtype), of_right)
+            if codes is None:
+                _rounded(values.reshape(-1, values.shape[-1]), dtype, ctx.function, add)
+            else:
+                for part in _parts(codes, codes.shape[1]) if dtype == torch.float32 else [slice(None)]:
+                    add(part, codes[part])
+            for span, to_left, to_right in zip(ctx.spans, to_lefts, of_right.split(ctx.ranks), strict=True):
+                to_factors += [to_left[:, span].T.float(), to_right]  # (out_s, r), (r, in)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            device = gradient.device
+            to_x = torch.empty(len(gradient), ctx.shape[-1], dtype=ctx.dtype, device=device)  # (N, in)
+            if outer is not None:
+                outer, right = outer.to(ctx.dtype), right.to(ctx.dtype)
+            for part in _parts(gradient, max(gradient.shape[1], to_x.shape[1])):
+                shape = gradient[part].shape  # (n, out)
+                scaled = reused_memory("values", shape, torch.float32, device)
+                torch.mul(_in_float("values", gradient[part]), weight.scales, out=scaled)
+                of_gradient, of_rows = quantize_rows(scaled, reused_memory("codes", shape, torch.int8, device), scaled)
+                product = weight.multiply_back(of_gradient)  # (n, in)
+                if to_x.dtype == torch.float32:
+                    torch.mul(product, of_rows, out=to_x[part])
+                else:
+                    to_x[part] = product.mul_(of_rows)
+                if outer is not None:
+                    to_x[part].addmm_(outer[:, part].T, right)  # (n, R) @ (R, in)
+            to_x = to_x.view(ctx.shape)
+        to_bias = gradient.float().sum(0) if ctx.needs_input_grad[2] else None  # (out,)
+        return to_x, None, to_bias, None, None, None, None, *to_factors
+
+
+def _again(function: RowFunction, dtype: torch.dtype, autocast: bool, values: Tensor) -> Tensor:
+    with torch.autocast(values.device.type, dtype, enabled=autocast):
+        return function(values)
+
+
+def _rounded(
+    rows: Tensor,
+    dtype: torch.dtype,
+    function: Callable[[Tensor], Tensor] | None = None,
+    take: Callable[[slice, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return codes (N, in) and scales (N, 1) of rows, or of what a function makes of them, some rows at a time.
+
+    `take` multiplies the codes by something of a type: in float32 part by part, while they are in the processor's
+    cache; in bf16 all at once, since such products are so fast that their number counts.
+    """
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scales = torch.empty(len(rows), 1, device=rows.device)
+    for part in _parts(rows, rows.shape[1]):
+        x = rows[part] if function is None else function(rows[part])
+        values = reused_memory("values", x.shape, torch.float32, x.device)
+        _, scales[part] = quantize_rows(_in_float("values", x), codes[part], values)
+        if take is not None and dtype == torch.float32:
+            take(part, values)
+    if take is not None and dtype != torch.float32:
+        take(slice(None), codes)
+    return codes, scales
+
+
+def _multiplied(right: Tensor, inner: Tensor, part: slice, codes: Tensor) -> None:
+    inner[:, part] = right @ codes.to(right.dtype).T  # (R, in) @ (in, n)
+
+
+def _added(outer: Tensor, to_right: Tensor, part: slice, codes: Tensor) -> None:
+    to_right += outer[:, part] @ codes.to(outer.dtype)  # (R, n) @ (n, in)
+
+
+def _joined(
+    factors: Sequence[Tensor], spans: Sequence[slice], outputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of all updates as one, (R, out) with zeros where an update has no rows, and (R, in)."""
+    right = torch.cat(list(factors[1::2])).to(dtype) if len(spans) > 1 else factors[1].to(dtype)
+    if len(spans) == 1 and len(factors[0]) == outputs:
+        return factors[0].T.to(dtype), right
+    left = torch.zeros(len(right), outputs, dtype=dtype, device=right.device)
+    start = 0
+    for span, of_update in zip(spans, factors[::2], strict=True):
+        rank = of_update.shape[1]
+        left[start : start + rank, span] = of_update.T
+        start += rank
+    return left, right
+
+
+def _in_float(name: str, x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 else reused_memory(name, x.shape, torch.float32, x.device).copy_(x)
+
+
+def _parts(x: Tensor, width: int) -> Iterator[slice]:
+    """Yield the rows that are taken at a time, about as many each time; elsewhere than on a CPU all of them."""
+    rows = len(x)
+    count = max(1, round(rows * width / _VALUES_AT_ONCE)) if x.device.type == "cpu" else 1
+    for part in range(count):
+        yield slice(part * rows // count, (part + 1) * rows // count)

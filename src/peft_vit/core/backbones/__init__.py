@@ -1,0 +1,33 @@
+"""Pretrained Vision Transformers: which there are, their weights, the matrices that may carry an adapter."""
+
+from peft_vit.core.backbones.backbone import (
+    Backbone,
+    Head,
+    apply_temperature,
+    choose_attention,
+    fill_head,
+    find_sites,
+    freeze_batch_norm,
+)
+from peft_vit.core.backbones.catalog import (
+    MODELS,
+    BackboneShape,
+    architecture_of,
+    describe,
+    interpolation_of,
+    native_size,
+    size_step_of,
+)
+from peft_vit.core.backbones.families import Architecture
+from peft_vit.core.backbones.passes import ReplayedPass, evaluating, visit_blocks, watching
+from peft_vit.core.backbones.site import Site, chosen, fused_sites, whole_modules
+from peft_vit.core.backbones.weights import (
+    LoadedBackbone,
+    Weights,
+    check_weights,
+    load_backbone,
+    load_run_backbone,
+    read_weights,
+    source_of,
+    weights_licence,
+)

@@ -1,0 +1,19 @@
+"""Families of Vision Transformers: what differs from one class of models to the next."""
+
+from torch import nn
+
+from peft_vit.core.backbones.families.by_tokens import TIMM_OTHER, is_of_timm
+from peft_vit.core.backbones.families.family import Architecture, Family
+from peft_vit.core.backbones.families.timm_families import TIMM_FAMILIES
+from peft_vit.core.backbones.families.transformers_models import TRANSFORMERS_VISION
+
+FAMILIES: tuple[Family, ...] = (*TIMM_FAMILIES, TRANSFORMERS_VISION)
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """Return the family of a model; None: neither one of these nor of timm."""
+    named = next((family for family in FAMILIES if isinstance(model, family.model_class)), None)
+    return TIMM_OTHER if named is None and is_of_timm(model) else named
+
+
+__all__ = ["FAMILIES", "Architecture", "Family", "family_of"]

@@ -1,0 +1,159 @@
+"""What a method of fine-tuning does: it prepares a model, refuses what would fail, and chooses for `peft-vit train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from peft_vit.base.errors import UserError
+from peft_vit.core.allocation import rank_costs
+from peft_vit.core.backbones import BackboneShape, Site, chosen
+from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, QuantizationType
+from peft_vit.core.quantization import QuantizationFormat
+from peft_vit.core.training import Hook, check_ranks
+
+DEFAULT_RANK = 8  # of `peft-vit train`
+
+
+@dataclass(frozen=True)
+class PrepareContext:
+    """What preparing a model depends on, beside the experiment.
+
+    Attributes:
+        total_steps: of the run.
+        seed: of the run.
+        formats: of quantized weights, by module, where `adaptive_bits` has chosen them or a file says so.
+        ranks: likewise by site, where `adaptive_bits` chooses ranks.
+        calibration: gives so many training images (N, C, H, W), where the start of training depends on data.
+        module_ranks: instead of such a start, the ranks of a saved run by module.
+        packed: likewise the packed weights, tensors by layer, where they depend on data.
+    """
+
+    total_steps: int
+    seed: int
+    formats: Mapping[str, QuantizationFormat] | None = None
+    ranks: Mapping[str, int] | None = None
+    calibration: Callable[[int], Tensor] | None = None
+    module_ranks: Mapping[str, int] | None = None
+    packed: Mapping[str, Mapping[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `peft-vit train` was asked for, and what it trains on, as far as a method's settings depend on it.
+
+    Attributes:
+        rank: of each matrix.
+        budget: over all matrices, in `budget_unit`; bytes are those of the values in float32.
+        steps: of the run.
+        shape: of the backbone.
+        adapter_bytes: of the updates' values in their file, in as few bits as the method finds best.
+        bits: number format of frozen weights that are packed.
+    """
+
+    rank: int | None
+    budget: int | None
+    steps: int
+    shape: BackboneShape
+    budget_unit: Literal["ranks", "bytes"] = "ranks"
+    adapter_bytes: int | None = None
+    bits: QuantizationType = "nf4"
+
+    @property
+    def below_one_rank_a_matrix(self) -> bool:
+        """Whether the budget is too small for one rank on each matrix."""
+        if self.adapter_bytes is not None:
+            return self.adapter_bytes < int(rank_costs("bytes", self.shape.sites, bits=1).sum())
+        if self.budget is None:
+            return False
+        return self.budget < int(rank_costs(self.budget_unit, self.shape.sites).sum())
+
+    def enough_steps(self, fewest: int) -> None:
+        """Refuse fewer steps than adaptive ranks need."""
+        if self.steps < fewest:
+            raise UserError(f"{self.steps} steps are too few to move ranks; give more", field="--steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What differs from method to method once a run is at hand; what can be asked of it is a `MethodKind` of `config`.
+
+    Attributes:
+        prepare: makes a plain model trainable, in place, and returns what the loop has to call.
+        check: refuses what `prepare` or the run would refuse later, from shapes and numbers alone (UserError).
+        shorten: returns the sections with schedules of `total_steps` that fit `steps`, deciding every `every` steps at
+            most; for smoke runs and measurements of cost.
+        defaults: the sections that `peft-vit train` takes.
+        learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
+            chose as the peak of one cycle.
+        few_ranks_learning_rate: likewise where the budget is below one rank a matrix; None: the same.
+        forward_passes: that a step takes as long as: the weights, for its input, for their own gradients.
+        bytes_per_weight: of the backbone's weights, gradients and moments; None: frozen, and as the precision has it.
+        uses_peft: whether the PEFT library has to be there.
+        why_not_peft: why its adapter can't be exported to the PEFT library; empty if it can.
+    """
+
+    prepare: Callable[[nn.Module, ExperimentConfig, PrepareContext], list[Hook]] = lambda *_: []
+    check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = lambda *_: None
+    shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = lambda *_: {}
+    defaults: Callable[[TrainOptions], dict[str, dict[str, Any]]] = lambda _: {}
+    learning_rate: float = 1e-3
+    few_ranks_learning_rate: float | None = None
+    forward_passes: float = 2.0
+    bytes_per_weight: int | None = None
+    uses_peft: bool = False
+    why_not_peft: str = ""
+
+    def learning_rate_for(self, options: TrainOptions) -> float:
+        """Return the learning rate that `peft-vit train` takes."""
+        few = self.few_ranks_learning_rate if options.below_one_rank_a_matrix else None
+        return self.learning_rate if few is None else few
+
+
+@contextmanager
+def below(field_name: str) -> Iterator[None]:
+    """Name the setting at which a fault of what it asks for is to be repaired.
+
+    Raises:
+        UserError: as inside, with the field, below the experiment.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.message, field=field_name) from None
+
+
+def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
+    """Return the sites that a section's `targets` names.
+
+    Raises:
+        UserError: if it names kinds of matrices that the model lacks.
+    """
+    with below(f"{section}.targets"):
+        return chosen(shape.sites, settings.targets)
+
+
+def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int = 1) -> None:
+    """Refuse a rank that does not fit a site.
+
+    Raises:
+        UserError: with the field, below the experiment.
+    """
+    try:
+        check_ranks(sites, rank, pool)
+    except UserError as error:
+        raise UserError(error.message, field=error.field if error.field != "rank" else field_name) from None
+
+
+def check_images(field_name: str, images: int | None, train_images: int) -> None:
+    """Refuse more calibration images than there are to train on.
+
+    Raises:
+        UserError: with the field, below the experiment.
+    """
+    if images is not None and images > train_images:
+        raise UserError(f"{images} are more than the {train_images} training images; lower it", field=field_name)

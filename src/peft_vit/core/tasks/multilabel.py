@@ -1,0 +1,519 @@
+"""Several labels an image, or none: each is there, is not, or is not known.
+
+Labels are (N, K): 1, 0, and NaN where nobody said. The head has an output a label, whose logistic function is the
+label's probability; what is not known counts neither in the loss nor in a measure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import TemperaturePrior, recall_threshold, row_weights
+from peft_vit.core.config import ClassWeights, LossName
+from peft_vit.core.records import Decision, Metrics
+from peft_vit.core.tasks.task import (
+    COVERAGES,
+    LOG_TEMPERATURES,
+    SHOWN,
+    DecidingMetric,
+    Floats,
+    Labels,
+    Meaning,
+    Named,
+    Shown,
+    Task,
+    bootstrapped,
+    counted_images,
+    least_loss_temperature,
+    ranked_cells,
+    ranked_columns,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FOCUS, _MARGIN = 4, 0.05  # of the asymmetric loss, as its authors have them; what is there has no focus
+_CELLS = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
+_LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
+
+
+# --- measures: each image weighs as often as it is drawn --------------------------------------------------------------
+
+
+def _cumulated(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> tuple[Floats, Floats]:
+    """Return the weight of positive and of all images whose score is among the highest, (B, different scores)."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # of equal scores the last
+    drawn = weights[:, order]  # (B, N)
+    return np.cumsum(drawn * positive[order], 1)[:, ends], np.cumsum(drawn, 1)[:, ends]
+
+
+def average_precision(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Return sum_t (R_t - R_(t-1)) P_t over the different scores t, (B,); NaN where no image is positive.
+
+    P_t is the share of positive images among those that score t at least, R_t the share of positive images that do.
+
+    Args:
+        scores: (N,).
+        positive: (N,).
+        weights: of images, (B, N).
+    """
+    hits, drawn = _cumulated(scores, positive, weights)
+    with np.errstate(invalid="ignore"):
+        precision = np.where(drawn > 0, hits / drawn, 0.0)
+        area: Floats = (np.diff(hits, prepend=0.0) * precision).sum(1) / hits[:, -1]
+    return area
+
+
+def _area_under_roc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Return the share of pairs of a positive and another image in which the positive one scores higher, (B,)."""
+    hits, drawn = _cumulated(scores, positive, weights)
+    false = drawn - hits
+    above = false[:, -1:] - (false + np.concatenate([np.zeros((len(false), 1)), false[:, :-1]], 1)) / 2
+    with np.errstate(invalid="ignore"):
+        area: Floats = (np.diff(hits, prepend=0.0) * above).sum(1) / (hits[:, -1] * false[:, -1])
+    return area
+
+
+def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Floats) -> Floats:
+    """Return the mean of a measure over the labels that have it, (B,); 0 where none has."""
+    of_labels = []
+    for truth, score in zip(labels.T, scores.T, strict=True):
+        known = ~np.isnan(truth)
+        if known.any():
+            of_labels.append(measure(score[known], truth[known] == 1, weights[:, known]))
+    values = np.array(of_labels).reshape(len(of_labels), len(weights))
+    measured = np.isfinite(values).sum(0)
+    mean: Floats = np.nan_to_num(values).sum(0) / np.maximum(measured, 1)
+    return mean
+
+
+def _map(labels: Labels, scores: Labels, weights: Floats) -> Floats:
+    return _mean_over_labels(average_precision, labels, scores, weights)
+
+
+def _auroc(labels: Labels, scores: Labels, weights: Floats) -> Floats:
+    return _mean_over_labels(_area_under_roc, labels, scores, weights)
+
+
+def _cases(labels: Labels) -> Sequence[int]:
+    """Return of each label that some image has how many pairs, of an image that has it and one that has not, are apart.
+
+    A model whose AUROC is A orders m of them all rightly with a probability of at most A^m.
+    """
+    there, others = (labels == 1).sum(0), (labels == 0).sum(0)  # (K,) each
+    return [max(1, int(least)) for least in np.minimum(there, others)[there > 0]] or [1]
+
+
+def _f1(hits: Any, told: Any, there: Any) -> Any:
+    """Return 2 hits / (told + there), 0 where both are 0."""
+    return 2 * hits / np.maximum(told + there, 1e-12)
+
+
+def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return the weight of images in which a label is found, is told, and is there, (B, K) each; unknown ones are none.
+
+    Args:
+        labels: (N, K).
+        told: 1 or 0, (N, K).
+        weights: of images, (B, N).
+    """
+    there, said = (labels == 1).astype(float), told * ~np.isnan(labels)
+    return weights @ (there * said), weights @ said, weights @ there
+
+
+def _f1_micro(labels: Labels, told: Labels, weights: Floats) -> Floats:
+    return np.asarray(_f1(*(part.sum(1) for part in _told(labels, told, weights))))
+
+
+def _f1_macro(labels: Labels, told: Labels, weights: Floats) -> Floats:
+    """Return the mean over the labels that some image has, (B,); 0 where none has."""
+    hits, said, there = _told(labels, told, weights)
+    values: Floats = _f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
+    return values
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+class _Multilabel(Task):
+    """See `Task`."""
+
+    name = "multilabel"
+    column = "lists"
+    metrics: Mapping[str, DecidingMetric] = {
+        metric.name: metric
+        for metric in (
+            bootstrapped("map", "mean average precision", _map, cases=_cases, suffix=" mAP"),
+            bootstrapped("auroc", "mean AUROC", _auroc, cases=_cases, suffix=" AUROC"),
+            bootstrapped("f1_macro", "macro F1", _f1_macro, cases=_cases, at_thresholds=True, suffix=" macro F1"),
+            bootstrapped("f1_micro", "micro F1", _f1_micro, cases=_cases, at_thresholds=True, suffix=" micro F1"),
+        )
+    }
+    loss_names = ("binary_cross_entropy", "asymmetric")
+    outputs = "labels"
+    fifth_of = "each label"
+    linear = "logistic regression a label"
+    note = "A label is predicted from its threshold on, which has the largest F1 on the validation images."
+    gap = "{} mean average precision is the mean over {} of {} classes"
+    promise = (
+        "Prediction sets",
+        "An image's labels in its set",
+        "Labels in a set",
+        "Means over the test images that have a label; they chose nothing. `predict --coverage` gives such sets: the "
+        "labels that an image may have. They hold about as much as asked.",
+    )
+    holds = "The set at {0:g} % holds about {0:g} % of an image's labels on average"
+
+    def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
+        """Return whether there is a column a class, or one with several in a cell."""
+        if set(cells) == {"label"}:
+            return any("|" in cell for cell in cells["label"])
+        return all(cell.lower() in _CELLS for column in cells.values() for cell in column)
+
+    def fault(self, cells: Mapping[str, str]) -> str | None:
+        """Refuse what is not 0, 1 or nothing, unless names are in one cell."""
+        odd = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
+        return f"expected 0, 1, or nothing for what is not known, got {odd[0]!r}" if odd else None
+
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+        """Return names and labels (N, K); of `cat|dog` all that is not named is not there."""
+        if list(columns) == ["label"]:
+            rows = [{name.strip() for name in text.split("|")} - {""} for text in texts]
+            names = tuple(sorted(set().union(*rows)))
+            labels = np.array([[float(name in row) for name in names] for row in rows]).reshape(len(rows), len(names))
+        else:
+            names = tuple(columns)
+            labels = np.array([[_CELLS[cell.lower()] for cell in text.split("|")] for text in texts])
+        return names, labels
+
+    def refuse_one_answer(self, names: Sequence[str], labels: Labels, image: str) -> None:
+        """Refuse a label that all images have, or none."""
+        for place, name in enumerate(names):
+            if len(set(labels[:, place]) & {0.0, 1.0}) < 2:
+                what = "has" if (labels[:, place] == 1).any() else "is without"
+                remedy = "add images of both kinds, or take the class out"
+                raise UserError(f"every {image} {what} '{name}', so nothing can be learned about it; {remedy}")
+
+    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+        """Return a label a class, and that of the class before."""
+        own = classes[:, None] == np.arange(classes.max() + 1)  # (N, K)
+        return tuple(f"class_{k}" for k in range(own.shape[1])), (own | np.roll(own, 1, axis=1)).astype(float)
+
+    def text(self, label: Any, names: Sequence[str]) -> str:
+        """Return what is there, and what is not known."""
+        said = [name if value == 1 else f"{name}?" for name, value in zip(names, label, strict=True) if value != 0]
+        return "|".join(said) or "none"
+
+    def images_of(self, images: int, names: Sequence[str]) -> str:
+        """Return how many images there are, and labels."""
+        return f"{images:,} images with up to {len(names)} labels each (multilabel)"
+
+    def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
+        """Return which images have a label, (N,)."""
+        return np.asarray(labels[:, place] == 1)
+
+    def marks(self, labels: Labels) -> NDArray[np.int64]:
+        """Return equal numbers for equal labels."""
+        return np.unique(np.nan_to_num(labels, nan=-1.0), axis=0, return_inverse=True)[1].reshape(-1)
+
+    def strata(self, labels: Labels) -> NDArray[np.bool_]:
+        """Return which images have each label, (N, K)."""
+        return np.asarray(labels == 1)
+
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+        """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
+        weights: Floats = 1 / counted_images(counts, how)
+        return weights / weights.mean()
+
+    def _each(self, outputs: Tensor, labels: Tensor, name: LossName | None = None) -> Tensor:
+        """Return the loss of each label, (N, K); 0 of what is not known."""
+        from torch.nn import functional as F
+
+        known = labels.isfinite()
+        targets = labels.nan_to_num(0.0).to(outputs.dtype)
+        if name == "asymmetric":
+            q = (outputs.sigmoid() - _MARGIN).clamp(min=0)
+            absent = (targets - 1) * q**_FOCUS * (1 - q).log()
+            return (absent - targets * F.logsigmoid(outputs)) * known
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none") * known
+
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float = 0.0,
+        name: LossName | None = None,
+    ) -> Tensor:
+        """Return sum_n sum_k w[k] (-t log p - (1 - t) log(1 - p))[n, k] / N over what is known.
+
+        The asymmetric loss (Ridnik et al. 2021, arXiv 2009.14119) has q^4 log(1 - q) with q = max(p - 0.05, 0) instead
+        of log(1 - p): of labels that are not there only those count that the model is wrong about.
+
+        Args:
+            outputs: (N, K).
+            labels: (N, K), from 0 to 1, or NaN.
+            weights: w, (K,); None: all 1.
+            label_smoothing: none is done.
+            name: binary_cross_entropy, asymmetric.
+        """
+        each = self._each(outputs, labels, name)
+        return (each if weights is None else each * weights).sum() / len(labels)
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum over labels, (N,)."""
+        return self._each(outputs, labels).sum(1)
+
+    def linear_heads(
+        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
+    ) -> Iterator[tuple[Floats, Floats]]:
+        """Yield a logistic regression a label, by scikit-learn, on the images of which it is known.
+
+        Where all of these agree, it is the constant that says so of one image more of each kind.
+        """
+        from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
+        from threadpoolctl import ThreadpoolController
+
+        threads = ThreadpoolController()  # once: it looks through all libraries that are loaded
+        models = [LogisticRegression(tol=1e-7, max_iter=10_000, warm_start=True) for _ in labels.T]
+        for l2 in strengths:
+            W, b = np.zeros((len(models), z.shape[1])), np.zeros(len(models))  # (K, D), (K,)
+            for k, (model, truth) in enumerate(zip(models, labels.T, strict=True)):
+                known = ~np.isnan(truth)
+                there = int((truth[known] == 1).sum())
+                if not 0 < there < known.sum():
+                    b[k] = math.log((there + 1) / (known.sum() - there + 1))
+                    continue
+                model.set_params(C=1 / (l2 * weights.sum()))
+                with threads.limit(limits=1):
+                    model.fit(z[known], truth[known], sample_weight=weights[known])
+                W[k], b[k] = model.coef_[0], model.intercept_[0]
+            yield W, b
+
+    def temperature(self, outputs: Tensor, labels: Tensor) -> float:
+        """Return what outputs have to be divided by for the lowest loss."""
+        return least_loss_temperature(lambda factor: float(self.loss(outputs / factor, labels, None)))
+
+    def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
+        """Return the least power of two with which the loss is at least half of what guessing by frequency costs."""
+        share = (labels.nansum(0) / labels.isfinite().sum(0).clamp(min=1)).clamp(1e-6, 1 - 1e-6)  # (K,)
+        guess, factor = float(self.loss(share.logit().expand_as(outputs), labels, None)), 1.0
+        while float(self.loss(outputs / factor, labels, None)) < guess / 2:
+            factor *= 2
+        return factor
+
+    def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
+        """Return every measure of a split; F1 and exact match at the decision's thresholds, or at the best of these."""
+        scores, known, one = self.predicted(outputs, decision), ~np.isnan(labels), np.ones((1, len(labels)))
+        told = scores >= np.array(_thresholds(scores, labels, one[0]) if decision is None else decision.thresholds)
+        there = labels == 1
+        chance = np.where(there, scores, 1 - scores)
+        return Metrics(
+            n=len(labels),
+            nll=float(np.abs(np.log(np.maximum(chance, 1e-300)) * known).sum(1).mean()),
+            more={
+                "map": float(_map(labels, scores, one)[0]),
+                "auroc": float(_auroc(labels, scores, one)[0]),
+                "f1_micro": float(_f1_micro(labels, told, one)[0]),
+                "f1_macro": float(_f1_macro(labels, told, one)[0]),
+                "exact_match": float(((told == there) | ~known).all(1).mean()),
+            },
+        )
+
+    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
+        """Return the probability of each label, (N, K)."""
+        z = outputs.astype(np.float64) / (1.0 if decision is None else decision.temperature)
+        shares: Floats = np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
+        return shares
+
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
+        """Return of which images both say the same labels."""
+        told = self._told(self.predicted(before, decision), decision)
+        return np.asarray((told == self._told(self.predicted(after, decision_after), decision_after)).all(1))
+
+    def right(
+        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
+    ) -> NDArray[np.bool_]:
+        """Return of which images all known labels are said, by thresholds, or at 1/2."""
+        told = self.predicted(outputs, decision) >= (0.5 if decision is None else np.array(decision.thresholds))
+        return np.asarray(((told == (labels == 1)) | np.isnan(labels)).all(1))
+
+    def constant(self, labels: Labels) -> Labels:
+        """Return that nothing is there, which ranks all images alike."""
+        return np.zeros_like(labels, dtype=float)
+
+    def decide(
+        self,
+        outputs: NDArray[np.floating],
+        labels: Labels,
+        prior: TemperaturePrior,
+        images: NDArray[np.int64] | None = None,
+    ) -> Decision:
+        """Return the most probable temperature, and for each label the threshold with the largest F1."""
+        width = labels.shape[1]
+        if not len(labels):
+            return Decision(images=0, thresholds=(0.5,) * width)
+        z, y, known = outputs.astype(np.float64), np.nan_to_num(labels), ~np.isnan(labels)
+        weights, count = row_weights(len(labels), images)
+
+        def loss(log_t: float) -> float:
+            scaled = z / math.exp(log_t)
+            nll = weights @ ((np.logaddexp(0, scaled) - y * scaled) * known).sum(1)
+            return float(nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
+
+        log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
+        decision = Decision(images=count, temperature=math.exp(float(log_t)))
+        scores = self.predicted(outputs, decision)
+        by_coverage = {coverage: recall_threshold(scores, labels, coverage, images) for coverage in COVERAGES}
+        held = {coverage: least for coverage, least in by_coverage.items() if math.isfinite(least)}
+        sets = {"coverages": tuple(held), "set_thresholds": tuple(held.values())}
+        return decision.model_copy(update={"thresholds": _thresholds(scores, labels, weights), **sets})
+
+    def covered(
+        self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
+    ) -> tuple[dict[float, float], dict[float, float]]:
+        """Return which share of an image's labels is in its set, and how many labels are, over images that have one."""
+        there = labels == 1  # (N, K)
+        own = there.any(1)
+        if not own.any():
+            return {}, {}
+        scores, there = self.predicted(outputs, decision)[own], there[own]
+        shown = [coverage for coverage in SHOWN if coverage in decision.coverages]
+        inside = {coverage: scores >= decision.threshold(coverage) for coverage in shown}  # (N, K) each
+        held = {coverage: float(((within & there).sum(1) / there.sum(1)).mean()) for coverage, within in inside.items()}
+        return held, {coverage: float(within.sum(1).mean()) for coverage, within in inside.items()}
+
+    def answers(
+        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> list[dict[str, Any]]:
+        """Return the labels that reach their threshold, the most probable ones, and with a coverage a set."""
+        decision = cast("Decision", meaning)
+        least_in = math.inf if coverage is None else decision.threshold(coverage)[0]
+        told = []
+        for row in self.predicted(outputs, decision):
+            ranked: Named = tuple((names[k], float(row[k])) for k in np.argsort(-row, kind="stable"))
+            reached = {name for name, p, least in zip(names, row, decision.thresholds, strict=True) if p >= least}
+            labels = tuple(named for named in ranked if named[0] in reached)
+            inside = tuple(named for named in ranked if named[1] >= least_in)
+            name, probability = ranked[0]
+            own = {"class_name": name, "probability": probability, "labels": labels, "classes": inside}
+            told.append({**own, "top": ranked[:top]})
+        return told
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return the temperature, and thresholds of labels and of sets."""
+        decision = cast("Decision", meaning)
+        known = {"coverage": coverage, "threshold": decision.threshold(coverage)[0]} if coverage else None
+        return {
+            "says": "which of {} labels it has",
+            "kind": "labels",
+            "temperature": decision.temperature,
+            "thresholds": decision.thresholds,
+            "set": known,
+        }
+
+    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
+        """Return a column of labels, of the most probable ones with their probabilities, and of the set."""
+        return ["labels", *ranked_columns(names, top), *(["set"] if coverage else [])]
+
+    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
+        """Return an image's."""
+        inside = [[name for name, _ in prediction.classes]] if coverage else []
+        return [[name for name, _ in prediction.labels], *ranked_cells(prediction), *inside]
+
+    def rows(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> list[dict[str, Any]]:
+        """Return images, average precision, threshold, precision, recall and F1 of each label."""
+        rows = []
+        for k, name in enumerate(names):
+            known = ~np.isnan(labels[:, k])
+            truth, scores = labels[known, k] == 1, predicted[known, k]
+            least = 0.5 if decision is None else decision.thresholds[k]
+            told, there, hits = scores >= least, int(truth.sum()), int((truth & (scores >= least)).sum())
+            precision = average_precision(scores, truth, np.ones((1, len(truth))))[0] if there else None
+            rows.append(
+                {
+                    "Label": name,
+                    "Images with it": there,
+                    "of": len(truth),
+                    "Average precision": precision,
+                    "Threshold": least,
+                    "Told": int(told.sum()),
+                    "Precision": hits / told.sum() if told.any() else None,
+                    "Recall": hits / there if there else None,
+                    "F1": float(_f1(hits, told.sum(), there)) if there else None,
+                }
+            )
+        return rows
+
+    def _told(self, predicted: Labels, decision: Decision | None) -> NDArray[np.bool_]:
+        return np.asarray(predicted >= (0.5 if decision is None else np.array(decision.thresholds)))
+
+    def together(
+        self, labels: Labels, predicted: Labels, decision: Decision | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return on how many images two labels are, in truth and as predicted."""
+        pair = [is_in.astype(np.int64) for is_in in (labels == 1, self._told(predicted, decision))]
+        there, told = (own.T @ own for own in pair)
+        return there, told
+
+    def shown(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> Iterator[Shown]:
+        """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
+        told = self._told(predicted, decision)
+        kinds = (
+            ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
+            ("misses", "The surest misses", ~told & (labels == 1), predicted, "is there and not predicted"),
+        )
+        for slug, title, wrong, order, what in kinds:
+            most = np.argsort(-wrong.sum(0), kind="stable")[:_LABELS_SHOWN]
+            groups = []
+            for k in (int(k) for k in most if wrong[:, k].any()):
+                rows = np.flatnonzero(wrong[:, k])
+                worst = rows[np.argsort(order[rows, k], kind="stable")][:_IMAGES_SHOWN].tolist()
+                images = tuple(
+                    (n, (f"{names[k]}: {predicted[n, k]:.1%}", f"is {self.text(labels[n], names).replace('|', ', ')}"))
+                    for n in worst
+                )
+                groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", images))
+            if groups:
+                rule = f"Of each label the images on which it {what}, the surest first. Is the label right?"
+                yield Shown(slug, title, rule, tuple(groups))
+
+
+def _thresholds(scores: Labels, labels: Labels, weights: Floats) -> tuple[float, ...]:
+    return tuple(_threshold(score, truth, weights) for score, truth in zip(scores.T, labels.T, strict=True))
+
+
+def _threshold(scores: Floats, truth: Floats, weights: Floats) -> float:
+    """Return the probability from which on a label is reported for the largest F1; 1/2 where no image has it.
+
+    It lies in the middle between two probabilities; of equal ones the highest is taken.
+    """
+    known = ~np.isnan(truth)
+    scores, there, weights = scores[known], truth[known] == 1, weights[known]
+    if not there.any():
+        return 0.5
+    hits, drawn = (part[0] for part in _cumulated(scores, there, weights[None]))
+    best = int(_f1(hits, drawn, weights @ there).argmax())
+    levels = np.unique(scores)[::-1]  # (different scores,), falling
+    return float((levels[best] + (levels[best + 1] if best + 1 < len(levels) else 0.0)) / 2)
+
+
+MULTILABEL: Task = _Multilabel()

@@ -1,0 +1,457 @@
+"""Numbers: each image has one, or several.
+
+Labels are (N, K), in their units. The head learns them standardized over the training images, t = (y - mean) / sd, so
+that its outputs are of one size whatever the unit; every measure is of numbers in their units again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import (
+    ErrorScale,
+    TemperaturePrior,
+    conformal_quantile,
+    error_scale,
+    row_weights,
+    spearman,
+)
+from peft_vit.core.config import LossName
+from peft_vit.core.records import Decision, Metrics
+from peft_vit.core.tasks.task import (
+    COVERAGES,
+    SHOWN,
+    DecidingMetric,
+    Errors,
+    Floats,
+    Labels,
+    Meaning,
+    Shown,
+    Task,
+    bootstrapped,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BINS, _IN_A_BIN = 10, 5  # of equal counts that splits hold in equal shares, and images in one at least
+_IMAGES_SHOWN, _NUMBERS_SHOWN = 12, 3  # with the largest errors, and of each those of its numbers
+_LARGEST = 1e30  # number: float32 holds it, and float64 its square
+_USUAL = 0.9  # coverage of an interval where none is asked for
+
+
+def _number(cell: str) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if abs(value) < _LARGEST else None
+
+
+def _scales(decision: Decision) -> tuple[ErrorScale, ...]:
+    """Return that of each number; half widths without one, as the first records have them, are in its unit."""
+    return tuple(map(ErrorScale, decision.scale_at, decision.scale)) or (ErrorScale((0.0,), (1.0,)),) * len(
+        decision.center
+    )
+
+
+def _scale(labels: Labels) -> Any:
+    """Return what errors are divided by: of several numbers their standard deviations, which bring them to one unit."""
+    return 1.0 if labels.shape[1] == 1 else np.maximum(labels.std(0), 1e-12)
+
+
+def _mae(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    errors = (np.abs(predicted - labels) / _scale(labels)).mean(1)  # (N,)
+    return np.asarray(weights @ errors / weights.sum(1))
+
+
+def _rmse(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    errors = (((predicted - labels) / _scale(labels)) ** 2).mean(1)
+    return np.asarray(np.sqrt(weights @ errors / weights.sum(1)))
+
+
+def _r2(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    """Return 1 - (sum of squared errors) / (that of the mean), the mean over numbers, (B,)."""
+    share = weights / weights.sum(1, keepdims=True)  # (B, N)
+    spread = share @ labels**2 - (share @ labels) ** 2  # (B, K)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((1 - share @ (predicted - labels) ** 2 / spread).mean(1))
+
+
+def _ranks(values: Floats, weights: Floats) -> Floats:
+    """Return the place of each of N values among images that weigh so much, (B, N); equal ones have the same."""
+    _, place = np.unique(values, return_inverse=True)  # (N,)
+    level = np.zeros((len(weights), place.max() + 1))  # (B, different values)
+    np.add.at(level.T, place, weights.T)
+    return np.asarray((np.cumsum(level, 1) - level / 2)[:, place])
+
+
+def _spearman(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    """Return the correlation of ranks, the mean over numbers, (B,); 0 of a constant."""
+    share = weights / weights.sum(1, keepdims=True)  # (B, N)
+
+    def of_number(y: Floats, p: Floats) -> Floats:
+        a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (_ranks(y, share), _ranks(p, share)))
+        spread = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
+        return np.asarray(np.divide((share * a * b).sum(1), spread, out=np.zeros(len(share)), where=spread > 0))
+
+    return np.mean([of_number(y, p) for y, p in zip(labels.T, predicted.T, strict=True)], axis=0)
+
+
+_ERROR: dict[str, Any] = {"sign": -1, "is_share": False, "has_unit": True, "as_share": "r2"}
+METRICS: Mapping[str, DecidingMetric] = {
+    metric.name: metric
+    for metric in (
+        bootstrapped("mae", "mean absolute error", _mae, suffix=" mean error", **_ERROR),
+        bootstrapped("rmse", "root mean squared error", _rmse, suffix=" RMSE", **_ERROR),
+        bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
+        bootstrapped("spearman", "Spearman's correlation", _spearman, is_share=False, suffix=" Spearman's"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class _Regression(Task):
+    """See `Task`.
+
+    Attributes:
+        center: of each number over the training images, its mean, (K,).
+        spread: likewise, its standard deviation.
+    """
+
+    center: tuple[float, ...] = (0.0,)
+    spread: tuple[float, ...] = (1.0,)
+
+    name = "regression"
+    column = "numbers"
+    weighs = False
+    mixes = ("mixup",)  # half of a picture beside half of another has neither's number, nor one between
+    outputs = "numbers"
+    fifth_of = "each part of their range"
+    linear = "ridge regression"
+    note = "Errors are in the number's unit, beside the error of always saying the median."
+    metrics = METRICS
+    promise = (
+        "Intervals",
+        "Intervals that hold the number",
+        "Mean width",
+        "On the test images, which chose nothing; widths of several numbers are in standard deviations. `predict` "
+        "gives such intervals, of 90 % or of --coverage. They hold about as often as asked.",
+    )
+    holds = "The interval at {0:g} % holds the true number of about {0:g} in 100 images"
+    loss_names = ("huber", "mse", "quantile")
+
+    def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
+        """Return whether all cells are numbers; whole ones in a column `label` are classes."""
+        numbers = [_number(cell) for column in cells.values() for cell in column]
+        if None in numbers:
+            return False
+        return set(cells) != {"label"} or any(not float(number or 0).is_integer() for number in numbers)
+
+    def fault(self, cells: Mapping[str, str]) -> str | None:
+        """Refuse what is not a number."""
+        odd = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
+        return "expected a number in column {}, got {!r}".format(*odd[0]) if odd else None
+
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+        """Return the columns' names, and the numbers."""
+        return tuple(columns), np.array([[float(cell) for cell in text.split("|")] for text in texts])
+
+    def refuse_one_answer(self, names: Sequence[str], labels: Labels, image: str) -> None:
+        """Refuse a number that all images share."""
+        for name, values in zip(names, labels.T, strict=True):
+            if np.ptp(values) == 0:
+                raise UserError(f"'{name}' is {values[0]:g} for every {image}, so there is nothing to learn")
+
+    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+        """Return the class as a number."""
+        return ("number",), classes[:, None].astype(float)
+
+    def images_of(self, images: int, names: Sequence[str]) -> str:
+        """Return how many images there are, and which numbers."""
+        return f"{images:,} images with a number for {', '.join(names)} (regression)"
+
+    def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
+        """Return that every image counts, (N,)."""
+        return np.ones(len(labels), dtype=bool)
+
+    def marks(self, labels: Labels) -> NDArray[np.int64]:
+        """Return that copies may have other numbers, as two measurements do."""
+        return np.zeros(len(labels), dtype=np.int64)
+
+    def strata(self, labels: Labels) -> NDArray[Any]:
+        """Return up to ten bins of equal counts; of several numbers which bins of each, (N, K bins)."""
+        bins = max(1, min(_BINS, len(labels) // _IN_A_BIN))
+        ranks = np.argsort(np.argsort(labels, axis=0, kind="stable"), axis=0)  # (N, K)
+        places = ranks * bins // max(1, len(labels))
+        if places.shape[1] == 1:
+            return places[:, 0]
+        return (places[:, :, None] == np.arange(bins)).reshape(len(labels), -1)
+
+    def fitted(self, labels: Labels) -> Self:
+        """Return the task with mean and standard deviation of the training images."""
+        spread = labels.std(0)
+        return type(self)(tuple(labels.mean(0).tolist()), tuple(np.where(spread > 0, spread, 1.0).tolist()))
+
+    def restored(self, decision: Decision | None) -> Self:
+        """Return the task with the decision's mean and standard deviation."""
+        return self if decision is None else type(self)(decision.center, decision.spread)
+
+    def aligned(self, outputs: NDArray[np.floating], learned: Task) -> NDArray[np.floating]:
+        """Return the same numbers, standardized with this task's mean and standard deviation."""
+        return np.asarray((learned.predicted(outputs) - np.array(self.center)) / np.array(self.spread))
+
+    def _errors(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return output - t, (N, K)."""
+        center, spread = (outputs.new_tensor(values) for values in (self.center, self.spread))
+        return outputs - (labels.to(outputs.dtype) - center) / spread
+
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float = 0.0,
+        name: LossName | None = None,
+    ) -> Tensor:
+        """Return the loss of errors e = output - t, summed over numbers, the mean over images.
+
+        huber: e^2 / 2 up to |e| = 1, and |e| - 1/2 beyond. mse: e^2 / 2. quantile: |e| / 2, the pinball loss at 1/2,
+        which the median makes least.
+        """
+        size = self._errors(outputs, labels).abs()
+        if name == "mse":
+            each = size**2 / 2
+        elif name == "quantile":
+            each = size / 2
+        else:
+            each = size.clamp(max=1) ** 2 / 2 + (size - 1).clamp(min=0)
+        return each.sum(1).mean()
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of e^2 / 2 over numbers, (N,), which a linear head makes least."""
+        return (self._errors(outputs, labels) ** 2).sum(1) / 2
+
+    def linear_heads(
+        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
+    ) -> Iterator[tuple[Floats, Floats]]:
+        """Yield ridge regressions, in closed form from one singular value decomposition.
+
+        With shares r_i^2 = w_i / sum w, and r (z - mean) = U S V', W' = V S / (S^2 + l2) U' r (t - mean).
+        """
+        mean, shift, S, V, projected, *_ = self._decomposed(z, labels, weights)
+        for l2 in strengths:
+            W = ((S / (S**2 + l2))[:, None] * projected).T @ V  # (K, D)
+            yield W, shift - W @ mean
+
+    def _decomposed(self, z: Floats, labels: Labels, weights: Floats) -> tuple[Floats, ...]:
+        """Return both means, S, V (rank, D), U' r t (rank, K), U (N, rank), r (N, 1), and t less its mean (N, K)."""
+        share = weights / weights.sum()  # (N,)
+        targets = (labels - np.array(self.center)) / np.array(self.spread)  # (N, K)
+        mean, shift = share @ z, share @ targets  # (D,), (K,)
+        root, apart = np.sqrt(share)[:, None], targets - shift
+        U, S, V = np.linalg.svd(root * (z - mean), full_matrices=False)
+        return mean, shift, S, V, U.T @ (root * apart), U, root, apart
+
+    def left_out(
+        self, z: Floats, labels: Labels, groups: NDArray[np.int64], strengths: Sequence[float], weights: Floats
+    ) -> list[Floats]:
+        """Return what ridge regressions say of groups of images that they were not fitted to, in closed form.
+
+        H = r r' + U S^2 / (S^2 + l2) U' takes r t to r times what the regression of all images says, and e are its
+        errors. Those on a group G without which it is fitted, with the same l2 on W, are (I - H_GG)^-1 (r e)_G / r: of
+        one image e_i / (1 - h_ii) (Golub, Heath and Wahba, Technometrics 21, 1979, p. 215). Features and numbers stay
+        standardized by all images.
+
+        Args:
+            z: features (N, D).
+            labels: numbers (N, K), all of them known.
+            groups: (N,); images of equal ones are left out together, and an image of one of its own alone.
+            strengths: l2, S of them.
+            weights: w_i (N,), all above 0.
+
+        Returns:
+            S outputs (N, K).
+        """
+        _, shift, S, _, projected, U, root, apart = self._decomposed(z, labels, weights)
+        shrunk = S**2 / (S**2 + np.array(strengths)[:, None])  # (S, rank)
+        errors = root * apart - U @ (shrunk[:, :, None] * projected)  # (S, N, K)
+        places = np.unique(groups, return_inverse=True)[1]  # (N,)
+        ends = np.cumsum(np.bincount(places))
+        for own in np.split(np.argsort(places, kind="stable"), ends[:-1]):
+            hat = root[own] @ root[own].T + (U[own] * shrunk[:, None]) @ U[own].T  # (S, G, G)
+            errors[:, own] = np.linalg.solve(np.eye(len(own)) - hat, errors[:, own])  # (S, G, K)
+        return list(shift + apart - errors / root)
+
+    def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
+        """Return every measure of a split, in the numbers' units; of several numbers errors in standard deviations."""
+        predicted, one = self.predicted(outputs), np.ones((1, len(labels)))
+        errors = (predicted - labels) / np.array(self.spread)
+        r2 = float(_r2(labels, predicted, one)[0])
+        return Metrics(
+            n=len(labels),
+            nll=float((errors**2).sum(1).mean() / 2),
+            more={
+                "mae": float(_mae(labels, predicted, one)[0]),
+                "rmse": float(_rmse(labels, predicted, one)[0]),
+                "r2": r2 if math.isfinite(r2) else 0.0,
+                "spearman": float(_spearman(labels, predicted, one)[0]),
+            },
+        )
+
+    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
+        """Return the numbers, (N, K)."""
+        center, spread = (self.center, self.spread) if decision is None else (decision.center, decision.spread)
+        numbers: Floats = np.array(center) + np.array(spread) * outputs.astype(np.float64)
+        return numbers
+
+    def same(
+        self,
+        before: NDArray[np.floating],
+        after: NDArray[np.floating],
+        decision: Decision | None = None,
+        decision_after: Decision | None = None,
+    ) -> NDArray[np.bool_]:
+        """Return of which images numbers agree to a hundredth of a standard deviation."""
+        return np.asarray((np.abs(before - after) <= 0.01).all(1))
+
+    def right(
+        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
+    ) -> NDArray[np.bool_]:
+        """Return of which images numbers are within half a standard deviation."""
+        spread = self.spread if decision is None else decision.spread
+        return np.asarray((np.abs(self.predicted(outputs, decision) - labels) <= np.array(spread) / 2).all(1))
+
+    def constant(self, labels: Labels) -> Labels:
+        """Return the median, which has the least mean error."""
+        return np.broadcast_to(np.median(labels, axis=0), labels.shape)
+
+    def decide(
+        self,
+        outputs: NDArray[np.floating],
+        labels: Labels,
+        prior: TemperaturePrior,
+        images: NDArray[np.int64] | None = None,
+    ) -> Decision:
+        """Return mean and spread, and how far the true number is from what is said, by coverage and by what is said."""
+        decision = Decision(images=row_weights(len(labels), images)[1], center=self.center, spread=self.spread)
+        if not len(labels):
+            return decision
+        found = [error_scale(p, y, images) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
+        by_coverage = {c: tuple(conformal_quantile(quotients, c, images) for _, quotients in found) for c in COVERAGES}
+        held = {coverage: widths for coverage, widths in by_coverage.items() if all(map(math.isfinite, widths))}
+        widths = {"coverages": tuple(held), "half_widths": tuple(held.values())}
+        scale = {"scale_at": tuple(s.at for s, _ in found), "scale": tuple(s.sizes for s, _ in found)}
+        return decision.model_copy(update=widths | scale)
+
+    def half_widths(self, decision: Decision, predicted: Labels, coverage: float) -> Labels:
+        """Return how far intervals reach to both sides of numbers, (N, K)."""
+        sizes = np.stack([scale.of(p) for p, scale in zip(predicted.T, _scales(decision), strict=True)], axis=1)
+        return np.asarray(sizes * np.array(decision.threshold(coverage)))
+
+    def covered(
+        self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
+    ) -> tuple[dict[float, float], dict[float, float]]:
+        """Return how often intervals hold the number, over all numbers, and their mean width, see `promise`."""
+        predicted = self.predicted(outputs, decision)
+        widths = {c: self.half_widths(decision, predicted, c) for c in SHOWN if c in decision.coverages}
+        held = {coverage: float((np.abs(predicted - labels) <= width).mean()) for coverage, width in widths.items()}
+        unit = np.array(decision.spread) if len(decision.spread) > 1 else 1.0
+        return held, {coverage: float(2 * (width / unit).mean()) for coverage, width in widths.items()}
+
+    def answers(
+        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> list[dict[str, Any]]:
+        """Return each number with the interval that holds it in a share of images, 0.9 if none is asked for."""
+        decision = cast("Decision", meaning)
+        predicted = self.predicted(outputs, decision)  # (N, K)
+        ends = [predicted]
+        if decision.coverages:
+            widths = self.half_widths(decision, predicted, coverage or self.usual(decision))
+            ends = [predicted, predicted - widths, predicted + widths]
+        rows = np.stack(ends, axis=2).tolist()  # (N, K, 1 or 3)
+        return [{"numbers": {name: tuple(own) for name, own in zip(names, row, strict=True)}} for row in rows]
+
+    def usual(self, decision: Decision) -> float:
+        """Return the coverage of intervals where none is asked for: 0.9, or the largest that there is below."""
+        return min(_USUAL, decision.coverages[-1])
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return units, and how wide intervals are."""
+        decision = cast("Decision", meaning)
+        at, sizes = zip(*_scales(decision), strict=True)
+        wide = {"half_widths": decision.threshold(coverage), "at": at, "scale": sizes} if coverage else {}
+        return {
+            "says": "{} numbers" if len(decision.center) > 1 else "a number",
+            "kind": "numbers",
+            "center": decision.center,
+            "spread": decision.spread,
+            "set": {"coverage": coverage, **wide} if coverage else None,
+        }
+
+    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
+        """Return a column a number, and its interval's ends."""
+        ends = ("", "_low", "_high") if cast("Decision", meaning).coverages else ("",)
+        return [name + end for name in names for end in ends]
+
+    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
+        """Return an image's."""
+        return [value for values in prediction.numbers.values() for value in values]
+
+    def rows(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> list[dict[str, Any]]:
+        """Return mean, errors, R² and rank correlation of each number."""
+        one = np.ones((1, len(labels)))
+        rows = []
+        for k, name in enumerate(names):
+            y, p = labels[:, [k]], predicted[:, [k]]
+            rows.append(
+                {
+                    "Number": name,
+                    "Images": len(y),
+                    "Mean": float(y.mean()),
+                    "Standard deviation": float(y.std()),
+                    "Mean absolute error": float(_mae(y, p, one)[0]),
+                    "of the median": float(_mae(y, self.constant(y), one)[0]),
+                    "RMSE": float(_rmse(y, p, one)[0]),
+                    "R²": float(_r2(y, p, one)[0]),
+                    "Spearman": spearman(p[:, 0], y[:, 0]),
+                }
+            )
+        return rows
+
+    def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors:
+        """Return predicted less true, and how far the usual intervals reach."""
+        if decision is None or not decision.coverages:
+            return Errors(predicted - labels, None)
+        coverage = self.usual(decision)
+        return Errors(predicted - labels, self.half_widths(decision, predicted, coverage), coverage)
+
+    def shown(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> Iterator[Shown]:
+        """Yield the images with the largest errors, in standard deviations."""
+        errors = self.errors(labels, predicted, decision)
+        spread = self.spread if decision is None else decision.spread
+        sizes = np.abs(errors.sizes) / np.array(spread)  # (N, K)
+        worst = np.argsort(-sizes.mean(1), kind="stable")[:_IMAGES_SHOWN].tolist()
+        images = []
+        for n in worst:
+            lines = []
+            for k in np.argsort(-sizes[n], kind="stable")[:_NUMBERS_SHOWN].tolist():
+                reach = "" if errors.reach is None else f" ± {errors.reach[n, k]:.3g}"
+                lines.append(f"{names[k]}: {predicted[n, k]:.3g}{reach}, is {labels[n, k]:.3g}")
+            images.append((n, tuple(lines)))
+        rule = "Sorted by the size of the error. Is the number right?"
+        yield Shown("worst", "The largest errors", rule, ((f"{len(worst)} of {len(labels)} images", tuple(images)),))
+
+
+REGRESSION: Task = _Regression()

@@ -1,0 +1,461 @@
+"""Readers of image files with labels: Tiny ImageNet, a folder of class folders, a table of paths and labels.
+
+Studies say exactly where their images are. `find_images` takes them as people have them, before they are inspected.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import compress
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from peft_vit.base.errors import UserError, foreign_fault, named, os_fault
+from peft_vit.base.extras import require_extra
+from peft_vit.base.files import LARGEST_BYTES, read_bytes
+from peft_vit.core.config import DataConfig, TaskName
+from peft_vit.core.tasks import CLASSIFICATION, TASKS, Labels, Task
+from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, Hashes, decode_text, downloaded, existing, hashes, open_tree
+from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
+from peft_vit.data.pixels import decode_image
+
+_TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_JUNK = ("/thumbs.db", "/desktop.ini")
+_BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
+TABLES = (".csv", ".parquet")
+_TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
+_INCOMPLETE = "expected a path and a label, one value a column"
+_CLASSES = ("label",)
+_NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
+_NAMED = 5  # folders in a line
+_ROWS_AT_ONCE, _LEAST_BYTES = 256, 10  # of a Parquet file; what a row counts beside its texts
+_TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
+
+
+def _index(
+    tree: FileTree, labelled: ClassFiles, *, titles: Mapping[str, str] | None = None, beside: tuple[str, ...] = ()
+) -> ImageIndex:
+    """Index files by their classes; what stands `beside` them is hashed too, and then copies are not looked for."""
+    files, is_test = list(labelled.classes), labelled.is_test
+    hashed = tree.hashed([*beside, *files])
+    names, labels = labelled.read()
+    return ImageIndex(
+        labels=labels,
+        class_names=tuple(titles[name] if titles else name for name in names),
+        official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
+        sha256=hashed.sha256,
+        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
+        names=files,
+        digests=[hashed.each[name] for name in files],
+        contents=None if beside else numbered([hashed.each[name] for name in files])[1],
+        own=not beside,
+        task=labelled.task,
+    )
+
+
+# --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
+
+
+def read_tiny_imagenet(config: DataConfig) -> ImageIndex:
+    """Index Tiny ImageNet. Its test images have no labels, so its validation images are the test split.
+
+    The path is tiny-imagenet-200.zip, or its unpacked folder; without one it is downloaded.
+    """
+    tree = open_tree(downloaded(_TINY_URL, _TINY_MD5) if config.path is None else existing(config.path))
+    words_file, annotations_file = tree.only("words.txt"), tree.only("val/val_annotations.txt")
+    root = PurePosixPath(words_file).parent
+    classes: dict[str, str] = {}
+    for name in tree.names:
+        match PurePosixPath(name).parts[len(root.parts) :]:
+            case ("train", wordnet_id, "images", _):
+                classes[name] = wordnet_id
+    known, present, training = set(classes.values()), set(tree.names), len(classes)
+    for number, line in enumerate(tree.lines(annotations_file), start=1):
+        where = f"{tree.file(annotations_file)}:{number}"
+        image, wordnet_id = [*line.split("\t"), "", ""][:2]
+        name = str(root / "val" / "images" / image)
+        if wordnet_id not in known:
+            raise UserError(f"class {wordnet_id!r} has no training image; unpack the archive again", file=where)
+        if name not in present:
+            raise UserError(f"val/images/{image} is not there; unpack the archive again", file=where)
+        classes[name] = wordnet_id
+    words = dict(line.split("\t", 1) for line in tree.lines(words_file) if "\t" in line)
+    titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
+    check_class_names(titles.values(), tree.file(words_file))
+    is_test = [k >= training for k in range(len(classes))]
+    files = ClassFiles(classes, is_test)
+    return _index(tree, files, titles=titles, beside=(words_file, annotations_file))
+
+
+# --- class folders ----------------------------------------------------------------------------------------------------
+
+
+def read_image_folder(config: DataConfig) -> ImageIndex:
+    """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
+
+    In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
+    train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
+    them may be written in capitals. Empty folders, and links to folders that are read elsewhere, are reported.
+
+    `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
+    which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
+    """
+    return _read(config, find_images(existing(str(config.path))))
+
+
+def _read(config: DataConfig, images: Images) -> ImageIndex:
+    if config.images_file is not None:
+        file = Path(config.images_file).expanduser()
+        return index_inspected(images, ImagesFile.read(file), file)
+    if images.dataset != config.dataset or images.taken is not None:
+        place = images.path if images.dataset == "csv" else images.tree.location
+        message = f"has no class folders; use {place} instead, with dataset: {images.dataset}"
+        raise UserError(message, file=config.path, field="data.path")
+    for name, why in images.left_out.items():
+        if not name.endswith("/"):
+            raise UserError(f"{why}; repair it or remove it", file=images.tree.file(name))
+    notes = tuple(f"{folder} {why}" for folder, why in sorted(images.left_out.items()))
+    return replace(_index(images.tree, images.files), notes=notes)
+
+
+def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageIndex:
+    """Index images that were inspected.
+
+    Args:
+        images: as they are now.
+        inspected: what was found then.
+        file: that holds it, named in errors.
+
+    Raises:
+        UserError: if they are others than those.
+    """
+    kept = images.files.without(inspected.left_out)
+    return inspected.applied(_index(images.tree, kept), images.path, file)
+
+
+class Images(NamedTuple):
+    """Images with labels as people have them.
+
+    `taken` is a line on where they were found, if that is not where they were said to be; `left_out` says of files that
+    are not to be opened, by name, why.
+    """
+
+    dataset: Literal["image-folder", "csv"]
+    path: Path
+    tree: FileTree
+    files: ClassFiles
+    left_out: dict[str, str]
+    taken: str | None = None
+
+
+def find_images(path: Path, task: TaskName | None = None) -> Images:
+    """Find the images of a folder or zip, or of a table of paths and labels, without opening one.
+
+    What is learned of a table's is the given task, or else what its labels look like.
+
+    Class folders may lie deeper, links are followed, and what is not an image or has no place in the layout of
+    `read_image_folder` is left out. A folder without class folders may hold a table, images.csv or labels.csv.
+
+    Raises:
+        UserError: if there are none, or in several places; and for a layout or table that can't be right.
+    """
+    if path.suffix.lower() in TABLES and path.is_file():
+        return _listed(path, task)
+    tree = open_tree(path)
+    root = _class_root(tree, path)
+    if root is None:
+        table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
+        return _listed(table, task)._replace(taken=f"Using the images and labels that {table} lists.")
+    if task is not None and not TASKS[task].one_class:
+        message = (
+            f"has a folder for each class, which is not {task}; list the images and their labels in a CSV, or "
+            "leave it out"
+        )
+        raise UserError(message, file=path, field="data.task")
+    outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
+    tree = tree.below(root)
+    outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
+    left_out = {
+        f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
+        for folder, count in outside.items()  # none, if the root is ""
+    }
+    test = _test_folder(filter(is_image, tree.names))
+    depth = 2 if test is None else 3
+    classes: dict[str, str] = {}
+    is_test = []
+    classes_of: dict[str | None, set[str]] = {}  # by split
+    for name in tree.names:
+        if f"/{name}".lower().endswith(_JUNK) or ("/" not in name and not name.lower().endswith(_BESIDE)):
+            continue
+        folders = name.split("/")[:-1]
+        if not is_image(name):
+            left_out[name] = "is not an image file"
+        elif len(folders) != depth - 1:
+            deeper = len(folders) >= depth
+            left_out[name] = "is deeper than the class folders" if deeper else "is in no class folder"
+        else:
+            if (split := None if test is None else _split(folders[0])) is None and test is not None:
+                message = "is beside train/; expected only train, val or valid, and test"
+                raise UserError(message, file=path / folders[0])
+            classes_of.setdefault(split, set()).add(folders[-1])  # also of what can't be read: it stays a class
+            if fault := tree.fault(name):
+                left_out[name] = fault
+            else:
+                classes[name] = folders[-1]
+                is_test.append(split == test)
+    if not classes:
+        raise UserError(_NO_IMAGE, file=path, field="data.path")
+    for name, place in tree.unused.items():
+        if place:
+            left_out[name] = f"leads to the images of {place}, which are used there"
+        elif name.count("/") == depth - 1:
+            left_out[name] = "is an empty folder, so it is not a class"
+    for split, names in sorted(classes_of.items()) if test is not None else ():
+        if odd := sorted(names ^ classes_of["train"]):
+            message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
+            raise UserError(message, file=path)
+    tree = replace(tree, hashed=partial(_hashed_as_used, tree, len(classes)))
+    taken = f"Using the images in {path / root}, where the class folders are." if root else None
+    return Images("image-folder", path, tree, ClassFiles(classes, is_test if test else None), left_out, taken)
+
+
+def _hashed_as_used(tree: FileTree, images: int, used: list[str]) -> Hashes:
+    """Hash the used ones of so many images; a zip's hash alone does not say which of them these are."""
+    hashed = tree.hashed(used)
+    if len(used) == images or tree.location.is_dir():
+        return hashed
+    names = "".join(f"{name}\0" for name in used)
+    return Hashes(hashlib.sha256(f"{hashed.sha256}\0{names}".encode()).hexdigest(), hashed.each)
+
+
+def _class_root(tree: FileTree, path: Path) -> str | None:
+    """Return the folder that class folders lie in, the highest one; None: they are listed in a table beside them.
+
+    It is the one with two folders of images at least, or with train/ and a test split that have such folders.
+    """
+    classes = {PurePosixPath(name).parent for name in tree.names if is_image(name)} - {PurePosixPath()}
+    inside: dict[PurePosixPath, set[str]] = {}  # of a folder: those in it that hold images
+    for folder in classes:
+        inside.setdefault(folder.parent, set()).add(folder.name)
+    splits = {folder: _split(folder.name) for folder in inside}
+    roots = {folder for folder, names in inside.items() if len(names) > 1 and not all(map(_split, names))}
+    divided = {folder.parent for folder, split in splits.items() if split in _TEST_FOLDERS}
+    roots |= {folder.parent for folder in roots if splits[folder] == "train"} & divided
+    highest = min((len(folder.parts) for folder in roots), default=0)
+    found = sorted(str(folder) for folder in roots if len(folder.parts) == highest)
+    if len(found) == 1:
+        return "" if found[0] == "." else found[0]
+    if found:
+        message = f"holds class folders in {len(found)} folders ({_shown(found)}); name one of them"
+        raise UserError(message, file=path, field="data.path")
+    if path.is_dir() and any(name in tree.names for name in _TABLES_BESIDE):
+        return None
+    images = sum(map(is_image, tree.names))
+    if not images:
+        raise UserError(_NO_IMAGE, file=path, field="data.path")
+    where = f"one class alone, '{min(classes).name}'" if len(classes) == 1 else "no class folders"
+    if len(classes) > 1:
+        where += f" beside each other (images lie in {_shown(map(str, classes))})"
+    raise UserError(
+        f"holds {images} images and {where}; make one folder for each class, at least two, or list them in "
+        "images.csv with the columns path,label",
+        file=path,
+        field="data.path",
+    )
+
+
+def _shown(folders: Iterable[str]) -> str:
+    names = sorted(folders)
+    return f"{', '.join(names[:_NAMED])}{' and more' if len(names) > _NAMED else ''}"
+
+
+def _listed(path: Path, task_name: TaskName | None) -> Images:
+    """Return the images that a table names, those of which can't be read left out."""
+    root = path.parent.resolve()
+    rows = list(_rows(path))
+    if not rows:
+        raise UserError("names no image; add rows", file=path)
+    columns = tuple(name for name in rows[0][1] if name not in ("path", "split"))
+    task = TASKS[task_name] if task_name else _task_of(path, columns, [row for _, row in rows])
+    labels: dict[str, str] = {}
+    is_test = []
+    for where, row in rows:
+        name, split = PurePosixPath(row["path"]).as_posix(), row.get("split", "").lower()
+        if fault := task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE:
+            raise UserError(fault, file=where)
+        label = "|".join(row[column] for column in columns)
+        if (before := labels.get(name)) == label:
+            message = f"{name} occurs twice, it could land in train and test; remove one"
+            raise UserError(message, file=where, field="path")
+        if before is not None:
+            message = f"{name} is '{label}' here and '{before}' before; an image has one label, keep one"
+            raise UserError(message, file=where, field="label")
+        if split not in ("", "train", "test"):
+            message = f"expected train or test, got {split!r}; validation images are chosen from train"
+            raise UserError(message, file=where, field="split")
+        labels[name] = label
+        is_test.append(split == "test")
+    places = {name: root / name for name in labels}
+    tested = {name for name, is_tested in zip(labels, is_test, strict=True) if is_tested}
+    header = "" if columns == _CLASSES else "\0".join(columns) + "\n"
+
+    def hashed(used: list[str]) -> Hashes:
+        """Hash what is used of the table, in its order, and of the images: spaces and other columns are not."""
+        contents = hashes({name: places[name] for name in used})
+        lines = "".join(f"{name}\0{labels[name]}\0{name in tested:d}\n" for name in used)
+        return Hashes(hashlib.sha256(f"{header}{lines}{contents.sha256}".encode()).hexdigest(), contents.each)
+
+    tree = FileTree(root, tuple(labels), lambda name: read_bytes(places[name]), hashed)
+    left_out = {name: fault for name in labels if (fault := tree.fault(name)) is not None}
+    files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
+    return Images("csv", path, tree, files.without(left_out), left_out)
+
+
+def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Task:
+    """Return the task that a table's labels, or most of its rows look like; the last of those that recognize them."""
+    cells = {column: [row[column] for row in rows] for column in columns}
+    if fitting := [task for task in TASKS.values() if task.recognizes(cells)]:
+        return fitting[-1]
+    for task in reversed(TASKS.values()):  # its fault in another row is told where it is read
+        own = [row for row in rows if task.fault({column: row[column] for column in columns}) is None]
+        if 2 * len(own) > len(rows) and task.recognizes({column: [row[column] for row in own] for column in columns}):
+            return task
+    for column in columns:
+        if not any(task.recognizes({column: cells[column]}) for task in TASKS.values()):
+            values = sorted(set(cells[column]))
+            message = f"column {column} holds {values[0]!r} and {values[-1]!r}, neither numbers nor 0, 1 or nothing"
+            raise UserError(f"{message}; call the column of the classes label, or take it out", file=path)
+    raise UserError("has columns of 0, 1 or nothing, and others of numbers; keep those of one kind", file=path)
+
+
+class ClassFiles(NamedTuple):
+    """The class of each image file by its name, and which of them are of the folder's own test split, if it has one.
+
+    Of several labels, or of numbers, the cells of the table's columns are there, joined by '|'.
+    """
+
+    classes: dict[str, str]
+    is_test: list[bool] | None
+    task: Task = CLASSIFICATION
+    columns: tuple[str, ...] = _CLASSES
+    file: Path | None = None  # of the table
+
+    def read(self) -> tuple[tuple[str, ...], Labels]:
+        """Return the names of what is learned, and the labels.
+
+        Raises:
+            UserError: if nothing can be learned from them.
+        """
+        with named(self.file):
+            is_test = None if self.is_test is None else np.array(self.is_test, dtype=bool)
+            return self.task.read_split(list(self.classes.values()), self.columns, is_test)
+
+    def without(self, left_out: Container[str]) -> ClassFiles:
+        """Return those of other names."""
+        used = [name not in left_out for name in self.classes]
+        is_test = None if self.is_test is None else list(compress(self.is_test, used))
+        return self._replace(classes=dict(compress(self.classes.items(), used)), is_test=is_test)
+
+
+def _test_folder(names: Iterable[str]) -> str | None:
+    """Return which of the folders beside train/ is the test split; None: these files are not divided."""
+    splits = {_split(parts[0]) for name in names if len(parts := name.split("/")) == 3}
+    return next((folder for folder in _TEST_FOLDERS if {"train", folder} <= splits), None)
+
+
+def _split(folder: str) -> str | None:
+    """Return which split a folder is called as, in small or capital letters."""
+    return name if (name := folder.lower()) in ("train", *_TEST_FOLDERS) else None
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is called as an image is; what it holds is known when it is decoded."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+# --- tables of paths and labels ---------------------------------------------------------------------------------------
+
+
+def read_csv(config: DataConfig) -> ImageIndex:
+    """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
+
+    Instead of label there may be a column a class, with 0, 1 or nothing, or columns of numbers. Paths are relative to
+    the file's folder. Without a value in split an image is not a test image. A CSV's delimiter is a comma, a semicolon
+    or a tab, as in its first line.
+    """
+    path = existing(str(config.path))
+    if not path.is_file():
+        raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
+    return _read(config, _listed(path, config.task))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a table and where each stands, nothing as ""."""
+    with os_fault("can't be read", path, field="data.path"):
+        content = read_bytes(path)
+    if path.suffix.lower() == ".parquet":
+        require_extra("parquet", packages=("pyarrow",), file=path)
+        from pyarrow import parquet
+
+        with foreign_fault("is not a readable Parquet file", path):
+            table = parquet.ParquetFile(io.BytesIO(content))
+            places = _places(table.schema_arrow.names, path)
+            number = unpacked = 0
+            for batch in table.iter_batches(_ROWS_AT_ONCE):  # of a small file there may be any number
+                columns = [batch.column(place).to_pylist() for place in places.values()]
+                for values in zip(*columns, strict=True):
+                    texts = dict(zip(places, map(_text, values), strict=True))
+                    number, unpacked = number + 1, unpacked + _LEAST_BYTES + sum(map(len, texts.values()))
+                    if unpacked > LARGEST_BYTES:
+                        raise ValueError(f"more than {LARGEST_BYTES} bytes, unpacked")
+                    yield f"{path}: row {number}", texts
+        return
+    text = decode_text(content, path)
+    first = text.partition("\n")[0].lower()
+    names = {sign: {name.strip(' "\r') for name in first.split(sign)} for sign in ",;\t"}
+    delimiter = max(names, key=lambda sign: (names[sign] >= {"path", "label"}, first.count(sign)))
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        header = next(rows, [])
+        places = _places(header, f"{path}:1")
+        for row in filter(None, rows):
+            if len(row) != len(header):
+                raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
+            yield f"{path}:{rows.line_num}", {name: row[place].strip() for name, place in places.items()}
+    except csv.Error as error:
+        raise UserError(f"is not a valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
+
+
+def _text(value: Any) -> str:
+    """Return a Parquet cell as a CSV has it."""
+    if isinstance(value, list | tuple):
+        return "|".join(map(_text, value))
+    return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
+
+
+def _places(header: Sequence[str], file: str | Path) -> dict[str, int]:
+    """Return where the columns stand that are read, whatever the capitals and the spaces around their names.
+
+    These are path, split, and label, or without this one all others.
+    """
+    names = [name.strip() for name in header]
+    known = {name.lower(): name.lower() for name in ("path", "label", "split")}
+    columns = [known.get(name.lower(), name) for name in names]
+    read = [name for name in columns if name and (name in known or "label" not in columns)]
+    if "path" not in read or not set(read) - {"path", "split"} or len(set(read)) < len(read):
+        message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
+        raise UserError(message, file=file)
+    return {name: columns.index(name) for name in ("path", *read)}
+
+
+SOURCES = {"tiny-imagenet": read_tiny_imagenet, "image-folder": read_image_folder, "csv": read_csv}

@@ -1,0 +1,470 @@
+"""Reader of what the library `datasets` of Hugging Face opens: a name on its hub, a local folder, or a Parquet file.
+
+Only image folders, Parquet and Arrow files are read by it: other kinds of files hold no images with labels, and some
+are parsed by code that may do more than that. From the hub nothing is asked once a set is in the library's cache, so
+that a study continues with the images it began with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import numpy as np
+
+from peft_vit.base.errors import UserError, foreign_fault, named
+from peft_vit.base.extras import require_extra
+from peft_vit.base.files import LARGEST_BYTES, read_bytes
+from peft_vit.base.packages import ask_hub, cache_dir, check_download
+from peft_vit.core.config import DataConfig
+from peft_vit.core.tasks import TASKS, Column, Task
+from peft_vit.data.files import FETCH_AGAIN, hashes, remembered
+from peft_vit.data.index import ImageIndex, numbered
+from peft_vit.data.pixels import decode_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetBuilder, Features
+    from pyarrow import ChunkedArray
+
+_TRAIN = ("train", "training")
+_VALIDATION = ("validation", "valid", "val", "dev")
+_TEST = ("test", "testing")
+_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
+_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
+_NO_BYTES = "0" * 64  # instead of the hash of an image that is a file of its own
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A split with its columns, each of N rows."""
+
+    name: str
+    column: str  # of the images
+    images: ChunkedArray  # of structs {bytes, path}, or of bytes
+    classes: list[Any]  # a class's number, or the label itself; None where there is none
+    files: tuple[Path, ...]  # that hold the table
+
+
+def read_hf(config: DataConfig) -> ImageIndex:
+    """Index a data set that the library `datasets` reads, see `open_splits`.
+
+    Its split `test` is the official test split; without it, `validation` is. If both are there, `validation` joins
+    `train` as images that training and validation are drawn from. A split without any label is as if it were not
+    there, and so is one of another name; both are reported. A single split is divided as the configuration says.
+
+    Args:
+        config: path, and perhaps columns and configuration of the set.
+
+    Raises:
+        UserError: as `open_splits`, and if images or labels can't be distinguished from other columns, an image has no
+            label or one that is none of its task, or a file lies elsewhere.
+    """
+    path = str(config.path)  # the configuration has seen to it
+    splits = open_splits(path, config.hub_subset)
+    features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
+    image, label = _columns(features, config, path)
+    notes: list[str] = []
+    parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], path, notes)
+    is_test = _official_test(parts, path, notes)
+    holds = _holds(features[label])
+    task = TASKS[config.task] if config.task else next(own for own in TASKS.values() if own.column == holds)
+    if task.one_class and holds == "lists":
+        message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
+        raise UserError(message, file=path, field="data.task")
+    if task.one_class:
+        names, labels = _classes(parts, features[label], label, path, notes)
+        texts = [names[k] for k in labels]
+    else:
+        column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
+        texts = _texts(parts, features[label], column, task, path)
+        with named(Path(path)):
+            names, labels = task.read_split(texts, (column,), is_test)
+    titles, digests = _titles_and_digests(parts, path)
+    lines = (f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True))
+    starts = np.cumsum([0, *(len(part.images) for part in parts)])
+
+    def read(i: int) -> bytes:
+        k = int(np.searchsorted(starts, i, side="right")) - 1
+        content, file = _stored(parts[k].images[i - int(starts[k])])
+        if content is None:
+            return read_bytes(str(file))
+        if len(content) > LARGEST_BYTES:
+            raise OSError(f"larger than {LARGEST_BYTES} bytes")
+        return content
+
+    return ImageIndex(
+        labels=labels,
+        class_names=names,
+        official_test=is_test,
+        sha256=hashlib.sha256("".join([*(f"{p.name}\0{len(p.images)}\n" for p in parts), *lines]).encode()).hexdigest(),
+        read=lambda i: decode_image(lambda: read(i), f"{path}: {titles[i]}"),
+        names=titles,
+        contents=numbered(digests)[1],
+        notes=tuple(notes),
+        task=task,
+    )
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
+    """Return the splits of a set by name, memory-mapped; nothing is decoded.
+
+    Args:
+        path: an existing folder or Parquet file, or else a name on the hub.
+        subset: which of the configurations of the set, for those that have several.
+
+    Raises:
+        UserError: if the library is missing or too old, nothing is there, it can't be loaded from the hub, or it is of
+            a kind that is not read.
+    """
+    require_extra("hf", "hf", field="data.dataset")
+    place = Path(os.path.abspath(os.path.expanduser(path)))
+    with _quiet():
+        try:
+            if os.path.exists(os.path.expanduser(path)):  # unlike Path.exists, also False for an impossible name
+                return _local(place, subset)
+            if not _HUB_NAME.fullmatch(path):
+                raise UserError(
+                    "does not exist, and is not a name on the hub; correct it", file=path, field="data.path"
+                )
+            return _from_hub(path, subset)
+        except UserError:
+            raise
+        except Exception as error:  # a foreign set can fail in any way; the user needs one line
+            field = "data.hub_subset" if "config" in str(error).lower() else "data.path"
+            message = f"can't be read by the library datasets ({_reason(error)})"
+            raise UserError(message, file=_damaged(place) or path, field=field) from None
+
+
+def _damaged(place: Path) -> Path | None:
+    """Return the first Parquet file at or below a place that can't be read; the library's errors name none."""
+    from pyarrow.parquet import ParquetFile
+
+    for file in [place] if place.suffix == ".parquet" else sorted(place.rglob("*.parquet")):
+        try:
+            for _ in ParquetFile(file).iter_batches():
+                pass
+        except Exception:  # of whatever kind, the library's own error is told
+            return file
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong, on one line; the library names it in the cause of its own error."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's notes and bars off the terminal; bars of downloads, which are the hub client's, stay."""
+    import datasets
+    from tqdm import tqdm
+
+    tqdm.set_lock(RLock())  # its own one is between processes, and is warned of when a command ends
+    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised too
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _cache() -> Path:
+    return cache_dir() / "datasets"
+
+
+def _local(place: Path, subset: str | None) -> dict[str, Dataset]:
+    import datasets
+
+    saved = any((place / name).is_file() for name in _SAVED)
+    if subset is not None and (saved or not place.is_dir()):
+        raise UserError("has no effect here: this is one set; remove it", field="data.hub_subset")
+    if saved:
+        loaded = datasets.load_from_disk(str(place))
+        return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    if place.is_dir():
+        builder = datasets.load_dataset_builder(str(place), subset, cache_dir=str(_cache()))
+        root = os.path.realpath(place)
+        for file in (file for files in (builder.config.data_files or {}).values() for file in files):
+            if not Path(os.path.realpath(file)).is_relative_to(root):
+                raise UserError(f"leads out of {root}; copy the file into it", file=file)
+    elif place.is_file() and place.suffix == ".parquet":
+        builder = datasets.load_dataset_builder("parquet", data_files={"train": str(place)}, cache_dir=str(_cache()))
+    else:
+        raise UserError("expected a folder, a .parquet file or a name on the hub", file=place, field="data.path")
+    return _prepared(builder, str(place))
+
+
+def _prepared(builder: DatasetBuilder, path: str) -> dict[str, Dataset]:
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.cache.cache import Cache
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if not isinstance(builder, (ImageFolder, Parquet, Arrow, Cache)):
+        kind = type(builder).__module__.rpartition(".")[2]
+        message = f"is a set of the kind {kind}; only image folders, Parquet and Arrow files are read"
+        raise UserError(message, file=path, field="data.path")
+    builder.download_and_prepare()
+    return dict(builder.as_dataset())
+
+
+def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
+    """Return a set of the hub, from the library's cache if it is there."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    own = {"dataset_name": name.rpartition("/")[2], "config_name": subset, "repo_id": name}
+    try:
+        return _prepared(Cache(**own, version="auto", hash="auto"), name)
+    except Exception as error:  # is not there, or only a part of it
+        if "multiple" in str(error):
+            raise
+    check_download(f"the data set {name} of the hub")
+    try:
+        ask_hub(f"{huggingface_hub.constants.ENDPOINT}/api/datasets/{name}")
+        builder = datasets.load_dataset_builder(name, subset)
+    except ValueError:  # its configurations, by name
+        raise
+    except Exception as error:  # the client's errors differ by version; each means that there is no set
+        raise UserError(
+            f"is not here, and can't be fetched from the hub ({_reason(error)}); correct the path or name; "
+            f"without a network, name a local folder, made elsewhere by: hf download {name} --repo-type dataset "
+            "--local-dir FOLDER",
+            file=name,
+            field="data.path",
+        ) from None
+    return _prepared(builder, name)
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, str]:
+    """Return the columns of images and of labels: those asked for, or else the only likely ones.
+
+    Labels are likely to be those of classes, or lists of these, or else texts or whole numbers, or else lists of texts
+    or other numbers, or what is called label.
+    """
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    possible, plain, more = list(images), [], []
+    for name, feature in features.items():
+        dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+        # As Parquet files have images that do not say that they are some.
+        if dtype in ("binary", "large_binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+            possible.append(name)
+        if isinstance(feature, datasets.ClassLabel) or dtype.startswith(
+            ("int", "uint", "string", "large_string", "bool")
+        ):
+            plain.append(name)
+        elif _inner(feature) or dtype.startswith(("float", "double")):
+            more.append(name)
+    image = _column("image", "hold images", features, config.image_column, images or possible, possible, path)
+    plain, several = [name for name in plain if name != image], [name for name in more if _inner(features[name])]
+    likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
+    likely = likely or [name for name in several if isinstance(_inner(features[name]), datasets.ClassLabel)]
+    likely = likely or (["label"] if "label" in (*plain, *more) else plain or more)
+    likely = ["label"] if "label" in likely else likely
+    return image, _column("label", "could be the label", features, config.label_column, likely, [*plain, *more], path)
+
+
+def _inner(feature: Any) -> Any:
+    """Return the feature of what a list of labels holds; None: it is none."""
+    import datasets
+
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    text = isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+    return inner if text or isinstance(inner, datasets.ClassLabel) else None
+
+
+def _holds(feature: Any) -> Column:
+    """Return what a column of labels holds."""
+    if _inner(feature):
+        return "lists"
+    return "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
+
+
+def _column(
+    what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str], path: str
+) -> str:
+    """Return the column asked for, which has to be a possible one, or else the only likely one."""
+    if column is None and len(likely) == 1:
+        return likely[0]
+    if column is None:
+        message = f"{len(likely)} of the columns {', '.join(features)} {why}; name the one to read"
+    elif column not in features:
+        message = f"there is no column '{column}'; expected one of {', '.join(features)}"
+    elif column in possible:
+        return column
+    else:
+        dtype = getattr(features[column], "dtype", None)
+        kind = dtype if isinstance(dtype, str) else type(features[column]).__name__
+        names = f"; name one of {', '.join(possible)}" if possible else ""
+        message = f"column '{column}' holds no {what}s, but {kind}{names}"
+    raise UserError(message, file=path, field=f"data.{what}_column")
+
+
+# --- splits and classes -----------------------------------------------------------------------------------------------
+
+
+def _split(name: str, rows: Dataset, image: str, label: str, features: Features, path: str) -> _Split:
+    """Return a split's columns, which have to be those of `features`; only the labels may be missing."""
+    import datasets
+
+    columns = [column for column in (image, label) if column in rows.features]
+    for column in (image, *columns):
+        if rows.features.get(column) != features[column]:  # classes in another order would be other numbers
+            message = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
+            raise UserError(message, file=path, field="data.path")
+    with foreign_fault(f"has a damaged split {name}", path, remedy=FETCH_AGAIN):
+        table = rows.select_columns(columns).with_format("arrow")[:]
+        for column in columns:
+            table.column(column).validate(full=True)  # a file of others may lie about where a value ends
+    classes = [None] * len(table)
+    if label in columns:
+        numbers = isinstance(features[label], datasets.ClassLabel)  # of which -1 is kept back
+        values = table.column(label).to_pylist()
+        classes = [None if value in (None, "") or (numbers and value < 0) else value for value in values]
+    return _Split(name, image, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
+
+
+def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
+    """Return the splits that have labels."""
+    labelled = []
+    for part in parts:
+        missing = [row for row, value in enumerate(part.classes) if value is None]
+        if missing and len(missing) == len(part.classes):
+            notes.append(f"split {part.name} has no labels and is left out")
+        elif missing:
+            among = f", as {len(missing)} of {len(part.classes)} there" if len(missing) > 1 else ""
+            message = f"{part.name}[{missing[0]}] has no label{among}; remove it, or name another column"
+            raise UserError(message, file=path, field="data.label_column")
+        elif part.classes:
+            labelled.append(part)
+    if not labelled:
+        raise UserError("holds no image with a label", file=path, field="data.path")
+    return labelled
+
+
+def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarray | None:
+    """Take out what is no split of a known name, and return which images are test images, (N,) bool, if any are."""
+    if len(parts) == 1:
+        return None
+    for part in [part for part in parts if part.name not in (*_TRAIN, *_VALIDATION, *_TEST)]:
+        notes.append(f"split {part.name} is left out; only train, validation and test are read")
+        parts.remove(part)
+    present = {part.name for part in parts}
+    if not present.intersection(_TRAIN):
+        named = ", ".join(sorted(present)) or "of other names"
+        raise UserError(f"has the splits {named}; expected train beside them", file=path, field="data.path")
+    test = next((names for names in (_TEST, _VALIDATION) if present.intersection(names)), ())
+    if not test:
+        return None
+    return np.concatenate([np.full(len(part.images), part.name in test) for part in parts])
+
+
+def _texts(parts: list[_Split], feature: Any, column: str, task: Task, path: str) -> list[str]:
+    """Return labels as a table has them, N of them: a number, or names with | between them."""
+    inner, texts = _inner(feature), []
+    names = getattr(inner, "names", None)  # of numbered classes
+    for part in parts:
+        for row, value in enumerate(part.classes):
+            several = list(value) if inner else [value]
+            if names is not None:
+                several = [names[k] if k is not None and 0 <= k < len(names) else k for k in several]
+            text = "|".join(map(str, several))
+            odd = [own for own in several if inner and (not isinstance(own, str) or "|" in own or not own.strip())]
+            fault = f"{odd[0]!r} is not the name of a class without |" if odd else task.fault({column: text})
+            if fault:
+                raise UserError(f"{part.name}[{row}]: {fault}", file=path, field="data.label_column")
+            texts.append(text)
+    return texts
+
+
+def _classes(
+    parts: list[_Split], feature: Any, label: str, path: str, notes: list[str]
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of classes that have images, in the order of the set or sorted, and labels (N,) int64."""
+    import datasets
+
+    present, labels = numbered([value for part in parts for value in part.classes])
+    if not isinstance(feature, datasets.ClassLabel):
+        names = tuple(str(value) for value in present)
+        return names, labels
+    if present[-1] >= feature.num_classes:
+        message = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
+        raise UserError(message, file=path, field="data.label_column")
+    absent = [name for k, name in enumerate(feature.names) if k not in present]
+    if absent:
+        notes.append(f"{len(absent)} of {feature.num_classes} classes have no image, such as '{absent[0]}'")
+    return tuple(feature.names[k] for k in present), labels
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list[str]]:
+    """Return what to call each image (of a file in a local folder its path there, else the row), and its SHA-256."""
+    import datasets
+
+    library = (_cache(), datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+    own, *others = (Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
+    titles: list[str] = []
+    digests: list[str] = []
+    beside: dict[str, Path] = {}  # files of their own, by row
+    for part in parts:
+        files = {f"{part.name} {part.column} {k}": file for k, file in enumerate(part.files)}
+        for row, digest in enumerate(remembered(files, len(part.images), partial(_digests, part, path))):
+            titles.append(title := f"{part.name}[{row}]")
+            if digest == _NO_BYTES:
+                file = str(_stored(part.images[row])[1])
+                real = Path(os.path.realpath(file))
+                if not os.path.isfile(file):
+                    message = f"names the file {file}, which does not exist, and holds no image itself"
+                    raise UserError(message, file=f"{path}: {title}")
+                if not any(real.is_relative_to(root) for root in (own, *others)):
+                    message = f"names the file {file}, which leads out of the data set; copy it into it"
+                    raise UserError(message, file=f"{path}: {title}")
+                beside[title] = Path(file)
+                if real.is_relative_to(own):
+                    titles[-1] = real.relative_to(own).as_posix()
+            digests.append(digest if digest != _NO_BYTES else title)
+    of_files = hashes(beside).each if beside else {}
+    return titles, [of_files.get(digest, digest) for digest in digests]
+
+
+def _digests(part: _Split, path: str) -> list[str]:
+    digests = []
+    for row, scalar in enumerate(part.images):
+        content, file = _stored(scalar)
+        if content is None and not file:
+            raise UserError(f"{part.name}[{row}] has no image; remove it", file=path, field="data.image_column")
+        digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
+    return digests
+
+
+def _stored(scalar: Any) -> tuple[bytes | None, str | None]:
+    """Return an image file's content, or its path, out of a row."""
+    value = scalar.as_py()
+    return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+
+
+SOURCES = {"hf": read_hf}

@@ -1,0 +1,380 @@
+"""From a finished run's folder to files that run elsewhere."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from peft_vit.base.errors import UserError, os_fault
+from peft_vit.base.extras import require_extra
+from peft_vit.base.files import refuse_existing, whole_folder
+from peft_vit.base.statistics import Interval, Neighbours
+from peft_vit.core.adapters import packed_weights
+from peft_vit.core.adapters.footprint import storage_bytes
+from peft_vit.core.adapters.peft_format import export_peft
+from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
+from peft_vit.core.methods import METHODS
+from peft_vit.core.records import Calibrated, Decision
+from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
+from peft_vit.data import Data, LabelledImages
+from peft_vit.deploy import (
+    Classifier,
+    Merged,
+    ModelCard,
+    OnnxRuntime,
+    export_onnx,
+    merge,
+    open_exported,
+    torch_classifier,
+    writer_of,
+)
+from peft_vit.deploy.model_card import write_exported
+from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
+from peft_vit.deploy.restore import RestoredRun, done_record, restore_run
+from peft_vit.runs.known_images import neighbours_bytes
+from peft_vit.runs.records.storage import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, read_record, single_run
+
+_COMPARED_AT_ONCE = 32
+_COMPARED_WITH = 128  # training images, where the run validated on none
+_ELSEWHERE = "choose another place"
+LARGEST_LOSS = 0.5  # points that activations in 8 bits may lose where nothing else is said
+
+Split: TypeAlias = Literal["validation", "training", "test", "held-out"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An exported file, opened again, against the run's model as it was trained; both in float32."""
+
+    images: int
+    split: Split  # of the run, that they are of
+    same_predictions: float  # share
+    logit_error: float  # largest difference over the largest magnitude
+    metric: DecidingMetric  # by which they are compared: what decides in the run
+    trained: float  # its value
+    exported: float
+    loss: Interval  # how much worse the latter is; of the population of images
+    unit: float  # of a loss that is counted in points: 1, or a standard deviation of the numbers
+
+    @property
+    def lost_points(self) -> float:
+        """Return the loss in hundredths of its unit."""
+        return 100 * self.loss.estimate / self.unit
+
+    def values_text(self) -> str:
+        """Return the metric before and after."""
+        if self.metric.is_share:
+            return f"{self.metric.words} {100 * self.trained:.2f} % before and {100 * self.exported:.2f} % after"
+        return f"{self.metric.words} {self.trained:.4g} before and {self.exported:.4g} after"
+
+    def loss_text(self) -> str:
+        """Return what was lost, in points, with its interval."""
+
+        def hundredths(share: float) -> str:
+            return f"{round(100 * share / self.unit, 2) + 0.0:.2f}"  # + 0.0: of -0.0 too it is 0.0
+
+        loss, points = self.loss, "points of" if self.unit == 1 else "hundredths of a standard deviation in"
+        interval = f"no interval: {loss.reason}"
+        if loss.low is not None and loss.high is not None:
+            interval = f"{100 * loss.confidence:.0f} % interval {hundredths(loss.low)} to {hundredths(loss.high)}"
+        return f"{hundredths(loss.estimate)} {points} {self.metric.words} on {loss.n} {self.split} images ({interval})"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did."""
+
+    merged: Merged
+    comparison: Comparison | None  # None: the run's images are not there
+    not_compared: str = ""  # why
+    on_folds: Comparison | None = None  # what bits lose, where nothing validated; None: it isn't known
+    activations: Literal["float32", "int8"] = "float32"
+    float_bytes: int | None = None  # of the merged model, where it was packed after training
+
+
+@dataclass(frozen=True)
+class ModelToWrite:
+    """A run's model as files hold it, and what it is compared with."""
+
+    run: RestoredRun
+    merged: Merged
+    card: ModelCard
+    known: Neighbours | None  # features of training images, of this model; None: nothing says what is unlike them
+    data: Data | None  # the run's images; None: they are not there
+    missing: str  # why
+    float_bytes: int | None = None  # of the merged model, where it was packed after training
+
+    def need_data(self, field: str, lossy: str) -> Data:
+        """Return the run's images; raises UserError if they are not there."""
+        if self.data is None:
+            message = f"needs the run's images to measure what {lossy} loses, and they are not there: {self.missing}"
+            raise UserError(message, field=field)
+        return self.data
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How an ONNX file multiplies; None: not requested.
+
+    Attributes:
+        runtime: see `deployment.export_onnx`; None: small.
+        activations: int8: frozen layers multiply 8-bit integers, as `training.compute: int8` does.
+        accept_loss: the most points on the validation images that int8 may lose; None: LARGEST_LOSS.
+    """
+
+    runtime: OnnxRuntime | None = None
+    activations: Literal["int8"] | None = None
+    accept_loss: float | None = None
+
+
+def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = False) -> ModelCard:
+    """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them, and return what that holds.
+
+    Args:
+        run_dir: holds record.json and adapter.safetensors.
+        output_dir: new or empty.
+        overwrite: replace an earlier export.
+
+    Raises:
+        UserError: if the run can't be restored, its method has no PEFT counterpart, or something is in the way.
+    """
+    _check_room(output_dir, None, overwrite)
+    if why := METHODS[done_record(run_dir).spec.experiment.method].why_not_peft:
+        raise UserError(
+            f"{why}; use --format safetensors, onnx or openvino, or export a run of lora, adalora or linear, or "
+            "of PEFT's methods",
+            file=run_dir,
+        )
+    run = restore_run(run_dir)
+    with os_fault("can't be written", output_dir, remedy=_ELSEWHERE), whole_folder(output_dir) as made:
+        export_peft(run.model, made, run.card.model_dump(mode="json"))
+        if run.known is not None:
+            write_exported(made / FEATURES_FILE, neighbours_bytes(run.known))
+    return run.card
+
+
+def _check_room(output: Path, kind: ExportFormat | None, overwrite: bool) -> None:
+    """Refuse to write over what is there; None: PEFT's folder."""
+    is_folder = kind is None or not kind.ending
+    marks = (CARD_FILE, PEFT_FILE) if is_folder else ()
+    for place in (output, *(output.with_suffix(ending) for ending in (kind.beside if kind else ()))):
+        refuse_existing(place, is_folder=is_folder, overwrite=overwrite, marks=marks)
+
+
+def export_run_to_file(
+    run_dir: Path,
+    file: Path,
+    format: str,
+    options: OnnxOptions = OnnxOptions(),
+    meaning: Calibrated | Decision | None = None,
+    *,
+    bits: QuantizationType | None = None,
+    rounding: Rounding | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Merge a run's adapters, write the model, and compare what was written with the model.
+
+    They are compared on the run's validation images; on training images, where it validated on none: these don't tell
+    what bits lose, and images that trainings on folds have left out do. Where float weights are packed, validation
+    images also tell again how far probabilities can be believed.
+
+    Args:
+        run_dir: holds record.json and adapter.safetensors.
+        file: ends as the format says; of pretrained a folder, new or empty.
+        format: of EXPORTS.
+        options: of onnx.
+        meaning: what the file says that its outputs mean; None: what the run found.
+        bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
+        rounding: of these, see `logits_by_type`.
+        overwrite: replace what is there; of a folder only of an earlier export.
+
+    Raises:
+        UserError: if something is in the way, the run can't be restored, an option has no effect on it, activations in
+            8 bits lose too much or its images are not there to tell what bits lose, or the file can't be written.
+    """
+    kind = EXPORTS[format]
+    if kind.ending and file.suffix != kind.ending:
+        raise UserError(f"expected a name that ends in {kind.ending}", file=file, field="--output")
+    _check_room(file, kind, overwrite)
+    if kind.extra is not None:
+        require_extra(kind.extra, f"--format {format}")
+    source = model_to_write(run_dir, bits, rounding, options.runtime)
+    done = write_model(source, file, format, options, meaning)
+    if bits is None or done.comparison is None or done.comparison.split != "training":
+        return done
+    return replace(done, on_folds=_compare_on_folds(source.run, single_run(run_dir).absolute(), bits, rounding))
+
+
+def model_to_write(
+    run_dir: Path,
+    bits: QuantizationType | None = None,
+    rounding: Rounding | None = None,
+    runtime: OnnxRuntime | None = None,
+) -> ModelToWrite:
+    """Restore a run, merge its adapters, and pack its float weights where that is asked for.
+
+    Raises:
+        UserError: if the run can't be restored, has nothing packed that a runtime could run, or its images are not
+            there to tell what bits lose.
+    """
+    run = restore_run(run_dir)
+    if runtime is not None and bits is None and not packed_weights(run.model):
+        reason = f"has no effect on this run, whose weights are floats: {run_dir}; leave it out"
+        raise UserError(reason, field="--runtime")
+    merged = merge(run.model, run.card) if bits is None else merge_float(run)
+    data, missing = None, ""
+    try:
+        data = run.load_data()
+    except UserError as error:
+        missing = str(error.about(None))  # not of a key that nobody wrote
+    source = ModelToWrite(run, merged, run.card, run.known, data, missing)
+    if bits is None:
+        return source
+    images = source.need_data("--bits", bits)
+    model, card, known = pack_after_training(merged.model, run, images, bits, rounding)
+    float_bytes = storage_bytes(merged.model.state_dict().values())
+    return replace(source, merged=replace(merged, model=model), card=card, known=known, float_bytes=float_bytes)
+
+
+def write_model(
+    source: ModelToWrite, file: Path, format: str, options: OnnxOptions, meaning: Calibrated | Decision | None
+) -> Exported:
+    """Write a model, see `export_run_to_file`, which checks that there is room for it; the source stays as it is."""
+    run, merged, card, known, data = source.run, source.merged, source.card, source.known, source.data
+    int8 = options.activations is not None
+    if options.activations is not None:
+        source.need_data("--activations", options.activations)
+    if meaning is not None:
+        card = card.model_copy(update=meaning_fields(meaning))
+    if options.runtime is not None:
+        export_onnx(merged.model, file, card, runtime=options.runtime, known=known)
+    elif not int8 and EXPORTS[format].ending:
+        writer_of(format)(merged.model, file, card, known)
+    elif not int8:
+        with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
+            writer_of(format)(merged.model, made, card, known)
+    if data is None:
+        return Exported(merged, None, source.missing)
+    images, split = images_to_compare(data)
+    if not int8:
+        comparison = compare(run, open_exported(file), images, split)
+        return Exported(merged, comparison, float_bytes=source.float_bytes)
+    # Written only if it is as accurate on these images as it has to be.
+    if split == "training" and options.accept_loss is None:
+        raise UserError(
+            "this run has no validation images to measure what int8 loses; export without it, or accept a loss "
+            "on training images with --accept-loss",
+            field="--activations",
+        )
+    comparison, content = _try_int8(run, merged.model, card, known, images, split)
+    accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
+    lost = comparison.lost_points
+    if lost > accepted:
+        raise UserError(
+            f"int8 loses {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
+            f"accept it with --accept-loss {math.ceil(10 * lost) / 10:g}",
+            field="--activations",
+        )
+    write_exported(file, content)
+    return Exported(merged, comparison, activations="int8", float_bytes=source.float_bytes)
+
+
+def compare_int8(run_dir: Path) -> Comparison:
+    """Return what activations in 8 bits do to a run's model on its test images; nothing is written.
+
+    Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
+    """
+    run = restore_run(run_dir)
+    model = merge(run.model, run.card).model
+    return _try_int8(run, model, run.card, run.known, run.load_data().test.open(), "test")[0]
+
+
+def _try_int8(
+    run: RestoredRun, merged: nn.Module, card: ModelCard, known: Neighbours | None, images: LabelledImages, split: Split
+) -> tuple[Comparison, bytes]:
+    """Return what products in 8 bits do to a run's model, and the file's content."""
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "model.onnx"
+        export_onnx(merged, trial, card, activations="int8", known=known)
+        return compare(run, open_exported(trial), images, split), trial.read_bytes()
+
+
+def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:
+    """Return a run's validation images, or of its training images some where there are none, and which they are."""
+    if len(data.validation):
+        return data.validation, "validation"
+    return _spread(data.train, _COMPARED_WITH), "training"
+
+
+def _spread(images: LabelledImages, count: int) -> LabelledImages:
+    """Return so many of the images, or all, at even distances."""
+    return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
+
+
+def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, split: Split) -> Comparison:
+    """Return how far a classifier's outputs are from those of a run's model, on labelled images of the run's split."""
+    trained = torch_classifier(run.model, run.card)
+    outputs: list[tuple[Tensor, Tensor]] = []  # (B, K) each
+    batches = []
+    for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
+        pixels = batch.numpy()
+        outputs.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
+        batches.append(targets)
+    was, now = (torch.cat(side).numpy() for side in zip(*outputs, strict=True))  # (N, K) each
+    decisions = trained.card.decision, exported.card.decision
+    return _compared(run, was, now, torch.cat(batches).numpy(), decisions, split)
+
+
+def _compare_on_folds(
+    run: RestoredRun, run_dir: Path, bits: QuantizationType, rounding: Rounding | None
+) -> Comparison | None:
+    """Return what bits lose of models that were trained like a run without a fold of its images each, on that fold.
+
+    None: there are none, as `train` makes them where nothing validates.
+    """
+    task, parts = TASKS[run.card.task].restored(run.card.decision), []
+    for file in sorted((run_dir.parents[1] / FOLDS_STUDY).glob(f"*/*/{RECORD_FILE}")):
+        own = read_record(file)
+        if own.status == "done" and own.predictions is not None and own.predictions.logits is not None:
+            learned = TASKS[own.spec.task].restored(own.decision)
+            pair = np.asarray(own.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
+            parts.append((*(task.aligned(one, learned) for one in pair), rows_of(own.predictions.labels)))
+    if not parts:
+        return None
+    was, now, labels = (np.concatenate(side) for side in zip(*parts, strict=True))
+    return _compared(run, was, now, labels, (run.card.decision, run.card.decision), "held-out")
+
+
+def _compared(
+    run: RestoredRun,
+    was: NDArray[np.floating],
+    now: NDArray[np.floating],
+    labels: Labels,
+    decisions: tuple[Decision | None, Decision | None],
+    split: Split,
+) -> Comparison:
+    """Return how far outputs of a run's model, (N, K), are from what they were; decisions are of both."""
+    decision, decision_now = decisions
+    task, metric = TASKS[run.card.task], metric_of(run.record.spec)
+    before, after = task.predicted(was, decision), task.predicted(now, decision_now)
+    least = thresholds_of(decision), thresholds_of(decision_now)
+    values = [metric.interval(labels, *said).estimate for said in zip((before, after), least, strict=True)]
+    return Comparison(
+        images=len(labels),
+        split=split,
+        same_predictions=float(task.same(was, now, decision, decision_now).mean()),
+        logit_error=float(np.abs(now - was).max() / np.abs(was).max()),
+        metric=metric,
+        trained=values[0],
+        exported=values[1],
+        loss=metric.loss(labels, before, after, *least),
+        unit=metric.unit(run.card.decision),
+    )

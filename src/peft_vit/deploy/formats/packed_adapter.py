@@ -1,0 +1,338 @@
+"""An adapter and its head alone, in few bytes: a file that belongs to a backbone whose hash it names.
+
+Of each site dW = B A with B (out, r), which has the scale in it, and A (r, in / pool). The rows of A and the columns of
+B are stored as `quantization.row_rounding` says, site by site in the model's order; so are the rows of the head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from peft_vit.base.errors import UserError, named
+from peft_vit.core.adapters import AdaptedLinear, SiteAdapter, adapted_modules, trained_tensors
+from peft_vit.core.adapters.adapter_file import read_safetensors
+from peft_vit.core.adapters.peft_layers import tuner_layers
+from peft_vit.core.backbones import Backbone, Site
+from peft_vit.core.backbones.backbone import linear_layers
+from peft_vit.core.config import USUAL_TASK
+from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
+from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_digest, low_bit_parts
+from peft_vit.deploy.model_card import AGAIN, HEADER, Header, ModelCard
+
+_OF_HEAD = "head_"  # before "codes" and "scales"
+_HEAD_ROWS = ("head_codes", "head_scales")
+_TENSORS = {"codes", "scales", *_HEAD_ROWS, "head_bias"}
+_Rank = Annotated[int, Field(ge=0, le=65_536)]
+StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
+
+
+class AdapterHeader(Header):
+    """What an adapter's file says of itself."""
+
+    base: str  # SHA-256 that the backbone's file says of itself
+    weights: str  # how that holds its matrices
+    bits: StoredBits
+    head_bits: StoredBits
+    pool: int = Field(ge=1)  # inputs on which an update is constant
+    ranks: tuple[_Rank, ...]  # of each site in the model's order
+
+
+class Update(NamedTuple):
+    """What an adapter adds to the outputs of one module: summed(inputs, pool) @ right.T @ left."""
+
+    right: Tensor  # (R, in / pool), R the ranks of all sites of the module
+    left: Tensor  # (R, out), zero where a rank is not of a row's site
+    pool: int
+
+
+def summed(x: Tensor, pool: int) -> Tensor:
+    """Return the sums of as many adjacent inputs as share an update: (..., in) to (..., in / pool)."""
+    return x if pool == 1 else x.unflatten(-1, (-1, pool)).sum(-1)
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter as its file holds it."""
+
+    header: AdapterHeader
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of_model(
+        cls,
+        model: nn.Module,
+        card: ModelCard,
+        base: LowBitHeader,
+        bits: StoredBits,
+        head_bits: StoredBits | None = None,
+    ) -> PackedAdapter:
+        """Return what was trained of a model, without what shows images unlike its own.
+
+        Args:
+            model: that holds it.
+            card: of the model.
+            base: header of the backbone's file.
+            bits: of the adapter's values.
+            head_bits: of the head's weight; without them as the adapter's, but at least 8, since 4 lose two points
+                (`benchmarks/head_bits.py`).
+
+        Raises:
+            UserError: if more than adapters and head was trained, or the PEFT library has done it.
+        """
+        backbone = Backbone(model)
+        head_bits = head_bits or (8 if bits < 8 else bits)
+        beside = [name for name in trained_tensors(model) if ".sites." not in name]
+        others = sorted(set(beside) - backbone.of_head(beside))
+        if others or tuner_layers(model):
+            why = f"{others[0]} was trained, too" if others else "the PEFT library trained it"
+            raise UserError(f"{why}; a bundle holds runs of lora, adalora, qa_lora, qa_adalora, linear and qa_linear")
+        factors, ranks, pools = [], [], {1}
+        for site in backbone.sites:
+            adapter, rows = _adapter_on(model, site)
+            ranks.append(0 if adapter is None else adapter.rank)
+            if adapter is not None and adapter.rank:
+                # Rounded ones, rounded again, need not be the same.
+                left, right = adapter.exact_factors() if adapter.bits == bits else adapter.factors()
+                factors += [right, left[rows].T]  # (r, in / pool), (r, out)
+                pools.add(adapter.pool)
+        header = AdapterHeader(
+            card=card.model_copy(update={"unlike": None, "integer_bits": None}),
+            base=base.sha256,
+            weights=number_formats(base),
+            bits=bits,
+            head_bits=head_bits,
+            pool=max(pools),
+            ranks=tuple(ranks),
+        )
+        tensors = pack_rows(factors, bits)
+        weight, bias = _head_of(backbone)
+        tensors |= {f"{_OF_HEAD}{name}": tensor for name, tensor in pack_rows([weight], head_bits).items()}
+        tensors["head_bias"] = bias.half() if head_bits < 32 else bias
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return cls(header.model_copy(update={"sha256": low_bit_digest(header, tensors)}), tensors)
+
+    @classmethod
+    def read(cls, file: Path) -> PackedAdapter:
+        """Return a file's adapter; raises UserError if it is none, is damaged, or was changed after it was written."""
+        texts, tensors = read_safetensors(file)
+        header = AdapterHeader.read(texts.get(HEADER), file, "bundle")
+        header.check(low_bit_digest(header, tensors), file)
+        return cls(header, tensors)
+
+    def content(self) -> bytes:
+        """Return the file's content."""
+        return save(self.tensors, metadata={HEADER: self.header.model_dump_json()})
+
+    def check(self, base: LowBitHeader, sites: Sequence[Site], width: int, file: Path) -> None:
+        """Refuse an adapter of another backbone, or one that does not fit.
+
+        Raises:
+            UserError: saying how the two backbones differ.
+        """
+        theirs, ours = self.header.card, base.card
+        differences = {
+            "the model": (theirs.model, ours.model),
+            "weights": (theirs.weights_sha256, ours.weights_sha256),
+            "images": (f"{theirs.image_size} px", f"{ours.image_size} px"),
+            "matrices in": (self.header.weights, number_formats(base)),
+            "a backbone of SHA-256": (self.header.base, base.sha256),
+        }
+        for what, (of_adapter, of_base) in differences.items():
+            if of_adapter != of_base:
+                message = f"was trained on {what} {of_adapter}, and this backbone has {of_base}"
+                raise UserError(f"{message}; put it into another bundle", file=file)
+        with named(file):
+            if any(site.in_features % self.header.pool for site in sites):
+                raise UserError(f"has updates for {self.header.pool} inputs at once, which no matrix has; {AGAIN}")
+            if len(self.header.ranks) != len(sites):
+                raise UserError(f"has ranks of {len(self.header.ranks)} matrices, the model {len(sites)}")
+            bias, classes = self.tensors.get("head_bias", torch.empty(0)), len(theirs.class_names)
+            fits = bias.shape == (classes,) and bias.dtype in (torch.float16, torch.float32)
+            if not fits or not self.tensors.keys() <= _TENSORS:
+                raise UserError(f"does not hold an adapter and a head of {classes} outputs; export the run again")
+            updates = [part for update in self.updates(sites).values() for part in update[:2]]
+            if not all(bool(part.isfinite().all()) for part in (*updates, *self.head(width))):
+                raise UserError("holds values that are not finite; train it again")
+
+    def updates(self, sites: Sequence[Site]) -> dict[str, Update]:
+        """Return what it adds, by module, in float32."""
+        rows = {site.module: site.rows[1] for site in sites}  # the last one's: all of the module
+        header, ranked = self.header, [pair for pair in zip(sites, self.header.ranks, strict=True) if pair[1]]
+        shapes = [
+            (rank, size) for site, rank in ranked for size in (site.in_features // header.pool, site.out_features)
+        ]
+        parts = {name: tensor for name, tensor in self.tensors.items() if name in ("codes", "scales")}
+        factors = unpack_rows(parts, shapes, header.bits)
+        by_module: dict[str, list[tuple[Site, Tensor, Tensor]]] = {}
+        for (site, _), right, left in zip(ranked, factors[::2], factors[1::2], strict=True):
+            by_module.setdefault(site.module, []).append((site, right, left))
+        return {module: _joined(parts, header.pool, rows[module]) for module, parts in by_module.items()}
+
+    def head(self, width: int) -> tuple[Tensor, Tensor]:
+        """Return weight (classes, width) and bias (classes,) in float32."""
+        header, bias = self.header, self.tensors.get("head_bias", torch.empty(0))
+        parts = {key.removeprefix(_OF_HEAD): tensor for key, tensor in self.tensors.items() if key in _HEAD_ROWS}
+        (weight,) = unpack_rows(parts, [(len(bias), width)], header.head_bits)
+        return weight, bias.float()
+
+
+class JoinedUpdates:
+    """The updates of a batch's images, each by its own adapter: packed, and unpacked for one site at a time.
+
+    Args:
+        adapters: that fit the sites.
+        which: (B,), of each image its adapter.
+        sites: of the model, in its order.
+    """
+
+    def __init__(self, adapters: Sequence[PackedAdapter], which: NDArray[np.int64], sites: Sequence[Site]) -> None:
+        self._sites = sites
+        self.images = len(which)
+        alike: dict[tuple[StoredBits, int], list[int]] = {}
+        for number, adapter in enumerate(adapters):
+            if not any(adapter.header.ranks):  # a head alone, which adds nothing
+                continue
+            alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
+        self._joined = [
+            _joined_files([adapters[number] for number in numbers], bits, pool, numbers, which, sites)
+            for (bits, pool), numbers in alike.items()
+        ]
+        self.pool = math.gcd(*(files.pool for files in self._joined)) or 1  # without any adapter 0
+
+    def of_site(self, place: int) -> tuple[Tensor, Tensor] | None:
+        """Return what is added on one site: (B, R, in / pool) and (B, R, out), R the highest rank, others with zeros.
+
+        As an `Update` does, each adds summed(inputs, pool) @ right.T @ left. None: no adapter has a rank there.
+        """
+        site, most = self._sites[place], max((int(files.ranks[:, place].max()) for files in self._joined), default=0)
+        if not most:
+            return None
+        right = np.zeros((self.images * most, site.in_features // self.pool), np.float32)
+        left = np.zeros((self.images * most, site.out_features), np.float32)
+        for files in self._joined:
+            ranks, columns = files.ranks[:, place], site.in_features // files.pool
+            images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
+            within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
+            into = files.images[images] * most + within
+            starts, rows = files.starts[images, place], files.rows[images, place] + within
+            of_a = files.unpack(starts + within * columns, rows, columns)  # (n, in / pool)
+            right[into] = of_a if files.pool == self.pool else of_a.repeat(files.pool // self.pool, axis=1)
+            starts, rows = starts + ranks[images] * columns, rows + ranks[images]  # the columns of B come after
+            left[into] = files.unpack(starts + within * site.out_features, rows, site.out_features)
+        shape = (self.images, most, -1)
+        return torch.from_numpy(right).view(shape), torch.from_numpy(left).view(shape)
+
+
+class _JoinedFiles(NamedTuple):
+    """The codes and scales of adapters in the same bits, each behind the one before, and the b images that ask them."""
+
+    images: NDArray[np.int64]  # (b,), their places in the batch
+    bits: StoredBits
+    pool: int
+    arrays: dict[str, NDArray[Any]]
+    ranks: NDArray[np.int64]  # (b, sites)
+    starts: NDArray[np.int64]  # (b, sites), how many codes stand before those of a site
+    rows: NDArray[np.int64]  # (b, sites), how many scales do
+
+    def unpack(self, starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int) -> NDArray[np.float32]:
+        return unpack_some(self.arrays, starts, rows, columns, self.bits)
+
+
+def _joined_files(
+    adapters: Sequence[PackedAdapter],
+    bits: StoredBits,
+    pool: int,
+    numbers: Sequence[int],
+    which: NDArray[np.int64],
+    sites: Sequence[Site],
+) -> _JoinedFiles:
+    names = ("codes", "scales") if bits < 16 else ("codes",)
+    arrays = {name: np.concatenate([adapter.tensors[name].numpy() for adapter in adapters]) for name in names}
+    ranks = np.array([adapter.header.ranks for adapter in adapters])  # (a, sites)
+    values = ranks * np.array([site.in_features // pool + site.out_features for site in sites])
+    codes = np.array([len(adapter.tensors["codes"]) * (8 // bits if bits < 16 else 1) for adapter in adapters])  # (a,)
+    starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
+    rows = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
+    (images,) = np.isin(which, numbers).nonzero()
+    asked = np.searchsorted(numbers, which[images])  # (b,)
+    return _JoinedFiles(images, bits, pool, arrays, ranks[asked], starts[asked], rows[asked])
+
+
+def trained_bits(model: nn.Module) -> StoredBits | None:
+    """Return the bits that a model's adapters were trained to be stored in; None: they were not."""
+    adapters = [adapter for _, module in adapted_modules(model) for _, adapter in module.adapters()]
+    return next((bits for bits in get_args(StoredBits) if adapters and adapters[0].bits == bits), None)
+
+
+def number_formats(base: LowBitHeader) -> str:
+    """Return how a backbone holds its matrices: "float32", or "nf4 in groups of 32"."""
+    formats = {f"{layer.type} in groups of {layer.group_size or 'a row'}" for layer in base.layers.values()}
+    return " and ".join(sorted(formats)) or "float32"
+
+
+def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[str, Tensor]]:
+    """Return a model's backbone as `save_low_bit` writes it, on the model's memory; it has a head of one class.
+
+    The model is changed: its adapters go, its head, and the offsets of a codebook, which are 0 until an update is
+    merged into them.
+    """
+    for _, module in adapted_modules(model):
+        module.sites, module.product, packed = nn.ModuleDict(), None, module.quantized
+        if packed is None or packed.offsets is None or not packed.format.has_codebook:
+            continue
+        if not packed.offsets.any():
+            module.quantized = replace(packed, offsets=None, format=replace(packed.format, offset=False))
+    for name, layer in Backbone(model).heads.items():
+        head = nn.Linear(layer.in_features, 1)
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+        model.set_submodule(name, head)
+    nothing = {
+        "calibrated": None,
+        "decision": None,
+        "task": USUAL_TASK,
+        "unlike": None,
+        "integer_bits": None,
+        "interpolation": "bicubic",
+        "channels": 3,
+    }
+    return low_bit_parts(model, card.model_copy(update={**nothing, "run": "backbone", "class_names": ("backbone",)}))
+
+
+def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
+    """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
+    right = parts[0][1] if len(parts) == 1 else torch.cat([right for _, right, _ in parts])  # (R, in / pool)
+    if len(parts) == 1 and parts[0][0].out_features == rows:
+        return Update(right, parts[0][2], pool)
+    left, start = right.new_zeros(len(right), rows), 0  # (R, out)
+    for site, _, of_site in parts:
+        left[start : start + len(of_site), site.span] = of_site
+        start += len(of_site)
+    return Update(right, left, pool)
+
+
+def _adapter_on(model: nn.Module, site: Site) -> tuple[SiteAdapter | None, slice]:
+    """Return the adapter on a site, and the rows of it that are the site's: PEFT's q, k and v share one."""
+    module = model.get_submodule(site.module)
+    for place, adapter in module.adapters() if isinstance(module, AdaptedLinear) else ():
+        (start, stop), (first, last) = place.rows, site.rows
+        if start <= first and last <= stop:
+            return adapter, slice(first - start, last - start)
+    return None, slice(0)
+
+
+def _head_of(backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """Return weight (classes, width) and bias (classes,) of the head on all its features side by side."""
+    layers = linear_layers(backbone.head)
+    weight = torch.cat([layer.weight.detach() / len(layers) for layer in layers], dim=1)  # (classes, width)
+    return weight, torch.stack([layer.bias.detach() for layer in layers]).mean(0)

@@ -1,0 +1,176 @@
+"""Exported files in their own runtimes, onnxruntime and OpenVINO, which need no torch: a first answer comes sooner."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import html
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_vit.base.errors import UserError, foreign_fault, one_line, os_fault
+from peft_vit.base.extras import load_openvino, require_extra
+from peft_vit.base.files import read_bytes
+from peft_vit.deploy.model_card import AGAIN, HEADER, UNSIGNED, Classifier, Header, ModelCard
+
+INPUT, OUTPUT, DISTANCE = "images", "logits", "distance"
+OPSET = 20
+ZERO = 128  # what stands for 0 among the inputs' codes
+LARGEST_CODE, LARGEST_WEIGHT = 127, 64  # of 8 and 7 bits, as in `quantization.integers`, which needs torch
+_CHECKED = 64  # rows, inputs and outputs of the product that is checked
+# Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
+SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
+
+
+def onnx_digest(card: ModelCard, proto: Any) -> str:
+    """Return the SHA-256 over the card and the model without its metadata, which are taken out of `proto`."""
+    del proto.metadata_props[:]
+    digest = hashlib.sha256(card.model_dump_json().encode())
+    digest.update(proto.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def open_onnx(file: Path) -> Classifier:
+    """Return the classifier in a file, by onnxruntime.
+
+    Raises:
+        UserError: if the file is cut off, was changed after it was written, was not written by this package, or
+            onnxruntime is missing or can't run it.
+    """
+    require_extra("onnx", packages=("onnx", "onnxruntime"), file=file)
+    import onnx
+    import onnxruntime
+
+    try:
+        content = read_bytes(file, None)
+        proto = onnx.load_from_string(content)
+        text = {entry.key: entry.value for entry in proto.metadata_props}.get(HEADER)
+    except Exception as error:  # a damaged file can fail in any way; the user needs one line
+        raise UserError(f"is not a readable ONNX file ({error}); {AGAIN}", file=file) from None
+    header = Header.read(text, file, "onnx")
+    if _names_other_files(proto):
+        raise UserError(f"keeps numbers in other files, which could be any of this machine; {AGAIN}", file=file)
+    header.check(onnx_digest(header.card, proto), file)
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no public class
+        raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({one_line(error)})", file=file) from None
+    if header.card.integer_bits is not None and not exact_in_8_bits():
+        warnings.warn(
+            f"{file}: onnxruntime {onnxruntime.__version__} multiplies 8-bit integers wrongly on this processor, so "
+            "predictions can be wrong; export the run without --activations int8",
+            stacklevel=2,
+        )
+    return _classifier(lambda names, images: session.run(names, {INPUT: images}), header.card, file)
+
+
+def _classifier(
+    run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ModelCard, file: Path
+) -> Classifier:
+    """Return a classifier of what computes a file's outputs by their names; that they fit its card is seen here."""
+    shapes = {OUTPUT: (len(card.class_names),), DISTANCE: ()}  # of one image
+
+    def outputs(names: list[str], images: np.ndarray) -> Sequence[np.ndarray]:
+        with foreign_fault("can't be computed with", file, remedy=AGAIN):
+            found = run(names, images)
+        for name, values in zip(names, found, strict=True):
+            if values.shape != (expected := (len(images), *shapes[name])):
+                raise UserError(f"has {name} of shape {values.shape}, expected {expected}; {AGAIN}", file=file)
+        return found
+
+    def both(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, distances = outputs([OUTPUT, DISTANCE], images)
+        return logits, distances
+
+    return Classifier(lambda images: outputs([OUTPUT], images)[0], card, None if card.unlike is None else both)
+
+
+@functools.cache
+def exact_in_8_bits() -> bool:
+    """Return whether onnxruntime multiplies the largest 8-bit integers of `Int8Linear` exactly on this processor."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    signs = np.ones((_CHECKED, _CHECKED), np.int8)
+    signs[1::4], signs[2::4, ::2], signs[3::4, ::3] = -1, -1, -1
+    inputs, codes = signs.astype(int) * LARGEST_CODE, signs[:, ::-1] * np.int8(LARGEST_WEIGHT)  # (N, in), (in, out)
+    constants = {
+        "codes": codes,
+        "one": np.float32(1),
+        "ones": np.ones(_CHECKED, np.float32),
+        "zero": np.uint8(ZERO),
+        "no_zeros": np.zeros(_CHECKED, np.int8),
+    }
+    names = ["inputs", "codes", "one", "ones", "zero", "no_zeros"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMulIntegerToFloat", names, ["sums"], domain="com.microsoft")],
+        "largest",
+        [helper.make_tensor_value_info("inputs", TensorProto.UINT8, [None, _CHECKED])],
+        [helper.make_tensor_value_info("sums", TensorProto.FLOAT, [None, _CHECKED])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    content = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    stored = (inputs + ZERO).astype(np.uint8)
+    # A single row has a kernel of its own.
+    sums = [session.run(None, {"inputs": rows})[0] for rows in (stored, *np.split(stored, _CHECKED))]
+    return np.array_equal(np.concatenate(sums), np.tile(inputs @ codes.astype(int), (2, 1)))
+
+
+def _names_other_files(message: Any) -> bool:
+    """Tell whether a tensor anywhere in a model lies outside of it."""
+    from onnx import TensorProto
+
+    if isinstance(message, TensorProto):
+        return bool(message.data_location == TensorProto.EXTERNAL or message.external_data)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            parts = [value] if hasattr(value, "ListFields") else value
+            if any(_names_other_files(part) for part in parts):
+                return True
+    return False
+
+
+def openvino_digest(description: bytes, weights: bytes) -> str:
+    """Return the SHA-256 over the two files' SHA-256, the .xml with zeros instead of the hash."""
+    return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
+
+
+def open_openvino(file: Path) -> Classifier:
+    """Return the classifier in a .xml and .bin file, by OpenVINO on the CPU.
+
+    Nothing of the file is given to OpenVINO before the hash is found right.
+
+    Raises:
+        UserError: if the .xml or .bin is cut off, was changed after it was written, was not written by this package, or
+            OpenVINO is missing or can't run it.
+    """
+    require_extra("openvino", packages=("openvino",), file=file)
+    beside = file.with_suffix(".bin")
+    parts = []
+    for part in (file, beside):
+        with os_fault("can't be read", part, remedy=AGAIN):
+            parts.append(read_bytes(part, None))
+    description, weights = parts
+    text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
+    header = Header.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
+    unsigned = description.replace(header.sha256.encode(), UNSIGNED.encode(), 1)
+    header.check(openvino_digest(unsigned, weights), file, beside)
+    openvino = load_openvino()
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
+    except Exception as error:  # OpenVINO's errors share no public class
+        raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
+
+    def run(names: list[str], images: np.ndarray) -> list[np.ndarray]:
+        outputs = compiled({INPUT: images})
+        return [outputs[name] for name in names]
+
+    return _classifier(run, header.card, file)

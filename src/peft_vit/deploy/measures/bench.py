@@ -1,0 +1,152 @@
+"""Exported models beside float32: each is timed in processes of its own, round after round."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from peft_vit.base.errors import UserError
+from peft_vit.base.extras import require_extra
+from peft_vit.core.backbones.catalog import create_model, create_skeleton
+from peft_vit.core.config import EXPORTS, exported_bytes, exported_format
+from peft_vit.core.records import BenchRow
+from peft_vit.deploy import ModelCard, export_onnx, merge, open_exported, save_low_bit
+from peft_vit.deploy.measures.timing import Calls, time_alone
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.machine import cpu_count, processor_name
+from peft_vit.runs.records.storage import RECORD_FILE, single_run
+
+MADE = "float32 made here"
+_FLOAT32_BYTES = 4
+_MOST_OF = 0.95  # of the bytes of all parameters in float32, which any file of float32 weights holds
+
+
+class _Model(NamedTuple):
+    """A model to be timed."""
+
+    name: str  # what the user called it
+    file: Path  # what is opened
+    card: ModelCard
+    run: str | None
+
+    @property
+    def format(self) -> str:
+        format = exported_format(self.file)
+        assert format is not None
+        return format
+
+    @property
+    def is_float32(self) -> bool:
+        """Tell whether its files hold all weights in float32, by their size: quantized ones take less."""
+        plain = create_skeleton(self.card.architecture, self.card.image_size, len(self.card.class_names))
+        return exported_bytes(self.file) >= _MOST_OF * _FLOAT32_BYTES * sum(p.numel() for p in plain.parameters())
+
+
+def bench(
+    models: Sequence[Path],
+    *,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    rounds: int = 20,
+    repeats: int = 3,
+    on_progress: Callable[[int, int], None] = lambda done, count: None,
+) -> list[BenchRow]:
+    """Time models by batch size and threads, in `repeats` rounds of fresh processes, one process at a time.
+
+    Without a float32 model among them (.onnx, .xml or .safetensors), the architecture of the first is exported to ONNX
+    with random weights, which take the same time as trained ones, and timed beside them.
+
+    Args:
+        models: what `peft-vit export` has written but for PEFT folders, or runs' folders, whose merged models are timed
+            as .safetensors files.
+        batches: images a call.
+        threads: of a process; default: as many as processors.
+        rounds: calls of each batch size in a process that are timed.
+        repeats: processes of each model and number of threads.
+        on_progress: gets how many processes have ended, and of how many.
+
+    Raises:
+        UserError: if a model can't be opened or timed, threads are more than processors, or float32 can't be made.
+    """
+    threads = tuple(threads) or (cpu_count(),)
+    if max(threads) > cpu_count():
+        raise UserError(f"expected at most {cpu_count()}, the processors here; got {max(threads)}", field="--threads")
+    with tempfile.TemporaryDirectory() as folder:
+        opened = [_opened(path, Path(folder)) for path in models]
+        if not any(model.is_float32 for model in opened):
+            opened = [_float32_like(opened[0], Path(folder)), *opened]
+        calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
+        order = [(count, place) for _ in range(repeats) for count in threads for place in range(len(opened))]
+        for done, (count, place) in enumerate(order):
+            on_progress(done, len(order))
+            for batch, timings in time_alone(opened[place].file, batches, threads=count, rounds=rounds).items():
+                calls.setdefault((count, batch, place), []).append(timings)
+        return _rows(opened, {place for place, model in enumerate(opened) if model.is_float32}, calls)
+
+
+def _opened(path: Path, folder: Path) -> _Model:
+    """Open a model as `predict` does, which checks its hash, and merge a run's."""
+    if exported_format(path) == "peft":
+        raise UserError("is an adapter without its base; name its run's folder, whose merged model is timed", file=path)
+    if not os.path.isfile(single_run(path) / RECORD_FILE):
+        card = open_exported(path).card
+        return _Model(str(path), path, card, card.run)
+    run = restore_run(path)
+    file = folder / f"{len(os.listdir(folder))}.safetensors"
+    save_low_bit(merge(run.model, run.card).model, file, run.card, run.known)
+    return _Model(str(path), file, run.card, run.card.run)
+
+
+def _float32_like(model: _Model, folder: Path) -> _Model:
+    """Export a model's architecture with random weights."""
+    try:
+        require_extra("onnx", "ONNX export")
+    except UserError as error:
+        raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
+    card, file = model.card, folder / "float32.onnx"
+    plain = create_model(card.architecture, card.image_size, len(card.class_names))
+    export_onnx(plain.eval(), file, card)
+    return _Model(MADE, file, card, None)
+
+
+def _rows(
+    models: Sequence[_Model], base: set[int], calls: Mapping[tuple[int, int, int], Sequence[Calls]]
+) -> list[BenchRow]:
+    """Return a row for each model, batch size and number of threads, the latter two in the outer order."""
+    seconds = {key: [s for timed in rounds for s in timed.seconds] for key, rounds in calls.items()}
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    rows = []
+    for key in sorted(calls):
+        count, batch, place = key
+        model, median = models[place], medians[key]
+        fastest = min(base, key=lambda other: medians[count, batch, other])
+        low, high = np.quantile(seconds[key], (0.25, 0.75))
+        runtime = EXPORTS[model.format].runtime
+        rows.append(
+            BenchRow(
+                file=model.name,
+                format=model.format,
+                bytes=exported_bytes(model.file),
+                run=model.run,
+                threads=count,
+                batch=batch,
+                calls=len(seconds[key]),
+                median_s=median,
+                low_s=float(low),
+                high_s=float(high),
+                processor_s=statistics.median(s for timed in calls[key] for s in timed.processor_s),
+                ratio=median / medians[count, batch, fastest],
+                over=models[fastest].name,
+                images_per_s=batch / median,
+                processor=processor_name(),
+                runtime=f"{runtime} {metadata.version(runtime)}",
+            )
+        )
+    return rows

@@ -1,0 +1,265 @@
+"""What one model makes of the classes: the confusion matrix, accuracy by class, and its images as pictures."""
+
+from __future__ import annotations
+
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.colors import Normalize
+from numpy.typing import NDArray
+
+from peft_vit.base.errors import UserError
+from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
+from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
+from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
+from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality, PredictedImage
+from peft_vit.deploy.page.tables import Column, own_interval_columns, table
+
+# From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
+Pictures = Callable[[Sequence[int]], list[bytes]]
+SHOWN_MISTAKES = 18
+SHOWN_RIGHT, SHOWN_WRONG = 8, 6
+_PAIRS, _FEW_CLASSES = 12, 8  # rows; up to so many classes the matrix says all
+_WORST, _UNFOLDED = 10, 20  # classes
+MOST_CLASSES = 40  # of a confusion matrix that can be read
+_ON_BRIGHT, _ON_DARK = "#000000", "#fefefe"  # the same in every theme, as the cells are
+_BRIGHT = 0.435  # share from which black on a cell contrasts more than white does
+_NUMBERED = 20  # classes up to which cells hold their numbers
+_LABEL_COLUMNS = 24  # of a class's name beside an axis
+
+
+def shortened(name: str, columns: int = _LABEL_COLUMNS) -> str:
+    """Return a name's beginning and end, if it takes more columns; a wide letter, as in Chinese, takes two."""
+    if _columns(name) <= columns:
+        return name
+    begin, end = name[: columns // 2], name[1 - columns // 2 :]
+    while _columns(begin) > columns // 2:
+        begin = begin[:-1]
+    while _columns(end) > columns // 2 - 1:
+        end = end[1:]
+    return f"{begin}…{end}"
+
+
+def _columns(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def fonts_for(texts: Iterable[str]) -> tuple[list[str], str]:
+    """Return families of installed fonts that have the letters of some texts, and the letters that none has."""
+    families = list(STYLE["font.sans-serif"])
+    missing = _without_glyph(font_manager.findfont(families[0]), set("".join(texts)))
+    others = [
+        font
+        for font in font_manager.fontManager.ttflist
+        if (font.style, font.weight) == ("normal", 400) and not font.name.startswith("Last Resort")  # has boxes alone
+    ]
+    while missing:
+        left = {font.name: _without_glyph(font.fname, missing) for font in others}
+        best = min(left, key=lambda name: (len(left[name]), name), default="")
+        if not best or left[best] == missing:
+            break
+        families.append(best)
+        missing = left[best]
+    return families, "".join(sorted(missing))
+
+
+def _without_glyph(font_file: str, letters: set[str]) -> set[str]:
+    font = font_manager.get_font(font_file)
+    return {letter for letter in letters if not font.get_char_index(ord(letter))}
+
+
+def count_color(share: float) -> str:
+    """Return the color of a number on a cell whose own says a share."""
+    return _ON_BRIGHT if share > _BRIGHT else _ON_DARK
+
+
+def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
+    """Draw what images of each class were predicted as; None for more classes than can be read.
+
+    Args:
+        confusion: (classes, classes) images, by true and predicted class.
+        names: of the classes.
+    """
+    size = len(names)
+    if size > MOST_CLASSES:
+        return None
+    totals = confusion.sum(1, keepdims=True)
+    labels = [shortened(name) for name in names]
+    families, missing = fonts_for(labels)
+    text: dict[str, Any] = {"fontfamily": families, "parse_math": False}
+    shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        canvas.series("images", METHOD_COLORS["lora"])
+        taken = np.ma.masked_equal(shares, 0)  # an empty cell stays empty, so that mistakes are seen
+        mesh = axes.pcolormesh(taken, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=GRID, linewidth=0.6)
+        texts = [
+            f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
+            for row in range(size)
+            for column in range(size)
+        ]
+        canvas.add("images", mesh, texts)
+        if size <= _NUMBERED:
+            for row, column in np.argwhere(confusion).tolist():
+                color = count_color(shares[row, column])
+                axes.text(column + 0.5, row + 0.5, str(confusion[row, column]), ha="center", va="center", color=color)
+        axes.set_ylim(size, 0)
+        axes.set_aspect("equal")
+        axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
+        axes.set_yticks(np.arange(size) + 0.5, labels, **text)
+        axes.set_xlabel("predicted as")
+        axes.set_ylabel("true class")
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    data: list[dict[str, Raw]] = [
+        {"class": names[row], "taken_for": names[column], "images": int(confusion[row, column])}
+        for row in range(size)
+        for column in range(size)
+    ]
+    caption = (
+        f"{counted(int(confusion.sum()), 'test image')}. Color: the share of a class's images, from few (dark) to all "
+        "(bright). The diagonal is what is right."
+    )
+    if labels != list(names):
+        caption += " Long names are shortened; the table below has them whole."
+    if missing:
+        caption += f" {no_font(missing)}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # said once, in the caption
+        return draw("confusion", "Confusion matrix", caption, min(7.0, 1.8 + 0.26 * size), paint, data)
+
+
+def no_font(letters: str) -> str:
+    """Return what to say of letters that no installed font has."""
+    return (
+        f"No font on this machine has {letters}: picture files of the figure show boxes for them, and tables have "
+        "the names. Install a font with these letters, such as Noto."
+    )
+
+
+# --- tables ---
+
+
+def class_blocks(quality: ModelQuality) -> Iterator[Block]:
+    """Yield what is predicted as what, and how much of each class is found."""
+    figure = confusion_figure(quality.confusion, [plain(found.name) for found in quality.classes])
+    if figure is not None:
+        yield figure
+    pairs = quality.confusions
+    if pairs and len(quality.classes) > _FEW_CLASSES:
+        yield table(
+            "confused",
+            "Most frequent confusions",
+            pairs[:_PAIRS],
+            [
+                Column("Class", lambda pair: plain(pair.truth), data="class"),
+                Column("Predicted", lambda pair: plain(pair.taken_for), data="taken_for"),
+                Column("Images", lambda pair: f"{pair.images} of {pair.of}"),
+                Column("", "images"),
+            ],
+            f"{len(pairs[:_PAIRS])} of {len(pairs)} pairs of classes that are confused at all.",
+        )
+    tested = sorted((found for found in quality.classes if found.found is not None), key=_share)
+    if len(tested) > _UNFOLDED:
+        yield _class_table(f"The {_WORST} classes that are found least often", "classes_worst", tested[:_WORST])
+    yield _class_table("Accuracy by class, lowest first", "classes", tested, folded=len(tested) > _UNFOLDED)
+
+
+def _share(found: ClassResult) -> float:
+    return 0.0 if found.found is None else found.found.estimate
+
+
+def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folded: bool = False) -> Table:
+    return table(
+        slug,
+        title,
+        classes,
+        [
+            Column("Class", lambda found: plain(found.name), data="class"),
+            Column("Test images", "images", count),
+            Column("Recall", "found", percent_interval, partial(own_interval_columns, "found")),
+            Column("Predicted", "predicted", count),
+            Column("Precision", "precision", percent),
+        ],
+        "Recall: share of the class's test images that it recognises, with Wilson's 95 % interval. "
+        "Precision: share of these predictions that are right.",
+        folded=folded,
+    )
+
+
+# --- pictures ---
+
+
+def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery | None:
+    """Return a strip of test images, right ones and wrong ones; None if there are no pictures."""
+    groups = []
+    for right, most in ((True, SHOWN_RIGHT), (False, SHOWN_WRONG)):
+        shown = quality.some(right, most)
+        made = pictures_of([image.position for image in shown], pictures)
+        if isinstance(made, str):
+            return None
+        every = sum(image.right == right for image in quality.images)
+        group = tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True))
+        groups += [(f"{'Right' if right else 'Wrong'}: {len(shown)} of {every}", group)] if shown else []
+    caption = "Random test images of each class. Percent: how sure the model was of its answer."
+    return Gallery("examples", "", caption, tuple(groups), small=True)
+
+
+def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
+    """Return the mistakes of which the model was surest: with pictures, or as a table where there are none."""
+    mistakes = quality.mistakes
+    shown = mistakes[:SHOWN_MISTAKES]
+    rule = "Sorted by the probability that the model gave to its answer. Is the label right?"
+    made = pictures_of([image.position for image in shown], pictures)
+    if isinstance(made, str):
+        return table(
+            "mistakes",
+            "The most confident mistakes",
+            shown,
+            [
+                Column("Image", lambda image: plain(image.file), data="image"),
+                Column("Is", lambda image: plain(image.truth), data="class"),
+                Column("Predicted", lambda image: plain(image.predicted), data="taken_for"),
+                Column("Probability", "probability", percent),
+            ],
+            f"{len(shown)} of {len(mistakes)} mistakes. {rule}{made and f' No pictures: {made}.'}",
+        )
+
+    group = tuple(
+        Picture(
+            png,
+            (
+                plain(image.file),
+                f"is {plain(image.truth)}",
+                f"predicted as {plain(image.predicted)}, {percent(image.probability)}",
+            ),
+        )
+        for png, image in zip(made, shown, strict=True)
+    )
+    caption = f"{rule} The page holds these pictures: share it only if you may share them."
+    return Gallery(
+        "mistakes", "The most confident mistakes", caption, ((f"{len(shown)} of {len(mistakes)} mistakes", group),)
+    )
+
+
+def _said(image: PredictedImage) -> tuple[str, ...]:
+    said = f"{'✓' if image.right else '✗'}\u00a0{plain(image.predicted)}"
+    return (said, percent(image.probability), *([] if image.right else [f"is {plain(image.truth)}"]))
+
+
+def pictures_of(positions: Sequence[int], pictures: Pictures | None) -> list[bytes] | str:
+    """Return pictures, or why there are none: "" if none were asked for."""
+    if pictures is None:
+        return ""
+    try:
+        return pictures(positions)
+    except UserError as error:
+        return plain(str(error))

@@ -1,0 +1,360 @@
+"""The page of one model: how good it is, what it confuses, how far to believe it, and how it was made.
+
+It is the same for `train`, for any run of a study, and for `tune`, which adds what it compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft_vit.base.errors import DataWarning
+from peft_vit.base.statistics import Interval
+from peft_vit.core.records import RunRecord
+from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
+from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
+from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
+from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
+from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
+from peft_vit.deploy.page.model_quality import ModelQuality
+from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
+from peft_vit.deploy.page.tables import table
+from peft_vit.deploy.page.trained import beside_the_probe, test_score
+from peft_vit.lab.report.lines import Line, draw_reliability, learning_curves
+from peft_vit.lab.report.summary import caveats, images_name, run_provenance, settings
+
+CARD_FILE = "card.md"
+OUTPUTS, WRONG, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
+    "How good it is",
+    "Where it is wrong",
+    "Test images and what it says of them",
+    "Classes",
+    "Mistakes",
+    "Can you trust its probabilities?",
+    "How it learned",
+    "The images",
+    "How it was made",
+)
+_FIRST = 8  # classes that are named
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What is shown of a model.
+
+    Attributes:
+        record: of its run, which is finished.
+        quality: on its test images; None of a model of several labels, or of numbers.
+        use: the command that predicts with it, without the images.
+        said: how good it is, in a line; empty: that is made of the record.
+        to_web: the command that makes a page of it for a browser, if there is none.
+        web: the address of that page, if there is one.
+    """
+
+    record: RunRecord
+    quality: ModelQuality | None
+    use: str
+    said: str = ""
+    to_web: str = ""
+    web: str = ""
+
+    @property
+    def metric(self) -> DecidingMetric:
+        """Return what decides."""
+        return metric_of(self.record.spec)
+
+    @property
+    def value(self) -> Interval:
+        """Return what decides, on test."""
+        return test_score(self.record)
+
+    @property
+    def constant(self) -> float:
+        """Return the same of always giving one answer, such as the most frequent class."""
+        assert self.record.predictions is not None
+        labels = rows_of(self.record.predictions.labels)
+        return self.metric.interval(labels, TASKS[self.record.spec.task].constant(labels)).estimate
+
+
+def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
+    """Return the page of a model.
+
+    Args:
+        summary: what is shown.
+        pictures: makes pictures of images by their positions; None: there are none.
+    """
+    record, quality = summary.record, summary.quality
+    sections: dict[str, tuple[Block, ...]] = {}
+    if quality is None:
+        sections |= {OUTPUTS: tuple(output_blocks(record)), WRONG: tuple(shown_blocks(record, pictures))}
+    else:
+        examples = example_gallery(quality, pictures)
+        sections = {
+            EXAMPLES: () if examples is None else (examples,),
+            CLASSES: tuple(class_blocks(quality)),
+            MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
+            BELIEF: tuple(_belief(record, quality)),
+        }
+    learning = learning_curves(record, summary.metric)
+    sections |= {
+        TRAINING: () if learning is None else (learning,),
+        IMAGES: tuple(_images(summary)),
+        MADE: (Facts(tuple(_made(record))),),
+    }
+    return StudyDocument(
+        label=f"A model for {images_name(record.spec.data)}",
+        slug="model",
+        alerts=tuple(_alerts(summary)),
+        warnings=tuple(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX)),
+        cards=tuple(_cards(summary)),
+        came_out=tuple(_answer(summary)),
+        sections=sections,
+        not_shown=tuple(_limits(record)),
+        runs=(run_provenance(record),),
+        kind="model",
+        web=summary.web,
+    )
+
+
+def card_text(document: StudyDocument, head: str, use: str) -> str:
+    """Return card.md: what the page says, without pictures.
+
+    Args:
+        document: the page.
+        head: metadata, see `card_head`.
+        use: how to predict with the model, as Markdown.
+    """
+    parts = [head, f"# {escaped(document.label)}", *summary_parts(document), "## How to use it", use]
+    return "\n\n".join([*parts, *section_parts(document)]) + "\n"
+
+
+def card_head(summary: ModelSummary, library: str, name: str) -> str:
+    """Return the fields of the hub's model cards. No licence is named: that of weights and that of images both bind.
+
+    Args:
+        summary: what is shown.
+        library: that opens the model.
+        name: of the images.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    experiment, quality = summary.record.spec.experiment, summary.quality
+    kind = "image-classification" if quality is not None or summary.metric.is_share else "image-feature-extraction"
+    values = {summary.metric.name: summary.value.estimate}
+    if quality is not None:
+        values = {"accuracy": quality.accuracy.estimate, "balanced_accuracy": quality.balanced_accuracy.estimate}
+    results = [
+        EvalResult(
+            task_type=kind,
+            dataset_type="imagefolder",
+            dataset_name=name,
+            dataset_split="test",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in values.items()
+    ]
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag=kind,
+        tags=["peft-vit", summary.record.spec.backbone.model, experiment.method],
+        metrics=list(values),
+        model_name=f"{experiment.name} for {name}",
+        eval_results=results,
+    )
+    return f"---\n{str(data.to_yaml()).strip()}\n---"
+
+
+# --- what stands on top ---
+
+
+def _alerts(summary: ModelSummary) -> Iterator[str]:
+    """Yield what a person should act on before using the model."""
+    record = summary.record
+    if record.spec.smoke:
+        yield "A smoke run: random weights and synthetic images. It shows that the code runs, and nothing else."
+    elif record.provenance is not None and record.provenance.random_weights:
+        yield (
+            "The backbone's weights are random: no number here says what a pretrained one would reach. Train again "
+            "with pretrained weights."
+        )
+    if summary.metric.sign * (summary.value.estimate - summary.constant) <= 0:
+        one = "always giving one answer" if summary.quality is None else "always naming the most frequent class"
+        always = f"{one}, which has {value_of(summary.metric, summary.constant)}"
+        yield f"It is no better than {always}. Do not use it."
+    yield from (plain(text) for text in record.warnings if "one of the labels is wrong" in text)
+
+
+def _cards(summary: ModelSummary) -> Iterator[Card]:
+    record = summary.record
+    yield accuracy_card(summary)
+    yield from _probe_card(summary)
+    if record.bytes is not None:
+        adapter = record.bytes.adapter_file_bytes
+        size = megabytes(record.bytes.frozen_bytes + adapter)
+        yield Card("Size", "backbone and what was trained", size, (f"{megabytes(adapter)} were trained",))
+    if record.latency_s:
+        batch = min(record.latency_s)
+        where = "" if record.provenance is None else plain(record.provenance.processor)
+        yield Card("Time for an image", where, f"{fixed(1e3 * record.latency_s[batch] / batch, 1)} ms", ())
+    yield labels_card(record)
+
+
+def accuracy_card(summary: ModelSummary) -> Card:
+    """Return what decides, with its interval."""
+    metric, value = summary.metric, summary.value
+    words = metric.words[0].upper() + metric.words[1:]
+    one = "answer" if summary.quality is None else "class"
+    constant = f"always the same {one}: {value_of(metric, summary.constant)}"
+    bounds = f"95 %: {bounds_of(metric, value)}{' %' if metric.is_share else ''}"
+    return Card(words, f"on {count(value.n)} test images", value_of(metric, value.estimate), (bounds, constant))
+
+
+def labels_card(record: RunRecord) -> Card:
+    """Return how many labels it took."""
+    sizes = record.split_sizes
+    kept = {"to validate": sizes["validation"], "to test": sizes["test"]}
+    more = tuple(f"{count(images)} more {to}" for to, images in kept.items() if images)
+    what = TASKS[record.spec.task].counted(record.class_names)
+    return Card("Labels used", f"training images of {what}", count(sizes["train"]), more)
+
+
+def _probe_card(summary: ModelSummary) -> Iterator[Card]:
+    """Yield the linear probe that training started from: on test where it was measured, else on validation."""
+    record = summary.record
+    test, fit = record.probe_test, record.head_fit
+    if record.spec.experiment.is_probe or record.spec.experiment.start is not None:
+        return
+    title, what, metric = "Linear probe", "without fine-tuning", summary.metric
+    if test is not None:
+        yield Card(title, what, value_of(metric, metric.of(test.metrics)), ("on the same test images",))
+    elif fit is not None and fit.chosen is not None and record.validation is not None:
+        own = value_of(metric, metric.of(record.validation))
+        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {own}")
+        yield Card(title, what, value_of(metric, metric.of(fit.chosen)), lines)
+
+
+def _answer(summary: ModelSummary) -> Iterator[str]:
+    quality, n, metric = summary.quality, summary.value.n, summary.metric
+    if summary.said:
+        yield plain(summary.said)
+    else:
+        if quality is not None:
+            yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
+        if metric.equal_classes:
+            yield (
+                "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
+                f"{percent(summary.value.estimate)}."
+            )
+        expected = f"{bounds_of(metric, summary.value)}{' %' if metric.is_share else ''}"
+        yield f"On other images of the same kind expect {expected} ({metric.words}, 95 % interval)."
+    yield from beside_the_probe(summary.record)
+    if quality is not None and quality.confusions:
+        most = quality.confusions[0]
+        yield (
+            f"Its most frequent mistake: {plain(most.truth)} predicted as {plain(most.taken_for)} ({most.images} of "
+            f"{most.of} images)."
+        )
+    if summary.use:
+        yield f"To use it: {plain(summary.use)} IMAGES"
+    if summary.to_web:
+        yield f"To try it in a browser: {plain(summary.to_web)}"
+
+
+# --- sections ---
+
+
+def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
+    sure, right = quality.mean_confidence, quality.accuracy.estimate
+    low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
+    said = f"It says {percent(sure)} on average and is right on {percent(right)}"
+    if low <= sure <= high:
+        yield Paragraph(f"{said}, so its probabilities hold, as far as {count(quality.accuracy.n)} images can tell.")
+    else:
+        yield Paragraph(
+            f"{said}, so it is too {'sure' if sure > right else 'careful'} by "
+            f"{fixed(100 * abs(sure - right), 1)} points."
+        )
+    if bins := quality.reliability():
+        caption = (
+            f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of the answer. Bars: "
+            "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
+        )
+        yield draw_reliability([Line("test images", bins)], caption, "images", with_intervals=True)
+    yield from _calibration(record)
+
+
+def _calibration(record: RunRecord) -> Iterator[Block]:
+    """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
+    calibrated, tested = record.calibrated, record.tested_calibration
+    if calibrated is None or tested is None:
+        return
+    yield Paragraph(
+        f"Probabilities are calibrated on {count(calibrated.images)} images, each by a model that was not trained on "
+        f"it: logits are divided by {fixed(calibrated.temperature)}. All of this page's are."
+    )
+    yield from coverage_table(record, fixed)
+    if tested.unlike is not None:
+        yield Paragraph(
+            "`predict` says when an image is unlike all that the model was trained on. Of the test images, which are "
+            f"not, it says so of {count(tested.unlike)}: these are false alarms."
+        )
+
+
+def _images(summary: ModelSummary) -> Iterator[Block]:
+    record, quality = summary.record, summary.quality
+    classes = () if quality is None else quality.classes
+    if untested := [plain(found.name) for found in classes if not found.images]:
+        more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
+        yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
+    if left_out := record.left_out:
+        what = "item" if any(name.endswith("/") for name in left_out) else "file"  # a folder's name ends so
+        yield table(
+            "left_out",
+            f"{count(len(left_out))} {what}{'s' * (len(left_out) > 1)} left out",
+            [{"File": plain(name), "Why": plain(why)} for name, why in left_out.items()],
+            None,
+            "Nothing was trained on them or tested with them.",
+            folded=len(left_out) > _FIRST,
+        )
+    for text in record.warnings:
+        if text.startswith(DataWarning.PREFIX):
+            yield Paragraph(f"{plain(text.removeprefix(DataWarning.PREFIX))}.")
+
+
+def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
+    spec, origin, training = record.spec, record.provenance, record.spec.experiment.training
+    assert origin is not None
+    ranks = sorted(record.rank_history[-1].ranks.values()) if record.rank_history else []
+    ends = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
+    each = f", rank {ends} on {len(ranks)} matrices" if ranks else ""
+    yield "Method", spec.experiment.kind.title + each
+    sizes = joined(f"{size:,} {name}" for name, size in record.split_sizes.items())
+    rows = settings([spec], [record], smoke=spec.smoke) | {"Split": sizes}
+    yield from ((key, value) for key, value in rows.items() if value)
+    if spec.data.path is not None:
+        yield "Folder", plain(str(spec.data.path))
+    if not spec.experiment.is_probe:
+        kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
+        size = f"{len(record.steps):,} of {training.batch_size} images"
+        yield "Steps", f"{size}{kept}; learning rate {training.learning_rate:g}"
+    if training.loss is not None:
+        yield "Loss", training.loss.replace("_", " ")
+    if training.class_weights != "none":
+        yield "Class weights", f"{training.class_weights}, in the loss"
+    if (counted := record.parameters) is not None:
+        yield "Trained", f"{counted.final:,} of {counted.backbone_total + counted.head:,} parameters"
+    yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"
+    yield "Seed", str(spec.seed)
+    shown = ("peft-vit", "torch", "timm", "transformers")
+    yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)
+    integers = ""
+    if spec.multiplies_integers:
+        integers = ", int8 forward pass" if record.is_measured_in_integers else ", frozen layers trained in int8"
+    yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}{integers}"
+
+
+def _limits(record: RunRecord) -> Iterator[str]:
+    yield "Images of another kind, camera or time than these: try the model on some of them before you rely on it."
+    yield "What another seed or another split of the images would change: this is one run."
+    yield from caveats([record])

@@ -1,0 +1,289 @@
+"""What one model makes of several labels, or of numbers: measures of each, what goes together, errors, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import Normalize
+from numpy.typing import NDArray
+
+from peft_vit.base.statistics import Interval
+from peft_vit.core.records import RunRecord
+from peft_vit.core.tasks import TASKS, Errors, Shown, rows_of, thresholds_of
+from peft_vit.deploy.page.class_blocks import Pictures, count_color, fonts_for, pictures_of, shortened
+from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
+from peft_vit.deploy.page.figure import (
+    DASHED,
+    GRID,
+    LINE_COLORS,
+    METHOD_COLORS,
+    MUTED,
+    SEQUENTIAL,
+    Canvas,
+    draw,
+    quiet_grid,
+)
+from peft_vit.deploy.page.formatting import count, known, percent, plain
+from peft_vit.deploy.page.tables import Column, table
+
+_PANELS = 4  # numbers that are drawn
+_FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
+MOST_TOGETHER, _NUMBERED = 30, 12  # labels of a map that can be read, and up to which its cells hold numbers
+
+
+def short(value: object) -> str:
+    """Return a number in three digits, or a text."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def output_blocks(record: RunRecord) -> Iterator[Block]:
+    """Yield measures of each output, and what a task's outputs have beside them."""
+    own, task = record.predictions, TASKS[record.spec.task]
+    assert own is not None
+    labels, predicted = rows_of(own.labels), rows_of(own.predicted)
+    names = [plain(name) for name in record.class_names]
+    errors = task.errors(labels, predicted, record.decision)
+    if errors is not None:
+        yield _scatter(names, labels, predicted)
+    rows = task.rows(labels, predicted, names, record.decision)
+    columns = [Column(name, name, short) for name in rows[0]]
+    yield table("outputs", "Each of them", rows, columns, f"On {count(len(labels))} test images. {task.note}")
+    together = task.together(labels, predicted, record.decision)
+    if together is not None and 1 < len(names) <= MOST_TOGETHER:
+        yield _together(names, *together)
+    if errors is not None:
+        yield _residuals(names, predicted, errors)
+        yield from _by_size(names, predicted, errors)
+    yield _measures(record, labels, predicted)
+    yield from coverage_table(record, short)
+
+
+def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iterator[Table]:
+    """Yield how often sets or intervals hold the truth on test images, where that was measured."""
+    tested = record.tested_calibration
+    if tested is None or not tested.covered:
+        return
+    title, held, size, note = TASKS[record.spec.task].promise
+    folds = tested.covered_on_folds
+    rows = [
+        {"asked": c, "held": share, "folds": folds.get(c), "size": tested.set_size[c]}
+        for c, share in tested.covered.items()
+    ]
+    columns = [
+        Column("Coverage asked", "asked", percent),
+        Column(held, "held", percent),
+        *([Column("On folds", "folds", percent)] if folds else []),
+        Column(size, "size", show_size),
+    ]
+    yield table("coverage", title, rows, columns, note)
+
+
+def _measures(record: RunRecord, labels: NDArray[Any], predicted: NDArray[Any]) -> Table:
+    assert record.test is not None
+    measures = []
+    for name, value in record.test.more.items():
+        metric = TASKS[record.spec.task].metrics.get(name)
+        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record.decision)))
+        words = name.replace("_", " ") if metric is None else metric.words
+        measures.append({"measure": words, "value": value, "bounds": bounds})
+    return table(
+        "measures",
+        "All measures",
+        measures,
+        [Column("Measure", "measure"), Column("Value", "value", short), Column("95 % interval", "bounds")],
+        "Intervals say what other test images would change (bootstrap).",
+    )
+
+
+def _ends(interval: Interval) -> str:
+    return f"{known(interval.low, short)} to {known(interval.high, short)}"
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _panels(
+    names: Sequence[str],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    words: tuple[str, str],
+    under: Callable[..., None],
+) -> Callable[[Canvas], None]:
+    """Return what draws points (N, K), a panel a number, over what `under` draws of its axes and place."""
+
+    def paint(canvas: Canvas) -> None:
+        shown = list(names[:_PANELS])
+        panels = canvas.figure.subplots(1, len(shown), squeeze=False)[0]
+        for k, (axes, name) in enumerate(zip(panels, shown, strict=True)):
+            color = LINE_COLORS[k % len(LINE_COLORS)]
+            canvas.series(name, color, "o")
+            under(axes, k)
+            texts = [f"{words[0]} {a:.3g}, {words[1]} {b:.3g}" for a, b in zip(x[:, k], y[:, k], strict=True)]
+            style: dict[str, Any] = {"color": color, "ls": "", "marker": "o", "ms": 3, "alpha": 0.9, "zorder": 2}
+            canvas.plot(name, axes, x[:, k], y[:, k], texts, **style)
+            axes.set_xlabel(f"{words[0]} {name}")
+            axes.set_ylabel(words[1])
+            quiet_grid(axes)
+
+    return paint
+
+
+def _scatter(names: Sequence[str], labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Drawing:
+    """Draw what is predicted over what is true, (N, K) each."""
+
+    def diagonal(axes: Any, k: int) -> None:
+        x, y = labels[:, k], predicted[:, k]
+        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        axes.plot(ends, ends, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
+
+    data = _points(names, true=labels, predicted=predicted)
+    caption = "Test images. On the dashed line what is predicted is true."
+    paint = _panels(names, labels, predicted, ("true", "predicted"), diagonal)
+    return draw("scatter", "Predicted against true", caption, 3.4, paint, data, 3.4)
+
+
+def _residuals(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Drawing:
+    """Draw errors over what is predicted, (N, K) each, and the ends of intervals."""
+
+    def ends(axes: Any, k: int) -> None:
+        axes.axhline(0, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
+        if errors.reach is not None:
+            order = np.argsort(predicted[:, k])
+            for sign in (-1, 1):
+                reach = sign * errors.reach[order, k]
+                axes.plot(predicted[order, k], reach, color=MUTED, lw=1.1, zorder=1)
+
+    columns = {"predicted": predicted, "error": errors.sizes}
+    caption = "Predicted less true, by what is predicted. Below the dashed line it says too little."
+    if errors.reach is not None:
+        columns["reach"] = errors.reach
+        caption += f" Between the two lines lies what an interval of {percent(errors.coverage)} holds."
+    paint = _panels(names, predicted, errors.sizes, ("predicted", "error"), ends)
+    return draw("residuals", "Errors by size", caption, 3.0, paint, _points(names, **columns), 3.0)
+
+
+def _points(names: Sequence[str], **columns: NDArray[np.float64]) -> list[dict[str, Raw]]:
+    return [
+        {"number": name} | {column: float(values[row, k]) for column, values in columns.items()}
+        for k, name in enumerate(names)
+        for row in range(len(next(iter(columns.values()))))
+    ]
+
+
+def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Iterator[Table]:
+    """Yield errors by fifths of what is predicted, as far as there are images."""
+    parts = min(_FIFTHS, len(predicted) // _IN_A_FIFTH)
+    if parts < 2:
+        return
+    rows: list[dict[str, Any]] = []
+    for k, name in enumerate(names):
+        for own in np.array_split(np.argsort(predicted[:, k], kind="stable"), parts):
+            said, missed = predicted[own, k], errors.sizes[own, k]
+            row = {"Number": name, "Predicted": f"{said.min():.3g} to {said.max():.3g}", "Images": len(own)}
+            row |= {"Mean error": float(missed.mean()), "Mean absolute error": float(np.abs(missed).mean())}
+            if errors.reach is not None:
+                row["Intervals that hold"] = percent((np.abs(missed) <= errors.reach[own, k]).mean())
+            rows.append(row)
+    columns = [Column(name, name, short) for name in rows[0] if len(names) > 1 or name != "Number"]
+    note = "Test images in parts of equal size, by what is predicted. An error is that less what is true."
+    yield table("errors_by_size", "Errors by what is predicted", rows, columns, note)
+
+
+# --- several labels ---------------------------------------------------------------------------------------------------
+
+
+def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[np.int64]) -> Drawing:
+    """Draw on how many images two labels are together, (K, K) each: in truth, and as predicted."""
+    size, labels = len(names), [shortened(name) for name in names]
+    text: dict[str, Any] = {"fontfamily": fonts_for(labels)[0], "parse_math": False}
+    panels = {"true": true, "predicted": predicted}
+    off = ~np.eye(size, dtype=bool)
+
+    def shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        own = np.diag(counts)[:, None]
+        return np.divide(counts, own, out=np.zeros(counts.shape), where=own > 0)
+
+    def paint(canvas: Canvas) -> None:
+        parts = canvas.figure.subplots(2, 1) if canvas.narrow else canvas.figure.subplots(1, 2)
+        canvas.series("images", METHOD_COLORS["lora"])
+        for axes, (title, counts) in zip(parts, panels.items(), strict=True):
+            share = shares(counts)
+            mesh = axes.pcolormesh(
+                np.ma.array(share, mask=~off | (counts == 0)),
+                cmap=SEQUENTIAL,
+                norm=Normalize(0, 1),
+                edgecolors=GRID,
+                linewidth=0.6,
+            )
+            texts = [
+                f"{names[row]}: {counts[row, row]} images"
+                if row == column
+                else f"{names[row]} and {names[column]}\n{counts[row, column]} of {counts[row, row]} with {names[row]}"
+                for row in range(size)
+                for column in range(size)
+            ]
+            canvas.add("images", mesh, texts)
+            if size <= _NUMBERED:
+                for row, column in np.argwhere(off & (counts > 0)).tolist():
+                    color = count_color(share[row, column])
+                    axes.text(column + 0.5, row + 0.5, str(counts[row, column]), ha="center", va="center", color=color)
+            axes.set_title(title)
+            axes.set_ylim(size, 0)
+            axes.set_aspect("equal")
+            axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
+            axes.set_yticks(np.arange(size) + 0.5, labels, **text)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+
+    data: list[dict[str, Raw]] = [
+        {
+            "label": names[row],
+            "with": names[column],
+            **{which: int(counts[row, column]) for which, counts in panels.items()},
+        }
+        for row in range(size)
+        for column in range(size)
+    ]
+    caption = (
+        "Test images that have both labels, in truth and as predicted. Color: the share of the images with "
+        "the label at the left that have the one below, too, from few (dark) to all (bright)."
+    )
+    height = min(5.0, 1.6 + 0.24 * size)
+    return draw("together", "Labels that go together", caption, height, paint, data, 2 * height)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block]:
+    """Yield the test images that a task shows: as pictures, or as a table where there are none."""
+    own, task = record.predictions, TASKS[record.spec.task]
+    assert own is not None
+    names = [plain(name) for name in record.class_names]
+    files = own.files or [f"image {position}" for position in own.images]
+    for shown in task.shown(rows_of(own.labels), rows_of(own.predicted), names, record.decision):
+        places = [place for _, images in shown.groups for place, _ in images]
+        made = pictures_of([own.images[place] for place in places], pictures)
+        yield _as_table(shown, files, made) if isinstance(made, str) else _as_gallery(shown, files, iter(made))
+
+
+def _as_gallery(shown: Shown, files: Sequence[str], made: Iterator[bytes]) -> Gallery:
+    groups = tuple(
+        (title, tuple(Picture(next(made), (plain(files[place]), *lines)) for place, lines in images))
+        for title, images in shown.groups
+    )
+    caption = f"{shown.rule} The page holds these pictures: share it only if you may share them."
+    return Gallery(shown.slug, shown.title, caption, groups)
+
+
+def _as_table(shown: Shown, files: Sequence[str], why: str) -> Table:
+    rows = [
+        {"Of": title, "Image": plain(files[place]), "What": "; ".join(lines)}
+        for title, images in shown.groups
+        for place, lines in images
+    ]
+    columns = [name for name in rows[0] if name != "Of" or len(shown.groups) > 1]
+    note = f"{shown.rule}{why and f' No pictures: {why}.'}"
+    return table(shown.slug, shown.title, rows, columns, note)

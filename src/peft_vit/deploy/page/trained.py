@@ -1,0 +1,144 @@
+"""What a call of `peft-vit train` came to, in lines and as a row beside others: the answer first."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_vit.base.statistics import Interval
+from peft_vit.core.records import RunRecord
+from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
+from peft_vit.deploy.page.document import Raw, Table
+from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, value_of
+from peft_vit.deploy.page.tables import Column, table
+
+_FEWEST_TESTED = 5  # images; fewer say next to nothing
+
+
+def test_score(record: RunRecord) -> Interval:
+    """Return what decides in a finished run, on the test images, with its interval."""
+    own = record.predictions
+    assert own is not None
+    return metric_of(record.spec).interval(rows_of(own.labels), rows_of(own.predicted), thresholds_of(record.decision))
+
+
+def test_line(record: RunRecord) -> str:
+    """Return the test of a finished run in a line; where too few images tested, its validation."""
+    score, metric, validation = test_score(record), metric_of(record.spec), record.validation
+    words = metric.words
+    if score.n < _FEWEST_TESTED and validation is not None:
+        value = value_of(metric, metric.of(validation))
+        return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
+    return f"Test {words} {_score(metric, score)}, on {score.n} images that training has not seen."
+
+
+def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | None = None) -> list[str]:
+    """Return what training came to, beside the probe that it started from, and what to do with the model.
+
+    Args:
+        record: of a finished run.
+        folder: of the run, or of the call that made it.
+        seconds: that all of the call took.
+        page: on the model, if one was written.
+    """
+    place = shlex.quote(str(folder))
+    return [
+        test_line(record),
+        *beside_the_probe(record),
+        f"Time: {seconds:.0f} s.",
+        f"Model: {folder}",
+        f"Page: {page}" if page is not None else f"Page: peft-vit report {place}",
+        f"To predict: peft-vit predict {place} PHOTO.jpg",
+    ]
+
+
+def beside_the_probe(record: RunRecord) -> list[str]:
+    """Return what the linear probe that training started from has on the same test images, and what training gained.
+
+    Where its test was not recorded, validation images are shown instead; nothing where there is no probe.
+    """
+    metric, own, test, fit = metric_of(record.spec), record.predictions, record.probe_test, record.head_fit
+    if record.spec.experiment.is_probe:
+        return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
+    if test is not None and own is not None:
+        labels, before, after = map(rows_of, (own.labels, test.predicted, own.predicted))  # N each
+        of_probe = _score(metric, metric.interval(labels, before, test.thresholds), metric.suffix)
+        of_probe = f"A {TASKS[record.spec.task].linear} on the same frozen features has {of_probe}."
+        if record.chosen_step == 0:
+            none = "Training did not improve on it on validation images, so the model is this regression."
+            return [of_probe, none]
+        gain = metric.gain(labels, before, after, test.thresholds, thresholds_of(record.decision))
+        if gain.low is None or gain.high is None:
+            return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
+        worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))
+        said = "Training gained on it" if worst > 0 else "No clear difference"
+        said = "Training lost against it" if best < 0 else said
+        low, high = (gain_of(metric, end) for end in (gain.low, gain.high))
+        points = " points" if metric.is_share else ""
+        return [of_probe, f"{said}: {gain_of(metric, gain.estimate)}{points} ({low} to {high})."]
+    if fit is None or fit.chosen is None or record.validation is None:
+        return []
+    gained = metric.sign * (metric.of(record.validation) - metric.of(fit.chosen))
+    size = gain_of(metric, gained).removeprefix("+") + (" points" if metric.is_share else "")
+    size = size if gained > 0 else "nothing"
+    where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
+    return [f"Training gained {size} on the linear probe, {where}."]
+
+
+def _score(metric: DecidingMetric, interval: Interval, suffix: str = "") -> str:
+    value = value_of(metric, interval.estimate)
+    return f"{value}{suffix} (95 % interval {bounds_of(metric, interval)})"
+
+
+def train_row(
+    folder: Path, method: str, settings: str, state: str, record: RunRecord | None, seconds: float
+) -> dict[str, Raw]:
+    """Return a row on a call of `train`, whose run has a record or none yet; what is not known of it is None.
+
+    Args:
+        folder: of the call.
+        method: that was trained.
+        settings: as they were typed.
+        state: what became of it.
+        record: of what it delivers.
+        seconds: that all of it took.
+    """
+    if record is not None and record.spec.experiment.method != method:
+        method = "regression on frozen features"  # which was better than what was trained
+    row: dict[str, Raw] = {"run": folder.name, "method": method, "settings": settings, "state": state}
+    row |= dict.fromkeys(("metric", "test", "low", "high", "test_images", "minutes"))
+    if record is not None:
+        row["minutes"] = seconds / 60
+    if record is not None and record.test is not None:  # what decides, with its 95 % interval
+        score = test_score(record)
+        row |= {"metric": metric_of(record.spec).name, "test": score.estimate, "test_images": score.n}
+        row |= {"low": score.low, "high": score.high}
+    return row
+
+
+def train_runs_table(rows: Sequence[dict[str, Raw]]) -> Table:
+    """Return a row a call of `train`."""
+
+    def test(row: dict[str, Any]) -> str | None:
+        if row["metric"] is None:
+            return None
+        metric = next(task.metrics[row["metric"]] for task in TASKS.values() if row["metric"] in task.metrics)
+        bounds = bounds_of(metric, Interval(row["test"], row["low"], row["high"], 0, 0))
+        return f"{row['metric'].replace('_', ' ')} {value_of(metric, row['test'])} ({bounds})"
+
+    return table(
+        "runs",
+        "Runs of `peft-vit train`",
+        rows,
+        [
+            "run",
+            "method",
+            Column("settings", "settings", lambda settings: settings or "defaults"),
+            Column("test", test),
+            Column("minutes", "minutes", "{:.1f}".format),
+            "state",
+        ],
+        "In brackets the 95 % interval: what other test images would change.",
+    )

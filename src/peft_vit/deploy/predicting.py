@@ -1,0 +1,280 @@
+"""From an exported model and image files to classes and probabilities."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from peft_vit.base.errors import UserError, named
+from peft_vit.base.files import read_bytes
+from peft_vit.core.config import EXPORTS, exported_format
+from peft_vit.core.tasks import TASKS
+from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
+from peft_vit.data.files import files_below, open_tree
+from peft_vit.data.sources.folders import is_image
+from peft_vit.deploy.model_card import Classifier, ModelCard
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_vit.base.statistics import Neighbours
+
+_BATCH = 32
+_Labels: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
+
+
+class ImageFile(NamedTuple):
+    """An image in a folder or a zip."""
+
+    file: Path  # in a zip: below the zip's path
+    read: Callable[[], bytes]
+
+
+GivenImage: TypeAlias = Path | ImageFile | NDArray[np.uint8] | UserError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image. Probabilities are calibrated if the model's file says how."""
+
+    file: Path | None  # None: of an array
+    class_name: str = ""  # the most probable one; empty of numbers
+    probability: float = math.nan
+    classes: _Labels = ()  # its set, with a coverage
+    top: _Labels = ()  # so many as were asked for
+    unlike: bool | None = None  # unlike all images that were trained on; None: the model can't tell
+    distance: float | None = None  # to the nearest of them
+    labels: _Labels = ()  # of a model of several labels: those above their thresholds
+    numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by name: number, and its interval's ends
+
+
+def _function(place: str) -> Any:
+    module, name = place.split(".")
+    return getattr(import_module(f"peft_vit.deploy.formats.{module}"), name)
+
+
+def writer_of(format: str) -> Callable[[nn.Module, Path, ModelCard, Neighbours | None], None]:
+    """Return what writes a merged model in a format of `config.EXPORTS`."""
+    writer: Callable[[nn.Module, Path, ModelCard, Neighbours | None], None] = _function(EXPORTS[format].writer)
+    return writer
+
+
+def open_exported(path: Path, weights: str | None = None) -> Classifier:
+    """Return the classifier in what `peft-vit export` has written: a file of a format, or a PEFT folder.
+
+    Args:
+        path: of the file or folder.
+        weights: see `open_peft`.
+
+    Raises:
+        UserError: if it is none of these, is damaged, or was changed after it was written.
+    """
+    name = exported_format(path)
+    if name == "peft":
+        peft: Classifier = _function("torch_files.open_peft")(path, weights)
+        return peft
+    if weights is not None:
+        raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
+    if name is None:
+        *endings, last = (kind.ending for kind in EXPORTS.values() if kind.ending)
+        raise UserError(
+            f"expected a {', '.join(endings)} or {last} file, a folder that `peft-vit export` has written, or a run's "
+            "folder",
+            file=path,
+        )
+    with named(path):
+        opened: Classifier = _function(EXPORTS[name].opener)(path)
+        return opened
+
+
+def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
+    """Return the images that paths name, those of folders, of folders below and of zips in the order of their names.
+
+    Links are followed, and a folder's file is taken once, however many links lead to it. Hidden files are left out, as
+    in training, and files of a folder that are not called as images are. A folder below that can't be read is an error
+    among the images.
+
+    Raises:
+        UserError: for a path where nothing is, and for a folder or a zip without an image.
+    """
+    images: list[ImageFile | UserError] = []
+    for path in paths:
+        if not os.path.exists(path):  # unlike Path.exists, also False for an impossible name
+            raise UserError("does not exist; name image files, folders of them, or a zip", file=path)
+        if os.path.isdir(path):
+            closed: list[UserError] = []
+            files = [path / name for name in files_below(path, closed) if is_image(name)]
+            once: dict[str, Path] = {}  # by where it really is
+            for file in sorted(files, key=os.path.islink):
+                once.setdefault(os.path.realpath(file), file)
+            inside: list[ImageFile | UserError] = [
+                *(_on_disk(file) for file in files if file.is_file() and once[os.path.realpath(file)] == file),
+                *closed,
+            ]
+        elif path.suffix.lower() == ".zip":
+            inside = _in_zip(path)
+        else:
+            images.append(_on_disk(path))
+            continue
+        if not inside:
+            raise UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
+        images += inside
+    return images
+
+
+def _on_disk(file: Path) -> ImageFile:
+    return ImageFile(file, lambda: read_bytes(file))
+
+
+def _in_zip(path: Path) -> list[ImageFile | UserError]:
+    try:
+        tree = open_tree(path)
+    except UserError as error:  # without the key that names a configuration's folder
+        raise UserError(error.message, file=error.file) from None
+
+    def member(name: str) -> ImageFile:
+        return ImageFile(path / name, lambda: tree.read(name))
+
+    return [member(name) for name in tree.names if is_image(name)]
+
+
+def predict_files(
+    classifier: Classifier, images: Iterable[GivenImage], coverage: float | None = None, top: int = 1
+) -> Iterator[Prediction | UserError]:
+    """Yield one prediction an image, in the order given, or what is wrong with a file, a folder below or an array.
+
+    Args:
+        classifier: what is asked.
+        images: paths, see `image_files`, or what it has found; and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
+        coverage: about how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
+        top: how many of the most probable classes to return.
+
+    Raises:
+        UserError: as `image_files`.
+    """
+    card = classifier.card
+    remaining = _each(images)
+    while chunk := list(islice(remaining, _BATCH)):
+        read = [_pixels(image, card) for image in chunk]
+        rows: Iterator[tuple[dict[str, Any], float | None]] = iter(())
+        if pixels := [array for array in read if isinstance(array, np.ndarray)]:
+            logits, distances = _outputs(classifier, _normalised(np.stack(pixels), card))
+            rows = zip(_answers(logits, card, coverage, top), distances, strict=True)
+        for image, array in zip(chunk, read, strict=True):
+            if isinstance(array, UserError):
+                yield array
+            else:
+                file = image.file if isinstance(image, ImageFile) else None
+                told, distance = next(rows)
+                unlike = None if distance is None or card.unlike is None else distance > card.unlike.threshold
+                yield Prediction(file, **told, unlike=unlike, distance=distance)
+
+
+def _outputs(classifier: Classifier, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], Sequence[float | None]]:
+    """Return logits (B, classes), and the distance of each image if the model can tell."""
+    if classifier.with_distances is None:
+        return classifier.logits(images), [None] * len(images)
+    logits, distances = classifier.with_distances(images)
+    return logits, distances.tolist()
+
+
+def _each(images: Iterable[GivenImage]) -> Iterator[GivenImage]:
+    for image in images:
+        if isinstance(image, Path):
+            yield from image_files([image])
+        else:
+            yield image
+
+
+def predict_images(
+    classifier: Classifier, images: Iterable[GivenImage], coverage: float | None = None, top: int = 1
+) -> list[Prediction]:
+    """Return one prediction an image, in their order; arguments as `predict_files`'.
+
+    Raises:
+        UserError: for the first image that can't be read, or an array that is none.
+    """
+    predictions = []
+    for outcome in predict_files(classifier, images, coverage, top):
+        if isinstance(outcome, UserError):
+            raise outcome
+        predictions.append(outcome)
+    return predictions
+
+
+def check_coverage(card: ModelCard, coverage: float) -> None:
+    """Refuse a coverage that a model has no sets for.
+
+    Raises:
+        UserError: if it is outside what is stored with the model, or nothing is.
+    """
+    if (meaning := card.decision or card.calibrated) is None:
+        raise UserError(
+            "needs thresholds from images that were not trained on, and this model holds none: it validated on no "
+            "images, or was made by an earlier version; leave it out",
+            field="coverage",
+        )
+    meaning.threshold(coverage)
+
+
+def _pixels(image: GivenImage, card: ModelCard) -> np.ndarray | UserError:
+    """Return an image as training would see it, (S, S, C) uint8."""
+    try:
+        if isinstance(image, UserError):
+            return image
+        if isinstance(image, ImageFile):
+            decoded = decode_image(image.read, str(image.file))
+        elif (
+            isinstance(image, np.ndarray)
+            and image.dtype == np.uint8
+            and image.size
+            and (image.ndim == 2 or image.shape[2:] in ((3,), (4,)))
+        ):
+            decoded = Image.fromarray(image)
+        else:
+            got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
+        return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
+    except UserError as error:
+        return error
+
+
+def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
+    """Return an image as a model's input, (3, S, S); raises UserError if it can't be read."""
+    pixels = _pixels(_on_disk(image) if isinstance(image, Path) else image, card)
+    if isinstance(pixels, UserError):
+        raise pixels
+    normalised: NDArray[np.float32] = _normalised(pixels[None], card)[0]
+    return normalised
+
+
+def prediction_of(
+    image: GivenImage, logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int
+) -> Prediction:
+    """Return what the logits (classes,) of one image say."""
+    file = image.file if isinstance(image, ImageFile) else image if isinstance(image, Path) else None
+    return Prediction(file, **_answers(logits[None], card, coverage, top)[0])
+
+
+def _answers(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> list[dict[str, Any]]:
+    """Return what logits (B, classes) say of each image, as arguments of `Prediction`."""
+    if coverage is not None:
+        check_coverage(card, coverage)
+    return TASKS[card.task].answers(logits, card.class_names, card.decision or card.calibrated, coverage, top)
+
+
+def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:
+    """Return what `data.normalised` does, to the last bit and without torch: (B, S, S, C) to (B, 3, S, S)."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
+    images = pixels.transpose(0, 3, 1, 2).astype(np.float32)  # (B, C, S, S), C of 1 or 3
+    return np.ascontiguousarray((images / np.float32(255) - mean) / std)

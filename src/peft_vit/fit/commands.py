@@ -1,0 +1,448 @@
+"""What the commands that run studies do: read all files, take all locks, plan everything, then drive study by study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_vit.base.console import OnProgress, duration, print_lines, progress
+from peft_vit.base.errors import NothingDoneError, UserError, named
+from peft_vit.base.files import folder_below
+from peft_vit.core.config import StudyConfig, load_study, named_as_typed
+from peft_vit.fit.request import RunRequest, TrainRequest
+from peft_vit.fit.train_runs import (
+    REQUEST_FILE,
+    SIZES_FILE,
+    RequestFile,
+    SizesFile,
+    TrainRun,
+    call_folder,
+    earlier_call,
+    write_request,
+    write_sizes,
+)
+from peft_vit.runs.scheduling.deadline import Deadline
+from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.runs.executors import EXECUTORS
+from peft_vit.runs.records.progress import StudyLock, study_lock, study_status
+from peft_vit.runs.records.storage import (
+    RECORD_FILE,
+    STUDY_FILE,
+    link_latest,
+    read_record,
+    read_study_file,
+    run_folder,
+    single_run,
+    write_record,
+)
+
+if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
+    from peft_vit.base.statistics.sequential import SequentialResult
+    from peft_vit.core.records import RunRecord
+    from peft_vit.fit.by_folds import ByFolds
+    from peft_vit.fit.own_images import OwnImages
+    from peft_vit.runs.scheduling.plan import Plan
+
+_log = partial(print, flush=True)
+IMAGES_FILE = "images.json"  # which images a `train` uses
+
+
+@dataclass(frozen=True)
+class _Requested:
+    """A study of a command, and which of its runs are asked for."""
+
+    study: StudyConfig
+    file: Path
+    seeds: list[int]
+
+
+def plan_studies(request: RunRequest, *, profile: bool = False) -> None:
+    """Check every study and print its plan; nothing is written.
+
+    Args:
+        request: studies, and which of their runs.
+        profile: measure what runs cost of which nothing is known, instead of estimating it.
+
+    Raises:
+        UserError: for anything that would fail later.
+    """
+    _plan(request, _load(request), profile=profile)
+
+
+def run_studies(request: RunRequest) -> dict[str, str]:
+    """Print the plans, do every run that is asked for and not done, and return why runs have failed, by run id.
+
+    Raises:
+        UserError: before any run starts, for anything that would fail later or if another command works on one of
+            the studies; later if there is no room for a result.
+        NothingDoneError: if the time is over, and no run of the study is done.
+        KeyboardInterrupt: see `drive`.
+    """
+    limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
+    more = "" if limit is None else f", for another {limit.minutes:g} minutes"
+    studies = _load(request)
+    if request.until_decided:
+        (requested,) = studies
+        failed, still_open = run_until_decided(requested.study, request, limit, _log)
+        if still_open:
+            print(f"Open: {', '.join(still_open)}; the same command continues{more}.")
+        return failed
+    for requested in studies if not request.smoke else ():
+        if requested.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
+            reason = "says when comparisons stop, which needs --until-decided; give that, or delete the section"
+            raise UserError(f"{reason} to run every seed", file=requested.file, field="stopping")
+    with _locked(request.results_dir, [requested.study.name for requested in studies]) as locks:
+        failed = {}
+        for plan, lock in zip(_plan(request, studies), locks, strict=True):
+            failed |= _drive(plan, lock, request, limit)
+        states = [] if limit is None else [run.state for run in study_status(locks[0].folder).runs]
+        if left := states.count("pending") + states.count("running"):
+            print(f"Left: {left} of the study's runs; the same command continues{more}.")
+        return failed
+
+
+def train_on_own_images(request: TrainRequest) -> TrainRun:
+    """Do one run on somebody's own images, in a folder of its own; the same call continues in its folder.
+
+    Returns:
+        The call, whose run is done or has failed.
+
+    Raises:
+        UserError, KeyboardInterrupt: as `run_studies`.
+    """
+    _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
+    from peft_vit.fit.own_images import count_images, named_files, open_images, refuse_among_images
+    from peft_vit.runs.scheduling.display import plan_notes
+
+    refuse_among_images(request.images, request.output)
+    with named_as_typed(TrainRequest), ExitStack() as stack:
+        files = named_files(request)
+        with progress("reading images") as on_progress:
+            images = stack.enter_context(open_images(request, on_progress))
+        print_lines(images.lines)
+        index = images.index
+        asked = RequestFile.of(request, index, files)
+        run, changes = earlier_call(asked)
+        if run is not None and run.status().state == "done" and not run.folds_left() and run.size_left() is None:
+            link_latest(run.folder)
+            _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
+            return run
+        counts = count_images(request, index)
+        several = index.task.images_of(len(index.labels), index.class_names)
+        validated = f"{counts.validation} to validate, " if counts.validation else ""
+        shares = f"{counts.train} to train, {validated}{counts.test} to test."
+        print_lines(filter(None, [f"{several}: {shares}", changes]))
+        folder = None if run is None else run.folder
+        with call_folder(request.output, request.label, folder) as lock:
+            run = TrainRun(lock.folder, asked)
+            file = lock.folder.absolute() / IMAGES_FILE
+            if run.status().state != "done":
+                with progress("getting ready") as on_progress:
+                    plan, chosen = _plan_call(run, request, images, file, on_progress)
+                link_latest(run.folder)
+                about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
+                start = f"Continues from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
+                print_lines(filter(None, [chosen, *plan_notes(plan)]))
+                print_lines([f"{start} in {run.folder}; {about}"])
+                _drive(plan, lock, alone=True)
+            else:
+                images.write(file)
+                link_latest(run.folder)
+                _log(f"Training is done in {run.folder}; the rest measures how good it is.")
+            if run.folds_left():
+                _by_folds(run, request, images, file)
+            if (size := run.size_left()) is not None:
+                _beside(run, request, images, file, size)
+        return run
+
+
+def _plan_call(
+    run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, on_progress: OnProgress
+) -> tuple[Plan, str]:
+    """Plan the run of a call, and choose what was not said; nothing of it stays if that fails.
+
+    What was asked for is written first: if the process is killed meanwhile, the same call continues in its folder.
+
+    Returns:
+        The plan, and a line on what was chosen.
+    """
+    from peft_vit.fit.own_images import regressions, study_of, with_weights
+    from peft_vit.runs.scheduling.plan import plan_study
+    from peft_vit.runs.scheduling.profiling import measure_step
+
+    begun, chosen = read_study_file(run.folder), ""
+    with ExitStack() as undo:
+        if begun is None:
+            for written in (file, run.folder / REQUEST_FILE, run.folder / SIZES_FILE):
+                undo.callback(written.unlink, missing_ok=True)
+            write_request(run.folder, run.asked)
+        images.write(file)  # a call that goes on leaves out as well what is new and can't be read
+        if begun is None or request.smoke:  # whose file holds the compressed one
+            request, weights = with_weights(request)
+            if weights:
+                _log(weights)
+            started = time.monotonic()
+            trials = regressions(request, images, file, _log, on_progress)
+            spent_s = time.monotonic() - started
+            study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
+            if trials:
+                columns = ("value", "signed", "l2")
+                values, signed, l2 = ({own.image_size: getattr(own, name) for own in trials} for name in columns)
+                known = {"seconds": spent_s, "images": trials[0].images}
+                write_sizes(run.folder, SizesFile(values=values, signed=signed, l2=l2, **known))
+        else:
+            study = begun.configuration
+        plan = plan_study(
+            study, request.output, file=None, smoke=request.smoke, measure_step=partial(measure_step, log=_log)
+        )
+        if not request.smoke:
+            images.keep_pixels(plan.study)
+        undo.pop_all()
+    return plan, chosen
+
+
+def _by_folds(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path) -> None:
+    """Find by trainings on folds how far a call's model can be believed, and whether a regression is better."""
+    from peft_vit.core.tasks import metric_of
+
+    record = run.record()
+    assert record is not None
+    size, sizes = record.spec.data.image_size, run.sizes() or SizesFile(values={})
+    known = _tell_by_folds(run.folder, run.folder.parent, record, request, images, file)
+    signed = sizes.signed if known.of_probe is None else {**sizes.signed, size: known.of_probe}
+    metric = metric_of(record.spec)
+    its = {"the model": known.value, **{f"a regression at {at} px": signed[at] for at in sorted(signed)}}
+    said = ", ".join(f"{name} {metric.text(metric.sign * value)}" for name, value in its.items())
+    print_lines([f"On images that are left out of training in turn: {said}."])
+    write_sizes(run.folder, sizes.model_copy(update={"signed": signed, "trained": known.value, "upper": known.upper}))
+
+
+def _tell_by_folds(
+    folder: Path, results_dir: Path, record: RunRecord, request: TrainRequest, images: OwnImages, file: Path
+) -> ByFolds:
+    """Train like a run without a fold of its images each, and write into its record how far it can be believed."""
+    from peft_vit.fit.by_folds import known_by_folds
+    from peft_vit.fit.own_images import fold_study
+    from peft_vit.runs.scheduling.plan import plan_study
+
+    request = request.model_copy(update={"weights": request.weights or record.spec.backbone.weights})
+    study = fold_study(request, images, file, record)
+    images.keep_pixels(study)
+    with study_lock(folder / study.name) as lock:
+        plan = plan_study(study, folder, file=None)
+        if plan.pending:
+            about = duration(sum(planned.estimate.seconds for planned in plan.pending))
+            how = f"{len(study.seeds)} trainings, each without a part of them, measure how good it is"
+            print_lines([f"The images are too few to set some aside for validation: {how}; about {about}."])
+            _drive(plan, lock)
+    known = known_by_folds(record, plan, folder)
+    write_record(results_dir, known.record)
+    return known
+
+
+def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
+    """Make a regression on frozen features of another size, and deliver it if it is clearly better on validation."""
+    from peft_vit.core.backbones import describe
+    from peft_vit.core.tasks import metric_of
+    from peft_vit.data import make_splits
+    from peft_vit.fit.image_sizes import gain_over
+    from peft_vit.fit.own_images import regression_at
+    from peft_vit.runs.scheduling.plan import plan_study
+
+    trained = run.record()
+    assert trained is not None
+    request = request.model_copy(update={"weights": request.weights or trained.spec.backbone.weights})
+    name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
+    sizes = run.sizes()
+    assert sizes is not None
+    begun = read_study_file(run.folder / name)
+    if begun is None:
+        l2, compute = sizes.l2.get(image_size), trained.spec.experiment.training.decided_compute
+        study = regression_at(request, name, images, file, image_size, compute, l2)
+    else:  # the machine may have another pace now, which says how many images test
+        study = begun.configuration
+    images.keep_pixels(study)
+    with study_lock(run.folder / study.name) as lock:
+        plan = plan_study(study, run.folder, file=None)
+        if plan.pending:
+            forecast = images.forecast
+            tested = forecast.test_line(describe(forecast.backbone, image_size))
+            print_lines([f"A regression at {image_size} px may be better; making it.{tested}"])
+            _drive(plan, lock, alone=True)
+    folder = run_folder(run.folder, plan.runs[0].spec)
+    regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)
+    delivered = single_run(run.folder)
+    own, steps, counts = trained.spec.data.image_size, trained.chosen_step or 0, images.forecast.counts
+    told_by = sizes.images or counts.train + counts.validation
+    expected = gain_over(sizes.values, image_size, own, steps, told_by, images.side)
+    validation = images.index.labels[make_splits(images.index, trained.spec.data, trained.spec.seed).validation]
+    alike = metric.images_alike(validation)
+    if regression.status != "done":
+        pass
+    elif trained.validation is None or regression.validation is None:  # folds have told that it is better
+        _tell_by_folds(run.folder / study.name, run.folder, regression, request, images, file)
+        _log(f"The model is the regression at {image_size} px.")
+        delivered = folder
+    elif not metric.worth(trained.validation, before=regression.validation, expected=expected, images=alike):
+        before, after = (metric.text(metric.of(own)) for own in (trained.validation, regression.validation))
+        _log(
+            f"The model is the regression at {image_size} px: {after} on validation images, and training had {before}."
+        )
+        delivered = folder
+    run.deliver(delivered)
+
+
+def run_until_decided(
+    study: StudyConfig, request: RunRequest, limit: Limit | None, log: Callable[[str], None]
+) -> tuple[dict[str, str], list[str]]:
+    """Go from look to look until every comparison with the control has stopped, or the time is over.
+
+    A look takes as many seeds as it needs, of the comparisons that are open. What there is to do follows from records
+    and the declared looks alone, so a command that was killed continues.
+
+    Args:
+        study: with a section `stopping`.
+        request: its file, where its folder lies, and how runs are carried out.
+        limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+        log: gets how a comparison stands, a line each, at the beginning and after each look.
+
+    Returns:
+        Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments
+        whose comparison has not stopped.
+
+    Raises:
+        UserError: as `plan_study` and `drive`.
+        NothingDoneError: if the time is over, and no run of the study is done.
+        KeyboardInterrupt: see `drive`.
+    """
+    from peft_vit.base.statistics.sequential import next_look
+    from peft_vit.lab.analysis.stopping import follow_study
+    from peft_vit.lab.analysis.studies import read_results
+    from peft_vit.runs.scheduling.display import course_line, print_plan
+    from peft_vit.runs.scheduling.plan import plan_study
+    from peft_vit.runs.scheduling.profiling import measure_step
+
+    assert study.stopping is not None
+    control = study.stopping.control
+    failed: dict[str, str] = {}
+    reported: dict[str, SequentialResult] = {}
+    look: tuple[list[str], int] | None = None
+    results_dir, (file,) = request.results_dir, request.configs
+    with _locked(results_dir, [study.name]) as (lock,):
+        while True:
+            recorded = None
+            if (lock.folder / STUDY_FILE).exists():
+                (recorded,) = read_results(lock.folder).studies
+            courses = follow_study(study, recorded)
+            for course in courses:
+                if recorded is not None and course.looks and reported.get(course.name) != course:
+                    log(course_line(course, study, recorded.scores.unit))
+                reported[course.name] = course
+            out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
+            able = set() if control in out else {course.name for course in courses} - out
+            before, look = look, next_look(courses, able)
+            names, seeds = look
+            time_is_over = limit is not None and limit.left_s <= 0 and before is not None  # one is begun in any case
+            if not names or look == before or time_is_over:
+                break  # the same again: time for the rest of this look is missing
+            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
+            plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
+            print_plan(plan)
+            failed |= _drive(plan, lock, request, limit)
+    return failed, [course.name for course in courses if course.stopped is None]
+
+
+@contextmanager
+def _locked(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
+    """Hold all locks, from before planning on."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
+
+
+def _drive(
+    plan: Plan, lock: StudyLock, request: RunRequest | None = None, limit: Limit | None = None, *, alone: bool = False
+) -> dict[str, str]:
+    """Do what a plan says is pending, and show it; see `drive`. Without a request processes of this machine do.
+
+    With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+
+    Raises:
+        UserError, KeyboardInterrupt: see `drive`.
+        NothingDoneError: if the limit is over, and no run of the study is done.
+    """
+    from peft_vit.runs.scheduling.display import Watch
+    from peft_vit.runs.scheduling.scheduler import drive
+    from peft_vit.runs.executors import open_executor
+
+    request, results_dir = request or RunRequest(configs=()), lock.folder.parent
+    name = request.executor
+    make_executor = partial(open_executor, name, plan, results_dir, request.ray_address)
+    deadline = None if limit is None else Deadline(plan, results_dir, limit, name)
+    with Watch(plan, results_dir, until=None if limit is None else limit.over_at, alone=alone) as watch:
+        failed = drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
+    if deadline is not None and not failed and all(run.state != "done" for run in study_status(lock.folder).runs):
+        reason = f"no run was done in {deadline.limit.minutes:g} minutes: {deadline.shortest()}"
+        remedy = "give more --minutes, with which the same command continues, fewer images, or a smaller image_size"
+        raise NothingDoneError(f"{reason}; {remedy}", file=plan.file)
+    return failed
+
+
+def _load(request: RunRequest) -> list[_Requested]:
+    """Return all studies, and refuse what can't be asked of one of them."""
+    studies: dict[str, _Requested] = {}
+    for file in request.configs:
+        study = load_study(file)
+        with named(file):
+            if study.name in studies:
+                raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
+            studies[study.name] = _requested(request, study, file)
+    return list(studies.values())
+
+
+def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requested:
+    there = {str(seed): seed for seed in study.seeds}
+    wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
+    if missing := wanted - there.keys():
+        raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
+    if request.method not in (None, *(experiment.method for experiment in study.experiments)):
+        raise UserError(f"no experiment is of method {request.method}", field="experiments")
+    if request.until_decided and study.stopping is None:
+        reason = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
+        raise UserError(reason, field="stopping")
+    workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
+    if workers is not None:
+        execution = study.execution.model_copy(update={"workers": workers})
+        study = study.model_copy(update={"execution": execution})
+    return _Requested(study, file, [seed for text, seed in there.items() if text in wanted])
+
+
+def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
+    """Plan all studies before the first plan is printed."""
+    plans = []
+    with progress("planning"):  # from before torch is loaded, which takes seconds
+        from peft_vit.runs.scheduling.display import print_plan
+        from peft_vit.runs.scheduling.plan import plan_study
+        from peft_vit.runs.scheduling.profiling import measure_costs, measure_step
+
+        for requested in studies:
+            study = requested.study
+            if request.smoke:  # which has one seed, the first asked for
+                study = study.model_copy(update={"seeds": tuple(requested.seeds)})
+            plan = plan_study(
+                study,
+                request.results_dir,
+                file=requested.file,
+                smoke=request.smoke,
+                measure=partial(measure_costs, log=_log) if profile else None,
+                measure_step=partial(measure_step, log=_log),
+            )
+            experiments = [own.name for own in plan.study.experiments if request.method in (None, own.method)]
+            plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
+    for plan in plans:
+        print_plan(plan)
+    return plans

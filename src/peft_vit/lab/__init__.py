@@ -1,0 +1,1 @@
+"""Studies: methods compared over seeds and data sets, their analysis and their report."""

@@ -1,0 +1,447 @@
+"""Is A better than B: values over runs, a question asked of them, and what the tests of a family say.
+
+The primary test, named here before any data: the exact two-sided Wilcoxon signed-rank test over seeds at 5 %, with
+Holm's correction over all comparisons against the same reference. The t interval beside it describes, it does not
+decide. "Not decided" means that these runs can't tell, never that there is no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
+from statistics import fmean
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+
+from peft_vit.base.statistics import (
+    EffectSize,
+    Interval,
+    Significance,
+    Verdict,
+    beyond_margin,
+    effect_size,
+    equivalence,
+    equivalence_verdict,
+    holm,
+    inferiority,
+    mean_interval,
+    minimum_n_wilcoxon,
+    noninferiority,
+    paired_improvement,
+    shifted,
+    verdict,
+    wilcoxon,
+    wilcoxon_against_each,
+)
+from peft_vit.core.config import ExperimentConfig, LoraConfig
+from peft_vit.lab.analysis.studies import Run, Study
+
+ALPHA = 0.05
+SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still count as equal
+BY_LOOKS = "group-sequential paired t"  # what decides where the study declared looks
+DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
+MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
+
+Kind = Literal["superiority", "noninferiority", "equivalence", "counted", "described"]
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of values.
+
+    superiority: do they lie above the margin? noninferiority: does their mean lie above -margin? equivalence: does it
+    lie within ±margin of `expected`? counted: does every one of these values lie above the margin? described: nothing.
+    """
+
+    kind: Kind = "superiority"
+    margin: float = 0.0
+    expected: float = 0.0
+
+    def tests(self, estimate: Estimate) -> tuple[Significance, Significance]:
+        """Return the test that can show the claim, and the one that can show its opposite."""
+        values = list(estimate.by_seed.values())
+        if self.kind == "noninferiority":
+            return noninferiority(values, self.margin), inferiority(values, self.margin)
+        if self.kind == "equivalence":
+            off = shifted(values, self.expected)
+            return equivalence(off, self.margin), beyond_margin(off, self.margin)
+        if estimate.rivals:
+            return wilcoxon_against_each([shifted(rival, self.margin) for rival in estimate.rivals])
+        both = wilcoxon(shifted(values, self.margin))
+        return both, both
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The mean of values over runs, or over pairs of them, and what is known of a claim about it."""
+
+    name: str  # the experiment whose values these are
+    reference: str = ""  # what it is compared with; empty: with nothing
+    question: Question = Question()
+    by_seed: Mapping[Any, float] = field(default_factory=dict)  # or by what else `n_of` names
+    n_of: str = "seeds"  # what is counted, in the plural
+    interval: Interval | None = None  # of the mean; None without values
+    # of a claim about the most of several: the values against each rival; `by_seed` are those of the smallest mean
+    rivals: tuple[tuple[float, ...], ...] = ()
+    significance: Significance | None = None  # of the test that speaks; None: nothing was tested
+    adjusted_p: float | None = None  # its p-value after correction for the family; None if there is none
+    opposite_p: float | None = None  # likewise of the test that can show the opposite of the claim
+    family: int = 1  # tests that were corrected together
+    verdict: Verdict = Verdict.NOT_DECIDED
+    note: str = ""  # what restricts the values, or why there are none
+
+    @property
+    def subject(self) -> str:
+        """Return what is compared with what, in words."""
+        return f"{self.name} against {self.reference}" if self.reference else self.name
+
+
+Estimates = TypeVar("Estimates", bound=Estimate)
+Value = Callable[[Run], float | None]  # what is compared
+
+
+def together(*notes: str) -> str:
+    """Return notes as one."""
+    return "; ".join(note for note in notes if note)
+
+
+def accuracy_on_test(run: Run) -> float:
+    """Return what methods are compared on unless something else is named."""
+    return run.score
+
+
+def compare(
+    runs: Sequence[Run], reference_runs: Sequence[Run], name: str, reference: str, value: Value = accuracy_on_test
+) -> Estimate:
+    """Return differences of two experiments, pairing runs by seed; nothing is tested yet.
+
+    A pair counts only if both runs used the same backbone weights and the same images in the same split. Pairs in which
+    a run's value is None are left out and counted in the note.
+    """
+    partner = {run.seed: run for run in reference_runs}
+    pairs = [(run, partner[run.seed]) for run in runs if run.seed in partner]
+    paired = [(a, b) for a, b in pairs if same_problem(a) == same_problem(b)]
+    values = {a.seed: (value(a), value(b)) for a, b in paired}
+    by_seed = {seed: (left, right) for seed, (left, right) in values.items() if left is not None and right is not None}
+    notes = []
+    if refused := len(pairs) - len(paired):
+        notes.append(f"{refused} pair(s) refused: other weights, images or splits")
+    if unknown := len(paired) - len(by_seed):
+        notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
+    drawn = [
+        [(own.head_init_sha256, own.data_order_sha256) for own in (a.provenance, b.provenance)]
+        for a, b in paired
+        if a.seed in by_seed and not a.experiment.is_probe and not b.experiment.is_probe  # a probe has neither
+    ]
+    if any(first != second for first, second in drawn):
+        notes.append("pairs differ in the initial head or in the order of images")
+    return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
+
+
+def compare_values(
+    by_seed: Mapping[int, tuple[float, float]], *, name: str, reference: str, note: str = ""
+) -> Estimate:
+    """Return the differences of pairs, seed -> (value, value of the reference); nothing is tested yet."""
+    if not by_seed:
+        return Estimate(name=name, reference=reference, note=note or "no pair of runs with the same seed")
+    differences = np.subtract(*zip(*by_seed.values(), strict=True))
+    return Estimate(
+        name=name,
+        reference=reference,
+        by_seed=dict(zip(by_seed, np.round(differences, DECIMALS).tolist(), strict=True)),
+        n_of="pairs",
+        interval=mean_interval(differences),
+        note=note,
+    )
+
+
+def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tuple[Estimates, ...]:
+    """Test what is asked of a family of estimates, with Holm's correction over all of them, and give the verdicts.
+
+    What shows claims and what shows their opposites is corrected apart: the probability of any false "supported" is at
+    most ALPHA, and so is that of any false "refuted". A test without a p-value counts as 1, since results must not make
+    the family smaller; estimates without values are not tests.
+
+    Args:
+        family: one that has a test already keeps it.
+        untested: why no test may decide, since the number of values followed from results; empty: tests do.
+        size: number of tests in the family, if it is larger than those that have values; the others count as 1.
+    """
+    decided = list(family)
+    untestable = ("counted", "described")
+    places = [i for i, estimate in enumerate(family) if estimate.by_seed and estimate.question.kind not in untestable]
+    if untested:
+        for place in places:
+            note = together(family[place].note, untested)
+            decided[place] = replace(family[place], significance=None, note=note)
+        return tuple(decided)
+    tests = [
+        (estimate.significance, estimate.significance) if estimate.significance else estimate.question.tests(estimate)
+        for estimate in (family[place] for place in places)
+    ]
+    corrected = []
+    for side in zip(*tests, strict=True):  # what shows claims, and what shows their opposites
+        adjusted = holm([1.0 if test.p_value is None else test.p_value for test in side] + [1.0] * (size - len(side)))
+        corrected.append([None if test.p_value is None else p for test, p in zip(side, adjusted, strict=False)])
+    for place, pair, *p_values in zip(places, tests, *corrected, strict=True):
+        decided[place] = _decided(family[place], pair, p_values, max(size, len(places)))
+    return tuple(decided)
+
+
+def _decided(
+    estimate: Estimates, tests: tuple[Significance, Significance], p_values: Sequence[float | None], family: int
+) -> Estimates:
+    assert estimate.interval is not None
+    (test, opposite), (p_value, opposite_p) = tests, p_values
+    if estimate.question.kind == "superiority":
+        lead = estimate.interval.estimate - estimate.question.margin
+        rivals = 1
+        if lead <= 0:
+            test, p_value, rivals = opposite, opposite_p, max(len(estimate.rivals), 1)
+        if estimate.significance is None:
+            test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family * rivals))
+        said = verdict(lead, test, p_value, ALPHA)
+    else:
+        said = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)
+    return replace(estimate, significance=test, adjusted_p=p_value, opposite_p=opposite_p, verdict=said, family=family)
+
+
+def outcome(estimate: Estimate) -> str:
+    """Return what the test says after correction, or why it says nothing."""
+    significance = estimate.significance
+    if significance is None:
+        return "not tested" if estimate.by_seed else "no pairs"
+    if not significance.decidable or estimate.adjusted_p is None:
+        return significance.sentence()
+    looks = "over looks, " if significance.test == BY_LOOKS else ""
+    return f"p = {estimate.adjusted_p:.3g} ({looks}Holm)"
+
+
+# --- which runs make a pair, and what is compared with what -----------------------------------------------------------
+
+
+def same_problem(run: Run) -> tuple[object, ...]:
+    """Return what must be equal for two runs to be a pair: backbone, weights, images and split."""
+    return *same_source(run), run.provenance.split_sha256
+
+
+def same_source(run: Run) -> tuple[object, ...]:
+    """Return backbone, weights and data set: what is equal for runs that may have drawn other images of it."""
+    return run.record.spec.backbone.model, run.provenance.weights_sha256, run.provenance.data_sha256
+
+
+def references(study: Study) -> tuple[str, ...]:
+    """Return the experiments to compare with: the linear probe, and the LoRA of largest rank up to 8.
+
+    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none. Where comparisons
+    stop it is their control alone.
+    """
+    if study.stopping is not None:
+        return (study.stopping.control,) if study.of(study.stopping.control) else ()
+    linear = [e.name for e in study.with_method("linear")]
+    loras = study.fixed_rank_loras()
+    up_to_8 = [e for e in loras if (e.need(LoraConfig).rank or 0) <= 8]
+    return (*linear[:1], *(e.name for e in (up_to_8[-1:] or loras[:1])))
+
+
+# --- every experiment by itself, and with every other -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """One experiment over its runs, means where nothing else is said; accuracies, or what else decides, are shares."""
+
+    experiment: ExperimentConfig
+    runs: tuple[Run, ...]
+    by_seed: dict[int, float]  # test accuracy
+    test_accuracy: Interval
+    validation_accuracy: Interval | None  # None where runs had no validation images
+    above_majority: Interval
+    runs_above_majority: int
+    final_parameters: float
+    frozen_bytes: float
+    adapter_file_bytes: float
+    seconds_per_step: float | None
+    latency_s: float | None  # of a forward pass of one image; None if no run measured it
+
+    @property
+    def name(self) -> str:
+        """Return the experiment's name."""
+        return self.experiment.name
+
+    @property
+    def stored_bytes(self) -> float:
+        """Return what a trained model takes to keep: everything frozen, and the adapter file."""
+        return self.frozen_bytes + self.adapter_file_bytes
+
+
+def method_results(study: Study) -> tuple[MethodResult, ...]:
+    """Return one row for each experiment with a finished run."""
+    results = []
+    for experiment in study.experiments:
+        runs = study.of(experiment.name)
+        if not runs:
+            continue
+        margins = [run.score - run.record.majority_accuracy.get("test", 0.0) for run in runs]
+        validated = [run.scores.of(run.validation) for run in runs if run.validation is not None]
+        results.append(
+            MethodResult(
+                experiment=experiment,
+                runs=runs,
+                by_seed={run.seed: run.score for run in runs},
+                test_accuracy=mean_interval([run.score for run in runs]),
+                validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
+                above_majority=mean_interval(margins),
+                runs_above_majority=sum(margin > 0 for margin in margins),
+                final_parameters=fmean(run.parameters.final for run in runs),
+                frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
+                adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
+                seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
+                latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
+            )
+        )
+    return tuple(results)
+
+
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that were recorded; None if none was."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def known_interval(values: Iterable[float | None]) -> Interval | None:
+    """Return the mean of the values that were recorded, with its interval; None if none was."""
+    known = [value for value in values if value is not None]
+    return mean_interval(known) if known else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experiments. Effect and improvement describe; neither decides."""
+
+    comparison: Estimate  # of "the first, which is the earlier one in the study's order, is more accurate"
+    effect: EffectSize | None  # the difference in units of its standard deviation over pairs of runs; None without any
+    # share of pairs of runs in which the first is the more accurate one, ties as half; None likewise
+    improvement: Interval | None
+
+
+@dataclass(frozen=True)
+class AllPairs:
+    """Comparisons of all pairs of experiments that have a finished run: one family, corrected as one."""
+
+    experiments: tuple[str, ...]  # their names, in the study's order
+    pairs: tuple[Pair, ...]  # in the order (1, 2), (1, 3), ..., (2, 3), ...; empty if there are too many
+    not_formed: int  # pairs that were not formed because they are more than MOST_PAIRS; 0 otherwise
+
+    @property
+    def decided(self) -> tuple[Pair, ...]:
+        """Return the pairs that the test decided."""
+        return tuple(pair for pair in self.pairs if pair.comparison.verdict != Verdict.NOT_DECIDED)
+
+
+def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
+    """Compare every experiment with every other on test accuracy, Holm-corrected; above `most` pairs none is formed."""
+    names = tuple(e.name for e in study.experiments if study.of(e.name))
+    count = len(names) * (len(names) - 1) // 2
+    if count > most:
+        return AllPairs(names, (), count)
+    family = decide([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)], study.untested)
+    pairs = [
+        Pair(estimate, effect_size(values), paired_improvement(values))
+        if (values := list(estimate.by_seed.values()))
+        else Pair(estimate, None, None)
+        for estimate in family
+    ]
+    return AllPairs(names, tuple(pairs), 0)
+
+
+# --- who nobody beats at their cost -----------------------------------------------------------------------------------
+#
+# Who stands on a front is read off validation accuracy, since to pick the best of many on test would be to choose on
+# test. What test then says stands beside: the accuracy there, whether the experiment would stand on the front of test
+# accuracies too, and whether its lead over the next cheaper one on the front is decided by the paired test.
+
+CostName = Literal["final_parameters", "stored_bytes", "seconds_per_step", "latency_s"]  # of a `MethodResult`
+_TIMED: tuple[CostName, ...] = ("seconds_per_step", "latency_s")
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One experiment, means over its seeds."""
+
+    experiment: str
+    cost: float  # in the unit of the front's cost
+    validation_accuracy: float  # mean
+    test_accuracy: Interval  # mean with interval
+    on_front: bool  # whether no other has at least this validation accuracy at no more cost, and more of one of both
+    on_test_front: bool  # the same of test accuracy; described, not used
+    # test accuracy minus that of the one before it on the front; None off the front and for the cheapest
+    lead: Estimate | None
+
+
+@dataclass(frozen=True)
+class Front:
+    """Accuracy against one cost."""
+
+    cost: CostName  # which
+    # every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared
+    points: tuple[FrontPoint, ...]
+    left_out: tuple[str, ...]  # experiments for which the cost was not recorded
+    refused: str  # why costs can't be compared; empty if they can
+
+    @property
+    def on_front(self) -> tuple[FrontPoint, ...]:
+        """Return what is on it, cheapest first."""
+        return tuple(point for point in self.points if point.on_front)
+
+
+def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool, ...]:
+    """Return which of n pairs nothing dominates, from (n,) each; small costs and large values are better.
+
+    A pair is dominated if another has no larger cost and no smaller value, and differs from it. So equal pairs stand or
+    fall together. Source: Pareto (1906).
+    """
+    cost, value = np.asarray(costs), np.asarray(values)
+    no_worse = (cost <= cost[:, None]) & (value >= value[:, None])  # (n, n) the column's pair than the row's
+    better = (cost < cost[:, None]) | (value > value[:, None])
+    return tuple(not any(dominated_by) for dominated_by in (no_worse & better).tolist())
+
+
+def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
+    """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`.
+
+    Without validation images nothing says what is on one, and there is none.
+    """
+    if any(m.validation_accuracy is None for m in methods):
+        return ()
+    every: list[Front] = []
+    machines = {run.hardware for run in study.runs}
+    for cost in get_args(CostName):
+        known = [(value, m.name, m) for m in methods if (value := getattr(m, cost)) is not None]
+        left_out = tuple(m.name for m in methods if getattr(m, cost) is None)
+        if cost in _TIMED and len(machines) > 1 and known:
+            refused = f"the runs come from {len(machines)} machines or numbers of threads, so seconds can't be compared"
+            every.append(Front(cost, (), left_out, refused))
+        elif known:
+            every.append(Front(cost, _points(study, sorted(known, key=lambda entry: entry[:2])), left_out, ""))
+    return tuple(every)
+
+
+def _points(study: Study, ordered: Sequence[tuple[float, str, MethodResult]]) -> tuple[FrontPoint, ...]:
+    """Return points of experiments with their costs, cheapest first."""
+    costs = [cost for cost, _, _ in ordered]
+    validated = [m.validation_accuracy.estimate for _, _, m in ordered if m.validation_accuracy is not None]
+    on_front = pareto_front(costs, validated)
+    on_test_front = pareto_front(costs, [m.test_accuracy.estimate for _, _, m in ordered])
+    members = [name for (_, name, _), is_on in zip(ordered, on_front, strict=True) if is_on]
+    steps = [compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)]
+    lead_of = {lead.name: lead for lead in decide(steps, study.untested)}
+    return tuple(
+        FrontPoint(name, cost, validation, m.test_accuracy, is_on, on_test, lead_of.get(name))
+        for (cost, name, m), validation, is_on, on_test in zip(ordered, validated, on_front, on_test_front, strict=True)
+    )

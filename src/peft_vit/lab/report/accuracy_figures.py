@@ -1,0 +1,387 @@
+"""Accuracy by method as figures: rows with every seed, paired differences, and accuracy against what it costs.
+
+Of other tasks what decides stands for accuracy, in its own unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import cycle
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.markers import CARETLEFT, CARETRIGHT
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from peft_vit.base.statistics import Interval
+from peft_vit.core.config import LoraConfig
+from peft_vit.core.tasks import Scores
+from peft_vit.deploy.page.document import Drawing, Raw
+from peft_vit.deploy.page.figure import (
+    DASHED,
+    GRID,
+    INK,
+    MARKERS,
+    METHOD_COLORS,
+    MUTED,
+    PAPER,
+    Canvas,
+    draw,
+    leading,
+    quiet_grid,
+    validation_means,
+)
+from peft_vit.deploy.page.formatting import (
+    COSTS,
+    better_question,
+    counted,
+    fixed,
+    points_interval,
+    scaled,
+    score_interval,
+    score_of,
+    signed,
+)
+from peft_vit.lab.analysis import Analysis, Estimate, MethodResult, Study
+from peft_vit.lab.analysis.comparison import CostName, Verdict
+from peft_vit.lab.analysis.studies import grouped
+
+_ROW_IN = 0.31
+ROWS = 40
+_Style = dict[str, Any]  # of artists, as matplotlib names it
+_INTERVAL: _Style = {"lw": 2.2, "alpha": 0.45}
+_MARGIN: _Style = {"color": GRID, "alpha": 0.6, "lw": 0}
+
+
+class _Unit(NamedTuple):
+    """What shares are drawn in: times a factor, with how many decimals, and what stands behind a number."""
+
+    factor: float
+    decimals: int
+    name: str
+
+    def of(self, share: float) -> float:
+        return self.factor * share
+
+
+def _unit(scores: Scores) -> _Unit:
+    """Return what values are drawn in: percent, or what the metric is in."""
+    return _Unit(100.0, 1, " %") if scores.metric.is_share else _Unit(scores.factor, 3, "")
+
+
+def _capital(scores: Scores) -> str:
+    return scores.metric.words[0].upper() + scores.metric.words[1:]
+
+
+def _axis(study: Study) -> str:
+    """Return what stands at an axis of values."""
+    metric, names = study.scores.metric, study.runs[0].record.class_names
+    unit = "%" if metric.is_share else ""
+    if metric.has_unit:
+        unit = names[0] if len(names) == 1 else "standard deviations"
+    return f"test {metric.words}{unit and f' ({unit})'}"
+
+
+# How a row of accuracies and one of paired differences look.
+_MEANS: dict[bool, _Style] = {
+    False: {"marker": "D", "ms": 5, "mec": PAPER, "mew": 0.6},
+    True: {"marker": "s", "ms": 5.5, "mew": 1.2},
+}
+_SEEDS: dict[bool, _Style] = {False: {"ms": 4.5, "mew": 1.1}, True: {"ms": 3.5, "mew": 0.9}}
+
+
+def _rows(
+    canvas: Canvas,
+    axes: Axes,
+    estimates: Sequence[Estimate],
+    colors: Mapping[str, str],
+    limits: tuple[float, float],
+    legend: Sequence[Line2D | Patch],
+    scores: Scores,
+    *,
+    paired: bool,
+) -> None:
+    """Draw a row an estimate: each seed, the interval, and the mean with its number beside it.
+
+    Estimates are shares, drawn in the metric's unit or, if `paired`, differences in points.
+    """
+    mean_style, unit = _MEANS[paired], _Unit(100.0, 1, f" {scores.unit}") if paired else _unit(scores)
+    write = signed if paired else partial(fixed, decimals=unit.decimals)
+    for at, estimate in enumerate(estimates):
+        name, interval, color = estimate.name, estimate.interval, colors[estimate.name]
+        seeds = [unit.of(value) for value in estimate.by_seed.values()]
+        assert interval is not None
+        mean = unit.of(interval.estimate)
+        canvas.series(name, color, mean_style["marker"])
+        if interval.low is not None and interval.high is not None:
+            ends = np.clip(sorted([unit.of(interval.low), unit.of(interval.high)]), *limits)
+            canvas.plot(name, axes, ends, [at, at], color=color, **_INTERVAL, solid_capstyle="butt", zorder=2)
+            for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
+                if end == limit:
+                    canvas.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
+        texts = [f"seed {seed}: {write(unit.of(value))}{unit.name}" for seed, value in estimate.by_seed.items()]
+        style = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
+        canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **style)
+        text = f"mean, {counted(len(seeds), 'seed')}: {score_interval(scores, interval)}"
+        if paired:
+            text = (
+                f"mean of {len(seeds)} pair{'' if len(seeds) == 1 else 's'}: {points_interval(interval)}{unit.name}\n"
+            )
+            text += f"{better_question(scores)} {estimate.verdict}"
+        face = PAPER if paired and estimate.verdict == Verdict.NOT_DECIDED else color
+        style = {"color": color, "mec": color, "mfc": face, "ls": "", "zorder": 4} | mean_style
+        canvas.plot(name, axes, [mean], [at], [text], **style)
+        beside: _Style = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        canvas.add(name, axes.annotate(write(mean), (1.0, at), xycoords=("axes fraction", "data"), **beside))
+    axes.set_xlim(*limits)
+    axes.set_ylim(len(estimates) - 0.4, -0.6)
+    axes.set_yticks(range(len(estimates)), [estimate.name for estimate in estimates])
+    quiet_grid(axes, "x")
+    axes.spines["left"].set_visible(False)
+    canvas.legend(legend, (2, 4), handletextpad=0.4)
+
+
+def _entry(label: str, **style: Any) -> Line2D:
+    return Line2D([], [], **{"color": MUTED, "mec": MUTED, "ls": ""} | style, label=label)
+
+
+def _interval_values(interval: Interval | None) -> dict[str, Raw]:
+    assert interval is not None
+    return {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
+    """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
+    scores, unit, of_test = study.scores, _unit(study.scores), f"test_{study.scores.metric.name}"
+    drawn, note = leading(methods, validation_means(methods), ROWS)
+    majority = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
+    shares = [share for share in majority.values() if share is not None]
+    differs, line = len(set(shares)) > 1, 100 * fmean(shares) if shares else 0.0
+    legend = [
+        _entry("one seed", marker="o", ms=4.5, mfc=PAPER),
+        _entry("mean", marker="D", ms=5),
+        _entry("95 % interval", ls="-", **_INTERVAL),
+    ]
+    dashes: _Style = {"color": INK, "lw": 1, "ls": DASHED}
+    if line:
+        legend.append(_entry(f"majority class, {'on average ' if differs else ''}{fixed(line, 1)} %", **dashes))
+    values = [unit.of(value) for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
+    low, high = min(values), max(values)  # of intervals nothing: those of two seeds would dwarf the data
+    pad = max(1.0 if scores.metric.is_share else 0.02 * max(abs(low), abs(high)), 0.18 * (high - low))
+    least, most = (0.0, 100.5) if scores.metric.is_share else (-np.inf, np.inf)
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        if line:
+            axes.axvline(line, **dashes, zorder=1)
+        shown = [Estimate(name=m.name, by_seed=m.by_seed, interval=m.test_accuracy) for m in drawn]
+        colors = {m.name: METHOD_COLORS[m.experiment.method] for m in drawn}
+        limits = max(least, low - pad), min(most, high + pad)
+        _rows(canvas, axes, shown, colors, limits, legend, scores, paired=False)
+        axes.set_xlabel(_axis(study))
+
+    on = "on the same test images, not other images"
+    if study.images_tested_by_seed:
+        on = "with other test images out of the same data set, not other data sets"
+    caption = (
+        "Open circles: single seeds. Diamond and number at the right: their mean. Line: 95 % t "
+        "interval over seeds, with an arrow where it leaves the picture (the table has its ends). "
+        f"The interval describes other seeds {on}.{note}"
+    )
+    data = [
+        {
+            "experiment": m.name,
+            "method": m.experiment.method,
+            "seed": seed,
+            of_test: scores.factor * value,
+            **_interval_values(scaled(m.test_accuracy, scores.factor)),
+            "seeds": len(m.runs),
+            **({"majority_accuracy": majority.get(seed)} if scores.metric.counts_images else {}),
+        }
+        for m in methods
+        for seed, value in m.by_seed.items()
+    ]
+    title = f"{_capital(scores)} by method"
+    return draw("accuracy_by_method", title, caption, 1.15 + _ROW_IN * len(drawn), paint, data)
+
+
+def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawing]:
+    """Return one figure for each reference that something could be paired with; none where comparisons stop.
+
+    Args:
+        analysis: of the study.
+        margin: a difference, as a share, below which one does not matter; drawn as a band around 0.
+    """
+    comparisons = analysis.comparisons if analysis.study.stopping is None else ()
+    paired = grouped((estimate.reference, estimate) for estimate in comparisons if estimate.interval is not None)
+    return {reference: _forest(analysis, reference, estimates, margin) for reference, estimates in paired.items()}
+
+
+def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], margin: float | None) -> Drawing:
+    scores = analysis.study.scores
+    rows, note = leading(estimates, validation_means(analysis.methods), ROWS, lambda estimate: estimate.name)
+    colors = {m.name: METHOD_COLORS[m.experiment.method] for m in analysis.methods}
+    legend: list[Line2D | Patch] = [
+        _entry("one pair", marker="o", ms=3.5, mfc=PAPER),
+        _entry("mean, decided", marker="s", ms=5.5),
+        _entry("mean, not decided", mfc=PAPER, **_MEANS[True]),
+        _entry("95 % interval", ls="-", **_INTERVAL),
+    ]
+    band = 100 * (margin or 0.0)
+    if margin is not None:
+        legend.append(Patch(**_MARGIN, label=f"margin, {scores.hundredths(margin)}"))
+    # Around zero, the margin and the pairs, and intervals up to that width beside them.
+    inner = [-band, band, *(100 * pair for row in rows for pair in row.by_seed.values())]
+    low, high = min(inner), max(inner)
+    room = max(0.5, high - low)
+    intervals = [row.interval for row in rows if row.interval is not None]
+    ends = [100 * end for interval in intervals for end in (interval.low, interval.high) if end is not None]
+    low, high = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        if margin is not None:
+            axes.axvspan(-band, band, **_MARGIN, zorder=0)
+        axes.axvline(0, color=INK, lw=1, zorder=1)
+        _rows(canvas, axes, rows, colors, (low - 0.05 * room, high + 0.05 * room), legend, scores, paired=True)
+        end, words = "\n" if canvas.narrow else " ", scores.metric.words
+        what = f"test {words} minus that of {reference}"
+        if scores.metric.sign < 0:
+            end, what = "\n", f"by how much the test {words} is smaller than that of {reference}"
+        axes.set_xlabel(f"{what}{end}({'percentage points' if scores.metric.is_share else scores.unit})")
+
+    shown = "" if margin is None else " The band is the margin within which a difference does not matter."
+    caption = (
+        f"Each run minus the run of {reference} with the same seed. Small circles: single pairs. Square and number: "
+        "their mean. Line: 95 % t interval over seeds, with an arrow where it leaves the picture. The intervals "
+        "describe and are not corrected for their number; the table's test decides. Filled squares: decided; open "
+        f"squares: not decided.{shown}{note}"
+    )
+    data = [
+        {
+            "experiment": estimate.name,
+            "reference": reference,
+            "seed": seed,
+            "difference": value,
+            **_interval_values(estimate.interval),
+            "verdict": estimate.verdict,
+            "margin": margin,
+        }
+        for estimate in estimates
+        for seed, value in estimate.by_seed.items()
+    ]
+    title = f"How far from {reference}: paired differences"
+    return draw(f"differences_to_{reference}", title, caption, 1.25 + _ROW_IN * len(rows), paint, data)
+
+
+LEGEND_ENTRIES = 24
+_MARKER_STEP_PT = 7.0
+_READ = (
+    "Dots: single seeds, joined by a thin line. Large marker: mean. If markers coincide, the leftmost is in its "
+    "place and the others are beside it."
+)
+
+
+class _Against(NamedTuple):
+    """A figure of accuracy against a cost; `columns` of its data are fields of a result.
+
+    The title has a place for the metric, the caption one for the side of a line on which it is better.
+    """
+
+    slug: str
+    title: str
+    caption: str
+    label: str
+    columns: dict[str, str]
+
+
+_AGAINST: dict[CostName, _Against] = {
+    "final_parameters": _Against(
+        "accuracy_by_parameters",
+        "{} against trainable parameters",
+        f"{_READ} The blue line joins the fixed-rank LoRA means: an adaptive method earns its cost where it lies "
+        "{side} that line.",
+        "trainable parameters at the end of the run,{end}head included (log scale)",
+        {"trainable_parameters": "final_parameters"},
+    ),
+    "stored_bytes": _Against(
+        "accuracy_by_bytes",
+        "{} against bytes",
+        "What must be stored for one task: the frozen weights as they are held, scales and offsets included, plus the "
+        f"saved adapter. {_READ}",
+        "frozen weights + adapter file (MB, 10⁶ bytes)",
+        {"frozen_bytes": "frozen_bytes", "adapter_file_bytes": "adapter_file_bytes"},
+    ),
+}
+
+
+def accuracy_against(cost: CostName, study: Study, methods: Sequence[MethodResult]) -> Drawing:
+    """Draw every seed and the mean of each experiment at its cost: trainable parameters (log scale), or bytes."""
+    own, words, scores, unit = _AGAINST[cost], COSTS[cost], study.scores, _unit(study.scores)
+    drawn, note = leading(methods, validation_means(methods), LEGEND_ENTRIES)
+    places = [words.scale * getattr(m, cost) for m in drawn]
+
+    def paint(canvas: Canvas) -> None:
+        axes, handles = canvas.figure.add_subplot(), []
+        for m, x, offset, marker in zip(drawn, places, side_by_side(places), cycle(MARKERS), strict=False):
+            name, color, seeds = m.name, METHOD_COLORS[m.experiment.method], [*map(unit.of, m.by_seed.values())]
+            takes = f"{words.write(getattr(m, cost))}{words.unit}"
+            handles.append(_entry(name, marker=marker, color=color, mec=color, ms=6))
+            canvas.series(name, color, marker)
+            moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
+            draw_at = partial(canvas.plot, name, axes, color=color, transform=moved)
+            draw_at([x, x], [min(seeds), max(seeds)], lw=0.8, alpha=0.5, zorder=2)
+            texts = [f"seed {s}: {score_of(scores, v)}\n{takes}" for s, v in m.by_seed.items()]
+            draw_at([x] * len(seeds), seeds, texts, marker=".", ls="", ms=4, alpha=0.7, zorder=3)
+            texts = [f"mean, {counted(len(seeds), 'seed')}: {score_interval(scores, m.test_accuracy)}\n{takes}"]
+            style = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
+            draw_at([x], [unit.of(m.test_accuracy.estimate)], texts, **style)
+            axes.update_datalim([(x, value) for value in seeds])  # moved artists do not count on their own
+        axes.margins(x=0.1, y=0.08)
+        axes.autoscale_view()
+        axes.set_ylabel(_axis(study))
+        quiet_grid(axes)
+        canvas.name_experiments(handles)
+        if cost == "final_parameters":
+            ranked = [(m, lora) for m in drawn if (lora := m.experiment.section(LoraConfig)) is not None]
+            line = sorted((m.final_parameters, unit.of(m.test_accuracy.estimate)) for m, lora in ranked if lora.rank)
+            if len(line) > 1:
+                axes.plot(*zip(*line, strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
+            axes.minorticks_off()
+        else:
+            axes.set_xlim(0, 1.1 * max(places))  # room for markers beside the last one
+        axes.set_xlabel(own.label.format(end="\n" if canvas.narrow else " "))
+
+    data: list[dict[str, Raw]] = [
+        {
+            "experiment": m.name,
+            "method": m.experiment.method,
+            "seed": seed,
+            f"test_{scores.metric.name}": scores.factor * value,
+            f"mean_test_{scores.metric.name}": scores.factor * m.test_accuracy.estimate,
+            **{column: getattr(m, field) for column, field in own.columns.items()},
+        }
+        for m in methods
+        for seed, value in m.by_seed.items()
+    ]
+    title, caption = (
+        own.title.format(_capital(scores)),
+        own.caption.format(side="above" if unit.factor > 0 else "below"),
+    )
+    return draw(own.slug, title, caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
+
+
+def side_by_side(positions: Sequence[float]) -> list[float]:
+    """Return offsets in points: of markers at the same position (within 0.2 %), the first stays, others follow."""
+    return [
+        _MARKER_STEP_PT * sum(abs(position - other) <= 0.002 * position for other in positions[:i])
+        for i, position in enumerate(positions)
+    ]

@@ -1,0 +1,301 @@
+"""The report on all records below a directory: which table and figure is where, and which files it is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from peft_vit.base.errors import os_fault
+from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, StudyDocument
+from peft_vit.deploy.page.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, leading, publication_files, validation_means
+from peft_vit.deploy.page.formatting import plain
+from peft_vit.deploy.page.html import write_html
+from peft_vit.deploy.page.markdown import escaped, figure_path, notice_parts, write_markdown
+from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
+from peft_vit.deploy.page.model_quality import model_quality
+from peft_vit.deploy.page.web_page import PAGE_FILE
+from peft_vit.lab.analysis import Analysis, Results, analyze, read_results, study_agreements
+from peft_vit.lab.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
+from peft_vit.lab.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
+from peft_vit.lab.report.example_images import Thumbnails, example_blocks
+from peft_vit.lab.report.heatmaps import importance_maps, rank_maps
+from peft_vit.lab.report.lines import loss_curves, reliability_diagram, stopping_blocks
+from peft_vit.lab.report.summary import images_name
+from peft_vit.runs.records.run_rows import as_csv
+from peft_vit.runs.records.storage import HTML_FILE, RECORD_FILE, single_run, write_atomically
+
+MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
+MAPS = 6
+_EVERY_RUN = " `peft-vit export --format history` writes those of every run."
+
+
+def study_documents(
+    analyses: Sequence[Analysis], agreements: Sequence[Mapping[str, Any]] = (), thumbnails: Thumbnails | None = None
+) -> tuple[StudyDocument, ...]:
+    """Return one document a study, each with a slug of its own.
+
+    Args:
+        analyses: of the studies.
+        agreements: between them.
+        thumbnails: gets pictures of test images.
+    """
+    documents: dict[str, StudyDocument] = {}
+    for analysis in analyses:
+        study = analysis.study
+        base = slug = slug_of(study.label)
+        number = 2
+        while slug in documents:
+            slug, number = f"{base}_{number}", number + 1
+        own = [a for a in agreements if study.label in (a["study"], a["other_study"])]
+        documents[slug] = StudyDocument(
+            label=plain(study.label),
+            slug=slug,
+            alerts=tuple(map(plain, filter(None, [study.disclaimer]))),
+            warnings=tuple(plain(notice) for notice in study.notices if notice != study.disclaimer),
+            facts=summary.facts(study),
+            cards=summary.cards(analysis.methods),
+            came_out=summary.came_out(analysis),
+            how_sure=summary.how_sure(analysis),
+            progress=summary.progress(study),
+            sections=_sections(analysis, own, thumbnails) if study.runs else dict.fromkeys(SECTION_TITLES, ()),
+            not_shown=summary.not_shown(study),
+            runs=summary.run_details(study),
+        )
+    return tuple(documents.values())
+
+
+def slug_of(name: str) -> str:
+    """Return a name that is safe as part of a file name and of an anchor."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
+
+
+def _sections(
+    analysis: Analysis, agreements: Sequence[Mapping[str, Any]], thumbnails: Thumbnails | None
+) -> dict[str, tuple[Block, ...]]:
+    """Return the blocks of each section of a study with finished runs, by SECTION_TITLES; accuracy comes first."""
+    study, methods, means = analysis.study, analysis.methods, validation_means(analysis.methods)
+    if not study.scores.metric.counts_images:
+        return dict.fromkeys(SECTION_TITLES, ()) | {SECTION_TITLES[0]: tuple(_of_scores(analysis))}
+    forest = forests(analysis)
+    compared: list[Block] = [accuracy_by_method(study, methods), method_tables.accuracy_table(methods)]
+    compared += stopping_blocks(study, analysis.sequential, means)
+    for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
+        compared += [forest[reference]] if reference in forest else []
+        compared.append(method_tables.comparison_table(analysis.comparisons, reference))
+    if not analysis.comparisons:
+        none = "No paired differences: no linear probe or LoRA run has finished beside another method."
+        compared.append(Paragraph(none))
+    compared += [
+        *method_tables.pair_blocks(analysis.pairs),
+        accuracy_against("final_parameters", study, methods),
+        accuracy_against("stored_bytes", study, methods),
+        loss_curves(study, means),
+        method_tables.cost_table(methods),
+        *method_tables.front_blocks(analysis.fronts),
+        method_tables.quality_table(methods),
+        *reliability_diagram(analysis.calibration, means),
+        *method_tables.calibration_blocks(methods, analysis.calibration),
+        method_tables.convergence_table(methods),
+        *example_blocks(analysis, thumbnails),
+    ]
+    none = "No figure of importance: no finished run of this study recorded importance scores."
+    importance: list[Block] = [Paragraph(none)]
+    if patterns := analysis.importance:
+        drawn, note = leading(patterns, means, MAPS)
+        importance = [importance_maps(drawn, note and note + _EVERY_RUN), *layer_tables.importance_tables(patterns)]
+        importance += [layer_tables.study_agreement_table(agreements)] if agreements else []
+    allocated: list[Block] = [Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")]
+    if mapped := [a for a in analysis.allocation if a.maps]:
+        shown, note = leading(mapped, means, MAPS)
+        allocated = [rank_maps(shown, note and note + _EVERY_RUN)]
+    allocated += layer_tables.allocation_tables(analysis.allocation)
+    quantized = tuple(quantization_tables.quantization_tables(analysis.quantization))
+    return {
+        "Method comparison": tuple(compared),
+        "Layer importance patterns": tuple(importance),
+        "Allocation effectiveness": tuple(allocated),
+        "Quantization impact": quantized or (Paragraph("No finished run of this study quantized the backbone."),),
+        "Insights": findings_tables.findings_tables(analysis.findings),
+    }
+
+
+def _of_scores(analysis: Analysis) -> Iterator[Block]:
+    """Yield what a report says of runs of other tasks than one class an image."""
+    study, methods, forest = analysis.study, analysis.methods, forests(analysis)
+    means = validation_means(methods)
+    yield accuracy_by_method(study, methods)
+    yield method_tables.accuracy_table(methods)
+    yield from stopping_blocks(study, analysis.sequential, means)
+    for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
+        if reference in forest:
+            yield forest[reference]
+        yield method_tables.comparison_table(analysis.comparisons, reference, study.scores)
+    yield accuracy_against("final_parameters", study, methods)
+    yield accuracy_against("stored_bytes", study, methods)
+    yield loss_curves(study, means)
+    yield method_tables.cost_table(methods)
+    yield method_tables.convergence_table(methods)
+
+
+@dataclass(frozen=True)
+class WrittenFiles:
+    """Where a page and what belongs to it lie."""
+
+    html: Path | None  # the page, complete in itself; None if only the summary was written
+    markdown: Path  # the summary, which shows the PNG files
+    figures: tuple[Path, ...]  # PNG and SVG files
+    figure_data: tuple[Path, ...]  # CSV files with the values that are drawn, as the page offers them
+    tables: tuple[Path, ...]  # CSV files with unrounded values
+    publication: tuple[Path, ...]  # figures for a paper and their captions; none unless requested
+
+
+@dataclass(frozen=True)
+class ReportFiles(WrittenFiles):
+    """Where a report lies."""
+
+    results: Results  # what it is on, and what was left out of it
+
+
+def build_report(
+    results_dir: Path,
+    output_dir: Path,
+    *,
+    page: bool = True,
+    publication: bool = False,
+    thumbnails: Thumbnails | None = None,
+) -> ReportFiles:
+    """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
+
+    Of a single run that is the page of its model, with card.md instead of analysis_summary.md.
+
+    Args:
+        results_dir: where records lie, at any depth.
+        output_dir: where to write; files of an earlier report are replaced.
+        page: also write the HTML; the summary has the same tables and figures.
+        publication: also draw every figure at the widths of a paper, which takes several times as long.
+        thumbnails: gets pictures of test images for the page, from where the images lie; None: no pictures.
+
+    Raises:
+        UserError: if there is no record that can be read, or if the output can't be written.
+    """
+    run = single_run(results_dir)  # of a call of `train` alone: its trainings on folds are no study to report
+    results = read_results(run if os.path.isfile(run / RECORD_FILE) else results_dir)
+    model = _only_model(results, results_dir, output_dir)
+    if model is not None:
+        pictures = None if thumbnails is None else partial(thumbnails, model.record)
+        documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
+        head = card_head(model, "peft-vit", images_name(model.record.spec.data))
+        markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{model.use} IMAGES\n```")}
+    else:
+        analyses = [analyze(study) for study in results.studies]
+        agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
+        documents = study_documents(analyses, agreements, thumbnails)
+        markdown = {MARKDOWN_FILE: write_markdown(documents)}
+    written = write_report(documents, markdown, output_dir, page=page, publication=publication)
+    return ReportFiles(**vars(written), results=results)
+
+
+def write_model_page(run_folder: Path, output: Path | None = None, *, thumbnails: Thumbnails | None = None) -> Path:
+    """Write the page of one run's model, complete in one file, with card.md, figures and tables beside it.
+
+    Args:
+        run_folder: of a run, or of a `train` call.
+        output: a folder; default: `report` in that of the run.
+        thumbnails: gets pictures of test images, from where the images lie; None: no pictures.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: if there is no run that can be read; if the page can't be written.
+    """
+    html = build_report(run_folder, output or run_folder / REPORT_FOLDER, thumbnails=thumbnails).html
+    assert html is not None
+    return html
+
+
+def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelSummary | None:
+    """Return the model of the only run that there is or was planned; None of studies of several runs."""
+    runs = [run for study in results.studies for run in study.runs]
+    if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
+        return None
+    record = runs[0].record
+    tested = record.tested_calibration
+    quality = model_quality(record, None if tested is None else tested.probability)
+    if quality is None and not (record.test is not None and record.test.more):
+        return None
+    folder = next(results.directory.rglob(RECORD_FILE)).parent
+    pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
+    page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
+    return ModelSummary(
+        record,
+        quality,
+        use=f"peft-vit predict {folder}",
+        to_web=f"peft-vit export {folder} --format web" if page is None else "",
+        web="" if page is None else quote(Path(page).as_posix()),
+    )
+
+
+def write_report(
+    documents: Sequence[StudyDocument],
+    markdown: Mapping[str, str],
+    output_dir: Path,
+    *,
+    page: bool = True,
+    publication: bool = False,
+) -> WrittenFiles:
+    """Write documents that were made: the page, one Markdown file by its name, and every figure and table.
+
+    Raises:
+        UserError: if the output can't be written.
+    """
+
+    def write(name: str, content: str | bytes) -> Path:
+        file = output_dir / name
+        write_atomically(file, content.encode() if isinstance(content, str) else content)
+        return file
+
+    with os_fault("can't be written to", output_dir, remedy="choose another --output"):
+        html = write(HTML_FILE, write_html(documents)) if page else None
+        figures, figure_data, tables, paper = [], [], [], []
+        for document in documents:
+            for drawing in document.drawings():
+                png = figure_path(document, drawing)
+                stem = png.removesuffix(".png")
+                figures += [write(png, drawing.png), write(f"{stem}.svg", drawing.svg)]
+                figure_data.append(write(f"{stem}.csv", as_csv(drawing.data)))
+                if publication:
+                    own = f"figures/publication/{document.slug}_{drawing.slug}"
+                    paper += [write(own + ending, content) for ending, content in publication_files(drawing)]
+            for table in document.tables():
+                tables.append(write(f"tables/{document.slug}_{table.slug}.csv", as_csv(table.data)))
+        (summary_file,) = (write(name, text) for name, text in markdown.items())
+        if publication:
+            paper.append(write("figures/publication/captions.md", captions(documents)))
+    return WrittenFiles(html, summary_file, tuple(figures), tuple(figure_data), tuple(tables), tuple(paper))
+
+
+def captions(documents: Sequence[StudyDocument]) -> str:
+    """Return captions.md of the figures for a paper, with sizes, below what is above a study's numbers."""
+    parts = [
+        "# Captions",
+        (
+            f"Each figure is here as PDF, SVG and PNG ({DPI} dots an inch), {WIDTHS_IN['one']} and {WIDTHS_IN['two']} "
+            "inches wide. Text is at least 6.5 points."
+        ),
+    ]
+    for document in documents:
+        parts += [f"## {escaped(document.label)}", *notice_parts(document)]
+        for drawing in document.drawings():
+            narrow, wide = drawing.narrow_height_in, drawing.height_in
+            size = f"{narrow:.1f} inches high in one column, {wide:.1f} in two"
+            size += f"; a page holds {PAGE_HEIGHT_IN} inches" if max(narrow, wide) > PAGE_HEIGHT_IN else ""
+            caption = f"**{escaped(drawing.title)}.** {escaped(drawing.caption)}"
+            parts += [f"### {document.slug}_{drawing.slug}", caption, f"({size})"]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,170 @@
+"""Calibration runs: a run cut down to a few steps that take what the whole run's steps take, and what they took.
+
+The method, its ranks and formats, the model, the images, the batch and the threads stay. Schedules shrink with the
+number of steps, so that each of their phases has its share of the few. Rates and decay have no influence on time and
+memory, so they are the same in all calibration runs, and so are names and seeds: runs that differ in nothing else share
+one. What it took is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peft_vit.base.errors import UserError, first_fault, printable
+from peft_vit.base.packages import cache_dir
+from peft_vit.core.backbones import BackboneShape, architecture_of
+from peft_vit.core.config import DataConfig, QaLoraConfig
+from peft_vit.core.methods import shorten
+from peft_vit.core.records import RunSpec
+from peft_vit.core.training import steps_per_epoch
+from peft_vit.data import ImageIndex, Splits, make_splits
+from peft_vit.runs.machine import cpu_count, instruction_limits, package_versions, processor_name
+from peft_vit.runs.records.storage import write_atomically
+
+_log = logging.getLogger(__name__)
+
+_STEPS = 8
+_STEPS_IF_LONG = 4
+_LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
+_LEAST_BETWEEN_DECISIONS = 3  # steps; with fewer, scores and probes would weigh more than in the whole run
+_VALIDATION_BATCHES = 4  # as large as a training batch each, as the loop has it
+_NEUTRAL: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "weight_decay": 0.01,
+    "schedule": "constant",
+    "steps": None,
+    "validate_every": None,
+    "patience": None,
+    "head_start": "random",
+    "label_smoothing": 0.0,
+    "loss": None,
+    "warmup_share": None,
+    "layer_decay": None,
+}
+
+
+def calibration_run(
+    spec: RunSpec,
+    total_steps: int,
+    shape: BackboneShape,
+    index: ImageIndex,
+    splits: Splits,
+    *,
+    at_most: int = _STEPS,
+    evaluated: int | None = None,
+) -> RunSpec:
+    """Return a run of a few steps and a few validation batches that stands for another one.
+
+    Args:
+        spec: of the whole run.
+        total_steps: of the whole run.
+        shape: of its backbone.
+        index: its images.
+        splits: of the images.
+        at_most: steps that it has.
+        evaluated: images that validate and that test, at most; None: as many as give a time of one.
+    """
+    batch_size, qa_lora = spec.experiment.training.batch_size, spec.experiment.section(QaLoraConfig)
+    is_long = 3 * shape.multiply_adds * batch_size >= _LONG_STEP
+    steps = min(total_steps, at_most, _STEPS_IF_LONG if is_long else _STEPS)
+    images = steps * batch_size
+    if qa_lora is not None and qa_lora.adaptive_bits is not None:
+        images = max(images, qa_lora.adaptive_bits.calibration_images)
+    if qa_lora is not None and qa_lora.rounding == "gptq":
+        images = max(images, qa_lora.images_to_round_by)  # fewer if the whole run has fewer
+    classes, whole = len(index.class_names), len(splits.train)
+    some = max(_VALIDATION_BATCHES * batch_size, 2 * classes, spec.measures.removal_images or 0)
+    if len(splits.validation) == 0:  # some all the same: an evaluated image takes time in test, too
+        whole -= (some := min(some, max(2, whole // 4)))
+    validation, test = min(len(splits.validation) or some, some), min(len(splits.test), some)
+    data = spec.data.model_copy(
+        update={
+            "shots_per_class": None,
+            "train_subset": "fixed",
+            "test_split": "fixed",  # a split that holds each class may not do so with another seed
+            "tested_images": None,
+            "validation_images": validation if evaluated is None else min(validation, evaluated),
+            "test_images": None if spec.data.folds is not None else test if evaluated is None else min(test, evaluated),
+        }
+    )
+    train = min(whole, max(images, 2))
+    while train < whole and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
+        train = min(whole, 2 * train)
+    data = data.model_copy(update={"train_images": train})
+    an_epoch = steps_per_epoch(train, batch_size)
+    epochs = -(-steps // an_epoch)
+    experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=_LEAST_BETWEEN_DECISIONS)
+    training = experiment.training
+    if not experiment.is_probe:
+        training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})
+    experiment = experiment.model_copy(update={"name": "calibration-run", "training": training})
+    return spec.model_copy(update={"study": "calibration-run", "seed": 0, "experiment": experiment, "data": data})
+
+
+def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:
+    try:
+        make_splits(index, data, seed)
+    except UserError:
+        return False
+    return True
+
+
+class Costs(BaseModel):
+    """What a calibration run took; a whole run's time is put together from these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    start_s: float = Field(ge=0)  # everything that is done once, whatever the number of steps
+    step_s: float = Field(gt=0)
+    image_s: float = Field(ge=0)  # of evaluation
+    peak_memory_bytes: int = Field(gt=0)
+    images: int = Field(gt=0)  # in memory then
+
+
+def known_costs(kind: RunSpec) -> Costs | None:
+    """Return what a calibration run took, if it was done on this machine with these versions."""
+    file, _ = _place(kind)
+    try:
+        content: Any = json.loads(file.read_bytes())
+        return Costs.model_validate(content["costs"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        reason = "{}: {}".format(*first_fault(error)) if isinstance(error, ValidationError) else printable(str(error))
+        _log.warning("%s can't be used (%s); the next plan measures again", file, reason)
+        return None
+
+
+def keep_costs(kind: RunSpec, costs: Costs) -> None:
+    """Keep what was measured, for later plans; a cache that can't be written to only makes them slower."""
+    file, depends_on = _place(kind)
+    content = json.dumps({"costs": costs.model_dump(), "depends_on": depends_on}, indent=1)
+    try:
+        write_atomically(file, content.encode() + b"\n")
+    except OSError as error:
+        _log.warning("%s can't be written (%s); the next plan measures again", file, error.strerror)
+
+
+def _place(kind: RunSpec) -> tuple[Path, dict[str, Any]]:
+    """Return the file that holds what a calibration run took, and all that it depends on."""
+    depends_on = {
+        "run": kind.model_dump(mode="json"),
+        "packages": package_versions(kind.backbone.library),
+        "config": architecture_of(kind.backbone).config_sha256,
+        "python": platform.python_version(),
+        "machine": platform.node(),
+        "processor": processor_name(),
+        "instructions": instruction_limits(),
+        "cpu_count": cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "costs" / f"{digest[:32]}.json", depends_on

@@ -1,0 +1,357 @@
+"""What `training.memory_limit` makes of an experiment: images that pass at a time, and blocks that are computed again.
+
+Both have a price in time. Of what was measured, the fastest that keeps within the limit is taken. Few are measured:
+in between, memory is taken as affine in the images and in what their blocks keep, time as affine in the passes of a
+step, and longer by what is computed again; what these name as the fastest is measured before it is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.base.errors import UserError
+from peft_vit.core.backbones import BackboneShape, chosen
+from peft_vit.core.config import BITS_OF_TYPE, ExperimentConfig, QaLoraConfig, StudyConfig, TrainingConfig, bytes_of
+from peft_vit.core.records import RunSpec, StudyFile
+from peft_vit.data import ImageIndex, Splits
+from peft_vit.runs.costs.calibration_run import calibration_run
+from peft_vit.runs.costs.estimate import PROCESS_BYTES, Workload
+
+_MOST_MEASURED = 10
+_AGAIN = 0.3  # of a step: all blocks computed again, where none were measured without
+_INPUT_SHARE = 1 / 34  # of a plain block's inputs in all that it keeps
+_NEARLY_FITS = 1.01  # of the limit: what is expected there is measured, too
+_WORTH_MEASURING = 0.98  # of the fastest that was measured: a smaller gain is within what times scatter
+_STEPS = 3  # that are measured; the first one also allocates what the others find
+_FIELD = "training.memory_limit"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is done: images that pass at a time, and blocks, from the first on, that are computed again."""
+
+    images: int
+    recomputed: int
+
+    def in_words(self, blocks: int) -> str:
+        """Return it in words, of a model of so many blocks."""
+        images = "1 image" if self.images == 1 else f"{self.images} images"
+        again = f"{self.recomputed} of {blocks} blocks" if self.recomputed else "no block"
+        return f"{images} at a time, {again} computed again"
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a run with a setting took in a process of its own.
+
+    Attributes:
+        step_s: of its fastest step.
+        peak_bytes: the largest resident memory of the process, whatever it is made of.
+        model_bytes: of that, the model as it is kept, packed or not.
+    """
+
+    step_s: float
+    peak_bytes: int
+    model_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        setting: the fastest that keeps within the limit; if none does, the one that takes the least.
+        cost: of it.
+        free: what would be done without a limit: all images at a time, and nothing computed again.
+        free_cost: of it; None: there was not enough memory to do it.
+        fits: whether it keeps within the limit.
+    """
+
+    setting: Setting
+    cost: StepCost
+    free: Setting
+    free_cost: StepCost | None
+    fits: bool
+
+    def line(self, experiment: ExperimentConfig, blocks: int) -> str:
+        """Return what was chosen for an experiment, and its price."""
+        taken = (
+            f"{experiment.name}, memory_limit {experiment.training.memory_limit}: {self.setting.in_words(blocks)}. "
+            f"Measured: {_mb(self.cost.peak_bytes)} in all, {self.cost.step_s:.2f} s a step"
+        )
+        if self.setting == self.free:
+            return f"{taken}; the limit is not reached."
+        without = self.free.in_words(blocks)
+        if self.free_cost is None:
+            return f"{taken}; for {without}, there is not enough memory here."
+        ratio, whole = self.cost.step_s / self.free_cost.step_s, _mb(self.free_cost.peak_bytes)
+        return f"{taken}, {ratio:.2f} of that with {without}, which takes {whole}."
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+# --- the fastest setting within a limit -------------------------------------------------------------------------------
+
+
+def choose(
+    limit_bytes: int,
+    batch_size: int,
+    block_values: Sequence[int],
+    measure: Callable[[Setting], StepCost | None],
+    *,
+    images: int | None = None,
+) -> Choice | None:
+    """Return the fastest setting that keeps within a limit, measured; of equally fast ones that of the most images.
+
+    The whole batch with nothing computed again is taken if it fits: a limit that is not reached changes nothing.
+
+    Args:
+        limit_bytes: of the resident memory of a process.
+        batch_size: images of a step.
+        block_values: what each block keeps for its backward pass, in any unit, in the order of a forward pass.
+        measure: does a run of a few steps in a process of its own; None: there was not enough memory to do it.
+        images: that pass at a time, if that is decided already.
+
+    Returns:
+        None if there was not even enough memory to measure the one that takes the least.
+    """
+    sizes = [images] if images is not None else [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
+    search = _Search(limit_bytes, batch_size, np.asarray(block_values, dtype=np.float64), measure)
+    free, deepest = Setting(sizes[0], 0), len(block_values) - 1  # computing the last block again saves nothing
+    if search.take(free):
+        return Choice(free, search.known[free], free, search.known[free], fits=True)
+    for setting in (Setting(sizes[-1], deepest), Setting(sizes[0], deepest)):
+        search.take(setting)
+    if not search.known:
+        return None
+    if not search.fitting:
+        least = min(search.known, key=lambda setting: search.known[setting].peak_bytes)
+        return Choice(least, search.known[least], free, search.known.get(free), fits=False)
+    for size in sizes[1:]:  # what the blocks keep has to be seen once
+        if not search.knows_what_blocks_keep:
+            search.take(Setting(size, 0))
+    settings = [Setting(size, recomputed) for size in sizes for recomputed in range(deepest + 1)]
+    while len(search.known) + len(search.too_large) < _MOST_MEASURED and (better := search.may_be_faster(settings)):
+        search.take(better)
+    fitting = search.fitting
+    fastest = min(fitting, key=lambda setting: (fitting[setting].step_s, -setting.images, setting.recomputed))
+    return Choice(fastest, fitting[fastest], free, search.known.get(free), fits=True)
+
+
+@dataclass
+class _Search:
+    limit_bytes: int
+    batch_size: int
+    block_values: NDArray[np.float64]
+    measure: Callable[[Setting], StepCost | None]
+    known: dict[Setting, StepCost] = field(default_factory=dict)
+    too_large: set[Setting] = field(default_factory=set)  # to be measured at all
+
+    def take(self, setting: Setting) -> bool:
+        """Measure a setting, unless it was, and return whether it fits."""
+        if setting not in self.known and setting not in self.too_large:
+            cost = self.measure(setting)
+            if cost is None:
+                self.too_large.add(setting)
+            else:
+                self.known[setting] = cost
+        return setting in self.fitting
+
+    @property
+    def fitting(self) -> dict[Setting, StepCost]:
+        return {setting: cost for setting, cost in self.known.items() if cost.peak_bytes <= self.limit_bytes}
+
+    @property
+    def knows_what_blocks_keep(self) -> bool:
+        return any(setting.recomputed == 0 for setting in self.known)
+
+    def may_be_faster(self, settings: Iterable[Setting]) -> Setting | None:
+        """Return what is not measured yet, should fit, and should be the fastest; None: the fastest was measured."""
+        depths = None if self.knows_what_blocks_keep else {setting.recomputed for setting in self.known}
+        over = [*self.too_large, *(self.known.keys() - self.fitting.keys())]
+
+        def is_ruled_out(setting: Setting) -> bool:
+            """Tell whether one that takes no more did not fit; in parts, gradients lie beside activations."""
+            in_parts = setting.images < self.batch_size
+            return any(
+                larger.images <= setting.images
+                and larger.recomputed >= setting.recomputed
+                and (larger.images < self.batch_size) == in_parts
+                for larger in over
+            )
+
+        left = [
+            setting
+            for setting in settings
+            if setting not in self.known
+            and not is_ruled_out(setting)
+            and (depths is None or setting.recomputed in depths)
+        ]
+        if not left:
+            return None
+        peaks = self._predicted(self._memory_terms, [cost.peak_bytes for cost in self.known.values()], left)
+        times = self._predicted(self._time_terms(), [cost.step_s for cost in self.known.values()], left)
+        at_most_s = _WORTH_MEASURING * min(cost.step_s for cost in self.fitting.values())
+        faster = [
+            (round(step_s / at_most_s, 2), -setting.images, step_s, place)
+            for place, (setting, peak, step_s) in enumerate(zip(left, peaks, times, strict=True))
+            if peak <= _NEARLY_FITS * self.limit_bytes and step_s < at_most_s
+        ]
+        return left[min(faster)[-1]] if faster else None
+
+    def _predicted(
+        self, terms: Callable[[Setting], list[float]], values: Sequence[float], settings: Sequence[Setting]
+    ) -> NDArray[np.float64]:
+        """Return what least squares through all that was measured says of other settings."""
+        rows = np.array([terms(setting) for setting in self.known])  # (measured, terms)
+        weights, *_ = np.linalg.lstsq(rows, np.asarray(values, dtype=np.float64), rcond=None)
+        return np.array([terms(setting) for setting in settings]) @ weights
+
+    def _memory_terms(self, setting: Setting) -> list[float]:
+        """Return 1, the images, and what the blocks keep of them at the moment when they keep the most."""
+        again, others = np.split(self.block_values, [setting.recomputed])
+        inputs = _INPUT_SHARE * np.cumsum([0.0, *again])  # of the blocks before each, and of all
+        share = max(inputs[-1] + others.sum(), (inputs[:-1] + again).max(initial=0.0)) / self.block_values.sum()
+        return [1.0, setting.images, setting.images * share]
+
+    def _time_terms(self) -> Callable[[Setting], list[float]]:
+        """Return what gives 1 and the passes of a step, both longer by what is computed again."""
+
+        def share(setting: Setting) -> float:  # of a forward pass that is done again
+            return float(self.block_values[: setting.recomputed].sum() / self.block_values.sum())
+
+        again = _AGAIN  # how much longer a step is with all of a forward pass done again, by the first two that tell
+        for (less, cost), (more, longer) in itertools.combinations(self.known.items(), 2):
+            if less.images == more.images and less.recomputed < more.recomputed:
+                slope = (longer.step_s - cost.step_s) / (share(more) - share(less))
+                again = max(0.0, slope / (cost.step_s - slope * share(less)))
+                break
+
+        def terms(setting: Setting) -> list[float]:
+            longer = 1 + again * share(setting)
+            return [longer, longer * self.batch_size / setting.images]
+
+        return terms
+
+
+# --- what becomes of experiments with a limit -------------------------------------------------------------------------
+
+MeasureStep = Callable[[RunSpec], StepCost | None]  # of a run of a few steps; None: there was not enough memory
+
+
+def with_decided(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
+    """Return a study with what is decided of each undecided experiment's training; `decide` gets its place too."""
+    experiments = [
+        experiment.model_copy(update={"training": decide(place, experiment)})
+        if experiment.training.is_undecided
+        else experiment
+        for place, experiment in enumerate(study.experiments)
+    ]
+    return study.model_copy(update={"experiments": tuple(experiments)})
+
+
+def as_begun(study: StudyConfig, before: StudyFile | None) -> StudyConfig:
+    """Return a study with what was chosen for its limits when it was begun, on whatever machine that was."""
+    begun = {} if before is None else {own.name: own.training for own in before.configuration.experiments}
+
+    def decide_again(_: int, experiment: ExperimentConfig) -> TrainingConfig:
+        training, earlier = experiment.training, begun.get(experiment.name)
+        if earlier is None or earlier.recomputed_blocks is None:
+            return training
+        return training.decided(training.micro_batch_size or earlier.images_at_once, earlier.recomputed_blocks)
+
+    return with_decided(study, decide_again)
+
+
+def unmeasured(study: StudyConfig, shape: BackboneShape) -> StudyConfig:
+    """Return a study, of which nothing is measured, with as many blocks computed again as saves anything."""
+
+    def decide_blindly(_: int, experiment: ExperimentConfig) -> TrainingConfig:
+        training = experiment.training
+        return training.decided(training.images_at_once, training.recomputed_of(len(shape.values_by_block)))
+
+    return with_decided(study, decide_blindly)
+
+
+def decide(
+    spec: RunSpec, total_steps: int, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep
+) -> tuple[TrainingConfig, Choice]:
+    """Return an experiment's training with the fastest setting that keeps within its limit, and what that costs.
+
+    The limit counts all resident memory of the process that does a run, Python and its libraries included.
+
+    Args:
+        spec: of a run that is still undecided.
+        total_steps: of the run.
+        workload: of its study.
+        index: its images.
+        splits: of the images.
+        measure_step: does a few steps of a run in a process of its own.
+
+    Raises:
+        UserError: if nothing fits, with the least that would.
+    """
+    training, shape = spec.experiment.training, workload.shape
+    assert training.memory_limit is not None
+    limit, blocks = bytes_of(training.memory_limit), len(shape.values_by_block)
+    if workload.device.type != "cpu":
+        raise UserError(
+            f"is measured on the CPU alone, and runs go to {workload.device.type} here; use the CPU, or remove it "
+            "and set micro_batch_size and activation_checkpointing",
+            field=_FIELD,
+        )
+    model = model_bytes(spec.experiment, shape)
+    if limit <= model:
+        raise UserError(
+            f"{training.memory_limit} is less than the model alone, {_mb(model)}; a training process takes about "
+            f"{_mb(PROCESS_BYTES + model)} at least",
+            field=_FIELD,
+        )
+
+    def measure(setting: Setting) -> StepCost | None:
+        """Measure a run of a few steps that takes as much memory as the whole run would with a setting.
+
+        The head starts as it does in the run: its probe's batches are of a size of their own.
+        """
+        decided = training.decided(setting.images, setting.recomputed)
+        whole = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"training": decided})})
+        few = max(2 * len(index.class_names), setting.images, spec.measures.removal_images or 0)
+        small = calibration_run(whole, total_steps, shape, index, splits, at_most=_STEPS, evaluated=few)
+        few_steps = small.experiment.training.model_copy(update={"head_start": training.head_start})
+        experiment = small.experiment.model_copy(update={"training": few_steps})
+        return measure_step(small.model_copy(update={"experiment": experiment}))
+
+    choice = choose(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
+    if choice is None:
+        raise UserError(
+            f"{training.memory_limit}: not even a step of {Setting(1, 0).in_words(blocks)} could be measured in the "
+            "memory that is free here",
+            field=_FIELD,
+        )
+    if not choice.fits:
+        raise UserError(
+            f"{training.memory_limit} is too little; the least that fits is "
+            f"{math.ceil(choice.cost.peak_bytes / 1e6)}MB, with {choice.setting.in_words(blocks)}: "
+            f"{_mb(choice.cost.model_bytes)} of it is the model",
+            field=_FIELD,
+        )
+    return training.decided(choice.setting.images, choice.setting.recomputed), choice
+
+
+def model_bytes(experiment: ExperimentConfig, shape: BackboneShape) -> int:
+    """Return the bytes below which a model's weights can't be kept: packed ones without scales, the others in float."""
+    qa_lora = experiment.section(QaLoraConfig)
+    if qa_lora is None:
+        return 4 * shape.parameters
+    types = [qa_lora.quantization_type] if qa_lora.adaptive_bits is None else qa_lora.adaptive_bits.types
+    bits = min(BITS_OF_TYPE[kind] for kind in types if kind is not None)
+    packed = sum(site.in_features * site.out_features for site in chosen(shape.sites, qa_lora.targets))
+    return packed * bits // 8 + 4 * (shape.parameters - packed)

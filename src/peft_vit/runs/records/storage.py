@@ -1,0 +1,216 @@
+"""Files of a results directory: written whole or not at all, read as this version says them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
+
+from peft_vit.base.errors import UserError, checked, named, os_fault
+from peft_vit.base.files import folder_below, read_bytes
+from peft_vit.core.records import BenchRow, RunRecord, RunSpec, StudyFile
+from peft_vit.runs.records.migrations import migrated, migrated_study
+
+STUDY_FILE = "study.json"
+RECORD_FILE = "record.json"
+ADAPTER_FILE = "adapter.safetensors"
+FEATURES_FILE = "features.safetensors"
+HTML_FILE = "report.html"
+DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
+FOLDS_STUDY = "folds"  # there too: trainings like its run without a fold of the images each
+LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
+
+
+def flush(path: Path) -> None:
+    """Flush a file to disk, or a folder's list of names, without which a new file may be lost with the power.
+
+    Windows flushes no folders.
+    """
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that may be there, with its parents, and flush them to disk."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        flush(place.parent)
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never half of it; flush it to disk."""
+    make_folder(file.parent)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+        flush(file.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Replace a file as `write_atomically`; what has no room is reported in one line."""
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
+        raise UserError(f"{reason}writable, and the same command continues", file=file) from None
+
+
+def run_folder(results_dir: Path, spec: RunSpec) -> Path:
+    """Return the folder that holds a run's files.
+
+    Raises:
+        UserError: if a link is in its way, which would lead out of the results directory.
+    """
+    return folder_below(results_dir, spec.run_id)
+
+
+def followed(path: Path) -> Path:
+    """Return a path, or where it leads if it is a `latest` that stands as a file for a link."""
+    if path.name == LATEST and os.path.isfile(path):
+        with named(path), os_fault("can't be read", path):
+            return folder_below(path.parent, read_bytes(path, 1 << 10).decode(errors="replace").strip())
+    return path
+
+
+def link_latest(folder: Path) -> None:
+    """Let `latest` beside a folder lead to it: a relative link, or where there are none a file that says its name."""
+    place = folder.parent / LATEST
+    # Where that can't be written any more, or is somebody's own folder, it stays as it is.
+    with suppress(OSError), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{LATEST}-") as temporary:
+        link = Path(temporary, LATEST)
+        try:
+            link.symlink_to(folder.name, target_is_directory=True)
+        except OSError:
+            link.write_text(f"{folder.name}\n")
+        link.replace(place)
+
+
+def single_run(path: Path) -> Path:
+    """Return the folder of a run: the path itself, or that of the one run in it, as `peft-vit train` makes it.
+
+    Where a call of `train` has made two, a file says which of them is its model.
+    """
+    path = followed(path)
+    if (delivered := delivered_run(path)) is not None:
+        return delivered
+    study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
+    return path if study is None or len(study.runs) != 1 else folder_below(path, study.runs[0])
+
+
+def delivered_run(call: Path) -> Path | None:
+    """Return the folder that a call of `train` says its model lies in; None if it says nothing, or that run is gone."""
+    file = call / DELIVERED_FILE
+    if not os.path.isfile(file):
+        return None
+    with named(file), os_fault("can't be read", file):
+        folder = folder_below(call, read_bytes(file, 1 << 10).decode(errors="replace").strip())
+    return folder if os.path.isfile(folder / RECORD_FILE) else None
+
+
+def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
+    """Return the folders of the checkpoints that an interrupted run has left, by step; whole ones or not."""
+    named = {path: _CHECKPOINT.fullmatch(path.name) for path in run_folder.glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in named.items() if match is not None}
+
+
+def write_record(results_dir: Path, record: RunRecord) -> Path:
+    """Write a run's record and return its path."""
+    file = run_folder(results_dir, record.spec) / RECORD_FILE
+    write_whole(file, (record.model_dump_json(indent=1) + "\n").encode())
+    return file
+
+
+def write_result(results_dir: Path, record: RunRecord, adapter: bytes | None, features: bytes | None = None) -> None:
+    """Write what came out of a run: the record last, so that none of a finished run stands without its files.
+
+    Args:
+        results_dir: the run's folder lies below it.
+        record: what happened.
+        adapter: content of the adapter file; None if the run failed.
+        features: content of the file of training features; None: there is none.
+    """
+    for name, content in ((FEATURES_FILE, features), (ADAPTER_FILE, adapter)):
+        if content is not None:
+            write_whole(run_folder(results_dir, record.spec) / name, content)
+    write_record(results_dir, record)
+
+
+def read_record(file: Path) -> RunRecord:
+    """Read one record.
+
+    Raises:
+        UserError: if the file is not a record of this schema; names the file and the field.
+    """
+    with _reading(file, "record", "move it away and run the study again") as data:
+        if isinstance(data, dict) and "spec" in data:
+            data["spec"] = migrated(data["spec"])
+        return RunRecord.model_validate_json(to_json(data))
+
+
+def read_study_file(folder: Path) -> StudyFile | None:
+    """Return what a study's folder says that it holds; None in one that an earlier version made.
+
+    Raises:
+        UserError: with file and field, if the file can't be read or was changed by hand.
+    """
+    file = folder / STUDY_FILE
+    if not os.path.lexists(file):
+        return None
+    remedy = "move it away and give the command of the study again, which makes it again"
+    with _reading(file, "study file", remedy) as data:
+        return StudyFile.model_validate_json(to_json(migrated_study(data)))
+
+
+def write_study_file(folder: Path, content: StudyFile) -> None:
+    """Replace study.json.
+
+    Raises:
+        UserError: if there is no room for it.
+    """
+    write_whole(folder / STUDY_FILE, (content.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_bench(file: Path) -> tuple[BenchRow, ...]:
+    """Return the rows of a .json file that `peft-vit bench` has written.
+
+    Raises:
+        UserError: if it can't be read, or is not such a file; names the file and the field.
+    """
+    with _reading(file, "table", "expected what `peft-vit bench MODEL... --output FILE.json` writes") as data:
+        return TypeAdapter(tuple[BenchRow, ...]).validate_json(to_json(data))
+
+
+@contextmanager
+def _reading(file: Path, what: str, remedy: str) -> Iterator[Any]:
+    """Give the plain values of a JSON file; what is wrong with it or with them is reported in one line."""
+    try:
+        with checked(file, remedy), named(file):
+            yield from_json(read_bytes(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"is not a readable {what} ({error}); {remedy}", file=file) from None

@@ -1,0 +1,205 @@
+"""Measures what runs cost before they start: calibration runs do a few real steps in worker processes, as runs do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from peft_vit.base.errors import UserError
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import MeasuresConfig, StudyConfig
+from peft_vit.core.records import RunRecord, RunSpec
+from peft_vit.core.training import Progress
+from peft_vit.data import ImageIndex
+from peft_vit.runs.scheduling.plan import PlannedRun, spec_of, splits_of
+from peft_vit.runs.costs.calibration_run import Costs, calibration_run, keep_costs
+from peft_vit.runs.costs.estimate import Estimate, Probe, Throughput, Workload, experiment_products
+from peft_vit.runs.costs.memory_limit import StepCost
+from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
+from peft_vit.runs.executors.local import LocalExecutor
+
+_NEVER_S = 1e9
+_POLL_S = 0.5
+_UNKNOWN = Estimate(0.0, 0, "estimate")
+_STEPS = 3  # of a run that a throughput is measured by; the first one counts as part of the start
+_LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
+_FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
+_SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
+
+Seen = list[tuple[Progress, float]]  # what a run told, and when
+
+
+def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, Costs]:
+    """Measure, keep and return what runs of some kinds cost, one after the other.
+
+    A kind that fails is reported and left out.
+
+    Args:
+        kinds: calibration runs by the name of an experiment.
+        log: gets what is being done, a line each.
+    """
+    measured = {}
+    with _executor() as executor:
+        for place, (name, kind) in enumerate(kinds.items(), start=1):
+            log(f"measuring {place} of {len(kinds)}: {name}")
+            record, seen = _carried_out(kind, executor)
+            if record.status == "failed":
+                log(f"{name} could not be measured ({record.error}); its time and memory are estimated")
+                continue
+            measured[name] = costs_of(record, seen)
+            keep_costs(kind, measured[name])
+    return measured
+
+
+def costs_of(record: RunRecord, seen: Seen) -> Costs:
+    """Return a run's costs from its record, and from when it was heard of each step and each validation.
+
+    The first step is left out of the mean: it also allocates what the others find, and counts as part of the start.
+    """
+    steps: list[float] = []
+    evaluations: list[float] = []
+    for (before, earlier), (now, later) in itertools.pairwise(seen):
+        (steps if now.step > before.step else evaluations).append(later - earlier)
+    steps = steps or [record.steps[0].seconds]  # there is no other
+    step_s = sum(steps) / len(steps)
+    image_s = sum(evaluations) / len(evaluations) / record.split_sizes["validation"]
+    many_times = len(record.steps) * step_s + sum(evaluations) + record.split_sizes["test"] * image_s
+    return Costs(
+        start_s=max(0.0, record.seconds - many_times),
+        step_s=step_s,
+        image_s=image_s,
+        peak_memory_bytes=record.peak_memory_bytes or 0,
+        images=sum(record.split_sizes.values()),
+    )
+
+
+def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
+    """Do a run of a few steps in a worker process of its own, as runs do; None: there was not enough memory for it.
+
+    Args:
+        spec: of the few steps.
+        log: gets what is being done, a line.
+
+    Raises:
+        UserError: if it fails for another reason.
+    """
+    training = spec.experiment.training
+    again = f"{training.recomputed_blocks or 'no'} block{'' if training.recomputed_blocks == 1 else 's'}"
+    log(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
+    with _executor() as executor:
+        record, _ = _carried_out(spec, executor)
+        peak = executor.peak_memory_bytes()
+    if record.failure in ("killed", "out_of_memory"):
+        return None
+    if record.status == "failed":
+        raise UserError(f"a step could not be measured ({record.error})", field="training.memory_limit")
+    assert record.bytes is not None
+    return StepCost(
+        step_s=min(row.seconds for row in record.steps[1:] or record.steps),
+        peak_bytes=max(peak, record.peak_memory_bytes or 0),
+        model_bytes=record.bytes.frozen_bytes + record.bytes.trainable_bytes,
+    )
+
+
+def measure_throughput(
+    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, log: Callable[[str], None]
+) -> Throughput:
+    """Measure what runs of a study cost; where not even one experiment could be measured, estimate it by arithmetic.
+
+    All experiments are measured at the study's size, then at the smallest that makes sense, as long as there is time.
+    Nothing is kept.
+
+    Args:
+        study: of experiments that take steps.
+        index: its images.
+        workload: of the study.
+        budget_s: seconds until the measurement ends, whatever it has found.
+        log: gets what is being done, a line each.
+    """
+    ends_at = time.monotonic() + budget_s
+    log(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
+    estimated = Throughput.estimated(workload.product_rate())
+    probes: dict[str, list[Probe]] = {}
+    process_s = 0.0
+    with _executor() as executor:
+        for name, spec, products, image_products in _few_steps(study, index, workload, estimated):
+            started = time.monotonic()
+            try:
+                record, seen = _carried_out(spec, executor, ends_at)
+            except (TimeoutError, UserError):  # of a broken image, which the study itself will name
+                break
+            if record.status != "done":
+                log(f"{name} could not be measured ({record.error})")
+                continue
+            if not probes:
+                process_s = max(0.0, time.monotonic() - started - record.seconds)
+            probes.setdefault(name, []).append(Probe(products, image_products, costs_of(record, seen)))
+    if probes:
+        return Throughput.measured(probes, process_s)
+    log("timing failed; estimating from matmul speed")
+    return estimated
+
+
+def _few_steps(
+    study: StudyConfig, index: ImageIndex, workload: Workload, estimated: Throughput
+) -> Iterator[tuple[str, RunSpec, float, int]]:
+    """Yield each experiment's name and calibration run, at the study's size, then smaller, and what it multiplies."""
+    splits = splits_of(index, study)[study.seeds[0]]
+    size_step = workload.shape.size_step
+    smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
+    for image_size in dict.fromkeys((study.data.image_size, min(study.data.image_size, smallest))):
+        shape = describe(study.backbone, image_size)
+        for place, experiment in enumerate(study.experiments):
+            batch_size = experiment.training.batch_size
+            image_products = experiment_products(experiment, shape, 1)
+            while batch_size > 1 and estimated.step.at(batch_size * image_products) > _LONGEST_STEP_S:
+                batch_size //= 2
+            training = experiment.training.with_batch_size(batch_size)
+            spec = spec_of(study, place, study.seeds[0])
+            changes = {
+                "experiment": experiment.model_copy(update={"training": training}),
+                "data": spec.data.model_copy(update={"image_size": image_size}),
+                "measures": MeasuresConfig(),
+            }
+            small = calibration_run(
+                spec.model_copy(update=changes),
+                experiment.total_steps(len(splits.train)),
+                shape,
+                index,
+                splits,
+                at_most=_STEPS,
+                evaluated=max(2, batch_size),
+            )
+            yield experiment.name, small, batch_size * image_products, shape.multiply_adds
+
+
+@contextmanager
+def _executor() -> Iterator[LocalExecutor]:
+    with tempfile.TemporaryDirectory() as folder, closing(LocalExecutor(1, Path(folder), _NEVER_S)) as executor:
+        yield executor
+
+
+def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, Seen]:
+    """Do a calibration run and return what came of it.
+
+    Raises:
+        UserError: if an image is broken.
+        TimeoutError: if it takes too long.
+    """
+    assert kind.data.train_images is not None
+    run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
+    decode_images([run])
+    seen = Seen()
+    executor.submit(run)
+    while (left_s := ends_at - time.monotonic()) > 0:
+        event = executor.next_event(min(_POLL_S, left_s))
+        if isinstance(event, RunProgress):
+            seen.append((event.progress, time.perf_counter()))
+        elif isinstance(event, RunEnded):
+            return event.record, seen
+    raise TimeoutError
