@@ -22,10 +22,10 @@ from marks import filled
 
 from peft_vit import cli
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.core.backbones.catalog import architecture_of, describe, native_size, size_step_of
 from peft_vit.core.config import BackboneConfig, Library
 from peft_vit.deploy.measures.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Deviation, check_architecture
-from peft_vit.runs.records.storage import write_atomically
 
 ROWS, DOCUMENT = RESULTS / "backbones.csv", RESULTS.parents[1] / "docs" / "reference" / "backbones.md"
 TRANSFORMERS = "transformers"

@@ -27,9 +27,9 @@ from peft_vit.core.quantization import QuantizationFormat, quantize
 from peft_vit.core.quantization.row_rounding import rounded_rows
 from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.hooks import RuntimeConfig
+from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.linear_probe import Features, fit_probe, head_inputs, held_out_fit
 from peft_vit.data import open_index
-from peft_vit.data.images import LabelledImages
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 

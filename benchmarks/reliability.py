@@ -30,19 +30,20 @@ from typing import Any  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from peft_vit.base.files import checkpoint_folders  # noqa: E402
 from peft_vit.core.config import StudyConfig, study_from_mapping  # noqa: E402
 from peft_vit.core.records import Evaluation, Metrics, RunRecord, StepRow  # noqa: E402
 from peft_vit.core.training import Checkpoints, Progress  # noqa: E402
 from peft_vit.runs import run_one  # noqa: E402
-from peft_vit.runs.scheduling.display import Watch  # noqa: E402
-from peft_vit.runs.scheduling.plan import Plan, PlannedRun, plan_study  # noqa: E402
-from peft_vit.runs.scheduling.scheduler import drive  # noqa: E402
 from peft_vit.runs.execute import Finished  # noqa: E402
 from peft_vit.runs.executors import Event, RunEnded, RunProgress, RunStarted  # noqa: E402
 from peft_vit.runs.records.progress import study_lock  # noqa: E402
 from peft_vit.runs.records.scan import read_records  # noqa: E402
-from peft_vit.runs.records.storage import checkpoint_folders, run_folder  # noqa: E402
+from peft_vit.runs.records.storage import run_folder  # noqa: E402
 from peft_vit.runs.records.storage import write_record as write_run  # noqa: E402
+from peft_vit.runs.scheduling.display import Watch  # noqa: E402
+from peft_vit.runs.scheduling.plan import Plan, PlannedRun, plan_study  # noqa: E402
+from peft_vit.runs.scheduling.scheduler import drive  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

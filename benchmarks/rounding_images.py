@@ -24,8 +24,8 @@ from scipy.special import log_softmax
 
 from peft_vit.base.statistics import mean_interval
 from peft_vit.core.training import Calibration, RuntimeConfig
+from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
-from peft_vit.data import LabelledImages
 from peft_vit.deploy import ModelCard
 from peft_vit.deploy.post_training import merge_float, round_weights
 from peft_vit.deploy.restore import restore_run

@@ -15,7 +15,6 @@ from small_methods import study_mapping
 
 from peft_vit.core.config import StudyConfig, study_from_mapping
 from peft_vit.core.records import Failure, RunRecord, RunSpec, StudyFile
-from peft_vit.runs.scheduling.scheduler import drive
 from peft_vit.runs.executors import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import (
@@ -26,6 +25,7 @@ from peft_vit.runs.records.storage import (
     read_study_file,
     run_folder,
 )
+from peft_vit.runs.scheduling.scheduler import drive
 
 STARTED_AT = "2030-01-01T00:00:00+00:00"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import planted
 
 from peft_vit.core.records import RunRecord
-from peft_vit.runs.scheduling.scheduler import study_file
 from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt
 from peft_vit.runs.records.storage import write_study_file
+from peft_vit.runs.scheduling.scheduler import study_file
 
 EXPERIMENTS = planted.experiments()
 GOOD = [planted.record(EXPERIMENTS["linear_probe"], seed, 0.7) for seed in range(3)]

@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 
 from peft_vit import cli
 from peft_vit.base.errors import UserError
-from peft_vit.runs.records.storage import write_atomically
+from peft_vit.base.files import write_atomically
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 SIZES = {"report": (1100, 845), "model": (1100, 1846), "browser": (800, 1160)}  # in pixels

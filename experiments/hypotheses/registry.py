@@ -21,11 +21,12 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from experiments.hypotheses.selection import Reference, Selection
 from experiments.hypotheses.several_studies import gain_where_importance_varies, importance_between_data_sets
 from peft_vit.base.errors import UserError
+from peft_vit.base.statistics.estimates import Estimate
 from peft_vit.core.config import Frozen, Name
 from peft_vit.core.config.from_yaml import Lines, dotted, read_mapping
 from peft_vit.core.records import RunRecord
 from peft_vit.lab.analysis import evidence as measures
-from peft_vit.lab.analysis.comparison import Estimate, accuracy_on_test
+from peft_vit.lab.analysis.comparison import accuracy_on_test
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.lab.analysis.evidence import Evidence, Group, NoDataError
 from peft_vit.lab.analysis.findings import Conclusion, Finding, judge

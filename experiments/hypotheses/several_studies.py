@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from peft_vit.base.statistics import gini
+from peft_vit.base.statistics.estimates import Estimate, together
 from peft_vit.base.statistics.intervals import ROUNDING
-from peft_vit.lab.analysis.comparison import Estimate, together
 from peft_vit.lab.analysis.evidence import (
     Evidence,
     Group,

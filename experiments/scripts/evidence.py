@@ -21,10 +21,10 @@ from scipy import stats
 from benchmarks.marks import filled
 from peft_vit import cli
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Interval, holm, mean_interval, noninferiority, wilcoxon
 from peft_vit.core.records import RunRecord
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "experiments"

@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from experiments.scripts import evidence
-from peft_vit.runs.records.storage import write_atomically
+from peft_vit.base.files import write_atomically
 
 AT_ONCE = 2  # seeds
 

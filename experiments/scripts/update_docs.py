@@ -14,10 +14,10 @@ from pathlib import Path
 from experiments.scripts.evidence import ROOT, filled, table
 from peft_vit import cli
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.deploy.page.formatting import count, fixed, joined, megabytes, percent
 from peft_vit.deploy.page.markdown import escaped
 from peft_vit.lab.analysis import Analysis, MethodResult, Run, analyze, load_studies
-from peft_vit.runs.records.storage import write_atomically
 
 DOCUMENTS = (ROOT / "experiments" / "docs" / "task_8_3_implementation.md",)
 MARK = "quickstart-table"

@@ -20,10 +20,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from peft_vit.api import Images, load, naming_arguments, train
 from peft_vit.base.errors import DataWarning, UserError, foreign_fault, os_fault
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import make_folder, read_bytes, write_whole
 from peft_vit.core.config import DEFAULT_MODEL, SEEDS, exported_format
 from peft_vit.data.sources.in_memory import held_images, write_table
-from peft_vit.runs.records.storage import make_folder, write_whole
 
 if TYPE_CHECKING:
     from peft_vit.core.config import (

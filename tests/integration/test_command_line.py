@@ -18,12 +18,12 @@ from written_runs import run_and_write
 
 from peft_vit.core.config import ExperimentConfig, StudyConfig, load_study
 from peft_vit.fit import commands
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import RunInterrupted, RunStarted
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import read_study_file
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
 

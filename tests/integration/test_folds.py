@@ -15,8 +15,8 @@ from peft_vit.data import images_file, inspect_images, make_splits, open_index
 from peft_vit.lab.analysis.comparison import compare
 from peft_vit.lab.analysis.studies import load_studies
 from peft_vit.lab.report.summary import facts
-from peft_vit.runs.scheduling.plan import plan_study, smoke_study, workload_of
 from peft_vit.runs.costs.calibration_run import calibration_run
+from peft_vit.runs.scheduling.plan import plan_study, smoke_study, workload_of
 
 pytestmark = pytest.mark.part("runner")
 

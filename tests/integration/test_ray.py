@@ -14,13 +14,13 @@ from written_runs import tiny_study
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import StudyConfig, study_from_mapping
 from peft_vit.runs import run_one
-from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.scheduling.scheduler import drive
 from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, open_executor
 from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.scan import read_records
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import drive
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
 

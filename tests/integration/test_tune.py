@@ -33,10 +33,10 @@ from peft_vit.fit.result import Choice, answer
 from peft_vit.fit.state import TITLES, State
 from peft_vit.fit.tune_request import TuneRequest
 from peft_vit.fit.within_time import EveryRunFailedError
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.records.storage import read_record
+from peft_vit.runs.scheduling.plan import plan_study
 
 STAGES = [*TITLES.values()]
 

@@ -20,6 +20,7 @@ from written_runs import run_and_write
 import peft_vit
 from peft_vit.api import TrainedModel
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Interval, paired_proportions
 from peft_vit.core.config import load_study
 from peft_vit.core.records import Calibrated, RunRecord
@@ -34,8 +35,8 @@ from peft_vit.fit.page import _how_sure
 from peft_vit.fit.result import Choice, what_more_buys
 from peft_vit.fit.tune_request import TuneRequest
 from peft_vit.fit.within_time import Outcome
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, write_atomically
 
 pytestmark = pytest.mark.part("runner")
 

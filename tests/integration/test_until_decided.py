@@ -14,10 +14,10 @@ from planted_runs import PlantedRuns, study_of_loras
 
 from peft_vit.base.statistics import SequentialResult
 from peft_vit.core.config import study_from_mapping
-from peft_vit.fit.commands import run_until_decided
-from peft_vit.fit.request import RunRequest
 from peft_vit.lab.analysis import read_results
 from peft_vit.lab.analysis.stopping import compare_all, sequential_results
+from peft_vit.lab.request import RunRequest
+from peft_vit.lab.studies import run_until_decided
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 

@@ -139,8 +139,8 @@ def undisturbed(config: Path) -> dict[str, End]:
 
 def write_events(file: Path) -> None:
     """Have each start, step and end of a run appended to a file, one JSON object a line."""
-    from peft_vit.runs.scheduling.display import Watch
     from peft_vit.runs.executors import RunEnded, RunProgress, RunStarted, StudyEvent
+    from peft_vit.runs.scheduling.display import Watch
 
     show = Watch.on_event
 

@@ -26,8 +26,9 @@ from commands import Command, run_forked
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.runs.records.progress import PROGRESS_FILE
-from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, checkpoint_folders
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, STUDY_FILE
 
 PAGE = 4096
 _DISK = 16 << 20

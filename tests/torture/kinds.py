@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 from sound_files import EXAMPLES, SIDE, SoundFiles
 
 from peft_vit.base.errors import UserError, named
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.adapters.peft_format import doubts_about
 from peft_vit.core.backbones import load_backbone
 from peft_vit.core.config import BackboneConfig, DataConfig, load_study
@@ -41,8 +42,6 @@ from peft_vit.deploy.formats import runtimes, torch_files
 from peft_vit.deploy.restore import open_model
 from peft_vit.lab.analysis import analyze, load_studies, read_results
 from peft_vit.lab.report.result_tables import history_table
-from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.scheduling.scheduler import StudyStore
 from peft_vit.runs.costs.calibration_run import Costs, keep_costs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.progress import (
@@ -53,14 +52,9 @@ from peft_vit.runs.records.progress import (
     study_lock,
     study_status,
 )
-from peft_vit.runs.records.storage import (
-    ADAPTER_FILE,
-    RECORD_FILE,
-    STUDY_FILE,
-    checkpoint_folders,
-    read_record,
-    run_folder,
-)
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, read_record, run_folder
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import StudyStore
 
 
 def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:

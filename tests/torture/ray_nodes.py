@@ -31,10 +31,10 @@ from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 from written_runs import run_and_write
 
 from peft_vit.core.config import load_study
-from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.scheduling.scheduler import drive
 from peft_vit.runs.executors import RunEnded, RunRetried, RunStarted, StudyEvent, open_executor
 from peft_vit.runs.records.progress import study_lock
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.scheduler import drive
 
 KIND = "one of two nodes, at a random moment, with a run under way on it"
 SEEDS = (0, 1)

@@ -11,10 +11,11 @@ from typing import Any
 
 from small_methods import INT4, LINEAR, study_mapping
 
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.runs.records.progress import look_at
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, checkpoint_folders, run_folder
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, run_folder
 
 NAME = "tiny"
 STEPS = 12  # of a run: 24 images in batches of 8, four times

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from peft_vit.base.files import write_atomically
 from peft_vit.runs.machine import cpu_count, git_state, processor_name
-from peft_vit.runs.records.storage import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(__file__).with_name("results.json")

@@ -14,18 +14,17 @@ import pytest
 from pydantic import BaseModel
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import flush, write_atomically
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
+from peft_vit.core.config.migrations import GONE, GONE_CHOICES, Gone, migrated_study
 from peft_vit.core.records import ImportanceEntry, Metrics, RankEntry, RunRecord, RunSpec, StudyFile
-from peft_vit.runs.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
     STUDY_FILE,
-    flush,
     read_record,
     read_study_file,
-    write_atomically,
     write_record,
     write_result,
 )

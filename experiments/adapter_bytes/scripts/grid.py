@@ -27,6 +27,7 @@ from experiments.methods.scripts.study_figures import write_figure
 from experiments.scripts import evidence, in_turn
 from peft_vit import cli
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Verdict
 from peft_vit.base.statistics.sequential import StoppingRule, follow
 from peft_vit.core.allocation.starting_ranks import Adapters
@@ -36,7 +37,6 @@ from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import DASHED, MUTED, Canvas, draw, line_style, quiet_grid
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import write_atomically
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS, ROWS = FOLDER / "configs", FOLDER / "results" / "adapter_bytes.csv"

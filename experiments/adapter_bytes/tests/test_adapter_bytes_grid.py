@@ -18,8 +18,8 @@ from experiments.scripts.evidence import study_files
 from peft_vit.base.errors import UserError
 from peft_vit.core.allocation.starting_ranks import Adapters, choose_starting_ranks
 from peft_vit.core.config import StartingRanksConfig, load_study
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.records.storage import run_folder
+from peft_vit.runs.scheduling.plan import plan_study
 
 
 def test_the_configurations_are_those_of_the_script() -> None:

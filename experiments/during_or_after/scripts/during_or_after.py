@@ -25,6 +25,7 @@ from experiments.methods.scripts.study_figures import write_figure
 from experiments.scripts import evidence, in_turn
 from peft_vit import cli
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Verdict
 from peft_vit.base.statistics.sequential import StoppingRule, follow
 from peft_vit.core.backbones import describe
@@ -38,7 +39,7 @@ from peft_vit.deploy.page.figure import Canvas, draw, line_style, quiet_grid
 from peft_vit.deploy.post_training import file_bytes, logits_by_type
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import run_folder, write_atomically
+from peft_vit.runs.records.storage import run_folder
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS, RESULTS = FOLDER / "configs", FOLDER / "results"

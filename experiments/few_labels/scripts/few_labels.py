@@ -21,8 +21,8 @@ import yaml
 
 from experiments.scripts.evidence import filled, merge
 from peft_vit import cli
+from peft_vit.base.files import write_atomically
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import write_atomically
 
 FOLDER = Path(__file__).resolve().parents[1]
 ROWS, DOCUMENT = FOLDER / "results" / "few_labels.csv", FOLDER / "docs" / "few_labels.md"

@@ -18,8 +18,8 @@ import pandas as pd
 
 from experiments.scripts import evidence
 from experiments.scripts.evidence import EXPERIMENTS, with_runs
+from peft_vit.base.files import write_atomically
 from peft_vit.core.records import RunRecord
-from peft_vit.runs.records.storage import write_atomically
 
 STUDY = "length_elpv"
 FOLDER = EXPERIMENTS / "few_labels"

@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from experiments.scripts.evidence import merge
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Neighbours, conformal_quantile, fit_temperature, probabilities
+from peft_vit.base.statistics.reliability import calibration_error, equal_count_bins
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import CLASSIFICATION
+from peft_vit.core.training.images import LabelledImages, normalised
 from peft_vit.core.training.metrics import predict_with_middle
-from peft_vit.data import LabelledImages, normalised, open_index, to_pixels
+from peft_vit.data import open_index, to_pixels
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.lab.analysis.reliability import calibration_error, equal_count_bins
 from peft_vit.runs.held_out import LIKE, PRIOR, known_images
-from peft_vit.runs.records.storage import write_atomically
 
 ROWS = Path(__file__).resolve().parents[1] / "results" / "reliability.csv"
 FEW, OTHERS = 24, 60  # validation images; images of each other set

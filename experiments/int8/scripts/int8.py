@@ -23,10 +23,10 @@ import yaml
 
 from experiments.scripts import evidence
 from peft_vit import cli
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import mean_interval, noninferiority
 from peft_vit.core.config.from_yaml import read_mapping
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import write_atomically
 
 FOLDER = Path(__file__).resolve().parents[1]
 ROWS, DOCUMENT = FOLDER / "results" / "int8.csv", FOLDER / "docs" / "int8.md"

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from experiments.methods.scripts.study_evidence import FINDINGS, RESULTS, chosen_rates, packed
 from experiments.methods.scripts.study_tables import PUBLISHED
 from experiments.scripts.evidence import each, name_of, origin, percent, row_of, run, table, with_runs
+from peft_vit.base.files import write_atomically
 from peft_vit.base.packages import ELPV_WHEEL, fetch_wheel
 from peft_vit.base.statistics import mean_interval
 from peft_vit.core.records import RunRecord
 from peft_vit.data.files import open_tree
 from peft_vit.deploy.page.formatting import percent_interval
-from peft_vit.runs.records.storage import write_atomically
 
 ROWS, DOCUMENT = RESULTS / "elpv_published.csv", FINDINGS
 PILOT, STUDY = "elpv_published_pilot", "elpv_published"

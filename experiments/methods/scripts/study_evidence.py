@@ -25,12 +25,12 @@ from experiments.methods.scripts.study_figures import write_figures
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, SHORT, five_methods, pilot_table, study_blocks
 from experiments.scripts.evidence import EXPERIMENTS, benchmark, merge, run
 from peft_vit.base.errors import UserError
-from peft_vit.base.files import folder_below
+from peft_vit.base.files import folder_below, write_atomically
 from peft_vit.core.records import RunRecord
 from peft_vit.lab.analysis import Analysis, Study, analyze, load_studies
 from peft_vit.lab.analysis.evidence import Evidence
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import RECORD_FILE, write_atomically
+from peft_vit.runs.records.storage import RECORD_FILE
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS, RESULTS = FOLDER / "configs", FOLDER / "results"

@@ -15,12 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 from experiments.methods.scripts.main_figure import accuracy_and_bytes, for_both_pages
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, MAIN, MARGIN, REFERENCE
 from experiments.scripts.evidence import ROOT
+from peft_vit.base.files import write_atomically
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import METHOD_COLORS
 from peft_vit.lab.analysis import Analysis
 from peft_vit.lab.report.accuracy_figures import accuracy_against, forests
 from peft_vit.lab.report.heatmaps import rank_maps
-from peft_vit.runs.records.storage import write_atomically
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

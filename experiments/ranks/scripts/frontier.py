@@ -52,9 +52,9 @@ from experiments.scripts import evidence
 from experiments.scripts.evidence import table, with_runs
 from peft_vit import cli
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.core.config import MATRICES
 from peft_vit.core.records import RunRecord
-from peft_vit.runs.records.storage import write_atomically
 
 SCORING = ("eva", "gradient", "spt", "gora", "stable_rank", "para", "over_untrained")
 SCREENING_SEEDS = (220, 221, 224, 225)  # the first two screen; all of them choose a rate among the best two

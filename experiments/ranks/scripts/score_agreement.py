@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from experiments.scripts.evidence import KEY, interval, merge, origin, run, table, with_runs
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import fit_temperature, mean_interval, spearman
 from peft_vit.core.backbones import Backbone, apply_temperature
 from peft_vit.core.records import RunRecord
@@ -27,7 +28,6 @@ from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import write_atomically
 from peft_vit.runs.removal_and_latency import leave_out_updates, removal_images
 
 FOLDER = Path(__file__).resolve().parents[1]

@@ -23,8 +23,8 @@ import numpy as np
 from benchmarks.tuning_odds import Judged, Tuning, calibration_table, calibrations, judge, row, truths_table
 from experiments.methods.scripts.study_evidence import kept_studies, unpacked
 from experiments.scripts.evidence import EXPERIMENTS, filled
+from peft_vit.base.files import write_atomically
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import write_atomically
 
 RESULT = EXPERIMENTS / "tuning" / "results" / "odds_replay.json"
 DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "odds.md"

@@ -24,10 +24,10 @@ import pandas as pd
 from scipy import special
 
 from experiments.scripts.evidence import EXPERIMENTS, filled
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import StoppingRule
 from peft_vit.base.statistics.sequential import FUTILITY, adjusted, normal_score, t_statistics
 from peft_vit.base.statistics.spending import boundaries, repeated_p_values
-from peft_vit.runs.records.storage import write_atomically
 
 ROWS = EXPERIMENTS / "tuning" / "results" / "sequential_designs.csv"
 DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"

@@ -20,8 +20,9 @@ from peft_vit.base.errors import NothingDoneError, UserError
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
 from peft_vit.core.config import Number, Size, Time
-from peft_vit.fit.request import DEFAULT_OUTPUT, RunRequest, StudiesRequest, TrainRequest
+from peft_vit.fit.request import DEFAULT_OUTPUT, TrainRequest
 from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.lab.request import RunRequest, StudiesRequest
 
 if TYPE_CHECKING:
     from peft_vit.core.records import RunRecord
@@ -41,7 +42,7 @@ def run(request: RunRequest) -> None:
     every run is done, or --minutes are over and some are, 1 a run failed, or --minutes are over and none is done, 2 bad
     input, 130 interrupted.
     """
-    from peft_vit.fit.commands import plan_studies, run_studies
+    from peft_vit.lab.studies import plan_studies, run_studies
 
     if request.dry_run:
         plan_studies(request)
@@ -56,7 +57,7 @@ def plan(request: StudiesRequest) -> None:
     What is not known from runs that are done or from earlier plans is measured: a few steps of each kind of run are
     done now. Nothing is measured with --smoke.
     """
-    from peft_vit.fit.commands import plan_studies
+    from peft_vit.lab.studies import plan_studies
 
     plan_studies(RunRequest.of(**request.model_dump()), profile=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -41,7 +42,7 @@ from peft_vit.core.config import (
     StudyConfig,
     TaskName,
 )
-from peft_vit.runs.records.migrations import with_digested
+from peft_vit.core.config.migrations import with_digested
 
 # Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
 RUN_NAME = r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}"
@@ -675,3 +676,44 @@ class BenchRow(_Value):
     images_per_s: _Positive
     processor: str
     runtime: str  # with its version
+
+
+def history_rows(
+    sites: Sequence[SiteInfo],
+    ranks: Sequence[RankEntry],
+    importance: Sequence[ImportanceEntry],
+    probes: Sequence[ProbeEntry],
+) -> list[dict[str, Any]]:
+    """Return ranks and scores as a tidy table: one row a step and site, plain values, in the sites' order.
+
+    Steps are those at which ranks or scores were recorded. `rank` and `budget` hold from that step on; a site that an
+    entry leaves out has rank 0. `score` is None where there is none: at step 0, and with fixed ranks. `probed` says
+    whether it came from a probe at this step, not from the site's own triplets.
+    """
+    entries = {entry.step: entry for entry in ranks}
+    scores = {entry.step: entry.scores for entry in importance}
+    probed = {(entry.step, name) for entry in probes for name in entry.sites}
+    named = {name for entry in ranks for name in entry.ranks}
+    rows: list[dict[str, Any]] = []
+    present: RankEntry | None = None
+    for step in sorted({*entries, *scores}):
+        present = entries.get(step, present)
+        budget = None if present is None else present.budget
+        rows += [
+            {
+                "step": step,
+                "site": site.name,
+                "block": site.block,
+                "matrix": site.matrix,
+                "in_features": site.in_features,
+                "out_features": site.out_features,
+                "score": scores.get(step, {}).get(site.name),
+                "probed": (step, site.name) in probed,
+                "rank": None if present is None else present.ranks.get(site.name, 0),
+                "budget": budget,
+                "budget_unit": None if present is None or budget is None else present.unit,
+            }
+            for site in sites
+            if site.name in named
+        ]
+    return rows

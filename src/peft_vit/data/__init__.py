@@ -9,16 +9,14 @@ from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.data.sources.folders import Images, find_images, index_inspected
 
 if TYPE_CHECKING:
-    from peft_vit.data.images import HoldoutImages, LabelledImages, check_augmentation, mixed, normalised
     from peft_vit.data.inspect import Inspection, PixelStore, image_warnings, images_file, inspect_images
-    from peft_vit.data.load import Data, load_data, open_index, smoke_config, thumbnails, thumbnails_of
-    from peft_vit.data.splits import Splits, class_gaps, deal_folds, make_splits, stratified_draw
+    from peft_vit.data.load import load_data, open_index, smoke_config, thumbnails, thumbnails_of
+    from peft_vit.data.splits import Splits, class_gaps, make_splits
 
 _WITH_TORCH = {
-    "images": ("HoldoutImages", "LabelledImages", "check_augmentation", "mixed", "normalised"),
     "inspect": ("Inspection", "PixelStore", "image_warnings", "images_file", "inspect_images"),
-    "load": ("Data", "load_data", "open_index", "smoke_config", "thumbnails", "thumbnails_of"),
-    "splits": ("Splits", "class_gaps", "deal_folds", "make_splits", "stratified_draw"),
+    "load": ("load_data", "open_index", "smoke_config", "thumbnails", "thumbnails_of"),
+    "splits": ("Splits", "class_gaps", "make_splits"),
 }
 
 

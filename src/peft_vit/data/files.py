@@ -18,9 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
-from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular, sha256_of
+from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular, sha256_of, write_atomically
 from peft_vit.base.packages import cache_dir, check_download
-from peft_vit.runs.records.storage import write_atomically
 
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".jfif", ".gif", ".avif", ".heic", ".heif")

@@ -38,9 +38,10 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.base.errors import DataWarning, UserError
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
+from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.config import Interpolation
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
@@ -61,8 +62,7 @@ from peft_vit.data.pixels import (
     to_pixels,
 )
 from peft_vit.data.sources.folders import Images, find_images, is_image
-from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across, stratified_draw
-from peft_vit.runs.records.storage import write_atomically
+from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -15,8 +15,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.packages import no_downloads
 from peft_vit.core.config import DATASETS, USUAL_TASK, DataConfig, licence_of
 from peft_vit.core.records import RunRecord
-from peft_vit.core.tasks import CLASSIFICATION, TASKS, Task
-from peft_vit.data.images import HoldoutImages, LabelledImages
+from peft_vit.core.tasks import TASKS
+from peft_vit.core.training.images import Data, HoldoutImages, LabelledImages
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.inspect import image_warnings
 from peft_vit.data.pixels import on_white, split_pixels
@@ -24,23 +24,6 @@ from peft_vit.data.splits import make_splits
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run trains, chooses and is tested on."""
-
-    class_names: tuple[str, ...]
-    train: LabelledImages
-    validation: LabelledImages
-    test: HoldoutImages
-    data_sha256: str
-    split_sha256: str
-    groups: np.ndarray  # equal numbers for copies among all images of the data set, (N,) int64
-    test_files: list[str] | None = None  # names of somebody's own, relative to their folder
-    task: Task = CLASSIFICATION
-    warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
-    left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of files that an inspection left out
 
 
 def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool = True) -> Data:

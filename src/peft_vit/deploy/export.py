@@ -24,7 +24,7 @@ from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, Qu
 from peft_vit.core.methods import METHODS
 from peft_vit.core.records import Calibrated, Decision
 from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
-from peft_vit.data import Data, LabelledImages
+from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.deploy import (
     Classifier,
     Merged,

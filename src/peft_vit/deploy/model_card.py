@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from peft_vit.base.errors import UserError, checked, foreign_fault, os_fault
+from peft_vit.base.files import write_atomically
 from peft_vit.core.config import USUAL_TASK, Interpolation, Library, TaskName
 from peft_vit.core.records import Calibrated, Decision, Unlike
 from peft_vit.core.tasks import TASKS
-from peft_vit.runs.records.storage import write_atomically
 
 if TYPE_CHECKING:
     from torch import nn

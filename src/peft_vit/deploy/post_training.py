@@ -19,10 +19,10 @@ from peft_vit.core.backbones import Backbone, BackboneShape, fused_sites
 from peft_vit.core.config import BITS_OF_TYPE, IMAGES_ROUNDED_BY, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.methods.quantized import packing_of
 from peft_vit.core.training import Calibration, RuntimeConfig
+from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict_with_middle
 from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
-from peft_vit.data import Data, LabelledImages
 from peft_vit.deploy import Merged, ModelCard, merge
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.held_out import PRIOR, Outputs, believed, known_by, known_images

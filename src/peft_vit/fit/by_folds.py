@@ -13,8 +13,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.records import Calibrated, Decision, RunRecord
 from peft_vit.core.tasks import OF_FOLDS, TASKS, Labels, Task, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.fit.within_time import Outcome, covered_on_folds, finished_runs, meaning_on, pooled
-from peft_vit.runs.scheduling.plan import Plan
 from peft_vit.runs.held_out import Outputs, tested_on
+from peft_vit.runs.scheduling.plan import Plan
 
 
 class ByFolds(NamedTuple):

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.base.console import OnProgress, duration, print_lines, progress
-from peft_vit.base.errors import NothingDoneError, UserError, named
-from peft_vit.base.files import folder_below
-from peft_vit.core.config import StudyConfig, load_study, named_as_typed
-from peft_vit.fit.request import RunRequest, TrainRequest
+from peft_vit.core.config import named_as_typed
+from peft_vit.fit.request import TrainRequest
 from peft_vit.fit.train_runs import (
     REQUEST_FILE,
     SIZES_FILE,
@@ -26,13 +22,9 @@ from peft_vit.fit.train_runs import (
     write_request,
     write_sizes,
 )
-from peft_vit.runs.scheduling.deadline import Deadline
-from peft_vit.runs.costs.time_limit import Limit
-from peft_vit.runs.executors import EXECUTORS
-from peft_vit.runs.records.progress import StudyLock, study_lock, study_status
+from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import (
     RECORD_FILE,
-    STUDY_FILE,
     link_latest,
     read_record,
     read_study_file,
@@ -40,9 +32,9 @@ from peft_vit.runs.records.storage import (
     single_run,
     write_record,
 )
+from peft_vit.runs.scheduling.carry_out import carry_out
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
-    from peft_vit.base.statistics.sequential import SequentialResult
     from peft_vit.core.records import RunRecord
     from peft_vit.fit.by_folds import ByFolds
     from peft_vit.fit.own_images import OwnImages
@@ -50,60 +42,6 @@ if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoeve
 
 _log = partial(print, flush=True)
 IMAGES_FILE = "images.json"  # which images a `train` uses
-
-
-@dataclass(frozen=True)
-class _Requested:
-    """A study of a command, and which of its runs are asked for."""
-
-    study: StudyConfig
-    file: Path
-    seeds: list[int]
-
-
-def plan_studies(request: RunRequest, *, profile: bool = False) -> None:
-    """Check every study and print its plan; nothing is written.
-
-    Args:
-        request: studies, and which of their runs.
-        profile: measure what runs cost of which nothing is known, instead of estimating it.
-
-    Raises:
-        UserError: for anything that would fail later.
-    """
-    _plan(request, _load(request), profile=profile)
-
-
-def run_studies(request: RunRequest) -> dict[str, str]:
-    """Print the plans, do every run that is asked for and not done, and return why runs have failed, by run id.
-
-    Raises:
-        UserError: before any run starts, for anything that would fail later or if another command works on one of
-            the studies; later if there is no room for a result.
-        NothingDoneError: if the time is over, and no run of the study is done.
-        KeyboardInterrupt: see `drive`.
-    """
-    limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
-    more = "" if limit is None else f", for another {limit.minutes:g} minutes"
-    studies = _load(request)
-    if request.until_decided:
-        (requested,) = studies
-        failed, still_open = run_until_decided(requested.study, request, limit, _log)
-        if still_open:
-            print(f"Open: {', '.join(still_open)}; the same command continues{more}.")
-        return failed
-    for requested in studies if not request.smoke else ():
-        if requested.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
-            reason = "says when comparisons stop, which needs --until-decided; give that, or delete the section"
-            raise UserError(f"{reason} to run every seed", file=requested.file, field="stopping")
-    with _locked(request.results_dir, [requested.study.name for requested in studies]) as locks:
-        failed = {}
-        for plan, lock in zip(_plan(request, studies), locks, strict=True):
-            failed |= _drive(plan, lock, request, limit)
-        states = [] if limit is None else [run.state for run in study_status(locks[0].folder).runs]
-        if left := states.count("pending") + states.count("running"):
-            print(f"Left: {left} of the study's runs; the same command continues{more}.")
-        return failed
 
 
 def train_on_own_images(request: TrainRequest) -> TrainRun:
@@ -149,7 +87,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
                 start = f"Continues from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
                 print_lines(filter(None, [chosen, *plan_notes(plan)]))
                 print_lines([f"{start} in {run.folder}; {about}"])
-                _drive(plan, lock, alone=True)
+                carry_out(plan, lock, alone=True)
             else:
                 images.write(file)
                 link_latest(run.folder)
@@ -239,7 +177,7 @@ def _tell_by_folds(
             about = duration(sum(planned.estimate.seconds for planned in plan.pending))
             how = f"{len(study.seeds)} trainings, each without a part of them, measure how good it is"
             print_lines([f"The images are too few to set some aside for validation: {how}; about {about}."])
-            _drive(plan, lock)
+            carry_out(plan, lock)
     known = known_by_folds(record, plan, folder)
     write_record(results_dir, known.record)
     return known
@@ -273,7 +211,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
             forecast = images.forecast
             tested = forecast.test_line(describe(forecast.backbone, image_size))
             print_lines([f"A regression at {image_size} px may be better; making it.{tested}"])
-            _drive(plan, lock, alone=True)
+            carry_out(plan, lock, alone=True)
     folder = run_folder(run.folder, plan.runs[0].spec)
     regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)
     delivered = single_run(run.folder)
@@ -295,154 +233,3 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
         )
         delivered = folder
     run.deliver(delivered)
-
-
-def run_until_decided(
-    study: StudyConfig, request: RunRequest, limit: Limit | None, log: Callable[[str], None]
-) -> tuple[dict[str, str], list[str]]:
-    """Go from look to look until every comparison with the control has stopped, or the time is over.
-
-    A look takes as many seeds as it needs, of the comparisons that are open. What there is to do follows from records
-    and the declared looks alone, so a command that was killed continues.
-
-    Args:
-        study: with a section `stopping`.
-        request: its file, where its folder lies, and how runs are carried out.
-        limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-        log: gets how a comparison stands, a line each, at the beginning and after each look.
-
-    Returns:
-        Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments
-        whose comparison has not stopped.
-
-    Raises:
-        UserError: as `plan_study` and `drive`.
-        NothingDoneError: if the time is over, and no run of the study is done.
-        KeyboardInterrupt: see `drive`.
-    """
-    from peft_vit.base.statistics.sequential import next_look
-    from peft_vit.lab.analysis.stopping import follow_study
-    from peft_vit.lab.analysis.studies import read_results
-    from peft_vit.runs.scheduling.display import course_line, print_plan
-    from peft_vit.runs.scheduling.plan import plan_study
-    from peft_vit.runs.scheduling.profiling import measure_step
-
-    assert study.stopping is not None
-    control = study.stopping.control
-    failed: dict[str, str] = {}
-    reported: dict[str, SequentialResult] = {}
-    look: tuple[list[str], int] | None = None
-    results_dir, (file,) = request.results_dir, request.configs
-    with _locked(results_dir, [study.name]) as (lock,):
-        while True:
-            recorded = None
-            if (lock.folder / STUDY_FILE).exists():
-                (recorded,) = read_results(lock.folder).studies
-            courses = follow_study(study, recorded)
-            for course in courses:
-                if recorded is not None and course.looks and reported.get(course.name) != course:
-                    log(course_line(course, study, recorded.scores.unit))
-                reported[course.name] = course
-            out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
-            able = set() if control in out else {course.name for course in courses} - out
-            before, look = look, next_look(courses, able)
-            names, seeds = look
-            time_is_over = limit is not None and limit.left_s <= 0 and before is not None  # one is begun in any case
-            if not names or look == before or time_is_over:
-                break  # the same again: time for the rest of this look is missing
-            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
-            plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
-            print_plan(plan)
-            failed |= _drive(plan, lock, request, limit)
-    return failed, [course.name for course in courses if course.stopped is None]
-
-
-@contextmanager
-def _locked(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
-    """Hold all locks, from before planning on."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
-
-
-def _drive(
-    plan: Plan, lock: StudyLock, request: RunRequest | None = None, limit: Limit | None = None, *, alone: bool = False
-) -> dict[str, str]:
-    """Do what a plan says is pending, and show it; see `drive`. Without a request processes of this machine do.
-
-    With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-
-    Raises:
-        UserError, KeyboardInterrupt: see `drive`.
-        NothingDoneError: if the limit is over, and no run of the study is done.
-    """
-    from peft_vit.runs.scheduling.display import Watch
-    from peft_vit.runs.scheduling.scheduler import drive
-    from peft_vit.runs.executors import open_executor
-
-    request, results_dir = request or RunRequest(configs=()), lock.folder.parent
-    name = request.executor
-    make_executor = partial(open_executor, name, plan, results_dir, request.ray_address)
-    deadline = None if limit is None else Deadline(plan, results_dir, limit, name)
-    with Watch(plan, results_dir, until=None if limit is None else limit.over_at, alone=alone) as watch:
-        failed = drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
-    if deadline is not None and not failed and all(run.state != "done" for run in study_status(lock.folder).runs):
-        reason = f"no run was done in {deadline.limit.minutes:g} minutes: {deadline.shortest()}"
-        remedy = "give more --minutes, with which the same command continues, fewer images, or a smaller image_size"
-        raise NothingDoneError(f"{reason}; {remedy}", file=plan.file)
-    return failed
-
-
-def _load(request: RunRequest) -> list[_Requested]:
-    """Return all studies, and refuse what can't be asked of one of them."""
-    studies: dict[str, _Requested] = {}
-    for file in request.configs:
-        study = load_study(file)
-        with named(file):
-            if study.name in studies:
-                raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
-            studies[study.name] = _requested(request, study, file)
-    return list(studies.values())
-
-
-def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requested:
-    there = {str(seed): seed for seed in study.seeds}
-    wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
-    if missing := wanted - there.keys():
-        raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
-    if request.method not in (None, *(experiment.method for experiment in study.experiments)):
-        raise UserError(f"no experiment is of method {request.method}", field="experiments")
-    if request.until_decided and study.stopping is None:
-        reason = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
-        raise UserError(reason, field="stopping")
-    workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
-    if workers is not None:
-        execution = study.execution.model_copy(update={"workers": workers})
-        study = study.model_copy(update={"execution": execution})
-    return _Requested(study, file, [seed for text, seed in there.items() if text in wanted])
-
-
-def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
-    """Plan all studies before the first plan is printed."""
-    plans = []
-    with progress("planning"):  # from before torch is loaded, which takes seconds
-        from peft_vit.runs.scheduling.display import print_plan
-        from peft_vit.runs.scheduling.plan import plan_study
-        from peft_vit.runs.scheduling.profiling import measure_costs, measure_step
-
-        for requested in studies:
-            study = requested.study
-            if request.smoke:  # which has one seed, the first asked for
-                study = study.model_copy(update={"seeds": tuple(requested.seeds)})
-            plan = plan_study(
-                study,
-                request.results_dir,
-                file=requested.file,
-                smoke=request.smoke,
-                measure=partial(measure_costs, log=_log) if profile else None,
-                measure_step=partial(measure_step, log=_log),
-            )
-            experiments = [own.name for own in plan.study.experiments if request.method in (None, own.method)]
-            plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
-    for plan in plans:
-        print_plan(plan)
-    return plans

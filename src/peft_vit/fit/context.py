@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 
 from peft_vit.base.errors import UserError
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of, source_of
 from peft_vit.core.config import BackboneConfig, Compute, Flips, WeightsSource, named_backbone
 from peft_vit.core.tasks import DecidingMetric, Scores
@@ -25,7 +25,6 @@ from peft_vit.fit.within_time import Runner
 from peft_vit.runs.costs.estimate import product_rates
 from peft_vit.runs.costs.time_limit import FOLDS
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
-from peft_vit.runs.records.storage import write_whole
 
 _BATCH = 32
 

@@ -25,10 +25,10 @@ from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.context import TuningContext
 from peft_vit.fit.image_sizes import images_to_compare
 from peft_vit.fit.recipe import ROUNDED, Recipe, lora, shared_training
-from peft_vit.runs.scheduling.plan import decide_precision, splits_of, workload_of
 from peft_vit.runs.costs.estimate import Line, Throughput, Workload
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, images_to_test
 from peft_vit.runs.held_out import MOST_KNOWN
+from peft_vit.runs.scheduling.plan import decide_precision, splits_of, workload_of
 
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
 LONGEST, SHORTEST = 2.0, 0.5  # times the steps on folds, of the last training

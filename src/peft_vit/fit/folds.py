@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import make_folder, read_bytes, write_whole
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_twice
 from peft_vit.base.statistics.odds import FoldMeans, means_of_images
@@ -31,7 +31,6 @@ from peft_vit.fit.limits import within_memory
 from peft_vit.fit.recipe import Recipe, shared_training
 from peft_vit.fit.within_time import EveryRunFailedError, Outcome, pooled
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, Limit, Pace
-from peft_vit.runs.records.storage import make_folder, write_whole
 
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
 _FASTEST = 0.5  # of the planned time: what takes less may have been lucky

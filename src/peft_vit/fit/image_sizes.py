@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 
 from peft_vit.base.console import OnProgress
 from peft_vit.base.errors import is_out_of_memory
+from peft_vit.base.statistics.drawing import deal_folds
 from peft_vit.core.backbones import Architecture, Backbone, Head, native_size, size_step_of
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import RunSpec
 from peft_vit.core.tasks import DecidingMetric, Labels, Scores, expected_gain, metric_of
 from peft_vit.core.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_fit, loss_weights
-from peft_vit.data import deal_folds
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.costs.time_limit import Pace
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
+from peft_vit.runs.scheduling.plan import plan_study
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
 _FEWEST, _FEW = 300, 1500  # images by which sizes can be compared; up to which folds are worth their fits

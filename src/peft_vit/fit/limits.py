@@ -14,9 +14,9 @@ from peft_vit.core.config import study_from_mapping
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.context import TuningContext
 from peft_vit.fit.recipe import Recipe
+from peft_vit.runs.machine import cpu_count
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_step
-from peft_vit.runs.machine import cpu_count
 
 MEMORY_LIMIT = "--memory-limit"
 TimeExport = Callable[[Architecture, int, Sequence[str], int], float]  # see `time_random`

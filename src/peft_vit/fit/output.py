@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from peft_vit.base.errors import UserError
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.records import RunRecord
 from peft_vit.data import thumbnails_of
 from peft_vit.deploy.measures.fastest import export_fastest
 from peft_vit.deploy.page.class_blocks import fonts_for, no_font
+from peft_vit.deploy.page.files import write_report
 from peft_vit.deploy.page.model_page import CARD_FILE, card_head, card_text
 from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.fit.by_folds import with_meaning
@@ -22,9 +23,8 @@ from peft_vit.fit.page import TuningSummary, model_summary, tuning_document
 from peft_vit.fit.result import Choice
 from peft_vit.fit.state import MODEL_FOLDER, TUNE_FILE
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.lab.analysis.study_yaml import study_yaml
-from peft_vit.lab.report.build import write_report
-from peft_vit.runs.records.storage import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, RECORD_FILE, read_record, write_whole
+from peft_vit.runs.records.storage import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, RECORD_FILE, read_record
+from peft_vit.runs.records.study_yaml import study_yaml
 
 CONFIG_FILE = "config.yaml"
 

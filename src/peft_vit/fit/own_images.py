@@ -17,6 +17,7 @@ import numpy as np
 
 from peft_vit.base.console import OnProgress, duration
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_whole
 from peft_vit.core.adapters.footprint import available_memory_bytes
 from peft_vit.core.adapters.peft_format import peft_sha256
 from peft_vit.core.backbones import (
@@ -59,7 +60,7 @@ from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.costs.estimate import Throughput, kept_values, product_rates
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, images_to_test, validate_every
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
-from peft_vit.runs.records.storage import FOLDS_STUDY, write_whole
+from peft_vit.runs.records.storage import FOLDS_STUDY
 
 if TYPE_CHECKING:
     from peft_vit.core.records import RunRecord, RunSpec

@@ -35,10 +35,10 @@ from peft_vit.deploy.page.model_page import (
     model_document,
 )
 from peft_vit.deploy.page.model_quality import ModelQuality
+from peft_vit.deploy.page.provenance import run_provenance
 from peft_vit.deploy.page.tables import Column, own_interval_columns, table
 from peft_vit.fit.result import Choice, answer
 from peft_vit.fit.state import TITLES
-from peft_vit.lab.report.summary import run_provenance
 from peft_vit.runs.records.storage import RECORD_FILE
 
 _AT = 0.9  # coverage that stands at the top

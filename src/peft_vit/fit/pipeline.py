@@ -45,9 +45,9 @@ from peft_vit.fit.sizes import Regress, SizeResult, gain_of_labels, sizes_of, tr
 from peft_vit.fit.state import State
 from peft_vit.fit.tune_request import TuneRequest
 from peft_vit.fit.within_time import Runner, StudyRunner
-from peft_vit.runs.scheduling.profiling import measure_throughput
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS
 from peft_vit.runs.records.progress import study_lock
+from peft_vit.runs.scheduling.profiling import measure_throughput
 
 _SIZES_TRAINED = 2
 

@@ -31,7 +31,6 @@ from peft_vit.core.config import (
     bytes_of,
     micro_batch_fault,
 )
-from peft_vit.runs.executors import EXECUTORS, ExecutorName
 
 DEFAULT_OUTPUT = Path("peft-vit-runs")
 SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
@@ -63,75 +62,10 @@ DEVICE = "Where to train. auto: on a GPU if there is one."
 BITS = f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}."
 THREADS = "Use this many processor threads. Without it, as many as there are processors."
 EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
-_SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
+SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------
-
-
-class StudiesRequest(Request):
-    """Studies, and where their records lie."""
-
-    configs: Annotated[tuple[Path, ...], Option("STUDIES", list[Path], is_argument=True)] = Field(
-        description="One or more studies, as YAML files. `peft-vit example` prints one."
-    )
-    output: Path | None = Field(
-        default=None, description=f"The folder for results. Without it, {DEFAULT_OUTPUT}; with --smoke, {SMOKE_OUTPUT}."
-    )
-    smoke: bool = Field(default=False, description=_SMOKE)
-    workers: int | None = Field(
-        default=None,
-        ge=1,
-        description="Do this many runs at a time, whatever the study says. Results do not depend on it.",
-    )
-
-    @property
-    def results_dir(self) -> Path:
-        """Return the directory below which the studies' folders lie."""
-        return self.output or (SMOKE_OUTPUT if self.smoke else DEFAULT_OUTPUT)
-
-
-class RunRequest(StudiesRequest):
-    """Which runs of studies are to be done, and how; the others are skipped, not removed."""
-
-    dry_run: bool = Field(default=False, description="Print the plan and stop.")
-    method: MethodName | None = Field(default=None, description="Do only the experiments of this method.")
-    seeds: str | None = Field(default=None, description="Do only these of the study's seeds, such as 0,1,2.")
-    minutes: float | None = Field(
-        default=None,
-        gt=0,
-        description="Stop after this many minutes. All runs of one seed come before those of the next. The same "
-        "command continues later.",
-    )
-    until_decided: Annotated[
-        bool,
-        OnlyWith(smoke=False, remedy="a smoke study has one seed: leave one of the two out"),
-        OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
-        OnlyWith(seeds=None, remedy="the looks decide which seeds run: leave one of the two out"),
-    ] = Field(
-        default=False,
-        description="Run only as many seeds as the comparisons in the study's section `stopping` need to be decided.",
-    )
-    skip_failed: bool = Field(
-        default=False, description="Leave out runs that failed in an earlier call. Without it, they are tried again."
-    )
-    executor: ExecutorName = Field(default="local", description=EXECUTOR)
-    ray_address: str | None = Field(
-        default=None,
-        description="The Ray cluster to use, as host:port, or local for one that ends with this call. Without it, the "
-        "one that runs on this machine, else local.",
-    )
-
-    @model_validator(mode="after")
-    def _fit_each_other(self) -> Self:
-        if self.workers is not None and EXECUTORS[self.executor].is_elastic:
-            reason = "where as many runs go at a time as nodes have room for; leave it out"
-            refuse(self, {"workers": f"has no effect with {self.spelled('executor', self.executor)}, {reason}"})
-        for field in ("until_decided", "minutes"):
-            if getattr(self, field) and len(self.configs) > 1:
-                remedy = f"give one, or leave {self.spelled(field)} out"
-                refuse(self, {field: f"is of one study, and {len(self.configs)} are given; {remedy}"})
-        return self
 
 
 # --- somebody's own images --------------------------------------------------------------------------------------------
@@ -307,7 +241,7 @@ class TrainRequest(Request):
     output: Path = Field(
         default=DEFAULT_OUTPUT, description="The folder for results. Each call makes a numbered folder in it."
     )
-    smoke: bool = Field(default=False, description=_SMOKE)
+    smoke: bool = Field(default=False, description=SMOKE)
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:

@@ -13,11 +13,10 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from peft_vit.base.errors import UserError, checked
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.tune_request import TuneRequest
 from peft_vit.runs.costs.time_limit import Limit
-from peft_vit.runs.records.storage import write_whole
 
 TUNE_FILE, MODEL_FOLDER, STUDIES_FOLDER = "tune.json", "model", "studies"
 SHARES = {"look": 0.02, "machine": 0.03, "sizes": 0.15}  # of the time; all else trains, and writes the model

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from peft_vit.base.errors import os_fault
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import checkpoint_folders, make_folder, read_bytes, write_whole
 from peft_vit.core.records import RunRecord
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.records.progress import (
@@ -28,16 +28,7 @@ from peft_vit.runs.records.progress import (
     run_status,
     study_lock,
 )
-from peft_vit.runs.records.storage import (
-    DELIVERED_FILE,
-    RECORD_FILE,
-    checkpoint_folders,
-    delivered_run,
-    make_folder,
-    read_record,
-    single_run,
-    write_whole,
-)
+from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, delivered_run, read_record, single_run
 
 if TYPE_CHECKING:
     from peft_vit.data import ImageIndex

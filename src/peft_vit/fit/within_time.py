@@ -28,14 +28,14 @@ from peft_vit.core.tasks import (
     thresholds_of,
 )
 from peft_vit.core.tasks.calibration import calibrate
-from peft_vit.runs.scheduling.deadline import Deadline
-from peft_vit.runs.scheduling.plan import Plan, plan_study
-from peft_vit.runs.scheduling.profiling import measure_step
-from peft_vit.runs.scheduling.scheduler import drive
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
+from peft_vit.runs.scheduling.deadline import Deadline
+from peft_vit.runs.scheduling.plan import Plan, plan_study
+from peft_vit.runs.scheduling.profiling import measure_step
+from peft_vit.runs.scheduling.scheduler import drive
 
 
 @dataclass(frozen=True)

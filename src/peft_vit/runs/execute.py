@@ -86,8 +86,9 @@ from peft_vit.core.training import (
     steps_per_epoch,
     train,
 )
+from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict, predict_with_middle
-from peft_vit.data import Data, LabelledImages, load_data
+from peft_vit.data import load_data
 from peft_vit.runs import kept_products
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.held_out import Outputs, calibration_of, known_images

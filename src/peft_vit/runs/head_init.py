@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
 
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.core.backbones import Head
 from peft_vit.core.records import Decision, Metrics, Provenance, RunSpec
@@ -35,11 +35,10 @@ from peft_vit.core.training import (
     held_out_fit,
     loss_weights,
 )
-from peft_vit.data import Data, LabelledImages
+from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION, decoders
 from peft_vit.runs.held_out import PRIOR
 from peft_vit.runs.machine import instruction_limits
-from peft_vit.runs.records.storage import write_atomically
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept

@@ -20,11 +20,12 @@ from peft_vit.base.statistics import (
     prediction_sets,
     probabilities,
 )
+from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.records import FEWEST_HELD_OUT, Calibrated, Decision, RunRecord, TestedCalibration, Unlike
 from peft_vit.core.tasks import SHOWN, Labels, Task
 from peft_vit.core.tasks.calibration import calibrate
-from peft_vit.data import Data, LabelledImages, stratified_draw
+from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.runs.known_images import neighbours_bytes, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE, RECORD_FILE
 

@@ -11,13 +11,12 @@ import math
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.core.adapters.products import ProductTimes, measure_products
 from peft_vit.core.config import Precision
 from peft_vit.core.quantization.integers import Bits, Product, ProductName
 from peft_vit.runs.machine import instruction_limits, processor_name
-from peft_vit.runs.records.storage import write_atomically
 
 _log = logging.getLogger(__name__)
 

@@ -14,15 +14,14 @@ from torch import nn
 
 from peft_vit.base.errors import SilentNoEffectWarning
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.core.adapters import adapted_modules, merge_into_offsets, update_ranks
+from peft_vit.base.statistics.drawing import stratified_draw
+from peft_vit.core.adapters import adapted_modules, merge_into_offsets, plain_model, update_ranks
 from peft_vit.core.backbones import LoadedBackbone, choose_attention
 from peft_vit.core.records import AdapterRemoval, RunSpec
 from peft_vit.core.tasks import CLASSIFICATION, Task
 from peft_vit.core.training import Overhead, RuntimeConfig
+from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import forward_s, measure_ablation
-from peft_vit.data import Data, LabelledImages, stratified_draw
-from peft_vit.deploy import merge
-from peft_vit.deploy.restore import model_card
 
 _BATCH = 32  # images of a forward pass without an update
 
@@ -93,7 +92,8 @@ def _deployed(
     """
     layers = [module for _, module in adapted_modules(model) if module.quantized is not None]
     if not layers:
-        merged = merge(model, model_card(spec, backbone, data.class_names)).model
+        outputs = data.task.head_width(data.class_names)
+        merged = plain_model(model, backbone.architecture, spec.data.image_size, outputs)
         choose_attention(merged, runtime.device, runtime.precision)
         return merged
     if any(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):

@@ -6,8 +6,8 @@ import pytest
 
 from peft_vit.core.config import METHOD_KINDS, StudyConfig, load_study, study_from_mapping
 from peft_vit.core.records import RunSpec
-from peft_vit.lab.analysis.study_yaml import study_yaml
 from peft_vit.runs.records.storage import read_record, write_record
+from peft_vit.runs.records.study_yaml import study_yaml
 
 ADALORA = {
     "total_rank_budget": 288,

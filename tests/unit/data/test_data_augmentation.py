@@ -12,7 +12,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator, torch_generator
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS, Augmentation
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
-from peft_vit.data import LabelledImages, check_augmentation, mixed
+from peft_vit.core.training.images import LabelledImages, check_augmentation, mixed
 
 pytestmark = pytest.mark.part("runner")
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)

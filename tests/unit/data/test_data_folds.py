@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from written_images import index_of
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.statistics.drawing import deal_folds
 from peft_vit.core.config import DataConfig
 from peft_vit.data import load_data, make_splits
-from peft_vit.data.splits import deal_folds
 
 SETS = st.integers(5, 60).flatmap(
     lambda n: st.tuples(

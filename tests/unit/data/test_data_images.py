@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.v2.functional import normalize
 
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS
-from peft_vit.data import HoldoutImages, LabelledImages
+from peft_vit.core.training.images import HoldoutImages, LabelledImages
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 

@@ -9,8 +9,9 @@ from pyarrow import parquet
 from written_images import save
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.statistics.drawing import deal_folds, stratified_draw
 from peft_vit.core.config import DataConfig
-from peft_vit.data import deal_folds, find_images, inspect_images, make_splits, open_index, stratified_draw
+from peft_vit.data import find_images, inspect_images, make_splits, open_index
 
 FILES = [f"{number:02}.png" for number in range(12)]
 

@@ -8,9 +8,10 @@ from written_images import index_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator
+from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.config import DataConfig
 from peft_vit.data import class_gaps, make_splits
-from peft_vit.data.splits import Splits, stratified_draw
+from peft_vit.data.splits import Splits
 
 
 def config(**settings):

@@ -11,7 +11,8 @@ from tiny_models import CARD
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
-from peft_vit.data import normalised, open_index, to_pixels
+from peft_vit.core.training.images import normalised
+from peft_vit.data import open_index, to_pixels
 from peft_vit.deploy import Classifier, predict_files
 
 

@@ -12,11 +12,11 @@ from peft_vit.core.methods import check
 from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Progress, steps_per_epoch
 from peft_vit.data import make_splits, open_index
-from peft_vit.runs.scheduling.plan import plan_study, spec_of
-from peft_vit.runs.scheduling.profiling import costs_of, measure_costs
 from peft_vit.runs.costs import calibration_run as calibration_runs
 from peft_vit.runs.costs.calibration_run import Costs, calibration_run, keep_costs, known_costs
 from peft_vit.runs.execute import run_one
+from peft_vit.runs.scheduling.plan import plan_study, spec_of
+from peft_vit.runs.scheduling.profiling import costs_of, measure_costs
 
 pytestmark = pytest.mark.part("runner")
 

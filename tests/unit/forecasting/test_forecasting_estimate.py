@@ -10,13 +10,13 @@ from written_runs import run_and_write
 
 from peft_vit.core.backbones import describe
 from peft_vit.data import open_index
-from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.scheduling.profiling import measure_throughput
 from peft_vit.runs.costs.calibration_run import Costs, keep_costs
 from peft_vit.runs.costs.estimate import EstimateRequest, Line, Probe, Throughput, Workload, experiment_products
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
 from peft_vit.runs.costs.time_limit import fit, makespan
 from peft_vit.runs.records.storage import write_record
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.scheduling.profiling import measure_throughput
 
 pytestmark = pytest.mark.part("runner")
 

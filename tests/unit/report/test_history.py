@@ -11,11 +11,10 @@ import pytest
 
 from peft_vit.base.errors import UserError
 from peft_vit.cli import main
-from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo
+from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows
 from peft_vit.lab.analysis.layers import allocations, importance_patterns
 from peft_vit.lab.analysis.studies import load_studies
 from peft_vit.lab.report.result_tables import export_history, history_table
-from peft_vit.runs.records.run_rows import history_rows
 
 pytestmark = pytest.mark.part("importance analysis")
 KEPT = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_top_k_fisher")

@@ -14,12 +14,13 @@ import pytest
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from peft_vit.base.statistics.reliability import Bin
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import WIDTHS_IN, Canvas, draw, publication_files, publication_style
+from peft_vit.deploy.page.files import captions
 from peft_vit.lab.analysis import Analysis, analyze
-from peft_vit.lab.analysis.reliability import Bin
-from peft_vit.lab.report.build import captions, study_documents
+from peft_vit.lab.report.build import study_documents
 from peft_vit.lab.report.lines import reliability_diagram
 
 HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"

@@ -16,8 +16,8 @@ from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.records.storage import ADAPTER_FILE, run_folder
+from peft_vit.runs.scheduling.plan import plan_study
 
 
 def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:

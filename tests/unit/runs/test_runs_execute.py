@@ -14,13 +14,13 @@ from peft_vit.base.errors import DivergedError, UserError
 from peft_vit.core.adapters import current_ranks
 from peft_vit.core.adapters.footprint import trainable_parameters
 from peft_vit.core.backbones import load_run_backbone
-from peft_vit.data import HoldoutImages
+from peft_vit.core.training.images import HoldoutImages
 from peft_vit.runs import execute as run
 from peft_vit.runs import machine
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.machine import git_state, hash_arrays, package_versions
 from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 METHODS = ("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS, QaLoraConfig
 from peft_vit.core.training import QALoRATrainer, RuntimeConfig, head_inputs
-from peft_vit.data import LabelledImages
-from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.core.training.images import LabelledImages
 from peft_vit.runs.head_init import SharedFeatures
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 PROVENANCE = {

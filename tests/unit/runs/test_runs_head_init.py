@@ -8,8 +8,9 @@ from done_runs import restored, with_data, with_settings
 
 from peft_vit.core.adapters import current_ranks
 from peft_vit.core.config import PROBE_L2
+from peft_vit.core.training.images import HoldoutImages
 from peft_vit.core.training.metrics import predict
-from peft_vit.data import HoldoutImages, load_data
+from peft_vit.data import load_data
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs import execute as run_module
 from peft_vit.runs.records.storage import run_folder

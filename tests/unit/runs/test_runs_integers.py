@@ -12,7 +12,7 @@ from peft_vit.core.adapters import use_integer_products
 from peft_vit.core.adapters.products import ProductTimes
 from peft_vit.core.config import MeasuresConfig
 from peft_vit.deploy import merge
-from peft_vit.lab.report.summary import caveats
+from peft_vit.deploy.page.provenance import caveats
 from peft_vit.runs import kept_products
 from peft_vit.runs.scheduling.plan import plan_study
 

@@ -20,8 +20,8 @@ from peft_vit.core.config import ExperimentConfig, StudyConfig
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.export import export_run_to_peft
 from peft_vit.deploy.restore import restore_run
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.records.storage import run_folder
+from peft_vit.runs.scheduling.plan import plan_study
 
 peft = pytest.importorskip("peft")
 TUNERS: dict[str, dict[str, Any]] = {

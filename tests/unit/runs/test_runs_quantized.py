@@ -15,8 +15,8 @@ from peft_vit.core.backbones import weights as tensor_file
 from peft_vit.core.config import BackboneConfig
 from peft_vit.core.training import Calibration
 from peft_vit.runs import execute
-from peft_vit.runs.scheduling.plan import smoke_study
 from peft_vit.runs.records.storage import ADAPTER_FILE, run_folder
+from peft_vit.runs.scheduling.plan import smoke_study
 
 pytestmark = pytest.mark.part("quantization")
 

@@ -10,16 +10,16 @@ import pytest
 from done_runs import with_data, with_settings
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import StartingRanksConfig
 from peft_vit.core.training import Checkpoints, CheckpointWarning, Interrupted, StartingRanks
 from peft_vit.core.training.checkpoint import write_checkpoint
 from peft_vit.data import load_data
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.execute import _ALIKE, _THE_SAME
 from peft_vit.runs.records.run_rows import outcome_digest
-from peft_vit.runs.records.storage import checkpoint_folders
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

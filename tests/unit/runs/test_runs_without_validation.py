@@ -20,8 +20,8 @@ from peft_vit.lab.analysis.studies import load_studies
 from peft_vit.lab.report import build_report
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import head_init, run_one
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.records.storage import run_folder
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

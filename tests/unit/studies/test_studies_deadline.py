@@ -9,12 +9,12 @@ from fake_study import done_record, failed_record, fake_adapter, fake_config, fa
 
 from peft_vit.cli.model_commands import EXAMPLES
 from peft_vit.core.config import load_study
-from peft_vit.runs.scheduling.deadline import Deadline
-from peft_vit.runs.scheduling.scheduler import drive as drive_study
 from peft_vit.runs.costs.estimate import Estimate
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
 from peft_vit.runs.records.progress import look_at, study_lock, study_status
+from peft_vit.runs.scheduling.deadline import Deadline
+from peft_vit.runs.scheduling.scheduler import drive as drive_study
 
 pytestmark = pytest.mark.part("runner")
 

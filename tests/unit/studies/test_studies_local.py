@@ -15,10 +15,10 @@ from PIL import Image
 
 from peft_vit.base.errors import UserError
 from peft_vit.runs import run_one
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
 from peft_vit.runs.executors.local import LocalExecutor
 from peft_vit.runs.records.run_rows import outcome_digest
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

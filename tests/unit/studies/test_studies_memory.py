@@ -9,9 +9,9 @@ from small_methods import study_mapping
 
 from peft_vit.core.config import study_from_mapping
 from peft_vit.runs import run_one
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.executors import RunEnded
 from peft_vit.runs.executors.local import LocalExecutor
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

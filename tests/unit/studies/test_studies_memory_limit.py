@@ -9,15 +9,15 @@ import yaml
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones import describe
-from peft_vit.fit.commands import run_studies
-from peft_vit.fit.request import RunRequest
+from peft_vit.lab.request import RunRequest
+from peft_vit.lab.studies import run_studies
 from peft_vit.runs import run_one
+from peft_vit.runs.costs.memory_limit import StepCost, model_bytes
+from peft_vit.runs.records.storage import read_record, read_study_file, write_study_file
 from peft_vit.runs.scheduling import profiling
 from peft_vit.runs.scheduling.plan import plan_study, spec_of
 from peft_vit.runs.scheduling.profiling import measure_step
 from peft_vit.runs.scheduling.scheduler import study_file
-from peft_vit.runs.costs.memory_limit import StepCost, model_bytes
-from peft_vit.runs.records.storage import read_record, read_study_file, write_study_file
 
 pytestmark = pytest.mark.part("runner")
 

@@ -11,9 +11,9 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.config import PROBE_L2
 from peft_vit.core.tasks import metric_of
 from peft_vit.data import ImageIndex, make_splits
+from peft_vit.runs.records.storage import read_record, run_folder, write_record, write_study_file
 from peft_vit.runs.scheduling.plan import plan_study, smoke_study
 from peft_vit.runs.scheduling.scheduler import study_file
-from peft_vit.runs.records.storage import read_record, run_folder, write_record, write_study_file
 
 pytestmark = pytest.mark.part("runner")
 

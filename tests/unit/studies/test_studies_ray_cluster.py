@@ -7,12 +7,12 @@ import pytest
 import ray
 
 from peft_vit.base.errors import UserError
-from peft_vit.fit.commands import run_studies
-from peft_vit.fit.request import RunRequest
-from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.lab.request import RunRequest
+from peft_vit.lab.studies import run_studies
 from peft_vit.runs.executors import open_executor
 from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
 from peft_vit.runs.executors.ray_task import Place
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

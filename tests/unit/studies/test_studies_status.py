@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vit.base.errors import UserError
-from peft_vit.runs.scheduling.scheduler import StudyStore, study_file
 from peft_vit.runs.executors import Notice
 from peft_vit.runs.records.progress import (
     PROGRESS_FILE,
@@ -32,6 +31,7 @@ from peft_vit.runs.records.progress import (
     study_status,
 )
 from peft_vit.runs.records.storage import read_record, write_result, write_study_file
+from peft_vit.runs.scheduling.scheduler import StudyStore, study_file
 
 pytestmark = pytest.mark.part("runner")
 

@@ -8,8 +8,8 @@ from golden import check_golden
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import StudyFile
-from peft_vit.runs.scheduling.scheduler import go_on, study_file
 from peft_vit.runs.records.storage import RECORD_FILE, STUDY_FILE, read_study_file, write_study_file
+from peft_vit.runs.scheduling.scheduler import go_on, study_file
 
 pytestmark = pytest.mark.part("runner")
 

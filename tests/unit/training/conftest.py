@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_vit.core.training import RuntimeConfig
-from peft_vit.data import Data, HoldoutImages, LabelledImages
+from peft_vit.core.training.images import Data, HoldoutImages, LabelledImages
 
 
 @pytest.fixture

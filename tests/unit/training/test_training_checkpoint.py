@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.training import CheckpointKeeper, Checkpoints, CheckpointWarning, State, checkpoint
 from peft_vit.core.training.checkpoint import read_checkpoint, tensors_sha256, write_checkpoint
-from peft_vit.runs.records.storage import checkpoint_folders
 
 pytestmark = pytest.mark.part("runner")
 FILES = ("tensors.safetensors", "state.json")

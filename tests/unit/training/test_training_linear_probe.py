@@ -15,7 +15,7 @@ from peft_vit.core.backbones import find_sites
 from peft_vit.core.tasks import REGRESSION
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.core.training import FLIP_AXES, Features, can_hold_out, fit_probe, head_inputs, head_logits, held_out_fit
-from peft_vit.data import LabelledImages
+from peft_vit.core.training.images import LabelledImages
 
 pytestmark = pytest.mark.part("runner")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike
@@ -40,3 +43,16 @@ def spearman(left: ArrayLike, right: ArrayLike) -> float | None:
     product = centered @ centered.T  # (2, 2) multiples of 1/4, so exact, and equal lists have a rho of exactly 1
     outer = float(np.sqrt(product[0, 0] * product[1, 1]))
     return float(np.clip(product[0, 1] / outer, -1.0, 1.0)) if outer > 0 else None
+
+
+def grouped(pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, list[_Value]]:
+    """Return key -> all its values, by the first one of each."""
+    groups: dict[_Key, list[_Value]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+_Key = TypeVar("_Key")
+
+_Value = TypeVar("_Value")

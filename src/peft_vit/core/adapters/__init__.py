@@ -10,6 +10,7 @@ from peft_vit.core.adapters.adapted_model import (
     merge_into_offsets,
     merged_state_dict,
     packed_weights,
+    plain_model,
     save_memory,
     site_adapters,
     update_ranks,

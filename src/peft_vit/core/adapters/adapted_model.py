@@ -37,6 +37,8 @@ from peft_vit.core.adapters.peft_layers import (
 )
 from peft_vit.core.adapters.products import product_here
 from peft_vit.core.backbones import Backbone, Site
+from peft_vit.core.backbones.catalog import create_skeleton
+from peft_vit.core.backbones.families.family import Architecture
 from peft_vit.core.quantization import QuantizedTensor, quantize, relative_error
 from peft_vit.core.quantization.integers import IntegerWeight, Product, exact_products
 
@@ -357,6 +359,21 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if base.bias is not None:
             state[f"{name}.bias"] = base.bias.detach()
     return state
+
+
+def plain_model(model: nn.Module, architecture: Architecture, image_size: int, outputs: int) -> nn.Module:
+    """Return a plain model of its library with the weights that a model has, updates and low bits included.
+
+    Args:
+        model: with adapters; it stays as it is.
+        architecture: its backbone's.
+        image_size: in pixels.
+        outputs: of the head.
+    """
+    plain = create_skeleton(architecture, image_size, outputs)
+    plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
+    built: nn.Module = plain.requires_grad_(False).eval()
+    return built
 
 
 def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = None) -> dict[str, float]:

@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.base.errors import SilentNoEffectWarning, UserError, os_fault
-from peft_vit.base.files import read_bytes
+from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.core.adapters.adapted_model import AdaptedLinear, adapted_modules, site_adapters
 from peft_vit.core.adapters.adapter_file import read_safetensors, trained_tensors
 from peft_vit.core.adapters.attach import attach_adapters
@@ -42,7 +42,6 @@ from peft_vit.core.adapters.peft_layers import PREFIX, check_plain, is_plain, pe
 from peft_vit.core.adapters.peft_tuner import tuner_export
 from peft_vit.core.backbones import Backbone, Site, find_sites, fused_sites
 from peft_vit.core.config import CARD_FILE, PEFT_FILE
-from peft_vit.runs.records.storage import write_atomically
 
 CONFIG_FILE = PEFT_FILE
 TENSORS_FILE = "adapter_model.safetensors"

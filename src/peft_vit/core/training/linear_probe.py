@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator
+from peft_vit.base.statistics.drawing import deal_folds
 from peft_vit.core.backbones import Backbone, Head, evaluating, fill_head
 from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import PROBE_L2
@@ -36,8 +37,8 @@ from peft_vit.core.tasks import CLASSIFICATION, DecidingMetric, Task
 from peft_vit.core.tasks.task import Floats, Labels
 from peft_vit.core.training.halves import forward_in_halves
 from peft_vit.core.training.hooks import RuntimeConfig
+from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import autocast
-from peft_vit.data import LabelledImages, deal_folds
 
 _FOLDS = 5
 # The axes of each of the equally likely ways in which an image is shown in training.

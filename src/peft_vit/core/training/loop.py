@@ -40,6 +40,7 @@ from peft_vit.core.training.checkpoint import (
 )
 from peft_vit.core.training.halves import loss_in_halves, takes_halves
 from peft_vit.core.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig, call_each
+from peft_vit.core.training.images import Data, mixed
 from peft_vit.core.training.metrics import autocast, predict
 from peft_vit.core.training.optimization import (
     blocks_of,
@@ -49,7 +50,6 @@ from peft_vit.core.training.optimization import (
     optimization_step,
     recomputed,
 )
-from peft_vit.data import Data, mixed
 
 
 @dataclass

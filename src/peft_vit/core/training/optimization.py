@@ -28,7 +28,7 @@ from peft_vit.core.backbones import Backbone
 from peft_vit.core.backbones.passes import own_forwards
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.training.hooks import Hook, Overhead, call_each
-from peft_vit.data import Data
+from peft_vit.core.training.images import Data
 
 _WARMUP_STEPS = 20  # of warmup_stable_decay, or a tenth of the run
 _ONE_CYCLE_SHARE = 0.3  # of the steps, for the way up

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.data.files import cache_fault
 from peft_vit.data.pixels import on_white
-from peft_vit.runs.records.storage import write_atomically
 
 _COLUMNS = ("image", "img", "path", "file")
 _CHANNELS = (1, 3, 4)

@@ -30,8 +30,8 @@ from peft_vit.core.adapters import (
     adapted_modules,
     merge_by_requantizing,
     merge_into_offsets,
-    merged_state_dict,
     packed_weights,
+    plain_model,
     use_float_products,
 )
 from peft_vit.core.adapters.adapter_file import read_safetensors
@@ -85,7 +85,7 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     """
     layers = [module for _, module in adapted_modules(model) if module.quantized is not None]
     if not layers:
-        return Merged(with_float_weights(model, card), "float", {})
+        return Merged(plain_model(model, card.architecture, card.image_size, len(card.class_names)), "float", {})
     merged = copy.deepcopy(model)
     use_float_products(merged)  # files say how they are computed with
     if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
@@ -98,13 +98,6 @@ def check_merged(model: nn.Module) -> None:
     for name, module in adapted_modules(model):
         if module.sites or (module.quantized is not None and module.weight is not None):
             raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
-
-
-def with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
-    """Return a plain model of its library with the weights that a model has, updates and low bits included."""
-    plain = create_skeleton(card.architecture, card.image_size, len(card.class_names))
-    plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
-    return plain.requires_grad_(False).eval()
 
 
 def torch_classifier(model: nn.Module, card: ModelCard, known: Neighbours | None = None) -> Classifier:
@@ -277,7 +270,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neig
     Raises:
         UserError: if the folder holds files, or can't be written to.
     """
-    plain: Any = with_float_weights(model, card)
+    plain: Any = plain_model(model, card.architecture, card.image_size, len(card.class_names))
     with os_fault("can't be written to", folder, remedy="choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

@@ -28,7 +28,6 @@ from numpy.typing import ArrayLike
 
 from peft_vit.core.config import METHOD_KINDS
 from peft_vit.deploy.page.document import Drawing, Point, Raw, Series
-from peft_vit.lab.analysis import MethodResult
 
 T = TypeVar("T")
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6671", "#d8dee4", "#ffffff"
@@ -267,11 +266,6 @@ def quiet_grid(axes: Axes, axis: str = "both") -> None:
     axes.grid(True, axis=axis)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-
-
-def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:
-    """Return experiment -> mean validation accuracy, of those that have validation images."""
-    return {m.experiment.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}
 
 
 def leading(

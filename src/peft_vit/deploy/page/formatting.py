@@ -6,11 +6,10 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from peft_vit.base.statistics import Interval
 from peft_vit.core.tasks import DecidingMetric, Scores
-from peft_vit.lab.analysis.comparison import CostName
 
 T = TypeVar("T")
 _MINUS = "\u2212"
@@ -143,20 +142,3 @@ def megabytes(value: float) -> str:
 def joined(names: Iterable[str]) -> str:
     """Return names as a list in prose."""
     return ", ".join(names)
-
-
-class CostWords(NamedTuple):
-    """How a cost is written: in a table, and in the text of a value."""
-
-    what: str
-    write: Callable[[float], str]
-    unit: str = ""  # what a value alone does not say
-    scale: float = 1.0  # of an axis
-
-
-COSTS: dict[CostName, CostWords] = {
-    "final_parameters": CostWords("trainable parameters", count, " trainable parameters"),
-    "stored_bytes": CostWords("bytes to store", megabytes, " to store", 1e-6),
-    "seconds_per_step": CostWords("seconds a step", lambda s: f"{fixed(s, 3)} s"),
-    "latency_s": CostWords("latency of one image", lambda s: f"{fixed(1000 * s, 1)} ms"),
-}

@@ -15,13 +15,13 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
 from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
+from peft_vit.deploy.page.lines import Line, draw_reliability, learning_curves
 from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
 from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
+from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
 from peft_vit.deploy.page.trained import beside_the_probe, test_score
-from peft_vit.lab.report.lines import Line, draw_reliability, learning_curves
-from peft_vit.lab.report.summary import caveats, images_name, run_provenance, settings
 
 CARD_FILE = "card.md"
 OUTPUTS, WRONG, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from peft_vit.base.statistics import Interval, proportion_interval
+from peft_vit.base.statistics.reliability import Bin, equal_count_bins
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.lab.analysis.reliability import Bin, equal_count_bins
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
 _LEAST_BINS = 3

@@ -17,10 +17,9 @@ from rich.table import Table as TextTable
 from rich.text import Text
 
 from peft_vit.base.errors import UserError, os_fault, printable
-from peft_vit.base.files import refuse_existing
+from peft_vit.base.files import refuse_existing, write_atomically
 from peft_vit.deploy.page.document import Paragraph, Table
 from peft_vit.runs.records.run_rows import as_csv
-from peft_vit.runs.records.storage import write_atomically
 
 _WIDEST = 10_000  # columns; more than any table needs
 

@@ -26,11 +26,10 @@ import PIL
 from markupsafe import Markup
 
 from peft_vit.base.errors import UserError, os_fault
-from peft_vit.base.files import read_bytes, whole_folder
+from peft_vit.base.files import read_bytes, whole_folder, write_atomically
 from peft_vit.base.packages import ONNXRUNTIME_WEB, fetch_npm
 from peft_vit.core.tasks import TASKS
 from peft_vit.deploy.page.html import as_json, rendered, script_hash
-from peft_vit.runs.records.storage import write_atomically
 
 if TYPE_CHECKING:
     from peft_vit.deploy import ModelCard

@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.statistics.estimates import Estimate
 from peft_vit.base.statistics.sequential import SequentialResult
-from peft_vit.lab.analysis.comparison import (
-    AllPairs,
-    Estimate,
-    Front,
-    MethodResult,
-    Pair,
-    all_pairs,
-    fronts,
-    method_results,
-)
+from peft_vit.lab.analysis.comparison import AllPairs, Front, MethodResult, Pair, all_pairs, fronts, method_results
 from peft_vit.lab.analysis.evidence import Evidence
 from peft_vit.lab.analysis.findings import Finding, find
 from peft_vit.lab.analysis.layers import Allocation, ImportancePattern, importance_patterns, study_agreements

@@ -21,19 +21,13 @@ from typing import Any, Literal, get_args
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval, Verdict, stratified_mean
+from peft_vit.base.statistics.descriptive import grouped
+from peft_vit.base.statistics.estimates import DECIMALS, Estimate, decide
 from peft_vit.core.tasks import Scores
-from peft_vit.lab.analysis.comparison import (
-    DECIMALS,
-    Estimate,
-    MethodResult,
-    compare,
-    decide,
-    method_results,
-    references,
-)
+from peft_vit.lab.analysis.comparison import MethodResult, compare, method_results, references
 from peft_vit.lab.analysis.layers import importance_patterns, study_agreements
 from peft_vit.lab.analysis.stopping import compare_all
-from peft_vit.lab.analysis.studies import Run, Study, grouped, load_studies
+from peft_vit.lab.analysis.studies import Run, Study, load_studies
 
 PoolKind = Literal["configurations", "precision", "versions", "splits", "weights", "timings"]
 POOL_KINDS: tuple[PoolKind, ...] = get_args(PoolKind)

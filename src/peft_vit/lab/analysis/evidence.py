@@ -18,17 +18,10 @@ from typing import Any
 import numpy as np
 
 from peft_vit.base.statistics import mean_interval, spearman
+from peft_vit.base.statistics.descriptive import grouped
+from peft_vit.base.statistics.estimates import Estimate, together
 from peft_vit.core.config import ExperimentConfig
-from peft_vit.lab.analysis.comparison import (
-    Estimate,
-    Value,
-    accuracy_on_test,
-    compare,
-    references,
-    same_problem,
-    same_source,
-    together,
-)
+from peft_vit.lab.analysis.comparison import Value, accuracy_on_test, compare, references, same_problem, same_source
 from peft_vit.lab.analysis.layers import Allocation, allocations, fixed_lora_line, rank_entropy, rank_gini
 from peft_vit.lab.analysis.quantization import (
     FLOAT32_BITS,
@@ -37,7 +30,7 @@ from peft_vit.lab.analysis.quantization import (
     model_bytes,
     quantization_impacts,
 )
-from peft_vit.lab.analysis.studies import Run, Study, grouped
+from peft_vit.lab.analysis.studies import Run, Study
 
 OVERHEAD_LIMIT = 0.10  # over the steps' seconds without scoring and reallocation
 _FEWEST_SITES = 3  # with two, a rank correlation is 1 or -1 whatever they are

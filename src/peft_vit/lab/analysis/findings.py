@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from peft_vit.base.statistics import Verdict
-from peft_vit.lab.analysis.comparison import Estimate, decide
+from peft_vit.base.statistics.descriptive import grouped
+from peft_vit.base.statistics.estimates import Estimate, decide
 from peft_vit.lab.analysis.evidence import Evidence, NoDataError
 from peft_vit.lab.analysis.sentences import SENTENCES, Sentence
-from peft_vit.lab.analysis.studies import grouped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peft_vit.lab.analysis.studies import Run, Study, grouped, seeds_in_words
+from peft_vit.base.statistics.descriptive import grouped
+from peft_vit.lab.analysis.studies import Run, Study, seeds_in_words
 
 Group = Literal["both right", "only the best right", "only the baseline right", "both wrong"]
 GROUPS: tuple[Group, ...] = get_args(Group)

@@ -19,17 +19,10 @@ import scipy
 from numpy.typing import ArrayLike
 
 from peft_vit.base.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
+from peft_vit.base.statistics.estimates import Estimate, compare_values, decide, known_mean
 from peft_vit.core.config import SITE_MATRICES, AdaLoraConfig, ExperimentConfig
 from peft_vit.core.records import Role, SiteInfo
-from peft_vit.lab.analysis.comparison import (
-    SAME_SIZE,
-    Estimate,
-    compare_values,
-    decide,
-    known_mean,
-    same_problem,
-    same_source,
-)
+from peft_vit.lab.analysis.comparison import SAME_SIZE, same_problem, same_source
 from peft_vit.lab.analysis.studies import Run, Study
 
 

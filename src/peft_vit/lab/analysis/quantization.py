@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from peft_vit.base.statistics.estimates import Estimate, decide
 from peft_vit.core.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
 from peft_vit.core.records import QuantizationSummary
-from peft_vit.lab.analysis.comparison import Estimate, accuracy_on_test, compare, decide
+from peft_vit.lab.analysis.comparison import accuracy_on_test, compare
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.lab.analysis.studies import Run, Study
 

@@ -41,20 +41,13 @@ from numpy.typing import ArrayLike
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Verdict, mean_interval
+from peft_vit.base.statistics.descriptive import grouped
+from peft_vit.base.statistics.estimates import ALPHA, Estimate, Question, decide
 from peft_vit.base.statistics.intervals import mean_and_error
 from peft_vit.core.records import BenchRow
-from peft_vit.lab.analysis.comparison import (
-    ALPHA,
-    SAME_SIZE,
-    Estimate,
-    MethodResult,
-    Question,
-    compare,
-    decide,
-    method_results,
-)
+from peft_vit.lab.analysis.comparison import SAME_SIZE, MethodResult, compare, method_results
 from peft_vit.lab.analysis.stopping import ENDS, at_last_look, sequential_results
-from peft_vit.lab.analysis.studies import Run, Study, grouped
+from peft_vit.lab.analysis.studies import Run, Study
 
 Measure = Literal["bytes", "params", "latency"]
 Option = Literal["--max-bytes", "--max-params", "--max-step-time", "--max-latency"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from peft_vit.base.statistics.estimates import Kind, Question
 from peft_vit.lab.analysis import evidence
-from peft_vit.lab.analysis.comparison import Kind, Question
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.lab.analysis.evidence import Group, Measure, difference
 

@@ -14,9 +14,10 @@ from itertools import islice, takewhile
 from typing import Literal
 
 from peft_vit.base.statistics import Interval, Significance, Verdict
+from peft_vit.base.statistics.estimates import BY_LOOKS, Estimate, decide, together
 from peft_vit.base.statistics.sequential import Look, SequentialResult, SequentialTest, Stopped, StoppingRule, follow
 from peft_vit.core.config import FEWEST_PAIRS, StoppingConfig, StudyConfig
-from peft_vit.lab.analysis.comparison import BY_LOOKS, Estimate, accuracy_on_test, compare, decide, references, together
+from peft_vit.lab.analysis.comparison import accuracy_on_test, compare, references
 from peft_vit.lab.analysis.studies import Run, Study
 
 ENDS = {

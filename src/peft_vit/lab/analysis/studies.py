@@ -11,26 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from peft_vit.base.errors import DataWarning, UserError
+from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.core.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig, StudyConfig
 from peft_vit.core.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
 from peft_vit.core.tasks import Scores, scores_of
 from peft_vit.runs.records.progress import STATES_TO_COME, STATES_WITHOUT_RECORD, RunStatus, StudyStatus, run_of
 from peft_vit.runs.records.scan import Contents, Problem, read_contents
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-
-def grouped(pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, list[_Value]]:
-    """Return key -> all its values, by the first one of each."""
-    groups: dict[_Key, list[_Value]] = {}
-    for key, value in pairs:
-        groups.setdefault(key, []).append(value)
-    return groups
-
 
 # --- runs and what was planned ----------------------------------------------------------------------------------------
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
-from peft_vit.base.files import folder_below
+from peft_vit.base.files import folder_below, write_atomically
 from peft_vit.core.records import Metrics, RunRecord
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import write_atomically
 
 EVENTS_FILE = "events.out.tfevents.peft-vit"  # TensorBoard looks for "tfevents"; one name, so that a file is replaced
 _VERSION = "brain.Event:2"  # what an event file's first record says

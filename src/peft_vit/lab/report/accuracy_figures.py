@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.core.config import LoraConfig
 from peft_vit.core.tasks import Scores
 from peft_vit.deploy.page.document import Drawing, Raw
@@ -35,10 +36,8 @@ from peft_vit.deploy.page.figure import (
     draw,
     leading,
     quiet_grid,
-    validation_means,
 )
 from peft_vit.deploy.page.formatting import (
-    COSTS,
     better_question,
     counted,
     fixed,
@@ -49,8 +48,8 @@ from peft_vit.deploy.page.formatting import (
     signed,
 )
 from peft_vit.lab.analysis import Analysis, Estimate, MethodResult, Study
-from peft_vit.lab.analysis.comparison import CostName, Verdict
-from peft_vit.lab.analysis.studies import grouped
+from peft_vit.lab.analysis.comparison import CostName, Verdict, validation_means
+from peft_vit.lab.report.method_tables import COSTS
 
 _ROW_IN = 0.31
 ROWS = 40

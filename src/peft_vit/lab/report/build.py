@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from peft_vit.base.errors import os_fault
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, StudyDocument
-from peft_vit.deploy.page.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, leading, publication_files, validation_means
+from peft_vit.deploy.page.figure import leading
+from peft_vit.deploy.page.files import WrittenFiles, write_report
 from peft_vit.deploy.page.formatting import plain
-from peft_vit.deploy.page.html import write_html
-from peft_vit.deploy.page.markdown import escaped, figure_path, notice_parts, write_markdown
+from peft_vit.deploy.page.markdown import write_markdown
 from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
 from peft_vit.deploy.page.model_quality import model_quality
+from peft_vit.deploy.page.provenance import images_name
 from peft_vit.deploy.page.web_page import PAGE_FILE
 from peft_vit.lab.analysis import Analysis, Results, analyze, read_results, study_agreements
+from peft_vit.lab.analysis.comparison import validation_means
 from peft_vit.lab.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
 from peft_vit.lab.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
 from peft_vit.lab.report.example_images import Thumbnails, example_blocks
 from peft_vit.lab.report.heatmaps import importance_maps, rank_maps
 from peft_vit.lab.report.lines import loss_curves, reliability_diagram, stopping_blocks
-from peft_vit.lab.report.summary import images_name
-from peft_vit.runs.records.run_rows import as_csv
-from peft_vit.runs.records.storage import HTML_FILE, RECORD_FILE, single_run, write_atomically
+from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
 MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
 MAPS = 6
@@ -144,18 +143,6 @@ def _of_scores(analysis: Analysis) -> Iterator[Block]:
 
 
 @dataclass(frozen=True)
-class WrittenFiles:
-    """Where a page and what belongs to it lie."""
-
-    html: Path | None  # the page, complete in itself; None if only the summary was written
-    markdown: Path  # the summary, which shows the PNG files
-    figures: tuple[Path, ...]  # PNG and SVG files
-    figure_data: tuple[Path, ...]  # CSV files with the values that are drawn, as the page offers them
-    tables: tuple[Path, ...]  # CSV files with unrounded values
-    publication: tuple[Path, ...]  # figures for a paper and their captions; none unless requested
-
-
-@dataclass(frozen=True)
 class ReportFiles(WrittenFiles):
     """Where a report lies."""
 
@@ -240,62 +227,3 @@ def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelS
         to_web=f"peft-vit export {folder} --format web" if page is None else "",
         web="" if page is None else quote(Path(page).as_posix()),
     )
-
-
-def write_report(
-    documents: Sequence[StudyDocument],
-    markdown: Mapping[str, str],
-    output_dir: Path,
-    *,
-    page: bool = True,
-    publication: bool = False,
-) -> WrittenFiles:
-    """Write documents that were made: the page, one Markdown file by its name, and every figure and table.
-
-    Raises:
-        UserError: if the output can't be written.
-    """
-
-    def write(name: str, content: str | bytes) -> Path:
-        file = output_dir / name
-        write_atomically(file, content.encode() if isinstance(content, str) else content)
-        return file
-
-    with os_fault("can't be written to", output_dir, remedy="choose another --output"):
-        html = write(HTML_FILE, write_html(documents)) if page else None
-        figures, figure_data, tables, paper = [], [], [], []
-        for document in documents:
-            for drawing in document.drawings():
-                png = figure_path(document, drawing)
-                stem = png.removesuffix(".png")
-                figures += [write(png, drawing.png), write(f"{stem}.svg", drawing.svg)]
-                figure_data.append(write(f"{stem}.csv", as_csv(drawing.data)))
-                if publication:
-                    own = f"figures/publication/{document.slug}_{drawing.slug}"
-                    paper += [write(own + ending, content) for ending, content in publication_files(drawing)]
-            for table in document.tables():
-                tables.append(write(f"tables/{document.slug}_{table.slug}.csv", as_csv(table.data)))
-        (summary_file,) = (write(name, text) for name, text in markdown.items())
-        if publication:
-            paper.append(write("figures/publication/captions.md", captions(documents)))
-    return WrittenFiles(html, summary_file, tuple(figures), tuple(figure_data), tuple(tables), tuple(paper))
-
-
-def captions(documents: Sequence[StudyDocument]) -> str:
-    """Return captions.md of the figures for a paper, with sizes, below what is above a study's numbers."""
-    parts = [
-        "# Captions",
-        (
-            f"Each figure is here as PDF, SVG and PNG ({DPI} dots an inch), {WIDTHS_IN['one']} and {WIDTHS_IN['two']} "
-            "inches wide. Text is at least 6.5 points."
-        ),
-    ]
-    for document in documents:
-        parts += [f"## {escaped(document.label)}", *notice_parts(document)]
-        for drawing in document.drawings():
-            narrow, wide = drawing.narrow_height_in, drawing.height_in
-            size = f"{narrow:.1f} inches high in one column, {wide:.1f} in two"
-            size += f"; a page holds {PAGE_HEIGHT_IN} inches" if max(narrow, wide) > PAGE_HEIGHT_IN else ""
-            caption = f"**{escaped(drawing.title)}.** {escaped(drawing.caption)}"
-            parts += [f"### {document.slug}_{drawing.slug}", caption, f"({size})"]
-    return "\n\n".join(parts) + "\n"

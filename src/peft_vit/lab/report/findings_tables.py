@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import number_interval, plain, points_interval, scaled
-from peft_vit.deploy.page.tables import OVER_SEEDS, Column, csv_rows, only_in_file, table
+from peft_vit.deploy.page.tables import Column, csv_rows, only_in_file, table
 from peft_vit.lab.analysis.findings import Conclusion, Finding, conclude
+from peft_vit.lab.report.columns import OVER_SEEDS
 
 HOW = (
     "Each sentence is worded so that a positive estimate supports it. 'Not decided' means that these runs cannot tell, "

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from peft_vit.base.statistics.estimates import known_mean
 from peft_vit.deploy.page.document import Table
 from peft_vit.deploy.page.formatting import count, fixed, known, number_interval, percent, plain
-from peft_vit.deploy.page.tables import FAMILY_NOTE, OVER_SEEDS, Column, cross_table, interval_columns, table
+from peft_vit.deploy.page.tables import Column, cross_table, interval_columns, table
 from peft_vit.lab.analysis import Allocation, ImportancePattern
-from peft_vit.lab.analysis.comparison import SAME_SIZE, known_mean
+from peft_vit.lab.analysis.comparison import SAME_SIZE
 from peft_vit.lab.analysis.layers import SETTLED_AT, seed_agreements
+from peft_vit.lab.report.columns import FAMILY_NOTE, OVER_SEEDS
 from peft_vit.lab.report.method_tables import differences_table
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
+from peft_vit.base.statistics.estimates import BY_LOOKS
+from peft_vit.base.statistics.reliability import BINS
 from peft_vit.base.statistics.sequential import SequentialResult
 from peft_vit.core.config import StoppingConfig
 from peft_vit.core.tasks import Scores
 from peft_vit.deploy.page.document import Block, Paragraph, Raw, Table
 from peft_vit.deploy.page.formatting import (
-    COSTS,
     better_above,
     better_question,
     count,
@@ -27,27 +29,22 @@ from peft_vit.deploy.page.formatting import (
     score_interval,
     score_of,
 )
-from peft_vit.deploy.page.tables import (
+from peft_vit.deploy.page.tables import Column, csv_rows, interval_columns, only_in_file, own_interval_columns, table
+from peft_vit.lab.analysis import AllPairs, Calibration, Estimate, Front, MethodResult, Pair
+from peft_vit.lab.analysis.comparison import CostName
+from peft_vit.lab.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
+from peft_vit.lab.analysis.reliability import MEASURES, OVERCONFIDENCE, Measure
+from peft_vit.lab.analysis.stopping import ENDS, p_value_of, repeated_interval
+from peft_vit.lab.report.columns import (
     EXPERIMENT,
     FAMILY_NOTE,
     OVER_SEEDS,
-    Column,
     comparison_values,
-    csv_rows,
-    interval_columns,
     interval_of,
     mean_of,
-    only_in_file,
-    own_interval_columns,
-    table,
     tested,
     to_thousandths,
 )
-from peft_vit.lab.analysis import AllPairs, Calibration, Estimate, Front, MethodResult, Pair
-from peft_vit.lab.analysis.comparison import BY_LOOKS
-from peft_vit.lab.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
-from peft_vit.lab.analysis.reliability import BINS, MEASURES, OVERCONFIDENCE, Measure
-from peft_vit.lab.analysis.stopping import ENDS, p_value_of, repeated_interval
 
 DECIDED_UP_TO = 40  # rows; the CSV file has every pair
 QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a sequential result and of its looks
@@ -411,3 +408,20 @@ def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig
         f"{100 * stopping.level:g} % one-sided; intervals are repeated ones of {100 - 200 * stopping.level:g} %: those "
         "of all looks of a comparison hold together.",
     )
+
+
+class CostWords(NamedTuple):
+    """How a cost is written: in a table, and in the text of a value."""
+
+    what: str
+    write: Callable[[float], str]
+    unit: str = ""  # what a value alone does not say
+    scale: float = 1.0  # of an axis
+
+
+COSTS: dict[CostName, CostWords] = {
+    "final_parameters": CostWords("trainable parameters", count, " trainable parameters"),
+    "stored_bytes": CostWords("bytes to store", megabytes, " to store", 1e-6),
+    "seconds_per_step": CostWords("seconds a step", lambda s: f"{fixed(s, 3)} s"),
+    "latency_s": CostWords("latency of one image", lambda s: f"{fixed(1000 * s, 1)} ms"),
+}

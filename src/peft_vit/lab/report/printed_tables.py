@@ -8,7 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from peft_vit.base.errors import UserError, os_fault
+from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics.descriptive import grouped
+from peft_vit.base.statistics.estimates import Estimate, together
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.records import BenchRow
 from peft_vit.deploy.page.document import Paragraph, Raw, Table
@@ -27,9 +30,8 @@ from peft_vit.deploy.page.formatting import (
     score_of,
 )
 from peft_vit.deploy.page.printed import print_blocks, print_with_rows
-from peft_vit.deploy.page.tables import OTHER_SEEDS, Column, table
+from peft_vit.deploy.page.tables import Column, table
 from peft_vit.lab.analysis.across import Across, PoolKind
-from peft_vit.lab.analysis.comparison import Estimate, together
 from peft_vit.lab.analysis.recommendation import (
     SAME_SIZE,
     Candidate,
@@ -40,10 +42,10 @@ from peft_vit.lab.analysis.recommendation import (
     Violation,
     smallest_that_exists,
 )
-from peft_vit.lab.analysis.studies import Study, grouped
-from peft_vit.lab.analysis.study_yaml import study_yaml
+from peft_vit.lab.analysis.studies import Study
+from peft_vit.lab.report.columns import OTHER_SEEDS
 from peft_vit.lab.report.layer_tables import study_agreement_table
-from peft_vit.runs.records.storage import write_atomically
+from peft_vit.runs.records.study_yaml import study_yaml
 
 _SUFFIX = "-recommended"
 _CLEARLY = f"by more than {100 * SAME_SIZE:.0f} %"

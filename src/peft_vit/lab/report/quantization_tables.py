@@ -9,24 +9,13 @@ from typing import Any
 import numpy as np
 
 from peft_vit.base.statistics import mean_interval
+from peft_vit.base.statistics.estimates import outcome
 from peft_vit.deploy.page.document import Table
 from peft_vit.deploy.page.formatting import fixed, megabytes, percent_interval, points_interval
-from peft_vit.deploy.page.tables import (
-    EXPERIMENT,
-    FAMILY_NOTE,
-    OVER_SEEDS,
-    Column,
-    comparison_values,
-    cross_table,
-    csv_rows,
-    interval_columns,
-    mean_of,
-    table,
-    to_thousandths,
-)
+from peft_vit.deploy.page.tables import Column, cross_table, csv_rows, interval_columns, table
 from peft_vit.lab.analysis import QuantizationImpact, Run
-from peft_vit.lab.analysis.comparison import outcome
 from peft_vit.lab.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, layers_bits
+from peft_vit.lab.report.columns import EXPERIMENT, FAMILY_NOTE, OVER_SEEDS, comparison_values, mean_of, to_thousandths
 
 
 def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table]:

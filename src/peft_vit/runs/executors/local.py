@@ -25,14 +25,15 @@ from types import ModuleType
 import torch
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.adapters.footprint import peak_memory_of
 from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Checkpoints, Interrupted, Progress
-from peft_vit.runs.scheduling.plan import Plan, PlannedRun
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
 from peft_vit.runs.machine import loaded_git_state
-from peft_vit.runs.records.storage import checkpoint_folders, run_folder
+from peft_vit.runs.records.storage import run_folder
+from peft_vit.runs.scheduling.plan import Plan, PlannedRun
 
 # glibc returns freed memory to the system by default and pays for it with page faults in every step.
 ALLOCATOR = {

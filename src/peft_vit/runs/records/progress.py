@@ -25,18 +25,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from peft_vit.base.errors import UserError, printable
-from peft_vit.base.files import folder_below, read_bytes
+from peft_vit.base.files import checkpoint_folders, folder_below, make_folder, read_bytes
 from peft_vit.core.records import StudyFile
-from peft_vit.runs.records.storage import (
-    ADAPTER_FILE,
-    LATEST,
-    RECORD_FILE,
-    STUDY_FILE,
-    checkpoint_folders,
-    followed,
-    make_folder,
-    read_study_file,
-)
+from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, STUDY_FILE, followed, read_study_file
 
 try:
     import fcntl

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry, RunRecord, SiteInfo
+from peft_vit.core.records import RunRecord
 
 _FIELDS = (
     "spec_digest",
@@ -106,47 +106,6 @@ def run_row(record: RunRecord) -> dict[str, Any]:
     if record.quantization is not None:
         row["bits_per_weight"] = record.quantization.bits_per_weight
     return row
-
-
-def history_rows(
-    sites: Sequence[SiteInfo],
-    ranks: Sequence[RankEntry],
-    importance: Sequence[ImportanceEntry],
-    probes: Sequence[ProbeEntry],
-) -> list[dict[str, Any]]:
-    """Return ranks and scores as a tidy table: one row a step and site, plain values, in the sites' order.
-
-    Steps are those at which ranks or scores were recorded. `rank` and `budget` hold from that step on; a site that an
-    entry leaves out has rank 0. `score` is None where there is none: at step 0, and with fixed ranks. `probed` says
-    whether it came from a probe at this step, not from the site's own triplets.
-    """
-    entries = {entry.step: entry for entry in ranks}
-    scores = {entry.step: entry.scores for entry in importance}
-    probed = {(entry.step, name) for entry in probes for name in entry.sites}
-    named = {name for entry in ranks for name in entry.ranks}
-    rows: list[dict[str, Any]] = []
-    present: RankEntry | None = None
-    for step in sorted({*entries, *scores}):
-        present = entries.get(step, present)
-        budget = None if present is None else present.budget
-        rows += [
-            {
-                "step": step,
-                "site": site.name,
-                "block": site.block,
-                "matrix": site.matrix,
-                "in_features": site.in_features,
-                "out_features": site.out_features,
-                "score": scores.get(step, {}).get(site.name),
-                "probed": (step, site.name) in probed,
-                "rank": None if present is None else present.ranks.get(site.name, 0),
-                "budget": budget,
-                "budget_unit": None if present is None or budget is None else present.unit,
-            }
-            for site in sites
-            if site.name in named
-        ]
-    return rows
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,9 +13,9 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
 from peft_vit.base.errors import UserError, checked, named, os_fault
-from peft_vit.base.files import folder_below, read_bytes
+from peft_vit.base.files import folder_below, read_bytes, write_whole
+from peft_vit.core.config.migrations import migrated, migrated_study
 from peft_vit.core.records import BenchRow, RunRecord, RunSpec, StudyFile
-from peft_vit.runs.records.migrations import migrated, migrated_study
 
 STUDY_FILE = "study.json"
 RECORD_FILE = "record.json"
@@ -27,58 +25,6 @@ HTML_FILE = "report.html"
 DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
 FOLDS_STUDY = "folds"  # there too: trainings like its run without a fold of the images each
 LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
-_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
-
-
-def flush(path: Path) -> None:
-    """Flush a file to disk, or a folder's list of names, without which a new file may be lost with the power.
-
-    Windows flushes no folders.
-    """
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems flush no folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder that may be there, with its parents, and flush them to disk."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for place in missing:
-        flush(place.parent)
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never half of it; flush it to disk."""
-    make_folder(file.parent)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-        flush(file.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Replace a file as `write_atomically`; what has no room is reported in one line."""
-    try:
-        write_atomically(file, content)
-    except OSError as error:
-        reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
-        raise UserError(f"{reason}writable, and the same command continues", file=file) from None
 
 
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:
@@ -131,12 +77,6 @@ def delivered_run(call: Path) -> Path | None:
     with named(file), os_fault("can't be read", file):
         folder = folder_below(call, read_bytes(file, 1 << 10).decode(errors="replace").strip())
     return folder if os.path.isfile(folder / RECORD_FILE) else None
-
-
-def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
-    """Return the folders of the checkpoints that an interrupted run has left, by step; whole ones or not."""
-    named = {path: _CHECKPOINT.fullmatch(path.name) for path in run_folder.glob("checkpoint-*")}
-    return {int(match[1]): path for path, match in named.items() if match is not None}
 
 
 def write_record(results_dir: Path, record: RunRecord) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.base.console import duration
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import ExperimentConfig
 from peft_vit.runs.costs.time_limit import PROCESS_S, Course, Limit, Pace, fit
 from peft_vit.runs.executors import (
@@ -22,7 +23,7 @@ from peft_vit.runs.executors import (
     RunRetried,
     RunStarted,
 )
-from peft_vit.runs.records.storage import checkpoint_folders, run_folder
+from peft_vit.runs.records.storage import run_folder
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
     from peft_vit.runs.scheduling.plan import Plan, PlannedRun

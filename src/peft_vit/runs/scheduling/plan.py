@@ -28,27 +28,19 @@ from peft_vit.core.config import (
     StudyConfig,
     TrainingConfig,
 )
+from peft_vit.core.config.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.core.methods import check, shorten
 from peft_vit.core.records import RunSpec, StudyFile
 from peft_vit.core.tasks import TASKS, Task
-from peft_vit.data import (
-    ImageIndex,
-    Splits,
-    check_augmentation,
-    class_gaps,
-    image_warnings,
-    make_splits,
-    open_index,
-    smoke_config,
-)
+from peft_vit.core.training.images import check_augmentation
+from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
 from peft_vit.runs import kept_products
-from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
 from peft_vit.runs.costs.calibration_run import calibration_run
 from peft_vit.runs.costs.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
 from peft_vit.runs.costs.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.runs.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
+from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
 _ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be

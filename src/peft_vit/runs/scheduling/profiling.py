@@ -16,12 +16,12 @@ from peft_vit.core.config import MeasuresConfig, StudyConfig
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import Progress
 from peft_vit.data import ImageIndex
-from peft_vit.runs.scheduling.plan import PlannedRun, spec_of, splits_of
 from peft_vit.runs.costs.calibration_run import Costs, calibration_run, keep_costs
 from peft_vit.runs.costs.estimate import Estimate, Probe, Throughput, Workload, experiment_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
 from peft_vit.runs.executors.local import LocalExecutor
+from peft_vit.runs.scheduling.plan import PlannedRun, spec_of, splits_of
 
 _NEVER_S = 1e9
 _POLL_S = 0.5

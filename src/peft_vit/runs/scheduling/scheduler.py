@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from peft_vit.base.errors import UserError, printable
-from peft_vit.base.files import folder_below
+from peft_vit.base.files import checkpoint_folders, folder_below, write_whole
 from peft_vit.core.config import StudyConfig
 from peft_vit.core.records import Failure, RunRecord, StudyFile
 from peft_vit.runs.executors import (
@@ -37,11 +37,9 @@ from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
     STUDY_FILE,
-    checkpoint_folders,
     read_record,
     write_result,
     write_study_file,
-    write_whole,
 )
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need

@@ -7,7 +7,8 @@ list has a stream of its own: adding one leaves the draws of the others as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
@@ -26,7 +27,7 @@ from peft_vit.core.config import (
     RandomResizedCrop,
     Rotate90,
 )
-from peft_vit.core.tasks import Task
+from peft_vit.core.tasks import CLASSIFICATION, Task
 
 _Change = Callable[[Tensor, np.ndarray], Tensor]  # of images (B, C, S, S) uint8, by their rows (B,) in the training set
 
@@ -282,3 +283,20 @@ def mixed(
         result = images * own + images.flip(0) * (1.0 - own)
     shares = task.shares(labels, width)  # (B, K)
     return result, shares * own + shares.flip(0) * (1.0 - own)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains, chooses and is tested on."""
+
+    class_names: tuple[str, ...]
+    train: LabelledImages
+    validation: LabelledImages
+    test: HoldoutImages
+    data_sha256: str
+    split_sha256: str
+    groups: np.ndarray  # equal numbers for copies among all images of the data set, (N,) int64
+    test_files: list[str] | None = None  # names of somebody's own, relative to their folder
+    task: Task = CLASSIFICATION
+    warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
+    left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of files that an inspection left out

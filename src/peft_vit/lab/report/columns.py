@@ -1,0 +1,57 @@
+"""Columns and notes that the tables of a study share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics.estimates import known_interval, known_mean, outcome
+from peft_vit.deploy.page.document import Raw
+from peft_vit.deploy.page.formatting import number_interval
+from peft_vit.deploy.page.tables import Column, own_interval_columns
+from peft_vit.lab.analysis import Estimate, Run
+
+OTHER_SEEDS = "what other seeds would change, on the same test images unless each seed has its own"
+
+OVER_SEEDS = f"95 % t intervals in brackets: {OTHER_SEEDS}."
+
+FAMILY_NOTE = (
+    "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows of "
+    "this table; the 95 % t interval beside it describes what other seeds would change."
+)
+
+EXPERIMENT = Column("experiment", "experiment.name", data="experiment")
+
+
+def mean_of(title: str, key: str, of: Callable[[Run], float | None], show: Callable[[Any], str] = str) -> Column:
+    """Return the mean over the `runs` of a row of what each recorded."""
+    return Column(title, lambda row: known_mean(map(of, row.runs)), show, key)
+
+
+def interval_of(title: str, key: str, of: Callable[[Run], float | None], show: Callable[[Any], str]) -> Column:
+    """Return that mean with its interval over seeds."""
+    return Column(title, lambda row: known_interval(map(of, row.runs)), show, partial(own_interval_columns, key))
+
+
+def comparison_values(comparison: Estimate) -> dict[str, Raw]:
+    """Return what decided a comparison."""
+    significance = comparison.significance
+    return {
+        "p_value": None if significance is None else significance.p_value,
+        "p_holm": comparison.adjusted_p,
+        "needed_n": None if significance is None else significance.minimum_n,
+        "verdict": comparison.verdict,
+        "note": comparison.note,
+    }
+
+
+def tested(comparison: Estimate) -> str:
+    """Return what the test said, with its note."""
+    return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
+
+
+def to_thousandths(interval: Interval) -> str:
+    """Return a number with its interval, three decimals each."""
+    return number_interval(interval, 3)
