@@ -207,8 +207,8 @@ class TrainingState:
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
         self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
         blocks = blocks_of(model)
-        if config.activation_checkpointing in ("light", "adaptive"):
-            remember_sources(model)
+        if config.activation_checkpointing in ("light", "adaptive") or config.compute == "int8":
+            remember_sources(model)  # codes of inputs take memory, which this gives back for a hundredth of the time
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._halves = takes_halves(model, runtime.device)
         self._metric = data.task.metric(config.metric)
