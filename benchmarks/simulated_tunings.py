@@ -37,7 +37,7 @@ from peft_vit.fit.pipeline import choose
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.state import State, TuneFile
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Only, Outcome, Outcomes
+from peft_vit.fit.outcomes import Only, Outcome, Outcomes
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 

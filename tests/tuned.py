@@ -19,7 +19,7 @@ from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.result import Choice, what_more_buys
 from peft_vit.fit.sizes import SizeResult
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Outcome
+from peft_vit.fit.outcomes import Outcome
 
 FOLDS = 2
 MODEL = "tiny_pool"

@@ -32,7 +32,7 @@ from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.result import Choice, answer
 from peft_vit.fit.state import TITLES, State
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import EveryRunFailedError
+from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.records.storage import read_record

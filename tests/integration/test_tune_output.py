@@ -29,12 +29,12 @@ from peft_vit.deploy import open_exported
 from peft_vit.deploy.measures import fastest
 from peft_vit.deploy.restore import restore_run
 from peft_vit.fit import pipeline
-from peft_vit.fit.by_folds import with_meaning
+from peft_vit.fit.outcomes import with_meaning
 from peft_vit.fit.output import write_output
 from peft_vit.fit.page import _how_sure
 from peft_vit.fit.result import Choice, what_more_buys
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Outcome
+from peft_vit.fit.outcomes import Outcome
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
 

@@ -36,7 +36,7 @@ from peft_vit.runs.scheduling.carry_out import carry_out
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.core.records import RunRecord
-    from peft_vit.fit.by_folds import ByFolds
+    from peft_vit.fit.outcomes import ByFolds
     from peft_vit.fit.own_images import OwnImages
     from peft_vit.runs.scheduling.plan import Plan
 
@@ -164,7 +164,7 @@ def _tell_by_folds(
     folder: Path, results_dir: Path, record: RunRecord, request: TrainRequest, images: OwnImages, file: Path
 ) -> ByFolds:
     """Train like a run without a fold of its images each, and write into its record how far it can be believed."""
-    from peft_vit.fit.by_folds import known_by_folds
+    from peft_vit.fit.outcomes import known_by_folds
     from peft_vit.fit.own_images import fold_study
     from peft_vit.runs.scheduling.plan import plan_study
 

@@ -19,9 +19,9 @@ from peft_vit.core.config import BackboneConfig, Compute, Flips, WeightsSource, 
 from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.core.training import fewest_groups
 from peft_vit.data import existing, find_images, images_file, inspect_images
+from peft_vit.fit.outcomes import Runner
 from peft_vit.fit.state import State
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Runner
 from peft_vit.runs.costs.estimate import product_rates
 from peft_vit.runs.costs.time_limit import FOLDS
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device

@@ -16,8 +16,8 @@ import numpy as np
 
 from peft_vit.fit.costs import LENGTHS, LONGEST, MOST_STEPS, SHORTEST
 from peft_vit.fit.folds import Folds
+from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.within_time import Outcome
 from peft_vit.runs.costs.time_limit import fit
 
 _ENDLESS_S = 1e8

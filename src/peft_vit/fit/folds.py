@@ -28,8 +28,8 @@ from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.context import TuningContext
 from peft_vit.fit.costs import LENGTHS, Costs
 from peft_vit.fit.limits import within_memory
+from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, pooled
 from peft_vit.fit.recipe import Recipe, shared_training
-from peft_vit.fit.within_time import EveryRunFailedError, Outcome, pooled
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, Limit, Pace
 
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right

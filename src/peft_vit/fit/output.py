@@ -17,7 +17,7 @@ from peft_vit.deploy.page.class_blocks import fonts_for, no_font
 from peft_vit.deploy.page.files import write_report
 from peft_vit.deploy.page.model_page import CARD_FILE, card_head, card_text
 from peft_vit.deploy.page.model_quality import model_quality
-from peft_vit.fit.by_folds import with_meaning
+from peft_vit.fit.outcomes import with_meaning
 from peft_vit.fit.own_images import refuse_among_images
 from peft_vit.fit.page import TuningSummary, model_summary, tuning_document
 from peft_vit.fit.result import Choice

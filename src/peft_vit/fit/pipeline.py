@@ -37,6 +37,7 @@ from peft_vit.fit.finalists import NO_MODEL, Decision, compare, decide, low_bits
 from peft_vit.fit.folds import Folds, RoundRun
 from peft_vit.fit.image_sizes import regress
 from peft_vit.fit.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency
+from peft_vit.fit.outcomes import Runner, StudyRunner
 from peft_vit.fit.output import check_output, write_output
 from peft_vit.fit.recipe import ROUNDED, Recipe, lora
 from peft_vit.fit.result import Choice, what_more_buys
@@ -44,7 +45,6 @@ from peft_vit.fit.search import search
 from peft_vit.fit.sizes import Regress, SizeResult, gain_of_labels, sizes_of, try_sizes
 from peft_vit.fit.state import State
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Runner, StudyRunner
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.scheduling.profiling import measure_throughput

@@ -14,10 +14,10 @@ from peft_vit.core.records import Decision as Meaning
 from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
 from peft_vit.fit.finalists import Decision
+from peft_vit.fit.outcomes import Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.sizes import NO_TIME, SizeResult
 from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Outcome, meaning_on
 
 _NAMED = 4  # recipes that are named in a sentence
 

@@ -20,7 +20,7 @@ from peft_vit.fit.image_sizes import on_new_images
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.search import RATES, best_of, wished
 from peft_vit.fit.sizes import SizeResult, try_sizes
-from peft_vit.fit.within_time import Outcome
+from peft_vit.fit.outcomes import Outcome
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import Limit
 
