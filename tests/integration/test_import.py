@@ -18,8 +18,8 @@ from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
-from peft_vit.fit.own_images import open_images, study_of
 from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.train import open_images, study_of
 from peft_vit.runs.records.storage import read_record
 from peft_vit.runs.scheduling.plan import PlannedRun, plan_study
 

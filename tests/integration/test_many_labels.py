@@ -15,7 +15,7 @@ from peft_vit import load, load_results
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import error_scale
 from peft_vit.core.training import Checkpoints, Interrupted
-from peft_vit.fit.train_runs import train_runs
+from peft_vit.fit.calls import train_runs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
@@ -174,7 +174,7 @@ def by_fold(folder):
 
 @pytest.mark.usefixtures("in_this_process", "no_page")
 def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.own_images.FEWEST_VALIDATION", 30)
+    monkeypatch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 30)
     said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
     assert "39 to train, 9 to test." in said
     (run,) = train_runs(Path("peft-vit-runs"))

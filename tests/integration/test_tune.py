@@ -12,6 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft_vit.fit.context import _telling_if_slow
+from peft_vit.fit.image_sizes import regress, seen_by_head
+from peft_vit.fit.limits import within_bytes
+from peft_vit.fit.pipeline import Environment, study_runner, tune
+from peft_vit.fit.result import Choice, answer
+from peft_vit.fit.state import TITLES, State
 from PIL import Image
 from simulated_tunings import SIZES, StandIns
 from tiny_models import TINY_EVAS, TINY_FAMILIES
@@ -23,16 +29,10 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Product
 from peft_vit.core.tasks import expected_gain
-from peft_vit.fit.context import _telling_if_slow
 from peft_vit.fit.costs import LONGEST, MOST_STEPS, Costs
-from peft_vit.fit.image_sizes import regress, seen_by_head
-from peft_vit.fit.limits import within_bytes
-from peft_vit.fit.pipeline import Environment, study_runner, tune
-from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.result import Choice, answer
-from peft_vit.fit.state import TITLES, State
-from peft_vit.fit.tune_request import TuneRequest
 from peft_vit.fit.outcomes import EveryRunFailedError
+from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.request import TuneRequest
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.records.storage import read_record

@@ -12,6 +12,8 @@ import pytest
 from chromium import axe_violations, context_of, needs_chromium, running_chromium
 from golden import check_golden
 from huggingface_hub import ModelCard
+from peft_vit.fit.page import _how_sure
+from peft_vit.fit.result import Choice, what_more_buys
 from PIL import Image
 from torch import nn
 from tuned import choice_of, write_images
@@ -29,12 +31,9 @@ from peft_vit.deploy import open_exported
 from peft_vit.deploy.measures import fastest
 from peft_vit.deploy.restore import restore_run
 from peft_vit.fit import pipeline
-from peft_vit.fit.outcomes import with_meaning
+from peft_vit.fit.outcomes import Outcome, with_meaning
 from peft_vit.fit.output import write_output
-from peft_vit.fit.page import _how_sure
-from peft_vit.fit.result import Choice, what_more_buys
-from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.outcomes import Outcome
+from peft_vit.fit.request import TuneRequest
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
 

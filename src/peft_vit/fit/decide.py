@@ -15,7 +15,7 @@ from peft_vit.base.statistics.more_labels import gain_of_twice
 from peft_vit.base.statistics.odds import Odds, choose_model
 from peft_vit.core.tasks import expected_gain
 from peft_vit.fit.outcomes import Frame
-from peft_vit.fit.recipe import DEFAULT_RATE, Recipe
+from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from peft_vit.core.tasks import (
 )
 from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.fit.recipe import Recipe
-from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.runs.costs.time_limit import FOLDS, Limit
 from peft_vit.runs.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
 from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.runs.records.progress import study_lock
@@ -122,6 +122,7 @@ def covered_on_folds(outcomes: Sequence[Outcome], task: Task) -> dict[float, flo
     everywhere = (c for c in by_fold[0] if all(c in held for held in by_fold))
     return {c: float(np.average([held[c] for held in by_fold], weights=sizes)) for c in everywhere}
 
+
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
 
 
@@ -203,7 +204,6 @@ class Frame:
                     images = np.concatenate([self.rows[recipe][seed].images for seed in seeds])
                     brought[number, row, np.searchsorted(positions, images)] = self.by_image(recipe, seeds)
         return means_of_images(brought, folds, classes, counts=metric.counts_images)
-
 
 
 class EveryRunFailedError(UserError):

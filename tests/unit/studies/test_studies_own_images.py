@@ -7,6 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft_vit.fit.image_sizes import SizeTrial
+from peft_vit.fit.own_images import (
+    Counts,
+    Forecast,
+    OwnImages,
+    count_images,
+    named_files,
+    open_images,
+    refuse_among_images,
+)
 from PIL import Image
 
 from peft_vit.base.errors import UserError
@@ -28,18 +38,8 @@ from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.core.training import Features, RuntimeConfig
 from peft_vit.data import load_data, make_splits, open_index
 from peft_vit.fit import image_sizes, own_images
-from peft_vit.fit.image_sizes import SizeTrial
-from peft_vit.fit.own_images import (
-    Counts,
-    Forecast,
-    OwnImages,
-    count_images,
-    named_files,
-    open_images,
-    refuse_among_images,
-)
+from peft_vit.fit.calls import RequestFile, earlier_call, write_request
 from peft_vit.fit.request import TrainRequest
-from peft_vit.fit.train_runs import RequestFile, earlier_call, write_request
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
 
