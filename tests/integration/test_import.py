@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,10 @@ def planned(adapter: Path, images: Path, weights: Path, out: Path) -> PlannedRun
     settings = {"model": "test_vit", "weights": str(weights), "image_size": 32, "threads": 1}
     length = {"steps": 20, "learning_rate": 1e-2}
     request = TrainRequest(images=images, method="lora", seed=0, init_adapter=adapter, **settings, **length)
-    with open_images(request) as opened:
-        opened.write(out.with_suffix(".json"))
-        study, _ = study_of(request, "own-images", opened, out.with_suffix(".json"))
+    with open_images(request) as (opened, forecast):
+        kept = replace(opened, file=out.with_suffix(".json"))
+        kept.write()
+        study, _ = study_of(request, "own-images", kept, forecast)
     (run,) = plan_study(study, out, file=images).runs
     return run
 

@@ -143,7 +143,7 @@ def test_a_call_that_ends_within_its_folds_goes_on_there(trained, monkeypatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.fit.outcomes.known_by_folds", press)
+        patch.setattr("peft_vit.fit.train.known_by_folds", press)
         trained(options, code=130)
     (run,) = train_runs(Path("peft-vit-runs"))
     assert run.folds_left()

@@ -220,7 +220,7 @@ def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on
     out, killed = Path("peft-vit-runs"), Path("killed")
     words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
 
-    def press(*_: object) -> None:
+    def press(*_: object, **__: object) -> None:
         shutil.copytree(out, killed)  # what `kill -9` leaves
         raise KeyboardInterrupt
 

@@ -39,7 +39,8 @@ def tuned(images, tmp_path, monkeypatch):
         given |= {"precision": "fp32", "compute": "float", "device": "cpu", "max_bytes": 500_000}
         said: list[str] = []
         request = TuneRequest.of(images=Path("table.csv"), output=tmp_path / "tuned", **given | asked)
-        return tune(request, said.append, Environment(measure=lambda *_: throughput)), "\n".join(said)
+        environment = Environment(measure=lambda *_: throughput)
+        return tune(request, lambda event: said.append(str(event)), environment), "\n".join(said)
 
     return call
 

@@ -12,8 +12,6 @@ import pytest
 from chromium import axe_violations, context_of, needs_chromium, running_chromium
 from golden import check_golden
 from huggingface_hub import ModelCard
-from peft_vit.fit.page import _how_sure
-from peft_vit.fit.result import Choice, what_more_buys
 from PIL import Image
 from torch import nn
 from tuned import choice_of, write_images
@@ -30,10 +28,11 @@ from peft_vit.data import load_data
 from peft_vit.deploy import open_exported
 from peft_vit.deploy.measures import fastest
 from peft_vit.deploy.restore import restore_run
-from peft_vit.fit import pipeline
+from peft_vit.fit import events
 from peft_vit.fit.outcomes import Outcome, with_meaning
-from peft_vit.fit.output import write_output
+from peft_vit.fit.output import _how_sure, write_output
 from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.tune import Choice, what_more_buys
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
 
@@ -208,13 +207,13 @@ def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tm
 
 def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(pipeline, "tune", lambda *given: asked.append(given) or choice)
+    monkeypatch.setattr("peft_vit.fit.tune.tune", lambda *given: asked.append(given) or choice)
     output = choice.request.output
     limits = {"max_bytes": "16MB", "max_latency": "50ms", "minutes": 5}
     tuned = peft_vit.tune("photos", output=str(output), model=["test_vit"], image_size=28, seed=3, **limits)
     limited = {"max_bytes": 16_000_000, "max_latency": 0.05, "minutes": 5}
     limited |= {"models": ("test_vit",), "image_sizes": (28,), "seed": 3}
-    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), pipeline.say)
+    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), events.show)
     assert tuned.choice is choice
     assert tuned.classifier.card.run == f"final-tiny_pool-32/{choice.recipe.trained.name}/seed_0"
     first, test, size = repr(tuned).splitlines()
