@@ -220,8 +220,11 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     assert first.startswith("lora on tiny_pool, 32 px, 3 classes: ")
     assert test.startswith("Test accuracy ")
     assert size.endswith(f" MB: {left[0].model}")
-    peft_vit.tune("photos", output=output, tell=print)
-    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output), print)
+    lines: list[str] = []
+    peft_vit.tune("photos", output=output, tell=lines.append)
+    request, emit = asked.pop()
+    emit(events.Line("found"))
+    assert (request, lines) == (TuneRequest(images=Path("photos"), output=output), ["found"])
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:

@@ -104,26 +104,10 @@ class Budget:
             raise ValueError(f"{written!r} {reason}") from None
 
 
-class FitRequest(Request):
-    """What both commands that make a model from somebody's images are asked for."""
-
-    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
-    task: TaskName | None = Field(default=None, description=TASK)
-    metric: MetricOfTask = "auto"
-    minutes: float = 10.0
-    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
-    memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
-    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
-    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
-    device: Device = Field(default="auto", description=DEVICE)
-    seed: int = 0
-    threads: int | None = Field(default=None, ge=1, description=THREADS)
-    output: Path = DEFAULT_OUTPUT
-
-
-class TrainRequest(FitRequest):
+class TrainRequest(Request):
     """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
 
+    images: Annotated[Path, Option(is_argument=True)] = Field(description=IMAGES)
     method: MethodName = Field(
         default="lora",
         description="What to train. linear: only the last layer. lora: small updates of all layers. adalora: the "
@@ -131,6 +115,7 @@ class TrainRequest(FitRequest):
         "the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, peft_adalora, "
         "peft: with the PEFT library.",
     )
+    task: TaskName | None = Field(default=None, description=TASK)
     shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,
         ge=1,
@@ -143,6 +128,7 @@ class TrainRequest(FitRequest):
         "of these on as many, drawn at random, as a sixth of the minutes reads.",
     )
     model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
+    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
     image_size: int | None = Field(
         default=None,
         ge=IMAGE_SIZES[0],
@@ -237,6 +223,9 @@ class TrainRequest(FitRequest):
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
         default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."
     )
+    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
+    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
+    device: Device = Field(default="auto", description=DEVICE)
     seed: int = Field(
         default=0,
         ge=0,
@@ -244,6 +233,7 @@ class TrainRequest(FitRequest):
         description="The number for all random choices: how training starts, the order of images, and with --shots "
         "which ones.",
     )
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
     strict: bool = Field(
         default=False,
         description="Stop if a file can't be used, and list all such files. Without it, they are left out.",
@@ -320,9 +310,10 @@ def _or_default(models: Any) -> Any:
     return models or (DEFAULT_MODEL,)
 
 
-class TuneRequest(FitRequest):
+class TuneRequest(Request):
     """Images, limits of the model, and the time; None: no limit."""
 
+    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
     margin: float = Field(
         default=1.0,
         gt=0,
@@ -330,6 +321,7 @@ class TuneRequest(FitRequest):
         description="How much a smaller model may lose compared with the best one found: percentage points of the "
         "metric; of errors of numbers percent of the numbers' standard deviation.",
     )
+    task: TaskName | None = Field(default=None, description=TASK)
     metric: MetricOfTask = Field(
         default="auto",
         description="The metric for all choices, of the task. auto: balanced_accuracy above 3x imbalance of classes, "
@@ -345,6 +337,7 @@ class TuneRequest(FitRequest):
     max_latency: Time = Field(
         default=None, gt=0, description="The longest that one image may take on this machine, such as 50ms."
     )
+    memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
     minutes: float = Field(
         default=20.0,
         gt=0,
@@ -361,6 +354,7 @@ class TuneRequest(FitRequest):
         description=f"{MODEL} Several, with commas between them or the option again, are compared. Without it, "
         f"{DEFAULT_MODEL}.",
     )
+    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
     image_sizes: Annotated[
         tuple[Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1])], ...],
         BeforeValidator(several),
@@ -370,6 +364,9 @@ class TuneRequest(FitRequest):
         description="Resize images to squares of this side, in pixels. Several, with commas between them or the option "
         "again, are compared. Without it, those that the time allows.",
     )
+    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
+    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
+    device: Device = Field(default="auto", description=DEVICE)
     seed: int = Field(
         default=0,
         ge=0,
@@ -377,6 +374,7 @@ class TuneRequest(FitRequest):
         description="The number for all random choices: which images are kept for the test, how the others are "
         "divided, how training starts.",
     )
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
     executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
         default=Path("peft-vit-tune"), description="The folder for results, where the same command continues."
@@ -392,3 +390,6 @@ class TuneRequest(FitRequest):
         values = self.model_dump(mode="json", exclude={"output", "minutes", "executor"})
         values["images"] = str(self.images.absolute())
         return {self.option(field).name.lstrip("-").lower(): value for field, value in values.items()}
+
+
+FitRequest = TrainRequest | TuneRequest  # what makes a model from somebody's images
