@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from golden import check_golden
+from peft_vit.lab.analysis.stopping import compare_all, sequential_results
 from planted_runs import PlantedRuns, study_of_loras
 
 from peft_vit.base.statistics import SequentialResult
 from peft_vit.core.config import study_from_mapping
 from peft_vit.lab.analysis import read_results
-from peft_vit.lab.analysis.stopping import compare_all, sequential_results
 from peft_vit.lab.request import RunRequest
 from peft_vit.lab.run_studies import run_until_decided
 from peft_vit.runs.costs.time_limit import Limit

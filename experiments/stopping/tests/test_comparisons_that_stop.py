@@ -4,11 +4,11 @@ from typing import Any
 
 import planted
 import pytest
+from peft_vit.lab.analysis.stopping import follow_study, paired
 
 from peft_vit.base.statistics import StoppingRule, follow
 from peft_vit.core.config import StudyConfig
 from peft_vit.core.records import RunRecord
-from peft_vit.lab.analysis.stopping import follow_study, paired
 from peft_vit.lab.analysis.studies import Study
 
 pytestmark = pytest.mark.part("analyzer")
