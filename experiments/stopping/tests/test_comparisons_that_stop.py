@@ -1,15 +1,24 @@
-"""From records to the courses of comparisons: which pairs count, in which order, and by which rule."""
+"""What a section `stopping` may say, and from records to courses: which pairs count, in which order, by which rule."""
 
 from typing import Any
 
 import planted
 import pytest
-from peft_vit.lab.analysis.stopping import follow_study, paired
 
-from peft_vit.base.statistics import StoppingRule, follow
+from experiments.stopping.comparisons import (
+    StoppingConfig,
+    follow_study,
+    paired,
+    stopping_of,
+    stopping_rule,
+    stopping_table,
+)
+from experiments.stopping.sequential import StoppingRule, follow
+from peft_vit.base.errors import UserError
 from peft_vit.core.config import StudyConfig
 from peft_vit.core.records import RunRecord
-from peft_vit.lab.analysis.studies import Study
+from peft_vit.core.tasks import Scores
+from peft_vit.lab.analysis import Study
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -48,7 +57,7 @@ def test_pairs_count_in_the_declared_order_up_to_the_first_seed_that_lacks_a_run
 ) -> None:
     made = [record(n, s) for n in NAMES for s in SEEDS if (n, s) != (name, seed)]
     made += [record(name, seed, provenance_changes={"split_sha256": "e" * 64})] if moved and name else []
-    by_seed = paired(configuration(), planted.study_of(made), "lora_r4")
+    by_seed = paired(planted.study_of(made), SEEDS, "lora_r4", "lora_r8")
     assert list(by_seed) == list(SEEDS[:left])
     assert list(by_seed.values()) == pytest.approx([difference("lora_r4", seed) for seed in by_seed])
 
@@ -69,10 +78,6 @@ RULES: dict[str, tuple[dict[str, Any], StoppingRule]] = {
     ),
     "never futile": ({"futility": 0}, StoppingRule("both", 0.015, (2, 4, 6), futility=0)),
     "folds": ({"data": {"folds": 5}}, StoppingRule("both", 0.015, (2, 4, 6), correlation=600 / 512)),
-    "images of folds": (
-        {"data": {"folds": 5}, "asked": "non-inferiority", "images": 900},
-        StoppingRule("non-inferiority", 0.015, (2, 4, 6), correlation=600 / 512, images=900),
-    ),
 }
 
 
@@ -92,13 +97,75 @@ def test_the_correlation_of_folds_does_not_depend_on_what_else_is_done() -> None
     assert [result.looks[0] for result in part] == [result.looks[0] for result in whole]
 
 
-def test_balanced_accuracy_is_compared_if_it_is_asked_for() -> None:
-    made = []
-    for name in NAMES:
-        for place, seed in enumerate(SEEDS):
-            balanced = 0.6 + (0.01 * place if name == "lora_r4" else 0.0)
-            whole = record(name, seed)
-            test = whole.test.model_copy(update={"balanced_accuracy": balanced})
-            made.append(whole.model_copy(update={"test": test}))
-    by_seed = paired(configuration(metric="balanced_accuracy"), planted.study_of(made), "lora_r4")
-    assert list(by_seed.values()) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
+# --- what may be declared ---
+
+
+@pytest.mark.parametrize(
+    ("said", "looks"),
+    [
+        ({"looks": [2, 6]}, (2, 6)),
+        ({"looks": None, "every": 4, "spending": "pocock"}, (4, 6)),
+        ({"looks": None, "every": 6, "asked": "superiority", "margin": None}, (6,)),
+    ],
+)
+def test_looks_end_at_the_number_of_seeds(said, looks) -> None:
+    stopping = stopping_of(configuration(**said))
+    assert stopping is not None
+    assert stopping.looks_at(len(SEEDS)) == looks
+
+
+@pytest.mark.parametrize(
+    ("said", "field", "words"),
+    [
+        ({"control": "lora"}, "", "'lora' is not one of the study's experiments"),
+        ({"looks": None, "every": 7}, "", "every: 7 is more than the study's 6 seeds"),
+        ({"looks": [3, 5]}, "", "looks end at 5, and the study has 6 seeds"),
+        ({"looks": [4, 2, 6]}, "", "looks have to rise"),
+        ({"looks": [1, 6]}, ".looks.0", "greater than or equal to 2"),
+        ({"looks": []}, ".looks", "at least 1 item"),
+        ({"looks": None}, "", "exactly one of looks, every; got none"),
+        ({"every": 2}, "", "got looks and every"),
+        ({"margin": None}, "", "asked: both needs the field 'margin'"),
+        ({"asked": "superiority"}, ".margin", "asked: superiority"),
+        ({"margin": 0}, ".margin", "greater than 0"),
+        ({"spending": "anytime"}, ".spending", "'pocock'"),
+        ({"image": 400}, ".image", "unknown key"),
+    ],
+)
+def test_what_is_declared_wrongly_is_refused_with_its_field(said, field, words) -> None:
+    with pytest.raises(UserError) as caught:
+        stopping_of(configuration(**said))
+    assert words in str(caught.value)
+    assert caught.value.field == f"stopping{field}"
+
+
+def test_probes_are_compared_where_they_see_other_images_with_each_seed() -> None:
+    probes = [EXPERIMENTS["linear_probe"].model_copy(update={"name": name}) for name in ("probe", "probe_8")]
+    stopping = {"control": "probe", "asked": "superiority", "every": 2}
+
+    def of(**data: Any) -> StudyConfig:
+        data = {"dataset": "elpv", "image_size": 84, "validation_images": 400, **data}
+        return planted.configuration(probes, seeds=[0, 1], data=data, stopping=stopping)
+
+    for by_seed in ({"test_images": 600, "test_split": "per_seed"}, {"folds": 5}):
+        assert stopping_of(of(**by_seed)) is not None
+    with pytest.raises(UserError, match=r"^stopping: .* the same with every seed"):
+        stopping_of(of(test_images=600))
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "questions"),
+    [("superiority", ["better?"]), ("non-inferiority", ["not worse by 1?"]), ("both", ["not worse by 1?", "better?"])],
+)
+def test_comparisons_that_stop_stand_with_what_was_asked_of_them(asked: str, questions: list[str]) -> None:
+    margin = {} if asked == "superiority" else {"margin": 1.0}
+    stopping = StoppingConfig.model_validate({"control": "base", "asked": asked, "looks": (2, 4), **margin})
+    rule = stopping_rule(stopping, 4)
+    made = stopping_table(follow({"ahead": [0.05, 0.06, 0.05, 0.06], "open": []}, rule), stopping, Scores())
+    assert made.columns == ("experiment", "pairs", "difference (points)", *questions, "state")
+    assert [(row[1], row[-1]) for row in made.rows] == [("4", "decided"), ("0", "open")]
+    assert set(made.rows[1][3:-1]) == {"not decided"}
+    assert made.data[0]["control"] == "base"

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from experiments.stopping.lost_images import difference_limits, loss_bounds, loss_p_values
+from experiments.stopping.sequential import StoppingRule, follow
 from experiments.stopping.spending import boundaries
-from peft_vit.base.statistics import StoppingRule, follow
 
 RULE = StoppingRule("non-inferiority", 0.01, (5, 10, 15), correlation=0.3, images=400)
 

@@ -1,4 +1,4 @@
-"""`run --until-decided`: decided comparisons stop, open ones go on; what reports and commands then allow for it."""
+"""A study that declares looks is run by them: what is decided stops, what is open goes on; reports decide nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden import check_golden
-from peft_vit.lab.analysis.stopping import compare_all, sequential_results
 from planted_runs import PlantedRuns, study_of_loras
 
-from peft_vit.base.statistics import SequentialResult
+from experiments.hypotheses.findings import print_findings
+from experiments.stopping import until_decided
+from experiments.stopping.comparisons import declared, follow_study
+from experiments.stopping.until_decided import run_until_decided
 from peft_vit.core.config import study_from_mapping
 from peft_vit.lab.analysis import read_results
-from peft_vit.lab.request import RunRequest
-from peft_vit.lab.run_studies import run_until_decided
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
@@ -64,6 +63,24 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> PlantedRuns:
     return plant(monkeypatch, PlantedRuns(accuracy))
 
 
+@pytest.fixture
+def follows(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Return a call of the script on the study's file: what it prints, after checking its exit code."""
+
+    def call(*arguments: object, code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        ended = 0
+        try:
+            until_decided.main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            ended = int(error.code or 0)
+        out, err = capsys.readouterr()
+        assert ended == code, err
+        return out, err
+
+    return call
+
+
 def lines_of(said: str) -> list[str]:
     return [line for line in said.splitlines() if " minus base, " in line]
 
@@ -75,50 +92,54 @@ def seeds_of(output: Path) -> dict[str, int]:
 WHOLE = {"base": 12, "ahead": 8, "level": 12, "behind": 8}
 
 
-def test_what_is_decided_stops_and_what_is_open_goes_on(command, file, runs, tmp_path) -> None:
+def test_what_is_decided_stops_and_what_is_open_goes_on(follows, command, file, runs, tmp_path) -> None:
     out = tmp_path / "out"
-    arguments = ("run", file(), "--until-decided", "--output", out)
-    shown = command(*arguments, "--dry-run").out
-    assert "48 runs: 48 to do" in shown
-    assert runs.done == []
-    said = command(*arguments).out
-    lines = lines_of(said)
-    assert "+6.11 points" in lines[3]  # 6 and the mean of eight of NOISE
+    lines = lines_of(follows(file(), "--output", out)[0])
+    assert [line.split(":")[0] for line in lines] == [
+        *(f"{name} minus base, {pairs} pairs of at most 12" for pairs in (4, 8) for name in LEAD),
+        "level minus base, 12 pairs of at most 12",
+    ]
+    assert lines[3:5] == [  # 6 and the mean of eight of NOISE
+        "ahead minus base, 8 pairs of at most 12: +6.11 points [+5.06, +7.16]. not worse by 1? supported (takes +0.05; "
+        "the opposite -2.05). better? supported (takes +1.05; the opposite -1.05). Decided.",
+        "level minus base, 8 pairs of at most 12: +0.41 points [-0.64, +1.46]. not worse by 1? supported (takes +0.05; "
+        "the opposite -2.05). better? not decided (takes +1.05; the opposite -1.05). Continues to 12.",
+    ]
+    assert lines[6].endswith("better? not decided (takes +0.55; the opposite -0.55). Ends here.")
     assert seeds_of(out) == WHOLE
     assert len(runs.done) == sum(WHOLE.values())
-    again = command(*arguments).out
+    again = follows(file(), "--output", out)[0]
     assert lines_of(again) == [lines[3], lines[6], lines[5]], "nothing is done again"
     assert len(runs.done) == sum(WHOLE.values())
-    check_golden("until_decided.txt", "\n".join([*lines, "# again", *lines_of(again), command("status", out).out]))
+    assert "40 done + 0 failed + 0 pending + 0 running + 8 skipped" in command("status", out).out
 
 
-def test_a_command_that_was_killed_goes_on(command, file, runs, tmp_path) -> None:
+def test_a_command_that_was_killed_goes_on(follows, file, runs, tmp_path) -> None:
     out = tmp_path / "out"
-    arguments = ("run", file(), "--until-decided", "--output", out)
     for after in (3, 29):
         runs.left = after - len(runs.done)
-        command(*arguments, code=130)
+        follows(file(), "--output", out, code=130)
         assert sum(seeds_of(out).values()) == after
     runs.left = 100
-    assert lines_of(command(*arguments).out)[-1].startswith("level minus base, 12 pairs")
+    assert lines_of(follows(file(), "--output", out)[0])[-1].startswith("level minus base, 12 pairs")
     assert seeds_of(out) == WHOLE
     assert len(set(runs.done)) == len(runs.done), "what was done was not done again"
 
 
-def test_a_run_that_fails_leaves_its_comparison_open(command, file, runs, tmp_path) -> None:
+def test_a_run_that_fails_leaves_its_comparison_open(follows, file, runs, tmp_path) -> None:
     out = tmp_path / "out"
-    arguments = ("run", file(), "--until-decided", "--output", out)
     runs.accuracy = lambda name, seed: None if (name, seed) == ("behind", 5) else accuracy(name, seed)
-    said = command(*arguments, code=1)
-    assert "colours/behind/seed_5: it was planted" in said.err
-    assert "Open: behind; the same command continues." in said.out
+    said, err = follows(file(), "--output", out, code=1)
+    assert "colours/behind/seed_5 failed: it was planted" in err
+    assert "Open: behind; the same command continues." in said
     assert seeds_of(out)["ahead"] == 8
     runs.accuracy = accuracy
-    assert lines_of(command(*arguments).out)[-1].startswith("behind minus base, 8 pairs of at most 12: -5.89 points")
+    last = lines_of(follows(file(), "--output", out)[0])[-1]
+    assert last.startswith("behind minus base, 8 pairs of at most 12: -5.89 points")
     assert seeds_of(out) == WHOLE
     runs.accuracy = lambda name, seed: None if (name, seed) == ("base", 4) else accuracy(name, seed)
-    control_failed = command("run", file(), "--until-decided", "--output", tmp_path / "other", code=1)
-    assert "Open: ahead, level, behind;" in control_failed.out
+    said, _ = follows(file(), "--output", tmp_path / "other", code=1)
+    assert "Open: ahead, level, behind;" in said
 
 
 def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path) -> None:
@@ -130,12 +151,11 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
 
     runs.accuracy = takes_a_minute
     study = study_from_mapping(mapping(), file=Path("built in memory"))
-    request = RunRequest.of(configs=["built in memory"], output=tmp_path)
     told: list[str] = []
 
     def call(minutes: float) -> list[str]:
         limit = Limit(minutes, now[0], clock=lambda: now[0])
-        failed, still_open = run_until_decided(study, request, limit, told.append)
+        failed, still_open = run_until_decided(study, Path("built in memory"), tmp_path, limit, told.append)
         assert failed == {}
         return still_open
 
@@ -148,31 +168,42 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
     assert seeds_of(tmp_path) == WHOLE
 
 
-UNTIL = "--until-decided"
-REFUSED = [  # options, changes of the study, and what the line says
-    ((UNTIL,), {"stopping": None}, "stopping: is missing"),
-    ((), {}, "stopping: says when comparisons stop, which needs --until-decided"),
-    (("--minutes", 5), {}, "which needs --until-decided"),
-    ((UNTIL, "--smoke"), {}, "--until-decided: has no effect with --smoke"),
-    ((UNTIL, "--method", "lora"), {}, "--until-decided: has no effect with --method"),
-    ((UNTIL, "--seeds", "0,1"), {}, "--until-decided: has no effect with --seeds"),
-    ((UNTIL, "--minutes", 0), {}, "--minutes: "),
-    ((UNTIL,), {"stopping": {**STOPPING, "control": "none"}}, "'none' is not one of"),
-]
-
-
-@pytest.mark.parametrize(("options", "changes", "said"), REFUSED)
-def test_what_makes_no_sense_is_refused_and_nothing_is_run(
-    refused, file, runs, tmp_path, options, changes, said
-) -> None:
-    assert said in refused("run", file(**changes), "--output", tmp_path / "out", *options)
-    assert "--until-decided: is of one study" in refused("run", file(), file(), UNTIL, "--output", tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stopping": None}, "stopping: is missing"),
+        ({"stopping": {**STOPPING, "control": "none"}}, "'none' is not one"),
+    ],
+)
+def test_what_declares_no_looks_is_refused_and_nothing_is_run(follows, file, runs, tmp_path, changes, said) -> None:
+    out = tmp_path / "out"
+    assert f"error: {tmp_path / 'colours.yaml'}: " in (err := follows(file(**changes), "--output", out, code=2)[1])
+    assert said in err
+    follows(file(), "--output", out, "--minutes", 0, code=2)
     assert runs.done == []
     assert not list(tmp_path.rglob("study.json"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seeds": list(range(SEEDS))[::-1]},
+        {"seeds": list(range(SEEDS + 1)), "stopping": {**STOPPING, "looks": [4, 8, SEEDS + 1]}},
+        {"experiments": mapping()["experiments"][:-1]},
+        {"stopping": {**STOPPING, "level": 0.1}},
+    ],
+)
+def test_what_was_declared_stays(follows, file, runs, tmp_path, changes) -> None:
+    out = tmp_path / "out"
+    runs.left = 10
+    follows(file(), "--output", out, code=130)
+    runs.left = 100
+    assert "was begun with" in follows(file(**changes), "--output", out, code=2)[1]
+    assert len(runs.done) == 10
+
+
 @pytest.mark.usefixtures("in_this_process")
-def test_runs_that_train_are_compared_by_what_they_reach(command, images, weights, tmp_path, monkeypatch) -> None:
+def test_runs_that_train_are_compared_by_what_they_reach(follows, images, weights, tmp_path, monkeypatch) -> None:
     """Colours that are told apart after six steps of all weights, and not by an adapter that hardly moves."""
     monkeypatch.setattr("peft_vit.core.adapters.footprint.give_memory_back", lambda: None)  # which walks all of pytest
     training = {"steps": 6, "validate_every": 6, "batch_size": 12}
@@ -189,11 +220,8 @@ def test_runs_that_train_are_compared_by_what_they_reach(command, images, weight
     )
     file = tmp_path / "study.yaml"
     file.write_text(json.dumps(study))
-    (line,) = [
-        line
-        for line in command("run", file, "--until-decided", "--output", tmp_path).out.splitlines()
-        if " minus idle, " in line
-    ]
+    said, _ = follows(file, "--output", tmp_path)
+    (line,) = [line for line in said.splitlines() if " minus idle, " in line]
     accuracies = {
         name: [read_record(tmp_path / f"colours/{name}/seed_{seed}" / RECORD_FILE).test.accuracy for seed in range(3)]
         for name in ("idle", "learns")
@@ -204,7 +232,7 @@ def test_runs_that_train_are_compared_by_what_they_reach(command, images, weight
     assert len([*(tmp_path / "colours").glob("*/seed_*")]) == 6
 
 
-# --- reports and commands on a study of which two comparisons were decided early ---
+# --- what is said of a study of which two comparisons were decided early ---
 
 
 @pytest.fixture(scope="module")
@@ -215,99 +243,35 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plant(patch, PlantedRuns(accuracy))
         study = study_from_mapping(mapping(name="stopped"), file=Path("stopped.yaml"))
-        run_until_decided(study, RunRequest.of(configs=["stopped.yaml"], output=out), None, print)
+        run_until_decided(study, Path("stopped.yaml"), out, None, print)
     return out
 
 
-def course_of(directory: Path, name: str) -> SequentialResult:
-    (study,) = read_results(directory).studies
-    return next(course for course in sequential_results(study) if course.name == name)
+def test_the_findings_end_with_what_the_looks_said(stopped, capsys) -> None:
+    print_findings(stopped)
+    said = capsys.readouterr().out.partition("Comparisons with base that stop")[2]
+    (study,) = read_results(stopped).studies
+    configuration = declared(study)
+    assert configuration is not None
+    for course in follow_study(configuration, study):
+        (row,) = (line for line in said.splitlines() if line.startswith(f" {course.name} "))
+        look = course.looks[-1]
+        p_values = (look.noninferiority, look.superiority)
+        if course.name == "behind":
+            assert [f"refuted (p = {test.opposite_p_value:.3g})" in row for test in p_values] == [True, True]
+        else:
+            assert all(f"(p = {test.p_value:.3g})" in row for test in p_values)
 
 
-def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:
-    """Write the report without its page; return the table of its findings."""
+def test_a_report_and_commands_give_no_verdict(command, stopped, tmp_path) -> None:
+    reason = "no verdict: looks at results decided how many seeds ran"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("peft_vit.deploy.page.figure._saved", lambda *_, **options: b"")  # only tables and texts are read
-        command("report", directory, "--format", "md", "--output", output)
-    (file,) = output.glob("tables/*_findings.csv")
-    with file.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
-
-
-def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
-    tested = findings_of(command, stopped, tmp_path)
-    told = [finding for finding in tested if "looks at results decided how many seeds ran" in finding["outcome"]]
-    assert {finding["verdict"] for finding in told} == {"not decided"}
-    assert {finding["p_holm"] for finding in tested} == {""}
-    summary = (tmp_path / "analysis_summary.md").read_text().partition("Comparisons with base that stop")[2]
-    ahead = course_of(stopped, "ahead").looks[-1]
-    assert f"supported (p = {ahead.noninferiority.p_value:.3g})" in summary
-    assert f"supported (p = {ahead.superiority.p_value:.3g})" in summary
-    check_golden("stopped_study.md", "\n".join(summary.splitlines()[2:7]) + "\n")
-
-
-def test_recommendation_and_comparison_rest_on_looks(command, refused, stopped, runs, tmp_path) -> None:
-    said = command("recommend", stopped, "--smallest", "params").out
-    level = course_of(stopped, "level").looks[-1]
-    assert f"rejected with p = {level.noninferiority.p_value:.2g} (over all looks and comparisons)" in said
-    wrong = refused("recommend", stopped, "--smallest", "params", "--margin", 2)
-    assert "asked for a margin of 1, not 2 points; give --margin 1" in wrong
-    file = tmp_path / "plain.yaml"
-    write(file, name="plain", stopping=None, seeds=list(range(20, 27)))
-    command("run", file, "--output", tmp_path / "plain")
-    compared = command("compare", stopped, tmp_path / "plain", "--reference", "base", "--allow-mismatch", "splits").out
-    # 0.047 of the plain study: 3 x 2 / 2^7, the exact test of seven pairs over three comparisons
-    p_value = course_of(stopped, "ahead").looks[-1].superiority.p_value
-    rows = [line for line in compared.splitlines() if line.startswith(" ahead")]
-    assert any(" stopped " in row and f"supported (p = {p_value:.2g})" in row for row in rows)
-    assert any(" plain " in row and "supported (p = 0.047)" in row for row in rows)
-    assert "supported" not in compared[compared.index("Over studies") :]
-    recommended = said.partition("The configuration")[0]
-    text = f"$ recommend\n{recommended}\n$ compare\n{compared}".replace(str(stopped), "STOPPED")
-    text = text.replace(str(tmp_path), "HERE")
-    check_golden("stopped_study.txt", "\n".join(map(str.rstrip, text.splitlines())) + "\n")
-
-
-def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_path) -> None:
-    command("report", stopped, "--output", tmp_path, "--no-examples")
-    with (tmp_path / "figures" / "stopped_courses.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
-    courses = [course_of(stopped, name) for name in LEAD]
-    looks = [look for course in courses for look in course.looks]
-    assert [int(row["pairs"]) for row in rows] == [4, 8, 4, 8, 12, 4, 8]
-    for name, value in (
-        ("difference", lambda look: look.difference),
-        ("difference_low", lambda look: look.low),
-        ("superiority_upper_bound", lambda look: look.superiority.upper_bound),
-        ("noninferiority_lower_bound", lambda look: look.noninferiority.lower_bound),
-    ):
-        assert [float(row[name]) for row in rows] == pytest.approx([value(look) for look in looks])
-    assert "12 pairs: +0.3 [" in (tmp_path / "report.html").read_text()  # what a pointer is told
-    summary = (tmp_path / "analysis_summary.md").read_text()
-    assert "![How the comparisons went with base](figures/stopped_courses.png)" in summary
-    assert "3 of 3 comparisons with base have stopped" in summary
-    assert "Incomplete" not in summary, "what was not needed is not missing"
-    assert "How far from base" not in summary, "no figure has intervals of a fixed number of seeds beside these"
-
-
-def test_a_study_that_was_continued_gets_no_verdict(command, runs, tmp_path) -> None:
-    file, out = tmp_path / "plain.yaml", tmp_path / "out"
-
-    def run(seeds: int) -> tuple[set[str], str]:
-        write(file, name="plain", stopping=None, seeds=list(range(seeds)))
-        command("run", file, "--output", out)
-        (study,) = read_results(out).studies
-        return {comparison.verdict for comparison in compare_all(study, "base")}, " ".join(study.notices)
-
-    verdicts, notices = run(7)
-    assert {"supported", "refuted"} <= verdicts
-    assert "Not declared" not in notices
-    verdicts, notices = run(9)
-    assert verdicts == {"not decided"}
-    assert "Not declared: seeds 7, 8 of plain were added after results were there" in notices
-    reason = "no verdict: seeds 7, 8 of plain were added after results"
-    findings = [finding for finding in findings_of(command, out, tmp_path / "analysis") if finding["outcome"] == reason]
-    assert findings
-    assert {(finding["verdict"], finding["p_holm"]) for finding in findings} == {("not decided", "")}
-    assert f"not decided ({reason})" in command("recommend", out, "--smallest", "params").out
-    assert f"Nothing is decided: {reason}." in (tmp_path / "analysis" / "analysis_summary.md").read_text()
+        command("report", stopped, "--format", "md", "--output", tmp_path)
+    assert f"Nothing is decided: {reason}." in (tmp_path / "analysis_summary.md").read_text()
+    tables = [*tmp_path.glob("tables/*_against_*.csv"), *tmp_path.glob("tables/*_findings.csv")]
+    rows = [row for file in tables for row in csv.DictReader(file.open(newline="", encoding="utf-8"))]
+    assert len(tables) > 1
+    assert {row["p_holm"] for row in rows} == {""}
+    assert {row["verdict"] for row in rows if reason in str(row)} == {"not decided"}
+    assert f"not decided ({reason})" in command("recommend", stopped, "--smallest", "params").out
