@@ -1,8 +1,7 @@
-"""A study that declares looks is run by them: what is decided stops, what is open goes on; reports decide nothing."""
+"""A study that declares looks is run by them: what is decided stops, and what is open goes on."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -261,17 +260,3 @@ def test_the_findings_end_with_what_the_looks_said(stopped, capsys) -> None:
             assert [f"refuted (p = {test.opposite_p_value:.3g})" in row for test in p_values] == [True, True]
         else:
             assert all(f"(p = {test.p_value:.3g})" in row for test in p_values)
-
-
-def test_a_report_and_commands_give_no_verdict(command, stopped, tmp_path) -> None:
-    reason = "no verdict: looks at results decided how many seeds ran"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_vit.deploy.page.figure._saved", lambda *_, **options: b"")  # only tables and texts are read
-        command("report", stopped, "--format", "md", "--output", tmp_path)
-    assert f"Nothing is decided: {reason}." in (tmp_path / "analysis_summary.md").read_text()
-    tables = [*tmp_path.glob("tables/*_against_*.csv"), *tmp_path.glob("tables/*_findings.csv")]
-    rows = [row for file in tables for row in csv.DictReader(file.open(newline="", encoding="utf-8"))]
-    assert len(tables) > 1
-    assert {row["p_holm"] for row in rows} == {""}
-    assert {row["verdict"] for row in rows if reason in str(row)} == {"not decided"}
-    assert f"not decided ({reason})" in command("recommend", stopped, "--smallest", "params").out

@@ -397,7 +397,7 @@ class StudyConfig(Frozen):
         min_length=1, description="What is compared; each seed makes a run of each"
     )
     stopping: dict[str, Any] | None = Field(
-        default=None, description="Nothing here reads it: when scripts of `experiments/` stop a study's comparisons"
+        default=None, description="When scripts of `experiments/` stop a study's comparisons; `run` refuses it"
     )
 
     @field_validator("experiments")
