@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 from planted_runs import PlantedRuns, study_of_loras
 
-from experiments.hypotheses.findings import print_findings
 from experiments.stopping import until_decided
 from experiments.stopping.comparisons import declared, follow_study
 from experiments.stopping.until_decided import run_until_decided
@@ -246,8 +246,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
     return out
 
 
-def test_the_findings_end_with_what_the_looks_said(stopped, capsys) -> None:
-    print_findings(stopped)
+def test_the_findings_end_with_what_the_looks_said(stopped, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["findings", str(stopped)])
+    runpy.run_module("experiments.hypotheses.findings", run_name="__main__")
     said = capsys.readouterr().out.partition("Comparisons with base that stop")[2]
     (study,) = read_results(stopped).studies
     configuration = declared(study)
