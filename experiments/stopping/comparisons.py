@@ -147,7 +147,9 @@ def stopping_rule(stopping: StoppingConfig, seeds: int, correlation: float = 0.0
 
 def declared(study: Study) -> StudyConfig | None:
     """Return the configuration whose `stopping` says when a study's comparisons stop; None without one."""
-    return next((configuration for configuration in study.plan.configurations if configuration.stopping), None)
+    return next(
+        (configuration for configuration in study.plan.configurations if configuration.stopping is not None), None
+    )
 
 
 def follow_study(configuration: StudyConfig, study: Study | None) -> tuple[SequentialResult, ...]:
