@@ -273,16 +273,6 @@ def test_what_a_study_of_them_can_not_do_is_refused(command, changes, message) -
     assert message in command("plan", "study.yaml", code=2).err
 
 
-def test_that_few_images_are_lost_is_said_of_right_ones_alone(command) -> None:
-    text = STUDY.format(seeds=", 1", measures="{}", training="metric: map")
-    text = text.replace("validation_images: 9, test_images: 9", "folds: 2, validation_images: 0")
-    text += "  - {name: probe, method: linear, training: {metric: map}}\n"
-    text += "stopping: {control: probe, asked: non-inferiority, margin: 1, every: 2, images: 48}\n"
-    Path("study.yaml").write_text(text)
-    refused = command("plan", "study.yaml", code=2).err
-    assert "stopping.images: is there for one class an image, and these have multilabel labels; leave it out" in refused
-
-
 @pytest.mark.parametrize(("table", "metric", "unit"), [("labels", "map", "points"), ("numbers", "mae", "%")])
 @pytest.mark.usefixtures("in_this_process")
 def test_a_study_of_several_runs_compares_them_in_the_metrics_unit(command, table, metric, unit) -> None:
