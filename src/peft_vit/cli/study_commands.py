@@ -158,7 +158,7 @@ def tune(request: TuneRequest) -> None:
     minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.base.extras import require_extra
-    from peft_vit.fit.events import Event, StageBegan
+    from peft_vit.fit.events import FitEvent, StageBegan
 
     require_extra("tune", "tune")  # what is imported below needs some of it
     started, stage = time.monotonic(), "your images"
@@ -169,7 +169,7 @@ def tune(request: TuneRequest) -> None:
     def said() -> str:
         return f"{stage}: at most about {duration(left_s())} left"
 
-    def tell(event: Event) -> None:
+    def tell(event: FitEvent) -> None:
         nonlocal stage
         if isinstance(event, StageBegan):
             stage = event.title

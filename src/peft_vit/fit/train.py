@@ -49,7 +49,7 @@ from peft_vit.fit.calls import (
     write_sizes,
 )
 from peft_vit.fit.decide import gain_over, posterior_by_size
-from peft_vit.fit.events import Emit, Line, show
+from peft_vit.fit.events import Emit, Message, show
 from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, named_files, refuse_among_images, take_in
 from peft_vit.fit.outcomes import ByFolds, known_by_folds
 from peft_vit.fit.regressions import Regression, sizes_to_try, try_sizes
@@ -114,7 +114,7 @@ def train(request: TrainRequest, emit: Emit = show) -> TrainRun:
         if run is not None and run.status().state == "done" and not run.folds_left() and run.size_left() is None:
             link_latest(run.folder)
             done = f"This call was done before, in {run.folder}."
-            emit(Line(f"{done} Another setting, such as --seed 1, makes a new run."))
+            emit(Message(f"{done} Another setting, such as --seed 1, makes a new run."))
             return run
         counts = forecast.counts
         several = images.task.images_of(len(images.index.labels), images.index.class_names)
@@ -140,7 +140,7 @@ class Training:
 
     def tell(self, text: str) -> None:
         """Say something."""
-        self.emit(Line(text))
+        self.emit(Message(text))
 
     def carry_out(self, lock: StudyLock) -> None:
         """Do what is not done: the run, the folds that tell how good it is, and a regression that may be better."""
