@@ -72,16 +72,15 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
     seen: dict[str, str] = {}
     for directory, study in read:
         for run in study.runs:
-            name = f"{run.record.spec.run_id!r} in {directory}"
-            if (other := seen.setdefault(_content(run), name)) != name:
-                problem = f"holds the run {name}, which is {other} too, and would count twice as evidence"
+            content, name = _content(run), f"{run.record.spec.run_id!r} in {directory}"
+            if content in seen:
+                problem = f"holds the run {name}, which is {seen[content]} too, and would count twice as evidence"
                 raise UserError(f"{problem}; give one of them", file=directory)
+            seen[content] = name
     labels = [study.label for _, study in read]
     if len({study.smoke for _, study in read}) > 1:
-        problem = (
-            f"{', '.join(labels)}: smoke runs say nothing about a method, so they can't be compared with real ones"
-        )
-        raise UserError(f"{problem}; leave them out", file="compare")
+        problem = "smoke runs say nothing about a method, so they can't be compared with real ones; leave them out"
+        raise UserError(problem, file=", ".join(labels))
     if len(read) < 2:
         problem = f"holds one study ({labels[0]}), and this needs two; give another directory, or use `peft-vit report`"
         raise UserError(problem, file=directories[0])
@@ -171,10 +170,7 @@ def parse_pool(text: str, option: str) -> frozenset[PoolKind]:
     """
     names = {part.strip() for part in text.split(",")} if text else set()
     if unknown := names.difference(POOL_KINDS):
-        problem = (
-            f"{min(unknown)!r} is not one of {', '.join(POOL_KINDS)}; name what may be pooled, separated by commas"
-        )
-        raise UserError(problem, field=option)
+        raise UserError(f"{min(unknown)!r} is not one of {', '.join(POOL_KINDS)}", field=option)
     return frozenset(kind for kind in POOL_KINDS if kind in names)
 
 

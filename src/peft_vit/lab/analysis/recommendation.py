@@ -155,14 +155,12 @@ def _beyond(cell: Cell, limits: Mapping[Cost, float]) -> list[Cost]:
 
 def _require_times(study: Study, asked: set[Cost], exported: bool) -> None:
     times = asked.intersection(_TIMES)
+    if exported and "latency_s" not in times:
+        raise UserError("has no effect without --max-latency or --smallest latency", field="--bench")
     if exported:  # timed on one machine
-        if "latency_s" not in times:
-            raise UserError("has no effect without --max-latency or --smallest latency", field="--bench")
         times.remove("latency_s")
-    machines = {run.hardware for run in study.runs}
-    if times and len(machines) > 1:
-        problem = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))})"
-        raise UserError(f"{problem}, so times do not compare; ask without limits on time", file=study.label)
+    if times and len({run.hardware for run in study.runs}) > 1:
+        raise UserError("its runs were timed on several machines, so times do not compare", file=study.label)
     if "latency_s" in times and not any(run.record.latency_s for run in study.runs):
         raise UserError("its records hold no latency; ask without it, or measure it", file=study.label)
 
@@ -195,15 +193,11 @@ def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> dict
     """
     finished = {run.record.spec.run_id: run.experiment.name for run in study.runs}
     of_run = grouped((row.run, row) for row in rows if row.run in finished)
-    if not of_run:
-        raise UserError(f"holds no model of a finished run of {study.label}", file=file, field="--bench")
-    if len(processors := {row.processor for own in of_run.values() for row in own}) > 1:
-        raise UserError(
-            f"was timed on several processors ({', '.join(sorted(processors))})", file=file, field="--bench"
-        )
-    batches = set.intersection(*({row.batch for row in own} for own in of_run.values()))
-    if not batches:
-        raise UserError("has no batch size at which every run was timed", file=file, field="--bench")
+    timed = [row for own in of_run.values() for row in own]
+    batches = {row.batch for row in timed}.intersection(*({row.batch for row in own} for own in of_run.values()))
+    if not batches or len({row.processor for row in timed}) > 1:
+        problem = f"holds no times of finished runs of {study.label}, at one batch size on one processor"
+        raise UserError(problem, file=file, field="--bench")
     fastest = grouped(
         (finished[run or ""], min(row.median_s for row in own if row.batch == min(batches)))
         for run, own in of_run.items()

@@ -33,11 +33,11 @@ from peft_vit.lab.analysis.frame import Cell, Cost
 from peft_vit.lab.analysis.recommendation import Recommendation, needed_pairs
 from peft_vit.runs.records.study_yaml import study_yaml
 
-# Costs, and how they are written: "16.2 MB to store".
+# Costs, and how they are written: "16.2 MB storage".
 _COSTS: dict[Cost, tuple[str, Callable[[float], str]]] = {
-    "stored_bytes": ("to store", megabytes),
+    "stored_bytes": ("storage", megabytes),
     "parameters": ("trainable parameters", count),
-    "seconds_per_step": ("a step", lambda seconds: f"{seconds:.3g} s"),
+    "seconds_per_step": ("step time", lambda seconds: f"{seconds:.3g} s"),
     "latency_s": ("latency", lambda seconds: f"{1000 * seconds:.3g} ms"),
 }
 
@@ -51,18 +51,26 @@ def _costs(cells: Sequence[Cell]) -> list[Column]:
     ]
 
 
-def _difference(estimate: Estimate) -> str:
-    return points_interval(estimate.interval)
+def _compared(against: str, asked: str, said: Callable[[Estimate], str]) -> list[Column]:
+    """Return the columns of what an estimate is, rests on and says."""
+    return [
+        Column(against, "estimate", lambda estimate: points_interval(estimate.interval), ""),
+        Column("pairs", "estimate", lambda estimate: str(len(estimate.by_seed)), ""),
+        Column("test", "estimate", outcome, ""),
+        Column(asked, "estimate", said, _values),
+    ]
+
+
+def _values(estimate: Estimate | None) -> Mapping[str, Raw]:
+    """Return what a file for other programs has of a difference: shares, of an error of the numbers' deviation."""
+    if estimate is None:
+        return {}
+    decided: dict[str, Raw] = {"p_holm": estimate.adjusted_p, "verdict": estimate.verdict, "note": estimate.note}
+    return own_interval_columns("difference", estimate.interval) | {"reference": estimate.reference} | decided
 
 
 def _verdict(estimate: Estimate) -> str:
     return together(estimate.verdict, estimate.note)
-
-
-def _decided(asked: str, said: Callable[[Estimate], str] = _verdict) -> list[Column]:
-    """Return the columns of what a comparison rests on and says."""
-    pairs = Column("pairs", "estimate", lambda estimate: str(len(estimate.by_seed)))
-    return [pairs, Column("test", "estimate", outcome), Column(asked, "estimate", said)]
 
 
 # --- recommend --------------------------------------------------------------------------------------------------------
@@ -75,20 +83,23 @@ def print_recommendation(advice: Recommendation, output: Path | None) -> None:
         UserError: if the file can't be written, or is there and says something else.
     """
     print_blocks(recommendation_blocks(advice))
-    configuration = recommended_yaml(advice)
-    if configuration is None:
-        if output is not None:
-            print_blocks([Paragraph(f"{output} is not written: nothing is recommended.")])
-    elif output is None:
+    if advice.chosen is None:
+        return
+    runs = [row.run for row in advice.chosen.rows]
+    comments = [f"{advice.chosen.name} of study {advice.study.label}, made again from its records."]
+    comments += [advice.study.disclaimer] if advice.study.disclaimer else []
+    seeds = [run.seed for run in runs]
+    configuration = study_yaml(runs[0].record.spec, seeds, suffix="-recommended", comments=comments)
+    if output is None:
         print_blocks([Paragraph("The configuration to train it:\n")])
         print(configuration, end="")
-    else:
-        content = configuration.encode()
-        with os_fault("can't be written", output, remedy="choose another file", field="--output"):
-            if output.exists() and output.read_bytes() != content:
-                raise UserError("exists and holds something else; move it away or choose another file", file=output)
-            write_atomically(output, content)
-        print_blocks([Paragraph(f"Its configuration: {output}\nNext: peft-vit plan {output}")])
+        return
+    content = configuration.encode()
+    with os_fault("can't be written", output, remedy="choose another file", field="--output"):
+        if output.exists() and output.read_bytes() != content:
+            raise UserError("exists and holds something else; move it away or choose another file", file=output)
+        write_atomically(output, content)
+    print_blocks([Paragraph(f"Its configuration: {output}\nNext: peft-vit plan {output}")])
 
 
 def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]:
@@ -115,13 +126,14 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
         [
             Column("experiment", "name"),
             *_costs(advice.cells),
-            Column(f"against {best.name} ({study.scores.unit})", "estimate", _difference),
-            *_decided(f"loses less than {margin}?", partial(_said, advice)),
+            *_compared(
+                f"against {best.name} ({study.scores.unit})", f"loses less than {margin}?", partial(_said, advice)
+            ),
             Column("within the limits?", lambda cell: "no" if advice.beyond[cell.name] else "yes"),
         ],
         f"Test {words}, pairs by seed; negative is a loss. {better_above(study.scores)}The one-sided non-inferiority t "
-        "test decides at 5 %, Holm-corrected over the candidates; the t intervals hold for all of them at once. 'Would "
-        "do': 80 % power, if mean and spread stayed what they are.",
+        "test decides at 5 %, Holm-corrected over the candidates, and so does that of a larger loss, whose p is not "
+        "shown; the t intervals hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed.",
     )
 
 
@@ -149,17 +161,6 @@ def _said(advice: Recommendation, estimate: Estimate) -> str:
     if estimate.verdict == Verdict.NOT_DECIDED and not advice.study.untested:
         needed = needed_pairs(list(estimate.by_seed.values()), advice.margin, ALPHA / estimate.family)
     return together(_verdict(estimate), "" if needed is None else f"n = {needed} would do")
-
-
-def recommended_yaml(advice: Recommendation) -> str | None:
-    """Return the configuration of a study of what is recommended, on the seeds of its runs; None if nothing is."""
-    if advice.chosen is None:
-        return None
-    comments = [f"{advice.chosen.name} of study {advice.study.label}, made again from its records."]
-    if advice.study.disclaimer:
-        comments.append(advice.study.disclaimer)
-    runs = [row.run for row in advice.chosen.rows]
-    return study_yaml(runs[0].record.spec, [run.seed for run in runs], suffix="-recommended", comments=comments)
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
@@ -199,8 +200,7 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
                 lambda value: interval_columns(f"test_{scores.metric.name}", scaled(value, factor)),
             ),
             Column("n", lambda cell: len(cell.rows)),
-            Column(f"against {reference} ({scores.unit})", "estimate", _difference, _values),
-            *_decided(better),
+            *_compared(f"against {reference} ({scores.unit})", better, _verdict),
             *_costs(across.cells),
         ],
         "95 % t intervals: what other seeds would change. Pairs share seed, weights, images and split; the exact "
@@ -216,9 +216,8 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
         [
             Column("experiment", "estimate.name", data="experiment"),
             Column("studies", "studies", lambda labels: str(len(labels)), lambda labels: {"study": "; ".join(labels)}),
-            Column("mean over studies", "estimate", _difference, _values),
             Column("ahead in", lambda pooled: f"{pooled.ahead} of {len(pooled.studies)}"),
-            *_decided(better),
+            *_compared("mean over studies", better, _verdict),
         ],
         "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none of "
         "them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over this "
@@ -231,14 +230,6 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
         yield Paragraph(f"{said}: {reason}. Experiments: {joined(pooled.estimate.name for pooled in every)}.")
     if any(pooled.refused for pooled in across.pooled):
         yield Paragraph("To pool all the same, name what differs: --allow-mismatch.")
-
-
-def _values(estimate: Estimate | None) -> Mapping[str, Raw]:
-    """Return what a file for other programs has of a difference: shares, of an error of the numbers' deviation."""
-    if estimate is None:
-        return {}
-    decided: dict[str, Raw] = {"p_holm": estimate.adjusted_p, "verdict": estimate.verdict, "note": estimate.note}
-    return own_interval_columns("difference", estimate.interval) | {"reference": estimate.reference} | decided
 
 
 def bench_table(rows: Sequence[BenchRow], repeats: int) -> Table:
