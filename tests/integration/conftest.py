@@ -136,5 +136,5 @@ class InThisProcess:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let commands start no worker processes, each of which takes seconds to import what is imported here."""
-    for place in ("executors.local", "profiling"):
-        monkeypatch.setattr(f"peft_vit.studies.{place}.LocalExecutor", InThisProcess)
+    for place in ("executors.local", "scheduling.profiling"):
+        monkeypatch.setattr(f"peft_vit.runs.{place}.LocalExecutor", InThisProcess)

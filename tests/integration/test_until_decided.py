@@ -17,7 +17,7 @@ from peft_vit.core.config import study_from_mapping
 from peft_vit.lab.analysis import read_results
 from peft_vit.lab.analysis.stopping import compare_all, sequential_results
 from peft_vit.lab.request import RunRequest
-from peft_vit.lab.studies import run_until_decided
+from peft_vit.lab.run_studies import run_until_decided
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 

@@ -42,7 +42,7 @@ def run(request: RunRequest) -> None:
     every run is done, or --minutes are over and some are, 1 a run failed, or --minutes are over and none is done, 2 bad
     input, 130 interrupted.
     """
-    from peft_vit.lab.studies import plan_studies, run_studies
+    from peft_vit.lab.run_studies import plan_studies, run_studies
 
     if request.dry_run:
         plan_studies(request)
@@ -57,7 +57,7 @@ def plan(request: StudiesRequest) -> None:
     What is not known from runs that are done or from earlier plans is measured: a few steps of each kind of run are
     done now. Nothing is measured with --smoke.
     """
-    from peft_vit.lab.studies import plan_studies
+    from peft_vit.lab.run_studies import plan_studies
 
     plan_studies(RunRequest.of(**request.model_dump()), profile=True)
 
