@@ -244,3 +244,13 @@ def test_a_setting_of_one_side_only_is_a_difference(tmp_path) -> None:
 
     (refused,) = compare_studies(pair(tmp_path, None, changed, **{name: A})).pooled
     assert refused.differing == {"configurations": f"{name}.adalora.top_k: None in a, 12 in b"}
+
+
+def test_where_one_study_may_not_decide_nothing_pooled_is_decided(three, monkeypatch) -> None:
+    monkeypatch.setattr(Study, "untested", property(lambda study: "seeds were added" if study.name == "b" else ""))
+    across = three()
+    (pooled,) = across.pooled
+    assert (pooled.estimate.verdict, pooled.estimate.significance) == ("not decided", None)
+    assert pooled.estimate.interval.low is not None
+    tested = {cell.study: cell.estimate.significance is not None for cell in across.cells if cell.estimate}
+    assert tested == {"a": True, "b": False, "c": True}
