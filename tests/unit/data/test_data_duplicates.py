@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import zipfile
 from functools import cache
 from itertools import combinations
 
@@ -12,7 +11,7 @@ from PIL import Image
 from sample_sets import sample_path, write_idx
 from scipy.signal import convolve2d
 from scipy.sparse.csgraph import connected_components
-from written_images import save
+from written_images import save, zip_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
@@ -54,15 +53,7 @@ def config_of(dataset, path, **settings):
     return DataConfig(dataset=dataset, path=str(path), **({"image_size": 48, "validation_images": 4} | settings))
 
 
-def zipped(official):
-    path = official.with_suffix(".zip")
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(official.rglob("*.png")):
-            archive.write(file, file.relative_to(official))
-    return path
-
-
-@pytest.mark.parametrize("pack", [lambda root: root, zipped])
+@pytest.mark.parametrize("pack", [lambda root: root, zip_of])
 def test_an_image_in_train_and_test_is_refused_with_both_names(official, pool, pack):
     assert load_data(config_of("image-folder", official), 0).warnings == ()
     assert load_data(config_of("image-folder", pool, test_images=8), 0).warnings == ()

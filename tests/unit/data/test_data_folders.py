@@ -3,7 +3,6 @@
 import io
 import os
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +39,6 @@ def test_image_folder(folder, config):
     assert index.labels.tolist() == index.strata.tolist() == [0, 0, 1, 1]
     assert [colour(index, i) for i in range(4)] == [[[i, 2 * i, 3 * i]] for i in range(4)]
     assert (index.official_test, index.channels) == (None, 3)
-
-
-def test_image_folder_as_zip_is_read_in_place(folder, config, tmp_path):
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for file in sorted(folder.rglob("*.*")):
-            archive.write(file, file.relative_to(folder))
-        archive.writestr("__MACOSX/cat/._a.png", b"resource fork")
-    index = open_index(config("image-folder", tmp_path / "images.zip"))
-    assert index.labels.tolist() == [0, 0, 1, 1]
-    assert colour(index, 3) == [[3, 6, 9]]
 
 
 CAPITALS = ("Train VAL", "TRAIN Validation", "train Test", "Train Valid TEST")

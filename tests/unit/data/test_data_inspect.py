@@ -5,13 +5,12 @@ import hashlib
 import json
 import os
 import shutil
-import zipfile
 
 import numpy as np
 import pytest
 from golden import check_golden
 from PIL import Image
-from written_images import save
+from written_images import save, textured, zip_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
@@ -21,12 +20,6 @@ from peft_vit.data import images_file, inspect_images, load_data, make_splits, o
 from peft_vit.data import inspect as inspect_module
 from peft_vit.data import pixels as pixels_module
 from peft_vit.data.pixels import cached_pixels, decode_image
-
-
-def textured(seed, side=48, colours=3):
-    """Return an image (side, side, C) whose detail is its own: blocks of random levels."""
-    levels = np.random.default_rng(seed).integers(40, 215, (12, 12, colours), dtype=np.uint8)
-    return levels.repeat(side // 12, 0).repeat(side // 12, 1)
 
 
 @pytest.fixture
@@ -89,28 +82,6 @@ def test_sides_do_not_depend_on_how_little_of_a_jpeg_is_decoded(root):
     save(root / "dog" / "large.jpg", Image.fromarray(textured(7, side=1200)[:, :900]), quality=95)
     seen = inspect_images(root)
     assert seen.sides[seen.names.index("dog/large.jpg")].tolist() == [900, 1200]
-
-
-def test_unreadable_files_are_named_with_their_reasons_and_left_out(root, tmp_path):
-    (root / "cat" / "notes.txt").write_text("no image")
-    (root / "cat" / "text.png").write_text("no image either")
-    cut = (root / "dog" / "00.png").read_bytes()[:200]
-    (root / "dog" / "cut.png").write_bytes(cut)
-    (root / "dog" / "empty.jpg").write_bytes(b"")
-    save(root / "dog" / "float.tiff", Image.fromarray(np.zeros((20, 20), np.float32)))
-    (root / "README.md").write_text("beside the classes, no one's concern")
-    seen = inspect_images(root)
-    why = seen.left_out
-    assert set(why) == {"cat/notes.txt", "cat/text.png", "dog/cut.png", "dog/empty.jpg", "dog/float.tiff"}
-    assert why["cat/notes.txt"] == "is not an image file"
-    assert (why["cat/text.png"], why["dog/empty.jpg"]) == ("is not an image of a known format", "is empty")
-    assert why["dog/cut.png"].startswith("is not a readable image")
-    assert why["dog/float.tiff"].startswith("has pixels of mode F")
-    (line,) = [line for line in seen.lines() if "left out" in line]
-    assert line.startswith("5 files are left out: cat/notes.txt (is not an image file), ")
-    assert line.endswith(" and 2 more")
-    index = open_index(config(root, write(tmp_path, seen)))
-    assert not set(index.names) & set(why)
 
 
 def test_an_image_under_two_classes_is_left_out_of_everything(root):
@@ -205,24 +176,13 @@ def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path)
         open_index(config(root, tmp_path / "nowhere.json"))
 
 
-def test_zips_are_inspected_in_place(root, tmp_path):
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for file in sorted(root.rglob("*.*")):
-            archive.write(file, file.relative_to(root))
-    seen, plain = inspect_images(tmp_path / "images.zip"), inspect_images(root)
-    assert seen.names == plain.names
-    assert np.array_equal(seen.groups, plain.groups)
-    assert len(open_index(config(tmp_path / "images.zip", write(tmp_path, seen))).labels) >= 21
-
-
 def test_a_zip_s_hash_says_which_of_its_images_are_used(root, tmp_path, monkeypatch, own_cache):
     """A reader that is installed later brings an image back, and all that come after it move by one."""
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for file in sorted(root.rglob("*.*")):
-            archive.write(file, file.relative_to(root))
-    path = tmp_path / "images.zip"
-    everything = write(tmp_path, inspect_images(path), seed=None)
-    whole = open_index(config(path, everything))
+    path = zip_of(root)
+    seen, plain = inspect_images(path), inspect_images(root)
+    assert seen.names == plain.names
+    assert np.array_equal(seen.groups, plain.groups)
+    whole = open_index(config(path, write(tmp_path, seen, seed=None)))
 
     def without_one(read, file, **named):
         if file == "dog/00.png":
@@ -250,12 +210,10 @@ def test_pixels_of_another_version_of_the_decoder_are_not_taken(root, monkeypatc
 
 
 def test_a_zip_s_hash_is_the_file_s_as_long_as_all_of_its_images_are_used(root, tmp_path):
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for file in sorted(root.rglob("*.png")):
-            archive.write(file, file.relative_to(root))
-        archive.writestr("notes.txt", "no image")
-    written = json.loads(write(tmp_path, inspect_images(tmp_path / "images.zip"), seed=None).read_text())
-    assert written["sha256"] == hashlib.sha256((tmp_path / "images.zip").read_bytes()).hexdigest()
+    (root / "notes.txt").write_text("no image")
+    path = zip_of(root)
+    written = json.loads(write(tmp_path, inspect_images(path), seed=None).read_text())
+    assert written["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])

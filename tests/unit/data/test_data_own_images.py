@@ -2,14 +2,14 @@
 
 import json
 import os
+import re
 import shutil
-import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, features
-from written_images import encoded, save
+from written_images import encoded, save, textured, zip_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
@@ -38,20 +38,11 @@ def cache_of_its_own(tmp_path_factory, monkeypatch):
 PLAIN = np.full((48, 64, 3), (200, 60, 20), dtype=np.uint8)
 
 
-def textured(seed):
-    return np.random.default_rng(seed).integers(40, 215, (12, 12, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-
-
 def fill(root, images=6, classes=("кот", "hund mit hut")):
     for label, name in enumerate(classes):
         for i in range(images):
             save(root / name / f"bild {i}.{'PNG' if i % 2 else 'png'}", textured(100 * label + i))
     return root
-
-
-def table_of(root, write, **columns):
-    rows = [(str(file.relative_to(root)), file.parent.name) for file in sorted(root.rglob("*.[pP]*"))]
-    write(pd.DataFrame(rows, columns=["path", "label"]).assign(**columns))
 
 
 # --- where they are ---------------------------------------------------------------------------------------------------
@@ -72,13 +63,11 @@ def at_two_depths(root):
 
 
 def zipped(root):
-    fill(root / "icons" / "deep")
-    with zipfile.ZipFile(root / "icons.zip", "w") as archive:
-        for file in sorted((root / "icons").rglob("*.*")):
-            archive.write(file, file.relative_to(root))
-        archive.writestr("__MACOSX/icons/deep/._a.png", b"x")
-    shutil.rmtree(root / "icons")
-    return root / "icons.zip"
+    fill(root / "packed" / "icons" / "deep")
+    beside = root / "packed" / "__MACOSX" / "icons" / "deep"
+    beside.mkdir(parents=True)
+    (beside / "._a.png").write_bytes(b"x")
+    return zip_of(root / "packed")
 
 
 def split_deeper(root):
@@ -116,16 +105,17 @@ def csv_beside(root):
 
 
 def parquet(root):
-    fill(root / "elsewhere")
+    files = sorted(fill(root / "elsewhere").rglob("*.[pP]*"))
     (root / "lists").mkdir()
-    table_of(root, lambda frame: frame.assign(path="../" + frame.path).to_parquet(root / "lists" / "my.parquet"))
+    rows = [(f"../{file.relative_to(root)}", file.parent.name) for file in files]
+    pd.DataFrame(rows, columns=["path", "label"]).to_parquet(root / "lists" / "my.parquet")
     return root / "lists" / "my.parquet"
 
 
 FOUND = {
     deeper: "Using the images in {root}/dataset, where the class folders are.",
     at_two_depths: "Using the images in {root}/more, where the class folders are.",
-    zipped: "Using the images in {root}/icons.zip/icons/deep, where the class folders are.",
+    zipped: "Using the images in {root}/packed.zip/icons/deep, where the class folders are.",
     split_deeper: "Using the images in {root}/set, where the class folders are.",
     only_train: "Using the images in {root}/train, where the class folders are.",
     linked: None,
@@ -235,10 +225,11 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
     }.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(content)
+    save(root / "hund mit hut" / "float.tiff", np.zeros((20, 20), np.float32))
     (root / "кот" / "gone.png").symlink_to("nowhere")
     os.mkfifo(root / "кот" / "pipe.png")
     seen = inspect_images(root, least=1)
-    assert {name: why.split(" (")[0] for name, why in seen.left_out.items()} == {
+    assert {name: re.split(r" \(|, of which", why)[0] for name, why in seen.left_out.items()} == {
         "кот/cut.png": "is not a readable image",
         "кот/cut.jpg": "is not a readable image",
         "кот/text.jpg": "is not an image of a known format",
@@ -246,13 +237,14 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
         "кот/pipe.png": "can't be read",
         "hund mit hut/zero.webp": "is empty",
         "hund mit hut/notes.txt": "is not an image file",
+        "hund mit hut/float.tiff": "has pixels of mode F",
         "beside.png": "is in no class folder",
         "hund mit hut/more/below.png": "is deeper than the class folders",
     }
     lines = seen.remarks()
-    assert lines[0] == "9 files are left out:"
+    assert lines[0] == "10 files are left out:"
     assert lines[1:] == [f"  {name}: {why}" for name, why in sorted(seen.left_out.items())]
-    with pytest.raises(UserError, match=r"--strict: 9 files are unusable") as caught:
+    with pytest.raises(UserError, match=r"--strict: 10 files are unusable") as caught:
         inspect_images(root, least=1, strict=True)
     assert caught.value.details.splitlines() == lines[1:]
     for i in range(40):

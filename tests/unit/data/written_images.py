@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,20 @@ def save(file: Path, pixels: np.ndarray | Image.Image, **options: Any) -> Path:
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(file, **options)
     return file
+
+
+def textured(seed: int, side: int = 48) -> np.ndarray:
+    """Return an image (side, side, 3) whose detail is its own: blocks of random levels."""
+    levels = np.random.default_rng(seed).integers(40, 215, (12, 12, 3), dtype=np.uint8)
+    return levels.repeat(side // 12, 0).repeat(side // 12, 1)
+
+
+def zip_of(folder: Path) -> Path:
+    """Write a zip of a folder's files beside it."""
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, file.relative_to(folder))
+    return folder.with_suffix(".zip")
 
 
 def png_by_hand(
