@@ -253,7 +253,7 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
     for i in range(40):
         save(root / f"class {i}" / "whole.png", textured(1000 + i))
         (root / f"class {i}" / "text.txt").write_text("x")
-    assert inspect_images(root, least=1).remarks()[-1] == "  and 20 more"
+    assert inspect_images(root, least=1).remarks()[-1] == "  and 21 more"
 
 
 def test_a_class_without_images_and_links_to_what_is_there_are_told_by_train_and_by_a_study(tmp_path):

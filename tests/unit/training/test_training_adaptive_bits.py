@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import qa_lora_settings
 import torch
 
 from peft_vit import QaLoraConfig, QALoRATrainer, allocate_bits
@@ -18,15 +19,8 @@ pytestmark = [
 
 
 def config(targets=("query", "key", "value", "out", "fc1", "fc2"), **adaptive) -> QaLoraConfig:
-    return QaLoraConfig(
-        quantization_schedule="constant",
-        gradient_scaling_factor=1.0,
-        use_group_quantization=True,
-        group_size=16,
-        rank=None if adaptive.get("ranks") else 2,
-        targets=targets,
-        adaptive_bits=adaptive,
-    )
+    bits = {"quantization_bits": None, "quantization_type": None, "adaptive_bits": adaptive}
+    return qa_lora_settings.config(**bits, rank=None if adaptive.get("ranks") else 2, targets=targets)
 
 
 def uniform_bytes(model, type: str, targets) -> int:
@@ -71,28 +65,20 @@ def test_types_are_the_best_of_all_within_the_bytes(tiny_vit, batch, by, share) 
     assert trainer.bits_history[0]["bits_per_weight"] == {name: bits[type] + 2 for name, type in record.types.items()}
 
 
-def test_average_bits_are_those_of_the_stored_bytes(tiny_vit, batch) -> None:
-    model = tiny_vit()
-    chosen = allocate_bits(model, config(average_bits=5.3), *batch)
-    QALoRATrainer(model, config(average_bits=5.3), 4, formats=chosen.formats)
-    layers = [module for _, module in adapted_modules(model)]
-    weights = sum(module.in_features * module.out_features for module in layers)
-    average = 8 * sum(module.quantized.nbytes for module in layers) / weights
-    assert len(set(chosen.record.types.values())) > 1
-    assert 5.0 < average <= 5.3
-
-
-def test_three_bits_are_chosen_and_counted(tiny_vit, batch) -> None:
-    model, types = tiny_vit(), ("int2", "int3", "nf4")
-    settings = config(average_bits=4.6, types=types)
+@pytest.mark.parametrize(
+    ("types", "average_bits", "least"), [(("int2", "int4", "int8"), 5.3, 5.0), (("int2", "int3", "nf4"), 4.6, 4.3)]
+)
+def test_average_bits_are_those_of_the_stored_bytes(tiny_vit, batch, types, average_bits, least) -> None:
+    model, settings = tiny_vit(), config(average_bits=average_bits, types=types)
     chosen = allocate_bits(model, settings, *batch)
     QALoRATrainer(model, settings, 4, formats=chosen.formats)
     layers = [module.quantized for _, module in adapted_modules(model)]
-    assert len({layer.format.type for layer in layers}) > 1
-    assert {layer.format.type for layer in layers} <= set(types)
+    used = {layer.format.type for layer in layers}
+    assert len(used) > 1
+    assert used <= set(types)
     assert sum(layer.nbytes for layer in layers) == chosen.record.spent_bytes
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    assert 4.3 < 8 * chosen.record.spent_bytes / weights <= 4.6
+    assert least < 8 * chosen.record.spent_bytes / weights <= average_bits
 
 
 def test_bits_and_ranks_are_the_best_of_all_within_the_bytes(tiny_vit, batch) -> None:

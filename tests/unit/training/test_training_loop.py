@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import allocation_runs
 import numpy as np
 import pytest
 import torch
 from tiny_models import random_model
 from torch.nn import functional as F
 
-from peft_vit import AdaLoraConfig, AdaLoRAController
+from peft_vit import AdaLoRAController
 from peft_vit.core.adapters import attach_adapters, current_ranks, set_ranks
 from peft_vit.core.adapters.footprint import trainable_parameters
 from peft_vit.core.backbones import find_sites
@@ -30,6 +31,10 @@ def config(**settings) -> TrainingConfig:
 def lora(model):
     attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
     return model
+
+
+def metrics_of(accuracy: float, **others: float) -> Metrics:
+    return Metrics(**{"n": 9, "accuracy": accuracy, "balanced_accuracy": accuracy, "nll": 1.0, "ece": 0.0, **others})
 
 
 class DeployableFrom(Hook):
@@ -102,14 +107,11 @@ def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_ther
 
 @pytest.mark.parametrize(("start", "chosen"), [(0.0, 9), (0.6, 9), (0.7, 0)])
 def test_the_last_step_is_kept_unless_the_start_is_better(tiny_vit, data, runtime, monkeypatch, start, chosen) -> None:
-    def metrics(accuracy: float) -> Metrics:
-        return Metrics(n=9, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
-
     said = iter((0.9, 0.95, 0.5))  # after steps 3, 6 and 9
-    monkeypatch.setattr(type(CLASSIFICATION), "measure", lambda *_: metrics(next(said)))
+    monkeypatch.setattr(type(CLASSIFICATION), "measure", lambda *_: metrics_of(next(said)))
     watched, unwatched = lora(tiny_vit()), lora(tiny_vit())
     nine = replace(data(), validation=data().validation.chosen(np.arange(9)))
-    result = train(watched, nine, config(keep="last"), runtime, seed=0, probe=metrics(start))
+    result = train(watched, nine, config(keep="last"), runtime, seed=0, probe=metrics_of(start))
     assert [evaluation.step for evaluation in result.evaluations] == [0, 3, 6, 9]
     assert result.chosen_step == chosen
     blind = replace(data(), validation=data().validation.chosen(np.empty(0, dtype=np.int64)))
@@ -124,7 +126,7 @@ def test_balanced_accuracy_chooses_and_counts_patience_where_it_decides() -> Non
     for metric in (ACCURACY, BALANCED_ACCURACY):
         best, evaluations = BestState(metric), []
         for step, (accuracy, balanced) in enumerate(rows):
-            metrics = Metrics(n=9, accuracy=accuracy, balanced_accuracy=balanced, auroc=None, nll=1.0 - step, ece=0.0)
+            metrics = metrics_of(accuracy, balanced_accuracy=balanced, nll=1.0 - step)
             evaluations.append(Evaluation(step=step, epoch=step, deployable=True, metrics=metrics))
             best.offer(evaluations[-1], torch.nn.Linear(1, 1))
         chosen[metric.name] = (best.evaluation.step, evaluations_since_best(evaluations, metric))
@@ -133,8 +135,7 @@ def test_balanced_accuracy_chooses_and_counts_patience_where_it_decides() -> Non
 
 def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapters) -> None:
     def evaluation(step: int, accuracy: float) -> Evaluation:
-        metrics = Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
-        return Evaluation(step=step, epoch=step, deployable=True, metrics=metrics)
+        return Evaluation(step=step, epoch=step, deployable=True, metrics=metrics_of(accuracy))
 
     model, best = lora(tiny_vit()), BestState(ACCURACY)
     fill_adapters(model)
@@ -152,14 +153,8 @@ def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapt
 
 def test_counts_and_history_with_moving_ranks(tiny_vit, data, runtime) -> None:
     model = tiny_vit()
-    settings = AdaLoraConfig(
-        total_rank_budget=12,
-        initial_budget=36,
-        allocation_strategy="top_k",
-        importance_metric="fisher",
-        update_frequency=2,
-        warmup_steps=2,
-        final_steps=3,
+    settings = allocation_runs.config(
+        total_rank_budget=12, initial_budget=36, allocation_strategy="top_k", importance_metric="fisher", final_steps=3
     )
     hook = AllocationHook(AdaLoRAController(model, settings, 9))
     before = trainable_parameters(model)
@@ -186,15 +181,8 @@ def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, runtime) 
     calls = []
     model = lora(tiny_vit())
     train(model, data(), config(epochs=1), runtime, seed=0, hooks=[Noted(1)])
-    assert [call[:2] for call in calls] == [
-        ("attach", 0),
-        ("before", 1),
-        ("after", 1),
-        ("before", 2),
-        ("after", 2),
-        ("before", 3),
-        ("after", 3),
-    ]
+    steps = [(place, step) for step in (1, 2, 3) for place in ("before", "after")]
+    assert [call[:2] for call in calls] == [("attach", 0), *steps]
     assert calls[1][2] == sum(p.requires_grad for p in model.parameters())
     assert calls[0][2] is calls[2][2]
 
@@ -237,14 +225,8 @@ def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, runtime, monk
 
 def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, runtime) -> None:
     model = tiny_vit()
-    settings = AdaLoraConfig(
-        total_rank_budget=8,
-        budget_schedule="constant",
-        allocation_strategy="proportional",
-        importance_metric="fisher",
-        update_frequency=2,
-        warmup_steps=1,
-        final_steps=3,
+    settings = allocation_runs.config(
+        total_rank_budget=8, budget_schedule="constant", importance_metric="fisher", warmup_steps=1, final_steps=3
     )
     hook = AllocationHook(AdaLoRAController(model, settings, 9))
     result = train(model, data(), config(), runtime, seed=0, hooks=[hook])

@@ -1,43 +1,25 @@
 """What a watcher reads after each step equals what the model's tensors say, whatever the method."""
 
+import allocation_runs
 import numpy as np
 import pytest
+import qa_lora_settings
 from timm.models.vision_transformer import VisionTransformer
 
 from peft_vit.core.adapters import adapted_modules
 from peft_vit.core.adapters.low_rank import SiteAdapter
 from peft_vit.core.adapters.peft_layers import peft_ranks
-from peft_vit.core.config import (
-    AdaLoraConfig,
-    ExperimentConfig,
-    LoraConfig,
-    PeftAdaLoraConfig,
-    QaLoraConfig,
-    TrainingConfig,
-)
+from peft_vit.core.config import ExperimentConfig, LoraConfig, PeftAdaLoraConfig, TrainingConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.training import Progress, train
 
 pytestmark = pytest.mark.part("trainer")
 
-ADALORA = AdaLoraConfig(
-    total_rank_budget=24,
-    initial_budget=48,
-    allocation_strategy="proportional",
-    importance_metric="sensitivity",
-    update_frequency=2,
-    warmup_steps=2,
-    final_steps=3,
+ADALORA = allocation_runs.config(
+    total_rank_budget=24, initial_budget=48, importance_metric="sensitivity", final_steps=3
 )
-QA_LORA = QaLoraConfig(
-    quantization_bits=4,
-    quantization_type="int4",
-    quantization_schedule="linear",
-    gradient_scaling_factor=1.0,
-    use_group_quantization=True,
-    group_size=16,
-    rank=2,
-    quantization_end_step=5,
+QA_LORA = qa_lora_settings.config(
+    quantization_type="int4", quantization_schedule="linear", quantization_end_step=5, rank=2
 )
 TRAINING = TrainingConfig(epochs=3, batch_size=8, learning_rate=3e-3)
 

@@ -1,10 +1,11 @@
 """Which layers QALoRATrainer quantizes, in which formats, under which adapters: new ones or those that are there."""
 
+import allocation_runs
 import pytest
 import torch
 from qa_lora_settings import config
 
-from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
+from peft_vit import AdaLoRAController, QALoRATrainer
 from peft_vit.base.errors import SilentNoEffectWarning
 from peft_vit.core.adapters import adapted_modules, attach_adapters, current_ranks, site_adapters
 from peft_vit.core.backbones import find_sites
@@ -31,15 +32,6 @@ def test_formats_and_ranks_can_be_given_by_name(tiny_vit) -> None:
     assert trainer.bits_history[0]["bits_per_weight"]["blocks.1.mlp.fc1"] == 2 + 32 / 16
 
 
-def test_adaptive_bits_need_formats(tiny_vit) -> None:
-    from_measurement = {"quantization_bits": None, "quantization_type": None}
-    settings = config(**from_measurement, rank=2, adaptive_bits={"average_bits": 5.0})
-    model = tiny_vit()
-    names = {site.module for site in find_sites(model)}
-    QALoRATrainer(model, settings, 8, formats={name: format_of(settings, "int4") for name in names})
-    assert {module.quantized.format.type for _, module in adapted_modules(model)} == {"int4"}
-
-
 def test_adapters_that_are_there_are_taken_as_they_are(tiny_vit, batch, fill_adapters) -> None:
     model, fresh = with_adapters(tiny_vit()), tiny_vit()
     fill_adapters(model)
@@ -62,14 +54,6 @@ def test_adapters_that_are_not_pooled_leave_groups_to_storage_and_it_is_said(tin
 
 
 def test_the_controllers_adapters_are_pooled_over_the_groups(tiny_vit) -> None:
-    settings = AdaLoraConfig(
-        total_rank_budget=20,
-        allocation_strategy="proportional",
-        importance_metric="gradient_norm",
-        warmup_steps=2,
-        update_frequency=2,
-        final_steps=2,
-    )
-    controller = AdaLoRAController(model := tiny_vit(), settings, 8, pool=16)
+    controller = AdaLoRAController(model := tiny_vit(), allocation_runs.config(), 8, pool=16)
     assert {adapter.pool for adapter in site_adapters(model).values()} == {16}
     assert controller.bounds.maximum.tolist() == [4, 4, 4, 4, 4, 8] * 2  # 64 / 16 and 128 / 16 groups

@@ -207,15 +207,10 @@ def test_what_was_gone_on_from_is_not_kept_in_memory(make) -> None:
         held.append(weakref.ref(state))
         return state
 
-    train(
-        tiny_vit(),
-        data(),
-        run.training,
-        runtime,
-        seed=4,
-        resume=read(),
-        between_steps=lambda step, state: there.append(held[0]() is not None),
-    )
+    def look(step, state) -> None:
+        there.append(held[0]() is not None)
+
+    train(tiny_vit(), data(), run.training, runtime, seed=4, resume=read(), between_steps=look)
     assert there
     assert not any(there)
 
