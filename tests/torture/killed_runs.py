@@ -160,9 +160,6 @@ class Watched:
 
         return sign
 
-    def _last(self) -> bool:
-        return any(newest_step(self._out / NAME / run) == STEPS for run in self.under_way())
-
 
 class Study:
     """A study that is killed several times and then let finish."""

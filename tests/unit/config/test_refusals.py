@@ -277,6 +277,12 @@ def test_what_a_section_says_wrongly(
         ("{name: one, method: full, training: 0}", ".training", "mapping, got 0"),
         ("{name: one, method: lora, lora: {rank: 2}, peft_lora: {rank: 2}}", "", "'peft_lora:' has no effect"),
         ("{name: one, method: lora, lora: {rank: 2}, training: {layer_decay: 0.7}}", ".training.layer_decay", "full"),
+        ("{name: one, method: full, training: {compute: int8}}", ".training.compute", "method: full, since"),
+        (
+            "{name: one, method: peft_lora, peft_lora: {rank: 2}, training: {compute: int8}}",
+            ".training.compute",
+            "peft_lora, since",
+        ),
         ("{name: one, method: full, training: {learning_rate: []}}", ".training.learning_rate", "or a list of some"),
         ("{name: one, method: linear, training: {learning_rate: 1e-3}}", ".training.learning_rate", "linear probe"),
         ("{name: one, method: linear, training: {memory_limit: 1GB}}", ".training.memory_limit", "linear probe"),
@@ -298,10 +304,14 @@ def test_what_an_experiment_says_wrongly(experiment: str, field: str, word: str,
     [
         ({"training": "{augmentation: [flip, rotate90]}"}, "method: linear", "rotate90 has no effect on a linear"),
         ({"training": "{epochs: 2}"}, "method: linear", "has no effect on a linear probe"),
+        *(
+            ({"data": UNVALIDATED}, f"method: full, training: {{{setting}}}", "of 'one' counts validations")
+            for setting in ("validate_every: 2", "patience: 2, schedule: constant")
+        ),
         (
-            {"data": UNVALIDATED},
-            "method: full, training: {validate_every: 2}",
-            "training.validate_every of 'one' counts validations",
+            {"data": UNVALIDATED, "measures": "{removal_images: 4}"},
+            "method: lora, lora: {rank: 2}",
+            "measures.removal_images is of validation images",
         ),
     ],
 )

@@ -27,6 +27,12 @@ def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyCon
     return config.model_copy(update={"experiments": (experiment.model_copy(update={section: settings}),)})
 
 
+def with_adaptive_bits(config: StudyConfig, **changes: Any) -> StudyConfig:
+    """Return a study of one experiment with other settings of its adaptive bits."""
+    adaptive = config.experiments[0].qa_lora.adaptive_bits.model_copy(update=changes)
+    return with_settings(config, "qa_lora", adaptive_bits=adaptive, rank=None if adaptive.ranks else 2)
+
+
 def with_data(config: StudyConfig, **changes: Any) -> StudyConfig:
     """Return a study with other images."""
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})

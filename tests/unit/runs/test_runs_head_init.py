@@ -52,11 +52,6 @@ def test_a_probe_is_a_run(study, tmp_path, monkeypatch, method) -> None:
         assert record.bytes.frozen_bytes < do(study("linear"), tmp_path / "plain").bytes.frozen_bytes / 2
 
 
-def test_flips_of_the_protocol_are_fitted_too(study, tmp_path) -> None:
-    config = study("linear", augmentation=[{"flip": {"direction": "both"}}])
-    assert do(config, tmp_path).head_fit.images == 4 * 24
-
-
 # --- training that starts from a probe --------------------------------------------------------------------------------
 
 

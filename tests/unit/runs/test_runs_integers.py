@@ -56,15 +56,6 @@ def test_an_older_record_is_told_to_be_of_the_int8_forward_pass(study, tmp_path)
     assert any("int8 forward pass" in line for line in caveats([record, older]))
 
 
-@pytest.mark.parametrize("method", ["full", "peft_lora"])
-def test_without_frozen_layers_of_ours_int8_is_refused(study, method) -> None:
-    config = study(method)
-    experiment = config.experiments[0].model_dump(exclude_unset=True)
-    experiment["training"]["compute"] = "int8"
-    with pytest.raises(ValueError, match=f"int8 has no effect with method: {method}, since "):
-        type(config.experiments[0]).model_validate(experiment)
-
-
 def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
         kept_products, "choose_product", lambda device, precision, bits=None: ProductTimes(None, math.inf, 1.0)

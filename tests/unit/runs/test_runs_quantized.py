@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from done_runs import do_one, restored, with_settings
+from done_runs import do_one, restored, with_adaptive_bits, with_settings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,12 +19,6 @@ from peft_vit.runs.records.storage import ADAPTER_FILE, run_folder
 from peft_vit.runs.scheduling.plan import smoke_study
 
 pytestmark = pytest.mark.part("quantization")
-
-
-def with_adaptive_bits(config, **settings):
-    (experiment,) = config.experiments
-    adaptive = experiment.qa_lora.adaptive_bits.model_copy(update=settings)
-    return with_settings(config, "qa_lora", adaptive_bits=adaptive, rank=None if adaptive.ranks else 2)
 
 
 def no_images(*_: object) -> None:

@@ -4,7 +4,7 @@ import importlib.util
 from typing import Any
 
 import pytest
-from done_runs import with_settings
+from done_runs import with_adaptive_bits, with_settings
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import ExperimentConfig, StartingRanksConfig, StudyConfig
@@ -22,11 +22,6 @@ def with_method(config: StudyConfig, method: str, **settings: Any) -> StudyConfi
     return config.model_copy(update={"experiments": (ExperimentConfig.model_validate(content),)})
 
 
-def adaptive_bits(config: StudyConfig, **settings: Any) -> StudyConfig:
-    adaptive = config.experiments[0].qa_lora.adaptive_bits.model_copy(update=settings)
-    return with_settings(config, "qa_lora", adaptive_bits=adaptive, rank=None if adaptive.ranks else 2)
-
-
 def rule(config: StudyConfig, **settings: Any) -> StudyConfig:
     return with_settings(config, "lora", rank=None, ranks=StartingRanksConfig(**settings))
 
@@ -40,9 +35,9 @@ AVERAGE = {"total_byte_budget": None, "average_bits": 3.0, "ranks": False}
 BY_GRADIENT = {"rule": "gradient", "budget": 9, "calibration_images": 25}
 REFUSED = [  # the study's method, what makes it one to be refused, its settings, the field, what is said
     ("qa_lora", with_settings, ("qa_lora",), GPTQ, "qa_lora.calibration_images", "24"),
-    ("adaptive_bits", adaptive_bits, (), {"total_byte_budget": 1000}, f"{BITS}.total_byte_budget", "1000"),
-    ("adaptive_bits", adaptive_bits, (), AVERAGE, f"{BITS}.average_bits", "at least 4 "),
-    ("adaptive_bits", adaptive_bits, (), {"calibration_images": 25}, f"{BITS}.calibration_images", "24"),
+    ("adaptive_bits", with_adaptive_bits, (), {"total_byte_budget": 1000}, f"{BITS}.total_byte_budget", "1000"),
+    ("adaptive_bits", with_adaptive_bits, (), AVERAGE, f"{BITS}.average_bits", "at least 4 "),
+    ("adaptive_bits", with_adaptive_bits, (), {"calibration_images": 25}, f"{BITS}.calibration_images", "24"),
     ("lora", rule, (), BY_GRADIENT, "lora.ranks.calibration_images", "24"),
     ("lora", rule, (), {"rule": "random", "budget": 36}, "lora.ranks.budget", ""),
     ("lora", rule, (), {"rule": "last_blocks", "budget": 9, "site_rank": 65}, "lora.ranks.site_rank", "64"),

@@ -6,14 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from done_runs import do, specs, trained_again
+from done_runs import do, specs, trained_again, with_settings
 from scipy.special import softmax
 from written_runs import read_without
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import adapted_modules, current_ranks
 from peft_vit.core.backbones import describe
-from peft_vit.core.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig
+from peft_vit.core.config import MeasuresConfig, StudyConfig
 from peft_vit.core.training import Checkpoints, RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
@@ -67,17 +67,7 @@ def test_what_is_not_asked_for_is_not_measured(study, tmp_path) -> None:
 
 def test_updates_of_the_peft_tuner_are_left_out_and_merged_too(study, tmp_path) -> None:
     pytest.importorskip("peft")
-    config = study("linear", "lora")
-    adalora = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)
-    theirs = [
-        {"method": "peft_lora", "peft_lora": PeftLoraConfig(rank=2)},
-        {"method": "peft_adalora", "peft_adalora": adalora},
-    ]
-    base = config.experiments[1]
-    experiments = tuple(
-        base.model_copy(update={"name": settings["method"], "lora": None, **settings}) for settings in theirs
-    )
-    for record in do(asking(config.model_copy(update={"experiments": experiments})), tmp_path):
+    for record in do(asking(study("peft_lora", "peft_adalora")), tmp_path):
         final = record.rank_history[-1].ranks
         assert record.removal.site_loss_rise.keys() == {name for name, rank in final.items() if rank}
         assert {name.rsplit(".")[-1] for name in final} == {"qkv", "out", "fc1", "fc2"}
@@ -134,7 +124,7 @@ def test_no_rank_at_all_is_said(study, tmp_path, monkeypatch) -> None:
         ("lora", {}, True),
         ("adalora", {}, True),
         ("qa_lora", {}, True),
-        ("qa_lora", {"use_group_quantization": False, "group_size": None}, False),
+        ("qa_lora", {"use_group_quantization": False}, False),
     ],
 )
 def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, method, qa_lora, is_merged) -> None:
@@ -142,12 +132,7 @@ def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, me
     monkeypatch.setattr(
         removal_and_latency, "forward_s", lambda model, images, precision: timed.append((model, images))
     )
-    (experiment,) = study(method).experiments
-    if qa_lora:
-        given = {key: value for key, value in qa_lora.items() if value is not None}
-        dumped = experiment.qa_lora.model_dump(exclude={"group_size"}) | given
-        experiment = experiment.model_copy(update={"qa_lora": type(experiment.qa_lora)(**dumped)})
-    config = study(method).model_copy(update={"experiments": (experiment,)})
+    config = with_settings(study(method), "qa_lora", **qa_lora) if qa_lora else study(method)
     (spec,) = specs(config, tmp_path)
     (record,) = do(config, tmp_path)
     backbone, data = trained_again(record, tmp_path), load_data(spec.data, 0)

@@ -1,17 +1,14 @@
 """Without validation images the last step's model is taken, the record says so, and what needs them is refused."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from done_runs import do
-from pydantic import ValidationError
+from done_runs import do, with_data
 from torch.nn.functional import cross_entropy
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.config import StudyConfig
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.core.training import Features, held_out_fit, loop
 from peft_vit.deploy.export import export_run_to_file
@@ -24,13 +21,6 @@ from peft_vit.runs.records.storage import run_folder
 from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
-
-
-def with_data(config, **data):
-    """Return a study on other images, checked as it would be from a file."""
-    content = json.loads(config.model_dump_json())
-    content["data"] |= data
-    return StudyConfig.model_validate_json(json.dumps(content))
 
 
 @pytest.fixture
@@ -170,32 +160,6 @@ def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
     alone = Features(values[:5], np.array([0, 0, 0, 0, 1]))
     with pytest.raises(UserError, match="needs two training images of each class"):
         held_out_fit(alone, np.arange(5), ACCURACY, l2=[0.1])
-
-
-REFUSED = [
-    (("lora",), {"patience": 2, "schedule": "constant"}, {}, "training.patience of 'lora' counts validations"),
-    (("lora",), {"validate_every": 2}, {}, "training.validate_every of 'lora' counts validations"),
-    (("lora",), {}, {"removal_images": 4}, "measures.removal_images is of validation images"),
-]
-
-
-@pytest.mark.parametrize(("methods", "training", "measures", "stated"), REFUSED)
-def test_what_needs_validation_images_is_refused(study, methods, training, measures, stated) -> None:
-    config = study(*methods, **training)
-    content = json.loads(config.model_dump_json())
-    content["measures"] |= measures
-    content["data"]["validation_images"] = 0
-    with pytest.raises(ValidationError, match=stated):
-        StudyConfig.model_validate_json(json.dumps(content))
-    content["data"]["validation_images"] = 20
-    StudyConfig.model_validate_json(json.dumps(content))
-
-
-def test_one_validation_image_and_a_strength_without_a_probe_are_refused(study) -> None:
-    with pytest.raises(ValidationError, match="1 image says nothing; give at least 2, or 0"):
-        with_data(study("lora"), validation_images=1)
-    with pytest.raises(UserError, match=r"training\.probe_l2: has no effect where no probe is fitted"):
-        study("lora", probe_l2=0.1)
 
 
 def test_the_report_goes_without_and_a_recommendation_is_refused(unseen, tmp_path) -> None:

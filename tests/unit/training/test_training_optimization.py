@@ -1,11 +1,12 @@
 """One step: task gradient, hooks, penalties, clipping, step; and what is refused."""
 
+import allocation_runs
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_vit import AdaLoraConfig, AdaLoRAController
+from peft_vit import AdaLoRAController
 from peft_vit.base.errors import DivergedError, UserError
 from peft_vit.core.adapters import freeze_backbone, site_adapters
 from peft_vit.core.training import AllocationHook, Hook, optimization_step
@@ -83,16 +84,9 @@ def test_penalties_reach_the_step_and_the_hooks_only_before_it(tiny_vit, batch) 
 
 
 def adaptive(model, weight: float | None, parametrization: str = "svd", **settings) -> AllocationHook:
-    config = AdaLoraConfig(
-        total_rank_budget=24,
-        allocation_strategy="global",
-        update_frequency=1,
-        warmup_steps=2,
-        final_steps=0,
-        parametrization=parametrization,
-        orthogonality_weight=weight,
-        **{"importance_metric": "sensitivity", **settings},
-    )
+    of_all = {"total_rank_budget": 24, "allocation_strategy": "global", "update_frequency": 1, "final_steps": 0}
+    own = {"importance_metric": "sensitivity", "parametrization": parametrization, "orthogonality_weight": weight}
+    config = allocation_runs.config(**of_all, **own | settings)
     return AllocationHook(AdaLoRAController(model, config, 4))
 
 
