@@ -61,11 +61,10 @@ def test_an_image_in_train_and_test_is_refused_with_both_names(official, pool, p
     config = config_of("image-folder", pack(official))
     for load in (lambda: make_splits(open_index(config), config, 0), lambda: load_data(config, 0)):  # nothing decoded
         with pytest.raises(
-            UserError,
-            match=r"^data\.path: test/cat/copy\.png \(test\) and train/cat/00\.png \(training\) are the same image, "
-            r"which says nothing about new ones; remove one of them$",
-        ):
+            UserError, match=r"test/cat/copy\.png \(test\) and train/cat/00\.png \(training\)"
+        ) as caught:
             load()
+        assert caught.value.field == "data.path"
     save(official / "test/cat/copy.png", textured(12))  # the same pixels as another test image: told
     assert load_data(config_of("image-folder", official), 0).warnings == (
         "Images: 1 of 7 test images are copies of others there, such as test/cat/copy.png of test/cat/12.png; each "
@@ -95,9 +94,8 @@ def test_a_test_row_that_is_a_training_file_is_refused(pool, made_by):
 def test_copies_of_a_file_never_come_on_two_sides_of_a_drawn_split(pool, test_split):
     for i in range(0, 40, 3):
         for copy in range(i % 3 + 1 + i % 2):
-            shutil.copyfile(
-                pool / ("cat", "dog")[i % 2] / f"{i:02d}.png", pool / ("cat", "dog")[i % 2] / f"{i}_{copy}.png"
-            )
+            folder = pool / ("cat", "dog")[i % 2]
+            shutil.copyfile(folder / f"{i:02d}.png", folder / f"{i}_{copy}.png")
     config = config_of("image-folder", pool, test_images=8, test_split=test_split)
     index = open_index(config)
     pixels = [index.read(row).tobytes() for row in range(len(index.labels))]

@@ -22,13 +22,17 @@ from peft_vit.data import pixels as pixels_module
 from peft_vit.data.pixels import cached_pixels, decode_image
 
 
+def fill(folder, images, first=0):
+    for i in range(images):
+        save(folder / f"{i:02}.png", textured(first + i))
+
+
 @pytest.fixture
 def root(tmp_path):
     """Write 12 cats, of which one is a second file with the same pixels, one saved again, and 11 dogs."""
     root = tmp_path / "images"
-    for label, (name, count) in enumerate((("cat", 10), ("dog", 11))):
-        for i in range(count):
-            save(root / name / f"{i:02}.png", textured(100 * label + i))
+    fill(root / "cat", 10)
+    fill(root / "dog", 11, 100)
     save(root / "cat" / "copy of 03.bmp", textured(3))
     save(root / "cat" / "saved again.jpg", Image.fromarray(textured(5)).resize((96, 96)), quality=90)
     return root
@@ -69,9 +73,7 @@ def test_what_is_there_is_counted_and_told(root):
     assert more.metric is ACCURACY  # below three times as many
     save(root / "cat" / "one more.png", textured(2000))
     for i in range(13):
-        save(root / f"class {i}" / "00.png", textured(3000 + i))
-        for k in range(9):
-            save(root / f"class {i}" / f"{k + 1:02}.png", textured(4000 + 10 * i + k))
+        fill(root / f"class {i}", 10, 4000 + 10 * i)
     many = inspect_images(root)
     assert many.metric is BALANCED_ACCURACY
     parts = (seen.lines(), more.lines(), many.lines())
@@ -280,11 +282,8 @@ def test_refused_in_one_line(root, monkeypatch, spoil, decodes, message):
 
 def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
     root = tmp_path / "split"
-    for place, counts in (("train", (10, 10)), ("test", (2, 60))):
-        for label, (name, count) in enumerate(zip(("cat", "dog"), counts, strict=True)):
-            for i in range(count):
-                far = 1000 if place == "test" else 0
-                save(root / place / name / f"{i:02}.png", textured(far + 100 * label + i))
+    for number, (place, count) in enumerate((("train/cat", 10), ("train/dog", 10), ("test/cat", 2), ("test/dog", 60))):
+        fill(root / place, count, 100 * number)
     seen = inspect_images(root)
     assert seen.metric is ACCURACY
     assert seen.chosen_counts.tolist() == [10, 10]
@@ -295,9 +294,8 @@ def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
 def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path):
     root = tmp_path / "split"
     for place, count in (("train", 10), ("val", 1), ("test", 2)):
-        for label, name in enumerate(("cat", "dog")):
-            for i in range(count):
-                save(root / place / name / f"{i:02}.png", textured(1000 * len(place) + 100 * label + i))
+        fill(root / place / "cat", count, 1000 * len(place))
+        fill(root / place / "dog", count, 1000 * len(place) + 100)
     (root / "val" / "dog" / "00.png").write_bytes(b"no image")
     seen = inspect_images(root)
     assert list(seen.left_out) == ["val/dog/00.png"]

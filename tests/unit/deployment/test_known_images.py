@@ -20,7 +20,7 @@ from peft_vit.core.config import EXPORTS
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Unlike
 from peft_vit.deploy import Classifier, ModelCard, open_exported, predict_files, writer_of
-from peft_vit.runs.known_images import WithDistance, neighbours_bytes, read_neighbours
+from peft_vit.runs.known_images import neighbours_bytes, read_neighbours
 
 FORMATS = [name for name, kind in EXPORTS.items() if kind.ending]
 WITH_UNLIKE = CARD.model_copy(update={"unlike": Unlike(images=40, threshold=1.0)})
@@ -116,8 +116,6 @@ def test_features_come_back_from_their_file(tmp_path: Path) -> None:
     (tmp_path / "features").write_bytes(neighbours_bytes(known))
     again = read_neighbours(tmp_path / "features")
     assert all(np.array_equal(getattr(again, part), getattr(known, part)) for part in ("mean", "spread", "codes"))
-    both = WithDistance(random_model("test_vit").eval(), Neighbours.of(middle(random_model("test_vit"), images(9))))
-    assert both(images(2))[1].shape == (2,)
 
 
 _PARTS = {"mean": np.zeros(4, np.float32), "spread": np.ones(4, np.float32), "codes": np.zeros((2, 4), np.int8)}

@@ -178,31 +178,19 @@ def test_weights_too_small_for_float16_scales_are_said_in_the_record(study, tmp_
     monkeypatch.setattr(run, "load_run_backbone", with_a_tiny_layer)
     (record,) = do(study("qa_lora"), tmp_path)
     (warning,) = record.warnings
-    assert warning == (
-        "blocks.0.attn.qkv: float16 is too coarse for the nf4 scales of 768 of 768 groups, whose weights are too small "
-        "for it; use scale_precision: fp32"
-    )
+    assert warning.startswith("blocks.0.attn.qkv: float16 is too coarse for the nf4 scales of 768 of 768 groups")
 
 
 def test_a_class_without_a_test_image_is_said_in_plan_and_record(study, tmp_path, recwarn) -> None:
-    config = study("linear")
-    config = with_data(config, test_images=9)
-    plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+    plan = plan_study(with_data(study("linear"), test_images=9), tmp_path, file=tmp_path / "tiny.yaml")
     record = run_one(plan.runs[0].spec).record
     (gap,) = [text for text in record.warnings if "no test image" in text]
     missing = set(range(10)) - set(record.predictions.labels)
-    assert gap == (
-        f"Images: no test image is of class '{min(missing)}'; balanced test accuracy is the mean over 9 of 10 classes"
-    )
+    assert f"no test image is of class '{min(missing)}'" in gap
     assert list(plan.notices) == record.warnings
-    assert record.test.balanced_accuracy == pytest.approx(
-        np.mean(
-            [
-                np.mean(np.array(record.predictions.predicted)[np.array(record.predictions.labels) == k] == k)
-                for k in set(record.predictions.labels)
-            ]
-        )
-    )
+    predicted, labels = np.array(record.predictions.predicted), np.array(record.predictions.labels)
+    recalls = [np.mean(predicted[labels == k] == k) for k in set(labels)]
+    assert record.test.balanced_accuracy == pytest.approx(np.mean(recalls))
     assert [str(entry.message) for entry in recwarn if "Images: " in str(entry.message)] == []
 
 

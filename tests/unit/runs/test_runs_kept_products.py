@@ -116,13 +116,9 @@ def test_a_machine_without_a_fast_product_of_these_numbers_is_refused(study, tmp
     assert computes(plan_study(auto, tmp_path / "new", file=None)) == [("float", None)]
     begin(with_settings(auto, "training", compute="int8", integer_bits=8), tmp_path)
     found(SLOW)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"too slow here: .*; continue where the study was begun, or") as caught:
         plan_study(auto, tmp_path, file=None)
     assert caught.value.field == "training.compute"
-    assert caught.value.message == (
-        "int8 is too slow here: products take 3,000 ms in 8-bit integers (torch._int_mm), 10 in float; "
-        "continue where the study was begun, or use float and another --output"
-    )
     begin(with_settings(auto, "training", compute="int8", integer_bits=7), tmp_path / "seven")
     found(SLOW, seven=ProductTimes(SEVEN, 0.006, 0.01))
     assert computes(plan_study(auto, tmp_path / "seven", file=None)) == [("int8", 7)]

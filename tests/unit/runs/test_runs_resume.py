@@ -129,10 +129,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(spec_of, tmp_path, met
     interrupted(spec_of("lora"), tmp_path, 2)
     record = run_one(spec_of(method, seed, **settings), checkpoints=Checkpoints(tmp_path)).record
     assert (record.status, record.failure) == ("failed", "error")
-    assert record.error == (
-        f"{tmp_path}: spec_digest: the run can't continue from the checkpoint of step 2: it was made with another "
-        "configuration; remove the checkpoint-* folders there, and the run starts again"
-    )
+    assert record.error.startswith(f"{tmp_path}: spec_digest: the run can't continue from the checkpoint of step 2: ")
     assert sorted(checkpoint_folders(tmp_path)) == [1, 2]  # they are still there
 
 
