@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from done_runs import do_one, restored, with_settings
@@ -64,11 +63,3 @@ def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_pat
     with pytest.raises(UserError, match="cpu multiplies no such 8-bit integers exactly; use float") as caught:
         plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
     assert caught.value.field == "training.compute"
-
-
-def test_int8_and_float_share_no_features(study, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))
-    config = study("linear")
-    in_float = do_one(config, tmp_path / "float")
-    in_int8 = do_one(with_settings(config, "training", compute="int8"), tmp_path / "int8")
-    assert not np.array_equal(in_float.predictions.probability, in_int8.predictions.probability)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from done_runs import do, with_data
+from done_runs import do, do_one, restored, with_data
 from torch.nn.functional import cross_entropy
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.tasks.classification import ACCURACY
-from peft_vit.core.training import Features, held_out_fit, loop
+from peft_vit.core.training import Features, held_out_fit
 from peft_vit.deploy.export import export_run_to_file
 from peft_vit.lab.analysis.recommendation import recommend
 from peft_vit.lab.analysis.studies import load_studies
@@ -38,40 +38,16 @@ def spec_of(config, folder):
 
 
 def test_the_last_step_is_the_model_and_is_tested_once(unseen, tmp_path, monkeypatch) -> None:
-    spec, tested = spec_of(unseen("lora"), tmp_path), []
-    predict = run_module.predict
+    """That a training which nobody watches takes the same steps: test_training_loop.py."""
+    predict, tested = run_module.predict, []
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "predict", lambda *args, **named: tested.append(1) or predict(*args, **named))
-        record = run_one(spec).record
-    assert record.error is None
+        record = do_one(unseen("lora"), tmp_path)
     assert (record.validation, record.evaluations, record.chosen_step) == (None, [], 6)
     assert record.split_sizes == {"train": 24, "validation": 0, "test": 30}
     assert set(record.majority_accuracy) == {"test"}
     assert (record.test.n, tested) == (30, [1])
-
-
-def test_it_is_the_model_of_the_last_step(study, tmp_path, monkeypatch) -> None:
-    """The same training, once watched and its last state chosen, once unwatched, gives the same file."""
-    spec, loaded = spec_of(study("lora"), tmp_path), run_module.load_data
-
-    def without_validation(*arguments, **named):
-        data = loaded(*arguments, **named)
-        return replace(data, validation=data.validation.chosen(np.empty(0, dtype=np.int64)))
-
-    with monkeypatch.context() as patch:
-        offer = loop.BestState.offer
-
-        def at_end(self, evaluation, *rest, **named):
-            return offer(self, evaluation, *rest, **named) if evaluation.step == 6 else None
-
-        patch.setattr(loop.BestState, "offer", at_end)
-        watched = run_one(spec)
-    monkeypatch.setattr(run_module, "load_data", without_validation)
-    alone = run_one(spec)
-    assert (watched.record.chosen_step, len(watched.record.evaluations)) == (6, 2)
-    assert alone.record.optimizer_sha256 == watched.record.optimizer_sha256
-    assert alone.record.predictions == watched.record.predictions
-    assert alone.adapter == watched.adapter
+    restored(record, tmp_path)
 
 
 def test_probes_are_fitted_at_the_strength_that_was_given(study, unseen, tmp_path) -> None:
