@@ -23,13 +23,16 @@ from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
-METHODS = ("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")
+START_AS_THE_MODEL = ("lora", "adalora", "peft_lora", "peft_adalora")
+METHODS = ("linear", "full", *START_AS_THE_MODEL, "qa_lora", "qa_adalora")
 
 
 @pytest.mark.parametrize(
     "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[:-1]), METHODS[-1]]
 )
 def test_the_same_seed_repeats_the_weights_and_another_does_not(study, tmp_path, method) -> None:
+    if method.startswith("peft"):
+        pytest.importorskip("peft")
     first, other = do(study(method, seeds=(0, 1)), tmp_path / "a")
     (again,) = do(study(method), tmp_path / "b")
     assert again.adapter_sha256 == first.adapter_sha256 != other.adapter_sha256
@@ -45,13 +48,17 @@ def test_the_same_seed_repeats_the_weights_and_another_does_not(study, tmp_path,
 @pytest.mark.slow
 def test_methods_are_paired_within_a_seed_whose_split_each_seed_draws(study, tmp_path) -> None:
     config = with_data(study(*METHODS, seeds=(0, 1), epochs=1, batch_size=4), test_split="per_seed")
-    draws, splits = {0: set(), 1: set()}, {0: set(), 1: set()}
+    pytest.importorskip("peft")
+    draws, splits, first_losses = ({0: set(), 1: set()} for _ in range(3))
     for record in do(config, tmp_path):
         p = record.provenance
+        if record.spec.experiment.method in START_AS_THE_MODEL:
+            first_losses[record.spec.seed].add(record.steps[0].loss)
         if record.spec.experiment.method != "linear":  # which draws neither
             draws[record.spec.seed].add((p.head_init_sha256, p.data_order_sha256))
         splits[record.spec.seed].add((p.split_sha256, tuple(record.predictions.images)))
         assert (p.random_weights, p.threads) == (True, 1)
+    assert [len(losses) for losses in first_losses.values()] == [1, 1]  # the same images through the same model
     for drawn in (draws, splits):
         (first,), (second,) = drawn[0], drawn[1]
         assert all(before != after for before, after in zip(first, second, strict=True))
