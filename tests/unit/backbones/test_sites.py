@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones import find_sites
+from peft_vit.core.config import MATRICES
 
 TINY = "test_vit"  # timm's smallest: width 64, 6 blocks, 2 heads
 MODELS = {  # matrices of an MLP, and tokens that are no patches
@@ -39,6 +40,7 @@ def test_sites_are_named_in_order(name: str) -> None:
     ]
     assert [(site.name, site.layer, site.kind, site.role) for site in sites] == expected
     assert {site.tokens for site in sites} == {model.patch_embed.num_patches + prefix}
+    assert find_sites(model, MATRICES) == sites  # the default of targets stands for all
 
 
 def test_replaced_modules_have_the_same_sites(tiny: nn.Module) -> None:

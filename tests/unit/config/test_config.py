@@ -183,8 +183,6 @@ def test_text_that_is_no_configuration(text: str, tmp_path: Path) -> None:
     ("seeds", "words"),
     [
         (",".join(["1"] * 4_000), "a seed occurs twice"),
-        ("9" * 4_299, "less than 2147483648"),
-        ("9" * 50_000, "is a number of too many digits"),
         ("1." + "0" * 50_000 + "e1", "valid integer"),
         ("1e99999", "valid integer"),
     ],

@@ -8,7 +8,6 @@ import torch
 from done_runs import do_one
 from torch.nn.functional import mse_loss
 
-from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import packed_weights
 from peft_vit.core.backbones import watching
 from peft_vit.core.backbones.catalog import describe
@@ -134,11 +133,3 @@ def test_gptq_rounds_by_the_inputs_that_packed_layers_make(study, tmp_path) -> N
             for model in (gptq, nearest)
         ]
         assert losses[0] < 0.8 * losses[1]
-
-
-def test_what_is_packed_already_is_refused(study, tmp_path) -> None:
-    record = do_one(study("qa_lora"), tmp_path)
-    run_dir = run_folder(tmp_path, record.spec)
-    packed = record.spec.experiment.qa_lora.quantization_type
-    with pytest.raises(UserError, match=f"--bits: has no effect on this run, whose weights are {packed} already"):
-        logits_by_type(run_dir, ["nf4"])
