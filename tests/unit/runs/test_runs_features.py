@@ -42,10 +42,6 @@ def spec(study, tmp_path, monkeypatch):
     return planned.spec
 
 
-def with_data(spec, **changes):
-    return spec.model_copy(update={"data": spec.data.model_copy(update=changes)})
-
-
 def with_flips(spec, flips):
     training = spec.experiment.training.model_copy(update={"augmentation": AUGMENTATION_OF_FLIPS[flips]})
     return spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"training": training})})
@@ -149,7 +145,7 @@ PROVENANCES = {
 CHANGES = {
     "precision": lambda spec: spec.model_copy(update={"precision": "bf16"}),
     "threads": lambda spec: spec.model_copy(update={"threads": 3}),
-    "image size": lambda spec: with_data(spec, image_size=64),
+    "image size": lambda spec: spec.model_copy(update={"data": spec.data.model_copy(update={"image_size": 64})}),
 }
 
 

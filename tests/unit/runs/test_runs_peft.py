@@ -7,7 +7,6 @@ from written_runs import run_and_write
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.footprint import trainable_parameters
 from peft_vit.core.adapters.peft_layers import peft_layers
-from peft_vit.core.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.lab.report import build_report
 from peft_vit.runs.machine import package_versions
 from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
@@ -16,26 +15,17 @@ from peft_vit.runs.scheduling.plan import plan_study, smoke_study
 pytest.importorskip("peft")
 pytestmark = pytest.mark.part("runner")
 
-ADALORA = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)
-
 
 @pytest.fixture
 def beside(study):
     """Make a study of the linear probe, our LoRA and PEFT's two methods; keyword arguments change PEFT's AdaLoRA."""
 
     def make(**adalora):
-        base = study("linear", "lora")
-        training = base.experiments[1].training
-        theirs = (
-            ExperimentConfig(name="theirs", method="peft_lora", training=training, peft_lora=PeftLoraConfig(rank=2)),
-            ExperimentConfig(
-                name="adaptive",
-                method="peft_adalora",
-                training=training,
-                peft_adalora=ADALORA.model_copy(update=adalora),
-            ),
-        )
-        return base.model_copy(update={"experiments": (*base.experiments, *theirs)})
+        config = study("linear", "lora", "peft_lora", "peft_adalora")
+        *others, adaptive = config.experiments
+        settings = adaptive.peft_adalora.model_copy(update={"update_frequency": 2, "final_steps": 2, **adalora})
+        changed = adaptive.model_copy(update={"peft_adalora": settings})
+        return config.model_copy(update={"experiments": (*others, changed)})
 
     return make
 
@@ -63,7 +53,7 @@ def test_runs_are_recorded_as_ours_are(beside, tmp_path) -> None:
     records = {run.spec.experiment.name: run_and_write(run.spec, folder) for run in runs}
     assert [record.error for record in records.values()] == [None] * 4
     assert all("peft" in record.provenance.packages for record in records.values())
-    fixed, adaptive = records["theirs"], records["adaptive"]
+    fixed, adaptive = records["peft_lora"], records["peft_adalora"]
     assert fixed.steps[-1].loss != records["lora"].steps[-1].loss
     for record in (fixed, adaptive):
         assert record == read_record(run_folder(folder, record.spec) / "record.json")
@@ -86,16 +76,16 @@ def test_runs_are_recorded_as_ours_are(beside, tmp_path) -> None:
     assert all(row.penalties["orthogonality"] > 0 for row in adaptive.steps)
     assert [e.deployable for e in adaptive.evaluations] == [False, True]
     text = build_report(folder, tmp_path / "report").markdown.read_text()
-    assert all(name in text for name in ("theirs", "adaptive"))
+    assert all(name in text for name in ("peft_lora", "peft_adalora"))
 
 
-@pytest.mark.parametrize("name", ["theirs", "adaptive"])
+@pytest.mark.parametrize("name", ["peft_lora", "peft_adalora"])
 def test_a_saved_adapter_is_restored(beside, tmp_path, name) -> None:
     (spec,) = (run.spec for run in planned(beside(), tmp_path).runs if run.spec.experiment.name == name)
     record = run_and_write(spec, tmp_path)
     model = restored(record, tmp_path).model
     assert trainable_parameters(model) == record.parameters.final
-    if name == "adaptive":
+    if name == "peft_adalora":
         live = [int((layer.lora_E["default"] != 0).sum()) for layer in peft_layers(model).values()]
         assert live == list(record.rank_history[-1].ranks.values())
 
