@@ -18,6 +18,7 @@ from peft_vit.base.files import flush, write_atomically
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
 from peft_vit.core.config.migrations import GONE, GONE_CHOICES, Gone, migrated_study
 from peft_vit.core.records import ImportanceEntry, Metrics, RankEntry, RunRecord, RunSpec, StudyFile
+from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
@@ -235,16 +236,16 @@ def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
 
 
 @pytest.mark.parametrize(
-    ("study", "experiment", "flips"),
+    ("study", "experiment", "flips", "outcome"),
     [
-        ("study_elpv", "lora", "horizontal"),
-        ("study_elpv", "linear", "horizontal"),
-        ("study_elpv", "adalora", "horizontal"),
-        ("study_elpv", "qa_", "horizontal"),
-        ("study_digits", "lora", "none"),
+        ("study_elpv", "lora", "horizontal", "12a0a2a1"),
+        ("study_elpv", "linear", "horizontal", "c884587e"),
+        ("study_elpv", "adalora", "horizontal", "8c2b8155"),
+        ("study_elpv", "qa_", "horizontal", "64a7ada1"),
+        ("study_digits", "lora", "none", "3272147d"),
     ],
 )
-def test_the_digest_of_a_kept_run_is_what_it_was(study, experiment, flips, tmp_path) -> None:
+def test_the_digests_of_a_kept_run_are_what_they_were(study, experiment, flips, outcome, tmp_path) -> None:
     """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
     with tarfile.open(KEPT) as kept:
         for member in kept:
@@ -252,6 +253,7 @@ def test_the_digest_of_a_kept_run_is_what_it_was(study, experiment, flips, tmp_p
                 (tmp_path / "record.json").write_bytes(kept.extractfile(member).read())
                 read = read_record(tmp_path / "record.json")
                 assert read.spec.digest() == read.spec_digest
+                assert outcome_digest(read).startswith(outcome)
                 assert read.spec.experiment.training.flips == flips
                 assert '"flips"' not in read.spec.model_dump_json()
                 return
@@ -375,6 +377,16 @@ def test_a_record_keeps_what_its_study_registered(tmp_path) -> None:
     registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
     assert json.loads(read_record(file).model_dump_json())["registration"] == registered
+
+
+def test_a_field_that_records_get_is_part_of_an_outcome_unless_it_is_named() -> None:
+    class Later(RunRecord):
+        found: int
+
+    own = dict(record(spec()))
+    one, other = (outcome_digest(Later(**own, found=found)) for found in (1, 2))
+    assert one != other
+    assert one == outcome_digest(Later(**own | {"seconds": own["seconds"] + 1}, found=1))
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

@@ -18,9 +18,10 @@ from peft_vit.core.records import HeadFit, Metrics, StepRow
 from peft_vit.core.training import Progress
 from peft_vit.runs.costs.estimate import Estimate
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
+from peft_vit.runs.planned import PlannedRun
 from peft_vit.runs.records.storage import run_folder
 from peft_vit.runs.scheduling.display import Watch, counted, print_plan
-from peft_vit.runs.scheduling.plan import PlannedRun, plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

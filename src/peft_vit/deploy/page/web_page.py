@@ -32,7 +32,7 @@ from peft_vit.core.tasks import TASKS
 from peft_vit.deploy.page.html import as_json, rendered, script_hash
 
 if TYPE_CHECKING:
-    from peft_vit.deploy import ModelCard
+    from peft_vit.deploy.model_card import ModelCard
 
 PAGE_FILE, MODEL_FILE, RUNTIME_FILE = "index.html", "model.js", "runtime.js"
 COVERAGE = 0.9  # of the sets that are shown

@@ -12,7 +12,7 @@ from peft_vit.runs.scheduling.deadline import Deadline
 
 if TYPE_CHECKING:  # what drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.runs.executors import ExecutorName
-    from peft_vit.runs.scheduling.plan import Plan
+    from peft_vit.runs.planned import Plan
 
 
 def carry_out(

@@ -26,7 +26,7 @@ from peft_vit.runs.executors import (
 from peft_vit.runs.records.storage import run_folder
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
-    from peft_vit.runs.scheduling.plan import Plan, PlannedRun
+    from peft_vit.runs.planned import Plan, PlannedRun
 
 _SEVERAL, _ENOUGH_STEPS = 3.0, 3  # times longer than planned, from where it is told; steps that tell it
 _TOLD_BY_PROBES = 5.0  # probes may be so many times slower than planned for reasons of their own

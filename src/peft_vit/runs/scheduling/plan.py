@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -36,76 +36,16 @@ from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
 from peft_vit.runs import kept_products
 from peft_vit.runs.costs.calibration_run import calibration_run
-from peft_vit.runs.costs.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
+from peft_vit.runs.costs.estimate import EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
 from peft_vit.runs.costs.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
+from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
 _ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be
 _SMOKE_CALIBRATION = 16  # images; no smoke study has fewer to train on
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run, what it will cost, and whether an earlier call has done it."""
-
-    spec: RunSpec
-    total_steps: int
-    estimate: Estimate
-    done: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The runs of a study that are asked for, in their order.
-
-    Attributes:
-        study: as configured, or compressed for a smoke study, with `auto` decided; it may have more runs than are
-            asked for.
-        file: the configuration file, if there is one.
-        licence: of the images.
-        data_sha256: of the images.
-        runs: what is asked for, done or not.
-        part: the study names only some of the experiments and seeds that its folder holds.
-        precision: of the runs, and how it was decided.
-        compute_note: a line that says what `compute: auto` became and why; None if nothing was decided.
-        notices: what to know of the images before believing a number; none if nothing is to be done.
-        before: what study.json says, read while planning; None: the study is new.
-        memory: what was chosen now for each `memory_limit`, and its price.
-    """
-
-    study: StudyConfig
-    file: Path | None
-    licence: str
-    data_sha256: str
-    runs: tuple[PlannedRun, ...]
-    precision: ChosenPrecision
-    compute_note: str | None = None
-    part: bool = False
-    notices: tuple[str, ...] = ()
-    before: StudyFile | None = None
-    memory: tuple[str, ...] = ()
-
-    @property
-    def pending(self) -> tuple[PlannedRun, ...]:
-        """Return the runs that are still to be done."""
-        return tuple(run for run in self.runs if not run.done)
-
-    def only(self, names: Sequence[str], seeds: Sequence[int], *, by_seed: bool) -> Plan:
-        """Return the plan of the runs that there are of some experiments and seeds, in the order of both.
-
-        Args:
-            names: of the experiments.
-            seeds: of the runs.
-            by_seed: all runs of a seed before the next, so pairs complete early; otherwise all of an experiment.
-        """
-        runs = {(run.spec.experiment.name, run.spec.seed): run for run in self.runs}
-        wanted = [(name, seed) for seed in seeds for name in names]
-        if not by_seed:
-            wanted = [(name, seed) for name in names for seed in seeds]
-        return replace(self, runs=tuple(runs[pair] for pair in wanted if pair in runs))
 
 
 def plan_study(

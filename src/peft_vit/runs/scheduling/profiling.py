@@ -21,7 +21,8 @@ from peft_vit.runs.costs.estimate import Estimate, Probe, Throughput, Workload, 
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
 from peft_vit.runs.executors.local import LocalExecutor
-from peft_vit.runs.scheduling.plan import PlannedRun, spec_of, splits_of
+from peft_vit.runs.planned import PlannedRun
+from peft_vit.runs.scheduling.plan import spec_of, splits_of
 
 _NEVER_S = 1e9
 _POLL_S = 0.5

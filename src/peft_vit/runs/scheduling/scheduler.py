@@ -43,8 +43,8 @@ from peft_vit.runs.records.storage import (
 )
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
+    from peft_vit.runs.planned import Plan, PlannedRun
     from peft_vit.runs.scheduling.deadline import Deadline
-    from peft_vit.runs.scheduling.plan import Plan, PlannedRun
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
 _POLL_S = 0.2
