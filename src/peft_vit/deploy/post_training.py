@@ -18,6 +18,7 @@ from peft_vit.core.adapters import AdaptedLinear, packed_weights
 from peft_vit.core.backbones import Backbone, BackboneShape, fused_sites
 from peft_vit.core.config import BITS_OF_TYPE, IMAGES_ROUNDED_BY, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.methods.quantized import packing_of
+from peft_vit.core.tasks import meaning_fields
 from peft_vit.core.training import Calibration, RuntimeConfig
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict_with_middle
@@ -117,7 +118,8 @@ def pack_after_training(
         meaning = card.decision or card.calibrated
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
-        found, middle = believed(validation, data.task, prior), validation.middle
+        found = meaning_fields(believed(validation, data.task, prior))
+        middle = validation.middle
     if run.known is not None:
         train = _outputs(rounded, known_images(data, run.record.spec.seed), card).middle
         assert train is not None

@@ -90,7 +90,7 @@ def with_meaning(
         found["test"] = task.measure(logits, labels, decision)
     # Of another form nobody has counted which images are unlike those of training.
     flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
-    held = tested_on(found["calibrated"], decision, Outputs(logits, labels, None), task, flagged)
+    held = tested_on(meaning, Outputs(logits, labels, None), task, flagged)
     found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
     return record.model_copy(update=found)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from peft_vit.base.statistics import (
 from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.records import FEWEST_HELD_OUT, Calibrated, Decision, RunRecord, TestedCalibration, Unlike
-from peft_vit.core.tasks import SHOWN, Labels, Task
+from peft_vit.core.tasks import SHOWN, Labels, Meaning, Task
 from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.runs.known_images import neighbours_bytes, read_neighbours
@@ -65,10 +65,25 @@ def known_bytes(shape: BackboneShape, images: int) -> int:
     return min(MOST_KNOWN, images) * width if images >= FEWEST_HELD_OUT else 0
 
 
-def calibration_of(
-    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task
-) -> tuple[dict[str, Any], bytes | None]:
-    """Return the record's fields by name, and the content of the file of training features.
+@dataclass(frozen=True)
+class Believed:
+    """How far a model can be believed.
+
+    Attributes:
+        meaning: of its outputs.
+        unlike: when an image is unlike those that it was trained on; None: no features of these are kept.
+        features: content of the file that holds them.
+        tested: what came of all that on test images; None: there is nothing.
+    """
+
+    meaning: Meaning
+    unlike: Unlike | None = None
+    features: bytes | None = None
+    tested: TestedCalibration | None = None
+
+
+def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task) -> Believed:
+    """Return what outputs mean, what is unlike the training images, and what both come to on test images.
 
     Args:
         validation: of images that were not trained on; there may be none.
@@ -76,44 +91,38 @@ def calibration_of(
         known: features of training images, (n, D); None: none are kept.
         task: that the model learned.
     """
-    found = believed(validation, task)
-    neighbours, content, flagged = None, None, None
+    meaning = believed(validation, task)
+    unlike, features, flagged = None, None, None
     if known is not None and test.middle is not None and len(known) + len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours, unlike = known_by(known, validation.middle)
-        content = neighbours_bytes(neighbours)
+        features = neighbours_bytes(neighbours)
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
-        found |= {"unlike": unlike, "features_sha256": hashlib.sha256(content).hexdigest()}
-    if len(validation.labels) or neighbours is not None:
-        found["tested_calibration"] = tested_on(found["calibrated"], found["decision"], test, task, flagged)
-    return found, content
+    if not len(validation.labels) and unlike is None:
+        return Believed(meaning)
+    return Believed(meaning, unlike, features, tested_on(meaning, test, task, flagged))
 
 
-def tested_on(
-    calibrated: Calibrated | None, decision: Decision | None, test: Outputs, task: Task, flagged: int | None
-) -> TestedCalibration:
+def tested_on(meaning: Meaning, test: Outputs, task: Task, flagged: int | None) -> TestedCalibration:
     """Return what the meaning of outputs comes to on test images, of which some are flagged."""
-    if decision is None:
-        return checked_on(calibrated, test, flagged)
-    covered, widths = task.covered(decision, test.logits, test.labels)
-    nll = task.measure(test.logits, test.labels, decision).nll
+    if not isinstance(meaning, Decision):
+        return checked_on(meaning, test, flagged)
+    covered, widths = task.covered(meaning, test.logits, test.labels)
+    nll = task.measure(test.logits, test.labels, meaning).nll
     return TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
 
 
-def believed(validation: Outputs, task: Task, prior: TemperaturePrior = PRIOR) -> dict[str, Any]:
-    """Return what outputs mean, by images that were not trained on.
+def believed(validation: Outputs, task: Task, prior: TemperaturePrior = PRIOR) -> Meaning:
+    """Return what outputs mean, by images that were not trained on; None if there are none.
 
     Args:
         validation: of these images; there may be none.
         task: that the model learned.
         prior: of the temperature.
-
-    Returns:
-        `decision`, or `calibrated` where the task has none, as fields of a record or a card.
     """
     decision = task.decide(validation.logits, validation.labels, prior)
-    some = decision is None and len(validation.labels) > 0
-    calibrated = calibrate(validation.logits, validation.labels, prior=prior) if some else None
-    return {"calibrated": calibrated, "decision": decision}
+    if decision is None and len(validation.labels):
+        return calibrate(validation.logits, validation.labels, prior=prior)
+    return decision
 
 
 def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None) -> tuple[Neighbours, Unlike]:

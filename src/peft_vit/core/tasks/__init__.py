@@ -12,6 +12,7 @@ from peft_vit.core.tasks.task import (
     DecidingMetric,
     Errors,
     Labels,
+    Meaning,
     Shown,
     Task,
     expected_gain,
