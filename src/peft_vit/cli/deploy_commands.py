@@ -370,8 +370,9 @@ def predict(request: PredictRequest) -> None:
     format = request.chosen_format()
     images, classifier = _opened(request)
     from peft_vit.core.records import FEWEST_HELD_OUT
-    from peft_vit.core.tasks import TASKS
     from peft_vit.deploy import check_coverage, predict_files
+    from peft_vit.deploy.predicting import columns_of
+    from peft_vit.deploy.presentation import PRESENTED
 
     classes = classifier.card.class_names
     if request.coverage is not None:
@@ -379,9 +380,11 @@ def predict(request: PredictRequest) -> None:
             check_coverage(classifier.card, request.coverage)
     files = [image for image in images if not isinstance(image, UserError)]
     card = classifier.card
-    task, with_sets, meaning = TASKS[card.task], request.coverage is not None, card.decision or card.calibrated
-    is_labelled = task.one_class and len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
-    columns = ["file", *task.columns(classes, meaning, request.top, with_sets)]
+    shown, with_sets, meaning = PRESENTED[card.task], request.coverage is not None, card.decision or card.calibrated
+    is_labelled = (
+        shown.task.one_class and len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
+    )
+    columns = ["file", *columns_of(card, request.coverage, request.top)]
     columns += [] if card.unlike is None else ["unlike"]
     if card.unlike is None and meaning is not None and meaning.images < FEWEST_HELD_OUT:
         reason = f"that takes {FEWEST_HELD_OUT} images that trained or validated the model, and their features"
@@ -401,7 +404,7 @@ def predict(request: PredictRequest) -> None:
             predicted += 1
             right += outcome.class_name == outcome.file.parent.name
             unlike += bool(outcome.unlike)
-            cells = [str(outcome.file), *task.cells(outcome, with_sets)]
+            cells = [str(outcome.file), *shown.cells(outcome, with_sets).values()]
             cells += [] if outcome.unlike is None else [outcome.unlike]
             printed.add(dict(zip(columns, map(_printable, cells), strict=True)))
     printed.end()
@@ -415,7 +418,7 @@ def predict(request: PredictRequest) -> None:
     if is_labelled and predicted:
         print(f"right on {right:,} of {predicted:,}, by the names of their folders", file=sys.stderr)
     if request.coverage is not None and predicted:
-        print(f"{task.holds.format(100 * request.coverage)}, if they are like those of training", file=sys.stderr)
+        print(f"{shown.holds.format(100 * request.coverage)}, if they are like those of training", file=sys.stderr)
     if unlike:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):

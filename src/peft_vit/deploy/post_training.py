@@ -26,7 +26,7 @@ from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
 from peft_vit.deploy import Merged, ModelCard, merge
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.held_out import PRIOR, Outputs, believed, known_by, known_images
+from peft_vit.runs.held_out import PRIOR, Outputs, known_by, known_images
 
 _CPU = torch.device("cpu")
 _SCALE_BYTES = 2  # of a group's scale, and of its offset
@@ -118,7 +118,7 @@ def pack_after_training(
         meaning = card.decision or card.calibrated
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
-        found = meaning_fields(believed(validation, data.task, prior))
+        found = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
         middle = validation.middle
     if run.known is not None:
         train = _outputs(rounded, known_images(data, run.record.spec.seed), card).middle

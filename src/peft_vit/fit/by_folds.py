@@ -13,7 +13,6 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.records import Calibrated, Decision, RunRecord
 from peft_vit.core.tasks import OF_FOLDS, TASKS, Labels, Task, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.fit.within_time import Outcome, covered_on_folds, finished_runs, meaning_on, pooled
-from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.runs.scheduling.plan import Plan
 
 
@@ -90,7 +89,7 @@ def with_meaning(
         found["test"] = task.measure(logits, labels, decision)
     # Of another form nobody has counted which images are unlike those of training.
     flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
-    held = tested_on(meaning, Outputs(logits, labels, None), task, flagged)
+    held = task.tested(meaning, logits, labels, flagged)
     found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
     return record.model_copy(update=found)
 

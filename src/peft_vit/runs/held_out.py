@@ -12,19 +12,11 @@ from numpy.typing import NDArray
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.files import sha256_of
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics import (
-    Neighbours,
-    TemperaturePrior,
-    class_scores,
-    conformal_quantile,
-    prediction_sets,
-    probabilities,
-)
+from peft_vit.base.statistics import Neighbours, TemperaturePrior, conformal_quantile
 from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.backbones import BackboneShape
-from peft_vit.core.records import FEWEST_HELD_OUT, Calibrated, Decision, RunRecord, TestedCalibration, Unlike
-from peft_vit.core.tasks import SHOWN, Labels, Meaning, Task
-from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.core.records import FEWEST_HELD_OUT, RunRecord, TestedCalibration, Unlike
+from peft_vit.core.tasks import Labels, Meaning, Task
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.runs.known_images import neighbours_bytes, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE, RECORD_FILE
@@ -91,7 +83,7 @@ def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32
         known: features of training images, (n, D); None: none are kept.
         task: that the model learned.
     """
-    meaning = believed(validation, task)
+    meaning = task.meaning(validation.logits, validation.labels, PRIOR)
     unlike, features, flagged = None, None, None
     if known is not None and test.middle is not None and len(known) + len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours, unlike = known_by(known, validation.middle)
@@ -99,30 +91,7 @@ def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
     if not len(validation.labels) and unlike is None:
         return Believed(meaning)
-    return Believed(meaning, unlike, features, tested_on(meaning, test, task, flagged))
-
-
-def tested_on(meaning: Meaning, test: Outputs, task: Task, flagged: int | None) -> TestedCalibration:
-    """Return what the meaning of outputs comes to on test images, of which some are flagged."""
-    if not isinstance(meaning, Decision):
-        return checked_on(meaning, test, flagged)
-    covered, widths = task.covered(meaning, test.logits, test.labels)
-    nll = task.measure(test.logits, test.labels, meaning).nll
-    return TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
-
-
-def believed(validation: Outputs, task: Task, prior: TemperaturePrior = PRIOR) -> Meaning:
-    """Return what outputs mean, by images that were not trained on; None if there are none.
-
-    Args:
-        validation: of these images; there may be none.
-        task: that the model learned.
-        prior: of the temperature.
-    """
-    decision = task.decide(validation.logits, validation.labels, prior)
-    if decision is None and len(validation.labels):
-        return calibrate(validation.logits, validation.labels, prior=prior)
-    return decision
+    return Believed(meaning, unlike, features, task.tested(meaning, test.logits, test.labels, flagged))
 
 
 def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None) -> tuple[Neighbours, Unlike]:
@@ -140,26 +109,6 @@ def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None)
     if validation is not None:
         apart = np.concatenate([apart, known.distances(validation)])
     return known, Unlike(images=len(apart), threshold=conformal_quantile(apart, LIKE))
-
-
-def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None = None) -> TestedCalibration:
-    """Return what calibrated probabilities and prediction sets come to on test images, of which some are flagged.
-
-    Without a calibration they are those of the logits as they are.
-    """
-    p = probabilities(test.logits, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
-    own = 1 - class_scores(p, test.labels)  # (N,)
-    rows = np.arange(len(p))
-    sets = {}
-    if calibrated is not None:
-        sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in SHOWN if c in calibrated.coverages}
-    return TestedCalibration(
-        nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
-        probability=p[rows, test.logits.argmax(1)].clip(0, 1).tolist(),
-        covered={c: float(inside[rows, test.labels].mean()) for c, inside in sets.items()},
-        set_size={c: float(inside.sum(1).mean()) for c, inside in sets.items()},
-        unlike=flagged,
-    )
 
 
 def known_of(run_dir: Path, record: RunRecord) -> Neighbours | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
-from peft_vit.core.tasks import TASKS, Errors, Shown, rows_of, thresholds_of
+from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
 from peft_vit.deploy.page.class_blocks import Pictures, count_color, fonts_for, pictures_of, shortened
 from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
 from peft_vit.deploy.page.figure import (
@@ -27,6 +27,7 @@ from peft_vit.deploy.page.figure import (
 )
 from peft_vit.deploy.page.formatting import count, known, percent, plain
 from peft_vit.deploy.page.tables import Column, table
+from peft_vit.deploy.presentation import PRESENTED, Errors, Shown
 
 _PANELS = 4  # numbers that are drawn
 _FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
@@ -40,7 +41,7 @@ def short(value: object) -> str:
 
 def output_blocks(record: RunRecord) -> Iterator[Block]:
     """Yield measures of each output, and what a task's outputs have beside them."""
-    own, task = record.predictions, TASKS[record.spec.task]
+    own, task = record.predictions, PRESENTED[record.spec.task]
     assert own is not None
     labels, predicted = rows_of(own.labels), rows_of(own.predicted)
     names = [plain(name) for name in record.class_names]
@@ -65,7 +66,7 @@ def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iter
     tested = record.tested_calibration
     if tested is None or not tested.covered:
         return
-    title, held, size, note = TASKS[record.spec.task].promise
+    title, held, size, note = PRESENTED[record.spec.task].promise
     folds = tested.covered_on_folds
     rows = [
         {"asked": c, "held": share, "folds": folds.get(c), "size": tested.set_size[c]}
@@ -259,7 +260,7 @@ def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[
 
 def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block]:
     """Yield the test images that a task shows: as pictures, or as a table where there are none."""
-    own, task = record.predictions, TASKS[record.spec.task]
+    own, task = record.predictions, PRESENTED[record.spec.task]
     assert own is not None
     names = [plain(name) for name in record.class_names]
     files = own.files or [f"image {position}" for position in own.images]

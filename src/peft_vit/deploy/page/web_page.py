@@ -30,6 +30,7 @@ from peft_vit.base.files import read_bytes, whole_folder, write_atomically
 from peft_vit.base.packages import ONNXRUNTIME_WEB, fetch_npm
 from peft_vit.core.tasks import TASKS
 from peft_vit.deploy.page.html import as_json, rendered, script_hash
+from peft_vit.deploy.presentation import PRESENTED
 
 if TYPE_CHECKING:
     from peft_vit.deploy.model_card import ModelCard
@@ -103,7 +104,7 @@ def write_web_page(output: Path, model: bytes, card: ModelCard, runtime: Mapping
         part_hashes=[script_hash(part) for part in parts.values()],
         connects="'none'" if runtime else " ".join(_COPY + name for name in _RUNTIME),
         outputs=TASKS[card.task].outputs.capitalize(),
-        promise=TASKS[card.task].holds.format(100 * COVERAGE),
+        promise=PRESENTED[card.task].holds.format(100 * COVERAGE),
         model_mb=f"{len(model) / 1e6:.1f}",
         version=ONNXRUNTIME_WEB.version,
     )
@@ -131,7 +132,7 @@ def _facts(card: ModelCard, runtime_url: str | None) -> dict[str, Any]:
             meaning.threshold(COVERAGE)
             coverage = COVERAGE
     return {
-        **TASKS[card.task].for_browser(meaning, coverage),
+        **PRESENTED[card.task].for_browser(meaning, coverage),
         "run": card.run,
         "model": card.model,
         "classes": card.class_names,

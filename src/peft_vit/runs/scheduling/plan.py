@@ -215,8 +215,7 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     Raises:
         UserError: for what the task does not have.
     """
-    if not index.task.one_class:
-        _refuse_of_classes(study, index.task)
+    _refuse_of_classes(study, index.task)
     if index.task is not TASKS[study.data.task or USUAL_TASK]:
         study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
@@ -230,39 +229,27 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     study = study.model_copy(update={"experiments": tuple(experiments)})
     for place, own in enumerate(study.experiments):
         with _below(place):
-            index.task.metric(own.training.metric)
-            if own.training.loss not in (None, *index.task.loss_names):
-                message = f"{own.training.loss} is not a loss of {index.task.name}; give "
-                raise UserError(message + " or ".join(index.task.loss_names), field="training.loss")
-            for change in own.training.augmentation:
-                if change.mixes and change.name not in index.task.mixes:
-                    others = " or ".join([*index.task.mixes, "none"])
-                    message = f"{change.name} makes images whose {index.task.outputs} nobody can tell; give {others}"
-                    raise UserError(message, field="training.augmentation")
-            if own.training.class_weights != "none" and not index.task.weighs:
-                message = f"has no effect on {index.task.outputs}, which have no classes; leave it out"
-                raise UserError(message, field="training.class_weights")
+            index.task.check(own.training)
     return study
 
 
 def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
-    """Refuse what is there for one class an image alone."""
-    alone = f"is there for one class an image, and these have {task.name} labels"
-    if study.stopping is not None and study.stopping.metric != "accuracy":
-        raise UserError(f"{alone}; leave it out", field="stopping.metric")
-    if study.stopping is not None and study.stopping.images is not None:  # of which a share is right or wrong
-        raise UserError(f"{alone}; leave it out", field="stopping.images")
-    if study.measures.removal_images is not None:
-        raise UserError(f"{alone}; leave it out", field="measures.removal_images")
+    """Refuse what is there for one class an image alone, of other tasks."""
+    stopping = study.stopping
+    of_classes: dict[str, object] = {
+        "stopping.metric": stopping is not None and stopping.metric != "accuracy",
+        "stopping.images": stopping is not None and stopping.images is not None,  # of which a share is right or wrong
+        "measures.removal_images": study.measures.removal_images is not None,
+    }
     for place, own in enumerate(study.experiments):
         qa_lora, adalora = own.section(QaLoraConfig), own.section(AdaLoraConfig)
-        of_classes = {
-            "training.label_smoothing": own.training.label_smoothing,
-            "qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
-            "adalora.importance_metric": adalora is not None and adalora.importance_metric == "fisher",
+        of_classes |= {
+            f"experiments[{place}].training.label_smoothing": own.training.label_smoothing,
+            f"experiments[{place}].qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
+            f"experiments[{place}].adalora.importance_metric": adalora and adalora.importance_metric == "fisher",
         }
-        for field in (field for field, asked in of_classes.items() if asked):
-            raise UserError(f"{alone}; leave it out", field=f"experiments[{place}].{field}")
+    for field in (field for field, asked in of_classes.items() if asked):
+        task.need_one_class(field)
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:

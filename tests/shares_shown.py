@@ -1,0 +1,38 @@
+"""How the shares of `shares_task.py` are shown: as classes are, so a browser knows how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.core.records import Decision
+from peft_vit.core.tasks import TASKS, Labels, Meaning
+from peft_vit.deploy.presentation.presentation import Presentation, answer, ranked
+
+
+class Shares(Presentation):
+    """See `Presentation`."""
+
+    task = TASKS["shares"]
+    linear = "least squares fit"
+    promise = ("", "", "", "")
+
+    def answers(
+        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> list[dict[str, Any]]:
+        """Return the largest shares."""
+        return [answer(ranked(names, own), top) for own in self.task.predicted(outputs)]
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return that outputs are as classes' are."""
+        return {"says": "shares of {}", "kind": "classes", "temperature": 1.0, "set": None}
+
+    def rows(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> list[dict[str, Any]]:
+        """Return the mean of each share, in truth and as predicted."""
+        pairs = zip(names, labels.mean(0).tolist(), predicted.mean(0).tolist(), strict=True)
+        return [{"Share": name, "Mean": true, "Predicted": said} for name, true, said in pairs]
