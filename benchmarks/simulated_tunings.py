@@ -27,17 +27,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_vit.core.tasks import CLASSIFICATION, Scores
 from peft_vit.core.tasks.classification import ACCURACY
-from peft_vit.fit.context import TuningContext
 from peft_vit.fit.costs import Costs
-from peft_vit.fit.finalists import Decision
-from peft_vit.fit.folds import Folds
-from peft_vit.fit.image_sizes import Regression
-from peft_vit.fit.pipeline import choose
+from peft_vit.fit.decide import Decision
+from peft_vit.fit.fit import Environment, Fit, FitFile
+from peft_vit.fit.outcomes import Only, Outcome, Outcomes
 from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.state import State, TuneFile
-from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Only, Outcome, Outcomes
+from peft_vit.fit.regressions import Regression
+from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.stages import choose
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 
@@ -106,7 +105,9 @@ class StandIns:
         accuracy, images = self.truth(experiment, size), np.arange(self.images)
         right = self._right(f"linear {size}", images, accuracy, 0)
         of_half = self._right(f"linear {size}", images, accuracy - 0.03, 1) if half else None
-        return Regression(float(right.mean()), self._labels(images), right, of_half)
+        labels = self._labels(images)
+        metrics = CLASSIFICATION.measure(self._logits(labels, right), labels)
+        return Regression(metrics, ACCURACY, 1.0, labels, right, of_half)
 
     def round_run(self, folder: Path, bits: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Return logits of a run's images with rounded weights."""
@@ -186,15 +187,21 @@ def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = 
             compute="float",
             seed=runner.seed,
         )
-        state = State(request, lambda _: None, Limit(minutes, 0.0, lambda: runner.now), TuneFile(asked={}))
-        state.clock = lambda: runner.now
-        seen = SimpleNamespace(images=SimpleNamespace(dataset="image-folder"), path=Path("images"), shorter_side=300.0)
-        images = runner.images
-        context = TuningContext(
-            state, runner, seen, Path("images.json"), _CLASSES, images, ACCURACY, images, images // 5
+        environment = Environment(
+            make_runner=lambda _: runner, regress=runner.regress, round_run=runner.round_run, clock=lambda: runner.now
         )
-        folds = Folds(Costs(context, Throughput.estimated(3e8)), runner.round_run)
-        return choose(folds, {MODEL: list(SIZES)}, runner.regress)[0]
+        fit = Fit(request, lambda _: None, Limit(minutes, 0.0, environment.clock), FitFile(asked={}), environment)
+        fit.begin(images_of(runner.images))
+        fit.costs = Costs(fit, Throughput.estimated(3e8))
+        return choose(fit, {MODEL: list(SIZES)})[0]
+
+
+def images_of(images: int, **changes: Any) -> Any:
+    """Return what a fit asks of so many images, a fifth as many of which test."""
+    known = {"num_dev": images, "num_different": images, "num_test": images // 5, "num_outputs": _CLASSES}
+    known |= {"metric": ACCURACY, "scores": Scores(), "rarest": math.inf, "alike": 1.0, "side": 300.0}
+    data = {"dataset": "image-folder", "path": "images", "images_file": "images.json"}
+    return SimpleNamespace(**known | {"data": lambda size: {**data, "image_size": size}} | changes)
 
 
 def true_loss(runner: StandIns, decision: Decision) -> float:

@@ -148,9 +148,9 @@ from pathlib import Path
 def loaded(stage):
     print(json.dumps({stage: [name for name in sys.argv[2].split() if name in sys.modules]}))
 
-from peft_vit.config import study_from_mapping
+from peft_vit.core.config import study_from_mapping
 from peft_vit.runs.execute import run_one
-from peft_vit.studies.plan import plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 
 loaded("imports")
 mapping, file = json.loads(sys.argv[1]), Path("tiny.yaml")

@@ -10,7 +10,7 @@ from peft_vit.core.records import Decision
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, OF_FOLDS, REGRESSION
 from peft_vit.core.tasks.regression import half_widths
 from peft_vit.deploy.presentation.of_numbers import Numbers
-from peft_vit.fit.within_time import Outcome, covered_on_folds
+from peft_vit.fit.outcomes import Outcome, covered_on_folds
 
 pytestmark = pytest.mark.part("runner")
 RNG = np.random.default_rng(5)

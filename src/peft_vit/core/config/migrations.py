@@ -77,11 +77,6 @@ def migrated(content: Any) -> Any:
             for choice in _list(value) or [value]:
                 if isinstance(choice, str) and choice in choices:
                     raise _refusal(choice, "experiment", *sections, setting)
-    stopping = _section(content, "stopping")
-    if stopping.get("spending") == "anytime":
-        raise _refusal("anytime", "stopping", "spending")
-    if stopping.get("futility", "") is None:  # its default once, which is a number now
-        del stopping["futility"]
     flips = _section(content, "data").get("flips")
     if isinstance(flips, str) and flips in AUGMENTATION_OF_FLIPS:
         del content["data"]["flips"]

@@ -24,9 +24,8 @@ from peft_vit.base.statistics import Interval, Verdict, stratified_mean
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import DECIMALS, Estimate, decide
 from peft_vit.core.tasks import Scores
-from peft_vit.lab.analysis.comparison import MethodResult, compare, method_results, references
+from peft_vit.lab.analysis.comparison import MethodResult, compare, compare_all, method_results, references
 from peft_vit.lab.analysis.layers import importance_patterns, study_agreements
-from peft_vit.lab.analysis.stopping import compare_all
 from peft_vit.lab.analysis.studies import Run, Study, load_studies
 
 PoolKind = Literal["configurations", "precision", "versions", "splits", "weights", "timings"]

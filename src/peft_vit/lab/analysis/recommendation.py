@@ -46,7 +46,6 @@ from peft_vit.base.statistics.estimates import ALPHA, Estimate, Question, decide
 from peft_vit.base.statistics.intervals import mean_and_error
 from peft_vit.core.records import BenchRow
 from peft_vit.lab.analysis.comparison import SAME_SIZE, MethodResult, compare, method_results
-from peft_vit.lab.analysis.stopping import ENDS, at_last_look, sequential_results
 from peft_vit.lab.analysis.studies import Run, Study
 
 Measure = Literal["bytes", "params", "latency"]
@@ -171,7 +170,7 @@ class Recommendation:
     # smaller: a candidate was shown not to lose the margin; best: nothing within the limits is smaller than the best
     # itself by more than one percent; not decided: no candidate was shown; nothing within: none keeps the limits
     outcome: Outcome
-    best: Rated  # by validation; where comparisons stop, their control
+    best: Rated  # by validation
     chosen: Rated | None  # what is recommended; None if nothing is
     candidates: tuple[Candidate, ...]  # what was tested, smallest first
     # candidates not larger than the smallest that was shown by more than one percent, shown, too, but with no higher
@@ -190,8 +189,6 @@ class Recommendation:
     @property
     def confidence(self) -> float:
         """Return the nominal coverage of a candidate's interval."""
-        if self.study.stopping is not None:
-            return 1 - 2 * self.study.stopping.level
         return 1 - 2 * _level(len(self.candidates))
 
 
@@ -217,13 +214,6 @@ def recommend(
         problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
-    stopping = study.stopping
-    if stopping is not None and stopping.margin is None:
-        problem = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
-        raise UserError(problem, file=study.label)
-    if stopping is not None and not math.isclose((stopping.margin or 0.0) / 100, margin):
-        problem = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g}"
-        raise UserError(f"{problem} {study.scores.unit}; give --margin {stopping.margin:g}", file=study.label)
     results = {result.name: result for result in method_results(study)}
     left_out: dict[str, str] = {}
     rated: list[Rated] = []
@@ -242,12 +232,6 @@ def recommend(
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
     rated.sort(key=lambda own: (own.size(measure), own.final_parameters, own.name))
     best = min(rated, key=_validation_error)  # of equal ones the smallest, which comes first
-    if stopping is not None:
-        control = next((own for own in rated if own.name == stopping.control), None)
-        if control is None:
-            problem = f"compares with {stopping.control}, of which nothing can be said, so nothing can be recommended"
-            raise UserError(problem, file=study.label)
-        best = control
     within = [own for own in rated if not own.violations]
     smaller = [own for own in within if best.violations or not _no_larger(best, own, measure)]
     candidates = _tested(study, smaller, best, margin)
@@ -323,13 +307,6 @@ def _require_times(study: Study, limits: Limits, measure: Measure, exported: Exp
 
 
 def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
-    if study.stopping is not None:
-        result_of = {result.name: result for result in sequential_results(study)}
-        return tuple(
-            Candidate(rated, replace(at_last_look(study, result, "noninferiority"), note=ENDS[result.stopped]))
-            for rated in smaller
-            for result in [result_of[rated.name]]
-        )
     question, level = Question("noninferiority", margin), _level(len(smaller))
     compared = [replace(compare(own.runs, best.runs, own.name, best.name), question=question) for own in smaller]
     candidates = []

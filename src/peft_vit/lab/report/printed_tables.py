@@ -91,7 +91,7 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
         yield Paragraph(f"Outside the limits: {rated.name}: {_broken(rated)}.")
     if advice.larger and advice.outcome != "nothing within":
         names = joined(rated.name for rated in advice.larger)
-        yield Paragraph(f"Not smaller than {_whom(advice)} {_CLEARLY}, so not tested: {names}.")
+        yield Paragraph(f"Not smaller than the best {_CLEARLY}, so not tested: {names}.")
     floats = [rated for rated in (advice.best, *_others(advice)) if rated.experiment.section(QaLoraConfig) is None]
     if advice.measure == "bytes" and floats:
         yield Paragraph(_ROUNDED)
@@ -100,19 +100,18 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
 def _request(advice: Recommendation) -> Iterator[str]:
     best, study, validated = advice.best, advice.study, advice.best.validation_accuracy
     assert validated is not None
-    reference = "Best by validation" if study.stopping is None else "Control of its comparisons, which stop"
     cost = f"{megabytes(best.stored_bytes)} to store, {count(best.final_parameters)} trainable parameters"
     if best.seconds_per_step is not None:
         cost += f", {fixed(best.seconds_per_step)} s a step"
     if best.latency_s is not None:
         cost += f", {fixed(1000 * best.latency_s, 1)} ms latency"
     yield (
-        f"Study {study.label}. {reference}: {best.name}, mean validation {_words(study)} "
+        f"Study {study.label}. Best by validation: {best.name}, mean validation {_words(study)} "
         f"{score_of(study.scores, validated.estimate)} ({counted(len(best.by_seed), 'seed')}); {cost}."
     )
     if uneven := [rated for rated in _others(advice) if rated.by_seed.keys() != best.by_seed.keys()]:
         listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
-        yield f"Validation means are over different seeds than {_whom(advice)}'s ({_seeds(best)}): {listed}."
+        yield f"Validation means are over different seeds than the best's ({_seeds(best)}): {listed}."
     limits = joined(_limit(violation) for violation in best.beside) or "none"
     yield (
         f"Asked: the smallest by {_ORDER[advice.measure]} that loses less than {_margin(advice)} of "
@@ -149,10 +148,6 @@ def _margin(advice: Recommendation) -> str:
     return advice.study.scores.hundredths(advice.margin)
 
 
-def _whom(advice: Recommendation) -> str:
-    return "the best" if advice.study.stopping is None else "the control"
-
-
 def _answer(advice: Recommendation) -> Iterator[str]:
     best, margin, family = advice.best, _margin(advice), len(advice.candidates)
     if advice.outcome == "nothing within":
@@ -161,7 +156,7 @@ def _answer(advice: Recommendation) -> Iterator[str]:
             yield f"Nearest to {_limit(violation)}: {rated.name} with {_value(violation)}."
     elif advice.outcome == "best":
         yield (
-            f"Recommended: {best.name}, {_whom(advice)} itself: nothing within the limits is smaller {_CLEARLY}, so no "
+            f"Recommended: {best.name}, the best itself: nothing within the limits is smaller {_CLEARLY}, so no "
             "test was needed."
         )
     elif advice.chosen is None:
@@ -189,8 +184,6 @@ def _answer(advice: Recommendation) -> Iterator[str]:
 
 
 def _family(advice: Recommendation) -> str:
-    if advice.study.stopping is not None:
-        return "over all looks and comparisons"
     family = len(advice.candidates)
     return f"Holm over {family} candidate{'' if family == 1 else 's'}"
 
@@ -219,12 +212,6 @@ def _tested_table(advice: Recommendation) -> Table:
         f"One-sided non-inferiority t test against {margin} at 5 %, {_family(advice)}. The {interval} t "
         "intervals hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
     )
-    if advice.study.stopping is not None:
-        method = (
-            f"Looks at declared numbers of seeds asked for a loss below {margin}, at "
-            f"{100 * advice.study.stopping.level:g} % one-sided over all looks and comparisons; the repeated "
-            f"{interval} intervals hold over all looks."
-        )
     return table(
         "recommendation",
         "Candidates, smallest first",
@@ -252,7 +239,7 @@ def _tested_table(advice: Recommendation) -> Table:
 def _verdict(candidate: Candidate, advice: Recommendation) -> str:
     if candidate.shown:
         return "shown"
-    if advice.study.untested and advice.study.stopping is None:
+    if advice.study.untested:
         return "not decided"
     pairs, interval, test = (
         len(candidate.estimate.by_seed),
@@ -265,8 +252,6 @@ def _verdict(candidate: Candidate, advice: Recommendation) -> str:
         return "not decided: the differences have no spread, which the test needs"
     if interval is not None and interval.high is not None and interval.high < -advice.margin:
         return "no, the whole interval lies below"
-    if advice.study.stopping is not None:
-        return "not decided"
     if candidate.needed_n is None:
         return "not decided, and the estimate gives no n up to 1000 that would do"
     return f"not decided; n = {candidate.needed_n} would do"
@@ -277,8 +262,7 @@ def recommended_yaml(advice: Recommendation) -> str | None:
     chosen = advice.chosen
     if chosen is None:
         return None
-    best = "the best by validation" if advice.study.stopping is None else "the control"
-    why = f"{best}; nothing within the limits is smaller {_CLEARLY}"
+    why = f"the best by validation; nothing within the limits is smaller {_CLEARLY}"
     if advice.outcome == "smaller":
         why = f"shown to lose less than {_margin(advice)} of test {_words(advice.study)} against {advice.best.name}"
     comments = [f"{chosen.name} of study {advice.study.label}, made again from its records: {why}."]

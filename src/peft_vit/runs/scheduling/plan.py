@@ -235,12 +235,7 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
 
 def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
     """Refuse what is there for one class an image alone, of other tasks."""
-    stopping = study.stopping
-    of_classes: dict[str, object] = {
-        "stopping.metric": stopping is not None and stopping.metric != "accuracy",
-        "stopping.images": stopping is not None and stopping.images is not None,  # of which a share is right or wrong
-        "measures.removal_images": study.measures.removal_images is not None,
-    }
+    of_classes: dict[str, object] = {"measures.removal_images": study.measures.removal_images is not None}
     for place, own in enumerate(study.experiments):
         qa_lora, adalora = own.section(QaLoraConfig), own.section(AdaLoraConfig)
         of_classes |= {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from peft_vit.base.statistics.spending import Spending, boundaries, repeated_p_values, spent
+from experiments.stopping.spending import Spending, boundaries, repeated_p_values, spent
 
 FIVE = [0.2, 0.4, 0.6, 0.8, 1.0]
 FORMS: tuple[Spending, ...] = ("obrien-fleming", "pocock")

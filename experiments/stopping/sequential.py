@@ -29,10 +29,10 @@ from typing import Literal
 import numpy as np
 import scipy
 
+from experiments.stopping.lost_images import difference_limits, loss_bounds, loss_p_values
+from experiments.stopping.spending import Spending, boundaries, repeated_p_values
 from peft_vit.base.statistics.intervals import finite, has_spread, mean_and_error
-from peft_vit.base.statistics.lost_images import difference_limits, loss_bounds, loss_p_values
 from peft_vit.base.statistics.significance import Verdict
-from peft_vit.base.statistics.spending import Spending, boundaries, repeated_p_values
 
 Asked = Literal["superiority", "non-inferiority", "both"]
 

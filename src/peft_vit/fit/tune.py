@@ -1,23 +1,89 @@
-"""What a tuning came to: everything that is shown of it."""
+"""`peft-vit tune`: from images and limits to the smallest model that is shown to be good enough, see `stages`.
+
+What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
+rates, steps and candidates. Only the test images, the folds, flips and how products are computed stay.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
+from peft_vit.base.extras import require_extra
 from peft_vit.base.statistics import Interval
+from peft_vit.core.config import named_as_typed
 from peft_vit.core.records import Calibrated
 from peft_vit.core.records import Decision as Meaning
 from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
-from peft_vit.fit.finalists import Decision
+from peft_vit.fit import stages
+from peft_vit.fit.decide import Decision, gain_of_steps
+from peft_vit.fit.events import Emit, show
+from peft_vit.fit.fit import Environment, Fit
+from peft_vit.fit.intake import LabelledSet
+from peft_vit.fit.outcomes import Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.sizes import NO_TIME, SizeResult
-from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Outcome, meaning_on
+from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.stages import NO_TIME, SizeResult
+from peft_vit.runs.records.progress import study_lock
+
+
+def tune(request: TuneRequest, emit: Emit = show, environment: Environment | None = None) -> Choice:
+    """Find the best model in the given minutes, within limits, and how sure that is.
+
+    Raises:
+        UserError: for bad input, before anything is trained; see `stages`, `check_output` and `Fit.opened`. Also if
+            another command works on the same output.
+        KeyboardInterrupt: after Ctrl-C; the same request continues.
+    """
+    require_extra("tune", "tune")
+    from peft_vit.fit.output import check_output, write_output
+
+    check_output(request)
+    with named_as_typed(TuneRequest), study_lock(request.output):
+        fit = Fit.opened(request, emit, environment)
+        choice = _choose(fit)
+        for sentence in choice.more:
+            fit.tell(f"  {sentence}")
+        with fit.stage("output"):
+            (fit.environment.write_output or write_output)(choice, request.output, fit.tell)
+        return choice
+
+
+def _choose(fit: Fit) -> Choice:
+    was_there = (fit.request.output / stages.IMAGES_FILE).exists()
+    with fit.stage("look"):
+        stages.look(fit)
+    try:
+        with fit.stage("machine"):
+            allowed = stages.look_at_machine(fit)
+            fit.begun = True
+            fit.save()
+            stages.tell_forecast(fit, allowed)
+    finally:
+        if not (fit.begun or was_there):  # refused: another limit can be asked for
+            fit.images.file.unlink(missing_ok=True)
+    fit.load_earlier()
+    decision, sizes, labels, untried = stages.choose(fit, allowed)
+    recipe = decision.taken.recipe
+    longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
+    error = fit.frame.scores.best - decision.odds.score.estimate
+    with fit.stage("final"):
+        final, before_rounding = stages.train_finally(fit, recipe, longer)
+    return Choice(
+        request=fit.request,
+        images=fit.images,
+        sizes=tuple(sizes),
+        decision=decision,
+        folds=tuple(outcome for _, outcome in sorted(fit.frame.rows[recipe].items())),
+        final=final,
+        before_rounding=before_rounding,
+        longer=longer,
+        more=what_more_buys(labels, error, steps, longer, sizes, untried, fit.request.minutes, fit.frame.scores.unit),
+        stages=tuple(fit.file.seconds.items()),
+    )
+
 
 _NAMED = 4  # recipes that are named in a sentence
 
@@ -27,9 +93,7 @@ class Choice:
     """The chosen model and what it was chosen by."""
 
     request: TuneRequest  # what was asked for
-    seen: Any  # what `data.inspect_images` saw of the images
-    images_file: Path  # which images are sealed, left out, or copies of one another
-    metric: DecidingMetric  # what decides
+    images: LabelledSet  # that it was fitted to
     sizes: tuple[SizeResult, ...]  # every model and image size
     decision: Decision  # what was compared, what was taken, and the odds
     folds: tuple[Outcome, ...]  # of the chosen recipe, in the form that was taken
@@ -38,7 +102,16 @@ class Choice:
     longer: float  # times the steps that follow from the folds, of the last training
     more: tuple[str, ...]  # what more labels and more minutes would buy, sentences
     stages: tuple[tuple[str, float], ...]  # name and seconds of each stage, of all calls together
-    scores: Scores = field(default_factory=Scores)  # by which models were compared
+
+    @property
+    def metric(self) -> DecidingMetric:
+        """Return what decides."""
+        return self.images.metric
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Return by what models were compared."""
+        return self.images.scores
 
     @property
     def recipe(self) -> Recipe:
@@ -53,12 +126,12 @@ class Choice:
     @property
     def score(self) -> Interval:
         """Return what decides, on the test images."""
-        return self.metric.interval(self.final.labels, *self.final.told(self.meaning))
+        return self.metric.interval(self.final.labels, *self.final.predictions(self.meaning))
 
     @property
     def changed_by_rounding(self) -> Interval | None:
         """Return what rounding changed of that; None: nothing was rounded after training."""
-        (before, least), (after, _) = (own.told(self.meaning) for own in (self.before_rounding, self.final))
+        (before, least), (after, _) = (own.predictions(self.meaning) for own in (self.before_rounding, self.final))
         rounded = self.before_rounding is not self.final
         return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
 

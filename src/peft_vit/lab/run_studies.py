@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +18,9 @@ from peft_vit.lab.request import RunRequest
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import EXECUTORS
 from peft_vit.runs.records.progress import StudyLock, study_lock, study_status
-from peft_vit.runs.records.storage import STUDY_FILE
 from peft_vit.runs.scheduling.carry_out import carry_out
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
-    from peft_vit.base.statistics.sequential import SequentialResult
     from peft_vit.runs.scheduling.plan import Plan
 
 _log = partial(print, flush=True)
@@ -60,20 +58,13 @@ def run_studies(request: RunRequest) -> dict[str, str]:
         KeyboardInterrupt: see `drive`.
     """
     limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
-    more = "" if limit is None else f", for another {limit.minutes:g} minutes"
     studies = _load(request)
-    if request.until_decided:
-        (requested,) = studies
-        failed, still_open = run_until_decided(requested.study, request, limit, _log)
-        if still_open:
-            print(f"Open: {', '.join(still_open)}; the same command continues{more}.")
-        return failed
     for requested in studies if not request.smoke else ():
-        if requested.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
-            reason = "says when comparisons stop, which needs --until-decided; give that, or delete the section"
-            raise UserError(f"{reason} to run every seed", file=requested.file, field="stopping")
+        if requested.study.stopping is not None:  # here its comparisons would never stop
+            reason = "is read by scripts of experiments/ alone; delete it to run every seed"
+            raise UserError(reason, file=requested.file, field="stopping")
     with _locked(request.results_dir, [requested.study.name for requested in studies]) as locks:
-        failed = {}
+        failed: dict[str, str] = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
             failed |= carry_out(
                 plan,
@@ -83,77 +74,12 @@ def run_studies(request: RunRequest) -> dict[str, str]:
                 ray_address=request.ray_address,
                 skip_failed=request.skip_failed,
             )
-        states = [] if limit is None else [run.state for run in study_status(locks[0].folder).runs]
-        if left := states.count("pending") + states.count("running"):
-            print(f"Left: {left} of the study's runs; the same command continues{more}.")
+        if limit is not None:
+            states = [run.state for run in study_status(locks[0].folder).runs]
+            if left := states.count("pending") + states.count("running"):
+                more = f"the same command continues, for another {limit.minutes:g} minutes"
+                print(f"Left: {left} of the study's runs; {more}.")
         return failed
-
-
-def run_until_decided(
-    study: StudyConfig, request: RunRequest, limit: Limit | None, log: Callable[[str], None]
-) -> tuple[dict[str, str], list[str]]:
-    """Go from look to look until every comparison with the control has stopped, or the time is over.
-
-    A look takes as many seeds as it needs, of the comparisons that are open. What there is to do follows from records
-    and the declared looks alone, so a command that was killed continues.
-
-    Args:
-        study: with a section `stopping`.
-        request: its file, where its folder lies, and how runs are carried out.
-        limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-        log: gets how a comparison stands, a line each, at the beginning and after each look.
-
-    Returns:
-        Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments
-        whose comparison has not stopped.
-
-    Raises:
-        UserError: as `plan_study` and `drive`.
-        NothingDoneError: if the time is over, and no run of the study is done.
-        KeyboardInterrupt: see `drive`.
-    """
-    from peft_vit.base.statistics.sequential import next_look
-    from peft_vit.lab.analysis.stopping import follow_study
-    from peft_vit.lab.analysis.studies import read_results
-    from peft_vit.runs.scheduling.display import course_line, print_plan
-    from peft_vit.runs.scheduling.plan import plan_study
-    from peft_vit.runs.scheduling.profiling import measure_step
-
-    assert study.stopping is not None
-    control = study.stopping.control
-    failed: dict[str, str] = {}
-    reported: dict[str, SequentialResult] = {}
-    look: tuple[list[str], int] | None = None
-    results_dir, (file,) = request.results_dir, request.configs
-    with _locked(results_dir, [study.name]) as (lock,):
-        while True:
-            recorded = None
-            if (lock.folder / STUDY_FILE).exists():
-                (recorded,) = read_results(lock.folder).studies
-            courses = follow_study(study, recorded)
-            for course in courses:
-                if recorded is not None and course.looks and reported.get(course.name) != course:
-                    log(course_line(course, study, recorded.scores.unit))
-                reported[course.name] = course
-            out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
-            able = set() if control in out else {course.name for course in courses} - out
-            before, look = look, next_look(courses, able)
-            names, seeds = look
-            time_is_over = limit is not None and limit.left_s <= 0 and before is not None  # one is begun in any case
-            if not names or look == before or time_is_over:
-                break  # the same again: time for the rest of this look is missing
-            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
-            plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
-            print_plan(plan)
-            failed |= carry_out(
-                plan,
-                lock,
-                limit,
-                executor=request.executor,
-                ray_address=request.ray_address,
-                skip_failed=request.skip_failed,
-            )
-    return failed, [course.name for course in courses if course.stopped is None]
 
 
 @contextmanager
@@ -182,9 +108,6 @@ def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requeste
         raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
     if request.method not in (None, *(experiment.method for experiment in study.experiments)):
         raise UserError(f"no experiment is of method {request.method}", field="experiments")
-    if request.until_decided and study.stopping is None:
-        reason = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
-        raise UserError(reason, field="stopping")
     workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
     if workers is not None:
         execution = study.execution.model_copy(update={"workers": workers})

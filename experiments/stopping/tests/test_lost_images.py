@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_vit.base.statistics import StoppingRule, follow
-from peft_vit.base.statistics.lost_images import difference_limits, loss_bounds, loss_p_values
-from peft_vit.base.statistics.spending import boundaries
+from experiments.stopping.lost_images import difference_limits, loss_bounds, loss_p_values
+from experiments.stopping.sequential import StoppingRule, follow
+from experiments.stopping.spending import boundaries
 
 RULE = StoppingRule("non-inferiority", 0.01, (5, 10, 15), correlation=0.3, images=400)
 

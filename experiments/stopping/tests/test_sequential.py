@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from peft_vit.base.statistics.sequential import StoppingRule, adjusted, follow
-from peft_vit.base.statistics.spending import Spending, boundaries
+from experiments.stopping.sequential import StoppingRule, adjusted, follow
+from experiments.stopping.spending import Spending, boundaries
 
 LOOKS = (5, 10, 15, 20, 25, 30)
 RULE = StoppingRule("both", 0.01, LOOKS)
