@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.core.records import Decision
-from peft_vit.core.tasks import TASKS, Labels, Meaning
-from peft_vit.deploy.presentation.presentation import Presentation, answer, ranked
+from peft_vit.core.tasks import TASKS, Meaning
+from peft_vit.deploy.presentation.presentation import Presentation, Said, answer, ranked
 
 
 class Shares(Presentation):
@@ -30,9 +29,7 @@ class Shares(Presentation):
         """Return that outputs are as classes' are."""
         return {"says": "shares of {}", "kind": "classes", "temperature": 1.0, "set": None}
 
-    def rows(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> list[dict[str, Any]]:
+    def rows(self, said: Said) -> list[dict[str, Any]]:
         """Return the mean of each share, in truth and as predicted."""
-        pairs = zip(names, labels.mean(0).tolist(), predicted.mean(0).tolist(), strict=True)
-        return [{"Share": name, "Mean": true, "Predicted": said} for name, true, said in pairs]
+        pairs = zip(said.names, said.labels.mean(0).tolist(), said.predicted.mean(0).tolist(), strict=True)
+        return [{"Share": name, "Mean": true, "Predicted": predicted} for name, true, predicted in pairs]

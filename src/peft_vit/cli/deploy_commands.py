@@ -380,7 +380,7 @@ def predict(request: PredictRequest) -> None:
             check_coverage(classifier.card, request.coverage)
     files = [image for image in images if not isinstance(image, UserError)]
     card = classifier.card
-    shown, with_sets, meaning = PRESENTED[card.task], request.coverage is not None, card.decision or card.calibrated
+    shown, with_sets, meaning = PRESENTED[card.task], request.coverage is not None, card.meaning
     is_labelled = (
         shown.task.one_class and len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
     )

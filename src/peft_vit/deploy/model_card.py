@@ -20,6 +20,7 @@ from peft_vit.base.errors import UserError, checked, foreign_fault, os_fault
 from peft_vit.base.files import write_atomically
 from peft_vit.core.config import USUAL_TASK, Interpolation, Library, TaskName
 from peft_vit.core.records import Calibrated, Decision, Unlike
+from peft_vit.core.tasks import Meaning
 from peft_vit.deploy.presentation import PRESENTED
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ class ModelCard(Strict):
         """Raise UserError, naming the file, if what the card says of outputs does not fit its classes."""
         outputs = np.zeros((1, len(self.class_names)), np.float32)
         with foreign_fault("says of outputs what does not fit its classes", file, remedy=AGAIN, field="card"):
-            PRESENTED[self.task].answers(outputs, self.class_names, self.decision or self.calibrated, None, 1)
+            PRESENTED[self.task].answers(outputs, self.class_names, self.meaning, None, 1)
+
+    @property
+    def meaning(self) -> Meaning:
+        """Return what outputs mean; None: softmax, and nothing says how far it can be believed."""
+        return self.decision or self.calibrated
 
     @property
     def architecture(self) -> Architecture:

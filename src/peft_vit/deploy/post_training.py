@@ -115,7 +115,7 @@ def pack_after_training(
     found: dict[str, Any] = {}
     known, middle = None, None
     if len(data.validation):
-        meaning = card.decision or card.calibrated
+        meaning = card.meaning
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
         found = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))

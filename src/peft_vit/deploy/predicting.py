@@ -200,7 +200,7 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     Raises:
         UserError: if it is outside what is stored with the model, or nothing is.
     """
-    if (meaning := card.decision or card.calibrated) is None:
+    if (meaning := card.meaning) is None:
         raise UserError(
             "needs thresholds from images that were not trained on, and this model holds none: it validated on no "
             "images, or was made by an earlier version; leave it out",
@@ -258,7 +258,7 @@ def _answers(logits: NDArray[np.float32], card: ModelCard, coverage: float | Non
     """Return what logits (B, classes) say of each image, as arguments of `Prediction`."""
     if coverage is not None:
         check_coverage(card, coverage)
-    return PRESENTED[card.task].answers(logits, card.class_names, card.decision or card.calibrated, coverage, top)
+    return PRESENTED[card.task].answers(logits, card.class_names, card.meaning, coverage, top)
 
 
 def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:

@@ -171,7 +171,9 @@ def test_rare_labels_weigh_more_and_a_sure_head_is_softened() -> None:
     weights = MULTILABEL.loss_weights(np.array([1000, 10, 100]), "effective")
     assert weights.mean() == pytest.approx(1)
     assert weights[1] / weights[0] == pytest.approx((1 - 0.999**1000) / (1 - 0.999**10))
-    assert MULTILABEL.loss_weights(np.array([1000, 10, 100])) == pytest.approx(3 * np.array([1, 100, 10]) / 111)
+    assert MULTILABEL.loss_weights(np.array([1000, 10, 100]), "balanced") == pytest.approx(
+        3 * np.array([1, 100, 10]) / 111
+    )
     sure = torch.tensor(40 * (LABELS - 0.5))
     factor = MULTILABEL.training_temperature(sure, torch.tensor(LABELS))
     assert float(MULTILABEL.loss(sure / factor, torch.tensor(LABELS), None)) > 0.5

@@ -172,7 +172,7 @@ class _Classification(Task):
         """Return the classes."""
         return labels
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
         """Return weights in inverse proportion to `counted_images`, (classes,); over the images they average to 1.
 
         Balanced, that is n / (classes * n_c) of class c.

@@ -190,7 +190,7 @@ class _Multilabel(Task):
         """Return which images have each label, (N, K)."""
         return np.asarray(labels == 1)
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
         """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
         weights: Floats = 1 / counted_images(counts, how)
         return weights / weights.mean()

@@ -292,10 +292,9 @@ class _Regression(Task):
         """Return of which images numbers agree to a hundredth of a standard deviation."""
         return np.asarray((np.abs(before - after) <= 0.01).all(1))
 
-    def right(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Flags:
+    def right(self, outputs: Outputs, labels: Labels) -> Flags:
         """Return of which images numbers are within half a standard deviation."""
-        spread = self.spread if decision is None else decision.spread
-        return np.asarray((np.abs(self.predicted(outputs, decision) - labels) <= np.array(spread) / 2).all(1))
+        return np.asarray((np.abs(self.predicted(outputs) - labels) <= np.array(self.spread) / 2).all(1))
 
     def constant(self, labels: Labels) -> Labels:
         """Return the median, which has the least mean error."""

@@ -195,7 +195,7 @@ class Task(Protocol):
         """Return how many outputs the head has, for the names of what is predicted."""
         return len(names)
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
         """Return the weight of each output in the loss, (K,), by how many images are of its class, (K,)."""
         return np.ones(len(counts))
 
@@ -291,9 +291,9 @@ class Task(Protocol):
         told = self.told(before, decision) == self.told(after, decision_after)
         return told.reshape(len(told), -1).all(1)
 
-    def right(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Flags:
+    def right(self, outputs: Outputs, labels: Labels) -> Flags:
         """Return of which images outputs say what is true, as far as it is known, (N,)."""
-        told = (self.told(outputs, decision) == labels) | np.isnan(labels)
+        told = (self.told(outputs) == labels) | np.isnan(labels)
         return told.reshape(len(told), -1).all(1)
 
     def constant(self, labels: Labels) -> Labels:

@@ -23,7 +23,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, agreeing_with, foreign_fault, named, one_line, os_fault
-from peft_vit.base.files import read_bytes, sha256_of
+from peft_vit.base.files import into_empty, read_bytes, sha256_of
 from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import (
     AdaptedLinear,
@@ -276,10 +276,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neig
         UserError: if the folder holds files, or can't be written to.
     """
     plain: Any = plain_model(model, card.architecture, card.image_size, len(card.class_names))
-    with os_fault("can't be written to", folder, remedy="choose another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError("holds files already; choose another folder", file=folder, field="--output")
+    with into_empty(folder, "--output"):
         if card.library == "timm":
             images = {
                 "input_size": (3, card.image_size, card.image_size),

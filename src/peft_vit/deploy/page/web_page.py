@@ -126,7 +126,7 @@ def _script(files: Mapping[str, bytes]) -> str:
 
 def _facts(card: ModelCard, runtime_url: str | None) -> dict[str, Any]:
     """Return what the page's script has to know."""
-    meaning, coverage = card.decision or card.calibrated, None
+    meaning, coverage = card.meaning, None
     if meaning is not None:
         with suppress(UserError):  # it has none of this coverage
             meaning.threshold(COVERAGE)

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.core.records import Decision
-from peft_vit.core.tasks import MULTILABEL, Labels, Meaning
+from peft_vit.core.tasks import MULTILABEL, Meaning
 from peft_vit.core.tasks.metric import Outputs
 from peft_vit.core.tasks.multilabel import average_precision, f1, reached
-from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Shown, answer, ranked
+from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Said, Shown, answer, ranked
 
 _LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
 
@@ -64,8 +64,9 @@ class ManyLabels(Presentation):
         """Return its labels, the most probable ones with their probabilities, and the set."""
         return {"labels": [name for name, _ in prediction.labels], **super().cells(prediction, with_sets)}
 
-    def rows(self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None) -> Rows:
+    def rows(self, said: Said) -> Rows:
         """Return images, average precision, threshold, precision, recall and F1 of each label."""
+        labels, predicted, names, decision = said
         rows = []
         for k, name in enumerate(names):
             known = ~np.isnan(labels[:, k])
@@ -88,18 +89,15 @@ class ManyLabels(Presentation):
             )
         return rows
 
-    def together(
-        self, labels: Labels, predicted: Labels, decision: Decision | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return on how many images two labels are, in truth and as predicted."""
-        pair = [is_in.astype(np.int64) for is_in in (labels == 1, reached(predicted, decision))]
+        pair = [is_in.astype(np.int64) for is_in in (said.labels == 1, reached(said.predicted, said.decision))]
         there, told = (own.T @ own for own in pair)
         return there, told
 
-    def shown(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> Iterator[Shown]:
+    def shown(self, said: Said) -> Iterator[Shown]:
         """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
+        labels, predicted, names, decision = said
         told = reached(predicted, decision)
         kinds = (
             ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from peft_vit.base.statistics import spearman
 from peft_vit.core.records import Decision
-from peft_vit.core.tasks import REGRESSION, Labels, Meaning
+from peft_vit.core.tasks import REGRESSION, Meaning
 from peft_vit.core.tasks.metric import Outputs
 from peft_vit.core.tasks.regression import (
     half_widths,
@@ -18,7 +18,7 @@ from peft_vit.core.tasks.regression import (
     root_mean_squared_error,
     scales_of,
 )
-from peft_vit.deploy.presentation.presentation import Errors, Prediction, Presentation, Rows, Shown
+from peft_vit.deploy.presentation.presentation import Errors, Prediction, Presentation, Rows, Said, Shown
 
 _IMAGES_SHOWN, _NUMBERS_SHOWN = 12, 3  # with the largest errors, and of each those of its numbers
 _USUAL = 0.9  # coverage of an interval where none is asked for
@@ -72,10 +72,10 @@ class Numbers(Presentation):
             name + end: cell for name, own in prediction.numbers.items() for end, cell in zip(ends, own, strict=False)
         }
 
-    def rows(self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None) -> Rows:
+    def rows(self, said: Said) -> Rows:
         """Return mean, errors, R² and rank correlation of each number."""
-        one = np.ones((1, len(labels)))
-        rows = []
+        labels, predicted, names, _ = said
+        one, rows = np.ones((1, len(labels))), []
         for k, name in enumerate(names):
             y, p = labels[:, [k]], predicted[:, [k]]
             rows.append(
@@ -93,18 +93,18 @@ class Numbers(Presentation):
             )
         return rows
 
-    def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors:
+    def errors(self, said: Said) -> Errors:
         """Return predicted less true, and how far the usual intervals reach."""
+        labels, predicted, _, decision = said
         if decision is None or not decision.coverages:
             return Errors(predicted - labels, None)
         coverage = _usual(decision)
         return Errors(predicted - labels, half_widths(decision, predicted, coverage), coverage)
 
-    def shown(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> Iterator[Shown]:
+    def shown(self, said: Said) -> Iterator[Shown]:
         """Yield the images with the largest errors, in standard deviations."""
-        errors = self.errors(labels, predicted, decision)
+        labels, predicted, names, decision = said
+        errors = self.errors(said)
         spread = (1.0,) if decision is None else decision.spread
         sizes = np.abs(errors.sizes) / np.array(spread)  # (N, K)
         worst = np.argsort(-sizes.mean(1), kind="stable")[:_IMAGES_SHOWN].tolist()

@@ -51,10 +51,19 @@ class Shown(NamedTuple):
     groups: tuple[tuple[str, tuple[tuple[int, tuple[str, ...]], ...]], ...]  # title, and of each image place and lines
 
 
+class Said(NamedTuple):
+    """What a model says of test images."""
+
+    labels: Labels  # N, the true ones
+    predicted: Labels  # N
+    names: Sequence[str]  # of outputs, as a page has them
+    decision: Decision | None
+
+
 class Presentation(Protocol):
     """How a task's outputs are shown: probabilities of names, as most have them, or what a task has instead.
 
-    Labels and what was predicted are those of test images, `names` those of outputs; outputs are (N, K).
+    Outputs are (N, K), `names` those of its columns.
 
     Attributes:
         task: that is shown.
@@ -93,23 +102,19 @@ class Presentation(Protocol):
         }
         return ranked | ({"set": [name for name, _ in prediction.classes]} if with_sets else {})
 
-    def rows(self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None) -> Rows:
+    def rows(self, said: Said) -> Rows:
         """Return what a page says of each output: its name, and measures; none: it says it otherwise."""
         return []
 
-    def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors | None:
+    def errors(self, said: Said) -> Errors | None:
         """Return how far predictions are off; None: they are not numbers."""
         return None
 
-    def together(
-        self, labels: Labels, predicted: Labels, decision: Decision | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """Return on how many images two outputs are together, (K, K), in truth and as predicted; None: never."""
         return None
 
-    def shown(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> Iterator[Shown]:
+    def shown(self, said: Said) -> Iterator[Shown]:
         """Yield which images a page shows, such as the worst ones."""
         yield from ()
 
