@@ -11,13 +11,13 @@ from written_runs import plan_of, run_and_write, tiny_study
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.odds import Odds
 from peft_vit.deploy.post_training import logits_by_type
-from peft_vit.fit.decide import Candidate, Decision
+from peft_vit.fit.decide import Candidate, ModelDecision
 from peft_vit.fit.intake import take_in
 from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.request import TuneRequest
 from peft_vit.fit.stages import SizeResult
-from peft_vit.fit.tune import Choice, what_more_buys
+from peft_vit.fit.tune import Tuning, what_more_buys
 
 FOLDS = 2
 MODEL = "tiny_pool"
@@ -36,7 +36,7 @@ def write_images(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / f"class_{label}" / f"{number:02}.png")
 
 
-def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
+def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     """Do the runs of LoRA on folds, and the last one; its weights are rounded after training."""
     request = TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked})
     labelled = take_in(request, folder / "images.json", seed=0)
@@ -58,11 +58,11 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     )
     sizes = (SizeResult(MODEL, 32, 0.7, 8), SizeResult(MODEL, 64, None, 0, "no time for it"))
     labels, steps = Interval(0.07, 0.0, 0.14, 38, 0.95), Interval(0.01, 0.0, 0.03, 38, 0.95)
-    return Choice(
+    return Tuning(
         request=request,
         images=labelled,
         sizes=sizes,
-        decision=Decision(candidates, taken, worth, TRAINED),
+        decision=ModelDecision(candidates, taken, worth, TRAINED),
         folds=tuple(map(_rounded, on_folds)),
         final=_rounded(final),
         before_rounding=final,

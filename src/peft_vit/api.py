@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from peft_vit.core.records import RunRecord
     from peft_vit.deploy import Classifier, Prediction
-    from peft_vit.fit.tune import Choice
+    from peft_vit.fit.tune import Tuning
     from peft_vit.lab.report.result_tables import ResultTables
     from peft_vit.runs.executors import ExecutorName
 
@@ -97,7 +97,7 @@ class TrainedModel:
     """
 
     path: Path
-    choice: Choice | None = None
+    choice: Tuning | None = None
     weights: str | None = None
 
     @cached_property

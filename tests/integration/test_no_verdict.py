@@ -69,7 +69,7 @@ def test_findings_comparisons_and_recommendation_say_why(command, tmp_path, monk
         told = [finding for finding in csv.DictReader(handle) if finding["outcome"] == reason]
     assert told
     assert {(finding["verdict"], finding["p_holm"]) for finding in told} == {("not decided", "")}
-    assert f"not decided ({reason})" in command("recommend", out, "--smallest", "params").out
+    assert f"not decided; {reason}" in command("recommend", out, "--smallest", "params").out
     assert f"Nothing is decided: {reason}." in (page / "analysis_summary.md").read_text()
 
 

@@ -23,14 +23,14 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Product
 from peft_vit.core.tasks import expected_gain
-from peft_vit.fit.costs import LONGEST, MOST_STEPS, Costs
+from peft_vit.fit.costs import LONGEST, MOST_STEPS, FitCosts
 from peft_vit.fit.fit import TITLES, Environment, Fit
 from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.regressions import regress, seen_by_head
 from peft_vit.fit.request import TuneRequest
 from peft_vit.fit.stages import telling_if_slow, within_bytes
-from peft_vit.fit.tune import Choice, answer, tune
+from peft_vit.fit.tune import Tuning, answer, tune
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.records.storage import read_record
@@ -101,7 +101,7 @@ def request_of(images: Path, output: Path, **more: Any) -> TuneRequest:
     return TuneRequest.of(images=images, output=output, **request | more)
 
 
-Tuning = Callable[..., Choice]
+Tuning = Callable[..., Tuning]
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def tuning(images: Path, tmp_path: Path) -> Tuning:
         environment: Environment | None = None,
         tell: Callable[[str], None] = lambda _: None,
         **more: Any,
-    ) -> Choice:
+    ) -> Tuning:
         environment = environment or environment_of(runner or stand_ins())
         return tune(request_of(photos, output, **more), lambda event: tell(str(event)), environment)
 
@@ -396,7 +396,7 @@ def test_what_was_tried_is_not_said_to_be_left_out(tuning: Tuning) -> None:
 
 
 def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, tmp_path: Path) -> None:
-    def steps_of(gain: float) -> tuple[int, Choice]:
+    def steps_of(gain: float) -> tuple[int, Tuning]:
         def truth(experiment: Mapping[str, Any], size: int) -> float:
             if experiment["method"] == "linear":
                 return 0.6
@@ -469,8 +469,10 @@ def test_a_size_whose_model_takes_longer_to_write_than_there_is_time_is_not_take
         return tuning(stand_ins(truth=truth), minutes=20.0, output=output).recipe.image_size
 
     assert taken(tmp_path / "free") == 64
-    ending_s = Costs.ending_s
-    monkeypatch.setattr(Costs, "ending_s", lambda own, of, *a: 1400.0 if of.image_size == 64 else ending_s(own, of, *a))
+    ending_s = FitCosts.ending_s
+    monkeypatch.setattr(
+        FitCosts, "ending_s", lambda own, of, *a: 1400.0 if of.image_size == 64 else ending_s(own, of, *a)
+    )
     assert taken(tmp_path / "dear") < 64
 
 

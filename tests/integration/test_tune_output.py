@@ -32,7 +32,7 @@ from peft_vit.fit import events
 from peft_vit.fit.outcomes import Outcome, with_meaning
 from peft_vit.fit.output import _how_sure, write_output
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.tune import Choice, what_more_buys
+from peft_vit.fit.tune import Tuning, what_more_buys
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.part("runner")
 
 
 @pytest.fixture(scope="module")
-def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Choice:
+def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Tuning:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         folder = tmp_path_factory.mktemp("tuned")
@@ -49,7 +49,7 @@ def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Cho
 
 
 @pytest.fixture(scope="module")
-def left(choice: Choice, _session_cache: str):
+def left(choice: Tuning, _session_cache: str):
     """Leave it for onnxruntime alone, with made-up seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
@@ -68,7 +68,7 @@ def row(file: Path, seconds: float) -> object:
     return SimpleNamespace(file=str(file), median_s=seconds, low_s=seconds, high_s=seconds, processor="one")
 
 
-def final(choice: Choice) -> RunRecord:
+def final(choice: Tuning) -> RunRecord:
     return read_record(choice.final.folder / RECORD_FILE)
 
 
@@ -178,7 +178,7 @@ def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(ch
     assert replace(choice, before_rounding=choice.final).changed_by_rounding is None
 
 
-def _both_ways(choice: Choice) -> tuple[tuple[Outcome, Outcome], tuple[Outcome, Outcome]]:
+def _both_ways(choice: Tuning) -> tuple[tuple[Outcome, Outcome], tuple[Outcome, Outcome]]:
     return (choice.before_rounding, choice.final), (choice.final, choice.before_rounding)
 
 
@@ -223,7 +223,7 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     lines: list[str] = []
     peft_vit.tune("photos", output=output, tell=lines.append)
     request, emit = asked.pop()
-    emit(events.Line("found"))
+    emit(events.Message("found"))
     assert (request, lines) == (TuneRequest(images=Path("photos"), output=output), ["found"])
 
 

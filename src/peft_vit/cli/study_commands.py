@@ -158,7 +158,7 @@ def tune(request: TuneRequest) -> None:
     minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.base.extras import require_extra
-    from peft_vit.fit.events import Event, StageBegan
+    from peft_vit.fit.events import FitEvent, StageBegan
 
     require_extra("tune", "tune")  # what is imported below needs some of it
     started, stage = time.monotonic(), "your images"
@@ -169,7 +169,7 @@ def tune(request: TuneRequest) -> None:
     def said() -> str:
         return f"{stage}: at most about {duration(left_s())} left"
 
-    def tell(event: Event) -> None:
+    def tell(event: FitEvent) -> None:
         nonlocal stage
         if isinstance(event, StageBegan):
             stage = event.title
@@ -306,17 +306,20 @@ def recommend(request: RecommendRequest) -> None:
     would. Exit codes: 0 done, 2 bad input.
     """
     from peft_vit.lab.analysis import load_studies
-    from peft_vit.lab.analysis.recommendation import LIMITS, exported_latency
+    from peft_vit.lab.analysis.recommendation import MEASURES, exported_latency
     from peft_vit.lab.analysis.recommendation import recommend as find
     from peft_vit.lab.analysis.studies import choose_study
     from peft_vit.lab.report.printed_tables import print_recommendation
     from peft_vit.runs.records.storage import read_bench
 
-    limits = {limit: value for limit in LIMITS if (value := getattr(request, limit[2:].replace("-", "_"))) is not None}
-    chosen, file = choose_study(load_studies(request.results_dir), request.study, request.results_dir), request.bench
-    exported = None if file is None else exported_latency(chosen, read_bench(file), file)
-    advice = find(chosen, limits, margin=request.margin / 100, measure=request.smallest, exported=exported)
-    print_recommendation(advice, request.output)
+    study, file = choose_study(load_studies(request.results_dir), request.study, request.results_dir), request.bench
+    given = {cost: getattr(request, f"max_{name}") for name, cost in MEASURES.items()}
+    limits = {cost: value for cost, value in given.items() if value is not None}
+    exported = None if file is None else exported_latency(study, read_bench(file), file)
+    measure = MEASURES[request.smallest]
+    print_recommendation(
+        find(study, limits, margin=request.margin / 100, measure=measure, exported=exported), request.output
+    )
 
 
 @app.command()
@@ -331,7 +334,7 @@ def compare(
     allow_mismatch: Annotated[
         str,
         typer.Option(
-            help="Pool the differences of studies even if these differ, such as versions,timings.",
+            help="Pool the differences of studies even if these differ, such as versions,precision.",
             metavar="NAMES",
             show_default=False,
         ),

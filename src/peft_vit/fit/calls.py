@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.base.errors import os_fault
 from peft_vit.base.files import checkpoint_folders, make_folder, read_bytes, write_whole
@@ -37,13 +37,6 @@ REQUEST_FILE, SIZES_FILE = "request.json", "sizes.json"
 _NUMBERED = re.compile(r"([0-9]{4,8})-[a-z0-9-]+")
 
 
-def _renamed(request: Any) -> Any:
-    """Return a request as options are called now: --init-adapter was `start`, and --library follows from --model."""
-    if not isinstance(request, dict):
-        return request
-    return {"init_adapter" if name == "start" else name: value for name, value in request.items() if name != "library"}
-
-
 class RequestFile(BaseModel):
     """Content of request.json.
 
@@ -56,7 +49,7 @@ class RequestFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may say more
 
-    request: Annotated[TrainRequest, BeforeValidator(_renamed)]
+    request: TrainRequest
     data_sha256: str
     images: dict[str, str]
     files: dict[str, str] = {}

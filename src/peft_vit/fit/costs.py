@@ -47,7 +47,7 @@ _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in e
 
 
 @dataclass(frozen=True)
-class Costs:
+class FitCosts:
     """Seconds of what a tuning does, by what was measured on this machine."""
 
     fit: Fit

@@ -143,7 +143,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Decision:
+class ModelDecision:
     """What is taken, and beside what: candidates, the smallest first, and the best float model found."""
 
     candidates: tuple[Candidate, ...]
@@ -152,7 +152,7 @@ class Decision:
     reference: Recipe
 
 
-def decide(fit: Fit) -> Decision:
+def decide_model(fit: Fit) -> ModelDecision:
     """Return which model is taken, as `statistics.odds.choose_model` does, of all that have enough folds.
 
     Raises:
@@ -201,4 +201,4 @@ def decide(fit: Fit) -> Decision:
             dropped = f"{len(done)} of {FOLDS} folds: {'no time for more' if better else reason}"
             candidates.append(Candidate(recipe, costs.bytes_of(recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
-    return Decision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])
+    return ModelDecision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])

@@ -19,7 +19,7 @@ class StageBegan:
 
 
 @dataclass(frozen=True)
-class Line:
+class Message:
     """What was found or decided, in a line."""
 
     text: str
@@ -28,6 +28,6 @@ class Line:
         return self.text
 
 
-Event = StageBegan | Line
-Emit = Callable[[Event], None]
+FitEvent = StageBegan | Message
+Emit = Callable[[FitEvent], None]
 show = partial(print, flush=True)  # an event as a line of a terminal

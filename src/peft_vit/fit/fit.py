@@ -39,8 +39,8 @@ from peft_vit.core.config import (
 from peft_vit.deploy.measures.timing import time_random
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.deploy.post_training import logits_by_type
-from peft_vit.fit.costs import LENGTHS, Costs
-from peft_vit.fit.events import Emit, Line, StageBegan
+from peft_vit.fit.costs import LENGTHS, FitCosts
+from peft_vit.fit.events import Emit, Message, StageBegan
 from peft_vit.fit.intake import LabelledSet
 from peft_vit.fit.outcomes import EveryRunFailedError, Frame, Only, Outcome, Outcomes, StudyRunner
 from peft_vit.fit.recipe import Recipe, shared_training
@@ -64,7 +64,7 @@ TITLES = {
     "final": "last training",
     "output": "model and page",
 }
-MEMORY_LIMIT = "--memory-limit"
+MEMORY_OPTION = "--memory-limit"
 _OVER = 0.1  # of the minutes, by which they may be exceeded
 _FASTEST = 0.5  # of the planned time: what takes less may have been lucky
 _BATCH = 32
@@ -214,7 +214,7 @@ class Fit:
 
     def tell(self, text: str) -> None:
         """Say something."""
-        self.emit(Line(text))
+        self.emit(Message(text))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -260,7 +260,7 @@ class Fit:
     # --- images, models and what runs share ---
 
     images: LabelledSet = field(init=False)
-    costs: Costs = field(init=False)
+    costs: FitCosts = field(init=False)
     frame: Frame = field(init=False)
 
     def begin(self, images: LabelledSet) -> None:
@@ -419,7 +419,7 @@ class Fit:
         except UserError as error:
             if error.field is None or not error.field.endswith("memory_limit"):
                 raise
-            raise UserError(error.message, field=MEMORY_LIMIT) from None
+            raise UserError(error.message, field=MEMORY_OPTION) from None
 
     # --- runs on folds ---
 

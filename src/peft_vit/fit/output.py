@@ -51,11 +51,11 @@ from peft_vit.fit.fit import TITLES, TUNE_FILE
 from peft_vit.fit.intake import refuse_among_images
 from peft_vit.fit.outcomes import with_meaning
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.tune import Choice, answer
+from peft_vit.fit.tune import Tuning, answer
 from peft_vit.runs.records.storage import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, MODEL_FOLDER, RECORD_FILE, read_record
 from peft_vit.runs.records.study_yaml import study_yaml
 
-CONFIG_FILE = "config.yaml"
+STUDY_COPY = "config.yaml"
 
 
 def check_output(request: TuneRequest) -> None:
@@ -63,13 +63,13 @@ def check_output(request: TuneRequest) -> None:
     refuse_among_images(request.images, request.output)
     output = request.output.resolve()
     if not (output / TUNE_FILE).exists():
-        for name in (MODEL_FOLDER, "figures", "tables", CONFIG_FILE, CARD_FILE, HTML_FILE):
+        for name in (MODEL_FOLDER, "figures", "tables", STUDY_COPY, CARD_FILE, HTML_FILE):
             if (output / name).exists():
                 problem = "exists already, and tune did not make it; move it away, or choose another --output"
                 raise UserError(problem, file=request.output / name)
 
 
-def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> None:
+def write_output(choice: Tuning, directory: Path, tell: Callable[[str], None] = print) -> None:
     """Write everything that a tuning leaves; what an earlier call left is replaced.
 
     Raises:
@@ -82,7 +82,7 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
         raise UserError(problem, file=error.filename or directory) from None
 
 
-def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None:
+def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None:
     run_dir, recipe = choice.final.folder, choice.recipe
     record, logits = read_record(run_dir / RECORD_FILE), choice.final.logits.astype(np.float32)
     record = with_meaning(record, choice.meaning, choice.folds, choice.final.learned, logits)
@@ -100,7 +100,7 @@ def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None
         tell=lambda text: tell(f"  {text}"),
     )
     summary = TuningSummary(choice, record, quality, exports)
-    adapter, config = model_folder / ADAPTER_FILE, directory / CONFIG_FILE
+    adapter, config = model_folder / ADAPTER_FILE, directory / STUDY_COPY
     for name in (ADAPTER_FILE, *([] if record.features_sha256 is None else [FEATURES_FILE])):
         write_whole(model_folder / name, read_bytes(run_dir / name, limit_bytes=None))
     write_whole(model_folder / RECORD_FILE, (record.model_dump_json(indent=1) + "\n").encode())
@@ -117,7 +117,7 @@ def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None
         tell(f"  {path}")
 
 
-def configuration(choice: Choice, record: RunRecord) -> str:
+def configuration(choice: Tuning, record: RunRecord) -> str:
     """Return a study of the final run alone; run again it gives the same adapter, on the same kind of machine."""
     comments = [
         f"Trains {choice.recipe.title} again, as it was chosen for {choice.request.images}:",
@@ -127,9 +127,9 @@ def configuration(choice: Choice, record: RunRecord) -> str:
     return study_yaml(record.spec, [record.spec.seed], suffix="", comments=[" ".join(one.split()) for one in comments])
 
 
-def _again(choice: Choice, record: RunRecord) -> list[str]:
+def _again(choice: Tuning, record: RunRecord) -> list[str]:
     """Return the commands that train the model again."""
-    commands = [f"peft-vit run {CONFIG_FILE} --output again"]
+    commands = [f"peft-vit run {STUDY_COPY} --output again"]
     if choice.recipe.when == "after":
         commands.append(f"peft-vit export again/{record.spec.run_id} --bits {choice.recipe.bits} --output again.onnx")
     return commands
@@ -190,7 +190,7 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
     )
 
 
-def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
+def _facts(choice: Tuning) -> Iterator[tuple[str, str]]:
     request = choice.request
     limits = [
         *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
@@ -244,7 +244,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
         yield f"Activations in 8 bits lose {signed(100 * summary.exports.int8_loss, 1)} points on images of folds."
 
 
-def _readers(choice: Choice) -> int:
+def _readers(choice: Tuning) -> int:
     """Return how many models have read the test images: of a call that went on, those of the earlier ones, too."""
     studies = choice.final.folder.parents[2]
     return len({record.parents[1] for record in studies.glob(f"final-*/*/*/{RECORD_FILE}")})
@@ -261,13 +261,13 @@ def _not_shown(summary: TuningSummary) -> Iterator[str]:
 class TuningSummary:
     """Everything that is shown of a tuning."""
 
-    choice: Choice  # what was chosen and what it was chosen by
+    choice: Tuning  # what was chosen and what it was chosen by
     record: RunRecord  # of the last training, in the form that is delivered, on the sealed images
     quality: ModelQuality | None  # likewise; None of several labels, or of numbers
     exports: Exports  # what was written
 
 
-def compared_blocks(choice: Choice) -> Iterator[Block]:
+def compared_blocks(choice: Tuning) -> Iterator[Block]:
     """Yield the models that were compared, and the image sizes that were tried."""
     scores, words = choice.scores, choice.metric.words
     margin, shown = scores.hundredths(choice.request.margin_share), partial(score_of, scores)

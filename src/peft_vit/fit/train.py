@@ -21,15 +21,7 @@ import numpy as np
 from peft_vit.base.console import OnProgress, duration, print_lines, progress
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.footprint import available_memory_bytes
-from peft_vit.core.backbones import (
-    BackboneShape,
-    architecture_of,
-    describe,
-    interpolation_of,
-    native_size,
-    size_step_of,
-    source_of,
-)
+from peft_vit.core.backbones import BackboneShape, architecture_of, describe, interpolation_of, size_step_of, source_of
 from peft_vit.core.config import (
     LABEL_SMOOTHING,
     USUAL_TASK,
@@ -57,7 +49,7 @@ from peft_vit.fit.calls import (
     write_sizes,
 )
 from peft_vit.fit.decide import gain_over, posterior_by_size
-from peft_vit.fit.events import Emit, Line, show
+from peft_vit.fit.events import Emit, Message, show
 from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, named_files, refuse_among_images, take_in
 from peft_vit.fit.outcomes import ByFolds, known_by_folds
 from peft_vit.fit.regressions import Regression, sizes_to_try, try_sizes
@@ -88,7 +80,6 @@ _FEWEST_TEST = 2
 # steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS, _STEPS_APART = 20, 200, 1000, 10
-_SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
 _WORTH_A_LINE_S = 30
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _TEST_PASSES = 2  # of an image: of the regression and of the model, or for features and for what is unlike them
@@ -123,7 +114,7 @@ def train(request: TrainRequest, emit: Emit = show) -> TrainRun:
         if run is not None and run.status().state == "done" and not run.folds_left() and run.size_left() is None:
             link_latest(run.folder)
             done = f"This call was done before, in {run.folder}."
-            emit(Line(f"{done} Another setting, such as --seed 1, makes a new run."))
+            emit(Message(f"{done} Another setting, such as --seed 1, makes a new run."))
             return run
         counts = forecast.counts
         several = images.task.images_of(len(images.index.labels), images.index.class_names)
@@ -149,7 +140,7 @@ class Training:
 
     def tell(self, text: str) -> None:
         """Say something."""
-        self.emit(Line(text))
+        self.emit(Message(text))
 
     def carry_out(self, lock: StudyLock) -> None:
         """Do what is not done: the run, the folds that tell how good it is, and a regression that may be better."""
@@ -471,8 +462,6 @@ class Forecast:
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
-        architecture = architecture_of(self.backbone)
-        patch, native = size_step_of(architecture), native_size(architecture)
         wished = _requested_steps(self.request, self.counts) or _WISHED_STEPS
         steps = 0 if self.request.is_probe else wished
 
@@ -480,7 +469,7 @@ class Forecast:
             shape = describe(self.backbone, size)
             return self.seconds(shape, steps) if self._fits_memory(shape) else math.inf
 
-        sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)}, reverse=True)
+        sizes = sizes_to_try(architecture_of(self.backbone))[::-1]
         return first_within(sizes, seconds, self.limit_s) or sizes[-1]
 
     def most_promising(self, trials: Mapping[int, Regression], side: float) -> int:

@@ -18,7 +18,7 @@ from peft_vit.core.records import Decision as Meaning
 from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
 from peft_vit.fit import stages
-from peft_vit.fit.decide import Decision, gain_of_steps
+from peft_vit.fit.decide import ModelDecision, gain_of_steps
 from peft_vit.fit.events import Emit, show
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import LabelledSet
@@ -29,7 +29,7 @@ from peft_vit.fit.stages import NO_TIME, SizeResult
 from peft_vit.runs.records.progress import study_lock
 
 
-def tune(request: TuneRequest, emit: Emit = show, environment: Environment | None = None) -> Choice:
+def tune(request: TuneRequest, emit: Emit = show, environment: Environment | None = None) -> Tuning:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
     Raises:
@@ -51,7 +51,7 @@ def tune(request: TuneRequest, emit: Emit = show, environment: Environment | Non
         return choice
 
 
-def _choose(fit: Fit) -> Choice:
+def _choose(fit: Fit) -> Tuning:
     was_there = (fit.request.output / stages.IMAGES_FILE).exists()
     with fit.stage("look"):
         stages.look(fit)
@@ -65,13 +65,13 @@ def _choose(fit: Fit) -> Choice:
         if not (fit.begun or was_there):  # refused: another limit can be asked for
             fit.images.file.unlink(missing_ok=True)
     fit.load_earlier()
-    decision, sizes, labels, untried = stages.choose(fit, allowed)
+    decision, sizes, labels, untried = stages.find_model(fit, allowed)
     recipe = decision.taken.recipe
     longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
     error = fit.frame.scores.best - decision.odds.score.estimate
     with fit.stage("final"):
         final, before_rounding = stages.train_finally(fit, recipe, longer)
-    return Choice(
+    return Tuning(
         request=fit.request,
         images=fit.images,
         sizes=tuple(sizes),
@@ -89,13 +89,13 @@ _NAMED = 4  # recipes that are named in a sentence
 
 
 @dataclass(frozen=True)
-class Choice:
+class Tuning:
     """The chosen model and what it was chosen by."""
 
     request: TuneRequest  # what was asked for
     images: LabelledSet  # that it was fitted to
     sizes: tuple[SizeResult, ...]  # every model and image size
-    decision: Decision  # what was compared, what was taken, and the odds
+    decision: ModelDecision  # what was compared, what was taken, and the odds
     folds: tuple[Outcome, ...]  # of the chosen recipe, in the form that was taken
     final: Outcome  # of its last training, on the sealed images, in that form
     before_rounding: Outcome  # the same run in float; where nothing was rounded after training, the same as `final`
@@ -136,7 +136,7 @@ class Choice:
         return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
 
 
-def answer(choice: Choice, written: int | None = None) -> str:
+def answer(choice: Tuning, written: int | None = None) -> str:
     """Return what was taken, what it has on the test images, and its odds: a line; `written` is the file's bytes."""
     taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
     right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)

@@ -1,6 +1,5 @@
 """What `peft-vit train` is asked for is checked, zero included; the rest is chosen after images and time."""
 
-import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -681,20 +680,6 @@ def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
             kept.write()
             train.study_of(request, "own-images", kept, forecast)
         assert measured == [1]
-
-
-def test_a_call_of_an_earlier_version_is_read_with_its_options_by_their_names_of_then(tmp_path) -> None:
-    adapter = tmp_path / "adapter"
-    request = TrainRequest.of(images=tmp_path, output=tmp_path, init_adapter=adapter, model="facebook/dinov2-small")
-    asked = RequestFile(request=request, data_sha256="0" * 64, images={})
-    before = json.loads(asked.model_dump_json())
-    before["request"] |= {"library": "transformers", "start": before["request"].pop("init_adapter")}
-    folder = tmp_path / "0001-lora-from-adapter"
-    folder.mkdir()
-    (folder / "request.json").write_text(json.dumps(before))
-    run, line = earlier_call(asked)
-    assert (run.folder, run.asked, line) == (folder, asked, "")
-    assert run.asked.request.settings == f"--model facebook/dinov2-small --init-adapter {adapter}"
 
 
 @pytest.mark.parametrize("option", ["weights", "init_adapter"])

@@ -14,12 +14,12 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import named_backbone
 from peft_vit.core.tasks import CLASSIFICATION, Scores
 from peft_vit.core.tasks.classification import BALANCED_ACCURACY
-from peft_vit.fit.costs import Costs
+from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.decide import best_of, clearly_better, gains_by_steps, posterior_by_size
 from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import Frame, Outcome
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.stages import RATES, SizeResult, try_sizes, wished
+from peft_vit.fit.stages import RATES, SizeResult, try_all_sizes, wished
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import Limit
 
@@ -140,7 +140,7 @@ def test_sizes_are_believed_as_far_as_the_images_that_compared_them_tell() -> No
     fit = SimpleNamespace(
         decisions=Decisions(sizes=sizes), costs=costs, images=images_of(10_000, alike=0.36), limit=limit, tell=print
     )
-    found = try_sizes(fit, {MODEL: list(values)}, limit)
+    found = try_all_sizes(fit, {MODEL: list(values)}, limit)
     told = posterior_by_size(values, 108, 300.0)
     assert {own.image_size: own.expected for own in found} == pytest.approx(told)
 
@@ -167,7 +167,7 @@ def test_what_is_chosen_does_not_know_how_many_images_test() -> None:
             request=request, training_s=300.0, images=images_of(100, num_test=sealed), train_images=80, test_images=20,
             shape=lambda *_: shape, flips="none", batch_size=32,
         )  # fmt: skip
-        costs[sealed] = Costs(fit, Throughput.estimated(1e8))
+        costs[sealed] = FitCosts(fit, Throughput.estimated(1e8))
     recipe = lora("test_vit", 64, 48)
     for own in (recipe, recipe.rounded("nf4")):
         assert costs[10].ending_s(own) == costs[10**6].ending_s(own)

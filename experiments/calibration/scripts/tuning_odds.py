@@ -1,7 +1,9 @@
 """How often what `peft_vit.base.statistics.odds` says is right, over simulated tunings with known truths.
 
-    python benchmarks/tuning_odds.py                 simulate for half a minute, write the result, fill the document
-    python benchmarks/tuning_odds.py --table         fill docs/explanation/tuning.md from the result that is there
+    .venv/bin/python -m experiments.calibration.scripts.tuning_odds
+    .venv/bin/python -m experiments.calibration.scripts.tuning_odds --table
+
+The first simulates for half a minute and writes the result; both fill docs/explanation/tuning.md from it.
 
 A tuning has 6 to 12 models: adapters and probes, each the best of up to five variants (sizes, rates) by successive
 halving on the same folds, and forms of them that were rounded after training. With several repetitions the third that
@@ -35,8 +37,9 @@ from scipy import special
 
 from peft_vit.base.statistics.odds import ModelChoice, choose_model, means_of_images
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "tuning_odds.json", ROOT / "docs" / "explanation" / "tuning.md"
+FOLDER = Path(__file__).resolve().parents[1]
+RESULT = FOLDER / "results" / "tuning_odds.json"
+DOCUMENT = FOLDER.parents[1] / "docs" / "explanation" / "tuning.md"
 MARK = "tuning-odds"
 MARGIN, FOLDS, TUNINGS, SEED = 0.01, 5, 400, 20261129
 TRUTHS: dict[str, float | None] = {
@@ -381,7 +384,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="fill the document from the result that is there")
     asked = parser.parse_args()
     if not asked.table:
-        from common import machine, write
+        from benchmarks.common import machine, write
 
         started = time.perf_counter()
         result = {
@@ -391,9 +394,9 @@ def main() -> None:
             "setting": {"tunings": asked.tunings, "seed": SEED, "margin": MARGIN, "folds": FOLDS},
             **measure(asked.tunings),
         }
-        write("tuning_odds", result)
+        write("tuning_odds", result, RESULT.parent)
         print(f"{time.perf_counter() - started:.0f} s")
-    from marks import filled
+    from benchmarks.marks import filled
 
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     content = truths_table(result) + "\n\n" + calibration_table(result)

@@ -1,6 +1,6 @@
 """Bytes that the head of a probe needs: ten classes on frozen features, rounded in several ways.
 
-    python benchmarks/head_bits.py
+    .venv/bin/python -m experiments.calibration.scripts.head_bits
 
 On digits and Fashion-MNIST, the features of the packaged ViT-S at 56 px, 12 labels a class drawn anew by each of ten
 seeds, 500 test images that all seeds share. A head is the logistic regression of `linear`, its strength chosen by
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, parser, write
 from torch import Tensor
 
+from benchmarks.common import machine, parser, write
 from peft_vit.base.statistics import mean_interval
 from peft_vit.core.backbones import load_backbone
 from peft_vit.core.config import DEFAULT_MODEL, PROBE_L2, named_backbone, study_from_mapping
@@ -33,6 +33,7 @@ from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 
+RESULTS = Path(__file__).parents[1] / "results"
 SETS, SHOTS, SIZE, TEST, CLASSES = ("digits", "fashion-mnist"), 12, 56, 500, 10
 STEPS, RATE = 200, 3e-3
 
@@ -150,6 +151,7 @@ def summed(dataset: str, name: str, own: np.ndarray, exact: np.ndarray, width: i
 
 
 def main() -> None:
+    """Measure all and write."""
     given = parser(__doc__, seeds=10).parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -158,7 +160,11 @@ def main() -> None:
         rows += of_set
         for row in of_set:
             print(json.dumps({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()}), flush=True)
-    write("head_bits", {"machine": machine(1), "seeds": given.seeds, "test_images": TEST, "width": width, "rows": rows})
+    write(
+        "head_bits",
+        {"machine": machine(1), "seeds": given.seeds, "test_images": TEST, "width": width, "rows": rows},
+        RESULTS,
+    )
 
 
 if __name__ == "__main__":

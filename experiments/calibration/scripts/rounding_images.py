@@ -1,10 +1,10 @@
 """How many training images GPTQ needs to round a LoRA's weights to nf4: what is lost, and how long it takes.
 
-    python benchmarks/rounding_images.py RUN_DIR...
+    .venv/bin/python -m experiments.calibration.scripts.rounding_images RUN_DIR...
 
 merges each float run, rounds it to nearest and by GPTQ on 16, 32 and 128 training images (or all that there are), and
-adds a row each to `benchmarks/results/rounding_images.csv`: points of accuracy on the run's test images that rounding
-changed, the mean Kullback-Leibler divergence of its predictions from the float model's (nats), and seconds of one
+adds a row each to results/rounding_images.csv: points of accuracy on the run's test images that rounding changed, the
+mean Kullback-Leibler divergence of its predictions from the float model's (nats), and seconds of one
 processor. `--table` prints means, with half of a 95 % interval over runs.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import append_row
 from scipy.special import log_softmax
 
+from benchmarks.common import append_row
 from peft_vit.base.statistics import mean_interval
 from peft_vit.core.training import Calibration, RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
@@ -30,7 +30,7 @@ from peft_vit.deploy import ModelCard
 from peft_vit.deploy.post_training import merge_float, round_weights
 from peft_vit.deploy.restore import restore_run
 
-RESULTS = Path(__file__).parent / "results" / "rounding_images.csv"
+RESULTS = Path(__file__).parents[1] / "results" / "rounding_images.csv"
 _COUNTS = (0, 16, 32, 128)
 _CPU = torch.device("cpu")
 

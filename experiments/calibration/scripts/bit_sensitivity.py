@@ -8,7 +8,7 @@ trained model with its own head, on validation images:
 
 Spearman's rho over layers and sites, for each run; for comparison that of the plain squared error of the weights.
 
-    .venv/bin/python benchmarks/bit_sensitivity.py RUN_DIR... [--images 64]
+    .venv/bin/python -m experiments.calibration.scripts.bit_sensitivity RUN_DIR... [--images 64]
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ What is planted is the true accuracy of every recipe. Recipe c has image i right
 z of the image, the same for all recipes, e of the image and recipe, u of every run, t of the recipe and the training
 images, which all its folds share, all standard normal.
 
-    python benchmarks/simulated_tunings.py --tunings 100
+    .venv/bin/python -m experiments.calibration.scripts.simulated_tunings --tunings 100
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from numpy.typing import NDArray
 
 from peft_vit.core.tasks import CLASSIFICATION, Scores
 from peft_vit.core.tasks.classification import ACCURACY
-from peft_vit.fit.costs import Costs
-from peft_vit.fit.decide import Decision
+from peft_vit.fit.costs import FitCosts
+from peft_vit.fit.decide import ModelDecision
 from peft_vit.fit.fit import Environment, Fit, FitFile
 from peft_vit.fit.outcomes import Only, Outcome, Outcomes
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.regressions import Regression
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.stages import choose
+from peft_vit.fit.stages import find_model
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 
@@ -173,7 +173,7 @@ def planted(rng: np.random.Generator) -> tuple[Truth, dict[str, float]]:
     return truth, {"nf4": float(rng.choice(losses))}
 
 
-def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = None) -> Decision:
+def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = None) -> ModelDecision:
     """Tune with stand-ins, and return what was decided."""
     with tempfile.TemporaryDirectory() as folder:
         request = TuneRequest(
@@ -192,8 +192,8 @@ def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = 
         )
         fit = Fit(request, lambda _: None, Limit(minutes, 0.0, environment.clock), FitFile(asked={}), environment)
         fit.begin(images_of(runner.images))
-        fit.costs = Costs(fit, Throughput.estimated(3e8))
-        return choose(fit, {MODEL: list(SIZES)})[0]
+        fit.costs = FitCosts(fit, Throughput.estimated(3e8))
+        return find_model(fit, {MODEL: list(SIZES)})[0]
 
 
 def images_of(images: int, **changes: Any) -> Any:
@@ -204,7 +204,7 @@ def images_of(images: int, **changes: Any) -> Any:
     return SimpleNamespace(**known | {"data": lambda size: {**data, "image_size": size}} | changes)
 
 
-def true_loss(runner: StandIns, decision: Decision) -> float:
+def true_loss(runner: StandIns, decision: ModelDecision) -> float:
     """Return what the choice truly loses against the best float model that was found, a share."""
 
     def accuracy(recipe: Recipe) -> float:
