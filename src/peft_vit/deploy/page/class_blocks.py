@@ -99,7 +99,7 @@ def draw_matrix(
         counts: what cells hold.
         shares: their colors, from 0 to 1.
         shown: which cells have one; an empty cell stays empty.
-        said: what a reader is told of a row and a column.
+        said: what a cell is, by its row and column.
         labels: of rows and columns.
         text: how these are set.
         numbered: labels up to which cells hold their numbers.
