@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,14 +17,11 @@ from peft_vit.core.backbones import architecture_of, check_weights, describe, in
 from peft_vit.core.config import (
     USUAL_TASK,
     AdaLoraConfig,
-    AdaptiveBitsConfig,
     BackboneConfig,
     ClassWeights,
     ExperimentConfig,
-    LoraConfig,
     Precision,
     QaLoraConfig,
-    StartingRanksConfig,
     StudyConfig,
     TrainingConfig,
 )
@@ -472,20 +469,11 @@ def _compressed(experiment: ExperimentConfig, batch_size: int) -> ExperimentConf
         training = training.model_copy(update={"epochs": _SMOKE_EPOCHS, **whole})
     short = shorten(experiment, _ENDLESS, _SMOKE_EPOCHS * _SMOKE_STEPS)
     update: dict[str, object] = {"training": training}
-    qa_lora, lora = short.section(QaLoraConfig), short.section(LoraConfig)
+    qa_lora = short.section(QaLoraConfig)
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
-        qa_lora = qa_lora.model_copy(update={"adaptive_bits": _few_images(qa_lora.adaptive_bits)})
-        update["qa_lora"] = qa_lora
+        few = min(qa_lora.adaptive_bits.calibration_images, _SMOKE_CALIBRATION)
+        bits = qa_lora.adaptive_bits.model_copy(update={"calibration_images": few})
+        update["qa_lora"] = qa_lora = qa_lora.model_copy(update={"adaptive_bits": bits})
     if qa_lora is not None and qa_lora.rounding == "gptq":
         update["qa_lora"] = qa_lora.model_copy(update={"calibration_images": _SMOKE_CALIBRATION})
-    if lora is not None and lora.ranks is not None and lora.ranks.reads_images:
-        update["lora"] = lora.model_copy(update={"ranks": _few_images(lora.ranks)})
     return short.model_copy(update=update)
-
-
-_Calibrated = TypeVar("_Calibrated", AdaptiveBitsConfig, StartingRanksConfig)
-
-
-def _few_images(settings: _Calibrated) -> _Calibrated:
-    few = min(settings.calibration_images, _SMOKE_CALIBRATION)
-    return settings.model_copy(update={"calibration_images": few})
