@@ -25,7 +25,6 @@ from peft_vit.core.config import (
     StudyConfig,
     TrainingConfig,
 )
-from peft_vit.core.config.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.core.methods import check, shorten
 from peft_vit.core.records import RunSpec, StudyFile
 from peft_vit.core.tasks import TASKS, Task
@@ -427,8 +426,8 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             details=difference(old, new, str(file), "asked for"),
         )
     if record.spec_digest != spec.digest():
-        reason = "was made with a setting that this version no longer has; choose another --output, or continue with "
-        raise UserError(f"{reason}peft-vit {LAST_VERSION_WITH_ALL}", file=file, field="spec_digest")
+        reason = "was made with a setting that this version does not have; choose another --output"
+        raise UserError(reason, file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start
