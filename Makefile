@@ -92,7 +92,7 @@ check: setup ## lint, formatting, types, import rules, plain words, the document
 	@$(MAKE) --no-print-directory site
 	@$(MAKE) --no-print-directory sizes
 
-sizes: ## print tokens, lines and modules by package; nothing is asked of the numbers
+sizes: ## print tokens, lines and modules by wing; fails if one has more than its budget in benchmarks/budgets.toml
 	@$(PYTHON) benchmarks/code_size.py
 
 format: setup ## repair what ruff can

@@ -1,9 +1,12 @@
-"""Count the code: tokens, lines and modules by package, of the product and of what stands beside it.
+"""Count the code: tokens, lines and modules by wing, of the product and of what stands beside it.
 
 Tokens are those of `tokenize` without comments, docstrings, line ends and indentation, so that neither formatting nor
 documentation counts. What the product needs at run time counts wherever it lies: its YAML and templates as lines.
 
     python benchmarks/code_size.py [ROOT]
+
+A wing, or the tests' lines, above its budget in benchmarks/budgets.toml is an error: delete something, or raise the
+budget in the commit that needs it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import ast
 import io
 import sys
 import tokenize
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +24,7 @@ _LAYOUT = {
     tokenize.ENDMARKER,
 }  # fmt: skip
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+BUDGETS = "benchmarks/budgets.toml"
 _PARTS = ("src/peft_vit", "tests", "benchmarks", "examples", "docs", "experiments")  # only the first by package
 
 
@@ -52,13 +57,29 @@ def counted(root: Path) -> dict[str, Counter[str]]:
     return found
 
 
-def main() -> None:
-    """Print the table."""
+def exceeded(found: dict[str, Counter[str]], budgets: dict[str, dict[str, int]]) -> list[str]:
+    """Return a line for each part that has more than its budget, which is of its tokens or of its lines."""
+    return [
+        f"{name}: {found[name][unit]:,} {unit}, {found[name][unit] - most:,} above the budget of {most:,} in {BUDGETS}"
+        for unit, parts in budgets.items()
+        for name, most in parts.items()
+        if name in found and found[name][unit] > most
+    ]
+
+
+def main() -> int:
+    """Print the table; return 1 if a budget is exceeded."""
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1]
-    print(f"{'package':<20}{'tokens':>9}{'lines':>9}{'modules':>9}")
-    for name, numbers in counted(root).items():
-        print(f"{name:<20}{numbers['tokens'] or '–':>9}{numbers['lines']:>9}{numbers['modules']:>9}")
+    found, place = counted(root), root / BUDGETS
+    budgets = tomllib.loads(place.read_text()) if place.is_file() else {}
+    print(f"{'part':<20}{'tokens':>9}{'budget':>9}{'lines':>9}{'budget':>9}{'modules':>9}")
+    for name, numbers in found.items():
+        most = [f"{budgets.get(unit, {}).get(name, '–'):>9}" for unit in ("tokens", "lines")]
+        print(f"{name:<20}{numbers['tokens'] or '–':>9}{most[0]}{numbers['lines']:>9}{most[1]}{numbers['modules']:>9}")
+    above = exceeded(found, budgets)
+    print("\n".join(above), file=sys.stderr, end="\n" * bool(above))
+    return int(bool(above))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -138,15 +138,15 @@ def table(title: str, seconds: Mapping[str, list[float]], over: str) -> list[dic
     return rows
 
 
-def write(name: str, content: dict[str, Any]) -> None:
+def write(name: str, content: dict[str, Any], folder: Path = RESULTS) -> None:
     """Write a result beside the others; that of a GPU, or of fewer instructions, beside that of a CPU."""
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     where = content.get("machine")
     gpu, limit = (where.get("gpu"), where.get("limit")) if isinstance(where, dict) else (None, None)
     if gpu is not None:
         print(f"\nOn {gpu}")
     apart = "_gpu" if gpu else f"_{limit.lower()}" if limit else ""
-    file = RESULTS / f"{name}{apart}.json"
+    file = folder / f"{name}{apart}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWritten: {file}")
 

@@ -25,3 +25,4 @@ _all, _of_runs = (
 )
 _old_objects_are_left_alone, _session_cache, cache = _all._old_objects_are_left_alone, _all._session_cache, _all.cache
 command, images, run_of, weights = _of_runs.command, _of_runs.images, _of_runs.run_of, _of_runs.weights
+in_this_process = _of_runs.in_this_process

@@ -26,9 +26,9 @@ _LONG = study_mapping(
 _DRIVER = """
 import sys
 from pathlib import Path
-from peft_vit.config import load_study
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.executors import RunStarted
+from peft_vit.core.config import load_study
+from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.executors import RunStarted
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -1,6 +1,5 @@
 """What a tuning of the tiny model comes to: a choice as its stages hand it over, from runs that were really done."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,14 @@ from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.odds import Odds
-from peft_vit.core.tasks.classification import ACCURACY
-from peft_vit.data import images_file, inspect_images
 from peft_vit.deploy.post_training import logits_by_type
-from peft_vit.fit.finalists import Candidate, Decision
+from peft_vit.fit.decide import Candidate, ModelDecision
+from peft_vit.fit.intake import take_in
+from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.result import Choice, what_more_buys
-from peft_vit.fit.sizes import SizeResult
-from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Outcome
+from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.stages import SizeResult
+from peft_vit.fit.tune import Tuning, what_more_buys
 
 FOLDS = 2
 MODEL = "tiny_pool"
@@ -38,13 +36,12 @@ def write_images(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / f"class_{label}" / f"{number:02}.png")
 
 
-def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
+def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     """Do the runs of LoRA on folds, and the last one; its weights are rounded after training."""
-    seen = inspect_images(images)
-    holdout = folder / "images.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    holdout.write_text(json.dumps(images_file(seen)))
-    data = {"dataset": "image-folder", "path": str(images), "images_file": str(holdout), "image_size": 32}
+    request = TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked})
+    labelled = take_in(request, folder / "images.json", seed=0)
+    labelled.write()
+    data = labelled.data(32)
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
     (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies", features=True)
 
@@ -61,13 +58,11 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     )
     sizes = (SizeResult(MODEL, 32, 0.7, 8), SizeResult(MODEL, 64, None, 0, "no time for it"))
     labels, steps = Interval(0.07, 0.0, 0.14, 38, 0.95), Interval(0.01, 0.0, 0.03, 38, 0.95)
-    return Choice(
-        request=TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked}),
-        seen=seen,
-        images_file=holdout,
-        metric=ACCURACY,
+    return Tuning(
+        request=request,
+        images=labelled,
         sizes=sizes,
-        decision=Decision(candidates, taken, worth, TRAINED),
+        decision=ModelDecision(candidates, taken, worth, TRAINED),
         folds=tuple(map(_rounded, on_folds)),
         final=_rounded(final),
         before_rounding=final,

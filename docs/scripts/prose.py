@@ -24,9 +24,7 @@ from proselint.tools import LintFile
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "peft_vit"
 PYTHON = ROOT / "docs" / "reference" / "python.md"  # which docstrings pages show
-REGISTERED = (
-    SOURCE / "lab" / "analysis" / "sentences.py"
-)  # sentences that studies have tested stay as they were declared
+REGISTERED = SOURCE / "lab" / "analysis" / "sentences.py"  # sentences that studies have tested stay
 WORDS = {  # a pattern, and what to write instead
     r"ledger|mend(?:s|ed|ing)?|luckiest|bears?": "plain words",
     r"anew": "again",

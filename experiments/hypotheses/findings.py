@@ -20,14 +20,14 @@ from experiments.hypotheses.registry import (
     mark_of,
     unknown_registrations,
 )
+from experiments.stopping.comparisons import declared, follow_study, stopping_of, stopping_table
 from peft_vit import cli
 from peft_vit.deploy.page.document import Paragraph, Raw, Table
 from peft_vit.deploy.page.printed import check_rows_file, print_blocks, print_with_rows
 from peft_vit.deploy.page.tables import table
-from peft_vit.lab.analysis import read_results, sequential_results
+from peft_vit.lab.analysis import read_results
 from peft_vit.lab.analysis.findings import Conclusion, conclude
 from peft_vit.lab.report.findings_tables import HOW, finding_rows, numbers, reasons
-from peft_vit.lab.report.method_tables import stopping_table
 
 _MARKED = (
     "Registered: the sentence was written down, as it is now, before every run of the study began. "
@@ -50,8 +50,9 @@ def print_findings(results_dir: Path, own: Path | None = None, output: Path | No
     rows = [marked_row(one, row) for of in found.values() for one, row in zip(of, finding_rows(of), strict=True)]
     print_with_rows(_blocks(found, unknown), rows, output)
     for study in results.studies:
-        if study.stopping is not None:
-            print_blocks([stopping_table(sequential_results(study), study.stopping)])
+        configuration = declared(study)
+        if configuration is not None and (stopping := stopping_of(configuration)) is not None:
+            print_blocks([stopping_table(follow_study(configuration, study), stopping, study.scores)])
     for line in results.lines():
         print(line, file=sys.stderr)
     if not results.is_whole:

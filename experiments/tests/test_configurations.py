@@ -45,7 +45,8 @@ def test_it_opens_with_what_it_asks(file: Path) -> None:
     study = load_study(file)
     assert study.name in file.stem
     header = file.read_text().split("\nname:")[0]
-    command = f"Command: .venv/bin/peft-vit run {file.relative_to(EXPERIMENTS.parent)}"
+    program = "peft-vit run" if study.stopping is None else "python -m experiments.stopping.until_decided"
+    command = f"Command: .venv/bin/{program} {file.relative_to(EXPERIMENTS.parent)}"
     assert all(word in header for word in ("Asks:", "Images:", "Weights:", "Cost:", command))
     (told,) = re.findall(r"^# Cost: +(\d+) runs", header, flags=re.MULTILINE)
     assert int(told) == len(study.experiments) * len(study.seeds)

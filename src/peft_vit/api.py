@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
     from peft_vit.core.records import RunRecord
     from peft_vit.deploy import Classifier, Prediction
-    from peft_vit.fit.result import Choice
+    from peft_vit.fit.tune import Tuning
     from peft_vit.lab.report.result_tables import ResultTables
     from peft_vit.runs.executors import ExecutorName
 
@@ -97,13 +97,13 @@ class TrainedModel:
     """
 
     path: Path
-    choice: Choice | None = None
+    choice: Tuning | None = None
     weights: str | None = None
 
     @cached_property
     def _file(self) -> Path:
         """Return what predicts."""
-        from peft_vit.fit.state import tuned_model
+        from peft_vit.runs.records.storage import tuned_model
 
         return tuned_model(self.path) or self.path
 
@@ -115,8 +115,7 @@ class TrainedModel:
     @cached_property
     def _run(self) -> Path | None:
         """Return the folder of the run that made it; None: it is not there."""
-        from peft_vit.fit.state import STUDIES_FOLDER
-        from peft_vit.runs.records.storage import RECORD_FILE, single_run
+        from peft_vit.runs.records.storage import RECORD_FILE, STUDIES_FOLDER, single_run
 
         if exported_format(self.path):
             return None
@@ -130,8 +129,7 @@ class TrainedModel:
 
         What it says of test images is of the model as `tune` wrote it, with its bits.
         """
-        from peft_vit.fit.state import MODEL_FOLDER
-        from peft_vit.runs.records.storage import RECORD_FILE, read_record
+        from peft_vit.runs.records.storage import MODEL_FOLDER, RECORD_FILE, read_record
 
         in_form = self.path / MODEL_FOLDER / RECORD_FILE
         if os.path.isfile(in_form):
@@ -339,12 +337,13 @@ def tune(
 
     require_extra("tune", "tune")
     from peft_vit.data.sources.in_memory import held_folder
-    from peft_vit.fit import pipeline
-    from peft_vit.fit.tune_request import TuneRequest
+    from peft_vit.fit import events
+    from peft_vit.fit.request import TuneRequest
+    from peft_vit.fit.tune import tune as find
 
     with named_as_parameters(TuneRequest, held_folder()):
         request = _asked(TuneRequest, given)
-        choice = pipeline.tune(request, tell or pipeline.say)
+        choice = find(request, (lambda event: tell(str(event))) if tell else events.show)
     return TrainedModel(request.output, choice)
 
 
@@ -435,11 +434,14 @@ def train(
     """
     given = locals()
     from peft_vit.data.sources.in_memory import held_folder
-    from peft_vit.fit.commands import train_on_own_images
     from peft_vit.fit.request import TrainRequest
 
     with named_as_parameters(TrainRequest, held_folder()):
-        run = train_on_own_images(_asked(TrainRequest, given))
+        request = _asked(TrainRequest, given)
+        print(f"Reading the images in {request.images}.", flush=True)  # before torch is loaded, which takes seconds
+        from peft_vit.fit.train import train as fit_one
+
+        run = fit_one(request)
     record = run.record()
     assert record is not None
     if record.status == "failed":

@@ -26,7 +26,7 @@ Said = CaptureResult[str]
 @pytest.fixture(autouse=True)
 def _few_images_validate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let some of the few images of a test validate, instead of five trainings more; see test_train_by_folds."""
-    monkeypatch.setattr("peft_vit.fit.own_images.FEWEST_VALIDATION", 0)
+    monkeypatch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 0)
 
 
 @pytest.fixture(scope="session")
@@ -136,5 +136,5 @@ class InThisProcess:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let commands start no worker processes, each of which takes seconds to import what is imported here."""
-    for place in ("executors.local", "profiling"):
-        monkeypatch.setattr(f"peft_vit.studies.{place}.LocalExecutor", InThisProcess)
+    for place in ("executors.local", "scheduling.profiling"):
+        monkeypatch.setattr(f"peft_vit.runs.{place}.LocalExecutor", InThisProcess)

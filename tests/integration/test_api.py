@@ -13,8 +13,7 @@ from torch import nn
 import peft_vit
 from peft_vit.base.errors import UserError
 from peft_vit.base.settings import Request
-from peft_vit.fit.request import TrainRequest
-from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.fit.request import TrainRequest, TuneRequest
 
 SETTINGS = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
 

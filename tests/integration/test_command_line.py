@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from written_runs import run_and_write
 
 from peft_vit.core.config import ExperimentConfig, StudyConfig, load_study
-from peft_vit.fit import commands
+from peft_vit.lab import run_studies
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import RunInterrupted, RunStarted
 from peft_vit.runs.records.progress import study_lock
@@ -340,7 +340,7 @@ def runs_of_a_minute(monkeypatch) -> PlantedRuns:
 
     executor._record = a_minute_later
     executor.limit = lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0])
-    monkeypatch.setattr(commands, "Limit", executor.limit)
+    monkeypatch.setattr(run_studies, "Limit", executor.limit)
     monkeypatch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: executor)
     return executor
 
@@ -386,18 +386,14 @@ class EndlessRuns(PlantedRuns):
 
 
 @pytest.mark.part("runner")
-@pytest.mark.parametrize("until_decided", [False, True])
-def test_time_that_is_over_before_a_run_is_done_is_no_success(
-    tmp_path, command, monkeypatch, runs_of_a_minute, until_decided
-) -> None:
+def test_time_that_is_over_before_a_run_is_done_is_no_success(tmp_path, command, monkeypatch, runs_of_a_minute) -> None:
     """With runs a hundred times slower than planned, as int8 products were where a processor has none."""
     now = [0.0]
     endless = EndlessRuns(now)
-    monkeypatch.setattr(commands, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
-    stopping = "stopping: {control: probe, asked: superiority, every: 2}\n" if until_decided else ""
+    monkeypatch.setattr(run_studies, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
     head, _, _ = STUDY.replace("seeds: [0]", "seeds: [0, 1]").partition("  - name: adaptive")
-    file, out = write(tmp_path, stopping + head), tmp_path / "out"
-    arguments = ("run", file, "--output", out, *(["--until-decided"] if until_decided else []), "--minutes")
+    file, out = write(tmp_path, head), tmp_path / "out"
+    arguments = ("run", file, "--output", out, "--minutes")
     with monkeypatch.context() as patch:
         patch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: endless)
         said = command(*arguments, 9, code=1)
@@ -414,14 +410,13 @@ def test_time_that_is_over_before_a_run_is_done_is_no_success(
         (line,) = command("report", out, "--format", "md", code=1).err.splitlines()
         assert line.startswith(f"error: {out}: no run is done, so the report has no result; `peft-vit run STUDY.yaml`")
         assert "No run of this study has finished." in (out / "analysis" / "analysis_summary.md").read_text()
-    if not until_decided:
-        monkeypatch.setattr(commands, "Limit", runs_of_a_minute.limit)
-        command(*arguments, 1.5)  # one run is done
-        with monkeypatch.context() as patch:
-            patch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: endless)
-            patch.setattr(commands, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
-            assert "Left: 3 of the study's runs;" in command(*arguments, 9).out  # not its first result
-    command("report", out, "--format", "md", code=int(until_decided))
+    monkeypatch.setattr(run_studies, "Limit", runs_of_a_minute.limit)
+    command(*arguments, 1.5)  # one run is done
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: endless)
+        patch.setattr(run_studies, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
+        assert "Left: 3 of the study's runs;" in command(*arguments, 9).out  # not its first result
+    command("report", out, "--format", "md")
 
 
 @pytest.mark.part("runner")

@@ -52,9 +52,9 @@ def test_an_example_is_a_study(command, tmp_path, name) -> None:
 
 
 def test_it_is_refused_before_anything_is_read(tmp_path: Path, refused, without) -> None:
-    without("matplotlib", "optuna")
+    without("matplotlib", "onnx")
     report = "error: a report needs the package matplotlib; run: pip install 'peft-vit[report]'"
-    tuning = "error: tune needs the packages optuna and matplotlib; run: pip install 'peft-vit[tune]'"
+    tuning = "error: tune needs the packages onnx and matplotlib; run: pip install 'peft-vit[tune]'"
     assert refused("report", tmp_path) == report
     assert refused("tune", tmp_path / "no images") == tuning
     assert not list(tmp_path.iterdir())
@@ -148,9 +148,9 @@ from pathlib import Path
 def loaded(stage):
     print(json.dumps({stage: [name for name in sys.argv[2].split() if name in sys.modules]}))
 
-from peft_vit.config import study_from_mapping
+from peft_vit.core.config import study_from_mapping
 from peft_vit.runs.execute import run_one
-from peft_vit.studies.plan import plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 
 loaded("imports")
 mapping, file = json.loads(sys.argv[1]), Path("tiny.yaml")

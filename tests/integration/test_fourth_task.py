@@ -21,10 +21,10 @@ LATEST = "peft-vit-runs/latest"
 CALLS = """
 import peft_vit
 from peft_vit.cli import main
-from peft_vit.studies import own_images
+from peft_vit.fit import train
 
 assert peft_vit.__file__.startswith({package!r})
-own_images.FEWEST_VALIDATION = 0  # some of the few images validate, instead of five trainings more
+train.FEWEST_VALIDATION = 0  # some of the few images validate, instead of five trainings more
 for words in {commands!r}:
     try:
         main(words)

@@ -97,7 +97,7 @@ def hub(request: pytest.FixtureRequest, cache: str) -> Iterator[Hub]:
 
 CODE = """
 import json, sys
-from peft_vit.config import DataConfig
+from peft_vit.core.config import DataConfig
 from peft_vit.data import open_index
 index = open_index(DataConfig(dataset="hf", path=sys.argv[1], image_size=14, validation_images=4))
 pixels = [list(index.read(i).size) for i in range(len(index.labels))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
-from peft_vit.fit.own_images import open_images, study_of
 from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.train import open_images, study_of
 from peft_vit.runs.records.storage import read_record
 from peft_vit.runs.scheduling.plan import PlannedRun, plan_study
 
@@ -69,9 +70,10 @@ def planned(adapter: Path, images: Path, weights: Path, out: Path) -> PlannedRun
     settings = {"model": "test_vit", "weights": str(weights), "image_size": 32, "threads": 1}
     length = {"steps": 20, "learning_rate": 1e-2}
     request = TrainRequest(images=images, method="lora", seed=0, init_adapter=adapter, **settings, **length)
-    with open_images(request) as opened:
-        opened.write(out.with_suffix(".json"))
-        study, _ = study_of(request, "own-images", opened, out.with_suffix(".json"))
+    with open_images(request) as (opened, forecast):
+        kept = replace(opened, file=out.with_suffix(".json"))
+        kept.write()
+        study, _ = study_of(request, "own-images", kept, forecast)
     (run,) = plan_study(study, out, file=images).runs
     return run
 

@@ -15,7 +15,7 @@ from peft_vit import load, load_results
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import error_scale
 from peft_vit.core.training import Checkpoints, Interrupted
-from peft_vit.fit.train_runs import train_runs
+from peft_vit.fit.calls import train_runs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
@@ -174,7 +174,7 @@ def by_fold(folder):
 
 @pytest.mark.usefixtures("in_this_process", "no_page")
 def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.own_images.FEWEST_VALIDATION", 30)
+    monkeypatch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 30)
     said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
     assert "39 to train, 9 to test." in said
     (run,) = train_runs(Path("peft-vit-runs"))
@@ -271,16 +271,6 @@ def test_what_a_study_of_them_can_not_do_is_refused(command, changes, message) -
     settings = {"seeds": "", "measures": "{logits: true}", "training": "metric: auto", "table": "labels"} | changes
     Path("study.yaml").write_text(STUDY.format(**settings).replace("labels.csv", f"{settings['table']}.csv"))
     assert message in command("plan", "study.yaml", code=2).err
-
-
-def test_that_few_images_are_lost_is_said_of_right_ones_alone(command) -> None:
-    text = STUDY.format(seeds=", 1", measures="{}", training="metric: map")
-    text = text.replace("validation_images: 9, test_images: 9", "folds: 2, validation_images: 0")
-    text += "  - {name: probe, method: linear, training: {metric: map}}\n"
-    text += "stopping: {control: probe, asked: non-inferiority, margin: 1, every: 2, images: 48}\n"
-    Path("study.yaml").write_text(text)
-    refused = command("plan", "study.yaml", code=2).err
-    assert "stopping.images: is there for one class an image, and these have multilabel labels; leave it out" in refused
 
 
 @pytest.mark.parametrize(("table", "metric", "unit"), [("labels", "map", "points"), ("numbers", "mae", "%")])

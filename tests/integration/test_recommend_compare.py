@@ -84,6 +84,7 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     planted.write(Path("gaps"), made)
     planted.write(Path("three"), records("three", 3))
     good_times(Path("bench.json"))
+    planted.write(Path("third"), records("third", 10, images="d", packages={"torch": "1", "timm": "1.0.31"}))
     for name, folder in (("ten", ten), ("other", other)):
         Path(name).symlink_to(folder)
     asked = (
@@ -94,7 +95,8 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
         "recommend three --margin 0.5 --output none.yaml",
         "recommend gaps --output gaps.yaml",
         "compare ten other --output rows.csv",
-        "compare ten other --allow-mismatch timings --output rows.json",
+        "compare ten third --output refused.csv",
+        "compare ten third --allow-mismatch versions --output rows.json",
     )
     said = "\n".join(f"$ peft-vit {line}\n{told(*line.split())}" for line in asked)
     check_golden("recommend_and_compare.txt", "\n".join(map(str.rstrip, said.splitlines())) + "\n")
@@ -108,17 +110,16 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     assert load_study(Path("printed.yaml")).experiments == (EXPERIMENTS[THIRD],)
     with Path("rows.csv").open(encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
-    pooled = {row["experiment"]: row for row in rows if row["row"] == "pooled"}
+    pooled = {row["experiment"]: row for row in rows if row["study"] == "ten; other"}
     assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
     by_hand = []
     for made in (records("ten", 10), records("other", 10)):
         reached = {(record.spec.experiment.name, record.spec.seed): record.test.accuracy for record in made}
         by_hand.append(np.mean([reached[WORSE, seed] - reached[BEST, seed] for seed in range(10)]))
-    assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(by_hand), abs=1e-12)
+    assert float(pooled[WORSE]["difference"]) == pytest.approx(np.mean(by_hand), abs=1e-12)
     in_json = json.loads(Path("rows.json").read_text(encoding="utf-8"))
-    assert [row["row"] for row in in_json if "seconds" not in str(row["measure"])] == [
-        row["row"] for row in rows if "seconds" not in row["measure"]
-    ]
+    assert [row["experiment"] for row in in_json if row["study"] == "ten; third"] == [WORSE, THIRD]
+    assert "ten; third" not in Path("refused.csv").read_text(encoding="utf-8")
 
 
 REFUSED: dict[str, str] = {  # what is asked -> what is named
@@ -137,7 +138,7 @@ REFUSED: dict[str, str] = {  # what is asked -> what is named
     "recommend both": "holds 2 studies (one, two); choose one with --study NAME",
     "recommend torn": RECORD_FILE,
     "compare torn ten": RECORD_FILE,
-    "compare ten ten": "is given twice",
+    "compare ten ten": "holds the run 'ten/",
     "compare ten": "holds one study (ten)",
     "compare ten ten/ten": "holds the run 'ten/",
     "compare ten other --allow-mismatch everything": "--allow-mismatch: ",

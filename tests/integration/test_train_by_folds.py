@@ -11,7 +11,7 @@ from peft_vit.base.statistics import TemperaturePrior, fit_temperature
 from peft_vit.core.tasks import metric_of
 from peft_vit.data import load_data
 from peft_vit.deploy.post_training import logits_by_type
-from peft_vit.fit.train_runs import SizesFile, train_runs
+from peft_vit.fit.calls import SizesFile, train_runs
 from peft_vit.lab.report import build_report
 from peft_vit.runs.held_out import known_of
 from peft_vit.runs.records.storage import read_record, single_run
@@ -24,7 +24,7 @@ ASKED = "--weights random --model test_vit --threads 1 --precision fp32 --comput
 def trained(images, tmp_path, command, monkeypatch, in_this_process, cache):
     """Train with some options, again and again."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("peft_vit.fit.own_images.FEWEST_VALIDATION", 30)
+    monkeypatch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 30)
 
     def call(options: str = "", source: str | Path = images, code: int = 0) -> str:
         return command("train", source, *f"{ASKED} {options}".split(), code=code).out
@@ -95,7 +95,7 @@ def test_regressions_of_numbers_are_said_and_compared_by_their_errors(trained, i
     numbers = [round(0.1 * int(file.parent.name[-1]) + 0.01 * rng.normal(), 4) for file in files]
     rows = "".join(f"{file},{own}\n" for file, own in zip(files, numbers, strict=True))
     Path("numbers.csv").write_text(f"path,heat\n{rows}")
-    monkeypatch.setattr("peft_vit.fit.own_images.sizes_to_try", lambda _: [32, 64])
+    monkeypatch.setattr("peft_vit.fit.train.sizes_to_try", lambda _: [32, 64])
     said = trained("--steps 20 --learning-rate 1e-3", "numbers.csv")
     (run,) = train_runs(Path("peft-vit-runs"))
     main, sizes = read_record(run.folder / "lora/seed_0/record.json"), run.sizes()
@@ -143,7 +143,7 @@ def test_a_call_that_ends_within_its_folds_goes_on_there(trained, monkeypatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.fit.by_folds.known_by_folds", press)
+        patch.setattr("peft_vit.fit.train.known_by_folds", press)
         trained(options, code=130)
     (run,) = train_runs(Path("peft-vit-runs"))
     assert run.folds_left()

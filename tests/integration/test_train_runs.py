@@ -16,7 +16,7 @@ from golden import check_golden
 from peft_vit import load_results
 from peft_vit.core.tasks import metric_of
 from peft_vit.core.training import Checkpoints, Interrupted
-from peft_vit.fit.train_runs import SizesFile, _claimed, train_runs
+from peft_vit.fit.calls import SizesFile, _claimed, train_runs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
 from peft_vit.runs.records.storage import followed, read_record, run_folder, single_run
@@ -174,7 +174,7 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
         asked.append(given)
         return 0.0  # so that training has to be better
 
-    monkeypatch.setattr("peft_vit.fit.image_sizes.gain_over", gain_over)
+    monkeypatch.setattr("peft_vit.fit.train.gain_over", gain_over)
     pressed(None)
     words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
     words += f" --learning-rate {learning_rate} --compute {compute}"
@@ -220,12 +220,12 @@ def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on
     out, killed = Path("peft-vit-runs"), Path("killed")
     words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
 
-    def press(*_: object) -> None:
+    def press(*_: object, **__: object) -> None:
         shutil.copytree(out, killed)  # what `kill -9` leaves
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.fit.image_sizes._trial", press)
+        patch.setattr("peft_vit.fit.regressions.regression_of", press)
         command(*words.split(), code=130)
     assert not out.exists()
     killed.rename(out)

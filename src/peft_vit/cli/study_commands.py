@@ -5,7 +5,6 @@ None that reads records imports torch, except `report` for pictures of images th
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,8 +19,7 @@ from peft_vit.base.errors import NothingDoneError, UserError
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
 from peft_vit.core.config import Number, Size, Time
-from peft_vit.fit.request import DEFAULT_OUTPUT, TrainRequest
-from peft_vit.fit.tune_request import TuneRequest
+from peft_vit.fit.request import DEFAULT_OUTPUT, TrainRequest, TuneRequest
 from peft_vit.lab.request import RunRequest, StudiesRequest
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ def run(request: RunRequest) -> None:
     every run is done, or --minutes are over and some are, 1 a run failed, or --minutes are over and none is done, 2 bad
     input, 130 interrupted.
     """
-    from peft_vit.lab.studies import plan_studies, run_studies
+    from peft_vit.lab.run_studies import plan_studies, run_studies
 
     if request.dry_run:
         plan_studies(request)
@@ -57,7 +55,7 @@ def plan(request: StudiesRequest) -> None:
     What is not known from runs that are done or from earlier plans is measured: a few steps of each kind of run are
     done now. Nothing is measured with --smoke.
     """
-    from peft_vit.lab.studies import plan_studies
+    from peft_vit.lab.run_studies import plan_studies
 
     plan_studies(RunRequest.of(**request.model_dump()), profile=True)
 
@@ -82,9 +80,10 @@ def train(request: TrainRequest) -> None:
     own, and `latest` beside it leads to the last one. The same call continues where it was interrupted. Exit codes: 0
     done, 1 training failed, 2 bad input, 130 interrupted.
     """
-    from peft_vit.fit.commands import train_on_own_images
+    print(f"Reading the images in {request.images}.", flush=True)  # before torch is loaded, which takes seconds
+    from peft_vit.fit.train import train as fit_one
 
-    run = train_on_own_images(request)
+    run = fit_one(request)
     record = run.record()
     assert record is not None
     if record.status == "failed":
@@ -127,7 +126,7 @@ def runs(
     """List what train has done, the newest last: settings, test accuracy with its 95 % interval, minutes, state."""
     from peft_vit.deploy.page.printed import check_rows_file, print_with_rows
     from peft_vit.deploy.page.trained import train_row, train_runs_table
-    from peft_vit.fit.train_runs import train_runs
+    from peft_vit.fit.calls import train_runs
 
     check_rows_file(output, overwrite=overwrite)
     calls = train_runs(directory) if directory.is_dir() else []
@@ -159,6 +158,7 @@ def tune(request: TuneRequest) -> None:
     minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.base.extras import require_extra
+    from peft_vit.fit.events import FitEvent, StageBegan
 
     require_extra("tune", "tune")  # what is imported below needs some of it
     started, stage = time.monotonic(), "your images"
@@ -169,15 +169,15 @@ def tune(request: TuneRequest) -> None:
     def said() -> str:
         return f"{stage}: at most about {duration(left_s())} left"
 
-    def tell(line: str) -> None:
+    def tell(event: FitEvent) -> None:
         nonlocal stage
-        if begun := re.match(r".+(?=: \d+\.\d minutes are left)", line):
-            stage = begun[0]
-        shown.say(line)
+        if isinstance(event, StageBegan):
+            stage = event.title
+        shown.say(str(event))
 
     with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
-        tell(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-        from peft_vit.fit.pipeline import tune as run_tune
+        shown.say(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
+        from peft_vit.fit.tune import tune as run_tune
 
         run_tune(request, tell)
 
@@ -247,7 +247,7 @@ def report(
     for line in files.results.lines():
         print(line, file=sys.stderr)
     if not any(study.runs for study in files.results.studies):
-        from peft_vit.fit.train_runs import REQUEST_FILE
+        from peft_vit.fit.calls import REQUEST_FILE
 
         does = "the same `peft-vit train`" if (results_dir / REQUEST_FILE).is_file() else "`peft-vit run STUDY.yaml`"
         reason = (
@@ -306,17 +306,20 @@ def recommend(request: RecommendRequest) -> None:
     would. Exit codes: 0 done, 2 bad input.
     """
     from peft_vit.lab.analysis import load_studies
-    from peft_vit.lab.analysis.recommendation import LIMITS, exported_latency
+    from peft_vit.lab.analysis.recommendation import MEASURES, exported_latency
     from peft_vit.lab.analysis.recommendation import recommend as find
     from peft_vit.lab.analysis.studies import choose_study
     from peft_vit.lab.report.printed_tables import print_recommendation
     from peft_vit.runs.records.storage import read_bench
 
-    limits = {limit: value for limit in LIMITS if (value := getattr(request, limit[2:].replace("-", "_"))) is not None}
-    chosen, file = choose_study(load_studies(request.results_dir), request.study, request.results_dir), request.bench
-    exported = None if file is None else exported_latency(chosen, read_bench(file), file)
-    advice = find(chosen, limits, margin=request.margin / 100, measure=request.smallest, exported=exported)
-    print_recommendation(advice, request.output)
+    study, file = choose_study(load_studies(request.results_dir), request.study, request.results_dir), request.bench
+    given = {cost: getattr(request, f"max_{name}") for name, cost in MEASURES.items()}
+    limits = {cost: value for cost, value in given.items() if value is not None}
+    exported = None if file is None else exported_latency(study, read_bench(file), file)
+    measure = MEASURES[request.smallest]
+    print_recommendation(
+        find(study, limits, margin=request.margin / 100, measure=measure, exported=exported), request.output
+    )
 
 
 @app.command()
@@ -331,7 +334,7 @@ def compare(
     allow_mismatch: Annotated[
         str,
         typer.Option(
-            help="Pool the differences of studies even if these differ, such as versions,timings.",
+            help="Pool the differences of studies even if these differ, such as versions,precision.",
             metavar="NAMES",
             show_default=False,
         ),

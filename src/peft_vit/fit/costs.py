@@ -8,27 +8,30 @@ last training has twice as many as a fold's, and the folds are no more than it t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones import BackboneShape
-from peft_vit.core.config import IMAGES_ROUNDED_BY, QuantizationType, StudyConfig, study_from_mapping
+from peft_vit.core.config import IMAGES_ROUNDED_BY, QuantizationType, study_from_mapping
 from peft_vit.core.methods.quantized import usual_rounding
 from peft_vit.core.training import FLIP_AXES
-from peft_vit.data import ImageIndex, open_index
+from peft_vit.data import open_index
 from peft_vit.deploy.post_training import images_rounded_by
-from peft_vit.fit.context import TuningContext
-from peft_vit.fit.image_sizes import images_to_compare
 from peft_vit.fit.recipe import ROUNDED, Recipe, lora, shared_training
-from peft_vit.runs.costs.estimate import Line, Throughput, Workload
-from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, fit, images_to_test
+from peft_vit.fit.regressions import images_to_compare
+from peft_vit.runs.costs.estimate import Throughput
+from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, images_to_test
+from peft_vit.runs.costs.time_limit import fit as first_within
 from peft_vit.runs.held_out import MOST_KNOWN
 from peft_vit.runs.scheduling.plan import decide_precision, splits_of, workload_of
+
+if TYPE_CHECKING:
+    from peft_vit.fit.fit import Fit
 
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
 LONGEST, SHORTEST = 2.0, 0.5  # times the steps on folds, of the last training
@@ -44,23 +47,23 @@ _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in e
 
 
 @dataclass(frozen=True)
-class Costs:
+class FitCosts:
     """Seconds of what a tuning does, by what was measured on this machine."""
 
-    context: TuningContext
+    fit: Fit
     machine: Throughput
 
     def shape(self, recipe: Recipe) -> BackboneShape:
         """Return the shape of a recipe's backbone."""
-        return self.context.shape(recipe.model, recipe.image_size)
+        return self.fit.shape(recipe.model, recipe.image_size)
 
     def bytes_of(self, recipe: Recipe) -> int:
         """Return the bytes of a recipe's file, as expected."""
-        return recipe.file_bytes(self.shape(recipe), self.context.outputs, self.context.images)
+        return recipe.file_bytes(self.shape(recipe), self.fit.images.num_outputs, self.fit.images.num_dev)
 
     def allowed_bits(self, recipe: Recipe) -> list[QuantizationType]:
         """Return the formats within the limit of bytes to which a recipe is rounded; 2 bits only if no others are."""
-        most = self.context.request.max_bytes
+        most = self.fit.request.max_bytes
         fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) <= most]
         return [bits for bits in fitting if bits != "int2"] or fitting
 
@@ -75,23 +78,28 @@ class Costs:
     def fits_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds of a regression on the features of so many images, its penalty chosen among them."""
         width = next(iter(self.shape(recipe).sites)).in_features
-        values = len(FLIP_AXES[self.context.flips]) * images * width * self.context.outputs
+        values = len(FLIP_AXES[self.fit.flips]) * images * width * self.fit.images.num_outputs
         return _FITS * _FIT_S * values
 
     def compared_images(self, recipe: Recipe) -> int:
         """Return by how many images sizes are compared, decided once, so that an eighth of their time fits them."""
-        context, fitting = self.context, self.context.state.share_s("sizes") / 8 / self.fits_s(recipe, 1)
-        return context.state.once("compared", partial(images_to_compare, context.images, context.rarest, fitting))
+        fit = self.fit
+        if (decided := fit.decisions.compared_images) is None:
+            fitting = fit.share_s("sizes") / 8 / self.fits_s(recipe, 1)
+            decided = images_to_compare(fit.images.num_dev, fit.images.rarest, fitting)
+            fit.decisions.compared_images = decided
+            fit.save()
+        return decided
 
     def regression_s(self, recipe: Recipe) -> float:
         """Return the seconds of a size's regression, with the features of all images: the best one's are needed."""
-        images = self.context.images
-        features_s = len(FLIP_AXES[self.context.flips]) * images * self.image_s(recipe)
+        images = self.fit.images.num_dev
+        features_s = len(FLIP_AXES[self.fit.flips]) * images * self.image_s(recipe)
         return self.machine.start_s + features_s + self.fits_s(recipe, self.compared_images(recipe))
 
     def run_s(self, recipe: Recipe) -> float:
         """Return the seconds of a run on a fold, without a process's start and features that others share."""
-        train, test = self.context.train_images, self.context.test_images
+        train, test = self.fit.train_images, self.fit.test_images
         begun = self.machine.start_s + self.fits_s(recipe, train) + self._begun_s(recipe)
         return begun + recipe.steps * self._step_s(recipe) + (0 if recipe.is_probe else test * self.image_s(recipe))
 
@@ -109,7 +117,7 @@ class Costs:
 
     def rounding_s(self, recipe: Recipe, forms: Sequence[QuantizationType], images: int | None = None) -> float:
         """Return the seconds of a run's predictions with weights rounded to some formats; None: of a fold's images."""
-        seen = self.context.test_images if images is None else images
+        seen = self.fit.test_images if images is None else images
         packed_s = sum(self._packed_s(recipe, images_rounded_by(bits)) for bits in forms)
         return self.machine.start_s / 2 + packed_s + 2 * len(forms) * seen * self.image_s(recipe)
 
@@ -120,18 +128,18 @@ class Costs:
         model, and times them beside float32; where none is as fast as was asked for, activations in 8 bits are measured
         on folds.
         """
-        context, machine, image_s = self.context, self.machine, self.image_s(recipe)
-        begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
+        images, machine, image_s = self.fit.images.num_dev, self.machine, self.image_s(recipe)
+        begun = machine.process_s + machine.start_s + self.fits_s(recipe, images)
         begun += self._begun_s(recipe)
-        known = min(MOST_KNOWN, context.images)
+        known = min(MOST_KNOWN, images)
         trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + known * image_s
         rounded = 0.0
         if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files
             again_s = self._packed_s(recipe, images_rounded_by(recipe.bits))
             rounded = self.rounding_s(recipe, [recipe.bits], known) + again_s
-        forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
-        written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
-        measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
+        forms, folds = (_FORMS, 0) if self.fit.request.max_latency is None else (_FORMS + 1, FOLDS)
+        written = forms * (2 * machine.start_s + 2 * min(images, _COMPARED) * image_s)
+        measured = folds * (2 * machine.start_s + 2 * self.fit.test_images * image_s)
         timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)
         return pace * trained + max(1.0, pace) * (rounded + written + measured + timed)
 
@@ -142,18 +150,18 @@ class Costs:
 
     def tested_images(self, recipe: Recipe) -> int:
         """Return of how many test images a model is read; nothing is chosen by it."""
-        minutes = self.context.request.minutes
-        return images_to_test(self.context.sealed_images, self.test_image_s(recipe), minutes)
+        minutes = self.fit.request.minutes
+        return images_to_test(self.fit.images.num_test, self.test_image_s(recipe), minutes)
 
     def test_line(self, recipe: Recipe, images: int) -> str:
         """Return how long a test of so many images takes."""
-        every, about = self.context.sealed_images, duration(images * self.test_image_s(recipe))
+        every, about = self.fit.images.num_test, duration(images * self.test_image_s(recipe))
         of = f"{images:,} images" if images == every else f"{images:,} of {every:,} images, drawn at random,"
         return f"  testing {of} takes about {about}, on top of the minutes"
 
     def last_steps(self, recipe: Recipe, longer: float = 1.0) -> int:
         """Return the steps of the last training: as many more as there are more images, and as it is longer."""
-        return round(longer * recipe.steps * self.context.images / self.context.train_images)
+        return round(longer * recipe.steps * self.fit.images.num_dev / self.fit.train_images)
 
     def most_steps(self, model: str, image_size: int) -> tuple[int, float]:
         """Return the most steps of LoRA on a fold that fit what trains, and times as many of the last; 0: too few do.
@@ -161,12 +169,12 @@ class Costs:
         Five folds, where these leave enough steps; else three, and up to as many; without a longer last training, and
         half of the steps by which that is decided, where there is no time for it.
         """
-        whole_s, options = self.context.state.training_s, range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
+        whole_s, options = self.fit.training_s, range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
         few, least_s = [steps for steps in options if steps <= ENOUGH_STEPS], partial(self.least_s, model, image_size)
-        most = fit(options, partial(least_s, FOLDS, LONGEST), whole_s) or 0
+        most = first_within(options, partial(least_s, FOLDS, LONGEST), whole_s) or 0
         if most >= ENOUGH_STEPS:
             return most, LONGEST
-        fewer = ((fit(few, partial(least_s, FEWEST_FOLDS, longer), whole_s), longer) for longer in _LONGER)
+        fewer = ((first_within(few, partial(least_s, FEWEST_FOLDS, longer), whole_s), longer) for longer in _LONGER)
         return next(((steps, longer) for steps, longer in fewer if steps), (0, 1.0))
 
     def least_s(self, model: str, image_size: int, folds: int, longer: float, steps: int) -> float:
@@ -188,16 +196,16 @@ class Costs:
             probes: regressions at all sizes.
             spent_s: of this call already.
         """
-        state, sizes_s, trained = self.context.state, 0.0, list[Recipe]()
+        fit, sizes_s, trained = self.fit, 0.0, list[Recipe]()
         for probe in sorted(probes, key=self.image_s):
-            if sizes_s and sizes_s + self.regression_s(probe) > state.share_s("sizes"):
+            if sizes_s and sizes_s + self.regression_s(probe) > fit.share_s("sizes"):
                 break
             sizes_s += self.regression_s(probe)
             if steps := self.most_steps(probe.model, probe.image_size)[0]:
                 trained.append(lora(probe.model, probe.image_size, steps))
         recipe = trained[-1] if trained else min(probes, key=self.image_s)
         ending_s = self.ending_s(recipe, LONGEST if trained else 1.0)
-        left_s = max(0.0, 60 * state.request.minutes - spent_s - sizes_s - ending_s)
+        left_s = max(0.0, 60 * fit.request.minutes - spent_s - sizes_s - ending_s)
         folds_s = min(left_s, (_MOST_RUNS if trained else FOLDS) * self.run_s(recipe))
         parts = {"images and machine": spent_s, "image sizes": sizes_s, "training on folds": folds_s}
         return {**parts, "last training and files": ending_s}, recipe
@@ -208,7 +216,7 @@ class Costs:
         Raises:
             UserError: with the least that would do.
         """
-        minutes = self.context.request.minutes
+        minutes = self.fit.request.minutes
         # A regression on the folds, and its file.
         least_s = self.regression_s(smallest) + FEWEST_FOLDS * self.run_s(smallest) + self.ending_s(smallest)
         if least_s > 60 * minutes:
@@ -217,36 +225,32 @@ class Costs:
             raise UserError(f"{problem}; give at least {enough}", field="--minutes")
 
     def _step_s(self, recipe: Recipe) -> float:
-        shape, batch_size = self.shape(recipe), self.context.batch_size
+        shape, batch_size = self.shape(recipe), self.fit.batch_size
         return 0.0 if recipe.is_probe else self.machine.step_s(shape, recipe.method, batch_size)
 
 
 _LEAST_S = 20.0  # of measuring
 _SHORTEST_S = 5e-5  # of a forward pass; less: the machine was too busy to measure it
-MeasureThroughput = Callable[[StudyConfig, ImageIndex, Workload, float, Callable[[str], None]], Throughput]
 
 
-def throughput_of(context: TuningContext, recipe: Recipe, measure: MeasureThroughput) -> Throughput:
+def throughput_of(fit: Fit, recipe: Recipe) -> Throughput:
     """Return what runs take here, measured by a few steps of a recipe at the first call, and tell it."""
-    tell = context.state.tell
-
-    def decide() -> dict[str, Any]:
-        training = shared_training(context.batch_size, context.flips, context.metric)
+    machine = fit.decisions.throughput
+    if machine is None:
+        training = shared_training(fit.batch_size, fit.flips, fit.images.metric)
         training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
-        sections = recipe.sections(context.shape(recipe.model, recipe.image_size))
+        sections = recipe.sections(fit.shape(recipe.model, recipe.image_size))
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
-        content = context.study("machine", recipe.model, recipe.image_size, [0], [experiment])
-        study = study_from_mapping(content, file=Path("machine"))
+        study = study_from_mapping(fit.study("machine", recipe, [0], [experiment]), file=Path("machine"))
         study = study.model_copy(update={"precision": decide_precision(study, None).chosen})
         index = open_index(study.data)
         workload = workload_of(study, index, splits_of(index, study)[study.seeds[0]])
-        budget_s = max(_LEAST_S, context.state.share_s("machine"))
-        return asdict(measure(study, index, workload, budget_s, lambda text: tell(f"  {text}")))
-
-    kept = context.state.once("throughput", decide)
-    machine = Throughput(**{**kept, **{name: Line(**kept[name]) for name in ("step", "image")}})
-    shape, pixels = context.shape(recipe.model, recipe.image_size), recipe.image_size
-    image_s, step_s = machine.image_s(shape), machine.step_s(shape, recipe.method, context.batch_size)
+        budget_s = max(_LEAST_S, fit.share_s("machine"))
+        machine = fit.environment.measure(study, index, workload, budget_s, lambda text: fit.tell(f"  {text}"))
+        fit.decisions.throughput = machine
+        fit.save()
+    shape, pixels = fit.shape(recipe.model, recipe.image_size), recipe.image_size
+    image_s, step_s = machine.image_s(shape), machine.step_s(shape, recipe.method, fit.batch_size)
     image = f"{1000 * image_s:.1f} ms" if image_s >= _SHORTEST_S else "not measured"
-    tell(f"  at {pixels} px a forward pass: {image} an image; a step of {context.batch_size} images: {step_s:.2f} s")
+    fit.tell(f"  at {pixels} px a forward pass: {image} an image; a step of {fit.batch_size} images: {step_s:.2f} s")
     return machine

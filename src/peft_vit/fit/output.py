@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.records import RunRecord
 from peft_vit.data import thumbnails_of
-from peft_vit.deploy.measures.fastest import export_fastest
-from peft_vit.deploy.page.class_blocks import fonts_for, no_font
+from peft_vit.deploy.measures.fastest import Exports, Form, export_fastest
+from peft_vit.deploy.page.class_blocks import Pictures, fonts_for, no_font
+from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument, Table
 from peft_vit.deploy.page.files import write_report
-from peft_vit.deploy.page.model_page import CARD_FILE, card_head, card_text
-from peft_vit.deploy.page.model_quality import model_quality
-from peft_vit.fit.by_folds import with_meaning
-from peft_vit.fit.own_images import refuse_among_images
-from peft_vit.fit.page import TuningSummary, model_summary, tuning_document
-from peft_vit.fit.result import Choice
-from peft_vit.fit.state import MODEL_FOLDER, TUNE_FILE
-from peft_vit.fit.tune_request import TuneRequest
-from peft_vit.runs.records.storage import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, RECORD_FILE, read_record
+from peft_vit.deploy.page.formatting import (
+    fixed,
+    joined,
+    megabytes,
+    number_interval,
+    percent,
+    plain,
+    points,
+    points_interval,
+    score_interval,
+    score_of,
+    signed,
+)
+from peft_vit.deploy.page.model_page import (
+    BELIEF,
+    CARD_FILE,
+    IMAGES,
+    MADE,
+    ModelSummary,
+    accuracy_card,
+    card_head,
+    card_text,
+    labels_card,
+    model_document,
+)
+from peft_vit.deploy.page.model_quality import ModelQuality, model_quality
+from peft_vit.deploy.page.provenance import run_provenance
+from peft_vit.deploy.page.tables import Column, own_interval_columns, table
+from peft_vit.fit.fit import TITLES, TUNE_FILE
+from peft_vit.fit.intake import refuse_among_images
+from peft_vit.fit.outcomes import with_meaning
+from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.tune import Tuning, answer
+from peft_vit.runs.records.storage import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, MODEL_FOLDER, RECORD_FILE, read_record
 from peft_vit.runs.records.study_yaml import study_yaml
 
-CONFIG_FILE = "config.yaml"
+STUDY_COPY = "config.yaml"
 
 
 def check_output(request: TuneRequest) -> None:
@@ -34,13 +63,13 @@ def check_output(request: TuneRequest) -> None:
     refuse_among_images(request.images, request.output)
     output = request.output.resolve()
     if not (output / TUNE_FILE).exists():
-        for name in (MODEL_FOLDER, "figures", "tables", CONFIG_FILE, CARD_FILE, HTML_FILE):
+        for name in (MODEL_FOLDER, "figures", "tables", STUDY_COPY, CARD_FILE, HTML_FILE):
             if (output / name).exists():
                 problem = "exists already, and tune did not make it; move it away, or choose another --output"
                 raise UserError(problem, file=request.output / name)
 
 
-def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> None:
+def write_output(choice: Tuning, directory: Path, tell: Callable[[str], None] = print) -> None:
     """Write everything that a tuning leaves; what an earlier call left is replaced.
 
     Raises:
@@ -53,7 +82,7 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
         raise UserError(problem, file=error.filename or directory) from None
 
 
-def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None:
+def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None:
     run_dir, recipe = choice.final.folder, choice.recipe
     record, logits = read_record(run_dir / RECORD_FILE), choice.final.logits.astype(np.float32)
     record = with_meaning(record, choice.meaning, choice.folds, choice.final.learned, logits)
@@ -71,7 +100,7 @@ def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None
         tell=lambda text: tell(f"  {text}"),
     )
     summary = TuningSummary(choice, record, quality, exports)
-    adapter, config = model_folder / ADAPTER_FILE, directory / CONFIG_FILE
+    adapter, config = model_folder / ADAPTER_FILE, directory / STUDY_COPY
     for name in (ADAPTER_FILE, *([] if record.features_sha256 is None else [FEATURES_FILE])):
         write_whole(model_folder / name, read_bytes(run_dir / name, limit_bytes=None))
     write_whole(model_folder / RECORD_FILE, (record.model_dump_json(indent=1) + "\n").encode())
@@ -88,7 +117,7 @@ def _write(choice: Choice, directory: Path, tell: Callable[[str], None]) -> None
         tell(f"  {path}")
 
 
-def configuration(choice: Choice, record: RunRecord) -> str:
+def configuration(choice: Tuning, record: RunRecord) -> str:
     """Return a study of the final run alone; run again it gives the same adapter, on the same kind of machine."""
     comments = [
         f"Trains {choice.recipe.title} again, as it was chosen for {choice.request.images}:",
@@ -98,9 +127,9 @@ def configuration(choice: Choice, record: RunRecord) -> str:
     return study_yaml(record.spec, [record.spec.seed], suffix="", comments=[" ".join(one.split()) for one in comments])
 
 
-def _again(choice: Choice, record: RunRecord) -> list[str]:
+def _again(choice: Tuning, record: RunRecord) -> list[str]:
     """Return the commands that train the model again."""
-    commands = [f"peft-vit run {CONFIG_FILE} --output again"]
+    commands = [f"peft-vit run {STUDY_COPY} --output again"]
     if choice.recipe.when == "after":
         commands.append(f"peft-vit export again/{record.spec.run_id} --bits {choice.recipe.bits} --output again.onnx")
     return commands
@@ -116,4 +145,198 @@ def _use(summary: TuningSummary) -> str:
         "file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the "
         "temperature\nare in its metadata `peft_vit_model`. `model/adapter.safetensors` holds what was "
         "trained, without the backbone."
+    )
+
+
+# --- the page: that of any model, what it was compared with, its files, and what more would bring ---------------------
+
+_AT = 0.9  # coverage that stands at the top
+COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bring"
+
+
+def model_summary(summary: TuningSummary) -> ModelSummary:
+    """Return what the page of any model says of the chosen one."""
+    use = f"peft-vit predict {shlex.quote(str(summary.exports.model))}"
+    said = answer(summary.choice, summary.exports.taken.bytes)
+    return ModelSummary(summary.record, summary.quality, use, said=said)
+
+
+def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
+    """Return the document; without `pictures`, which makes them of test images, it has none."""
+    choice = summary.choice
+    page = model_document(model_summary(summary), pictures)
+    (made,) = page.sections[MADE]
+    assert isinstance(made, Facts)
+    asked = dict(_facts(choice))
+    sections: dict[str, tuple[Block, ...]] = {}
+    for title, blocks in page.sections.items():
+        if title == (BELIEF if BELIEF in page.sections else IMAGES):
+            sections[COMPARED] = tuple(compared_blocks(choice))
+            sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
+            sections[FORMS] = (forms_table(summary),)
+        sections[title] = blocks
+    asked_for = None if choice.request.metric == "auto" else choice.metric
+    sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.images.inspection.lines(asked_for))
+    sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in (*asked, "Folder")))),)
+    return replace(
+        page,
+        label=f"A model for {plain(choice.request.images.name)}",
+        alerts=(*summary.exports.missed, *page.alerts),
+        cards=tuple(_cards(summary)),
+        how_sure=tuple(_how_sure(summary)),
+        sections=sections,
+        not_shown=tuple(_not_shown(summary)),
+        runs=(run_provenance(summary.record)._replace(title=choice.recipe.title),),
+    )
+
+
+def _facts(choice: Tuning) -> Iterator[tuple[str, str]]:
+    request = choice.request
+    limits = [
+        *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
+        *([f"{request.max_adapter_bytes / 1e3:g} kB of updates"] if request.max_adapter_bytes is not None else []),
+        *([f"{1e3 * request.max_latency:g} ms an image"] if request.max_latency is not None else []),
+        *([f"{request.memory_limit} of memory in training"] if request.memory_limit is not None else []),
+    ]
+    yield "Images", str(request.images)
+    of = "" if choice.metric.has_unit else f" of {choice.metric.words}"
+    yield "Margin", choice.scores.hundredths(request.margin_share) + of
+    yield "Limits", joined(limits) or "none"
+    stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stages)
+    yield "Time", f"{duration(sum(dict(choice.stages).values()))} in all calls, before this page: {stages}"
+    yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
+
+
+def _cards(summary: TuningSummary) -> Iterator[Card]:
+    tested, taken = summary.record.tested_calibration, summary.exports.taken
+    yield accuracy_card(model_summary(summary))
+    assert taken.bytes is not None
+    yield Card("Size", summary.exports.model.name, megabytes(taken.bytes), (taken.name,))
+    assert taken.median_s is not None
+    float32 = summary.exports.float32_s
+    against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
+    yield Card("Time for an image", summary.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
+    if summary.quality is not None and tested is not None and _AT in tested.covered:
+        said = f"hold {percent(tested.covered[_AT])} of the test images' classes"
+        yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(tested.set_size[_AT], 2), (said,))
+    yield labels_card(summary.record)
+
+
+def _how_sure(summary: TuningSummary) -> Iterator[str]:
+    choice, changed = summary.choice, summary.choice.changed_by_rounding
+    if changed is not None:
+        by = f"{points_interval(changed)} points" if choice.metric.is_share else number_interval(changed, 3)
+        yield f"Rounding changed {choice.metric.words} on the test images by {by}."
+    readers = _readers(choice)
+    once = "read once, after everything was chosen"
+    if readers > 1:
+        once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
+    yield (f"The test images were {once}. The interval says what as many other images of the same kind would change.")
+    if choice.longer != 1:
+        why, others = ("time was short", "longer")
+        if choice.longer > 1:
+            why, others = ("more steps usually gain, and the folds do not contradict it", "shorter")
+        times = f"The last training has {choice.longer:g} times the steps of those on folds"
+        yield f"{times}, since {why}; the odds, probabilities and sets of classes are from the {others} ones."
+    if choice.decision.odds.shown and choice.recipe != choice.decision.reference:
+        yield "Shown means: at most 5 % of such statements are wrong."
+    if summary.exports.int8_loss is not None:
+        yield f"Activations in 8 bits lose {signed(100 * summary.exports.int8_loss, 1)} points on images of folds."
+
+
+def _readers(choice: Tuning) -> int:
+    """Return how many models have read the test images: of a call that went on, those of the earlier ones, too."""
+    studies = choice.final.folder.parents[2]
+    return len({record.parents[1] for record in studies.glob(f"final-*/*/*/{RECORD_FILE}")})
+
+
+def _not_shown(summary: TuningSummary) -> Iterator[str]:
+    yield "Images of another kind, camera or time than these: nothing here is about them."
+    yield "Other backbones and methods than those in the tables."
+    if summary.quality is not None and not (summary.record.calibrated and summary.record.calibrated.coverages):
+        yield "Prediction sets: there are too few images for thresholds."
+
+
+@dataclass(frozen=True)
+class TuningSummary:
+    """Everything that is shown of a tuning."""
+
+    choice: Tuning  # what was chosen and what it was chosen by
+    record: RunRecord  # of the last training, in the form that is delivered, on the sealed images
+    quality: ModelQuality | None  # likewise; None of several labels, or of numbers
+    exports: Exports  # what was written
+
+
+def compared_blocks(choice: Tuning) -> Iterator[Block]:
+    """Yield the models that were compared, and the image sizes that were tried."""
+    scores, words = choice.scores, choice.metric.words
+    margin, shown = scores.hundredths(choice.request.margin_share), partial(score_of, scores)
+    expected = partial(score_interval, scores), partial(own_interval_columns, "score")
+    yield table(
+        "candidates",
+        "Models that were compared, smallest first",
+        choice.decision.candidates,
+        [
+            Column("Model", "recipe.title", data="model"),
+            Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
+            Column("File, about", "bytes", megabytes),
+            Column("Folds", "folds"),
+            Column(f"{words.capitalize()} expected", "odds.score", *expected),
+            Column(f"Against the best, {scores.unit}", "odds.loss", lambda loss: points(-loss), "loss"),
+            Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
+            Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
+        ],
+        "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
+        "has on new images, since the best of many was usually lucky. The best is the best float model found, "
+        f"{choice.decision.reference.title}; the last but one column has the chance to be more than {margin} worse.",
+    )
+    yield table(
+        "sizes",
+        "Image sizes, by regressions on frozen features",
+        choice.sizes,
+        [
+            Column("Model", "model"),
+            Column("Pixels", "image_size"),
+            Column(words.capitalize(), "score", shown),
+            Column("Steps that fit a run", lambda size: size.steps or None, data="steps"),
+            Column("Left out", lambda size: plain(size.why) or None, data="left_out"),
+        ],
+        "On images that are left out of the fit in turn. Larger images leave fewer steps to training.",
+        folded=True,
+    )
+
+
+def forms_table(summary: TuningSummary) -> Table:
+    """Return every form that was tried."""
+
+    def quartiles(form: Form) -> str | None:
+        if form.low_s is None or form.high_s is None:
+            return None
+        return f"{fixed(1e3 * form.low_s, 1)} to {fixed(1e3 * form.high_s, 1)}"
+
+    float32 = summary.exports.float32_s
+    beside = "" if float32 is None else f" The same model in float32 takes {fixed(1e3 * float32, 1)} ms."
+    split = next((form.comparison.split for form in summary.exports.forms if form.comparison is not None), "")
+    return table(
+        "forms",
+        "Forms of the model",
+        summary.exports.forms,
+        [
+            Column("Form", "name", data=""),
+            Column("File", "bytes", megabytes),
+            Column("ms an image", "median_s", lambda s: fixed(1e3 * s, 1)),
+            Column("Quartiles", quartiles),
+            Column("", "low_s"),
+            Column("", "high_s"),
+            Column(
+                "Predicts as trained",
+                lambda form: form.comparison and form.comparison.same_predictions,
+                percent,
+                "same_predictions",
+            ),
+            Column("Outcome", lambda form: plain(form.left_out) or "taken"),
+        ],
+        f"A call on one image on {summary.exports.processor}, with all its processors, each form in processes of its "
+        f"own, in turn.{beside} Predicts as trained: share of {split} images on which the file and the "
+        "run's model agree.",
     )

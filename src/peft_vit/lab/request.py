@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from peft_vit.base.settings import OnlyWith, Option, Request, refuse
+from peft_vit.base.settings import Option, Request, refuse
 from peft_vit.core.config import MethodName
 from peft_vit.fit.request import DEFAULT_OUTPUT, EXECUTOR, SMOKE, SMOKE_OUTPUT
 from peft_vit.runs.executors import EXECUTORS, ExecutorName
@@ -47,15 +47,6 @@ class RunRequest(StudiesRequest):
         description="Stop after this many minutes. All runs of one seed come before those of the next. The same "
         "command continues later.",
     )
-    until_decided: Annotated[
-        bool,
-        OnlyWith(smoke=False, remedy="a smoke study has one seed: leave one of the two out"),
-        OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
-        OnlyWith(seeds=None, remedy="the looks decide which seeds run: leave one of the two out"),
-    ] = Field(
-        default=False,
-        description="Run only as many seeds as the comparisons in the study's section `stopping` need to be decided.",
-    )
     skip_failed: bool = Field(
         default=False, description="Leave out runs that failed in an earlier call. Without it, they are tried again."
     )
@@ -71,8 +62,7 @@ class RunRequest(StudiesRequest):
         if self.workers is not None and EXECUTORS[self.executor].is_elastic:
             reason = "where as many runs go at a time as nodes have room for; leave it out"
             refuse(self, {"workers": f"has no effect with {self.spelled('executor', self.executor)}, {reason}"})
-        for field in ("until_decided", "minutes"):
-            if getattr(self, field) and len(self.configs) > 1:
-                remedy = f"give one, or leave {self.spelled(field)} out"
-                refuse(self, {field: f"is of one study, and {len(self.configs)} are given; {remedy}"})
+        if self.minutes and len(self.configs) > 1:
+            remedy = f"give one, or leave {self.spelled('minutes')} out"
+            refuse(self, {"minutes": f"is of one study, and {len(self.configs)} are given; {remedy}"})
         return self

@@ -11,7 +11,7 @@ import pytest
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import RunRecord
-from peft_vit.lab.analysis.across import POOL_KINDS, Across, compare_studies, differences, load_across, parse_pool
+from peft_vit.lab.analysis.across import Across, compare_studies, differences, load_across, parse_pool
 from peft_vit.lab.analysis.studies import Run, Study
 
 EXPERIMENTS = planted.experiments()
@@ -60,53 +60,44 @@ def three(tmp_path: Path) -> Callable[..., Across]:
 def test_pooled_where_only_the_images_differ(three) -> None:
     across = three()
     assert across.reference == "lora_r8"
-    assert across.refusals == ()
-    (row,) = across.pooled
-    assert (row.estimate.name, row.studies, row.ahead) == ("lora_r4", ("a", "b", "c"), 3)
-    assert row.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
-    assert row.estimate.verdict == "supported"
-    assert row.estimate.adjusted_p == row.estimate.significance.p_value, "a family of one"
-    by_study = {row_.study: row_.comparison for row_ in across.rows if row_.name == "lora_r4"}
+    (pooled,) = across.pooled
+    assert (pooled.estimate.name, pooled.studies, pooled.ahead) == ("lora_r4", ("a", "b", "c"), 3)
+    assert (pooled.differing, pooled.refused) == ({}, frozenset())
+    assert pooled.estimate.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
+    assert pooled.estimate.verdict == "supported"
+    assert pooled.estimate.adjusted_p == pooled.estimate.significance.p_value, "a family of one"
+    by_study = {cell.study: cell.estimate for cell in across.cells if cell.name == "lora_r4"}
     for label, values in (("a", A), ("b", B), ("c", C)):
-        comparison = by_study[label]
-        assert list(comparison.by_seed.values()) == pytest.approx(values, abs=1e-9)
+        assert list(by_study[label].by_seed.values()) == pytest.approx(values, abs=1e-9)
 
 
 DIFFERING: dict[str, tuple[str, dict[str, Any], str]] = {
-    "versions": ("versions", {"packages": {"torch": "2.12.0", "timm": "1"}}, "timm 1 in c; 1.0.31 in a and b"),
+    "versions": ("versions", {"packages": {"torch": "2.12.0", "timm": "1"}}, "timm: 1.0.31 in a, 1.0.31 in b, 1 in c"),
     "weights": (
         "weights",
         {"weights_sha256": "f" * 64},
-        "vit_small_patch14_dinov2 aaaaaaaaaaaa in a and b; ffffffffffff in c",
+        "vit_small_patch14_dinov2: aaaaaaaaaaaa in a, aaaaaaaaaaaa in b, ffffffffffff in c",
     ),
     "random": (
         "weights",
         {"random_weights": True, "weights_sha256": None},
-        "pretrained weights in a and b; random weights in c",
+        "weights: pretrained in a, pretrained in b, random in c",
     ),
-    "splits": ("splits", {"data_sha256": "b" * 64}, "a and c divide the same images differently"),
+    "splits": ("splits", {"data_sha256": "b" * 64}, "images bbbbbbbb: BBBBBBBB in a, DDDDDDDD in c"),
 }
 
 
 @pytest.mark.parametrize("case", DIFFERING)
 def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three, case) -> None:
     kind, changes, reason = DIFFERING[case]
-    refused = three(changes)
-    assert refused.pooled == ()
-    (refusal,) = refused.refusals
-    assert (refusal.kind, refusal.experiments, refusal.studies) == (kind, ("lora_r4",), ("a", "b", "c"))
-    assert reason in refusal.reason
-    assert len(refused.rows) == 6, "each study's own numbers stand all the same"
-    (row,) = three(changes, pool=parse_pool(kind, "--allow-mismatch")).pooled
-    assert row.allowed == ((kind, refusal.reason),)
-
-
-def test_seconds_of_other_hardware_are_not_pooled_but_accuracy_is(three) -> None:
-    across = three({"processor": "other"})
-    assert (len(across.pooled), across.times) == (1, ())
-    (refusal,) = across.refusals
-    assert refusal.kind == "timings"
-    assert "cpu on other, 2 processors, 2 threads in c" in refusal.reason
+    across = three(changes)
+    (refused,) = across.pooled
+    assert (refused.estimate.interval, refused.estimate.verdict, refused.refused) == (None, "not decided", {kind})
+    assert reason in refused.differing[kind]
+    assert len(across.cells) == 6, "each study's own numbers stand all the same"
+    (pooled,) = three(changes, pool=parse_pool(kind, "--allow-mismatch")).pooled
+    assert (pooled.refused, pooled.differing) == (frozenset(), refused.differing)
+    assert pooled.estimate.verdict == "supported"
 
 
 def pair(tmp_path: Path, first: Any = None, second: Any = None, **differences: list[float]) -> dict[str, Study]:
@@ -118,29 +109,6 @@ def pair(tmp_path: Path, first: Any = None, second: Any = None, **differences: l
     return loaded(tmp_path, *([run for run in own if run is not None] for own in changed))
 
 
-def slower(factor: float) -> Callable[[RunRecord], RunRecord]:
-    """Return a change that gives lora_r4 so many times the seconds a step of the others."""
-    return lambda run: run.model_copy(
-        update={"seconds_per_step": 0.5 * (factor if run.spec.experiment.name == "lora_r4" else 1.0)}
-    )
-
-
-def test_time_is_a_ratio_to_the_reference(tmp_path) -> None:
-    (row,) = compare_studies(pair(tmp_path, slower(2.0), slower(0.5))).times
-    assert row.interval.estimate == pytest.approx(1.0)
-    assert (row.interval.low, row.interval.n) == (None, 6)
-
-
-@pytest.mark.parametrize("broken", [0.0, None])  # a record with any other is refused when it is read
-def test_a_time_that_is_none_is_no_time(tmp_path, broken) -> None:
-    def changed(run: RunRecord) -> RunRecord:
-        first = (run.spec.experiment.name, run.spec.seed) == ("lora_r8", 0)
-        return run.model_copy(update={"seconds_per_step": broken}) if first else run
-
-    (row,) = compare_studies(pair(tmp_path, changed)).times
-    assert (row.interval.n, row.interval.estimate) == (5, 1.0)
-
-
 def test_precision_and_configuration_are_told_by_field(tmp_path) -> None:
     experiment = EXPERIMENTS["lora_r4"]
     longer = experiment.model_copy(update={"training": experiment.training.model_copy(update={"epochs": 9})})
@@ -149,37 +117,35 @@ def test_precision_and_configuration_are_told_by_field(tmp_path) -> None:
         own = longer if run.spec.experiment.name == "lora_r4" else run.spec.experiment
         return planted.asking(run, precision="fp32", experiment=own)
 
-    across = compare_studies(pair(tmp_path, None, changed))
-    assert {refusal.kind: refusal.reason for refusal in across.refusals} == {
+    (refused,) = compare_studies(pair(tmp_path, None, changed)).pooled
+    assert refused.differing == {
         "configurations": "lora_r4.training.epochs: 3 in a, 9 in b",
-        "precision": "bf16 in a; fp32 in b",
+        "precision": "precision: bf16 in a, fp32 in b",
     }
-    assert (across.pooled, across.times) == ((), ())
+    assert refused.refused == refused.differing.keys()
 
 
-def test_the_same_split_by_seed_is_no_difference() -> None:
-    a, b, c, d = (planted.record(EXPERIMENTS["lora_r4"], seed, 0.7) for seed in (0, 1, 1, 2))
-    assert "splits" not in differences({"a": runs_of([a, b]), "b": runs_of([c, d])})
-    per_seed = {
-        label: runs_of(
+@pytest.mark.parametrize("changes", [{"test_split": "per_seed"}, {"train_subset": "per_seed"}])
+def test_a_split_of_each_seed_is_compared_with_that_of_the_same_seed(changes) -> None:
+    def own(split: str, *seeds: int) -> tuple[Run, ...]:
+        made = [planted.record(EXPERIMENTS["lora_r4"], seed, 0.7) for seed in seeds]
+        made = [planted.asking(run, data=run.spec.data.model_copy(update=changes)) for run in made]
+        return runs_of(
             [
-                run.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
-                for run in own
-                for seed in [run.spec.seed]
+                run.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{split}{seed:063x}")})
+                for run, seed in zip(made, seeds, strict=True)
             ]
         )
-        for label, own in {"a": [a, b], "b": [c, d]}.items()
-    }
-    assert "splits" not in differences(per_seed), "seed 1, which both have, is divided alike"
-    apart = {"a": per_seed["a"], "b": per_seed["b"][1:]}
-    assert differences(apart)["splits"] == "a and b divide the same images differently", "no seed tells that they agree"
+
+    assert "splits" not in differences({"a": own("0", 0, 1), "b": own("0", 1, 2)})
+    assert "splits" in differences({"a": own("0", 0, 1), "b": own("1", 1, 2)})
 
 
 def test_only_common_experiments_are_compared_and_others_named(tmp_path) -> None:
     first, second = records("a", {"lora_r4": A, "lora_r1": A}), records("b", {"lora_r4": B, "lora_r2": B}, images="c")
     across = compare_studies(loaded(tmp_path, first, second))
     assert across.alone == {"lora_r1": "a", "lora_r2": "b"}
-    assert {row.name for row in across.rows} == {"lora_r8", "lora_r4"}
+    assert {cell.name for cell in across.cells} == {"lora_r8", "lora_r4"}
 
 
 def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
@@ -189,12 +155,11 @@ def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
     studies = pair(tmp_path, without, without, full_finetuning=A, adalora_top_k_fisher=B)
     across = compare_studies(studies)
     assert (across.reference, across.pooled) == (None, ())
-    assert all(row.comparison is None for row in across.rows)
+    assert all(cell.estimate is None for cell in across.cells)
     against = compare_studies(studies, reference="full_finetuning")
     assert [row.estimate.name for row in against.pooled] == ["adalora_top_k_fisher"]
     with pytest.raises(UserError, match="--reference: 'lora_r8' has finished runs in fewer than two studies"):
         compare_studies(studies, reference="lora_r8")
-    assert [(row["metric"], row["rho"]) for row in across.agreements] == [("fisher", pytest.approx(1.0))]
 
 
 def test_pooled_p_values_are_corrected_over_the_table_in_which_a_row_without_a_test_counts(tmp_path) -> None:
@@ -210,19 +175,19 @@ def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path) -> None
     failed = planted.failed(EXPERIMENTS["lora_r4"], 1, "out of memory", study="b")
     studies = loaded(tmp_path, made[0], [*made[1], failed])
     (row,) = compare_studies(studies).pooled
-    assert (row.interval.low, row.estimate.verdict) == (None, "not decided")
+    assert (row.estimate.interval.low, row.estimate.verdict) == (None, "not decided")
     assert any("Failed" in notice and "out of memory" in notice for notice in studies["b"].notices)
 
 
 def test_what_stands_twice_is_refused_by_name(tmp_path) -> None:
     first, second = planted.write(tmp_path / "one", records("a", {"lora_r4": A})), tmp_path / "two"
     planted.write(second, records("b", {"lora_r4": B}, images="c"))
-    with pytest.raises(UserError, match=r"one/\.\./one: is given twice"):
+    with pytest.raises(UserError, match=r"one/\.\./one: holds the run 'a/"):
         load_across([first, first / ".." / "one"])
-    with pytest.raises(UserError, match=r"one/a: holds the run 'a/.*', and .*one holds it too"):
+    with pytest.raises(UserError, match=r"one/a: holds the run 'a/"):
         load_across([first, first / "a"])
     copied = records("b", {"lora_r4": A})  # another name, the same images, seeds and settings
-    with pytest.raises(UserError, match=r"'b/lora_r4/seed_0'.* holds it as 'a/lora_r4/seed_0' too"):
+    with pytest.raises(UserError, match=r"three: holds the run 'b/lora_r4/seed_0' .* is 'a/lora_r4/seed_0'"):
         load_across([first, planted.write(tmp_path / "three", copied)])
     with pytest.raises(UserError, match=r"holds one study \(a\), and this needs two"):
         load_across([first])
@@ -234,7 +199,6 @@ def test_studies_of_one_name_are_told_apart_by_directory(tmp_path) -> None:
     second = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))
     studies = load_across([first, second])
     assert list(studies) == [f"a ({first})", f"a ({second})"]
-    assert len(compare_studies(studies).agreements) == 1
 
 
 def test_a_study_without_a_finished_run_takes_no_reference_away(tmp_path) -> None:
@@ -251,24 +215,23 @@ def test_what_can_not_be_compared_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="a, b: no experiment has finished runs in two of them"):
         compare_studies(pair(tmp_path, only("lora_r8"), only("lora_r4")))
     smoke = planted.write(tmp_path / "smoke", [planted.record(EXPERIMENTS["lora_r4"], 0, 0.7, smoke=True)])
-    with pytest.raises(UserError, match=r"quickstart \(smoke\) in .*smoke runs say nothing"):
+    with pytest.raises(UserError, match=r"quickstart \(smoke\): smoke runs say nothing"):
         load_across([tmp_path / "a", smoke])
     places = []  # the same images in another folder are the same images
     for study, folder in (("c", "here"), ("d", "there")):
         made = records(study, {"lora_r4": A})
         data = made[0].spec.data.model_copy(update={"dataset": "image-folder", "path": folder})
         places.append(planted.write(tmp_path / folder, [planted.asking(run, data=data) for run in made]))
-    with pytest.raises(UserError, match=r"holds the run 'd/.* holds it as 'c/"):
+    with pytest.raises(UserError, match=r"holds the run 'd/.* is 'c/"):
         load_across(places)
 
 
 def test_what_may_be_pooled_is_named_strictly() -> None:
     assert parse_pool("", "--allow-mismatch") == frozenset()
-    assert parse_pool(" versions, timings", "--allow-mismatch") == {"versions", "timings"}
-    for text in ("all", "versions,", "Versions", ",", "versions timings"):
+    assert parse_pool(" versions, weights", "--allow-mismatch") == {"versions", "weights"}
+    for text in ("all", "versions,", "Versions", ",", "versions weights", "timings"):
         with pytest.raises(UserError, match=r"--allow-mismatch: .* is not one of configurations"):
             parse_pool(text, "--allow-mismatch")
-    assert set(POOL_KINDS) == {"configurations", "precision", "versions", "splits", "weights", "timings"}
 
 
 def test_a_setting_of_one_side_only_is_a_difference(tmp_path) -> None:
@@ -279,5 +242,15 @@ def test_a_setting_of_one_side_only_is_a_difference(tmp_path) -> None:
     def changed(run: RunRecord) -> RunRecord:
         return planted.asking(run, experiment=other) if run.spec.experiment.name == name else run
 
-    (refusal,) = compare_studies(pair(tmp_path, None, changed, **{name: A})).refusals
-    assert refusal.reason == f"{name}.adalora.top_k: None in a, 12 in b"
+    (refused,) = compare_studies(pair(tmp_path, None, changed, **{name: A})).pooled
+    assert refused.differing == {"configurations": f"{name}.adalora.top_k: None in a, 12 in b"}
+
+
+def test_where_one_study_may_not_decide_nothing_pooled_is_decided(three, monkeypatch) -> None:
+    monkeypatch.setattr(Study, "untested", property(lambda study: "seeds were added" if study.name == "b" else ""))
+    across = three()
+    (pooled,) = across.pooled
+    assert (pooled.estimate.verdict, pooled.estimate.significance) == ("not decided", None)
+    assert pooled.estimate.interval.low is not None
+    tested = {cell.study: cell.estimate.significance is not None for cell in across.cells if cell.estimate}
+    assert tested == {"a": True, "b": False, "c": True}

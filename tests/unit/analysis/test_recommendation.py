@@ -15,7 +15,8 @@ from peft_vit.cli.study_commands import RecommendRequest
 from peft_vit.core.config import bytes_of
 from peft_vit.core.records import RunRecord
 from peft_vit.lab.analysis.evidence import estimated
-from peft_vit.lab.analysis.recommendation import Limits, Recommendation, needed_pairs, recommend, smallest_that_exists
+from peft_vit.lab.analysis.frame import Cell, Cost
+from peft_vit.lab.analysis.recommendation import MEASURES, Recommendation, needed_pairs, recommend
 from peft_vit.lab.analysis.studies import choose_study
 
 EXPERIMENTS = planted.experiments()
@@ -35,15 +36,27 @@ def records(accuracy: dict[str, float], n: int = 10, *, spread: float = 0.006, *
     return made
 
 
-def asked(made: list[RunRecord], limits: Limits | None = None, margin: float = 0.01, **options: Any) -> Recommendation:
-    return recommend(planted.study_of(made), limits or {}, margin=margin, **options)
+def asked(made: list[RunRecord], limits: dict[Cost, float] | None = None, **options: Any) -> Recommendation:
+    return recommend(planted.study_of(made), limits or {}, margin=0.01, **options)
+
+
+def candidates(advice: Recommendation) -> list[Cell]:
+    return [cell for cell in advice.cells if cell.estimate is not None]
+
+
+def verdicts(advice: Recommendation) -> list[tuple[str, str]]:
+    return [(cell.name, cell.estimate.verdict) for cell in candidates(advice)]
+
+
+def beyond(advice: Recommendation) -> dict[str, list[Cost]]:
+    return {name: costs for name, costs in advice.beyond.items() if costs}
 
 
 def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() -> None:
     advice = asked(records({BEST: 0.80, THIRD: 0.7999}))
-    assert (advice.outcome, advice.best.name, advice.chosen.name) == ("smaller", BEST, THIRD)
-    assert advice.chosen.stored_bytes < advice.best.stored_bytes / 3
-    (tested,) = advice.candidates
+    assert (advice.best.name, advice.chosen.name) == (BEST, THIRD)
+    assert advice.chosen.mean("stored_bytes") < advice.best.mean("stored_bytes") / 3
+    (tested,) = candidates(advice)
     estimate = tested.estimate
     differences = np.round(list(estimate.by_seed.values()), 9)
     expected = stats.ttest_1samp(differences, -0.01, alternative="greater")
@@ -53,19 +66,19 @@ def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() 
 
 
 @pytest.mark.parametrize(
-    ("third", "options", "adjusted", "needed"),
+    ("third", "options", "adjusted", "verdict"),
     [
-        (0.7999, {"n": 3, "spread": 0.012}, True, True),  # three seeds of the same
-        (0.78, {}, True, False),  # no number of seeds shows what is not so
-        (0.7999, {"spread": 0.0}, False, False),
-        (0.7999, {"n": 1}, False, False),
+        (0.7999, {"n": 3, "spread": 0.012}, True, "not decided"),  # three seeds of the same
+        (0.78, {}, True, "refuted"),
+        (0.7999, {"spread": 0.0}, False, "not decided"),
+        (0.7999, {"n": 1}, False, "not decided"),
     ],
 )
-def test_what_does_not_decide(third, options, adjusted, needed) -> None:
+def test_what_is_not_shown_is_not_recommended(third, options, adjusted, verdict) -> None:
     advice = asked(records({BEST: 0.80, THIRD: third}, **options))
-    assert (advice.outcome, advice.chosen) == ("not decided", None)
-    (candidate,) = advice.candidates
-    assert (candidate.estimate.adjusted_p is not None, candidate.needed_n is not None) == (adjusted, needed)
+    assert advice.chosen is None
+    (candidate,) = candidates(advice)
+    assert (candidate.estimate.adjusted_p is not None, candidate.estimate.verdict) == (adjusted, verdict)
     assert not adjusted or candidate.estimate.adjusted_p > 0.05
     assert (candidate.estimate.interval.low is None) == (options.get("n") == 1)
 
@@ -73,15 +86,15 @@ def test_what_does_not_decide(third, options, adjusted, needed) -> None:
 def test_the_smallest_that_passes_is_named_and_not_the_first_tested_in_any_order_of_records() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75})
     advice, back = asked(made), asked(made[::-1])
-    assert [(tested.rated.name, tested.shown) for tested in advice.candidates] == [(TINY, False), (THIRD, True)]
+    assert verdicts(advice) == [(TINY, "refuted"), (THIRD, "supported")]
     assert advice.chosen.name == THIRD
-    assert [tested.estimate for tested in advice.candidates] == [tested.estimate for tested in back.candidates]
+    assert [cell.estimate for cell in advice.cells] == [cell.estimate for cell in back.cells]
 
 
 def test_a_best_that_is_the_smallest_needs_no_test() -> None:
     advice = asked(records({"linear_probe": 0.85, BEST: 0.80}))
-    assert (advice.outcome, advice.candidates, [rated.name for rated in advice.larger]) == ("best", (), [BEST])
-    assert advice.chosen is advice.best
+    assert (candidates(advice), advice.chosen) == ([], advice.best)
+    assert advice.best.name == "linear_probe"
     assert asked(records({BEST: 0.80, THIRD: 0.80})).best.name == THIRD, "a tie on validation is the smaller one's"
 
 
@@ -90,12 +103,11 @@ def test_of_sizes_within_a_percent_validation_chooses() -> None:
     likelier, other = "adalora_proportional_magnitude", "adalora_top_k_fisher"
     made = records({BEST: 0.80, likelier: 0.7999, other: 0.7998})
     advice = asked([shrunk(run, other, by_bytes=100) for run in made])
-    assert [(tested.rated.name, tested.shown) for tested in advice.candidates] == [(other, True), (likelier, True)]
-    assert (advice.chosen.name, [rated.name for rated in advice.as_small]) == (likelier, [other])
-    advice = asked([shrunk(run, other, by_bytes=10**6) for run in made])
-    assert (advice.chosen.name, advice.as_small) == (other, ())
+    assert verdicts(advice) == [(other, "supported"), (likelier, "supported")]
+    assert advice.chosen.name == likelier
+    assert asked([shrunk(run, other, by_bytes=10**6) for run in made]).chosen.name == other
     alone = asked([shrunk(run, other, by_bytes=100) for run in made if run.spec.experiment.name != BEST])
-    assert (alone.outcome, [rated.name for rated in alone.larger]) == ("best", [other]), "nor less than the best itself"
+    assert (candidates(alone), alone.chosen.name) == ([], likelier), "nor less than the best itself"
 
 
 def shrunk(record: RunRecord, name: str, *, by_bytes: int) -> RunRecord:
@@ -114,9 +126,9 @@ def test_validation_chooses_the_best_and_test_has_no_say() -> None:
 def test_a_candidate_that_cannot_be_tested_counts_in_the_family() -> None:
     alone, without_spread = records({BEST: 0.80, THIRD: 0.7999}), records({TINY: 0.7999}, spread=0.0)
     unpaired = [candidate for candidate in records({TINY: 0.7999}, n=10) if candidate.spec.seed > 8]
-    (p_value,) = (candidate.estimate.adjusted_p for candidate in asked(alone).candidates)
+    (p_value,) = (cell.estimate.adjusted_p for cell in candidates(asked(alone)))
     for other in (without_spread, [planted.asking(candidate, seed=99) for candidate in unpaired]):
-        first, second = (candidate.estimate.adjusted_p for candidate in asked([*alone, *other]).candidates)
+        first, second = (cell.estimate.adjusted_p for cell in candidates(asked([*alone, *other])))
         assert (first, second) == (None, pytest.approx(2 * p_value))
 
 
@@ -124,12 +136,12 @@ def test_pairs_are_those_of_common_seeds_on_the_same_images() -> None:
     made = {(run.spec.experiment.name, run.spec.seed): run for run in records({BEST: 0.80, THIRD: 0.7999})}
     made[THIRD, 0] = made[THIRD, 0].model_copy(update={"provenance": planted.provenance(0, split_sha256="e" * 64)})
     del made[BEST, 4]
-    (candidate,) = asked(list(made.values())).candidates
+    (candidate,) = candidates(asked(list(made.values())))
     assert list(candidate.estimate.by_seed) == [1, 2, 3, 5, 6, 7, 8, 9]
     assert "1 pair(s) refused" in candidate.estimate.note
     advice = asked([run for (name, seed), run in made.items() if (name == BEST) == (seed < 5)])
-    (candidate,) = advice.candidates
-    assert (advice.outcome, candidate.estimate.by_seed, candidate.estimate.interval) == ("not decided", {}, None)
+    (candidate,) = candidates(advice)
+    assert (advice.chosen, candidate.estimate.by_seed, candidate.estimate.interval) == (None, {}, None)
     assert candidate.estimate.note == "no pair of runs with the same seed"
 
 
@@ -143,20 +155,15 @@ def test_failed_runs_and_experiments_of_two_configurations_are_left_out_by_name(
         asked([failed])
 
 
-def test_limits_leave_out_and_say_what_is_nearest() -> None:
+def test_what_is_beyond_a_limit_is_no_candidate() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75, "linear_probe": 0.7})
-    advice = asked(made, {"--max-bytes": 20e6})
-    assert [candidate.rated.name for candidate in advice.candidates] == [TINY]
-    assert advice.outcome == "not decided"
-    assert {rated.name for rated in advice.outside} == {BEST, THIRD, "linear_probe"}
-    nothing = asked(made, {"--max-bytes": 1e6, "--max-params": 100})
-    assert (nothing.outcome, nothing.chosen) == ("nothing within", None)
-    nearest = smallest_that_exists(nothing)
-    assert [(fault.option, rated.name) for fault, rated in nearest] == [
-        ("--max-bytes", TINY),
-        ("--max-params", "linear_probe"),
-    ]
-    assert nearest[1][0].value == 770
+    advice = asked(made, {"stored_bytes": 20e6})
+    assert (verdicts(advice), advice.chosen) == ([(TINY, "refuted")], None)
+    assert beyond(advice) == {name: ["stored_bytes"] for name in (THIRD, "linear_probe", BEST)}
+    nothing = asked(made, {"stored_bytes": 1e6, "parameters": 770})
+    assert (candidates(nothing), nothing.chosen) == ([], None)
+    assert beyond(nothing)["linear_probe"] == ["stored_bytes"]
+    assert beyond(nothing)[TINY] == ["stored_bytes", "parameters"]
 
 
 def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
@@ -165,46 +172,42 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     larger = sizes.model_copy(update={"adapter_file_bytes": sizes.adapter_file_bytes + 10**6})
     made[-1] = made[-1].model_copy(update={"bytes": larger})
     limit = float(sizes.frozen_bytes + sizes.adapter_file_bytes)
-    advice = asked(made, {"--max-bytes": limit})
-    assert advice.outcome == "nothing within"
-    (third,) = [rated for rated in advice.outside if rated.name == THIRD]
-    assert third.stored_bytes == limit + 1e5
-    assert asked(made, {"--max-bytes": limit + 10**6}).outcome == "smaller"
+    advice = asked(made, {"stored_bytes": limit})
+    assert beyond(advice).keys() == {BEST, THIRD}
+    assert advice.cells[0].mean("stored_bytes") == limit + 1e5
+    assert asked(made, {"stored_bytes": limit + 10**6}).chosen.name == THIRD
 
 
 def test_smallest_by_parameters() -> None:
     made = records({BEST: 0.80, "lora_r4": 0.7999, THIRD: 0.7999})
-    assert [asked(made, measure=measure).chosen.name for measure in ("bytes", "params")] == [THIRD, "lora_r4"]
+    assert [asked(made, measure=MEASURES[size]).chosen.name for size in ("bytes", "params")] == [THIRD, "lora_r4"]
 
 
 def test_times_are_compared_on_one_machine_only() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
-    assert asked(made, {"--max-step-time": 0.75}).outcome == "smaller"
-    assert asked(made, {"--max-step-time": 0.65}).outcome == "nothing within"
+    assert asked(made, {"seconds_per_step": 0.75}).chosen.name == THIRD
+    assert asked(made, {"seconds_per_step": 0.65}).chosen is None
     unknown = made[0].model_copy(update={"seconds_per_step": 0.0})
-    advice = asked([unknown, *made[1:]], {"--max-step-time": 0.75})
-    assert [(rated.name, rated.violations[0].value) for rated in advice.outside] == [(BEST, None)], (
-        "what is not known is no pass"
-    )
+    advice = asked([unknown, *made[1:]], {"seconds_per_step": 0.75})
+    assert beyond(advice) == {BEST: ["seconds_per_step"]}, "what is not known is no pass"
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
-    with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-step-time"):
-        asked(made, {"--max-step-time": 0.75})
-    assert asked(made, {"--max-bytes": 30e6}).outcome == "smaller"
+    with pytest.raises(UserError, match="timed on several machines"):
+        asked(made, {"seconds_per_step": 0.75})
+    assert asked(made, {"stored_bytes": 30e6}).chosen.name == THIRD
 
 
 def test_latency_where_it_was_measured() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
-    with pytest.raises(UserError, match="hold no latency; ask without --max-latency"):
-        asked(made, {"--max-latency": 0.02})
-    with pytest.raises(UserError, match="hold no latency; ask without --smallest latency"):
-        asked(made, measure="latency")
+    for options in ({"limits": {"latency_s": 0.02}}, {"measure": "latency_s"}):
+        with pytest.raises(UserError, match="hold no latency"):
+            asked(made, **options)
     slow = {BEST: {1: 0.01, 8: 0.03}, THIRD: {1: 0.02, 4: 0.03, 8: 0.05}}
     timed = [run.model_copy(update={"latency_s": slow[run.spec.experiment.name]}) for run in made]
-    advice = asked(timed, {"--max-latency": 0.015})
-    assert (advice.outcome, [run.name for run in advice.outside]) == ("best", [THIRD])
+    advice = asked(timed, {"latency_s": 0.015})
+    assert (advice.chosen.name, beyond(advice)) == (BEST, {THIRD: ["latency_s"]})
     half = [run.model_copy(update={"latency_s": {}}) if run.spec.experiment.name == THIRD else run for run in timed]
-    assert asked(half, measure="latency").left_out == {THIRD: "has runs without a recorded latency"}
+    assert asked(half, measure="latency_s").left_out == {THIRD: "has a run without latency"}
 
 
 def test_one_study_is_chosen_by_name_or_label() -> None:

@@ -306,17 +306,13 @@ backbone: {model: test_vit, weights: random}
 """
 DATA = "data: {dataset: digits, image_size: 32, train_images: 64, validation_images: 32}\n"
 LORA = "{name: one, method: lora, lora: {rank: 2}}"
-PROBES = "{name: probe_8, method: linear, training: {batch_size: 8}}, {name: probe_16, method: linear}"
 
 
-def study_with(
-    tmp_path: Path, training: str = "", *, experiments: str = LORA, data: str = DATA, stopping: str = ""
-) -> StudyConfig:
+def study_with(tmp_path: Path, training: str = "", *, experiments: str = LORA, data: str = DATA) -> StudyConfig:
     file = tmp_path / "study.yaml"
-    if "learning_rate" not in training and experiments != PROBES:
+    if "learning_rate" not in training:
         training = f"steps: 9, learning_rate: 1e-3, {training}"
-    shared = f"training: {{{training}}}\n" + (f"stopping: {{{stopping}}}\n" if stopping else "")
-    file.write_text(f"{HEAD}{data}{shared}experiments: [{experiments}]\n")
+    file.write_text(f"{HEAD}{data}training: {{{training}}}\nexperiments: [{experiments}]\n")
     return load_study(file)
 
 
@@ -391,31 +387,6 @@ def test_a_list_of_learning_rates_is_an_experiment_a_rate_in_the_order_of_the_fi
     assert list(rates.values()) == [3e-4, 1e-3, 2.5e-2, 1.0, 10.0, 3e-3]
     alone = "{name: full_lr_2_5e-2, method: full, training: {learning_rate: 0.025}}"
     assert study_with(tmp_path, experiments=alone).experiments == study.experiments[2:3]
-
-
-@pytest.mark.parametrize(
-    ("said", "looks"),
-    [
-        ("control: one, margin: 1, looks: [5, 10]", (5, 10)),
-        ("control: two, margin: 0.5, every: 4, spending: pocock", (4, 8, 10)),
-        ("control: one, asked: superiority, every: 10", (10,)),
-    ],
-)
-def test_looks_end_at_the_number_of_seeds(tmp_path: Path, said: str, looks: tuple[int, ...]) -> None:
-    stopping = study_with(tmp_path, experiments=f"{LORA}, {LORA.replace('one', 'two')}", stopping=said).stopping
-    assert stopping is not None
-    assert stopping.looks_at(10) == looks
-
-
-def test_probes_are_compared_where_they_see_other_images_with_each_seed(tmp_path: Path) -> None:
-    said = "control: probe_8, asked: superiority, every: 5"
-    for by_seed in ("test_images: 32, test_split: per_seed", "folds: 5"):
-        assert study_with(
-            tmp_path, experiments=PROBES, data=DATA.replace("}", f", {by_seed}}}"), stopping=said
-        ).stopping
-    with pytest.raises(UserError, match="the same with every seed") as caught:
-        study_with(tmp_path, experiments=PROBES, stopping=said)
-    assert caught.value.field == "stopping"
 
 
 @pytest.mark.parametrize(

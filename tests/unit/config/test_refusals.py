@@ -152,27 +152,6 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("[flip, flip]", "", "twice"),
         ("[mixup, flip]", "", "put it last"),
     ],
-    "stopping": [
-        ("{control: lora, margin: 1, every: 2}", "", "'lora' is not one of the study's experiments"),
-        ("{control: one, asked: superiority, every: 5}", "", "every: 5 is more than the study's 2 seeds"),
-        ("{control: one, margin: 1, looks: [3, 5]}", "", "looks end at 5, and the study has 2 seeds"),
-        ("{control: one, margin: 1, looks: [8, 5, 10]}", "", "looks have to rise"),
-        ("{control: one, margin: 1, looks: [1, 2]}", ".looks[0]", "greater than or equal to 2"),
-        ("{control: one, margin: 1, looks: []}", ".looks", "at least 1 item"),
-        ("{control: one, margin: 1}", "", "exactly one of looks, every; got none"),
-        ("{control: one, margin: 1, looks: [2], every: 2}", "", "got looks and every"),
-        ("{control: one, every: 2}", "", "asked: both needs the field 'margin'"),
-        ("{control: one, asked: superiority, every: 2, margin: 1}", ".margin", "asked: superiority"),
-        ("{control: one, asked: superiority, every: 2, images: 400}", ".images", "non-inferiority"),
-        ("{control: one, asked: non-inferiority, margin: 1, every: 2, images: 400}", "", "with data.folds alone"),
-        (
-            "{control: one, asked: non-inferiority, margin: 1, every: 2, images: 400, metric: balanced_accuracy}",
-            ".images",
-            "metric: balanced_accuracy",
-        ),
-        ("{control: one, margin: 0, every: 2}", ".margin", "greater than 0"),
-        ("{control: one, asked: superiority, every: 2, metric: loss}", ".metric", "'balanced_accuracy'"),
-    ],
 }
 # By method and section: settings that are changed, the field below the experiment, and such a word.
 OF_METHODS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
@@ -318,11 +297,6 @@ def test_what_an_experiment_says_wrongly(experiment: str, field: str, word: str,
             {"data": UNVALIDATED},
             "method: full, training: {validate_every: 2}",
             "training.validate_every of 'one' counts validations",
-        ),
-        (
-            {"stopping": "{control: one, asked: superiority, every: 2}", "seeds": "[0]"},
-            "method: full",
-            "at least 2 seeds",
         ),
     ],
 )

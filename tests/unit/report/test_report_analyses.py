@@ -8,18 +8,14 @@ import planted
 import pytest
 from golden import check_golden
 
-from peft_vit.base.statistics.sequential import follow
-from peft_vit.core.config import StoppingConfig
 from peft_vit.core.records import Predictions, RankEntry, RunRecord
-from peft_vit.core.tasks import Scores
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, Table
 from peft_vit.lab.analysis import Analysis, analyze
 from peft_vit.lab.analysis.comparison import all_pairs
-from peft_vit.lab.analysis.stopping import stopping_rule
 from peft_vit.lab.report import summary
 from peft_vit.lab.report.accuracy_figures import accuracy_by_method
 from peft_vit.lab.report.build import study_documents
-from peft_vit.lab.report.method_tables import calibration_blocks, front_blocks, pair_blocks, stopping_table
+from peft_vit.lab.report.method_tables import calibration_blocks, front_blocks, pair_blocks
 from peft_vit.lab.report.quantization_tables import quantization_tables
 
 EXPERIMENTS = planted.experiments()
@@ -138,21 +134,6 @@ def test_claimed_and_measured_sizes_stand_side_by_side_and_older_records_say_wha
     assert [row["bits_per_weight"] for row in layers] == [5.0] * 48
     errors = [row["relative_error"] for row in layers]
     assert errors == sorted(errors)
-
-
-@pytest.mark.parametrize(
-    ("asked", "questions"),
-    [("superiority", ["better?"]), ("non-inferiority", ["not worse by 1?"]), ("both", ["not worse by 1?", "better?"])],
-)
-def test_comparisons_that_stop_stand_with_what_was_asked_of_them(asked: str, questions: list[str]) -> None:
-    margin = {} if asked == "superiority" else {"margin": 1.0}
-    stopping = StoppingConfig.model_validate({"control": "base", "asked": asked, "looks": (2, 4), **margin})
-    rule = stopping_rule(stopping, 4)
-    made = stopping_table(follow({"ahead": [0.05, 0.06, 0.05, 0.06], "open": []}, rule), stopping, Scores())
-    assert made.columns == ("experiment", "pairs", "difference (points)", *questions, "state")
-    assert [(row[1], row[-1]) for row in made.rows] == [("4", "decided"), ("0", "open")]
-    assert set(made.rows[1][3:-1]) == {"not decided"}
-    assert made.data[0]["control"] == "base"
 
 
 MAJORITY = {0: 0.685, 1: 0.682, 2: 0.69}  # a mean of 0.6857

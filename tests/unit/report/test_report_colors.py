@@ -51,7 +51,7 @@ def contrast(first: str, other: str) -> float:
 
 def test_texts_of_figures_can_be_read_in_light_and_dark() -> None:
     """What axe can't see: they are drawn on a figure's paper."""
-    style = files("peft_vit.lab.report").joinpath("templates", "colors.css").read_text(encoding="utf-8")
+    style = files("peft_vit.deploy.page").joinpath("templates", "colors.css").read_text(encoding="utf-8")
     themes = [dict(re.findall(r"--(\w+): (#\w{6});", part)) for part in style.split(":root {")[1:3]]
     assert [theme["paper"] for theme in themes] == [PAPER, "#171b20"]
     assert (themes[0]["ink"], themes[0]["muted"]) == (INK, MUTED)

@@ -305,7 +305,7 @@ def test_a_report_needs_neither_torch_nor_anything_of_posix(linear_only: Path, t
 BUILD = """
 import sys
 from pathlib import Path
-from peft_vit.report import build_report
+from peft_vit.lab.report import build_report
 build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
 """
 

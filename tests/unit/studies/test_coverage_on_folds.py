@@ -8,7 +8,7 @@ import pytest
 from peft_vit.base.statistics import conformal_quantile, error_scale
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, OF_FOLDS, REGRESSION
-from peft_vit.fit.within_time import Outcome, covered_on_folds
+from peft_vit.fit.outcomes import Outcome, covered_on_folds
 
 pytestmark = pytest.mark.part("runner")
 RNG = np.random.default_rng(5)

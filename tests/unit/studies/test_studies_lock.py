@@ -20,7 +20,7 @@ pytestmark = pytest.mark.part("runner")
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
-from peft_vit.records.progress import study_lock
+from peft_vit.runs.records.progress import study_lock
 with study_lock(Path(sys.argv[1])):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print(child.pid, flush=True)

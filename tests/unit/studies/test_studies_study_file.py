@@ -162,10 +162,6 @@ OTHER_LEVEL = {"stopping": {**LOOKS["stopping"], "level": 0.1}}
         (("ab", (0, 1), {}), ("ab", (0, 1), LOOKS)),
         (("ab", (0, 1), LOOKS), ("ab", (0, 1), {})),
         (("ab", (0, 1), LOOKS), ("ab", (0, 1), OTHER_LEVEL)),
-        (("ab", (0, 1), LOOKS), ("ab", (1, 0), LOOKS)),
-        (("ab", (0, 1), LOOKS), ("abc", (0, 1), LOOKS)),
-        (("abc", (0, 1), LOOKS), ("ab", (0, 1), LOOKS)),
-        (("ab", (0, 1), LOOKS), ("ab", (0, 1, 2, 3), LOOKS)),
     ],
 )
 def test_what_was_declared_of_looks_stays(tmp_path, before, now) -> None:

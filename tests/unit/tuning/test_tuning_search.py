@@ -8,19 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import simulated_tunings
-from simulated_tunings import MODEL, StandIns
+from simulated_tunings import MODEL, StandIns, images_of
 
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import named_backbone
 from peft_vit.core.tasks import CLASSIFICATION, Scores
-from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.fit.costs import Costs
-from peft_vit.fit.folds import Folds
-from peft_vit.fit.image_sizes import on_new_images
+from peft_vit.core.tasks.classification import BALANCED_ACCURACY
+from peft_vit.fit.costs import FitCosts
+from peft_vit.fit.decide import best_of, clearly_better, gains_by_steps, posterior_by_size
+from peft_vit.fit.fit import Decisions
+from peft_vit.fit.outcomes import Frame, Outcome
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.search import RATES, best_of, wished
-from peft_vit.fit.sizes import SizeResult, try_sizes
-from peft_vit.fit.within_time import Outcome
+from peft_vit.fit.stages import RATES, SizeResult, try_all_sizes, wished
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import Limit
 
@@ -57,23 +56,20 @@ def test_one_of_many_has_to_be_better_by_more_than_the_luckiest(contenders: int,
         return Outcome(np.arange(400), np.zeros(400, int), np.eye(2)[1 - right.astype(int)], 1.0, Path())
 
     usual, lucky = np.arange(400) < 300, (np.arange(400) >= 20) & (np.arange(400) < 332)  # 3 points, 1.7 errors
-    context = SimpleNamespace(metric=ACCURACY, scores=Scores())
     default, best, *others = [lora(MODEL, 32, 24 + steps) for steps in range(1 + contenders)]
     outcomes = {recipe: {0: outcome(usual)} for recipe in (default, *others)} | {best: {0: outcome(lucky)}}
-    folds = Folds(SimpleNamespace(context=context), lambda *_: {}, outcomes)
-    assert best_of(folds, [default, best, *others]) == (best if displaced else default)
+    assert best_of(Frame(Scores(), outcomes), [default, best, *others]) == (best if displaced else default)
 
 
-def compared(labels: Any, *right: Any, seeds: int = 1) -> Folds:
+def compared(labels: Any, *right: Any, seeds: int = 1) -> Frame:
     """Return folds of recipes that have some images right, in so many repetitions alike; logits are of two classes."""
     scores = Scores(CLASSIFICATION, BALANCED_ACCURACY)
-    context = SimpleNamespace(metric=BALANCED_ACCURACY, scores=scores)
     made = {}
     for steps, own in zip((48, 24), right, strict=True):
         logits = np.eye(2)[np.where(own, labels, 1 - labels)]
         outcome = Outcome(np.arange(len(labels)), labels, logits, 1.0, Path())
         made[lora(MODEL, 32, steps)] = dict.fromkeys(range(0, 5 * seeds, 5), outcome)
-    return Folds(SimpleNamespace(context=context), lambda *_: {}, made)
+    return Frame(scores, made)
 
 
 def test_the_error_of_a_difference_counts_classes_alike() -> None:
@@ -82,7 +78,7 @@ def test_the_error_of_a_difference_counts_classes_alike() -> None:
         np.random.default_rng(0),
         (lora(MODEL, 32, 48), lora(MODEL, 32, 24)),
     )
-    found = np.array([compared(labels, *(rng.random((2, 220)) < 0.8)).difference(*own) for _ in range(300)])
+    found = np.array([compared(labels, *(rng.random((2, 220)) < 0.8)).paired(*own) for _ in range(300)])
     assert found[:, 0].std() / found[:, 1].mean() == pytest.approx(1, abs=0.12)
     assert np.mean(found[:, 0] > 1.645 * found[:, 1]) < 0.09
 
@@ -95,17 +91,16 @@ def test_one_rare_image_does_not_outweigh_what_steps_usually_gain() -> None:
     labels, whole = np.repeat([0, 1], [200, 20]), np.ones(220, bool)
     fewer = np.arange(220) != 200  # of all of the steps one rare image is wrong
     folds, recipe = compared(labels, fewer, whole), lora(MODEL, 32, 48)
-    difference, error = folds.difference(recipe, recipe.half)
+    difference, error = folds.paired(recipe, recipe.half)
     assert difference == pytest.approx(-1 / 40, abs=2e-4)
     of_metric = (0.975**2 + 19 * 0.025**2 + 2 * 0.025**2) ** 0.5 / 40
     assert error == pytest.approx(of_metric + 0.02 / 220, rel=2e-4)  # its NLL is 1 nat higher, of 220 images
-    assert folds.gains_by_steps(recipe)
+    assert gains_by_steps(folds, recipe)
 
 
 def test_recipes_that_have_the_same_images_right_differ_by_as_much_as_their_nll_tells() -> None:
     """Of 300 pairs that are equally sure on average, one in six lies above an error by chance."""
     rng, labels = np.random.default_rng(0), np.zeros(100, int)
-    context = SimpleNamespace(metric=ACCURACY, scores=Scores())
     own, other = lora(MODEL, 32, 48), lora(MODEL, 32, 24)
     found = []
     for _ in range(300):
@@ -114,12 +109,12 @@ def test_recipes_that_have_the_same_images_right_differ_by_as_much_as_their_nll_
             recipe: {0: Outcome(np.arange(100), labels, z, 1.0, Path())}
             for recipe, z in zip((own, other), logits, strict=True)
         }
-        folds = Folds(SimpleNamespace(context=context), lambda *_: {}, outcomes)
-        difference, error = folds.difference(own, other)
+        folds = Frame(Scores(), outcomes)
+        difference, error = folds.paired(own, other)
         nats = np.subtract(*(np.log1p(np.exp(-z[:, 0])) for z in logits))
         assert difference == pytest.approx(-0.02 * nats.mean())
         assert error == pytest.approx(0.02 * nats.std() / 10)
-        found.append(folds.clearly_better(own, other))
+        found.append(clearly_better(folds, own, other))
     assert np.mean(found) == pytest.approx(0.16, abs=0.06)
 
 
@@ -128,25 +123,25 @@ def test_an_image_of_two_repetitions_says_no_more_than_once() -> None:
     right = rng.random((2, 90)) < 0.7
     once, twice = (compared(labels, *right, seeds=seeds) for seeds in (1, 2))
     pair = lora(MODEL, 32, 48), lora(MODEL, 32, 24)
-    assert twice.difference(*pair) == pytest.approx(once.difference(*pair))
+    assert twice.paired(*pair) == pytest.approx(once.paired(*pair))
 
 
 def test_sizes_are_believed_as_far_as_the_images_that_compared_them_tell() -> None:
     """Of 10,000 images 300 compared them, whose classes tell as much as 108 alike would."""
     values = {32: 0.80, 48: 0.78, 64: 0.81}
-    decided = {f"size {Recipe(MODEL, size).place}": value for size, value in values.items()}
-    state = SimpleNamespace(file=SimpleNamespace(decided=decided), clock=lambda: 0.0, tell=lambda _: None)
-    seen = SimpleNamespace(shorter_side=300.0)
-    context = SimpleNamespace(state=state, seen=seen, scores=Scores(), images=10_000, alike=0.36)
+    sizes = {Recipe(MODEL, size).place: value for size, value in values.items()}
     costs = SimpleNamespace(
-        context=context,
         image_s=lambda probe: probe.image_size,
         regression_s=lambda _: 0.0,
         compared_images=lambda _: 300,
         most_steps=lambda *_: (0, 1.0),
     )
-    found = try_sizes(costs, {MODEL: list(values)}, lambda *_: None, Limit(1.0, 0.0, lambda: 0.0))
-    told = on_new_images(values, 108, 300.0)
+    limit = Limit(1.0, 0.0, lambda: 0.0)
+    fit = SimpleNamespace(
+        decisions=Decisions(sizes=sizes), costs=costs, images=images_of(10_000, alike=0.36), limit=limit, tell=print
+    )
+    found = try_all_sizes(fit, {MODEL: list(values)}, limit)
+    told = posterior_by_size(values, 108, 300.0)
     assert {own.image_size: own.expected for own in found} == pytest.approx(told)
 
 
@@ -167,15 +162,12 @@ def test_what_is_chosen_does_not_know_how_many_images_test() -> None:
     shape = describe(named_backbone("test_vit", "random"), 64)
     costs = {}
     for sealed in (10, 10**6):
-        request, state = (
-            SimpleNamespace(minutes=6.0, max_bytes=None, max_latency=None),
-            SimpleNamespace(training_s=300.0),
-        )
-        context = SimpleNamespace(
-            request=request, state=state, sealed_images=sealed, images=100, train_images=80, test_images=20,
-            shape=lambda *_: shape, flips="none", outputs=2, batch_size=32,
+        request = SimpleNamespace(minutes=6.0, max_bytes=None, max_latency=None)
+        fit = SimpleNamespace(
+            request=request, training_s=300.0, images=images_of(100, num_test=sealed), train_images=80, test_images=20,
+            shape=lambda *_: shape, flips="none", batch_size=32,
         )  # fmt: skip
-        costs[sealed] = Costs(context, Throughput.estimated(1e8))
+        costs[sealed] = FitCosts(fit, Throughput.estimated(1e8))
     recipe = lora("test_vit", 64, 48)
     for own in (recipe, recipe.rounded("nf4")):
         assert costs[10].ending_s(own) == costs[10**6].ending_s(own)

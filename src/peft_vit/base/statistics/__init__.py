@@ -33,7 +33,6 @@ from peft_vit.base.statistics.intervals import (
     unseen_share,
 )
 from peft_vit.base.statistics.neighbours import Neighbours
-from peft_vit.base.statistics.sequential import Look, SequentialResult, SequentialTest, Stopped, StoppingRule, follow
 from peft_vit.base.statistics.significance import (
     Significance,
     Verdict,

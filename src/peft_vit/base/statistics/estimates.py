@@ -32,8 +32,6 @@ from peft_vit.base.statistics import (
 
 ALPHA = 0.05
 
-BY_LOOKS = "group-sequential paired t"  # what decides where the study declared looks
-
 DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
 
 Kind = Literal["superiority", "noninferiority", "equivalence", "counted", "described"]
@@ -173,8 +171,7 @@ def outcome(estimate: Estimate) -> str:
         return "not tested" if estimate.by_seed else "no pairs"
     if not significance.decidable or estimate.adjusted_p is None:
         return significance.sentence()
-    looks = "over looks, " if significance.test == BY_LOOKS else ""
-    return f"p = {estimate.adjusted_p:.3g} ({looks}Holm)"
+    return f"p = {estimate.adjusted_p:.3g} (Holm)"
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:

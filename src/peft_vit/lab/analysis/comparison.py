@@ -7,7 +7,7 @@ decide. "Not decided" means that these runs can't tell, never that there is no d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from statistics import fmean
@@ -79,15 +79,30 @@ def same_source(run: Run) -> tuple[object, ...]:
 def references(study: Study) -> tuple[str, ...]:
     """Return the experiments to compare with: the linear probe, and the LoRA of largest rank up to 8.
 
-    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none. Where comparisons
-    stop it is their control alone.
+    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none.
     """
-    if study.stopping is not None:
-        return (study.stopping.control,) if study.of(study.stopping.control) else ()
     linear = [e.name for e in study.with_method("linear")]
     loras = study.fixed_rank_loras()
     up_to_8 = [e for e in loras if (e.need(LoraConfig).rank or 0) <= 8]
     return (*linear[:1], *(e.name for e in (up_to_8[-1:] or loras[:1])))
+
+
+def compare_all(study: Study, reference: str, names: Collection[str] | None = None) -> tuple[Estimate, ...]:
+    """Compare every other experiment, or those of some names, with a reference, as one family of tests.
+
+    Args:
+        study: with finished runs of the reference.
+        reference: what others are compared with.
+        names: which of them; None: all.
+    """
+    others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
+    others = [name for name in others if names is None or name in names]
+    return decide([compare(study.of(name), study.of(reference), name, reference) for name in others], study.untested)
+
+
+def compare_with_references(study: Study) -> tuple[Estimate, ...]:
+    """Compare every experiment with each of the study's references: a family for each of them."""
+    return tuple(estimate for reference in references(study) for estimate in compare_all(study, reference))
 
 
 # --- every experiment by itself, and with every other -----------------------------------------------------------------

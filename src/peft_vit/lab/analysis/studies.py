@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peft_vit.base.errors import DataWarning, UserError
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.core.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig, StudyConfig
+from peft_vit.core.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StudyConfig
 from peft_vit.core.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
 from peft_vit.core.tasks import Scores, scores_of
 from peft_vit.runs.records.progress import STATES_TO_COME, STATES_WITHOUT_RECORD, RunStatus, StudyStatus, run_of
@@ -96,13 +96,6 @@ class Plan:
     def configurations(self) -> tuple[StudyConfig, ...]:
         """Return what was planned; empty if no study.json says it."""
         return tuple(folder.file.configuration for folder in self.folders if folder.file is not None)
-
-    @property
-    def declared(self) -> StudyConfig | None:
-        """Return the configuration whose `stopping` says when comparisons stop; None without one."""
-        return next(
-            (configuration for configuration in self.configurations if configuration.stopping is not None), None
-        )
 
     @property
     def seeds_added(self) -> tuple[int, ...]:
@@ -220,16 +213,12 @@ class Study:
         return any(run.record.spec.data.tests_by_seed for run in self.runs)
 
     @property
-    def stopping(self) -> StoppingConfig | None:
-        """Return when its comparisons stop; None: the number of seeds did not depend on results."""
-        return None if self.plan.declared is None else self.plan.declared.stopping
-
-    @property
     def untested(self) -> str:
         """Return why tests that take the number of seeds as given decide nothing here; empty if they do."""
         if self.plan.seeds_added:
             return f"no verdict: {seeds_in_words(self.plan.seeds_added)} of {self.name} were added after results"
-        return "" if self.stopping is None else "no verdict: looks at results decided how many seeds ran"
+        stops = any(configuration.stopping is not None for configuration in self.plan.configurations)
+        return "no verdict: looks at results decided how many seeds ran" if stops else ""
 
     def of(self, experiment: str) -> tuple[Run, ...]:
         """Return the finished runs of one experiment, by seed."""
@@ -322,12 +311,6 @@ def _notices(study: Study) -> Iterator[str]:
             "there. Tests assume a fixed number of seeds, so nothing here gets a verdict, only estimates and "
             "intervals."
         )
-    if study.stopping is not None:
-        yield (
-            f"Comparisons with {study.stopping.control} stop when they are decided (`stopping`). Their "
-            "intervals and p-values account for the looks. All other intervals are as if the number of seeds had been "
-            "fixed, and nothing else gets a verdict."
-        )
     yield from (f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None)
     yield from _of_unfinished(study)
     records = sorted((*(run.record for run in study.runs), *study.failed), key=_run_of)
@@ -344,9 +327,7 @@ def _notices(study: Study) -> Iterator[str]:
 def _of_unfinished(study: Study) -> Iterator[str]:
     """Say which planned runs there is nothing of."""
     runs_in = grouped((run.state, run.key) for run in study.unfinished)
-    # Where comparisons stop, what is skipped is left to the looks.
-    to_come = [state for state in STATES_TO_COME if state != "skipped" or study.plan.declared is None]
-    named = [state for state in to_come if state in runs_in]
+    named = [state for state in STATES_TO_COME if state in runs_in]
     if named:
         which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs_in[state])}" for state in named)
         planned = len(study.runs) + len(study.failed) + len(study.unfinished)

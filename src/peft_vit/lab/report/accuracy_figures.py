@@ -211,14 +211,15 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
 
 
 def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawing]:
-    """Return one figure for each reference that something could be paired with; none where comparisons stop.
+    """Return one figure for each reference that something could be paired with.
 
     Args:
         analysis: of the study.
         margin: a difference, as a share, below which one does not matter; drawn as a band around 0.
     """
-    comparisons = analysis.comparisons if analysis.study.stopping is None else ()
-    paired = grouped((estimate.reference, estimate) for estimate in comparisons if estimate.interval is not None)
+    paired = grouped(
+        (estimate.reference, estimate) for estimate in analysis.comparisons if estimate.interval is not None
+    )
     return {reference: _forest(analysis, reference, estimates, margin) for reference, estimates in paired.items()}
 
 

@@ -26,7 +26,7 @@ from peft_vit.lab.report import findings_tables, layer_tables, method_tables, qu
 from peft_vit.lab.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
 from peft_vit.lab.report.example_images import Thumbnails, example_blocks
 from peft_vit.lab.report.heatmaps import importance_maps, rank_maps
-from peft_vit.lab.report.lines import loss_curves, reliability_diagram, stopping_blocks
+from peft_vit.lab.report.lines import loss_curves, reliability_diagram
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
 MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
@@ -83,7 +83,6 @@ def _sections(
         return dict.fromkeys(SECTION_TITLES, ()) | {SECTION_TITLES[0]: tuple(_of_scores(analysis))}
     forest = forests(analysis)
     compared: list[Block] = [accuracy_by_method(study, methods), method_tables.accuracy_table(methods)]
-    compared += stopping_blocks(study, analysis.sequential, means)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         compared += [forest[reference]] if reference in forest else []
         compared.append(method_tables.comparison_table(analysis.comparisons, reference))
@@ -130,7 +129,6 @@ def _of_scores(analysis: Analysis) -> Iterator[Block]:
     means = validation_means(methods)
     yield accuracy_by_method(study, methods)
     yield method_tables.accuracy_table(methods)
-    yield from stopping_blocks(study, analysis.sequential, means)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         if reference in forest:
             yield forest[reference]

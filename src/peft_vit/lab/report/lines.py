@@ -1,26 +1,20 @@
-"""Diagrams of lines: loss over training, how often a model is right when sure, and comparisons from look to look."""
+"""Diagrams of lines: loss over training, and how often a model is right when sure."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from peft_vit.base.statistics.sequential import SequentialResult
-from peft_vit.core.config import METHOD_KINDS, StoppingConfig
+from peft_vit.core.config import METHOD_KINDS
 from peft_vit.deploy.page.document import Block, Drawing, Paragraph, Raw
-from peft_vit.deploy.page.figure import DASHED, INK, METHOD_COLORS, MUTED, Canvas, draw, leading, line_style, quiet_grid
-from peft_vit.deploy.page.formatting import counted, fixed, points_interval
+from peft_vit.deploy.page.figure import Canvas, draw, leading, line_style, quiet_grid
+from peft_vit.deploy.page.formatting import counted, fixed
 from peft_vit.deploy.page.lines import STEPS, Line, _losses, _window, draw_reliability
-from peft_vit.deploy.page.tables import interval_columns
 from peft_vit.lab.analysis import Calibration, Study
-from peft_vit.lab.analysis.stopping import ENDS, repeated_interval
-from peft_vit.lab.report.method_tables import QUESTIONS, stopping_table
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.17  # of a legend
@@ -132,114 +126,3 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
         "accuracy agree; below it a model is too sure of itself."
     )
     return (draw_reliability(lines, caption, "experiment", validation),)
-
-
-PANELS = 12
-_COLUMNS, _PANEL_IN = 3, 1.75
-_DASHES = {"noninferiority": DASHED, "superiority": "-"}
-_SIDES = ("upper_bound", "lower_bound")
-
-
-def stopping_blocks(
-    study: Study, results: Sequence[SequentialResult], validation: Mapping[str, float]
-) -> Iterator[Block]:
-    """Yield figure and table of the comparisons that stop; nothing of a study that declared none.
-
-    Args:
-        study: the study.
-        results: of its comparisons.
-        validation: experiment -> mean validation accuracy, by which panels are chosen if there are too many.
-    """
-    if study.stopping is None:
-        return
-    if looked := [result for result in results if result.looks]:
-        yield _stopping_figure(study, looked, study.stopping, validation)
-    yield stopping_table(results, study.stopping, study.scores)
-
-
-def _stopping_figure(
-    study: Study, results: Sequence[SequentialResult], stopping: StoppingConfig, validation: Mapping[str, float]
-) -> Drawing:
-    """Draw a panel a comparison: its mean difference from look to look, between the bounds that decide it."""
-    drawn, note = leading(results, validation, PANELS, lambda result: result.name)
-    colors, scores = {e.name: METHOD_COLORS[e.method] for e in study.experiments}, study.scores
-    questions = {field: words for field, words in QUESTIONS.items() if getattr(drawn[0], field) is not None}
-    legend = [
-        Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.2, label="difference, with its repeated interval"),
-        *(
-            Line2D([], [], color=INK, lw=1, ls=_DASHES[field], label=f"bounds of “{words}”")
-            for field, words in questions.items()
-        ),
-    ]
-
-    def paint(canvas: Canvas) -> None:
-        columns = 1 if canvas.narrow else min(_COLUMNS, len(drawn))
-        panels = canvas.figure.subplots(math.ceil(len(drawn) / columns), columns, squeeze=False)
-        for axes, result in zip(panels.flat, drawn, strict=False):
-            _stopping_panel(axes, canvas, result, stopping, colors[result.name], list(questions), scores.unit)
-            axes.set_xlim(0, 1.05 * max(look.pairs for other in drawn for look in other.looks))
-        for axes in panels.flat[len(drawn) :]:
-            axes.set_axis_off()
-        for axes in panels.flat[max(0, len(drawn) - columns) : len(drawn)]:
-            axes.set_xlabel("pairs")
-        canvas.figure.supylabel(f"minus {stopping.control} ({scores.unit})", fontsize="medium")
-        canvas.legend(legend, (1, len(legend)))
-
-    margin = "" if stopping.margin is None else f" Not worse is meant by {scores.hundredths(stopping.margin / 100)}."
-    caption = (
-        f"Mean difference to {stopping.control} at each look, over the pairs that there were. Above the upper of "
-        "two bounds of a question its answer is yes, below the lower one the opposite is shown. Bounds outside "
-        "the picture could hardly be reached at that look; all come closer when other comparisons are "
-        f"decided.{margin} The table has the verdicts.{note}"
-    )
-    title = f"How the comparisons went with {stopping.control}"
-    height, narrow = 0.9 + _PANEL_IN * math.ceil(len(drawn) / _COLUMNS), 1.2 + _PANEL_IN * len(drawn)
-    data: list[dict[str, Raw]] = []
-    for result in results:
-        for look in result.looks:
-            row: dict[str, Raw] = {"experiment": result.name, "control": stopping.control, "pairs": look.pairs}
-            row |= interval_columns("difference", repeated_interval(look, stopping))
-            del row["n"]
-            for field in QUESTIONS:
-                if (test := getattr(look, field)) is not None:
-                    row |= {f"{field}_{side}": _finite(getattr(test, side)) for side in _SIDES}
-                    row[field] = getattr(result, field)
-            data.append(row | {"stopped": result.stopped})
-    return draw("courses", title, caption, height, paint, data, narrow)
-
-
-def _stopping_panel(
-    axes: Axes,
-    canvas: Canvas,
-    result: SequentialResult,
-    stopping: StoppingConfig,
-    color: str,
-    fields: Sequence[str],
-    unit: str,
-) -> None:
-    name, pairs = result.name, [look.pairs for look in result.looks]
-    differences = [100 * look.difference for look in result.looks]
-    axes.axhline(0, color=MUTED, lw=0.8, zorder=1)
-    heights = [0.5, *map(abs, differences)]
-    for field in fields:
-        for side in _SIDES:
-            bounds = [_finite(getattr(getattr(look, field), side)) for look in result.looks]
-            points = [math.nan if bound is None else 100 * bound for bound in bounds]
-            axes.plot(pairs, points, color=INK, lw=1, ls=_DASHES[field], marker="_", ms=7, zorder=2)
-            heights += [abs(point) for point in points[-1:] if not math.isnan(point)]
-    canvas.series(name, color, "o")
-    texts = [
-        f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} {unit}" for look in result.looks
-    ]
-    for look in result.looks:
-        if math.isfinite(look.high - look.low):
-            ends_of = [100 * look.low, 100 * look.high]
-            canvas.plot(name, axes, [look.pairs] * 2, ends_of, color=color, lw=2.2, alpha=0.35, zorder=3)
-    canvas.plot(name, axes, pairs, differences, texts, color=color, marker="o", ms=4, lw=1.2, zorder=4)
-    axes.set_ylim(-1.4 * max(heights), 1.4 * max(heights))
-    axes.set_title(f"{name}: {ENDS[result.stopped]}", fontsize="small")
-    quiet_grid(axes, "y")
-
-
-def _finite(bound: float) -> float | None:
-    return bound if math.isfinite(bound) else None

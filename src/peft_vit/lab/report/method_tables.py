@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from peft_vit.base.statistics.estimates import BY_LOOKS
 from peft_vit.base.statistics.reliability import BINS
-from peft_vit.base.statistics.sequential import SequentialResult
-from peft_vit.core.config import StoppingConfig
 from peft_vit.core.tasks import Scores
 from peft_vit.deploy.page.document import Block, Paragraph, Raw, Table
 from peft_vit.deploy.page.formatting import (
@@ -34,7 +31,6 @@ from peft_vit.lab.analysis import AllPairs, Calibration, Estimate, Front, Method
 from peft_vit.lab.analysis.comparison import CostName
 from peft_vit.lab.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
 from peft_vit.lab.analysis.reliability import MEASURES, OVERCONFIDENCE, Measure
-from peft_vit.lab.analysis.stopping import ENDS, p_value_of, repeated_interval
 from peft_vit.lab.report.columns import (
     EXPERIMENT,
     FAMILY_NOTE,
@@ -47,10 +43,6 @@ from peft_vit.lab.report.columns import (
 )
 
 DECIDED_UP_TO = 40  # rows; the CSV file has every pair
-QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a sequential result and of its looks
-_LOOKS_NOTE = (
-    "Looks at declared numbers of seeds decide; intervals and p-values account for them, and for all comparisons."
-)
 _RUNS = Column("n", lambda m: len(m.runs))
 
 
@@ -197,12 +189,10 @@ def comparison_table(comparisons: Sequence[Estimate], reference: str, scores: Sc
     """Return paired differences against one reference, in the unit of scores; None: of accuracy."""
     scores = scores or Scores()
     against = [c for c in comparisons if c.reference == reference]
-    looks = any(c.significance is not None and c.significance.test == BY_LOOKS for c in against)
     note = (
         f"Differences in test {scores.metric.words} between runs that share seed, weights and images; n counts pairs. "
     )
-    note += better_above(scores)
-    note += _LOOKS_NOTE if looks else FAMILY_NOTE
+    note += better_above(scores) + FAMILY_NOTE
     return differences_table(
         f"against_{reference}", f"Differences to {reference}, paired by seed", against, note, scores
     )
@@ -363,51 +353,6 @@ def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
             yield Paragraph(f"No Pareto front of {words}: {front.refused}.")
         elif front.left_out:
             yield Paragraph(f"Not on the Pareto front of {words}, as it was not recorded: {joined(front.left_out)}.")
-
-
-def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig, scores: Scores) -> Table:
-    """Return where each comparison stands: repeated interval, what became of each question, and why it stopped."""
-    words = stopping.metric.replace("_", " ") if scores.metric.counts_images else scores.metric.words
-
-    def question(field: str, words: str) -> Column:
-        def answer(result: SequentialResult) -> tuple[str, float | None]:
-            verdict = getattr(result, field)
-            return verdict, p_value_of(getattr(result.looks[-1], field), verdict) if result.looks else None
-
-        return Column(
-            f"{words} by {stopping.margin:g}?" if field == "noninferiority" else f"{words}?",
-            answer,
-            lambda of: of[0] if of[1] is None else f"{of[0]} (p = {of[1]:.3g})",
-            lambda of: {field: of[0], f"{field}_p": of[1]},
-        )
-
-    return table(
-        "stopping",
-        f"Comparisons with {stopping.control} that stop",
-        results,
-        [
-            Column("experiment", "name", data="experiment"),
-            *only_in_file(control=lambda _: stopping.control),
-            Column("pairs", lambda result: result.looks[-1].pairs if result.looks else 0, data="pairs"),
-            Column(
-                f"difference ({scores.unit})",
-                lambda result: repeated_interval(result.looks[-1], stopping) if result.looks else None,
-                points_interval,
-                partial(interval_columns, "difference"),
-                none=points_interval(None),
-            ),
-            *(
-                question(field, words)
-                for field, words in QUESTIONS.items()
-                if stopping.asked.replace("-", "") in (field, "both")
-            ),
-            Column("state", "stopped", lambda why: ENDS[why], none=ENDS[None]),
-        ],
-        f"Differences in test {words} between runs that share seed, weights and images, after the declared looks. "
-        f"{better_above(scores)}p-values hold over all looks and comparisons ({stopping.spending}), at "
-        f"{100 * stopping.level:g} % one-sided; intervals are repeated ones of {100 - 200 * stopping.level:g} %: those "
-        "of all looks of a comparison hold together.",
-    )
 
 
 class CostWords(NamedTuple):

@@ -134,13 +134,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     study = analysis.study
     if not study.runs:
         return ("No run has finished, so nothing can be computed.",)
-    if study.stopping is not None:
-        ended = sum(result.stopped is not None for result in analysis.sequential)
-        decided = (
-            f"{ended} of {len(analysis.sequential)} comparisons with {study.stopping.control} have stopped, by looks "
-            "at declared numbers of seeds; nothing else is tested."
-        )
-    elif study.untested:
+    if study.untested:
         decided = f"Nothing is decided: {study.untested}."
     else:
         tested = [c for c in analysis.findings if c.test != "none"]
@@ -201,20 +195,15 @@ def not_shown(study: Study) -> tuple[str, ...]:
 def progress(study: Study) -> tuple[Block, ...]:
     """Return what was planned and is not done: which runs, why, and how to continue; nothing if all are."""
     place = {experiment.name: index for index, experiment in enumerate(study.experiments)}
-    runs = [
-        *(RunStatus(r.spec.name, "failed", note=why_unfinished(r)) for r in study.failed),
-        # Where comparisons stop, what is skipped is not needed, or not yet.
-        *(run for run in study.unfinished if run.state != "skipped" or study.stopping is None),
-    ]
+    runs = [*(RunStatus(r.spec.name, "failed", note=why_unfinished(r)) for r in study.failed), *study.unfinished]
     if not runs:
         return ()
     runs.sort(key=lambda run: (place.get(run.experiment, len(place)), run.experiment, run.seed))
     states = {run.state for run in runs}
-    looks = "" if study.stopping is None else " --until-decided"
     sentences = []
     if states & {"failed", "pending", "skipped", "missing"}:
         sentences.append(
-            f"To continue: peft-vit run CONFIG --output DIR{looks}, with this study's configuration file and the "
+            "To continue: peft-vit run CONFIG --output DIR, with this study's configuration file and the "
             "directory that holds its folder. It does what is not done, and tries again what has failed."
         )
     if "left out" in states:

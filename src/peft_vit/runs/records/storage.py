@@ -22,6 +22,7 @@ FEATURES_FILE = "features.safetensors"
 HTML_FILE = "report.html"
 DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
 FOLDS_STUDY = "folds"  # there too: trainings like its run without a fold of the images each
+MODEL_FOLDER, STUDIES_FOLDER = "model", "studies"  # in the output of `peft-vit tune`
 LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
 
 
@@ -65,6 +66,12 @@ def single_run(path: Path) -> Path:
         return delivered
     study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
     return path if study is None or len(study.runs) != 1 else folder_below(path, study.runs[0])
+
+
+def tuned_model(output: Path) -> Path | None:
+    """Return the file of the model that `peft-vit tune` has left in its output; None: there is none."""
+    files = (output / MODEL_FOLDER / f"model{ending}" for ending in (".onnx", ".xml"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def delivered_run(call: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a person sees of a study: its plan, its runs while they continue, where comparisons stand."""
+"""What a person sees of a study: its plan, and its runs while they continue."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from rich.text import Text
 
 from peft_vit.base.console import ProgressDisplay, bar, duration, open_console, print_lines
 from peft_vit.base.errors import printable
-from peft_vit.base.statistics.sequential import SequentialResult
 from peft_vit.core.adapters.footprint import available_memory_bytes
-from peft_vit.core.config import StudyConfig
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import metric_of
 from peft_vit.core.training import Progress
@@ -27,7 +25,6 @@ from peft_vit.runs.scheduling.plan import Plan, PlannedRun
 
 _UNKNOWN = "–"
 _WARNING = "bold yellow"
-_ENDS = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
 
 
 def counted(number: int, what: str) -> str:
@@ -250,31 +247,3 @@ def _cells(progress: Progress, run: PlannedRun) -> list[str]:
         _UNKNOWN if progress.mean_rank is None else f"{progress.mean_rank:.1f}",
         _UNKNOWN if progress.mean_bits is None else f"{progress.mean_bits:.1f}",
     ]
-
-
-# --- afterwards -------------------------------------------------------------------------------------------------------
-
-
-def course_line(course: SequentialResult, study: StudyConfig, unit: str) -> str:
-    """Return how a comparison with the control stands after its last look, and what follows."""
-    stopping, look = study.stopping, course.looks[-1]
-    assert stopping is not None
-    questions = (
-        (f"not worse by {stopping.margin or 0:g}", look.noninferiority, course.noninferiority),
-        ("better", look.superiority, course.superiority),
-    )
-    answers = [
-        f"{what}? {verdict} (takes {_points(test.upper_bound)}; the opposite {_points(test.lower_bound)})"
-        for what, test, verdict in questions
-        if test is not None
-    ]
-    interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
-    return (
-        f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
-        f"{_points(look.difference)} {unit} {interval}. {'. '.join(answers)}. "
-        f"{f'Continues to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
-    )
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.2f}" if math.isfinite(share) else "more pairs"

@@ -304,10 +304,6 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
 def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
     """Refuse what is there for one class an image alone."""
     alone = f"is there for one class an image, and these have {task.name} labels"
-    if study.stopping is not None and study.stopping.metric != "accuracy":
-        raise UserError(f"{alone}; leave it out", field="stopping.metric")
-    if study.stopping is not None and study.stopping.images is not None:  # of which a share is right or wrong
-        raise UserError(f"{alone}; leave it out", field="stopping.images")
     if study.measures.removal_images is not None:
         raise UserError(f"{alone}; leave it out", field="measures.removal_images")
     for place, own in enumerate(study.experiments):

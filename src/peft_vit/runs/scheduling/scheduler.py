@@ -393,18 +393,14 @@ def _comparable(before: StudyConfig, requested: StudyConfig, part: bool) -> tupl
     old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, requested))
     names = [{experiment.name for experiment in study.experiments} for study in (before, requested)]
     both = names[0] & names[1]
-    looked = (
-        requested.stopping
-    )  # of what was declared: experiments share its level, looks are in the order of the seeds
-    for study, compared in ((old, both if part else names[0]), (new, both if looked is None else names[1])):
+    for study, compared in ((old, both if part else names[0]), (new, both)):
         study["experiments"] = {
             section["name"]: section for section in study["experiments"] if section["name"] in compared
         }
         if not study["experiments"]:
             del study["experiments"]
-    if looked is None:
-        new["seeds"] = sorted({*new["seeds"]} & {*old["seeds"]})
-        old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
+    new["seeds"] = sorted({*new["seeds"]} & {*old["seeds"]})
+    old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
     return old, new
 
 

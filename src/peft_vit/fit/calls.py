@@ -1,0 +1,280 @@
+"""Calls of `peft-vit train`: each is a study of one run in a numbered folder, and a file says what was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peft_vit.base.errors import os_fault
+from peft_vit.base.files import checkpoint_folders, make_folder, read_bytes, write_whole
+from peft_vit.core.records import RunRecord
+from peft_vit.fit.request import TrainRequest
+from peft_vit.runs.records.progress import (
+    End,
+    RunStatus,
+    StudyLock,
+    look_at,
+    owner_of,
+    remove_empty,
+    run_status,
+    study_lock,
+)
+from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, delivered_run, read_record, single_run
+
+if TYPE_CHECKING:
+    from peft_vit.data import ImageIndex
+
+REQUEST_FILE, SIZES_FILE = "request.json", "sizes.json"
+_NUMBERED = re.compile(r"([0-9]{4,8})-[a-z0-9-]+")
+
+
+class RequestFile(BaseModel):
+    """Content of request.json.
+
+    Attributes:
+        request: as it was given.
+        data_sha256: of the images.
+        images: by name, the beginning of a digest of the file's class and content.
+        files: SHA-256 of weights and of an adapter that were named by a path, by how they were.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may say more
+
+    request: TrainRequest
+    data_sha256: str
+    images: dict[str, str]
+    files: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, request: TrainRequest, index: ImageIndex, files: dict[str, str]) -> Self:
+        """Return what a call's file says of the images that are used, and of files that were named."""
+        images = {
+            name: hashlib.sha256(f"{index.label(i)}\0{digest}".encode()).hexdigest()[:16]
+            for i, (name, digest) in enumerate(zip(index.names or (), index.digests or (), strict=True))
+        }
+        place = Path(os.path.abspath(request.images.expanduser()))  # also of a call from another directory
+        request = request.model_copy(update={"images": place})
+        return cls(request=request, data_sha256=index.sha256, images=images, files=files)
+
+    def asks_for_the_same(self, other: RequestFile) -> bool:
+        """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
+        ours, theirs = (
+            (
+                file.request.model_dump(exclude={"images", "output", "strict"}),
+                os.path.realpath(file.request.images.expanduser()),
+            )
+            for file in (self, other)
+        )
+        return ours == theirs
+
+    def changes_since(self, before: RequestFile) -> str:
+        """Return what is not as in an earlier call that asked for the same; empty: nothing."""
+        changed = [typed for typed, digest in self.files.items() if before.files.get(typed) != digest]
+        if self.data_sha256 == before.data_sha256:
+            return ", ".join(changed)
+        counts = {
+            "added": len(self.images.keys() - before.images.keys()),
+            "removed": len(before.images.keys() - self.images.keys()),
+            "changed": sum(before.images.get(name, mark) != mark for name, mark in self.images.items()),
+        }
+        how = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return ", ".join([f"the images ({how or 'their order or layout'})", *changed])
+
+
+class SizesFile(BaseModel):
+    """Content of sizes.json.
+
+    Attributes:
+        values: of each image size what a regression on frozen features has, as a share, see `SizeTrial`.
+        signed: likewise, in the metric that decides; larger is better.
+        l2: likewise, strength of its penalty.
+        seconds: that they took.
+        images: that the values are from, see `DecidingMetric.images_alike`; None: a call of an older version.
+        trained: what the trained model has in that metric, by folds; None: it is not known, or validation images tell.
+        upper: the end of the 95 % interval of that.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    values: dict[int, float]
+    signed: dict[int, float] = {}
+    l2: dict[int, float] = {}
+    seconds: float = 0.0
+    images: float | None = None
+    trained: float | None = None
+    upper: float | None = None
+
+    def better_than(self, image_size: int) -> int | None:
+        """Return the best size, if its regression may be better than what was trained; of equal ones the smallest.
+
+        Without folds that is one with a better regression than at the size of the training. By folds it has to
+        lie above the trained model's interval: images are few, the best size is so in part by luck, and training rarely
+        loses.
+        """
+        if not self.signed:
+            return None
+        best = max(sorted(self.signed), key=self.signed.__getitem__)
+        than = self.signed.get(image_size, math.inf) if self.upper is None else self.upper
+        return best if self.signed[best] > than else None
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A call of `train`, and where its run lies."""
+
+    folder: Path
+    asked: RequestFile
+
+    @property
+    def run(self) -> str:
+        """Return the run's name in the folder."""
+        return f"{self.asked.request.experiment}/seed_{self.asked.request.seed}"
+
+    @property
+    def step(self) -> int:
+        """Return the step from which it continues."""
+        return max(checkpoint_folders(self.folder / self.run), default=0)
+
+    def status(self) -> RunStatus:
+        """Return what has become of it."""
+        return run_status(self.folder, self.run, owner_of(self.folder), skipped=False)
+
+    def status_text(self) -> str:
+        """Return what has become of it in words: done, interrupted at step 40 of 100, failed: why."""
+        status = self.status()
+        if status.state == "failed":
+            return f"failed: {status.note}"
+        if status.state != "pending":
+            return status.state
+        attempt = look_at(self.folder, self.run).attempt
+        total = "" if attempt is None or attempt.total_steps is None else f" of {attempt.total_steps}"
+        return f"interrupted at step {self.step}{total}" if self.step else "interrupted before the first checkpoint"
+
+    def record(self) -> RunRecord | None:
+        """Return what happened to what it delivers; None before its end."""
+        file = single_run(self.folder) / RECORD_FILE
+        return read_record(file) if file.exists() else None
+
+    def sizes(self) -> SizesFile | None:
+        """Return what regressions have at several image sizes; None if training continues an adapter."""
+        file = self.folder / SIZES_FILE
+        with suppress(ValidationError):
+            return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None
+        return None
+
+    def seconds(self) -> float:
+        """Return what all that it has done took: regressions at several sizes, its run, a regression beside that."""
+        sizes = self.sizes()
+        taken = 0.0 if sizes is None else sizes.seconds
+        for file in self.folder.rglob(RECORD_FILE):
+            with suppress(ValidationError):
+                taken += End.model_validate_json(read_bytes(file)).seconds
+        return taken
+
+    def size_left(self) -> int | None:
+        """Return the image size of a regression that may be better than what was trained, and is not made yet."""
+        sizes, record = self.sizes(), self.record()
+        if sizes is None or record is None or record.status != "done" or delivered_run(self.folder) is not None:
+            return None
+        if record.spec.experiment.is_probe:  # its size was chosen as the best
+            return None
+        return sizes.better_than(record.spec.data.image_size)
+
+    def folds_left(self) -> bool:
+        """Return whether its run is done, no image validated, and folds have not shown yet how good it is."""
+        record, sizes = self.record(), self.sizes()
+        if record is None or record.status != "done" or record.spec.smoke or record.validation is not None:
+            return False
+        return delivered_run(self.folder) is None and (sizes is None or sizes.trained is None)
+
+    def deliver(self, run_folder: Path) -> None:
+        """Say that its model is that of a run."""
+        write_whole(self.folder / DELIVERED_FILE, f"{run_folder.relative_to(self.folder).as_posix()}\n".encode())
+
+
+def train_runs(output: Path) -> list[TrainRun]:
+    """Return the calls whose folders lie in a directory, in their order; what is none of them is passed over."""
+    runs = {}
+    for folder in output.iterdir():
+        if (match := _NUMBERED.fullmatch(folder.name)) is not None and not folder.is_symlink():
+            with suppress(OSError, ValidationError):
+                asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE))
+                runs[int(match[1]), folder.name] = TrainRun(folder, asked)
+    return [runs[key] for key in sorted(runs)]
+
+
+def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
+    """Return the latest call that asked for the same with the same content, to be continued.
+
+    Returns:
+        The call, or None: this is another one; and then, where only images, weights or the adapter differ from an
+        earlier call's, a line that says how.
+    """
+    output = asked.request.output
+    alike = [run for run in train_runs(output) if run.asked.asks_for_the_same(asked)] if output.is_dir() else []
+    for run in reversed(alike):
+        if not asked.changes_since(run.asked):
+            return run, ""
+    if not alike:
+        return None, ""
+    changes = asked.changes_since(alike[-1].asked)
+    return None, f"Changed since {alike[-1].folder}: {changes}. So this is a new run."
+
+
+@contextmanager
+def call_folder(output: Path, label: str, folder: Path | None) -> Iterator[StudyLock]:
+    """Hold the lock of a call's folder, made if it is a new one; if nothing is in it at the end, it goes away again.
+
+    Raises:
+        UserError: if it can't be made, or another process works in it.
+    """
+    missing = [place for place in (output, *output.parents) if not place.exists()]
+    try:
+        if folder is None:
+            with os_fault("can't be written to", output, remedy="make it writable or choose another --output"):
+                make_folder(output)
+                folder = _claimed(output, label)
+        with study_lock(folder) as lock:
+            yield lock
+    finally:
+        remove_empty([*([] if folder is None else [folder]), *missing])
+
+
+def _claimed(output: Path, label: str) -> Path:
+    """Make the folder of the next number, which no other call takes: each first makes a hidden folder of that name."""
+
+    def numbers() -> set[int]:
+        return {int(match[1]) for place in output.iterdir() if (match := _NUMBERED.fullmatch(place.name))}
+
+    number = max(numbers(), default=0) + 1
+    while True:
+        claim = output / f".{number:04d}"
+        with suppress(FileExistsError):
+            claim.mkdir()
+            try:
+                if number not in numbers():
+                    folder = output / f"{number:04d}-{label}"
+                    folder.mkdir()
+                    return folder
+            finally:
+                claim.rmdir()
+        number += 1
+
+
+def write_request(folder: Path, asked: RequestFile) -> None:
+    """Write what was asked for; raises UserError if there is no room for it."""
+    write_whole(folder / REQUEST_FILE, (asked.model_dump_json(indent=1) + "\n").encode())
+
+
+def write_sizes(folder: Path, sizes: SizesFile) -> None:
+    """Write what regressions have at several image sizes; raises UserError if there is no room for it."""
+    write_whole(folder / SIZES_FILE, (sizes.model_dump_json(indent=1) + "\n").encode())

@@ -1,0 +1,204 @@
+"""What is better: sizes, steps, recipes and models, each by what images say and what is known beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics.more_labels import gain_of_twice
+from peft_vit.base.statistics.odds import Odds, choose_model
+from peft_vit.core.tasks import expected_gain
+from peft_vit.fit.outcomes import Frame
+from peft_vit.fit.recipe import Recipe
+from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
+
+if TYPE_CHECKING:
+    from peft_vit.fit.fit import Fit
+
+_RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `posterior_by_size`
+_UPSCALED = 4  # times its own side, up to where a larger image helps
+_USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
+LEAST_FOLDS = 2  # that decide of a training if time is short
+NO_MODEL = "ended before a single model; give more, and the same command continues"
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def posterior_by_size(observed: Mapping[int, float], images: float, side: float) -> dict[int, float]:
+    """Return what regressions may have on other images: their values on few, with what is known of sizes beforehand.
+
+    With x = 2 log2(size), steps of the square root of 2, the values v of the sizes are a Gaussian process with the
+    mean a x up to four times the images' own side and flat from there, about mean(v); the covariance
+    s^2 exp(-(x - x')^2 / 2 c^2); and the noise v (1 - v) / 2 n of each: sizes share their images, so about half of a
+    share's variance is in their differences. a = 0.75 points, s = 1.5 points, c = 1 step fit what regressions of ELPV,
+    digits, Fashion-MNIST and two sets of drawings had on 400 and more test images at 12 to 50 labels a class. The size
+    that is best here has 0.9 points more there on average than the size of the best value. Twice or half of a, s and
+    c do as well within 0.5. Of errors in standard deviations, which are values below 0, the variance is v^2 / 2 n
+    instead: about that of a mean absolute error v of normal ones, 0.57 v^2 / n, or of a root of their mean square.
+
+    Args:
+        observed: by image size, as shares or minus errors, S of them.
+        images: n, that they are from, see `DecidingMetric.images_alike`.
+        side: the shorter one of the images themselves, in pixels.
+    """
+    sizes, values = np.array(list(observed)), np.array(list(observed.values()))  # (S,) each
+    steps, rising = 2 * np.log2(sizes), 2 * np.log2(np.minimum(sizes, _UPSCALED * side))
+    prior = values.mean() + _RISE * (rising - rising.mean())
+    covariance = _SPREAD**2 * np.exp(-((steps[:, None] - steps) ** 2) / (2 * _SMOOTH**2))  # (S, S)
+    best = float(values.max())
+    share = min(max(best, 0.5 / images), 1 - 0.5 / images)
+    variance = best**2 / 2 if best < 0 else share * (1 - share)  # an error is negative
+    noise = variance / (2 * images) * np.eye(len(sizes))
+    posterior = prior + covariance @ np.linalg.solve(covariance + noise, values - prior)
+    return dict(zip(observed, posterior.tolist(), strict=True))
+
+
+def gain_over(observed: Mapping[int, float], other: int, own: int, steps: int, images: float, side: float) -> float:
+    """Return what training may have more than the regression of another size on other images, a share; at least 0.
+
+    Args:
+        observed: of regressions by image size, as shares; see `posterior_by_size`, also for `images` and `side`.
+        other: size of the regression.
+        own: size of the training.
+        steps: of the training.
+    """
+    posterior = posterior_by_size(observed, images, side)
+    ahead = posterior[other] - posterior[own] if {other, own} <= posterior.keys() else 0.0
+    return max(0.0, expected_gain(steps) - ahead)
+
+
+# --- recipes on folds -------------------------------------------------------------------------------------------------
+
+
+def clearly_better(frame: Frame, recipe: Recipe, other: Recipe, errors: float = 1.0) -> bool:
+    """Tell whether a recipe is better than another by more than so many standard errors, on the same folds."""
+    difference, error = frame.paired(recipe, other) or (0.0, 0.0)
+    return difference > errors * error
+
+
+def best_of(frame: Frame, recipes: Sequence[Recipe]) -> Recipe:
+    """Return the best of some recipes; the first one, unless another is better by more than luck would make it."""
+    default, *others = [recipe for recipe in recipes if frame.seeds(recipe)] or recipes
+    luckiest = math.sqrt(2 * math.log(max(2, len(others))))  # of so many standard normal variables, about
+    better = [recipe for recipe in others if clearly_better(frame, recipe, default, luckiest)]
+    return max(better, key=lambda recipe: standing(frame, recipe), default=default)
+
+
+def standing(frame: Frame, recipe: Recipe) -> float:
+    """Return how a recipe stands: by the most folds first, then by its value on them; below 0 without any."""
+    seeds = frame.seeds(recipe)
+    return len(seeds) + math.atan(frame.value(recipe, seeds) or 0.0) / math.pi + 0.5 if seeds else -1.0
+
+
+def gains_by_steps(frame: Frame, recipe: Recipe) -> bool:
+    """Tell whether more steps gain: as folds show with twice of them, else as half of them or none let expect."""
+    own = recipe.plain
+    twice, half = frame.paired(replace(own, steps=2 * own.steps), own), frame.paired(own, own.half)
+    if twice is not None:
+        return twice[0] > 0
+    if half is None:  # there was no time for it: few steps as a rule are too few
+        return 0 < own.steps < ENOUGH_STEPS
+    difference, error = half
+    usual = expected_gain(own.steps) - expected_gain(own.half.steps)
+    return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
+
+
+def gain_of_steps(frame: Frame, recipe: Recipe) -> Interval | None:
+    """Return what twice the steps would bring, a share; None: half of them were not tried on the same folds."""
+    trained = recipe.trained
+    seeds = [seed for seed in frame.seeds(trained.half) if seed in frame.rows[trained]]
+    if trained.is_probe or not seeds:
+        return None
+    labels = frame.pooled(trained, seeds)[1]
+    of_half, of_all = (frame.scores.best - frame.by_image(own, seeds) for own in (trained.half, trained))
+    return gain_of_twice(of_half, of_all, frame.scores.image_weights(labels), share=1.0)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was compared.
+
+    Attributes:
+        recipe: of it.
+        bytes: that its file is expected to have.
+        folds: that it has done.
+        odds: against the best float model; None: the search has dropped it.
+        why: it was not taken; empty: it was.
+    """
+
+    recipe: Recipe
+    bytes: int
+    folds: int
+    odds: Odds | None
+    why: str
+
+
+@dataclass(frozen=True)
+class ModelDecision:
+    """What is taken, and beside what: candidates, the smallest first, and the best float model found."""
+
+    candidates: tuple[Candidate, ...]
+    taken: Candidate
+    odds: Odds
+    reference: Recipe
+
+
+def decide_model(fit: Fit) -> ModelDecision:
+    """Return which model is taken, as `statistics.odds.choose_model` does, of all that have enough folds.
+
+    Raises:
+        UserError: if nothing has a fold.
+    """
+    frame, costs, request = fit.frame, fit.costs, fit.request
+    least = min(FEWEST_FOLDS, max(map(len, frame.rows.values()), default=0))
+    if not least:
+        raise UserError(NO_MODEL, field="--minutes")
+    most, margin, unit = request.max_bytes, request.margin_share, frame.scores.unit
+    # Where steps took longer than planned, no training may have more than two folds: no reason for a regression.
+    trained = min(least, max([LEAST_FOLDS, *(len(done) for own, done in frame.rows.items() if not own.is_probe)]))
+    enough = {recipe: least if recipe.is_probe else trained for recipe in frame.rows}
+    recipes = [recipe for recipe, done in frame.rows.items() if len(done) >= enough[recipe]]
+    sizes = [costs.bytes_of(recipe) for recipe in recipes]
+    within_bytes = [number for number, size in enumerate(sizes) if most is None or size <= most]
+    can_finish, can_finish_half = (
+        [n for n in within_bytes if fit.ends_in_time(recipes[n], longer)] for longer in (1.0, 0.5)
+    )
+    trains = any(not recipes[number].is_probe for number in can_finish)
+    fitting = can_finish if trains else can_finish_half or within_bytes
+    floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
+    choice = choose_model(frame.means(recipes), sizes, fitting or range(len(recipes)), floats, margin)
+    taken = choice.odds[choice.chosen]
+
+    def why(number: int) -> str:
+        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.odds[number].loss)
+        if number == choice.chosen:
+            return ""
+        if number not in fitting:
+            return "no time to finish it" if number in within_bytes else "larger than the limit"
+        if size < 0:
+            return f"expected to be {-gain:.1f} {unit} worse" if gain <= -0.05 else "smaller, but less sure"
+        larger = "larger" if size > 0 else "as large"
+        return f"{larger}, and {gain:.1f} {unit} better" if gain >= 0.05 else f"{larger}, and not better"
+
+    candidates = [
+        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.odds[number], why(number))
+        for number, recipe in enumerate(recipes)
+    ]
+    halves = {recipe.half for recipe in frame.rows}
+    for recipe, done in frame.rows.items():
+        if 0 < len(done) < enough[recipe]:
+            better = clearly_better(frame, recipe, recipes[choice.chosen].trained)
+            reason = "half of the steps, to see what they gain" if recipe in halves else "not clearly better"
+            dropped = f"{len(done)} of {FOLDS} folds: {'no time for more' if better else reason}"
+            candidates.append(Candidate(recipe, costs.bytes_of(recipe), len(done), None, dropped))
+    ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
+    return ModelDecision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])

@@ -1,0 +1,218 @@
+"""A person's labelled images come in: found, looked at once, some set aside for the test, and what decides."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_vit.base.errors import UserError
+from peft_vit.base.files import read_bytes, write_whole
+from peft_vit.core.adapters.peft_format import peft_sha256
+from peft_vit.core.backbones import architecture_of, check_weights
+from peft_vit.core.config import StudyConfig, named_backbone
+from peft_vit.core.tasks import DecidingMetric, Scores, Task
+from peft_vit.core.training import fewest_groups
+from peft_vit.data import (
+    ImageIndex,
+    ImagesFile,
+    Inspection,
+    PixelStore,
+    existing,
+    find_images,
+    images_file,
+    index_inspected,
+    inspect_images,
+    make_splits,
+    open_index,
+)
+from peft_vit.fit.request import FitRequest, TrainRequest
+
+IMAGES_FILE = "images.json"  # which images are used, which test, and which are copies
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A person's images after they were inspected.
+
+    Attributes:
+        inspection: what was found.
+        content: of the file that says which images are used and which are the test set.
+        file: where that is, as studies name it in `data.images_file`.
+        index: of the images that are used.
+        asked: the metric that was asked for; None: the images say which one decides.
+        store: holds what was decoded.
+    """
+
+    inspection: Inspection
+    content: ImagesFile
+    file: Path
+    index: ImageIndex
+    asked: DecidingMetric | None
+    store: PixelStore | None = None
+
+    @property
+    def task(self) -> Task:
+        """Return what is learned."""
+        return self.index.task
+
+    @property
+    def metric(self) -> DecidingMetric:
+        """Return what decides."""
+        return self.asked or self.inspection.metric
+
+    @property
+    def dev(self) -> np.ndarray:
+        """Return which images are not of the test set, (N,) bool."""
+        test = self.index.official_test
+        return np.ones(len(self.index.labels), dtype=bool) if test is None else ~test
+
+    @property
+    def num_dev(self) -> int:
+        """Return how many images are not of the test set."""
+        return int(self.dev.sum())
+
+    @property
+    def num_different(self) -> int:
+        """Return how many of these there are, copies counted once."""
+        return len(np.unique(self.index.groups[self.dev]))
+
+    @property
+    def num_test(self) -> int:
+        """Return how many images are of the test set."""
+        return len(self.index.labels) - self.num_dev
+
+    @property
+    def num_outputs(self) -> int:
+        """Return the width of the head."""
+        return self.task.head_width(self.index.class_names)
+
+    @property
+    def side(self) -> float:
+        """Return the median of the images' shorter sides, pixels."""
+        return self.inspection.shorter_side
+
+    @property
+    def scores(self) -> Scores:
+        """Return the metric as shares of which more is better, by which everything is compared."""
+        return Scores.on(self.task, self.metric, self.index.labels[self.dev])
+
+    @property
+    def rarest(self) -> float:
+        """Return how many different images the rarest class has outside of the test set."""
+        labels = self.index.labels[self.dev]
+        return fewest_groups(self.task.strata(labels), self.index.groups[self.dev])
+
+    @property
+    def alike(self) -> float:
+        """Return by what share of images the metric would be known as well if all counted the same."""
+        return self.metric.images_alike(self.index.labels[self.dev]) / self.num_dev
+
+    def data(self, image_size: int) -> dict[str, Any]:
+        """Return what a section `data` says of which images these are."""
+        images = self.inspection.images
+        place = {"path": str(images.path), "images_file": str(self.file.absolute())}
+        return {"dataset": images.dataset, **place, "image_size": image_size}
+
+    def write(self) -> None:
+        """Write the file that studies name as `data.images_file`."""
+        write_whole(self.file, self.content.model_dump_json(indent=1).encode())
+
+    def refuse_others(self) -> None:
+        """Refuse to continue with other images than those of the file.
+
+        Raises:
+            UserError: naming what changed.
+        """
+        try:
+            kept = json.loads(read_bytes(self.file))
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't be read ({error}); choose another --output", file=self.file) from None
+        now = self.content.model_dump(mode="json")
+        if changed := [name for name in now if name != "left_out" and kept.get(name) != now[name]]:
+            what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
+            place = self.file.parent
+            message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
+            raise UserError(f"{message} --output", file=self.inspection.path)
+
+    def keep_pixels(self, study: StudyConfig, *, test: bool = True) -> None:
+        """Put what was decoded where the study's runs find it; test images, if they are read."""
+        assert self.store is not None
+        index = open_index(study.data)
+        splits = make_splits(index, study.data, study.seeds[0])
+        self.store.hand_over(index, splits if test else replace(splits, test=splits.test[:0]))
+
+
+def take_in(
+    request: FitRequest,
+    file: Path,
+    *,
+    seed: int | None,
+    store: PixelStore | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    **limits: Any,
+) -> LabelledSet:
+    """Find a person's images, look at each once, and leave out what can't be used; nothing is written.
+
+    Args:
+        request: of the command, or in Python.
+        file: where it will be said which images are used.
+        seed: by which a fifth is set aside for the test, unless there is a test split; None: none is.
+        store: keeps what is decoded.
+        on_progress: gets how many images were read, and of how many.
+        limits: see `inspect_images`.
+
+    Raises:
+        UserError: see `find_images` and `inspect_images`.
+    """
+    images = find_images(existing(str(request.images)), request.task)
+    inspection = inspect_images(images, store=store, on_progress=on_progress, **limits)
+    content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed)))
+    index = index_inspected(images, content, request.images)
+    asked = None if request.metric == "auto" else index.task.metric(request.metric)
+    return LabelledSet(inspection, content, file, index, asked, store)
+
+
+def named_files(request: TrainRequest) -> dict[str, str]:
+    """Return the SHA-256 of the weights and of the adapter that a request names by a path, by how it does.
+
+    Raises:
+        UserError: if they can't be read.
+    """
+    files, backbone = {}, named_backbone(request.model, request.weights)
+    if backbone.weights == "file" and not request.smoke:
+        option = "model" if request.weights in (None, "file") else "weights"
+        with _typed(request.option(option).name):
+            hashes = check_weights(backbone), architecture_of(backbone).config_sha256
+        files[request.spelled(option, getattr(request, option))] = " ".join(filter(None, hashes))
+    if request.init_adapter is not None:
+        with _typed("--init-adapter"):
+            files[request.spelled("init_adapter", request.init_adapter)] = peft_sha256(request.init_adapter)
+    return files
+
+
+@contextmanager
+def _typed(option: str) -> Iterator[None]:
+    """Name the option that was typed in errors of a file that it names."""
+    try:
+        yield
+    except UserError as error:
+        raise error.about(option) from None
+
+
+def refuse_among_images(folder: Path, output: Path) -> None:
+    """Refuse an output in a folder of images.
+
+    Raises:
+        UserError: naming it.
+    """
+    place, images = (Path(os.path.realpath(os.path.expanduser(path))) for path in (output, folder))
+    if place == images or images in place.parents:
+        reason = f"lies in {folder}, among your images; choose a folder elsewhere"
+        raise UserError(reason, file=output, field="--output")

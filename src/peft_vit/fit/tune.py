@@ -1,0 +1,203 @@
+"""`peft-vit tune`: from images and limits to the smallest model that is shown to be good enough, see `stages`.
+
+What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
+rates, steps and candidates. Only the test images, the folds, flips and how products are computed stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from peft_vit.base.extras import require_extra
+from peft_vit.base.statistics import Interval
+from peft_vit.core.config import named_as_typed
+from peft_vit.core.records import Calibrated
+from peft_vit.core.records import Decision as Meaning
+from peft_vit.core.tasks import DecidingMetric, Scores
+from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
+from peft_vit.fit import stages
+from peft_vit.fit.decide import ModelDecision, gain_of_steps
+from peft_vit.fit.events import Emit, show
+from peft_vit.fit.fit import Environment, Fit
+from peft_vit.fit.intake import LabelledSet
+from peft_vit.fit.outcomes import Outcome, meaning_on
+from peft_vit.fit.recipe import Recipe
+from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.stages import NO_TIME, SizeResult
+from peft_vit.runs.records.progress import study_lock
+
+
+def tune(request: TuneRequest, emit: Emit = show, environment: Environment | None = None) -> Tuning:
+    """Find the best model in the given minutes, within limits, and how sure that is.
+
+    Raises:
+        UserError: for bad input, before anything is trained; see `stages`, `check_output` and `Fit.opened`. Also if
+            another command works on the same output.
+        KeyboardInterrupt: after Ctrl-C; the same request continues.
+    """
+    require_extra("tune", "tune")
+    from peft_vit.fit.output import check_output, write_output
+
+    check_output(request)
+    with named_as_typed(TuneRequest), study_lock(request.output):
+        fit = Fit.opened(request, emit, environment)
+        choice = _choose(fit)
+        for sentence in choice.more:
+            fit.tell(f"  {sentence}")
+        with fit.stage("output"):
+            (fit.environment.write_output or write_output)(choice, request.output, fit.tell)
+        return choice
+
+
+def _choose(fit: Fit) -> Tuning:
+    was_there = (fit.request.output / stages.IMAGES_FILE).exists()
+    with fit.stage("look"):
+        stages.look(fit)
+    try:
+        with fit.stage("machine"):
+            allowed = stages.look_at_machine(fit)
+            fit.begun = True
+            fit.save()
+            stages.tell_forecast(fit, allowed)
+    finally:
+        if not (fit.begun or was_there):  # refused: another limit can be asked for
+            fit.images.file.unlink(missing_ok=True)
+    fit.load_earlier()
+    decision, sizes, labels, untried = stages.find_model(fit, allowed)
+    recipe = decision.taken.recipe
+    longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
+    error = fit.frame.scores.best - decision.odds.score.estimate
+    with fit.stage("final"):
+        final, before_rounding = stages.train_finally(fit, recipe, longer)
+    return Tuning(
+        request=fit.request,
+        images=fit.images,
+        sizes=tuple(sizes),
+        decision=decision,
+        folds=tuple(outcome for _, outcome in sorted(fit.frame.rows[recipe].items())),
+        final=final,
+        before_rounding=before_rounding,
+        longer=longer,
+        more=what_more_buys(labels, error, steps, longer, sizes, untried, fit.request.minutes, fit.frame.scores.unit),
+        stages=tuple(fit.file.seconds.items()),
+    )
+
+
+_NAMED = 4  # recipes that are named in a sentence
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The chosen model and what it was chosen by."""
+
+    request: TuneRequest  # what was asked for
+    images: LabelledSet  # that it was fitted to
+    sizes: tuple[SizeResult, ...]  # every model and image size
+    decision: ModelDecision  # what was compared, what was taken, and the odds
+    folds: tuple[Outcome, ...]  # of the chosen recipe, in the form that was taken
+    final: Outcome  # of its last training, on the sealed images, in that form
+    before_rounding: Outcome  # the same run in float; where nothing was rounded after training, the same as `final`
+    longer: float  # times the steps that follow from the folds, of the last training
+    more: tuple[str, ...]  # what more labels and more minutes would buy, sentences
+    stages: tuple[tuple[str, float], ...]  # name and seconds of each stage, of all calls together
+
+    @property
+    def metric(self) -> DecidingMetric:
+        """Return what decides."""
+        return self.images.metric
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Return by what models were compared."""
+        return self.images.scores
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return what was taken."""
+        return self.decision.taken.recipe
+
+    @cached_property
+    def meaning(self) -> Calibrated | Meaning:
+        """Return what the model's outputs mean, from what its recipe's runs on folds said of their test images."""
+        return meaning_on(self.folds, self.final.learned)
+
+    @property
+    def score(self) -> Interval:
+        """Return what decides, on the test images."""
+        return self.metric.interval(self.final.labels, *self.final.predictions(self.meaning))
+
+    @property
+    def changed_by_rounding(self) -> Interval | None:
+        """Return what rounding changed of that; None: nothing was rounded after training."""
+        (before, least), (after, _) = (own.predictions(self.meaning) for own in (self.before_rounding, self.final))
+        rounded = self.before_rounding is not self.final
+        return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
+
+
+def answer(choice: Tuning, written: int | None = None) -> str:
+    """Return what was taken, what it has on the test images, and its odds: a line; `written` is the file's bytes."""
+    taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
+    right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
+    by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
+    head = f"{taken.recipe.title}, {megabytes(written or taken.bytes)}: {value} {right} on new images ({by})."
+    if taken.recipe == choice.decision.reference:
+        return f"{head} It is the best float model found."
+    scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
+    amount, better = fixed(100 * abs(odds.loss), 1), "better" if odds.loss > 0 else "worse"
+    gap = f"{amount} {scores.unit} {better}" if float(amount) else "as good"
+    than = f"The best float model found ({choice.decision.reference.title}) is expected to be {gap}"
+    chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
+    shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
+    return f"{head} {than}; the chance that it is more than {margin} better is {chance}.{shown}"
+
+
+def what_more_buys(
+    labels: Interval | None,
+    error: float,
+    steps: Interval | None,
+    longer: float,
+    sizes: Sequence[SizeResult],
+    untried: Sequence[Recipe],
+    minutes: float,
+    unit: str = "points",
+) -> tuple[str, ...]:
+    """Return what more labels and more minutes would bring, in sentences.
+
+    Args:
+        labels: by what share of its error twice as many lower the regression's; None: unknown.
+        error: that is expected of what was taken, a share.
+        steps: by how much twice as many lower that, a share; None: unknown.
+        longer: times as many steps the last training has had.
+        sizes, untried: sizes, and recipes that there was no time for.
+        minutes: of this call.
+        unit: of a hundredth of a share, see `Scores`.
+    """
+    sentences = []
+    if labels is None:
+        sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
+    else:
+        learns = "if errors fall as the regression's do with half and with all of them"
+        sentences.append(f"Twice as many labels: {_gain(scaled(labels, error), unit)}, {learns}.")
+    if steps is not None:
+        learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
+        had = f" The last training has had {longer:g} times the steps of the folds." if longer != 1 else ""
+        sentences.append(f"Twice the steps of the folds: {_gain(steps, unit)}, {learns}.{had}")
+    left = ["all steps of the last training"] if longer < 1 else []
+    left += [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
+    left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
+    if not left:
+        sentences.append("Nothing was left out for lack of time.")
+    else:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        sentences.append(
+            f"Not tried for lack of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
+            f"{2 * minutes:g} tries some of it, and keeps what was done."
+        )
+    return tuple(sentences)
+
+
+def _gain(expected: Interval, unit: str) -> str:
+    low, high = (points(end or 0.0) for end in (expected.low, expected.high))
+    return f"about {points(expected.estimate)} {unit} ({low} to {high})"

@@ -1,0 +1,142 @@
+"""Studies: read all files, take all locks, plan everything, then carry out study by study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_vit.base.console import progress
+from peft_vit.base.errors import UserError, named
+from peft_vit.base.files import folder_below
+from peft_vit.core.config import StudyConfig, load_study
+from peft_vit.lab.request import RunRequest
+from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.runs.executors import EXECUTORS
+from peft_vit.runs.records.progress import StudyLock, study_lock, study_status
+from peft_vit.runs.scheduling.carry_out import carry_out
+
+if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
+    from peft_vit.runs.scheduling.plan import Plan
+
+_log = partial(print, flush=True)
+
+
+@dataclass(frozen=True)
+class _Requested:
+    """A study of a command, and which of its runs are asked for."""
+
+    study: StudyConfig
+    file: Path
+    seeds: list[int]
+
+
+def plan_studies(request: RunRequest, *, profile: bool = False) -> None:
+    """Check every study and print its plan; nothing is written.
+
+    Args:
+        request: studies, and which of their runs.
+        profile: measure what runs cost of which nothing is known, instead of estimating it.
+
+    Raises:
+        UserError: for anything that would fail later.
+    """
+    _plan(request, _load(request), profile=profile)
+
+
+def run_studies(request: RunRequest) -> dict[str, str]:
+    """Print the plans, do every run that is asked for and not done, and return why runs have failed, by run id.
+
+    Raises:
+        UserError: before any run starts, for anything that would fail later or if another command works on one of
+            the studies; later if there is no room for a result.
+        NothingDoneError: if the time is over, and no run of the study is done.
+        KeyboardInterrupt: see `drive`.
+    """
+    limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
+    studies = _load(request)
+    for requested in studies if not request.smoke else ():
+        if requested.study.stopping is not None:  # here its comparisons would never stop
+            reason = "is read by scripts of experiments/ alone; delete it to run every seed"
+            raise UserError(reason, file=requested.file, field="stopping")
+    with _locked(request.results_dir, [requested.study.name for requested in studies]) as locks:
+        failed: dict[str, str] = {}
+        for plan, lock in zip(_plan(request, studies), locks, strict=True):
+            failed |= carry_out(
+                plan,
+                lock,
+                limit,
+                executor=request.executor,
+                ray_address=request.ray_address,
+                skip_failed=request.skip_failed,
+            )
+        if limit is not None:
+            states = [run.state for run in study_status(locks[0].folder).runs]
+            if left := states.count("pending") + states.count("running"):
+                more = f"the same command continues, for another {limit.minutes:g} minutes"
+                print(f"Left: {left} of the study's runs; {more}.")
+        return failed
+
+
+@contextmanager
+def _locked(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
+    """Hold all locks, from before planning on."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
+
+
+def _load(request: RunRequest) -> list[_Requested]:
+    """Return all studies, and refuse what can't be asked of one of them."""
+    studies: dict[str, _Requested] = {}
+    for file in request.configs:
+        study = load_study(file)
+        with named(file):
+            if study.name in studies:
+                raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
+            studies[study.name] = _requested(request, study, file)
+    return list(studies.values())
+
+
+def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requested:
+    there = {str(seed): seed for seed in study.seeds}
+    wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
+    if missing := wanted - there.keys():
+        raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
+    if request.method not in (None, *(experiment.method for experiment in study.experiments)):
+        raise UserError(f"no experiment is of method {request.method}", field="experiments")
+    workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
+    if workers is not None:
+        execution = study.execution.model_copy(update={"workers": workers})
+        study = study.model_copy(update={"execution": execution})
+    return _Requested(study, file, [seed for text, seed in there.items() if text in wanted])
+
+
+def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
+    """Plan all studies before the first plan is printed."""
+    plans = []
+    with progress("planning"):  # from before torch is loaded, which takes seconds
+        from peft_vit.runs.scheduling.display import print_plan
+        from peft_vit.runs.scheduling.plan import plan_study
+        from peft_vit.runs.scheduling.profiling import measure_costs, measure_step
+
+        for requested in studies:
+            study = requested.study
+            if request.smoke:  # which has one seed, the first asked for
+                study = study.model_copy(update={"seeds": tuple(requested.seeds)})
+            plan = plan_study(
+                study,
+                request.results_dir,
+                file=requested.file,
+                smoke=request.smoke,
+                measure=partial(measure_costs, log=_log) if profile else None,
+                measure_step=partial(measure_step, log=_log),
+            )
+            experiments = [own.name for own in plan.study.experiments if request.method in (None, own.method)]
+            plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
+    for plan in plans:
+        print_plan(plan)
+    return plans
