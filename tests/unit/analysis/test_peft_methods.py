@@ -14,9 +14,16 @@ from peft_vit.lab.analysis.studies import Study
 from peft_vit.lab.report.build import study_documents
 
 SITES = [  # fused, as PEFT sees them
-    SiteInfo(name=f"blocks.{block}.{matrix}", block=block, matrix=matrix, in_features=inward, out_features=outward)
+    SiteInfo(
+        name=f"blocks.{block}.{matrix}", block=block, matrix=matrix, role=role, in_features=inward, out_features=outward
+    )
     for block in range(planted.BLOCKS)
-    for matrix, inward, outward in (("qkv", 384, 1152), ("out", 384, 384), ("fc1", 384, 1536), ("fc2", 1536, 384))
+    for matrix, role, inward, outward in (
+        ("qkv", "attention", 384, 1152),
+        ("out", "attention", 384, 384),
+        ("fc1", "mlp", 384, 1536),
+        ("fc2", "mlp", 1536, 384),
+    )
 ]
 LOUD = 0.9  # so accurate that it would show wherever it was mixed in
 

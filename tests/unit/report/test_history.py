@@ -30,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_by_hand() -> None:
     sites = [
-        SiteInfo(name=f"blocks.2.mlp.{matrix}", block=2, matrix=matrix, in_features=8, out_features=16)
+        SiteInfo(name=f"blocks.2.mlp.{matrix}", block=2, matrix=matrix, role="mlp", in_features=8, out_features=16)
         for matrix in ("fc1", "fc2")
     ]
     ranks = [
