@@ -12,21 +12,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experiments.hypotheses.registry import (
-    Findings,
-    MarkedFinding,
-    all_findings,
-    load_registry,
-    mark_of,
-    unknown_registrations,
-)
+from experiments.hypotheses.conclusions import Conclusion, MarkedFinding, conclude, finding_rows, numbers, reasons
+from experiments.hypotheses.registry import Findings, all_findings, load_registry, mark_of, unknown_registrations
 from peft_vit import cli
 from peft_vit.deploy.page.document import Paragraph, Raw, Table
 from peft_vit.deploy.page.printed import check_rows_file, print_blocks, print_with_rows
 from peft_vit.deploy.page.tables import table
 from peft_vit.lab.analysis import read_results, sequential_results
-from peft_vit.lab.analysis.findings import Conclusion, conclude
-from peft_vit.lab.report.findings_tables import HOW, finding_rows, numbers, reasons
+from peft_vit.lab.report.findings_tables import HOW
 from peft_vit.lab.report.method_tables import stopping_table
 
 _MARKED = (

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft_vit.lab.analysis.evidence import Group, estimated
+from peft_vit.lab.analysis.sentences import Sentence
 
 from peft_vit.base.statistics import wilcoxon
 from peft_vit.base.statistics.estimates import Estimate
-from peft_vit.lab.analysis.evidence import Group, estimated
 from peft_vit.lab.analysis.findings import Finding, conclude, judge
-from peft_vit.lab.analysis.sentences import Sentence
 
 pytestmark = pytest.mark.part("analyzer")
 

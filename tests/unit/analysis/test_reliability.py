@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
+from peft_vit.lab.analysis.reliability import MEASURES, OVERCONFIDENCE, calibration
 from sklearn.metrics import brier_score_loss
 
 from peft_vit.base.statistics.reliability import Bin, calibration_error, equal_count_bins, equal_width_bins
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks.classification import expected_calibration_error
-from peft_vit.lab.analysis.reliability import MEASURES, OVERCONFIDENCE, calibration
 
 EXPERIMENTS = planted.experiments()
 

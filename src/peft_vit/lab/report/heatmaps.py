@@ -126,13 +126,12 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
         patterns: what to draw.
         note: a sentence for the caption, with a space before it.
     """
-    means = {p.experiment.name: np.mean(p.relative_final, axis=0) for p in patterns}  # (blocks, matrices) each
 
     def paint(canvas: Canvas) -> None:
         for part, name, pattern in _by_experiment(canvas, patterns, 1 if canvas.narrow else 2):
             axes = part.subplots()
-            norm = Normalize(0, float(np.nanmax(means[name])))
-            _heat(canvas, axes, name, pattern.grid, means[name], norm, "relative score", True)
+            norm = Normalize(0, float(np.nanmax(pattern.relative_final)))
+            _heat(canvas, axes, name, pattern.grid, pattern.relative_final, norm, "relative score", True)
             _color_bar(part, norm, axes, "")
 
     caption = (
@@ -143,7 +142,7 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
     data: list[dict[str, Raw]] = [
         {"experiment": p.experiment.name, **cell, "seeds": len(p.seeds)}
         for p in patterns
-        for cell in _grid_rows(p.grid, {"relative_score": means[p.experiment.name], "score": p.raw_final})
+        for cell in _grid_rows(p.grid, {"relative_score": p.relative_final, "score": p.raw_final})
     ]
     height, narrow = _PANEL_IN * -(-len(patterns) // 2), _PANEL_IN * len(patterns)
     return draw("importance_by_layer", "Importance by layer", caption, height, paint, data, narrow)
