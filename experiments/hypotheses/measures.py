@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.base.statistics import gini, normalized_entropy, spearman
+from experiments.scripts.concentration import gini, normalized_entropy
+from peft_vit.base.statistics import spearman
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, together
 from peft_vit.core.config import ExperimentConfig

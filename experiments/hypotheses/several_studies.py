@@ -16,7 +16,7 @@ from experiments.hypotheses.measures import (
     rank_correlation,
     settings_without,
 )
-from peft_vit.base.statistics import gini
+from experiments.scripts.concentration import gini
 from peft_vit.base.statistics.estimates import Estimate, together
 from peft_vit.base.statistics.intervals import ROUNDING
 from peft_vit.lab.analysis.findings import estimated

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.hypotheses.measures import Evidence
 from experiments.hypotheses.registry import find, load_registry
-from peft_vit.base.statistics import gini, normalized_entropy
+from experiments.scripts.concentration import gini, normalized_entropy
 from peft_vit.core.config import ExperimentConfig
 from peft_vit.core.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness

@@ -167,9 +167,7 @@ def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_and_a_phone_shows_all(tmp_path: Path, scheme: str) -> None:
-    page = page_of(
-        planted.write(tmp_path, [record_of()]), thumbnails=lambda _, positions: [PNG] * len(positions)
-    )
+    page = page_of(planted.write(tmp_path, [record_of()]), thumbnails=lambda _, positions: [PNG] * len(positions))
     with running_chromium() as browser:
         shown = context_of(browser, color_scheme=scheme).new_page()
         shown.goto(page.as_uri())

@@ -24,8 +24,6 @@ from peft_vit.lab.report import ReportFiles, build_report
 
 FIGURES = {
     "accuracy_by_method",
-    "accuracy_by_parameters",
-    "accuracy_by_bytes",
     "differences_to_linear_probe",
     "differences_to_lora_r8",
     "loss_curves",
@@ -305,7 +303,7 @@ def test_a_report_needs_neither_torch_nor_anything_of_posix(linear_only: Path, t
 BUILD = """
 import sys
 from pathlib import Path
-from peft_vit.report import build_report
+from peft_vit.lab.report import build_report
 build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
 """
 
