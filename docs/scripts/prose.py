@@ -24,7 +24,9 @@ from proselint.tools import LintFile
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "peft_vit"
 PYTHON = ROOT / "docs" / "reference" / "python.md"  # which docstrings pages show
-REGISTERED = ROOT / "experiments" / "hypotheses" / "hypotheses.yaml"  # what studies tested stays as declared
+REGISTERED = (
+    SOURCE / "lab" / "analysis" / "findings.py"
+)  # sentences that studies have tested stay as they were declared
 WORDS = {  # a pattern, and what to write instead
     r"ledger|mend(?:s|ed|ing)?|luckiest|bears?": "plain words",
     r"anew": "again",
@@ -64,8 +66,7 @@ _Described = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 CODE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`|<!-- .*? -->|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
 DATA = re.compile(r"^CSV: .*$", re.MULTILINE)  # names of columns in a file, which stay
 _REGISTERED = [
-    *re.findall(r"sentence: (.*)", REGISTERED.read_text(encoding="utf-8")),
-    "each seed draws its own images",  # a note beside them, which pages of the research hold
+    *re.findall(r'"([^"\n]{20,})"', REGISTERED.read_text(encoding="utf-8")),
     "copies, sealed",  # keys of images.json
 ]
 QUOTED = re.compile(r"`[^`]*`")  # in a text of the program

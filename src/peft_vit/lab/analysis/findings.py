@@ -1,7 +1,6 @@
 """Findings: sentences about layers, ranks, bits and methods, each with its numbers and what the test of them says.
 
-A sentence is worded so that positive values speak for it. What texts state beyond these, and what was written down
-before a study, is under experiments/hypotheses.
+A sentence is worded so that positive values speak for it.
 """
 
 from __future__ import annotations
