@@ -386,19 +386,24 @@ def query_over_mean(run: Run) -> float | None:
 
 def _by_matrix(run: Run) -> dict[str, list[int]]:
     """Return matrix type -> final ranks of its sites."""
-    final = run.final_ranks()
+    final = final_ranks(run)
     return grouped((site.matrix, final[site.name]) for site in run.adapted_sites())
+
+
+def final_ranks(run: Run) -> dict[str, int]:
+    """Return adapted site -> rank at the end of the run; one that the last entry leaves out has rank 0."""
+    return {site.name: run.record.rank_history[-1].ranks.get(site.name, 0) for site in run.adapted_sites()}
 
 
 def rank_gini(run: Run) -> float | None:
     """Return how concentrated a run's final ranks are; None without ranks on two sites."""
-    ranks = list(run.final_ranks().values())
+    ranks = list(final_ranks(run).values())
     return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
 
 
 def rank_entropy(run: Run) -> float | None:
     """Return how even a run's final ranks are, over the largest entropy; None without ranks on two sites."""
-    ranks = list(run.final_ranks().values())
+    ranks = list(final_ranks(run).values())
     return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
 
 

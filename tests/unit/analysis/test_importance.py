@@ -35,9 +35,10 @@ def test_planted_importance_is_found() -> None:
     pattern = importance_patterns(planted.study_of(planted.quickstart()))[0]
     assert pattern.attention_over_mlp == pytest.approx({0: 2.0, 1: 2.0}), "attention is four times the MLP"
     # Four types of weight 4 and two of weight 1: mean 3.
-    by_matrix = dict(zip(pattern.grid.matrices, pattern.relative_final.mean(axis=0), strict=True))
+    relative = np.array([pattern.relative[site] for *_, site in pattern.grid.cells()]).reshape(12, 6)
+    by_matrix = dict(zip(pattern.grid.matrices, relative.mean(axis=0), strict=True))
     assert (by_matrix["query"], by_matrix["fc1"]) == pytest.approx((4 / 3, 1 / 3))
-    assert np.diff(pattern.relative_final.mean(axis=1)) == pytest.approx(np.full(11, 1 / 6.5)), "block i weighs i + 1"
+    assert np.diff(relative.mean(axis=1)) == pytest.approx(np.full(11, 1 / 6.5)), "block i weighs i + 1"
     assert pattern.between_seeds == {"0-1": pytest.approx(1.0)}
 
 
@@ -45,7 +46,7 @@ def test_the_unit_of_the_scores_does_not_matter() -> None:
     small = [ImportanceEntry(step=12, scores=planted.scores_at(36, 0, factor=1e-9))]
     pattern = pattern_of(planted.record(ADALORA, 0, 0.8, changes={"importance_history": small}))
     other = pattern_of(planted.record(ADALORA, 0, 0.8))
-    np.testing.assert_allclose(pattern.relative_final, other.relative_final, rtol=1e-12)
+    assert pattern.relative == pytest.approx(other.relative, rel=1e-12)
 
 
 def test_scores_of_some_matrices_only_or_of_none() -> None:
@@ -68,11 +69,11 @@ def test_a_matrix_of_some_blocks_only_counts_neither_as_attention_nor_as_mlp() -
     ]
     pattern = pattern_of(plain.model_copy(update={"importance_history": entries, "sites": [*plain.sites, merge]}))
     assert pattern.grid.matrices[-1] == "reduction"
-    assert np.isfinite(pattern.relative_final[:, -1]).tolist() == [block == 1 for block in range(12)]
+    assert [block for block, matrix, site in pattern.grid.cells() if matrix == "reduction" and site] == [1]
     assert pattern.attention_over_mlp == pytest.approx({0: 2.0})
-    drawing = importance_maps([pattern])
+    drawing = importance_maps([pattern], "")
     assert drawing.caption.endswith("Grey: the block has no such matrix.")
-    assert "Grey" not in importance_maps([pattern_of(plain)]).caption
+    assert "Grey" not in importance_maps([pattern_of(plain)], "").caption
     empty = [point.text for point in drawing.points if "no such matrix" in point.text]
     assert empty == [f"block {block}, reduction\nno such matrix in this block" for block in range(12) if block != 1]
 

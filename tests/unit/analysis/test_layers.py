@@ -6,7 +6,7 @@ import planted
 import pytest
 
 from peft_vit.core.config import ExperimentConfig
-from peft_vit.core.records import RunRecord
+from peft_vit.core.records import RankEntry, RunRecord
 from peft_vit.lab.analysis.layers import Allocation, allocations
 from peft_vit.lab.analysis.quantization import QuantizationImpact, layers_bits, quantization_impacts
 
@@ -25,11 +25,14 @@ def impact_of(*records: RunRecord) -> QuantizationImpact:
     return impact
 
 
-def test_maps_are_at_every_step_and_hold_the_budget() -> None:
-    first = allocations(planted.study_of(planted.quickstart()))[0]
-    assert [m.step for m in first.maps] == [0, *planted.UPDATES]
-    assert (first.maps[0].ranks == 6).all()
-    assert first.maps[-1].ranks.sum() == 288
+def test_final_ranks_are_means_over_seeds_and_a_site_that_is_left_out_has_none() -> None:
+    names = [site.name for site in planted.sites()]
+    entries = [[RankEntry(step=0, budget=9, ranks=dict.fromkeys(names, 3))], [RankEntry(step=0, budget=9, ranks={})]]
+    entries[1].append(RankEntry(step=6, budget=9, ranks={names[0]: 9}))
+    entries[1][0] = entries[0][0]
+    runs = [planted.record(ADALORA, seed, 0.8, changes={"rank_history": own}) for seed, own in enumerate(entries)]
+    allocation = allocation_of(*runs)
+    assert (allocation.seeds, allocation.ranks) == (2, dict.fromkeys(names, 1.5) | {names[0]: 6})
 
 
 def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:

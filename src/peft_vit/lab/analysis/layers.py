@@ -9,7 +9,7 @@ Agreement describes. The sites of one network are not independent, so no p-value
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
@@ -32,34 +32,21 @@ class Grid:
 
     blocks: tuple[int, ...]
     matrices: tuple[str, ...]
-    sites: tuple[SiteInfo, ...]
+    sites: dict[tuple[int, str], str]  # block and matrix -> site; Swin has some matrices between stages alone
 
     @classmethod
     def of(cls, sites: Sequence[SiteInfo]) -> Grid:
         """Lay out the sites of a run."""
         present = dict.fromkeys(site.matrix for site in sites)
-        blocks = tuple(sorted({site.block for site in sites}))
-        matrices = [m for m in (*SITE_MATRICES, *present) if m in present]
-        return cls(blocks, tuple(dict.fromkeys(matrices)), tuple(sites))
+        matrices = dict.fromkeys(m for m in (*SITE_MATRICES, *present) if m in present)
+        blocks = sorted({site.block for site in sites})
+        return cls(tuple(blocks), tuple(matrices), {(site.block, site.matrix): site.name for site in sites})
 
-    def fill(self, values: Mapping[str, float]) -> np.ndarray:
-        """Return (blocks, matrices); NaN where no value was recorded."""
-        array = np.full((len(self.blocks), len(self.matrices)), np.nan)
-        for site in self.sites:
-            if site.name in values:
-                array[self._place(site)] = values[site.name]
-        return array
-
-    def has_matrix(self) -> np.ndarray:
-        """Return (blocks, matrices) whether a block has such a matrix; Swin merges patches between stages alone."""
-        return ~np.isnan(self.fill({site.name: 1.0 for site in self.sites}))
-
-    def pick(self, values: np.ndarray, site: SiteInfo) -> float:
-        """Return a site's entry of a (blocks, matrices) array."""
-        return float(values[self._place(site)])
-
-    def _place(self, site: SiteInfo) -> tuple[int, int]:
-        return self.blocks.index(site.block), self.matrices.index(site.matrix)
+    def cells(self) -> Iterator[tuple[int, str, str]]:
+        """Yield block, matrix and site of each cell, by row; an empty name where there is no site."""
+        for block in self.blocks:
+            for matrix in self.matrices:
+                yield block, matrix, self.sites.get((block, matrix), "")
 
 
 # --- which layers matter ----------------------------------------------------------------------------------------------
@@ -72,8 +59,8 @@ class ImportancePattern:
     experiment: ExperimentConfig
     seeds: tuple[int, ...]  # seeds with scores
     grid: Grid  # where each site stands
-    raw_final: np.ndarray  # (blocks, matrices) mean over seeds of the last scores, in the metric's own unit
-    relative_final: np.ndarray  # (blocks, matrices) mean over seeds of the last scores over their run's mean
+    raw: dict[str, float]  # site -> mean over seeds of the last scores, in the metric's own unit
+    relative: dict[str, float]  # site -> mean over seeds of the last scores over their run's mean
     # seed -> log2 of the mean attention score over the mean MLP score; without a seed where one of both is not above 0
     attention_over_mlp: dict[int, float]
     # Spearman's rho of the scores of two seeds, over disjoint pairs "0-1", "2-3" of the same weights and data set: all
@@ -93,27 +80,27 @@ def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
 
 def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern:
     finals = [run.last_scores() for run in runs]
-    grid = Grid.of([site for site in runs[0].record.sites if any(site.name in scores for scores in finals)])
-    raw = np.stack([grid.fill(scores) for scores in finals])  # (S, B, M)
+    sites = [site for site in runs[0].record.sites if all(site.name in scores for scores in finals)]
+    names = [site.name for site in sites]
+    scores = np.array([[own[name] for name in names] for own in finals])  # (seeds, sites)
+    relative = scores / np.mean(scores, axis=1, keepdims=True)
     over_mlp: dict[int, float] = {}
-    for run, scores in zip(runs, finals, strict=True):
-        by_role = grouped((site.role, scores[site.name]) for site in grid.sites if site.name in scores)
+    for run, own in zip(runs, scores, strict=True):
+        by_role = grouped((site.role, score) for site, score in zip(sites, own, strict=True))
         attention, mlp = (fmean(by_role.get(role, [0.0])) for role in ("attention", "mlp"))
         if attention > 0 and mlp > 0:
             over_mlp[run.seed] = math.log2(attention / mlp)
     between: dict[str, float] = {}
-    for a, b in zip(runs[::2], runs[1::2], strict=False):
-        scores, others = a.last_scores(), b.last_scores()
-        common = sorted(scores.keys() & others.keys())
-        rho = spearman([scores[name] for name in common], [others[name] for name in common])
+    for i in range(0, len(runs) - 1, 2):
+        a, b, rho = runs[i], runs[i + 1], spearman(scores[i], scores[i + 1])
         if rho is not None and same_source(a) == same_source(b):
             between[f"{a.seed}-{b.seed}"] = rho
     return ImportancePattern(
         experiment=experiment,
         seeds=tuple(run.seed for run in runs),
-        grid=grid,
-        raw_final=np.mean(raw, axis=0),
-        relative_final=np.mean(raw / np.nanmean(raw, axis=(1, 2), keepdims=True), axis=0),
+        grid=Grid.of(sites),
+        raw=dict(zip(names, np.mean(scores, axis=0).tolist(), strict=True)),
+        relative=dict(zip(names, np.mean(relative, axis=0).tolist(), strict=True)),
         attention_over_mlp=over_mlp,
         between_seeds=between,
     )
@@ -131,10 +118,8 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
         for pattern in patterns:
             section = pattern.experiment.section(AdaLoraConfig)
             if section is not None:  # PEFT's own has no metric of ours
-                by_site = {site.name: pattern.grid.pick(pattern.relative_final, site) for site in pattern.grid.sites}
-                known = {name: value for name, value in by_site.items() if np.isfinite(value)}
                 kind = section.importance_metric, section.allocation_strategy, pattern.experiment.method, study.smoke
-                comparable.append((study, pattern.experiment.name, kind, known))
+                comparable.append((study, pattern.experiment.name, kind, pattern.relative))
     rows = []
     for (study, name, kind, scores), (other, other_name, other_kind, other_scores) in combinations(comparable, 2):
         shared = sorted(scores.keys() & other_scores.keys())
@@ -166,20 +151,13 @@ def _images(study: Study) -> str:
 
 
 @dataclass(frozen=True)
-class RankMap:
-    """Mean rank over seeds from one step on."""
-
-    step: int
-    ranks: np.ndarray  # (blocks, matrices)
-
-
-@dataclass(frozen=True)
 class Allocation:
     """One experiment with adaptive ranks: ours, on float or low-bit weights, or PEFT's, whose masks free nothing."""
 
     experiment: ExperimentConfig
     grid: Grid
-    maps: tuple[RankMap, ...]  # at the steps that all seeds share
+    seeds: int
+    ranks: dict[str, float]  # site -> mean final rank over seeds; one that a run's last entry leaves out has rank 0
     against_fixed: Estimate  # test accuracy minus that of fixed LoRA at equal trainable parameters
 
 
@@ -193,19 +171,11 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
     family = decide([against_fixed_lora(study, runs, experiment.name) for experiment, runs in adaptive], study.untested)
     rows = []
     for (experiment, runs), against in zip(adaptive, family, strict=True):
-        grid = Grid.of(runs[0].adapted_sites())
-        by_run = [{entry.step: entry.ranks for entry in run.record.rank_history} for run in runs]
-        maps = [
-            RankMap(step, np.mean([_fill_ranks(grid, entries[step]) for entries in by_run], axis=0))
-            for step in sorted(set.intersection(*(set(entries) for entries in by_run)))
-        ]
-        rows.append(Allocation(experiment, grid, tuple(maps), against))
+        sites = runs[0].adapted_sites()
+        last = [run.record.rank_history[-1].ranks for run in runs]
+        ranks = {site.name: fmean(own.get(site.name, 0) for own in last) for site in sites}
+        rows.append(Allocation(experiment, Grid.of(sites), len(runs), ranks, against))
     return tuple(rows)
-
-
-def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
-    """Return (blocks, matrices); a site left out by an entry has rank 0, a place without a site is NaN."""
-    return grid.fill({site.name: ranks.get(site.name, 0) for site in grid.sites})
 
 
 def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Estimate:

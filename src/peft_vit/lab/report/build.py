@@ -79,11 +79,9 @@ def _sections(analysis: Analysis) -> dict[str, tuple[Block, ...]]:
         patterns, note = leading(analysis.importance, means, MAPS)
         importance = importance_maps(patterns, note and note + _EVERY_RUN)
     allocated: list[Block] = [Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")]
-    if mapped := [a for a in analysis.allocation if a.maps]:
-        shown, note = leading(mapped, means, MAPS)
-        allocated = [rank_maps(shown, note and note + _EVERY_RUN)]
     if analysis.allocation:
-        allocated.append(against_fixed_table(analysis.allocation))
+        shown, note = leading(analysis.allocation, means, MAPS)
+        allocated = [rank_maps(shown, note and note + _EVERY_RUN), against_fixed_table(analysis.allocation)]
     quantized = tuple(quantization_tables(analysis.quantization))
     insights = Paragraph("No insight: no sentence of this report is about the finished runs of this study.")
     return {
