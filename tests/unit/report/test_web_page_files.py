@@ -152,7 +152,7 @@ def test_what_can_not_become_a_page_is_one_line(tmp_path: Path, monkeypatch, fau
 @pytest.mark.parametrize("pillow", [12, 13])
 def test_the_script_s_pixels_are_those_of_the_pillow_that_exported_it(pillow: int, tmp_path: Path) -> None:
     """Of another version than the one that is installed they are made here axis by axis, in its order."""
-    script = resources.files("peft_vit.lab.report").joinpath("templates", "web.js").read_text(encoding="utf-8")
+    script = resources.files("peft_vit.deploy.page").joinpath("templates", "web.js").read_text(encoding="utf-8")
     prepare = re.search(r"const sinc = .*?(?=// --- what it says)", script, re.DOTALL)
     assert prepare is not None
     rng, size, cases = np.random.default_rng(0), 32, []

@@ -39,6 +39,7 @@ from peft_vit.lab.report.columns import (
 )
 
 QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a sequential result and of its looks
+ACCURACY = Scores()
 _LOOKS_NOTE = (
     "Looks at declared numbers of seeds decide; intervals and p-values account for them, and for all comparisons."
 )
@@ -47,7 +48,7 @@ _RUNS = Column("n", lambda m: len(m.runs))
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
     """Return test accuracy by experiment, or of other tasks what decides, each seed visible."""
-    scores = methods[0].runs[0].scores if methods else Scores()
+    scores = methods[0].runs[0].scores if methods else ACCURACY
     may_pass = " and may pass 100 %" if scores.metric.is_share else ""
     words, of_classes = scores.metric.words, scores.metric.counts_images
     validated = all(m.validation_accuracy is not None for m in methods)
@@ -128,9 +129,8 @@ def convergence_table(methods: Sequence[MethodResult]) -> Table:
     )
 
 
-def comparison_table(comparisons: Sequence[Estimate], reference: str, scores: Scores | None = None) -> Table:
-    """Return paired differences against one reference, in the unit of scores; None: of accuracy."""
-    scores = scores or Scores()
+def comparison_table(comparisons: Sequence[Estimate], reference: str, scores: Scores) -> Table:
+    """Return paired differences against one reference, in the unit of scores."""
     against = [c for c in comparisons if c.reference == reference]
     looks = any(c.significance is not None and c.significance.test == BY_LOOKS for c in against)
     note = (
@@ -144,10 +144,9 @@ def comparison_table(comparisons: Sequence[Estimate], reference: str, scores: Sc
 
 
 def differences_table(
-    slug: str, title: str, comparisons: Sequence[Estimate], note: str, scores: Scores | None = None
+    slug: str, title: str, comparisons: Sequence[Estimate], note: str, scores: Scores = ACCURACY
 ) -> Table:
-    """Return one family of comparisons, in the unit of scores; None: of accuracy."""
-    scores = scores or Scores()
+    """Return one family of comparisons, in the unit of scores."""
     return table(
         slug,
         title,
