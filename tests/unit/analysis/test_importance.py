@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from scipy import stats
 
 from peft_vit.core.records import ImportanceEntry, RunRecord, SiteInfo
-from peft_vit.lab.analysis.layers import ImportancePattern, importance_patterns, study_agreements
+from peft_vit.lab.analysis.layers import ImportancePattern, importance_patterns
 from peft_vit.lab.report.heatmaps import importance_maps
 
 EXPERIMENTS = planted.experiments()
@@ -86,29 +85,3 @@ def test_seeds_are_compared_in_pairs_that_share_no_run() -> None:
     assert pattern_of(*(scored(seed, row) for seed, row in enumerate(rows))).between_seeds == {"0-1": -1.0, "2-3": 1.0}
     other = scored(1, SITE_ORDER, provenance_changes={"weights_sha256": "f" * 64})
     assert pattern_of(scored(0, SITE_ORDER), other).between_seeds == {}
-
-
-def agreements(*records: RunRecord) -> list[dict[str, Any]]:
-    return study_agreements([(study, importance_patterns(study)) for study in planted.studies_of(list(records))])
-
-
-def test_two_studies_are_set_side_by_side() -> None:
-    rng = np.random.default_rng(4)
-    first, second = rng.random((2, 72)) + 0.1, rng.random((3, 72)) + 0.1
-    (agreement,) = agreements(
-        *(scored(seed, row) for seed, row in enumerate(first)),
-        *(scored(seed, row, study="two") for seed, row in enumerate(second)),
-    )
-    means = [np.mean([row / row.mean() for row in rows], axis=0) for rows in (first, second)]
-    assert agreement["rho"] == pytest.approx(stats.spearmanr(*means).statistic, abs=1e-12)
-    keys = ("study", "other_study", "sites", "metric", "same_backbone")
-    assert [agreement[key] for key in keys] == ["one", "two", 72, "magnitude", 1]
-
-
-def test_another_backbone_is_said_and_other_metrics_and_smoke_runs_make_no_row() -> None:
-    here = scored(0, SITE_ORDER)
-    (other,) = agreements(here, scored(0, SITE_ORDER, study="two", provenance_changes={"weights_sha256": "f" * 64}))
-    assert (other["same_backbone"], other["rho"]) == (0, pytest.approx(1))
-    assert agreements(here, scored(0, SITE_ORDER, study="two", smoke=True)) == []
-    for study in ("one", "two"):
-        assert agreements(here, planted.record(EXPERIMENTS["adalora_top_k_fisher"], 0, 0.8, study=study)) == []

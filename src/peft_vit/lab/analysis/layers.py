@@ -11,16 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
 from peft_vit.base.statistics import spearman
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, compare_values, decide
-from peft_vit.core.config import SITE_MATRICES, AdaLoraConfig, ExperimentConfig
+from peft_vit.core.config import SITE_MATRICES, ExperimentConfig
 from peft_vit.core.records import SiteInfo
 from peft_vit.lab.analysis.comparison import SAME_SIZE, same_problem, same_source
 from peft_vit.lab.analysis.studies import Run, Study
@@ -104,47 +102,6 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         attention_over_mlp=over_mlp,
         between_seeds=between,
     )
-
-
-def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]) -> list[dict[str, Any]]:
-    """Return one row for each two experiments of two studies with the same method, metric and strategy.
-
-    `rho` is Spearman's of the mean final relative scores of the `sites` that both have; None if one of both is
-    constant. Smoke studies are set against no real ones. Experiments without shared sites make no row.
-    """
-    comparable: list[tuple[Study, str, tuple[object, ...], dict[str, float]]] = []
-    kind: tuple[object, ...]  # what has to be equal
-    for study, patterns in scored:
-        for pattern in patterns:
-            section = pattern.experiment.section(AdaLoraConfig)
-            if section is not None:  # PEFT's own has no metric of ours
-                kind = section.importance_metric, section.allocation_strategy, pattern.experiment.method, study.smoke
-                comparable.append((study, pattern.experiment.name, kind, pattern.relative))
-    rows = []
-    for (study, name, kind, scores), (other, other_name, other_kind, other_scores) in combinations(comparable, 2):
-        shared = sorted(scores.keys() & other_scores.keys())
-        if study.label == other.label or kind != other_kind or not shared:
-            continue
-        rows.append(
-            {
-                "study": study.label,
-                "experiment": name,
-                "other_study": other.label,
-                "other_experiment": other_name,
-                "metric": kind[0],
-                "images": _images(study),
-                "other_images": _images(other),
-                # 1 or 0; with another one sites share no more than a name
-                "same_backbone": int(len({same_source(run)[:2] for run in (*study.runs, *other.runs)}) == 1),
-                "sites": len(shared),
-                "rho": spearman([scores[s] for s in shared], [other_scores[s] for s in shared]),
-            }
-        )
-    return rows
-
-
-def _images(study: Study) -> str:
-    return ", ".join(sorted({run.record.spec.data.title for run in study.runs}))
 
 
 # --- where ranks went -------------------------------------------------------------------------------------------------
