@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     _Format = str
 else:
-    _Format = Literal[(*EXPORTS, "web", "peft", "history", "tensorboard")]
+    _Format = Literal[(*EXPORTS, "web", "peft", "history")]
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
@@ -59,23 +59,22 @@ class ExportRequest(Request):
 
     runs: Annotated[list[Path], Option("RUN", is_argument=True)] = Field(
         min_length=1,
-        description="The folder of what was trained, such as peft-vit-runs/latest; several with --bundle. history and "
-        "tensorboard also accept a folder of many runs.",
+        description="The folder of what was trained, such as peft-vit-runs/latest; several with --bundle. history "
+        "also accepts a folder of many runs.",
     )
     output: Annotated[Path | None, OnlyWith(bundle=None)] = Field(
         default=None,
         description="The file or folder to write. "
         + "; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
-        + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file; "
-        "tensorboard: a new or empty folder. Without it, model.onnx in RUN, or as --format says.",
+        + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file. "
+        "Without it, model.onnx in RUN, or as --format says.",
     )
     format: Annotated[_Format | None, OnlyWith(bundle=None)] = Field(
         default=None,
         description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
         + "; web: a page that runs the model in a browser; peft: LoRA files for the PEFT library; history: a table of "
-        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study runs. Without "
-        "it, what the ending of --output says.",
+        "ranks and scores by run and step. Without it, what the ending of --output says.",
     )
     bundle: Path | None = Field(
         default=None,
@@ -167,14 +166,14 @@ class ExportRequest(Request):
         if self.format is None:
             raise UserError(
                 f"expected a name that ends in {', '.join(endings)}, {last} or .html; or give --format as well: "
-                "pretrained, web, peft and tensorboard write a folder, history a table",
+                "pretrained, web and peft write a folder, history a table",
                 file=self.output,
                 field="--output",
             )
         ending = EXPORTS[self.format].ending if self.format in EXPORTS else ""
         if self.output is None:
-            if self.format in ("history", "tensorboard"):
-                raise UserError(f"is missing, which --format {self.format} needs; add it", field="--output")
+            if self.format == "history":
+                raise UserError("is missing, which --format history needs; add it", field="--output")
             ending = ".html" if self.single else ending
             return self.format, self.directory / (f"model{ending}" if ending else self.format)
         if self.single and self.output.suffix != ".html":
@@ -201,11 +200,6 @@ def export(request: ExportRequest) -> None:
         from peft_vit.lab.report.result_tables import export_history
 
         print(f"{export_history(directory, output, overwrite=request.overwrite)} rows: {output}")
-    elif format == "tensorboard":
-        from peft_vit.lab.analysis.tensorboard import export_to_tensorboard
-
-        refuse_existing(output, is_folder=True, overwrite=request.overwrite)
-        print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
     elif format == "peft":
         with progress(f"exporting {directory}", sys.stderr):
             from peft_vit.deploy.export import export_run_to_peft

@@ -142,15 +142,11 @@ def test_a_line_of_seconds() -> None:
         assert Line.through(points).at(x) == pytest.approx(seconds)
 
 
-def test_steps_lie_on_the_line_of_who_was_measured_at_two_sizes_as_far_above_it_as_the_slowest() -> None:
-    lora = [probe(2.0, 40, 0.5, 5, 0.010), probe(2.0, 16, 0.26, 2, 0.004)]
-    alone, both = (Throughput.measured(probes, 3.0) for probes in ({"lora": lora}, {
-        "lora": lora, "qa_lora": [probe(4.0, 20, 0.6, 5, 0.010)]
-    }))  # fmt: skip
-    assert (alone.start_s, both.start_s, both.process_s) == (2.0, 4.0, 3.0)
-    assert alone.step.at(136) == pytest.approx(0.1 + 1.36)
-    assert both.step.at(136) == pytest.approx(2 * (0.1 + 1.36))  # qa_lora takes 0.6 where lora would take 0.3
-    assert both.image.at(3) == pytest.approx(0.006)
+def test_steps_and_images_lie_on_lines_through_what_was_measured() -> None:
+    measured = Throughput.measured([probe(2.0, 40, 0.5, 5, 0.010), probe(4.0, 16, 0.26, 2, 0.004)], 5.0)
+    assert (measured.start_s, measured.process_s) == (3.0, 5.0)
+    assert measured.step.at(136) == pytest.approx(0.1 + 1.36)
+    assert measured.image.at(3) == pytest.approx(0.006)
 
 
 def test_a_step_counts_its_passes_and_blocks_that_are_computed_again(study) -> None:
@@ -196,19 +192,19 @@ def measured(config, image_size: int, budget_s: float, told: list[str]) -> Throu
 
 
 @pytest.mark.slow
-def test_real_steps_are_measured_at_two_sizes(study, monkeypatch) -> None:
-    seen = {}
-    monkeypatch.setattr(Throughput, "measured", lambda probes, _: seen.update(probes))
-    config = study("lora", "full", epochs=20)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_real_steps_are_measured_at_two_sizes(study, monkeypatch, method) -> None:
+    seen: list[Probe] = []
+    monkeypatch.setattr(Throughput, "measured", lambda probes, _: seen.extend(probes))
+    config = study(method, epochs=20)
     config = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 64})})
     told: list[str] = []
     measured(config, 64, 500.0, told)
     assert told == ["measuring steps of the study's methods, 500 s at most"]
-    for experiment in config.experiments:
-        shapes = [describe(config.backbone, size) for size in (64, 32)]
-        assert [probe.image_products for probe in seen[experiment.name]] == [shape.multiply_adds for shape in shapes]
-        products = [experiment_products(experiment, shape, 800) for shape in shapes]
-        assert [probe.step_products for probe in seen[experiment.name]] == pytest.approx(products)
+    shapes = [describe(config.backbone, size) for size in (64, 32)]
+    assert [probe.image_products for probe in seen] == [shape.multiply_adds for shape in shapes]
+    products = [experiment_products(config.experiments[0], shape, 800) for shape in shapes]
+    assert [probe.step_products for probe in seen] == pytest.approx(products)
 
 
 def test_no_time_to_measure_is_said(study) -> None:

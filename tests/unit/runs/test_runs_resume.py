@@ -65,7 +65,7 @@ PROBE_FIRST = {"head_start": "probe"}
 
 
 def by_rule(config):
-    rule = StartingRanksConfig(rule="gradient", budget=20, calibration_images=24)
+    rule = StartingRanksConfig(rule="stable_rank", budget=20)
     return with_settings(config, "lora", rank=None, ranks=rule)
 
 

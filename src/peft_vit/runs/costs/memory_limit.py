@@ -135,8 +135,8 @@ def choose(
     if not search.fitting:
         least = min(search.known, key=lambda setting: search.known[setting].peak_bytes)
         return Choice(least, search.known[least], free, search.known.get(free), fits=False)
-    for size in sizes[1:]:  # what the blocks keep has to be seen once
-        if not search.knows_what_blocks_keep:
+    for size in sizes[1:]:
+        if all(setting.recomputed for setting in search.known):  # what the blocks keep has to be seen once
             search.take(Setting(size, 0))
     settings = [Setting(size, recomputed) for size in sizes for recomputed in range(deepest + 1)]
     while len(search.known) + len(search.too_large) < _MOST_MEASURED and (better := search.may_be_faster(settings)):
@@ -169,32 +169,9 @@ class _Search:
     def fitting(self) -> dict[Setting, StepCost]:
         return {setting: cost for setting, cost in self.known.items() if cost.peak_bytes <= self.limit_bytes}
 
-    @property
-    def knows_what_blocks_keep(self) -> bool:
-        return any(setting.recomputed == 0 for setting in self.known)
-
     def may_be_faster(self, settings: Iterable[Setting]) -> Setting | None:
         """Return what is not measured yet, should fit, and should be the fastest; None: the fastest was measured."""
-        depths = None if self.knows_what_blocks_keep else {setting.recomputed for setting in self.known}
-        over = [*self.too_large, *(self.known.keys() - self.fitting.keys())]
-
-        def is_ruled_out(setting: Setting) -> bool:
-            """Tell whether one that takes no more did not fit; in parts, gradients lie beside activations."""
-            in_parts = setting.images < self.batch_size
-            return any(
-                larger.images <= setting.images
-                and larger.recomputed >= setting.recomputed
-                and (larger.images < self.batch_size) == in_parts
-                for larger in over
-            )
-
-        left = [
-            setting
-            for setting in settings
-            if setting not in self.known
-            and not is_ruled_out(setting)
-            and (depths is None or setting.recomputed in depths)
-        ]
+        left = [setting for setting in settings if setting not in self.known and setting not in self.too_large]
         if not left:
             return None
         peaks = self._predicted(self._memory_terms, [cost.peak_bytes for cost in self.known.values()], left)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,18 +17,14 @@ from peft_vit.core.backbones import architecture_of, check_weights, describe, in
 from peft_vit.core.config import (
     USUAL_TASK,
     AdaLoraConfig,
-    AdaptiveBitsConfig,
     BackboneConfig,
     ClassWeights,
     ExperimentConfig,
-    LoraConfig,
     Precision,
     QaLoraConfig,
-    StartingRanksConfig,
     StudyConfig,
     TrainingConfig,
 )
-from peft_vit.core.config.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.core.methods import check, shorten
 from peft_vit.core.records import RunSpec, StudyFile
 from peft_vit.core.tasks import TASKS, Task
@@ -352,8 +348,8 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             details=difference(old, new, str(file), "asked for"),
         )
     if record.spec_digest != spec.digest():
-        reason = "was made with a setting that this version no longer has; choose another --output, or continue with "
-        raise UserError(f"{reason}peft-vit {LAST_VERSION_WITH_ALL}", file=file, field="spec_digest")
+        reason = "was made with a setting that this version does not have; choose another --output"
+        raise UserError(reason, file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start
@@ -394,20 +390,11 @@ def _compressed(experiment: ExperimentConfig, batch_size: int) -> ExperimentConf
         training = training.model_copy(update={"epochs": _SMOKE_EPOCHS, **whole})
     short = shorten(experiment, _ENDLESS, _SMOKE_EPOCHS * _SMOKE_STEPS)
     update: dict[str, object] = {"training": training}
-    qa_lora, lora = short.section(QaLoraConfig), short.section(LoraConfig)
+    qa_lora = short.section(QaLoraConfig)
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
-        qa_lora = qa_lora.model_copy(update={"adaptive_bits": _few_images(qa_lora.adaptive_bits)})
-        update["qa_lora"] = qa_lora
+        few = min(qa_lora.adaptive_bits.calibration_images, _SMOKE_CALIBRATION)
+        bits = qa_lora.adaptive_bits.model_copy(update={"calibration_images": few})
+        update["qa_lora"] = qa_lora = qa_lora.model_copy(update={"adaptive_bits": bits})
     if qa_lora is not None and qa_lora.rounding == "gptq":
         update["qa_lora"] = qa_lora.model_copy(update={"calibration_images": _SMOKE_CALIBRATION})
-    if lora is not None and lora.ranks is not None and lora.ranks.reads_images:
-        update["lora"] = lora.model_copy(update={"ranks": _few_images(lora.ranks)})
     return short.model_copy(update=update)
-
-
-_Calibrated = TypeVar("_Calibrated", AdaptiveBitsConfig, StartingRanksConfig)
-
-
-def _few_images(settings: _Calibrated) -> _Calibrated:
-    few = min(settings.calibration_images, _SMOKE_CALIBRATION)
-    return settings.model_copy(update={"calibration_images": few})
