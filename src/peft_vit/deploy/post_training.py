@@ -100,7 +100,7 @@ def images_rounded_by(type: QuantizationType) -> int:
     """Return how many training images GPTQ takes where nothing is said; 0: to nearest.
 
     In 8 bits nearest loses nothing, in 4 a quarter of the images is nearly as good
-    (`experiments/calibration/scripts/rounding_images.py`).
+    (`calibration/scripts/rounding_images.py`).
     """
     return {8: 0, 4: IMAGES_ROUNDED_BY // 4}.get(BITS_OF_TYPE[type], IMAGES_ROUNDED_BY)
 

@@ -85,7 +85,7 @@ class PackedAdapter:
             base: header of the backbone's file.
             bits: of the adapter's values.
             head_bits: of the head's weight; without them as the adapter's, but at least 8, since 4 lose two points
-                (`experiments/calibration/scripts/head_bits.py`).
+                (`calibration/scripts/head_bits.py`).
 
         Raises:
             UserError: if more than adapters and head was trained, or the PEFT library has done it.
