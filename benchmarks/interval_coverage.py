@@ -23,15 +23,9 @@ from typing import Any
 
 import numpy as np
 from marks import filled
-from scipy import integrate, stats
+from scipy import stats
 
-from peft_vit.base.statistics import (
-    effect_size,
-    mean_interval,
-    mean_of_proportions,
-    paired_improvement,
-    proportion_interval,
-)
+from peft_vit.base.statistics import mean_interval, mean_of_proportions, proportion_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "coverage.json", ROOT / "docs" / "explanation" / "statistics.md"
@@ -48,16 +42,10 @@ class Population:
     Attributes:
         draw: random values of a shape.
         mean: their mean.
-        deviation: their standard deviation.
-        shift: by how much a better method lies above, about a standard deviation.
-        improvement: probability that a draw with the shift is larger than one without, ties as half.
     """
 
     draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
     mean: float
-    deviation: float
-    shift: float
-    improvement: float
 
 
 def accuracies() -> Population:
@@ -69,29 +57,16 @@ def accuracies() -> Population:
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         return rng.binomial(IMAGES, rng.normal(0.82, 0.02, shape).clip(0, 1)) / IMAGES
 
-    mean = float(counts @ mass) / IMAGES
-    deviation = float(np.sqrt((counts / IMAGES - mean) ** 2 @ mass))
-    above = np.cumsum(mass)
-    images = round(deviation * IMAGES)
-    lower = np.concatenate([np.zeros(images), mass])[: IMAGES + 1 + images]  # P(shifted = count)
-    below = np.concatenate([[0.0], above, np.ones(images)])[: IMAGES + 1 + images]  # P(reference < count)
-    equal = np.concatenate([mass, np.zeros(images)])
-    return Population(draw, mean, deviation, images / IMAGES, float(lower @ (below + equal / 2)))
+    return Population(draw, float(counts @ mass) / IMAGES)
 
 
 def continuous(distribution: Any) -> Population:
-    """Wrap a distribution of scipy with mean and variance, shifted by its standard deviation."""
-    deviation = float(distribution.std())
-
-    def beaten(u: float) -> float:
-        return float(distribution.cdf(distribution.ppf(u) + deviation))
-
-    improvement = integrate.quad(beaten, 0, 1, limit=400)[0]
+    """Wrap a distribution of scipy with a mean."""
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         return np.asarray(distribution.rvs(size=shape, random_state=rng))
 
-    return Population(draw, float(distribution.mean()), deviation, deviation, improvement)
+    return Population(draw, float(distribution.mean()))
 
 
 @cache
@@ -125,27 +100,12 @@ def mean_by_bca(rng: np.random.Generator, population: Population, n: int) -> tup
     return [bootstrap((row,), np.mean, "BCa", rng) for row in rows], population.mean
 
 
-def standardized(rng: np.random.Generator, population: Population, n: int) -> tuple[list[Ends], float]:
-    """Differences with a mean of one standard deviation."""
-    rows = (population.draw(rng, (SIMULATIONS, n)) - population.mean) / population.deviation + 1
-    found = [effect_size(row) for row in rows]
-    return [(effect.low, effect.high) for effect in found], 1.0
-
-
-def improvement_of_pairs(rng: np.random.Generator, population: Population, n: int) -> tuple[list[Ends], float]:
-    better, worse = population.draw(rng, (SIMULATIONS, n)) + population.shift, population.draw(rng, (SIMULATIONS, n))
-    found = [paired_improvement(row) for row in better - worse]
-    return [(interval.low, interval.high) for interval in found], population.improvement
-
-
 Measured = Callable[[np.random.Generator, Population, int], tuple[list[Ends], float]]
 INTERVALS: dict[
     str, tuple[int, Measured]
 ] = {  # with the stream of its random numbers: others were of intervals that went
     "mean (or paired difference), t": (0, mean_by_t),
     "mean, BCa bootstrap": (1, mean_by_bca),
-    "effect size d, noncentral t": (4, standardized),
-    "probability of improvement of pairs, Wilson": (6, improvement_of_pairs),
 }
 SHARE = "share of right images in one run, Wilson"
 SHARE_SIZES = (*SIZES, IMAGES)

@@ -16,7 +16,7 @@ import psutil
 from small_methods import study_mapping
 
 from peft_vit.runs.executors import Executor, RunProgress
-from peft_vit.runs.scheduling.plan import PlannedRun
+from peft_vit.runs.planned import PlannedRun
 
 PATIENCE_S = 600  # for what takes seconds on an idle machine
 

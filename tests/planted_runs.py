@@ -15,7 +15,7 @@ from peft_vit.core.config import DataConfig
 from peft_vit.core.records import RunRecord
 from peft_vit.data import open_index
 from peft_vit.runs.executors import Event, RunEnded, RunStarted
-from peft_vit.runs.scheduling.plan import PlannedRun
+from peft_vit.runs.planned import PlannedRun
 
 ADAPTER = b"adapter"
 IMAGES = 100_000  # so that a share of whole images is as good as the planted number

@@ -11,14 +11,14 @@ import json
 import math
 import re
 from collections.abc import Callable
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-KEYS = ("cost", "experiment", "reference", "measure", "matrix", "site", "layer", "seed", "step")
+KEYS = ("experiment", "reference", "measure", "seed")
 Record = dict[str, Any]
 Row = dict[str, Any]
 
@@ -132,21 +132,6 @@ def against(led: Ledger, slug: str) -> list[Row]:
     return led.family([name for name in led.runs if name != reference], reference, on_test)
 
 
-def all_pairs(led: Ledger, _: str) -> list[Row]:
-    pairs = combinations(sorted(led.runs), 2)
-    family = compared(
-        [({"experiment": a, "reference": b}, *led.differences(a, b, on_test)) for a, b in pairs], "difference_n"
-    )
-    family = [{key: value for key, value in row.items() if not key.startswith("seed_")} for row in family]
-    return [*family, *map(mirrored, family)]
-
-
-def mirrored(row: Row) -> Row:
-    """The same pair the other way round, since the test does not know which side a table starts from."""
-    turned = {"experiment": row["reference"], "reference": row["experiment"], "difference": -row["difference"]}
-    return row | turned | {"difference_low": -row["difference_high"], "difference_high": -row["difference_low"]}
-
-
 COST = {
     "final_parameters": "parameters.final",
     "peak_parameters": "parameters.peak",
@@ -166,44 +151,12 @@ def cost(led: Ledger, _: str) -> list[Row]:
     return rows
 
 
-def of_metrics(*measures: str) -> Callable[[Ledger, str], list[Row]]:
-    def rows(led: Ledger, _: str) -> list[Row]:
-        table: list[Row] = [{"experiment": name} for name in led.runs]
-        for row in table:
-            for measure in measures:
-                row.update(interval(measure, led.over_seeds(row["experiment"], of(f"test.{measure}")), f"{measure}_n"))
-        return table
-
-    return rows
-
-
-def calibration(led: Ledger, slug: str) -> list[Row]:
-    """Without predictions in the records, which the planted ones lack, there is nothing but NLL and ECE."""
-    nothing = {f"{measure}_n": 0 for measure in ("adaptive_ece", "brier", "overconfidence")}
-    seeds = [{"seeds_without_predictions": " ".join(map(str, sorted(runs)))} for runs in led.runs.values()]
-    return [row | nothing | without for row, without in zip(of_metrics("nll", "ece")(led, slug), seeds, strict=True)]
-
-
 def not_done(led: Ledger, _: str) -> list[Row]:
     specs = [(record["spec"], record["error"]) for record in led.failed]
     return [{"experiment": spec["experiment"]["name"], "seed": spec["seed"], "reason": why} for spec, why in specs]
 
 
 # --- ranks and bits ---------------------------------------------------------------------------------------------------
-
-
-def ranks_at(record: Record, at: int = -1) -> np.ndarray:
-    return np.array([record["rank_history"][at]["ranks"].get(site["name"], 0) for site in record["sites"]])
-
-
-def rank_by_matrix(led: Ledger, _: str) -> list[Row]:
-    rows: list[Row] = []
-    for name in led.with_section("adalora"):
-        kinds = np.array([site["matrix"] for site in led.first(name)["sites"]])
-        for kind in dict.fromkeys(kinds):
-            means = [ranks_at(led.runs[name][seed])[kinds == kind].mean() for seed in sorted(led.runs[name])]
-            rows.append({"experiment": name, "matrix": kind, **interval("mean_rank", means)})
-    return rows
 
 
 def allocation_against_fixed(led: Ledger, _: str) -> list[Row]:
@@ -263,38 +216,23 @@ def quantization_against_float(led: Ledger, _: str) -> list[Row]:
 RECOMPUTED: dict[str, Callable[[Ledger, str], list[Row]]] = {
     "accuracy": accuracy,
     "against_.*": against,
-    "all_pairs": all_pairs,
     "allocation_against_fixed": allocation_against_fixed,
-    "calibration": calibration,
     "cost": cost,
     "not_done": not_done,
-    "quality": of_metrics("balanced_accuracy", "auroc"),
     "quantization": quantization,
     "quantization_against_float": quantization_against_float,
-    "rank_by_matrix": rank_by_matrix,
 }
 
 # Where the numbers of a table, or of "table: column", are tested instead.
 _ELSEWHERE = {
-    "planted truth in tests/unit/analysis": "bits_by_layer importance_by_matrix quantization_balance size",
-    "planted truth in tests/unit/analysis, columns in test_report_numbers.py": "allocation",
-    "by hand in tests/unit/analysis": "findings verdicts allocation_course importance_across_studies",
-    "by hand and by linregress in tests/unit/analysis/test_convergence.py, columns as above": "convergence",
-    "by brute force in tests/unit/analysis/test_pareto.py, columns as above": "pareto_fronts",
-    "Kendall's W against SciPy in tests/unit/analysis": "importance_across_seeds",
-    "recomputed in tests/unit/report/test_report_examples.py": "agreement examples",
-    "no numbers": "without_data",
+    "planted truth in tests/unit/analysis": "bits_by_layer quantization_balance size",
+    "planted truth in tests/unit/analysis/test_findings_values.py": "findings",
+    "by linregress in tests/unit/analysis/test_convergence.py, columns in test_report_numbers.py": "convergence",
 }
 NOT_COVERED = {table: where for where, tables in _ELSEWHERE.items() for table in tables.split()}
 NOT_COVERED |= dict.fromkeys(
     ("quantization_against_float: late_deviation", "quantization_against_float: roughness"), "see convergence"
 )
-NOT_COVERED |= {
-    f"all_pairs: {column}": "by hand in tests/unit/analysis, against pingouin in tests/oracle"
-    for effect in ("cohens_d", "improvement")
-    for column in (effect, f"{effect}_low", f"{effect}_high", f"{effect}_n")
-}
-NOT_COVERED["all_pairs: hedges_g"] = "as Cohen's d"
 
 
 def recomputation_of(slug: str) -> Callable[[Ledger, str], list[Row]] | None:

@@ -1,6 +1,7 @@
 """A task that is not in the package: of what each image is made, in shares that add up to 1, such as sand and water.
 
-A test puts it into a copy of the package as `core/tasks/shares.py`. It answers as classes do, so a browser knows how.
+A test puts it into a copy of the package as `core/tasks/shares.py`, and `shares_shown.py` beside what is
+shown of others.
 """
 
 from __future__ import annotations
@@ -14,16 +15,8 @@ from numpy.typing import NDArray
 from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.records import Decision, Metrics
 from peft_vit.core.tasks.classification import log_softmax
-from peft_vit.core.tasks.task import (
-    DecidingMetric,
-    Floats,
-    Labels,
-    Meaning,
-    Task,
-    bootstrapped,
-    ranked_cells,
-    ranked_columns,
-)
+from peft_vit.core.tasks.metric import DecidingMetric, Floats, Labels, bootstrapped
+from peft_vit.core.tasks.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +35,8 @@ class _Shares(Task):
     metrics: Mapping[str, DecidingMetric] = {"overlap": bootstrapped("overlap", "mean overlap", _right_share)}
     loss_names = ("cross_entropy",)
     weighs = False
-    linear = "least squares fit"
+    several = "{0} images with shares of {2}"
     outputs = "shares"
-    promise = ("", "", "", "")
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether every row adds up to 1."""
@@ -65,10 +57,6 @@ class _Shares(Task):
     def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
         """Return all of an image for its class."""
         return tuple(f"class_{k}" for k in range(classes.max() + 1)), np.eye(classes.max() + 1)[classes]
-
-    def images_of(self, images: int, names: Sequence[str]) -> str:
-        """Return how many there are."""
-        return f"{images} images with shares of {', '.join(names)}"
 
     def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
         """Return where a share is the largest, (N,)."""
@@ -140,33 +128,6 @@ class _Shares(Task):
     ) -> Decision:
         """Return that there is nothing to decide."""
         return Decision(images=len(labels))
-
-    def answers(
-        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> list[dict[str, Any]]:
-        """Return the largest shares."""
-        ranked = [sorted(zip(names, row, strict=True), key=lambda own: -own[1]) for row in self.predicted(outputs)]
-        named = [tuple((name, float(share)) for name, share in row) for row in ranked]
-        return [{"class_name": row[0][0], "probability": row[0][1], "top": row[:top]} for row in named]
-
-    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
-        """Return that outputs are as classes' are."""
-        return {"says": "shares of {}", "kind": "classes", "temperature": 1.0, "set": None}
-
-    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
-        """Return columns of names and shares."""
-        return ranked_columns(names, top)
-
-    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
-        """Return an image's."""
-        return ranked_cells(prediction)
-
-    def rows(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> list[dict[str, Any]]:
-        """Return the mean of each share, in truth and as predicted."""
-        pairs = zip(names, labels.mean(0).tolist(), predicted.mean(0).tolist(), strict=True)
-        return [{"Share": name, "Mean": true, "Predicted": said} for name, true, said in pairs]
 
 
 SHARES: Task = _Shares()

@@ -9,8 +9,9 @@ from small_methods import EXPERIMENTS
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.runs.execute import run_one
+from peft_vit.runs.planned import Plan
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder, write_result
-from peft_vit.runs.scheduling.plan import Plan, plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
 

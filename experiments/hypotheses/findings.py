@@ -12,22 +12,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from experiments.hypotheses.registry import (
-    Findings,
-    MarkedFinding,
-    all_findings,
-    load_registry,
-    mark_of,
-    unknown_registrations,
-)
+from experiments.hypotheses.conclusions import Conclusion, MarkedFinding, conclude, finding_rows, numbers, reasons
+from experiments.hypotheses.registry import Findings, all_findings, load_registry, mark_of, unknown_registrations
 from experiments.stopping.comparisons import declared, follow_study, stopping_of, stopping_table
 from peft_vit import cli
 from peft_vit.deploy.page.document import Paragraph, Raw, Table
 from peft_vit.deploy.page.printed import check_rows_file, print_blocks, print_with_rows
 from peft_vit.deploy.page.tables import table
 from peft_vit.lab.analysis import read_results
-from peft_vit.lab.analysis.findings import Conclusion, conclude
-from peft_vit.lab.report.findings_tables import HOW, finding_rows, numbers, reasons
+from peft_vit.lab.report.findings_tables import HOW
 
 _MARKED = (
     "Registered: the sentence was written down, as it is now, before every run of the study began. "

@@ -18,19 +18,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from experiments.hypotheses import measures
+from experiments.hypotheses.conclusions import Conclusion, Mark, MarkedFinding, Registered, Unit
+from experiments.hypotheses.measures import Evidence, Group, NoDataError
 from experiments.hypotheses.selection import Reference, Selection
 from experiments.hypotheses.several_studies import gain_where_importance_varies, importance_between_data_sets
 from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Verdict
 from peft_vit.base.statistics.estimates import Estimate
 from peft_vit.core.config import Frozen, Name
 from peft_vit.core.config.from_yaml import Lines, dotted, read_mapping
 from peft_vit.core.records import RunRecord
-from peft_vit.lab.analysis import evidence as measures
 from peft_vit.lab.analysis.comparison import accuracy_on_test
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness
-from peft_vit.lab.analysis.evidence import Evidence, Group, NoDataError
-from peft_vit.lab.analysis.findings import Conclusion, Finding, judge
-from peft_vit.lab.analysis.sentences import Sentence, Unit
+from peft_vit.lab.analysis.findings import Finding, judge
 from peft_vit.lab.analysis.studies import Run, Study
 
 TEXTS = Path(__file__).with_name("hypotheses.yaml")
@@ -38,7 +39,6 @@ ROOT = TEXTS.parents[2]
 FORMER_FOLDER = "experiments/configs"  # of the files, until version 0.2.0
 ALL_STUDIES = "all studies together"
 Test = Literal["superiority", "noninferiority", "equivalence", "counted", "described", "untestable"]
-Mark = Literal["registered", "exploratory"]
 _Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
 
 _SAID = ("measure", "unit")
@@ -253,15 +253,13 @@ class Hypothesis(Frozen):
         """Return the parameters as the measure takes them."""
         return self.how.parameters.model_validate_json(json.dumps(self.parameters))
 
-    def in_product(self) -> Sentence:
-        """Return the sentence as the engine of findings takes it."""
-        return Sentence(
+    def as_sentence(self) -> Registered:
+        """Return the sentence as findings hold it."""
+        return Registered(
             id=self.id,
             text=self.sentence,
             test="described" if self.test == "untestable" else self.test,
-            of=Group(),
-            measure=lambda evidence, _: _measured(self, evidence),
-            unit=self.unit,  # type: ignore[arg-type]  # it is the measure's; None if it is untestable
+            unit=self.unit or "",
             source=self.source,
             refuted_by=self.refuted_by,
             reason=self.reason or "",
@@ -432,13 +430,6 @@ def _fault(problem: str, path: tuple[str | int, ...], lines: Lines, file: Path) 
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class MarkedFinding(Finding):
-    """A finding, and whether its sentence stood there before the study's runs; None without data."""
-
-    mark: Mark | None = None
-
-
 def find(studies: Sequence[Evidence], registry: Registry, name: str, *, several: bool | None = None) -> Findings:
     """Return what studies say about every hypothesis, in the registry's order.
 
@@ -449,13 +440,24 @@ def find(studies: Sequence[Evidence], registry: Registry, name: str, *, several:
         several: only what is about several studies, or what is not; None: everything.
     """
     asked = [one for one in registry.hypotheses if several in (None, one.is_about_several)]
-    measured = [(one.in_product(), values) for one in asked for values in _measured(one, *studies)]
+    measured = [(one.as_sentence(), values) for one in asked for values in _measured(one, *studies)]
     untested = next(filter(None, (one.study.untested for one in studies)), "")
     of = [one.study for one in studies]
     return tuple(
-        MarkedFinding(**vars(found), mark=None if found.verdict == "no data" else registry.mark(found.sentence.id, of))
-        for found in judge(measured, name, untested)
+        _marked(found, sentence, name, registry.mark(sentence.id, of))
+        for found, (sentence, _) in zip(judge(measured, untested), measured, strict=True)
     )
+
+
+def _marked(found: Finding, sentence: Registered, study: str, mark: Mark) -> MarkedFinding:
+    """Return a finding as that of a study, with its mark; of what nothing is tested, with the reason."""
+    known = {**vars(found), "sentence": sentence, "study": study}
+    if not found.by_seed:
+        nothing = {"verdict": Verdict.NO_DATA, "outcome": found.note or "no finished run shows it", "note": ""}
+        return MarkedFinding(**known | nothing)
+    if sentence.test == "described":
+        known["outcome"] = f"described, not tested: {sentence.reason}"
+    return MarkedFinding(**known, mark=mark)
 
 
 Findings = tuple[MarkedFinding, ...]

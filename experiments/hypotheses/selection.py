@@ -7,8 +7,8 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from experiments.hypotheses.measures import Group
 from peft_vit.core.config import ExperimentConfig, Frozen, MethodName
-from peft_vit.lab.analysis.evidence import Group
 
 Value = bool | int | float | str | None
 

@@ -7,19 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from peft_vit.base.statistics import gini
-from peft_vit.base.statistics.estimates import Estimate, together
-from peft_vit.base.statistics.intervals import ROUNDING
-from peft_vit.lab.analysis.evidence import (
+from experiments.hypotheses.measures import (
     Evidence,
     Group,
     NoDataError,
     Subject,
-    estimated,
     joined,
     rank_correlation,
     settings_without,
 )
+from experiments.scripts.concentration import gini
+from peft_vit.base.statistics.estimates import Estimate, together
+from peft_vit.base.statistics.intervals import ROUNDING
+from peft_vit.lab.analysis.findings import estimated
 
 Studies = Sequence[tuple[Evidence, Group]]  # each with the experiments that a hypothesis is about
 Subjects = tuple[Subject, ...]

@@ -18,7 +18,7 @@ from peft_vit.base import console
 from peft_vit.cli import main
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import Event, RunEnded, RunProgress, RunStarted
-from peft_vit.runs.scheduling.plan import PlannedRun
+from peft_vit.runs.planned import PlannedRun
 
 Said = CaptureResult[str]
 

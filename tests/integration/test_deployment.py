@@ -281,7 +281,7 @@ def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, comman
 # --- nothing is written over ---
 
 
-@pytest.mark.parametrize("format", ["safetensors", "peft", "pretrained", "web", "history", "tensorboard"])
+@pytest.mark.parametrize("format", ["safetensors", "peft", "pretrained", "web", "history"])
 def test_what_is_there_stays_unless_it_is_to_be_overwritten(run_of, tmp_path, command, refused, format) -> None:
     ending = {"safetensors": ".safetensors", "history": ".csv"}.get(format, "")
     output = tmp_path / f"out{ending}"

@@ -9,7 +9,8 @@ from smoke_runs import check_smoke_run
 
 from peft_vit.cli.model_commands import EXAMPLES as PACKAGED
 from peft_vit.core.config import load_study
-from peft_vit.runs.scheduling.plan import Plan, plan_study
+from peft_vit.runs.planned import Plan
+from peft_vit.runs.scheduling.plan import plan_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))

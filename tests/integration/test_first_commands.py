@@ -138,7 +138,7 @@ def test_the_public_names() -> None:
 
 HEAVY = (
     "bitsandbytes datasets jinja2 matplotlib onnx onnxruntime openvino pandas peft pyarrow rich scipy.optimize "
-    "scipy.sparse scipy.special scipy.stats sklearn statsmodels tensorboard transformers typer"
+    "scipy.sparse scipy.special scipy.stats sklearn statsmodels transformers typer"
 )
 TRAINING = """
 import json

@@ -1,4 +1,4 @@
-"""A task more takes three files: its module, its line in TASKS, and its name where configurations may say it."""
+"""A task more takes its module, how it is shown, a line for each, and its name where configurations may say it."""
 
 import json
 import os
@@ -34,15 +34,20 @@ for words in {commands!r}:
 
 
 def with_a_task_more(package: Path) -> None:
-    """Write the three files into a copy of the package."""
+    """Write the files into a copy of the package."""
     tasks, names = package / "core/tasks/__init__.py", package / "core/config/training.py"
     shutil.copy(Path(__file__).parents[1] / "shares_task.py", package / "core/tasks/shares.py")
     text, count = re.subn(r"(REGRESSION, MULTILABEL)\)\}", r"\1, SHARES)}", tasks.read_text())
     tasks.write_text(text.replace("\nTASKS", "\nfrom peft_vit.core.tasks.shares import SHARES\n\nTASKS", 1))
+    shown = package / "deploy/presentation/__init__.py"
+    shutil.copy(Path(__file__).parents[1] / "shares_shown.py", package / "deploy/presentation/of_shares.py")
+    text, listed = re.subn(r"(ManyLabels\(\))\)\}", r"\1, Shares())}", shown.read_text())
+    line = "from peft_vit.deploy.presentation.of_shares import Shares"
+    shown.write_text(text.replace("\nPRESENTED", f"\n{line}\n\nPRESENTED", 1))
     said, named = re.subn(r'(TaskName = Literal\[.*"regression")', r'\1, "shares"', names.read_text())
     said, measured = re.subn(r'("r2", "spearman")', r'\1, "overlap"', said)
     names.write_text(said)
-    assert (count, named, measured) == (1, 1, 1)
+    assert (count, listed, named, measured) == (1, 1, 1, 1)
 
 
 def test_a_fourth_task_goes_from_a_table_to_a_page_a_prediction_and_exports(images, tmp_path) -> None:

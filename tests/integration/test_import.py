@@ -21,8 +21,9 @@ from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
 from peft_vit.fit.request import TrainRequest
 from peft_vit.fit.train import open_images, study_of
+from peft_vit.runs.planned import PlannedRun
 from peft_vit.runs.records.storage import read_record
-from peft_vit.runs.scheduling.plan import PlannedRun, plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")

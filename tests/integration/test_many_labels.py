@@ -216,7 +216,7 @@ def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"train labels.csv {SMALL} --shots 3", "needs one class an image, and these have multilabel labels"),
+        (f"train labels.csv {SMALL} --shots 3", "is there for one class an image, and these have multilabel labels"),
         (f"train labels.csv {SMALL} --task regression", "expected a number in column cold, got ''"),
         (f"train images {SMALL} --task multilabel", "has a folder for each class, which is not multilabel"),
         (f"train labels.csv {SMALL} --metric mae", "--metric: mae is not a metric of multilabel; give map or auroc or"),

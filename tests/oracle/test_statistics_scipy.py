@@ -1,25 +1,20 @@
 """Intervals, tests and effect sizes against scipy, statsmodels and pingouin, or a second route; to 1e-12."""
 
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import pingouin
 import pytest
-from scipy import integrate, special, stats
-from statsmodels.stats.proportion import proportion_confint
+from scipy import stats
 from statsmodels.stats.weightstats import ttost_paired
 
 from peft_vit.base.statistics import (
     beyond_margin,
-    effect_size,
     equivalence,
-    hedges_factor,
     holm,
     inferiority,
     mean_interval,
     noninferiority,
-    normalized_entropy,
-    paired_improvement,
     proportion_interval,
     spearman,
     wilcoxon,
@@ -76,20 +71,6 @@ def test_proportion_interval_equals_scipys_wilson_interval(successes: int, n: in
     assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high), **CLOSE)
 
 
-@pytest.mark.parametrize("differences", [[1, 2, 3, 4, 5], [1, -1, 2, 0, 0], [-1.0], [0, 0, 0]])
-def test_paired_improvement_equals_statsmodels_wilson_interval(differences: list[float]) -> None:
-    wins = np.count_nonzero(np.array(differences) > 0) + 0.5 * differences.count(0)
-    own = paired_improvement(differences)
-    assert own.estimate == pytest.approx(wins / len(differences), **CLOSE)
-    assert (own.low, own.high) == pytest.approx(proportion_confint(wins, len(differences), 0.05, "wilson"), **CLOSE)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_entropy_equals_scipy(seed: int) -> None:
-    ranks = np.random.default_rng(seed).integers(0, 6, 72)
-    assert normalized_entropy(ranks) == pytest.approx(stats.entropy(ranks) / np.log(72), **CLOSE)
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_spearman_is_pearson_of_midranks(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -113,39 +94,6 @@ def test_holm_equals_closed_testing_with_bonferroni(seed: int) -> None:
         for i in indices
     ]
     assert holm(list(p_values)) == pytest.approx(closed, **CLOSE)
-
-
-def noncentral_t(t: float, degrees: int, noncentrality: float) -> float:
-    """Return the probability below t by integrating over the chi-square variable: no library's noncentral t."""
-
-    def below(u: float) -> float:
-        return special.ndtr(t * np.sqrt(u / degrees) - noncentrality) * stats.chi2.pdf(u, degrees)
-
-    middle, scale = degrees, np.sqrt(2 * degrees)
-    points = [0.0, *(middle + scale * np.array([-0.5, 0, 1, 3, 8, 40])).clip(1e-3)]
-    parts = [integrate.quad(below, a, b, epsabs=1e-14, epsrel=1e-13)[0] for a, b in pairwise(points)]
-    return sum(parts)
-
-
-@pytest.mark.parametrize("n", [3, 5, 10, 40])
-@pytest.mark.parametrize("shift", [-1.0, 0.0, 0.4, 3.0])
-def test_effect_size_equals_pingouin_and_its_interval_the_noncentral_t(n: int, shift: float) -> None:
-    rng = np.random.default_rng(n)
-    left, right = rng.normal(shift, 1, n), rng.normal(0, 0.5, n)
-    own = effect_size(left - right)
-    d = pingouin.compute_effsize(left, right, paired=True, eftype="cohen_dz")
-    assert own.d == pytest.approx(d, **CLOSE)
-    t = d * np.sqrt(n)
-    assert noncentral_t(t, n - 1, own.low * np.sqrt(n)) == pytest.approx(0.975, **CLOSE)
-    assert noncentral_t(t, n - 1, own.high * np.sqrt(n)) == pytest.approx(0.025, **CLOSE)
-    assert own.g == pytest.approx(hedges_factor(n - 1) * d, **CLOSE)
-
-
-@pytest.mark.parametrize("degrees", [2, 4, 9, 50])
-def test_hedges_factor_is_the_inverse_bias(degrees: int) -> None:
-    """The mean of a noncentral t with noncentrality 1, from scipy, is 1 / J; Hedges' own approximation is near."""
-    assert 1 / hedges_factor(degrees) == pytest.approx(stats.nct.mean(degrees, 1.0), rel=1e-12)
-    assert hedges_factor(degrees) == pytest.approx(1 - 3 / (4 * degrees - 1), abs=0.01)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 30])

@@ -42,7 +42,7 @@ from peft_vit.deploy.formats import runtimes, torch_files
 from peft_vit.deploy.restore import open_model
 from peft_vit.lab.analysis import analyze, load_studies, read_results
 from peft_vit.lab.report.result_tables import history_table
-from peft_vit.runs.costs.calibration_run import Costs, keep_costs
+from peft_vit.runs.costs.calibration_run import MeasuredCosts, keep_costs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.progress import (
     LOCK_FILE,
@@ -188,7 +188,7 @@ def _sign_low_bit(content: bytes) -> bytes:
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     header = torch_files.LowBitHeader.model_validate_json(metadata[torch_files.HEADER])
     tensors = load(content)
-    signed = header.signed(torch_files.low_bit_digest(header, tensors))
+    signed = header.signed(torch_files.tensor_content(tensors)).model_dump_json()
     return bytes(save(tensors, metadata={**metadata, torch_files.HEADER: signed}))
 
 
@@ -196,7 +196,7 @@ def _sign_onnx(content: bytes) -> bytes:
     proto = onnx.load_from_string(content)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     header = runtimes.Header.model_validate_json(metadata[runtimes.HEADER])
-    signed = header.signed(runtimes.onnx_digest(header.card, proto))
+    signed = header.signed(runtimes.onnx_content(proto)).model_dump_json()
     proto.metadata_props.add(key=runtimes.HEADER, value=signed)
     return bytes(proto.SerializeToString())
 
@@ -205,7 +205,8 @@ def _sign_openvino(description: bytes, weights: bytes) -> bytes:
     digest = re.search(rb"&quot;sha256&quot;:&quot;([0-9a-f]{64})", description)
     assert digest is not None
     unsigned = description.replace(digest[1], runtimes.UNSIGNED.encode(), 1)
-    return description.replace(digest[1], runtimes.openvino_digest(unsigned, weights).encode(), 1)
+    signed = hashlib.sha256(b"".join(runtimes.openvino_content(unsigned, weights))).hexdigest()
+    return description.replace(digest[1], signed.encode(), 1)
 
 
 def _in_onnx_card(nasty: Nasty) -> Mutation:
@@ -323,7 +324,7 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     def plan_with_costs() -> dict[str, RunSpec]:
         unknown: dict[str, RunSpec] = {}
 
-        def measure(kinds: Mapping[str, RunSpec]) -> dict[str, Costs]:
+        def measure(kinds: Mapping[str, RunSpec]) -> dict[str, MeasuredCosts]:
             unknown.update(kinds)
             return {}
 
@@ -331,7 +332,7 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         return unknown
 
     for kind in plan_with_costs().values():
-        keep_costs(kind, Costs(start_s=2.0, step_s=0.01, image_s=0.001, peak_memory_bytes=10**8, images=24))
+        keep_costs(kind, MeasuredCosts(start_s=2.0, step_s=0.01, image_s=0.001, peak_memory_bytes=10**8, images=24))
     cases: list[tuple[str, Callable[[], object], Path]] = [
         ("pixels", images, tiny),
         ("hashes", images, tiny),

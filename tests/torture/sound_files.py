@@ -24,9 +24,10 @@ from peft_vit.core.config import load_study
 from peft_vit.core.training import Checkpoints, Interrupted
 from peft_vit.deploy.export import export_run_to_file, export_run_to_peft
 from peft_vit.runs.execute import run_one
+from peft_vit.runs.planned import Plan
 from peft_vit.runs.records.progress import LOCK_FILE, study_lock
 from peft_vit.runs.records.storage import run_folder, write_study_file
-from peft_vit.runs.scheduling.plan import Plan, plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import StudyStore, study_file
 
 SIDE = 32

@@ -15,22 +15,14 @@ from pydantic import BaseModel
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import flush, write_atomically
-from peft_vit.core.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
-from peft_vit.core.config.migrations import GONE, GONE_CHOICES, Gone, migrated_study
-from peft_vit.core.records import ImportanceEntry, Metrics, RankEntry, RunRecord, RunSpec, StudyFile
+from peft_vit.core.config import AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
+from peft_vit.core.records import ImportanceEntry, Metrics, RankEntry, RunRecord, RunSpec
+from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.records.storage import (
-    ADAPTER_FILE,
-    RECORD_FILE,
-    STUDY_FILE,
-    read_record,
-    read_study_file,
-    write_record,
-    write_result,
-)
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, write_record, write_result
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of 0.2.0's studies, one of each kind below
+KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of finished studies, one of each kind below
 
 
 def study() -> StudyConfig:
@@ -235,137 +227,27 @@ def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
 
 
 @pytest.mark.parametrize(
-    ("study", "experiment", "flips"),
+    ("study", "experiment", "flips", "outcome"),
     [
-        ("study_elpv", "lora", "horizontal"),
-        ("study_elpv", "linear", "horizontal"),
-        ("study_elpv", "adalora", "horizontal"),
-        ("study_elpv", "qa_", "horizontal"),
-        ("study_digits", "lora", "none"),
+        ("study_elpv", "lora", "horizontal", "5fd63c38"),
+        ("study_elpv", "linear", "horizontal", "5a8524e1"),
+        ("study_elpv", "adalora", "horizontal", "e012974b"),
+        ("study_elpv", "qa_", "horizontal", "46e26699"),
+        ("study_digits", "lora", "none", "c120f401"),
     ],
 )
-def test_the_digest_of_a_kept_run_is_what_it_was(study, experiment, flips, tmp_path) -> None:
-    """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
+def test_the_digests_of_a_kept_run_are_what_they_were(study, experiment, flips, outcome, tmp_path) -> None:
+    """Or a finished study would be done again."""
     with tarfile.open(KEPT) as kept:
         for member in kept:
             if re.search(rf"^{study}/{experiment}[^/]*/seed_\d+/record\.json$", member.name):
                 (tmp_path / "record.json").write_bytes(kept.extractfile(member).read())
                 read = read_record(tmp_path / "record.json")
                 assert read.spec.digest() == read.spec_digest
+                assert outcome_digest(read).startswith(outcome)
                 assert read.spec.experiment.training.flips == flips
-                assert '"flips"' not in read.spec.model_dump_json()
                 return
     pytest.fail("no such run among the kept ones")
-
-
-@pytest.mark.parametrize("flips", ["none", "horizontal", "both"])
-def test_flips_of_an_older_study_are_said_by_its_training(flips) -> None:
-    """What is of another form is left to who reads it."""
-    content = json.loads(study().model_dump_json())
-    for experiment in content["experiments"]:
-        experiment["training"]["augmentation"] = [change.model_dump() for change in AUGMENTATION_OF_FLIPS[flips]]
-    now = StudyConfig.model_validate_json(json.dumps(content))
-    then = json.loads(now.model_dump_json())
-    then["data"]["flips"] = flips
-    for experiment in then["experiments"]:
-        del experiment["training"]["augmentation"]
-    whole = {"smoke": False, "data_sha256": "d", "runs": []}
-    content = json.dumps({**whole, "configuration": then}).encode()
-    read = StudyFile.model_validate_json(json.dumps(migrated_study(json.loads(content))))
-    assert read.configuration == now
-    for odd in (["flips"], {"configuration": 1, "flips": 2}, {"configuration": {"data": {"flips": []}}}):
-        assert migrated_study(odd) == odd
-
-
-def study_file(folder: Path, change: dict[str, Any], **beside: object) -> Path:
-    """Write a study.json whose configuration has other values in it."""
-    configuration = json.loads(study().model_dump_json()) | change
-    content = {"smoke": False, "data_sha256": "d", "runs": [], "configuration": configuration, **beside}
-    (folder / STUDY_FILE).write_text(json.dumps(content))
-    return folder / STUDY_FILE
-
-
-def older(folder: Path, section: str, **settings: object) -> Path:
-    """Return the file of a record in which a section of the experiment has further settings."""
-    name = {"adalora": "adalora_top_k_fisher", "qa_lora": "qa_lora_fp4_cosine"}.get(section, "lora_r1")
-    file = write_record(folder, record(spec(name)))
-    data = json.loads(file.read_text())
-    data["spec"]["experiment"][section] |= settings
-    file.write_text(json.dumps(data))
-    return file
-
-
-LOOKS = {"control": "lora_r1", "asked": "superiority", "every": 2, "futility": None}
-
-
-@pytest.mark.parametrize(
-    ("change", "beside"),
-    [
-        ({}, {"limited": None}),
-        ({}, {"limited": {"asked": json.loads(study().model_dump_json()), "first": ["lora_r1"]}}),
-        ({"hypotheses": "own.yaml"}, {}),
-        ({"stopping": LOOKS}, {}),
-    ],
-)
-def test_what_0_2_0_wrote_of_a_study_is_read(tmp_path, change, beside) -> None:
-    study_file(tmp_path, change, **beside)
-    read = read_study_file(tmp_path)
-    assert read is not None
-    assert read.configuration.model_copy(update={"stopping": None}) == study()
-    assert read.configuration.stopping == change.get("stopping")
-
-
-def smaller() -> dict[str, Any]:
-    asked = json.loads(study().model_dump_json())
-    asked["data"]["image_size"] += 14
-    return {"limited": {"asked": asked, "first": []}}
-
-
-@pytest.mark.parametrize(
-    ("change", "beside", "field"),
-    [
-        ({}, smaller(), "limited"),
-        ({"experiments": [{"training": {"schedule": "zigzag"}}]}, {}, "experiment.training.schedule"),
-    ],
-)
-def test_what_went_of_a_study_is_refused(tmp_path, monkeypatch, change, beside, field) -> None:
-    monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
-    file = study_file(tmp_path, change, **beside)
-    with pytest.raises(UserError, match=r"no longer .*peft-vit 0\.2\.0") as caught:
-        read_study_file(tmp_path)
-    assert (caught.value.file, caught.value.field) == (str(file), field)
-
-
-@pytest.mark.parametrize(
-    ("section", "settings", "field"),
-    [
-        ("lora", {"rank": None, "ranks": {"rule": "eva", "budget": 9}}, "lora.ranks.rule"),
-        ("adalora", {"importance_metric": "singular_value"}, "adalora.importance_metric"),
-        ("adalora", {"prune": "sideways"}, "adalora.prune"),
-        ("adalora", {"polish": "shiny"}, "adalora.polish"),
-        ("qa_lora", {"quantization_type": "nf3"}, "qa_lora.quantization_type"),
-        ("qa_lora", {"adaptive_bits": {"types": ["int8", "nf3"]}}, "qa_lora.adaptive_bits.types"),
-        ("qa_lora", {"use_double_quant": True}, "qa_lora.use_double_quant"),
-        ("training", {"schedule": "zigzag"}, "training.schedule"),
-    ],
-)
-def test_what_went_of_a_record_is_refused(tmp_path, monkeypatch, section, settings, field) -> None:
-    monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none"))
-    monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
-    file = older(tmp_path, section, **settings)
-    with pytest.raises(UserError, match=r"is something that this version no longer has; peft-vit 0\.2\.0") as caught:
-        read_record(file)
-    assert (caught.value.file, caught.value.field) == (str(file), f"experiment.{field}")
-
-
-def test_what_went_is_left_out_where_it_did_nothing_and_is_no_result_of_this_version(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none"))
-    assert read_record(older(tmp_path, "adalora", polish="none")).spec == spec("adalora_top_k_fisher")
-    assert read_record(older(tmp_path, "qa_lora", use_double_quant=False)).spec == spec()
-    file = older(tmp_path, "adalora", prune="reversible")
-    data = json.loads(file.read_text())
-    assert read_record(file).spec == spec("adalora_top_k_fisher")
-    assert read_record(older(tmp_path, "adalora", prune="physical")).spec.digest() == data["spec_digest"]
 
 
 def test_a_record_keeps_what_its_study_registered(tmp_path) -> None:
@@ -373,6 +255,16 @@ def test_a_record_keeps_what_its_study_registered(tmp_path) -> None:
     registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
     assert json.loads(read_record(file).model_dump_json())["registration"] == registered
+
+
+def test_a_field_that_records_get_is_part_of_an_outcome_unless_it_is_named() -> None:
+    class Later(RunRecord):
+        found: int
+
+    own = dict(record(spec()))
+    one, other = (outcome_digest(Later(**own, found=found)) for found in (1, 2))
+    assert one != other
+    assert one == outcome_digest(Later(**own | {"seconds": own["seconds"] + 1}, found=1))
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

@@ -13,6 +13,7 @@ from torch import nn
 from written_runs import run_and_write
 
 from experiments.adapter_bytes.scripts import grid
+from experiments.ranks.scripts.former_rules import ordered_ranks
 from experiments.scripts import evidence, in_turn
 from experiments.scripts.evidence import study_files
 from peft_vit.base.errors import UserError
@@ -32,7 +33,10 @@ def test_every_cell_buys_ranks_fits_and_equals_no_other(base) -> None:
     for cell in grid.CELLS:
         config = StartingRanksConfig(**grid.ranks_of(cell, grid.BASES[base].pool, places))
         adapters = Adapters("lora", grid.BASES[base].pool, cell.bits)
-        ranks, _ = choose_starting_ranks(nn.Identity(), places, config, seed=0, adapters=adapters)
+        if cell.place == "even":
+            ranks, _ = choose_starting_ranks(nn.Identity(), places, config, adapters)
+        else:
+            ranks = ordered_ranks(places, config, seed=0, adapters=adapters)
         # A value an input of a pool and a value an output, and below 16 bits two scales of two bytes.
         stored = sum(
             rank * (-(-(site.in_features // grid.BASES[base].pool + site.out_features) * cell.bits // 8))

@@ -10,6 +10,8 @@ further set of other images.
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from PIL import Image
 from experiments.scripts.evidence import merge
 from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Neighbours, conformal_quantile, fit_temperature, probabilities
-from peft_vit.base.statistics.reliability import calibration_error, equal_count_bins
+from peft_vit.base.statistics.reliability import Bin, equal_count_bins
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.images import LabelledImages, normalised
@@ -42,6 +44,15 @@ def quality(logits: NDArray[np.float64], labels: NDArray[np.int64], temperature:
     nll = float(-np.log(p[np.arange(len(p)), labels].clip(1e-300)).mean())
     ece = calibration_error(equal_count_bins(p.max(1), p.argmax(1) == labels, 10))
     return {"temperature": round(temperature, 3), "nll": round(nll, 4), "ece": round(ece, 4)}
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the expected calibration error over bins: ``sum_m n_m / n |accuracy_m - confidence_m|``.
+
+    It is biased upwards where bins hold few predictions, as their accuracy then strays by chance. Source: Naeini,
+    Cooper & Hauskrecht, AAAI 2015; Guo et al. 2017, arXiv 1706.04599.
+    """
+    return math.fsum(b.count * abs(b.accuracy - b.confidence) for b in bins) / sum(b.count for b in bins)
 
 
 def others(run: RestoredRun, icons: Path | None) -> dict[str, list[NDArray[np.uint8]]]:

@@ -12,10 +12,10 @@ import planted
 import pytest
 
 from experiments.hypotheses import registry as registry_module
+from experiments.hypotheses.conclusions import conclude
+from experiments.hypotheses.measures import Evidence
 from experiments.hypotheses.registry import TEXTS, Registry, all_findings, find, load_registry, mark_of
 from peft_vit.core.records import Registration, RunRecord
-from peft_vit.lab.analysis.evidence import Evidence
-from peft_vit.lab.analysis.findings import conclude
 
 pytestmark = pytest.mark.part("analyzer")
 

@@ -6,7 +6,8 @@ import numpy as np
 import planted
 import pytest
 
-from experiments.hypotheses.registry import MarkedFinding, all_findings, load_registry
+from experiments.hypotheses.conclusions import MarkedFinding
+from experiments.hypotheses.registry import all_findings, load_registry
 from peft_vit.core.records import ImportanceEntry, RunRecord
 
 pytestmark = pytest.mark.part("analyzer")

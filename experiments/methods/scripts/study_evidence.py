@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.hypotheses.measures import Evidence
 from experiments.hypotheses.registry import ALL_STUDIES, Findings, all_findings, find, load_registry
 from experiments.methods.scripts.study_figures import write_figures
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, SHORT, five_methods, pilot_table, study_blocks
@@ -28,7 +29,6 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import folder_below, write_atomically
 from peft_vit.core.records import RunRecord
 from peft_vit.lab.analysis import Analysis, Study, analyze, load_studies
-from peft_vit.lab.analysis.evidence import Evidence
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import RECORD_FILE
 

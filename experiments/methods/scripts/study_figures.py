@@ -12,15 +12,16 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from experiments.methods.scripts.bytes_figure import accuracy_against_bytes
 from experiments.methods.scripts.main_figure import accuracy_and_bytes, for_both_pages
+from experiments.methods.scripts.rank_maps import rank_maps
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, MAIN, MARGIN, REFERENCE
 from experiments.scripts.evidence import ROOT
 from peft_vit.base.files import write_atomically
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import METHOD_COLORS
 from peft_vit.lab.analysis import Analysis
-from peft_vit.lab.report.accuracy_figures import accuracy_against, forests
-from peft_vit.lab.report.heatmaps import rank_maps
+from peft_vit.lab.report.accuracy_figures import forests
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -40,9 +41,9 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[Path, Drawing]]
         if (drawing := forests(analysis, MARGIN).get(REFERENCE)) is not None:
             yield IMAGES / f"{name}_differences.png", drawing
     if (elpv := analyses.get(MAIN)) is not None:
-        yield IMAGES / f"{MAIN}_bytes.png", accuracy_against("stored_bytes", elpv.study, elpv.methods)
-        shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
-        yield IMAGES / f"{MAIN}_ranks.png", rank_maps(shown)
+        yield IMAGES / f"{MAIN}_bytes.png", accuracy_against_bytes(elpv.methods)
+        shown = [one.experiment.name for one in elpv.allocation if one.experiment.name in _RANKED]
+        yield IMAGES / f"{MAIN}_ranks.png", rank_maps(elpv.study, shown)
     if analyses.keys() >= KINDS.keys():
         yield IN_DOCS, accuracy_and_bytes(analyses)
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.hypotheses.registry import MarkedFinding, mark_of
+from experiments.hypotheses.conclusions import Conclusion, MarkedFinding, conclude, estimate_of
+from experiments.hypotheses.registry import mark_of
 from experiments.scripts.evidence import table
 from peft_vit.base.statistics import Interval
 from peft_vit.deploy.page.document import Paragraph
 from peft_vit.deploy.page.formatting import count, fixed, joined, percent, percent_interval, points_interval
 from peft_vit.deploy.page.markdown import escaped
 from peft_vit.lab.analysis import Analysis, Estimate, Finding, MethodResult
-from peft_vit.lab.analysis.findings import Conclusion, conclude
 from peft_vit.lab.analysis.recommendation import recommend
-from peft_vit.lab.report.findings_tables import estimate_of
 from peft_vit.lab.report.printed_tables import recommendation_blocks
 
 REFERENCE = "lora_r8"

@@ -15,7 +15,7 @@ def kept() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_table_of_a_kept_study_comes_out_as_it_was(study: str, kept: dict[str, dict[str, str]]) -> None:
     made = tables_of(study)
-    assert len(made) >= 15
+    assert len(made) >= 7
     assert made.keys() == kept[study].keys()
     for name, text in made.items():
         assert text.splitlines() == kept[study][name].splitlines(), f"{study}: {name}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.scripts.concentration import gini
 from experiments.scripts.evidence import (
     MARGIN,
     Cell,
@@ -40,7 +41,6 @@ from experiments.scripts.evidence import (
     study_tables,
     table,
 )
-from peft_vit.base.statistics import gini
 from peft_vit.core.records import RunRecord
 
 FOLDER = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from peft_vit.core.config import ORDERED_RULES
+from experiments.ranks.scripts.former_rules import ORDERED_RULES
 from peft_vit.core.config.from_yaml import at_rates, read_mapping
 
 FOLDER = Path(__file__).resolve().parents[1]

@@ -15,13 +15,14 @@ import scipy
 
 from experiments.methods.scripts import study_figures
 from experiments.ranks.scripts import frontier, frontier_configs, frontier_figure
+from experiments.ranks.scripts.former_rules import ordered_ranks
 from experiments.scripts.evidence import EXPERIMENTS, filled, study_files
 from experiments.stopping.comparisons import stopping_of
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval
 from peft_vit.core.allocation import choose_starting_ranks
 from peft_vit.core.backbones import describe
-from peft_vit.core.config import MATRICES, load_study
+from peft_vit.core.config import FORMER_RULES, MATRICES, BackboneConfig, StartingRanksConfig, load_study
 from peft_vit.core.methods import METHODS
 from peft_vit.deploy.page.formatting import fixed, points_interval
 from peft_vit.runs.scheduling.plan import plan_study
@@ -344,7 +345,8 @@ def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, bu
     assert (data.train_images, data.shots_per_class, data.test_images) == images[task]
     shape = describe(study.backbone, data.image_size)
     for one in study.experiments:  # the budget fits the sites, and the rule the images
-        METHODS[one.method].check(one, shape, 160, data.train_images or 10 * data.shots_per_class)
+        if one.adalora or one.lora.ranks.rule not in FORMER_RULES:
+            METHODS[one.method].check(one, shape, 160, data.train_images or 10 * data.shots_per_class)
         spent = one.adalora.total_rank_budget if one.adalora else one.lora.ranks.budget
         assert spent == budget
 
@@ -361,7 +363,11 @@ def test_controls_of_equal_values_train_as_many_as_the_nine_ranks(studies: Path)
     assert [one.training.learning_rate for one in study.experiments] == [3e-3, 1e-3, 3e-3, 3e-3]
     sites = list(describe(study.backbone, study.data.image_size).sites)
     for one in study.experiments[1:]:
-        ranks, _ = choose_starting_ranks(None, sites, one.lora.ranks, seed=320)
+        rule = one.lora.ranks
+        if rule.rule == "even":
+            ranks, _ = choose_starting_ranks(None, sites, rule)
+        else:
+            ranks = ordered_ranks(sites, rule, seed=320)
         values = sum(ranks[site.name] * (site.in_features + site.out_features) for site in sites)
         assert frontier_configs.VALUES - 768 < values <= frontier_configs.VALUES  # no further rank fits
 
@@ -373,7 +379,7 @@ def test_an_even_spread_over_depths_is_the_rule_even_with_seeds_of_its_own(studi
     even = study.experiments[1].lora.ranks
     assert (even.rule, even.budget, even.unit) == ("even", 9, "ranks")
     sites = list(describe(study.backbone, study.data.image_size).sites)
-    ranks, _ = choose_starting_ranks(None, sites, even, seed=350)
+    ranks, _ = choose_starting_ranks(None, sites, even)
     chosen = [site for site in sites if ranks[site.name]]
     assert (len(chosen), len({site.kind for site in chosen}), len({site.layer for site in chosen})) == (9, 6, 9)
 
@@ -421,8 +427,21 @@ def test_on_elpv_setting_and_rate_are_those_that_validation_chose() -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_a_study_plans(studies: Path, tmp_path: Path) -> None:
-    file = studies / "frontier_digits_72.yaml"
-    assert len(plan_study(load_study(file), tmp_path, file=file, smoke=True).runs) == 8
+    file = studies / "frontier_digits_even_depths.yaml"
+    assert len(plan_study(load_study(file), tmp_path, file=file, smoke=True).runs) == 2
+
+
+def test_sites_in_an_order_get_their_ranks_until_the_budget_is_spent() -> None:
+    sites = describe(BackboneConfig(model="vit_small_patch14_dinov2", weights="random"), 56).sites
+    drawn = []
+    for rule in ("random", "first_blocks", "last_blocks"):
+        config = StartingRanksConfig(rule=rule, budget=15, site_rank=2)
+        ranks = ordered_ranks(sites, config, seed=1)
+        assert sorted(ranks.values()) == [0] * 64 + [1] + [2] * 7
+        assert ranks == ordered_ranks(sites, config, seed=1)
+        drawn.append({site.layer for site in sites if ranks[site.name]})
+        assert (ranks == ordered_ranks(sites, config, seed=2)) == (rule != "random")
+    assert drawn[1:] == [{0, 1}, {10, 11}]
 
 
 # --- records and the studies' results ---------------------------------------------------------------------------------

@@ -20,15 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.calibration.scripts.tuning_odds import (
-    Judged,
-    Tuning,
-    calibration_table,
-    calibrations,
-    judge,
-    row,
-    truths_table,
-)
+from benchmarks.tuning_odds import Judged, Tuning, calibration_table, calibrations, judge, row, truths_table
 from experiments.methods.scripts.study_evidence import kept_studies, unpacked
 from experiments.scripts.evidence import EXPERIMENTS, filled
 from peft_vit.base.files import write_atomically

@@ -29,7 +29,6 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "peft": {"peft": "0.17"},
     "transformers": {"transformers": "5"},
     "ray": {"ray": "2.40"},
-    "tensorboard": {"tensorboard": "2.14"},
     "heic": {"pillow_heif": "1"},
 }
 

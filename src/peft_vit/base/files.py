@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
-from peft_vit.base.errors import UserError
+from peft_vit.base.errors import UserError, os_fault
 
 LARGEST_BYTES = 1 << 28  # of an image, a table or a record; far more than any real one
 # Each is of some systems only: O_BINARY of Windows, the others of POSIX.
@@ -197,6 +198,31 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
+
+
+def remove_any(path: Path) -> None:
+    """Remove a folder, or whatever is in its place: of a link only the link, and a pipe is not waited for.
+
+    What of a folder can't be removed stays: at worst some disk is in use.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def into_empty(folder: Path, field: str | None = None) -> Iterator[None]:
+    """Make a folder to write into.
+
+    Raises:
+        UserError: if it holds files, or can't be written to.
+    """
+    with os_fault("can't be written to", folder, remedy="choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError("holds files already; choose another folder", file=folder, field=field)
+        yield
 
 
 def checkpoint_folders(run_folder: Path) -> dict[int, Path]:

@@ -25,7 +25,6 @@ Purpose = Literal[
     "held_out",
     "probe",
     "calibration",
-    "starting_ranks",
     "removal",
     "rotate90",
     "random_resized_crop",

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     _Format = str
 else:
-    _Format = Literal[(*EXPORTS, "web", "peft", "history", "tensorboard")]
+    _Format = Literal[(*EXPORTS, "web", "peft", "history")]
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
@@ -59,23 +59,22 @@ class ExportRequest(Request):
 
     runs: Annotated[list[Path], Option("RUN", is_argument=True)] = Field(
         min_length=1,
-        description="The folder of what was trained, such as peft-vit-runs/latest; several with --bundle. history and "
-        "tensorboard also accept a folder of many runs.",
+        description="The folder of what was trained, such as peft-vit-runs/latest; several with --bundle. history "
+        "also accepts a folder of many runs.",
     )
     output: Annotated[Path | None, OnlyWith(bundle=None)] = Field(
         default=None,
         description="The file or folder to write. "
         + "; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
-        + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file; "
-        "tensorboard: a new or empty folder. Without it, model.onnx in RUN, or as --format says.",
+        + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file. "
+        "Without it, model.onnx in RUN, or as --format says.",
     )
     format: Annotated[_Format | None, OnlyWith(bundle=None)] = Field(
         default=None,
         description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
         + "; web: a page that runs the model in a browser; peft: LoRA files for the PEFT library; history: a table of "
-        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study runs. Without "
-        "it, what the ending of --output says.",
+        "ranks and scores by run and step. Without it, what the ending of --output says.",
     )
     bundle: Path | None = Field(
         default=None,
@@ -167,14 +166,14 @@ class ExportRequest(Request):
         if self.format is None:
             raise UserError(
                 f"expected a name that ends in {', '.join(endings)}, {last} or .html; or give --format as well: "
-                "pretrained, web, peft and tensorboard write a folder, history a table",
+                "pretrained, web and peft write a folder, history a table",
                 file=self.output,
                 field="--output",
             )
         ending = EXPORTS[self.format].ending if self.format in EXPORTS else ""
         if self.output is None:
-            if self.format in ("history", "tensorboard"):
-                raise UserError(f"is missing, which --format {self.format} needs; add it", field="--output")
+            if self.format == "history":
+                raise UserError("is missing, which --format history needs; add it", field="--output")
             ending = ".html" if self.single else ending
             return self.format, self.directory / (f"model{ending}" if ending else self.format)
         if self.single and self.output.suffix != ".html":
@@ -201,11 +200,6 @@ def export(request: ExportRequest) -> None:
         from peft_vit.lab.report.result_tables import export_history
 
         print(f"{export_history(directory, output, overwrite=request.overwrite)} rows: {output}")
-    elif format == "tensorboard":
-        from peft_vit.lab.analysis.tensorboard import export_to_tensorboard
-
-        refuse_existing(output, is_folder=True, overwrite=request.overwrite)
-        print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
     elif format == "peft":
         with progress(f"exporting {directory}", sys.stderr):
             from peft_vit.deploy.export import export_run_to_peft
@@ -370,8 +364,9 @@ def predict(request: PredictRequest) -> None:
     format = request.chosen_format()
     images, classifier = _opened(request)
     from peft_vit.core.records import FEWEST_HELD_OUT
-    from peft_vit.core.tasks import TASKS
     from peft_vit.deploy import check_coverage, predict_files
+    from peft_vit.deploy.predicting import columns_of
+    from peft_vit.deploy.presentation import PRESENTED
 
     classes = classifier.card.class_names
     if request.coverage is not None:
@@ -379,9 +374,11 @@ def predict(request: PredictRequest) -> None:
             check_coverage(classifier.card, request.coverage)
     files = [image for image in images if not isinstance(image, UserError)]
     card = classifier.card
-    task, with_sets, meaning = TASKS[card.task], request.coverage is not None, card.decision or card.calibrated
-    is_labelled = task.one_class and len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
-    columns = ["file", *task.columns(classes, meaning, request.top, with_sets)]
+    shown, with_sets, meaning = PRESENTED[card.task], request.coverage is not None, card.meaning
+    is_labelled = (
+        shown.task.one_class and len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
+    )
+    columns = ["file", *columns_of(card, request.coverage, request.top)]
     columns += [] if card.unlike is None else ["unlike"]
     if card.unlike is None and meaning is not None and meaning.images < FEWEST_HELD_OUT:
         reason = f"that takes {FEWEST_HELD_OUT} images that trained or validated the model, and their features"
@@ -401,7 +398,7 @@ def predict(request: PredictRequest) -> None:
             predicted += 1
             right += outcome.class_name == outcome.file.parent.name
             unlike += bool(outcome.unlike)
-            cells = [str(outcome.file), *task.cells(outcome, with_sets)]
+            cells = [str(outcome.file), *shown.cells(outcome, with_sets).values()]
             cells += [] if outcome.unlike is None else [outcome.unlike]
             printed.add(dict(zip(columns, map(_printable, cells), strict=True)))
     printed.end()
@@ -415,7 +412,7 @@ def predict(request: PredictRequest) -> None:
     if is_labelled and predicted:
         print(f"right on {right:,} of {predicted:,}, by the names of their folders", file=sys.stderr)
     if request.coverage is not None and predicted:
-        print(f"{task.holds.format(100 * request.coverage)}, if they are like those of training", file=sys.stderr)
+        print(f"{shown.holds.format(100 * request.coverage)}, if they are like those of training", file=sys.stderr)
     if unlike:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):

@@ -221,7 +221,7 @@ def report(
         ),
     ] = False,
     examples: Annotated[
-        bool, typer.Option(help="Show test images on the page, if they are on this machine. It takes seconds.")
+        bool, typer.Option(help="Show test images on the page of a model, if they are on this machine.")
     ] = True,
 ) -> None:
     """Write the report of a study, or the page of a model: one HTML file that needs no network.

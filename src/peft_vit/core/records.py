@@ -7,6 +7,7 @@ the history entry of step 0 is the state before training.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,11 +23,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import to_json
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import (
-    AUGMENTATION_OF_FLIPS,
     SEEDS,
     USUAL_TASK,
     BackboneConfig,
@@ -42,7 +41,6 @@ from peft_vit.core.config import (
     StudyConfig,
     TaskName,
 )
-from peft_vit.core.config.migrations import with_digested
 
 # Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
 RUN_NAME = r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}"
@@ -61,47 +59,6 @@ _Number = Annotated[int, Field(ge=1)]
 # Of each image: the number of its class; or of several labels or numbers a row, None where one is not known.
 _Answers = list[_Count] | list[list[FiniteFloat | None]]
 _RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
-
-# Settings that came later, by section: a digest leaves them out where they have their default.
-_LATER_SECTIONS = ("peft",)
-_LATER = {
-    "backbone": ("library",),
-    "measures": ("logits", "features"),
-    "data": (
-        "test_split",
-        "interpolation",
-        "image_column",
-        "label_column",
-        "hub_subset",
-        "images_file",
-        "folds",
-        "task",
-        "tested_images",
-    ),
-}
-_LATER_OF_EXPERIMENT = {
-    "lora": ("ranks", "adapter_bits", "adapter_rounding"),
-    "qa_lora": ("rounding", "calibration_images", "ranks", "adapter_bits", "adapter_rounding"),
-    "training": (
-        "steps",
-        "validate_every",
-        "patience",
-        "head_start",
-        "label_smoothing",
-        "loss",
-        "warmup_share",
-        "layer_decay",
-        "micro_batch_size",
-        "compute",
-        "integer_bits",
-        "activation_checkpointing",
-        "recomputed_blocks",
-        "memory_limit",
-        "probe_l2",
-        "keep",
-        "metric",
-    ),
-}
 
 
 class _Value(BaseModel):
@@ -145,36 +102,10 @@ class RunSpec(_Value):
     def digest(self) -> str:
         """Return the SHA-256 of everything that the run depends on.
 
-        Settings that came later are left out where they have their default, so that it is the digest of before there
-        was anything else.
+        What has its default is left out, so that settings that come later change no digest.
         """
-        left_out: dict[str, Any] = _at_defaults(self, _LATER)
-        if self.measures == MeasuresConfig():
-            left_out["measures"] = True
-        experiment: dict[str, Any] = _at_defaults(self.experiment, _LATER_OF_EXPERIMENT)
-        experiment |= {name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None}
-        augmentation = self.experiment.training.augmentation
-        flips = next((name for name, same in AUGMENTATION_OF_FLIPS.items() if same == augmentation), None)
-        if flips is not None:
-            experiment["training"].add("augmentation")
-        content = self.model_dump(mode="json", exclude=left_out | {"experiment": experiment})
-        content["experiment"] = with_digested(content["experiment"])
-        training = content["experiment"]["training"]
-        once = {"none": False, "balanced": True}  # what class_weights were as long as there was one way
-        training["class_weights"] = once.get(training["class_weights"], training["class_weights"])
-        if flips is not None:
-            content["data"]["flips"] = flips  # where flips were said when there was nothing else
-        return hashlib.sha256(to_json(content)).hexdigest()
-
-
-def _at_defaults(of: BaseModel, later: dict[str, tuple[str, ...]]) -> dict[str, set[str]]:
-    """Return those of the later settings that have their defaults, by section."""
-    sections = {name: getattr(of, name, None) for name in later}
-    return {
-        name: {key for key in later[name] if getattr(section, key) == type(section).model_fields[key].default}
-        for name, section in sections.items()
-        if isinstance(section, BaseModel)
-    }
+        content = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class StudyFile(BaseModel):
@@ -227,14 +158,6 @@ class SiteInfo(_Value):
     role: Role
     in_features: int
     out_features: int
-
-    @model_validator(mode="before")
-    @classmethod
-    def _roles_came_later(cls, values: Any) -> Any:
-        """Older records hold plain blocks alone and say no role."""
-        if isinstance(values, dict) and "role" not in values:
-            return {**values, "role": "mlp" if values.get("matrix") in ("fc1", "fc2") else "attention"}
-        return values
 
 
 class StepRow(_Value):
@@ -629,7 +552,7 @@ class RunRecord(_Value):
     tested_calibration: TestedCalibration | None = Field(default=None, exclude_if=lambda value: value is None)
     removal: AdapterRemoval | None = None  # with measures.removal_images
     latency_s: dict[int, _Seconds] = {}  # of a forward pass, median, by batch size; with measures.latency_batches
-    registration: Registration | None = None  # as of version 0.2.0; None in older and newer records
+    registration: Registration | None = None  # of kept studies; None in newer records
     adapter_sha256: str | None = None
     optimizer_sha256: str | None = None  # of its state after the last step; None in older records
 

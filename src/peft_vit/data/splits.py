@@ -144,9 +144,7 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
     rng = _generator("train_subset", config.split_seed, seed if per_seed else None)
     remaining = index.class_counts(pool)  # (K,)
     if (shots := config.shots_per_class) is not None:
-        if not index.task.one_class:
-            message = f"needs one class an image, and these have {index.task.name} labels; give train_images, or none"
-            raise UserError(message, field="data.shots_per_class")
+        index.task.need_one_class("data.shots_per_class", "give train_images, or none")
         scarce = int(np.argmin(remaining))
         of_class = f"images of class '{index.class_names[scarce]}' remain beside test and validation"
         _need("shots_per_class", shots, remaining[scarce], of_class)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from peft_vit.deploy.model_card import Classifier, ModelCard
 from peft_vit.deploy.predicting import (
     ImageFile,
-    Prediction,
     check_coverage,
     image_files,
     open_exported,
@@ -14,6 +13,7 @@ from peft_vit.deploy.predicting import (
     predict_images,
     writer_of,
 )
+from peft_vit.deploy.presentation import Prediction
 
 if TYPE_CHECKING:
     from peft_vit.deploy.formats.onnx_file import OnnxRuntime, export_onnx

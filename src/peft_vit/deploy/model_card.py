@@ -1,12 +1,13 @@
 """What an exported file says of itself: how it is used without the run that made it, and the hash that belongs to it.
 
-A file of any format holds one `Header` as JSON under the key HEADER; how a hash is taken over its content is the
-format's own (docs/reference/exported_files.md).
+A file of any format holds one `Header` as JSON under the key HEADER; what of its content its hash covers, the
+format says (docs/reference/exported_files.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
@@ -19,7 +20,8 @@ from peft_vit.base.errors import UserError, checked, foreign_fault, os_fault
 from peft_vit.base.files import write_atomically
 from peft_vit.core.config import USUAL_TASK, Interpolation, Library, TaskName
 from peft_vit.core.records import Calibrated, Decision, Unlike
-from peft_vit.core.tasks import TASKS
+from peft_vit.core.tasks import Meaning
+from peft_vit.deploy.presentation import PRESENTED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +78,12 @@ class ModelCard(Strict):
         """Raise UserError, naming the file, if what the card says of outputs does not fit its classes."""
         outputs = np.zeros((1, len(self.class_names)), np.float32)
         with foreign_fault("says of outputs what does not fit its classes", file, remedy=AGAIN, field="card"):
-            TASKS[self.task].answers(outputs, self.class_names, self.decision or self.calibrated, None, 1)
+            PRESENTED[self.task].answers(outputs, self.class_names, self.meaning, None, 1)
+
+    @property
+    def meaning(self) -> Meaning:
+        """Return what outputs mean; None: softmax, and nothing says how far it can be believed."""
+        return self.decision or self.calibrated
 
     @property
     def architecture(self) -> Architecture:
@@ -106,19 +113,29 @@ class Header(Strict):
         header.card.check_meaning(file)
         return header
 
-    def check(self, sha256: str, file: Path, *beside: Path) -> None:
+    def _hashed(self) -> bytes:
+        """Return what the hash covers of the header itself."""
+        return self.card.model_dump_json().encode()
+
+    def _digest(self, content: Iterable[bytes | memoryview]) -> str:
+        digest = hashlib.sha256(self._hashed())
+        for part in content:
+            digest.update(part)
+        return digest.hexdigest()
+
+    def signed(self, content: Iterable[bytes | memoryview]) -> Self:
+        """Return the header with the SHA-256 over itself and what its format says is its file's content."""
+        return self.model_copy(update={"sha256": self._digest(content)})
+
+    def check(self, content: Iterable[bytes | memoryview], file: Path, *beside: Path) -> None:
         """Refuse a file whose content has another hash.
 
         Raises:
             UserError: if it has.
         """
-        if sha256 != self.sha256:
+        if self._digest(content) != self.sha256:
             which = "".join(f"it or {other.name} " for other in beside)
             raise UserError(f"{which}was changed after it was written; {AGAIN}", file=file)
-
-    def signed(self, sha256: str) -> str:
-        """Return the text of the header with the hash of its file's content."""
-        return self.model_copy(update={"sha256": sha256}).model_dump_json()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from peft_vit.core.adapters import AdaptedLinear, packed_weights
 from peft_vit.core.backbones import Backbone, BackboneShape, fused_sites
 from peft_vit.core.config import BITS_OF_TYPE, IMAGES_ROUNDED_BY, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.methods.quantized import packing_of
+from peft_vit.core.tasks import meaning_fields
 from peft_vit.core.training import Calibration, RuntimeConfig
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict_with_middle
@@ -25,7 +26,7 @@ from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
 from peft_vit.deploy import Merged, ModelCard, merge
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.held_out import PRIOR, Outputs, believed, known_by, known_images
+from peft_vit.runs.held_out import PRIOR, Outputs, known_by, known_images
 
 _CPU = torch.device("cpu")
 _SCALE_BYTES = 2  # of a group's scale, and of its offset
@@ -99,7 +100,7 @@ def images_rounded_by(type: QuantizationType) -> int:
     """Return how many training images GPTQ takes where nothing is said; 0: to nearest.
 
     In 8 bits nearest loses nothing, in 4 a quarter of the images is nearly as good
-    (`experiments/calibration/scripts/rounding_images.py`).
+    (`calibration/scripts/rounding_images.py`).
     """
     return {8: 0, 4: IMAGES_ROUNDED_BY // 4}.get(BITS_OF_TYPE[type], IMAGES_ROUNDED_BY)
 
@@ -115,10 +116,11 @@ def pack_after_training(
     found: dict[str, Any] = {}
     known, middle = None, None
     if len(data.validation):
-        meaning = card.decision or card.calibrated
+        meaning = card.meaning
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
-        found, middle = believed(validation, data.task, prior), validation.middle
+        found = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
+        middle = validation.middle
     if run.known is not None:
         train = _outputs(rounded, known_images(data, run.record.spec.seed), card).middle
         assert train is not None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -18,11 +16,11 @@ from PIL import Image
 from peft_vit.base.errors import UserError, named
 from peft_vit.base.files import read_bytes
 from peft_vit.core.config import EXPORTS, exported_format
-from peft_vit.core.tasks import TASKS
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
 from peft_vit.data.files import files_below, open_tree
 from peft_vit.data.sources.folders import is_image
 from peft_vit.deploy.model_card import Classifier, ModelCard
+from peft_vit.deploy.presentation import PRESENTED, Prediction
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from peft_vit.base.statistics import Neighbours
 
 _BATCH = 32
-_Labels: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
 
 
 class ImageFile(NamedTuple):
@@ -41,21 +38,6 @@ class ImageFile(NamedTuple):
 
 
 GivenImage: TypeAlias = Path | ImageFile | NDArray[np.uint8] | UserError
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says of one image. Probabilities are calibrated if the model's file says how."""
-
-    file: Path | None  # None: of an array
-    class_name: str = ""  # the most probable one; empty of numbers
-    probability: float = math.nan
-    classes: _Labels = ()  # its set, with a coverage
-    top: _Labels = ()  # so many as were asked for
-    unlike: bool | None = None  # unlike all images that were trained on; None: the model can't tell
-    distance: float | None = None  # to the nearest of them
-    labels: _Labels = ()  # of a model of several labels: those above their thresholds
-    numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by name: number, and its interval's ends
 
 
 def _function(place: str) -> Any:
@@ -218,7 +200,7 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     Raises:
         UserError: if it is outside what is stored with the model, or nothing is.
     """
-    if (meaning := card.decision or card.calibrated) is None:
+    if (meaning := card.meaning) is None:
         raise UserError(
             "needs thresholds from images that were not trained on, and this model holds none: it validated on no "
             "images, or was made by an earlier version; leave it out",
@@ -266,11 +248,17 @@ def prediction_of(
     return Prediction(file, **_answers(logits[None], card, coverage, top)[0])
 
 
+def columns_of(card: ModelCard, coverage: float | None, top: int) -> list[str]:
+    """Return the columns that a table of predictions has between `file` and `unlike`."""
+    of_zeros = prediction_of(Path(), np.zeros(len(card.class_names), np.float32), card, coverage, top)
+    return list(PRESENTED[card.task].cells(of_zeros, coverage is not None))
+
+
 def _answers(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> list[dict[str, Any]]:
     """Return what logits (B, classes) say of each image, as arguments of `Prediction`."""
     if coverage is not None:
         check_coverage(card, coverage)
-    return TASKS[card.task].answers(logits, card.class_names, card.decision or card.calibrated, coverage, top)
+    return PRESENTED[card.task].answers(logits, card.class_names, card.meaning, coverage, top)
 
 
 def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:

@@ -35,7 +35,6 @@ from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 from peft_vit.runs.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
-from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.deadline import Deadline
@@ -127,7 +126,7 @@ _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many image
 
 
 @dataclass
-class Frame:
+class FoldResults:
     """What recipes came to on folds, by recipe and seed: seed s tests fold s % FOLDS of repetition s // FOLDS.
 
     Recipes that are rounded after training have rows of their own.
@@ -367,7 +366,7 @@ def with_meaning(
         found["test"] = task.measure(logits, labels, decision)
     # Of another form nobody has counted which images are unlike those of training.
     flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
-    held = tested_on(found["calibrated"], decision, Outputs(logits, labels, None), task, flagged)
+    held = task.tested(meaning, logits, labels, flagged)
     found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
     return record.model_copy(update=found)
 

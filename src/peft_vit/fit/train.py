@@ -49,7 +49,7 @@ from peft_vit.fit.calls import (
     write_sizes,
 )
 from peft_vit.fit.decide import gain_over, posterior_by_size
-from peft_vit.fit.events import Emit, Message, show
+from peft_vit.fit.events import Emit, Message, print_event
 from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, named_files, refuse_among_images, take_in
 from peft_vit.fit.outcomes import ByFolds, known_by_folds
 from peft_vit.fit.regressions import Regression, sizes_to_try, try_sizes
@@ -92,7 +92,7 @@ _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 # --- the call ---------------------------------------------------------------------------------------------------------
 
 
-def train(request: TrainRequest, emit: Emit = show) -> TrainRun:
+def train(request: TrainRequest, emit: Emit = print_event) -> TrainRun:
     """Do one run on somebody's own images, in a folder of its own; the same call continues in its folder.
 
     Returns:
@@ -316,7 +316,7 @@ def open_images(
     """
     files = find_images(existing(str(request.images)), request.task).files
     own = None if files.is_test is None else sum(files.is_test)
-    forecast = Forecast(request, _share(request, *files.read(), own))
+    forecast = Forecast(request, _split_sizes(request, *files.read(), own))
     forecast.expected_s = forecast.sizes_in_time()
     sizes = list(forecast.expected_s) or [request.image_size or forecast.largest_size()]
     with PixelStore([] if request.smoke else sizes, interpolation_of(architecture_of(forecast.backbone))) as store:
@@ -345,10 +345,10 @@ class Counts:
 def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
     """Return how a folder's images are shared out."""
     own = None if index.official_test is None else int(index.official_test.sum())
-    return _share(request, index.class_names, index.labels, own)
+    return _split_sizes(request, index.class_names, index.labels, own)
 
 
-def _share(request: TrainRequest, names: Sequence[str], labels: np.ndarray, own: int | None) -> Counts:
+def _split_sizes(request: TrainRequest, names: Sequence[str], labels: np.ndarray, own: int | None) -> Counts:
     images, classes = len(labels), len(names)
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))

@@ -59,13 +59,16 @@ from peft_vit.core.records import (
     ByteCounts,
     Failure,
     HeadFit,
+    Metrics,
     ParameterCounts,
+    Predictions,
     ProbeTest,
     Provenance,
     RankEntry,
     RunRecord,
     RunSpec,
 )
+from peft_vit.core.tasks import meaning_fields
 from peft_vit.core.training import (
     Calibration,
     CheckpointKeeper,
@@ -91,7 +94,7 @@ from peft_vit.core.training.metrics import predict, predict_with_middle
 from peft_vit.data import load_data
 from peft_vit.runs import kept_products
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.held_out import Outputs, calibration_of, known_images
+from peft_vit.runs.held_out import Believed, Outputs, calibration_of, known_images
 from peft_vit.runs.machine import (
     cpu_count,
     hash_arrays,
@@ -159,9 +162,7 @@ def run_one(
             warnings.simplefilter("always", category)
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
-            outcome, adapter, features = _execute(spec, attempt, on_progress)
-            record = RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome)
-            finished = Finished(record, adapter, features)
+            finished = _execute(spec, attempt, on_progress)
         except Interrupted:
             raise
         except Exception as error:
@@ -250,10 +251,18 @@ class Loaded:
         return dict(load_run_backbone(self.spec, width, mapped=self.packed_targets).model.state_dict())
 
 
-def _execute(
-    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None
-) -> tuple[dict[str, Any], bytes, bytes | None]:
-    """Return what the record holds beside what the attempt knows, and the content of adapter and features file."""
+@dataclass(frozen=True)
+class _Tested:
+    """What training saw, and what came of the test split, read this once."""
+
+    training: TrainingResult
+    metrics: Metrics
+    predictions: Predictions
+    believed: Believed
+
+
+def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> Finished:
+    """Do what a run is, from loading to its record."""
     experiment = spec.experiment
     if METHODS[experiment.method].uses_peft:
         load_peft()
@@ -276,7 +285,8 @@ def _execute(
     ranks = update_ranks(model)
     memory.prepared()
 
-    result, tested, features = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    result, believed = tested.training, tested.believed
     metadata = {
         "spec": spec.model_dump(mode="json"),
         "class_names": list(data.class_names),
@@ -298,39 +308,52 @@ def _execute(
     )
     for hook in hooks:
         hook.finish(model, context)
-    outcome = {
-        "class_names": list(data.class_names),
-        "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-        "left_out": dict(data.left_out),
-        "majority_accuracy": _majority(data),
-        "sites": sites,
-        "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],
-        **{field: value for hook in hooks for field, value in hook.record(model).items()},
-        "steps": result.steps,
-        "evaluations": result.evaluations,
-        "chosen_step": result.chosen_step,
-        "validation": None if result.chosen is None else result.chosen.metrics,
-        **tested,
-        "seconds_per_step": result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
-        "optimizer_sha256": result.optimizer_sha256 or None,
-        "adapter_sha256": hashlib.sha256(content).hexdigest(),
-        "parameters": ParameterCounts(
-            initial=result.initial_parameters,
-            final=trainable_parameters(model),
-            peak=result.peak_parameters,
-            head=head_parameters(model),
-            backbone_total=backbone_total,
-        ),
-        "bytes": ByteCounts(
-            frozen_bytes=frozen_bytes(model),
-            trainable_bytes=trainable_bytes(model),
-            optimizer_bytes=result.optimizer_bytes,
-            adapter_file_bytes=len(content) - packed_bytes,
-        ),
-        **take_measures(model, backbone, data, spec, runtime, overhead),
-    }
-    attempt.update()
-    return outcome, content, features
+    of_method: dict[str, Any] = {"rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else []}
+    for hook in hooks:
+        of_method |= hook.record(model)
+    counts = ParameterCounts(
+        initial=result.initial_parameters,
+        final=trainable_parameters(model),
+        peak=result.peak_parameters,
+        head=head_parameters(model),
+        backbone_total=backbone_total,
+    )
+    sizes = ByteCounts(
+        frozen_bytes=frozen_bytes(model),
+        trainable_bytes=trainable_bytes(model),
+        optimizer_bytes=result.optimizer_bytes,
+        adapter_file_bytes=len(content) - packed_bytes,
+    )
+    removal, latency_s = take_measures(model, backbone, data, spec, runtime, overhead)
+    record = RunRecord(
+        spec=spec,
+        status="done",
+        class_names=list(data.class_names),
+        split_sizes={"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        left_out=dict(data.left_out),
+        majority_accuracy=_majority(data),
+        sites=sites,
+        **of_method,
+        steps=result.steps,
+        evaluations=result.evaluations,
+        chosen_step=result.chosen_step,
+        validation=None if result.chosen is None else result.chosen.metrics,
+        test=tested.metrics,
+        predictions=tested.predictions,
+        **meaning_fields(believed.meaning),
+        unlike=believed.unlike,
+        features_sha256=None if believed.features is None else hashlib.sha256(believed.features).hexdigest(),
+        tested_calibration=believed.tested,
+        seconds_per_step=result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
+        optimizer_sha256=result.optimizer_sha256 or None,
+        adapter_sha256=hashlib.sha256(content).hexdigest(),
+        parameters=counts,
+        bytes=sizes,
+        removal=removal,
+        latency_s=latency_s,
+        **dict(attempt.update()),
+    )
+    return Finished(record, content, believed.features)
 
 
 def _prepare(
@@ -364,8 +387,8 @@ def _train_and_test(
     hooks: list[Hook],
     attempt: Attempt,
     on_progress: OnProgress | None,
-) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
-    """Return what training saw, what the record holds of the test split, read this once, and the features file.
+) -> _Tested:
+    """Train, and read the test split, once.
 
     With a probe to start from that is before training, while its features are there; training can't reach the images.
     Where frozen layers multiply integers, training does so alone, with the validation that chooses a step. All that is
@@ -441,12 +464,11 @@ def _train_and_test(
         none = Outputs(test.logits[:0], data.validation.labels, None)
         validation = outputs(data.validation) if len(data.validation) else none
         known = outputs(known_images(data, spec.seed)).middle if spec.measures.features else None
-        calibration, content = calibration_of(validation, test, known, data.task)
-    decision, keep = calibration["decision"], spec.measures.logits
+        believed = calibration_of(validation, test, known, data.task)
+    decision, keep = meaning_fields(believed.meaning)["decision"], spec.measures.logits
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)
     predicted = predicted.model_copy(update={"files": data.test_files})
-    measured = data.task.measure(test.logits, test.labels, decision)
-    return result, {"test": measured, "predictions": predicted, **calibration}, content
+    return _Tested(result, data.task.measure(test.logits, test.labels, decision), predicted, believed)
 
 
 def provenance_of(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
 
-from peft_vit.base.files import read_bytes, write_atomically
-from peft_vit.base.packages import cache_dir
+from peft_vit.base.files import read_bytes
 from peft_vit.core.backbones import Head
 from peft_vit.core.records import Decision, Metrics, Provenance, RunSpec
 from peft_vit.core.tasks import CLASSIFICATION, Task
@@ -38,6 +35,7 @@ from peft_vit.core.training import (
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION, decoders
 from peft_vit.runs.held_out import PRIOR
+from peft_vit.runs.kept import keep, kept_file
 from peft_vit.runs.machine import instruction_limits
 
 _log = logging.getLogger(__name__)
@@ -157,10 +155,7 @@ class SharedFeatures:
     def _keep(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:
         if self._file is None or values.nbytes > _LARGEST_BYTES:
             return
-        try:
-            write_atomically(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
-        except OSError as error:
-            _log.warning("%s can't be written (%s); other runs compute features again", self._file, error.strerror)
+        keep(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
 
 
 def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | None:
@@ -189,5 +184,4 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         depends_on["integer_bits"] = provenance.integer_bits
     for hook in hooks:
         depends_on |= hook.features_depend_on()
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    return cache_dir() / "features" / f"{digest[:32]}.safetensors"
+    return kept_file("features", depends_on, "safetensors")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +12,11 @@ from numpy.typing import NDArray
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.files import sha256_of
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics import (
-    Neighbours,
-    TemperaturePrior,
-    class_scores,
-    conformal_quantile,
-    prediction_sets,
-    probabilities,
-)
+from peft_vit.base.statistics import Neighbours, TemperaturePrior, conformal_quantile
 from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.backbones import BackboneShape
-from peft_vit.core.records import FEWEST_HELD_OUT, Calibrated, Decision, RunRecord, TestedCalibration, Unlike
-from peft_vit.core.tasks import SHOWN, Labels, Task
-from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.core.records import FEWEST_HELD_OUT, RunRecord, TestedCalibration, Unlike
+from peft_vit.core.tasks import Labels, Meaning, Task
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.runs.known_images import neighbours_bytes, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE, RECORD_FILE
@@ -65,10 +57,25 @@ def known_bytes(shape: BackboneShape, images: int) -> int:
     return min(MOST_KNOWN, images) * width if images >= FEWEST_HELD_OUT else 0
 
 
-def calibration_of(
-    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task
-) -> tuple[dict[str, Any], bytes | None]:
-    """Return the record's fields by name, and the content of the file of training features.
+@dataclass(frozen=True)
+class Believed:
+    """How far a model can be believed.
+
+    Attributes:
+        meaning: of its outputs.
+        unlike: when an image is unlike those that it was trained on; None: no features of these are kept.
+        features: content of the file that holds them.
+        tested: what came of all that on test images; None: there is nothing.
+    """
+
+    meaning: Meaning
+    unlike: Unlike | None = None
+    features: bytes | None = None
+    tested: TestedCalibration | None = None
+
+
+def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task) -> Believed:
+    """Return what outputs mean, what is unlike the training images, and what both come to on test images.
 
     Args:
         validation: of images that were not trained on; there may be none.
@@ -76,44 +83,15 @@ def calibration_of(
         known: features of training images, (n, D); None: none are kept.
         task: that the model learned.
     """
-    found = believed(validation, task)
-    neighbours, content, flagged = None, None, None
+    meaning = task.meaning(validation.logits, validation.labels, PRIOR)
+    unlike, features, flagged = None, None, None
     if known is not None and test.middle is not None and len(known) + len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours, unlike = known_by(known, validation.middle)
-        content = neighbours_bytes(neighbours)
+        features = neighbours_bytes(neighbours)
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
-        found |= {"unlike": unlike, "features_sha256": hashlib.sha256(content).hexdigest()}
-    if len(validation.labels) or neighbours is not None:
-        found["tested_calibration"] = tested_on(found["calibrated"], found["decision"], test, task, flagged)
-    return found, content
-
-
-def tested_on(
-    calibrated: Calibrated | None, decision: Decision | None, test: Outputs, task: Task, flagged: int | None
-) -> TestedCalibration:
-    """Return what the meaning of outputs comes to on test images, of which some are flagged."""
-    if decision is None:
-        return checked_on(calibrated, test, flagged)
-    covered, widths = task.covered(decision, test.logits, test.labels)
-    nll = task.measure(test.logits, test.labels, decision).nll
-    return TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
-
-
-def believed(validation: Outputs, task: Task, prior: TemperaturePrior = PRIOR) -> dict[str, Any]:
-    """Return what outputs mean, by images that were not trained on.
-
-    Args:
-        validation: of these images; there may be none.
-        task: that the model learned.
-        prior: of the temperature.
-
-    Returns:
-        `decision`, or `calibrated` where the task has none, as fields of a record or a card.
-    """
-    decision = task.decide(validation.logits, validation.labels, prior)
-    some = decision is None and len(validation.labels) > 0
-    calibrated = calibrate(validation.logits, validation.labels, prior=prior) if some else None
-    return {"calibrated": calibrated, "decision": decision}
+    if not len(validation.labels) and unlike is None:
+        return Believed(meaning)
+    return Believed(meaning, unlike, features, task.tested(meaning, test.logits, test.labels, flagged))
 
 
 def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None) -> tuple[Neighbours, Unlike]:
@@ -131,26 +109,6 @@ def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None)
     if validation is not None:
         apart = np.concatenate([apart, known.distances(validation)])
     return known, Unlike(images=len(apart), threshold=conformal_quantile(apart, LIKE))
-
-
-def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None = None) -> TestedCalibration:
-    """Return what calibrated probabilities and prediction sets come to on test images, of which some are flagged.
-
-    Without a calibration they are those of the logits as they are.
-    """
-    p = probabilities(test.logits, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
-    own = 1 - class_scores(p, test.labels)  # (N,)
-    rows = np.arange(len(p))
-    sets = {}
-    if calibrated is not None:
-        sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in SHOWN if c in calibrated.coverages}
-    return TestedCalibration(
-        nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
-        probability=p[rows, test.logits.argmax(1)].clip(0, 1).tolist(),
-        covered={c: float(inside[rows, test.labels].mean()) for c, inside in sets.items()},
-        set_size={c: float(inside.sum(1).mean()) for c, inside in sets.items()},
-        unlike=flagged,
-    )
 
 
 def known_of(run_dir: Path, record: RunRecord) -> Neighbours | None:

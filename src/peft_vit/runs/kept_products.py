@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import logging
 import math
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from peft_vit.base.files import read_bytes, write_atomically
-from peft_vit.base.packages import cache_dir
 from peft_vit.core.adapters.products import ProductTimes, measure_products
 from peft_vit.core.config import Precision
 from peft_vit.core.quantization.integers import Bits, Product, ProductName
+from peft_vit.runs.kept import keep, kept_file, read_kept
 from peft_vit.runs.machine import instruction_limits, processor_name
-
-_log = logging.getLogger(__name__)
 
 
 class _Kept(BaseModel):
@@ -56,19 +50,11 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
         "precision": precision,
         "bits": bits,
     }
-    digest = hashlib.sha256(json.dumps(place, sort_keys=True).encode()).hexdigest()
-    file = cache_dir() / "products" / f"{digest[:32]}.json"
-    try:
-        return _Kept.model_validate_json(read_bytes(file, 1 << 16)).choice()
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        _log.warning("%s can't be used (%s); products are timed again", file, type(error).__name__)
+    file = kept_file("products", place)
+    if (known := read_kept(file, _Kept)) is not None:
+        return known.choice()
     choice = measure_products(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
     if choice.product is not None and math.isfinite(choice.seconds):
         kept = _Kept(name=choice.product.name, bits=choice.product.bits, seconds=choice.seconds, float_s=choice.float_s)
-        try:
-            write_atomically(file, kept.model_dump_json().encode() + b"\n")
-        except OSError as error:
-            _log.warning("%s can't be written (%s); the next call times products again", file, error.strerror)
+        keep(file, kept.model_dump_json().encode() + b"\n")
     return choice

@@ -101,15 +101,6 @@ def test_a_state_of_another_run_is_refused(tiny_vit, changed, field) -> None:
         make(**changed).load_state_dict(make().state_dict())
 
 
-def test_a_state_of_the_version_that_kept_more_is_refused_by_its_number(tiny_vit) -> None:
-    controller = AdaLoRAController(tiny_vit(), config(), STEPS)
-    state = controller.state_dict()
-    state["values"]["decisions"] = 0
-    state["values"]["made_with"]["config"]["prune"] = "physical"
-    with pytest.raises(UserError, match=r"^decisions: the state was made by peft-vit 0\.2\.0, which continues with it"):
-        controller.load_state_dict(state)
-
-
 def test_adapters_of_other_ranks_than_the_state_are_refused(tiny_vit, batch) -> None:
     model = tiny_vit()
     controller = AdaLoRAController(model, config(), STEPS)

@@ -7,18 +7,14 @@ import pytest
 
 from peft_vit.base.statistics import wilcoxon
 from peft_vit.base.statistics.estimates import Estimate
-from peft_vit.lab.analysis.evidence import Group, estimated
-from peft_vit.lab.analysis.findings import Finding, conclude, judge
-from peft_vit.lab.analysis.sentences import Sentence
+from peft_vit.lab.analysis.findings import Finding, Sentence, estimated, judge
 
 pytestmark = pytest.mark.part("analyzer")
 
 
 def sentence(test: str = "superiority", name: str = "h", **changes: Any) -> Sentence:
     values = {"family": "f", **changes}
-    return Sentence(
-        id=name, text="s", test=test, of=Group(), measure=lambda *_: (), unit="share", source="me", **values
-    )
+    return Sentence(id=name, text="s", test=test, unit="share", **values)
 
 
 def values_of(values: Any, subject: str = "a") -> Estimate:
@@ -117,39 +113,8 @@ def test_a_test_without_p_value_still_counts_in_its_family() -> None:
     assert together.adjusted_p == pytest.approx(2 * alone.adjusted_p), "a result must not make the family smaller"
 
 
-# --- without a test, without values, over several ---------------------------------------------------------------------
-
-
-def test_counted_and_described() -> None:
+def test_what_is_counted_says_nothing_of_other_runs() -> None:
     assert found([0.1, 0.2], "counted", margin=0.0).verdict == "supported"
     below = found([0.1, 0.0], "counted", margin=0.0)
     assert (below.verdict, below.test) == ("refuted", "none")
     assert below.outcome.startswith("1 of 2 lie above 0;")
-    described = found([0.1, 0.2], "described", reason="why")
-    assert (described.verdict, described.outcome) == ("not decided", "described, not tested: why")
-
-
-def test_nothing_is_no_data_and_takes_no_part_in_a_family() -> None:
-    nothing = Estimate(name="b", note="no run")
-    first, second = judge([(sentence(name="x"), values_of(range(1, 7))), (sentence(name="y"), nothing)])
-    assert first.verdict == "supported", "with two tests it would need seven seeds"
-    assert (second.verdict, second.outcome, second.interval) == ("no data", "no run", None)
-
-
-@pytest.mark.parametrize(
-    ("signs", "expected", "counts"),
-    [
-        ("++", "supported", "supported in 2 of 2"),
-        ("+0", "not decided", "supported in 1, not decided in 1 of 2"),
-        ("-0", "refuted", "refuted in 1, not decided in 1 of 2"),
-        ("+-", "not decided", "supported in 1, refuted in 1 of 2"),
-        ("00", "not decided", "not decided in 2 of 2"),
-        ("+.", "supported", ""),
-        ("..", "no data", ""),
-    ],
-)
-def test_one_verdict_over_several_experiments(signs, expected, counts) -> None:
-    values = {"+": np.arange(1, 11), "-": -np.arange(1, 11), "0": [1, -2, 3, -4], ".": []}
-    rows = [(sentence(), values_of(values[sign], f"e{i}")) for i, sign in enumerate(signs)]
-    (conclusion,) = conclude(judge(rows))
-    assert (conclusion.verdict, conclusion.counts) == (expected, counts)

@@ -7,7 +7,7 @@ import pytest
 
 from peft_vit.core.config import ExperimentConfig
 from peft_vit.core.records import RankEntry, RunRecord
-from peft_vit.lab.analysis.layers import Allocation, allocations, moved_ranks
+from peft_vit.lab.analysis.layers import Allocation, allocations
 from peft_vit.lab.analysis.quantization import QuantizationImpact, layers_bits, quantization_impacts
 
 EXPERIMENTS = planted.experiments()
@@ -25,25 +25,14 @@ def impact_of(*records: RunRecord) -> QuantizationImpact:
     return impact
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "moved"), [([6, 6, 6], [4, 4, 4], 0), ([4, 4, 4], [6, 4, 2], 2), ([6, 6, 6], [8, 4, 3], 2)]
-)
-def test_moved_ranks_do_not_count_the_budget(before, after, moved) -> None:
-    assert moved_ranks(before, after) == moved
-
-
-def test_allocation_counts() -> None:
-    study = planted.study_of(planted.quickstart())
-    first, record = allocations(study)[0], study.of(ADALORA.name)[0].record
-    final = record.rank_history[-1].ranks.values()
-    counted = {"used": 288, "spent": 288, "budget": 288, "unit": "ranks", "sites": 72, "updates": len(planted.UPDATES)}
-    assert {key: first.runs[0][key] for key in counted} == counted
-    assert first.runs[0]["sites_without_rank"] == sum(rank == 0 for rank in final)
-    assert [m.step for m in first.maps] == [0, *planted.UPDATES]
-    assert (first.maps[0].ranks == 6).all()
-    equal = [RankEntry(step=0, budget=72, ranks=dict.fromkeys(planted.scores_at(36, 0), 1))]
-    (run,) = allocation_of(planted.record(ADALORA, 0, 0.8, changes={"rank_history": equal})).runs
-    assert (run["gini"], run["evenness"]) == pytest.approx((0, 1)), "equal ranks have no concentration"
+def test_final_ranks_are_means_over_seeds_and_a_site_that_is_left_out_has_none() -> None:
+    names = [site.name for site in planted.sites()]
+    entries = [[RankEntry(step=0, budget=9, ranks=dict.fromkeys(names, 3))], [RankEntry(step=0, budget=9, ranks={})]]
+    entries[1].append(RankEntry(step=6, budget=9, ranks={names[0]: 9}))
+    entries[1][0] = entries[0][0]
+    runs = [planted.record(ADALORA, seed, 0.8, changes={"rank_history": own}) for seed, own in enumerate(entries)]
+    allocation = allocation_of(*runs)
+    assert (allocation.seeds, allocation.ranks) == (2, dict.fromkeys(names, 1.5) | {names[0]: 6})
 
 
 def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:

@@ -14,7 +14,7 @@ from peft_vit.base.statistics.estimates import ALPHA, Question, decide
 from peft_vit.cli.study_commands import RecommendRequest
 from peft_vit.core.config import bytes_of
 from peft_vit.core.records import RunRecord
-from peft_vit.lab.analysis.evidence import estimated
+from peft_vit.lab.analysis.findings import estimated
 from peft_vit.lab.analysis.frame import Cell, Cost
 from peft_vit.lab.analysis.recommendation import MEASURES, Recommendation, needed_pairs, recommend
 from peft_vit.lab.analysis.studies import choose_study

@@ -19,7 +19,7 @@ ADALORA = {
 QA = {"quantization_schedule": "linear", "gradient_scaling_factor": 1e-05, "use_group_quantization": True}
 BITS = {"quantization_bits": 4, "quantization_type": "nf4"}
 EXPERIMENTS: list[dict[str, Any]] = [
-    {"name": "linear", "method": "linear", "training": {"batch_size": 7, "class_weights": True}},
+    {"name": "linear", "method": "linear", "training": {"batch_size": 7, "class_weights": "balanced"}},
     {"name": "large", "method": "full", "training": {"clip_norm": None, "weight_decay": 1e22}},
     {"name": "1e3", "method": "full", "training": {"optimizer": "sgd"}},  # a name that YAML 1.2 reads as a number
     {"name": "packed_probe", "method": "qa_linear", "training": {}, "qa_lora": BITS | {"use_group_quantization": True}},

@@ -115,13 +115,13 @@ def test_a_length_of_one_s_own_replaces_the_study_s_however_it_is_said(tmp_path:
 
 
 def test_a_probe_shares_what_it_reads_of_the_study_s_training(tmp_path: Path) -> None:
-    shared = "  epochs: 2\n  batch_size: 16\n  class_weights: true\n  head_start: probe\n  optimizer: sgd"
+    shared = "  epochs: 2\n  batch_size: 16\n  class_weights: balanced\n  head_start: probe\n  optimizer: sgd"
     study = load(tmp_path, changed("  epochs: 2", shared))
     training = study.experiments[0].training
     assert (training.batch_size, training.class_weights) == (16, "balanced")
     assert (training.head_start, training.optimizer, training.epochs) == ("random", "adamw", None)
     own = load(
-        tmp_path, changed("method: linear", "method: linear\n    training: {class_weights: true, batch_size: 4}")
+        tmp_path, changed("method: linear", "method: linear\n    training: {class_weights: balanced, batch_size: 4}")
     )
     assert (own.experiments[0].training.batch_size, own.experiments[0].training.class_weights) == (4, "balanced")
 

@@ -169,13 +169,8 @@ OF_METHODS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
         ("rank: null, start: folder, targets: [fc1]", ".targets", "with start"),
         ("rank: null, ranks: {rule: eve, budget: 9}", ".ranks.rule", "'even'"),
         ("rank: null, ranks: {rule: even, budget: 0}", ".ranks.budget", "greater than or equal to 1"),
-        ("rank: null, ranks: {rule: gradient, budget: 9, site_rank: 1}", ".ranks.site_rank", "rule: gradient"),
-        ("rank: null, ranks: {rule: random, budget: 9, maximum_rank: 2}", ".ranks.maximum_rank", "rule: random"),
-        (
-            "rank: null, ranks: {rule: stable_rank, budget: 9, calibration_images: 64}",
-            ".ranks.calibration_images",
-            "rule: gradient",
-        ),
+        ("rank: null, ranks: {rule: even, budget: 9, maximum_rank: 2}", ".ranks.maximum_rank", "rule: even"),
+        ("rank: null, ranks: {rule: even, budget: 9, site_rank: 2}", ".ranks.site_rank", "rule: even"),
     ],
     ("peft_lora", "peft_lora"): [("rank: null", ".rank", "is missing"), ("start: folder", ".start", "unknown key")],
     ("peft_adalora", "peft_adalora"): [

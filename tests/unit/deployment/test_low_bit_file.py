@@ -18,7 +18,7 @@ from peft_vit.core.adapters import adapted_modules, attach_adapters
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.quantization import QuantizationFormat, code_values, quantize
 from peft_vit.deploy import ModelCard, load_low_bit, merge, save_low_bit
-from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_digest
+from peft_vit.deploy.formats.torch_files import LowBitHeader, tensor_content
 from peft_vit.deploy.model_card import HEADER, read_json
 
 GROUPED = [QuantizationFormat(kind, 16, True, torch.float16) for kind in ("int2", "int4", "int8", "nf4", "fp4", "int3")]
@@ -121,14 +121,14 @@ def test_other_files_are_named(tmp_path) -> None:
 def signed_again(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a float model's file again with the hash that belongs to it, as anybody can who wants to be believed."""
     header = LowBitHeader(card=CARD, layers={})
-    save_file(tensors, file, metadata={HEADER: header.signed(low_bit_digest(header, tensors))})
+    save_file(tensors, file, metadata={HEADER: header.signed(tensor_content(tensors)).model_dump_json()})
 
 
 def test_numbers_that_numpy_does_not_have_are_refused_in_a_line(tmp_path) -> None:
     model = timm.create_model(CARD.model, img_size=CARD.image_size, num_classes=5).eval()
     tensors = dict(model.state_dict()) | {"head.bias": torch.zeros(5, dtype=torch.bfloat16)}
     header = LowBitHeader(card=CARD, layers={})
-    save_file(tensors, tmp_path / "model.safetensors", metadata={HEADER: header.signed("0" * 64)})
+    save_file(tensors, tmp_path / "model.safetensors", metadata={HEADER: header.model_dump_json()})
     with pytest.raises(UserError, match="was changed after it was written"):
         load_low_bit(tmp_path / "model.safetensors")
     signed_again(tmp_path / "model.safetensors", tensors)

@@ -15,7 +15,7 @@ from golden import check_golden
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import HeadFit, Predictions, ProbeTest, RunRecord
 from peft_vit.deploy.page.trained import result_lines
-from peft_vit.lab.report import build_report, write_model_page
+from peft_vit.lab.report import build_report
 
 NAMES = ["crack", "dirt", "good"]
 PNG = bytes.fromhex(
@@ -65,6 +65,12 @@ def card_of(folder: Path, *records: RunRecord) -> str:
     return build_report(planted.write(folder / "results", list(records)), folder / "report").markdown.read_text()
 
 
+def page_of(run: Path, output: Path | None = None, **asked: Any) -> Path:
+    html = build_report(run, output or run / "report", **asked).html
+    assert html is not None
+    return html
+
+
 def text_of(page: Path) -> str:
     """Return the text of a page as lines, up to the provenance."""
     body = re.sub(r"(?s)<(script|style|svg).*?</\1>", "", page.read_text())
@@ -81,7 +87,7 @@ def test_the_whole_page(tmp_path: Path) -> None:
         return [PNG] * len(positions)
 
     results = planted.write(tmp_path / "runs", [record_of(warnings=["Images: 2 files are left out as copies"])])
-    page = write_model_page(results, thumbnails=thumbnails)
+    page = page_of(results, thumbnails=thumbnails)
     assert page == results / "report" / "report.html"
     assert page.read_text().count("<img ") == sum(map(len, asked)) == 8 + 6 + 10
     assert (page.parent / "card.md").read_text().startswith("---\n")
@@ -92,10 +98,10 @@ def test_the_whole_page(tmp_path: Path) -> None:
 def test_a_page_for_the_browser_is_linked_where_there_is_one(tmp_path: Path, place: str) -> None:
     run = planted.write(tmp_path / "a call", [record_of()]) / record_of().spec.run_id
     command = f"To try it in a browser: peft-vit export {run} --format web"
-    assert command in text_of(write_model_page(run))
+    assert command in text_of(page_of(run))
     (run / place).parent.mkdir(exist_ok=True)
     (run / place).write_text("")
-    page = write_model_page(run, tmp_path / "of the call")
+    page = page_of(run, tmp_path / "of the call")
     assert command not in text_of(page)
     (address,) = re.findall(r'<a href="([^"#]+)">Try it in the browser</a>', page.read_text())
     assert (page.parent / unquote(address)).resolve() == (run / place).resolve()
@@ -105,7 +111,7 @@ def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_pa
     first = record_of()
     second = first.model_copy(update={"spec": first.spec.model_copy(update={"seed": 1})})
     assert card_of(tmp_path, first, second).startswith("# Analysis summary")
-    page = write_model_page(tmp_path / "results" / first.spec.run_id)
+    page = page_of(tmp_path / "results" / first.spec.run_id)
     assert "A model for photos" in text_of(page)
     assert "<img " not in page.read_text()
     assert "The most confident mistakes" in text_of(page)  # as a table
@@ -144,7 +150,7 @@ def test_the_page_says_of_the_probe_what_the_terminal_says(tmp_path: Path, count
 
 def test_a_model_without_pretrained_weights_is_warned_of_first(tmp_path: Path) -> None:
     record = record_of(provenance=planted.provenance(0, random_weights=True))
-    page = write_model_page(planted.write(tmp_path, [record]))
+    page = page_of(planted.write(tmp_path, [record]))
     assert text_of(page).split("\n")[2].startswith("The backbone's weights are random")
 
 
@@ -152,7 +158,7 @@ def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
     def absent(*_: Any) -> list[bytes]:
         raise UserError("the images are gone")
 
-    page = write_model_page(planted.write(tmp_path, [record_of()]), thumbnails=absent)
+    page = page_of(planted.write(tmp_path, [record_of()]), thumbnails=absent)
     assert "No pictures: the images are gone." in text_of(page)
     assert "crack/000.jpg" in text_of(page)
 
@@ -161,9 +167,7 @@ def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_and_a_phone_shows_all(tmp_path: Path, scheme: str) -> None:
-    page = write_model_page(
-        planted.write(tmp_path, [record_of()]), thumbnails=lambda _, positions: [PNG] * len(positions)
-    )
+    page = page_of(planted.write(tmp_path, [record_of()]), thumbnails=lambda _, positions: [PNG] * len(positions))
     with running_chromium() as browser:
         shown = context_of(browser, color_scheme=scheme).new_page()
         shown.goto(page.as_uri())

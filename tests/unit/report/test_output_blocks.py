@@ -13,7 +13,8 @@ from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.records import RunRecord
 from peft_vit.core.records import TestedCalibration as Held
 from peft_vit.core.tasks import MULTILABEL, REGRESSION, Task
-from peft_vit.lab.report import write_model_page
+from peft_vit.deploy.presentation import PRESENTED, Said
+from peft_vit.lab.report import build_report
 
 PRIOR = TemperaturePrior(median=1.5, spread=0.35)
 LABELS, NUMBERS = ["crack", "dirt", "a label whose name is as long as this"], ["width", "height <mm>"]
@@ -70,8 +71,9 @@ def written(record: RunRecord, folder: Path, *, pictures: bool = True):
         asked.append(list(positions))
         return [PNG] * len(positions)
 
-    page = write_model_page(planted.write(folder, [record]), thumbnails=thumbnails if pictures else None)
-    return page.parent, asked
+    planted.write(folder, [record])
+    build_report(folder, folder / "report", thumbnails=thumbnails if pictures else None)
+    return folder / "report", asked
 
 
 def rows_in(folder: Path, name: str) -> list[dict[str, str]]:
@@ -98,11 +100,13 @@ def test_the_surest_false_alarms_and_misses_of_each_label_are_shown(tmp_path: Pa
     record = of_labels()
     _, asked = written(record, tmp_path)
     shown = list(
-        MULTILABEL.shown(
-            np.array(record.predictions.labels, dtype=float),
-            np.array(record.predictions.predicted),
-            LABELS,
-            record.decision,
+        PRESENTED["multilabel"].shown(
+            Said(
+                np.array(record.predictions.labels, dtype=float),
+                np.array(record.predictions.predicted),
+                LABELS,
+                record.decision,
+            )
         )
     )
     assert [gallery.slug for gallery in shown] == ["false_alarms", "misses"]

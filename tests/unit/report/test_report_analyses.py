@@ -8,14 +8,12 @@ import planted
 import pytest
 from golden import check_golden
 
-from peft_vit.core.records import Predictions, RankEntry, RunRecord
+from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, Table
 from peft_vit.lab.analysis import Analysis, analyze
-from peft_vit.lab.analysis.comparison import all_pairs
 from peft_vit.lab.report import summary
 from peft_vit.lab.report.accuracy_figures import accuracy_by_method
 from peft_vit.lab.report.build import study_documents
-from peft_vit.lab.report.method_tables import calibration_blocks, front_blocks, pair_blocks
 from peft_vit.lab.report.quantization_tables import quantization_tables
 
 EXPERIMENTS = planted.experiments()
@@ -35,10 +33,6 @@ def tables(blocks: Iterable[Block]) -> dict[str, Table]:
     return {block.slug: block for block in blocks if isinstance(block, Table)}
 
 
-def paragraphs(blocks: Iterable[Block]) -> list[str]:
-    return [block.text for block in blocks if isinstance(block, Paragraph)]
-
-
 def as_text(block: Block) -> str:
     if not isinstance(block, Table):
         return f"{block.text}\n" if isinstance(block, Paragraph) else ""
@@ -52,68 +46,6 @@ def test_what_every_table_says_and_which_columns_its_file_has() -> None:
     names = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_top_k_fisher", NF4.name, INT8.name)
     records = [record for record in planted.quickstart() if record.spec.experiment.name in names]
     check_golden("report_tables.txt", "\n".join(filter(None, map(as_text, blocks_of(records)))))
-
-
-def three(n: int) -> list[RunRecord]:
-    """Two experiments alike, one far behind."""
-    values = {"linear_probe": 0.70, "lora_r2": 0.80, "lora_r8": 0.80}
-    return [
-        planted.record(EXPERIMENTS[name], seed, value + 0.01 * (-1) ** (seed + (name == "lora_r2")))
-        for name, value in values.items()
-        for seed in range(n)
-    ]
-
-
-def test_the_better_one_stands_first_among_decided_pairs_and_the_file_has_all() -> None:
-    pairs = tables(pair_blocks(all_pairs(planted.study_of(three(8)))))["all_pairs"]
-    # Alike in every seed: 3 x 2 / 2^8 is below 5 %.
-    decided = [(row[0], row[1], row[2][:7], row[5]) for row in pairs.rows]
-    assert decided == [(name, "linear_probe", "+10.0 [", "100.0 %") for name in ("lora_r2", "lora_r8")]
-    assert len(pairs.data) == 3
-    few = tables(pair_blocks(all_pairs(planted.study_of(three(2)))))["all_pairs"]
-    assert (few.rows, "at least 7 seeds" in few.note) == ((), True), "3 x 2 / 2^7 <= 0.05 < 3 x 2 / 2^6"
-    (refused,) = paragraphs(pair_blocks(all_pairs(planted.study_of(three(2)), most=2)))
-    assert "3 experiments make 3 pairs" in refused
-
-
-def test_other_machines_are_said_in_place_of_a_front() -> None:
-    records = [
-        planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
-        planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={"threads": 8}),
-    ]
-    assert any(
-        "No Pareto front of seconds a step" in text for text in paragraphs(front_blocks(analysis_of(records).fronts))
-    )
-
-
-def test_calibration_names_runs_without_predictions() -> None:
-    predicted = Predictions(images=[0, 1], labels=[0, 1], predicted=[0, 0], probability=[0.9, 0.9])
-    records = [
-        planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, changes={"predictions": predicted}),
-        planted.record(EXPERIMENTS["lora_r8"], 1, 0.8),
-        planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
-    ]
-    made = analysis_of(records)
-    blocks = list(calibration_blocks(made.methods, made.calibration))
-    assert "lora_r2, lora_r8 (1 of 2)" in paragraphs(blocks)[0]
-    rows = {row[0]: row for row in tables(blocks)["calibration"].rows}
-    assert rows["lora_r2"][3:6] == ("–", "–", "–")
-    assert rows["lora_r8"][5] == "0.400 [no interval]", "0.9 is 0.4 above the one right of two"
-
-
-def test_the_budget_stands_in_its_unit() -> None:
-    ranks = EXPERIMENTS["adalora_proportional_magnitude"]
-    assert ranks.adalora is not None
-    settings = ranks.adalora.model_copy(update={"total_rank_budget": None, "total_parameter_budget": 83_000})
-    in_parameters = ranks.model_copy(update={"name": "in_parameters", "adalora": settings})
-    one_each = dict.fromkeys((site.name for site in planted.sites()), 1)
-    entry = RankEntry(step=0, budget=83_000, ranks=one_each, unit="parameters", cost=82_944)  # 72 x 1,152
-    changed = planted.record(in_parameters, 0, 0.8, changes={"rank_history": [entry]})
-    made = tables(blocks_of([planted.record(ranks, 0, 0.8), changed]))["allocation"]
-    assert {row[0]: row[2] for row in made.rows} == {
-        ranks.name: "288 / 288",
-        "in_parameters": "72 ranks: 82,944 / 83,000 parameters",
-    }
 
 
 def test_claimed_and_measured_sizes_stand_side_by_side_and_older_records_say_what_they_know() -> None:

@@ -9,7 +9,6 @@ from itertools import combinations
 
 import matplotlib
 import numpy as np
-import planted
 import pytest
 from daltonlens.simulate import Deficiency, Simulator_Machado2009
 from matplotlib.colors import to_hex
@@ -18,8 +17,6 @@ from PIL import Image, ImageCms
 
 from peft_vit.deploy.page.class_blocks import _BRIGHT, _ON_BRIGHT, _ON_DARK
 from peft_vit.deploy.page.figure import INK, LINE_COLORS, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL
-from peft_vit.lab.analysis import method_results
-from peft_vit.lab.report.accuracy_figures import accuracy_against
 
 CLOSEST = 12.5  # Delta E of 1976; about 2 can be seen side by side
 _TO_LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
@@ -81,11 +78,3 @@ def test_all_pairs_stay_apart(colors: tuple[str, ...], deficiency: Deficiency | 
 def test_heat_maps_go_from_dark_to_bright(deficiency: Deficiency | None) -> None:
     colors = np.round(255 * matplotlib.colormaps[SEQUENTIAL](np.linspace(0, 1, 11))[:, :3]).astype(np.uint8)
     assert (np.diff(lab(colors, deficiency)[:, 0]) > 2).all()
-
-
-def test_a_dozen_experiments_have_markers_of_their_own() -> None:
-    """So that no two of them are told apart by color alone."""
-    study = planted.study_of(planted.quickstart())
-    drawing = accuracy_against("final_parameters", study, method_results(study))
-    assert len(drawing.series) == 12
-    assert len({series.glyph for series in drawing.series}) == 12

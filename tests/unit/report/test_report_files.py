@@ -24,8 +24,6 @@ from peft_vit.lab.report import ReportFiles, build_report
 
 FIGURES = {
     "accuracy_by_method",
-    "accuracy_by_parameters",
-    "accuracy_by_bytes",
     "differences_to_linear_probe",
     "differences_to_lora_r8",
     "loss_curves",

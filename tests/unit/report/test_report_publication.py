@@ -3,7 +3,6 @@
 import io
 import re
 import struct
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib
@@ -14,14 +13,12 @@ import pytest
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from peft_vit.base.statistics.reliability import Bin
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import WIDTHS_IN, Canvas, draw, publication_files, publication_style
 from peft_vit.deploy.page.files import captions
 from peft_vit.lab.analysis import Analysis, analyze
 from peft_vit.lab.report.build import study_documents
-from peft_vit.lab.report.lines import reliability_diagram
 
 HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"
 
@@ -90,7 +87,7 @@ def test_hostile_names_are_text_in_the_svg_of_the_page_and_in_captions(
 
 
 def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: tuple[Drawing, ...]) -> None:
-    assert len(drawings) == 8
+    assert len(drawings) == 6
     for drawing in drawings:
         for columns, width in WIDTHS_IN.items():
             with matplotlib.rc_context(publication_style(columns)):
@@ -111,18 +108,10 @@ def test_every_point_lies_inside_its_figure_and_where_its_marker_is(drawings: tu
             assert -1 <= point.y_pt <= float(size[2]) + 1, drawing.slug
         assert {point.series for point in drawing.points} == set(range(len(drawing.series)))
     # The SVG's own coordinates are the second opinion: one `use` element a marker.
-    drawing = next(d for d in drawings if d.slug == "accuracy_by_bytes")
+    drawing = next(d for d in drawings if d.slug == "accuracy_by_method")
     used = {(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', drawing.svg)}
     for point in drawing.points:
         assert min(np.hypot(x - point.x_pt, y - point.y_pt) for x, y in used) < 0.1, point
-
-
-def test_a_reliability_diagram_needs_predictions_and_names_their_number(analysis: Analysis) -> None:
-    assert reliability_diagram(analysis.calibration, {}) == ()
-    bins = (Bin(0.0, 0.5, 0, None, None), Bin(0.5, 1.0, 40, 0.8, 0.65))
-    (drawing,) = reliability_diagram([replace(analysis.calibration[0], bins=bins, seeds=(0, 1))], {})
-    assert [p.text for p in drawing.points] == ["says 80.0 %, is right in 65.0 %\nn = 40 predictions, n = 2 seeds"]
-    assert [row["predictions"] for row in drawing.data] == [0, 40]
 
 
 def test_a_legend_entry_goes_with_its_series() -> None:

@@ -14,7 +14,6 @@ from peft_vit.deploy.page.html import soft
 from peft_vit.deploy.page.lines import smoothed
 from peft_vit.deploy.page.markdown import escaped
 from peft_vit.deploy.page.printed import print_blocks
-from peft_vit.lab.report.accuracy_figures import side_by_side
 from peft_vit.lab.report.build import slug_of
 
 
@@ -40,11 +39,9 @@ def test_what_is_written(write: Callable[[Any], str], texts: dict[Any, str]) -> 
     assert {value: write(value) for value in texts} == texts
 
 
-def test_smoothing_is_a_centered_mean_and_markers_at_one_place_stand_side_by_side() -> None:
+def test_smoothing_is_a_centered_mean() -> None:
     assert smoothed([0.0, 3.0, 6.0, 3.0], 3) == pytest.approx([1.5, 3.0, 4.0, 4.5])
     assert smoothed([1.0, 2.0], 1) == pytest.approx([1.0, 2.0])
-    first, second, third, elsewhere = side_by_side([100.0, 100.1, 100.0, 150.0])
-    assert first == elsewhere == 0 < second < third
 
 
 def test_a_table_in_a_terminal_has_columns_or_is_a_list_loses_nothing_and_moves_nothing() -> None:

@@ -62,7 +62,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
         file.write_text("{}")
     assert choose("fp32") == FAST
     assert len(asked) == 4
-    assert "timed again" in caplog.text
+    assert "measured again" in caplog.text
     monkeypatch.setattr(kept_products, "instruction_limits", lambda: ["AVX2", "AVX2"])
     choose("fp32")
     assert len(asked) == 5

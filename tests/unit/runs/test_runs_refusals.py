@@ -32,15 +32,14 @@ def peft_adalora(config: StudyConfig, **settings: Any) -> StudyConfig:
 
 GPTQ = {"rounding": "gptq", "calibration_images": 25}
 AVERAGE = {"total_byte_budget": None, "average_bits": 3.0, "ranks": False}
-BY_GRADIENT = {"rule": "gradient", "budget": 9, "calibration_images": 25}
+FORMER_RULE = {"rule": "gradient", "budget": 9, "calibration_images": 24}
 REFUSED = [  # the study's method, what makes it one to be refused, its settings, the field, what is said
     ("qa_lora", with_settings, ("qa_lora",), GPTQ, "qa_lora.calibration_images", "24"),
     ("adaptive_bits", with_adaptive_bits, (), {"total_byte_budget": 1000}, f"{BITS}.total_byte_budget", "1000"),
     ("adaptive_bits", with_adaptive_bits, (), AVERAGE, f"{BITS}.average_bits", "at least 4 "),
     ("adaptive_bits", with_adaptive_bits, (), {"calibration_images": 25}, f"{BITS}.calibration_images", "24"),
-    ("lora", rule, (), BY_GRADIENT, "lora.ranks.calibration_images", "24"),
-    ("lora", rule, (), {"rule": "random", "budget": 36}, "lora.ranks.budget", ""),
-    ("lora", rule, (), {"rule": "last_blocks", "budget": 9, "site_rank": 65}, "lora.ranks.site_rank", "64"),
+    ("lora", rule, (), FORMER_RULE, "lora.ranks.rule", "stable_rank"),
+    ("lora", rule, (), {"rule": "even", "budget": 36 * 64}, "lora.ranks.budget", ""),
 ]
 OF_PEFT = [
     ("lora", with_method, ("peft_lora",), {"rank": 65}, "peft_lora.rank", "blocks.0.attn.qkv"),

@@ -65,7 +65,7 @@ PROBE_FIRST = {"head_start": "probe"}
 
 
 def by_rule(config):
-    rule = StartingRanksConfig(rule="gradient", budget=20, calibration_images=24)
+    rule = StartingRanksConfig(rule="stable_rank", budget=20)
     return with_settings(config, "lora", rank=None, ranks=rule)
 
 
@@ -228,8 +228,8 @@ def test_an_unforeseen_error_of_a_resumed_run_names_its_checkpoint(spec_of, tmp_
 
 
 def test_what_no_record_can_hold_is_a_failure_and_ends_no_worker(spec_of, monkeypatch) -> None:
-    monkeypatch.setattr(run_module, "_execute", lambda *_: ({"steps": 7}, b"adapter", None))
+    monkeypatch.setattr(run_module, "_majority", lambda _: {"test": 2.0})
     finished = run_one(spec_of("full"))
     assert finished.record.status == "failed"
-    assert "steps" in finished.record.error
+    assert "majority_accuracy" in finished.record.error
     assert finished.adapter is None

@@ -8,6 +8,8 @@ import pytest
 from peft_vit.base.statistics import conformal_quantile, error_scale
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, OF_FOLDS, REGRESSION
+from peft_vit.core.tasks.regression import half_widths
+from peft_vit.deploy.presentation.of_numbers import Numbers
 from peft_vit.fit.outcomes import Outcome, covered_on_folds
 
 pytestmark = pytest.mark.part("runner")
@@ -89,7 +91,6 @@ def test_an_image_of_three_repetitions_does_not_outvote_two_others() -> None:
 def test_half_widths_of_an_older_record_are_in_the_numbers_unit() -> None:
     written = {"images": 20, "center": (20.0,), "spread": (4.0,), "coverages": (0.9,), "half_widths": ((3.0,),)}
     decision = Decision.model_validate(written)
-    task = REGRESSION.restored(decision)
-    assert task.half_widths(decision, np.array([[5.0], [50.0]]), 0.9).tolist() == [[3.0], [3.0]]
-    (answer,) = task.answers(np.zeros((1, 1)), ["age"], decision, 0.9, 1)
+    assert half_widths(decision, np.array([[5.0], [50.0]]), 0.9).tolist() == [[3.0], [3.0]]
+    (answer,) = Numbers().answers(np.zeros((1, 1)), ["age"], decision, 0.9, 1)
     assert answer["numbers"]["age"] == (20.0, 17.0, 23.0)

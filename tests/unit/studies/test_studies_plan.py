@@ -286,7 +286,7 @@ def test_a_result_counts_with_its_adapter_of_this_version_and_of_the_same_images
     assert record.provenance is not None
     other_images = record.provenance.model_copy(update={"data_sha256": "0" * 64})
     for changed, words in (
-        ({"spec_digest": "0" * 64}, "spec_digest: was made with a setting that this version no longer has"),
+        ({"spec_digest": "0" * 64}, "spec_digest: was made with a setting that this version does not have"),
         ({"provenance": other_images}, "other images under the same path"),
     ):
         write_record(tmp_path, record.model_copy(update=changed))

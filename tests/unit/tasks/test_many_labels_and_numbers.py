@@ -16,6 +16,9 @@ from peft_vit.core.records import Decision, Predictions
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
 from peft_vit.core.tasks.multilabel import average_precision
 from peft_vit.core.tasks.regression import _spearman
+from peft_vit.deploy.presentation import Prediction
+from peft_vit.deploy.presentation.of_labels import ManyLabels
+from peft_vit.deploy.presentation.of_numbers import Numbers
 
 pytestmark = pytest.mark.part("trainer")
 RNG = np.random.default_rng(0)
@@ -140,7 +143,7 @@ def test_thresholds_have_the_largest_f1() -> None:
         best = max(oracle.f1_score(truth, own >= level) for level in own)
         assert oracle.f1_score(truth, own >= threshold) == pytest.approx(best)
     assert MULTILABEL.decide(OUTPUTS[:0], UNKNOWN[:0], PRIOR).thresholds == (0.5,) * 3
-    said = MULTILABEL.answers(OUTPUTS[:2], ["a", "b", "c"], decision, None, 2)
+    said = ManyLabels().answers(OUTPUTS[:2], ["a", "b", "c"], decision, None, 2)
     assert [dict(row["labels"]).keys() for row in said] == [
         {name for name, p, least in zip("abc", row, decision.thresholds, strict=True) if p >= least}
         for row in scores[:2]
@@ -156,10 +159,11 @@ def test_sets_hold_an_images_labels_as_often_as_asked() -> None:
     assert held[0.9] == pytest.approx(np.mean([row[true].mean() for row, true in zip(inside, there[own], strict=True)]))
     assert sizes[0.9] == pytest.approx(inside.sum(1).mean())
     assert sizes[0.8] < sizes[0.9] < sizes[0.95]
-    said = MULTILABEL.answers(OUTPUTS[own], ["a", "b", "c"], decision, 0.9, 1)
+    said = ManyLabels().answers(OUTPUTS[own], ["a", "b", "c"], decision, 0.9, 1)
     assert [len(row["classes"]) for row in said] == inside.sum(1).tolist()
-    assert MULTILABEL.answers(OUTPUTS[own], ["a", "b", "c"], decision, None, 1)[0]["classes"] == ()
-    assert MULTILABEL.columns(["a"], decision, 1, True)[-1] == "set"
+    assert ManyLabels().answers(OUTPUTS[own], ["a", "b", "c"], decision, None, 1)[0]["classes"] == ()
+    cells = ManyLabels().cells(Prediction(None, **said[0]), True)
+    assert list(cells) == ["labels", "class", "probability", "set"]
     assert MULTILABEL.covered(decision, OUTPUTS, np.zeros_like(LABELS)) == ({}, {})  # no image has a label
 
 
@@ -167,7 +171,9 @@ def test_rare_labels_weigh_more_and_a_sure_head_is_softened() -> None:
     weights = MULTILABEL.loss_weights(np.array([1000, 10, 100]), "effective")
     assert weights.mean() == pytest.approx(1)
     assert weights[1] / weights[0] == pytest.approx((1 - 0.999**1000) / (1 - 0.999**10))
-    assert MULTILABEL.loss_weights(np.array([1000, 10, 100])) == pytest.approx(3 * np.array([1, 100, 10]) / 111)
+    assert MULTILABEL.loss_weights(np.array([1000, 10, 100]), "balanced") == pytest.approx(
+        3 * np.array([1, 100, 10]) / 111
+    )
     sure = torch.tensor(40 * (LABELS - 0.5))
     factor = MULTILABEL.training_temperature(sure, torch.tensor(LABELS))
     assert float(MULTILABEL.loss(sure / factor, torch.tensor(LABELS), None)) > 0.5
@@ -286,18 +292,21 @@ def test_intervals_of_numbers_are_where_scale_and_quantile_put_them() -> None:
     held, widths = FITTED.covered(decision, outputs, NUMBERS)
     assert 0.85 < held[0.9] < 0.96
     assert widths[0.8] < widths[0.9] < widths[0.95]
-    row = FITTED.answers(outputs[:1], ["a", "b"], decision, None, 1)[0]["numbers"]
+    row = Numbers().answers(outputs[:1], ["a", "b"], decision, None, 1)[0]["numbers"]
     value, low, high = row["b"]
     scale = np.interp(predicted[0, 1], decision.scale_at[1], decision.scale[1])
     assert (value, value - low) == pytest.approx((predicted[0, 1], decision.threshold(0.9)[1] * scale))
     assert high - value == pytest.approx(value - low)
-    assert FITTED.columns(["a"], decision, 1, False) == ["a", "a_low", "a_high"]
+    cells = Numbers().cells(Prediction(None, numbers=row), False)
+    assert list(cells) == ["a", "a_low", "a_high", "b", "b_low", "b_high"]
     with pytest.raises(UserError, match="coverage: the model has thresholds of these shares"):
         decision.threshold(0.99)
     again = Decision.model_validate_json(decision.model_dump_json())
-    assert FITTED.answers(outputs, ["a", "b"], again, 0.8, 1) == FITTED.answers(outputs, ["a", "b"], decision, 0.8, 1)
+    assert Numbers().answers(outputs, ["a", "b"], again, 0.8, 1) == Numbers().answers(
+        outputs, ["a", "b"], decision, 0.8, 1
+    )
     none = FITTED.decide(outputs[:0], NUMBERS[:0], PRIOR)
-    assert FITTED.answers(outputs[:1], ["a", "b"], none, None, 1)[0]["numbers"].keys() == {"a", "b"}
+    assert Numbers().answers(outputs[:1], ["a", "b"], none, None, 1)[0]["numbers"].keys() == {"a", "b"}
 
 
 def test_splits_hold_each_part_of_the_numbers_range() -> None:

@@ -10,6 +10,7 @@ import pytest
 import peft_vit
 from peft_vit.core.config import TaskName
 from peft_vit.core.tasks import TASKS
+from peft_vit.deploy.presentation import PRESENTED
 
 pytestmark = pytest.mark.part("trainer")
 PACKAGE = Path(peft_vit.__file__).parent
@@ -42,7 +43,8 @@ def branches(source: str) -> list[str]:
 
 
 def test_no_file_outside_of_tasks_asks_which_one_it_has() -> None:
-    files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[:2] != ("core", "tasks")]
+    own = (PACKAGE / "core/tasks", PACKAGE / "deploy/presentation")
+    files = [file for file in PACKAGE.rglob("*.py") if file.parent not in own]
     found = {file.relative_to(PACKAGE).as_posix(): branches(file.read_text(encoding="utf-8")) for file in files}
     assert len(found) > 190
     assert {name for name, places in found.items() if places} == NAMES_THEM
@@ -75,5 +77,6 @@ def test_such_a_branch_is_found(source) -> None:
 def test_a_task_is_named_where_configurations_may_say_it() -> None:
     assert set(get_args(TaskName)) == set(TASKS)
     assert all(task.name == name for name, task in TASKS.items())
+    assert {name: shown.task for name, shown in PRESENTED.items()} == TASKS
     assert [name for name, task in TASKS.items() if task.one_class] == ["classification"]
     assert {task.column for task in TASKS.values()} == {"classes", "lists", "numbers"}

@@ -14,7 +14,7 @@ LOGITS = np.random.default_rng(3).normal(size=(9, 3))
 
 
 def class_weights() -> torch.Tensor:
-    return torch.tensor(CLASSIFICATION.loss_weights(CLASSIFICATION.counts(LABELS, 3)), dtype=torch.float32)
+    return torch.tensor(CLASSIFICATION.loss_weights(CLASSIFICATION.counts(LABELS, 3), "balanced"), dtype=torch.float32)
 
 
 def by_image(weighted: bool) -> np.ndarray:
@@ -49,7 +49,8 @@ def test_effective_weights_are_in_proportion_to_those_of_the_paper() -> None:
     assert (counts * weights).sum() == pytest.approx(counts.sum())  # over the images they average to 1
     each_once = [sum(0.999**k for k in range(n)) for n in counts]  # of the n-th image 0.999^(n - 1) is new
     assert weights[1:] / weights[0] == pytest.approx(each_once[0] / np.array(each_once[1:]))
-    assert weights[2] / weights[0] < CLASSIFICATION.loss_weights(counts)[2] / CLASSIFICATION.loss_weights(counts)[0]
+    balanced = CLASSIFICATION.loss_weights(counts, "balanced")
+    assert weights[2] / weights[0] < balanced[2] / balanced[0]
 
 
 def test_in_a_batch_of_one_the_gradient_carries_the_classs_weight() -> None:

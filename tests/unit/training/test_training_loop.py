@@ -75,8 +75,15 @@ def test_it_equals_a_plain_loop(tiny_vit, data, runtime, weighted) -> None:
     counts = np.bincount(images.train.labels)
     assert set(counts) == {3, 6}
     weights = torch.tensor(18 / (5 * counts), dtype=torch.float32)
-    torch.testing.assert_close(loss_weights(config(class_weights=True), images, runtime.device), weights)
-    result = train(lora(tiny_vit()), images, config(class_weights=weighted), runtime, seed=4, hooks=[DeployableFrom(9)])
+    torch.testing.assert_close(loss_weights(config(class_weights="balanced"), images, runtime.device), weights)
+    result = train(
+        lora(tiny_vit()),
+        images,
+        config(class_weights="balanced" if weighted else "none"),
+        runtime,
+        seed=4,
+        hooks=[DeployableFrom(9)],
+    )
     expected = plain_loop(lora(tiny_vit()), images, runtime, weights if weighted else None)
     assert [row.loss for row in result.steps] == pytest.approx(expected, rel=1e-5)
     assert [row.step for row in result.steps] == list(range(1, 10))

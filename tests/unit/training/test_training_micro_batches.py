@@ -55,11 +55,11 @@ def numbers_of(row: StepRow) -> dict[str, float]:
     [
         {},
         {"clip_norm": 0.01},
-        {"class_weights": True},
+        {"class_weights": "balanced"},
         {"label_smoothing": 0.2},
         {"augmentation": ["mixup"]},
         {"augmentation": ["cutmix"]},
-        {"augmentation": ["flip", "mixup", "cutmix"], "class_weights": True, "label_smoothing": 0.1},
+        {"augmentation": ["flip", "mixup", "cutmix"], "class_weights": "balanced", "label_smoothing": 0.1},
     ],
     ids=str,
 )
@@ -81,7 +81,7 @@ def test_hooks_see_the_gradient_of_the_whole_batch(trained, training, micro_batc
 def test_every_metric_scores_as_with_the_whole_batch(trained, metric) -> None:
     """Sites lose their rank, are probed and come back."""
     prepare = adalora(importance_metric=metric, budget_schedule="constant", parametrization="product")
-    training = {"class_weights": True, "label_smoothing": 0.1, "augmentation": ["mixup"]}
+    training = {"class_weights": "balanced", "label_smoothing": 0.1, "augmentation": ["mixup"]}
     _, (whole, _), _ = trained(prepare, None, **training)
     _, (parts, _), _ = trained(prepare, 4, **training)
     expected, controller = whole.controller, parts.controller

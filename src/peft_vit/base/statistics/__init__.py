@@ -1,4 +1,4 @@
-"""Pure functions on arrays: intervals, paired tests, equivalence, effect sizes, concentration, association.
+"""Pure functions on arrays: intervals, paired tests, equivalence, association.
 
 docs/explanation/statistics.md says which test is primary, what each interval describes, and how often the intervals
 hold. They say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB of them, when it is first asked for.
@@ -17,16 +17,12 @@ from peft_vit.base.statistics.conformal import (
     recall_threshold,
     row_weights,
 )
-from peft_vit.base.statistics.descriptive import gini, normalized_entropy, spearman
+from peft_vit.base.statistics.descriptive import spearman
 from peft_vit.base.statistics.intervals import (
-    EffectSize,
     Interval,
     bootstrap_interval,
-    effect_size,
-    hedges_factor,
     mean_interval,
     mean_of_proportions,
-    paired_improvement,
     paired_proportions,
     proportion_interval,
     shifted,

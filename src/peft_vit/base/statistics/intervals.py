@@ -210,19 +210,6 @@ def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
     return Interval(mean, low, high, int(n.sum()), CONFIDENCE)
 
 
-def paired_improvement(differences: ArrayLike) -> Interval:
-    """Return the share of (n,) paired differences that are positive, ties counted as half, with Wilson's interval.
-
-    Describes what other seeds would change in who wins a pair. Not the bootstrap: where all pairs go one way,
-    which is common with few seeds, resampling shows no spread. With ties the variance is smaller than a share's, so the
-    interval is too wide rather than too short.
-
-    Assumption: pairs are independent. Sources: Dixon & Mood, JASA 41 (1946), on signs of pairs; Wilson, JASA 22 (1927).
-    """
-    data = without_rounding(finite(differences, "differences"))
-    return proportion_interval(np.count_nonzero(data > 0) + 0.5 * np.count_nonzero(data == 0), int(data.size))
-
-
 def paired_proportions(losses: ArrayLike, gains: ArrayLike, n: ArrayLike) -> Interval:
     """Return how much lower a share is after than before, both over the same n cases, with an adjusted Wald interval.
 
@@ -251,66 +238,3 @@ def paired_proportions(losses: ArrayLike, gains: ArrayLike, n: ArrayLike) -> Int
     half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
     low, high = max(-1.0, min(mean, center - half)), min(1.0, max(mean, center + half))
     return Interval(mean, low, high, int(cases.sum()), CONFIDENCE)
-
-
-# --- standardized effects ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EffectSize:
-    """The mean of paired differences in units of their standard deviation."""
-
-    d: float | None  # Cohen's d_z, mean over standard deviation; None if there is no spread to divide by
-    # low, high: ends of its interval; None with d
-    low: float | None
-    high: float | None
-    g: float | None  # Hedges' g, d without its bias; None also for two pairs, where the correction is zero
-
-
-def effect_size(differences: ArrayLike) -> EffectSize:
-    """Return Cohen's d_z of (n,) paired differences and Hedges' g, with intervals by the noncentral t distribution.
-
-    ``d = mean / s``; ``sqrt(n) d`` follows a noncentral t with n - 1 degrees of freedom and noncentrality ``sqrt(n)
-    delta``. The interval holds the deltas under which the d observed is in neither tail. Hedges' factor ``J =
-    Gamma(f/2) / (sqrt(f/2) Gamma((f-1)/2))`` with f = n - 1 takes away the bias of d.
-
-    The unit is the scatter between pairs of runs that share a seed, so a d of 1 says nothing about accuracy points.
-    Describes what other seeds would change. Assumption: differences are independent and normal; under skew
-    or heavy tails the interval covers less. Sources: Cohen, Statistical Power Analysis (1988), 2.3.5; Hedges, Journal
-    of Educational Statistics 6 (1981); Steiger & Fouladi (1997) on the interval.
-    """
-    data = finite(differences, "differences")
-    n = int(data.size)
-    if not has_spread(data):
-        return EffectSize(None, None, None, None)
-    mean, error = mean_and_error(data)
-    t, root = mean / error, math.sqrt(n)
-    d = t / root
-    low = _noncentrality(t, n - 1, 0.5 + CONFIDENCE / 2) / root
-    high = _noncentrality(t, n - 1, 0.5 - CONFIDENCE / 2) / root
-    return EffectSize(d, low, high, hedges_factor(n - 1) * d if n > 2 else None)
-
-
-def hedges_factor(degrees: int) -> float:
-    """Return what takes the bias out of Cohen's d, at 2 degrees or more: exact, not 1 - 3 / (4 f - 1)."""
-    return math.exp(math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2)) / math.sqrt(degrees / 2)
-
-
-def _noncentrality(t: float, degrees: int, probability: float) -> float:
-    """Return the noncentrality under which a noncentral t lies below t with this probability."""
-    if t < 0:
-        return -_noncentrality(-t, degrees, 1 - probability)
-
-    def excess(noncentrality: float) -> float:
-        # scipy returns NaN for noncentralities far below zero, where nothing that a float can hold is missing to 1
-        below = float(scipy.special.nctdtr(degrees, noncentrality, t))
-        return (1.0 if math.isnan(below) else below) - probability
-
-    # With noncentrality c the statistic is (z + c) / w: the answer lies around t, farther out the fewer the degrees.
-    width = 4 + t
-    low, high = t - width, t + width
-    while excess(low) < 0:  # falls as the noncentrality rises
-        low -= width
-    while excess(high) > 0:
-        high += width
-    return float(scipy.optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14))

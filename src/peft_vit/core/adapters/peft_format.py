@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.base.errors import SilentNoEffectWarning, UserError, os_fault
-from peft_vit.base.files import read_bytes, write_atomically
+from peft_vit.base.files import into_empty, read_bytes, write_atomically
 from peft_vit.core.adapters.adapted_model import AdaptedLinear, adapted_modules, site_adapters
 from peft_vit.core.adapters.adapter_file import read_safetensors, trained_tensors
 from peft_vit.core.adapters.attach import attach_adapters
@@ -78,10 +78,7 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
     config["modules_to_save"] = list(Backbone(model).heads)
     tensors |= {f"{PREFIX}{name}": parameter for name, parameter in head.items()}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    with os_fault("can't be written to", folder, remedy="choose another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError("holds files already; choose another folder", file=folder)
+    with into_empty(folder):
         write_atomically(folder / BASE_FILE, (json.dumps(base, indent=2) + "\n").encode())
         write_atomically(folder / TENSORS_FILE, save(tensors, metadata={"format": "pt"}))
         # Last: without it PEFT sees no adapter.

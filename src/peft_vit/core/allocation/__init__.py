@@ -2,7 +2,7 @@
 
 from peft_vit.core.allocation.adalora_controller import AdaLoRAController
 from peft_vit.core.allocation.importance import ImportanceTracker, check_fisher
-from peft_vit.core.allocation.starting_ranks import CalibrationBatch, check_starting_ranks, choose_starting_ranks
+from peft_vit.core.allocation.starting_ranks import check_starting_ranks, choose_starting_ranks
 from peft_vit.core.allocation.strategies import (
     Bounds,
     BudgetSchedule,

@@ -62,7 +62,6 @@ from peft_vit.core.allocation.strategies import (
 )
 from peft_vit.core.backbones import Site, find_sites
 from peft_vit.core.config import METRICS, AdaLoraConfig
-from peft_vit.core.config.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
 
 _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
@@ -387,13 +386,9 @@ class AdaLoRAController:
         The model must carry the adapters of that moment (`load_trained`, or `set_ranks` and their values).
 
         Raises:
-            UserError: if the state belongs to another configuration, length of run, seed or set of target modules, or
-                is of a version that kept more.
+            UserError: if the state belongs to another configuration, length of run, seed or set of target modules.
         """
         values = copy.deepcopy(state["values"])
-        if "decisions" in values:
-            message = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which continues with it"
-            raise UserError(f"{message}; without it training starts again", field="decisions")
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:

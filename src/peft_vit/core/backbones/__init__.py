@@ -19,7 +19,8 @@ from peft_vit.core.backbones.catalog import (
     size_step_of,
 )
 from peft_vit.core.backbones.families import Architecture
-from peft_vit.core.backbones.passes import ReplayedPass, evaluating, visit_blocks, watching
+from peft_vit.core.backbones.passes import evaluating, watching
+from peft_vit.core.backbones.replay import ReplayedPass, visit_blocks
 from peft_vit.core.backbones.site import Site, chosen, fused_sites, whole_modules
 from peft_vit.core.backbones.weights import (
     LoadedBackbone,

@@ -8,10 +8,10 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 from peft_vit.base.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, OnlyWith, Settings, SiteMatrix
 from peft_vit.core.config.from_yaml import load_study, named_as_typed, study_from_mapping
 from peft_vit.core.config.methods import (
+    FORMER_RULES,
     IMAGES_ROUNDED_BY,
     METHOD_KINDS,
     METRICS,
-    ORDERED_RULES,
     PROBE_L2,
     RULE_OF_A_BUDGET,
     SECTIONS,

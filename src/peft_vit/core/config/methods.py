@@ -198,37 +198,26 @@ class AdaLoraConfig(AdapterConfig):
         return self
 
 
-SCORING_RULES = ("gradient", "stable_rank")  # the others read nothing of the sites but their shapes
-ORDERED_RULES = ("random", "first_blocks", "last_blocks")  # give each site its ranks until the budget is spent
+ORDERED_RULES = ("random", "first_blocks", "last_blocks")  # gave each site its ranks until the budget was spent
+FORMER_RULES = ("gradient", *ORDERED_RULES)  # of kept studies, which are read and not repeated
 
 
 class StartingRanksConfig(Settings):
     """A budget of ranks, which may be fewer than modules, and the rule that distributes it."""
 
-    rule: Literal["gradient", "stable_rank", "even", "random", "first_blocks", "last_blocks"] = Field(
-        description="How modules share the budget"
+    rule: Literal["stable_rank", "even", "gradient", "random", "first_blocks", "last_blocks"] = Field(
+        description="How modules share the budget: stable_rank or even. The others are those of older studies, which "
+        "can be read and not be run"
     )
     budget: int = Field(ge=1, description="The budget of all modules together, counted as unit says")
     unit: BudgetUnit = Field(default="ranks", description="What the budget counts")
-    maximum_rank: Annotated[int | None, OnlyWith(rule=SCORING_RULES)] = Field(
-        default=None, ge=1, description="The highest rank of a module, with rules that score"
+    maximum_rank: Annotated[int | None, OnlyWith(rule="stable_rank")] = Field(
+        default=None, ge=1, description="The highest rank of a module"
     )
-    site_rank: Annotated[int, OnlyWith(rule=ORDERED_RULES)] = Field(
-        default=1, ge=1, description="The rank that random, first_blocks and last_blocks give to a module"
-    )
+    site_rank: Annotated[int, OnlyWith(rule=ORDERED_RULES)] = Field(default=1, ge=1, description="Of older studies")
     calibration_images: Annotated[int, OnlyWith(rule="gradient")] = Field(
-        default=64, ge=1, description="Compute gradients on this many training images"
+        default=64, ge=1, description="Of older studies"
     )
-
-    @property
-    def scores_sites(self) -> bool:
-        """Return whether the rule scores the sites."""
-        return self.rule in SCORING_RULES
-
-    @property
-    def reads_images(self) -> bool:
-        """Return whether the rule needs training images."""
-        return self.rule == "gradient"
 
 
 # Of `peft-vit train --budget`: what the screening of seven rules chose.
@@ -457,8 +446,6 @@ class QaLoraConfig(StoredAdapterConfig):
     def _consistent(self) -> Self:
         if self.ranks is not None and (self.rank is not None or self.adaptive_bits is not None):
             raise ValueError("ranks has no effect with rank or adaptive_bits; remove one of the two")
-        if self.ranks is not None and self.ranks.reads_images:
-            raise ValueError("ranks.rule: gradient needs float weights; use another rule")
         if self.adaptive_bits is not None:
             if self.adaptive_bits.ranks and self.rank is not None:
                 raise ValueError("rank has no effect with adaptive_bits.ranks: true; remove it")

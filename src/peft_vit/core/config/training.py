@@ -149,16 +149,12 @@ class Augmentation(Frozen):
         return isinstance(self.settings, Mixup | Cutmix)
 
 
-# What `data.flips` said, which older records and studies have instead of `training.augmentation`.
+# What `flips` of a recipe says.
 AUGMENTATION_OF_FLIPS: dict[Flips, tuple[Augmentation, ...]] = {
     "none": (),
     "horizontal": (Augmentation(flip=Flip()),),
     "both": (Augmentation(flip=Flip(direction="both")),),
 }
-
-
-def _once_a_switch(value: Any) -> Any:
-    return {False: "none", True: "balanced"}[value] if isinstance(value, bool) else value
 
 
 def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
@@ -263,9 +259,9 @@ class TrainingConfig(Settings):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="Spread this share of each label over all classes"
     )
-    class_weights: Annotated[ClassWeights, BeforeValidator(_once_a_switch)] = Field(
+    class_weights: ClassWeights = Field(
         default="none",
-        description="Weigh classes in the loss. balanced (once `true`): by the inverse of their number of images. "
+        description="Weigh classes in the loss. balanced: by the inverse of their number of images. "
         "effective: by the inverse of their effective number, (1 - 0.999^n) / 0.001 (arXiv 1901.05555)",
     )
     loss: LossName | None = Field(

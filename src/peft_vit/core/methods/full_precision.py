@@ -28,15 +28,7 @@ from peft_vit.core.allocation.starting_ranks import PLAIN, Adapters
 from peft_vit.core.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.core.config import RULE_OF_A_BUDGET, AdaLoraConfig, ExperimentConfig, Frozen, LoraConfig, QaLoraConfig
 from peft_vit.core.config.methods import StoredAdapterConfig
-from peft_vit.core.methods.method import (
-    DEFAULT_RANK,
-    Method,
-    PrepareContext,
-    TrainOptions,
-    check_images,
-    check_rank_at,
-    sites_of,
-)
+from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, check_rank_at, sites_of
 from peft_vit.core.training import AllocationHook, Hook, StartingRanks
 
 _FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of AdaLoRA as `train` takes it
@@ -62,26 +54,25 @@ def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: Prepa
         import_peft(model, Path(settings.start), seed=context.seed, fresh_head=True)
         return []
     sites = find_sites(model, settings.targets)
-    # A rule sees the head that training starts from, so its ranks come later.
     attach_adapters(model, sites, settings.rank or 0, scale=settings.scale, seed=context.seed)
-    return stored_adapters(model, settings, Adapters("lora", 1, settings.adapter_bits), sites, context.seed)
+    return stored_adapters(model, settings, Adapters("lora", 1, settings.adapter_bits), sites)
 
 
 def stored_adapters(
-    model: nn.Module, settings: StoredAdapterConfig, adapters: Adapters, sites: Sequence[Site], seed: int
+    model: nn.Module, settings: StoredAdapterConfig, adapters: Adapters, sites: Sequence[Site]
 ) -> list[Hook]:
     """Let a model's adapters have the bits that settings say, and return what chooses their ranks, if a rule does."""
     store_in_bits(model, settings.adapter_bits, while_training=settings.adapter_rounding != "after")
     if settings.ranks is None:
         return []
-    return [StartingRanks(settings.ranks, sites, seed=seed, adapters=adapters)]
+    return [StartingRanks(settings.ranks, sites, adapters)]
 
 
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
         check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
-    check_ranks_of(settings, Adapters("lora", 1, settings.adapter_bits), shape, train_images)
+    check_ranks_of(settings, Adapters("lora", 1, settings.adapter_bits), shape)
     if settings.start is not None:
         try:
             read_peft(Path(settings.start), fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)
@@ -89,19 +80,14 @@ def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps:
             raise UserError(str(error), field="lora.start") from None
 
 
-def check_ranks_of(settings: StoredAdapterConfig, adapters: Adapters, shape: BackboneShape, train_images: int) -> None:
-    """Refuse a budget of ranks that does not fit the sites, or that asks for more images than there are.
+def check_ranks_of(settings: StoredAdapterConfig, adapters: Adapters, shape: BackboneShape) -> None:
+    """Refuse a budget of ranks that does not fit the sites, and a rule that is not run any more.
 
     Raises:
         UserError: with the setting, below the experiment.
     """
-    if settings.ranks is None:
-        return
-    sites, field = sites_of(adapters.section, settings, shape), f"{adapters.section}.ranks"
-    check_rank_at(f"{field}.site_rank", sites, settings.ranks.site_rank, adapters.pool)
-    check_starting_ranks(settings.ranks, sites, adapters)
-    if settings.ranks.reads_images:
-        check_images(f"{field}.calibration_images", settings.ranks.calibration_images, train_images)
+    if settings.ranks is not None:
+        check_starting_ranks(settings.ranks, sites_of(adapters.section, settings, shape), adapters)
 
 
 def _lora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:

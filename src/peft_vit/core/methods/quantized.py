@@ -132,14 +132,14 @@ def _adapters(settings: QaLoraConfig) -> Adapters:
 def _prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     settings, trainer = experiment.need(QaLoraConfig), _trainer(model, experiment, context)
     sites = find_sites(model, settings.targets)
-    return [trainer, *stored_adapters(model, settings, _adapters(settings), sites, context.seed)]
+    return [trainer, *stored_adapters(model, settings, _adapters(settings), sites)]
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     settings = experiment.need(QaLoraConfig)
     ranks_are_chosen = settings.adaptive_bits is not None and settings.adaptive_bits.ranks
     _check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
-    check_ranks_of(settings, _adapters(settings), shape, train_images)
+    check_ranks_of(settings, _adapters(settings), shape)
 
 
 def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
 from peft_vit.base.statistics import TemperaturePrior, class_scores, conformal_quantile, fit_temperature, probabilities
 from peft_vit.core.records import Calibrated
-from peft_vit.core.tasks import COVERAGES
+from peft_vit.core.tasks.task import by_coverage
 
 
 def calibrate(
@@ -29,8 +28,5 @@ def calibrate(
     which = range(len(logits)) if images is None else images  # type: ignore[arg-type]
     temperature = fit_temperature(logits, labels, prior, images)
     scores = class_scores(probabilities(logits, temperature), labels)
-    quantiles = {coverage: conformal_quantile(scores, coverage, which) for coverage in COVERAGES}
-    finite = {coverage: quantile for coverage, quantile in quantiles.items() if math.isfinite(quantile)}
-    return Calibrated(
-        images=len(set(which)), temperature=temperature, coverages=tuple(finite), thresholds=tuple(finite.values())
-    )
+    coverages, thresholds = by_coverage(lambda coverage: conformal_quantile(scores, coverage, which))
+    return Calibrated(images=len(set(which)), temperature=temperature, coverages=coverages, thresholds=thresholds)

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from peft_vit.base.statistics import (
     Interval,
+    TemperaturePrior,
+    class_scores,
     mean_of_proportions,
     paired_proportions,
     prediction_sets,
@@ -21,20 +23,10 @@ from peft_vit.base.statistics import (
     proportion_interval,
 )
 from peft_vit.core.config import ClassWeights, LossName
-from peft_vit.core.records import Calibrated, Decision, Metrics, Predictions
-from peft_vit.core.tasks.task import (
-    DecidingMetric,
-    Floats,
-    Labels,
-    Meaning,
-    Named,
-    Task,
-    counted_images,
-    least_loss_temperature,
-    ranked_cells,
-    ranked_columns,
-    short,
-)
+from peft_vit.core.records import Calibrated, Decision, Metrics, TestedCalibration
+from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Labels, Outputs, area_under_roc
+from peft_vit.core.tasks.task import Meaning, Task, counted_images, logistic_regressions, on_shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +34,6 @@ if TYPE_CHECKING:
 Classes = NDArray[np.int64]
 LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
 ECE_BINS = 15
-_LARGEST_GRADIENT = 1e-7  # at which a linear head has converged; L-BFGS ends there or at its most iterations
-_MOST_ITERATIONS = 10_000
 
 
 # --- measures of logits -----------------------------------------------------------------------------------------------
@@ -56,9 +46,7 @@ def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
-def expected_calibration_error(
-    confidence: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = ECE_BINS
-) -> float:
+def expected_calibration_error(confidence: NDArray[np.float64], correct: Flags, bins: int = ECE_BINS) -> float:
     """Return the mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
@@ -71,20 +59,9 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def area_under_roc(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Return the share of pairs of a 1 and a 0 in which the 1 has the higher score; equal scores count half.
-
-    That is the area under the receiver operating characteristic (Hanley and McNeil, Radiology 143, 1982, p. 29).
-
-    Args:
-        scores: (N,), finite.
-        labels: (N,), 0 or 1, both present.
-    """
-    _, places = np.unique(scores, return_inverse=True)  # (N,), from the lowest score on
-    ones = np.bincount(places[labels == 1], minlength=places.max() + 1)  # by score
-    zeros = np.bincount(places[labels == 0], minlength=places.max() + 1)
-    below = np.cumsum(zeros) - zeros  # (scores,): zeros with a lower score
-    return float(np.sum(ones * (2 * below + zeros)) / (2 * ones.sum() * zeros.sum()))
+def _auroc(log_probability: Floats, labels: Classes) -> float:
+    apart = log_probability[:, 1] - log_probability[:, 0]  # (N,)
+    return float(area_under_roc(apart, labels == 1, np.ones((1, len(labels))))[0])
 
 
 def _by_class(labels: Classes, predicted: Classes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -150,15 +127,8 @@ class _Classification(Task):
     compared_by = "accuracy"
     least_outputs = 2
     smooths = True
+    several = "{:,} images of {} classes"
     gap = "balanced {} accuracy is the mean over {} of {} classes"
-    promise = (
-        "Prediction sets",
-        "Sets that hold the class",
-        "Classes in a set",
-        "On the test images, which chose nothing. `predict --coverage` gives such sets: the classes that an image may "
-        "be of. They hold about as often as asked.",
-    )
-    holds = "The set at {0:g} % holds the true class of about {0:g} in 100 images"
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is one column of labels."""
@@ -182,11 +152,7 @@ class _Classification(Task):
         """Return the name of a class."""
         return names[int(label)]
 
-    def images_of(self, images: int, names: Sequence[str]) -> str:
-        """Return how many images there are, and classes."""
-        return f"{images:,} images of {len(names)} classes"
-
-    def members(self, labels: Classes, place: int) -> NDArray[np.bool_]:
+    def members(self, labels: Classes, place: int) -> Flags:
         """Return which images are of a class, (N,)."""
         return np.asarray(labels == place)
 
@@ -206,7 +172,7 @@ class _Classification(Task):
         """Return the classes."""
         return labels
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
         """Return weights in inverse proportion to `counted_images`, (classes,); over the images they average to 1.
 
         Balanced, that is n / (classes * n_c) of class c.
@@ -258,7 +224,7 @@ class _Classification(Task):
 
         return F.cross_entropy(outputs, labels, reduction="none")
 
-    def measure(self, outputs: NDArray[np.floating], labels: Classes, decision: Decision | None = None) -> Metrics:
+    def measure(self, outputs: Outputs, labels: Classes, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split, from finite logits (N, classes) and labels (N,).
 
         Of a class without an image in the split nothing is known, and the run's record names it in its warnings. AUROC
@@ -273,98 +239,46 @@ class _Classification(Task):
             n=len(labels),
             accuracy=float(correct.mean()),
             balanced_accuracy=balanced_accuracy(predicted, labels),
-            auroc=area_under_roc(log_probability[:, 1] - log_probability[:, 0], labels) if binary else None,
+            auroc=_auroc(log_probability, labels) if binary else None,
             nll=float(-log_probability[np.arange(len(labels)), labels].mean()),
             ece=expected_calibration_error(probability.max(1), correct),
         )
 
-    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Classes:
+    def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Classes:
         """Return the most probable class, (N,); of equal ones the first."""
-        return outputs.argmax(1)
+        return log_softmax(outputs.astype(np.float64)).argmax(1)
 
-    def same(
-        self,
-        before: NDArray[np.floating],
-        after: NDArray[np.floating],
-        decision: Decision | None = None,
-        decision_after: Decision | None = None,
-    ) -> NDArray[np.bool_]:
-        """Return of which images both name the same class."""
-        return np.asarray(before.argmax(1) == after.argmax(1))
+    def confidence(self, outputs: Outputs) -> list[float]:
+        """Return its probability, (N,)."""
+        confidence: list[float] = np.exp(log_softmax(outputs.astype(np.float64)).max(1)).tolist()
+        return confidence
 
-    def right(
-        self, outputs: NDArray[np.floating], labels: Classes, decision: Decision | None = None
-    ) -> NDArray[np.bool_]:
-        """Return of which images the class is named."""
-        return np.asarray(outputs.argmax(1) == labels)
+    def meaning(self, outputs: Outputs, labels: Classes, prior: TemperaturePrior) -> Calibrated | None:
+        """Return the temperature, and thresholds of sets; None without images."""
+        return calibrate(outputs, labels, prior=prior) if len(labels) else None
+
+    def tested(self, meaning: Meaning, outputs: Outputs, labels: Classes, unlike: int | None) -> TestedCalibration:
+        """Return what calibrated probabilities and sets come to; without a calibration those of the logits."""
+        calibrated = cast("Calibrated | None", meaning)
+        p = probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
+        own, rows = 1 - class_scores(p, labels), np.arange(len(p))  # (N,)
+
+        def held_and_size(coverage: float) -> tuple[float, float]:
+            inside = prediction_sets(p, cast("Calibrated", calibrated).threshold(coverage))
+            return inside[rows, labels].mean(), inside.sum(1).mean()
+
+        covered, sizes = ({}, {}) if calibrated is None else on_shown(calibrated, held_and_size)
+        return TestedCalibration(
+            nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
+            probability=p[rows, outputs.argmax(1)].clip(0, 1).tolist(),
+            covered=covered,
+            set_size=sizes,
+            unlike=unlike,
+        )
 
     def constant(self, labels: Labels) -> Classes:
         """Return the most frequent class."""
         return np.full_like(labels, np.bincount(labels).argmax())
-
-    def predictions(
-        self,
-        outputs: NDArray[np.float32],
-        labels: Classes,
-        positions: NDArray[np.int64],
-        *,
-        keep_logits: bool = False,
-        decision: Decision | None = None,
-    ) -> Predictions:
-        """Return the most probable class of each image and its probability; of equal ones the first.
-
-        Args:
-            outputs: logits (N, classes), finite.
-            labels: (N,).
-            positions: (N,) in the data set.
-            keep_logits: with them.
-        """
-        log_probability = log_softmax(outputs.astype(np.float64))
-        return Predictions(
-            images=positions.tolist(),
-            labels=labels.tolist(),
-            predicted=log_probability.argmax(1).tolist(),
-            probability=np.exp(log_probability.max(1)).tolist(),
-            logits=short(outputs) if keep_logits else None,
-        )
-
-    def answers(
-        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> list[dict[str, Any]]:
-        """Return the most probable classes, and with a coverage the set of those that the image may be of."""
-        calibrated = cast("Calibrated | None", meaning)
-        told = []
-        for row in probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature):
-            ranked = np.argsort(-row, kind="stable")  # of equal ones the first class
-            labels: Named = tuple((names[k], float(row[k])) for k in ranked)
-            classes: Named = ()
-            if coverage is not None and calibrated is not None:
-                inside = prediction_sets(row[None], calibrated.threshold(coverage))[0][ranked]  # (classes,)
-                classes = tuple(label for label, is_in in zip(labels, inside, strict=True) if is_in)
-            name, probability = labels[0]
-            told.append({"class_name": name, "probability": probability, "classes": classes, "top": labels[:top]})
-        return told
-
-    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
-        """Return the temperature, and the threshold of sets."""
-        calibrated = cast("Calibrated | None", meaning)
-        sets = None
-        if calibrated is not None and coverage is not None:
-            sets = {"coverage": coverage, "threshold": calibrated.threshold(coverage)}
-        return {
-            "says": "which of {} classes it is of",
-            "kind": "classes",
-            "temperature": 1.0 if calibrated is None else calibrated.temperature,
-            "set": sets,
-        }
-
-    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
-        """Return columns of classes and probabilities, and of the set."""
-        return [*ranked_columns(names, top), *(["set"] if coverage else [])]
-
-    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
-        """Return an image's."""
-        return [*ranked_cells(prediction), *([[name for name, _ in prediction.classes]] if coverage else [])]
 
     def image_weights(self, labels: Classes, weights: Floats) -> Floats:
         """Return the weight of each image's class, (N,)."""
@@ -379,34 +293,17 @@ class _Classification(Task):
         With two classes scikit-learn fits one row for the difference of the logits; W has half of it and its negative
         as rows, whose ||W||_F^2 is half of that row's: C is twice as large.
         """
-        from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
-        from threadpoolctl import ThreadpoolController
-
-        threads = ThreadpoolController()  # once: it looks through all libraries that are loaded
-        two = len(np.unique(labels)) == 2
-        model = LogisticRegression(tol=_LARGEST_GRADIENT, max_iter=_MOST_ITERATIONS, warm_start=True)
+        (fit,), two = logistic_regressions(1), len(np.unique(labels)) == 2
         for l2 in strengths:
-            model.set_params(C=(2.0 if two else 1.0) / (l2 * weights.sum()))
-            with threads.limit(limits=1):  # two threads wait for each other at products this small, at worst for long
-                model.fit(z, labels, sample_weight=weights)
-            weight, bias = model.coef_, model.intercept_  # (classes, D), (classes,); (1, D), (1,) of two
+            c = (2.0 if two else 1.0) / (l2 * weights.sum())
+            weight, bias = fit(z, labels, weights, c)  # (classes, D), (classes,); (1, D), (1,) of two
             if two:  # (2, D), (2,)
                 weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
             yield weight, bias
 
-    def temperature(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return what logits have to be divided by for the lowest NLL (arXiv 1706.04599)."""
-        return least_loss_temperature(lambda factor: float(self.loss(outputs / factor, labels, None)))
-
-    def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return the least power of two with which the loss is at least half of what guessing costs, log(classes) / 2.
-
-        The predicted classes stay the same, and division by it can be undone to the bit.
-        """
-        factor = 1.0
-        while float(self.loss(outputs / factor, labels, None)) < math.log(outputs.shape[1]) / 2:
-            factor *= 2
-        return factor
+    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
+        """Return log(classes)."""
+        return math.log(outputs.shape[1])
 
 
 CLASSIFICATION: Task = _Classification()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy
@@ -18,44 +18,29 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import TemperaturePrior, recall_threshold, row_weights
 from peft_vit.core.config import ClassWeights, LossName
 from peft_vit.core.records import Decision, Metrics
-from peft_vit.core.tasks.task import (
-    COVERAGES,
-    LOG_TEMPERATURES,
-    SHOWN,
+from peft_vit.core.tasks.metric import (
     DecidingMetric,
+    Flags,
     Floats,
     Labels,
-    Meaning,
-    Named,
-    Shown,
-    Task,
+    Outputs,
+    area_under_roc,
     bootstrapped,
-    counted_images,
-    least_loss_temperature,
-    ranked_cells,
-    ranked_columns,
+    cumulated,
 )
+from peft_vit.core.tasks.task import LOG_TEMPERATURES, Task, by_coverage, counted_images, logistic_regressions, on_shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FOCUS, _MARGIN = 4, 0.05  # of the asymmetric loss, as its authors have them; what is there has no focus
 _CELLS = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
-_LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
 
 
 # --- measures: each image weighs as often as it is drawn --------------------------------------------------------------
 
 
-def _cumulated(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> tuple[Floats, Floats]:
-    """Return the weight of positive and of all images whose score is among the highest, (B, different scores)."""
-    order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # of equal scores the last
-    drawn = weights[:, order]  # (B, N)
-    return np.cumsum(drawn * positive[order], 1)[:, ends], np.cumsum(drawn, 1)[:, ends]
-
-
-def average_precision(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+def average_precision(scores: Floats, positive: Flags, weights: Floats) -> Floats:
     """Return sum_t (R_t - R_(t-1)) P_t over the different scores t, (B,); NaN where no image is positive.
 
     P_t is the share of positive images among those that score t at least, R_t the share of positive images that do.
@@ -65,20 +50,10 @@ def average_precision(scores: Floats, positive: NDArray[np.bool_], weights: Floa
         positive: (N,).
         weights: of images, (B, N).
     """
-    hits, drawn = _cumulated(scores, positive, weights)
+    hits, drawn = cumulated(scores, positive, weights)
     with np.errstate(invalid="ignore"):
         precision = np.where(drawn > 0, hits / drawn, 0.0)
         area: Floats = (np.diff(hits, prepend=0.0) * precision).sum(1) / hits[:, -1]
-    return area
-
-
-def _area_under_roc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
-    """Return the share of pairs of a positive and another image in which the positive one scores higher, (B,)."""
-    hits, drawn = _cumulated(scores, positive, weights)
-    false = drawn - hits
-    above = false[:, -1:] - (false + np.concatenate([np.zeros((len(false), 1)), false[:, :-1]], 1)) / 2
-    with np.errstate(invalid="ignore"):
-        area: Floats = (np.diff(hits, prepend=0.0) * above).sum(1) / (hits[:, -1] * false[:, -1])
     return area
 
 
@@ -100,7 +75,7 @@ def _map(labels: Labels, scores: Labels, weights: Floats) -> Floats:
 
 
 def _auroc(labels: Labels, scores: Labels, weights: Floats) -> Floats:
-    return _mean_over_labels(_area_under_roc, labels, scores, weights)
+    return _mean_over_labels(area_under_roc, labels, scores, weights)
 
 
 def _cases(labels: Labels) -> Sequence[int]:
@@ -112,9 +87,9 @@ def _cases(labels: Labels) -> Sequence[int]:
     return [max(1, int(least)) for least in np.minimum(there, others)[there > 0]] or [1]
 
 
-def _f1(hits: Any, told: Any, there: Any) -> Any:
-    """Return 2 hits / (told + there), 0 where both are 0."""
-    return 2 * hits / np.maximum(told + there, 1e-12)
+def f1(hits: Any, said: Any, there: Any) -> Any:
+    """Return 2 hits / (said + there), 0 where both are 0."""
+    return 2 * hits / np.maximum(said + there, 1e-12)
 
 
 def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
@@ -130,13 +105,13 @@ def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats
 
 
 def _f1_micro(labels: Labels, told: Labels, weights: Floats) -> Floats:
-    return np.asarray(_f1(*(part.sum(1) for part in _told(labels, told, weights))))
+    return np.asarray(f1(*(part.sum(1) for part in _told(labels, told, weights))))
 
 
 def _f1_macro(labels: Labels, told: Labels, weights: Floats) -> Floats:
     """Return the mean over the labels that some image has, (B,); 0 where none has."""
     hits, said, there = _told(labels, told, weights)
-    values: Floats = _f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
+    values: Floats = f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
     return values
 
 
@@ -160,17 +135,8 @@ class _Multilabel(Task):
     loss_names = ("binary_cross_entropy", "asymmetric")
     outputs = "labels"
     fifth_of = "each label"
-    linear = "logistic regression a label"
-    note = "A label is predicted from its threshold on, which has the largest F1 on the validation images."
+    several = "{:,} images with up to {} labels each (multilabel)"
     gap = "{} mean average precision is the mean over {} of {} classes"
-    promise = (
-        "Prediction sets",
-        "An image's labels in its set",
-        "Labels in a set",
-        "Means over the test images that have a label; they chose nothing. `predict --coverage` gives such sets: the "
-        "labels that an image may have. They hold about as much as asked.",
-    )
-    holds = "The set at {0:g} % holds about {0:g} % of an image's labels on average"
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether there is a column a class, or one with several in a cell."""
@@ -212,11 +178,7 @@ class _Multilabel(Task):
         said = [name if value == 1 else f"{name}?" for name, value in zip(names, label, strict=True) if value != 0]
         return "|".join(said) or "none"
 
-    def images_of(self, images: int, names: Sequence[str]) -> str:
-        """Return how many images there are, and labels."""
-        return f"{images:,} images with up to {len(names)} labels each (multilabel)"
-
-    def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
+    def members(self, labels: Labels, place: int) -> Flags:
         """Return which images have a label, (N,)."""
         return np.asarray(labels[:, place] == 1)
 
@@ -224,11 +186,11 @@ class _Multilabel(Task):
         """Return equal numbers for equal labels."""
         return np.unique(np.nan_to_num(labels, nan=-1.0), axis=0, return_inverse=True)[1].reshape(-1)
 
-    def strata(self, labels: Labels) -> NDArray[np.bool_]:
+    def strata(self, labels: Labels) -> Flags:
         """Return which images have each label, (N, K)."""
         return np.asarray(labels == 1)
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
         """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
         weights: Floats = 1 / counted_images(counts, how)
         return weights / weights.mean()
@@ -279,38 +241,24 @@ class _Multilabel(Task):
 
         Where all of these agree, it is the constant that says so of one image more of each kind.
         """
-        from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
-        from threadpoolctl import ThreadpoolController
-
-        threads = ThreadpoolController()  # once: it looks through all libraries that are loaded
-        models = [LogisticRegression(tol=1e-7, max_iter=10_000, warm_start=True) for _ in labels.T]
+        fits = logistic_regressions(labels.shape[1])
         for l2 in strengths:
-            W, b = np.zeros((len(models), z.shape[1])), np.zeros(len(models))  # (K, D), (K,)
-            for k, (model, truth) in enumerate(zip(models, labels.T, strict=True)):
+            W, b = np.zeros((len(fits), z.shape[1])), np.zeros((len(fits), 1))  # (K, D), (K, 1)
+            for k, (fit, truth) in enumerate(zip(fits, labels.T, strict=True)):
                 known = ~np.isnan(truth)
                 there = int((truth[known] == 1).sum())
                 if not 0 < there < known.sum():
                     b[k] = math.log((there + 1) / (known.sum() - there + 1))
                     continue
-                model.set_params(C=1 / (l2 * weights.sum()))
-                with threads.limit(limits=1):
-                    model.fit(z[known], truth[known], sample_weight=weights[known])
-                W[k], b[k] = model.coef_[0], model.intercept_[0]
-            yield W, b
+                (W[k],), b[k] = fit(z[known], truth[known], weights[known], 1 / (l2 * weights.sum()))
+            yield W, b[:, 0]
 
-    def temperature(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return what outputs have to be divided by for the lowest loss."""
-        return least_loss_temperature(lambda factor: float(self.loss(outputs / factor, labels, None)))
-
-    def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return the least power of two with which the loss is at least half of what guessing by frequency costs."""
+    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
+        """Return the loss of guessing by frequency."""
         share = (labels.nansum(0) / labels.isfinite().sum(0).clamp(min=1)).clamp(1e-6, 1 - 1e-6)  # (K,)
-        guess, factor = float(self.loss(share.logit().expand_as(outputs), labels, None)), 1.0
-        while float(self.loss(outputs / factor, labels, None)) < guess / 2:
-            factor *= 2
-        return factor
+        return float(self.loss(share.logit().expand_as(outputs), labels, None))
 
-    def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
+    def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split; F1 and exact match at the decision's thresholds, or at the best of these."""
         scores, known, one = self.predicted(outputs, decision), ~np.isnan(labels), np.ones((1, len(labels)))
         told = scores >= np.array(_thresholds(scores, labels, one[0]) if decision is None else decision.thresholds)
@@ -328,40 +276,22 @@ class _Multilabel(Task):
             },
         )
 
-    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
+    def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
         """Return the probability of each label, (N, K)."""
         z = outputs.astype(np.float64) / (1.0 if decision is None else decision.temperature)
         shares: Floats = np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
         return shares
 
-    def same(
-        self,
-        before: NDArray[np.floating],
-        after: NDArray[np.floating],
-        decision: Decision | None = None,
-        decision_after: Decision | None = None,
-    ) -> NDArray[np.bool_]:
-        """Return of which images both say the same labels."""
-        told = self._told(self.predicted(before, decision), decision)
-        return np.asarray((told == self._told(self.predicted(after, decision_after), decision_after)).all(1))
-
-    def right(
-        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
-    ) -> NDArray[np.bool_]:
-        """Return of which images all known labels are said, by thresholds, or at 1/2."""
-        told = self.predicted(outputs, decision) >= (0.5 if decision is None else np.array(decision.thresholds))
-        return np.asarray(((told == (labels == 1)) | np.isnan(labels)).all(1))
+    def told(self, outputs: Outputs, decision: Decision | None = None) -> Flags:
+        """Return which labels reach their thresholds, or 1/2, (N, K)."""
+        return reached(self.predicted(outputs, decision), decision)
 
     def constant(self, labels: Labels) -> Labels:
         """Return that nothing is there, which ranks all images alike."""
         return np.zeros_like(labels, dtype=float)
 
     def decide(
-        self,
-        outputs: NDArray[np.floating],
-        labels: Labels,
-        prior: TemperaturePrior,
-        images: NDArray[np.int64] | None = None,
+        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: NDArray[np.int64] | None = None
     ) -> Decision:
         """Return the most probable temperature, and for each label the threshold with the largest F1."""
         width = labels.shape[1]
@@ -378,13 +308,12 @@ class _Multilabel(Task):
         log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
         decision = Decision(images=count, temperature=math.exp(float(log_t)))
         scores = self.predicted(outputs, decision)
-        by_coverage = {coverage: recall_threshold(scores, labels, coverage, images) for coverage in COVERAGES}
-        held = {coverage: least for coverage, least in by_coverage.items() if math.isfinite(least)}
-        sets = {"coverages": tuple(held), "set_thresholds": tuple(held.values())}
+        coverages, least = by_coverage(lambda coverage: recall_threshold(scores, labels, coverage, images))
+        sets = {"coverages": coverages, "set_thresholds": least}
         return decision.model_copy(update={"thresholds": _thresholds(scores, labels, weights), **sets})
 
     def covered(
-        self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
+        self, decision: Decision, outputs: Outputs, labels: Labels
     ) -> tuple[dict[float, float], dict[float, float]]:
         """Return which share of an image's labels is in its set, and how many labels are, over images that have one."""
         there = labels == 1  # (N, K)
@@ -392,109 +321,17 @@ class _Multilabel(Task):
         if not own.any():
             return {}, {}
         scores, there = self.predicted(outputs, decision)[own], there[own]
-        shown = [coverage for coverage in SHOWN if coverage in decision.coverages]
-        inside = {coverage: scores >= decision.threshold(coverage) for coverage in shown}  # (N, K) each
-        held = {coverage: float(((within & there).sum(1) / there.sum(1)).mean()) for coverage, within in inside.items()}
-        return held, {coverage: float(within.sum(1).mean()) for coverage, within in inside.items()}
 
-    def answers(
-        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> list[dict[str, Any]]:
-        """Return the labels that reach their threshold, the most probable ones, and with a coverage a set."""
-        decision = cast("Decision", meaning)
-        least_in = math.inf if coverage is None else decision.threshold(coverage)[0]
-        told = []
-        for row in self.predicted(outputs, decision):
-            ranked: Named = tuple((names[k], float(row[k])) for k in np.argsort(-row, kind="stable"))
-            reached = {name for name, p, least in zip(names, row, decision.thresholds, strict=True) if p >= least}
-            labels = tuple(named for named in ranked if named[0] in reached)
-            inside = tuple(named for named in ranked if named[1] >= least_in)
-            name, probability = ranked[0]
-            own = {"class_name": name, "probability": probability, "labels": labels, "classes": inside}
-            told.append({**own, "top": ranked[:top]})
-        return told
+        def held_and_size(coverage: float) -> tuple[float, float]:
+            inside = scores >= decision.threshold(coverage)  # (N, K)
+            return ((inside & there).sum(1) / there.sum(1)).mean(), inside.sum(1).mean()
 
-    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
-        """Return the temperature, and thresholds of labels and of sets."""
-        decision = cast("Decision", meaning)
-        known = {"coverage": coverage, "threshold": decision.threshold(coverage)[0]} if coverage else None
-        return {
-            "says": "which of {} labels it has",
-            "kind": "labels",
-            "temperature": decision.temperature,
-            "thresholds": decision.thresholds,
-            "set": known,
-        }
+        return on_shown(decision, held_and_size)
 
-    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
-        """Return a column of labels, of the most probable ones with their probabilities, and of the set."""
-        return ["labels", *ranked_columns(names, top), *(["set"] if coverage else [])]
 
-    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
-        """Return an image's."""
-        inside = [[name for name, _ in prediction.classes]] if coverage else []
-        return [[name for name, _ in prediction.labels], *ranked_cells(prediction), *inside]
-
-    def rows(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> list[dict[str, Any]]:
-        """Return images, average precision, threshold, precision, recall and F1 of each label."""
-        rows = []
-        for k, name in enumerate(names):
-            known = ~np.isnan(labels[:, k])
-            truth, scores = labels[known, k] == 1, predicted[known, k]
-            least = 0.5 if decision is None else decision.thresholds[k]
-            told, there, hits = scores >= least, int(truth.sum()), int((truth & (scores >= least)).sum())
-            precision = average_precision(scores, truth, np.ones((1, len(truth))))[0] if there else None
-            rows.append(
-                {
-                    "Label": name,
-                    "Images with it": there,
-                    "of": len(truth),
-                    "Average precision": precision,
-                    "Threshold": least,
-                    "Told": int(told.sum()),
-                    "Precision": hits / told.sum() if told.any() else None,
-                    "Recall": hits / there if there else None,
-                    "F1": float(_f1(hits, told.sum(), there)) if there else None,
-                }
-            )
-        return rows
-
-    def _told(self, predicted: Labels, decision: Decision | None) -> NDArray[np.bool_]:
-        return np.asarray(predicted >= (0.5 if decision is None else np.array(decision.thresholds)))
-
-    def together(
-        self, labels: Labels, predicted: Labels, decision: Decision | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return on how many images two labels are, in truth and as predicted."""
-        pair = [is_in.astype(np.int64) for is_in in (labels == 1, self._told(predicted, decision))]
-        there, told = (own.T @ own for own in pair)
-        return there, told
-
-    def shown(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> Iterator[Shown]:
-        """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
-        told = self._told(predicted, decision)
-        kinds = (
-            ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
-            ("misses", "The surest misses", ~told & (labels == 1), predicted, "is there and not predicted"),
-        )
-        for slug, title, wrong, order, what in kinds:
-            most = np.argsort(-wrong.sum(0), kind="stable")[:_LABELS_SHOWN]
-            groups = []
-            for k in (int(k) for k in most if wrong[:, k].any()):
-                rows = np.flatnonzero(wrong[:, k])
-                worst = rows[np.argsort(order[rows, k], kind="stable")][:_IMAGES_SHOWN].tolist()
-                images = tuple(
-                    (n, (f"{names[k]}: {predicted[n, k]:.1%}", f"is {self.text(labels[n], names).replace('|', ', ')}"))
-                    for n in worst
-                )
-                groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", images))
-            if groups:
-                rule = f"Of each label the images on which it {what}, the surest first. Is the label right?"
-                yield Shown(slug, title, rule, tuple(groups))
+def reached(predicted: Labels, decision: Decision | None) -> Flags:
+    """Return which labels reach their thresholds, or 1/2, by their probabilities (N, K)."""
+    return np.asarray(predicted >= (0.5 if decision is None else np.array(decision.thresholds)))
 
 
 def _thresholds(scores: Labels, labels: Labels, weights: Floats) -> tuple[float, ...]:
@@ -510,8 +347,8 @@ def _threshold(scores: Floats, truth: Floats, weights: Floats) -> float:
     scores, there, weights = scores[known], truth[known] == 1, weights[known]
     if not there.any():
         return 0.5
-    hits, drawn = (part[0] for part in _cumulated(scores, there, weights[None]))
-    best = int(_f1(hits, drawn, weights @ there).argmax())
+    hits, drawn = (part[0] for part in cumulated(scores, there, weights[None]))
+    best = int(f1(hits, drawn, weights @ there).argmax())
     levels = np.unique(scores)[::-1]  # (different scores,), falling
     return float((levels[best] + (levels[best + 1] if best + 1 < len(levels) else 0.0)) / 2)
 

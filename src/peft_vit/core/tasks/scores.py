@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.records import Decision, Metrics
 from peft_vit.core.tasks.classification import ACCURACY, CLASSIFICATION
-from peft_vit.core.tasks.task import DecidingMetric, Floats, Labels, Task
+from peft_vit.core.tasks.metric import DecidingMetric, Floats, Labels, Outputs
+from peft_vit.core.tasks.task import Task
 
 # Of temperatures that folds tell: no image has chosen a step, and they are few. It is less known than after validation.
 OF_FOLDS = TemperaturePrior(median=1.5, spread=0.6)
@@ -67,9 +68,7 @@ class Scores:
         """Return a score as a terminal shows the metric's value."""
         return self.metric.text(share * self.factor)
 
-    def by_image(
-        self, outputs: NDArray[np.floating], labels: Labels, images: NDArray[np.int64] | None = None
-    ) -> Floats:
+    def by_image(self, outputs: Outputs, labels: Labels, images: NDArray[np.int64] | None = None) -> Floats:
         """Return what each of N images brings, (N,): its mean is the score, see `DecidingMetric.by_image`.
 
         Args:

@@ -1,4 +1,6 @@
-"""What a task says, for training, evaluation, splits, `tune` and pages alike.
+"""What a task says of labels and outputs, for training, evaluation, splits and `tune` alike.
+
+What people are shown of it stands in `deploy.presentation`.
 
 Outputs are what the head returns, (N, K); labels are what a task says they are, N of them. Nothing here needs torch,
 so that reports can be made without it; a loss takes it from the tensors' own library when it is called.
@@ -8,17 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
-from peft_vit.base.statistics import Interval, TemperaturePrior, bootstrap_interval, unseen_share
-from peft_vit.core.config import ClassWeights, LossName, TaskName
-from peft_vit.core.records import Calibrated, Decision, Metrics, Predictions
+from peft_vit.base.statistics import TemperaturePrior
+from peft_vit.core.config import ClassWeights, LossName, TaskName, TrainingConfig
+from peft_vit.core.records import Calibrated, Decision, Metrics, Predictions, TestedCalibration
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Labels, Outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,210 +30,11 @@ if TYPE_CHECKING:
 LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 COVERAGES = tuple(percent / 100 for percent in range(80, 100))  # for which a model has thresholds
 SHOWN = (0.8, 0.9, 0.95, 0.99)  # that test images measure
-_AT_ONCE = 1_000_000  # weights held at a time
 _EFFECTIVE = 0.999  # beta of effective numbers
-_GAIN, _GAIN_SD, _GAIN_STEPS = 0.03, 0.03, 60  # what training adds at last, its spread, steps for two thirds of it
-Labels: TypeAlias = NDArray[Any]
-Floats: TypeAlias = NDArray[np.float64]
+_LARGEST_GRADIENT = 1e-7  # at which a linear head has converged; L-BFGS ends there or at its most iterations
+_MOST_ITERATIONS = 10_000
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
 Column: TypeAlias = Literal["classes", "lists", "numbers"]
-Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
-
-
-@dataclass(frozen=True)
-class DecidingMetric:
-    """A measure by which validation chooses, models are compared, and a person reads how good one is.
-
-    Attributes:
-        name: what `training.metric` calls it, and its field of `Metrics`.
-        words: what people call it.
-        interval: of labels and what was predicted of them: its value, and where it may lie with other test images.
-            Probabilities from which on labels are reported may follow, (K,) or of each image (N, K).
-        gain: of labels and what was predicted of them before and after: the value after minus the one before, likewise.
-            Thresholds of both may follow.
-        by_image: of what `interval` takes: what each image brings, (N,), whose mean is the value. Of balanced accuracy
-            that is the mean in which each class counts the same.
-        suffix: said behind a value where one may take it for another metric.
-        sign: 1 if the higher value is the better one, -1 if the lower one is.
-        equal_classes: each class counts as much as any other, however many images it has.
-        is_share: it lies between 0 and 1, and is said in percent.
-        counts_images: it is a share of images, so that each brings 0 or 1.
-        has_unit: it is in the unit of the labels.
-        as_share: a measure that says the same from 0 to 1.
-    """
-
-    name: str
-    words: str
-    interval: Callable[..., Interval]
-    gain: Callable[..., Interval]
-    by_image: Callable[..., Floats]
-    suffix: str = ""
-    sign: Literal[1, -1] = 1
-    equal_classes: bool = False
-    is_share: bool = True
-    counts_images: bool = False
-    has_unit: bool = False
-    as_share: str = ""
-
-    def of(self, metrics: Metrics) -> float:
-        """Return its value."""
-        return metrics.value(self.name)
-
-    def share_of(self, metrics: Metrics) -> float:
-        """Return what is larger of the better predictions, and 1 of perfect ones."""
-        return metrics.value(self.as_share or self.name)
-
-    def loss(self, *arguments: Any) -> Interval:
-        """Return how much worse a metric becomes; arguments as those of `gain`."""
-        gain = self.gain(*arguments)
-        if self.sign < 0:
-            return gain
-        low, high = (None if end is None else -end for end in (gain.high, gain.low))
-        return replace(gain, estimate=-gain.estimate, low=low, high=high)
-
-    def unit(self, decision: Decision | None) -> float:
-        """Return the unit whose hundredths differences are counted in: 1, or the standard deviation of one number."""
-        if self.has_unit and decision is not None and len(decision.spread) == 1:
-            return decision.spread[0]
-        return 1.0
-
-    def images_alike(self, labels: Labels) -> float:
-        """Return how many images would tell its value as well as these N if all counted the same.
-
-        That is N, and where classes count the same ``K^2 / sum 1 / n_c`` of K with n_c images: then the mean of K
-        shares p, all of them about as large, has the variance of a share of so many, ``sum p (1 - p) / n_c / K^2``.
-        """
-        if not self.equal_classes or not len(labels):
-            return float(len(labels))
-        counts = np.unique(labels, return_counts=True)[1]  # (K,)
-        return float(len(counts) ** 2 / np.sum(1 / counts))
-
-    def quality(self, metrics: Metrics) -> tuple[float, float]:
-        """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
-        return self.sign * self.of(metrics), -metrics.nll
-
-    def worth(self, metrics: Metrics, *, before: Metrics, expected: float, images: float) -> bool:
-        """Return whether a trained model is to be kept: few images do not outweigh what training usually brings.
-
-        Its gain g has the prior N(expected, s^2), s = 0.03, and n images measure g with about the variance
-        e^2 = v (1 - v) / n of its value v, a share. The posterior mean is above 0 if the measured gain is above
-        -expected e^2 / s^2. What is worse by more than 2 e is not kept: training may fail, of which the prior knows
-        nothing. A value in another unit has to be better.
-
-        Args:
-            metrics: of the trained model.
-            before: on the same images, of what it would be kept instead of.
-            expected: gain, see `expected_gain`.
-            images: n, see `images_alike`.
-        """
-        value, slack = self.of(metrics), 0.0
-        if self.is_share and 0 <= value <= 1:
-            share = min(max(value, 0.5 / images), 1 - 0.5 / images)
-            error = math.sqrt(share * (1 - share) / images)
-            slack = min(expected * error**2 / _GAIN_SD**2, 2 * error)
-        return (self.sign * (value - self.of(before)) + slack, -metrics.nll) > (0.0, -before.nll)
-
-    def text(self, value: float) -> str:
-        """Return a value as a terminal shows it."""
-        return self.plain(value) + self.suffix
-
-    def plain(self, value: float) -> str:
-        """Return a value without what it is of."""
-        return f"{value:.1%}" if self.is_share else f"{value:.3g}"
-
-
-def expected_gain(steps: int) -> float:
-    """Return what so many steps of training may add to a regression on frozen features, a share.
-
-    About 3 points at last, most of it in 100 steps: LoRA's mean gain over its probe on ELPV, digits and Fashion-MNIST
-    at 50 labels a class, and how it grows from 48 to 498 steps. From data set to data set it varies by about as much.
-    """
-    return _GAIN * (1 - math.exp(-steps / _GAIN_STEPS))
-
-
-def bootstrapped(
-    name: str,
-    words: str,
-    statistic: Callable[[Labels, Labels, Floats], Floats],
-    *,
-    at_thresholds: bool = False,
-    cases: Callable[[Labels], Sequence[int]] = lambda labels: [len(labels)],
-    **more: Any,
-) -> DecidingMetric:
-    """Return a metric whose intervals are bootstraps over images, that of a gain over the same images of both.
-
-    Args:
-        name: as in `DecidingMetric`.
-        words: likewise.
-        statistic: of labels (N, K), what was predicted (N, K), and weights of images (B, N): its values (B,).
-        at_thresholds: it reads 1 for what is reported, from a label's threshold on, by default 1/2.
-        cases: of labels (N, K): of each part that it is the mean of, how many independent cases speak for it.
-        more: other attributes.
-    """
-
-    is_share = more.get("is_share", True)
-
-    def taken(predicted: Labels, thresholds: Sequence[float]) -> Floats:
-        p = np.asarray(predicted, dtype=float)
-        return (p >= (thresholds if len(thresholds) else 0.5)).astype(float) if at_thresholds else p
-
-    def interval(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Interval:
-        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)  # what is not known is None in records
-        unseen = float(np.mean([unseen_share(count) for count in cases(y)])) if is_share else None
-        return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights), unseen=unseen)
-
-    def gain(
-        labels: Labels, before: Labels, after: Labels, was: Sequence[float] = (), now: Sequence[float] = ()
-    ) -> Interval:
-        y, p, q = np.asarray(labels, dtype=float), taken(before, was), taken(after, now)
-        unseen = unseen_share(len(y)) if is_share else None  # images on which the two may differ in what counts
-
-        def difference(weights: Floats) -> Floats:
-            return statistic(y, q, weights) - statistic(y, p, weights)
-
-        return bootstrap_interval(len(y), difference, unseen=unseen, bounds=(-1.0, 1.0))
-
-    def by_image(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Floats:
-        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)
-        return pseudo_values(len(y), lambda weights: statistic(y, p, weights))
-
-    return DecidingMetric(name, words, interval, gain, by_image, **more)
-
-
-def pseudo_values(images: int, statistic: Callable[[Floats], Floats]) -> Floats:
-    """Return N T - (N - 1) T_i for each of N images, where T_i is a statistic T without image i: jackknife, (N,).
-
-    Of a mean they are its terms. Of other statistics their mean has less bias than T, and their variance over N is
-    about that of T. Source: Tukey, Annals of Mathematical Statistics 29 (1958), p. 614.
-
-    Args:
-        images: N.
-        statistic: of weights (B, N): its values (B,).
-    """
-    whole, without = float(statistic(np.ones((1, images)))[0]), np.empty(images)
-    block = max(1, _AT_ONCE // images)
-    for start in range(0, images, block):
-        left_out = 1 - np.eye(images)[start : start + block]  # (B, N)
-        without[start : start + block] = statistic(left_out)
-    values: Floats = images * whole - (images - 1) * np.nan_to_num(without, nan=whole)
-    return values
-
-
-class Errors(NamedTuple):
-    """How far numbers are from the true ones."""
-
-    sizes: Floats  # (N, K), predicted less true
-    reach: Floats | None  # (N, K): how far intervals reach to both sides; None: there are none
-    coverage: float = 0.0  # of these
-
-
-class Shown(NamedTuple):
-    """Test images that a page shows."""
-
-    slug: str
-    title: str
-    rule: str  # how they were chosen
-    groups: tuple[tuple[str, tuple[tuple[int, tuple[str, ...]], ...]], ...]  # title, and of each image place and lines
 
 
 class Task(Protocol):
@@ -249,13 +53,9 @@ class Task(Protocol):
         mixes: the augmentations that may mix two images, since a label between theirs says what is in the mix.
         weighs: outputs may have other weights in the loss than 1.
         fifth_of: of what a split takes a fifth.
+        several: how many images there are of what, of their number, that of names, and these.
         gap: what a split says whose images lack a class, of its name.
         outputs: what people call them.
-        linear: what people call its linear head.
-        note: how to read its table of outputs.
-        promise: what people call what `predict --coverage` gives, its shares that hold, its size, and what it is.
-        holds: of which images it holds the truth, at so many percent. Never more than about: validation images have
-            chosen steps, sizes and penalties before they make thresholds, and folds do not test the last training.
     """
 
     name: TaskName
@@ -269,12 +69,9 @@ class Task(Protocol):
     mixes: tuple[str, ...] = ("mixup", "cutmix")
     weighs: bool = True
     fifth_of: str = "each class"
+    several: str
     gap: str = ""
     outputs: str = "classes"
-    linear: str = "logistic regression"
-    note: str = ""
-    promise: tuple[str, str, str, str]
-    holds: str = ""
 
     # --- labels as people have them ---
 
@@ -301,7 +98,7 @@ class Task(Protocol):
         return
 
     def read_split(
-        self, texts: Sequence[str], columns: Sequence[str], is_test: NDArray[np.bool_] | None
+        self, texts: Sequence[str], columns: Sequence[str], is_test: Flags | None
     ) -> tuple[tuple[str, ...], Labels]:
         """Return likewise of images of which some, (N,), are for the test alone.
 
@@ -323,12 +120,13 @@ class Task(Protocol):
 
     def images_of(self, images: int, names: Sequence[str]) -> str:
         """Return how many images there are of what, in words."""
+        return self.several.format(images, len(names), ", ".join(names))
 
     def counted(self, names: Sequence[str]) -> str:
         """Return how many outputs there are, in words."""
         return f"{len(names)} {self.outputs if len(names) != 1 else self.outputs.removesuffix('s')}"
 
-    def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
+    def members(self, labels: Labels, place: int) -> Flags:
         """Return which images count for an output, (N,): those of its class."""
 
     def marks(self, labels: Labels) -> NDArray[np.int64]:
@@ -351,7 +149,7 @@ class Task(Protocol):
         """Return the task as it was learned by a model whose outputs mean this."""
         return self
 
-    def aligned(self, outputs: NDArray[np.floating], learned: Task) -> NDArray[np.floating]:
+    def aligned(self, outputs: Outputs, learned: Task) -> Outputs:
         """Return outputs of a model that has learned the same from other images, as if from these."""
         return outputs
 
@@ -368,6 +166,27 @@ class Task(Protocol):
             raise UserError(message, field="training.metric")
         return self.metrics[name]
 
+    def need_one_class(self, field: str, remedy: str = "leave it out") -> None:
+        """Refuse a setting unless each image is of one class."""
+        if not self.one_class:
+            alone = f"is there for one class an image, and these have {self.name} labels"
+            raise UserError(f"{alone}; {remedy}", field=field)
+
+    def check(self, training: TrainingConfig) -> None:
+        """Refuse a training whose metric, loss, mixed images or weights the task does not have, naming the setting."""
+        self.metric(training.metric)
+        if training.loss not in (None, *self.loss_names):
+            message = f"{training.loss} is not a loss of {self.name}; give {' or '.join(self.loss_names)}"
+            raise UserError(message, field="training.loss")
+        for change in training.augmentation:
+            if change.mixes and change.name not in self.mixes:
+                others = " or ".join([*self.mixes, "none"])
+                message = f"{change.name} makes images whose {self.outputs} nobody can tell; give {others}"
+                raise UserError(message, field="training.augmentation")
+        if training.class_weights != "none" and not self.weighs:
+            message = f"has no effect on {self.outputs}, which have no classes; leave it out"
+            raise UserError(message, field="training.class_weights")
+
     def deciding(self, counts: NDArray[np.int64]) -> DecidingMetric:
         """Return the metric that `auto` is, with so many images of each class (K,)."""
         return next(iter(self.metrics.values()))
@@ -376,7 +195,7 @@ class Task(Protocol):
         """Return how many outputs the head has, for the names of what is predicted."""
         return len(names)
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
         """Return the weight of each output in the loss, (K,), by how many images are of its class, (K,)."""
         return np.ones(len(counts))
 
@@ -432,44 +251,56 @@ class Task(Protocol):
         return None
 
     def temperature(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return what outputs are to be divided by for the lowest loss on held-out images."""
-        return 1.0
+        """Return what outputs are to be divided by for the lowest loss on held-out images (arXiv 1706.04599)."""
+
+        def loss(log_t: float) -> float:
+            return float(self.loss(outputs / math.exp(log_t), labels, None))
+
+        return math.exp(float(scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x))
+
+    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
+        """Return the loss of guessing; 0: outputs are of one size whatever they say."""
+        return 0.0
 
     def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return what outputs are divided by beyond that while training, a power of two."""
-        return 1.0
+        """Return the least power of two with which the loss is at least half of what guessing costs.
+
+        What is predicted stays the same, and division by it can be undone to the bit.
+        """
+        least, factor = self.guessing(outputs, labels) / 2, 1.0
+        while float(self.loss(outputs / factor, labels, None)) < least:
+            factor *= 2
+        return factor
 
     # --- what came of it ---
 
-    def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
+    def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split, with a decision those of what is shown by it."""
 
-    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
+    def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
         """Return what is predicted, as metrics take it."""
 
-    def same(
-        self,
-        before: NDArray[np.floating],
-        after: NDArray[np.floating],
-        decision: Decision | None = None,
-        decision_after: Decision | None = None,
-    ) -> NDArray[np.bool_]:
-        """Return of which images two models' outputs say the same, (N,)."""
+    def told(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
+        """Return what is said of each image in the end, N as labels are."""
+        return self.predicted(outputs, decision)
 
-    def right(
-        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
-    ) -> NDArray[np.bool_]:
-        """Return of which images outputs say what is true, (N,)."""
+    def same(
+        self, before: Outputs, after: Outputs, decision: Decision | None = None, decision_after: Decision | None = None
+    ) -> Flags:
+        """Return of which images two models' outputs say the same, (N,)."""
+        told = self.told(before, decision) == self.told(after, decision_after)
+        return told.reshape(len(told), -1).all(1)
+
+    def right(self, outputs: Outputs, labels: Labels) -> Flags:
+        """Return of which images outputs say what is true, as far as it is known, (N,)."""
+        told = (self.told(outputs) == labels) | np.isnan(labels)
+        return told.reshape(len(told), -1).all(1)
 
     def constant(self, labels: Labels) -> Labels:
         """Return what always the same answer would predict of images, at its best."""
 
     def decide(
-        self,
-        outputs: NDArray[np.floating],
-        labels: Labels,
-        prior: TemperaturePrior,
-        images: NDArray[np.int64] | None = None,
+        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: NDArray[np.int64] | None = None
     ) -> Decision | None:
         """Return what outputs mean, by images that were not trained on; None: softmax, see `Calibrated`.
 
@@ -482,14 +313,25 @@ class Task(Protocol):
         return None
 
     def covered(
-        self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
+        self, decision: Decision, outputs: Outputs, labels: Labels
     ) -> tuple[dict[float, float], dict[float, float]]:
         """Return by coverage of SHOWN how often sets or intervals hold the truth, and their mean size."""
         return {}, {}
 
+    def meaning(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior) -> Meaning:
+        """Return what outputs mean, by images that were not trained on; None if there are none. See `decide`."""
+        return self.decide(outputs, labels, prior)
+
+    def tested(self, meaning: Meaning, outputs: Outputs, labels: Labels, unlike: int | None) -> TestedCalibration:
+        """Return what the meaning of outputs comes to on test images, of which some are flagged as unlike others."""
+        decision = cast("Decision", meaning)
+        covered, sizes = self.covered(decision, outputs, labels)
+        nll = self.measure(outputs, labels, decision).nll
+        return TestedCalibration(nll=nll, probability=[], covered=covered, set_size=sizes, unlike=unlike)
+
     def predictions(
         self,
-        outputs: NDArray[np.float32],
+        outputs: Outputs,
         labels: Labels,
         positions: NDArray[np.int64],
         *,
@@ -497,57 +339,17 @@ class Task(Protocol):
         decision: Decision | None = None,
     ) -> Predictions:
         """Return what is predicted of each image of a split."""
-        known = [[None if np.isnan(value) else float(value) for value in row] for row in labels]
         return Predictions(
             images=positions.tolist(),
-            labels=known,
+            labels=np.where(np.isnan(labels), np.array(None), labels).tolist(),
             predicted=self.predicted(outputs, decision).tolist(),
-            probability=[],
-            logits=short(outputs) if keep_logits else None,
+            probability=self.confidence(outputs),
+            logits=[[float(str(z)) for z in row] for row in outputs] if keep_logits else None,  # as short as float32 is
         )
 
-    def answers(
-        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> list[dict[str, Any]]:
-        """Return what is reported of each image, as arguments of `deployment.Prediction`."""
-
-    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
-        """Return what web.js has to know to answer alike, and the words of its page.
-
-        Args:
-            meaning: of outputs.
-            coverage: of what is promised; None: the model has none.
-        """
-
-    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
-        """Return the columns of a table of predictions, between `file` and `unlike`."""
-
-    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
-        """Return an image's cells of them."""
-
-    # --- the page ---
-
-    def rows(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> list[dict[str, Any]]:
-        """Return what a page says of each output on test images: its name, and measures; none: it says it otherwise."""
+    def confidence(self, outputs: Outputs) -> list[float]:
+        """Return how probable what is predicted of each image is, where it is one class."""
         return []
-
-    def errors(self, labels: Labels, predicted: Labels, decision: Decision | None) -> Errors | None:
-        """Return how far predictions are off; None: they are not numbers."""
-        return None
-
-    def together(
-        self, labels: Labels, predicted: Labels, decision: Decision | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        """Return on how many images two outputs are together, (K, K), in truth and as predicted; None: never."""
-        return None
-
-    def shown(
-        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
-    ) -> Iterator[Shown]:
-        """Yield which test images a page shows, such as the worst ones."""
-        yield from ()
 
 
 def meaning_fields(meaning: Meaning) -> dict[str, Any]:
@@ -571,31 +373,43 @@ def counted_images(counts: NDArray[np.int64], how: ClassWeights) -> Floats:
     return effective if how == "effective" else images
 
 
-def least_loss_temperature(loss: Callable[[float], float]) -> float:
-    """Return what outputs have to be divided by for the lowest loss, which is given for each divisor."""
-    found = scipy.optimize.minimize_scalar(
-        lambda log_t: loss(math.exp(log_t)), bounds=LOG_TEMPERATURES, method="bounded"
-    )
-    return math.exp(float(found.x))
-
-
 def rows_of(answers: Sequence[Any]) -> Labels:
     """Return labels, or what was predicted, as metrics take it: (N,), or (N, K) with NaN for what is not known."""
     rows = np.array(answers)
     return rows.astype(float) if rows.dtype == object else rows
 
 
-def short(outputs: NDArray[np.float32]) -> list[list[float]]:
-    """Return outputs (N, K) as short as float32 is."""
-    return [[float(str(z)) for z in row] for row in outputs]
+def by_coverage(threshold: Callable[[float], Any]) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+    """Return those of COVERAGES that images are enough for, and the threshold, or several, that each has."""
+    found = {coverage: threshold(coverage) for coverage in COVERAGES}
+    held = {coverage: own for coverage, own in found.items() if np.isfinite(own).all()}
+    return tuple(held), tuple(held.values())
 
 
-def ranked_columns(names: Sequence[str], top: int) -> list[str]:
-    """Return the columns of the most probable classes: class, probability, class_2, ..."""
-    numbers = ("", *(f"_{place}" for place in range(2, min(top, len(names)) + 1)))
-    return [name + number for number in numbers for name in ("class", "probability")]
+def on_shown(
+    meaning: Calibrated | Decision, held_and_size: Callable[[float], tuple[Any, Any]]
+) -> tuple[dict[float, float], dict[float, float]]:
+    """Return how often sets or intervals hold the truth, and their mean size, by those of SHOWN that there are."""
+    found = {coverage: held_and_size(coverage) for coverage in SHOWN if coverage in meaning.coverages}
+    held = {coverage: float(own) for coverage, (own, _) in found.items()}
+    return held, {coverage: float(size) for coverage, (_, size) in found.items()}
 
 
-def ranked_cells(prediction: Any) -> list[Any]:
-    """Return an image's cells of them."""
-    return [cell for named in prediction.top for cell in named]
+def logistic_regressions(count: int) -> list[Callable[[Floats, Labels, Floats, float], tuple[Floats, Floats]]]:
+    """Return so many fits by scikit-learn: of z (N, D), labels (N,), weights (N,) and C, coefficients and intercepts.
+
+    Each starts from where it ended last.
+    """
+    from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
+    from threadpoolctl import ThreadpoolController
+
+    threads = ThreadpoolController()  # once: it looks through all libraries that are loaded
+
+    def fit(model: Any, z: Floats, labels: Labels, weights: Floats, c: float) -> tuple[Floats, Floats]:
+        model.set_params(C=c)
+        with threads.limit(limits=1):  # two threads wait for each other at products this small, at worst for long
+            model.fit(z, labels, sample_weight=weights)
+        return model.coef_, model.intercept_
+
+    settings: dict[str, Any] = {"tol": _LARGEST_GRADIENT, "max_iter": _MOST_ITERATIONS, "warm_start": True}
+    return [partial(fit, LogisticRegression(**settings)) for _ in range(count)]

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 import warnings
@@ -34,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, is_out_of_memory
-from peft_vit.base.files import checkpoint_folders, flush, make_folder, read_bytes, sha256_of
+from peft_vit.base.files import checkpoint_folders, flush, make_folder, read_bytes, remove_any, sha256_of
 from peft_vit.core.adapters import check_tensors, current_ranks, set_ranks, trained_tensors
 from peft_vit.core.config import CHECKPOINT_EVERY_S
 
@@ -184,7 +183,7 @@ class CheckpointKeeper:
     def newest(self) -> State | None:
         """Return the newest state that is whole; None if there is none. One that is damaged is said in a warning."""
         for leftover in self._folder.glob(f"{_UNFINISHED}*"):
-            _remove(leftover)
+            remove_any(leftover)
         folders = checkpoint_folders(self._folder)
         for step in sorted(folders, reverse=True):
             try:
@@ -219,7 +218,7 @@ class CheckpointKeeper:
         self._whole = [*self._whole, step][-_KEPT:]
         for other, path in checkpoint_folders(self._folder).items():
             if other not in self._whole:
-                _remove(path)
+                remove_any(path)
         self._since = self._clock()
         self._costs_s = [*self._costs_s, self._since - started][-2:]
 
@@ -253,11 +252,11 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
         for written in (unfinished / TENSORS_FILE, unfinished / STATE_FILE, unfinished):
             flush(written)
         place = folder / f"checkpoint-{step}"
-        _remove(place)  # a damaged one, or of another process that is about to end
+        remove_any(place)  # a damaged one, or of another process that is about to end
         os.rename(unfinished, place)
         flush(folder)
     except BaseException:
-        _remove(unfinished)
+        remove_any(unfinished)
         raise
 
 
@@ -349,11 +348,3 @@ def _laid_out(tensor: Tensor, strides: list[int] | None) -> Tensor:
 def _digest(saved: dict[str, Any]) -> str:
     """Return the SHA-256 of plain values; what JSON has carried has the same one."""
     return hashlib.sha256(json.dumps(saved).encode()).hexdigest()
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or whatever is in its place: of a link only the link, and a pipe is not waited for."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import PROBE_L2
 from peft_vit.core.records import Evaluation, HeadFit, StepRow
 from peft_vit.core.tasks import CLASSIFICATION, DecidingMetric, Task
-from peft_vit.core.tasks.task import Floats, Labels
+from peft_vit.core.tasks.metric import Floats, Labels
 from peft_vit.core.training.halves import forward_in_halves
 from peft_vit.core.training.hooks import RuntimeConfig
 from peft_vit.core.training.images import LabelledImages

@@ -6,17 +6,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from peft_vit.base.errors import DivergedError, UserError
+from peft_vit.base.errors import DivergedError
 from peft_vit.core.adapters import (
     adapted_modules,
     current_ranks,
-    remember_sources,
     restore_trained,
     set_ranks,
     site_adapters,
@@ -24,8 +22,6 @@ from peft_vit.core.adapters import (
     update_ranks,
 )
 from peft_vit.core.adapters.footprint import optimizer_bytes, trainable_parameters
-from peft_vit.core.backbones import Backbone, apply_temperature, freeze_batch_norm
-from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics, StepRow
 from peft_vit.core.tasks import DecidingMetric, expected_gain
@@ -38,18 +34,11 @@ from peft_vit.core.training.checkpoint import (
     model_state,
     optimizer_sha256,
 )
-from peft_vit.core.training.halves import loss_in_halves, takes_halves
-from peft_vit.core.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig, call_each
+from peft_vit.core.training.hooks import Hook, Overhead, RuntimeConfig, call_each
 from peft_vit.core.training.images import Data, mixed
-from peft_vit.core.training.metrics import autocast, predict
-from peft_vit.core.training.optimization import (
-    blocks_of,
-    build_optimizer,
-    build_scheduler,
-    loss_weights,
-    optimization_step,
-    recomputed,
-)
+from peft_vit.core.training.metrics import predict
+from peft_vit.core.training.optimization import build_optimizer, build_scheduler
+from peft_vit.core.training.step_engine import StepEngine
 
 
 @dataclass
@@ -142,15 +131,9 @@ def train(
         UserError: if the state to continue from is of a model with other target modules or shapes.
     """
     overhead = Overhead() if overhead is None else overhead
-    fresh = resume is None
-    head = Backbone(model).head
+    engine, fresh = StepEngine(model, data, config, runtime), resume is None
     if fresh:
-        apply_temperature(head, temperature)
-        weights = loss_weights(config, data, runtime.device)
-        loss = partial(data.task.loss, weights=weights, label_smoothing=config.label_smoothing, name=config.loss)
-        context = HookContext(Calibration(data, runtime, seed).batch, weights, loss, overhead=overhead)
-        for hook in hooks:
-            hook.begin(model, context)
+        engine.begin(hooks, seed, temperature, overhead)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
 
@@ -163,14 +146,12 @@ def train(
             between_steps(training.steps, training.state_dict)
 
     if fresh and probe is not None:
-        apply_temperature(head, 1 / temperature)
-        training.offer(probe)
-        apply_temperature(head, temperature)
-    model.train()
-    freeze_batch_norm(model)
+        with engine.without_temperature():
+            training.offer(probe)
+    engine.train_mode()
     between()
     for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
-        training.step(images, labels)
+        training.step(engine, images, labels)
         report()
         if training.validates and (training.ended or training.steps in training.validated_at):
             training.validate()
@@ -195,9 +176,6 @@ class TrainingState:
         overhead: Overhead,
         resume: State | None,
     ) -> None:
-        if config.is_undecided:
-            message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
-            raise UserError(message, field="training.memory_limit")
         self.model = model
         self.result = TrainingResult(initial_parameters=trainable_parameters(model), overhead_s=overhead)
         self.end = config.total_steps(len(data.train))
@@ -205,12 +183,6 @@ class TrainingState:
         self.validated_at = frozenset(config.validation_steps(len(data.train)))
         self._data, self._config, self._runtime, self._hooks = data, config, runtime, hooks
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
-        self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
-        blocks = blocks_of(model)
-        if config.activation_checkpointing in ("light", "adaptive") or config.compute == "int8":
-            remember_sources(model)  # codes of inputs take memory, which this gives back for a hundredth of the time
-        self._recomputed = blocks[: config.recomputed_of(len(blocks))]
-        self._halves = takes_halves(model, runtime.device)
         self._metric = data.task.metric(config.metric)
         self._best = BestState(self._metric)
         if resume is not None:
@@ -255,21 +227,13 @@ class TrainingState:
                 if self.ended:
                     break
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
+    def step(self, engine: StepEngine, images: Tensor, labels: Tensor) -> None:
         """Do one step on a batch, images (B, 3, S, S) and labels (B,) or shares of each class (B, classes)."""
         started = time.perf_counter()
         learning_rate = self._optimizer.param_groups[0]["lr"]
         notes = {name: value for hook in self._hooks for name, value in hook.notes().items()}
         number = self.steps + 1
-        outcome = optimization_step(
-            self.model,
-            self._optimizer,
-            self._losses(images, labels),
-            number,
-            hooks=self._hooks,
-            clip_norm=self._config.clip_norm,
-            overhead=self.result.overhead_s,
-        )
+        outcome = engine.step(self._optimizer, images, labels, number, self._hooks, self.result.overhead_s)
         row = StepRow(
             step=number,
             loss=outcome.loss,
@@ -282,26 +246,6 @@ class TrainingState:
         self._scheduler.step()
         self.result.steps.append(row)
         self.result.peak_parameters = max(self.result.peak_parameters, trainable_parameters(self.model))
-
-    def _losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        """Yield what each micro-batch of M images has in the loss of its batch of B: its own mean, times M / B.
-
-        The last batch of an epoch may be smaller, and its last micro-batch too.
-        """
-        device, config, at_once = self._runtime.device, self._config, self._config.images_at_once
-
-        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
-            with autocast(device, self._runtime.precision):
-                logits = self.model(x.to(device))  # (M, classes)
-            targets = targets.to(device)
-            loss = self._data.task.loss
-            mean = loss(logits.float(), targets, self._class_weights, config.label_smoothing, config.loss)
-            return mean * (len(x) / len(images))
-
-        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
-            with class_token_alone(self.model), recomputed(self._recomputed):
-                loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
-            yield loss
 
     def validate(self) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far.

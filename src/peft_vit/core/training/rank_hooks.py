@@ -13,7 +13,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import SiteAdapter, check_gradients, set_ranks, site_adapters
 from peft_vit.core.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
 from peft_vit.core.adapters.peft_tuner import attach_peft_adalora
-from peft_vit.core.allocation import AdaLoRAController, CalibrationBatch, check_fisher, choose_starting_ranks
+from peft_vit.core.allocation import AdaLoRAController, check_fisher, choose_starting_ranks
 from peft_vit.core.allocation.starting_ranks import PLAIN, Adapters
 from peft_vit.core.backbones import Site
 from peft_vit.core.config import PeftAdaLoraConfig, StartingRanksConfig
@@ -30,29 +30,20 @@ class StartingRanks(Hook):
     Args:
         config: the rule and its budget.
         sites: that carry adapters, which have no rank yet.
-        seed: of the run.
         adapters: what a rank of them costs.
     """
 
     name = "starting_ranks"
 
-    def __init__(
-        self, config: StartingRanksConfig, sites: Sequence[Site], *, seed: int, adapters: Adapters = PLAIN
-    ) -> None:
-        self._config, self._sites, self._seed, self._adapters = config, sites, seed, adapters
+    def __init__(self, config: StartingRanksConfig, sites: Sequence[Site], adapters: Adapters = PLAIN) -> None:
+        self._config, self._sites, self._adapters = config, sites, adapters
         self._ranks: dict[str, int] = {}
         self._scores: dict[str, float] = {}
 
     def begin(self, model: nn.Module, context: HookContext) -> None:
         """Choose, and see to it that every adapter that has got a rank acts."""
         with context.overhead.of(self.name):
-            batch = None
-            if self._config.reads_images:
-                images, labels = context.calibration_batch(self._config.calibration_images)
-                batch = CalibrationBatch(images, labels, context.loss)
-            self._ranks, self._scores = choose_starting_ranks(
-                model, self._sites, self._config, seed=self._seed, batch=batch, adapters=self._adapters
-            )
+            self._ranks, self._scores = choose_starting_ranks(model, self._sites, self._config, self._adapters)
         set_ranks(model, self._ranks)
         check_gradients(model)
 
@@ -65,7 +56,7 @@ class StartingRanks(Hook):
         self._ranks, self._scores = dict(state["ranks"]), dict(state["scores"])
 
     def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return the ranks, and the score of each site's first rank if the rule scores."""
+        """Return the ranks, and the score of each site if the rule scores."""
         costs = self._adapters.costs(self._config.unit, self._sites)
         cost = int(costs @ [self._ranks[site.name] for site in self._sites])
         entry = RankEntry(step=0, budget=self._config.budget, ranks=self._ranks, unit=self._config.unit, cost=cost)

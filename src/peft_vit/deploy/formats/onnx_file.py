@@ -58,7 +58,7 @@ from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.core.quantization.integers import IN_FILES, LARGEST, IntegerWeight
 from peft_vit.core.quantization.packing import field_bits
-from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_digest
+from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_content
 from peft_vit.deploy.formats.torch_files import check_merged
 from peft_vit.deploy.model_card import HEADER, Header, ModelCard, write_exported
 from peft_vit.runs.known_images import WithDistance
@@ -277,7 +277,7 @@ def export_onnx(
         replaced = {name: OnnxLinear(layer, name) for name, layer in packed.items()}
     proto = onnx_graph(model, card.image_size, replaced, known)
     header = Header(card=card)
-    proto.metadata_props.add(key=HEADER, value=header.signed(onnx_digest(card, proto)))
+    proto.metadata_props.add(key=HEADER, value=header.signed(onnx_content(proto)).model_dump_json())
     write_exported(file, proto.SerializeToString())
 
 

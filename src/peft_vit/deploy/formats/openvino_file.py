@@ -36,9 +36,9 @@ from peft_vit.core.adapters import AdaptedLinear, adapted_modules, packed_weight
 from peft_vit.core.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.core.quantization.packing import field_bits
 from peft_vit.deploy.formats.onnx_file import onnx_graph
-from peft_vit.deploy.formats.runtimes import openvino_digest
+from peft_vit.deploy.formats.runtimes import OpenVinoHeader, openvino_content
 from peft_vit.deploy.formats.torch_files import check_merged
-from peft_vit.deploy.model_card import HEADER, UNSIGNED, Header, ModelCard, write_exported
+from peft_vit.deploy.model_card import HEADER, UNSIGNED, ModelCard, write_exported
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
 _INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
@@ -135,12 +135,14 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighb
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed, known)
-    network.set_rt_info(Header(card=card).model_dump_json(), [HEADER])
+    header = OpenVinoHeader(card=card)
+    network.set_rt_info(header.model_dump_json(), [HEADER])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "model.xml"
         openvino.save_model(network, written, compress_to_fp16=False)
         description, weights = written.read_bytes(), written.with_suffix(".bin").read_bytes()
-    signed = description.replace(UNSIGNED.encode(), openvino_digest(description, weights).encode(), 1)
+    digest = header.signed(openvino_content(description, weights)).sha256
+    signed = description.replace(UNSIGNED.encode(), digest.encode(), 1)
     write_exported(file.with_suffix(".bin"), weights)
     write_exported(file, signed)
 

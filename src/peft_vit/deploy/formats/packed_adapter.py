@@ -27,8 +27,8 @@ from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
 from peft_vit.core.config import USUAL_TASK
 from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
-from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_digest, low_bit_parts
-from peft_vit.deploy.model_card import AGAIN, HEADER, Header, ModelCard
+from peft_vit.deploy.formats.torch_files import LowBitHeader, TensorHeader, low_bit_parts, tensor_content
+from peft_vit.deploy.model_card import AGAIN, HEADER, ModelCard
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
@@ -37,7 +37,7 @@ _Rank = Annotated[int, Field(ge=0, le=65_536)]
 StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
 
 
-class AdapterHeader(Header):
+class AdapterHeader(TensorHeader):
     """What an adapter's file says of itself."""
 
     base: str  # SHA-256 that the backbone's file says of itself
@@ -85,7 +85,7 @@ class PackedAdapter:
             base: header of the backbone's file.
             bits: of the adapter's values.
             head_bits: of the head's weight; without them as the adapter's, but at least 8, since 4 lose two points
-                (`experiments/calibration/scripts/head_bits.py`).
+                (`calibration/scripts/head_bits.py`).
 
         Raises:
             UserError: if more than adapters and head was trained, or the PEFT library has done it.
@@ -120,14 +120,14 @@ class PackedAdapter:
         tensors |= {f"{_OF_HEAD}{name}": tensor for name, tensor in pack_rows([weight], head_bits).items()}
         tensors["head_bias"] = bias.half() if head_bits < 32 else bias
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return cls(header.model_copy(update={"sha256": low_bit_digest(header, tensors)}), tensors)
+        return cls(header.signed(tensor_content(tensors)), tensors)
 
     @classmethod
     def read(cls, file: Path) -> PackedAdapter:
         """Return a file's adapter; raises UserError if it is none, is damaged, or was changed after it was written."""
         texts, tensors = read_safetensors(file)
         header = AdapterHeader.read(texts.get(HEADER), file, "bundle")
-        header.check(low_bit_digest(header, tensors), file)
+        header.check(tensor_content(tensors), file)
         return cls(header, tensors)
 
     def content(self) -> bytes:

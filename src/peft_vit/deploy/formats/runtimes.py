@@ -7,7 +7,7 @@ import hashlib
 import html
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,10 @@ _CHECKED = 64  # rows, inputs and outputs of the product that is checked
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
-def onnx_digest(card: ModelCard, proto: Any) -> str:
-    """Return the SHA-256 over the card and the model without its metadata, which are taken out of `proto`."""
+def onnx_content(proto: Any) -> Iterator[bytes]:
+    """Yield what is signed of a model: all but its metadata, which are taken out of `proto`."""
     del proto.metadata_props[:]
-    digest = hashlib.sha256(card.model_dump_json().encode())
-    digest.update(proto.SerializeToString(deterministic=True))
-    return digest.hexdigest()
+    yield proto.SerializeToString(deterministic=True)
 
 
 def open_onnx(file: Path) -> Classifier:
@@ -55,7 +53,7 @@ def open_onnx(file: Path) -> Classifier:
     header = Header.read(text, file, "onnx")
     if _names_other_files(proto):
         raise UserError(f"keeps numbers in other files, which could be any of this machine; {AGAIN}", file=file)
-    header.check(onnx_digest(header.card, proto), file)
+    header.check(onnx_content(proto), file)
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no public class
@@ -137,9 +135,17 @@ def _names_other_files(message: Any) -> bool:
     return False
 
 
-def openvino_digest(description: bytes, weights: bytes) -> str:
-    """Return the SHA-256 over the two files' SHA-256, the .xml with zeros instead of the hash."""
-    return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
+class OpenVinoHeader(Header):
+    """A header that stands in the .xml, which is signed with it."""
+
+    def _hashed(self) -> bytes:
+        return b""
+
+
+def openvino_content(description: bytes, weights: bytes) -> Iterator[bytes]:
+    """Yield what is signed of the two files, the .xml with zeros instead of the hash: their SHA-256."""
+    for part in (description, weights):
+        yield hashlib.sha256(part).digest()
 
 
 def open_openvino(file: Path) -> Classifier:
@@ -159,9 +165,9 @@ def open_openvino(file: Path) -> Classifier:
             parts.append(read_bytes(part, None))
     description, weights = parts
     text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
-    header = Header.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
+    header = OpenVinoHeader.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
     unsigned = description.replace(header.sha256.encode(), UNSIGNED.encode(), 1)
-    header.check(openvino_digest(unsigned, weights), file, beside)
+    header.check(openvino_content(unsigned, weights), file, beside)
     openvino = load_openvino()
     try:
         core = openvino.Core()

@@ -7,9 +7,9 @@ folder without this package, with low-bit weights as floats.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, agreeing_with, foreign_fault, named, one_line, os_fault
-from peft_vit.base.files import read_bytes, sha256_of
+from peft_vit.base.files import into_empty, read_bytes, sha256_of
 from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import (
     AdaptedLinear,
@@ -131,7 +131,15 @@ class _Layer(Strict):
     shape: tuple[int, int]  # (out, in)
 
 
-class LowBitHeader(Header):
+class TensorHeader(Header):
+    """A header of tensors, all of which is signed."""
+
+    def _hashed(self) -> bytes:
+        fields = self.model_dump(mode="json", exclude={"sha256"})
+        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+class LowBitHeader(TensorHeader):
     """What a safetensors file says of itself and of its packed layers."""
 
     layers: dict[str, _Layer]
@@ -168,7 +176,7 @@ def low_bit_parts(
         tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(known).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = LowBitHeader(card=card, layers=layers)
-    return header.model_copy(update={"sha256": low_bit_digest(header, tensors)}), tensors
+    return header.signed(tensor_content(tensors)), tensors
 
 
 def open_low_bit(file: Path) -> Classifier:
@@ -198,19 +206,16 @@ def read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return what is in a file that `save_low_bit` has written; raises UserError as `load_low_bit`."""
     texts, tensors = read_safetensors(file)
     header = LowBitHeader.read(texts.get(HEADER), file, "safetensors")
-    header.check(low_bit_digest(header, tensors), file)
+    header.check(tensor_content(tensors), file)
     return header, tensors
 
 
-def low_bit_digest(header: Header, tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 over the header without its hash, and over name, dtype, shape and bytes of each tensor."""
-    fields = header.model_dump(mode="json", exclude={"sha256"})
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+def tensor_content(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield what is signed of tensors: name, dtype, shape and bytes of each."""
     for name, tensor in sorted(tensors.items()):
         described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
-        digest.update(json.dumps(described, separators=(",", ":")).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)  # also of what NumPy has no type for
-    return digest.hexdigest()
+        yield json.dumps(described, separators=(",", ":")).encode()
+        yield tensor.flatten().view(torch.uint8).numpy().data  # also of what NumPy has no type for
 
 
 def build_low_bit(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) -> nn.Module:
@@ -271,10 +276,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neig
         UserError: if the folder holds files, or can't be written to.
     """
     plain: Any = plain_model(model, card.architecture, card.image_size, len(card.class_names))
-    with os_fault("can't be written to", folder, remedy="choose another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError("holds files already; choose another folder", file=folder, field="--output")
+    with into_empty(folder, "--output"):
         if card.library == "timm":
             images = {
                 "input_size": (3, card.image_size, card.image_size),
@@ -291,15 +293,15 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neig
                 _save_transformers(plain, folder, card)
         if known is not None:
             write_exported(folder / FEATURES_FILE, neighbours_bytes(known))
-        signed = Header(card=card).signed(_pretrained_digest(card, folder))
-        write_exported(folder / CARD_FILE, signed.encode())
+        signed = Header(card=card).signed(_pretrained_content(folder))
+        write_exported(folder / CARD_FILE, signed.model_dump_json().encode())
 
 
-def _pretrained_digest(card: ModelCard, folder: Path) -> str:
-    """Return the SHA-256 over the card, and over name and SHA-256 of each file that is there."""
-    parts = [card.model_dump_json()]
-    parts += [f"{name} {sha256_of(folder / name)}" for name in _PRETRAINED_FILES if os.path.lexists(folder / name)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def _pretrained_content(folder: Path) -> Iterator[bytes]:
+    """Yield what is signed of a folder: name and SHA-256 of each file that is there."""
+    for name in _PRETRAINED_FILES:
+        if os.path.lexists(folder / name):
+            yield f"\n{name} {sha256_of(folder / name)}".encode()
 
 
 def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
@@ -359,7 +361,7 @@ def open_pretrained(folder: Path) -> Classifier:
     file = folder / CARD_FILE
     with os_fault("can't be read", folder, remedy=AGAIN):
         header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
-        header.check(_pretrained_digest(header.card, folder), folder)
+        header.check(_pretrained_content(folder), folder)
     return torch_classifier(load_pretrained(folder, header.card), header.card, _known_beside(header.card, folder))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
@@ -78,6 +79,47 @@ def count_color(share: float) -> str:
     return _ON_BRIGHT if share > _BRIGHT else _ON_DARK
 
 
+def draw_matrix(
+    canvas: Canvas,
+    axes: Axes,
+    counts: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    shown: NDArray[np.bool_],
+    said: Callable[[int, int], str],
+    labels: Sequence[str],
+    text: Mapping[str, Any],
+    *,
+    numbered: int = _NUMBERED,
+) -> None:
+    """Draw counts of pairs, (K, K), as cells.
+
+    Args:
+        canvas: of the figure.
+        axes: to draw on.
+        counts: what cells hold.
+        shares: their colors, from 0 to 1.
+        shown: which cells have one; an empty cell stays empty.
+        said: what a cell is, by its row and column.
+        labels: of rows and columns.
+        text: how these are set.
+        numbered: labels up to which cells hold their numbers.
+    """
+    size = len(labels)
+    taken = np.ma.array(shares, mask=~shown)
+    mesh = axes.pcolormesh(taken, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=GRID, linewidth=0.6)
+    canvas.add("images", mesh, [said(row, column) for row in range(size) for column in range(size)])
+    if size <= numbered:
+        for row, column in np.argwhere(shown).tolist():
+            color = count_color(shares[row, column])
+            axes.text(column + 0.5, row + 0.5, str(counts[row, column]), ha="center", va="center", color=color)
+    axes.set_ylim(size, 0)
+    axes.set_aspect("equal")
+    axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
+    axes.set_yticks(np.arange(size) + 0.5, labels, **text)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
     """Draw what images of each class were predicted as; None for more classes than can be read.
 
@@ -97,27 +139,13 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
     def paint(canvas: Canvas) -> None:
         axes = canvas.figure.add_subplot()
         canvas.series("images", METHOD_COLORS["lora"])
-        taken = np.ma.masked_equal(shares, 0)  # an empty cell stays empty, so that mistakes are seen
-        mesh = axes.pcolormesh(taken, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=GRID, linewidth=0.6)
-        texts = [
-            f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
-            for row in range(size)
-            for column in range(size)
-        ]
-        canvas.add("images", mesh, texts)
-        if size <= _NUMBERED:
-            for row, column in np.argwhere(confusion).tolist():
-                color = count_color(shares[row, column])
-                axes.text(column + 0.5, row + 0.5, str(confusion[row, column]), ha="center", va="center", color=color)
-        axes.set_ylim(size, 0)
-        axes.set_aspect("equal")
-        axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
-        axes.set_yticks(np.arange(size) + 0.5, labels, **text)
+
+        def said(row: int, column: int) -> str:
+            return f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
+
+        draw_matrix(canvas, axes, confusion, shares, confusion > 0, said, labels, text)  # so that mistakes are seen
         axes.set_xlabel("predicted as")
         axes.set_ylabel("true class")
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
 
     data: list[dict[str, Raw]] = [
         {"class": names[row], "taken_for": names[column], "images": int(confusion[row, column])}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,18 +12,7 @@ from peft_vit.base.statistics.reliability import Bin
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import DecidingMetric
 from peft_vit.deploy.page.document import Drawing, Raw
-from peft_vit.deploy.page.figure import (
-    DASHED,
-    INK,
-    LINE_COLORS,
-    MARKERS,
-    MUTED,
-    Canvas,
-    draw,
-    leading,
-    line_style,
-    quiet_grid,
-)
+from peft_vit.deploy.page.figure import DASHED, INK, LINE_COLORS, MARKERS, MUTED, Canvas, draw, line_style, quiet_grid
 from peft_vit.deploy.page.formatting import counted, fixed, value_of
 
 STEPS = 4_000  # of all curves together
@@ -100,67 +89,38 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     return draw("learning", "Training and validation", caption, 2.7, paint, data, 4.6)
 
 
-class Line(NamedTuple):
-    """Bins of a reliability diagram under one name; `note` follows the number of a bin's predictions."""
-
-    name: str
-    bins: Sequence[Bin]
-    note: str = ""
-
-
-RELIABILITY_LINES = 8
-
-
-def draw_reliability(
-    lines: Sequence[Line],
-    caption: str,
-    column: str,
-    validation: Mapping[str, float] | None = None,
-    *,
-    with_intervals: bool = False,
-) -> Drawing:
-    """Draw how often predictions are right over how sure they are; at least one bin is not empty.
-
-    Args:
-        lines: all of them.
-        caption: how to read them.
-        column: of their names in the data.
-        validation: accuracy by name, which chooses what is drawn where there are many.
-        with_intervals: draw Wilson's 95 % interval of each bin's accuracy.
-    """
-    drawn, note = leading(lines, validation or {}, RELIABILITY_LINES, lambda line: line.name)
+def draw_reliability(bins: Sequence[Bin], caption: str) -> Drawing:
+    """Draw how often predictions on test are right over how sure they are, with Wilson's 95 % intervals."""
 
     def paint(canvas: Canvas) -> None:
-        axes, handles = canvas.figure.add_subplot(), []
+        axes, name, style = canvas.figure.add_subplot(), "test images", line_style(0)
         axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
-        lowest, least_sure = 100.0, 100.0
-        for index, line in enumerate(drawn):
-            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)]}
-            canvas.series(line.name, style["color"], style["marker"])
-            filled = [b for b in line.bins if b.count]
-            x, y = 100 * np.array([(b.confidence, b.accuracy) for b in filled], dtype=np.float64).T  # (bins,) each
-            lowest, least_sure = min(lowest, *x, *y), min(least_sure, *x)
-            texts = [
-                f"says {fixed(sure, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
-                for sure, right, b in zip(x, y, filled, strict=True)
-            ]
-            for sure, b in zip(x, filled if with_intervals else [], strict=False):
-                ends = proportion_interval((b.accuracy or 0.0) * b.count, b.count)
-                ys = [100 * (ends.low or 0.0), 100 * (ends.high or 0.0)]
-                canvas.plot(line.name, axes, [sure] * 2, ys, color=style["color"], lw=2.2, alpha=0.35, zorder=1)
-            handles.append(canvas.plot(line.name, axes, x, y, texts, **style, lw=1.4, ms=4, label=line.name, zorder=2))
+        canvas.series(name, style["color"], MARKERS[0])
+        x, y = 100 * np.array([(b.confidence, b.accuracy) for b in bins]).T  # (bins,) each
+        texts = [
+            f"says {fixed(sure, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}"
+            for sure, right, b in zip(x, y, bins, strict=True)
+        ]
+        for sure, b in zip(x, bins, strict=True):
+            ends = proportion_interval(b.accuracy * b.count, b.count)
+            ys = [100 * (ends.low or 0.0), 100 * (ends.high or 0.0)]
+            canvas.plot(name, axes, [sure] * 2, ys, color=style["color"], lw=2.2, alpha=0.35, zorder=1)
+        canvas.plot(name, axes, x, y, texts, **style, marker=MARKERS[0], lw=1.4, ms=4, zorder=2)
         axes.set_xlabel("mean confidence of a bin (%)")
         axes.set_ylabel("right in that bin (%)")
-        axes.set_ylim(max(0.0, 10 * (lowest // 10) - 20) if with_intervals else 0, 102)
-        axes.set_xlim(max(0.0, least_sure - 4), 102)
+        axes.set_ylim(max(0.0, 10 * (min(*x, *y) // 10) - 20), 102)
+        axes.set_xlim(max(0.0, min(x) - 4), 102)
         quiet_grid(axes)
-        if len(handles) > 1:
-            canvas.name_experiments(handles)
 
-    data: list[dict[str, Raw]] = []
-    for line in lines:
-        for b in line.bins:
-            row: dict[str, Raw] = {column: line.name, "low": b.low, "high": b.high, "predictions": b.count}
-            data.append(row | {"confidence": b.confidence, "accuracy": b.accuracy})
-    title = "Confidence and accuracy"
-    return draw("reliability", title, caption + note, 3.9, paint, data, 3.0 + 0.14 * len(drawn))
+    data: list[dict[str, Raw]] = [
+        {
+            "images": "test images",
+            "low": b.low,
+            "high": b.high,
+            "predictions": b.count,
+            "confidence": b.confidence,
+            "accuracy": b.accuracy,
+        }
+        for b in bins
+    ]
+    return draw("reliability", "Confidence and accuracy", caption, 3.9, paint, data, 3.14)

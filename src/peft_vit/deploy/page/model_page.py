@@ -15,7 +15,7 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
 from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
-from peft_vit.deploy.page.lines import Line, draw_reliability, learning_curves
+from peft_vit.deploy.page.lines import draw_reliability, learning_curves
 from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
 from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
@@ -93,7 +93,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
             EXAMPLES: () if examples is None else (examples,),
             CLASSES: tuple(class_blocks(quality)),
             MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
-            BELIEF: tuple(_belief(record, quality)),
+            BELIEF: tuple(_reliability(record, quality)),
         }
     learning = learning_curves(record, summary.metric)
     sections |= {
@@ -264,7 +264,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 # --- sections ---
 
 
-def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
+def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     said = f"It says {percent(sure)} on average and is right on {percent(right)}"
@@ -280,7 +280,7 @@ def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
             f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of the answer. Bars: "
             "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
         )
-        yield draw_reliability([Line("test images", bins)], caption, "images", with_intervals=True)
+        yield draw_reliability(bins, caption)
     yield from _calibration(record)
 
 

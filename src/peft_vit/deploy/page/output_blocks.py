@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
-from peft_vit.core.tasks import TASKS, Errors, Shown, rows_of, thresholds_of
-from peft_vit.deploy.page.class_blocks import Pictures, count_color, fonts_for, pictures_of, shortened
+from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
+from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, fonts_for, pictures_of, shortened
 from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
-from peft_vit.deploy.page.figure import (
-    DASHED,
-    GRID,
-    LINE_COLORS,
-    METHOD_COLORS,
-    MUTED,
-    SEQUENTIAL,
-    Canvas,
-    draw,
-    quiet_grid,
-)
+from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, METHOD_COLORS, MUTED, Canvas, draw, quiet_grid
 from peft_vit.deploy.page.formatting import count, known, percent, plain
 from peft_vit.deploy.page.tables import Column, table
+from peft_vit.deploy.presentation import PRESENTED, Errors, Said, Shown
 
 _PANELS = 4  # numbers that are drawn
 _FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
@@ -40,17 +31,15 @@ def short(value: object) -> str:
 
 def output_blocks(record: RunRecord) -> Iterator[Block]:
     """Yield measures of each output, and what a task's outputs have beside them."""
-    own, task = record.predictions, TASKS[record.spec.task]
-    assert own is not None
-    labels, predicted = rows_of(own.labels), rows_of(own.predicted)
-    names = [plain(name) for name in record.class_names]
-    errors = task.errors(labels, predicted, record.decision)
+    shown, said = PRESENTED[record.spec.task], _said(record)
+    labels, predicted, names, _ = said
+    errors = shown.errors(said)
     if errors is not None:
         yield _scatter(names, labels, predicted)
-    rows = task.rows(labels, predicted, names, record.decision)
+    rows = shown.rows(said)
     columns = [Column(name, name, short) for name in rows[0]]
-    yield table("outputs", "Each of them", rows, columns, f"On {count(len(labels))} test images. {task.note}")
-    together = task.together(labels, predicted, record.decision)
+    yield table("outputs", "Each of them", rows, columns, f"On {count(len(labels))} test images. {shown.note}")
+    together = shown.together(said)
     if together is not None and 1 < len(names) <= MOST_TOGETHER:
         yield _together(names, *together)
     if errors is not None:
@@ -60,12 +49,18 @@ def output_blocks(record: RunRecord) -> Iterator[Block]:
     yield from coverage_table(record, short)
 
 
+def _said(record: RunRecord) -> Said:
+    assert record.predictions is not None
+    labels, predicted = map(rows_of, (record.predictions.labels, record.predictions.predicted))
+    return Said(labels, predicted, [plain(name) for name in record.class_names], record.decision)
+
+
 def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iterator[Table]:
     """Yield how often sets or intervals hold the truth on test images, where that was measured."""
     tested = record.tested_calibration
     if tested is None or not tested.covered:
         return
-    title, held, size, note = TASKS[record.spec.task].promise
+    title, held, size, note = PRESENTED[record.spec.task].promise
     folds = tested.covered_on_folds
     rows = [
         {"asked": c, "held": share, "folds": folds.get(c), "size": tested.set_size[c]}
@@ -199,43 +194,26 @@ def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[
     size, labels = len(names), [shortened(name) for name in names]
     text: dict[str, Any] = {"fontfamily": fonts_for(labels)[0], "parse_math": False}
     panels = {"true": true, "predicted": predicted}
-    off = ~np.eye(size, dtype=bool)
 
     def shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         own = np.diag(counts)[:, None]
         return np.divide(counts, own, out=np.zeros(counts.shape), where=own > 0)
 
+    def said(counts: NDArray[np.int64], row: int, column: int) -> str:
+        own = counts[row, row]
+        if row == column:
+            return f"{names[row]}: {own} images"
+        return f"{names[row]} and {names[column]}\n{counts[row, column]} of {own} with {names[row]}"
+
     def paint(canvas: Canvas) -> None:
         parts = canvas.figure.subplots(2, 1) if canvas.narrow else canvas.figure.subplots(1, 2)
         canvas.series("images", METHOD_COLORS["lora"])
         for axes, (title, counts) in zip(parts, panels.items(), strict=True):
-            share = shares(counts)
-            mesh = axes.pcolormesh(
-                np.ma.array(share, mask=~off | (counts == 0)),
-                cmap=SEQUENTIAL,
-                norm=Normalize(0, 1),
-                edgecolors=GRID,
-                linewidth=0.6,
+            off = ~np.eye(size, dtype=bool) & (counts > 0)
+            draw_matrix(
+                canvas, axes, counts, shares(counts), off, partial(said, counts), labels, text, numbered=_NUMBERED
             )
-            texts = [
-                f"{names[row]}: {counts[row, row]} images"
-                if row == column
-                else f"{names[row]} and {names[column]}\n{counts[row, column]} of {counts[row, row]} with {names[row]}"
-                for row in range(size)
-                for column in range(size)
-            ]
-            canvas.add("images", mesh, texts)
-            if size <= _NUMBERED:
-                for row, column in np.argwhere(off & (counts > 0)).tolist():
-                    color = count_color(share[row, column])
-                    axes.text(column + 0.5, row + 0.5, str(counts[row, column]), ha="center", va="center", color=color)
             axes.set_title(title)
-            axes.set_ylim(size, 0)
-            axes.set_aspect("equal")
-            axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
-            axes.set_yticks(np.arange(size) + 0.5, labels, **text)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
 
     data: list[dict[str, Raw]] = [
         {
@@ -259,11 +237,10 @@ def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[
 
 def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block]:
     """Yield the test images that a task shows: as pictures, or as a table where there are none."""
-    own, task = record.predictions, TASKS[record.spec.task]
+    own = record.predictions
     assert own is not None
-    names = [plain(name) for name in record.class_names]
     files = own.files or [f"image {position}" for position in own.images]
-    for shown in task.shown(rows_of(own.labels), rows_of(own.predicted), names, record.decision):
+    for shown in PRESENTED[record.spec.task].shown(_said(record)):
         places = [place for _, images in shown.groups for place, _ in images]
         made = pictures_of([own.images[place] for place in places], pictures)
         yield _as_table(shown, files, made) if isinstance(made, str) else _as_gallery(shown, files, iter(made))

@@ -13,6 +13,7 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thres
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, value_of
 from peft_vit.deploy.page.tables import Column, table
+from peft_vit.deploy.presentation import PRESENTED
 
 _FEWEST_TESTED = 5  # images; fewer say next to nothing
 
@@ -65,7 +66,7 @@ def beside_the_probe(record: RunRecord) -> list[str]:
     if test is not None and own is not None:
         labels, before, after = map(rows_of, (own.labels, test.predicted, own.predicted))  # N each
         of_probe = _score(metric, metric.interval(labels, before, test.thresholds), metric.suffix)
-        of_probe = f"A {TASKS[record.spec.task].linear} on the same frozen features has {of_probe}."
+        of_probe = f"A {PRESENTED[record.spec.task].linear} on the same frozen features has {of_probe}."
         if record.chosen_step == 0:
             none = "Training did not improve on it on validation images, so the model is this regression."
             return [of_probe, none]

@@ -30,9 +30,10 @@ from peft_vit.base.files import read_bytes, whole_folder, write_atomically
 from peft_vit.base.packages import ONNXRUNTIME_WEB, fetch_npm
 from peft_vit.core.tasks import TASKS
 from peft_vit.deploy.page.html import as_json, rendered, script_hash
+from peft_vit.deploy.presentation import PRESENTED
 
 if TYPE_CHECKING:
-    from peft_vit.deploy import ModelCard
+    from peft_vit.deploy.model_card import ModelCard
 
 PAGE_FILE, MODEL_FILE, RUNTIME_FILE = "index.html", "model.js", "runtime.js"
 COVERAGE = 0.9  # of the sets that are shown
@@ -103,7 +104,7 @@ def write_web_page(output: Path, model: bytes, card: ModelCard, runtime: Mapping
         part_hashes=[script_hash(part) for part in parts.values()],
         connects="'none'" if runtime else " ".join(_COPY + name for name in _RUNTIME),
         outputs=TASKS[card.task].outputs.capitalize(),
-        promise=TASKS[card.task].holds.format(100 * COVERAGE),
+        promise=PRESENTED[card.task].holds.format(100 * COVERAGE),
         model_mb=f"{len(model) / 1e6:.1f}",
         version=ONNXRUNTIME_WEB.version,
     )
@@ -125,13 +126,13 @@ def _script(files: Mapping[str, bytes]) -> str:
 
 def _facts(card: ModelCard, runtime_url: str | None) -> dict[str, Any]:
     """Return what the page's script has to know."""
-    meaning, coverage = card.decision or card.calibrated, None
+    meaning, coverage = card.meaning, None
     if meaning is not None:
         with suppress(UserError):  # it has none of this coverage
             meaning.threshold(COVERAGE)
             coverage = COVERAGE
     return {
-        **TASKS[card.task].for_browser(meaning, coverage),
+        **PRESENTED[card.task].for_browser(meaning, coverage),
         "run": card.run,
         "model": card.model,
         "classes": card.class_names,

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
 from statistics import fmean
-from typing import Literal, get_args
 
-import numpy as np
-
-from peft_vit.base.statistics import EffectSize, Interval, Verdict, effect_size, mean_interval, paired_improvement
+from peft_vit.base.statistics import Interval, mean_interval
 from peft_vit.base.statistics.estimates import Estimate, compare_values, decide, known_mean, together
 from peft_vit.core.config import ExperimentConfig, LoraConfig
 from peft_vit.lab.analysis.studies import Run, Study
 
 SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still count as equal
-MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------
@@ -105,7 +100,7 @@ def compare_with_references(study: Study) -> tuple[Estimate, ...]:
     return tuple(estimate for reference in references(study) for estimate in compare_all(study, reference))
 
 
-# --- every experiment by itself, and with every other -----------------------------------------------------------------
+# --- every experiment by itself ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,133 +157,6 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
             )
         )
     return tuple(results)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two experiments. Effect and improvement describe; neither decides."""
-
-    comparison: Estimate  # of "the first, which is the earlier one in the study's order, is more accurate"
-    effect: EffectSize | None  # the difference in units of its standard deviation over pairs of runs; None without any
-    # share of pairs of runs in which the first is the more accurate one, ties as half; None likewise
-    improvement: Interval | None
-
-
-@dataclass(frozen=True)
-class AllPairs:
-    """Comparisons of all pairs of experiments that have a finished run: one family, corrected as one."""
-
-    experiments: tuple[str, ...]  # their names, in the study's order
-    pairs: tuple[Pair, ...]  # in the order (1, 2), (1, 3), ..., (2, 3), ...; empty if there are too many
-    not_formed: int  # pairs that were not formed because they are more than MOST_PAIRS; 0 otherwise
-
-    @property
-    def decided(self) -> tuple[Pair, ...]:
-        """Return the pairs that the test decided."""
-        return tuple(pair for pair in self.pairs if pair.comparison.verdict != Verdict.NOT_DECIDED)
-
-
-def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
-    """Compare every experiment with every other on test accuracy, Holm-corrected; above `most` pairs none is formed."""
-    names = tuple(e.name for e in study.experiments if study.of(e.name))
-    count = len(names) * (len(names) - 1) // 2
-    if count > most:
-        return AllPairs(names, (), count)
-    family = decide([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)], study.untested)
-    pairs = [
-        Pair(estimate, effect_size(values), paired_improvement(values))
-        if (values := list(estimate.by_seed.values()))
-        else Pair(estimate, None, None)
-        for estimate in family
-    ]
-    return AllPairs(names, tuple(pairs), 0)
-
-
-# --- who nobody beats at their cost -----------------------------------------------------------------------------------
-#
-# Who stands on a front is read off validation accuracy, since to pick the best of many on test would be to choose on
-# test. What test then says stands beside: the accuracy there, whether the experiment would stand on the front of test
-# accuracies too, and whether its lead over the next cheaper one on the front is decided by the paired test.
-
-CostName = Literal["final_parameters", "stored_bytes", "seconds_per_step", "latency_s"]  # of a `MethodResult`
-_TIMED: tuple[CostName, ...] = ("seconds_per_step", "latency_s")
-
-
-@dataclass(frozen=True)
-class FrontPoint:
-    """One experiment, means over its seeds."""
-
-    experiment: str
-    cost: float  # in the unit of the front's cost
-    validation_accuracy: float  # mean
-    test_accuracy: Interval  # mean with interval
-    on_front: bool  # whether no other has at least this validation accuracy at no more cost, and more of one of both
-    on_test_front: bool  # the same of test accuracy; described, not used
-    # test accuracy minus that of the one before it on the front; None off the front and for the cheapest
-    lead: Estimate | None
-
-
-@dataclass(frozen=True)
-class Front:
-    """Accuracy against one cost."""
-
-    cost: CostName  # which
-    # every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared
-    points: tuple[FrontPoint, ...]
-    left_out: tuple[str, ...]  # experiments for which the cost was not recorded
-    refused: str  # why costs can't be compared; empty if they can
-
-    @property
-    def on_front(self) -> tuple[FrontPoint, ...]:
-        """Return what is on it, cheapest first."""
-        return tuple(point for point in self.points if point.on_front)
-
-
-def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool, ...]:
-    """Return which of n pairs nothing dominates, from (n,) each; small costs and large values are better.
-
-    A pair is dominated if another has no larger cost and no smaller value, and differs from it. So equal pairs stand or
-    fall together. Source: Pareto (1906).
-    """
-    cost, value = np.asarray(costs), np.asarray(values)
-    no_worse = (cost <= cost[:, None]) & (value >= value[:, None])  # (n, n) the column's pair than the row's
-    better = (cost < cost[:, None]) | (value > value[:, None])
-    return tuple(not any(dominated_by) for dominated_by in (no_worse & better).tolist())
-
-
-def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
-    """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`.
-
-    Without validation images nothing says what is on one, and there is none.
-    """
-    if any(m.validation_accuracy is None for m in methods):
-        return ()
-    every: list[Front] = []
-    machines = {run.hardware for run in study.runs}
-    for cost in get_args(CostName):
-        known = [(value, m.name, m) for m in methods if (value := getattr(m, cost)) is not None]
-        left_out = tuple(m.name for m in methods if getattr(m, cost) is None)
-        if cost in _TIMED and len(machines) > 1 and known:
-            refused = f"the runs come from {len(machines)} machines or numbers of threads, so seconds can't be compared"
-            every.append(Front(cost, (), left_out, refused))
-        elif known:
-            every.append(Front(cost, _points(study, sorted(known, key=lambda entry: entry[:2])), left_out, ""))
-    return tuple(every)
-
-
-def _points(study: Study, ordered: Sequence[tuple[float, str, MethodResult]]) -> tuple[FrontPoint, ...]:
-    """Return points of experiments with their costs, cheapest first."""
-    costs = [cost for cost, _, _ in ordered]
-    validated = [m.validation_accuracy.estimate for _, _, m in ordered if m.validation_accuracy is not None]
-    on_front = pareto_front(costs, validated)
-    on_test_front = pareto_front(costs, [m.test_accuracy.estimate for _, _, m in ordered])
-    members = [name for (_, name, _), is_on in zip(ordered, on_front, strict=True) if is_on]
-    steps = [compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)]
-    lead_of = {lead.name: lead for lead in decide(steps, study.untested)}
-    return tuple(
-        FrontPoint(name, cost, validation, m.test_accuracy, is_on, on_test, lead_of.get(name))
-        for (cost, name, m), validation, is_on, on_test in zip(ordered, validated, on_front, on_test_front, strict=True)
-    )
 
 
 def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:

@@ -1,19 +1,124 @@
-"""Findings: what records say about each sentence, by the test that is beside it.
+"""Findings: sentences about layers, ranks, bits and methods, each with its numbers and what the test of them says.
 
-Nothing here knows a sentence. Its measure gives estimates, those of one family in one study are decided together, and a
-sentence without values has the verdict "no data" and the reason.
+A sentence is worded so that positive values speak for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from peft_vit.base.statistics import Verdict
+from peft_vit.base.statistics import Verdict, mean_interval
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import Estimate, decide
-from peft_vit.lab.analysis.evidence import Evidence, NoDataError
-from peft_vit.lab.analysis.sentences import SENTENCES, Sentence
+from peft_vit.base.statistics.estimates import Estimate, Kind, Question, decide, together
+from peft_vit.core.config import AdaLoraConfig, ExperimentConfig
+from peft_vit.lab.analysis.comparison import compare, references
+from peft_vit.lab.analysis.layers import Allocation, ImportancePattern
+from peft_vit.lab.analysis.quantization import FLOAT32_BITS, QuantizationImpact, model_bytes
+from peft_vit.lab.analysis.studies import Study
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence, and what decides it."""
+
+    id: str
+    text: str
+    test: Kind  # see `Question`
+    unit: str  # of the values and of the margin
+    margin: float | None = None  # None counts as 0
+    expected: float | None = None  # the value that an equivalence names; None counts as 0
+    family: str = ""  # tests of one family in one study are corrected together; empty: those of this sentence
+
+    @property
+    def question(self) -> Question:
+        """Return what is asked of the values."""
+        return Question(self.test, self.margin or 0.0, self.expected or 0.0)
+
+
+SENTENCES = (
+    Sentence(
+        "attention-over-mlp",
+        "Attention sites score higher than MLP sites, in the mean per triplet",
+        "superiority",
+        "log2 ratio",
+    ),
+    Sentence(
+        "seeds-agree",
+        "Seeds agree on which sites matter, with a rank correlation above 0.5",
+        "superiority",
+        "rho",
+        margin=0.5,
+    ),
+    Sentence(
+        "adaptive-at-least-fixed",
+        "Adaptive ranks are at least as accurate as fixed LoRA with as many trainable parameters, within one point",
+        "noninferiority",
+        "share",
+        margin=0.01,
+    ),
+    Sentence(
+        "adaptive-beats-fixed",
+        "Adaptive ranks are more accurate than fixed LoRA with as many trainable parameters",
+        "superiority",
+        "share",
+    ),
+    Sentence(
+        "eight-bits-lose-nothing",
+        "8-bit weights are as accurate as float weights, within one point",
+        "equivalence",
+        "share",
+        margin=0.01,
+    ),
+    Sentence(
+        "four-bits-lose-one-to-two",
+        "4-bit weights lose one to two points of accuracy against float weights",
+        "equivalence",
+        "share",
+        margin=0.005,
+        expected=-0.015,
+    ),
+    Sentence(
+        "fewer-bits-more-accurate",
+        "Quantized weights are more accurate than the same adapters on float weights",
+        "superiority",
+        "share",
+    ),
+    Sentence(
+        "eight-bits-model-quarter",
+        "A model with 8-bit layers takes a quarter of the bytes of a float32 one (at least 98 % of the factor 4)",
+        "counted",
+        "factor",
+        margin=3.92,
+    ),
+    Sentence(
+        "four-bits-model-eighth",
+        "A model with 4-bit layers takes an eighth of the bytes of a float32 one (at least 98 % of the factor 8)",
+        "counted",
+        "factor",
+        margin=7.84,
+    ),
+    Sentence(
+        "lora-beats-linear",
+        "Fixed LoRA is more accurate than a linear probe",
+        "superiority",
+        "share",
+        family="lora-against-others",
+    ),
+    Sentence(
+        "lora-beats-full",
+        "Fixed LoRA is more accurate than full fine-tuning",
+        "superiority",
+        "share",
+        family="lora-against-others",
+    ),
+)
+_OF_BITS = {
+    8: ("eight-bits-lose-nothing", "eight-bits-model-quarter"),
+    4: ("four-bits-lose-one-to-two", "four-bits-model-eighth"),
+}
+_AGAINST = {"linear": "lora-beats-linear", "full": "lora-beats-full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +126,6 @@ class Finding(Estimate):
     """What one experiment, or one pair, says of a sentence."""
 
     sentence: Sentence
-    study: str  # whose runs these are
     outcome: str = ""  # what the test said, or why it says nothing
 
     @property
@@ -34,90 +138,95 @@ class Finding(Estimate):
         return f"{self.significance.test}{margin}{expected}"
 
 
-@dataclass(frozen=True)
-class Conclusion:
-    """One sentence over several experiments."""
-
-    sentence: Sentence
-    # supported if every finding with data is, refuted if one is and none supported, else not decided
-    verdict: Verdict
-    counts: str  # how many of them, in words; empty for a single one
-    findings: tuple[Finding, ...]  # those with data; without any, all
-
-
-def find(evidence: Evidence) -> tuple[Finding, ...]:
-    """Return what a study says about every sentence, in their order."""
-    estimates: list[tuple[Sentence, Estimate]] = []
-    for sentence in SENTENCES:
-        try:
-            estimates += [(sentence, estimate) for estimate in sentence.measure(evidence, sentence.of)]
-        except NoDataError as reason:
-            estimates.append((sentence, Estimate(name="", note=str(reason))))
-    return judge(estimates, evidence.study.label, evidence.study.untested)
-
-
-def judge(estimates: Sequence[tuple[Sentence, Estimate]], study: str = "", untested: str = "") -> tuple[Finding, ...]:
-    """Return a finding for each estimate, corrected over those given that share a family.
-
-    `study` is what they are of. `untested` is why no test may decide, since the number of values followed from results;
-    empty: tests do.
-    """
-    findings = [
-        _untested(Finding(**vars(estimate) | {"question": sentence.question}, sentence=sentence, study=study), untested)
-        for sentence, estimate in estimates
+def find(
+    study: Study,
+    patterns: Sequence[ImportancePattern],
+    allocation: Sequence[Allocation],
+    quantization: Sequence[QuantizationImpact],
+) -> tuple[Finding, ...]:
+    """Return what a study says about every sentence that it has values for, in their order."""
+    measured = grouped(_measured(study, patterns, allocation, quantization))
+    values = [(sentence, own) for sentence in SENTENCES for own in measured.get(sentence.id, ()) if own.by_seed]
+    asked = [
+        (sentence, estimated(own.name, own.by_seed, reference=own.reference, n_of=own.n_of, note=own.note))
+        for sentence, own in values
     ]
-    families = grouped((f.sentence.family or f.sentence.id, i) for i, f in enumerate(findings) if not f.outcome)
+    return judge(asked, study.untested)
+
+
+def _measured(
+    study: Study,
+    patterns: Sequence[ImportancePattern],
+    allocation: Sequence[Allocation],
+    quantization: Sequence[QuantizationImpact],
+) -> Iterator[tuple[str, Estimate]]:
+    """Yield a sentence's id and values."""
+    for pattern in patterns:
+        if pattern.experiment.section(AdaLoraConfig) is not None and not _by_chance(pattern.experiment):
+            yield "attention-over-mlp", estimated(pattern.experiment.name, pattern.attention_over_mlp)
+            yield "seeds-agree", estimated(pattern.experiment.name, pattern.between_seeds, n_of="pairs of seeds")
+    for own in allocation:
+        if own.experiment.method != "qa_adalora" and not _by_chance(own.experiment):
+            yield "adaptive-at-least-fixed", own.against_fixed
+            yield "adaptive-beats-fixed", own.against_fixed
+    for impact in quantization:
+        compared, settings = impact.against_unquantized, impact.settings
+        if settings.gradient_scaling_factor != 1 or settings.gradient_scaling != "constant":
+            note = "it also scales its adapters' gradients, which the float twin does not"
+            compared = replace(compared, note=together(compared.note, note))
+        yield "fewer-bits-more-accurate", compared
+        if settings.quantization_bits in _OF_BITS:
+            loss, size = _OF_BITS[settings.quantization_bits]
+            yield loss, compared
+            models = {run.seed: model for run in impact.runs if (model := model_bytes([run])) is not None}
+            factors = {seed: FLOAT32_BITS / model.bits_per_weight for seed, model in models.items()}
+            yield size, estimated(impact.experiment.name, factors)
+    loras = {experiment.name for experiment in study.fixed_rank_loras()}
+    for lora in loras.intersection(references(study)):
+        for other in study.with_method(*_AGAINST):
+            yield _AGAINST[other.method], compare(study.of(lora), study.of(other.name), lora, other.name)
+
+
+def _by_chance(experiment: ExperimentConfig) -> bool:
+    """Return whether ranks are decided without scores that mean anything: a control."""
+    section = experiment.section(AdaLoraConfig)
+    return section is not None and section.importance_metric in ("random", "uniform")
+
+
+def estimated(name: str, by_seed: Mapping[Any, float], **more: Any) -> Estimate:
+    """Return an estimate of the mean of values."""
+    interval = mean_interval(list(by_seed.values())) if by_seed else None
+    return Estimate(name=name, by_seed=by_seed, interval=interval, **more)
+
+
+def judge(measured: Sequence[tuple[Sentence, Estimate]], untested: str = "") -> tuple[Finding, ...]:
+    """Return a finding for each estimate, which is not tested yet, corrected over those given that share a family.
+
+    `untested` is why no test may decide, since the number of values followed from results; empty: tests do.
+    """
+    findings = [Finding(**vars(own) | {"question": sentence.question}, sentence=sentence) for sentence, own in measured]
+    families = {} if untested else grouped((f.sentence.family or f.sentence.id, i) for i, f in enumerate(findings))
     for places in families.values():
         for place, decided in zip(places, decide([findings[place] for place in places]), strict=True):
-            findings[place] = replace(decided, outcome=_said(decided))
-    return tuple(findings)
+            findings[place] = decided
+    return tuple(_said(finding, untested) for finding in findings)
 
 
-def _untested(finding: Finding, untested: str) -> Finding:
-    """Return a finding whose verdict needs no test, with its outcome; one that is to be tested as it is."""
-    question, values = finding.question, finding.by_seed.values()
-    if not values:
-        return replace(finding, verdict=Verdict.NO_DATA, outcome=finding.note or "no finished run shows it", note="")
-    if question.kind == "described":
-        return replace(finding, outcome=f"described, not tested: {finding.sentence.reason}")
+def _said(finding: Finding, untested: str) -> Finding:
+    """Return a finding with what its test says, or what is counted."""
+    test, question, values = finding.significance, finding.question, finding.by_seed.values()
     if question.kind == "counted":
         above = sum(value > question.margin for value in values)
         outcome = f"{above} of {len(values)} lie above {question.margin:g}; "
         outcome += "counted over these runs, not generalized to others"
         verdict = Verdict.SUPPORTED if above == len(values) else Verdict.REFUTED
         return replace(finding, outcome=outcome, verdict=verdict)
-    return replace(finding, outcome=untested)
-
-
-def _said(finding: Finding) -> str:
-    """Return what the test of a finding says."""
-    assert finding.significance is not None
-    if not finding.significance.decidable:
-        return finding.significance.sentence()
+    if test is None:
+        return replace(finding, outcome=untested)
+    if not test.decidable:
+        return replace(finding, outcome=test.sentence())
     over = f"Holm over {finding.family}" if finding.family > 1 else "the only test of its family"
-    if finding.question.kind == "superiority":
-        return f"p = {finding.adjusted_p:.3g} ({over})"
-    return f"p = {finding.adjusted_p or 0:.3g} for it, {finding.opposite_p or 0:.3g} against it ({over})"
-
-
-def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
-    """Return one verdict a sentence over its findings, in the order of their first one."""
-    return tuple(_conclusion(own) for own in grouped((finding.sentence.id, finding) for finding in findings).values())
-
-
-def _conclusion(findings: Sequence[Finding]) -> Conclusion:
-    sentence = findings[0].sentence
-    with_data = tuple(finding for finding in findings if finding.verdict != Verdict.NO_DATA)
-    if not with_data:
-        return Conclusion(sentence, Verdict.NO_DATA, "", tuple(findings))
-    verdicts = [finding.verdict for finding in with_data]
-    overall = Verdict.NOT_DECIDED
-    if all(verdict == Verdict.SUPPORTED for verdict in verdicts):
-        overall = Verdict.SUPPORTED
-    elif Verdict.REFUTED in verdicts and Verdict.SUPPORTED not in verdicts:
-        overall = Verdict.REFUTED
-    counted = ", ".join(f"{verdict} in {verdicts.count(verdict)}" for verdict in Verdict if verdict in verdicts)
-    counts = f"{counted} of {len(with_data)}"
-    if sentence.test == "described":
-        counts = f"described in {len(with_data)}, not tested"
-    return Conclusion(sentence, overall, counts if len(with_data) > 1 else "", with_data)
+    if question.kind == "superiority":
+        return replace(finding, outcome=f"p = {finding.adjusted_p:.3g} ({over})")
+    against = f"{finding.opposite_p or 0:.3g} against it"
+    return replace(finding, outcome=f"p = {finding.adjusted_p or 0:.3g} for it, {against} ({over})")

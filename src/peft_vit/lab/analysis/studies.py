@@ -69,10 +69,6 @@ class Run:
         named = {name for entry in self.record.rank_history for name in entry.ranks}
         return [site for site in self.record.sites if site.name in named]
 
-    def final_ranks(self) -> dict[str, int]:
-        """Return adapted site -> rank at the end of the run; one that the last entry leaves out has rank 0."""
-        return {site.name: self.record.rank_history[-1].ranks.get(site.name, 0) for site in self.adapted_sites()}
-
     def last_scores(self) -> dict[str, float]:
         """Return site -> score at the last decision; empty without scores."""
         return self.record.importance_history[-1].scores if self.record.importance_history else {}

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 from peft_vit.base.extras import require_extra
 
 if TYPE_CHECKING:
-    from peft_vit.lab.report.build import ReportFiles, build_report, write_model_page
-    from peft_vit.lab.report.example_images import Thumbnails
+    from peft_vit.lab.report.build import ReportFiles, Thumbnails, build_report
 
-__all__ = ["ReportFiles", "Thumbnails", "build_report", "write_model_page"]
+__all__ = ["ReportFiles", "Thumbnails", "build_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Accuracy by method as figures: rows with every seed, paired differences, and accuracy against what it costs.
+"""Accuracy by method as figures: rows with every seed, and paired differences.
 
 Of other tasks what decides stands for accuracy, in its own unit.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import cycle
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -16,19 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter
-from matplotlib.transforms import ScaledTranslation
 
-from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics import Interval, Verdict
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.core.config import LoraConfig
 from peft_vit.core.tasks import Scores
 from peft_vit.deploy.page.document import Drawing, Raw
 from peft_vit.deploy.page.figure import (
     DASHED,
     GRID,
     INK,
-    MARKERS,
     METHOD_COLORS,
     MUTED,
     PAPER,
@@ -44,12 +39,10 @@ from peft_vit.deploy.page.formatting import (
     points_interval,
     scaled,
     score_interval,
-    score_of,
     signed,
 )
 from peft_vit.lab.analysis import Analysis, Estimate, MethodResult, Study
-from peft_vit.lab.analysis.comparison import CostName, Verdict, validation_means
-from peft_vit.lab.report.method_tables import COSTS
+from peft_vit.lab.analysis.comparison import validation_means
 
 _ROW_IN = 0.31
 ROWS = 40
@@ -278,110 +271,3 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
     ]
     title = f"How far from {reference}: paired differences"
     return draw(f"differences_to_{reference}", title, caption, 1.25 + _ROW_IN * len(rows), paint, data)
-
-
-LEGEND_ENTRIES = 24
-_MARKER_STEP_PT = 7.0
-_READ = (
-    "Dots: single seeds, joined by a thin line. Large marker: mean. If markers coincide, the leftmost is in its "
-    "place and the others are beside it."
-)
-
-
-class _Against(NamedTuple):
-    """A figure of accuracy against a cost; `columns` of its data are fields of a result.
-
-    The title has a place for the metric, the caption one for the side of a line on which it is better.
-    """
-
-    slug: str
-    title: str
-    caption: str
-    label: str
-    columns: dict[str, str]
-
-
-_AGAINST: dict[CostName, _Against] = {
-    "final_parameters": _Against(
-        "accuracy_by_parameters",
-        "{} against trainable parameters",
-        f"{_READ} The blue line joins the fixed-rank LoRA means: an adaptive method earns its cost where it lies "
-        "{side} that line.",
-        "trainable parameters at the end of the run,{end}head included (log scale)",
-        {"trainable_parameters": "final_parameters"},
-    ),
-    "stored_bytes": _Against(
-        "accuracy_by_bytes",
-        "{} against bytes",
-        "What must be stored for one task: the frozen weights as they are held, scales and offsets included, plus the "
-        f"saved adapter. {_READ}",
-        "frozen weights + adapter file (MB, 10⁶ bytes)",
-        {"frozen_bytes": "frozen_bytes", "adapter_file_bytes": "adapter_file_bytes"},
-    ),
-}
-
-
-def accuracy_against(cost: CostName, study: Study, methods: Sequence[MethodResult]) -> Drawing:
-    """Draw every seed and the mean of each experiment at its cost: trainable parameters (log scale), or bytes."""
-    own, words, scores, unit = _AGAINST[cost], COSTS[cost], study.scores, _unit(study.scores)
-    drawn, note = leading(methods, validation_means(methods), LEGEND_ENTRIES)
-    places = [words.scale * getattr(m, cost) for m in drawn]
-
-    def paint(canvas: Canvas) -> None:
-        axes, handles = canvas.figure.add_subplot(), []
-        for m, x, offset, marker in zip(drawn, places, side_by_side(places), cycle(MARKERS), strict=False):
-            name, color, seeds = m.name, METHOD_COLORS[m.experiment.method], [*map(unit.of, m.by_seed.values())]
-            takes = f"{words.write(getattr(m, cost))}{words.unit}"
-            handles.append(_entry(name, marker=marker, color=color, mec=color, ms=6))
-            canvas.series(name, color, marker)
-            moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
-            draw_at = partial(canvas.plot, name, axes, color=color, transform=moved)
-            draw_at([x, x], [min(seeds), max(seeds)], lw=0.8, alpha=0.5, zorder=2)
-            texts = [f"seed {s}: {score_of(scores, v)}\n{takes}" for s, v in m.by_seed.items()]
-            draw_at([x] * len(seeds), seeds, texts, marker=".", ls="", ms=4, alpha=0.7, zorder=3)
-            texts = [f"mean, {counted(len(seeds), 'seed')}: {score_interval(scores, m.test_accuracy)}\n{takes}"]
-            style = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
-            draw_at([x], [unit.of(m.test_accuracy.estimate)], texts, **style)
-            axes.update_datalim([(x, value) for value in seeds])  # moved artists do not count on their own
-        axes.margins(x=0.1, y=0.08)
-        axes.autoscale_view()
-        axes.set_ylabel(_axis(study))
-        quiet_grid(axes)
-        canvas.name_experiments(handles)
-        if cost == "final_parameters":
-            ranked = [(m, lora) for m in drawn if (lora := m.experiment.section(LoraConfig)) is not None]
-            line = sorted((m.final_parameters, unit.of(m.test_accuracy.estimate)) for m, lora in ranked if lora.rank)
-            if len(line) > 1:
-                axes.plot(*zip(*line, strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
-            axes.minorticks_off()
-        else:
-            axes.set_xlim(0, 1.1 * max(places))  # room for markers beside the last one
-        axes.set_xlabel(own.label.format(end="\n" if canvas.narrow else " "))
-
-    data: list[dict[str, Raw]] = [
-        {
-            "experiment": m.name,
-            "method": m.experiment.method,
-            "seed": seed,
-            f"test_{scores.metric.name}": scores.factor * value,
-            f"mean_test_{scores.metric.name}": scores.factor * m.test_accuracy.estimate,
-            **{column: getattr(m, field) for column, field in own.columns.items()},
-        }
-        for m in methods
-        for seed, value in m.by_seed.items()
-    ]
-    title, caption = (
-        own.title.format(_capital(scores)),
-        own.caption.format(side="above" if unit.factor > 0 else "below"),
-    )
-    return draw(own.slug, title, caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
-
-
-def side_by_side(positions: Sequence[float]) -> list[float]:
-    """Return offsets in points: of markers at the same position (within 0.2 %), the first stays, others follow."""
-    return [
-        _MARKER_STEP_PT * sum(abs(position - other) <= 0.002 * position for other in positions[:i])
-        for i, position in enumerate(positions)
-    ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
+from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.deploy.page.figure import leading
 from peft_vit.deploy.page.files import WrittenFiles, write_report
@@ -20,30 +20,26 @@ from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, 
 from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import images_name
 from peft_vit.deploy.page.web_page import PAGE_FILE
-from peft_vit.lab.analysis import Analysis, Results, analyze, read_results, study_agreements
+from peft_vit.lab.analysis import Analysis, Results, analyze, read_results
 from peft_vit.lab.analysis.comparison import validation_means
-from peft_vit.lab.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
-from peft_vit.lab.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
-from peft_vit.lab.report.example_images import Thumbnails, example_blocks
+from peft_vit.lab.report import method_tables, summary
+from peft_vit.lab.report.accuracy_figures import accuracy_by_method, forests
+from peft_vit.lab.report.findings_tables import findings_table
 from peft_vit.lab.report.heatmaps import importance_maps, rank_maps
-from peft_vit.lab.report.lines import loss_curves, reliability_diagram
+from peft_vit.lab.report.layer_tables import against_fixed_table
+from peft_vit.lab.report.lines import loss_curves
+from peft_vit.lab.report.quantization_tables import quantization_tables
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
-MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
+MARKDOWN_FILE = "analysis_summary.md"
 MAPS = 6
 _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
+# From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
+Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
 
 
-def study_documents(
-    analyses: Sequence[Analysis], agreements: Sequence[Mapping[str, Any]] = (), thumbnails: Thumbnails | None = None
-) -> tuple[StudyDocument, ...]:
-    """Return one document a study, each with a slug of its own.
-
-    Args:
-        analyses: of the studies.
-        agreements: between them.
-        thumbnails: gets pictures of test images.
-    """
+def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
+    """Return one document a study, each with a slug of its own."""
     documents: dict[str, StudyDocument] = {}
     for analysis in analyses:
         study = analysis.study
@@ -51,7 +47,6 @@ def study_documents(
         number = 2
         while slug in documents:
             slug, number = f"{base}_{number}", number + 1
-        own = [a for a in agreements if study.label in (a["study"], a["other_study"])]
         documents[slug] = StudyDocument(
             label=plain(study.label),
             slug=slug,
@@ -62,7 +57,7 @@ def study_documents(
             came_out=summary.came_out(analysis),
             how_sure=summary.how_sure(analysis),
             progress=summary.progress(study),
-            sections=_sections(analysis, own, thumbnails) if study.runs else dict.fromkeys(SECTION_TITLES, ()),
+            sections=_sections(analysis) if study.runs else dict.fromkeys(SECTION_TITLES, ()),
             not_shown=summary.not_shown(study),
             runs=summary.run_details(study),
         )
@@ -74,57 +69,32 @@ def slug_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
 
 
-def _sections(
-    analysis: Analysis, agreements: Sequence[Mapping[str, Any]], thumbnails: Thumbnails | None
-) -> dict[str, tuple[Block, ...]]:
+def _sections(analysis: Analysis) -> dict[str, tuple[Block, ...]]:
     """Return the blocks of each section of a study with finished runs, by SECTION_TITLES; accuracy comes first."""
-    study, methods, means = analysis.study, analysis.methods, validation_means(analysis.methods)
-    if not study.scores.metric.counts_images:
-        return dict.fromkeys(SECTION_TITLES, ()) | {SECTION_TITLES[0]: tuple(_of_scores(analysis))}
-    forest = forests(analysis)
-    compared: list[Block] = [accuracy_by_method(study, methods), method_tables.accuracy_table(methods)]
-    for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
-        compared += [forest[reference]] if reference in forest else []
-        compared.append(method_tables.comparison_table(analysis.comparisons, reference))
-    if not analysis.comparisons:
-        none = "No paired differences: no linear probe or LoRA run has finished beside another method."
-        compared.append(Paragraph(none))
-    compared += [
-        *method_tables.pair_blocks(analysis.pairs),
-        accuracy_against("final_parameters", study, methods),
-        accuracy_against("stored_bytes", study, methods),
-        loss_curves(study, means),
-        method_tables.cost_table(methods),
-        *method_tables.front_blocks(analysis.fronts),
-        method_tables.quality_table(methods),
-        *reliability_diagram(analysis.calibration, means),
-        *method_tables.calibration_blocks(methods, analysis.calibration),
-        method_tables.convergence_table(methods),
-        *example_blocks(analysis, thumbnails),
-    ]
-    none = "No figure of importance: no finished run of this study recorded importance scores."
-    importance: list[Block] = [Paragraph(none)]
-    if patterns := analysis.importance:
-        drawn, note = leading(patterns, means, MAPS)
-        importance = [importance_maps(drawn, note and note + _EVERY_RUN), *layer_tables.importance_tables(patterns)]
-        importance += [layer_tables.study_agreement_table(agreements)] if agreements else []
+    compared, means = tuple(_compared(analysis)), validation_means(analysis.methods)
+    if not analysis.study.scores.metric.counts_images:
+        return dict.fromkeys(SECTION_TITLES, ()) | {SECTION_TITLES[0]: compared}
+    importance: Block = Paragraph("No figure of importance: no finished run of this study recorded importance scores.")
+    if analysis.importance:
+        patterns, note = leading(analysis.importance, means, MAPS)
+        importance = importance_maps(patterns, note and note + _EVERY_RUN)
     allocated: list[Block] = [Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")]
-    if mapped := [a for a in analysis.allocation if a.maps]:
-        shown, note = leading(mapped, means, MAPS)
-        allocated = [rank_maps(shown, note and note + _EVERY_RUN)]
-    allocated += layer_tables.allocation_tables(analysis.allocation)
-    quantized = tuple(quantization_tables.quantization_tables(analysis.quantization))
+    if analysis.allocation:
+        shown, note = leading(analysis.allocation, means, MAPS)
+        allocated = [rank_maps(shown, note and note + _EVERY_RUN), against_fixed_table(analysis.allocation)]
+    quantized = tuple(quantization_tables(analysis.quantization))
+    insights = Paragraph("No insight: no sentence of this report is about the finished runs of this study.")
     return {
-        "Method comparison": tuple(compared),
-        "Layer importance patterns": tuple(importance),
+        "Method comparison": compared,
+        "Layer importance patterns": (importance,),
         "Allocation effectiveness": tuple(allocated),
         "Quantization impact": quantized or (Paragraph("No finished run of this study quantized the backbone."),),
-        "Insights": findings_tables.findings_tables(analysis.findings),
+        "Insights": (findings_table(analysis.findings) if analysis.findings else insights,),
     }
 
 
-def _of_scores(analysis: Analysis) -> Iterator[Block]:
-    """Yield what a report says of runs of other tasks than one class an image."""
+def _compared(analysis: Analysis) -> Iterator[Block]:
+    """Yield how methods compare, which is all that a report says of other tasks than one class an image."""
     study, methods, forest = analysis.study, analysis.methods, forests(analysis)
     means = validation_means(methods)
     yield accuracy_by_method(study, methods)
@@ -133,8 +103,8 @@ def _of_scores(analysis: Analysis) -> Iterator[Block]:
         if reference in forest:
             yield forest[reference]
         yield method_tables.comparison_table(analysis.comparisons, reference, study.scores)
-    yield accuracy_against("final_parameters", study, methods)
-    yield accuracy_against("stored_bytes", study, methods)
+    if not analysis.comparisons:
+        yield Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method.")
     yield loss_curves(study, means)
     yield method_tables.cost_table(methods)
     yield method_tables.convergence_table(methods)
@@ -164,7 +134,7 @@ def build_report(
         output_dir: where to write; files of an earlier report are replaced.
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
-        thumbnails: gets pictures of test images for the page, from where the images lie; None: no pictures.
+        thumbnails: gets test images for the page of a model, from where they lie; None: no pictures.
 
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
@@ -178,31 +148,10 @@ def build_report(
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{model.use} IMAGES\n```")}
     else:
-        analyses = [analyze(study) for study in results.studies]
-        agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
-        documents = study_documents(analyses, agreements, thumbnails)
+        documents = study_documents([analyze(study) for study in results.studies])
         markdown = {MARKDOWN_FILE: write_markdown(documents)}
     written = write_report(documents, markdown, output_dir, page=page, publication=publication)
     return ReportFiles(**vars(written), results=results)
-
-
-def write_model_page(run_folder: Path, output: Path | None = None, *, thumbnails: Thumbnails | None = None) -> Path:
-    """Write the page of one run's model, complete in one file, with card.md, figures and tables beside it.
-
-    Args:
-        run_folder: of a run, or of a `train` call.
-        output: a folder; default: `report` in that of the run.
-        thumbnails: gets pictures of test images, from where the images lie; None: no pictures.
-
-    Returns:
-        The page.
-
-    Raises:
-        UserError: if there is no run that can be read; if the page can't be written.
-    """
-    html = build_report(run_folder, output or run_folder / REPORT_FOLDER, thumbnails=thumbnails).html
-    assert html is not None
-    return html
 
 
 def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelSummary | None:

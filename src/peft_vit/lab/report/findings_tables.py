@@ -1,13 +1,13 @@
-"""Findings as tables of the report."""
+"""Findings as a table of the report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_vit.deploy.page.document import Raw, Table
-from peft_vit.deploy.page.formatting import number_interval, plain, points_interval, scaled
-from peft_vit.deploy.page.tables import Column, csv_rows, only_in_file, table
-from peft_vit.lab.analysis.findings import Conclusion, Finding, conclude
+from peft_vit.deploy.page.document import Table
+from peft_vit.deploy.page.formatting import number_interval, plain, points_interval
+from peft_vit.deploy.page.tables import Column, only_in_file, table
+from peft_vit.lab.analysis.findings import Finding
 from peft_vit.lab.report.columns import OVER_SEEDS
 
 HOW = (
@@ -17,42 +17,9 @@ HOW = (
 )
 
 
-_SENTENCE = [*only_in_file(id="sentence.id"), Column("sentence", "sentence.text", plain, "sentence")]
-
-
-def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
-    """Return one verdict a sentence, the findings behind them, and the sentences without data; no empty table."""
-    concluded = conclude(findings)
-    with_data = [conclusion for conclusion in concluded if conclusion.verdict != "no data"]
-    detailed = [finding for conclusion in with_data for finding in conclusion.findings]
-    verdicts = table(
-        "verdicts",
-        "Verdicts",
-        with_data,
-        [
-            *_SENTENCE,
-            "verdict",
-            Column("experiments or pairs", "counts", lambda counts: counts or "1"),
-            *only_in_file(n=lambda conclusion: len(conclusion.findings)),
-        ],
-        "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
-        "The table below has the estimates.",
-    )
-    details = table("findings", "Findings by experiment", detailed, _FINDING, HOW, folded=True)
-    without_data = table(
-        "without_data",
-        "Sentences without data in these records",
-        [conclusion for conclusion in concluded if conclusion.verdict == "no data"],
-        [*_SENTENCE, Column("why", reasons, data="reason")],
-        "Most are about experiments that this study does not have.",
-        folded=True,
-    )
-    return tuple(made for made in (verdicts, details, without_data) if made.rows)
-
-
-def reasons(conclusion: Conclusion) -> str:
-    """Return why a sentence has no data."""
-    return plain("; ".join(dict.fromkeys(finding.outcome for finding in conclusion.findings)))
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Return every sentence with its numbers, by experiment or pair."""
+    return table("findings", "Findings by experiment", findings, FINDING, HOW)
 
 
 def numbers(finding: Finding) -> dict[str, str]:
@@ -70,15 +37,11 @@ def estimate_of(finding: Finding) -> str:
         return "–"
     if unit == "share":
         return f"{points_interval(interval)} points"
-    if unit == "bytes":
-        return f"{number_interval(scaled(interval, 1e-6), 1)} MB"
-    if unit == "nats" and abs(interval.estimate) < 0.1:
-        return f"{number_interval(interval, 4)} nats"
     return f"{number_interval(interval)} {unit}"
 
 
-_FINDING = [
-    *only_in_file(study="study", id="sentence.id"),
+FINDING = [
+    *only_in_file(id="sentence.id"),
     Column("sentence", "sentence.text", plain, "sentence"),
     Column("experiment or pair", "subject"),
     Column("verdict", "verdict"),
@@ -99,10 +62,4 @@ _FINDING = [
     Column("estimate", estimate_of),
     Column("n", lambda finding: numbers(finding)["n"]),
     Column("test", lambda finding: numbers(finding)["test"]),
-    *only_in_file(refuted_by="sentence.refuted_by", source="sentence.source"),
 ]
-
-
-def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:
-    """Return findings as rows in full precision."""
-    return csv_rows(findings, _FINDING)

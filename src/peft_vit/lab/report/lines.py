@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 from peft_vit.core.config import METHOD_KINDS
-from peft_vit.deploy.page.document import Block, Drawing, Paragraph, Raw
+from peft_vit.deploy.page.document import Block, Paragraph, Raw
 from peft_vit.deploy.page.figure import Canvas, draw, leading, line_style, quiet_grid
 from peft_vit.deploy.page.formatting import counted, fixed
-from peft_vit.deploy.page.lines import STEPS, Line, _losses, _window, draw_reliability
-from peft_vit.lab.analysis import Calibration, Study
+from peft_vit.deploy.page.lines import STEPS, _losses, _window
+from peft_vit.lab.analysis import Study
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.17  # of a legend
@@ -107,22 +107,3 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     ]
     height, legend = 0.6 + _ROW_IN * len(rows), _ENTRY_IN * len(drawn)
     return draw("loss_curves", "Loss curves", caption, max(height, 0.3 + legend), paint, data, height + legend)
-
-
-def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping[str, float]) -> tuple[Drawing, ...]:
-    """Return the diagram of every experiment that recorded predictions; none where no run did.
-
-    Args:
-        calibrations: of the study.
-        validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
-    """
-    recorded = [c for c in calibrations if any(b.count for b in c.bins)]
-    if not recorded:
-        return ()
-    lines = [Line(c.experiment.name, c.bins, f", {counted(len(c.seeds), 'seed')}") for c in recorded]
-    caption = (
-        f"Predictions on test in {len(lines[0].bins)} bins of equal width of their confidence, all seeds together; "
-        "empty bins are left out, and a bin with few predictions moves by chance. On the dashed line confidence and "
-        "accuracy agree; below it a model is too sure of itself."
-    )
-    return (draw_reliability(lines, caption, "experiment", validation),)

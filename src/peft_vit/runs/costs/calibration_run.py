@@ -8,28 +8,22 @@ one. What it took is kept in the user's cache.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from peft_vit.base.errors import UserError, first_fault, printable
-from peft_vit.base.files import write_atomically
-from peft_vit.base.packages import cache_dir
+from peft_vit.base.errors import UserError
 from peft_vit.core.backbones import BackboneShape, architecture_of
 from peft_vit.core.config import DataConfig, QaLoraConfig
 from peft_vit.core.methods import shorten
 from peft_vit.core.records import RunSpec
 from peft_vit.core.training import steps_per_epoch
 from peft_vit.data import ImageIndex, Splits, make_splits
+from peft_vit.runs.kept import keep, kept_file, read_kept
 from peft_vit.runs.machine import cpu_count, instruction_limits, package_versions, processor_name
-
-_log = logging.getLogger(__name__)
 
 _STEPS = 8
 _STEPS_IF_LONG = 4
@@ -117,7 +111,7 @@ def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:
     return True
 
 
-class Costs(BaseModel):
+class MeasuredCosts(BaseModel):
     """What a calibration run took; a whole run's time is put together from these."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -129,32 +123,17 @@ class Costs(BaseModel):
     images: int = Field(gt=0)  # in memory then
 
 
-def known_costs(kind: RunSpec) -> Costs | None:
+def known_costs(kind: RunSpec) -> MeasuredCosts | None:
     """Return what a calibration run took, if it was done on this machine with these versions."""
-    file, _ = _place(kind)
-    try:
-        content: Any = json.loads(file.read_bytes())
-        return Costs.model_validate(content["costs"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        reason = "{}: {}".format(*first_fault(error)) if isinstance(error, ValidationError) else printable(str(error))
-        _log.warning("%s can't be used (%s); the next plan measures again", file, reason)
-        return None
+    return read_kept(_place(kind), MeasuredCosts)
 
 
-def keep_costs(kind: RunSpec, costs: Costs) -> None:
-    """Keep what was measured, for later plans; a cache that can't be written to only makes them slower."""
-    file, depends_on = _place(kind)
-    content = json.dumps({"costs": costs.model_dump(), "depends_on": depends_on}, indent=1)
-    try:
-        write_atomically(file, content.encode() + b"\n")
-    except OSError as error:
-        _log.warning("%s can't be written (%s); the next plan measures again", file, error.strerror)
+def keep_costs(kind: RunSpec, costs: MeasuredCosts) -> None:
+    """Keep what was measured, for later plans."""
+    keep(_place(kind), costs.model_dump_json().encode() + b"\n")
 
 
-def _place(kind: RunSpec) -> tuple[Path, dict[str, Any]]:
-    """Return the file that holds what a calibration run took, and all that it depends on."""
+def _place(kind: RunSpec) -> Path:
     depends_on = {
         "run": kind.model_dump(mode="json"),
         "packages": package_versions(kind.backbone.library),
@@ -166,5 +145,4 @@ def _place(kind: RunSpec) -> tuple[Path, dict[str, Any]]:
         "cpu_count": cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    return cache_dir() / "costs" / f"{digest[:32]}.json", depends_on
+    return kept_file("costs", depends_on)

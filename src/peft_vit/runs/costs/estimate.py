@@ -12,16 +12,15 @@ from typing import Literal, Self
 
 import torch
 
-from peft_vit.core.adapters.integer_product import integer_product
 from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.config import Compute, ComputeSetting, ExperimentConfig, Precision
 from peft_vit.core.methods import METHODS
-from peft_vit.core.quantization.integers import Bits, IntegerWeight
+from peft_vit.core.quantization.integers import Bits
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import FLIP_AXES
 from peft_vit.core.training.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.runs import kept_products
-from peft_vit.runs.costs.calibration_run import Costs, known_costs
+from peft_vit.runs.costs.calibration_run import MeasuredCosts, known_costs
 from peft_vit.runs.costs.time_limit import PROCESS_S
 from peft_vit.runs.machine import cpu_count, processor_name
 
@@ -38,7 +37,7 @@ VALUES_KEPT = 34 / 16
 
 
 @dataclass(frozen=True)
-class Line:
+class CostLine:
     """Seconds by multiply-adds: a part that no size changes, and one in proportion to them."""
 
     fixed_s: float
@@ -68,32 +67,23 @@ class Throughput:
     """
 
     start_s: float
-    step: Line
-    image: Line
+    step: CostLine
+    image: CostLine
     process_s: float = PROCESS_S
 
     @classmethod
     def estimated(cls, rate: float) -> Self:
         """Return what follows from multiply-adds per second alone, see `product_rate`."""
-        line = Line(0.0, TIME_OUTSIDE_PRODUCTS / rate)
+        line = CostLine(0.0, TIME_OUTSIDE_PRODUCTS / rate)
         return cls(START_S, line, line)
 
     @classmethod
-    def measured(cls, probes: Mapping[str, Sequence[Probe]], process_s: float = PROCESS_S) -> Self:
-        """Return what follows from measured runs of some experiments, each at one size or more, the same one first.
-
-        Steps lie on the line of an experiment that was measured at the most sizes, as far above it as the slowest.
-        """
-        every = [probe for own in probes.values() for probe in own]
-        line = Line.through([(probe.step_products, probe.costs.step_s) for probe in max(probes.values(), key=len)])
-        longer = max(own[0].costs.step_s / line.at(own[0].step_products) for own in probes.values())
-        by_size: dict[int, list[float]] = {}
-        for probe in every:
-            by_size.setdefault(probe.image_products, []).append(probe.costs.image_s)
+    def measured(cls, probes: Sequence[StepTiming], process_s: float) -> Self:
+        """Return what follows from measured runs of an experiment, of one size or more."""
         return cls(
-            max(statistics.median(probe.costs.start_s for probe in own) for own in probes.values()),
-            Line(longer * line.fixed_s, longer * line.product_s),
-            Line.through([(products, statistics.median(seconds)) for products, seconds in by_size.items()]),
+            statistics.median(probe.costs.start_s for probe in probes),
+            CostLine.through([(probe.step_products, probe.costs.step_s) for probe in probes]),
+            CostLine.through([(probe.image_products, probe.costs.image_s) for probe in probes]),
             process_s,
         )
 
@@ -107,12 +97,12 @@ class Throughput:
 
 
 @dataclass(frozen=True)
-class Probe:
+class StepTiming:
     """What a run took whose steps, and whose images in a forward pass, have so many multiply-adds."""
 
     step_products: float
     image_products: int
-    costs: Costs
+    costs: MeasuredCosts
 
 
 def step_products(shape: BackboneShape, method: str, images: int, recomputed: int = 0) -> float:
@@ -153,7 +143,7 @@ def product_rate(
         device: on which it computes.
         precision: in which it computes.
         threads: of a run.
-        compute: int8 for products of 8-bit integers, with what rounds their inputs and scales their outputs.
+        compute: int8 for products of 8-bit integers, which are as much faster as they were found to be.
         bits: of these, as a study was begun with.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -165,23 +155,18 @@ def product_rate(
     (tokens, inputs, outputs), _ = work.most_common(1)[0]
     x = torch.ones(32 * tokens, inputs, dtype=dtype, device=device)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
-    integers, slower = None, 1.0
-    if compute == "int8":
-        choice = kept_products.choose_product(device, precision, bits)
-        if choice.is_slow:  # what was found says it, too
-            slower = choice.seconds / choice.float_s
-        else:
-            integers = IntegerWeight.from_float(weight, choice.usable(device))
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
         begin = time.perf_counter()
-        with torch.no_grad():
-            y = x @ weight.T if integers is None else integer_product(x, integers, None, [])
-        float(y[0, 0])
+        float((x @ weight.T)[0, 0])
         times.append(time.perf_counter() - begin)
     torch.set_num_threads(before)
-    return x.shape[0] * x.shape[1] * weight.shape[0] / (slower * statistics.median(times))
+    rate = x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
+    if compute == "float":
+        return rate
+    choice = kept_products.choose_product(device, precision, bits)
+    return rate * choice.float_s / choice.seconds
 
 
 def product_rates(
@@ -208,7 +193,7 @@ Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, n
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunCost:
     """What a run will take, what that is known from, and what of its time comes after the last step, if known."""
 
     seconds: float
@@ -231,9 +216,10 @@ class Workload:
     validation: int
     test: int
 
-    def product_rate(self, compute: Compute = "float", bits: Bits | None = None) -> float:
-        """Return multiply-adds per second, see `product_rate`."""
-        return product_rate(self.shape, self.device, self.precision, self.threads, compute, bits)
+    def throughput(self, compute: Compute = "float", bits: Bits | None = None) -> Throughput:
+        """Return what runs take by arithmetic alone, see `product_rate`."""
+        rate = product_rate(self.shape, self.device, self.precision, self.threads, compute, bits)
+        return Throughput.estimated(rate)
 
 
 @dataclass(frozen=True)
@@ -273,12 +259,12 @@ class EstimateRequest:
     taken: MeasuredCost | None
 
 
-Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # calibration runs by a name to show; some may fail
+MeasureSteps = Callable[[Mapping[str, RunSpec]], Mapping[str, MeasuredCosts]]  # calibration runs by a name to show; some may fail
 
 
 def estimate_runs(
-    runs: Sequence[EstimateRequest], workload: Workload, measure: Measure | None = None
-) -> list[Estimate]:
+    runs: Sequence[EstimateRequest], workload: Workload, measure: MeasureSteps | None = None
+) -> list[RunCost]:
     """Estimate each run.
 
     Args:
@@ -307,9 +293,7 @@ def estimate_runs(
         costs |= {kind: measured.get(run.spec.experiment.name) for kind, run in unknown.items()}
     trainings = [run.spec.experiment.training for run in runs if costs[run.kind_sha256] is None]
     computes = {training.decided_compute: training.integer_bits for training in trainings}
-    estimated = {
-        compute: Throughput.estimated(workload.product_rate(compute, bits)) for compute, bits in computes.items()
-    }
+    estimated = {compute: workload.throughput(compute, bits) for compute, bits in computes.items()}
     estimates = []
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
@@ -317,33 +301,33 @@ def estimate_runs(
             estimates.append(_estimate(run, workload, estimated, cost))
         else:
             seconds = statistics.median(taken.seconds for taken in alike)
-            estimates.append(Estimate(seconds, max(taken.peak_memory_bytes for taken in alike), "records"))
+            estimates.append(RunCost(seconds, max(taken.peak_memory_bytes for taken in alike), "records"))
     return estimates
 
 
 def _estimate(
-    run: EstimateRequest, workload: Workload, estimated: Mapping[Compute, Throughput], costs: Costs | None
-) -> Estimate:
+    run: EstimateRequest, workload: Workload, estimated: Mapping[Compute, Throughput], costs: MeasuredCosts | None
+) -> RunCost:
     """Put a run's steps and the images that it evaluates together, at what its kind costs or is estimated to."""
     experiment, shape = run.spec.experiment, workload.shape
-    products = experiment_products(experiment, shape, workload.train)
     images: float
     steps, images = run.steps, experiment.validations(workload.train) * workload.validation + workload.test
     if costs is not None:
-        throughput = Throughput.measured({experiment.name: [Probe(products, shape.multiply_adds, costs)]})
+        start_s, step_s, image_s = costs.start_s, costs.step_s, costs.image_s
         more_images = workload.train + workload.validation + workload.test - costs.images
         pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
         peak_bytes = costs.peak_memory_bytes + max(0, pixels)
     else:
         throughput, peak_bytes = estimated[experiment.training.decided_compute], estimated_bytes(run.spec, workload)
+        start_s, image_s = throughput.start_s, throughput.image_s(shape)
+        step_s = throughput.step.at(experiment_products(experiment, shape, workload.train))
         if experiment.is_probe:  # each image once, in every way in which training shows it
             ways = len(FLIP_AXES[experiment.training.flips])
             steps, images = 0, ways * workload.train + workload.validation + workload.test
         images += measured_images(run.spec, workload)
-    image_s = throughput.image_s(shape)
-    seconds = throughput.start_s + steps * throughput.step.at(products) + images * image_s
+    seconds = start_s + steps * step_s + images * image_s
     after_s = 0.0 if experiment.is_probe else (workload.test + measured_images(run.spec, workload)) * image_s
-    return Estimate(seconds, peak_bytes, "estimate" if costs is None else "calibration", min(seconds, after_s))
+    return RunCost(seconds, peak_bytes, "estimate" if costs is None else "calibration", min(seconds, after_s))
 
 
 def kept_values(shape: BackboneShape, recomputed: int = 0) -> float:

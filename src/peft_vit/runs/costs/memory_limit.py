@@ -62,7 +62,7 @@ class StepCost:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MemoryChoice:
     """What was chosen.
 
     Attributes:
@@ -101,14 +101,14 @@ def _mb(size: float) -> str:
 # --- the fastest setting within a limit -------------------------------------------------------------------------------
 
 
-def choose(
+def choose_memory(
     limit_bytes: int,
     batch_size: int,
     block_values: Sequence[int],
     measure: Callable[[Setting], StepCost | None],
     *,
     images: int | None = None,
-) -> Choice | None:
+) -> MemoryChoice | None:
     """Return the fastest setting that keeps within a limit, measured; of equally fast ones that of the most images.
 
     The whole batch with nothing computed again is taken if it fits: a limit that is not reached changes nothing.
@@ -127,23 +127,23 @@ def choose(
     search = _Search(limit_bytes, batch_size, np.asarray(block_values, dtype=np.float64), measure)
     free, deepest = Setting(sizes[0], 0), len(block_values) - 1  # computing the last block again saves nothing
     if search.take(free):
-        return Choice(free, search.known[free], free, search.known[free], fits=True)
+        return MemoryChoice(free, search.known[free], free, search.known[free], fits=True)
     for setting in (Setting(sizes[-1], deepest), Setting(sizes[0], deepest)):
         search.take(setting)
     if not search.known:
         return None
     if not search.fitting:
         least = min(search.known, key=lambda setting: search.known[setting].peak_bytes)
-        return Choice(least, search.known[least], free, search.known.get(free), fits=False)
-    for size in sizes[1:]:  # what the blocks keep has to be seen once
-        if not search.knows_what_blocks_keep:
+        return MemoryChoice(least, search.known[least], free, search.known.get(free), fits=False)
+    for size in sizes[1:]:
+        if all(setting.recomputed for setting in search.known):  # what the blocks keep has to be seen once
             search.take(Setting(size, 0))
     settings = [Setting(size, recomputed) for size in sizes for recomputed in range(deepest + 1)]
     while len(search.known) + len(search.too_large) < _MOST_MEASURED and (better := search.may_be_faster(settings)):
         search.take(better)
     fitting = search.fitting
     fastest = min(fitting, key=lambda setting: (fitting[setting].step_s, -setting.images, setting.recomputed))
-    return Choice(fastest, fitting[fastest], free, search.known.get(free), fits=True)
+    return MemoryChoice(fastest, fitting[fastest], free, search.known.get(free), fits=True)
 
 
 @dataclass
@@ -169,32 +169,9 @@ class _Search:
     def fitting(self) -> dict[Setting, StepCost]:
         return {setting: cost for setting, cost in self.known.items() if cost.peak_bytes <= self.limit_bytes}
 
-    @property
-    def knows_what_blocks_keep(self) -> bool:
-        return any(setting.recomputed == 0 for setting in self.known)
-
     def may_be_faster(self, settings: Iterable[Setting]) -> Setting | None:
         """Return what is not measured yet, should fit, and should be the fastest; None: the fastest was measured."""
-        depths = None if self.knows_what_blocks_keep else {setting.recomputed for setting in self.known}
-        over = [*self.too_large, *(self.known.keys() - self.fitting.keys())]
-
-        def is_ruled_out(setting: Setting) -> bool:
-            """Tell whether one that takes no more did not fit; in parts, gradients lie beside activations."""
-            in_parts = setting.images < self.batch_size
-            return any(
-                larger.images <= setting.images
-                and larger.recomputed >= setting.recomputed
-                and (larger.images < self.batch_size) == in_parts
-                for larger in over
-            )
-
-        left = [
-            setting
-            for setting in settings
-            if setting not in self.known
-            and not is_ruled_out(setting)
-            and (depths is None or setting.recomputed in depths)
-        ]
+        left = [setting for setting in settings if setting not in self.known and setting not in self.too_large]
         if not left:
             return None
         peaks = self._predicted(self._memory_terms, [cost.peak_bytes for cost in self.known.values()], left)
@@ -248,9 +225,9 @@ MeasureStep = Callable[[RunSpec], StepCost | None]  # of a run of a few steps; N
 
 
 def with_decided(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
-    """Return a study with what is decided of each undecided experiment's training; `decide` gets its place too."""
+    """Return a study with what is decided of each undecided experiment's training; `decide_memory` gets its place too."""
     experiments = [
-        experiment.model_copy(update={"training": decide(place, experiment)})
+        experiment.model_copy(update={"training": decide_memory(place, experiment)})
         if experiment.training.is_undecided
         else experiment
         for place, experiment in enumerate(study.experiments)
@@ -281,9 +258,9 @@ def unmeasured(study: StudyConfig, shape: BackboneShape) -> StudyConfig:
     return with_decided(study, decide_blindly)
 
 
-def decide(
+def decide_memory(
     spec: RunSpec, total_steps: int, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep
-) -> tuple[TrainingConfig, Choice]:
+) -> tuple[TrainingConfig, MemoryChoice]:
     """Return an experiment's training with the fastest setting that keeps within its limit, and what that costs.
 
     The limit counts all resident memory of the process that does a run, Python and its libraries included.
@@ -329,7 +306,7 @@ def decide(
         experiment = small.experiment.model_copy(update={"training": few_steps})
         return measure_step(small.model_copy(update={"experiment": experiment}))
 
-    choice = choose(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
+    choice = choose_memory(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
     if choice is None:
         raise UserError(
             f"{training.memory_limit}: not even a step of {Setting(1, 0).in_words(blocks)} could be measured in the "

@@ -18,7 +18,7 @@ from peft_vit.runs.records.progress import now
 
 if TYPE_CHECKING:  # a driver needs no torch
     from peft_vit.core.training import Progress
-    from peft_vit.runs.scheduling.plan import Plan, PlannedRun
+    from peft_vit.runs.planned import Plan, PlannedRun
 
 ExecutorName = Literal["local", "ray"]
 

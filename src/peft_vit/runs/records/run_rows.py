@@ -11,32 +11,41 @@ from typing import Any
 
 from peft_vit.core.records import RunRecord
 
-_FIELDS = (
-    "spec_digest",
-    "status",
-    "class_names",
-    "split_sizes",
-    "sites",
-    "steps",
-    "evaluations",
-    "rank_history",
-    "importance_history",
-    "probe_history",
-    "fisher_check",
-    "bits_history",
-    "bit_allocation",
-    "quantization",
-    "parameters",
-    "bytes",
-    "chosen_step",
-    "majority_accuracy",
-    "validation",
-    "test",
-    "predictions",
-    "removal",
-    "adapter_sha256",
-    "optimizer_sha256",
+# What the digest leaves out: of an attempt, its machine and its pace, ...
+_OF_ATTEMPTS = (
+    "schema_version",
+    "spec",  # spec_digest stands for it
+    "error",
+    "failure",
+    "traceback",
+    "started_at",
+    "seconds",
+    "attempts",
+    "warnings",
+    "provenance",
+    "seconds_per_step",
+    "overhead_s",
+    "peak_memory_bytes",
+    "own_memory_bytes",
+    "latency_s",
+    "registration",
 )
+# ... and what follows from the rest, or came after the first digests, which kept results hold.
+_FOLLOWING = (
+    "left_out",
+    "head_fit",
+    "probe_test",
+    "calibrated",
+    "decision",
+    "unlike",
+    "features_sha256",
+    "tested_calibration",
+)
+_LEFT_OUT: dict[str, Any] = {
+    **dict.fromkeys((*_OF_ATTEMPTS, *_FOLLOWING), True),
+    "sites": {"__all__": {"role"}},
+    "steps": {"__all__": {"seconds"}},
+}
 
 _MEASURES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
 # The columns of a table of runs, with the types of those that may be empty.
@@ -80,10 +89,7 @@ def outcome_digest(record: RunRecord) -> str:
     Equal for a run and its repetition on the same machine, with the same torch and as many threads, however often it
     was killed in between.
     """
-    values = record.model_dump(mode="json", include=set(_FIELDS))
-    for rows, later in ((values["sites"], "role"), (values["steps"], "seconds")):
-        for row in rows:
-            del row[later]
+    values = record.model_dump(mode="json", exclude=_LEFT_OUT)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

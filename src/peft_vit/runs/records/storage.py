@@ -1,4 +1,4 @@
-"""Files of a results directory: written whole or not at all, read as this version says them."""
+"""Files of a results directory: written whole or not at all, read again."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
 from peft_vit.base.errors import UserError, checked, named, os_fault
 from peft_vit.base.files import folder_below, read_bytes, write_whole
-from peft_vit.core.config.migrations import migrated, migrated_study
 from peft_vit.core.records import BenchRow, RunRecord, RunSpec, StudyFile
 
 STUDY_FILE = "study.json"
@@ -114,10 +112,8 @@ def read_record(file: Path) -> RunRecord:
     Raises:
         UserError: if the file is not a record of this schema; names the file and the field.
     """
-    with _reading(file, "record", "move it away and run the study again") as data:
-        if isinstance(data, dict) and "spec" in data:
-            data["spec"] = migrated(data["spec"])
-        return RunRecord.model_validate_json(to_json(data))
+    with _reading(file, "record", "move it away and run the study again") as content:
+        return RunRecord.model_validate_json(content)
 
 
 def read_study_file(folder: Path) -> StudyFile | None:
@@ -130,8 +126,8 @@ def read_study_file(folder: Path) -> StudyFile | None:
     if not os.path.lexists(file):
         return None
     remedy = "move it away and give the command of the study again, which makes it again"
-    with _reading(file, "study file", remedy) as data:
-        return StudyFile.model_validate_json(to_json(migrated_study(data)))
+    with _reading(file, "study file", remedy) as content:
+        return StudyFile.model_validate_json(content)
 
 
 def write_study_file(folder: Path, content: StudyFile) -> None:
@@ -149,15 +145,15 @@ def read_bench(file: Path) -> tuple[BenchRow, ...]:
     Raises:
         UserError: if it can't be read, or is not such a file; names the file and the field.
     """
-    with _reading(file, "table", "expected what `peft-vit bench MODEL... --output FILE.json` writes") as data:
-        return TypeAdapter(tuple[BenchRow, ...]).validate_json(to_json(data))
+    with _reading(file, "table", "expected what `peft-vit bench MODEL... --output FILE.json` writes") as content:
+        return TypeAdapter(tuple[BenchRow, ...]).validate_json(content)
 
 
 @contextmanager
-def _reading(file: Path, what: str, remedy: str) -> Iterator[Any]:
-    """Give the plain values of a JSON file; what is wrong with it or with them is reported in one line."""
+def _reading(file: Path, what: str, remedy: str) -> Iterator[bytes]:
+    """Give the content of a JSON file; what is wrong with it or with its values is reported in one line."""
     try:
         with checked(file, remedy), named(file):
-            yield from_json(read_bytes(file))
+            yield to_json(from_json(read_bytes(file)))
     except (OSError, ValueError) as error:
         raise UserError(f"is not a readable {what} ({error}); {remedy}", file=file) from None

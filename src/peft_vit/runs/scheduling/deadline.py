@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from peft_vit.base.console import duration
 from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import ExperimentConfig
-from peft_vit.runs.costs.time_limit import PROCESS_S, Course, Limit, Pace, fit
+from peft_vit.runs.costs.time_limit import PROCESS_S, Course, Limit, Pace, first_that_fits
 from peft_vit.runs.executors import (
     EXECUTORS,
     Event,
@@ -26,7 +26,7 @@ from peft_vit.runs.executors import (
 from peft_vit.runs.records.storage import run_folder
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
-    from peft_vit.runs.scheduling.plan import Plan, PlannedRun
+    from peft_vit.runs.planned import Plan, PlannedRun
 
 _SEVERAL, _ENOUGH_STEPS = 3.0, 3  # times longer than planned, from where it is told; steps that tell it
 _TOLD_BY_PROBES = 5.0  # probes may be so many times slower than planned for reasons of their own
@@ -173,7 +173,7 @@ class Deadline:
         """
         while len(self.under_way) < self._workers:
             idle = self._idle(waiting)
-            fitting = fit(idle, lambda own: own[1], self.limit.left_s)
+            fitting = first_that_fits(idle, lambda own: own[1], self.limit.left_s)
             if self._whatever is None:
                 self._whatever = bool(idle) and fitting is None
             if self._whatever:
@@ -246,7 +246,7 @@ class Deadline:
         heapq.heapify(free_at)
         while free_at:
             at = heapq.heappop(free_at)
-            if (next_run := fit(idle, lambda own: own[1], left_s - at)) is not None:
+            if (next_run := first_that_fits(idle, lambda own: own[1], left_s - at)) is not None:
                 idle.remove(next_run)
                 heapq.heappush(free_at, at + next_run[1])
                 fitting += 1

@@ -20,8 +20,8 @@ from peft_vit.core.training import Progress
 from peft_vit.runs.costs.time_limit import makespan
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.runs.machine import cpu_count
+from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.scheduling.deadline import Times
-from peft_vit.runs.scheduling.plan import Plan, PlannedRun
 
 _UNKNOWN = "–"
 _WARNING = "bold yellow"
@@ -98,7 +98,7 @@ class _Running:
     latest: Progress | None = None
 
 
-class Watch(ProgressDisplay):
+class StudyProgress(ProgressDisplay):
     """Shows a study's progress; use as a context manager and hand `on_event` to the driver.
 
     What is left follows what the call has seen so far, see `Times`, and is never more than what `until` leaves.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,18 +17,14 @@ from peft_vit.core.backbones import architecture_of, check_weights, describe, in
 from peft_vit.core.config import (
     USUAL_TASK,
     AdaLoraConfig,
-    AdaptiveBitsConfig,
     BackboneConfig,
     ClassWeights,
     ExperimentConfig,
-    LoraConfig,
     Precision,
     QaLoraConfig,
-    StartingRanksConfig,
     StudyConfig,
     TrainingConfig,
 )
-from peft_vit.core.config.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.core.methods import check, shorten
 from peft_vit.core.records import RunSpec, StudyFile
 from peft_vit.core.tasks import TASKS, Task
@@ -36,76 +32,16 @@ from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
 from peft_vit.runs import kept_products
 from peft_vit.runs.costs.calibration_run import calibration_run
-from peft_vit.runs.costs.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
-from peft_vit.runs.costs.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
+from peft_vit.runs.costs.estimate import EstimateRequest, MeasureSteps, MeasuredCost, Workload, estimate_runs
+from peft_vit.runs.costs.memory_limit import MemoryChoice, MeasureStep, as_begun, decide_memory, unmeasured, with_decided
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
+from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
 _ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be
 _SMOKE_CALIBRATION = 16  # images; no smoke study has fewer to train on
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run, what it will cost, and whether an earlier call has done it."""
-
-    spec: RunSpec
-    total_steps: int
-    estimate: Estimate
-    done: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The runs of a study that are asked for, in their order.
-
-    Attributes:
-        study: as configured, or compressed for a smoke study, with `auto` decided; it may have more runs than are
-            asked for.
-        file: the configuration file, if there is one.
-        licence: of the images.
-        data_sha256: of the images.
-        runs: what is asked for, done or not.
-        part: the study names only some of the experiments and seeds that its folder holds.
-        precision: of the runs, and how it was decided.
-        compute_note: a line that says what `compute: auto` became and why; None if nothing was decided.
-        notices: what to know of the images before believing a number; none if nothing is to be done.
-        before: what study.json says, read while planning; None: the study is new.
-        memory: what was chosen now for each `memory_limit`, and its price.
-    """
-
-    study: StudyConfig
-    file: Path | None
-    licence: str
-    data_sha256: str
-    runs: tuple[PlannedRun, ...]
-    precision: ChosenPrecision
-    compute_note: str | None = None
-    part: bool = False
-    notices: tuple[str, ...] = ()
-    before: StudyFile | None = None
-    memory: tuple[str, ...] = ()
-
-    @property
-    def pending(self) -> tuple[PlannedRun, ...]:
-        """Return the runs that are still to be done."""
-        return tuple(run for run in self.runs if not run.done)
-
-    def only(self, names: Sequence[str], seeds: Sequence[int], *, by_seed: bool) -> Plan:
-        """Return the plan of the runs that there are of some experiments and seeds, in the order of both.
-
-        Args:
-            names: of the experiments.
-            seeds: of the runs.
-            by_seed: all runs of a seed before the next, so pairs complete early; otherwise all of an experiment.
-        """
-        runs = {(run.spec.experiment.name, run.spec.seed): run for run in self.runs}
-        wanted = [(name, seed) for seed in seeds for name in names]
-        if not by_seed:
-            wanted = [(name, seed) for name in names for seed in seeds]
-        return replace(self, runs=tuple(runs[pair] for pair in wanted if pair in runs))
 
 
 def plan_study(
@@ -115,7 +51,7 @@ def plan_study(
     file: Path | None,
     smoke: bool = False,
     part: bool = False,
-    measure: Measure | None = None,
+    measure: MeasureSteps | None = None,
     measure_step: MeasureStep | None = None,
 ) -> Plan:
     """Check a study against its backbone and its data, and plan its runs.
@@ -253,9 +189,9 @@ def _below(place: int) -> Iterator[None]:
 
 def _within_memory(
     study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
-) -> tuple[StudyConfig, dict[str, Choice]]:
+) -> tuple[StudyConfig, dict[str, MemoryChoice]]:
     """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments."""
-    choices: dict[str, Choice] = {}
+    choices: dict[str, MemoryChoice] = {}
 
     def decide_measured(place: int, experiment: ExperimentConfig) -> TrainingConfig:
         check_weights(study.backbone)
@@ -263,7 +199,7 @@ def _within_memory(
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
-            training, choices[experiment.name] = decide(spec, steps, workload, index, splits, measure_step)
+            training, choices[experiment.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
         return training
 
     return with_decided(study, decide_measured), choices
@@ -275,8 +211,7 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     Raises:
         UserError: for what the task does not have.
     """
-    if not index.task.one_class:
-        _refuse_of_classes(study, index.task)
+    _refuse_of_classes(study, index.task)
     if index.task is not TASKS[study.data.task or USUAL_TASK]:
         study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
@@ -290,35 +225,22 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     study = study.model_copy(update={"experiments": tuple(experiments)})
     for place, own in enumerate(study.experiments):
         with _below(place):
-            index.task.metric(own.training.metric)
-            if own.training.loss not in (None, *index.task.loss_names):
-                message = f"{own.training.loss} is not a loss of {index.task.name}; give "
-                raise UserError(message + " or ".join(index.task.loss_names), field="training.loss")
-            for change in own.training.augmentation:
-                if change.mixes and change.name not in index.task.mixes:
-                    others = " or ".join([*index.task.mixes, "none"])
-                    message = f"{change.name} makes images whose {index.task.outputs} nobody can tell; give {others}"
-                    raise UserError(message, field="training.augmentation")
-            if own.training.class_weights != "none" and not index.task.weighs:
-                message = f"has no effect on {index.task.outputs}, which have no classes; leave it out"
-                raise UserError(message, field="training.class_weights")
+            index.task.check(own.training)
     return study
 
 
 def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
-    """Refuse what is there for one class an image alone."""
-    alone = f"is there for one class an image, and these have {task.name} labels"
-    if study.measures.removal_images is not None:
-        raise UserError(f"{alone}; leave it out", field="measures.removal_images")
+    """Refuse what is there for one class an image alone, of other tasks."""
+    of_classes: dict[str, object] = {"measures.removal_images": study.measures.removal_images is not None}
     for place, own in enumerate(study.experiments):
         qa_lora, adalora = own.section(QaLoraConfig), own.section(AdaLoraConfig)
-        of_classes = {
-            "training.label_smoothing": own.training.label_smoothing,
-            "qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
-            "adalora.importance_metric": adalora is not None and adalora.importance_metric == "fisher",
+        of_classes |= {
+            f"experiments[{place}].training.label_smoothing": own.training.label_smoothing,
+            f"experiments[{place}].qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
+            f"experiments[{place}].adalora.importance_metric": adalora and adalora.importance_metric == "fisher",
         }
-        for field in (field for field, asked in of_classes.items() if asked):
-            raise UserError(f"{alone}; leave it out", field=f"experiments[{place}].{field}")
+    for field in (field for field, asked in of_classes.items() if asked):
+        task.need_one_class(field)
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:
@@ -426,8 +348,8 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             details=difference(old, new, str(file), "asked for"),
         )
     if record.spec_digest != spec.digest():
-        reason = "was made with a setting that this version no longer has; choose another --output, or continue with "
-        raise UserError(f"{reason}peft-vit {LAST_VERSION_WITH_ALL}", file=file, field="spec_digest")
+        reason = "was made with a setting that this version does not have; choose another --output"
+        raise UserError(reason, file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start
@@ -468,20 +390,11 @@ def _compressed(experiment: ExperimentConfig, batch_size: int) -> ExperimentConf
         training = training.model_copy(update={"epochs": _SMOKE_EPOCHS, **whole})
     short = shorten(experiment, _ENDLESS, _SMOKE_EPOCHS * _SMOKE_STEPS)
     update: dict[str, object] = {"training": training}
-    qa_lora, lora = short.section(QaLoraConfig), short.section(LoraConfig)
+    qa_lora = short.section(QaLoraConfig)
     if qa_lora is not None and qa_lora.adaptive_bits is not None:
-        qa_lora = qa_lora.model_copy(update={"adaptive_bits": _few_images(qa_lora.adaptive_bits)})
-        update["qa_lora"] = qa_lora
+        few = min(qa_lora.adaptive_bits.calibration_images, _SMOKE_CALIBRATION)
+        bits = qa_lora.adaptive_bits.model_copy(update={"calibration_images": few})
+        update["qa_lora"] = qa_lora = qa_lora.model_copy(update={"adaptive_bits": bits})
     if qa_lora is not None and qa_lora.rounding == "gptq":
         update["qa_lora"] = qa_lora.model_copy(update={"calibration_images": _SMOKE_CALIBRATION})
-    if lora is not None and lora.ranks is not None and lora.ranks.reads_images:
-        update["lora"] = lora.model_copy(update={"ranks": _few_images(lora.ranks)})
     return short.model_copy(update=update)
-
-
-_Calibrated = TypeVar("_Calibrated", AdaptiveBitsConfig, StartingRanksConfig)
-
-
-def _few_images(settings: _Calibrated) -> _Calibrated:
-    few = min(settings.calibration_images, _SMOKE_CALIBRATION)
-    return settings.model_copy(update={"calibration_images": few})

@@ -11,21 +11,22 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.backbones import describe
+from peft_vit.core.backbones import BackboneShape, describe
 from peft_vit.core.config import MeasuresConfig, StudyConfig
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import Progress
 from peft_vit.data import ImageIndex
-from peft_vit.runs.costs.calibration_run import Costs, calibration_run, keep_costs
-from peft_vit.runs.costs.estimate import Estimate, Probe, Throughput, Workload, experiment_products
+from peft_vit.runs.costs.calibration_run import MeasuredCosts, calibration_run, keep_costs
+from peft_vit.runs.costs.estimate import RunCost, StepTiming, Throughput, Workload, experiment_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
 from peft_vit.runs.executors.local import LocalExecutor
-from peft_vit.runs.scheduling.plan import PlannedRun, spec_of, splits_of
+from peft_vit.runs.planned import PlannedRun
+from peft_vit.runs.scheduling.plan import spec_of, splits_of
 
 _NEVER_S = 1e9
 _POLL_S = 0.5
-_UNKNOWN = Estimate(0.0, 0, "estimate")
+_UNKNOWN = RunCost(0.0, 0, "estimate")
 _STEPS = 3  # of a run that a throughput is measured by; the first one counts as part of the start
 _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
 _FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
@@ -34,7 +35,7 @@ _SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
 Seen = list[tuple[Progress, float]]  # what a run told, and when
 
 
-def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, Costs]:
+def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, MeasuredCosts]:
     """Measure, keep and return what runs of some kinds cost, one after the other.
 
     A kind that fails is reported and left out.
@@ -56,7 +57,7 @@ def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> d
     return measured
 
 
-def costs_of(record: RunRecord, seen: Seen) -> Costs:
+def costs_of(record: RunRecord, seen: Seen) -> MeasuredCosts:
     """Return a run's costs from its record, and from when it was heard of each step and each validation.
 
     The first step is left out of the mean: it also allocates what the others find, and counts as part of the start.
@@ -69,7 +70,7 @@ def costs_of(record: RunRecord, seen: Seen) -> Costs:
     step_s = sum(steps) / len(steps)
     image_s = sum(evaluations) / len(evaluations) / record.split_sizes["validation"]
     many_times = len(record.steps) * step_s + sum(evaluations) + record.split_sizes["test"] * image_s
-    return Costs(
+    return MeasuredCosts(
         start_s=max(0.0, record.seconds - many_times),
         step_s=step_s,
         image_s=image_s,
@@ -109,13 +110,13 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
 def measure_throughput(
     study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, log: Callable[[str], None]
 ) -> Throughput:
-    """Measure what runs of a study cost; where not even one experiment could be measured, estimate it by arithmetic.
+    """Measure what runs of a study's one experiment cost; where not even that could be done, estimate it by arithmetic.
 
-    All experiments are measured at the study's size, then at the smallest that makes sense, as long as there is time.
-    Nothing is kept.
+    It is measured at the study's size, then at the smallest that makes sense, as long as there is time. Nothing is
+    kept.
 
     Args:
-        study: of experiments that take steps.
+        study: of an experiment that takes steps.
         index: its images.
         workload: of the study.
         budget_s: seconds until the measurement ends, whatever it has found.
@@ -123,22 +124,26 @@ def measure_throughput(
     """
     ends_at = time.monotonic() + budget_s
     log(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
-    estimated = Throughput.estimated(workload.product_rate())
-    probes: dict[str, list[Probe]] = {}
+    estimated = workload.throughput()
+    probes: list[StepTiming] = []
     process_s = 0.0
+    size_step, whole = workload.shape.size_step, study.data.image_size
+    smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
     with _executor() as executor:
-        for name, spec, products, image_products in _few_steps(study, index, workload, estimated):
+        for image_size in dict.fromkeys((whole, min(whole, smallest))):
+            kind, shape = _few_steps(study, index, image_size, estimated)
             started = time.monotonic()
             try:
-                record, seen = _carried_out(spec, executor, ends_at)
+                record, seen = _carried_out(kind, executor, ends_at)
             except (TimeoutError, UserError):  # of a broken image, which the study itself will name
                 break
             if record.status != "done":
-                log(f"{name} could not be measured ({record.error})")
+                log(f"{study.experiments[0].name} could not be measured ({record.error})")
                 continue
             if not probes:
                 process_s = max(0.0, time.monotonic() - started - record.seconds)
-            probes.setdefault(name, []).append(Probe(products, image_products, costs_of(record, seen)))
+            products = experiment_products(kind.experiment, shape, kind.experiment.training.batch_size)
+            probes.append(StepTiming(products, shape.multiply_adds, costs_of(record, seen)))
     if probes:
         return Throughput.measured(probes, process_s)
     log("timing failed; estimating from matmul speed")
@@ -146,36 +151,23 @@ def measure_throughput(
 
 
 def _few_steps(
-    study: StudyConfig, index: ImageIndex, workload: Workload, estimated: Throughput
-) -> Iterator[tuple[str, RunSpec, float, int]]:
-    """Yield each experiment's name and calibration run, at the study's size, then smaller, and what it multiplies."""
-    splits = splits_of(index, study)[study.seeds[0]]
-    size_step = workload.shape.size_step
-    smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
-    for image_size in dict.fromkeys((study.data.image_size, min(study.data.image_size, smallest))):
-        shape = describe(study.backbone, image_size)
-        for place, experiment in enumerate(study.experiments):
-            batch_size = experiment.training.batch_size
-            image_products = experiment_products(experiment, shape, 1)
-            while batch_size > 1 and estimated.step.at(batch_size * image_products) > _LONGEST_STEP_S:
-                batch_size //= 2
-            training = experiment.training.with_batch_size(batch_size)
-            spec = spec_of(study, place, study.seeds[0])
-            changes = {
-                "experiment": experiment.model_copy(update={"training": training}),
-                "data": spec.data.model_copy(update={"image_size": image_size}),
-                "measures": MeasuresConfig(),
-            }
-            small = calibration_run(
-                spec.model_copy(update=changes),
-                experiment.total_steps(len(splits.train)),
-                shape,
-                index,
-                splits,
-                at_most=_STEPS,
-                evaluated=max(2, batch_size),
-            )
-            yield experiment.name, small, batch_size * image_products, shape.multiply_adds
+    study: StudyConfig, index: ImageIndex, image_size: int, estimated: Throughput
+) -> tuple[RunSpec, BackboneShape]:
+    """Return the calibration run of a study's experiment at a size, of a batch that does not take too long."""
+    (experiment,), seed = study.experiments, study.seeds[0]
+    splits, shape = splits_of(index, study)[seed], describe(study.backbone, image_size)
+    batch_size = experiment.training.batch_size
+    while batch_size > 1 and estimated.step.at(experiment_products(experiment, shape, batch_size)) > _LONGEST_STEP_S:
+        batch_size //= 2
+    spec = spec_of(study, 0, seed)
+    changes = {
+        "experiment": experiment.model_copy(update={"training": experiment.training.with_batch_size(batch_size)}),
+        "data": spec.data.model_copy(update={"image_size": image_size}),
+        "measures": MeasuresConfig(),
+    }
+    steps = experiment.total_steps(len(splits.train))
+    whole, most = spec.model_copy(update=changes), max(2, batch_size)
+    return calibration_run(whole, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
 
 
 @contextmanager

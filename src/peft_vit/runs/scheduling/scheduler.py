@@ -6,7 +6,6 @@ between loses nothing: what is left over beside a result is removed when the stu
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 from collections import Counter
@@ -18,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from peft_vit.base.errors import UserError, printable
-from peft_vit.base.files import checkpoint_folders, folder_below, write_whole
+from peft_vit.base.files import checkpoint_folders, folder_below, remove_any, write_whole
 from peft_vit.core.config import StudyConfig
 from peft_vit.core.records import Failure, RunRecord, StudyFile
 from peft_vit.runs.executors import (
@@ -43,8 +42,8 @@ from peft_vit.runs.records.storage import (
 )
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
+    from peft_vit.runs.planned import Plan, PlannedRun
     from peft_vit.runs.scheduling.deadline import Deadline
-    from peft_vit.runs.scheduling.plan import Plan, PlannedRun
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
 _POLL_S = 0.2
@@ -310,10 +309,7 @@ class StudyStore:
         folder = self.folder / run
         left_over = [path for path in folder.iterdir() if path.name.startswith(_TEMPORARY)]
         for path in (*checkpoint_folders(folder).values(), *left_over):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)  # at worst some disk stays in use
-            else:
-                path.unlink(missing_ok=True)
+            remove_any(path)
 
 
 # --- study.json ---

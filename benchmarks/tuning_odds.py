@@ -1,7 +1,7 @@
 """How often what `peft_vit.base.statistics.odds` says is right, over simulated tunings with known truths.
 
-    .venv/bin/python -m experiments.calibration.scripts.tuning_odds
-    .venv/bin/python -m experiments.calibration.scripts.tuning_odds --table
+    .venv/bin/python benchmarks/tuning_odds.py
+    .venv/bin/python benchmarks/tuning_odds.py --table
 
 The first simulates for half a minute and writes the result; both fill docs/explanation/tuning.md from it.
 
@@ -37,9 +37,9 @@ from scipy import special
 
 from peft_vit.base.statistics.odds import ModelChoice, choose_model, means_of_images
 
-FOLDER = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parent
 RESULT = FOLDER / "results" / "tuning_odds.json"
-DOCUMENT = FOLDER.parents[1] / "docs" / "explanation" / "tuning.md"
+DOCUMENT = FOLDER.parent / "docs" / "explanation" / "tuning.md"
 MARK = "tuning-odds"
 MARGIN, FOLDS, TUNINGS, SEED = 0.01, 5, 400, 20261129
 TRUTHS: dict[str, float | None] = {

@@ -7,12 +7,13 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.base.statistics import gini, normalized_entropy
+from experiments.hypotheses.measures import Evidence
+from experiments.hypotheses.registry import find, load_registry
+from experiments.scripts.concentration import gini, normalized_entropy
 from peft_vit.core.config import ExperimentConfig
 from peft_vit.core.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness
-from peft_vit.lab.analysis.evidence import Evidence
-from peft_vit.lab.analysis.findings import Finding, find
+from peft_vit.lab.analysis.findings import Finding
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -22,7 +23,7 @@ SITES = planted.sites()
 
 
 def findings_of(records: list[RunRecord]) -> tuple[Finding, ...]:
-    return find(Evidence(planted.study_of(records)))
+    return find([Evidence(planted.study_of(records))], load_registry(), "planted", several=False)
 
 
 def found(records: list[RunRecord], sentence: str) -> list[Finding]:

@@ -8,7 +8,7 @@ What is planted is the true accuracy of every recipe. Recipe c has image i right
 z of the image, the same for all recipes, e of the image and recipe, u of every run, t of the recipe and the training
 images, which all its folds share, all standard normal.
 
-    .venv/bin/python -m experiments.calibration.scripts.simulated_tunings --tunings 100
+    .venv/bin/python benchmarks/simulated_tunings.py --tunings 100
 """
 
 from __future__ import annotations

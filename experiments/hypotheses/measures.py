@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.base.statistics import mean_interval, spearman
+from experiments.scripts.concentration import gini, normalized_entropy
+from peft_vit.base.statistics import spearman
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, together
 from peft_vit.core.config import ExperimentConfig
 from peft_vit.lab.analysis.comparison import Value, accuracy_on_test, compare, references, same_problem, same_source
-from peft_vit.lab.analysis.layers import Allocation, allocations, fixed_lora_line, rank_entropy, rank_gini
+from peft_vit.lab.analysis.findings import estimated
+from peft_vit.lab.analysis.layers import Allocation, allocations, fixed_lora_line
 from peft_vit.lab.analysis.quantization import (
     FLOAT32_BITS,
     QuantizationImpact,
@@ -185,12 +187,6 @@ def joined(values: Iterable[object]) -> str:
 # --- one value a run --------------------------------------------------------------------------------------------------
 
 Measure = Callable[[Evidence, Group], tuple[Estimate, ...]]
-
-
-def estimated(name: str, by_seed: Mapping[Any, float], **more: Any) -> Estimate:
-    """Return an estimate of the mean of values."""
-    interval = mean_interval(list(by_seed.values())) if by_seed else None
-    return Estimate(name=name, by_seed=by_seed, interval=interval, **more)
 
 
 def of_runs(subject: Subject, by_seed: Mapping[int, float | None], without: str) -> Estimate:
@@ -390,8 +386,25 @@ def query_over_mean(run: Run) -> float | None:
 
 def _by_matrix(run: Run) -> dict[str, list[int]]:
     """Return matrix type -> final ranks of its sites."""
-    final = run.final_ranks()
+    final = final_ranks(run)
     return grouped((site.matrix, final[site.name]) for site in run.adapted_sites())
+
+
+def final_ranks(run: Run) -> dict[str, int]:
+    """Return adapted site -> rank at the end of the run; one that the last entry leaves out has rank 0."""
+    return {site.name: run.record.rank_history[-1].ranks.get(site.name, 0) for site in run.adapted_sites()}
+
+
+def rank_gini(run: Run) -> float | None:
+    """Return how concentrated a run's final ranks are; None without ranks on two sites."""
+    ranks = list(final_ranks(run).values())
+    return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
+def rank_entropy(run: Run) -> float | None:
+    """Return how even a run's final ranks are, over the largest entropy; None without ranks on two sites."""
+    ranks = list(final_ranks(run).values())
+    return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
 
 
 _spread = each_run("without ranks on two modules", "rank_history")

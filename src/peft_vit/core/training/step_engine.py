@@ -1,0 +1,119 @@
+"""What makes one step of training: its loss, and all that lets it need less time or memory and leaves its result alone.
+
+That is lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block,
+blocks and codes that the backward pass computes again, clipping, and a temperature of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters import remember_sources
+from peft_vit.core.backbones import Backbone, apply_temperature, freeze_batch_norm
+from peft_vit.core.backbones.passes import class_token_alone
+from peft_vit.core.config import TrainingConfig
+from peft_vit.core.training.halves import loss_in_halves, takes_halves
+from peft_vit.core.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig
+from peft_vit.core.training.images import Data
+from peft_vit.core.training.metrics import autocast
+from peft_vit.core.training.optimization import StepOutcome, blocks_of, loss_weights, optimization_step, recomputed
+
+
+class StepEngine:
+    """Makes steps of a model on batches; what they depend on is in the model and its optimiser.
+
+    Args:
+        model: with adapters attached, on the runtime's device.
+        data: whose task and class counts make the loss.
+        config: of the training.
+        runtime: device, precision and normalisation.
+
+    Raises:
+        UserError: if a `memory_limit` has not been replaced by what keeps within it.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, config: TrainingConfig, runtime: RuntimeConfig) -> None:
+        if config.is_undecided:
+            message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
+            raise UserError(message, field="training.memory_limit")
+        self._model, self._data, self._config, self._runtime = model, data, config, runtime
+        self._weights = loss_weights(config, data, runtime.device)  # (classes,)
+        self._loss = partial(
+            data.task.loss, weights=self._weights, label_smoothing=config.label_smoothing, name=config.loss
+        )
+        self._temperature = 1.0
+        if config.activation_checkpointing in ("light", "adaptive") or config.compute == "int8":
+            remember_sources(model)  # codes of inputs take memory, which this gives back for a hundredth of the time
+        blocks = blocks_of(model)
+        self._recomputed = blocks[: config.recomputed_of(len(blocks))]
+        self._halves = takes_halves(model, runtime.device)
+
+    def begin(self, hooks: Sequence[Hook], seed: int, temperature: float, overhead: Overhead) -> None:
+        """Divide the head's logits by a temperature, a power of two, for the whole training, and let hooks begin."""
+        self._temperature = temperature
+        apply_temperature(Backbone(self._model).head, temperature)
+        calibration = Calibration(self._data, self._runtime, seed)
+        context = HookContext(calibration.batch, self._weights, self._loss, overhead=overhead)
+        for hook in hooks:
+            hook.begin(self._model, context)
+
+    @contextmanager
+    def without_temperature(self) -> Iterator[None]:
+        """For a while, let the head be as it was before `begin`, to the bit."""
+        head = Backbone(self._model).head
+        apply_temperature(head, 1 / self._temperature)
+        yield
+        apply_temperature(head, self._temperature)
+
+    def train_mode(self) -> None:
+        """Let the model be in training, but for statistics of batches."""
+        self._model.train()
+        freeze_batch_norm(self._model)
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        images: Tensor,
+        labels: Tensor,
+        number: int,
+        hooks: Sequence[Hook],
+        overhead: Overhead,
+    ) -> StepOutcome:
+        """Do one step, see `optimization_step`.
+
+        Args:
+            optimizer: of the model's trainable parameters.
+            images: (B, 3, S, S).
+            labels: (B,), or shares of each class (B, classes).
+            number: of this step, from 1.
+            hooks: what the method does around it.
+            overhead: takes the seconds of the hooks.
+        """
+        losses, clip_norm = self._losses(images, labels), self._config.clip_norm
+        return optimization_step(
+            self._model, optimizer, losses, number, hooks=hooks, clip_norm=clip_norm, overhead=overhead
+        )
+
+    def _losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
+        """Yield what each micro-batch of M images has in the loss of its batch of B: its own mean, times M / B.
+
+        The last batch of an epoch may be smaller, and its last micro-batch too.
+        """
+        device, at_once = self._runtime.device, self._config.images_at_once
+
+        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
+            with autocast(device, self._runtime.precision):
+                logits = self._model(x.to(device))  # (M, classes)
+            mean = self._loss(logits.float(), targets.to(device))
+            return mean * (len(x) / len(images))
+
+        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
+            with class_token_alone(self._model), recomputed(self._recomputed):
+                loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
+            yield loss

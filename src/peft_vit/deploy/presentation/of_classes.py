@@ -1,0 +1,59 @@
+"""One class an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from peft_vit.base.statistics import prediction_sets, probabilities
+from peft_vit.core.records import Calibrated
+from peft_vit.core.tasks import CLASSIFICATION, Meaning
+from peft_vit.core.tasks.metric import Outputs
+from peft_vit.deploy.presentation.presentation import Presentation, Rows, answer, ranked
+
+
+class Classes(Presentation):
+    """See `Presentation`."""
+
+    task = CLASSIFICATION
+    promise = (
+        "Prediction sets",
+        "Sets that hold the class",
+        "Classes in a set",
+        "On the test images, which chose nothing. `predict --coverage` gives such sets: the classes that an image may "
+        "be of. They hold about as often as asked.",
+    )
+    holds = "The set at {0:g} % holds the true class of about {0:g} in 100 images"
+
+    def answers(
+        self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> Rows:
+        """Return the most probable classes, and with a coverage the set of those that the image may be of."""
+        calibrated = cast("Calibrated | None", meaning)
+        p = probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
+        inside = np.zeros(p.shape, dtype=bool)
+        if coverage is not None and calibrated is not None:
+            inside = prediction_sets(p, calibrated.threshold(coverage))
+        told = []
+        for own, within in zip(p, inside, strict=True):
+            labels, names_within = (
+                ranked(names, own),
+                {name for name, is_in in zip(names, within, strict=True) if is_in},
+            )
+            told.append(answer(labels, top, classes=tuple(named for named in labels if named[0] in names_within)))
+        return told
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return the temperature, and the threshold of sets."""
+        calibrated = cast("Calibrated | None", meaning)
+        sets = None
+        if calibrated is not None and coverage is not None:
+            sets = {"coverage": coverage, "threshold": calibrated.threshold(coverage)}
+        return {
+            "says": "which of {} classes it is of",
+            "kind": "classes",
+            "temperature": 1.0 if calibrated is None else calibrated.temperature,
+            "set": sets,
+        }

@@ -1,0 +1,35 @@
+"""How the shares of `shares_task.py` are shown: as classes are, so a browser knows how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.core.tasks import TASKS, Meaning
+from peft_vit.deploy.presentation.presentation import Presentation, Said, answer, ranked
+
+
+class Shares(Presentation):
+    """See `Presentation`."""
+
+    task = TASKS["shares"]
+    linear = "least squares fit"
+    promise = ("", "", "", "")
+
+    def answers(
+        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> list[dict[str, Any]]:
+        """Return the largest shares."""
+        return [answer(ranked(names, own), top) for own in self.task.predicted(outputs)]
+
+    def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
+        """Return that outputs are as classes' are."""
+        return {"says": "shares of {}", "kind": "classes", "temperature": 1.0, "set": None}
+
+    def rows(self, said: Said) -> list[dict[str, Any]]:
+        """Return the mean of each share, in truth and as predicted."""
+        pairs = zip(said.names, said.labels.mean(0).tolist(), said.predicted.mean(0).tolist(), strict=True)
+        return [{"Share": name, "Mean": true, "Predicted": predicted} for name, true, predicted in pairs]
