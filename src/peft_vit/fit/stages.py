@@ -56,8 +56,7 @@ from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, take_in
 from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of, shared_training
 from peft_vit.fit.regressions import sizes_to_try
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace
-from peft_vit.runs.costs.time_limit import fit as first_within
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, first_that_fits
 from peft_vit.runs.machine import cpu_count
 
 # --- look, machine ----------------------------------------------------------------------------------------------------
@@ -613,7 +612,7 @@ def times_longer(fit: Fit, recipe: Recipe) -> float:
     longest = LENGTHS[0] if gains_by_steps(fit.frame, recipe) else 1.0
     options = [times for times in LENGTHS if 1 < times <= longest]
     few = [times for times in options if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
-    possible = first_within(few, partial(fit.ending_s, recipe), fit.limit.left_s)
+    possible = first_that_fits(few, partial(fit.ending_s, recipe), fit.limit.left_s)
     shorter = (times for times in LENGTHS if times <= 1 and fit.ends_in_time(recipe, times))
     return max(possible or next(shorter, SHORTEST), fit.longest_done(recipe, longest))
 

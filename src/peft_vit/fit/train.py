@@ -55,8 +55,14 @@ from peft_vit.fit.outcomes import ByFolds, known_by_folds
 from peft_vit.fit.regressions import Regression, sizes_to_try, try_sizes
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.costs.estimate import Throughput, kept_values, product_rates
-from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, images_to_test, validate_every
-from peft_vit.runs.costs.time_limit import fit as first_within
+from peft_vit.runs.costs.time_limit import (
+    ENOUGH_STEPS,
+    FEWEST_FOLDS,
+    FOLDS,
+    first_that_fits,
+    images_to_test,
+    validate_every,
+)
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.runs.records.progress import StudyLock, study_lock
 from peft_vit.runs.records.storage import (
@@ -470,7 +476,7 @@ class Forecast:
             return self.seconds(shape, steps) if self._fits_memory(shape) else math.inf
 
         sizes = sizes_to_try(architecture_of(self.backbone))[::-1]
-        return first_within(sizes, seconds, self.limit_s) or sizes[-1]
+        return first_that_fits(sizes, seconds, self.limit_s) or sizes[-1]
 
     def most_promising(self, trials: Mapping[int, Regression], side: float) -> int:
         """Return the size where a regression, and what training adds to it in the steps that fit, promise most.
@@ -504,7 +510,7 @@ class Forecast:
 
     def _steps_in_time(self, shape: BackboneShape) -> int | None:
         options = range(_MOST_STEPS, _LEAST_STEPS - 1, -_STEPS_APART)
-        return first_within(options, lambda some: self.seconds(shape, some), self.limit_s)
+        return first_that_fits(options, lambda some: self.seconds(shape, some), self.limit_s)
 
     def _recomputed(self, shape: BackboneShape) -> int:
         blocks = len(shape.values_by_block)

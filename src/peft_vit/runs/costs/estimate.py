@@ -259,7 +259,9 @@ class EstimateRequest:
     taken: MeasuredCost | None
 
 
-MeasureSteps = Callable[[Mapping[str, RunSpec]], Mapping[str, MeasuredCosts]]  # calibration runs by a name to show; some may fail
+MeasureSteps = Callable[
+    [Mapping[str, RunSpec]], Mapping[str, MeasuredCosts]
+]  # calibration runs by a name to show; some may fail
 
 
 def estimate_runs(

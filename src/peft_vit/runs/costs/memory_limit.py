@@ -225,9 +225,9 @@ MeasureStep = Callable[[RunSpec], StepCost | None]  # of a run of a few steps; N
 
 
 def with_decided(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
-    """Return a study with what is decided of each undecided experiment's training; `decide_memory` gets its place too."""
+    """Return a study with what is decided of each undecided experiment's training; `decide` gets its place too."""
     experiments = [
-        experiment.model_copy(update={"training": decide_memory(place, experiment)})
+        experiment.model_copy(update={"training": decide(place, experiment)})
         if experiment.training.is_undecided
         else experiment
         for place, experiment in enumerate(study.experiments)

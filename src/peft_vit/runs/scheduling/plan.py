@@ -32,8 +32,15 @@ from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
 from peft_vit.runs import kept_products
 from peft_vit.runs.costs.calibration_run import calibration_run
-from peft_vit.runs.costs.estimate import EstimateRequest, MeasureSteps, MeasuredCost, Workload, estimate_runs
-from peft_vit.runs.costs.memory_limit import MemoryChoice, MeasureStep, as_begun, decide_memory, unmeasured, with_decided
+from peft_vit.runs.costs.estimate import EstimateRequest, MeasuredCost, MeasureSteps, Workload, estimate_runs
+from peft_vit.runs.costs.memory_limit import (
+    MeasureStep,
+    MemoryChoice,
+    as_begun,
+    decide_memory,
+    unmeasured,
+    with_decided,
+)
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
