@@ -41,7 +41,7 @@ from peft_vit.runs.records.progress import study_lock  # noqa: E402
 from peft_vit.runs.records.scan import read_records  # noqa: E402
 from peft_vit.runs.records.storage import run_folder  # noqa: E402
 from peft_vit.runs.records.storage import write_record as write_run  # noqa: E402
-from peft_vit.runs.scheduling.display import Watch  # noqa: E402
+from peft_vit.runs.scheduling.display import StudyProgress  # noqa: E402
 from peft_vit.runs.scheduling.plan import Plan, PlannedRun, plan_study  # noqa: E402
 from peft_vit.runs.scheduling.scheduler import drive  # noqa: E402
 
@@ -184,7 +184,7 @@ class OtherEnd:
 def drive_other_end(pipe: Connection, config: StudyConfig, folder: Path) -> None:
     """Be the driver: progress, results, and plain lines for a person."""
     plan = planned(config, folder)
-    with study_lock(folder / config.name) as lock, Watch(plan, console=Console(file=io.StringIO())) as watch:
+    with study_lock(folder / config.name) as lock, StudyProgress(plan, console=Console(file=io.StringIO())) as watch:
         drive(plan, lock, lambda: OtherEnd(pipe), watch.on_event)
 
 

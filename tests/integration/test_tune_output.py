@@ -213,7 +213,7 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     tuned = peft_vit.tune("photos", output=str(output), model=["test_vit"], image_size=28, seed=3, **limits)
     limited = {"max_bytes": 16_000_000, "max_latency": 0.05, "minutes": 5}
     limited |= {"models": ("test_vit",), "image_sizes": (28,), "seed": 3}
-    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), events.show)
+    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), events.print_event)
     assert tuned.choice is choice
     assert tuned.classifier.card.run == f"final-tiny_pool-32/{choice.recipe.trained.name}/seed_0"
     first, test, size = repr(tuned).splitlines()

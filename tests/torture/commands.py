@@ -139,11 +139,11 @@ def undisturbed(config: Path) -> dict[str, End]:
 def write_events(file: Path) -> None:
     """Have each start, step and end of a run appended to a file, one JSON object a line."""
     from peft_vit.runs.executors import RunEnded, RunProgress, RunStarted, StudyEvent
-    from peft_vit.runs.scheduling.display import Watch
+    from peft_vit.runs.scheduling.display import StudyProgress
 
-    show = Watch.on_event
+    show = StudyProgress.on_event
 
-    def on_event(watch: Watch, event: StudyEvent) -> None:
+    def on_event(watch: StudyProgress, event: StudyEvent) -> None:
         if isinstance(event, RunStarted | RunProgress | RunEnded):
             step = event.progress.step if isinstance(event, RunProgress) else None
             line = json.dumps({"event": type(event).__name__, "run": event.run.spec.name, "step": step})
@@ -151,7 +151,7 @@ def write_events(file: Path) -> None:
                 handle.write(f"{line}\n")
         show(watch, event)
 
-    Watch.on_event = on_event  # type: ignore[method-assign, assignment]
+    StudyProgress.on_event = on_event  # type: ignore[method-assign, assignment]
 
 
 def fork(action: Callable[[], None], log: Path) -> Command:

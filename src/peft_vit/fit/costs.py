@@ -25,8 +25,7 @@ from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe, lora, shared_training
 from peft_vit.fit.regressions import images_to_compare
 from peft_vit.runs.costs.estimate import Throughput
-from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, images_to_test
-from peft_vit.runs.costs.time_limit import fit as first_within
+from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, first_that_fits, images_to_test
 from peft_vit.runs.held_out import MOST_KNOWN
 from peft_vit.runs.scheduling.plan import decide_precision, splits_of, workload_of
 
@@ -171,10 +170,10 @@ class FitCosts:
         """
         whole_s, options = self.fit.training_s, range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
         few, least_s = [steps for steps in options if steps <= ENOUGH_STEPS], partial(self.least_s, model, image_size)
-        most = first_within(options, partial(least_s, FOLDS, LONGEST), whole_s) or 0
+        most = first_that_fits(options, partial(least_s, FOLDS, LONGEST), whole_s) or 0
         if most >= ENOUGH_STEPS:
             return most, LONGEST
-        fewer = ((first_within(few, partial(least_s, FEWEST_FOLDS, longer), whole_s), longer) for longer in _LONGER)
+        fewer = ((first_that_fits(few, partial(least_s, FEWEST_FOLDS, longer), whole_s), longer) for longer in _LONGER)
         return next(((steps, longer) for steps, longer in fewer if steps), (0, 1.0))
 
     def least_s(self, model: str, image_size: int, folds: int, longer: float, steps: int) -> float:

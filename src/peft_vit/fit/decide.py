@@ -14,7 +14,7 @@ from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_twice
 from peft_vit.base.statistics.odds import Odds, choose_model
 from peft_vit.core.tasks import expected_gain
-from peft_vit.fit.outcomes import Frame
+from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
 
@@ -76,13 +76,13 @@ def gain_over(observed: Mapping[int, float], other: int, own: int, steps: int, i
 # --- recipes on folds -------------------------------------------------------------------------------------------------
 
 
-def clearly_better(frame: Frame, recipe: Recipe, other: Recipe, errors: float = 1.0) -> bool:
+def clearly_better(frame: FoldResults, recipe: Recipe, other: Recipe, errors: float = 1.0) -> bool:
     """Tell whether a recipe is better than another by more than so many standard errors, on the same folds."""
     difference, error = frame.paired(recipe, other) or (0.0, 0.0)
     return difference > errors * error
 
 
-def best_of(frame: Frame, recipes: Sequence[Recipe]) -> Recipe:
+def best_of(frame: FoldResults, recipes: Sequence[Recipe]) -> Recipe:
     """Return the best of some recipes; the first one, unless another is better by more than luck would make it."""
     default, *others = [recipe for recipe in recipes if frame.seeds(recipe)] or recipes
     luckiest = math.sqrt(2 * math.log(max(2, len(others))))  # of so many standard normal variables, about
@@ -90,13 +90,13 @@ def best_of(frame: Frame, recipes: Sequence[Recipe]) -> Recipe:
     return max(better, key=lambda recipe: standing(frame, recipe), default=default)
 
 
-def standing(frame: Frame, recipe: Recipe) -> float:
+def standing(frame: FoldResults, recipe: Recipe) -> float:
     """Return how a recipe stands: by the most folds first, then by its value on them; below 0 without any."""
     seeds = frame.seeds(recipe)
     return len(seeds) + math.atan(frame.value(recipe, seeds) or 0.0) / math.pi + 0.5 if seeds else -1.0
 
 
-def gains_by_steps(frame: Frame, recipe: Recipe) -> bool:
+def gains_by_steps(frame: FoldResults, recipe: Recipe) -> bool:
     """Tell whether more steps gain: as folds show with twice of them, else as half of them or none let expect."""
     own = recipe.plain
     twice, half = frame.paired(replace(own, steps=2 * own.steps), own), frame.paired(own, own.half)
@@ -109,7 +109,7 @@ def gains_by_steps(frame: Frame, recipe: Recipe) -> bool:
     return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
 
 
-def gain_of_steps(frame: Frame, recipe: Recipe) -> Interval | None:
+def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:
     """Return what twice the steps would bring, a share; None: half of them were not tried on the same folds."""
     trained = recipe.trained
     seeds = [seed for seed in frame.seeds(trained.half) if seed in frame.rows[trained]]

@@ -30,4 +30,4 @@ class Message:
 
 FitEvent = StageBegan | Message
 Emit = Callable[[FitEvent], None]
-show = partial(print, flush=True)  # an event as a line of a terminal
+print_event = partial(print, flush=True)  # an event as a line of a terminal

@@ -42,7 +42,7 @@ from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.costs import LENGTHS, FitCosts
 from peft_vit.fit.events import Emit, Message, StageBegan
 from peft_vit.fit.intake import LabelledSet
-from peft_vit.fit.outcomes import EveryRunFailedError, Frame, Only, Outcome, Outcomes, StudyRunner
+from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Only, Outcome, Outcomes, StudyRunner
 from peft_vit.fit.recipe import Recipe, shared_training
 from peft_vit.fit.regressions import Regression, regress
 from peft_vit.fit.request import TuneRequest
@@ -261,11 +261,11 @@ class Fit:
 
     images: LabelledSet = field(init=False)
     costs: FitCosts = field(init=False)
-    frame: Frame = field(init=False)
+    frame: FoldResults = field(init=False)
 
     def begin(self, images: LabelledSet) -> None:
         """Take in the images that everything is fitted to."""
-        self.images, self.frame = images, Frame(images.scores)
+        self.images, self.frame = images, FoldResults(images.scores)
         self._run = self.environment.make_runner(self)
 
     @property

@@ -126,7 +126,7 @@ _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many image
 
 
 @dataclass
-class Frame:
+class FoldResults:
     """What recipes came to on folds, by recipe and seed: seed s tests fold s % FOLDS of repetition s // FOLDS.
 
     Recipes that are rounded after training have rows of their own.

@@ -56,8 +56,7 @@ from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, take_in
 from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of, shared_training
 from peft_vit.fit.regressions import sizes_to_try
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace
-from peft_vit.runs.costs.time_limit import fit as first_within
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, first_that_fits
 from peft_vit.runs.machine import cpu_count
 
 # --- look, machine ----------------------------------------------------------------------------------------------------
@@ -399,7 +398,7 @@ RATES = (DEFAULT_RATE, 3 * DEFAULT_RATE, 3e-4)  # in the order in which time goe
 _GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-def wished(sizes: Sequence[SizeResult]) -> list[Recipe]:
+def candidate_recipes(sizes: Sequence[SizeResult]) -> list[Recipe]:
     """Return what is worth a try, the likeliest first: the default, then what differs from it in one thing, in two, ...
 
     Args:
@@ -421,16 +420,16 @@ def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Re
         sizes: at which LoRA is trained, the most promising first, at least one.
         limit: when the search ends, but for the default on its first fold.
     """
-    recipes, frame = wished(sizes), fit.frame
+    recipes, frame = candidate_recipes(sizes), fit.frame
     count = 1
-    while count < len(recipes) and _bracket_s(fit, recipes[: count + 1]) <= limit.left_s:
+    while count < len(recipes) and _bracket_seconds(fit, recipes[: count + 1]) <= limit.left_s:
         count += 1
     tried, left = recipes[:count], recipes[count:]
     if len(tried) > 1:
         fit.tell(f"  {len(tried)} recipes of LoRA by successive halving over folds")
-        _halve(fit, tried, limit)
+        _successive_halving(fit, tried, limit)
     best = best_of(frame, tried)
-    while (further := _beyond(fit, best, tried)) is not None:
+    while (further := _extend_grid(fit, best, tried)) is not None:
         seeds = frame.seeds(best)
         if not seeds or fit.seconds(further, seeds) > limit.left_s:
             left.insert(0, further)
@@ -442,7 +441,7 @@ def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Re
     return sorted(tried, key=lambda recipe: (recipe != best, -standing(frame, recipe))), left
 
 
-def _bracket_s(fit: Fit, recipes: Sequence[Recipe]) -> float:
+def _bracket_seconds(fit: Fit, recipes: Sequence[Recipe]) -> float:
     """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
     going, seconds = list(recipes), 0.0
     for seed in range(FOLDS):
@@ -451,7 +450,7 @@ def _bracket_s(fit: Fit, recipes: Sequence[Recipe]) -> float:
     return seconds
 
 
-def _halve(fit: Fit, recipes: Sequence[Recipe], limit: Limit) -> None:
+def _successive_halving(fit: Fit, recipes: Sequence[Recipe], limit: Limit) -> None:
     """Give the next fold to the better half of what had the last one, and to the first recipe."""
     going = list(recipes)
     for seed in range(FOLDS):
@@ -464,7 +463,7 @@ def _halve(fit: Fit, recipes: Sequence[Recipe], limit: Limit) -> None:
         going = [recipe for recipe in done if recipe in better or recipe == recipes[0]]
 
 
-def _beyond(fit: Fit, best: Recipe, tried: Sequence[Recipe]) -> Recipe | None:
+def _extend_grid(fit: Fit, best: Recipe, tried: Sequence[Recipe]) -> Recipe | None:
     """Return what lies beyond the best at an end of what was tried, and is not tried yet; None: nothing."""
     rates = sorted(recipe.rate for recipe in tried if replace(recipe, rate=best.rate) == best)
     options = []
@@ -613,7 +612,7 @@ def times_longer(fit: Fit, recipe: Recipe) -> float:
     longest = LENGTHS[0] if gains_by_steps(fit.frame, recipe) else 1.0
     options = [times for times in LENGTHS if 1 < times <= longest]
     few = [times for times in options if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
-    possible = first_within(few, partial(fit.ending_s, recipe), fit.limit.left_s)
+    possible = first_that_fits(few, partial(fit.ending_s, recipe), fit.limit.left_s)
     shorter = (times for times in LENGTHS if times <= 1 and fit.ends_in_time(recipe, times))
     return max(possible or next(shorter, SHORTEST), fit.longest_done(recipe, longest))
 

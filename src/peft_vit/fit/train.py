@@ -49,14 +49,20 @@ from peft_vit.fit.calls import (
     write_sizes,
 )
 from peft_vit.fit.decide import gain_over, posterior_by_size
-from peft_vit.fit.events import Emit, Message, show
+from peft_vit.fit.events import Emit, Message, print_event
 from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, named_files, refuse_among_images, take_in
 from peft_vit.fit.outcomes import ByFolds, known_by_folds
 from peft_vit.fit.regressions import Regression, sizes_to_try, try_sizes
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.costs.estimate import Throughput, kept_values, product_rates
-from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, images_to_test, validate_every
-from peft_vit.runs.costs.time_limit import fit as first_within
+from peft_vit.runs.costs.time_limit import (
+    ENOUGH_STEPS,
+    FEWEST_FOLDS,
+    FOLDS,
+    first_that_fits,
+    images_to_test,
+    validate_every,
+)
 from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.runs.records.progress import StudyLock, study_lock
 from peft_vit.runs.records.storage import (
@@ -92,7 +98,7 @@ _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 # --- the call ---------------------------------------------------------------------------------------------------------
 
 
-def train(request: TrainRequest, emit: Emit = show) -> TrainRun:
+def train(request: TrainRequest, emit: Emit = print_event) -> TrainRun:
     """Do one run on somebody's own images, in a folder of its own; the same call continues in its folder.
 
     Returns:
@@ -316,7 +322,7 @@ def open_images(
     """
     files = find_images(existing(str(request.images)), request.task).files
     own = None if files.is_test is None else sum(files.is_test)
-    forecast = Forecast(request, _share(request, *files.read(), own))
+    forecast = Forecast(request, _split_sizes(request, *files.read(), own))
     forecast.expected_s = forecast.sizes_in_time()
     sizes = list(forecast.expected_s) or [request.image_size or forecast.largest_size()]
     with PixelStore([] if request.smoke else sizes, interpolation_of(architecture_of(forecast.backbone))) as store:
@@ -345,10 +351,10 @@ class Counts:
 def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
     """Return how a folder's images are shared out."""
     own = None if index.official_test is None else int(index.official_test.sum())
-    return _share(request, index.class_names, index.labels, own)
+    return _split_sizes(request, index.class_names, index.labels, own)
 
 
-def _share(request: TrainRequest, names: Sequence[str], labels: np.ndarray, own: int | None) -> Counts:
+def _split_sizes(request: TrainRequest, names: Sequence[str], labels: np.ndarray, own: int | None) -> Counts:
     images, classes = len(labels), len(names)
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
@@ -470,7 +476,7 @@ class Forecast:
             return self.seconds(shape, steps) if self._fits_memory(shape) else math.inf
 
         sizes = sizes_to_try(architecture_of(self.backbone))[::-1]
-        return first_within(sizes, seconds, self.limit_s) or sizes[-1]
+        return first_that_fits(sizes, seconds, self.limit_s) or sizes[-1]
 
     def most_promising(self, trials: Mapping[int, Regression], side: float) -> int:
         """Return the size where a regression, and what training adds to it in the steps that fit, promise most.
@@ -504,7 +510,7 @@ class Forecast:
 
     def _steps_in_time(self, shape: BackboneShape) -> int | None:
         options = range(_MOST_STEPS, _LEAST_STEPS - 1, -_STEPS_APART)
-        return first_within(options, lambda some: self.seconds(shape, some), self.limit_s)
+        return first_that_fits(options, lambda some: self.seconds(shape, some), self.limit_s)
 
     def _recomputed(self, shape: BackboneShape) -> int:
         blocks = len(shape.values_by_block)

@@ -19,7 +19,7 @@ from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
 from peft_vit.fit import stages
 from peft_vit.fit.decide import ModelDecision, gain_of_steps
-from peft_vit.fit.events import Emit, show
+from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import LabelledSet
 from peft_vit.fit.outcomes import Outcome, meaning_on
@@ -29,7 +29,7 @@ from peft_vit.fit.stages import NO_TIME, SizeResult
 from peft_vit.runs.records.progress import study_lock
 
 
-def tune(request: TuneRequest, emit: Emit = show, environment: Environment | None = None) -> Tuning:
+def tune(request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None) -> Tuning:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
     Raises:

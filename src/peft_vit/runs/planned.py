@@ -11,7 +11,7 @@ from peft_vit.core.config import StudyConfig
 from peft_vit.core.records import RunSpec, StudyFile
 
 if TYPE_CHECKING:
-    from peft_vit.runs.costs.estimate import Estimate
+    from peft_vit.runs.costs.estimate import RunCost
     from peft_vit.runs.machine import ChosenPrecision
 
 
@@ -21,7 +21,7 @@ class PlannedRun:
 
     spec: RunSpec
     total_steps: int
-    estimate: Estimate
+    estimate: RunCost
     done: bool
 
 

@@ -12,14 +12,14 @@ from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Progress, steps_per_epoch
 from peft_vit.data import make_splits, open_index
 from peft_vit.runs.costs import calibration_run as calibration_runs
-from peft_vit.runs.costs.calibration_run import Costs, calibration_run, keep_costs, known_costs
+from peft_vit.runs.costs.calibration_run import MeasuredCosts, calibration_run, keep_costs, known_costs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.scheduling.plan import plan_study, spec_of
 from peft_vit.runs.scheduling.profiling import costs_of, measure_costs
 
 pytestmark = pytest.mark.part("runner")
 
-COSTS = Costs(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
+COSTS = MeasuredCosts(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
 
 
 def run_of(config, place: int = 0, **training) -> RunSpec:

@@ -10,17 +10,24 @@ from written_runs import run_and_write
 
 from peft_vit.core.backbones import describe
 from peft_vit.data import open_index
-from peft_vit.runs.costs.calibration_run import Costs, keep_costs
-from peft_vit.runs.costs.estimate import EstimateRequest, Line, Probe, Throughput, Workload, experiment_products
+from peft_vit.runs.costs.calibration_run import MeasuredCosts, keep_costs
+from peft_vit.runs.costs.estimate import (
+    CostLine,
+    EstimateRequest,
+    StepTiming,
+    Throughput,
+    Workload,
+    experiment_products,
+)
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
-from peft_vit.runs.costs.time_limit import fit, makespan
+from peft_vit.runs.costs.time_limit import first_that_fits, makespan
 from peft_vit.runs.records.storage import write_record
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_throughput
 
 pytestmark = pytest.mark.part("runner")
 
-COSTS = Costs(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
+COSTS = MeasuredCosts(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
 
 
 @pytest.fixture(autouse=True)
@@ -126,9 +133,9 @@ def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
 # --- times from a few measured steps ---
 
 
-def probe(start_s: float, step_products: float, step_s: float, image_products: int, image_s: float) -> Probe:
-    costs = Costs(start_s=start_s, step_s=step_s, image_s=image_s, peak_memory_bytes=1, images=1)
-    return Probe(step_products, image_products, costs)
+def probe(start_s: float, step_products: float, step_s: float, image_products: int, image_s: float) -> StepTiming:
+    costs = MeasuredCosts(start_s=start_s, step_s=step_s, image_s=image_s, peak_memory_bytes=1, images=1)
+    return StepTiming(step_products, image_products, costs)
 
 
 def test_a_line_of_seconds() -> None:
@@ -139,7 +146,7 @@ def test_a_line_of_seconds() -> None:
         ([(40, 0.5), (16, 0.1)], 80, 1.0),  # nor begin below 0
         ([(40, 0.0), (16, 0.0)], 80, 0.0),
     ):
-        assert Line.through(points).at(x) == pytest.approx(seconds)
+        assert CostLine.through(points).at(x) == pytest.approx(seconds)
 
 
 def test_steps_and_images_lie_on_lines_through_what_was_measured() -> None:
@@ -160,8 +167,8 @@ def test_a_step_counts_its_passes_and_blocks_that_are_computed_again(study) -> N
 
 
 def test_the_first_that_fits_is_taken() -> None:
-    assert fit([3, 2, 1], float, 2.0) == 2
-    assert fit([3, 2], float, 1.0) is None
+    assert first_that_fits([3, 2, 1], float, 2.0) == 2
+    assert first_that_fits([3, 2], float, 1.0) is None
 
 
 def simulated(seconds: list[float], workers: int, busy: list[float]) -> float:
@@ -194,7 +201,7 @@ def measured(config, image_size: int, budget_s: float, told: list[str]) -> Throu
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_real_steps_are_measured_at_two_sizes(study, monkeypatch, method) -> None:
-    seen: list[Probe] = []
+    seen: list[StepTiming] = []
     monkeypatch.setattr(Throughput, "measured", lambda probes, _: seen.extend(probes))
     config = study(method, epochs=20)
     config = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 64})})

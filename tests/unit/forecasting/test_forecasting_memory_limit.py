@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from peft_vit.runs.costs.memory_limit import Choice, Setting, StepCost, choose
+from peft_vit.runs.costs.memory_limit import MemoryChoice, Setting, StepCost, choose_memory
 
 pytestmark = pytest.mark.part("runner")
 
@@ -63,7 +63,7 @@ def limits(machine: Machine) -> list[int]:
 def test_it_is_as_fast_as_anything_that_fits(batch, blocks, costs) -> None:
     for limit in limits(Machine(batch, blocks, **costs)):
         machine = Machine(batch, blocks, **costs)
-        choice = choose(limit, batch, blocks, machine)
+        choice = choose_memory(limit, batch, blocks, machine)
         assert choice is not None
         if not choice.fits:
             assert all(machine.truth(setting).peak_bytes > limit for setting in machine.every())
@@ -77,19 +77,21 @@ def test_it_is_as_fast_as_anything_that_fits(batch, blocks, costs) -> None:
 def test_what_is_not_needed_or_is_decided_stays() -> None:
     machine = Machine(8, PLAIN)
     whole = machine.truth(Setting(8, 0))
-    assert choose(whole.peak_bytes, 8, PLAIN, machine) == Choice(Setting(8, 0), whole, Setting(8, 0), whole, fits=True)
+    assert choose_memory(whole.peak_bytes, 8, PLAIN, machine) == MemoryChoice(
+        Setting(8, 0), whole, Setting(8, 0), whole, fits=True
+    )
     assert machine.asked == [Setting(8, 0)]
     machine = Machine(8, PLAIN)
-    choice = choose(machine.truth(Setting(4, 5)).peak_bytes, 8, PLAIN, machine, images=4)
+    choice = choose_memory(machine.truth(Setting(4, 5)).peak_bytes, 8, PLAIN, machine, images=4)
     assert choice.setting == Setting(4, 5) == machine.fastest(choice.cost.peak_bytes, images=4)
     assert {setting.images for setting in machine.asked} == {4}
     machine = Machine(8, PLAIN, a_pass=0.0)  # of equally fast ones it takes the most images
-    assert choose(machine.truth(Setting(4, 0)).peak_bytes, 8, PLAIN, machine).setting == Setting(4, 0)
+    assert choose_memory(machine.truth(Setting(4, 0)).peak_bytes, 8, PLAIN, machine).setting == Setting(4, 0)
 
 
 def test_more_memory_never_makes_it_slower() -> None:
     limits = range(int(BASE), 1000, 20)
-    choices = [choose(limit, 16, PLAIN, Machine(16, PLAIN)) for limit in limits]
+    choices = [choose_memory(limit, 16, PLAIN, Machine(16, PLAIN)) for limit in limits]
     seconds = [choice.cost.step_s for choice in choices if choice.fits]
     assert len(seconds) > 20
     for earlier, later in itertools.pairwise(seconds):
@@ -100,19 +102,19 @@ def test_more_memory_never_makes_it_slower() -> None:
 
 def test_if_nothing_fits_it_says_what_takes_the_least() -> None:
     machine = Machine(8, PLAIN)
-    choice = choose(100, 8, PLAIN, machine)
+    choice = choose_memory(100, 8, PLAIN, machine)
     assert not choice.fits
     assert choice.cost.peak_bytes == min(machine.truth(setting).peak_bytes for setting in machine.every())
     beside = Machine(2, PLAIN, accumulated=1e6)  # parts of a batch may take more than the whole
-    assert choose(100, 2, PLAIN, beside).setting == Setting(2, 11)
+    assert choose_memory(100, 2, PLAIN, beside).setting == Setting(2, 11)
 
 
 @pytest.mark.parametrize("room", [460, 500, 550, 700])
 def test_what_there_was_not_enough_memory_for_is_passed_over(room) -> None:
     machine = Machine(16, PLAIN, room=room)
-    choice = choose(900, 16, PLAIN, machine)
+    choice = choose_memory(900, 16, PLAIN, machine)
     assert choice.fits
     assert choice.free_cost is None
     assert choice.cost.peak_bytes <= room
     assert choice.cost.step_s <= 1.1 * machine.truth(machine.fastest(900)).step_s
-    assert choose(900, 16, PLAIN, Machine(16, PLAIN, room=0)) is None
+    assert choose_memory(900, 16, PLAIN, Machine(16, PLAIN, room=0)) is None

@@ -9,7 +9,7 @@ from fake_study import done_record, failed_record, fake_adapter, fake_config, fa
 
 from peft_vit.cli.model_commands import EXAMPLES
 from peft_vit.core.config import load_study
-from peft_vit.runs.costs.estimate import Estimate
+from peft_vit.runs.costs.estimate import RunCost
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
 from peft_vit.runs.records.progress import look_at, study_lock, study_status
@@ -73,7 +73,7 @@ def drive(out, config, planned_s, executor, over_at, kind="local") -> list[str]:
     events: list[Any] = []
     plan = fake_plan(config, out)
     runs = sorted(plan.runs, key=lambda run: run.spec.seed)
-    estimates = [Estimate(planned_s[run.spec.experiment.name], 0, "estimate") for run in runs]
+    estimates = [RunCost(planned_s[run.spec.experiment.name], 0, "estimate") for run in runs]
     plan = replace(plan, runs=tuple(replace(run, estimate=own) for run, own in zip(runs, estimates, strict=True)))
     minutes = min(over_at / 57, (over_at + 10) / 60)
     deadline = Deadline(plan, out, Limit(minutes, 0.0, executor.clock), kind)

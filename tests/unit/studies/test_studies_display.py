@@ -16,11 +16,11 @@ from peft_vit.base import console
 from peft_vit.base.console import duration, progress
 from peft_vit.core.records import HeadFit, Metrics, StepRow
 from peft_vit.core.training import Progress
-from peft_vit.runs.costs.estimate import Estimate
+from peft_vit.runs.costs.estimate import RunCost
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.runs.planned import PlannedRun
 from peft_vit.runs.records.storage import run_folder
-from peft_vit.runs.scheduling.display import Watch, counted, print_plan
+from peft_vit.runs.scheduling.display import StudyProgress, counted, print_plan
 from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
@@ -118,7 +118,7 @@ def planned_runs():
     """Return a plan of three runs of 60 s on two workers."""
     config = fake_config(("adaptive", "quantized", "diverging"), (0,), execution={"workers": 2})
     runs = [
-        PlannedRun(run.spec, 200, Estimate(60.0, 10**8, "estimate"), False) for run in fake_plan(config, Path("x")).runs
+        PlannedRun(run.spec, 200, RunCost(60.0, 10**8, "estimate"), False) for run in fake_plan(config, Path("x")).runs
     ]
     return SimpleNamespace(study=config, pending=tuple(runs), notices=(SAID,))
 
@@ -163,13 +163,13 @@ def test_what_is_said_of_runs_that_go_on(monkeypatch) -> None:
     plan, clock = planned_runs(), [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     plain = in_memory()
-    with Watch(plan, console=plain) as watch:
+    with StudyProgress(plan, console=plain) as watch:
         for wait_s, event in events_of(plan.pending):
             clock[0] += wait_s
             watch.on_event(event)
     document, clock[0] = ["# lines", plain.file.getvalue(), "# a terminal, after each event"], 1000.0
     terminal = in_memory(terminal=True)
-    with Watch(plan, console=terminal, until=1200.0) as watch:
+    with StudyProgress(plan, console=terminal, until=1200.0) as watch:
         for wait_s, event in events_of(plan.pending):
             clock[0] += wait_s
             watch.on_event(event)
@@ -213,13 +213,13 @@ def test_what_is_left_is_never_ten_times_wrong_however_wrong_the_plan_is(
 ) -> None:
     """From the first tenth of what it takes on, of one run and of three, one after the other; the clock is made up."""
     config = fake_config(("one", "two", "three"), (0,))
-    estimate = Estimate(planned_s, 10**8, "estimate", after_s=0.1 * planned_s if steps else 0.0)
+    estimate = RunCost(planned_s, 10**8, "estimate", after_s=0.1 * planned_s if steps else 0.0)
     runs = [PlannedRun(run.spec, steps, estimate, False) for run in fake_plan(config, Path("x")).runs]
     monkeypatch.setattr("peft_vit.runs.scheduling.deadline.PROCESS_S", 0.0)
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     plan = SimpleNamespace(study=config, pending=tuple(runs), notices=())
-    watch = Watch(plan, console=in_memory())
+    watch = StudyProgress(plan, console=in_memory())
     events = [
         (place * real_s + at, event)
         for place, run in enumerate(runs)
@@ -245,7 +245,7 @@ def test_what_is_left_is_never_ten_times_wrong_however_wrong_the_plan_is(
 def test_no_more_is_said_to_be_left_than_the_limit_leaves(monkeypatch) -> None:
     clock, plan = [0.0], planned_runs()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watch = Watch(plan, console=in_memory(), until=540.0)
+    watch = StudyProgress(plan, console=in_memory(), until=540.0)
     watch.on_event(RunStarted(plan.pending[0], "process 7"))
     for clock[0], own, together in ((20.0, "50 s", "1.8 min"), (400.0, "2.3 min", "2.3 min"), (539.0, "1 s", "1 s")):
         assert watch._of_the_quietest().endswith(f"; about {own} left, {together} for all")
@@ -256,7 +256,7 @@ def test_a_checkpoint_shortens_what_is_left_before_the_first_step(monkeypatch, t
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     run = plan.pending[0]
     (run_folder(tmp_path, run.spec) / "checkpoint-150").mkdir(parents=True)  # of 200 steps, and 60 s
-    watch = Watch(plan, tmp_path, console=in_memory())
+    watch = StudyProgress(plan, tmp_path, console=in_memory())
     watch.on_event(RunStarted(run, "process 7"))
     assert "; about 15 s left, " in watch._of_the_quietest()
 
@@ -265,7 +265,7 @@ def test_a_terminal_draws_a_table_and_one_that_can_do_nothing_gets_lines() -> No
     plan = planned_runs()
     for environment, has_lines in (({}, False), ({"TERM": "dumb"}, True)):
         shown = Console(file=io.StringIO(), force_terminal=True, width=120, _environ=environment)
-        with Watch(plan, console=shown) as watch:
+        with StudyProgress(plan, console=shown) as watch:
             watch.on_event(RunStarted(plan.pending[0], "process 7"))
             time.sleep(0 if has_lines else 0.5)
         assert ("started on process 7" in shown.file.getvalue()) == has_lines

@@ -17,9 +17,9 @@ from peft_vit.core.tasks.classification import BALANCED_ACCURACY
 from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.decide import best_of, clearly_better, gains_by_steps, posterior_by_size
 from peft_vit.fit.fit import Decisions
-from peft_vit.fit.outcomes import Frame, Outcome
+from peft_vit.fit.outcomes import FoldResults, Outcome
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.stages import RATES, SizeResult, try_all_sizes, wished
+from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_all_sizes
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import Limit
 
@@ -27,12 +27,14 @@ LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96)
 
 
 def test_the_default_is_tried_first_then_what_differs_from_it_in_one_thing() -> None:
-    first, second, third, fourth, *rest = wished([LARGE, SMALL])
+    first, second, third, fourth, *rest = candidate_recipes([LARGE, SMALL])
     assert first == lora(MODEL, 64, 96)
     assert [second, third] == [lora(MODEL, 64, 48), lora(MODEL, 48, 160)]
     assert fourth == lora(MODEL, 64, 96, RATES[1])
     assert len({first, second, third, fourth, *rest}) == 2 * len(RATES) * 2
-    assert [recipe.steps for recipe in wished([replace(LARGE, steps=40)])] == [40] * 3  # half of it is too little
+    assert [recipe.steps for recipe in candidate_recipes([replace(LARGE, steps=40)])] == [
+        40
+    ] * 3  # half of it is too little
 
 
 def decided(truth: Any, minutes: float = 60.0, **changes: Any) -> tuple[StandIns, Any]:
@@ -58,10 +60,10 @@ def test_one_of_many_has_to_be_better_by_more_than_the_luckiest(contenders: int,
     usual, lucky = np.arange(400) < 300, (np.arange(400) >= 20) & (np.arange(400) < 332)  # 3 points, 1.7 errors
     default, best, *others = [lora(MODEL, 32, 24 + steps) for steps in range(1 + contenders)]
     outcomes = {recipe: {0: outcome(usual)} for recipe in (default, *others)} | {best: {0: outcome(lucky)}}
-    assert best_of(Frame(Scores(), outcomes), [default, best, *others]) == (best if displaced else default)
+    assert best_of(FoldResults(Scores(), outcomes), [default, best, *others]) == (best if displaced else default)
 
 
-def compared(labels: Any, *right: Any, seeds: int = 1) -> Frame:
+def compared(labels: Any, *right: Any, seeds: int = 1) -> FoldResults:
     """Return folds of recipes that have some images right, in so many repetitions alike; logits are of two classes."""
     scores = Scores(CLASSIFICATION, BALANCED_ACCURACY)
     made = {}
@@ -69,7 +71,7 @@ def compared(labels: Any, *right: Any, seeds: int = 1) -> Frame:
         logits = np.eye(2)[np.where(own, labels, 1 - labels)]
         outcome = Outcome(np.arange(len(labels)), labels, logits, 1.0, Path())
         made[lora(MODEL, 32, steps)] = dict.fromkeys(range(0, 5 * seeds, 5), outcome)
-    return Frame(scores, made)
+    return FoldResults(scores, made)
 
 
 def test_the_error_of_a_difference_counts_classes_alike() -> None:
@@ -109,7 +111,7 @@ def test_recipes_that_have_the_same_images_right_differ_by_as_much_as_their_nll_
             recipe: {0: Outcome(np.arange(100), labels, z, 1.0, Path())}
             for recipe, z in zip((own, other), logits, strict=True)
         }
-        folds = Frame(Scores(), outcomes)
+        folds = FoldResults(Scores(), outcomes)
         difference, error = folds.paired(own, other)
         nats = np.subtract(*(np.log1p(np.exp(-z[:, 0])) for z in logits))
         assert difference == pytest.approx(-0.02 * nats.mean())

@@ -34,7 +34,7 @@ from peft_vit.core.training.quantized_layers import check_ranks, format_of
 
 _VALUE_BYTES = 4  # adapters train and are saved in float32
 # Counted in nodes rather than seconds, so that a slow machine chooses as a fast one does. What real budgets take lies
-# far below; see `Choice.lower_bound` for what holds where it is reached.
+# far below; see `BitsChoice.lower_bound` for what holds where it is reached.
 _NODE_LIMIT = 10_000
 # HiGHS takes totals that differ by less than 1e-6 for equal; losses are scaled, so that this is 1e-12 of their sum.
 _LOSS_SCALE = 1e6
@@ -93,7 +93,7 @@ def allocate_bits(
     chosen_sites = [site for site in sites if site.name in options.rank_bytes]
     gains = rank_gains(model, chosen_sites, images, places, head, pool=config.pool) if chosen_sites else {}
     worths = [*losses.values(), *((-gains[name]).tolist() for name in options.rank_bytes)]
-    choice = choose(worths, [*options.format_bytes.values(), *options.rank_bytes.values()], options.budget)
+    choice = choose_bits(worths, [*options.format_bytes.values(), *options.rank_bytes.values()], options.budget)
     places_of = dict(zip(options.formats, choice.options, strict=False))  # layers come first
     types = {name: options.formats[name][place].type for name, place in places_of.items()}
     ranks = dict(zip(options.rank_bytes, choice.options[len(types) :], strict=True))
@@ -159,7 +159,7 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BitsChoice:
     """What was chosen.
 
     Attributes:
@@ -176,9 +176,9 @@ class Choice:
     lower_bound: float
 
 
-def choose(
+def choose_bits(
     losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budget: int, *, node_limit: int = _NODE_LIMIT
-) -> Choice:
+) -> BitsChoice:
     """Choose one option of each group, so that the total loss is least and the total size within the budget.
 
     Of options of one group that are worth the same, the smaller is taken, then the earlier; equal input gives equal
@@ -231,7 +231,7 @@ def choose(
     size = sum(group[place] for group, place in zip(sizes, chosen, strict=True))
     assert size <= budget, "the solver's rounding left the budget"
     loss = math.fsum(group[place] for group, place in zip(losses, chosen, strict=True))
-    return Choice(tuple(chosen), loss, size, min(bound, loss))
+    return BitsChoice(tuple(chosen), loss, size, min(bound, loss))
 
 
 def _undominated(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:

@@ -93,7 +93,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
             EXAMPLES: () if examples is None else (examples,),
             CLASSES: tuple(class_blocks(quality)),
             MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
-            BELIEF: tuple(_belief(record, quality)),
+            BELIEF: tuple(_reliability(record, quality)),
         }
     learning = learning_curves(record, summary.metric)
     sections |= {
@@ -264,7 +264,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 # --- sections ---
 
 
-def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
+def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     said = f"It says {percent(sure)} on average and is right on {percent(right)}"

@@ -111,7 +111,7 @@ def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:
     return True
 
 
-class Costs(BaseModel):
+class MeasuredCosts(BaseModel):
     """What a calibration run took; a whole run's time is put together from these."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -123,12 +123,12 @@ class Costs(BaseModel):
     images: int = Field(gt=0)  # in memory then
 
 
-def known_costs(kind: RunSpec) -> Costs | None:
+def known_costs(kind: RunSpec) -> MeasuredCosts | None:
     """Return what a calibration run took, if it was done on this machine with these versions."""
-    return read_kept(_place(kind), Costs)
+    return read_kept(_place(kind), MeasuredCosts)
 
 
-def keep_costs(kind: RunSpec, costs: Costs) -> None:
+def keep_costs(kind: RunSpec, costs: MeasuredCosts) -> None:
     """Keep what was measured, for later plans."""
     keep(_place(kind), costs.model_dump_json().encode() + b"\n")
 

@@ -20,7 +20,7 @@ from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import FLIP_AXES
 from peft_vit.core.training.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.runs import kept_products
-from peft_vit.runs.costs.calibration_run import Costs, known_costs
+from peft_vit.runs.costs.calibration_run import MeasuredCosts, known_costs
 from peft_vit.runs.costs.time_limit import PROCESS_S
 from peft_vit.runs.machine import cpu_count, processor_name
 
@@ -37,7 +37,7 @@ VALUES_KEPT = 34 / 16
 
 
 @dataclass(frozen=True)
-class Line:
+class CostLine:
     """Seconds by multiply-adds: a part that no size changes, and one in proportion to them."""
 
     fixed_s: float
@@ -67,23 +67,23 @@ class Throughput:
     """
 
     start_s: float
-    step: Line
-    image: Line
+    step: CostLine
+    image: CostLine
     process_s: float = PROCESS_S
 
     @classmethod
     def estimated(cls, rate: float) -> Self:
         """Return what follows from multiply-adds per second alone, see `product_rate`."""
-        line = Line(0.0, TIME_OUTSIDE_PRODUCTS / rate)
+        line = CostLine(0.0, TIME_OUTSIDE_PRODUCTS / rate)
         return cls(START_S, line, line)
 
     @classmethod
-    def measured(cls, probes: Sequence[Probe], process_s: float) -> Self:
+    def measured(cls, probes: Sequence[StepTiming], process_s: float) -> Self:
         """Return what follows from measured runs of an experiment, of one size or more."""
         return cls(
             statistics.median(probe.costs.start_s for probe in probes),
-            Line.through([(probe.step_products, probe.costs.step_s) for probe in probes]),
-            Line.through([(probe.image_products, probe.costs.image_s) for probe in probes]),
+            CostLine.through([(probe.step_products, probe.costs.step_s) for probe in probes]),
+            CostLine.through([(probe.image_products, probe.costs.image_s) for probe in probes]),
             process_s,
         )
 
@@ -97,12 +97,12 @@ class Throughput:
 
 
 @dataclass(frozen=True)
-class Probe:
+class StepTiming:
     """What a run took whose steps, and whose images in a forward pass, have so many multiply-adds."""
 
     step_products: float
     image_products: int
-    costs: Costs
+    costs: MeasuredCosts
 
 
 def step_products(shape: BackboneShape, method: str, images: int, recomputed: int = 0) -> float:
@@ -193,7 +193,7 @@ Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, n
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunCost:
     """What a run will take, what that is known from, and what of its time comes after the last step, if known."""
 
     seconds: float
@@ -259,12 +259,14 @@ class EstimateRequest:
     taken: MeasuredCost | None
 
 
-Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # calibration runs by a name to show; some may fail
+MeasureSteps = Callable[
+    [Mapping[str, RunSpec]], Mapping[str, MeasuredCosts]
+]  # calibration runs by a name to show; some may fail
 
 
 def estimate_runs(
-    runs: Sequence[EstimateRequest], workload: Workload, measure: Measure | None = None
-) -> list[Estimate]:
+    runs: Sequence[EstimateRequest], workload: Workload, measure: MeasureSteps | None = None
+) -> list[RunCost]:
     """Estimate each run.
 
     Args:
@@ -301,13 +303,13 @@ def estimate_runs(
             estimates.append(_estimate(run, workload, estimated, cost))
         else:
             seconds = statistics.median(taken.seconds for taken in alike)
-            estimates.append(Estimate(seconds, max(taken.peak_memory_bytes for taken in alike), "records"))
+            estimates.append(RunCost(seconds, max(taken.peak_memory_bytes for taken in alike), "records"))
     return estimates
 
 
 def _estimate(
-    run: EstimateRequest, workload: Workload, estimated: Mapping[Compute, Throughput], costs: Costs | None
-) -> Estimate:
+    run: EstimateRequest, workload: Workload, estimated: Mapping[Compute, Throughput], costs: MeasuredCosts | None
+) -> RunCost:
     """Put a run's steps and the images that it evaluates together, at what its kind costs or is estimated to."""
     experiment, shape = run.spec.experiment, workload.shape
     images: float
@@ -327,7 +329,7 @@ def _estimate(
         images += measured_images(run.spec, workload)
     seconds = start_s + steps * step_s + images * image_s
     after_s = 0.0 if experiment.is_probe else (workload.test + measured_images(run.spec, workload)) * image_s
-    return Estimate(seconds, peak_bytes, "estimate" if costs is None else "calibration", min(seconds, after_s))
+    return RunCost(seconds, peak_bytes, "estimate" if costs is None else "calibration", min(seconds, after_s))
 
 
 def kept_values(shape: BackboneShape, recomputed: int = 0) -> float:

@@ -62,7 +62,7 @@ class StepCost:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MemoryChoice:
     """What was chosen.
 
     Attributes:
@@ -101,14 +101,14 @@ def _mb(size: float) -> str:
 # --- the fastest setting within a limit -------------------------------------------------------------------------------
 
 
-def choose(
+def choose_memory(
     limit_bytes: int,
     batch_size: int,
     block_values: Sequence[int],
     measure: Callable[[Setting], StepCost | None],
     *,
     images: int | None = None,
-) -> Choice | None:
+) -> MemoryChoice | None:
     """Return the fastest setting that keeps within a limit, measured; of equally fast ones that of the most images.
 
     The whole batch with nothing computed again is taken if it fits: a limit that is not reached changes nothing.
@@ -127,14 +127,14 @@ def choose(
     search = _Search(limit_bytes, batch_size, np.asarray(block_values, dtype=np.float64), measure)
     free, deepest = Setting(sizes[0], 0), len(block_values) - 1  # computing the last block again saves nothing
     if search.take(free):
-        return Choice(free, search.known[free], free, search.known[free], fits=True)
+        return MemoryChoice(free, search.known[free], free, search.known[free], fits=True)
     for setting in (Setting(sizes[-1], deepest), Setting(sizes[0], deepest)):
         search.take(setting)
     if not search.known:
         return None
     if not search.fitting:
         least = min(search.known, key=lambda setting: search.known[setting].peak_bytes)
-        return Choice(least, search.known[least], free, search.known.get(free), fits=False)
+        return MemoryChoice(least, search.known[least], free, search.known.get(free), fits=False)
     for size in sizes[1:]:
         if all(setting.recomputed for setting in search.known):  # what the blocks keep has to be seen once
             search.take(Setting(size, 0))
@@ -143,7 +143,7 @@ def choose(
         search.take(better)
     fitting = search.fitting
     fastest = min(fitting, key=lambda setting: (fitting[setting].step_s, -setting.images, setting.recomputed))
-    return Choice(fastest, fitting[fastest], free, search.known.get(free), fits=True)
+    return MemoryChoice(fastest, fitting[fastest], free, search.known.get(free), fits=True)
 
 
 @dataclass
@@ -258,9 +258,9 @@ def unmeasured(study: StudyConfig, shape: BackboneShape) -> StudyConfig:
     return with_decided(study, decide_blindly)
 
 
-def decide(
+def decide_memory(
     spec: RunSpec, total_steps: int, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep
-) -> tuple[TrainingConfig, Choice]:
+) -> tuple[TrainingConfig, MemoryChoice]:
     """Return an experiment's training with the fastest setting that keeps within its limit, and what that costs.
 
     The limit counts all resident memory of the process that does a run, Python and its libraries included.
@@ -306,7 +306,7 @@ def decide(
         experiment = small.experiment.model_copy(update={"training": few_steps})
         return measure_step(small.model_copy(update={"experiment": experiment}))
 
-    choice = choose(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
+    choice = choose_memory(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
     if choice is None:
         raise UserError(
             f"{training.memory_limit}: not even a step of {Setting(1, 0).in_words(blocks)} could be measured in the "

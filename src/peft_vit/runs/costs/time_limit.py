@@ -135,7 +135,7 @@ def images_to_test(images: int, image_s: float, minutes: float) -> int:
     return min(images, max(2, int(TEST_SHARE * 60 * minutes / max(image_s, 1e-9))))
 
 
-def fit(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:
+def first_that_fits(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:
     """Return the first of some options, the best one first, that takes no longer than a limit; None: none does."""
     return next((option for option in options if seconds(option) <= limit_s), None)
 

@@ -38,10 +38,10 @@ LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
 # What has become of a run, in the words of status and reports; a killed one is "pending" again. The last two are of
 # reports, which count records: one that does not count, and a run that no study.json tells of.
-State = Literal["done", "failed", "pending", "running", "skipped", "left out", "missing"]
-STATES_OF_STATUS: tuple[State, ...] = ("done", "failed", "pending", "running", "skipped")
-STATES_WITHOUT_RECORD: tuple[State, ...] = ("failed", "left out", "running", "pending", "skipped", "missing")
-STATES_TO_COME: tuple[State, ...] = ("running", "pending", "skipped")  # the furthest first
+RunState = Literal["done", "failed", "pending", "running", "skipped", "left out", "missing"]
+STATES_OF_STATUS: tuple[RunState, ...] = ("done", "failed", "pending", "running", "skipped")
+STATES_WITHOUT_RECORD: tuple[RunState, ...] = ("failed", "left out", "running", "pending", "skipped", "missing")
+STATES_TO_COME: tuple[RunState, ...] = ("running", "pending", "skipped")  # the furthest first
 _OWNER_BYTES = 1 << 16  # of a lock file are read
 _PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
 _Text = Annotated[str, AfterValidator(lambda text: " ".join(text.split())[:500])]
@@ -258,7 +258,7 @@ class RunStatus:
     """What has become of a planned run; `note` says why, or how far it is."""
 
     run: str
-    state: State
+    state: RunState
     attempts: int = 0
     note: str = ""
 

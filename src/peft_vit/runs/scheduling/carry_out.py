@@ -41,13 +41,13 @@ def carry_out(
         NothingDoneError: if the limit is over, and no run of the study is done.
     """
     from peft_vit.runs.executors import open_executor
-    from peft_vit.runs.scheduling.display import Watch
+    from peft_vit.runs.scheduling.display import StudyProgress
     from peft_vit.runs.scheduling.scheduler import drive
 
     results_dir = lock.folder.parent
     make_executor = partial(open_executor, executor, plan, results_dir, ray_address)
     deadline = None if limit is None else Deadline(plan, results_dir, limit, executor)
-    with Watch(plan, results_dir, until=None if limit is None else limit.over_at, alone=alone) as watch:
+    with StudyProgress(plan, results_dir, until=None if limit is None else limit.over_at, alone=alone) as watch:
         failed = drive(plan, lock, make_executor, watch.on_event, skip_failed=skip_failed, deadline=deadline)
     if deadline is not None and not failed and all(run.state != "done" for run in study_status(lock.folder).runs):
         reason = f"no run was done in {deadline.limit.minutes:g} minutes: {deadline.shortest()}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from peft_vit.base.console import duration
 from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import ExperimentConfig
-from peft_vit.runs.costs.time_limit import PROCESS_S, Course, Limit, Pace, fit
+from peft_vit.runs.costs.time_limit import PROCESS_S, Course, Limit, Pace, first_that_fits
 from peft_vit.runs.executors import (
     EXECUTORS,
     Event,
@@ -173,7 +173,7 @@ class Deadline:
         """
         while len(self.under_way) < self._workers:
             idle = self._idle(waiting)
-            fitting = fit(idle, lambda own: own[1], self.limit.left_s)
+            fitting = first_that_fits(idle, lambda own: own[1], self.limit.left_s)
             if self._whatever is None:
                 self._whatever = bool(idle) and fitting is None
             if self._whatever:
@@ -246,7 +246,7 @@ class Deadline:
         heapq.heapify(free_at)
         while free_at:
             at = heapq.heappop(free_at)
-            if (next_run := fit(idle, lambda own: own[1], left_s - at)) is not None:
+            if (next_run := first_that_fits(idle, lambda own: own[1], left_s - at)) is not None:
                 idle.remove(next_run)
                 heapq.heappush(free_at, at + next_run[1])
                 fitting += 1

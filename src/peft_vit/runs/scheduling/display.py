@@ -98,7 +98,7 @@ class _Running:
     latest: Progress | None = None
 
 
-class Watch(ProgressDisplay):
+class StudyProgress(ProgressDisplay):
     """Shows a study's progress; use as a context manager and hand `on_event` to the driver.
 
     What is left follows what the call has seen so far, see `Times`, and is never more than what `until` leaves.

@@ -32,8 +32,15 @@ from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
 from peft_vit.runs import kept_products
 from peft_vit.runs.costs.calibration_run import calibration_run
-from peft_vit.runs.costs.estimate import EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
-from peft_vit.runs.costs.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
+from peft_vit.runs.costs.estimate import EstimateRequest, MeasuredCost, MeasureSteps, Workload, estimate_runs
+from peft_vit.runs.costs.memory_limit import (
+    MeasureStep,
+    MemoryChoice,
+    as_begun,
+    decide_memory,
+    unmeasured,
+    with_decided,
+)
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
@@ -51,7 +58,7 @@ def plan_study(
     file: Path | None,
     smoke: bool = False,
     part: bool = False,
-    measure: Measure | None = None,
+    measure: MeasureSteps | None = None,
     measure_step: MeasureStep | None = None,
 ) -> Plan:
     """Check a study against its backbone and its data, and plan its runs.
@@ -189,9 +196,9 @@ def _below(place: int) -> Iterator[None]:
 
 def _within_memory(
     study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
-) -> tuple[StudyConfig, dict[str, Choice]]:
+) -> tuple[StudyConfig, dict[str, MemoryChoice]]:
     """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments."""
-    choices: dict[str, Choice] = {}
+    choices: dict[str, MemoryChoice] = {}
 
     def decide_measured(place: int, experiment: ExperimentConfig) -> TrainingConfig:
         check_weights(study.backbone)
@@ -199,7 +206,7 @@ def _within_memory(
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
-            training, choices[experiment.name] = decide(spec, steps, workload, index, splits, measure_step)
+            training, choices[experiment.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
         return training
 
     return with_decided(study, decide_measured), choices

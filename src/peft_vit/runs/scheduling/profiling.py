@@ -16,8 +16,8 @@ from peft_vit.core.config import MeasuresConfig, StudyConfig
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import Progress
 from peft_vit.data import ImageIndex
-from peft_vit.runs.costs.calibration_run import Costs, calibration_run, keep_costs
-from peft_vit.runs.costs.estimate import Estimate, Probe, Throughput, Workload, experiment_products
+from peft_vit.runs.costs.calibration_run import MeasuredCosts, calibration_run, keep_costs
+from peft_vit.runs.costs.estimate import RunCost, StepTiming, Throughput, Workload, experiment_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
 from peft_vit.runs.executors.local import LocalExecutor
@@ -26,7 +26,7 @@ from peft_vit.runs.scheduling.plan import spec_of, splits_of
 
 _NEVER_S = 1e9
 _POLL_S = 0.5
-_UNKNOWN = Estimate(0.0, 0, "estimate")
+_UNKNOWN = RunCost(0.0, 0, "estimate")
 _STEPS = 3  # of a run that a throughput is measured by; the first one counts as part of the start
 _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
 _FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
@@ -35,7 +35,7 @@ _SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
 Seen = list[tuple[Progress, float]]  # what a run told, and when
 
 
-def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, Costs]:
+def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, MeasuredCosts]:
     """Measure, keep and return what runs of some kinds cost, one after the other.
 
     A kind that fails is reported and left out.
@@ -57,7 +57,7 @@ def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> d
     return measured
 
 
-def costs_of(record: RunRecord, seen: Seen) -> Costs:
+def costs_of(record: RunRecord, seen: Seen) -> MeasuredCosts:
     """Return a run's costs from its record, and from when it was heard of each step and each validation.
 
     The first step is left out of the mean: it also allocates what the others find, and counts as part of the start.
@@ -70,7 +70,7 @@ def costs_of(record: RunRecord, seen: Seen) -> Costs:
     step_s = sum(steps) / len(steps)
     image_s = sum(evaluations) / len(evaluations) / record.split_sizes["validation"]
     many_times = len(record.steps) * step_s + sum(evaluations) + record.split_sizes["test"] * image_s
-    return Costs(
+    return MeasuredCosts(
         start_s=max(0.0, record.seconds - many_times),
         step_s=step_s,
         image_s=image_s,
@@ -125,7 +125,7 @@ def measure_throughput(
     ends_at = time.monotonic() + budget_s
     log(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
     estimated = workload.throughput()
-    probes: list[Probe] = []
+    probes: list[StepTiming] = []
     process_s = 0.0
     size_step, whole = workload.shape.size_step, study.data.image_size
     smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
@@ -143,7 +143,7 @@ def measure_throughput(
             if not probes:
                 process_s = max(0.0, time.monotonic() - started - record.seconds)
             products = experiment_products(kind.experiment, shape, kind.experiment.training.batch_size)
-            probes.append(Probe(products, shape.multiply_adds, costs_of(record, seen)))
+            probes.append(StepTiming(products, shape.multiply_adds, costs_of(record, seen)))
     if probes:
         return Throughput.measured(probes, process_s)
     log("timing failed; estimating from matmul speed")
