@@ -11,7 +11,14 @@ from written_runs import run_and_write
 from peft_vit.core.backbones import describe
 from peft_vit.data import open_index
 from peft_vit.runs.costs.calibration_run import MeasuredCosts, keep_costs
-from peft_vit.runs.costs.estimate import EstimateRequest, CostLine, StepTiming, Throughput, Workload, experiment_products
+from peft_vit.runs.costs.estimate import (
+    CostLine,
+    EstimateRequest,
+    StepTiming,
+    Throughput,
+    Workload,
+    experiment_products,
+)
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
 from peft_vit.runs.costs.time_limit import first_that_fits, makespan
 from peft_vit.runs.records.storage import write_record

@@ -77,7 +77,9 @@ def test_it_is_as_fast_as_anything_that_fits(batch, blocks, costs) -> None:
 def test_what_is_not_needed_or_is_decided_stays() -> None:
     machine = Machine(8, PLAIN)
     whole = machine.truth(Setting(8, 0))
-    assert choose_memory(whole.peak_bytes, 8, PLAIN, machine) == MemoryChoice(Setting(8, 0), whole, Setting(8, 0), whole, fits=True)
+    assert choose_memory(whole.peak_bytes, 8, PLAIN, machine) == MemoryChoice(
+        Setting(8, 0), whole, Setting(8, 0), whole, fits=True
+    )
     assert machine.asked == [Setting(8, 0)]
     machine = Machine(8, PLAIN)
     choice = choose_memory(machine.truth(Setting(4, 5)).peak_bytes, 8, PLAIN, machine, images=4)

@@ -19,7 +19,7 @@ from peft_vit.fit.decide import best_of, clearly_better, gains_by_steps, posteri
 from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import FoldResults, Outcome
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.stages import RATES, SizeResult, try_all_sizes, candidate_recipes
+from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_all_sizes
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import Limit
 
@@ -32,7 +32,9 @@ def test_the_default_is_tried_first_then_what_differs_from_it_in_one_thing() -> 
     assert [second, third] == [lora(MODEL, 64, 48), lora(MODEL, 48, 160)]
     assert fourth == lora(MODEL, 64, 96, RATES[1])
     assert len({first, second, third, fourth, *rest}) == 2 * len(RATES) * 2
-    assert [recipe.steps for recipe in candidate_recipes([replace(LARGE, steps=40)])] == [40] * 3  # half of it is too little
+    assert [recipe.steps for recipe in candidate_recipes([replace(LARGE, steps=40)])] == [
+        40
+    ] * 3  # half of it is too little
 
 
 def decided(truth: Any, minutes: float = 60.0, **changes: Any) -> tuple[StandIns, Any]:
