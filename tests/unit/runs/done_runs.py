@@ -9,7 +9,7 @@ from written_runs import run_and_write
 
 from peft_vit.core.adapters import adapted_modules, load_trained
 from peft_vit.core.backbones import LoadedBackbone, load_backbone
-from peft_vit.core.config import StudyConfig
+from peft_vit.core.config import QaLoraConfig, StudyConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.tasks import CLASSIFICATION
@@ -29,7 +29,9 @@ def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyCon
 
 def with_adaptive_bits(config: StudyConfig, **changes: Any) -> StudyConfig:
     """Return a study of one experiment with other settings of its adaptive bits."""
-    adaptive = config.experiments[0].qa_lora.adaptive_bits.model_copy(update=changes)
+    adaptive = config.experiments[0].need(QaLoraConfig).adaptive_bits
+    assert adaptive is not None
+    adaptive = adaptive.model_copy(update=changes)
     return with_settings(config, "qa_lora", adaptive_bits=adaptive, rank=None if adaptive.ranks else 2)
 
 
