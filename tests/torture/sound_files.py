@@ -32,7 +32,7 @@ from peft_vit.runs.scheduling.scheduler import StudyStore, study_file
 
 SIDE = 32
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-_TRAINING = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
+_TRAINING = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "compute": "float"}
 _EXPERIMENTS: dict[str, dict[str, Any]] = {
     "plain": {"method": "lora", "lora": {"rank": 2}},
     "adaptive": {"method": "adalora", **with_adalora(update_frequency=1, warmup_steps=1, final_steps=1)},
