@@ -77,7 +77,7 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     import timm
     import torch
 
-    from peft_vit.runs.machine import cpu_count, git_state, instruction_sets, processor_name
+    from peft_vit.runs.this_machine.machine import cpu_count, git_state, instruction_sets, processor_name
 
     commit, changed = git_state()
     return {

@@ -41,7 +41,7 @@ import peft_vit
 from peft_vit.base.packages import ELPV_WHEEL, fetch_wheel
 from peft_vit.data.files import open_tree
 from peft_vit.data.pixels import decode_image
-from peft_vit.runs.machine import git_state
+from peft_vit.runs.this_machine.machine import git_state
 
 # What a set yields: a picture, its cells by column, and a number that is equal for images that belong to one side.
 Labelled = tuple[Image.Image, dict[str, Any], int]

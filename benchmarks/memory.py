@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 from peft_vit.core.adapters.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
 from peft_vit.core.training.optimization import blocks_of, recomputed  # noqa: E402
-from peft_vit.runs.machine import bf16_support  # noqa: E402
+from peft_vit.runs.this_machine.machine import bf16_support  # noqa: E402
 
 STEPS = 6
 SMALL_SIDES = {

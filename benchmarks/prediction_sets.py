@@ -21,7 +21,7 @@ from peft_vit.base.statistics import (
     probabilities,
 )
 from peft_vit.core.tasks.calibration import calibrate
-from peft_vit.runs.held_out import PRIOR
+from peft_vit.runs.measures.held_out import PRIOR
 
 TRIALS, FOLDS, NEW, DIMENSIONS = 400, 5, 400, 8
 COVERAGES = (0.8, 0.9, 0.95)

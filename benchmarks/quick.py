@@ -32,7 +32,7 @@ from peft_vit.core.backbones import Architecture, find_sites  # noqa: E402
 from peft_vit.core.training import QALoRATrainer  # noqa: E402
 from peft_vit.deploy import export_onnx, merge, open_exported  # noqa: E402
 from peft_vit.deploy.measures.check import card_of_random  # noqa: E402
-from peft_vit.runs.machine import bf16_support, instruction_sets  # noqa: E402
+from peft_vit.runs.this_machine.machine import bf16_support, instruction_sets  # noqa: E402
 
 TOLERANCE = 1.10
 

@@ -21,7 +21,7 @@ from peft_vit.core.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
 from peft_vit.core.training import AllocationHook, Hook, QALoRATrainer, optimization_step
 from peft_vit.core.training.halves import forward_in_halves, loss_in_halves, takes_halves
 from peft_vit.core.training.optimization import build_optimizer
-from peft_vit.runs.machine import bf16_support
+from peft_vit.runs.this_machine.machine import bf16_support
 
 MODEL, BATCH, RANK, START_RANK, SCALE = "vit_small_patch14_dinov2", 32, 8, 12, 2.0
 DEVICE = torch.device("cpu")  # of every side, see `use`

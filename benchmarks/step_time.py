@@ -24,7 +24,7 @@ from torch import nn  # noqa: E402
 from peft_vit.core.adapters import merged_state_dict  # noqa: E402
 from peft_vit.core.backbones import load_backbone  # noqa: E402
 from peft_vit.core.config import BackboneConfig  # noqa: E402
-from peft_vit.runs.machine import bf16_support  # noqa: E402
+from peft_vit.runs.this_machine.machine import bf16_support  # noqa: E402
 
 FLOOR = "floor: frozen timm model"
 LOADING = 2  # first steps of a side that are not counted

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.products import ProductTimes
 from peft_vit.core.quantization.integers import Bits, exact_products
-from peft_vit.runs import kept_products
+from peft_vit.runs.this_machine import kept_products
 
 NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"
 

@@ -13,7 +13,7 @@ from peft_vit.data import load_data
 from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.calls import SizesFile, train_runs
 from peft_vit.lab.report import build_report
-from peft_vit.runs.held_out import known_of
+from peft_vit.runs.measures.held_out import known_of
 from peft_vit.runs.records.storage import read_record, single_run
 
 pytestmark = pytest.mark.part("runner")

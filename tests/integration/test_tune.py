@@ -290,7 +290,7 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
     def found(*_: Any) -> ProductTimes:
         return ProductTimes(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
 
-    monkeypatch.setattr("peft_vit.runs.kept_products.choose_product", found)
+    monkeypatch.setattr("peft_vit.runs.this_machine.kept_products.choose_product", found)
 
     def watched(runner: StandIns) -> Environment:
         def call(mapping: Mapping[str, Any], *more: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from peft_vit.base.files import write_atomically
-from peft_vit.runs.machine import cpu_count, git_state, processor_name
+from peft_vit.runs.this_machine.machine import cpu_count, git_state, processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(__file__).with_name("results.json")

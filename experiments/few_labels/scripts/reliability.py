@@ -30,7 +30,7 @@ from peft_vit.core.training.images import LabelledImages, normalised
 from peft_vit.core.training.metrics import predict_with_middle
 from peft_vit.data import open_index, to_pixels
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.held_out import LIKE, PRIOR, known_images
+from peft_vit.runs.measures.held_out import LIKE, PRIOR, known_images
 
 ROWS = Path(__file__).resolve().parents[1] / "results" / "reliability.csv"
 FEW, OTHERS = 24, 60  # validation images; images of each other set

@@ -27,8 +27,8 @@ from peft_vit.core.training import RuntimeConfig
 from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data
 from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.measures.removal_and_latency import leave_out_updates, removal_images
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.removal_and_latency import leave_out_updates, removal_images
 
 FOLDER = Path(__file__).resolve().parents[1]
 ROWS, DOCUMENT = FOLDER / "results" / "score_agreement.csv", FOLDER / "docs" / "adaptive_ranks.md"

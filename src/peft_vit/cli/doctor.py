@@ -64,7 +64,13 @@ def _machine() -> Iterator[Entry]:
         import psutil
         import torch
 
-        from peft_vit.runs.machine import bf16_support, cpu_count, instruction_sets, processor_name, resolve_device
+        from peft_vit.runs.this_machine.machine import (
+            bf16_support,
+            cpu_count,
+            instruction_sets,
+            processor_name,
+            resolve_device,
+        )
 
         device = resolve_device("auto")
         of_gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""

@@ -26,7 +26,7 @@ from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
 from peft_vit.deploy import Merged, ModelCard, merge
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.held_out import PRIOR, Outputs, known_by, known_images
+from peft_vit.runs.measures.held_out import PRIOR, Outputs, known_by, known_images
 
 _CPU = torch.device("cpu")
 _SCALE_BYTES = 2  # of a group's scale, and of its offset

@@ -25,7 +25,7 @@ from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data
 from peft_vit.data import load_data
 from peft_vit.deploy import Classifier, ModelCard, open_exported, torch_classifier
-from peft_vit.runs.held_out import known_of
+from peft_vit.runs.measures.held_out import known_of
 from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, read_record, single_run
 
 

@@ -26,7 +26,7 @@ from peft_vit.fit.recipe import ROUNDED, Recipe, lora, shared_training
 from peft_vit.fit.regressions import images_to_compare
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, first_that_fits, images_to_test
-from peft_vit.runs.held_out import MOST_KNOWN
+from peft_vit.runs.measures.held_out import MOST_KNOWN
 from peft_vit.runs.scheduling.plan import decide_precision, splits_of, workload_of
 
 if TYPE_CHECKING:

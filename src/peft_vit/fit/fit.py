@@ -48,10 +48,10 @@ from peft_vit.fit.regressions import Regression, regress
 from peft_vit.fit.request import TuneRequest
 from peft_vit.runs.costs.estimate import Throughput, product_rates
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace
-from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.runs.records.storage import STUDIES_FOLDER
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_step, measure_throughput
+from peft_vit.runs.this_machine.machine import choose_precision, cpu_count, resolve_device
 
 TUNE_FILE = "tune.json"
 SHARES = {"look": 0.02, "machine": 0.03, "sizes": 0.15}  # of the time; all else trains, and writes the model

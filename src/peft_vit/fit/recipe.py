@@ -14,7 +14,7 @@ from peft_vit.core.methods.method import DEFAULT_RANK
 from peft_vit.core.methods.quantized import packing_of
 from peft_vit.core.tasks import DecidingMetric
 from peft_vit.deploy.post_training import file_bytes
-from peft_vit.runs.held_out import known_bytes
+from peft_vit.runs.measures.held_out import known_bytes
 
 DEFAULT_RATE = 1e-3  # of LoRA
 GRAPH_BYTES = 2800  # of an ONNX file, a matrix of the blocks; a ViT-S has 0.19 MB for its 72

@@ -57,7 +57,7 @@ from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of, shared_training
 from peft_vit.fit.regressions import sizes_to_try
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, first_that_fits
-from peft_vit.runs.machine import cpu_count
+from peft_vit.runs.this_machine.machine import cpu_count
 
 # --- look, machine ----------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,6 @@ from peft_vit.runs.costs.time_limit import (
     images_to_test,
     validate_every,
 )
-from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.runs.records.progress import StudyLock, study_lock
 from peft_vit.runs.records.storage import (
     FOLDS_STUDY,
@@ -79,6 +78,7 @@ from peft_vit.runs.scheduling.carry_out import carry_out
 from peft_vit.runs.scheduling.display import plan_notes
 from peft_vit.runs.scheduling.plan import Plan, plan_study
 from peft_vit.runs.scheduling.profiling import measure_step
+from peft_vit.runs.this_machine.machine import choose_precision, cpu_count, resolve_device
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 _FEWEST_TEST = 2

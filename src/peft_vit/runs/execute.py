@@ -92,10 +92,11 @@ from peft_vit.core.training import (
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict, predict_with_middle
 from peft_vit.data import load_data
-from peft_vit.runs import kept_products
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.held_out import Believed, Outputs, calibration_of, known_images
-from peft_vit.runs.machine import (
+from peft_vit.runs.measures.held_out import Believed, Outputs, calibration_of, known_images
+from peft_vit.runs.measures.removal_and_latency import take_measures
+from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine.machine import (
     cpu_count,
     hash_arrays,
     loaded_git_state,
@@ -103,7 +104,6 @@ from peft_vit.runs.machine import (
     processor_name,
     resolve_device,
 )
-from peft_vit.runs.removal_and_latency import take_measures
 
 OnProgress = Callable[[Progress], None]
 # What a record keeps of the warnings.

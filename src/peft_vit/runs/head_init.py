@@ -34,9 +34,9 @@ from peft_vit.core.training import (
 )
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION, decoders
-from peft_vit.runs.held_out import PRIOR
-from peft_vit.runs.kept import keep, kept_file
-from peft_vit.runs.machine import instruction_limits
+from peft_vit.runs.measures.held_out import PRIOR
+from peft_vit.runs.this_machine.kept import keep, kept_file
+from peft_vit.runs.this_machine.machine import instruction_limits
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept

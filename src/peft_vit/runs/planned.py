@@ -12,7 +12,7 @@ from peft_vit.core.records import RunSpec, StudyFile
 
 if TYPE_CHECKING:
     from peft_vit.runs.costs.estimate import RunCost
-    from peft_vit.runs.machine import ChosenPrecision
+    from peft_vit.runs.this_machine.machine import ChosenPrecision
 
 
 @dataclass(frozen=True)

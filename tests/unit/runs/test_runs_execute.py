@@ -16,11 +16,11 @@ from peft_vit.core.adapters.footprint import trainable_parameters
 from peft_vit.core.backbones import load_run_backbone
 from peft_vit.core.training.images import HoldoutImages
 from peft_vit.runs import execute as run
-from peft_vit.runs import machine
 from peft_vit.runs.execute import run_one
-from peft_vit.runs.machine import git_state, hash_arrays, package_versions
 from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.this_machine import machine
+from peft_vit.runs.this_machine.machine import git_state, hash_arrays, package_versions
 
 pytestmark = pytest.mark.part("runner")
 START_AS_THE_MODEL = ("lora", "adalora", "peft_lora", "peft_adalora")

@@ -12,8 +12,8 @@ from peft_vit.core.adapters.products import ProductTimes
 from peft_vit.core.config import MeasuresConfig
 from peft_vit.deploy import merge
 from peft_vit.deploy.page.provenance import caveats
-from peft_vit.runs import kept_products
 from peft_vit.runs.scheduling.plan import plan_study
+from peft_vit.runs.this_machine import kept_products
 
 pytestmark = pytest.mark.part("runner")
 

@@ -10,10 +10,11 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.products import ProductTimes
 from peft_vit.core.config import StudyConfig, load_study
 from peft_vit.core.quantization.integers import Product
-from peft_vit.runs import kept_products, run_one
+from peft_vit.runs import run_one
 from peft_vit.runs.records.storage import write_study_file
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import study_file
+from peft_vit.runs.this_machine import kept_products
 
 pytestmark = pytest.mark.part("runner")
 

@@ -8,12 +8,12 @@ from rich.console import Console
 from written_runs import run_and_write
 
 from peft_vit.base.errors import UserError
-from peft_vit.runs import machine as precision
-from peft_vit.runs.machine import Bf16Support, bf16_support, choose_precision, resolve_device
 from peft_vit.runs.records.storage import read_study_file, write_study_file
 from peft_vit.runs.scheduling.display import print_plan
 from peft_vit.runs.scheduling.plan import plan_study, smoke_study
 from peft_vit.runs.scheduling.scheduler import study_file
+from peft_vit.runs.this_machine import machine as precision
+from peft_vit.runs.this_machine.machine import Bf16Support, bf16_support, choose_precision, resolve_device
 
 pytestmark = pytest.mark.part("runner")
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.footprint import trainable_parameters
 from peft_vit.core.adapters.peft_layers import peft_layers
 from peft_vit.lab.report import build_report
-from peft_vit.runs.machine import package_versions
 from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.plan import plan_study, smoke_study
+from peft_vit.runs.this_machine.machine import package_versions
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.part("runner")

@@ -18,12 +18,13 @@ from peft_vit.core.training import Checkpoints, RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data, make_splits, open_index
-from peft_vit.runs import removal_and_latency, run_one
+from peft_vit.runs import run_one
 from peft_vit.runs.costs.calibration_run import calibration_run
 from peft_vit.runs.costs.estimate import EstimateRequest, Workload, estimate_runs
+from peft_vit.runs.measures import removal_and_latency
+from peft_vit.runs.measures.removal_and_latency import removal_images
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.storage import STUDY_FILE, read_record, read_study_file, run_folder, write_study_file
-from peft_vit.runs.removal_and_latency import removal_images
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import go_on, study_file
 

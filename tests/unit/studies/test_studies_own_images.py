@@ -382,7 +382,9 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
     monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *given: rates[given[4]])
     choice = ProductTimes(Product("qlinear", 7), 1.0, faster)
-    monkeypatch.setattr("peft_vit.runs.kept_products.choose_product", lambda device, precision, bits=None: choice)
+    monkeypatch.setattr(
+        "peft_vit.runs.this_machine.kept_products.choose_product", lambda device, precision, bits=None: choice
+    )
     study, line = study_of(asked(method, compute=requested, steps=60, image_size=64))
     assert study.experiments[0].training.compute == chosen
     saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)

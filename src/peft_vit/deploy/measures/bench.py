@@ -20,8 +20,8 @@ from peft_vit.core.records import BenchRow
 from peft_vit.deploy import ModelCard, export_onnx, merge, open_exported, save_low_bit
 from peft_vit.deploy.measures.timing import Calls, time_alone
 from peft_vit.deploy.restore import restore_run
-from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
+from peft_vit.runs.this_machine.machine import cpu_count, processor_name
 
 MADE = "float32 made here"
 _FLOAT32_BYTES = 4

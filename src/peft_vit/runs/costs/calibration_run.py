@@ -22,8 +22,8 @@ from peft_vit.core.methods import shorten
 from peft_vit.core.records import RunSpec
 from peft_vit.core.training import steps_per_epoch
 from peft_vit.data import ImageIndex, Splits, make_splits
-from peft_vit.runs.kept import keep, kept_file, read_kept
-from peft_vit.runs.machine import cpu_count, instruction_limits, package_versions, processor_name
+from peft_vit.runs.this_machine.kept import keep, kept_file, read_kept
+from peft_vit.runs.this_machine.machine import cpu_count, instruction_limits, package_versions, processor_name
 
 _STEPS = 8
 _STEPS_IF_LONG = 4

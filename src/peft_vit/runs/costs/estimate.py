@@ -19,10 +19,10 @@ from peft_vit.core.quantization.integers import Bits
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import FLIP_AXES
 from peft_vit.core.training.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
-from peft_vit.runs import kept_products
 from peft_vit.runs.costs.calibration_run import MeasuredCosts, known_costs
 from peft_vit.runs.costs.time_limit import PROCESS_S
-from peft_vit.runs.machine import cpu_count, processor_name
+from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine.machine import cpu_count, processor_name
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products

@@ -31,9 +31,9 @@ from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Checkpoints, Interrupted, Progress
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
-from peft_vit.runs.machine import loaded_git_state
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import run_folder
+from peft_vit.runs.this_machine.machine import loaded_git_state
 
 # glibc returns freed memory to the system by default and pays for it with page faults in every step.
 ALLOCATOR = {

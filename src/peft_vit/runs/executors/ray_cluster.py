@@ -31,10 +31,10 @@ from peft_vit.core.training import Checkpoints, Progress
 from peft_vit.runs.executors import Event, Executor, RunStarted, lost
 from peft_vit.runs.executors.local import SURROUNDINGS, environment, event_of
 from peft_vit.runs.executors.ray_task import Channel, Place, carry_out
-from peft_vit.runs.machine import cpu_count
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.progress import LOCK_FILE
 from peft_vit.runs.records.storage import run_folder
+from peft_vit.runs.this_machine.machine import cpu_count
 
 _REASON_CHARACTERS = 400
 _ANSWER_S = 5.0

@@ -19,9 +19,9 @@ from peft_vit.core.tasks import metric_of
 from peft_vit.core.training import Progress
 from peft_vit.runs.costs.time_limit import makespan
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
-from peft_vit.runs.machine import cpu_count
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.scheduling.deadline import Times
+from peft_vit.runs.this_machine.machine import cpu_count
 
 _UNKNOWN = "–"
 _WARNING = "bold yellow"

@@ -30,7 +30,6 @@ from peft_vit.core.records import RunSpec, StudyFile
 from peft_vit.core.tasks import TASKS, Task
 from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
-from peft_vit.runs import kept_products
 from peft_vit.runs.costs.calibration_run import calibration_run
 from peft_vit.runs.costs.estimate import EstimateRequest, MeasuredCost, MeasureSteps, Workload, estimate_runs
 from peft_vit.runs.costs.memory_limit import (
@@ -41,10 +40,11 @@ from peft_vit.runs.costs.memory_limit import (
     unmeasured,
     with_decided,
 )
-from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
+from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine.machine import ChosenPrecision, choose_precision, resolve_device
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
 _ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be

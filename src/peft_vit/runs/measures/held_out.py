@@ -18,7 +18,7 @@ from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.records import FEWEST_HELD_OUT, RunRecord, TestedCalibration, Unlike
 from peft_vit.core.tasks import Labels, Meaning, Task
 from peft_vit.core.training.images import Data, LabelledImages
-from peft_vit.runs.known_images import neighbours_bytes, read_neighbours
+from peft_vit.runs.measures.known_images import neighbours_bytes, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE, RECORD_FILE
 
 MOST_KNOWN = 2000  # training images whose features are kept

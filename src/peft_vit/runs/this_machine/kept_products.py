@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from peft_vit.core.adapters.products import ProductTimes, measure_products
 from peft_vit.core.config import Precision
 from peft_vit.core.quantization.integers import Bits, Product, ProductName
-from peft_vit.runs.kept import keep, kept_file, read_kept
-from peft_vit.runs.machine import instruction_limits, processor_name
+from peft_vit.runs.this_machine.kept import keep, kept_file, read_kept
+from peft_vit.runs.this_machine.machine import instruction_limits, processor_name
 
 
 class _Kept(BaseModel):

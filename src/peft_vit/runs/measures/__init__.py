@@ -1,0 +1,1 @@
+"""What is measured of a run beside its training: temperature and sets, unlike images, single updates, time."""
