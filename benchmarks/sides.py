@@ -146,7 +146,7 @@ def lora(
     attach_adapters(model, sites, ranks, scale=SCALE, seed=0)
     if integers:
         use_integer_products(model)
-    if light or integers:  # as the loop does
+    if light:
         remember_sources(model)
     return Side(model, bf16=bf16, image_size=image_size, own_loop=True)
 

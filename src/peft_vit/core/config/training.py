@@ -208,8 +208,8 @@ class TrainingConfig(Settings):
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
         description="Save memory by computing some of the model again in the backward pass. none: nothing, the "
-        "fastest. light: the outputs of norms and activation functions under adapters, as with int8 in any case. "
-        "blocks: every block. adaptive: light, and as many blocks as memory_limit needs, which is the default with "
+        "fastest. light: the outputs of norms and activation functions under adapters. blocks: every "
+        "block. adaptive: light, and as many blocks as memory_limit needs, which is the default with "
         "memory_limit",
     )
     recomputed_blocks: Annotated[int | None, OnlyWith(activation_checkpointing="adaptive")] = Field(

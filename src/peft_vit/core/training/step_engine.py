@@ -48,8 +48,8 @@ class StepEngine:
             data.task.loss, weights=self._weights, label_smoothing=config.label_smoothing, name=config.loss
         )
         self._temperature = 1.0
-        if config.activation_checkpointing in ("light", "adaptive") or config.compute == "int8":
-            remember_sources(model)  # codes of inputs take memory, which this gives back for a hundredth of the time
+        if config.activation_checkpointing in ("light", "adaptive"):
+            remember_sources(model)
         blocks = blocks_of(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._halves = takes_halves(model, runtime.device)
