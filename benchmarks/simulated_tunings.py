@@ -200,6 +200,7 @@ def images_of(images: int, **changes: Any) -> Any:
     """Return what a fit asks of so many images, a fifth as many of which test."""
     known = {"num_dev": images, "num_different": images, "num_test": images // 5, "num_outputs": _CLASSES}
     known |= {"metric": ACCURACY, "scores": Scores(), "rarest": math.inf, "alike": 1.0, "side": 300.0}
+    known["inspection"] = SimpleNamespace(path=Path("images"))
     data = {"dataset": "image-folder", "path": "images", "images_file": "images.json"}
     return SimpleNamespace(**known | {"data": lambda size: {**data, "image_size": size}} | changes)
 

@@ -10,6 +10,7 @@ from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.odds import Odds
+from peft_vit.data import find_images
 from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.decide import Candidate, ModelDecision
 from peft_vit.fit.intake import take_in
@@ -39,7 +40,7 @@ def write_images(folder: Path) -> None:
 def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     """Do the runs of LoRA on folds, and the last one; its weights are rounded after training."""
     request = TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked})
-    labelled = take_in(request, folder / "images.json", seed=0)
+    labelled = take_in(request, find_images(images), folder / "images.json", seed=0)
     labelled.write()
     data = labelled.data(32)
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")

@@ -155,6 +155,24 @@ def test_the_test_reads_what_a_sixth_of_the_minutes_does_and_the_same_when_it_go
     assert {own["tested_images"] for own in finals} == {sealed - 4}
 
 
+def test_studies_name_the_folder_so_that_it_is_found_from_any_directory(tuning, images, monkeypatch) -> None:
+    runner, named = stand_ins(), set[str]()
+
+    def call(mapping: Mapping[str, Any], *given: Any) -> Any:
+        named.add(mapping["data"]["path"])
+        return runner(mapping, *given)
+
+    monkeypatch.chdir(images.parent)
+    tuning(photos=Path(images.name), environment=environment_of(runner, make_runner=lambda *_: call))
+    assert named == {str(images)}
+
+
+def test_a_metric_of_another_task_is_refused_before_an_image_is_opened(tuning, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.fit.intake.inspect_images", lambda *_, **__: pytest.fail("images were opened"))
+    with pytest.raises(UserError, match="mae"):
+        tuning(metric="mae")
+
+
 def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) -> None:
     asked: list[str] = []
 

@@ -14,6 +14,7 @@ from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_twice
 from peft_vit.base.statistics.odds import Odds, choose_model
 from peft_vit.core.tasks import expected_gain
+from peft_vit.fit.costs import SHORTEST
 from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
@@ -170,7 +171,7 @@ def decide_model(fit: Fit) -> ModelDecision:
     sizes = [costs.bytes_of(recipe) for recipe in recipes]
     within_bytes = [number for number, size in enumerate(sizes) if most is None or size <= most]
     can_finish, can_finish_half = (
-        [n for n in within_bytes if fit.ends_in_time(recipes[n], longer)] for longer in (1.0, 0.5)
+        [n for n in within_bytes if fit.ends_in_time(recipes[n], longer)] for longer in (1.0, SHORTEST)
     )
     trains = any(not recipes[number].is_probe for number in can_finish)
     fitting = can_finish if trains else can_finish_half or within_bytes

@@ -370,6 +370,7 @@ class Fit:
             "backbone": self.backbones[recipe.model].model_dump(exclude_unset=True),
             "data": {
                 **self.images.data(recipe.image_size),
+                "path": str(self.images.inspection.path.absolute()),  # also for calls from another directory
                 "folds": FOLDS,
                 "validation_images": 0,
                 "split_seed": request.seed,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from peft_vit.core.tasks import DecidingMetric, Scores, Task
 from peft_vit.core.training import fewest_groups
 from peft_vit.data import (
     ImageIndex,
+    Images,
     ImagesFile,
     Inspection,
     PixelStore,
-    existing,
-    find_images,
     images_file,
     index_inspected,
     inspect_images,
@@ -62,23 +62,23 @@ class LabelledSet:
         """Return what is learned."""
         return self.index.task
 
-    @property
+    @cached_property
     def metric(self) -> DecidingMetric:
         """Return what decides."""
         return self.asked or self.inspection.metric
 
-    @property
+    @cached_property
     def dev(self) -> np.ndarray:
         """Return which images are not of the test set, (N,) bool."""
         test = self.index.official_test
         return np.ones(len(self.index.labels), dtype=bool) if test is None else ~test
 
-    @property
+    @cached_property
     def num_dev(self) -> int:
         """Return how many images are not of the test set."""
         return int(self.dev.sum())
 
-    @property
+    @cached_property
     def num_different(self) -> int:
         """Return how many of these there are, copies counted once."""
         return len(np.unique(self.index.groups[self.dev]))
@@ -98,18 +98,18 @@ class LabelledSet:
         """Return the median of the images' shorter sides, pixels."""
         return self.inspection.shorter_side
 
-    @property
+    @cached_property
     def scores(self) -> Scores:
         """Return the metric as shares of which more is better, by which everything is compared."""
         return Scores.on(self.task, self.metric, self.index.labels[self.dev])
 
-    @property
+    @cached_property
     def rarest(self) -> float:
         """Return how many different images the rarest class has outside of the test set."""
         labels = self.index.labels[self.dev]
         return fewest_groups(self.task.strata(labels), self.index.groups[self.dev])
 
-    @property
+    @cached_property
     def alike(self) -> float:
         """Return by what share of images the metric would be known as well if all counted the same."""
         return self.metric.images_alike(self.index.labels[self.dev]) / self.num_dev
@@ -151,6 +151,7 @@ class LabelledSet:
 
 def take_in(
     request: FitRequest,
+    images: Images,
     file: Path,
     *,
     seed: int | None,
@@ -158,10 +159,11 @@ def take_in(
     on_progress: Callable[[int, int], None] | None = None,
     **limits: Any,
 ) -> LabelledSet:
-    """Find a person's images, look at each once, and leave out what can't be used; nothing is written.
+    """Look at each of a person's images once, and leave out what can't be used; nothing is written.
 
     Args:
         request: of the command, or in Python.
+        images: of the request, see `find_images`.
         file: where it will be said which images are used.
         seed: by which a fifth is set aside for the test, unless there is a test split; None: none is.
         store: keeps what is decoded.
@@ -169,13 +171,12 @@ def take_in(
         limits: see `inspect_images`.
 
     Raises:
-        UserError: see `find_images` and `inspect_images`.
+        UserError: see `inspect_images`; and before that, if the metric is of another task.
     """
-    images = find_images(existing(str(request.images)), request.task)
+    asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
     inspection = inspect_images(images, store=store, on_progress=on_progress, **limits)
     content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed)))
     index = index_inspected(images, content, request.images)
-    asked = None if request.metric == "auto" else index.task.metric(request.metric)
     return LabelledSet(inspection, content, file, index, asked, store)
 
 

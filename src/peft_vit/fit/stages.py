@@ -38,6 +38,7 @@ from peft_vit.base.statistics.odds import resolvable
 from peft_vit.core.backbones import architecture_of
 from peft_vit.core.config import Flips, QuantizationType
 from peft_vit.core.tasks import expected_gain
+from peft_vit.data import existing, find_images
 from peft_vit.deploy.page.formatting import bounds_in_percent, joined, megabytes
 from peft_vit.fit.costs import LEAST_STEPS, LENGTHS, LONGEST, MOST_STEPS, SHORTEST, FitCosts, throughput_of
 from peft_vit.fit.decide import (
@@ -52,7 +53,7 @@ from peft_vit.fit.decide import (
     standing,
 )
 from peft_vit.fit.fit import MEMORY_OPTION, Fit
-from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, take_in
+from peft_vit.fit.intake import IMAGES_FILE, take_in
 from peft_vit.fit.outcomes import Outcome
 from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of, shared_training
 from peft_vit.fit.regressions import sizes_to_try
@@ -72,7 +73,8 @@ def look(fit: Fit) -> None:
             images.json is there already and holds something else.
     """
     place = fit.request.output / IMAGES_FILE
-    images = take_in(fit.request, place, seed=fit.request.seed, on_progress=telling_if_slow(fit))
+    found = find_images(existing(str(fit.request.images)), fit.request.task)
+    images = take_in(fit.request, found, place, seed=fit.request.seed, on_progress=telling_if_slow(fit))
     for line in images.inspection.lines(images.asked):
         fit.tell(f"  {line}")
     if fit.begun:
@@ -81,14 +83,12 @@ def look(fit: Fit) -> None:
         images.write()
     elif read_bytes(place) != images.content.model_dump_json(indent=1).encode():
         raise UserError("exists already, of other images; move it away, or choose another --output", file=place)
-    split = "the folder's own test split" if images.inspection.holdout is not None else f"a fifth of {_of(images)}"
+    split = (
+        "the folder's own test split" if images.inspection.holdout is not None else f"a fifth of {images.task.fifth_of}"
+    )
     choices = f"choices use the other {images.num_dev:,}"
     fit.tell(f"  test set, read at the end: {images.num_test:,} images, {split}; {choices}")
     fit.begin(images)
-
-
-def _of(images: LabelledSet) -> str:
-    return images.task.fifth_of
 
 
 def telling_if_slow(fit: Fit) -> Callable[[int, int], None]:
@@ -121,7 +121,7 @@ def look_at_machine(fit: Fit) -> dict[str, list[int]]:
     Raises:
         UserError: for such a limit, and if there is no time for a single model.
     """
-    request, costs_of = fit.request, {}
+    request, file_bytes = fit.request, {}
     sizes = {model: _sizes_of(fit, model) for model in fit.backbones}
     for model, own in sizes.items():
         try:
@@ -131,8 +131,8 @@ def look_at_machine(fit: Fit) -> dict[str, list[int]]:
         for plain in (Recipe(model, size) for size in own):
             for form in (plain, *map(plain.rounded, ROUNDED)):
                 shape = fit.shape(model, plain.image_size)
-                costs_of[form] = form.file_bytes(shape, fit.images.num_outputs, fit.images.num_dev)
-    sizes = _within_latency(fit, within_bytes(fit, costs_of))
+                file_bytes[form] = form.file_bytes(shape, fit.images.num_outputs, fit.images.num_dev)
+    sizes = _within_latency(fit, within_bytes(fit, file_bytes))
     first = next(iter(sizes))
     middle = sizes[first][(len(sizes[first]) - 1) // 2]  # steps at the largest would take the time of measuring alone
     fit.costs = FitCosts(fit, throughput_of(fit, lora(first, middle, LEAST_STEPS)))

@@ -320,7 +320,8 @@ def open_images(
     Raises:
         UserError: see `take_in`.
     """
-    files = find_images(existing(str(request.images)), request.task).files
+    found = find_images(existing(str(request.images)), request.task)
+    files = found.files
     own = None if files.is_test is None else sum(files.is_test)
     forecast = Forecast(request, _split_sizes(request, *files.read(), own))
     forecast.expected_s = forecast.sizes_in_time()
@@ -328,7 +329,7 @@ def open_images(
     with PixelStore([] if request.smoke else sizes, interpolation_of(architecture_of(forecast.backbone))) as store:
         least = 3 if own is None else 2  # of which the splits leave each class one to train on
         limits = {"least": least, "strict": request.strict}
-        images = take_in(request, Path(IMAGES_FILE), seed=None, store=store, on_progress=on_progress, **limits)
+        images = take_in(request, found, Path(IMAGES_FILE), seed=None, store=store, on_progress=on_progress, **limits)
         yield images, forecast.now(count_images(request, images.index))
 
 
