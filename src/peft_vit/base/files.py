@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from peft_vit.base.errors import UserError, os_fault
 
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 LARGEST_BYTES = 1 << 28  # of an image, a table or a record; far more than any real one
 # Each is of some systems only: O_BINARY of Windows, the others of POSIX.
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
@@ -195,9 +196,6 @@ def write_whole(file: Path, content: bytes) -> None:
     except OSError as error:
         reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
         raise UserError(f"{reason}writable, and the same command continues", file=file) from None
-
-
-_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
 def remove_any(path: Path) -> None:

@@ -25,11 +25,12 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     return np.asarray((sums / counts)[half : half + data.size])
 
 
-def _window(steps: int) -> int:
+def smoothing_window(steps: int) -> int:
+    """Return the steps of a moving average over a run of so many steps."""
     return steps // 20 * 2 + 1  # about a tenth, odd so that it has a center
 
 
-def _losses(record: RunRecord, window: int) -> dict[int, float]:
+def smoothed_losses(record: RunRecord, window: int) -> dict[int, float]:
     """Return the smoothed training loss by step."""
     losses = smoothed([row.loss for row in record.steps], window).tolist()
     return dict(zip((row.step for row in record.steps), losses, strict=True))
@@ -44,8 +45,8 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     """
     if record.spec.experiment.is_probe or len(record.steps) < 2:
         return None
-    window, stride = _window(len(record.steps)), -(-len(record.steps) // STEPS)
-    losses = dict(list(_losses(record, window).items())[::stride])
+    window, stride = smoothing_window(len(record.steps)), -(-len(record.steps) // STEPS)
+    losses = dict(list(smoothed_losses(record, window).items())[::stride])
     shares = {row.step: metric.of(row.metrics) for row in record.evaluations}
     unit = 100 if metric.is_share else 1
     probe = None if record.head_fit is None or not shares else record.head_fit.chosen

@@ -13,7 +13,7 @@ from peft_vit.core.config import METHOD_KINDS
 from peft_vit.deploy.page.document import Block, Paragraph, Raw
 from peft_vit.deploy.page.figure import Canvas, draw, leading, line_style, quiet_grid
 from peft_vit.deploy.page.formatting import counted, fixed
-from peft_vit.deploy.page.lines import STEPS, _losses, _window
+from peft_vit.deploy.page.lines import STEPS, smoothed_losses, smoothing_window
 from peft_vit.lab.analysis import Study
 
 _ROW_IN = 1.65
@@ -53,12 +53,12 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     recorded = [e for e in study.experiments if runs[e.name]]
     if not recorded:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
-    window = _window(max(len(record.steps) for own in runs.values() for record in own))
+    window = smoothing_window(max(len(record.steps) for own in runs.values() for record in own))
     drawn, note = leading(recorded, validation, LINES, attrgetter("name"))
     curves: dict[str, tuple[Curve, Curve]] = {}
     for name in (e.name for e in drawn):
         evaluations = [{row.step: row.metrics.nll for row in record.evaluations} for record in runs[name]]
-        curves[name] = Curve.of([_losses(record, window) for record in runs[name]]), Curve.of(evaluations)
+        curves[name] = Curve.of([smoothed_losses(record, window) for record in runs[name]]), Curve.of(evaluations)
     stride = max(1, -(-sum(curve.step.size for pair in curves.values() for curve in pair) // STEPS))
     curves = {name: (train.thinned(stride), own.thinned(stride)) for name, (train, own) in curves.items()}
     rows = list(dict.fromkeys(e.method for e in drawn))
