@@ -343,7 +343,7 @@ def tune(
 
     with named_as_parameters(TuneRequest, held_folder()):
         request = _asked(TuneRequest, given)
-        choice = find(request, (lambda event: tell(str(event))) if tell else events.print_event)
+        choice = find(request, events.telling(tell) if tell else events.print_event)
     return TrainedModel(request.output, choice)
 
 

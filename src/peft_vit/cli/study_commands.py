@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +25,7 @@ from peft_vit.lab.request import RunRequest, StudiesRequest
 
 if TYPE_CHECKING:
     from peft_vit.core.records import RunRecord
+    from peft_vit.fit.events import FitEvent
 
 _RESULTS = "The folder of results, which --output named, or a study in it."
 RowsFile = Annotated[Path | None, typer.Option(help=ROWS_FILE, show_default=False)]
@@ -74,16 +76,16 @@ def status(results_dir: ResultsDir) -> None:
 def train(request: TrainRequest) -> None:
     """Fine-tune a model on your own images with one method.
 
-    A fifth of the images is kept for the test, and another fifth for validation. Training starts from a linear probe, a
-    classifier on the features of the pretrained model. It stops early when validation stops improving, or when the
-    minutes are over. If the probe is clearly better on validation, you get the probe. Each call makes a folder of its
-    own, and `latest` beside it leads to the last one. The same call continues where it was interrupted. Exit codes: 0
-    done, 1 training failed, 2 bad input, 130 interrupted.
+    A fifth of the images is kept for the test. Linear probes, classifiers on the features of the pretrained model, say
+    which image size is worth training, and training starts from one. Trainings that leave some images out say how good
+    the model is, or a fifth of the images if these are a thousand or more. If the probe is better, you get the probe.
+    Each call makes a folder of its own, and `latest` beside it leads to the last one. The same call continues where it
+    was interrupted. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
-    print(f"Reading the images in {request.images}.", flush=True)  # before torch is loaded, which takes seconds
-    from peft_vit.fit.train import train as fit_one
+    with _shown(request) as emit:
+        from peft_vit.fit.train import train as fit_one
 
-    run = fit_one(request)
+        run = fit_one(request, emit)
     record = run.record()
     assert record is not None
     if record.status == "failed":
@@ -151,35 +153,46 @@ def runs(
 def tune(request: TuneRequest) -> None:
     """Find the best model for your images within your minutes and limits, and say how sure that is.
 
-    A fifth of the images, or the folder's own test split, is set aside for one test at the end. With the others it
-    chooses image sizes, by fitting only the last layer, then, as minutes allow, learning rate and number of steps, by
-    short trainings, and compares the best with itself on weights of 8 and 4 bits. It chooses the smallest that is
-    hardly worse than the best one found. The same command continues where an earlier one was stopped, and with more
-    minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
+    A fifth of the images, or the folder's own test split, is set aside for the test. It begins as `train` does: image
+    sizes, then one training, and from then on there is a model. As minutes allow it tries other sizes, learning rates,
+    numbers of steps and methods on folds of the images, and compares the best with itself on weights of 8 and 4 bits.
+    It chooses the smallest that is hardly worse than the best one found. The same command continues where an earlier
+    one was stopped, and with more minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.base.extras import require_extra
-    from peft_vit.fit.events import FitEvent, StageBegan
 
     require_extra("tune", "tune")  # what is imported below needs some of it
-    started, stage = time.monotonic(), "your images"
+    with _shown(request) as emit:
+        from peft_vit.fit.tune import tune as run_tune
+
+        run_tune(request, emit)
+
+
+@contextmanager
+def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent], None]]:
+    """Show what a fit says, and how far it is."""
+    from peft_vit.fit.events import Advanced, StageBegan
+
+    started, stage, advanced = time.monotonic(), "your images", ""
 
     def left_s() -> float:
         return max(0.0, 60 * request.minutes - (time.monotonic() - started))
 
     def said() -> str:
-        return f"{stage}: at most about {duration(left_s())} left"
+        return f"{stage}{advanced and f', {advanced}'}: at most about {duration(left_s())} left"
 
-    def tell(event: FitEvent) -> None:
-        nonlocal stage
+    def emit(event: FitEvent) -> None:
+        nonlocal stage, advanced
+        if isinstance(event, Advanced):
+            advanced = str(event)
+            return
         if isinstance(event, StageBegan):
-            stage = event.title
+            stage, advanced = event.title, ""
         shown.say(str(event))
 
     with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
         shown.say(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-        from peft_vit.fit.tune import tune as run_tune
-
-        run_tune(request, tell)
+        yield emit
 
 
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,12 +28,12 @@ from peft_vit.runs.records.progress import (
     run_status,
     study_lock,
 )
-from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, delivered_run, read_record, single_run
+from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, read_record, read_study_file, single_run
 
 if TYPE_CHECKING:
     from peft_vit.data import ImageIndex
 
-REQUEST_FILE, SIZES_FILE = "request.json", "sizes.json"
+REQUEST_FILE = "request.json"
 _NUMBERED = re.compile(r"([0-9]{4,8})-[a-z0-9-]+")
 
 
@@ -90,41 +90,13 @@ class RequestFile(BaseModel):
         return ", ".join([f"the images ({how or 'their order or layout'})", *changed])
 
 
-class SizesFile(BaseModel):
-    """Content of sizes.json.
-
-    Attributes:
-        values: of each image size what a regression on frozen features has, as a share, see `SizeTrial`.
-        signed: likewise, in the metric that decides; larger is better.
-        l2: likewise, strength of its penalty.
-        seconds: that they took.
-        images: that the values are from, see `DecidingMetric.images_alike`; None: a call of an older version.
-        trained: what the trained model has in that metric, by folds; None: it is not known, or validation images tell.
-        upper: the end of the 95 % interval of that.
-    """
+class FitSummary(BaseModel):
+    """Of fit.json what says how far a call is, see `fit.FitFile`; it needs no torch."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    values: dict[int, float]
-    signed: dict[int, float] = {}
-    l2: dict[int, float] = {}
-    seconds: float = 0.0
-    images: float | None = None
-    trained: float | None = None
-    upper: float | None = None
-
-    def better_than(self, image_size: int) -> int | None:
-        """Return the best size, if its regression may be better than what was trained; of equal ones the smallest.
-
-        Without folds that is one with a better regression than at the size of the training. By folds it has to
-        lie above the trained model's interval: images are few, the best size is so in part by luck, and training rarely
-        loses.
-        """
-        if not self.signed:
-            return None
-        best = max(sorted(self.signed), key=self.signed.__getitem__)
-        than = self.signed.get(image_size, math.inf) if self.upper is None else self.upper
-        return best if self.signed[best] > than else None
+    seconds: dict[str, float]
+    decisions: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -136,8 +108,9 @@ class TrainRun:
 
     @property
     def run(self) -> str:
-        """Return the run's name in the folder."""
-        return f"{self.asked.request.experiment}/seed_{self.asked.request.seed}"
+        """Return the name of the call's first run in the folder."""
+        study = read_study_file(self.folder)
+        return study.runs[0] if study is not None and study.runs else self.asked.request.run_name
 
     @property
     def step(self) -> int:
@@ -164,37 +137,33 @@ class TrainRun:
         file = single_run(self.folder) / RECORD_FILE
         return read_record(file) if file.exists() else None
 
-    def sizes(self) -> SizesFile | None:
-        """Return what regressions have at several image sizes; None if training continues an adapter."""
-        file = self.folder / SIZES_FILE
-        with suppress(ValidationError):
-            return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None
+    @cached_property
+    def _fit(self) -> FitSummary | None:
+        """Return what fit.json says; None: an earlier version has written none."""
+        with suppress(OSError, ValidationError):
+            return FitSummary.model_validate_json(read_bytes(self.folder / TrainRequest.fit_file))
         return None
 
+    @property
+    def is_done(self) -> bool:
+        """Return whether its model is delivered."""
+        delivered = self._fit is None or self._fit.decisions.get("delivered") is not None
+        return self.status().state == "done" and delivered
+
     def seconds(self) -> float:
-        """Return what all that it has done took: regressions at several sizes, its run, a regression beside that."""
-        sizes = self.sizes()
-        taken = 0.0 if sizes is None else sizes.seconds
+        """Return what all that it has done took: of its stages, or of its runs if an earlier version did them."""
+        if self._fit is not None:
+            return sum(self._fit.seconds.values())
+        taken = 0.0
         for file in self.folder.rglob(RECORD_FILE):
             with suppress(ValidationError):
                 taken += End.model_validate_json(read_bytes(file)).seconds
         return taken
 
-    def size_left(self) -> int | None:
-        """Return the image size of a regression that may be better than what was trained, and is not made yet."""
-        sizes, record = self.sizes(), self.record()
-        if sizes is None or record is None or record.status != "done" or delivered_run(self.folder) is not None:
-            return None
-        if record.spec.experiment.is_probe:  # its size was chosen as the best
-            return None
-        return sizes.better_than(record.spec.data.image_size)
-
-    def folds_left(self) -> bool:
-        """Return whether its run is done, no image validated, and folds have not shown yet how good it is."""
-        record, sizes = self.record(), self.sizes()
-        if record is None or record.status != "done" or record.spec.smoke or record.validation is not None:
-            return False
-        return delivered_run(self.folder) is None and (sizes is None or sizes.trained is None)
+    def forget(self, *files: Path) -> None:
+        """Remove what was written before anything was trained."""
+        for file in (self.folder / REQUEST_FILE, *files):
+            file.unlink(missing_ok=True)
 
     def deliver(self, run_folder: Path) -> None:
         """Say that its model is that of a run."""
@@ -273,8 +242,3 @@ def _claimed(output: Path, label: str) -> Path:
 def write_request(folder: Path, asked: RequestFile) -> None:
     """Write what was asked for; raises UserError if there is no room for it."""
     write_whole(folder / REQUEST_FILE, (asked.model_dump_json(indent=1) + "\n").encode())
-
-
-def write_sizes(folder: Path, sizes: SizesFile) -> None:
-    """Write what regressions have at several image sizes; raises UserError if there is no room for it."""
-    write_whole(folder / SIZES_FILE, (sizes.model_dump_json(indent=1) + "\n").encode())

@@ -14,7 +14,6 @@ from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_twice
 from peft_vit.base.statistics.odds import Odds, choose_model
 from peft_vit.core.tasks import expected_gain
-from peft_vit.fit.costs import SHORTEST
 from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 _RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `posterior_by_size`
 _UPSCALED = 4  # times its own side, up to where a larger image helps
 _USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
+GAIN_SD = 0.03  # of what training gains, around it, from data set to data set
+SHORTEST = 0.5  # times the steps on folds, of a last training
 LEAST_FOLDS = 2  # that decide of a training if time is short
 NO_MODEL = "ended before a single model; give more, and the same command continues"
 
@@ -58,20 +59,6 @@ def posterior_by_size(observed: Mapping[int, float], images: float, side: float)
     noise = variance / (2 * images) * np.eye(len(sizes))
     posterior = prior + covariance @ np.linalg.solve(covariance + noise, values - prior)
     return dict(zip(observed, posterior.tolist(), strict=True))
-
-
-def gain_over(observed: Mapping[int, float], other: int, own: int, steps: int, images: float, side: float) -> float:
-    """Return what training may have more than the regression of another size on other images, a share; at least 0.
-
-    Args:
-        observed: of regressions by image size, as shares; see `posterior_by_size`, also for `images` and `side`.
-        other: size of the regression.
-        own: size of the training.
-        steps: of the training.
-    """
-    posterior = posterior_by_size(observed, images, side)
-    ahead = posterior[other] - posterior[own] if {other, own} <= posterior.keys() else 0.0
-    return max(0.0, expected_gain(steps) - ahead)
 
 
 # --- recipes on folds -------------------------------------------------------------------------------------------------
@@ -108,6 +95,45 @@ def gains_by_steps(frame: FoldResults, recipe: Recipe) -> bool:
     difference, error = half
     usual = expected_gain(own.steps) - expected_gain(own.half.steps)
     return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
+
+
+def gain_of_training(fit: Fit, recipe: Recipe, longer: float, probe: Recipe) -> float:
+    """Return what the last training of a recipe is expected to have more than a regression, a share.
+
+    The mean of a normal posterior. What training usually brings is the prior N(g, s^2), see `expected_gain`, less by
+    what the regression of another size is ahead of the one at the recipe's size; s = 3 points. On folds the difference
+    d is measured with the standard error e, of fewer steps, whose expected gain is less. As trainings of folds share
+    images, and all of them with the last one, the variance is e^2 (1 + J n_test / n_train), see `means_of_images`.
+
+    Args:
+        fit: the fit.
+        recipe: that takes steps.
+        longer: times those of the folds, of its last training.
+        probe: the regression.
+    """
+    sizes = fit.decisions.sizes
+    ahead = sizes[probe.place] - sizes[recipe.place] if {probe.place, recipe.place} <= sizes.keys() else 0.0
+    usual = expected_gain(fit.costs.last_steps(recipe, longer))
+    prior, measured = usual - max(0.0, ahead), fit.frame.paired(recipe, probe)
+    if measured is None:
+        return prior
+    difference, error = measured
+    difference += usual - expected_gain(recipe.steps)
+    folds = len(set(fit.frame.seeds(recipe)) & set(fit.frame.seeds(probe)))
+    variance = error**2 * (1 + folds / (FOLDS - 1))
+    return (prior * variance + difference * GAIN_SD**2) / (variance + GAIN_SD**2)
+
+
+def worth_training(fit: Fit, recipe: Recipe, longer: float, probe: Recipe) -> bool:
+    """Tell whether a recipe is kept instead of a regression, and say by what."""
+    gain, scores = gain_of_training(fit, recipe, longer, probe), fit.images.scores
+    seeds = [seed for seed in fit.frame.seeds(recipe) if seed in fit.frame.rows.get(probe, {})]
+    if seeds:
+        its = ((one.title, fit.frame.score(one, seeds)) for one in (recipe, probe))
+        said = ", ".join(f"{title} {scores.text(score)}" for title, score in its)
+        expected = f"the former is expected to be {100 * gain:+.1f} {scores.unit} better when trained to the end"
+        fit.tell(f"  on {len(seeds)} folds, of images left out of training: {said}; {expected}")
+    return gain > 0
 
 
 def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:
@@ -175,6 +201,12 @@ def decide_model(fit: Fit) -> ModelDecision:
     )
     trains = any(not recipes[number].is_probe for number in can_finish)
     fitting = can_finish if trains else can_finish_half or within_bytes
+    plain = [own for own in frame.rows if not own.is_probe and own.bits is None and frame.seeds(own)]
+    best = max(plain, key=lambda own: standing(frame, own), default=None)
+    if best is not None and trains:  # a regression is taken only if it is expected to be better
+        longer = max(1.0, fit.longest_done(best))
+        worse = {own for own in recipes if own.is_probe and gain_of_training(fit, best, longer, own.trained) > 0}
+        fitting = [number for number in fitting if recipes[number] not in worse] or fitting
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     choice = choose_model(frame.means(recipes), sizes, fitting or range(len(recipes)), floats, margin)
     taken = choice.odds[choice.chosen]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from peft_vit.base.console import duration
+
 
 @dataclass(frozen=True)
 class StageBegan:
@@ -15,7 +17,7 @@ class StageBegan:
     left_s: float
 
     def __str__(self) -> str:
-        return f"{self.title}: {max(0.0, self.left_s) / 60:.1f} minutes are left"
+        return f"{self.title}: {duration(max(0.0, self.left_s))} left"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,25 @@ class Message:
         return self.text
 
 
-FitEvent = StageBegan | Message
+@dataclass(frozen=True)
+class Advanced:
+    """So many of the things that a stage goes through are done: images, steps of a run."""
+
+    what: str
+    done: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.done:,} of {self.count:,}"
+
+
+FitEvent = StageBegan | Message | Advanced
 Emit = Callable[[FitEvent], None]
-print_event = partial(print, flush=True)  # an event as a line of a terminal
+
+
+def telling(say: Callable[[str], None]) -> Emit:
+    """Return what says everything but how far something is, a line each."""
+    return lambda event: None if isinstance(event, Advanced) else say(str(event))
+
+
+print_event = telling(partial(print, flush=True))

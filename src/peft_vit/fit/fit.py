@@ -1,16 +1,16 @@
 """A fit under way: what was asked, the images, what was decided, what runs came to, and the time. Stages take it alone.
 
-It can be killed at any moment. The same request continues: what was decided and tried is in tune.json, what runs came
-to in their studies.
+It can be killed at any moment. The same request continues: what was decided and tried is in a file of its folder, what
+runs came to in their studies.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,9 @@ from peft_vit.base.files import make_folder, read_bytes, write_whole
 from peft_vit.base.statistics import Interval
 from peft_vit.core.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of, source_of
 from peft_vit.core.config import (
+    AUGMENTATION_OF_FLIPS,
     LABEL_SMOOTHING,
+    METHOD_KINDS,
     BackboneConfig,
     Compute,
     Flips,
@@ -39,35 +41,37 @@ from peft_vit.core.config import (
 from peft_vit.deploy.measures.timing import time_random
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.deploy.post_training import logits_by_type
-from peft_vit.fit.costs import LENGTHS, FitCosts
+from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.events import Emit, Message, StageBegan
 from peft_vit.fit.intake import LabelledSet
-from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Only, Outcome, Outcomes, StudyRunner
-from peft_vit.fit.recipe import Recipe, shared_training
-from peft_vit.fit.regressions import Regression, regress
-from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Only, Outcome, Runner, StudyRunner
+from peft_vit.fit.recipe import Recipe
+from peft_vit.fit.regressions import Regression
+from peft_vit.fit.request import FitRequest
 from peft_vit.runs.costs.estimate import Throughput, product_rates
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, validate_every
+from peft_vit.runs.records.progress import StudyLock
 from peft_vit.runs.records.storage import STUDIES_FOLDER
 from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.scheduling.profiling import measure_step, measure_throughput
+from peft_vit.runs.scheduling.profiling import measure_step
 from peft_vit.runs.this_machine.machine import choose_precision, cpu_count, resolve_device
 
-TUNE_FILE = "tune.json"
-SHARES = {"look": 0.02, "machine": 0.03, "sizes": 0.15}  # of the time; all else trains, and writes the model
 TITLES = {
     "look": "your images",
-    "machine": "time of a step",
     "sizes": "image sizes",
-    "search": "recipes of LoRA",
-    "folds": "the best on folds",
+    "first": "a first model",
+    "folds": "how good it is",
+    "search": "other recipes",
     "final": "last training",
     "output": "model and page",
 }
 MEMORY_OPTION = "--memory-limit"
+FEWEST_VALIDATION, _MOST_VALIDATION = 200, 500  # images; fewer tell too little: folds of all of them tell more
+# Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
+# steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
+_PATIENCE_STEPS = 150
 _OVER = 0.1  # of the minutes, by which they may be exceeded
 _FASTEST = 0.5  # of the planned time: what takes less may have been lucky
-_BATCH = 32
 _Of = TypeVar("_Of")
 
 
@@ -77,20 +81,16 @@ class Environment:
 
     Attributes:
         make_runner: gives what does the runs of a study, see `StudyRunner`.
-        measure: see `measure_throughput`.
         time_export: see `time_random`.
-        regress: see `regressions.regress`.
+        regress: None: see `regressions.regress`.
         round_run: gives logits of a run's test images with rounded weights, see `logits_by_type`.
-        write_output: writes model, card and page; None: see `output.write_output`.
+        write_output: writes model, card and page of a tuning; None: see `output.write_output`.
         clock: in seconds.
     """
 
-    make_runner: Callable[[Fit], Callable[[Mapping[str, Any], Limit, Only | None], Outcomes]] = lambda fit: StudyRunner(
-        fit.studies, fit.images.metric, fit.request.executor, fit.tell
-    )
-    measure: Callable[..., Throughput] = measure_throughput
+    make_runner: Callable[[Fit], Runner] = StudyRunner
     time_export: Callable[..., float] = time_random
-    regress: Callable[[Mapping[str, Any], Path, bool], Regression] = regress
+    regress: Callable[[Mapping[str, Any], Path, bool], Regression] | None = None
     round_run: Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType, NDArray[np.float32]]] = (
         logits_by_type
     )
@@ -105,14 +105,16 @@ class Decisions(BaseModel):
         weights: where a model's come from, by its name.
         compute: how frozen layers multiply, which all runs share.
         flips: how training images are flipped, which all runs share.
-        throughput: what runs take on this machine.
         compared_images: by how many images sizes are compared.
         latency_s: of an exported image, by model and size.
         memory: settings of training within the limit, by model and size.
         sizes: score of a regression, by `Recipe.place`.
         more_labels: by what share of its error twice as many labels lower a regression's, by place; None: unknown.
         tested_images: that a model is read on, by place.
-        trained: names of what was trained for the last time, with its place.
+        trained_images: that the last training has, by place, where not all fit.
+        first: the recipe that is trained first, and how many times longer than on folds.
+        trained: what was trained for the last time, and how many times longer than on folds.
+        delivered: likewise, what was written.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -120,21 +122,24 @@ class Decisions(BaseModel):
     weights: dict[str, str | None] = {}
     compute: Compute | None = None
     flips: Flips | None = None
-    throughput: Throughput | None = None
     compared_images: int | None = None
     latency_s: dict[str, float] = {}
     memory: dict[str, dict[str, Any]] = {}
     sizes: dict[str, float] = {}
     more_labels: dict[str, Interval | None] = {}
     tested_images: dict[str, int] = {}
-    trained: list[str] = []
+    trained_images: dict[str, int] = {}
+    first: tuple[Recipe, float] | None = None
+    trained: list[tuple[Recipe, float]] = []
+    delivered: tuple[Recipe, float] | None = None
 
 
 class FitFile(BaseModel):
-    """Content of tune.json.
+    """Content of tune.json, or of fit.json in a call of `train`.
 
     Attributes:
         asked: by option, which may not change.
+        threads: of all runs.
         decisions: see there.
         recipes: all that were tried.
         seconds: of each stage, of all calls together.
@@ -142,11 +147,25 @@ class FitFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_version: Literal[3] = 3
-    asked: dict[str, Any]
+    schema_version: Literal[4] = 4
+    asked: dict[str, Any] = {}
+    threads: int = 1
     decisions: Decisions = Decisions()
     recipes: list[Recipe] = []
     seconds: dict[str, float] = {}
+
+    @classmethod
+    def read(cls, place: Path) -> FitFile | None:
+        """Read it; None: there is none.
+
+        Raises:
+            UserError: if it can't be read.
+        """
+        try:
+            with checked(place, "move it away, or choose another --output"):
+                return cls.model_validate_json(read_bytes(place))
+        except FileNotFoundError:
+            return None
 
 
 @dataclass
@@ -156,61 +175,70 @@ class Fit:
     Attributes:
         request: what was asked for.
         emit: gets what happens, see `events`.
-        limit: the time of this call.
-        file: what is kept.
         environment: see there.
+        limit: the time of this call, which begins now.
+        folder: of everything that is written; the output, until it is known.
+        lock: on the folder, of a call of `train`.
+        file: what is kept.
         begun: nothing stands in the way any more; before, nothing is kept, so that another limit can be asked for.
         pace: of this call's runs with steps.
+        image_pace: of this call's passes of images.
         failed: recipes of which every run failed in this call.
+        opened: what is closed at the end of the call.
     """
 
-    request: TuneRequest
+    request: FitRequest
     emit: Emit
-    limit: Limit
-    file: FitFile
-    environment: Environment = Environment()
+    environment: Environment = field(default_factory=Environment)
+    limit: Limit = field(init=False)
+    folder: Path = field(init=False)
+    lock: StudyLock | None = None
+    file: FitFile = field(default_factory=FitFile)
     begun: bool = False
     pace: Pace = field(default_factory=Pace)
+    image_pace: Pace = field(default_factory=Pace)
     failed: set[Recipe] = field(default_factory=set)
+    opened: ExitStack = field(default_factory=ExitStack)
 
-    @classmethod
-    def opened(cls, request: TuneRequest, emit: Emit, environment: Environment | None = None) -> Fit:
-        """Begin, or continue with what the output holds.
+    def __post_init__(self) -> None:
+        clock = self.environment.clock
+        self.limit = Limit(self.request.minutes, clock(), clock)
+        self.folder = self.request.output
+        self.file.threads = self.request.threads or cpu_count()
+
+    def enter(self, folder: Path, lock: StudyLock | None = None) -> None:
+        """Begin in a folder, or continue with what it holds.
 
         Raises:
             UserError: if it was begun with something else asked for, with the difference; or if it can't be read.
         """
-        environment = environment or Environment()
-        limit = Limit(request.minutes, environment.clock(), environment.clock)
-        place = request.output / TUNE_FILE
-        kept = _read(place)
-        if request.threads is None:
-            threads = cpu_count() if kept is None else kept.asked.get("threads")
-            request = request.model_copy(update={"threads": threads})
-        asked = json.loads(json.dumps(request.kept()))
+        self.folder, self.lock, asked = folder, lock, self.request.unchangeable()
+        kept = FitFile.read(self.file_path)
         if kept is None:
-            return cls(request, emit, limit, FitFile(asked=asked), environment)
+            self.file.asked = asked
+            return
+        begun_with = {**kept.asked, "threads": kept.threads}
         for option, value in asked.items():
-            if kept.asked.get(option) != value:
+            if begun_with.get(option) != value:
                 raise UserError(
-                    f"was begun with {_said(kept.asked.get(option))}, and {_said(value)} is asked for now; set it "
+                    f"was begun with {_said(begun_with.get(option))}, and {_said(value)} is asked for now; set it "
                     "back, or choose another --output",
-                    file=place,
+                    file=self.file_path,
                     field=f"--{option}" if option != "images" else "IMAGES",
                 )
-        return cls(request, emit, limit, kept, environment, begun=True)
+        self.file, self.begun = kept, True
 
     # --- what is decided, and the time ---
+
+    @property
+    def file_path(self) -> Path:
+        """Return where it is kept."""
+        return self.folder / self.request.fit_file
 
     @property
     def decisions(self) -> Decisions:
         """Return what was decided."""
         return self.file.decisions
-
-    @property
-    def studies(self) -> Path:
-        """Return the results directory of all studies."""
-        return self.request.output / STUDIES_FOLDER
 
     def tell(self, text: str) -> None:
         """Say something."""
@@ -226,15 +254,6 @@ class Fit:
         finally:
             seconds[name] = seconds.get(name, 0.0) + self.limit.clock() - started
             self.save()
-
-    def share_s(self, stage: str) -> float:
-        """Return the seconds that a stage before training has of a call's time."""
-        return 60 * self.request.minutes * SHARES[stage]
-
-    @property
-    def training_s(self) -> float:
-        """Return the seconds of a call that training has, with the output."""
-        return 60 * self.request.minutes * (1 - sum(SHARES.values()))
 
     @property
     def over_s(self) -> float:
@@ -253,14 +272,13 @@ class Fit:
         return table[key]
 
     def save(self) -> None:
-        """Write tune.json, once nothing stands in the way."""
+        """Write the file, once nothing stands in the way."""
         if self.begun:
-            write_whole(self.request.output / TUNE_FILE, (self.file.model_dump_json(indent=1) + "\n").encode())
+            write_whole(self.file_path, (self.file.model_dump_json(indent=1) + "\n").encode())
 
     # --- images, models and what runs share ---
 
     images: LabelledSet = field(init=False)
-    costs: FitCosts = field(init=False)
     frame: FoldResults = field(init=False)
 
     def begin(self, images: LabelledSet) -> None:
@@ -268,20 +286,36 @@ class Fit:
         self.images, self.frame = images, FoldResults(images.scores)
         self._run = self.environment.make_runner(self)
 
-    @property
-    def train_images(self) -> int:
-        """Return how many images are trained on in a fold, about."""
-        return self.images.num_dev - self.test_images
+    @cached_property
+    def num_validation(self) -> int:
+        """Return how many images validate the last training; 0: folds of all of them tell how good it is."""
+        request, images = self.request, self.images
+        if not request.validates:
+            return 0
+        fifth = max(len(images.index.class_names), min(images.num_dev // 5, _MOST_VALIDATION))
+        return fifth if fifth >= FEWEST_VALIDATION or request.shots is not None or request.smoke else 0
+
+    @cached_property
+    def num_train(self) -> int:
+        """Return how many images the last training trains on."""
+        if self.request.shots is not None:
+            return self.request.shots * len(self.images.index.class_names)
+        return max(1, self.images.num_dev - self.num_validation)
 
     @property
-    def test_images(self) -> int:
+    def fold_test_images(self) -> int:
         """Return how many images a fold tests, about."""
-        return self.images.num_dev // FOLDS
+        return max(1, self.images.num_dev // FOLDS)
+
+    @property
+    def fold_train_images(self) -> int:
+        """Return how many images are trained on in a fold, about."""
+        return max(1, min(self.num_train, self.images.num_dev - self.fold_test_images))
 
     @property
     def batch_size(self) -> int:
         """Return the images of a step."""
-        return min(_BATCH, max(1, self.train_images))
+        return min(self.request.batch_size, self.fold_train_images)
 
     @property
     def flips(self) -> Flips:
@@ -303,7 +337,8 @@ class Fit:
                 check_weights(backbone)
             except UserError as error:
                 fault = error
-                self.tell(f"  {name} can't be loaded: {error.message}")
+                if len(self.request.models) > 1:
+                    self.tell(f"  {name} can't be loaded: {error.message}")
             else:
                 found[name] = backbone
         if not found:
@@ -326,27 +361,52 @@ class Fit:
         return self.once(self.decisions.weights, model, source)
 
     @cached_property
-    def compute(self) -> Compute:
-        """Return how frozen layers multiply in all runs, decided once."""
-        request, decisions = self.request, self.decisions
-        if request.compute == "float" or decisions.compute is not None:
-            return decisions.compute or "float"
+    def _rates(self) -> dict[Compute, float]:
+        """Return multiply-adds per second by the ways to multiply in frozen layers, the chosen one first."""
+        request, (name, backbone) = self.request, next(iter(self.backbones.items()))
         device = resolve_device(request.device)
         precision = choose_precision(request.precision, None, device).chosen
-        name, backbone = next(iter(self.backbones.items()))
+        may = METHOD_KINDS[request.method].without_integers is None
+        asked = request.compute if may and not (request.smoke and request.compute == "auto") else "float"
         shape = self.shape(name, 8 * size_step_of(architecture_of(backbone)))
-        rates = product_rates(request.compute, shape, device, precision, request.threads or cpu_count())
-        best = next(iter(rates))
-        if best == "int8" and "float" in rates:
-            gain = rates["int8"] / rates["float"]
-            self.tell(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
-        decisions.compute = best
-        self.save()
-        return best
+        return product_rates(self.decisions.compute or asked, shape, device, precision, self.file.threads)
+
+    @cached_property
+    def compute(self) -> Compute:
+        """Return how frozen layers multiply in all runs, decided once."""
+        decided = self.decisions.compute
+        if decided is None:
+            decided = self.decisions.compute = next(iter(self._rates))
+            if decided == "int8" and "float" in self._rates:
+                gain = self._rates["int8"] / self._rates["float"]
+                self.tell(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
+            self.save()
+        return decided
+
+    @cached_property
+    def costs(self) -> FitCosts:
+        """Return what everything takes here, from what large products take; runs correct it as they end."""
+        return FitCosts(self, Throughput.estimated(self._rates[self.compute]))
 
     def shape(self, model: str, image_size: int) -> BackboneShape:
         """Return a backbone's shape."""
         return describe(self.backbones[model], image_size)
+
+    # --- studies ---
+
+    @cached_property
+    def studies(self) -> Path:
+        """Return the results directory of all studies but the main one of a call of `train`."""
+        return self.folder if self.request.main_study else self.folder / STUDIES_FOLDER
+
+    def results_dir(self, study: str) -> Path:
+        """Return the results directory of a study."""
+        return self.folder.parent if self.request.main_study and study == self.folder.name else self.studies
+
+    def name_of(self, recipe: Recipe) -> str:
+        """Return the name of the experiment that trains a recipe."""
+        request = self.request
+        return request.experiment or recipe.name if recipe.method == request.method else recipe.name
 
     def study(
         self, name: str, recipe: Recipe, seeds: Sequence[int], experiments: Sequence[Mapping[str, Any]], **data: Any
@@ -360,48 +420,82 @@ class Fit:
             experiments: as a configuration holds them.
             data: beside what all have; `folds: null` trains on all that is not for the test, which tests.
         """
-        request = self.request
+        request, images = self.request, self.images
+        own = {**images.data(recipe.image_size), "folds": FOLDS, "validation_images": 0}
+        own |= {"split_seed": request.split_seed} | ({} if request.task is None else {"task": images.task.name})
+        if request.shots is not None:
+            own |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
+        if request.smoke or (request.test_images is not None and images.inspection.holdout is not None):
+            own["test_images"] = request.test_images or images.num_test  # of made-up images, or of the own test split
         return {
             "name": name,
             "seeds": list(seeds),
-            "threads": request.threads or cpu_count(),
+            "threads": self.file.threads,
             "precision": request.precision,
             "device": request.device,
             "backbone": self.backbones[recipe.model].model_dump(exclude_unset=True),
-            "data": {
-                **self.images.data(recipe.image_size),
-                "path": str(self.images.inspection.path.absolute()),  # also for calls from another directory
-                "folds": FOLDS,
-                "validation_images": 0,
-                "split_seed": request.seed,
-                **({} if request.task is None else {"task": request.task}),
-                **data,
-            },
-            "experiments": [{**one, "training": {**one["training"], "compute": self.compute}} for one in experiments],
+            "data": own | data,
+            "experiments": list(experiments),
             "measures": {"logits": True},
         }
 
-    def experiment(self, recipe: Recipe) -> dict[str, Any]:
+    def training(self, flips: Flips | None = None) -> dict[str, Any]:
+        """Return what every section `training` says, a probe's too."""
+        metric = self.images.metric
+        changes = AUGMENTATION_OF_FLIPS[flips or self.flips]
+        return {
+            "batch_size": self.batch_size,
+            "augmentation": [change.model_dump(mode="json") for change in changes],
+            "metric": metric.name,
+            "class_weights": self.request.class_weights_for(metric),
+            "compute": self.compute,
+        }
+
+    def experiment(self, recipe: Recipe, *, last: bool = False) -> dict[str, Any]:
         """Return what trains a recipe, as a configuration holds it.
 
-        Nothing validates: the rate rises and falls over all steps, to a peak of twice the plateau of `train`. On
-        average it is as high, and as many steps learn as much.
+        Where nothing validates, the rate rises and falls over all steps, to a peak of twice the plateau that it has
+        where training ends when validation stops improving. On average it is as high, and as many steps learn as much.
+
+        Args:
+            recipe: of it.
+            last: it is trained for the last time, and images may validate it.
 
         Raises:
             UserError: naming `--memory-limit`, if it does not train within that.
         """
-        training = shared_training(self.batch_size, self.flips, self.images.metric)
+        request, training = self.request, self.training()
         if not recipe.is_probe:
-            training |= {"learning_rate": recipe.rate, "head_start": "probe", "steps": recipe.steps}
-            training |= {"label_smoothing": LABEL_SMOOTHING} if self.images.scores.task.smooths else {}
-        sections = recipe.sections(self.shape(recipe.model, recipe.image_size), self.request.max_adapter_bytes)
-        experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
-        if not recipe.is_probe and self.request.memory_limit is not None:
+            training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
+            training["head_start"] = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
+            training |= {"label_smoothing": LABEL_SMOOTHING} if self.images.task.smooths else {}
+            training |= request.training_settings
+            if "epochs" in training:
+                del training["steps"]
+            if last and self.num_validation:
+                training |= self._validated(recipe) if "epochs" not in training else {"keep": "last"}
+        if request.init_adapter is not None and not recipe.is_probe:
+            sections: dict[str, Any] = {"lora": {"start": str(request.init_adapter)}}
+        else:
+            sections = recipe.sections(self.shape(recipe.model, recipe.image_size), **request.adapter_options)
+        experiment = {"name": self.name_of(recipe), "method": recipe.method, "training": training, **sections}
+        if not recipe.is_probe and request.memory_limit is not None and not request.smoke:
             training |= self._within_memory(recipe, experiment)
         return experiment
 
+    def _validated(self, recipe: Recipe) -> dict[str, Any]:
+        every = min(validate_every(self.num_validation, self.request.batch_size), recipe.steps)
+        patience = max(5, -(-_PATIENCE_STEPS // every))
+        return {
+            "learning_rate": recipe.rate / 2 if self.request.learning_rate is None else recipe.rate,
+            "validate_every": every,
+            "keep": "last",
+            "schedule": "warmup_stable_decay",
+            "patience": patience,
+        }
+
     def _within_memory(self, recipe: Recipe, experiment: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings of training that keep within the limit of memory, measured on float LoRA, the most."""
+        """Return the settings of training that keep within the limit of memory, measured on this method."""
         limit = {"memory_limit": self.request.memory_limit}
         limited = {**experiment, "training": {**experiment["training"], **limit}}
 
@@ -451,18 +545,18 @@ class Fit:
 
     def _take(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit, only: Only | None = None) -> None:
         first = recipes[0]
+        study = self.study(f"folds-{first.place}", first, seeds, [*map(self.experiment, recipes)])
         try:
-            done = self._run(
-                self.study(f"folds-{first.place}", first, seeds, [*map(self.experiment, recipes)]), limit, only
-            )
+            done = self._run(study, limit, only)
         except EveryRunFailedError as error:
-            if first.is_probe:  # without it there is no answer
+            if first.is_probe and not self.request.main_study:  # without it there is no answer
                 raise
             self.tell(f"  {joined([one.title for one in recipes])}, left out: {error.message}")
             self.failed.update(recipes)
             done = {}
         for recipe in recipes:
-            outcomes = {seed: done[recipe.name, seed] for seed in seeds if (recipe.name, seed) in done}
+            name = self.name_of(recipe)
+            outcomes = {seed: done[name, seed] for seed in seeds if (name, seed) in done}
             self.frame.rows.setdefault(recipe, {}).update(outcomes)
 
     def run_alone(self, study: Mapping[str, Any], limit: Limit) -> Outcome:
@@ -492,11 +586,10 @@ class Fit:
         """Return what the last training trains, so many times longer than on folds."""
         return replace(recipe.trained, steps=self.costs.last_steps(recipe, longer))
 
-    def longest_done(self, recipe: Recipe, most: float = LENGTHS[0]) -> float:
+    def longest_done(self, recipe: Recipe, most: float = math.inf) -> float:
         """Return how many times longer than on folds a last training was that is done, at most; 0: none is."""
-        done = self.decisions.trained
-        options = (longer for longer in LENGTHS if longer <= most)
-        return next((longer for longer in options if self.final_recipe(recipe, longer).done_as in done), 0.0)
+        done = (longer for own, longer in self.decisions.trained if own == recipe.trained and longer <= most)
+        return max(done, default=0.0)
 
     def quantize(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
         """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""
@@ -524,20 +617,12 @@ class Fit:
         return {one: logits[one] for one in bits}
 
     def _logits_file(self, folder: Path) -> Path:
-        return self.request.output / "rounded_after" / f"{'-'.join(folder.parts[-3:])}.safetensors"
+        return self.folder / "rounded_after" / f"{'-'.join(folder.parts[-3:])}.safetensors"
 
     def _kept_logits(self, folder: Path) -> dict[QuantizationType, Any]:
         with suppress(OSError, ValueError, SafetensorError):  # none, or damaged: they are computed again
             return dict(load(read_bytes(self._logits_file(folder), None)))
         return {}
-
-
-def _read(place: Path) -> FitFile | None:
-    try:
-        with checked(place, "move it away, or choose another --output"):
-            return FitFile.model_validate_json(read_bytes(place))
-    except FileNotFoundError:
-        return None
 
 
 def _said(value: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.adapters.peft_format import peft_sha256
-from peft_vit.core.backbones import architecture_of, check_weights
+from peft_vit.core.backbones import architecture_of, check_weights, interpolation_of
 from peft_vit.core.config import StudyConfig, named_backbone
 from peft_vit.core.tasks import DecidingMetric, Scores, Task
 from peft_vit.core.training import fewest_groups
@@ -32,9 +32,11 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
+from peft_vit.fit.regressions import sizes_to_try
 from peft_vit.fit.request import FitRequest, TrainRequest
 
 IMAGES_FILE = "images.json"  # which images are used, which test, and which are copies
+_MOST_KEPT = 1 << 30  # bytes of decoded images
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class LabelledSet:
     def data(self, image_size: int) -> dict[str, Any]:
         """Return what a section `data` says of which images these are."""
         images = self.inspection.images
-        place = {"path": str(images.path), "images_file": str(self.file.absolute())}
+        # Absolute, also for calls from another directory.
+        place = {"path": str(images.path.absolute()), "images_file": str(self.file.absolute())}
         return {"dataset": images.dataset, **place, "image_size": image_size}
 
     def write(self) -> None:
@@ -141,41 +144,48 @@ class LabelledSet:
             message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
             raise UserError(f"{message} --output", file=self.inspection.path)
 
-    def keep_pixels(self, study: StudyConfig, *, test: bool = True) -> None:
-        """Put what was decoded where the study's runs find it; test images, if they are read."""
-        assert self.store is not None
-        index = open_index(study.data)
-        splits = make_splits(index, study.data, study.seeds[0])
-        self.store.hand_over(index, splits if test else replace(splits, test=splits.test[:0]))
+    def keep_pixels(self, study: StudyConfig) -> None:
+        """Put what was decoded where the study's runs find it."""
+        if self.store is not None and study.data.image_size in self.store.sizes:
+            index = open_index(study.data)
+            self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
+
+
+def pixel_store(request: FitRequest, images: Images) -> PixelStore:
+    """Return what keeps images at all sizes that may be trained on as they are decoded, if that is no more than 1 GB.
+
+    Raises:
+        UserError: if a model is not known, or takes no such images.
+    """
+    architecture = architecture_of(named_backbone(request.models[0], request.weights))
+    sizes = [] if request.smoke else list(request.image_sizes) or sizes_to_try(architecture)
+    taken = 3 * len(images.files.classes) * sum(size**2 for size in sizes)
+    return PixelStore(sizes if taken <= _MOST_KEPT else [], interpolation_of(architecture))
 
 
 def take_in(
     request: FitRequest,
     images: Images,
     file: Path,
-    *,
-    seed: int | None,
     store: PixelStore | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    **limits: Any,
 ) -> LabelledSet:
     """Look at each of a person's images once, and leave out what can't be used; nothing is written.
 
     Args:
         request: of the command, or in Python.
         images: of the request, see `find_images`.
-        file: where it will be said which images are used.
-        seed: by which a fifth is set aside for the test, unless there is a test split; None: none is.
+        file: where it will be said which images are used, and which test.
         store: keeps what is decoded.
         on_progress: gets how many images were read, and of how many.
-        limits: see `inspect_images`.
 
     Raises:
         UserError: see `inspect_images`; and before that, if the metric is of another task.
     """
     asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
-    inspection = inspect_images(images, store=store, on_progress=on_progress, **limits)
-    content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed)))
+    least = request.least_of_a_class[0 if images.files.is_test is None else 1]
+    inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
+    content = images_file(inspection, request.split_seed, request.test_images)
     index = index_inspected(images, content, request.images)
     return LabelledSet(inspection, content, file, index, asked, store)
 

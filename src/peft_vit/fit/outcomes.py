@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import folder_below
-from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.base.statistics.odds import FoldMeans, means_of_images
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import Calibrated, Decision, RunRecord
@@ -22,25 +22,27 @@ from peft_vit.core.tasks import (
     CLASSIFICATION,
     OF_FOLDS,
     TASKS,
-    DecidingMetric,
     Labels,
     Scores,
     Task,
     meaning_fields,
-    metric_of,
     rows_of,
     thresholds_of,
 )
 from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.fit.events import Advanced
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
-from peft_vit.runs.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
-from peft_vit.runs.records.progress import study_lock
+from peft_vit.runs.executors import Notice, RunEnded, RunProgress, RunRetried, StudyEvent, open_executor
+from peft_vit.runs.records.progress import StudyLock, study_lock
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.deadline import Deadline
 from peft_vit.runs.scheduling.plan import Plan, plan_study
 from peft_vit.runs.scheduling.profiling import measure_step
 from peft_vit.runs.scheduling.scheduler import drive
+
+if TYPE_CHECKING:
+    from peft_vit.fit.fit import Fit
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Outcome:
         """Return where it is right, (n,)."""
         return self.learned.right(self.logits, self.labels)
 
-    def predictions(self, calibration: Calibrated | Decision) -> tuple[Labels, tuple[float, ...]]:
+    def predictions(self, calibration: Calibrated | Decision | None) -> tuple[Labels, tuple[float, ...]]:
         """Return what is predicted of the images, and from which probabilities on, as metrics take it."""
         decision = meaning_fields(calibration)["decision"]
         return self.learned.predicted(self.logits, decision), thresholds_of(decision)
@@ -91,16 +93,17 @@ def pooled(outcomes: Iterable[Outcome], task: Task) -> tuple[NDArray[np.float64]
     return logits, np.concatenate([own.labels for own in runs]), np.concatenate([own.images for own in runs])
 
 
-def meaning_on(outcomes: Iterable[Outcome], task: Task, prior: TemperaturePrior | None = None) -> Calibrated | Decision:
+def meaning_on(outcomes: Sequence[Outcome], task: Task) -> Calibrated | Decision | None:
     """Return what outputs of a task mean, as it was learned, from what like models said of images on folds.
 
     Args:
-        outcomes: of these models.
+        outcomes: of these models; none: it is not known.
         task: with what of it follows from training images.
-        prior: of the temperature of a softmax; None: the images decide alone.
     """
+    if not outcomes:
+        return None
     logits, labels, images = pooled(outcomes, task)
-    return task.decide(logits, labels, OF_FOLDS, images) or calibrate(logits, labels, images.tolist(), prior)
+    return task.decide(logits, labels, OF_FOLDS, images) or calibrate(logits, labels, images.tolist(), OF_FOLDS)
 
 
 def covered_on_folds(outcomes: Sequence[Outcome], task: Task) -> dict[float, float]:
@@ -150,6 +153,10 @@ class FoldResults:
     def by_image(self, recipe: Recipe, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Return what images of some folds bring to the score, (N,), seed after seed, see `Scores.by_image`."""
         return self.scores.by_image(*self.pooled(recipe, seeds))
+
+    def score(self, recipe: Recipe, seeds: Sequence[int]) -> float:
+        """Return the score on the images of some folds."""
+        return self.scores.of(self.scores.task.measure(*self.pooled(recipe, seeds)[:2]))
 
     def value(self, recipe: Recipe, seeds: Sequence[int]) -> float | None:
         """Return what recipes are ranked by on some folds: the score, less a little for their NLL; None: not done."""
@@ -228,19 +235,9 @@ def finished_runs(plan: Plan, results_dir: Path) -> Iterator[tuple[RunRecord, Pa
 
 @dataclass(frozen=True)
 class StudyRunner:
-    """Does runs in processes of this machine, or on a cluster.
+    """Does the runs of a fit's studies in processes of this machine, or on a cluster, and says how far they are."""
 
-    Attributes:
-        results_dir: studies lie below it.
-        metric: of what is shown.
-        executor: which one.
-        tell: gets what ended and what failed, a line each.
-    """
-
-    results_dir: Path
-    metric: DecidingMetric
-    executor: ExecutorName
-    tell: Callable[[str], None]
+    fit: Fit
 
     def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
         """Do a study's runs, and return what came of all that are done.
@@ -255,92 +252,61 @@ class StudyRunner:
             EveryRunFailedError: if nothing is done, and something failed.
             KeyboardInterrupt: after Ctrl-C.
         """
-        file = self.results_dir / str(mapping["name"])
+        fit, name = self.fit, str(mapping["name"])
+        results_dir, executor = fit.results_dir(name), fit.request.executor
+        file = results_dir / name
         study = study_from_mapping(dict(mapping), file=file)
-        with study_lock(folder_below(self.results_dir, study.name)) as lock:
-            measure = partial(measure_step, log=self.tell)
-            whole = plan_study(study, self.results_dir, file=None, part=True, measure_step=measure)
+        with self._lock(file) as lock:
+            measure = partial(measure_step, log=fit.tell)
+            smoke = fit.request.smoke
+            whole = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
             names = [one.name for one in whole.study.experiments if only is None or one.name in only[0]]
             seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]
             plan, failed = whole.only(names, seeds, by_seed=True), {}
-            if plan.runs:
-                make_executor = partial(open_executor, self.executor, plan, self.results_dir)
-                deadline = Deadline(plan, self.results_dir, limit, self.executor)
+            if plan.pending:
+                if not smoke:
+                    fit.images.keep_pixels(whole.study)
+                make_executor = partial(open_executor, executor, plan, results_dir)
+                deadline = Deadline(plan, results_dir, limit, executor)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
         done = {
             (record.spec.experiment.name, record.spec.seed): Outcome.of(record, folder)
-            for record, folder in finished_runs(whole, self.results_dir)
+            for record, folder in finished_runs(whole, results_dir)
         }
         if failed and not done:
             problem = f"every run failed: {next(iter(failed.values()))}; the same command tries again"
             raise EveryRunFailedError(problem, file=file)
         return done
 
+    @contextmanager
+    def _lock(self, folder: Path) -> Iterator[StudyLock]:
+        held = self.fit.lock
+        if held is not None and held.folder == folder:
+            yield held
+        else:
+            with study_lock(folder_below(folder.parent, folder.name)) as lock:
+                yield lock
+
     def _say(self, event: StudyEvent) -> None:
+        fit = self.fit
         if isinstance(event, Notice):
-            self.tell(f"  {event.text}")
+            fit.tell(f"  {event.text}")
+        elif isinstance(event, RunProgress):
+            fit.emit(Advanced(f"step of {event.run.spec.name}", event.progress.step, event.progress.total_steps))
         elif isinstance(event, RunRetried):
-            self.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
+            fit.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
         elif isinstance(event, RunEnded):
-            name, record = event.run.spec.name, event.record
+            name, record, metric = event.run.spec.name, event.record, fit.images.metric
             if record.status == "failed" or record.test is None:
-                self.tell(f"  {name} failed: {record.error}")
+                fit.tell(f"  {name} failed: {record.error}")
             else:
-                value = self.metric.text(self.metric.of(record.test))
-                self.tell(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
-
-
-# --- trainings without a fold each, where labels are too few to set some aside ----------------------------------------
-
-
-class ByFolds(NamedTuple):
-    """What is known of a run's model by trainings like it, each tested on images that it did not see.
-
-    Attributes:
-        record: of the run, with what its outputs mean.
-        value: of the metric that decides; larger is better.
-        upper: the end of its 95 % interval.
-        of_probe: likewise, of the regression that these trainings started from, on the same images; None: of none.
-    """
-
-    record: RunRecord
-    value: float
-    upper: float
-    of_probe: float | None
-
-
-def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
-    """Return what the finished runs of a study on folds tell of a run's model, see `fold_study`.
-
-    Args:
-        record: of the run.
-        plan: of the study.
-        results_dir: the study lies below it.
-
-    Raises:
-        UserError: if none of them has finished.
-    """
-    task, metric = TASKS[record.spec.task].restored(record.decision), metric_of(record.spec)
-    finished = list(finished_runs(plan, results_dir))
-    if not finished:
-        raise UserError("every training on folds failed; the same command tries again", file=results_dir)
-    outcomes = [Outcome.of(own, folder) for own, folder in finished]
-    labels = np.concatenate([outcome.labels for outcome in outcomes])
-    known = with_meaning(record, meaning_on(outcomes, task, OF_FOLDS), outcomes, task)
-    score = metric.interval(labels, *_by_others(task, outcomes))
-    upper = score.high if metric.sign > 0 else score.low
-    upper = score.estimate if upper is None else upper
-    of_probe = None
-    probes = [own.probe_test for own, _ in finished if own.probe_test is not None]
-    if len(probes) == len(finished):
-        each = [(rows_of(probe.predicted), probe.thresholds) for probe in probes]
-        of_probe = metric.sign * metric.interval(labels, *_joined(each)).estimate
-    return ByFolds(known, metric.sign * score.estimate, metric.sign * upper, of_probe)
+                value = metric.text(metric.of(record.test))
+                fit.tell(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
 
 
 def with_meaning(
     record: RunRecord,
-    meaning: Calibrated | Decision,
+    meaning: Calibrated | Decision | None,
     outcomes: Sequence[Outcome],
     task: Task,
     logits: NDArray[np.float32] | None = None,
@@ -349,11 +315,12 @@ def with_meaning(
 
     Args:
         record: of the run.
-        meaning: of its outputs.
+        meaning: of its outputs; None: it is what the run found.
         outcomes: of like runs on folds, by which that is known.
         task: as the run learned it.
         logits: (N, K) of its test images in another form of the model, such as with rounded weights; None: its own.
     """
+    meaning = meaning or record.decision or record.calibrated
     tested, found = record.predictions, meaning_fields(meaning)
     assert tested is not None
     own, labels = np.asarray(tested.logits, np.float32), rows_of(tested.labels)
@@ -364,27 +331,9 @@ def with_meaning(
         again = task.predictions(logits, labels, images, keep_logits=True, decision=decision)
         found["predictions"] = again.model_copy(update={"files": tested.files})
         found["test"] = task.measure(logits, labels, decision)
-    # Of another form nobody has counted which images are unlike those of training.
-    flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
-    held = task.tested(meaning, logits, labels, flagged)
-    found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
+    if meaning is not None:
+        # Of another form nobody has counted which images are unlike those of training.
+        flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
+        held = task.tested(meaning, logits, labels, flagged)
+        found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
     return record.model_copy(update=found)
-
-
-def _by_others(task: Task, outcomes: Sequence[Outcome]) -> tuple[Labels, Labels]:
-    """Return what is predicted of all images, and from which probabilities on, with what other folds say that it means.
-
-    Thresholds that an image has chosen would make it look better than a new one.
-    """
-    each = []
-    for own in outcomes:
-        others = [other for other in outcomes if other is not own] or [own]
-        logits, labels, _ = pooled(others, task)
-        meaning = task.decide(logits, labels, OF_FOLDS)
-        each.append((task.predicted(pooled([own], task)[0], meaning), thresholds_of(meaning)))
-    return _joined(each)
-
-
-def _joined(each: Sequence[tuple[Labels, tuple[float, ...]]]) -> tuple[Labels, Labels]:
-    thresholds = [np.broadcast_to(least or 0.5, predicted.shape) for predicted, least in each]
-    return np.concatenate([predicted for predicted, _ in each]), np.concatenate(thresholds)

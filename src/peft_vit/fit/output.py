@@ -47,10 +47,11 @@ from peft_vit.deploy.page.model_page import (
 from peft_vit.deploy.page.model_quality import ModelQuality, model_quality
 from peft_vit.deploy.page.provenance import run_provenance
 from peft_vit.deploy.page.tables import Column, own_interval_columns, table
-from peft_vit.fit.fit import TITLES, TUNE_FILE
+from peft_vit.fit.decide import ModelDecision
+from peft_vit.fit.fit import TITLES
 from peft_vit.fit.intake import refuse_among_images
 from peft_vit.fit.outcomes import with_meaning
-from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.request import TUNE_FILE, TuneRequest
 from peft_vit.fit.tune import Tuning, answer
 from peft_vit.runs.records.storage import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, MODEL_FOLDER, RECORD_FILE, read_record
 from peft_vit.runs.records.study_yaml import study_yaml
@@ -171,7 +172,7 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
     sections: dict[str, tuple[Block, ...]] = {}
     for title, blocks in page.sections.items():
         if title == (BELIEF if BELIEF in page.sections else IMAGES):
-            sections[COMPARED] = tuple(compared_blocks(choice))
+            sections[COMPARED] = tuple(compared_blocks(choice, choice.decision))
             sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
             sections[FORMS] = (forms_table(summary),)
         sections[title] = blocks
@@ -238,7 +239,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
             why, others = ("more steps usually gain, and the folds do not contradict it", "shorter")
         times = f"The last training has {choice.longer:g} times the steps of those on folds"
         yield f"{times}, since {why}; the odds, probabilities and sets of classes are from the {others} ones."
-    if choice.decision.odds.shown and choice.recipe != choice.decision.reference:
+    if choice.decision is not None and choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
     if summary.exports.int8_loss is not None:
         yield f"Activations in 8 bits lose {signed(100 * summary.exports.int8_loss, 1)} points on images of folds."
@@ -267,29 +268,11 @@ class TuningSummary:
     exports: Exports  # what was written
 
 
-def compared_blocks(choice: Tuning) -> Iterator[Block]:
+def compared_blocks(choice: Tuning, decision: ModelDecision | None) -> Iterator[Block]:
     """Yield the models that were compared, and the image sizes that were tried."""
     scores, words = choice.scores, choice.metric.words
-    margin, shown = scores.hundredths(choice.request.margin_share), partial(score_of, scores)
-    expected = partial(score_interval, scores), partial(own_interval_columns, "score")
-    yield table(
-        "candidates",
-        "Models that were compared, smallest first",
-        choice.decision.candidates,
-        [
-            Column("Model", "recipe.title", data="model"),
-            Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
-            Column("File, about", "bytes", megabytes),
-            Column("Folds", "folds"),
-            Column(f"{words.capitalize()} expected", "odds.score", *expected),
-            Column(f"Against the best, {scores.unit}", "odds.loss", lambda loss: points(-loss), "loss"),
-            Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
-            Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
-        ],
-        "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
-        "has on new images, since the best of many was usually lucky. The best is the best float model found, "
-        f"{choice.decision.reference.title}; the last but one column has the chance to be more than {margin} worse.",
-    )
+    if decision is not None:
+        yield _candidates_table(choice, decision)
     yield table(
         "sizes",
         "Image sizes, by regressions on frozen features",
@@ -297,12 +280,35 @@ def compared_blocks(choice: Tuning) -> Iterator[Block]:
         [
             Column("Model", "model"),
             Column("Pixels", "image_size"),
-            Column(words.capitalize(), "score", shown),
+            Column(words.capitalize(), "score", partial(score_of, scores)),
             Column("Steps that fit a run", lambda size: size.steps or None, data="steps"),
             Column("Left out", lambda size: plain(size.why) or None, data="left_out"),
         ],
         "On images that are left out of the fit in turn. Larger images leave fewer steps to training.",
         folded=True,
+    )
+
+
+def _candidates_table(choice: Tuning, decision: ModelDecision) -> Table:
+    scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
+    expected = partial(score_interval, scores), partial(own_interval_columns, "score")
+    return table(
+        "candidates",
+        "Models that were compared, smallest first",
+        decision.candidates,
+        [
+            Column("Model", "recipe.title", data="model"),
+            Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
+            Column("File, about", "bytes", megabytes),
+            Column("Folds", "folds"),
+            Column(f"{choice.metric.words.capitalize()} expected", "odds.score", *expected),
+            Column(f"Against the best, {scores.unit}", "odds.loss", lambda loss: points(-loss), "loss"),
+            Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
+            Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
+        ],
+        "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
+        "has on new images, since the best of many was usually lucky. The best is the best float model found, "
+        f"{decision.reference.title}; the last but one column has the chance to be more than {margin} worse.",
     )
 
 

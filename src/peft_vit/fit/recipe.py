@@ -8,18 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from peft_vit.core.backbones import BackboneShape
-from peft_vit.core.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
+from peft_vit.core.config import BITS_OF_TYPE, METHOD_KINDS, MethodName, QuantizationType
 from peft_vit.core.methods import METHODS, TrainOptions
 from peft_vit.core.methods.method import DEFAULT_RANK
 from peft_vit.core.methods.quantized import packing_of
-from peft_vit.core.tasks import DecidingMetric
 from peft_vit.deploy.post_training import file_bytes
 from peft_vit.runs.measures.held_out import known_bytes
 
 DEFAULT_RATE = 1e-3  # of LoRA
 GRAPH_BYTES = 2800  # of an ONNX file, a matrix of the blocks; a ViT-S has 0.19 MB for its 72
 ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int2")  # after training; int3 takes 4 bits in a file
-_TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora": "AdaLoRA", "qa_lora": "QA-LoRA"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,7 @@ class Recipe:
 
     model: str  # of the backbone
     image_size: int  # in pixels
-    # of `METHODS`; linear: a probe, which takes no step
-    method: Literal["linear", "lora", "adalora", "qa_lora"] = "linear"
+    method: MethodName = "linear"  # a probe, which takes no step
     rank: int = 0  # 0: the method's own
     rate: float = 0.0  # of learning, at its highest; 0 of a probe
     steps: int = 0  # on a fold; the last training has as many more as there are more images
@@ -40,7 +37,7 @@ class Recipe:
     @property
     def is_probe(self) -> bool:
         """Return whether only a head is fitted, on features of the frozen backbone."""
-        return self.method == "linear"
+        return METHOD_KINDS[self.method].trains == "head"
 
     @property
     def trained(self) -> Self:
@@ -79,28 +76,26 @@ class Recipe:
         return f"{plain}-{self.image_size}"
 
     @property
-    def done_as(self) -> str:
-        """Return under what is kept that it was trained for the last time."""
-        return f"{self.place} {self.name}"
-
-    @property
     def title(self) -> str:
         """Return what it is, for people."""
         rank = f" of rank {self.rank}" if self.rank else ""
         bits = [] if self.bits is None else [f"{BITS_OF_TYPE[self.bits]} bits ({self.bits})"]
-        return ", ".join([f"{_TITLES[self.method]}{rank}", *bits, f"{self.image_size} px"])
+        return ", ".join([f"{METHOD_KINDS[self.method].title}{rank}", *bits, f"{self.image_size} px"])
 
     @property
     def settings(self) -> str:
         """Return how it is trained, for people; empty of a probe."""
         return "" if self.is_probe else f"{self.steps} steps at {self.rate:g}"
 
-    def sections(self, shape: BackboneShape, adapter_bytes: int | None = None) -> dict[str, Any]:
+    def options(self, shape: BackboneShape, **limits: Any) -> TrainOptions:
+        """Return what the method's settings depend on; `limits` of the updates as `TrainOptions` has them."""
+        bits = {} if self.bits is None or self.when != "training" else {"bits": self.bits}
+        given = {"rank": self.rank or None, "budget": None} | bits | limits
+        return TrainOptions(steps=max(1, self.steps), shape=shape, **given)
+
+    def sections(self, shape: BackboneShape, **limits: Any) -> dict[str, Any]:
         """Return what the method brings to an experiment; raises UserError if no rank fits the bytes."""
-        options = TrainOptions(self.rank or None, None, max(1, self.steps), shape, adapter_bytes=adapter_bytes)
-        if self.bits is not None and self.when == "training":
-            options = replace(options, bits=self.bits)
-        return METHODS[self.method].defaults(options)
+        return METHODS[self.method].defaults(self.options(shape, **limits))
 
     def file_bytes(self, shape: BackboneShape, classes: int, images: int) -> int:
         """Return what its file takes, see `file_bytes`, with the features of so many training images."""
@@ -116,13 +111,6 @@ def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) ->
     return Recipe(model, image_size, "lora", rate=rate, steps=steps)
 
 
-def rate_of(method: str, rate: float) -> float:
-    """Return the learning rate of a method that goes with one of LoRA, as those of `train` do."""
+def rate_of(method: str, rate: float = DEFAULT_RATE) -> float:
+    """Return the peak of a method's learning rate that goes with one of LoRA, as in `train`."""
     return float(f"{rate * METHODS[method].learning_rate / METHODS['lora'].learning_rate:.3g}")
-
-
-def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
-    """Return what every section `training` of a tuning says, a probe's too."""
-    augmentation = [change.model_dump(mode="json") for change in AUGMENTATION_OF_FLIPS[flips]]
-    decides = {"class_weights": "balanced"} if metric.equal_classes else {}
-    return {"batch_size": batch_size, "augmentation": augmentation, "metric": metric.name, **decides}

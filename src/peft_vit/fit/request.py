@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -36,7 +37,11 @@ from peft_vit.core.config import (
 )
 from peft_vit.runs.executors import ExecutorName
 
+if TYPE_CHECKING:
+    from peft_vit.core.tasks import DecidingMetric
+
 DEFAULT_OUTPUT = Path("peft-vit-runs")
+TUNE_FILE = "tune.json"
 SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
 
 
@@ -69,6 +74,28 @@ EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray
 SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
 
 # --- somebody's own images --------------------------------------------------------------------------------------------
+
+
+class ImagesRequest(Request):
+    """What `train` and `tune` both take: images, what decides, the time, and the machine."""
+
+    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
+    task: TaskName | None = Field(default=None, description=TASK)
+    weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
+    memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
+    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
+    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
+    device: Device = Field(default="auto", description=DEVICE)
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
+
+    # How a fit differs between the two, see `fit.Fit`.
+    fit_file: ClassVar[str]  # of its folder, in which it goes on
+    main_study: ClassVar[bool]  # its folder is that of a study with one run
+    validates: ClassVar[bool]  # images may validate, if they are many
+    last_share: ClassVar[float]  # of the minutes after image sizes, for the first model's training
+    folds_share: ClassVar[float]  # likewise, for its folds
+    least_of_a_class: ClassVar[tuple[int | None, int | None]]  # different images, without and with an own test split
+
 
 _LONGEST_LABEL = 48  # letters; with a number before it, it is a study's name
 _WITH_STEPS = OnlyWith(
@@ -104,10 +131,9 @@ class WrittenBudget:
             raise ValueError(f"{written!r} {reason}") from None
 
 
-class TrainRequest(Request):
+class TrainRequest(ImagesRequest):
     """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
 
-    images: Annotated[Path, Option(is_argument=True)] = Field(description=IMAGES)
     method: MethodName = Field(
         default="lora",
         description="What to train. linear: only the last layer. lora: small updates of all layers. adalora: the "
@@ -115,7 +141,6 @@ class TrainRequest(Request):
         "the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, peft_adalora, "
         "peft: with the PEFT library.",
     )
-    task: TaskName | None = Field(default=None, description=TASK)
     shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,
         ge=1,
@@ -128,7 +153,6 @@ class TrainRequest(Request):
         "of these on as many, drawn at random, as a sixth of the minutes reads.",
     )
     model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
-    weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
     image_size: int | None = Field(
         default=None,
         ge=IMAGE_SIZES[0],
@@ -223,9 +247,6 @@ class TrainRequest(Request):
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
         default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."
     )
-    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
-    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
-    device: Device = Field(default="auto", description=DEVICE)
     seed: int = Field(
         default=0,
         ge=0,
@@ -233,7 +254,6 @@ class TrainRequest(Request):
         description="The number for all random choices: how training starts, the order of images, and with --shots "
         "which ones.",
     )
-    threads: int | None = Field(default=None, ge=1, description=THREADS)
     strict: bool = Field(
         default=False,
         description="Stop if a file can't be used, and list all such files. Without it, they are left out.",
@@ -242,6 +262,20 @@ class TrainRequest(Request):
         default=DEFAULT_OUTPUT, description="The folder for results. Each call makes a numbered folder in it."
     )
     smoke: bool = Field(default=False, description=SMOKE)
+
+    fit_file: ClassVar[str] = "fit.json"
+    main_study: ClassVar[bool] = True
+    validates: ClassVar[bool] = True
+    last_share: ClassVar[float] = 0.6
+    folds_share: ClassVar[float] = 0.3
+    least_of_a_class: ClassVar[tuple[int | None, int | None]] = (3, 2)
+    split_seed: ClassVar[int] = 0
+    executor: ClassVar[ExecutorName] = "local"
+    # Limits of `tune`.
+    max_bytes: ClassVar[None] = None
+    max_adapter_bytes: ClassVar[None] = None
+    max_latency: ClassVar[None] = None
+    margin_share: ClassVar[float] = 0.01
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:
@@ -258,19 +292,53 @@ class TrainRequest(Request):
         return self
 
     @property
-    def may_multiply_integers(self) -> bool:
-        """Return whether the method has frozen layers of this package."""
-        return METHOD_KINDS[self.method].without_integers is None
+    def models(self) -> tuple[str, ...]:
+        """Return the names of the backbones to choose from."""
+        return (self.model,)
 
     @property
-    def experiment(self) -> str:
-        """Return the name of the one experiment."""
-        return self.method if self.init_adapter is None else "imported"
+    def image_sizes(self) -> tuple[int, ...]:
+        """Return the image sizes to choose from, pixels; empty: what the time allows."""
+        return () if self.image_size is None else (self.image_size,)
 
     @property
     def is_probe(self) -> bool:
         """Return whether only a head is fitted."""
         return METHOD_KINDS[self.method].trains == "head"
+
+    @property
+    def experiment(self) -> str:
+        """Return the name of the experiment."""
+        return self.method if self.init_adapter is None else "imported"
+
+    @property
+    def run_name(self) -> str:
+        """Return the name of its run in its study."""
+        return f"{self.experiment}/seed_{self.seed}"
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """Return the limits of the updates, as `TrainOptions` has them."""
+        budget = {} if self.budget is None else {"budget": self.budget.number, "budget_unit": self.budget.unit}
+        return budget | ({} if self.adapter_bytes is None else {"adapter_bytes": bytes_of(self.adapter_bytes)})
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        """Return the given settings of a section `training` that steps need, but for their number and rate."""
+        names = ("micro_batch_size", "loss", "activation_checkpointing", "epochs")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def class_weights_for(self, _: DecidingMetric) -> ClassWeights:
+        """Return the weights of classes in the loss."""
+        return self.class_weights
+
+    def unchangeable(self) -> dict[str, Any]:
+        """Return what may not change when a folder continues: request.json has said it already."""
+        return {}
+
+    def steps_for(self, train_images: int) -> int | None:
+        """Return the given number of steps, outright or in epochs of so many images; None: as the minutes allow."""
+        return self.steps if self.epochs is None else self.epochs * -(-train_images // self.batch_size)
 
     @property
     def settings(self) -> str:
@@ -310,10 +378,9 @@ def _or_default(models: Any) -> Any:
     return models or (DEFAULT_MODEL,)
 
 
-class TuneRequest(Request):
+class TuneRequest(ImagesRequest):
     """Images, limits of the model, and the time; None: no limit."""
 
-    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
     margin: float = Field(
         default=1.0,
         gt=0,
@@ -321,7 +388,6 @@ class TuneRequest(Request):
         description="How much a smaller model may lose compared with the best one found: percentage points of the "
         "metric; of errors of numbers percent of the numbers' standard deviation.",
     )
-    task: TaskName | None = Field(default=None, description=TASK)
     metric: MetricOfTask = Field(
         default="auto",
         description="The metric for all choices, of the task. auto: balanced_accuracy above 3x imbalance of classes, "
@@ -337,7 +403,6 @@ class TuneRequest(Request):
     max_latency: Time = Field(
         default=None, gt=0, description="The longest that one image may take on this machine, such as 50ms."
     )
-    memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
     minutes: float = Field(
         default=20.0,
         gt=0,
@@ -354,7 +419,6 @@ class TuneRequest(Request):
         description=f"{MODEL} Several, with commas between them or the option again, are compared. Without it, "
         f"{DEFAULT_MODEL}.",
     )
-    weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
     image_sizes: Annotated[
         tuple[Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1])], ...],
         BeforeValidator(several),
@@ -364,9 +428,6 @@ class TuneRequest(Request):
         description="Resize images to squares of this side, in pixels. Several, with commas between them or the option "
         "again, are compared. Without it, those that the time allows.",
     )
-    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
-    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
-    device: Device = Field(default="auto", description=DEVICE)
     seed: int = Field(
         default=0,
         ge=0,
@@ -374,20 +435,58 @@ class TuneRequest(Request):
         description="The number for all random choices: which images are kept for the test, how the others are "
         "divided, how training starts.",
     )
-    threads: int | None = Field(default=None, ge=1, description=THREADS)
     executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
         default=Path("peft-vit-tune"), description="The folder for results, where the same command continues."
     )
+
+    fit_file: ClassVar[str] = TUNE_FILE
+    main_study: ClassVar[bool] = False
+    validates: ClassVar[bool] = False
+    last_share: ClassVar[float] = 0.4
+    folds_share: ClassVar[float] = 0.35
+    least_of_a_class: ClassVar[tuple[int | None, int | None]] = (None, None)
+    # What a person sets in `train`.
+    method: ClassVar[MethodName] = "lora"
+    is_probe: ClassVar[bool] = False
+    rank: ClassVar[None] = None
+    bits: ClassVar[None] = None
+    shots: ClassVar[None] = None
+    test_images: ClassVar[None] = None
+    init_adapter: ClassVar[None] = None
+    learning_rate: ClassVar[None] = None
+    batch_size: ClassVar[int] = 32
+    strict: ClassVar[bool] = False
+    smoke: ClassVar[bool] = False
+    experiment: ClassVar[str] = ""  # each recipe has a name of its own
+    training_settings: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def margin_share(self) -> float:
         """Return the margin as a share, see `tasks.Scores`."""
         return self.margin / 100
 
-    def kept(self) -> dict[str, Any]:
+    @property
+    def split_seed(self) -> int:
+        """Return the seed of the test images and of the folds."""
+        return self.seed
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """Return the limits of the updates, as `TrainOptions` has them."""
+        return {"adapter_bytes": self.max_adapter_bytes}
+
+    def class_weights_for(self, metric: DecidingMetric) -> ClassWeights:
+        """Return the weights of classes in the loss, as the metric weighs them."""
+        return "balanced" if metric.equal_classes else "none"
+
+    def steps_for(self, _: int) -> None:
+        """Return that the number of steps follows from the minutes."""
+
+    def unchangeable(self) -> dict[str, Any]:
         """Return what may not change when the same output continues, by option."""
-        values = self.model_dump(mode="json", exclude={"output", "minutes", "executor"})
+        left_out = {"output", "minutes", "executor", *(["threads"] if self.threads is None else [])}
+        values = self.model_dump(mode="json", exclude=left_out)
         values["images"] = str(self.images.absolute())
         return {self.option(field).name.lstrip("-").lower(): value for field, value in values.items()}
 

@@ -1,20 +1,26 @@
-"""What a tuning does, stage by stage; each takes the `Fit`, says what it finds, and can be killed.
+"""What a fit does, stage by stage; each takes the `Fit`, says what it finds, and can be killed.
 
-- look, machine (5 % of the minutes): a fifth of the images, or the folder's own test split, is set aside for the test;
-  the others make five folds. How fast this machine is, is measured: it says how many steps a run has (`costs`).
-- sizes (15 %): regressions on frozen features rise by about a factor of 1.4 while they fit. How training images are
-  flipped is decided at the first one: digits are not to be flipped, and cells of a panel may be upside down. The best
-  is a candidate, and LoRA trains at two sizes, or at each model's best.
+- look: a fifth of the images, or the folder's own test split, is set aside for the test; the others make five folds.
+- sizes (15 % of the minutes): regressions on frozen features of some of the images rise by about a factor of 1.4 while
+  they fit. How training images are flipped is decided at the first one: digits are not to be flipped, and cells of a
+  panel may be upside down.
+- first: one training where regressions, and what training usually adds in the steps that fit, promise the most. It is
+  a model that can be delivered; all else looks for a better one.
+- folds: the same without a fold of the images each, beside the best regression: how good it is, what its outputs
+  mean, and whether the regression is better.
+
+A tuning goes on while there is time:
+
 - search: LoRA over sizes, rates and steps by successive halving over folds (arXiv 1502.07943). The default, the usual
   rate with the most steps at the most promising size, always continues, and what may have been lucky does not displace
-  it. Where the best has the highest or the lowest rate of all, or the most steps, what lies beyond is tried.
-- folds: the best LoRA comes first. Its folds also give its forms rounded after training, and half of its steps, by
-  which it is known whether a longer last training gains: then that is reserved. What is left goes to its other folds,
-  to the second-best LoRA, AdaLoRA, a rank of 2 and QA-LoRA, and to other folds for what was taken and what it is
-  compared with. QA-LoRA comes earlier where less than 4 bits are allowed.
-- final: the recipe that was taken, on all images that are not for the test, which are read once, here. It ends as on
-  folds, at the last of so many steps, as many times more as there are more images to train on; where more steps gain
-  on folds, up to twice as many, four times if they were few; half of them, if steps took longer than planned.
+  it. Where the best has the highest or the lowest rate of all, or the most steps, what lies beyond is tried. Folds of
+  the best also give its forms rounded after training, and half of its steps, by which it is known whether a longer last
+  training gains. What is left goes to its other folds, to the second-best LoRA, AdaLoRA, a rank of 2 and QA-LoRA, and
+  to other folds for what was taken and what it is compared with. QA-LoRA comes earlier where less than 4 bits are
+  allowed.
+- final: the recipe that was taken, if it is another one than was trained first, on all images that are not for the
+  test. It ends as on folds, at the last of so many steps, as many times more as there are more images to train on;
+  where more steps gain on folds, up to twice as many, four times if they were few.
 """
 
 from __future__ import annotations
@@ -30,21 +36,20 @@ from typing import Any
 
 import numpy as np
 
+from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.files import read_bytes
-from peft_vit.base.statistics import Interval, proportion_interval
+from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_twice
-from peft_vit.base.statistics.odds import resolvable
 from peft_vit.core.backbones import architecture_of
-from peft_vit.core.config import Flips, QuantizationType
+from peft_vit.core.config import Flips, QuantizationType, study_from_mapping, type_of_bits
+from peft_vit.core.methods import METHODS
 from peft_vit.core.tasks import expected_gain
-from peft_vit.data import existing, find_images
-from peft_vit.deploy.page.formatting import bounds_in_percent, joined, megabytes
-from peft_vit.fit.costs import LEAST_STEPS, LENGTHS, LONGEST, MOST_STEPS, SHORTEST, FitCosts, throughput_of
+from peft_vit.data import PixelStore, existing, find_images
+from peft_vit.deploy.page.formatting import joined
+from peft_vit.fit.costs import LEAST_STEPS, MOST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import (
-    LEAST_FOLDS,
-    NO_MODEL,
-    ModelDecision,
+    SHORTEST,
     best_of,
     clearly_better,
     decide_model,
@@ -52,96 +57,145 @@ from peft_vit.fit.decide import (
     posterior_by_size,
     standing,
 )
+from peft_vit.fit.events import Advanced
 from peft_vit.fit.fit import MEMORY_OPTION, Fit
-from peft_vit.fit.intake import IMAGES_FILE, take_in
+from peft_vit.fit.intake import IMAGES_FILE, pixel_store, take_in
 from peft_vit.fit.outcomes import Outcome
-from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of, shared_training
-from peft_vit.fit.regressions import sizes_to_try
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, first_that_fits
+from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of
+from peft_vit.fit.regressions import Regression, regress, sizes_to_try
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, first_that_fits
+from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.this_machine.machine import cpu_count
 
-# --- look, machine ----------------------------------------------------------------------------------------------------
-
-_SURE_S = 3.0  # of decoding, until it is known how long it takes
+# --- look -------------------------------------------------------------------------------------------------------------
 
 
-def look(fit: Fit) -> None:
-    """Look at the images, and set some aside for the test.
+def look(fit: Fit, store: Callable[..., PixelStore] = pixel_store) -> None:
+    """Look at the images, and set some aside for the test; nothing is written.
 
     Raises:
-        UserError: see `inspect_images`; if the folder has other images than when the output was begun; and if
-            images.json is there already and holds something else.
+        UserError: see `inspect_images`.
     """
-    place = fit.request.output / IMAGES_FILE
-    found = find_images(existing(str(fit.request.images)), fit.request.task)
-    images = take_in(fit.request, found, place, seed=fit.request.seed, on_progress=telling_if_slow(fit))
+    request = fit.request
+    found = find_images(existing(str(request.images)), request.task)
+    pixels = fit.opened.enter_context(store(request, found))
+    images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
+    if images.inspection.images.taken:
+        fit.tell(images.inspection.images.taken)
     for line in images.inspection.lines(images.asked):
         fit.tell(f"  {line}")
+    fit.begin(images)
+    split = "a fifth of them"
+    if images.inspection.holdout is not None:
+        split = "the folder's own test split"
+    elif request.test_images is not None:
+        split = "as you asked"
+    validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
+    fit.tell(
+        f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split}), which are read at the end"
+    )
+
+
+def _read(fit: Fit, done: int, count: int) -> None:
+    fit.emit(Advanced("reading images", done, count))
+
+
+def keep_images(fit: Fit) -> None:
+    """Write which images are used in the fit's folder, or refuse others than it was begun with.
+
+    Raises:
+        UserError: if the folder has other images than when the fit was begun; and if the file is there already and
+            holds something else.
+    """
+    fit.images = images = replace(fit.images, file=(fit.folder / IMAGES_FILE).absolute())
     if fit.begun:
         images.refuse_others()
-    if fit.begun or not place.exists():
+    if fit.begun or not images.file.exists():
         images.write()
-    elif read_bytes(place) != images.content.model_dump_json(indent=1).encode():
-        raise UserError("exists already, of other images; move it away, or choose another --output", file=place)
-    split = (
-        "the folder's own test split" if images.inspection.holdout is not None else f"a fifth of {images.task.fifth_of}"
-    )
-    choices = f"choices use the other {images.num_dev:,}"
-    fit.tell(f"  test set, read at the end: {images.num_test:,} images, {split}; {choices}")
-    fit.begin(images)
+    elif read_bytes(images.file) != images.content.model_dump_json(indent=1).encode():
+        raise UserError("exists already, of other images; move it away, or choose another --output", file=images.file)
 
 
-def telling_if_slow(fit: Fit) -> Callable[[int, int], None]:
-    """Return what says once, soon after the beginning, that reading so many images takes more than its share.
+# --- sizes ------------------------------------------------------------------------------------------------------------
 
-    Raises:
-        UserError: if it takes all the time that there is.
+NO_TIME = "no time for it"
+_OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
+_FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
+
+
+@dataclass(frozen=True)
+class SizeResult:
+    """A model at an image size.
+
+    Attributes:
+        model: of the backbone.
+        image_size: in pixels.
+        score: of the regression; None: it was not tried, `why` says why.
+        steps: of a training that fit a run on a fold, at most; 0: none does.
+        longer: times those that follow from them, of a last training that fits.
+        last_steps: of that.
+        why: it was not tried; empty: it was.
+        expected: of the score, on other images, see `posterior_by_size`.
     """
-    clock = fit.limit.clock
-    started, told = clock(), False
 
-    def on_progress(done: int, count: int) -> None:
-        nonlocal told
-        spent_s = clock() - started
-        whole_s = spent_s * count / done
-        if told or spent_s < _SURE_S or whole_s <= fit.share_s("look"):
-            return
-        told = True
-        about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes"
-        if whole_s > 60 * fit.request.minutes:
-            raise UserError(f"{about} here; give more than {math.ceil(whole_s / 60)}", field="--minutes")
-        fit.tell(f"  {about}, more than its share; less is trained")
+    model: str
+    image_size: int
+    score: float | None
+    steps: int
+    longer: float = 1.0
+    last_steps: int = 0
+    why: str = ""
+    expected: float = 0.0
 
-    return on_progress
+    @property
+    def promise(self) -> float:
+        """Return the sum of what a regression may have and what training may add in the steps of the last one."""
+        return self.expected + expected_gain(self.last_steps)
+
+    @property
+    def probe(self) -> Recipe:
+        """Return the regression as a recipe."""
+        return Recipe(self.model, self.image_size)
 
 
-def look_at_machine(fit: Fit) -> dict[str, list[int]]:
-    """Refuse limits that nothing meets, measure what runs take, and return the image sizes that are allowed by model.
+def usual_recipe(fit: Fit, model: str, image_size: int, steps: int) -> Recipe:
+    """Return what was asked for, or LoRA of the usual rank, with so many steps on a fold."""
+    request = fit.request
+    recipe = Recipe(model, image_size, request.method, rank=request.rank or 0, steps=steps)
+    if request.method.startswith("qa_"):
+        recipe = replace(recipe, bits=type_of_bits(request.bits or "4"), when="training")
+    if recipe.is_probe:
+        return replace(recipe, steps=0)
+    method, shape = METHODS[request.method], fit.shape(model, image_size)
+    rate = method.learning_rate_for(recipe.options(shape, **request.adapter_options))
+    rate *= DEFAULT_RATE / METHODS["lora"].learning_rate
+    return replace(recipe, rate=float(f"{rate:.3g}") if request.learning_rate is None else request.learning_rate)
+
+
+def allowed_sizes(fit: Fit) -> dict[str, list[int]]:
+    """Return the image sizes that are allowed by model, after refusing what nothing meets.
 
     Raises:
-        UserError: for such a limit, and if there is no time for a single model.
+        UserError: for a limit that nothing meets, a model that does not take a size, and what planning refuses.
     """
     request, file_bytes = fit.request, {}
     sizes = {model: _sizes_of(fit, model) for model in fit.backbones}
     for model, own in sizes.items():
+        plain = usual_recipe(fit, model, own[0], request.steps_for(fit.num_train) or LEAST_STEPS)
         try:
-            lora(model, own[0], LEAST_STEPS).sections(fit.shape(model, own[0]), request.max_adapter_bytes)
+            experiment = fit.experiment(plain)
         except UserError as error:
-            raise error.about("--max-adapter-bytes") from None
-        for plain in (Recipe(model, size) for size in own):
-            for form in (plain, *map(plain.rounded, ROUNDED)):
-                shape = fit.shape(model, plain.image_size)
+            raise error.about("--max-adapter-bytes") if error.field is None else error from None
+        study = fit.study("asked-for", plain, [request.seed], [experiment], folds=None)
+        if "memory_limit" not in experiment["training"]:  # else it was planned to find what keeps within it
+            plan_study(study_from_mapping(study, file=request.images), fit.studies, file=None, smoke=request.smoke)
+        for recipe in (Recipe(model, size) for size in own):
+            for form in (recipe, *map(recipe.rounded, ROUNDED)) if request.max_bytes else ():
+                shape = fit.shape(model, recipe.image_size)
                 file_bytes[form] = form.file_bytes(shape, fit.images.num_outputs, fit.images.num_dev)
-    sizes = _within_latency(fit, within_bytes(fit, file_bytes))
-    first = next(iter(sizes))
-    middle = sizes[first][(len(sizes[first]) - 1) // 2]  # steps at the largest would take the time of measuring alone
-    fit.costs = FitCosts(fit, throughput_of(fit, lora(first, middle, LEAST_STEPS)))
-    smallest = min((Recipe(model, own[0]) for model, own in sizes.items()), key=fit.costs.image_s)
-    if not fit.begun:
-        fit.costs.refuse_little_time(smallest)
-    if (fault := _memory_fault(fit, smallest)) is not None:
-        raise fault
-    return sizes
+    if request.max_bytes is not None:
+        sizes = within_bytes(fit, file_bytes)
+    return _within_latency(fit, sizes)
 
 
 def _sizes_of(fit: Fit, model: str) -> list[int]:
@@ -157,7 +211,7 @@ def within_bytes(fit: Fit, forms: Mapping[Recipe, int]) -> dict[str, list[int]]:
     Raises:
         UserError: if none does, with the least that would do.
     """
-    limit = math.inf if fit.request.max_bytes is None else fit.request.max_bytes
+    limit = fit.request.max_bytes or math.inf
     best, found = defaultdict[str, dict[int, int]](dict), dict[str, list[int]]()
     for form, size in forms.items():  # sizes in pixels by what keeps within: nothing, 2 bits alone, more
         own = 0 if size > limit else 1 if form.bits == "int2" else 2
@@ -186,8 +240,7 @@ def _within_latency(fit: Fit, sizes: Mapping[str, list[int]]) -> dict[str, list[
     Raises:
         UserError: if none is at any size, with the least that would do.
     """
-    limit_s = fit.request.max_latency
-    if limit_s is None:
+    if (limit_s := fit.request.max_latency) is None:
         return {model: list(own) for model, own in sizes.items()}
     found, timed = dict[str, list[int]](), list[tuple[float, str, int]]()
     for model, own in sizes.items():
@@ -219,7 +272,7 @@ def _within_latency(fit: Fit, sizes: Mapping[str, list[int]]) -> dict[str, list[
 def _memory_fault(fit: Fit, recipe: Recipe) -> UserError | None:
     """Return why LoRA does not train within the limit of memory at a recipe's size; None: it does."""
     try:
-        fit.experiment(lora(recipe.model, recipe.image_size, LEAST_STEPS))
+        fit.experiment(usual_recipe(fit, recipe.model, recipe.image_size, LEAST_STEPS))
     except UserError as error:
         if error.field != MEMORY_OPTION:
             raise
@@ -228,108 +281,46 @@ def _memory_fault(fit: Fit, recipe: Recipe) -> UserError | None:
     return None
 
 
-def tell_forecast(fit: Fit, sizes: Mapping[str, list[int]]) -> None:
-    """Say what the whole will take, stage by stage."""
-    images, costs, scores = fit.images, fit.costs, fit.images.scores
-    probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
-    parts, last = costs.forecast(probes, fit.limit.clock() - fit.limit.started)
-    tested = costs.tested_images(last)
-    if scores.metric.counts_images:
-        alike = max(1, round(images.alike * images.num_different))
-        apart = f"{100 * resolvable(alike):.1f} points, if all have five folds"
-        fit.tell(f"  {images.num_different:,} images tell models apart that differ by {apart}")
-        as_many = max(1, round(images.alike * tested))
-        eighty = bounds_in_percent(proportion_interval(0.8 * as_many, as_many))
-        fit.tell(f"  {tested:,} test images of which 80.0 % are right: {eighty} on new images")
-    if scores.metric.has_unit:
-        lost, value = fit.request.margin_share, fit.request.margin_share * scores.deviation
-        fit.tell(f"  a smaller model may lose {scores.hundredths(lost)}, which is {scores.metric.plain(value)}")
-    said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
-    fit.tell(f"  about {sum(parts.values()) / 60:.0f} minutes in all: {said}")
-    fit.tell(costs.test_line(last, tested))
+def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult]:
+    """Fit a regression at every size that fits its share of the time, the smallest first; earlier calls' are known.
 
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-NO_TIME = "no time for it"
-_WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
-_FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
-
-
-@dataclass(frozen=True)
-class SizeResult:
-    """A model at an image size.
-
-    Attributes:
-        model: of the backbone.
-        image_size: in pixels.
-        score: of the regression; None: it was not tried, `why` says why.
-        steps: of LoRA that fit a run on a fold, at most.
-        why: it was not tried; empty: it was.
-        expected: of the score, on other images, see `posterior_by_size`.
-        longer: times the steps, of the last training that fits.
-    """
-
-    model: str
-    image_size: int
-    score: float | None
-    steps: int
-    why: str = ""
-    expected: float = 0.0
-    longer: float = LONGEST
-
-    @property
-    def promise(self) -> float:
-        """Return the sum of what a regression may have and what training may add in the steps of the last one."""
-        return self.expected + expected_gain(round(self.longer * self.steps))
-
-    @property
-    def probe(self) -> Recipe:
-        """Return the regression as a recipe."""
-        return Recipe(self.model, self.image_size)
-
-
-def try_all_sizes(fit: Fit, sizes: Mapping[str, Sequence[int]], limit: Limit) -> list[SizeResult]:
-    """Fit a regression at every size that fits the time, the smallest first; what earlier calls have tried is known.
-
-    There is one in any case.
+    There is one in any case, unless nothing is to be learned from it: of made-up images, and of an imported adapter.
 
     Raises:
         UserError: see `regress`.
     """
-    costs, pace, clock = fit.costs, Pace(), fit.limit.clock
-    results, too_large = list[SizeResult](), set[str]()
-    every = [Recipe(model, size) for model, own in sizes.items() for size in own]
-    for probe in sorted(every, key=costs.image_s):
+    request, costs, clock = fit.request, fit.costs, fit.limit.clock
+    every = sorted((Recipe(model, size) for model, own in allowed.items() for size in own), key=costs.image_s)
+    results, too_large, ends_at = list[SizeResult](), set[str](), clock() + SIZES_SHARE * 60 * request.minutes
+    if request.smoke or request.init_adapter is not None:
+        return [SizeResult(one.model, one.image_size, None, 0) for one in every]
+    compared = costs.compared_images(every)
+    for probe in every:
         why = ""
         if probe.place not in fit.decisions.sizes:
             tried = [result for result in results if result.score is not None]
-            expected_s = costs.regression_s(probe)
-            if tried and max(1.0, pace.factor) * expected_s > limit.left_s:
+            if tried and clock() + costs.regression_s(probe, compared) > ends_at:
                 why = NO_TIME
             elif probe.model in too_large:
                 why = "a smaller one took more memory than is free"
             else:
-                began, flips_known = clock(), fit.decisions.flips is not None
+                began_at = clock()
                 try:
-                    fit.once(fit.decisions.sizes, probe.place, partial(_score_of, fit, probe))
+                    fit.once(fit.decisions.sizes, probe.place, partial(_score_of, fit, probe, compared))
+                    if fit.decisions.flips is None:
+                        _choose_flips(fit, probe, clock() - began_at, (ends_at - clock()) / 2)
                 except Exception as error:
                     if not is_out_of_memory(error) or not tried:
                         raise
                     too_large.add(probe.model)
                     why = "it needs more memory than is free"
-                if flips_known:  # else it was fitted three times
-                    pace.add(clock() - began, expected_s)
         score = fit.decisions.sizes.get(probe.place)
-        steps, longer = costs.most_steps(probe.model, probe.image_size)
-        results.append(SizeResult(probe.model, probe.image_size, score, steps, why, longer=longer))
+        results.append(SizeResult(probe.model, probe.image_size, score, 0, why=why))
         if score is not None:
-            fits = f"{steps} steps fit a run" if steps else "no time to train"
-            fit.tell(f"  {probe.model} at {probe.image_size} px: {fit.images.scores.text(score)}, {fits}")
-    compared = fit.images.alike * costs.compared_images(min(every, key=costs.image_s))
-    for model in sizes:
+            fit.tell(f"  linear probe at {probe.image_size} px: {fit.images.scores.text(score)}")
+    for model in allowed:
         observed = {own.image_size: own.score for own in results if own.model == model and own.score is not None}
-        posterior = posterior_by_size(observed, compared, fit.images.side) if observed else {}
+        posterior = posterior_by_size(observed, fit.images.alike * compared, fit.images.side) if observed else {}
         results = [
             replace(own, expected=posterior[own.image_size])
             if own.model == model and own.image_size in posterior
@@ -339,32 +330,54 @@ def try_all_sizes(fit: Fit, sizes: Mapping[str, Sequence[int]], limit: Limit) ->
     return results
 
 
-def _score_of(fit: Fit, probe: Recipe) -> float:
-    scores = fit.images.scores
-    if fit.decisions.flips is None:
-        found = {way: _regress(fit, probe, way).value / scores.deviation for way in _WAYS}
-        best = max(_WAYS, key=lambda way: (found[way], -_WAYS.index(way)))
-        fit.decisions.flips = best
-        compared = ", ".join(f"{_FLIPPED[way]} {scores.text(score)}" for way, score in found.items())
-        fit.tell(f"  training images {_FLIPPED[best]}: {compared} at {probe.image_size} px")
-        return found[best]
-    return _regress(fit, probe, fit.flips).value / scores.deviation
+def _score_of(fit: Fit, probe: Recipe, compared: int) -> float:
+    planned_s, began = fit.costs.regression_s(probe, compared), fit.limit.clock()
+    found = _regress(fit, probe, "none")
+    if found.is_new:
+        fit.image_pace.add(fit.limit.clock() - began, planned_s / fit.image_pace.factor)
+    return found.value / fit.images.scores.deviation
 
 
-def _regress(fit: Fit, probe: Recipe, flips: Flips, *, half: bool = False) -> Any:
-    compared = fit.costs.compared_images(probe)
-    training = shared_training(fit.batch_size, flips, fit.images.metric)
-    experiment = {"name": "linear", "method": "linear", "training": training}
-    some = {"train_images": compared} if compared < fit.images.num_dev else {}
+def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> None:
+    """Choose how training images are flipped, by regressions, as far as there is time; else left-right.
+
+    Args:
+        fit: the fit.
+        probe: a regression whose images are as they are, which is known.
+        taken_s: that it took.
+        left_s: for the others.
+    """
+    scores, found = fit.images.scores, dict[Flips, float]({"none": fit.decisions.sizes[probe.place]})
+    for way, times in _OTHER_WAYS.items():
+        left_s -= times * taken_s
+        if left_s < 0:
+            break
+        found[way] = _regress(fit, probe, way).value / scores.deviation
+    ways: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
+    fit.decisions.flips = "horizontal"
+    if len(found) > 1:
+        fit.decisions.flips = max((way for way in ways if way in found), key=found.__getitem__)
+        shown = ", ".join(f"{_FLIPPED[way]} {scores.text(score)}" for way, score in found.items())
+        fit.tell(f"  training images {_FLIPPED[fit.decisions.flips]}: {shown} at {probe.image_size} px")
+
+
+def _regress(fit: Fit, probe: Recipe, flips: Flips, *, half: bool = False) -> Regression:
+    compared = fit.decisions.compared_images or fit.images.num_dev
+    experiment = {"name": "linear", "method": "linear", "training": fit.training(flips)}
+    some = {"train_images": compared} if compared < fit.images.num_dev and fit.request.shots is None else {}
     study = fit.study("sizes", probe, [fit.request.seed], [experiment], folds=None, **some)
-    return fit.environment.regress(study, fit.studies, half)
+    fit.images.keep_pixels(study_from_mapping(study, file=fit.request.images))
+    if fit.environment.regress is not None:
+        return fit.environment.regress(study, fit.studies, half)
+    what = f"features of images at {probe.image_size} px"
+    return regress(study, fit.studies, half, lambda done, count: fit.emit(Advanced(what, done, count)))
 
 
 def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:
     """Return by what share of its error twice as many labels lower a regression's; None: there are too few to tell."""
 
     def forecast() -> Interval | None:
-        found, scores = _regress(fit, probe, fit.flips, half=True), fit.images.scores
+        found, scores = _regress(fit, probe, "none", half=True), fit.images.scores
         if found.by_image_of_half is None:
             return None
         of_half, of_all = (scores.best - own / scores.deviation for own in (found.by_image_of_half, found.by_image))
@@ -376,20 +389,71 @@ def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:
         return None
 
 
-def worth_training(fit: Fit, sizes: Sequence[SizeResult]) -> list[SizeResult]:
-    """Return the sizes at which LoRA is trained, each model's best first; none if there is no time for it."""
-    fitting = [size for size in sorted(sizes, key=lambda size: -size.promise) if size.score is not None and size.steps]
-    best = {size.model: size for size in reversed(fitting)}  # of each model
-    fitting.sort(key=lambda size: size is not best[size.model])
-    possible = (size for size in fitting if _memory_fault(fit, size.probe) is None)
-    promising = list(islice(possible, max(2, len(best))))
-    if promising:
-        of = "{0.model} at {0.image_size} px" if len(best) > 1 else "{0.image_size} px"
-        first, *more = map(of.format, promising)
-        fit.tell(f"  LoRA is trained at {first}{''.join(f', if there is time at {size}' for size in more)}")
-    else:
-        fit.tell(f"  no time to train: {LEAST_STEPS} steps on {FEWEST_FOLDS} folds do not fit; give more --minutes")
-    return promising
+# --- the first model --------------------------------------------------------------------------------------------------
+
+
+def with_lengths(fit: Fit, sizes: Sequence[SizeResult]) -> list[SizeResult]:
+    """Return sizes with the steps that fit what is left of the minutes; of one that was not tried, none do."""
+    results = []
+    for size in sizes:
+        recipe = usual_recipe(fit, size.model, size.image_size, LEAST_STEPS)
+        if size.why or recipe.is_probe or not fit.costs.fits_memory(recipe):
+            results.append(size)
+            continue
+        steps, longer = fit.costs.lengths(recipe, fit.limit.left_s)
+        last = fit.costs.last_steps(replace(recipe, steps=steps), longer) if steps else 0
+        results.append(replace(size, steps=steps, longer=longer, last_steps=last))
+    return results
+
+
+def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
+    """Return what is trained first, and how many times longer than on folds; decided once.
+
+    That is the training or the regression that promises the most. What was asked for is trained, however little it
+    promises, if it fits.
+    """
+    if fit.decisions.first is None:
+        request, given = fit.request, fit.request.steps_for(fit.num_train)
+        fitting = [size for size in sizes if size.steps and _memory_fault(fit, size.probe) is None]
+        tried = [size for size in sizes if size.score is not None] or list(sizes)
+        best_probe, best = max(tried, key=lambda size: size.expected), None
+        if fitting:
+            promising = max(fitting, key=lambda size: (size.promise, size.image_size if size.score is None else 0))
+            best = usual_recipe(fit, promising.model, promising.image_size, promising.steps)
+        if request.is_probe:
+            chosen = usual_recipe(fit, best_probe.model, best_probe.image_size, 0), 1.0
+        elif best is not None and (given is not None or promising.promise >= best_probe.expected):
+            chosen = best, promising.longer
+        else:
+            why = "a linear probe promises more than the trainings that fit" if best else "no time to train"
+            fit.tell(f"  {why}; give more --minutes")
+            chosen = best_probe.probe, 1.0
+        fit.decisions.first = chosen
+        fit.save()
+    recipe, longer = fit.decisions.first
+    steps = fit.costs.last_steps(recipe, longer)
+    about_s = fit.costs.features_s(recipe) + fit.costs.last_s(recipe, steps)
+    length = "" if recipe.is_probe else f", {'up to ' if fit.num_validation else ''}{steps:,} steps"
+    fit.tell(f"  {recipe.title}{length}: about {duration(about_s)}")
+    if about_s > fit.limit.left_s + fit.over_s:
+        fit.tell(f"  that is more than is left of --minutes {fit.request.minutes:g}")
+    return recipe, longer
+
+
+def within_limits(fit: Fit, recipe: Recipe) -> Recipe:
+    """Return a recipe, rounded after training as little as the limit of bytes asks for."""
+    most = fit.request.max_bytes
+    if most is None or fit.costs.bytes_of(recipe) <= most:
+        return recipe
+    return recipe.rounded((fit.costs.allowed_bits(recipe) or ["int2"])[0])
+
+
+def know_by_folds(fit: Fit, recipe: Recipe, probe: Recipe, limit: Limit) -> None:
+    """Train a recipe without a fold of the images each, beside a regression, as far as there is time."""
+    folds = range(min(FEWEST_FOLDS, fit.images.num_different))
+    recipes = list(dict.fromkeys((recipe, probe)))
+    if sum(fit.seconds(one, folds[:1]) for one in recipes) <= limit.left_s:
+        fit.run(recipes, folds, limit)
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -410,6 +474,22 @@ def candidate_recipes(sizes: Sequence[SizeResult]) -> list[Recipe]:
         if steps >= LEAST_STEPS:
             weights.append((size + 1.5 * rate + half, lora(result.model, result.image_size, steps, value)))
     return [recipe for _, recipe in sorted(weights, key=lambda pair: pair[0])]  # stable
+
+
+def worth_search(fit: Fit, sizes: Sequence[SizeResult], first: Recipe) -> list[SizeResult]:
+    """Return the sizes at which LoRA is tried, that of the first training first, then each model's best.
+
+    Args:
+        fit: the fit.
+        sizes: with lengths that fit.
+        first: what was trained first.
+    """
+    fitting = sorted((size for size in sizes if size.score is not None and size.steps), key=lambda size: -size.promise)
+    own = [replace(size, steps=first.steps) for size in fitting if size.probe.place == first.place]
+    best = {size.model: size for size in reversed(fitting)}  # of each model
+    others = sorted((size for size in fitting if size.probe.place != first.place), key=lambda s: s is not best[s.model])
+    possible = (size for size in others if _memory_fault(fit, size.probe) is None)
+    return [*own, *islice(possible, max(2, len(best)) - len(own))]
 
 
 def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Recipe], list[Recipe]]:
@@ -484,39 +564,23 @@ _HALVED = range(2)  # seeds of half of the steps
 _SMALL_RANK = 2
 
 
-def find_model(
-    fit: Fit, allowed: Mapping[str, list[int]]
-) -> tuple[ModelDecision, list[SizeResult], Interval | None, list[Recipe]]:
-    """Return what is taken of all that fits the time, the sizes, what more labels bring, and what was left out.
+def look_further(fit: Fit, sizes: Sequence[SizeResult], first: Recipe, probe: Recipe) -> list[Recipe]:
+    """Try other recipes while there is time to train them for the last time, too; return what it was too short for.
 
-    Raises:
-        UserError: if time ends before there is a single model.
+    Args:
+        fit: the fit.
+        sizes: with lengths that fit.
+        first: what was trained first, on folds already, as the regression is.
+        probe: the best regression.
     """
-    costs, frame = fit.costs, fit.frame
-    with fit.stage("sizes"):
-        reserved_s = max(fit.training_s, fit.limit.left_s) - fit.share_s("sizes")
-        sizes = try_all_sizes(fit, allowed, fit.until(reserved_s))
-        tried = [size for size in sizes if size.score is not None]
-        ending = [size for size in tried if fit.ends_in_time(costs.longest_form(size.probe))] or tried[:1]
-        probe = max(ending, key=lambda size: size.expected).probe
-        labels = gain_of_labels(fit, probe)
-    with fit.stage("search"):
-        fit.run([probe], range(FEWEST_FOLDS), fit.limit)
-        if not frame.seeds(probe):  # without it there is no answer
-            raise UserError(NO_MODEL, field="--minutes")
-        trained, untried, ranked = worth_training(fit, sizes), list[Recipe](), list[Recipe]()
-        if trained:
-            first = lora(trained[0].model, trained[0].image_size, trained[0].steps)
-            reserved_s = fit.ending_s(costs.longest_form(first), LONGEST)
-            reserved_s += FEWEST_FOLDS * costs.rounding_s(first, costs.allowed_bits(first))
-            reserved_s += sum(fit.seconds(recipe, range(FEWEST_FOLDS)) for recipe in _low_bits(fit, first))
-            ranked, untried = search(fit, trained, fit.until(reserved_s))
-    with fit.stage("folds"):
-        untried += _compare(fit, probe, ranked)
-        decision = decide_model(fit)
-        taken = decision.taken
-        fit.tell(f"  chosen: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
-    return decision, sizes, labels, [recipe for recipe in untried if not frame.seeds(recipe)]
+    costs, trained = fit.costs, [] if first.is_probe else worth_search(fit, sizes, first)
+    untried, ranked = list[Recipe](), list[Recipe]()
+    if trained:
+        reserved_s = fit.ending_s(costs.longest_form(first), fit.longest_done(first))
+        reserved_s += sum(fit.seconds(recipe, range(FEWEST_FOLDS)) for recipe in _low_bits(fit, first))
+        ranked, untried = search(fit, trained, fit.until(reserved_s))
+    untried += _compare(fit, probe, ranked or ([] if first.is_probe else [first]))
+    return [recipe for recipe in untried if not fit.frame.seeds(recipe)]
 
 
 def _compare(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
@@ -528,19 +592,17 @@ def _compare(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
         ranked: of LoRA, the best first; none: there is no time to train.
     """
     best, costs, frame = ranked[0] if ranked else probe, fit.costs, fit.frame
-    for fold in _FEWEST:  # each says more about how long the last training takes
-        longer, over_s = (SHORTEST, fit.over_s) if fold < LEAST_FOLDS else (1.0, 0.0)
-        limit = fit.until(fit.ending_s(costs.longest_form(best), longer) - over_s)
-        _do(fit, best, [fold], limit)
+    again_s = 0.0 if fit.longest_done(best) else fit.ending_s(costs.longest_form(best))
+    limit = fit.until(again_s or costs.written_s(costs.longest_form(best)))
+    _do(fit, best, _FEWEST, limit)
     forms = costs.allowed_bits(probe)
     fits = not ranked or FEWEST_FOLDS * costs.rounding_s(probe, forms) <= limit.left_s
-    alone = len(frame.seeds(best)) < LEAST_FOLDS  # then nothing else may be small enough
-    if alone or (fits and not clearly_better(frame, best, probe)):
+    if fits and not clearly_better(frame, best, probe):
         fit.quantize(probe, forms, limit)
     if ranked and fit.seconds(best.half, _HALVED) <= limit.left_s:
         fit.run([best.half], _HALVED, limit)
-    if gains_by_steps(frame, best) and not clearly_better(frame, probe, best):
-        limit = fit.until(fit.ending_s(costs.longest_form(best), LONGEST))
+    if (times := times_longer(fit, best)) > fit.longest_done(best) and not clearly_better(frame, probe, best):
+        limit = fit.until(fit.ending_s(costs.longest_form(best), times))
     left = [
         recipe
         for recipe in _in_turn(fit, probe, ranked)
@@ -602,22 +664,31 @@ def _packed(fit: Fit, best: Recipe) -> list[Recipe]:
 
 # --- final ------------------------------------------------------------------------------------------------------------
 
+LENGTHS = (8.0, 6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.75, SHORTEST)  # times the steps of folds
+LONGEST = 2.0  # likewise; more where folds had few steps
 _ENDLESS_S = 1e8
+_WORTH_AGAIN = 1.5  # times the steps that were trained, from where another training is worth it
 
 
 def times_longer(fit: Fit, recipe: Recipe) -> float:
-    """Return how many times the steps that follow from the folds the last training has."""
+    """Return how many times the steps that follow from the folds the last training has.
+
+    As many as the first training has; more where steps gain on folds, as many fewer as time is short.
+    """
     if recipe.is_probe:
         return 1.0
-    longest = LENGTHS[0] if gains_by_steps(fit.frame, recipe) else 1.0
-    options = [times for times in LENGTHS if 1 < times <= longest]
-    few = [times for times in options if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
-    possible = first_that_fits(few, partial(fit.ending_s, recipe), fit.limit.left_s)
-    shorter = (times for times in LENGTHS if times <= 1 and fit.ends_in_time(recipe, times))
-    return max(possible or next(shorter, SHORTEST), fit.longest_done(recipe, longest))
+    done, first = fit.longest_done(recipe), fit.decisions.first
+    usual = 1.0 if first is None or first[0].is_probe else first[1]
+    longer = [times for times in LENGTHS if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
+    options = [
+        times for times in longer if gains_by_steps(fit.frame, recipe) and times > max(usual, _WORTH_AGAIN * done)
+    ]
+    options += [] if done else [usual, *(times for times in LENGTHS if times < usual)]
+    fitting = first_that_fits(options, partial(fit.ending_s, recipe), fit.limit.left_s)
+    return fitting or done or (SHORTEST if fit.ends_in_time(recipe, SHORTEST) else min(usual, SHORTEST))
 
 
-def train_finally(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
+def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
     """Train a recipe on everything that is not for the test, so many times longer than on folds.
 
     The test comes on top of the minutes, on images drawn at random where not all of them fit their share. Once for a
@@ -630,20 +701,27 @@ def train_finally(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Out
     Raises:
         EveryRunFailedError: if it failed.
     """
-    trained, every, decisions = fit.final_recipe(recipe, longer), fit.images.num_test, fit.decisions
-    is_done = trained.done_as in decisions.trained
-    tested = fit.once(
-        decisions.tested_images, recipe.place, lambda: every if is_done else fit.costs.tested_images(recipe)
-    )
+    trained, request, decisions = fit.final_recipe(recipe, longer), fit.request, fit.decisions
+    is_done = (recipe.trained, longer) in decisions.trained
+    tested = fit.once(decisions.tested_images, recipe.place, lambda: fit.costs.tested_images(recipe))
     if not is_done:
         fit.tell(fit.costs.test_line(recipe, tested))
-    some = {"tested_images": tested} if tested < every else {}
-    seed, experiments = fit.request.seed, [fit.experiment(trained)]
-    study = fit.study(f"final-{recipe.place}", recipe, [seed], experiments, folds=None, **some)
+    drawn = fit.images.num_test if request.test_images is None or request.smoke else tested
+    some: dict[str, Any] = {"tested_images": tested} if tested < drawn else {}
+    if request.shots is None and (count := fit.costs.trained_images(recipe)) < fit.num_train:
+        some["train_images"] = fit.once(decisions.trained_images, recipe.place, lambda: count)
+    name = f"final-{recipe.place}"
+    if request.main_study:
+        is_first = decisions.first is not None and recipe == decisions.first[0]
+        name = fit.folder.name if is_first else f"{fit.folder.name[:46]}-probe-{recipe.image_size}px"
+    some["validation_images"] = 0 if recipe.is_probe and not request.is_probe else fit.num_validation
+    study = fit.study(name, recipe, [request.seed], [fit.experiment(trained, last=True)], folds=None, **some)
     study["measures"] |= {"features": True}
     outcome = fit.run_alone(study, fit.until(-_ENDLESS_S))  # it has to be brought to its end
     if not is_done:
-        decisions.trained.append(trained.done_as)
+        decisions.trained.append((recipe.trained, longer))
+        if not recipe.is_probe:
+            fit.pace.add(outcome.seconds, fit.costs.last_s(recipe, trained.steps))
         fit.save()
     if recipe.when != "after" or recipe.bits is None:
         return outcome, outcome

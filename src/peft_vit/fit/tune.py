@@ -7,7 +7,7 @@ rates, steps and candidates. Only the test images, the folds, flips and how prod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from peft_vit.base.extras import require_extra
@@ -18,7 +18,7 @@ from peft_vit.core.records import Decision as Meaning
 from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
 from peft_vit.fit import stages
-from peft_vit.fit.decide import ModelDecision, gain_of_steps
+from peft_vit.fit.decide import ModelDecision, decide_model, gain_of_steps
 from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import LabelledSet
@@ -32,57 +32,80 @@ from peft_vit.runs.records.progress import study_lock
 def tune(request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None) -> Tuning:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
+    Once the first training is done, there is a model in the output, and what is found later only replaces it.
+
     Raises:
-        UserError: for bad input, before anything is trained; see `stages`, `check_output` and `Fit.opened`. Also if
+        UserError: for bad input, before anything is trained; see `stages`, `check_output` and `Fit.enter`. Also if
             another command works on the same output.
         KeyboardInterrupt: after Ctrl-C; the same request continues.
     """
     require_extra("tune", "tune")
-    from peft_vit.fit.output import check_output, write_output
+    from peft_vit.fit.output import check_output
 
     check_output(request)
     with named_as_typed(TuneRequest), study_lock(request.output):
-        fit = Fit.opened(request, emit, environment)
-        choice = _choose(fit)
-        for sentence in choice.more:
-            fit.tell(f"  {sentence}")
-        with fit.stage("output"):
-            (fit.environment.write_output or write_output)(choice, request.output, fit.tell)
-        return choice
+        fit = Fit(request, emit, environment or Environment())
+        fit.enter(request.output)
+        with fit.opened:
+            return _carry_out(fit, request)
 
 
-def _choose(fit: Fit) -> Tuning:
-    was_there = (fit.request.output / stages.IMAGES_FILE).exists()
+def _carry_out(fit: Fit, request: TuneRequest) -> Tuning:
+    was_there = (fit.folder / stages.IMAGES_FILE).exists()
     with fit.stage("look"):
         stages.look(fit)
+        stages.keep_images(fit)
     try:
-        with fit.stage("machine"):
-            allowed = stages.look_at_machine(fit)
-            fit.begun = True
-            fit.save()
-            stages.tell_forecast(fit, allowed)
+        allowed = stages.allowed_sizes(fit)
+        fit.begun = True
     finally:
         if not (fit.begun or was_there):  # refused: another limit can be asked for
             fit.images.file.unlink(missing_ok=True)
     fit.load_earlier()
-    decision, sizes, labels, untried = stages.find_model(fit, allowed)
-    recipe = decision.taken.recipe
-    longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
-    error = fit.frame.scores.best - decision.odds.score.estimate
-    with fit.stage("final"):
-        final, before_rounding = stages.train_finally(fit, recipe, longer)
-    return Tuning(
-        request=fit.request,
-        images=fit.images,
-        sizes=tuple(sizes),
-        decision=decision,
-        folds=tuple(outcome for _, outcome in sorted(fit.frame.rows[recipe].items())),
-        final=final,
-        before_rounding=before_rounding,
-        longer=longer,
-        more=what_more_buys(labels, error, steps, longer, sizes, untried, fit.request.minutes, fit.frame.scores.unit),
-        stages=tuple(fit.file.seconds.items()),
-    )
+    with fit.stage("sizes"):
+        sizes = stages.with_lengths(fit, stages.try_sizes(fit, allowed))
+        first, longer = stages.choose_first(fit, sizes)
+    form = stages.within_limits(fit, first)
+    with fit.stage("first"):
+        final = stages.train_last(fit, form, longer)
+    if fit.decisions.delivered is None:
+        _write(fit, Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer))
+        fit.decisions.delivered = form, longer
+    probe = max((size for size in sizes if size.score is not None), key=lambda own: own.expected).probe
+    with fit.stage("folds"):
+        stages.know_by_folds(
+            fit, first, probe, fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
+        )
+    recipe, decision = form, None
+    if fit.frame.seeds(first) and fit.frame.seeds(probe):
+        with fit.stage("search"):
+            labels = stages.gain_of_labels(fit, probe)
+            untried = stages.look_further(fit, sizes, first, probe)
+            decision = decide_model(fit)
+            recipe = decision.taken.recipe
+            fit.tell(f"  chosen of {len(decision.candidates)} models: {recipe.title}")
+        longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
+        with fit.stage("final"):
+            final = stages.train_last(fit, recipe, longer)
+        error = fit.frame.scores.best - decision.odds.score.estimate
+        unit = fit.frame.scores.unit
+        more = what_more_buys(labels, error, steps, longer, sizes, untried, request.minutes, unit)
+    else:
+        more = (f"There was no time for folds. The same command with --minutes {2 * request.minutes:g} goes on.",)
+    folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(recipe, {}).items()))
+    done = Tuning(request, fit.images, tuple(sizes), recipe, *final, decision, folds, longer, more)
+    _write(fit, done)
+    fit.decisions.delivered = recipe, longer
+    fit.save()
+    return done
+
+
+def _write(fit: Fit, tuning: Tuning) -> None:
+    from peft_vit.fit.output import write_output
+
+    with fit.stage("output"):
+        tuning = replace(tuning, stages=tuple(fit.file.seconds.items()))
+        (fit.environment.write_output or write_output)(tuning, fit.folder, fit.tell)
 
 
 _NAMED = 4  # recipes that are named in a sentence
@@ -90,18 +113,19 @@ _NAMED = 4  # recipes that are named in a sentence
 
 @dataclass(frozen=True)
 class Tuning:
-    """The chosen model and what it was chosen by."""
+    """A model that a tuning writes, and what it was chosen by."""
 
     request: TuneRequest  # what was asked for
     images: LabelledSet  # that it was fitted to
     sizes: tuple[SizeResult, ...]  # every model and image size
-    decision: ModelDecision  # what was compared, what was taken, and the odds
-    folds: tuple[Outcome, ...]  # of the chosen recipe, in the form that was taken
+    recipe: Recipe  # what was taken
     final: Outcome  # of its last training, on the sealed images, in that form
     before_rounding: Outcome  # the same run in float; where nothing was rounded after training, the same as `final`
-    longer: float  # times the steps that follow from the folds, of the last training
-    more: tuple[str, ...]  # what more labels and more minutes would buy, sentences
-    stages: tuple[tuple[str, float], ...]  # name and seconds of each stage, of all calls together
+    decision: ModelDecision | None = None  # what was compared, and the odds; None: nothing was yet
+    folds: tuple[Outcome, ...] = ()  # of the chosen recipe, in the form that was taken
+    longer: float = 1.0  # times the steps that follow from the folds, of the last training
+    more: tuple[str, ...] = ()  # what more labels and more minutes would buy, sentences
+    stages: tuple[tuple[str, float], ...] = ()  # name and seconds of each stage, of all calls together
 
     @property
     def metric(self) -> DecidingMetric:
@@ -113,13 +137,8 @@ class Tuning:
         """Return by what models were compared."""
         return self.images.scores
 
-    @property
-    def recipe(self) -> Recipe:
-        """Return what was taken."""
-        return self.decision.taken.recipe
-
     @cached_property
-    def meaning(self) -> Calibrated | Meaning:
+    def meaning(self) -> Calibrated | Meaning | None:
         """Return what the model's outputs mean, from what its recipe's runs on folds said of their test images."""
         return meaning_on(self.folds, self.final.learned)
 
@@ -138,16 +157,20 @@ class Tuning:
 
 def answer(choice: Tuning, written: int | None = None) -> str:
     """Return what was taken, what it has on the test images, and its odds: a line; `written` is the file's bytes."""
-    taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
+    decision, metric, score = choice.decision, choice.metric, choice.score
     right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
     by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
-    head = f"{taken.recipe.title}, {megabytes(written or taken.bytes)}: {value} {right} on new images ({by})."
-    if taken.recipe == choice.decision.reference:
+    size = written or (0 if decision is None else decision.taken.bytes)
+    head = f"{choice.recipe.title}{f', {megabytes(size)}' if size else ''}: {value} {right} on new images ({by})."
+    if decision is None:
+        return f"{head} It is the first model; nothing else was compared with it."
+    odds = decision.odds
+    if choice.recipe == decision.reference:
         return f"{head} It is the best float model found."
     scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
     amount, better = fixed(100 * abs(odds.loss), 1), "better" if odds.loss > 0 else "worse"
     gap = f"{amount} {scores.unit} {better}" if float(amount) else "as good"
-    than = f"The best float model found ({choice.decision.reference.title}) is expected to be {gap}"
+    than = f"The best float model found ({decision.reference.title}) is expected to be {gap}"
     chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
     shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
     return f"{head} {than}; the chance that it is more than {margin} better is {chance}.{shown}"

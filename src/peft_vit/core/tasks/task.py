@@ -352,7 +352,7 @@ class Task(Protocol):
         return []
 
 
-def meaning_fields(meaning: Meaning) -> dict[str, Any]:
+def meaning_fields(meaning: Meaning | None) -> dict[str, Any]:
     """Return what outputs mean as fields of a record or a card: `decision`, or `calibrated` of a softmax."""
     is_decision = isinstance(meaning, Decision)
     return {"calibrated": None if is_decision else meaning, "decision": meaning if is_decision else None}
