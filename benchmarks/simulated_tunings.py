@@ -29,14 +29,13 @@ from numpy.typing import NDArray
 
 from peft_vit.core.tasks import CLASSIFICATION, Scores
 from peft_vit.core.tasks.classification import ACCURACY
-from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.decide import ModelDecision
-from peft_vit.fit.fit import Environment, Fit, FitFile
+from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.outcomes import Only, Outcome, Outcomes
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.regressions import Regression
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.stages import find_model
+from peft_vit.fit.tune import fitted
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 
@@ -176,30 +175,47 @@ def planted(rng: np.random.Generator) -> tuple[Truth, dict[str, float]]:
 def one_tuning(runner: StandIns, minutes: float = 20.0, max_bytes: int | None = None) -> ModelDecision:
     """Tune with stand-ins, and return what was decided."""
     with tempfile.TemporaryDirectory() as folder:
-        request = TuneRequest(
-            images=Path("images"),
-            output=Path(folder),
-            minutes=minutes,
-            max_bytes=max_bytes,
-            models=(MODEL,),
-            image_sizes=SIZES,
-            weights="random",
-            compute="float",
-            seed=runner.seed,
-        )
-        environment = Environment(
-            make_runner=lambda _: runner, regress=runner.regress, round_run=runner.round_run, clock=lambda: runner.now
-        )
-        fit = Fit(request, lambda _: None, Limit(minutes, 0.0, environment.clock), FitFile(asked={}), environment)
-        fit.begin(images_of(runner.images))
-        fit.costs = FitCosts(fit, Throughput.estimated(3e8))
-        return find_model(fit, {MODEL: list(SIZES)})[0]
+        fit, request = fit_of(runner, output=Path(folder), minutes=minutes, max_bytes=max_bytes)
+        decision = fitted(fit, request, {MODEL: list(SIZES)}).decision
+        assert decision is not None
+        return decision
+
+
+def fit_of(runner: StandIns, images: Any = None, rate: float = 3e8, **asked: Any) -> tuple[Fit, TuneRequest]:
+    """Return a fit with stand-ins, and what it was asked for.
+
+    Args:
+        runner: the stand-ins.
+        images: see `images_of`; None: as many as the runner's.
+        rate: multiply-adds per second.
+        asked: of the request.
+    """
+    settings = {"images": Path("images"), "models": (MODEL,), "image_sizes": SIZES, "seed": runner.seed}
+    request = TuneRequest(**settings | {"weights": "random", "compute": "float"} | asked)
+    environment = Environment(
+        make_runner=lambda _: runner,
+        regress=runner.regress,
+        round_run=runner.round_run,
+        write_output=lambda *_: None,
+        throughput=Throughput.estimated(rate),
+        clock=lambda: runner.now,
+    )
+    fit = Fit(request, lambda _: None, environment)
+    fit.begin(images or images_of(runner.images))
+    return fit, request
 
 
 def images_of(images: int, **changes: Any) -> Any:
     """Return what a fit asks of so many images, a fifth as many of which test."""
     known = {"num_dev": images, "num_different": images, "num_test": images // 5, "num_outputs": _CLASSES}
-    known |= {"metric": ACCURACY, "scores": Scores(), "rarest": math.inf, "alike": 1.0, "side": 300.0}
+    known |= {
+        "metric": ACCURACY,
+        "task": CLASSIFICATION,
+        "scores": Scores(),
+        "rarest": math.inf,
+        "alike": 1.0,
+        "side": 300.0,
+    }
     known["inspection"] = SimpleNamespace(path=Path("images"))
     data = {"dataset": "image-folder", "path": "images", "images_file": "images.json"}
     return SimpleNamespace(**known | {"data": lambda size: {**data, "image_size": size}} | changes)

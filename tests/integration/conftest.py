@@ -26,7 +26,7 @@ Said = CaptureResult[str]
 @pytest.fixture(autouse=True)
 def _few_images_validate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let some of the few images of a test validate, instead of five trainings more; see test_train_by_folds."""
-    monkeypatch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 0)
+    monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 0)
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,7 @@ def by_fold(folder):
 
 @pytest.mark.usefixtures("in_this_process", "no_page")
 def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 30)
+    monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 30)
     said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
     assert "39 to train, 9 to test." in said
     (run,) = train_runs(Path("peft-vit-runs"))

@@ -45,7 +45,7 @@ def run_on(images, _session_cache, tmp_path_factory):
         (root / f"{table}.csv").write_text("\n".join(lines) + "\n")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PEFT_VIT_CACHE", _session_cache)
-            patch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 0)
+            patch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 0)
             steps = None if method.endswith("linear") else 8
             return train(root / f"{table}.csv", method, steps=steps, output=root / f"{table}_{method}", **SMALL).path
 

@@ -24,7 +24,7 @@ ASKED = "--weights random --model test_vit --threads 1 --precision fp32 --comput
 def trained(images, tmp_path, command, monkeypatch, in_this_process, cache):
     """Train with some options, again and again."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("peft_vit.fit.train.FEWEST_VALIDATION", 30)
+    monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 30)
 
     def call(options: str = "", source: str | Path = images, code: int = 0) -> str:
         return command("train", source, *f"{ASKED} {options}".split(), code=code).out

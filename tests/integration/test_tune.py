@@ -23,13 +23,16 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Product
 from peft_vit.core.tasks import expected_gain
-from peft_vit.fit.costs import LONGEST, MOST_STEPS, FitCosts
+from peft_vit.data import load_data
+from peft_vit.fit import stages
+from peft_vit.fit.costs import MOST_STEPS, FitCosts
+from peft_vit.fit.events import Advanced
 from peft_vit.fit.fit import TITLES, Environment, Fit
 from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.regressions import regress, seen_by_head
+from peft_vit.fit.regressions import regress
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.stages import telling_if_slow, within_bytes
+from peft_vit.fit.stages import LONGEST, within_bytes
 from peft_vit.fit.tune import Tuning, answer, tune
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
@@ -64,7 +67,7 @@ def stand_ins(**changes: Any) -> StandIns:
 def environment_of(runner: StandIns | None, rate: float = 1e9, **changes: Any) -> Environment:
     """Return an environment in which no run is measured."""
     throughput = replace(Throughput.estimated(rate), process_s=1.0)
-    environment = Environment(measure=lambda *_: throughput, write_output=lambda *_: None)
+    environment = Environment(throughput=throughput, write_output=lambda *_: None)
     if runner is None:
         return replace(environment, **changes)
     given: dict[str, Any] = {
@@ -144,12 +147,10 @@ def test_the_test_reads_what_a_sixth_of_the_minutes_does_and_the_same_when_it_go
     monkeypatch.setattr("peft_vit.fit.costs.images_to_test", lambda images, *_: images - 4)
     runner, said = stand_ins(), list[str]()
     tuning(runner, tell=said.append)
-    (sealed,) = {
-        int(found[1]) for line in said if (found := re.search(r"test set, read at the end: (\d+) images", line))
-    }
-    assert [own["tested_images"] for own in finals] == [sealed - 4]
+    (sealed,) = {int(found[1]) for line in said if (found := re.search(r"to train, (\d+) to test", line))}
+    assert {own["tested_images"] for own in finals} == {sealed - 4}
     told = [line for line in said if f"testing {sealed - 4} of {sealed} images, drawn at random, takes about" in line]
-    assert len(told) == 2  # what is foreseen, and before the last training
+    assert told
     monkeypatch.setattr("peft_vit.fit.costs.images_to_test", lambda images, *_: images - 2)  # a faster machine
     tuning(runner, tell=said.append)
     assert {own["tested_images"] for own in finals} == {sealed - 4}
@@ -197,12 +198,15 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     recipe = choice.recipe
     assert (recipe.method, recipe.bits, recipe.when, recipe.image_size) == ("lora", "nf4", "after", SIZES[-1])
     assert (recipe.steps, recipe.rate) == (MOST_STEPS, 1e-3)
-    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == STAGES
+    told = [line.split(":")[0] for line in lines if not line.startswith(" ")]
+    first, output = told.index(TITLES["first"]), TITLES["output"]
+    assert told[first + 1] == output  # there is a model, before it is known how good it is
+    assert [title for title in told if title != output] == [title for title in STAGES if title != output]
     sizes = [candidate.bytes for candidate in choice.decision.candidates]
     assert sizes == sorted(sizes)
     assert [candidate.recipe for candidate in choice.decision.candidates if not candidate.why] == [recipe]
     last = replace(recipe.trained, steps=round(choice.longer * MOST_STEPS * 38 / 31))  # of 48 images 10 are sealed
-    assert runner.carried_out[-1] == (f"final-{recipe.place}", last.name, 0)  # once, and nothing beside it
+    assert runner.carried_out[0] == (f"final-{recipe.place}", last.name, 0)  # once, and nothing before it
     assert sum(study.startswith("final") for study, *_ in runner.carried_out) == 1
     assert len(choice.folds) >= 5
     assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
@@ -339,7 +343,7 @@ def test_images_are_flipped_in_the_way_that_regressions_prefer(tuning: Tuning) -
         return runner(mapping, *more)
 
     tuning(environment=replace(environment_of(runner), make_runner=lambda *_: call), tell=lines.append)
-    assert any("training images as they are: flipped left-right" in line for line in lines)
+    assert any("training images as they are: " in line for line in lines)
     assert seen == {0}
 
 
@@ -383,16 +387,15 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
 
 
 @pytest.mark.parametrize("minutes", [6.0, 12.0, 20.0, 60.0, 240.0])
-def test_minutes_are_kept_as_forecast_and_at_least_half_of_them_train_adapters(tuning: Tuning, minutes: float) -> None:
-    runner, lines = stand_ins(step_s=0.5), list[str]()
-    tuning(environment=paced(runner), minutes=minutes, tell=lines.append)
-    (forecast,) = re.findall(r"about (\d+) minutes in all", "\n".join(lines))
-    assert runner.now / 60 == pytest.approx(float(forecast), rel=0.25)
+def test_minutes_are_kept_and_at_least_half_of_them_train_adapters(tuning: Tuning, minutes: float) -> None:
+    runner = stand_ins(step_s=0.5)
+    tuning(environment=paced(runner), minutes=minutes)
     assert runner.now <= 1.1 * 60 * minutes
     seconds = {at: runner.done[at].seconds for at in runner.carried_out if "linear" not in at[1]}
     assert sum(seconds.values()) >= 0.5 * runner.now
     if minutes <= 20:  # with more, as many steps are tried on folds
-        assert seconds[runner.carried_out[-1]] == max(seconds.values())  # what is delivered is trained for the longest
+        delivered = [own for (study, *_), own in seconds.items() if study.startswith("final")]
+        assert max(delivered) == max(seconds.values())  # what is delivered is trained for the longest
 
 
 def test_a_call_with_fewer_minutes_keeps_the_longer_training_that_an_earlier_one_has_done(tuning: Tuning) -> None:
@@ -420,23 +423,21 @@ def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, t
                 return 0.6
             return 0.75 + gain * math.log2(experiment["training"]["steps"] / 96)
 
-        runner = stand_ins(truth=truth, step_s=2.0)
-        choice = tuning(environment=paced(runner), minutes=20.0, image_sizes=(64,), output=tmp_path / f"{gain}")
-        return int(runner.carried_out[-1][1].split("_")[-1]), choice
+        runner = stand_ins(truth=truth, step_s=0.3)
+        choice = tuning(environment=paced(runner), minutes=60.0, image_sizes=(64,), output=tmp_path / f"{gain}")
+        last = (name for study, name, _ in runner.carried_out if study.startswith("final"))
+        return max(int(name.split("_")[-1]) for name in last), choice
 
     (most, longer), (least, shorter) = steps_of(0.05), steps_of(-0.05)
-    assert most > 3 * least
-    assert (longer.longer, shorter.longer) == (LONGEST, 1.0)
-    assert any("The last training has had 2 times the steps" in sentence for sentence in longer.more)
-    assert not any("The last training" in sentence for sentence in shorter.more)
+    assert most > 1.5 * least
+    assert longer.longer * longer.recipe.steps > 1.5 * shorter.longer * shorter.recipe.steps
 
 
-def test_a_size_promises_what_as_long_a_last_training_brings_as_fits(tuning: Tuning) -> None:
-    choice = tuning(environment=paced(stand_ins(step_s=6.5)), minutes=20.0)
+def test_a_size_promises_what_a_first_training_brings_as_fits(tuning: Tuning) -> None:
+    choice = tuning(environment=paced(stand_ins(step_s=2.0)), minutes=20.0)
     small, *_, large = choice.sizes
-    assert (small.longer, large.longer) == (LONGEST, 1.0)
-    assert large.promise == pytest.approx(large.expected + expected_gain(large.steps))
-    assert small.promise == pytest.approx(small.expected + expected_gain(2 * small.steps))
+    assert small.last_steps > large.last_steps > large.steps > 0
+    assert large.promise == pytest.approx(large.expected + expected_gain(large.last_steps))
 
 
 def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning, tmp_path: Path) -> None:
@@ -454,27 +455,18 @@ def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning,
     assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=430_000))  # which nothing of 4 bits meets
 
 
-@pytest.mark.parametrize("step_s", [9.5, 14.0])
-def test_steps_that_take_longer_than_planned_do_not_hand_over_a_regression(tuning: Tuning, step_s: float) -> None:
+@pytest.mark.parametrize("step_s", [2.0, 4.0, 9.0])
+def test_a_machine_that_is_slower_than_it_seemed_delivers_its_first_training(tuning: Tuning, step_s: float) -> None:
     runner = stand_ins(step_s=step_s)
-    environment = environment_of(runner, measure=paced(stand_ins(step_s=6.5)).measure)
+    environment = replace(paced(stand_ins(step_s=2.0)), clock=lambda: runner.now)
+    environment = environment_of(runner, throughput=environment.throughput)
     choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
-    assert choice.decision.taken.folds == 2
     assert not choice.recipe.is_probe
-    assert runner.now <= 1.1 * 20 * 60
-    steps = int(runner.carried_out[-1][1].split("_")[-1])
+    assert sum(study.startswith("final") for study, *_ in runner.carried_out) == 1
+    if step_s < 9:  # then the first training alone takes longer than there is
+        assert runner.now <= 1.1 * 20 * 60
+    steps = int(next(name for study, name, _ in runner.carried_out if study.startswith("final")).split("_")[-1])
     assert steps == round(choice.longer * choice.recipe.steps * 38 / 31)
-    assert (choice.longer < 1) == (step_s > 10)
-    assert any("all steps of the last training" in sentence for sentence in choice.more) == (step_s > 10)
-
-
-def test_a_machine_that_was_busy_when_it_was_measured_trains_longer_in_the_end(tuning: Tuning) -> None:
-    runner = stand_ins(step_s=2.0)
-    environment = environment_of(runner, measure=paced(stand_ins(step_s=6.0)).measure)
-    choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
-    assert choice.longer > LONGEST
-    assert choice.longer * choice.recipe.steps <= LONGEST * MOST_STEPS
-    assert runner.now <= 1.1 * 20 * 60
 
 
 def test_a_size_whose_model_takes_longer_to_write_than_there_is_time_is_not_taken(
@@ -487,10 +479,8 @@ def test_a_size_whose_model_takes_longer_to_write_than_there_is_time_is_not_take
         return tuning(stand_ins(truth=truth), minutes=20.0, output=output).recipe.image_size
 
     assert taken(tmp_path / "free") == 64
-    ending_s = FitCosts.ending_s
-    monkeypatch.setattr(
-        FitCosts, "ending_s", lambda own, of, *a: 1400.0 if of.image_size == 64 else ending_s(own, of, *a)
-    )
+    written_s = FitCosts.written_s
+    monkeypatch.setattr(FitCosts, "written_s", lambda own, of: 1400.0 if of.image_size == 64 else written_s(own, of))
     assert taken(tmp_path / "dear") < 64
 
 
@@ -539,18 +529,6 @@ def test_a_size_at_which_2_bits_alone_fit_is_left_out_unless_none_has_room_for_m
     assert fitting(10) == {"a": [112]}
 
 
-def test_a_look_that_takes_long_leaves_sizes_their_share(tuning: Tuning) -> None:
-    runner = stand_ins()
-    measured = environment_of(runner).measure
-
-    def slow(*given: Any) -> Any:
-        runner.now += 0.25 * 3600
-        return measured(*given)
-
-    choice = tuning(environment=environment_of(runner, measure=slow))
-    assert all(size.score is not None for size in choice.sizes)
-
-
 def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
     tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,8 +542,8 @@ def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
         Image.blend(Image.open(file).convert("RGB").resize((32, 32)), Image.fromarray(noise), 0.7).save(own)
 
     def counting(study: Mapping[str, Any], *given: Any) -> Any:
-        seen = seen_by_head(only_run(study))
-        drawn.append(tuple(np.bincount(seen.features.labels)))
+        spec = only_run(study)
+        drawn.append(tuple(np.bincount(load_data(spec.data, spec.seed).train.labels)))
         return runner.regress(study, *given)
 
     def only_run(study: Mapping[str, Any]) -> Any:
@@ -648,15 +626,16 @@ def failing(runner: StandIns, *names: str) -> Environment:
 
 
 def test_results_that_are_missing_are_one_line_and_others_are_compared(tuning: Tuning, tmp_path: Path) -> None:
-    for study in ("final", "folds"):
-        with pytest.raises(UserError, match=rf"{study}-\S+: every run failed: not enough memory"):
-            tuning(environment=failing(stand_ins(), study), output=tmp_path / study)
+    with pytest.raises(UserError, match=r"final-\S+: every run failed: not enough memory"):
+        tuning(environment=failing(stand_ins(), "final"), output=tmp_path / "final")
+    alone = tuning(environment=failing(stand_ins(), "folds"), output=tmp_path / "folds")
+    assert (alone.recipe.method, alone.decision) == ("lora", None)
     for lost in (["lora_"], ["adalora", "qa_lora"]):
         lines: list[str] = []
         choice = tuning(environment=failing(stand_ins(), *lost), output=tmp_path / lost[0], tell=lines.append)
         compared = {candidate.recipe.method for candidate in choice.decision.candidates}
-        assert compared == {"linear", "lora", "adalora", "qa_lora"} - {name.rstrip("_") for name in lost}
-        told = [line for line in lines if "left out: every run failed: not enough memory" in line]
+        assert compared == ({"linear"} if "lora_" in lost else {"linear", "lora"})
+        told = [line for line in lines if "every run failed: not enough memory" in line]
         assert len(told) == len(set(told)) >= len(lost)  # none is tried again in the same call
 
 
@@ -732,29 +711,17 @@ def test_bad_images_are_one_line_and_nothing_is_left(tmp_path, refused, files) -
     assert not output.exists()
 
 
-def test_a_look_at_many_images_that_takes_more_than_its_share_is_told(images: Path, tmp_path: Path) -> None:
-    now, lines = [0.0], []
-    environment = Environment(clock=lambda: now[0])
-
-    def opened(**more: Any) -> Fit:
-        return Fit.opened(request_of(images, tmp_path, **more), lambda event: lines.append(str(event)), environment)
-
-    on_progress = telling_if_slow(opened())
-    for done in (1, 10, 11):
+def test_images_that_take_all_the_minutes_to_read_are_refused(images: Path, tmp_path: Path) -> None:
+    now, events = [0.0], list[Any]()
+    fit = Fit(request_of(images, tmp_path, minutes=16.0), events.append, Environment(clock=lambda: now[0]))
+    for done in (1, 10):
         now[0] = float(done)
-        on_progress(done, 1000)
-    (line,) = lines
-    assert "1,000 images takes about 16.7 minutes" in line
-    short = telling_if_slow(opened(minutes=16.0))
-    now[0] += 10.0
-    with pytest.raises(UserError, match=r"--minutes: reading 1,000 images takes .* here; give more than 17"):
-        short(10, 1000)
-
-
-def test_a_time_that_a_busy_machine_could_not_measure_is_not_said_to_be_nothing(tuning: Tuning) -> None:
-    lines: list[str] = []
-    tuning(environment=environment_of(stand_ins(), rate=1e15), tell=lines.append)
-    assert any("px a forward pass: not measured" in line for line in lines)
+        stages._read(fit, done, 1000)
+    assert [(event.done, event.count) for event in events] == [(1, 1000), (10, 1000)]
+    now[0] = 11.0
+    with pytest.raises(UserError, match=r"reading 1,000 images takes .* here; give more than 17") as raised:
+        stages._read(fit, 11, 1000)
+    assert raised.value.field == "--minutes"
 
 
 # --- real runs ---
@@ -784,7 +751,7 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
     for kill_at in (3, 8, None):  # a run of the regression, of LoRA
 
         def tell(event: object, kill_at: int | None = kill_at) -> None:
-            if "/seed_" in (line := str(event)):
+            if "/seed_" in (line := str(event)) and not isinstance(event, Advanced):
                 done.append(line.split(":", maxsplit=1)[0].strip())
                 if len(done) == kill_at:
                     raise KeyboardInterrupt

@@ -26,7 +26,7 @@ _UPSCALED = 4  # times its own side, up to where a larger image helps
 _USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
 GAIN_SD = 0.03  # of what training gains, around it, from data set to data set
 SHORTEST = 0.5  # times the steps on folds, of a last training
-LEAST_FOLDS = 2  # that decide of a training if time is short
+LEAST_FOLDS = 1  # that decide of a training if time is short
 NO_MODEL = "ended before a single model; give more, and the same command continues"
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

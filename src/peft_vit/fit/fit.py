@@ -85,6 +85,7 @@ class Environment:
         regress: None: see `regressions.regress`.
         round_run: gives logits of a run's test images with rounded weights, see `logits_by_type`.
         write_output: writes model, card and page of a tuning; None: see `output.write_output`.
+        throughput: of the machine; None: it follows from large products.
         clock: in seconds.
     """
 
@@ -95,6 +96,7 @@ class Environment:
         logits_by_type
     )
     write_output: Callable[..., Any] | None = None
+    throughput: Throughput | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -374,19 +376,20 @@ class Fit:
     @cached_property
     def compute(self) -> Compute:
         """Return how frozen layers multiply in all runs, decided once."""
-        decided = self.decisions.compute
-        if decided is None:
-            decided = self.decisions.compute = next(iter(self._rates))
-            if decided == "int8" and "float" in self._rates:
-                gain = self._rates["int8"] / self._rates["float"]
-                self.tell(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
-            self.save()
-        return decided
+        if self.decisions.compute is not None or self.request.compute == "float":
+            return self.decisions.compute or "float"
+        chosen = next(iter(self._rates))
+        if chosen == "int8" and "float" in self._rates:
+            gain = self._rates["int8"] / self._rates["float"]
+            self.tell(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
+        self.decisions.compute = chosen
+        self.save()
+        return chosen
 
     @cached_property
     def costs(self) -> FitCosts:
         """Return what everything takes here, from what large products take; runs correct it as they end."""
-        return FitCosts(self, Throughput.estimated(self._rates[self.compute]))
+        return FitCosts(self, self.environment.throughput or Throughput.estimated(self._rates[self.compute]))
 
     def shape(self, model: str, image_size: int) -> BackboneShape:
         """Return a backbone's shape."""

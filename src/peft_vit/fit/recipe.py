@@ -80,7 +80,7 @@ class Recipe:
         """Return what it is, for people."""
         rank = f" of rank {self.rank}" if self.rank else ""
         bits = [] if self.bits is None else [f"{BITS_OF_TYPE[self.bits]} bits ({self.bits})"]
-        return ", ".join([f"{METHOD_KINDS[self.method].title}{rank}", *bits, f"{self.image_size} px"])
+        return ", ".join([f"{METHOD_KINDS[self.method].title.partition(',')[0]}{rank}", *bits, f"{self.image_size} px"])
 
     @property
     def settings(self) -> str:

@@ -16,8 +16,8 @@ A tuning goes on while there is time:
   it. Where the best has the highest or the lowest rate of all, or the most steps, what lies beyond is tried. Folds of
   the best also give its forms rounded after training, and half of its steps, by which it is known whether a longer last
   training gains. What is left goes to its other folds, to the second-best LoRA, AdaLoRA, a rank of 2 and QA-LoRA, and
-  to other folds for what was taken and what it is compared with. QA-LoRA comes earlier where less than 4 bits are
-  allowed.
+  to other folds for what was taken and what it is compared with. Where only 2 bits are small enough, QA-LoRA takes
+  LoRA's place from the beginning.
 - final: the recipe that was taken, if it is another one than was trained first, on all images that are not for the
   test. It ends as on folds, at the last of so many steps, as many times more as there are more images to train on;
   where more steps gain on folds, up to twice as many, four times if they were few.
@@ -70,6 +70,9 @@ from peft_vit.runs.this_machine.machine import cpu_count
 # --- look -------------------------------------------------------------------------------------------------------------
 
 
+_SURE_S = 10.0  # of reading, until it is known how long it takes
+
+
 def look(fit: Fit, store: Callable[..., PixelStore] = pixel_store) -> None:
     """Look at the images, and set some aside for the test; nothing is written.
 
@@ -97,7 +100,12 @@ def look(fit: Fit, store: Callable[..., PixelStore] = pixel_store) -> None:
 
 
 def _read(fit: Fit, done: int, count: int) -> None:
+    """Say how many images are read, and refuse so many that reading them takes all the minutes."""
     fit.emit(Advanced("reading images", done, count))
+    spent_s = fit.limit.clock() - fit.limit.started
+    if spent_s > _SURE_S and (whole_s := spent_s * count / done) > 60 * fit.request.minutes:
+        about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes here"
+        raise UserError(f"{about}; give more than {math.ceil(whole_s / 60)}", field="--minutes")
 
 
 def keep_images(fit: Fit) -> None:
@@ -167,6 +175,9 @@ def usual_recipe(fit: Fit, model: str, image_size: int, steps: int) -> Recipe:
     if recipe.is_probe:
         return replace(recipe, steps=0)
     method, shape = METHODS[request.method], fit.shape(model, image_size)
+    if request.max_bytes is not None and "int2" in fit.costs.allowed_bits(recipe):  # rounding to it loses too much
+        recipe = replace(recipe, method="qa_lora", bits="int2", when="training")
+        method = METHODS["qa_lora"]
     rate = method.learning_rate_for(recipe.options(shape, **request.adapter_options))
     rate *= DEFAULT_RATE / METHODS["lora"].learning_rate
     return replace(recipe, rate=float(f"{rate:.3g}") if request.learning_rate is None else request.learning_rate)
@@ -185,7 +196,8 @@ def allowed_sizes(fit: Fit) -> dict[str, list[int]]:
         try:
             experiment = fit.experiment(plain)
         except UserError as error:
-            raise error.about("--max-adapter-bytes") if error.field is None else error from None
+            is_of_adapter = request.max_adapter_bytes is not None and error.field == "--adapter-bytes"
+            raise error.about("--max-adapter-bytes") if is_of_adapter else error from None
         study = fit.study("asked-for", plain, [request.seed], [experiment], folds=None)
         if "memory_limit" not in experiment["training"]:  # else it was planned to find what keeps within it
             plan_study(study_from_mapping(study, file=request.images), fit.studies, file=None, smoke=request.smoke)
@@ -195,7 +207,12 @@ def allowed_sizes(fit: Fit) -> dict[str, list[int]]:
                 file_bytes[form] = form.file_bytes(shape, fit.images.num_outputs, fit.images.num_dev)
     if request.max_bytes is not None:
         sizes = within_bytes(fit, file_bytes)
-    return _within_latency(fit, sizes)
+    sizes = _within_latency(fit, sizes)
+    smallest = min((Recipe(model, own[0]) for model, own in sizes.items()), key=fit.costs.image_s)
+    if not fit.begun and not request.smoke and (least := fit.costs.least_minutes(smallest)) > 1.5 * request.minutes:
+        problem = f"{request.minutes:g} are too few for a single model on this machine, even of the smallest images"
+        raise UserError(f"{problem}; give at least {math.ceil(least)}", field="--minutes")
+    return sizes
 
 
 def _sizes_of(fit: Fit, model: str) -> list[int]:
@@ -354,11 +371,12 @@ def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> Non
             break
         found[way] = _regress(fit, probe, way).value / scores.deviation
     ways: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
-    fit.decisions.flips = "horizontal"
+    best: Flips = "horizontal"
     if len(found) > 1:
-        fit.decisions.flips = max((way for way in ways if way in found), key=found.__getitem__)
+        best = max((way for way in ways if way in found), key=found.__getitem__)
         shown = ", ".join(f"{_FLIPPED[way]} {scores.text(score)}" for way, score in found.items())
-        fit.tell(f"  training images {_FLIPPED[fit.decisions.flips]}: {shown} at {probe.image_size} px")
+        fit.tell(f"  training images {_FLIPPED[best]}: {shown} at {probe.image_size} px")
+    fit.decisions.flips = best
 
 
 def _regress(fit: Fit, probe: Recipe, flips: Flips, *, half: bool = False) -> Regression:
@@ -366,9 +384,9 @@ def _regress(fit: Fit, probe: Recipe, flips: Flips, *, half: bool = False) -> Re
     experiment = {"name": "linear", "method": "linear", "training": fit.training(flips)}
     some = {"train_images": compared} if compared < fit.images.num_dev and fit.request.shots is None else {}
     study = fit.study("sizes", probe, [fit.request.seed], [experiment], folds=None, **some)
-    fit.images.keep_pixels(study_from_mapping(study, file=fit.request.images))
     if fit.environment.regress is not None:
         return fit.environment.regress(study, fit.studies, half)
+    fit.images.keep_pixels(study_from_mapping(study, file=fit.request.images))
     what = f"features of images at {probe.image_size} px"
     return regress(study, fit.studies, half, lambda done, count: fit.emit(Advanced(what, done, count)))
 
@@ -406,6 +424,13 @@ def with_lengths(fit: Fit, sizes: Sequence[SizeResult]) -> list[SizeResult]:
     return results
 
 
+def best_linear_probe(fit: Fit, sizes: Sequence[SizeResult]) -> SizeResult:
+    """Return the size whose linear probe is expected to be the best of those that can be delivered in time."""
+    tried = [size for size in sizes if size.score is not None] or list(sizes)
+    ending = [size for size in tried if fit.ends_in_time(size.probe)] or tried[:1]
+    return max(ending, key=lambda size: size.expected)
+
+
 def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
     """Return what is trained first, and how many times longer than on folds; decided once.
 
@@ -415,8 +440,7 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
     if fit.decisions.first is None:
         request, given = fit.request, fit.request.steps_for(fit.num_train)
         fitting = [size for size in sizes if size.steps and _memory_fault(fit, size.probe) is None]
-        tried = [size for size in sizes if size.score is not None] or list(sizes)
-        best_probe, best = max(tried, key=lambda size: size.expected), None
+        best_probe, best = best_linear_probe(fit, sizes), None
         if fitting:
             promising = max(fitting, key=lambda size: (size.promise, size.image_size if size.score is None else 0))
             best = usual_recipe(fit, promising.model, promising.image_size, promising.steps)
@@ -573,11 +597,11 @@ def look_further(fit: Fit, sizes: Sequence[SizeResult], first: Recipe, probe: Re
         first: what was trained first, on folds already, as the regression is.
         probe: the best regression.
     """
-    costs, trained = fit.costs, [] if first.is_probe else worth_search(fit, sizes, first)
+    costs = fit.costs
+    trained = [] if first.is_probe or first.bits is not None else worth_search(fit, sizes, first)
     untried, ranked = list[Recipe](), list[Recipe]()
     if trained:
         reserved_s = fit.ending_s(costs.longest_form(first), fit.longest_done(first))
-        reserved_s += sum(fit.seconds(recipe, range(FEWEST_FOLDS)) for recipe in _low_bits(fit, first))
         ranked, untried = search(fit, trained, fit.until(reserved_s))
     untried += _compare(fit, probe, ranked or ([] if first.is_probe else [first]))
     return [recipe for recipe in untried if not fit.frame.seeds(recipe)]
@@ -644,22 +668,13 @@ def _in_turn(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
     """Return what goes to all folds, in the order in which time goes to it."""
     if not ranked:
         return [probe]
-    best, first = ranked[0], _low_bits(fit, ranked[0])
+    best = ranked[0]
+    if best.bits is not None:
+        return [best, probe]
     ranks = [replace(best, method="adalora", rate=rate_of("adalora", best.rate)), replace(best, rank=_SMALL_RANK)]
     second = [recipe for recipe in ranked[1:] if recipe != best.half][:1]
-    others = [best, probe, *second, *(ranks if fit.request.max_adapter_bytes is None else ())]
-    return [*first, *others] if first else [*others, *_packed(fit, best)]
-
-
-def _low_bits(fit: Fit, best: Recipe) -> list[Recipe]:
-    """Return QA-LoRA with the best recipe of LoRA, where less than 4 bits are allowed."""
-    return _packed(fit, best) if "int2" in fit.costs.allowed_bits(best) else []
-
-
-def _packed(fit: Fit, best: Recipe) -> list[Recipe]:
-    most, rate = fit.request.max_bytes, rate_of("qa_lora", best.rate)
-    both = [replace(best, method="qa_lora", rate=rate, bits=bits, when="training") for bits in ("nf4", "int2")]
-    return [recipe for recipe in both if most is None or fit.costs.bytes_of(recipe) <= most][:1]
+    packed = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), bits="nf4", when="training")
+    return [best, probe, *second, *(ranks if fit.request.max_adapter_bytes is None else ()), packed]
 
 
 # --- final ------------------------------------------------------------------------------------------------------------

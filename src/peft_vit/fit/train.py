@@ -76,8 +76,8 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
     except EveryRunFailedError:  # its record says why
         return
     if not (fit.num_validation or fit.request.smoke):
-        probe = max((size for size in sizes if size.score is not None), key=lambda own: own.expected, default=None)
-        beside = recipe if probe is None else probe.probe
+        probe = stages.best_linear_probe(fit, sizes)
+        beside = recipe if probe.score is None else probe.probe
         with fit.stage("folds"):
             stages.know_by_folds(fit, recipe, beside, fit.until(-fit.over_s))
         if not recipe.is_probe and beside.is_probe and not worth_training(fit, recipe, longer, beside):

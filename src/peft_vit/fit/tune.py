@@ -6,7 +6,7 @@ rates, steps and candidates. Only the test images, the folds, flips and how prod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from peft_vit.fit.decide import ModelDecision, decide_model, gain_of_steps
 from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import LabelledSet
-from peft_vit.fit.outcomes import Outcome, meaning_on
+from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import TuneRequest
 from peft_vit.fit.stages import NO_TIME, SizeResult
@@ -61,17 +61,29 @@ def _carry_out(fit: Fit, request: TuneRequest) -> Tuning:
     finally:
         if not (fit.begun or was_there):  # refused: another limit can be asked for
             fit.images.file.unlink(missing_ok=True)
+    return fitted(fit, request, allowed)
+
+
+def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]]) -> Tuning:
+    """Do what is not done of a tuning of images that were looked at, at the image sizes that are allowed by model."""
     fit.load_earlier()
     with fit.stage("sizes"):
         sizes = stages.with_lengths(fit, stages.try_sizes(fit, allowed))
         first, longer = stages.choose_first(fit, sizes)
-    form = stages.within_limits(fit, first)
+    probe, form = stages.best_linear_probe(fit, sizes).probe, stages.within_limits(fit, first)
     with fit.stage("first"):
-        final = stages.train_last(fit, form, longer)
+        try:
+            final = stages.train_last(fit, form, longer)
+        except EveryRunFailedError as error:
+            if first.is_probe:
+                raise
+            fit.tell(f"  {first.title} failed: {error.message}")
+            fit.failed.add(first)
+            first, form, longer = probe, stages.within_limits(fit, probe), 1.0
+            final = stages.train_last(fit, form, longer)
     if fit.decisions.delivered is None:
         _write(fit, Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer))
         fit.decisions.delivered = form, longer
-    probe = max((size for size in sizes if size.score is not None), key=lambda own: own.expected).probe
     with fit.stage("folds"):
         stages.know_by_folds(
             fit, first, probe, fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
@@ -87,9 +99,9 @@ def _carry_out(fit: Fit, request: TuneRequest) -> Tuning:
         longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
         with fit.stage("final"):
             final = stages.train_last(fit, recipe, longer)
-        error = fit.frame.scores.best - decision.odds.score.estimate
+        expected = fit.frame.scores.best - decision.odds.score.estimate
         unit = fit.frame.scores.unit
-        more = what_more_buys(labels, error, steps, longer, sizes, untried, request.minutes, unit)
+        more = what_more_buys(labels, expected, steps, longer, sizes, untried, request.minutes, unit)
     else:
         more = (f"There was no time for folds. The same command with --minutes {2 * request.minutes:g} goes on.",)
     folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(recipe, {}).items()))

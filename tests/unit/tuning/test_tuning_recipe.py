@@ -11,9 +11,8 @@ from peft_vit.core.backbones import Architecture, describe
 from peft_vit.core.backbones.catalog import create_model
 from peft_vit.core.config import BackboneConfig, ExperimentConfig
 from peft_vit.core.methods import METHODS, PrepareContext
-from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.deploy.post_training import round_weights
-from peft_vit.fit.recipe import GRAPH_BYTES, ROUNDED, Recipe, lora, rate_of, shared_training
+from peft_vit.fit.recipe import GRAPH_BYTES, ROUNDED, Recipe, lora, rate_of
 
 CLASSES, STEPS = 5, 48
 SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)
@@ -23,7 +22,7 @@ ADALORA = replace(LORA, method="adalora")
 
 
 def configured(recipe: Recipe) -> ExperimentConfig:
-    training = shared_training(8, "both", ACCURACY)
+    training = {"batch_size": 8, "metric": "accuracy"}
     if not recipe.is_probe:
         training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
     sections = recipe.sections(SHAPE)
@@ -78,8 +77,6 @@ def test_bytes_of_qa_lora_are_those_of_the_packed_model() -> None:
     assert expected == pytest.approx(model_size(model).live_bytes, rel=0.01)
 
 
-def test_other_methods_have_rates_that_go_with_those_of_lora_and_classes_count_by_the_metric() -> None:
+def test_other_methods_have_rates_that_go_with_those_of_lora() -> None:
     assert rate_of("lora", 1e-3) == 1e-3
     assert rate_of("qa_lora", 1e-3) == 2e-3  # as `train` has it
-    assert "class_weights" not in shared_training(8, "none", ACCURACY)
-    assert shared_training(8, "none", BALANCED_ACCURACY)["metric"] == "balanced_accuracy"

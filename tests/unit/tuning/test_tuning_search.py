@@ -2,26 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import simulated_tunings
-from simulated_tunings import MODEL, StandIns, images_of
+from simulated_tunings import MODEL, StandIns, fit_of, images_of
 
-from peft_vit.core.backbones import describe
-from peft_vit.core.config import named_backbone
 from peft_vit.core.tasks import CLASSIFICATION, Scores
 from peft_vit.core.tasks.classification import BALANCED_ACCURACY
-from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.decide import best_of, clearly_better, gains_by_steps, posterior_by_size
 from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import FoldResults, Outcome
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_all_sizes
-from peft_vit.runs.costs.estimate import Throughput
-from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_sizes
 
 LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
 
@@ -132,17 +126,9 @@ def test_sizes_are_believed_as_far_as_the_images_that_compared_them_tell() -> No
     """Of 10,000 images 300 compared them, whose classes tell as much as 108 alike would."""
     values = {32: 0.80, 48: 0.78, 64: 0.81}
     sizes = {Recipe(MODEL, size).place: value for size, value in values.items()}
-    costs = SimpleNamespace(
-        image_s=lambda probe: probe.image_size,
-        regression_s=lambda _: 0.0,
-        compared_images=lambda _: 300,
-        most_steps=lambda *_: (0, 1.0),
-    )
-    limit = Limit(1.0, 0.0, lambda: 0.0)
-    fit = SimpleNamespace(
-        decisions=Decisions(sizes=sizes), costs=costs, images=images_of(10_000, alike=0.36), limit=limit, tell=print
-    )
-    found = try_all_sizes(fit, {MODEL: list(values)}, limit)
+    fit, _ = fit_of(StandIns(lambda *_: 0.5), images_of(10_000, alike=0.36))
+    fit.file.decisions = Decisions(sizes=sizes, compared_images=300)
+    found = try_sizes(fit, {MODEL: list(values)})
     told = posterior_by_size(values, 108, 300.0)
     assert {own.image_size: own.expected for own in found} == pytest.approx(told)
 
@@ -161,19 +147,14 @@ def test_worse_recipes_have_fewer_folds() -> None:
 
 
 def test_what_is_chosen_does_not_know_how_many_images_test() -> None:
-    shape = describe(named_backbone("test_vit", "random"), 64)
     costs = {}
     for sealed in (10, 10**6):
-        request = SimpleNamespace(minutes=6.0, max_bytes=None, max_latency=None)
-        fit = SimpleNamespace(
-            request=request, training_s=300.0, images=images_of(100, num_test=sealed), train_images=80, test_images=20,
-            shape=lambda *_: shape, flips="none", batch_size=32,
-        )  # fmt: skip
-        costs[sealed] = FitCosts(fit, Throughput.estimated(1e8))
+        fit, _ = fit_of(StandIns(lambda *_: 0.5), images_of(100, num_test=sealed), rate=1e8, minutes=6.0)
+        costs[sealed] = fit.costs
     recipe = lora("test_vit", 64, 48)
     for own in (recipe, recipe.rounded("nf4")):
         assert costs[10].ending_s(own) == costs[10**6].ending_s(own)
-    assert costs[10].most_steps("test_vit", 64) == costs[10**6].most_steps("test_vit", 64)
+    assert costs[10].lengths(recipe, 300.0) == costs[10**6].lengths(recipe, 300.0)
     passes = 2 * costs[10].image_s(recipe)  # of the probe that it starts from, and of the model
     drawn = costs[10**6].tested_images(recipe)
     assert drawn * passes <= 60 < (drawn + 1) * passes  # a sixth of six minutes

@@ -13,7 +13,8 @@ def test_threads_stay_as_the_first_call_had_them(tmp_path: Path, monkeypatch, fi
     for usable, asked in ((5, first), (9, then)):
         monkeypatch.setattr("peft_vit.fit.fit.cpu_count", lambda usable=usable: usable)
         request = TuneRequest(images=Path("images"), output=tmp_path, threads=asked)
-        fit = Fit.opened(request, lambda _: None)
+        fit = Fit(request, lambda _: None)
+        fit.enter(tmp_path)
         fit.begun = True
         fit.save()
-        assert fit.request.threads == threads
+        assert fit.file.threads == threads
