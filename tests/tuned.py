@@ -40,7 +40,7 @@ def write_images(folder: Path) -> None:
 def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     """Do the runs of LoRA on folds, and the last one; its weights are rounded after training."""
     request = TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked})
-    labelled = take_in(request, find_images(images), folder / "images.json", seed=0)
+    labelled = take_in(request, find_images(images), folder / "images.json")
     labelled.write()
     data = labelled.data(32)
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
@@ -57,12 +57,13 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
         Candidate(Recipe(MODEL, 32), 300_000, FOLDS, odds(0.1, 0.98), "larger, and not better"),
         Candidate(TRAINED, 300_000, FOLDS, odds(0.0, 0.0), "larger, and 0.4 points better"),
     )
-    sizes = (SizeResult(MODEL, 32, 0.7, 8), SizeResult(MODEL, 64, None, 0, "no time for it"))
+    sizes = (SizeResult(MODEL, 32, 0.7, 8), SizeResult(MODEL, 64, None, 0, why="no time for it"))
     labels, steps = Interval(0.07, 0.0, 0.14, 38, 0.95), Interval(0.01, 0.0, 0.03, 38, 0.95)
     return Tuning(
         request=request,
         images=labelled,
         sizes=sizes,
+        recipe=ROUNDED,
         decision=ModelDecision(candidates, taken, worth, TRAINED),
         folds=tuple(map(_rounded, on_folds)),
         final=_rounded(final),

@@ -238,7 +238,7 @@ def _detail(thumbnails: np.ndarray) -> np.ndarray:
 # --- a folder ---------------------------------------------------------------------------------------------------------
 
 # Of the different images, if the folder has no test split of its own.
-_HOLDOUT_SHARE, _MOST_TEST = 0.2, 2000
+_HOLDOUT_SHARE, _FEWEST_TEST, _MOST_TEST = 0.2, 2, 2000
 _LEAST, _LEAST_BESIDE_HOLDOUT = 10, 8  # different images of a class, for training, validation and test
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
@@ -448,15 +448,15 @@ def inspect_images(
     )
 
 
-def images_file(inspection: Inspection, seed: int = 0, test_images: int | None = None) -> ImagesFile:
-    """Return what `data.images_file` holds: what is left out, copies, and what is set aside for the test.
+def images_file(inspection: Inspection, seed: int | None = 0, test_images: int | None = None) -> dict[str, Any]:
+    """Return what `data.images_file` holds, plain values: what is left out, copies, and what is set aside for the test.
 
     The test set is the folder's own test split, or else a fifth of the different images, at most 2,000, each class with
     its own, by `seed`: of a group of copies one, whose others are left out.
 
     Args:
         inspection: the folder.
-        seed: of this choice.
+        seed: of this choice; None: only the folder's own test split is the test set.
         test_images: instead of a fifth.
 
     Raises:
@@ -465,10 +465,16 @@ def images_file(inspection: Inspection, seed: int = 0, test_images: int | None =
     names = np.array(inspection.names, dtype=object)
     left_out = dict(inspection.left_out)
     holdout = inspection.holdout
-    if holdout is None:
+    if holdout is None and seed is None:
+        holdout = np.zeros(len(names), dtype=bool)
+    elif holdout is None:
+        assert seed is not None
         first = np.unique(inspection.groups, return_index=True)[1]
         fifth = max(len(inspection.class_names), min(round(_HOLDOUT_SHARE * len(first)), _MOST_TEST))
         count = test_images or fifth
+        if count < _FEWEST_TEST:
+            message = f"{len(first)} images are too few: a fifth of them tests, at least {_FEWEST_TEST}; give more"
+            raise UserError(message, file=inspection.path)
         if count + len(inspection.class_names) > len(first):
             reason = f"{count} test images are too many: there are {len(first)} different images"
             raise UserError(f"{reason}; ask for fewer, or add images", file=inspection.path)
@@ -479,12 +485,13 @@ def images_file(inspection: Inspection, seed: int = 0, test_images: int | None =
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
             left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, a test image"
     used = np.array([name not in left_out for name in inspection.names], dtype=bool)
-    return ImagesFile(
+    content = ImagesFile(
         sha256=inspection.images.tree.hashed(names[used].tolist()).sha256,
         left_out=left_out,
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
         sealed=tuple(names[holdout].tolist()),
     )
+    return content.model_dump(mode="json")
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

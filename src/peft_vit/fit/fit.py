@@ -30,6 +30,7 @@ from peft_vit.core.config import (
     AUGMENTATION_OF_FLIPS,
     LABEL_SMOOTHING,
     METHOD_KINDS,
+    USUAL_TASK,
     BackboneConfig,
     Compute,
     Flips,
@@ -38,6 +39,7 @@ from peft_vit.core.config import (
     named_backbone,
     study_from_mapping,
 )
+from peft_vit.core.tasks import TASKS
 from peft_vit.deploy.measures.timing import time_random
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.deploy.post_training import logits_by_type
@@ -425,7 +427,9 @@ class Fit:
         """
         request, images = self.request, self.images
         own = {**images.data(recipe.image_size), "folds": FOLDS, "validation_images": 0}
-        own |= {"split_seed": request.split_seed} | ({} if request.task is None else {"task": images.task.name})
+        own["split_seed"] = request.split_seed
+        if request.task is not None or images.task is not TASKS[USUAL_TASK]:  # also of made-up images
+            own["task"] = images.task.name
         if request.shots is not None:
             own |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
         if request.smoke or (request.test_images is not None and images.inspection.holdout is not None):
@@ -447,7 +451,7 @@ class Fit:
         metric = self.images.metric
         changes = AUGMENTATION_OF_FLIPS[flips or self.flips]
         return {
-            "batch_size": self.batch_size,
+            "batch_size": self.request.batch_size,
             "augmentation": [change.model_dump(mode="json") for change in changes],
             "metric": metric.name,
             "class_weights": self.request.class_weights_for(metric),

@@ -185,7 +185,8 @@ def take_in(
     asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
-    content = images_file(inspection, request.split_seed, request.test_images)
+    sealed = images_file(inspection, request.split_seed, request.test_images)
+    content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
     return LabelledSet(inspection, content, file, index, asked, store)
 

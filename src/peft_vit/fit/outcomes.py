@@ -37,6 +37,7 @@ from peft_vit.runs.executors import Notice, RunEnded, RunProgress, RunRetried, S
 from peft_vit.runs.records.progress import StudyLock, study_lock
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.deadline import Deadline
+from peft_vit.runs.scheduling.display import plan_notes
 from peft_vit.runs.scheduling.plan import Plan, plan_study
 from peft_vit.runs.scheduling.profiling import measure_step
 from peft_vit.runs.scheduling.scheduler import drive
@@ -264,6 +265,8 @@ class StudyRunner:
             seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]
             plan, failed = whole.only(names, seeds, by_seed=True), {}
             if plan.pending:
+                for line in plan_notes(whole) if fit.lock is lock else ():
+                    fit.tell(f"  {line}")
                 if not smoke:
                     fit.images.keep_pixels(whole.study)
                 make_executor = partial(open_executor, executor, plan, results_dir)

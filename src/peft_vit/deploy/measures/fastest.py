@@ -110,7 +110,7 @@ def export_fastest(
     max_latency_s: float | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exports:
-    """Write a run's model; with a limit of latency in every exact form, of which the fastest within the limits is kept.
+    """Write a run's model in every exact form, time them in turn, and keep the fastest that is within the limits.
 
     Activations in 8 bits make another model than the one that was compared and tested. They are tried only where no
     exact form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
@@ -118,7 +118,7 @@ def export_fastest(
     Args:
         run_dir: holds record.json and adapter.safetensors.
         folder: gets model.onnx, or model.xml and model.bin; what is there under these names is replaced.
-        meaning: what the file says that its outputs mean; None: what the run found.
+        meaning: what the file says that its outputs mean.
         bits: to which float weights are rounded; None: they are written as the run has them.
         fold_runs: folders of runs of the same method on folds; none: activations stay in float.
         max_bytes: of the model's files.
@@ -142,8 +142,7 @@ def export_fastest(
             ) from None
         write = partial(_written, source=source, meaning=meaning)
         try_ways = partial(_try_ways, forms=forms, write=write, place=Path(place), tell=tell)
-        ways = _exact_ways(packed, bits)
-        rows = try_ways(ways if max_latency_s is not None else ways[:1])
+        rows = try_ways(_exact_ways(packed, bits))
         if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); the same command tries it again", file=run_dir)
@@ -180,7 +179,7 @@ def _try_ways(
     if not new:
         return {}
     tell("timing " + ", ".join(forms[file].name for file in new))
-    rows = {row.file: row for row in bench(new, repeats=3 if len(ways) > 1 else 1)}
+    rows = {row.file: row for row in bench(new)}
     for file in new:
         row = rows[str(file)]
         forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
@@ -191,7 +190,7 @@ def _exact_ways(packed: bool, bits: QuantizationType | None) -> list[_Way]:
     """Return the ways to write a model, of low bits or not, that change no prediction of it."""
     rounded = "" if bits is None else f" --bits {bits}"
     if packed:
-        what: dict[OnnxRuntime, str] = {"fast": "expanded when it is loaded", "small": "packed in memory, too"}
+        what: dict[OnnxRuntime, str] = {"small": "packed in memory, too", "fast": "expanded when it is loaded"}
         ways = [
             _Way(
                 Form(f"ONNX, codes {said}", f"--format onnx --runtime {runtime}{rounded}"), "onnx", OnnxOptions(runtime)
