@@ -66,7 +66,7 @@ def test_pooled_where_only_the_images_differ(three) -> None:
     assert pooled.estimate.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
     assert pooled.estimate.verdict == "supported"
     assert pooled.estimate.adjusted_p == pooled.estimate.significance.p_value, "a family of one"
-    by_study = {cell.study: cell.estimate for cell in across.cells if cell.name == "lora_r4"}
+    by_study = {row.study: row.estimate for row in across.rows if row.name == "lora_r4"}
     for label, values in (("a", A), ("b", B), ("c", C)):
         assert list(by_study[label].by_seed.values()) == pytest.approx(values, abs=1e-9)
 
@@ -94,7 +94,7 @@ def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three, ca
     (refused,) = across.pooled
     assert (refused.estimate.interval, refused.estimate.verdict, refused.refused) == (None, "not decided", {kind})
     assert reason in refused.differing[kind]
-    assert len(across.cells) == 6, "each study's own numbers stand all the same"
+    assert len(across.rows) == 6, "each study's own numbers stand all the same"
     (pooled,) = three(changes, pool=parse_pool(kind, "--allow-mismatch")).pooled
     assert (pooled.refused, pooled.differing) == (frozenset(), refused.differing)
     assert pooled.estimate.verdict == "supported"
@@ -145,7 +145,7 @@ def test_only_common_experiments_are_compared_and_others_named(tmp_path) -> None
     first, second = records("a", {"lora_r4": A, "lora_r1": A}), records("b", {"lora_r4": B, "lora_r2": B}, images="c")
     across = compare_studies(loaded(tmp_path, first, second))
     assert across.alone == {"lora_r1": "a", "lora_r2": "b"}
-    assert {cell.name for cell in across.cells} == {"lora_r8", "lora_r4"}
+    assert {row.name for row in across.rows} == {"lora_r8", "lora_r4"}
 
 
 def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
@@ -155,7 +155,7 @@ def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
     studies = pair(tmp_path, without, without, full_finetuning=A, adalora_top_k_fisher=B)
     across = compare_studies(studies)
     assert (across.reference, across.pooled) == (None, ())
-    assert all(cell.estimate is None for cell in across.cells)
+    assert all(row.estimate is None for row in across.rows)
     against = compare_studies(studies, reference="full_finetuning")
     assert [row.estimate.name for row in against.pooled] == ["adalora_top_k_fisher"]
     with pytest.raises(UserError, match="--reference: 'lora_r8' has finished runs in fewer than two studies"):
@@ -252,5 +252,5 @@ def test_where_one_study_may_not_decide_nothing_pooled_is_decided(three, monkeyp
     (pooled,) = across.pooled
     assert (pooled.estimate.verdict, pooled.estimate.significance) == ("not decided", None)
     assert pooled.estimate.interval.low is not None
-    tested = {cell.study: cell.estimate.significance is not None for cell in across.cells if cell.estimate}
+    tested = {row.study: row.estimate.significance is not None for row in across.rows if row.estimate}
     assert tested == {"a": True, "b": False, "c": True}

@@ -81,7 +81,7 @@ def test_the_limit_is_applied_to_what_was_timed(study) -> None:
     result = asked(study, rows, {"latency_s": 0.02})
     assert (result.chosen and result.chosen.name) == SMALL
     assert result.beyond == {WORSE: ["latency_s"], SMALL: [], BEST: ["latency_s"]}
-    assert [cell.mean("latency_s") for cell in result.cells] == [None, pytest.approx(0.012), pytest.approx(0.030)]
+    assert [row.mean("latency_s") for row in result.rows] == [None, pytest.approx(0.012), pytest.approx(0.030)]
 
 
 def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) -> None:
@@ -98,7 +98,7 @@ def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) 
 def test_an_experiment_that_was_not_timed_has_no_place_by_latency(study) -> None:
     result = asked(study, [row(of(BEST), 0.03), row(of(SMALL), 0.02)], {}, measure="latency_s")
     assert result.left_out == {WORSE: "has a run without latency"}
-    assert [cell.name for cell in result.cells] == [SMALL, BEST]
+    assert [row.name for row in result.rows] == [SMALL, BEST]
 
 
 @pytest.mark.parametrize(

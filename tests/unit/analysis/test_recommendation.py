@@ -15,7 +15,7 @@ from peft_vit.cli.study_commands import RecommendRequest
 from peft_vit.core.config import bytes_of
 from peft_vit.core.records import RunRecord
 from peft_vit.lab.analysis.findings import estimated
-from peft_vit.lab.analysis.frame import Cell, Cost
+from peft_vit.lab.analysis.frame import Cost, Row
 from peft_vit.lab.analysis.recommendation import MEASURES, Recommendation, needed_pairs, recommend
 from peft_vit.lab.analysis.studies import choose_study
 
@@ -40,12 +40,12 @@ def asked(made: list[RunRecord], limits: dict[Cost, float] | None = None, **opti
     return recommend(planted.study_of(made), limits or {}, margin=0.01, **options)
 
 
-def candidates(advice: Recommendation) -> list[Cell]:
-    return [cell for cell in advice.cells if cell.estimate is not None]
+def candidates(advice: Recommendation) -> list[Row]:
+    return [row for row in advice.rows if row.estimate is not None]
 
 
 def verdicts(advice: Recommendation) -> list[tuple[str, str]]:
-    return [(cell.name, cell.estimate.verdict) for cell in candidates(advice)]
+    return [(row.name, row.estimate.verdict) for row in candidates(advice)]
 
 
 def beyond(advice: Recommendation) -> dict[str, list[Cost]]:
@@ -88,7 +88,7 @@ def test_the_smallest_that_passes_is_named_and_not_the_first_tested_in_any_order
     advice, back = asked(made), asked(made[::-1])
     assert verdicts(advice) == [(TINY, "refuted"), (THIRD, "supported")]
     assert advice.chosen.name == THIRD
-    assert [cell.estimate for cell in advice.cells] == [cell.estimate for cell in back.cells]
+    assert [row.estimate for row in advice.rows] == [row.estimate for row in back.rows]
 
 
 def test_a_best_that_is_the_smallest_needs_no_test() -> None:
@@ -126,9 +126,9 @@ def test_validation_chooses_the_best_and_test_has_no_say() -> None:
 def test_a_candidate_that_cannot_be_tested_counts_in_the_family() -> None:
     alone, without_spread = records({BEST: 0.80, THIRD: 0.7999}), records({TINY: 0.7999}, spread=0.0)
     unpaired = [candidate for candidate in records({TINY: 0.7999}, n=10) if candidate.spec.seed > 8]
-    (p_value,) = (cell.estimate.adjusted_p for cell in candidates(asked(alone)))
+    (p_value,) = (row.estimate.adjusted_p for row in candidates(asked(alone)))
     for other in (without_spread, [planted.asking(candidate, seed=99) for candidate in unpaired]):
-        first, second = (cell.estimate.adjusted_p for cell in candidates(asked([*alone, *other])))
+        first, second = (row.estimate.adjusted_p for row in candidates(asked([*alone, *other])))
         assert (first, second) == (None, pytest.approx(2 * p_value))
 
 
@@ -174,7 +174,7 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     limit = float(sizes.frozen_bytes + sizes.adapter_file_bytes)
     advice = asked(made, {"stored_bytes": limit})
     assert beyond(advice).keys() == {BEST, THIRD}
-    assert advice.cells[0].mean("stored_bytes") == limit + 1e5
+    assert advice.rows[0].mean("stored_bytes") == limit + 1e5
     assert asked(made, {"stored_bytes": limit + 10**6}).chosen.name == THIRD
 
 

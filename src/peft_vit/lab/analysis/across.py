@@ -19,8 +19,8 @@ from peft_vit.base.statistics import stratified_mean
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, decide
 from peft_vit.core.tasks import Scores
-from peft_vit.lab.analysis.comparison import references
-from peft_vit.lab.analysis.frame import Cell, compared, frame
+from peft_vit.lab.analysis.comparison import compare_all, references
+from peft_vit.lab.analysis.frame import Row, frame
 from peft_vit.lab.analysis.studies import Run, Study, load_studies
 
 PoolKind = Literal["configurations", "precision", "versions", "splits", "weights"]
@@ -51,7 +51,7 @@ class Across:
     reference: str | None  # what the others are compared with; None if no experiment is every study's
     # every experiment that occurs in two studies and more, by experiment, then study; compared with the reference,
     # corrected over the study's table
-    cells: tuple[Cell, ...]
+    rows: tuple[Row, ...]
     pooled: tuple[Pooled, ...]
     alone: dict[str, str]  # experiment -> the one study with finished runs of it
 
@@ -115,48 +115,46 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     if len(metrics) > 1:
         problem = f"are compared by different metrics ({', '.join(sorted(metrics))}); give studies of one"
         raise UserError(problem, file=", ".join(studies))
-    found = grouped((cell.name, cell) for cell in frame(studies))
-    shared = {name: own for name, own in found.items() if len(own) > 1}
+    by_name = grouped((row.name, row) for row in frame(studies))
+    shared = {name: rows for name, rows in by_name.items() if len(rows) > 1}
     if not shared:
         problem = "no experiment has finished runs in two of them under the same name, so there is nothing to compare"
         raise UserError(problem, file=", ".join(studies))
     if reference is None:
-        named = [references(study) for study in studies.values() if study.runs]
-        common = set.intersection(*map(set, named)) & shared.keys()
-        reference = next((name for name in reversed(named[0]) if name in common), None)
+        by_study = [references(study) for study in studies.values() if study.runs]
+        common = set.intersection(*map(set, by_study)) & shared.keys()
+        reference = next((name for name in reversed(by_study[0]) if name in common), None)
     elif reference not in shared:
         problem = f"{reference!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
         raise UserError(problem, field="--reference")
-    cells = [cell for own in shared.values() for cell in own]
-    bases = {cell.study: cell for cell in cells if cell.name == reference}
-    against = dict[tuple[str, str], Cell]()
-    for label, base in bases.items():
-        others = [cell for cell in cells if cell.study == label and cell is not base]
-        family = compared(others, base, studies[label].untested)
-        against |= {(label, cell.name): cell for cell in family}
-    cells = [against.get((cell.study, cell.name), cell) for cell in cells]
-    pairs = grouped((cell.name, cell) for cell in cells if cell.estimate is not None and cell.estimate.by_seed)
-    pooled = [_pooled(own, bases, pool) for own in pairs.values() if len(own) > 1]
+    rows = {(row.name, row.study): row for own in shared.values() for row in own}
+    for base in shared.get(reference or "", ()):
+        names = [name for name, label in rows if label == base.study and name != base.name]
+        for estimate in compare_all(studies[base.study], base.name, names):
+            place = estimate.name, base.study
+            rows[place] = replace(rows[place], estimate=estimate)
+    paired = grouped((row.name, row) for row in rows.values() if row.estimate is not None and row.estimate.by_seed)
+    pooled = [_pooled(studies, own, pool) for own in paired.values() if len(own) > 1]
     untested = next((study.untested for study in studies.values() if study.untested), "")
     decided = decide([of.estimate for of in pooled], untested)
     pooled = [replace(of, estimate=estimate) for of, estimate in zip(pooled, decided, strict=True)]
-    alone = {name: own[0].study for name, own in found.items() if len(own) == 1}
-    return Across(studies, reference, tuple(cells), tuple(pooled), alone)
+    alone = {name: own[0].study for name, own in by_name.items() if len(own) == 1}
+    return Across(studies, reference, tuple(rows.values()), tuple(pooled), alone)
 
 
-def _pooled(cells: Sequence[Cell], bases: Mapping[str, Cell], pool: Collection[PoolKind]) -> Pooled:
+def _pooled(studies: Studies, rows: Sequence[Row], pool: Collection[PoolKind]) -> Pooled:
     """Pool what one experiment differs by in several studies, if nothing else differs between their pairs."""
-    by_study = {cell.study: cell.estimate.by_seed for cell in cells if cell.estimate is not None}
-    rows_of = {cell.study: (*cell.rows, *bases[cell.study].rows) for cell in cells}
-    differing = differences({label: [row.run for row in rows] for label, rows in rows_of.items()})
+    estimates = {row.study: row.estimate for row in rows if row.estimate is not None}
+    name, reference = next((estimate.name, estimate.reference) for estimate in estimates.values())
+    differing = differences({label: studies[label].of(name) + studies[label].of(reference) for label in estimates})
     refused = frozenset(differing).difference(pool)
-    estimate = Estimate(name=cells[0].name, reference=next(iter(bases.values())).name, n_of="pairs")
+    values = {label: list(estimate.by_seed.values()) for label, estimate in estimates.items()}
+    pooled = Estimate(name=name, reference=reference, n_of="pairs")
     if not refused:
-        interval, significance = stratified_mean([list(values.values()) for values in by_study.values()])
-        values = {(label, seed): value for label, own in by_study.items() for seed, value in own.items()}
-        estimate = replace(estimate, by_seed=values, interval=interval, significance=significance)
-    ahead = sum(sum(values.values()) > 0 for values in by_study.values())
-    return Pooled(estimate, tuple(by_study), ahead, differing, refused)
+        by_seed = {(label, seed): value for label, own in estimates.items() for seed, value in own.by_seed.items()}
+        interval, significance = stratified_mean(list(values.values()))
+        pooled = replace(pooled, by_seed=by_seed, interval=interval, significance=significance)
+    return Pooled(pooled, tuple(estimates), sum(sum(own) > 0 for own in values.values()), differing, refused)
 
 
 # --- what must be equal before numbers are pooled ---------------------------------------------------------------------
@@ -182,21 +180,21 @@ def differences(runs_of: Mapping[str, Sequence[Run]]) -> dict[PoolKind, str]:
     divides them otherwise (`train_subset` or `test_split: per_seed`), what is compared are the seeds that both have.
     """
     found: dict[PoolKind, str] = {}
-    for kind, settings_of in _SETTINGS.items():
+    for kind, settings in _SETTINGS.items():
         values = grouped(
             (name, (label, str(value)))
             for label, runs in runs_of.items()
             for run in runs
-            for name, value in settings_of(run).items()
+            for name, value in settings(run).items()
         )
-        told = [
+        lines = [
             f"{name}: {', '.join(f'{value} in {label}' for label, value in dict.fromkeys(own))}"
             for name, own in sorted(values.items())
             if len({value for _, value in own}) > 1
         ]
-        if told:
-            more = f"; {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
-            found[kind] = "; ".join(told[:_MOST_NAMED]) + more
+        if lines:
+            more = f"; {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
+            found[kind] = "; ".join(lines[:_MOST_NAMED]) + more
     return found
 
 

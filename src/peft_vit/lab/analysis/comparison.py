@@ -8,11 +8,11 @@ decide. "Not decided" means that these runs can't tell, never that there is no d
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from peft_vit.base.statistics import Interval, mean_interval
-from peft_vit.base.statistics.estimates import Estimate, compare_values, decide, known_mean, together
+from peft_vit.base.statistics.estimates import Estimate, Question, compare_values, decide, known_mean, together
 from peft_vit.core.config import ExperimentConfig, LoraConfig
 from peft_vit.lab.analysis.studies import Run, Study
 
@@ -23,6 +23,7 @@ SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still
 
 
 Value = Callable[[Run], float | None]  # what is compared
+_BETTER = Question()
 
 
 def accuracy_on_test(run: Run) -> float:
@@ -82,17 +83,22 @@ def references(study: Study) -> tuple[str, ...]:
     return (*linear[:1], *(e.name for e in (up_to_8[-1:] or loras[:1])))
 
 
-def compare_all(study: Study, reference: str, names: Collection[str] | None = None) -> tuple[Estimate, ...]:
-    """Compare every other experiment, or those of some names, with a reference, as one family of tests.
+def compare_all(
+    study: Study, reference: str, names: Collection[str] | None = None, question: Question = _BETTER
+) -> tuple[Estimate, ...]:
+    """Compare experiments with a reference, paired by seed and decided as one family of tests.
 
     Args:
         study: with finished runs of the reference.
         reference: what others are compared with.
-        names: which of them; None: all.
+        names: experiments with finished runs, of which one without a pair counts in the family, too; None: all others,
+            of which it does not.
+        question: what is asked of the differences.
     """
-    others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
-    others = [name for name in others if names is None or name in names]
-    return decide([compare(study.of(name), study.of(reference), name, reference) for name in others], study.untested)
+    others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)] if names is None else names
+    pairs = [compare(study.of(name), study.of(reference), name, reference) for name in others]
+    asked = [replace(pair, question=question) for pair in pairs]
+    return decide(asked, study.untested, size=0 if names is None else len(names))
 
 
 def compare_with_references(study: Study) -> tuple[Estimate, ...]:

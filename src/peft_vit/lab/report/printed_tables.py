@@ -29,7 +29,7 @@ from peft_vit.deploy.page.formatting import (
 from peft_vit.deploy.page.printed import print_blocks, print_with_rows
 from peft_vit.deploy.page.tables import Column, interval_columns, own_interval_columns, table
 from peft_vit.lab.analysis.across import Across
-from peft_vit.lab.analysis.frame import Cell, Cost
+from peft_vit.lab.analysis.frame import Cost, Row
 from peft_vit.lab.analysis.recommendation import Recommendation, needed_pairs
 from peft_vit.runs.records.study_yaml import study_yaml
 
@@ -42,12 +42,12 @@ _COSTS: dict[Cost, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _costs(cells: Sequence[Cell]) -> list[Column]:
+def _costs(rows: Sequence[Row]) -> list[Column]:
     """Return the columns of the costs that were recorded."""
     return [
-        Column(title, partial(Cell.mean, of=cost), show)
+        Column(title, partial(Row.mean, cost=cost), show)
         for cost, (title, show) in _COSTS.items()
-        if any(cell.mean(cost) is not None for cell in cells)
+        if any(row.mean(cost) is not None for row in rows)
     ]
 
 
@@ -85,7 +85,7 @@ def print_recommendation(advice: Recommendation, output: Path | None) -> None:
     print_blocks(recommendation_blocks(advice))
     if advice.chosen is None:
         return
-    runs = [row.run for row in advice.chosen.rows]
+    runs = advice.chosen.method.runs
     comments = [f"{advice.chosen.name} of study {advice.study.label}, made again from its records."]
     comments += [advice.study.disclaimer] if advice.study.disclaimer else []
     seeds = [run.seed for run in runs]
@@ -108,13 +108,13 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
     words, margin = study.scores.metric.words, study.scores.hundredths(advice.margin)
     yield from map(Paragraph, study.notices)
     yield from (Paragraph(f"Left out: {name} {reason}.") for name, reason in advice.left_out.items())
-    validated = score_of(study.scores, best.mean("validation") or 0.0)
+    validated = score_of(study.scores, advice.best_validation)
     limits = joined(
         f"at most {show(advice.limits[c])} {title}" for c, (title, show) in _COSTS.items() if c in advice.limits
     )
     yield Paragraph(
         f"Study {study.label}. Best by validation: {best.name}, mean validation {words} {validated} "
-        f"({counted(len(best.rows), 'seed')}).\n"
+        f"({counted(len(best.method.runs), 'seed')}).\n"
         f"Asked: the smallest by {_COSTS[advice.measure][0]} that loses less than {margin} of test {words} against it. "
         f"Limits: {limits or 'none'}."
     )
@@ -122,14 +122,14 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
     yield table(
         "recommendation",
         "Smallest first",
-        advice.cells,
+        advice.rows,
         [
             Column("experiment", "name"),
-            *_costs(advice.cells),
+            *_costs(advice.rows),
             *_compared(
                 f"against {best.name} ({study.scores.unit})", f"loses less than {margin}?", partial(_said, advice)
             ),
-            Column("within the limits?", lambda cell: "no" if advice.beyond[cell.name] else "yes"),
+            Column("within the limits?", lambda row: "no" if advice.beyond[row.name] else "yes"),
         ],
         f"Test {words}, pairs by seed; negative is a loss. {better_above(study.scores)}The one-sided non-inferiority t "
         "test decides at 5 %, Holm-corrected over the candidates, and so does that of a larger loss, whose p is not "
@@ -189,19 +189,19 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     yield table(
         "by_study",
         "By study",
-        across.cells,
+        across.rows,
         [
             Column("experiment", "name", data="experiment"),
             "study",
             Column(
                 f"test {words}",
-                "value",
+                "method.test_accuracy",
                 partial(score_interval, scores),
                 lambda value: interval_columns(f"test_{scores.metric.name}", scaled(value, factor)),
             ),
-            Column("n", lambda cell: len(cell.rows)),
+            Column("n", lambda row: len(row.method.runs)),
             *_compared(f"against {reference} ({scores.unit})", better, _verdict),
-            *_costs(across.cells),
+            *_costs(across.rows),
         ],
         "95 % t intervals: what other seeds would change. Pairs share seed, weights, images and split; the exact "
         "Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments.",
