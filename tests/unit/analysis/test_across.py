@@ -61,11 +61,11 @@ def test_pooled_where_only_the_images_differ(three) -> None:
     across = three()
     assert across.reference == "lora_r8"
     (pooled,) = across.pooled
-    assert (pooled.estimate.name, pooled.studies, pooled.ahead) == ("lora_r4", ("a", "b", "c"), 3)
+    assert (pooled.name, pooled.studies, pooled.ahead) == ("lora_r4", ("a", "b", "c"), 3)
     assert (pooled.differing, pooled.refused) == ({}, frozenset())
-    assert pooled.estimate.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
-    assert pooled.estimate.verdict == "supported"
-    assert pooled.estimate.adjusted_p == pooled.estimate.significance.p_value, "a family of one"
+    assert pooled.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
+    assert pooled.verdict == "supported"
+    assert pooled.adjusted_p == pooled.significance.p_value, "a family of one"
     by_study = {row.study: row.estimate for row in across.rows if row.name == "lora_r4"}
     for label, values in (("a", A), ("b", B), ("c", C)):
         assert list(by_study[label].by_seed.values()) == pytest.approx(values, abs=1e-9)
@@ -92,12 +92,12 @@ def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three, ca
     kind, changes, reason = DIFFERING[case]
     across = three(changes)
     (refused,) = across.pooled
-    assert (refused.estimate.interval, refused.estimate.verdict, refused.refused) == (None, "not decided", {kind})
+    assert (refused.interval, refused.verdict, refused.refused) == (None, "not decided", {kind})
     assert reason in refused.differing[kind]
     assert len(across.rows) == 6, "each study's own numbers stand all the same"
     (pooled,) = three(changes, pool=parse_pool(kind, "--allow-mismatch")).pooled
     assert (pooled.refused, pooled.differing) == (frozenset(), refused.differing)
-    assert pooled.estimate.verdict == "supported"
+    assert pooled.verdict == "supported"
 
 
 def pair(tmp_path: Path, first: Any = None, second: Any = None, **differences: list[float]) -> dict[str, Study]:
@@ -157,14 +157,14 @@ def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
     assert (across.reference, across.pooled) == (None, ())
     assert all(row.estimate is None for row in across.rows)
     against = compare_studies(studies, reference="full_finetuning")
-    assert [row.estimate.name for row in against.pooled] == ["adalora_top_k_fisher"]
+    assert [row.name for row in against.pooled] == ["adalora_top_k_fisher"]
     with pytest.raises(UserError, match="--reference: 'lora_r8' has finished runs in fewer than two studies"):
         compare_studies(studies, reference="lora_r8")
 
 
 def test_pooled_p_values_are_corrected_over_the_table_in_which_a_row_without_a_test_counts(tmp_path) -> None:
     studies = pair(tmp_path, lora_r4=A, lora_r2=[0.01] * 3, lora_r1=C)
-    rows = {row.estimate.name: row.estimate for row in compare_studies(studies).pooled}
+    rows = {row.name: row for row in compare_studies(studies).pooled}
     assert rows["lora_r4"].adjusted_p == pytest.approx(3 * rows["lora_r4"].significance.p_value)
     assert rows["lora_r1"].verdict == "not decided"
     assert rows["lora_r2"].adjusted_p is None, "no spread, no test"
@@ -175,7 +175,7 @@ def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path) -> None
     failed = planted.failed(EXPERIMENTS["lora_r4"], 1, "out of memory", study="b")
     studies = loaded(tmp_path, made[0], [*made[1], failed])
     (row,) = compare_studies(studies).pooled
-    assert (row.estimate.interval.low, row.estimate.verdict) == (None, "not decided")
+    assert (row.interval.low, row.verdict) == (None, "not decided")
     assert any("Failed" in notice and "out of memory" in notice for notice in studies["b"].notices)
 
 
@@ -250,7 +250,7 @@ def test_where_one_study_may_not_decide_nothing_pooled_is_decided(three, monkeyp
     monkeypatch.setattr(Study, "untested", property(lambda study: "seeds were added" if study.name == "b" else ""))
     across = three()
     (pooled,) = across.pooled
-    assert (pooled.estimate.verdict, pooled.estimate.significance) == ("not decided", None)
-    assert pooled.estimate.interval.low is not None
+    assert (pooled.verdict, pooled.significance) == ("not decided", None)
+    assert pooled.interval.low is not None
     tested = {row.study: row.estimate.significance is not None for row in across.rows if row.estimate}
     assert tested == {"a": True, "b": False, "c": True}

@@ -30,15 +30,16 @@ _MOST_NAMED = 4  # differences in one line
 Studies = Mapping[str, Study]  # by label, with its directory where two have the same
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """One experiment against the reference over the studies with pairs of both."""
+@dataclass(frozen=True, kw_only=True)
+class Pooled(Estimate):
+    """Test accuracy of one experiment minus the reference's, mean over the studies with pairs of both.
 
-    # of test accuracy, experiment minus reference, mean over studies, corrected over the table, on "is more accurate
-    # than the reference, on average over these studies"; without values where pooling is refused
-    estimate: Estimate
+    The claim is "is more accurate than the reference, on average over these studies", corrected over the table; without
+    values where pooling is refused.
+    """
+
     studies: tuple[str, ...]  # their labels
-    ahead: int  # in how many of them the experiment's mean is higher
+    ahead: int  # number of studies in which the experiment's mean is higher
     differing: dict[PoolKind, str]  # what differs between them, in words
     refused: frozenset[PoolKind]  # which of it is not allowed
 
@@ -68,34 +69,34 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
         UserError: if a directory can't be read, if a run occurs twice, if there are fewer than two studies, or if real
             and smoke studies are mixed; names them.
     """
-    read = [(directory, study) for directory in directories for study in load_studies(directory)]
-    seen: dict[str, str] = {}
-    for directory, study in read:
+    located = [(directory, study) for directory in directories for study in load_studies(directory)]
+    places: dict[str, str] = {}  # a run's content -> where it is
+    for directory, study in located:
         for run in study.runs:
-            content, name = _content(run), f"{run.record.spec.run_id!r} in {directory}"
-            if content in seen:
-                problem = f"holds the run {name}, which is {seen[content]} too, and would count twice as evidence"
+            content, place = _content(run), f"{run.record.spec.run_id!r} in {directory}"
+            if content in places:
+                problem = f"holds the run {place}, which is {places[content]} too, and would count twice as evidence"
                 raise UserError(f"{problem}; give one of them", file=directory)
-            seen[content] = name
-    labels = [study.label for _, study in read]
-    if len({study.smoke for _, study in read}) > 1:
+            places[content] = place
+    labels = [study.label for _, study in located]
+    if len({study.smoke for _, study in located}) > 1:
         problem = "smoke runs say nothing about a method, so they can't be compared with real ones; leave them out"
         raise UserError(problem, file=", ".join(labels))
-    if len(read) < 2:
+    if len(located) < 2:
         problem = f"holds one study ({labels[0]}), and this needs two; give another directory, or use `peft-vit report`"
         raise UserError(problem, file=directories[0])
     return {
         study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study
-        for directory, study in read
+        for directory, study in located
     }
 
 
 def _content(run: Run) -> str:
     """Return what tells a run: seed, configuration and images, wherever these are."""
-    spec, made = run.record.spec, run.provenance
+    spec, origin = run.record.spec, run.provenance
     anywhere = {"study": "any", "device": "auto", "threads": 1, "data": spec.data.model_copy(update={"path": None})}
     described = spec.model_copy(update=anywhere).model_dump_json()
-    return f"{described} {made.data_sha256} {made.split_sha256} {made.weights_sha256}"
+    return f"{described} {origin.data_sha256} {origin.split_sha256} {origin.weights_sha256}"
 
 
 def compare_studies(studies: Studies, *, reference: str | None = None, pool: Collection[PoolKind] = ()) -> Across:
@@ -127,34 +128,40 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     elif reference not in shared:
         problem = f"{reference!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
         raise UserError(problem, field="--reference")
-    rows = {(row.name, row.study): row for own in shared.values() for row in own}
+    rows = {(row.name, row.study): row for name in shared for row in shared[name]}
     for base in shared.get(reference or "", ()):
         names = [name for name, label in rows if label == base.study and name != base.name]
         for estimate in compare_all(studies[base.study], base.name, names):
             place = estimate.name, base.study
             rows[place] = replace(rows[place], estimate=estimate)
     paired = grouped((row.name, row) for row in rows.values() if row.estimate is not None and row.estimate.by_seed)
-    pooled = [_pooled(studies, own, pool) for own in paired.values() if len(own) > 1]
     untested = next((study.untested for study in studies.values() if study.untested), "")
-    decided = decide([of.estimate for of in pooled], untested)
-    pooled = [replace(of, estimate=estimate) for of, estimate in zip(pooled, decided, strict=True)]
-    alone = {name: own[0].study for name, own in by_name.items() if len(own) == 1}
-    return Across(studies, reference, tuple(rows.values()), tuple(pooled), alone)
+    pooled = decide([_pooled(studies, paired[name], pool) for name in paired if len(paired[name]) > 1], untested)
+    alone = {name: rows_of[0].study for name, rows_of in by_name.items() if len(rows_of) == 1}
+    return Across(studies, reference, tuple(rows.values()), pooled, alone)
 
 
 def _pooled(studies: Studies, rows: Sequence[Row], pool: Collection[PoolKind]) -> Pooled:
     """Pool what one experiment differs by in several studies, if nothing else differs between their pairs."""
     estimates = {row.study: row.estimate for row in rows if row.estimate is not None}
-    name, reference = next((estimate.name, estimate.reference) for estimate in estimates.values())
+    name, reference = rows[0].name, estimates[rows[0].study].reference
     differing = differences({label: studies[label].of(name) + studies[label].of(reference) for label in estimates})
-    refused = frozenset(differing).difference(pool)
-    values = {label: list(estimate.by_seed.values()) for label, estimate in estimates.items()}
-    pooled = Estimate(name=name, reference=reference, n_of="pairs")
-    if not refused:
-        by_seed = {(label, seed): value for label, own in estimates.items() for seed, value in own.by_seed.items()}
-        interval, significance = stratified_mean(list(values.values()))
-        pooled = replace(pooled, by_seed=by_seed, interval=interval, significance=significance)
-    return Pooled(pooled, tuple(estimates), sum(sum(own) > 0 for own in values.values()), differing, refused)
+    values = [list(estimate.by_seed.values()) for estimate in estimates.values()]
+    pooled = Pooled(
+        name=name,
+        reference=reference,
+        n_of="pairs",
+        studies=tuple(estimates),
+        ahead=sum(sum(by_pair) > 0 for by_pair in values),
+        differing=differing,
+        refused=frozenset(differing).difference(pool),
+    )
+    if pooled.refused:
+        return pooled
+    interval, significance = stratified_mean(values)
+    pairs = ((label, *pair) for label, estimate in estimates.items() for pair in estimate.by_seed.items())
+    by_seed = {(label, seed): difference for label, seed, difference in pairs}
+    return replace(pooled, by_seed=by_seed, interval=interval, significance=significance)
 
 
 # --- what must be equal before numbers are pooled ---------------------------------------------------------------------
@@ -179,7 +186,7 @@ def differences(runs_of: Mapping[str, Sequence[Run]]) -> dict[PoolKind, str]:
     take the same images and divide them otherwise: then test images of one may have trained the other. Where each seed
     divides them otherwise (`train_subset` or `test_split: per_seed`), what is compared are the seeds that both have.
     """
-    found: dict[PoolKind, str] = {}
+    differing: dict[PoolKind, str] = {}
     for kind, settings in _SETTINGS.items():
         values = grouped(
             (name, (label, str(value)))
@@ -188,26 +195,26 @@ def differences(runs_of: Mapping[str, Sequence[Run]]) -> dict[PoolKind, str]:
             for name, value in settings(run).items()
         )
         lines = [
-            f"{name}: {', '.join(f'{value} in {label}' for label, value in dict.fromkeys(own))}"
-            for name, own in sorted(values.items())
-            if len({value for _, value in own}) > 1
+            f"{name}: {', '.join(f'{value} in {label}' for label, value in dict.fromkeys(labelled))}"
+            for name, labelled in sorted(values.items())
+            if len({value for _, value in labelled}) > 1
         ]
         if lines:
             more = f"; {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
-            found[kind] = "; ".join(lines[:_MOST_NAMED]) + more
-    return found
+            differing[kind] = "; ".join(lines[:_MOST_NAMED]) + more
+    return differing
 
 
 def _splits(run: Run) -> dict[str, str]:
-    data, made = run.record.spec.data, run.provenance
+    data, origin = run.record.spec.data, run.provenance
     by_seed = data.tests_by_seed or data.train_subset == "per_seed"
-    return {f"images {made.data_sha256[:8]}{f', seed {run.seed}' if by_seed else ''}": made.split_sha256[:8]}
+    return {f"images {origin.data_sha256[:8]}{f', seed {run.seed}' if by_seed else ''}": origin.split_sha256[:8]}
 
 
 def _weights(run: Run) -> dict[str, str]:
-    made = run.provenance
-    kind = "random" if made.random_weights else "pretrained"
-    return {"weights": kind, run.record.spec.backbone.model: (made.weights_sha256 or kind)[:12]}
+    origin = run.provenance
+    kind = "random" if origin.random_weights else "pretrained"
+    return {"weights": kind, run.record.spec.backbone.model: (origin.weights_sha256 or kind)[:12]}
 
 
 def _flat(plain: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -49,14 +49,15 @@ def compare(
         notes.append(f"{refused} pair(s) refused: other weights, images or splits")
     if unknown := len(paired) - len(by_seed):
         notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
-    drawn = [
-        [(own.head_init_sha256, own.data_order_sha256) for own in (a.provenance, b.provenance)]
-        for a, b in paired
-        if a.seed in by_seed and not a.experiment.is_probe and not b.experiment.is_probe  # a probe has neither
-    ]
-    if any(first != second for first, second in drawn):
+    trained = [(a, b) for a, b in paired if a.seed in by_seed and not (a.experiment.is_probe or b.experiment.is_probe)]
+    if any(_start(a) != _start(b) for a, b in trained):
         notes.append("pairs differ in the initial head or in the order of images")
     return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
+
+
+def _start(run: Run) -> tuple[str | None, str | None]:
+    """Return what runs of one seed begin with alike, unless they are probes."""
+    return run.provenance.head_init_sha256, run.provenance.data_order_sha256
 
 
 # --- which runs make a pair, and what is compared with what -----------------------------------------------------------
@@ -97,8 +98,8 @@ def compare_all(
     """
     others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)] if names is None else names
     pairs = [compare(study.of(name), study.of(reference), name, reference) for name in others]
-    asked = [replace(pair, question=question) for pair in pairs]
-    return decide(asked, study.untested, size=0 if names is None else len(names))
+    family = [replace(pair, question=question) for pair in pairs]
+    return decide(family, study.untested, size=0 if names is None else len(names))
 
 
 def compare_with_references(study: Study) -> tuple[Estimate, ...]:

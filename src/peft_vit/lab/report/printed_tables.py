@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.files import write_atomically
@@ -51,22 +52,29 @@ def _costs(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
-def _compared(against: str, asked: str, said: Callable[[Estimate], str]) -> list[Column]:
+def _compared(
+    heading: str, question: str, answer: Callable[[Estimate], str], estimate: str | Callable[[Any], Any] = "estimate"
+) -> list[Column]:
     """Return the columns of what an estimate is, rests on and says."""
     return [
-        Column(against, "estimate", lambda estimate: points_interval(estimate.interval), ""),
-        Column("pairs", "estimate", lambda estimate: str(len(estimate.by_seed)), ""),
-        Column("test", "estimate", outcome, ""),
-        Column(asked, "estimate", said, _values),
+        Column(heading, estimate, lambda of: points_interval(of.interval), ""),
+        Column("pairs", estimate, lambda of: str(len(of.by_seed)), ""),
+        Column("test", estimate, outcome, ""),
+        Column(question, estimate, answer, _values),
     ]
 
 
-def _values(estimate: Estimate | None) -> Mapping[str, Raw]:
+def _values(estimate: Estimate | None) -> dict[str, Raw]:
     """Return what a file for other programs has of a difference: shares, of an error of the numbers' deviation."""
     if estimate is None:
         return {}
-    decided: dict[str, Raw] = {"p_holm": estimate.adjusted_p, "verdict": estimate.verdict, "note": estimate.note}
-    return own_interval_columns("difference", estimate.interval) | {"reference": estimate.reference} | decided
+    return {
+        **own_interval_columns("difference", estimate.interval),
+        "reference": estimate.reference,
+        "p_holm": estimate.adjusted_p,
+        "verdict": estimate.verdict,
+        "note": estimate.note,
+    }
 
 
 def _verdict(estimate: Estimate) -> str:
@@ -214,20 +222,20 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
         f"Over studies: test {words} against {reference} ({scores.unit})",
         [pooled for pooled in across.pooled if not pooled.refused],
         [
-            Column("experiment", "estimate.name", data="experiment"),
+            Column("experiment", "name", data="experiment"),
             Column("studies", "studies", lambda labels: str(len(labels)), lambda labels: {"study": "; ".join(labels)}),
             Column("ahead in", lambda pooled: f"{pooled.ahead} of {len(pooled.studies)}"),
-            *_compared("mean over studies", better, _verdict),
+            *_compared("mean over studies", better, _verdict, lambda pooled: pooled),
         ],
         "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none of "
         "them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over this "
         "table.",
     )
-    told = grouped((item, pooled) for pooled in across.pooled for item in pooled.differing.items())
-    for (kind, reason), every in told.items():
-        refused = any(kind in pooled.refused for pooled in every)
-        said = f"Not pooled: {kind} differ" if refused else f"Pooled although {kind} differ, as asked"
-        yield Paragraph(f"{said}: {reason}. Experiments: {joined(pooled.estimate.name for pooled in every)}.")
+    mismatches = grouped((item, pooled) for pooled in across.pooled for item in pooled.differing.items())
+    for (kind, reason), estimates in mismatches.items():
+        refused = any(kind in pooled.refused for pooled in estimates)
+        consequence = f"Not pooled: {kind} differ" if refused else f"Pooled although {kind} differ, as asked"
+        yield Paragraph(f"{consequence}: {reason}. Experiments: {joined(pooled.name for pooled in estimates)}.")
     if any(pooled.refused for pooled in across.pooled):
         yield Paragraph("To pool all the same, name what differs: --allow-mismatch.")
 
