@@ -80,11 +80,11 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
     finals = [run.last_scores() for run in runs]
     sites = [site for site in runs[0].record.sites if all(site.name in scores for scores in finals)]
     names = [site.name for site in sites]
-    scores = np.array([[own[name] for name in names] for own in finals])  # (seeds, sites)
+    scores = np.array([[by_site[name] for name in names] for by_site in finals])  # (seeds, sites)
     relative = scores / np.mean(scores, axis=1, keepdims=True)
     over_mlp: dict[int, float] = {}
-    for run, own in zip(runs, scores, strict=True):
-        by_role = grouped((site.role, score) for site, score in zip(sites, own, strict=True))
+    for run, of_run in zip(runs, scores, strict=True):
+        by_role = grouped((site.role, score) for site, score in zip(sites, of_run, strict=True))
         attention, mlp = (fmean(by_role.get(role, [0.0])) for role in ("attention", "mlp"))
         if attention > 0 and mlp > 0:
             over_mlp[run.seed] = math.log2(attention / mlp)
@@ -129,8 +129,8 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
     rows = []
     for (experiment, runs), against in zip(adaptive, family, strict=True):
         sites = runs[0].adapted_sites()
-        last = [run.record.rank_history[-1].ranks for run in runs]
-        ranks = {site.name: fmean(own.get(site.name, 0) for own in last) for site in sites}
+        finals = [run.record.rank_history[-1].ranks for run in runs]
+        ranks = {site.name: fmean(by_site.get(site.name, 0) for by_site in finals) for site in sites}
         rows.append(Allocation(experiment, Grid.of(sites), len(runs), ranks, against))
     return tuple(rows)
 

@@ -51,19 +51,20 @@ def _maps(slug: str, title: str, caption: str, maps: Sequence[_Map]) -> Drawing:
     def paint(canvas: Canvas) -> None:
         columns = 1 if canvas.narrow else 2
         parts = canvas.figure.subfigures(-(-len(maps) // columns), columns, squeeze=False).flat
-        for part, own in zip(parts, maps, strict=False):
-            titled(canvas, part, own.experiment)
-            what, values = next(iter(own.values.items()))
+        for part, panel in zip(parts, maps, strict=False):
+            titled(canvas, part, panel.experiment)
+            measure, values = next(iter(panel.values.items()))
             norm, axes = Normalize(0, max(1.0, *values.values())), part.subplots()
-            heat(canvas, axes, own.experiment.name, own.grid, values, norm, what.replace("_", " "))
+            heat(canvas, axes, panel.experiment.name, panel.grid, values, norm, measure.replace("_", " "))
             color_bar(part, norm, axes, "")
 
     data: list[dict[str, Raw]] = []
-    for own in maps:
-        for block, matrix, site in own.grid.cells():
-            row: dict[str, Raw] = {"experiment": own.experiment.name, "block": block, "matrix": matrix}
-            data.append(row | {name: of.get(site) for name, of in own.values.items()} | {"seeds": own.seeds})
-    if any(not site for own in maps for *_, site in own.grid.cells()):
+    for panel in maps:
+        for block, matrix, site in panel.grid.cells():
+            cell: dict[str, Raw] = {"experiment": panel.experiment.name, "block": block, "matrix": matrix}
+            values = {name: by_site.get(site) for name, by_site in panel.values.items()}
+            data.append(cell | values | {"seeds": panel.seeds})
+    if any(not site for panel in maps for *_, site in panel.grid.cells()):
         caption += " Grey: the block has no such matrix."
     return draw(slug, title, caption, PANEL_IN * -(-len(maps) // 2), paint, data, PANEL_IN * len(maps))
 
