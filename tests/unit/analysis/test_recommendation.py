@@ -218,10 +218,9 @@ def test_one_study_is_chosen_by_name_or_label() -> None:
     assert choose_study(both, "quickstart", Path("results")).name == "quickstart"
     assert not choose_study(three, "quickstart", Path("results")).smoke
     assert choose_study(three, "quickstart (smoke)", Path("results")).smoke
-    with pytest.raises(UserError, match=r"holds 2 studies \(other, quickstart\); choose one with --study NAME"):
-        choose_study(both, None, Path("results"))
-    with pytest.raises(UserError, match="'third' is not one of its studies, which are other, quickstart"):
-        choose_study(both, "third", Path("results"))
+    for name in (None, "third"):
+        with pytest.raises(UserError, match="other, quickstart"):
+            choose_study(both, name, Path("results"))
 
 
 def limit(name: str, value: object) -> object:
