@@ -145,7 +145,8 @@ def _pooled(studies: Studies, rows: Sequence[Row], pool: Collection[PoolKind]) -
     """Pool what one experiment differs by in several studies, if nothing else differs between their pairs."""
     estimates = {row.study: row.estimate for row in rows if row.estimate is not None}
     name, reference = rows[0].name, estimates[rows[0].study].reference
-    differing = differences({label: studies[label].of(name) + studies[label].of(reference) for label in estimates})
+    runs_of = {label: (*studies[label].runs_of(name), *studies[label].runs_of(reference)) for label in estimates}
+    differing = differences(runs_of)
     values = [list(estimate.by_seed.values()) for estimate in estimates.values()]
     pooled = Pooled(
         name=name,

@@ -50,12 +50,12 @@ def compare(
     if unknown := len(paired) - len(by_seed):
         notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
     trained = [(a, b) for a, b in paired if a.seed in by_seed and not (a.experiment.is_probe or b.experiment.is_probe)]
-    if any(_start(a) != _start(b) for a, b in trained):
+    if any(_initial_state(a) != _initial_state(b) for a, b in trained):
         notes.append("pairs differ in the initial head or in the order of images")
     return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
 
 
-def _start(run: Run) -> tuple[str | None, str | None]:
+def _initial_state(run: Run) -> tuple[str | None, str | None]:
     """Return what runs of one seed begin with alike, unless they are probes."""
     return run.provenance.head_init_sha256, run.provenance.data_order_sha256
 
@@ -96,8 +96,10 @@ def compare_all(
             of which it does not.
         question: what is asked of the differences.
     """
-    others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)] if names is None else names
-    pairs = [compare(study.of(name), study.of(reference), name, reference) for name in others]
+    others = names
+    if others is None:
+        others = [e.name for e in study.experiments if e.name != reference and study.runs_of(e.name)]
+    pairs = [compare(study.runs_of(name), study.runs_of(reference), name, reference) for name in others]
     family = [replace(pair, question=question) for pair in pairs]
     return decide(family, study.untested, size=0 if names is None else len(names))
 
@@ -142,7 +144,7 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
     """Return one row for each experiment with a finished run."""
     results = []
     for experiment in study.experiments:
-        runs = study.of(experiment.name)
+        runs = study.runs_of(experiment.name)
         if not runs:
             continue
         margins = [run.score - run.record.majority_accuracy.get("test", 0.0) for run in runs]

@@ -185,7 +185,7 @@ def _measured(
     loras = {experiment.name for experiment in study.fixed_rank_loras()}
     for lora in loras.intersection(references(study)):
         for other in study.with_method(*_AGAINST):
-            yield _AGAINST[other.method], compare(study.of(lora), study.of(other.name), lora, other.name)
+            yield _AGAINST[other.method], compare(study.runs_of(lora), study.runs_of(other.name), lora, other.name)
 
 
 def _by_chance(experiment: ExperimentConfig) -> bool:

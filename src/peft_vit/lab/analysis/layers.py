@@ -70,9 +70,10 @@ def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
     """Return one pattern for each experiment whose runs recorded scores."""
     patterns = []
     for experiment in study.experiments:
-        runs = [run for run in study.of(experiment.name) if run.record.sites and sum(run.last_scores().values()) > 0]
-        if runs:
-            patterns.append(_pattern(experiment, runs))
+        runs = study.runs_of(experiment.name)
+        scored = [run for run in runs if run.record.sites and sum(run.last_scores().values()) > 0]
+        if scored:
+            patterns.append(_pattern(experiment, scored))
     return tuple(patterns)
 
 
@@ -123,7 +124,7 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
     adaptive = [
         (experiment, runs)
         for experiment in study.with_method("adalora", "peft_adalora", "qa_adalora")
-        if (runs := [run for run in study.of(experiment.name) if run.adapted_sites()])
+        if (runs := [run for run in study.runs_of(experiment.name) if run.adapted_sites()])
     ]
     family = decide([against_fixed_lora(study, runs, experiment.name) for experiment, runs in adaptive], study.untested)
     rows = []
@@ -163,6 +164,6 @@ def fixed_lora_line(study: Study, run: Run) -> list[tuple[float, float]]:
     return sorted(
         (math.log2(other.parameters.final), other.test.accuracy)
         for lora in study.fixed_rank_loras()
-        for other in study.of(lora.name)
+        for other in study.runs_of(lora.name)
         if other.seed == run.seed and same_problem(other) == same_problem(run)
     )

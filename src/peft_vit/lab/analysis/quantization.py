@@ -101,7 +101,7 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     undecided = [
         QuantizationImpact(experiment, experiment.need(QaLoraConfig), runs, _float_twin(study, experiment), {})
         for experiment in study.with_method("qa_lora", "qa_adalora")
-        if (runs := tuple(run for run in study.of(experiment.name) if run.record.quantization is not None))
+        if (runs := tuple(run for run in study.runs_of(experiment.name) if run.record.quantization is not None))
     ]
     families = {
         measure: decide([_compare(impact, value) for impact in undecided], study.untested)
@@ -124,7 +124,7 @@ def _float_twin(study: Study, experiment: ExperimentConfig) -> tuple[Run, ...]:
         fixed = lora and (lora.rank, lora.scale, set(lora.targets))
         equal = (settings.fixed_rank, settings.scale, set(settings.targets))
         if fixed == equal if adaptive is None else other.section(AdaLoraConfig) == adaptive:
-            return study.of(other.name)
+            return study.runs_of(other.name)
     return ()
 
 

@@ -113,7 +113,7 @@ def recommend(
     for name in (experiment.name for experiment in study.experiments):
         if name not in rows:
             left_out[name] = "has no finished run"
-        elif len({run.configuration() for run in study.of(name)}) > 1:
+        elif len({run.configuration() for run in study.runs_of(name)}) > 1:
             left_out[name] = "was configured differently from seed to seed"
         elif (size := rows[name].mean(measure)) is None:
             left_out[name] = "has a run without latency"

@@ -152,13 +152,13 @@ class Study:
     # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
     # experiment and a seed that occurs elsewhere
     unfinished: tuple[RunStatus, ...]
-    of_files: tuple[str, ...]  # what is to be known of the files that it was read from
+    file_notices: tuple[str, ...]  # about the files that it was read from
     plan: Plan  # what is known beside the records
 
     @cached_property
     def notices(self) -> tuple[str, ...]:
         """Return sentences: what to know before believing a number."""
-        return *self.of_files, *_notices(self)
+        return *self.file_notices, *_notices(self)
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
@@ -218,7 +218,7 @@ class Study:
         stops = any(configuration.stopping is not None for configuration in self.plan.configurations)
         return "no verdict: looks at results decided how many seeds ran" if stops else ""
 
-    def of(self, experiment: str) -> tuple[Run, ...]:
+    def runs_of(self, experiment: str) -> tuple[Run, ...]:
         """Return the finished runs of one experiment, by seed."""
         return self._by_experiment.get(experiment, ())
 
@@ -228,7 +228,7 @@ class Study:
 
     def with_method(self, *methods: str) -> tuple[ExperimentConfig, ...]:
         """Return the experiments of some methods that have a finished run."""
-        return tuple(e for e in self.experiments if e.method in methods and self.of(e.name))
+        return tuple(e for e in self.experiments if e.method in methods and self.runs_of(e.name))
 
     def fixed_rank_loras(self) -> tuple[ExperimentConfig, ...]:
         """Return what others are compared with: our LoRA from nothing at one rank.
@@ -239,7 +239,7 @@ class Study:
         return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
 
 
-def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, of_files: Sequence[str]) -> Study:
+def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, file_notices: Sequence[str]) -> Study:
     """Return the study of some records, each run's once."""
     group = {_run_of(record): record for record in records}
     by_name = {e.name: e for configuration in plan.configurations for e in configuration.experiments}
@@ -269,7 +269,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
         runs=tuple(run for run in finished.values() if run is not None),
         failed=tuple(group[run] for run in sorted(group) if finished[run] is None),
         unfinished=tuple(unfinished),
-        of_files=tuple(of_files),
+        file_notices=tuple(file_notices),
         plan=plan,
     )
 
@@ -391,7 +391,7 @@ class Results:
     problems: tuple[Problem, ...]  # what was left out, or stands there beside, by file
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Tell whether everything that may be a result counts."""
         return not any(problem.left_out for problem in self.problems)
 
@@ -434,9 +434,9 @@ def read_results(directory: Path) -> Results:
             for problem in problems
             if problem.left_out and problem.run is not None and (problem.run[0] or root) == key[0]
         )
-        of_files = _in_words([problem for problem, of_studies in concerned if key in of_studies])
+        file_notices = _file_notices([problem for problem, of_studies in concerned if key in of_studies])
         plan = Plan(tuple(folders.get(key, ())), left_out)
-        studies.append(make_study(*key, groups.get(key, ()), plan, of_files))
+        studies.append(make_study(*key, groups.get(key, ()), plan, file_notices))
     return Results(directory, tuple(studies), problems)
 
 
@@ -477,7 +477,7 @@ def _once(contents: Contents) -> tuple[list[RunRecord], list[Problem]]:
     return records, problems
 
 
-def _in_words(problems: Sequence[Problem]) -> list[str]:
+def _file_notices(problems: Sequence[Problem]) -> list[str]:
     """Return each distinct problem once, with its files."""
     files = grouped(((not problem.left_out, problem.message), problem.file) for problem in problems)
     return [

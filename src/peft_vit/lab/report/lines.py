@@ -51,7 +51,7 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         study: with its runs.
         validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
     """
-    runs = {e.name: [run.record for run in study.of(e.name) if run.record.steps] for e in study.experiments}
+    runs = {e.name: [run.record for run in study.runs_of(e.name) if run.record.steps] for e in study.experiments}
     recorded = [e for e in study.experiments if runs[e.name]]
     if not recorded:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")

@@ -144,7 +144,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     if not study.scores.metric.counts_images:
         return (decided,)
     best = best_on_validation(analysis.methods)
-    test = (study.runs[0] if best is None else study.of(best.name)[0]).test
+    test = (study.runs[0] if best is None else study.runs_of(best.name)[0]).test
     image = proportion_interval(round(test.accuracy * test.n), test.n)
     alone = (
         f"with {test.n:,} of them one run's {percent(test.accuracy)} has a 95 % interval of "
