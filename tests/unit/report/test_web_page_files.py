@@ -120,24 +120,32 @@ def test_the_runtime_comes_out_of_a_folder_or_npms_package(tmp_path: Path, monke
     assert runtime_files(None) == RUNTIME
 
 
-@pytest.mark.parametrize("content", [None, b"another version"])
-def test_runtime_files_that_are_not_there_or_others_are_named(tmp_path: Path, content: bytes | None) -> None:
-    first = tmp_path / next(iter(RUNTIME))
-    if content is not None:
-        first.write_bytes(content)
-    with pytest.raises(UserError, match=r"onnxruntime-web 1\.30\.0") as refused:
-        runtime_files(tmp_path)
-    assert (refused.value.file, refused.value.field) == (str(first), "--runtime-files")
-
-
-@pytest.mark.parametrize(("place", "megabytes"), [("page.html", 2), ("file/page.html", 0)])
-def test_a_model_too_large_or_a_place_without_room_is_named(tmp_path: Path, monkeypatch, place, megabytes) -> None:
+@pytest.mark.parametrize("fault", ["no folder", "no file", "others", "too large", "no room"])
+def test_what_can_not_become_a_page_is_one_line(tmp_path: Path, monkeypatch, fault: str) -> None:
+    remedy = "give the folder of npm's onnxruntime-web 1.30.0, or leave it out"
+    first = next(iter(RUNTIME))
+    folder, output = tmp_path / "folder", tmp_path / "page.html"
+    if fault != "no folder":
+        folder.mkdir()
+    if fault == "others":
+        (folder / first).write_bytes(b"another version")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(web_page, "LARGEST_MB", 1)
+    stated = {
+        "no folder": f"{folder / first}: --runtime-files: can't be read (No such file or directory); {remedy}",
+        "no file": f"{folder / first}: --runtime-files: can't be read (No such file or directory); {remedy}",
+        "others": f"{folder / first}: --runtime-files: is not that of onnxruntime-web 1.30.0; {remedy}",
+        "too large": f"{output}: the model has 2 MB, and browsers hold 1; train with qa_lora, or a smaller model",
+        "no room": f"{tmp_path / 'file/page.html'}: can't be written (File exists); choose another place",
+    }[fault]
+    call = {
+        "too large": lambda: write_web_page(output, bytes(2_000_001), CARD, None),
+        "no room": lambda: write_web_page(tmp_path / "file/page.html", b"model", CARD, None),
+    }.get(fault, lambda: runtime_files(folder))
     with pytest.raises(UserError) as refused:
-        write_web_page(tmp_path / place, bytes(megabytes * 10**6 + 1), CARD, None)
-    assert refused.value.file == str(tmp_path / place)
-    assert not (tmp_path / "page.html").exists()
+        call()
+    assert str(refused.value) == stated
+    assert not output.exists()
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js to run the page's script")
