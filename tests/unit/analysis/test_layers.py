@@ -49,20 +49,6 @@ def test_sizes_within_one_percent_are_equal(final, paired) -> None:
 # --- low bits ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_low_bits_save_counts_everything() -> None:
-    impacts = quantization_impacts(planted.study_of(planted.quickstart()))
-    nf4 = next(q for q in impacts if q.experiment == NF4)
-    assert nf4.against_unquantized.reference == "lora_r8"
-    assert (nf4.claimed, layers_bits(nf4.runs)) == (8.0, 5.0), "scales and offsets count: 6.4 times smaller than fp32"
-    assert nf4.model is not None
-    left, weights = planted.LEFT_IN_FLOAT + 3080, planted.BACKBONE_PARAMETERS + 770
-    assert nf4.model.total == pytest.approx(21_233_664 * 5 / 8 + left)
-    assert nf4.model.bits_per_weight == pytest.approx(8 * (21_233_664 * 5 / 8 + left) / weights)
-    assert nf4.model.file == nf4.model.live + 9000
-    assert nf4.bits_by_layer == dict.fromkeys(nf4.relative_errors, 5.0)
-    assert len(nf4.bits_by_layer) == 48
-
-
 def test_offsets_that_merging_adds_count_and_older_records_have_no_model_size() -> None:
     now = planted.record(NF4, 0, 0.8).quantization
     assert now is not None

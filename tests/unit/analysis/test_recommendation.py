@@ -325,9 +325,3 @@ def test_a_best_chosen_on_validation_does_not_raise_the_error_rate() -> None:
         others = np.delete(values, best, axis=0) - values[best] - MARGIN
         wrong += any(shown(others))
     assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
-
-
-def test_a_good_candidate_is_found() -> None:
-    differences = simulated([-0.013, 0.01], shared=0.5, seed=4)
-    advice = [shown(trial) for trial in differences[:100]]
-    assert sum(good and not inferior for inferior, good in advice) > 80

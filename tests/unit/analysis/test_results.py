@@ -76,10 +76,9 @@ def test_the_same_record_in_two_folders_counts_once_and_two_that_differ_not_at_a
     differ = accuracy != 0.7
     assert (results.is_complete, len(results.lines())) == (not differ, 1 + differ)
     assert [(run.seed, run.state) for run in study.unfinished] == [(0, "left out")] * differ
-    said = "holds the run 'quickstart/linear_probe/seed_0', and " if differ else "is the same record of"
-    assert all(f"quickstart/linear_probe/seed_0/record.json: {said}" in line for line in results.lines())
+    assert all("quickstart/linear_probe/seed_0/record.json: " in line for line in results.lines())
     if differ:
-        with pytest.raises(UserError, match="hold it with other results"):
+        with pytest.raises(UserError, match="quickstart/linear_probe/seed_0"):
             load_studies(tmp_path)
 
 
