@@ -62,7 +62,7 @@ def test_pooled_where_only_the_images_differ(three) -> None:
     assert across.reference == "lora_r8"
     (pooled,) = across.pooled
     assert (pooled.name, pooled.studies, pooled.ahead) == ("lora_r4", ("a", "b", "c"), 3)
-    assert (pooled.differing, pooled.refused) == ({}, frozenset())
+    assert pooled.differing == {}
     assert pooled.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
     assert pooled.verdict == "supported"
     assert pooled.adjusted_p == pooled.significance.p_value, "a family of one"
@@ -92,11 +92,12 @@ def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three, ca
     kind, changes, reason = DIFFERING[case]
     across = three(changes)
     (refused,) = across.pooled
-    assert (refused.interval, refused.verdict, refused.refused) == (None, "not decided", {kind})
+    assert (refused.by_seed, refused.interval, refused.verdict) == ({}, None, "not decided")
+    assert refused.differing.keys() == {kind}
     assert reason in refused.differing[kind]
     assert len(across.rows) == 6, "each study's own numbers stand all the same"
     (pooled,) = three(changes, pool=parse_pool(kind, "--allow-mismatch")).pooled
-    assert (pooled.refused, pooled.differing) == (frozenset(), refused.differing)
+    assert pooled.differing == refused.differing
     assert pooled.verdict == "supported"
 
 
@@ -122,7 +123,7 @@ def test_precision_and_configuration_are_told_by_field(tmp_path) -> None:
         "configurations": "lora_r4.training.epochs: 3 in a, 9 in b",
         "precision": "precision: bf16 in a, fp32 in b",
     }
-    assert refused.refused == refused.differing.keys()
+    assert refused.by_seed == {}
 
 
 @pytest.mark.parametrize("changes", [{"test_split": "per_seed"}, {"train_subset": "per_seed"}])

@@ -48,10 +48,6 @@ def verdicts(advice: Recommendation) -> list[tuple[str, str]]:
     return [(row.name, row.estimate.verdict) for row in candidates(advice)]
 
 
-def beyond(advice: Recommendation) -> dict[str, list[Cost]]:
-    return {name: costs for name, costs in advice.beyond.items() if costs}
-
-
 def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() -> None:
     advice = asked(records({BEST: 0.80, THIRD: 0.7999}))
     assert (advice.best.name, advice.chosen.name) == (BEST, THIRD)
@@ -159,11 +155,10 @@ def test_what_is_beyond_a_limit_is_no_candidate() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75, "linear_probe": 0.7})
     advice = asked(made, {"stored_bytes": 20e6})
     assert (verdicts(advice), advice.chosen) == ([(TINY, "refuted")], None)
-    assert beyond(advice) == {name: ["stored_bytes"] for name in (THIRD, "linear_probe", BEST)}
-    nothing = asked(made, {"stored_bytes": 1e6, "parameters": 770})
-    assert (candidates(nothing), nothing.chosen) == ([], None)
-    assert beyond(nothing)["linear_probe"] == ["stored_bytes"]
-    assert beyond(nothing)[TINY] == ["stored_bytes", "parameters"]
+    assert advice.within == (TINY,)
+    assert asked(made, {"parameters": 770}).within == ("linear_probe",)
+    nothing = asked(made, {"stored_bytes": 20e6, "parameters": 770})
+    assert (candidates(nothing), nothing.chosen, nothing.within) == ([], None, ())
 
 
 def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
@@ -173,7 +168,7 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     made[-1] = made[-1].model_copy(update={"bytes": larger})
     limit = float(sizes.frozen_bytes + sizes.adapter_file_bytes)
     advice = asked(made, {"stored_bytes": limit})
-    assert beyond(advice).keys() == {BEST, THIRD}
+    assert advice.within == ()
     assert advice.rows[0].mean("stored_bytes") == limit + 1e5
     assert asked(made, {"stored_bytes": limit + 10**6}).chosen.name == THIRD
 
@@ -189,7 +184,7 @@ def test_times_are_compared_on_one_machine_only() -> None:
     assert asked(made, {"seconds_per_step": 0.65}).chosen is None
     unknown = made[0].model_copy(update={"seconds_per_step": 0.0})
     advice = asked([unknown, *made[1:]], {"seconds_per_step": 0.75})
-    assert beyond(advice) == {BEST: ["seconds_per_step"]}, "what is not known is no pass"
+    assert advice.within == (THIRD,), "what is not known is no pass"
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
     with pytest.raises(UserError, match="timed on several machines"):
@@ -205,7 +200,7 @@ def test_latency_where_it_was_measured() -> None:
     slow = {BEST: {1: 0.01, 8: 0.03}, THIRD: {1: 0.02, 4: 0.03, 8: 0.05}}
     timed = [run.model_copy(update={"latency_s": slow[run.spec.experiment.name]}) for run in made]
     advice = asked(timed, {"latency_s": 0.015})
-    assert (advice.chosen.name, beyond(advice)) == (BEST, {THIRD: ["latency_s"]})
+    assert (advice.chosen.name, advice.within) == (BEST, (BEST,))
     half = [run.model_copy(update={"latency_s": {}}) if run.spec.experiment.name == THIRD else run for run in timed]
     assert asked(half, measure="latency_s").left_out == {THIRD: "has a run without latency"}
 

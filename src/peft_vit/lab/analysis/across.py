@@ -18,7 +18,6 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import stratified_mean
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, decide
-from peft_vit.core.tasks import Scores
 from peft_vit.lab.analysis.comparison import compare_all, references
 from peft_vit.lab.analysis.frame import Row, frame
 from peft_vit.lab.analysis.studies import Run, Study, load_studies
@@ -41,7 +40,6 @@ class Pooled(Estimate):
     studies: tuple[str, ...]  # their labels
     ahead: int  # number of studies in which the experiment's mean is higher
     differing: dict[PoolKind, str]  # what differs between them, in words
-    refused: frozenset[PoolKind]  # which of it is not allowed
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,7 @@ class Across:
     rows: tuple[Row, ...]
     pooled: tuple[Pooled, ...]
     alone: dict[str, str]  # experiment -> the one study with finished runs of it
-
-    @property
-    def scores(self) -> Scores:
-        """Return by what runs are compared; the standard deviation is the first study's."""
-        return next(study.scores for study in self.studies.values() if study.runs)
+    allowed: Collection[PoolKind]  # what is pooled although it differs
 
 
 def load_across(directories: Sequence[Path]) -> dict[str, Study]:
@@ -138,7 +132,7 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     untested = next((study.untested for study in studies.values() if study.untested), "")
     pooled = decide([_pooled(studies, paired[name], pool) for name in paired if len(paired[name]) > 1], untested)
     alone = {name: rows_of[0].study for name, rows_of in by_name.items() if len(rows_of) == 1}
-    return Across(studies, reference, tuple(rows.values()), pooled, alone)
+    return Across(studies, reference, tuple(rows.values()), pooled, alone, pool)
 
 
 def _pooled(studies: Studies, rows: Sequence[Row], pool: Collection[PoolKind]) -> Pooled:
@@ -155,9 +149,8 @@ def _pooled(studies: Studies, rows: Sequence[Row], pool: Collection[PoolKind]) -
         studies=tuple(estimates),
         ahead=sum(sum(by_pair) > 0 for by_pair in values),
         differing=differing,
-        refused=frozenset(differing).difference(pool),
     )
-    if pooled.refused:
+    if not differing.keys() <= set(pool):
         return pooled
     interval, significance = stratified_mean(values)
     pairs = ((label, *pair) for label, estimate in estimates.items() for pair in estimate.by_seed.items())

@@ -68,7 +68,7 @@ class Recommendation:
     rows: tuple[Row, ...]
     best: Row  # by validation
     best_validation: float  # mean over its seeds, a share
-    beyond: dict[str, list[Cost]]  # experiment -> its costs above their limit, or not recorded
+    within: tuple[str, ...]  # experiments that keep all limits, smallest first
     # the candidate that was shown not to lose the margin; without any candidate the best itself, if it keeps the limits
     chosen: Row | None
     left_out: dict[str, str]  # experiment -> why nothing can be said of it
@@ -128,8 +128,7 @@ def recommend(
 
     names = sorted(sizes, key=lambda name: (sizes[name], rows[name].mean("parameters"), name))
     best = max(names, key=lambda name: validation[name])  # of equal ones the smallest, which comes first
-    beyond = {name: _beyond(rows[name], limits) for name in names}
-    within = [name for name in names if not beyond[name]]
+    within = tuple(name for name in names if all(_keeps(rows[name], cost, limit) for cost, limit in limits.items()))
     candidates = [name for name in within if best not in within or exceeds(best, name)]
     family = compare_all(study, best, candidates, Question("noninferiority", margin))
     shown = [estimate.name for estimate in family if estimate.verdict == Verdict.SUPPORTED]
@@ -144,7 +143,7 @@ def recommend(
         rows=tuple(ordered.values()),
         best=ordered[best],
         best_validation=validation[best],
-        beyond=beyond,
+        within=within,
         chosen=None if chosen is None else ordered[chosen],
         left_out=left_out,
         limits=limits,
@@ -153,9 +152,9 @@ def recommend(
     )
 
 
-def _beyond(row: Row, limits: Mapping[Cost, float]) -> list[Cost]:
-    taken = {cost: row.mean(cost, fmean if cost in _TIMES else max) for cost in limits}
-    return [cost for cost, value in taken.items() if value is None or value > limits[cost]]
+def _keeps(row: Row, cost: Cost, limit: float) -> bool:
+    value = row.mean(cost, fmean if cost in _TIMES else max)
+    return value is not None and value <= limit
 
 
 def _require_times(study: Study, costs: set[Cost], exported: bool) -> None:

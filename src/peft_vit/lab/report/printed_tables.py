@@ -135,9 +135,11 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
             Column("experiment", "name"),
             *_costs(advice.rows),
             *_compared(
-                f"against {best.name} ({study.scores.unit})", f"loses less than {margin}?", partial(_said, advice)
+                f"against {best.name} ({study.scores.unit})",
+                f"loses less than {margin}?",
+                partial(_verdict_or_pairs, advice),
             ),
-            Column("within the limits?", lambda row: "no" if advice.beyond[row.name] else "yes"),
+            Column("within the limits?", lambda row: "yes" if row.name in advice.within else "no"),
         ],
         f"Test {words}, pairs by seed; negative is a loss. {better_above(study.scores)}The one-sided non-inferiority t "
         "test decides at 5 %, Holm-corrected over the candidates, and so does that of a larger loss, whose p is not "
@@ -155,16 +157,17 @@ def _answer(advice: Recommendation, words: str, margin: str) -> str:
         )
     if chosen is not None:
         return f"Recommended: {best.name}, the best itself: nothing within the limits is smaller by more than 1 %."
-    if all(advice.beyond.values()):
+    if not advice.within:
         return "Nothing is within the limits, so nothing is recommended."
     return (
         f"Not decided: no candidate is shown to lose less than {margin}, so nothing smaller is recommended. It may "
         f"still be good enough. The safe choice is {best.name}"
-        f"{', which is outside the limits' if advice.beyond[best.name] else ''}."
+        f"{'' if best.name in advice.within else ', which is outside the limits'}."
     )
 
 
-def _said(advice: Recommendation, estimate: Estimate) -> str:
+def _verdict_or_pairs(advice: Recommendation, estimate: Estimate) -> str:
+    """Return the verdict, or if there is none, the number of pairs that would do."""
     needed = None
     if estimate.verdict == Verdict.NOT_DECIDED and not advice.study.untested:
         needed = needed_pairs(list(estimate.by_seed.values()), advice.margin, ALPHA / estimate.family)
@@ -192,7 +195,8 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     if across.alone:
         alone = joined(f"{name} (in {study})" for name, study in across.alone.items())
         yield Paragraph(f"In one study only, so not compared: {alone}.")
-    scores, reference = across.scores, across.reference
+    scores = next(study.scores for study in across.studies.values() if study.runs)
+    reference = across.reference
     words, factor, better = scores.metric.words, scores.factor, better_question(scores)
     yield table(
         "by_study",
@@ -220,7 +224,7 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     yield table(
         "pooled",
         f"Over studies: test {words} against {reference} ({scores.unit})",
-        [pooled for pooled in across.pooled if not pooled.refused],
+        [pooled for pooled in across.pooled if pooled.by_seed],
         [
             Column("experiment", "name", data="experiment"),
             Column("studies", "studies", lambda labels: str(len(labels)), lambda labels: {"study": "; ".join(labels)}),
@@ -233,10 +237,10 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     )
     mismatches = grouped((item, pooled) for pooled in across.pooled for item in pooled.differing.items())
     for (kind, reason), estimates in mismatches.items():
-        refused = any(kind in pooled.refused for pooled in estimates)
-        consequence = f"Not pooled: {kind} differ" if refused else f"Pooled although {kind} differ, as asked"
+        allowed = kind in across.allowed
+        consequence = f"Pooled although {kind} differ, as asked" if allowed else f"Not pooled: {kind} differ"
         yield Paragraph(f"{consequence}: {reason}. Experiments: {joined(pooled.name for pooled in estimates)}.")
-    if any(pooled.refused for pooled in across.pooled):
+    if any(not pooled.by_seed for pooled in across.pooled):
         yield Paragraph("To pool all the same, name what differs: --allow-mismatch.")
 
 
