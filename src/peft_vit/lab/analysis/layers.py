@@ -55,7 +55,7 @@ class ImportancePattern:
     """Scores of one experiment."""
 
     experiment: ExperimentConfig
-    seeds: tuple[int, ...]  # seeds with scores
+    seeds: int  # number of those with scores
     grid: Grid  # where each site stands
     raw: dict[str, float]  # site -> mean over seeds of the last scores, in the metric's own unit
     relative: dict[str, float]  # site -> mean over seeds of the last scores over their run's mean
@@ -64,6 +64,11 @@ class ImportancePattern:
     # Spearman's rho of the scores of two seeds, over disjoint pairs "0-1", "2-3" of the same weights and data set: all
     # pairs would share runs, and no test for independent values could be used
     between_seeds: dict[str, float]
+
+    @property
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Return measure -> site -> value."""
+        return {"relative_score": self.relative, "score": self.raw}
 
 
 def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
@@ -96,7 +101,7 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
             between[f"{a.seed}-{b.seed}"] = rho
     return ImportancePattern(
         experiment=experiment,
-        seeds=tuple(run.seed for run in runs),
+        seeds=len(runs),
         grid=Grid.of(sites),
         raw=dict(zip(names, np.mean(scores, axis=0).tolist(), strict=True)),
         relative=dict(zip(names, np.mean(relative, axis=0).tolist(), strict=True)),
@@ -117,6 +122,11 @@ class Allocation:
     seeds: int
     ranks: dict[str, float]  # site -> mean final rank over seeds; one that a run's last entry leaves out has rank 0
     against_fixed: Estimate  # test accuracy minus that of fixed LoRA at equal trainable parameters
+
+    @property
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Return measure -> site -> value."""
+        return {"rank": self.ranks}
 
 
 def allocations(study: Study) -> tuple[Allocation, ...]:

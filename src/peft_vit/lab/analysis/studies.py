@@ -286,9 +286,9 @@ def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> St
     """
     labels = ", ".join(study.label for study in studies)
     matching = [study for study in studies if name is None or name in (study.name, study.label)]
-    exact = [study for study in matching if study.label == name and not study.smoke]
-    if len(exact or matching) == 1:
-        return (exact or matching)[0]
+    chosen = [study for study in matching if study.label == name and not study.smoke] or matching
+    if len(chosen) == 1:
+        return chosen[0]
     if not matching:
         raise UserError(f"{name!r} is not one of its studies, which are {labels}", file=source, field="--study")
     raise UserError(f"holds {len(studies)} studies ({labels}); choose one with --study NAME", file=source)
