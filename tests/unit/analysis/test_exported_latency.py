@@ -59,7 +59,7 @@ def test_the_limit_is_applied_to_what_was_timed(study) -> None:
     rows = [row(of(BEST), 0.030), row(of(SMALL, 2), 0.012)]
     result = asked(study, rows, {"latency_s": 0.02})
     assert (result.chosen and result.chosen.name) == SMALL
-    assert result.within == (SMALL,)
+    assert result.within_limits == (SMALL,)
     assert [each.mean("latency_s") for each in result.rows] == [None, pytest.approx(0.012), pytest.approx(0.030)]
 
 

@@ -155,10 +155,10 @@ def test_what_is_beyond_a_limit_is_no_candidate() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75, "linear_probe": 0.7})
     advice = asked(made, {"stored_bytes": 20e6})
     assert (verdicts(advice), advice.chosen) == ([(TINY, "refuted")], None)
-    assert advice.within == (TINY,)
-    assert asked(made, {"parameters": 770}).within == ("linear_probe",)
+    assert advice.within_limits == (TINY,)
+    assert asked(made, {"parameters": 770}).within_limits == ("linear_probe",)
     nothing = asked(made, {"stored_bytes": 20e6, "parameters": 770})
-    assert (candidates(nothing), nothing.chosen, nothing.within) == ([], None, ())
+    assert (candidates(nothing), nothing.chosen, nothing.within_limits) == ([], None, ())
 
 
 def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
@@ -168,7 +168,7 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     made[-1] = made[-1].model_copy(update={"bytes": larger})
     limit = float(sizes.frozen_bytes + sizes.adapter_file_bytes)
     advice = asked(made, {"stored_bytes": limit})
-    assert advice.within == ()
+    assert advice.within_limits == ()
     assert advice.rows[0].mean("stored_bytes") == limit + 1e5
     assert asked(made, {"stored_bytes": limit + 10**6}).chosen.name == THIRD
 
@@ -184,7 +184,7 @@ def test_times_are_compared_on_one_machine_only() -> None:
     assert asked(made, {"seconds_per_step": 0.65}).chosen is None
     unknown = made[0].model_copy(update={"seconds_per_step": 0.0})
     advice = asked([unknown, *made[1:]], {"seconds_per_step": 0.75})
-    assert advice.within == (THIRD,), "what is not known is no pass"
+    assert advice.within_limits == (THIRD,), "what is not known is no pass"
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
     with pytest.raises(UserError, match="timed on several machines"):
@@ -200,7 +200,7 @@ def test_latency_where_it_was_measured() -> None:
     slow = {BEST: {1: 0.01, 8: 0.03}, THIRD: {1: 0.02, 4: 0.03, 8: 0.05}}
     timed = [run.model_copy(update={"latency_s": slow[run.spec.experiment.name]}) for run in made]
     advice = asked(timed, {"latency_s": 0.015})
-    assert (advice.chosen.name, advice.within) == (BEST, (BEST,))
+    assert (advice.chosen.name, advice.within_limits) == (BEST, (BEST,))
     half = [run.model_copy(update={"latency_s": {}}) if run.spec.experiment.name == THIRD else run for run in timed]
     assert asked(half, measure="latency_s").left_out == {THIRD: "has a run without latency"}
 

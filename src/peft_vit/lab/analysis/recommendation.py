@@ -68,7 +68,7 @@ class Recommendation:
     rows: tuple[Row, ...]
     best: Row  # by validation
     best_validation: float  # mean over its seeds, a share
-    within: tuple[str, ...]  # experiments that keep all limits, smallest first
+    within_limits: tuple[str, ...]  # experiments, smallest first
     # the candidate that was shown not to lose the margin; without any candidate the best itself, if it keeps the limits
     chosen: Row | None
     left_out: dict[str, str]  # experiment -> why nothing can be said of it
@@ -143,7 +143,7 @@ def recommend(
         rows=tuple(ordered.values()),
         best=ordered[best],
         best_validation=validation[best],
-        within=within,
+        within_limits=within,
         chosen=None if chosen is None else ordered[chosen],
         left_out=left_out,
         limits=limits,

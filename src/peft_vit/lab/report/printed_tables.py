@@ -139,7 +139,7 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
                 f"loses less than {margin}?",
                 partial(_verdict_or_pairs, advice),
             ),
-            Column("within the limits?", lambda row: "yes" if row.name in advice.within else "no"),
+            Column("within the limits?", lambda row: "yes" if row.name in advice.within_limits else "no"),
         ],
         f"Test {words}, pairs by seed; negative is a loss. {better_above(study.scores)}The one-sided non-inferiority t "
         "test decides at 5 %, Holm-corrected over the candidates, and so does that of a larger loss, whose p is not "
@@ -157,12 +157,12 @@ def _answer(advice: Recommendation, words: str, margin: str) -> str:
         )
     if chosen is not None:
         return f"Recommended: {best.name}, the best itself: nothing within the limits is smaller by more than 1 %."
-    if not advice.within:
+    if not advice.within_limits:
         return "Nothing is within the limits, so nothing is recommended."
     return (
         f"Not decided: no candidate is shown to lose less than {margin}, so nothing smaller is recommended. It may "
         f"still be good enough. The safe choice is {best.name}"
-        f"{'' if best.name in advice.within else ', which is outside the limits'}."
+        f"{'' if best.name in advice.within_limits else ', which is outside the limits'}."
     )
 
 
