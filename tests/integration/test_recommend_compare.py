@@ -117,12 +117,8 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     assert "ten; third" not in Path("refused.csv").read_text(encoding="utf-8")
 
 
-REFUSED: dict[str, str] = {  # what is asked -> what is named
+REFUSED: dict[str, str] = {  # what is asked -> what is named; other limits: test_recommendation.py
     "recommend ten --max-bytes 5e6": "--max-bytes: ",
-    "recommend ten --max-params -3": "--max-params: ",
-    "recommend ten --margin 0": "--margin: ",
-    "recommend ten --max-step-time nan": "--max-step-time: ",
-    "recommend ten --max-latency 20ms": "hold no latency",
     "recommend ten --max-latency 20ms --bench foreign.json": "foreign.json: --bench: ",
     "recommend ten --bench good.json": "--bench: has no effect",
     "recommend ten --max-latency 20ms --bench none.json": "none.json: ",
@@ -137,7 +133,6 @@ REFUSED: dict[str, str] = {  # what is asked -> what is named
     "compare ten": "holds one study (ten)",
     "compare ten ten/ten": "holds the run 'ten/",
     "compare ten other --allow-mismatch everything": "--allow-mismatch: ",
-    "compare ten other --reference lora_r1": "--reference: ",
     "compare ten other --output rows.txt": ".csv or .json",
     "compare ten other --output good.json": "good.json: --output: exists already; give another name, or --overwrite",
     "compare": "is missing",
