@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.base.errors import UserError
 from peft_vit.base.statistics.estimates import Estimate
-from peft_vit.lab.analysis.comparison import MethodResult, compare_all, compare_with_references, method_results
+from peft_vit.lab.analysis.comparison import MethodResult, compare_with_references, method_results
 from peft_vit.lab.analysis.findings import Finding, find
 from peft_vit.lab.analysis.layers import Allocation, ImportancePattern, allocations, importance_patterns
 from peft_vit.lab.analysis.quantization import QuantizationImpact, quantization_impacts
