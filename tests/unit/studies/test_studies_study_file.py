@@ -87,11 +87,11 @@ def test_a_change_is_refused_with_the_difference(begun) -> None:
     check_golden("study_differences.txt", "\n".join(document).replace(str(begun), "DIR") + "\n")
 
 
-@pytest.mark.parametrize("other", [{"data": "e"}, {"smoke": True}])
-def test_other_images_and_smoke_are_other_studies(begun, other) -> None:
+@pytest.mark.parametrize(("other", "field"), [({"data": "e"}, "data_sha256"), ({"smoke": True}, "smoke")])
+def test_other_images_and_smoke_are_other_studies(begun, other, field) -> None:
     with pytest.raises(UserError) as caught:
         goes_on(begun, fake_config(("a", "b"), (0, 1)), **other)
-    assert caught.value.file == str(begun / STUDY_FILE)
+    assert (caught.value.file, caught.value.field) == (str(begun / STUDY_FILE), field)
 
 
 def test_a_part_adds_its_runs_and_leaves_the_others(begun) -> None:
