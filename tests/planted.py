@@ -18,6 +18,7 @@ from peft_vit.core.config import (
     study_from_mapping,
 )
 from peft_vit.core.records import (
+    BenchRow,
     BitsEntry,
     ByteCounts,
     Evaluation,
@@ -380,6 +381,14 @@ def quickstart(seeds: tuple[int, ...] = (0, 1), *, spread: float = 0.02, **optio
         for name, e in experiments().items()
         for seed in seeds
     ]
+
+
+def bench_row(run: str | None, median_s: float, **changes: Any) -> BenchRow:
+    """Return what `peft-vit bench` writes of a run's exported model."""
+    times = dict.fromkeys(("median_s", "low_s", "high_s", "processor_s"), median_s)
+    model = {"file": "model.onnx", "format": "onnx", "bytes": 1000, "run": run, "ratio": 1.0, "over": "float.onnx"}
+    setting = {"threads": 1, "batch": 1, "calls": 3, "processor": "some processor", "runtime": "onnxruntime 1"}
+    return BenchRow(**{**model, **setting, **times, "images_per_s": 1 / median_s, **changes})
 
 
 def write(results_dir: Path, records: list[RunRecord]) -> Path:

@@ -48,7 +48,7 @@ def print_findings(results_dir: Path, own: Path | None = None, output: Path | No
             print_blocks([stopping_table(follow_study(configuration, study), stopping, study.scores)])
     for line in results.lines():
         print(line, file=sys.stderr)
-    if not results.is_whole:
+    if not results.is_complete:
         raise SystemExit(1)
 
 

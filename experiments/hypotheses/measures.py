@@ -154,12 +154,12 @@ class Evidence:
             NoDataError: if there is none, with what is missing.
         """
         meant = [e for e in self.study.experiments if of.takes(e, self.reference_lora)]
-        if not any(self.study.of(e.name) for e in meant):
+        if not any(self.study.runs_of(e.name) for e in meant):
             raise NoDataError(f"no experiment {of.words}{' has finished' if meant else ''}")
         subjects: list[Subject] = []
         lacking: set[str] = set()
         for experiment in meant:
-            runs = self.study.of(experiment.name)
+            runs = self.study.runs_of(experiment.name)
             empty = [(run.seed, name) for run in runs for name in needs if getattr(run.record, name) in (None, [], {})]
             lacking |= {name for _, name in empty}
             incomplete = dict.fromkeys(seed for seed, _ in empty)
@@ -246,7 +246,7 @@ def difference(
     """
     study, sign = evidence.study, -1.0 if lower_is_better else 1.0
     subjects = evidence.subjects(of)
-    others = [e for e in study.experiments if study.of(e.name) and against.takes(e, evidence.reference_lora)]
+    others = [e for e in study.experiments if study.runs_of(e.name) and against.takes(e, evidence.reference_lora)]
     rest = {e.name: settings_without(e, same_but) for e in study.experiments} if same_but else {}
 
     def comparable(a: ExperimentConfig, b: ExperimentConfig) -> bool:
@@ -254,7 +254,7 @@ def difference(
         return a.name != b.name and differ and rest.get(a.name) == rest.get(b.name)
 
     differences = [
-        _beside(subject, compare(subject.runs, study.of(other.name), subject.name, other.name, value), sign)
+        _beside(subject, compare(subject.runs, study.runs_of(other.name), subject.name, other.name, value), sign)
         for subject in subjects
         for other in others
         if comparable(subject.experiment, other)

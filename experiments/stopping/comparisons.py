@@ -179,7 +179,7 @@ def follow_study(configuration: StudyConfig, study: Study | None) -> tuple[Seque
 
 def paired(study: Study, seeds: Sequence[int], name: str, control: str) -> dict[int, float]:
     """Return seed -> difference to the control, in the declared order, up to the first seed that lacks one of both."""
-    by_seed = compare(study.of(name), study.of(control), name, control).by_seed
+    by_seed = compare(study.runs_of(name), study.runs_of(control), name, control).by_seed
     return {seed: by_seed[seed] for seed in takewhile(by_seed.__contains__, seeds)}
 
 

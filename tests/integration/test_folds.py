@@ -77,7 +77,7 @@ def test_two_seeds_test_every_image_once_and_the_last_run_the_holdout(
 
     (study,) = load_studies(tmp_path / "folds")
     assert study.images_tested_by_seed
-    compared = compare(study.of("plain"), study.of("unflipped"), "plain", "unflipped")
+    compared = compare(study.runs_of("plain"), study.runs_of("unflipped"), "plain", "unflipped")
     assert list(compared.by_seed) == [0, 1]
     assert any("each seed tests one of 2 folds" in said for _, said in facts(study))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from planted_runs import PlantedRuns, study_of_loras
 
-from peft_vit.lab.analysis import compare_all, read_results
+from peft_vit.lab.analysis import read_results
+from peft_vit.lab.analysis.comparison import compare_all
 from peft_vit.runs.records.storage import STUDY_FILE
 
 pytestmark = pytest.mark.part("analyzer")

@@ -8,12 +8,7 @@ import planted
 import pytest
 from recomputed_tables import KEYS, NOT_COVERED, Ledger, Row, recomputation_of
 
-from peft_vit.base.statistics import Interval, mean_interval
-from peft_vit.lab.analysis import MethodResult, analyze
-from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness, settled_step
 from peft_vit.lab.report import ReportFiles, build_report
-
-CONVERGENCE = {"late_deviation": late_loss_deviation, "roughness": roughness, "settled_step": settled_step}
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +84,6 @@ def test_every_number_of_every_table(files: ReportFiles, results: Path) -> None:
     print(f"{numbers} numbers; not computed again here:", *(f"\n  {t}: {why}" for t, why in NOT_COVERED.items()))
     assert numbers > 500
     assert wrong == []
-
-
-def mean_of(method: MethodResult, measure: str) -> Interval:
-    return mean_interval([value for run in method.runs if (value := CONVERGENCE[measure](run)) is not None])
-
-
-def test_convergence_holds_what_its_measures_say(files: ReportFiles) -> None:
-    rows = {row["experiment"]: row for row in tables(files)["convergence"]}
-    methods = analyze(files.results.studies[0]).methods
-    assert rows.keys() == {method.name for method in methods}
-    for method in methods:
-        for name in CONVERGENCE:
-            found = mean_of(method, name)
-            assert (rows[method.name][name], rows[method.name][f"{name}_n"]) == (str(found.estimate), str(found.n))
 
 
 def test_a_changed_number_and_a_new_column_are_seen(files: ReportFiles, results: Path) -> None:

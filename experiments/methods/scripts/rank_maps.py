@@ -18,7 +18,7 @@ Maps = dict[int, dict[str, float]]  # step -> site -> mean rank over seeds from 
 
 def maps_of(study: Study, experiment: str) -> tuple[Grid, Maps]:
     """Return where sites stand, and their ranks at the first, the middle and the last step that all seeds share."""
-    runs = study.of(experiment)
+    runs = study.runs_of(experiment)
     sites = runs[0].adapted_sites()
     by_run = [{entry.step: entry.ranks for entry in run.record.rank_history} for run in runs]
     steps = sorted(set.intersection(*map(set, by_run)))

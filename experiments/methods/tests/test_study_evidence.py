@@ -229,8 +229,8 @@ def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
 def test_the_main_table_names_what_loses_and_what_takes_more(analysis: Analysis) -> None:
     table, words = study_tables.main_table(analysis), " ".join(study_tables.in_words(analysis))
     row = next(line for line in table.splitlines() if line.startswith("| LoRA r=1 |"))
-    by_seed = {run.seed: run.test.accuracy for run in analysis.study.of("lora_r1")}
-    fixed = {run.seed: run.test.accuracy for run in analysis.study.of("lora_r8")}
+    by_seed = {run.seed: run.test.accuracy for run in analysis.study.runs_of("lora_r1")}
+    fixed = {run.seed: run.test.accuracy for run in analysis.study.runs_of("lora_r8")}
     mean = 100 * np.mean([by_seed[seed] - fixed[seed] for seed in by_seed])
     assert f"| \u2212{-mean:.1f} [" in row
     assert row.count("worse") == 2  # below zero, and by more than a point

@@ -267,7 +267,7 @@ def report(
             f"no run is done, so the report has no result; {does} does what is left, and `peft-vit status` names it"
         )
         raise NothingDoneError(reason, file=results_dir)
-    if not files.results.is_whole:  # so that scripts notice
+    if not files.results.is_complete:  # so that scripts notice
         raise typer.Exit(1)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from peft_vit.core.config import StudyConfig, load_study
 from peft_vit.lab.request import RunRequest
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import EXECUTORS
-from peft_vit.runs.records.progress import StudyLock, study_lock, study_status
+from peft_vit.runs.records.progress import study_lock, study_status
 from peft_vit.runs.scheduling.carry_out import carry_out
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
@@ -63,7 +62,9 @@ def run_studies(request: RunRequest) -> dict[str, str]:
         if requested.study.stopping is not None:  # here its comparisons would never stop
             reason = "is read by scripts of experiments/ alone; delete it to run every seed"
             raise UserError(reason, file=requested.file, field="stopping")
-    with _locked(request.results_dir, [requested.study.name for requested in studies]) as locks:
+    with ExitStack() as stack:  # all locks are held from before planning on
+        folders = [folder_below(request.results_dir, requested.study.name) for requested in studies]
+        locks = [stack.enter_context(study_lock(folder)) for folder in folders]
         failed: dict[str, str] = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
             failed |= carry_out(
@@ -80,13 +81,6 @@ def run_studies(request: RunRequest) -> dict[str, str]:
                 more = f"the same command continues, for another {limit.minutes:g} minutes"
                 print(f"Left: {left} of the study's runs; {more}.")
         return failed
-
-
-@contextmanager
-def _locked(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
-    """Hold all locks, from before planning on."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
 
 
 def _load(request: RunRequest) -> list[_Requested]:
@@ -135,7 +129,7 @@ def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = Fal
                 measure=partial(measure_costs, log=_log) if profile else None,
                 measure_step=partial(measure_step, log=_log),
             )
-            experiments = [own.name for own in plan.study.experiments if request.method in (None, own.method)]
+            experiments = [e.name for e in plan.study.experiments if request.method in (None, e.method)]
             plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
     for plan in plans:
         print_plan(plan)

@@ -1,8 +1,8 @@
 import planted
 import pytest
 
-from peft_vit.lab.analysis import Study, analyze, compare_all
-from peft_vit.lab.analysis.comparison import references
+from peft_vit.lab.analysis import Study, analyze
+from peft_vit.lab.analysis.comparison import compare_all, references
 
 EXPERIMENTS = planted.experiments()
 

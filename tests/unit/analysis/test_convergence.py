@@ -71,10 +71,11 @@ def test_settled_step(validation, expected) -> None:
 
 
 def test_an_experiment_over_its_seeds() -> None:
-    rough = {0: [0, 3, 0, 3], 1: [0, 6, 0, 6]}
-    records = [planted.record(LORA, seed, 0.8, changes={"steps": planted.steps(y)}) for seed, y in rough.items()]
+    losses = {0: [0, 3, 0, 3, 0, 3, 0, 3, 0], 1: [0, 6, 0, 6, 0, 6, 0, 6, 0], 2: [0, 1]}
+    validation = {0: {4: 0.5}, 1: {4: 0.9, 8: 0.5}, 2: {}}
+    records = [run_with(losses[seed], validation=validation[seed], seed=seed).record for seed in losses]
     (row,) = convergence_table(method_results(planted.study_of(records))).data
-    assert row["roughness"] == pytest.approx(1.5 * math.sqrt(6))
-    assert row["roughness_n"] == 2
-    assert row["late_deviation"] is None, "two steps are no course"
-    assert (row["steps"], row["n"]) == (4, 2)
+    assert (row["roughness"], row["late_deviation"]) == pytest.approx((1.5 * math.sqrt(6),) * 2)
+    assert row["settled_step"] == 6
+    assert {row[f"{name}_n"] for name in ("roughness", "late_deviation", "settled_step")} == {2}
+    assert (row["steps"], row["n"]) == (9, 3)

@@ -103,16 +103,6 @@ def test_values_without_spread_and_one_seed_show_no_equivalence() -> None:
     assert (single.verdict, single.outcome) == ("not decided", "not decidable with n = 1, needs at least 2")
 
 
-def test_a_test_without_p_value_still_counts_in_its_family() -> None:
-    equal = np.full(5, 0.004)
-    some = np.array([0.001, -0.002, 0.009, 0.004, 0.002])
-    alone = found(some, "noninferiority", margin=0.006)
-    rows = [(sentence("noninferiority", name=n, margin=0.006), values_of(v)) for n, v in (("x", some), ("y", equal))]
-    together, without = judge(rows)
-    assert without.adjusted_p is None
-    assert together.adjusted_p == pytest.approx(2 * alone.adjusted_p), "a result must not make the family smaller"
-
-
 def test_what_is_counted_says_nothing_of_other_runs() -> None:
     assert found([0.1, 0.2], "counted", margin=0.0).verdict == "supported"
     below = found([0.1, 0.0], "counted", margin=0.0)

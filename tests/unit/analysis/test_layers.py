@@ -35,41 +35,18 @@ def test_final_ranks_are_means_over_seeds_and_a_site_that_is_left_out_has_none()
     assert (allocation.seeds, allocation.ranks) == (2, dict.fromkeys(names, 1.5) | {names[0]: 6})
 
 
-def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
-    """Between 100 and 10,000 parameters the geometric middle, 1,000, has the mean accuracy; beyond, nothing has."""
-    small = planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=planted.counts(100))
-    adaptive = planted.record(ADALORA, 0, 0.78, changes=planted.counts(1_000))
-    allocation = allocation_of(small, planted.record(LORA, 0, 0.80, changes=planted.counts(10_000)), adaptive)
-    assert allocation.against_fixed.by_seed == {0: pytest.approx(0.03)}
-    alone = allocation_of(small, adaptive).against_fixed
-    assert (alone.interval, alone.by_seed) == (None, {})
-    assert "left out" in alone.note
-
-
 @pytest.mark.parametrize(("final", "paired"), [(9_901, True), (9_900, False), (10_100, True), (10_101, False)])
 def test_sizes_within_one_percent_are_equal(final, paired) -> None:
-    allocation = allocation_of(
+    """Between sizes of LoRA the line counts (test_findings_values.py); beyond them, nothing is extrapolated."""
+    against = allocation_of(
         planted.record(LORA, 0, 0.80, changes=planted.counts(10_000)),
         planted.record(ADALORA, 0, 0.78, changes=planted.counts(final)),
-    )
-    assert allocation.against_fixed.by_seed == ({0: pytest.approx(-0.02)} if paired else {})
+    ).against_fixed
+    assert against.by_seed == ({0: pytest.approx(-0.02)} if paired else {})
+    assert (against.interval is not None, "left out" not in against.note) == (paired, paired)
 
 
 # --- low bits ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_low_bits_save_counts_everything() -> None:
-    impacts = quantization_impacts(planted.study_of(planted.quickstart()))
-    nf4 = next(q for q in impacts if q.experiment == NF4)
-    assert nf4.against_unquantized.reference == "lora_r8"
-    assert (nf4.claimed, layers_bits(nf4.runs)) == (8.0, 5.0), "scales and offsets count: 6.4 times smaller than fp32"
-    assert nf4.model is not None
-    left, weights = planted.LEFT_IN_FLOAT + 3080, planted.BACKBONE_PARAMETERS + 770
-    assert nf4.model.total == pytest.approx(21_233_664 * 5 / 8 + left)
-    assert nf4.model.bits_per_weight == pytest.approx(8 * (21_233_664 * 5 / 8 + left) / weights)
-    assert nf4.model.file == nf4.model.live + 9000
-    assert nf4.bits_by_layer == dict.fromkeys(nf4.relative_errors, 5.0)
-    assert len(nf4.bits_by_layer) == 48
 
 
 def test_offsets_that_merging_adds_count_and_older_records_have_no_model_size() -> None:

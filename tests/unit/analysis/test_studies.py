@@ -29,7 +29,7 @@ def test_failed_hollow_and_missing_runs_are_named() -> None:
         "lora_r2, seed 0: the record says done, but outcomes are missing",
     ):
         assert words in text
-    assert study.of("lora_r4") == study.of("lora_r2") == ()
+    assert study.runs_of("lora_r4") == study.runs_of("lora_r2") == ()
 
 
 def test_smoke_runs_and_real_runs_are_never_pooled() -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.base.errors import UserError
 from peft_vit.base.statistics.estimates import Estimate
-from peft_vit.lab.analysis.comparison import MethodResult, compare_all, compare_with_references, method_results
+from peft_vit.lab.analysis.comparison import MethodResult, compare_with_references, method_results
 from peft_vit.lab.analysis.findings import Finding, find
 from peft_vit.lab.analysis.layers import Allocation, ImportancePattern, allocations, importance_patterns
 from peft_vit.lab.analysis.quantization import QuantizationImpact, quantization_impacts
@@ -28,16 +27,9 @@ class Analysis:
 
 def analyze(study: Study) -> Analysis:
     """Compute all tables and findings of one study; findings and some tables are of one class an image alone."""
-    methods, compared, patterns = method_results(study), compare_with_references(study), importance_patterns(study)
+    methods, comparisons, importance = method_results(study), compare_with_references(study), importance_patterns(study)
     if not study.scores.metric.counts_images:
-        return Analysis(study, methods, compared, patterns, (), (), ())
+        return Analysis(study, methods, comparisons, importance, (), (), ())
     allocation, quantization = allocations(study), quantization_impacts(study)
-    return Analysis(
-        study=study,
-        methods=methods,
-        comparisons=compared,
-        importance=patterns,
-        allocation=allocation,
-        quantization=quantization,
-        findings=find(study, patterns, allocation, quantization),
-    )
+    findings = find(study, importance, allocation, quantization)
+    return Analysis(study, methods, comparisons, importance, allocation, quantization, findings)

@@ -18,9 +18,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import stratified_mean
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, decide
-from peft_vit.core.tasks import Scores
-from peft_vit.lab.analysis.comparison import references
-from peft_vit.lab.analysis.frame import Cell, compared, frame
+from peft_vit.lab.analysis.comparison import compare_all, references
+from peft_vit.lab.analysis.frame import Row, frame
 from peft_vit.lab.analysis.studies import Run, Study, load_studies
 
 PoolKind = Literal["configurations", "precision", "versions", "splits", "weights"]
@@ -30,17 +29,17 @@ _MOST_NAMED = 4  # differences in one line
 Studies = Mapping[str, Study]  # by label, with its directory where two have the same
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """One experiment against the reference over the studies with pairs of both."""
+@dataclass(frozen=True, kw_only=True)
+class Pooled(Estimate):
+    """Test accuracy of one experiment minus the reference's, mean over the studies with pairs of both.
 
-    # of test accuracy, experiment minus reference, mean over studies, corrected over the table, on "is more accurate
-    # than the reference, on average over these studies"; without values where pooling is refused
-    estimate: Estimate
+    The claim is "is more accurate than the reference, on average over these studies", corrected over the table; without
+    values where pooling is refused.
+    """
+
     studies: tuple[str, ...]  # their labels
-    ahead: int  # in how many of them the experiment's mean is higher
+    ahead: int  # number of studies in which the experiment's mean is higher
     differing: dict[PoolKind, str]  # what differs between them, in words
-    refused: frozenset[PoolKind]  # which of it is not allowed
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,10 @@ class Across:
     reference: str | None  # what the others are compared with; None if no experiment is every study's
     # every experiment that occurs in two studies and more, by experiment, then study; compared with the reference,
     # corrected over the study's table
-    cells: tuple[Cell, ...]
+    rows: tuple[Row, ...]
     pooled: tuple[Pooled, ...]
     alone: dict[str, str]  # experiment -> the one study with finished runs of it
-
-    @property
-    def scores(self) -> Scores:
-        """Return by what runs are compared; the standard deviation is the first study's."""
-        return next(study.scores for study in self.studies.values() if study.runs)
+    allowed: Collection[PoolKind]  # what is pooled although it differs
 
 
 def load_across(directories: Sequence[Path]) -> dict[str, Study]:
@@ -68,34 +63,34 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
         UserError: if a directory can't be read, if a run occurs twice, if there are fewer than two studies, or if real
             and smoke studies are mixed; names them.
     """
-    read = [(directory, study) for directory in directories for study in load_studies(directory)]
-    seen: dict[str, str] = {}
-    for directory, study in read:
+    located = [(directory, study) for directory in directories for study in load_studies(directory)]
+    places: dict[str, str] = {}  # a run's content -> where it is
+    for directory, study in located:
         for run in study.runs:
-            content, name = _content(run), f"{run.record.spec.run_id!r} in {directory}"
-            if content in seen:
-                problem = f"holds the run {name}, which is {seen[content]} too, and would count twice as evidence"
+            content, place = _content(run), f"{run.record.spec.run_id!r} in {directory}"
+            if content in places:
+                problem = f"holds the run {place}, which is {places[content]} too, and would count twice as evidence"
                 raise UserError(f"{problem}; give one of them", file=directory)
-            seen[content] = name
-    labels = [study.label for _, study in read]
-    if len({study.smoke for _, study in read}) > 1:
+            places[content] = place
+    labels = [study.label for _, study in located]
+    if len({study.smoke for _, study in located}) > 1:
         problem = "smoke runs say nothing about a method, so they can't be compared with real ones; leave them out"
         raise UserError(problem, file=", ".join(labels))
-    if len(read) < 2:
+    if len(located) < 2:
         problem = f"holds one study ({labels[0]}), and this needs two; give another directory, or use `peft-vit report`"
         raise UserError(problem, file=directories[0])
     return {
         study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study
-        for directory, study in read
+        for directory, study in located
     }
 
 
 def _content(run: Run) -> str:
     """Return what tells a run: seed, configuration and images, wherever these are."""
-    spec, made = run.record.spec, run.provenance
+    spec, origin = run.record.spec, run.provenance
     anywhere = {"study": "any", "device": "auto", "threads": 1, "data": spec.data.model_copy(update={"path": None})}
     described = spec.model_copy(update=anywhere).model_dump_json()
-    return f"{described} {made.data_sha256} {made.split_sha256} {made.weights_sha256}"
+    return f"{described} {origin.data_sha256} {origin.split_sha256} {origin.weights_sha256}"
 
 
 def compare_studies(studies: Studies, *, reference: str | None = None, pool: Collection[PoolKind] = ()) -> Across:
@@ -115,48 +110,52 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     if len(metrics) > 1:
         problem = f"are compared by different metrics ({', '.join(sorted(metrics))}); give studies of one"
         raise UserError(problem, file=", ".join(studies))
-    found = grouped((cell.name, cell) for cell in frame(studies))
-    shared = {name: own for name, own in found.items() if len(own) > 1}
+    by_name = grouped((row.name, row) for row in frame(studies))
+    shared = {name: rows for name, rows in by_name.items() if len(rows) > 1}
     if not shared:
         problem = "no experiment has finished runs in two of them under the same name, so there is nothing to compare"
         raise UserError(problem, file=", ".join(studies))
     if reference is None:
-        named = [references(study) for study in studies.values() if study.runs]
-        common = set.intersection(*map(set, named)) & shared.keys()
-        reference = next((name for name in reversed(named[0]) if name in common), None)
+        by_study = [references(study) for study in studies.values() if study.runs]
+        common = set.intersection(*map(set, by_study)) & shared.keys()
+        reference = next((name for name in reversed(by_study[0]) if name in common), None)
     elif reference not in shared:
         problem = f"{reference!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
         raise UserError(problem, field="--reference")
-    cells = [cell for own in shared.values() for cell in own]
-    bases = {cell.study: cell for cell in cells if cell.name == reference}
-    against = dict[tuple[str, str], Cell]()
-    for label, base in bases.items():
-        others = [cell for cell in cells if cell.study == label and cell is not base]
-        family = compared(others, base, studies[label].untested)
-        against |= {(label, cell.name): cell for cell in family}
-    cells = [against.get((cell.study, cell.name), cell) for cell in cells]
-    pairs = grouped((cell.name, cell) for cell in cells if cell.estimate is not None and cell.estimate.by_seed)
-    pooled = [_pooled(own, bases, pool) for own in pairs.values() if len(own) > 1]
+    rows = {(row.name, row.study): row for name in shared for row in shared[name]}
+    for base in shared.get(reference or "", ()):
+        names = [name for name, label in rows if label == base.study and name != base.name]
+        for estimate in compare_all(studies[base.study], base.name, names):
+            place = estimate.name, base.study
+            rows[place] = replace(rows[place], estimate=estimate)
+    paired = grouped((row.name, row) for row in rows.values() if row.estimate is not None and row.estimate.by_seed)
     untested = next((study.untested for study in studies.values() if study.untested), "")
-    decided = decide([of.estimate for of in pooled], untested)
-    pooled = [replace(of, estimate=estimate) for of, estimate in zip(pooled, decided, strict=True)]
-    alone = {name: own[0].study for name, own in found.items() if len(own) == 1}
-    return Across(studies, reference, tuple(cells), tuple(pooled), alone)
+    pooled = decide([_pooled(studies, paired[name], pool) for name in paired if len(paired[name]) > 1], untested)
+    alone = {name: rows_of[0].study for name, rows_of in by_name.items() if len(rows_of) == 1}
+    return Across(studies, reference, tuple(rows.values()), pooled, alone, pool)
 
 
-def _pooled(cells: Sequence[Cell], bases: Mapping[str, Cell], pool: Collection[PoolKind]) -> Pooled:
+def _pooled(studies: Studies, rows: Sequence[Row], pool: Collection[PoolKind]) -> Pooled:
     """Pool what one experiment differs by in several studies, if nothing else differs between their pairs."""
-    by_study = {cell.study: cell.estimate.by_seed for cell in cells if cell.estimate is not None}
-    rows_of = {cell.study: (*cell.rows, *bases[cell.study].rows) for cell in cells}
-    differing = differences({label: [row.run for row in rows] for label, rows in rows_of.items()})
-    refused = frozenset(differing).difference(pool)
-    estimate = Estimate(name=cells[0].name, reference=next(iter(bases.values())).name, n_of="pairs")
-    if not refused:
-        interval, significance = stratified_mean([list(values.values()) for values in by_study.values()])
-        values = {(label, seed): value for label, own in by_study.items() for seed, value in own.items()}
-        estimate = replace(estimate, by_seed=values, interval=interval, significance=significance)
-    ahead = sum(sum(values.values()) > 0 for values in by_study.values())
-    return Pooled(estimate, tuple(by_study), ahead, differing, refused)
+    estimates = {row.study: row.estimate for row in rows if row.estimate is not None}
+    name, reference = rows[0].name, estimates[rows[0].study].reference
+    runs_of = {label: (*studies[label].runs_of(name), *studies[label].runs_of(reference)) for label in estimates}
+    differing = differences(runs_of)
+    values = [list(estimate.by_seed.values()) for estimate in estimates.values()]
+    pooled = Pooled(
+        name=name,
+        reference=reference,
+        n_of="pairs",
+        studies=tuple(estimates),
+        ahead=sum(sum(by_pair) > 0 for by_pair in values),
+        differing=differing,
+    )
+    if not differing.keys() <= set(pool):
+        return pooled
+    interval, significance = stratified_mean(values)
+    pairs = ((label, *pair) for label, estimate in estimates.items() for pair in estimate.by_seed.items())
+    by_seed = {(label, seed): difference for label, seed, difference in pairs}
+    return replace(pooled, by_seed=by_seed, interval=interval, significance=significance)
 
 
 # --- what must be equal before numbers are pooled ---------------------------------------------------------------------
@@ -181,35 +180,35 @@ def differences(runs_of: Mapping[str, Sequence[Run]]) -> dict[PoolKind, str]:
     take the same images and divide them otherwise: then test images of one may have trained the other. Where each seed
     divides them otherwise (`train_subset` or `test_split: per_seed`), what is compared are the seeds that both have.
     """
-    found: dict[PoolKind, str] = {}
-    for kind, settings_of in _SETTINGS.items():
+    differing: dict[PoolKind, str] = {}
+    for kind, settings in _SETTINGS.items():
         values = grouped(
             (name, (label, str(value)))
             for label, runs in runs_of.items()
             for run in runs
-            for name, value in settings_of(run).items()
+            for name, value in settings(run).items()
         )
-        told = [
-            f"{name}: {', '.join(f'{value} in {label}' for label, value in dict.fromkeys(own))}"
-            for name, own in sorted(values.items())
-            if len({value for _, value in own}) > 1
+        lines = [
+            f"{name}: {', '.join(f'{value} in {label}' for label, value in dict.fromkeys(labelled))}"
+            for name, labelled in sorted(values.items())
+            if len({value for _, value in labelled}) > 1
         ]
-        if told:
-            more = f"; {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
-            found[kind] = "; ".join(told[:_MOST_NAMED]) + more
-    return found
+        if lines:
+            more = f"; {len(lines) - _MOST_NAMED} more" if len(lines) > _MOST_NAMED else ""
+            differing[kind] = "; ".join(lines[:_MOST_NAMED]) + more
+    return differing
 
 
 def _splits(run: Run) -> dict[str, str]:
-    data, made = run.record.spec.data, run.provenance
+    data, origin = run.record.spec.data, run.provenance
     by_seed = data.tests_by_seed or data.train_subset == "per_seed"
-    return {f"images {made.data_sha256[:8]}{f', seed {run.seed}' if by_seed else ''}": made.split_sha256[:8]}
+    return {f"images {origin.data_sha256[:8]}{f', seed {run.seed}' if by_seed else ''}": origin.split_sha256[:8]}
 
 
 def _weights(run: Run) -> dict[str, str]:
-    made = run.provenance
-    kind = "random" if made.random_weights else "pretrained"
-    return {"weights": kind, run.record.spec.backbone.model: (made.weights_sha256 or kind)[:12]}
+    origin = run.provenance
+    kind = "random" if origin.random_weights else "pretrained"
+    return {"weights": kind, run.record.spec.backbone.model: (origin.weights_sha256 or kind)[:12]}
 
 
 def _flat(plain: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -8,11 +8,11 @@ decide. "Not decided" means that these runs can't tell, never that there is no d
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from peft_vit.base.statistics import Interval, mean_interval
-from peft_vit.base.statistics.estimates import Estimate, compare_values, decide, known_mean, together
+from peft_vit.base.statistics.estimates import Estimate, Question, compare_values, decide, known_mean, together
 from peft_vit.core.config import ExperimentConfig, LoraConfig
 from peft_vit.lab.analysis.studies import Run, Study
 
@@ -23,6 +23,7 @@ SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still
 
 
 Value = Callable[[Run], float | None]  # what is compared
+_BETTER = Question()
 
 
 def accuracy_on_test(run: Run) -> float:
@@ -48,14 +49,15 @@ def compare(
         notes.append(f"{refused} pair(s) refused: other weights, images or splits")
     if unknown := len(paired) - len(by_seed):
         notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
-    drawn = [
-        [(own.head_init_sha256, own.data_order_sha256) for own in (a.provenance, b.provenance)]
-        for a, b in paired
-        if a.seed in by_seed and not a.experiment.is_probe and not b.experiment.is_probe  # a probe has neither
-    ]
-    if any(first != second for first, second in drawn):
+    trained = [(a, b) for a, b in paired if a.seed in by_seed and not (a.experiment.is_probe or b.experiment.is_probe)]
+    if any(_initial_state(a) != _initial_state(b) for a, b in trained):
         notes.append("pairs differ in the initial head or in the order of images")
     return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
+
+
+def _initial_state(run: Run) -> tuple[str | None, str | None]:
+    """Return what runs of one seed begin with alike, unless they are probes."""
+    return run.provenance.head_init_sha256, run.provenance.data_order_sha256
 
 
 # --- which runs make a pair, and what is compared with what -----------------------------------------------------------
@@ -82,17 +84,24 @@ def references(study: Study) -> tuple[str, ...]:
     return (*linear[:1], *(e.name for e in (up_to_8[-1:] or loras[:1])))
 
 
-def compare_all(study: Study, reference: str, names: Collection[str] | None = None) -> tuple[Estimate, ...]:
-    """Compare every other experiment, or those of some names, with a reference, as one family of tests.
+def compare_all(
+    study: Study, reference: str, names: Collection[str] | None = None, question: Question = _BETTER
+) -> tuple[Estimate, ...]:
+    """Compare experiments with a reference, paired by seed and decided as one family of tests.
 
     Args:
         study: with finished runs of the reference.
         reference: what others are compared with.
-        names: which of them; None: all.
+        names: experiments with finished runs, of which one without a pair counts in the family, too; None: all others,
+            of which it does not.
+        question: what is asked of the differences.
     """
-    others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
-    others = [name for name in others if names is None or name in names]
-    return decide([compare(study.of(name), study.of(reference), name, reference) for name in others], study.untested)
+    others = names
+    if others is None:
+        others = [e.name for e in study.experiments if e.name != reference and study.runs_of(e.name)]
+    pairs = [compare(study.runs_of(name), study.runs_of(reference), name, reference) for name in others]
+    family = [replace(pair, question=question) for pair in pairs]
+    return decide(family, study.untested, size=0 if names is None else len(names))
 
 
 def compare_with_references(study: Study) -> tuple[Estimate, ...]:
@@ -135,7 +144,7 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
     """Return one row for each experiment with a finished run."""
     results = []
     for experiment in study.experiments:
-        runs = study.of(experiment.name)
+        runs = study.runs_of(experiment.name)
         if not runs:
             continue
         margins = [run.score - run.record.majority_accuracy.get("test", 0.0) for run in runs]

@@ -146,12 +146,13 @@ def find(
 ) -> tuple[Finding, ...]:
     """Return what a study says about every sentence that it has values for, in their order."""
     measured = grouped(_measured(study, patterns, allocation, quantization))
-    values = [(sentence, own) for sentence in SENTENCES for own in measured.get(sentence.id, ()) if own.by_seed]
-    asked = [
-        (sentence, estimated(own.name, own.by_seed, reference=own.reference, n_of=own.n_of, note=own.note))
-        for sentence, own in values
+    untested = [
+        (sentence, estimated(of.name, of.by_seed, reference=of.reference, n_of=of.n_of, note=of.note))
+        for sentence in SENTENCES
+        for of in measured.get(sentence.id, ())
+        if of.by_seed
     ]
-    return judge(asked, study.untested)
+    return judge(untested, study.untested)
 
 
 def _measured(
@@ -165,10 +166,10 @@ def _measured(
         if pattern.experiment.section(AdaLoraConfig) is not None and not _by_chance(pattern.experiment):
             yield "attention-over-mlp", estimated(pattern.experiment.name, pattern.attention_over_mlp)
             yield "seeds-agree", estimated(pattern.experiment.name, pattern.between_seeds, n_of="pairs of seeds")
-    for own in allocation:
-        if own.experiment.method != "qa_adalora" and not _by_chance(own.experiment):
-            yield "adaptive-at-least-fixed", own.against_fixed
-            yield "adaptive-beats-fixed", own.against_fixed
+    for allocated in allocation:
+        if allocated.experiment.method != "qa_adalora" and not _by_chance(allocated.experiment):
+            yield "adaptive-at-least-fixed", allocated.against_fixed
+            yield "adaptive-beats-fixed", allocated.against_fixed
     for impact in quantization:
         compared, settings = impact.against_unquantized, impact.settings
         if settings.gradient_scaling_factor != 1 or settings.gradient_scaling != "constant":
@@ -184,7 +185,7 @@ def _measured(
     loras = {experiment.name for experiment in study.fixed_rank_loras()}
     for lora in loras.intersection(references(study)):
         for other in study.with_method(*_AGAINST):
-            yield _AGAINST[other.method], compare(study.of(lora), study.of(other.name), lora, other.name)
+            yield _AGAINST[other.method], compare(study.runs_of(lora), study.runs_of(other.name), lora, other.name)
 
 
 def _by_chance(experiment: ExperimentConfig) -> bool:
@@ -204,21 +205,23 @@ def judge(measured: Sequence[tuple[Sentence, Estimate]], untested: str = "") -> 
 
     `untested` is why no test may decide, since the number of values followed from results; empty: tests do.
     """
-    findings = [Finding(**vars(own) | {"question": sentence.question}, sentence=sentence) for sentence, own in measured]
+    findings = [Finding(**vars(of) | {"question": sentence.question}, sentence=sentence) for sentence, of in measured]
     families = {} if untested else grouped((f.sentence.family or f.sentence.id, i) for i, f in enumerate(findings))
     for places in families.values():
         for place, decided in zip(places, decide([findings[place] for place in places]), strict=True):
             findings[place] = decided
-    return tuple(_said(finding, untested) for finding in findings)
+    return tuple(_with_outcome(finding, untested) for finding in findings)
 
 
-def _said(finding: Finding, untested: str) -> Finding:
+def _with_outcome(finding: Finding, untested: str) -> Finding:
     """Return a finding with what its test says, or what is counted."""
     test, question, values = finding.significance, finding.question, finding.by_seed.values()
     if question.kind == "counted":
         above = sum(value > question.margin for value in values)
-        outcome = f"{above} of {len(values)} lie above {question.margin:g}; "
-        outcome += "counted over these runs, not generalized to others"
+        outcome = (
+            f"{above} of {len(values)} lie above {question.margin:g}; "
+            "counted over these runs, not generalized to others"
+        )
         verdict = Verdict.SUPPORTED if above == len(values) else Verdict.REFUTED
         return replace(finding, outcome=outcome, verdict=verdict)
     if test is None:
@@ -226,7 +229,7 @@ def _said(finding: Finding, untested: str) -> Finding:
     if not test.decidable:
         return replace(finding, outcome=test.sentence())
     over = f"Holm over {finding.family}" if finding.family > 1 else "the only test of its family"
-    if question.kind == "superiority":
-        return replace(finding, outcome=f"p = {finding.adjusted_p:.3g} ({over})")
-    against = f"{finding.opposite_p or 0:.3g} against it"
-    return replace(finding, outcome=f"p = {finding.adjusted_p or 0:.3g} for it, {against} ({over})")
+    p_values = f"p = {finding.adjusted_p or 0:.3g}"
+    if question.kind != "superiority":
+        p_values += f" for it, {finding.opposite_p or 0:.3g} against it"
+    return replace(finding, outcome=f"{p_values} ({over})")

@@ -55,7 +55,7 @@ class ImportancePattern:
     """Scores of one experiment."""
 
     experiment: ExperimentConfig
-    seeds: tuple[int, ...]  # seeds with scores
+    seeds: int  # number of those with scores
     grid: Grid  # where each site stands
     raw: dict[str, float]  # site -> mean over seeds of the last scores, in the metric's own unit
     relative: dict[str, float]  # site -> mean over seeds of the last scores over their run's mean
@@ -65,14 +65,20 @@ class ImportancePattern:
     # pairs would share runs, and no test for independent values could be used
     between_seeds: dict[str, float]
 
+    @property
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Return measure -> site -> value."""
+        return {"relative_score": self.relative, "score": self.raw}
+
 
 def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
     """Return one pattern for each experiment whose runs recorded scores."""
     patterns = []
     for experiment in study.experiments:
-        runs = [run for run in study.of(experiment.name) if run.record.sites and sum(run.last_scores().values()) > 0]
-        if runs:
-            patterns.append(_pattern(experiment, runs))
+        runs = study.runs_of(experiment.name)
+        scored = [run for run in runs if run.record.sites and sum(run.last_scores().values()) > 0]
+        if scored:
+            patterns.append(_pattern(experiment, scored))
     return tuple(patterns)
 
 
@@ -80,11 +86,11 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
     finals = [run.last_scores() for run in runs]
     sites = [site for site in runs[0].record.sites if all(site.name in scores for scores in finals)]
     names = [site.name for site in sites]
-    scores = np.array([[own[name] for name in names] for own in finals])  # (seeds, sites)
+    scores = np.array([[by_site[name] for name in names] for by_site in finals])  # (seeds, sites)
     relative = scores / np.mean(scores, axis=1, keepdims=True)
     over_mlp: dict[int, float] = {}
-    for run, own in zip(runs, scores, strict=True):
-        by_role = grouped((site.role, score) for site, score in zip(sites, own, strict=True))
+    for run, of_run in zip(runs, scores, strict=True):
+        by_role = grouped((site.role, score) for site, score in zip(sites, of_run, strict=True))
         attention, mlp = (fmean(by_role.get(role, [0.0])) for role in ("attention", "mlp"))
         if attention > 0 and mlp > 0:
             over_mlp[run.seed] = math.log2(attention / mlp)
@@ -95,7 +101,7 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
             between[f"{a.seed}-{b.seed}"] = rho
     return ImportancePattern(
         experiment=experiment,
-        seeds=tuple(run.seed for run in runs),
+        seeds=len(runs),
         grid=Grid.of(sites),
         raw=dict(zip(names, np.mean(scores, axis=0).tolist(), strict=True)),
         relative=dict(zip(names, np.mean(relative, axis=0).tolist(), strict=True)),
@@ -117,20 +123,25 @@ class Allocation:
     ranks: dict[str, float]  # site -> mean final rank over seeds; one that a run's last entry leaves out has rank 0
     against_fixed: Estimate  # test accuracy minus that of fixed LoRA at equal trainable parameters
 
+    @property
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Return measure -> site -> value."""
+        return {"rank": self.ranks}
+
 
 def allocations(study: Study) -> tuple[Allocation, ...]:
     """Return one row for each experiment with adaptive ranks that has a finished run with recorded ranks."""
     adaptive = [
         (experiment, runs)
         for experiment in study.with_method("adalora", "peft_adalora", "qa_adalora")
-        if (runs := [run for run in study.of(experiment.name) if run.adapted_sites()])
+        if (runs := [run for run in study.runs_of(experiment.name) if run.adapted_sites()])
     ]
     family = decide([against_fixed_lora(study, runs, experiment.name) for experiment, runs in adaptive], study.untested)
     rows = []
     for (experiment, runs), against in zip(adaptive, family, strict=True):
         sites = runs[0].adapted_sites()
-        last = [run.record.rank_history[-1].ranks for run in runs]
-        ranks = {site.name: fmean(own.get(site.name, 0) for own in last) for site in sites}
+        finals = [run.record.rank_history[-1].ranks for run in runs]
+        ranks = {site.name: fmean(by_site.get(site.name, 0) for by_site in finals) for site in sites}
         rows.append(Allocation(experiment, Grid.of(sites), len(runs), ranks, against))
     return tuple(rows)
 
@@ -163,6 +174,6 @@ def fixed_lora_line(study: Study, run: Run) -> list[tuple[float, float]]:
     return sorted(
         (math.log2(other.parameters.final), other.test.accuracy)
         for lora in study.fixed_rank_loras()
-        for other in study.of(lora.name)
+        for other in study.runs_of(lora.name)
         if other.seed == run.seed and same_problem(other) == same_problem(run)
     )

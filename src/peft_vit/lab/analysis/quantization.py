@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import Estimate, decide
 from peft_vit.core.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
 from peft_vit.core.records import QuantizationSummary
-from peft_vit.lab.analysis.comparison import accuracy_on_test, compare
+from peft_vit.lab.analysis.comparison import Value, accuracy_on_test, compare
 from peft_vit.lab.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.lab.analysis.studies import Run, Study
 
@@ -21,7 +22,7 @@ FLOAT32_BITS, FLOAT16_BITS = 32, 16
 
 # What is compared with the twin on float weights, paired by seed; each is a family over all experiments. Negative
 # log likelihood on test and both measures of the training loss are in nats: positive is worse, less steady, rougher.
-_COMPARED: dict[str, Callable[[Run], float | None]] = {
+_COMPARED: dict[str, Value] = {
     "accuracy": accuracy_on_test,
     "nll": lambda run: run.test.nll,
     "late_deviation": late_loss_deviation,
@@ -79,37 +80,36 @@ class QuantizationImpact:
         """Return float32 over the bits of a code, as if that were all; None if neither settings nor records tell."""
         if self.settings.quantization_bits is not None:
             return FLOAT32_BITS / self.settings.quantization_bits
-        layers = [layer for of in _summaries(self.runs) if of.size for layer in of.size.layers.values()]
+        sizes = [summary.size for summary in _summaries(self.runs) if summary.size is not None]
+        layers = [layer for size in sizes for layer in size.layers.values()]
         if not layers:
             return None
         return FLOAT32_BITS * sum(layer.weights for layer in layers) / (8 * sum(layer.codes_bytes for layer in layers))
 
     def balance(self) -> dict[str, list[dict[str, Any]]]:
         """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
-        measured: dict[str, dict[int, list[float]]] = {}
-        for row in (row for summary in _summaries(self.runs) for row in summary.balance):
-            for name in row.keys() - {"step"}:
-                measured.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
-        return {
-            name: [{"step": step, "mean": fmean(values), "n": len(values)} for step, values in sorted(steps.items())]
-            for name, steps in sorted(measured.items(), key=lambda of: (min(of[1]), of[0]))
-        }
+        rows = [row for summary in _summaries(self.runs) for row in summary.balance]
+        measured = grouped(((int(row["step"]), name), row[name]) for row in rows for name in row.keys() - {"step"})
+        return grouped(
+            (name, {"step": step, "mean": fmean(values), "n": len(values)})
+            for (step, name), values in sorted(measured.items())
+        )
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     """Return one row for each QA-LoRA experiment whose runs recorded what quantization did."""
-    quantized = [
-        (experiment, experiment.need(QaLoraConfig), runs, _float_twin(study, experiment))
+    undecided = [
+        QuantizationImpact(experiment, experiment.need(QaLoraConfig), runs, _float_twin(study, experiment), {})
         for experiment in study.with_method("qa_lora", "qa_adalora")
-        if (runs := tuple(run for run in study.of(experiment.name) if run.record.quantization is not None))
+        if (runs := tuple(run for run in study.runs_of(experiment.name) if run.record.quantization is not None))
     ]
     families = {
-        measure: decide([_compare(*own, value) for own in quantized], study.untested)
+        measure: decide([_compare(impact, value) for impact in undecided], study.untested)
         for measure, value in _COMPARED.items()
     }
     return tuple(
-        QuantizationImpact(*own, {measure: family[i] for measure, family in families.items()})
-        for i, own in enumerate(quantized)
+        replace(impact, against_float={measure: family[i] for measure, family in families.items()})
+        for i, impact in enumerate(undecided)
     )
 
 
@@ -124,20 +124,15 @@ def _float_twin(study: Study, experiment: ExperimentConfig) -> tuple[Run, ...]:
         fixed = lora and (lora.rank, lora.scale, set(lora.targets))
         equal = (settings.fixed_rank, settings.scale, set(settings.targets))
         if fixed == equal if adaptive is None else other.section(AdaLoraConfig) == adaptive:
-            return study.of(other.name)
+            return study.runs_of(other.name)
     return ()
 
 
-def _compare(
-    experiment: ExperimentConfig,
-    settings: QaLoraConfig,
-    runs: Sequence[Run],
-    twin: Sequence[Run],
-    value: Callable[[Run], float | None],
-) -> Estimate:
+def _compare(impact: QuantizationImpact, value: Value) -> Estimate:
+    experiment, twin = impact.experiment, impact.twin
     if twin:
-        return compare(runs, twin, experiment.name, twin[0].experiment.name, value)
-    ranks = f"LoRA of rank {settings.fixed_rank} with the same scale, targets"
+        return compare(impact.runs, twin, experiment.name, twin[0].experiment.name, value)
+    ranks = f"LoRA of rank {impact.settings.fixed_rank} with the same scale, targets"
     if experiment.section(AdaLoraConfig) is not None:
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
@@ -174,5 +169,5 @@ def _summaries(runs: Sequence[Run]) -> list[QuantizationSummary]:
 
 def _means(by_run: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of each value that all runs have, in the order of the first."""
-    names = [name for name in (by_run[0] if by_run else ()) if all(name in of for of in by_run)]
-    return {name: float(np.mean([of[name] for of in by_run])) for name in names}
+    values = grouped((name, value) for of_run in by_run for name, value in of_run.items())
+    return {name: float(np.mean(of_name)) for name, of_name in values.items() if len(of_name) == len(by_run)}

@@ -40,11 +40,11 @@ from numpy.typing import ArrayLike
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Verdict, mean_interval
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import ALPHA, Question
+from peft_vit.base.statistics.estimates import ALPHA, Estimate, Question
 from peft_vit.base.statistics.intervals import mean_and_error
 from peft_vit.core.records import BenchRow
-from peft_vit.lab.analysis.comparison import SAME_SIZE
-from peft_vit.lab.analysis.frame import Cell, Cost, compared, frame
+from peft_vit.lab.analysis.comparison import SAME_SIZE, compare_all, validation_means
+from peft_vit.lab.analysis.frame import Cost, Row, frame
 from peft_vit.lab.analysis.studies import Study
 
 MEASURES: dict[str, Cost] = {  # as options name them
@@ -65,16 +65,16 @@ class Recommendation:
     study: Study
     # what may be recommended, smallest first; compared are the candidates: does test accuracy, minus that of the best,
     # lose less than the margin? The intervals hold for all of them at once
-    cells: tuple[Cell, ...]
-    best: Cell  # by validation
-    beyond: dict[str, list[Cost]]  # experiment -> its costs above their limit, or not recorded
+    rows: tuple[Row, ...]
+    best: Row  # by validation
+    best_validation: float  # mean over its seeds, a share
+    within_limits: tuple[str, ...]  # experiments, smallest first
     # the candidate that was shown not to lose the margin; without any candidate the best itself, if it keeps the limits
-    chosen: Cell | None
+    chosen: Row | None
     left_out: dict[str, str]  # experiment -> why nothing can be said of it
-    # what was asked; the margin as a share
-    limits: Mapping[Cost, float]
-    measure: Cost
-    margin: float
+    limits: Mapping[Cost, float]  # what a configuration may cost
+    measure: Cost  # what "smallest" means
+    margin: float  # largest loss that does not matter, a share
 
 
 def recommend(
@@ -100,61 +100,65 @@ def recommend(
     """
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
-    found = {cell.name: cell for cell in frame({study.label: study})}
-    if any(cell.mean("validation") is None for cell in found.values()):
+    rows = {row.name: row for row in frame({study.label: study})}
+    validation = validation_means([row.method for row in rows.values()])
+    if len(validation) < len(rows):
         problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, {*limits, measure}, exported is not None)
     if exported is not None:
-        for name, cell in found.items():
-            rows = [replace(row, latency_s=exported.get(name)) for row in cell.rows]
-            found[name] = replace(cell, rows=tuple(rows))
-    reasons = {experiment.name: _why_not(found.get(experiment.name), measure) for experiment in study.experiments}
-    left_out = {name: reason for name, reason in reasons.items() if reason}
-    cells = [found[name] for name in reasons if name not in left_out]
-    if not cells:
+        for name, row in rows.items():
+            rows[name] = replace(row, costs=tuple({**costs, "latency_s": exported.get(name)} for costs in row.costs))
+    sizes, left_out = dict[str, float](), dict[str, str]()
+    for name in (experiment.name for experiment in study.experiments):
+        if name not in rows:
+            left_out[name] = "has no finished run"
+        elif len({run.configuration() for run in study.runs_of(name)}) > 1:
+            left_out[name] = "was configured differently from seed to seed"
+        elif (size := rows[name].mean(measure)) is None:
+            left_out[name] = "has a run without latency"
+        else:
+            sizes[name] = size
+    if not sizes:
         problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
-    cells.sort(key=lambda cell: (cell.mean(measure), cell.mean("parameters"), cell.name))
-    best = max(cells, key=_validation)  # of equal ones the smallest, which comes first
-    beyond = {cell.name: _beyond(cell, limits) for cell in cells}
-    within = [cell for cell in cells if not beyond[cell.name]]
-    smaller = [cell for cell in within if best not in within or _larger(best, cell, measure)]
-    family = compared(smaller, best, study.untested, Question("noninferiority", margin))
-    tested = {cell.name: _simultaneous(cell, len(family)) for cell in family}
-    shown = [cell for cell in tested.values() if cell.estimate and cell.estimate.verdict == Verdict.SUPPORTED]
-    if not smaller and best in within:
+
+    def exceeds(name: str, other: str) -> bool:
+        return sizes[name] > (1 + SAME_SIZE) * sizes[other]
+
+    names = sorted(sizes, key=lambda name: (sizes[name], rows[name].mean("parameters"), name))
+    best = max(names, key=lambda name: validation[name])  # of equal ones the smallest, which comes first
+    within = tuple(name for name in names if all(_keeps(rows[name], cost, limit) for cost, limit in limits.items()))
+    candidates = [name for name in within if best not in within or exceeds(best, name)]
+    family = compare_all(study, best, candidates, Question("noninferiority", margin))
+    shown = [estimate.name for estimate in family if estimate.verdict == Verdict.SUPPORTED]
+    if not candidates and best in within:
         shown = [best]
-    smallest = [cell for cell in shown if not _larger(cell, shown[0], measure)]
-    chosen = max(smallest, key=_validation, default=None)
-    cells = [tested.get(cell.name, cell) for cell in cells]
-    return Recommendation(study, tuple(cells), best, beyond, chosen, left_out, limits, measure, margin)
+    smallest = [name for name in shown if not exceeds(name, shown[0])]
+    chosen = max(smallest, key=lambda name: validation[name], default=None)
+    estimates = {estimate.name: _simultaneous(estimate, len(family)) for estimate in family}
+    ordered = {name: replace(rows[name], estimate=estimates.get(name)) for name in names}
+    return Recommendation(
+        study=study,
+        rows=tuple(ordered.values()),
+        best=ordered[best],
+        best_validation=validation[best],
+        within_limits=within,
+        chosen=None if chosen is None else ordered[chosen],
+        left_out=left_out,
+        limits=limits,
+        measure=measure,
+        margin=margin,
+    )
 
 
-def _why_not(cell: Cell | None, measure: Cost) -> str:
-    """Return why nothing can be said of an experiment; empty if something can."""
-    if cell is None:
-        return "has no finished run"
-    if len({row.run.configuration() for row in cell.rows}) > 1:
-        return "was configured differently from seed to seed"
-    return "has a run without latency" if cell.mean(measure) is None else ""
+def _keeps(row: Row, cost: Cost, limit: float) -> bool:
+    value = row.mean(cost, fmean if cost in _TIMES else max)
+    return value is not None and value <= limit
 
 
-def _larger(cell: Cell, than: Cell, measure: Cost) -> bool:
-    return (cell.mean(measure) or 0.0) > (1 + SAME_SIZE) * (than.mean(measure) or 0.0)
-
-
-def _validation(cell: Cell) -> float:
-    return cell.mean("validation") or 0.0
-
-
-def _beyond(cell: Cell, limits: Mapping[Cost, float]) -> list[Cost]:
-    taken = {cost: cell.mean(cost, fmean if cost in _TIMES else max) for cost in limits}
-    return [cost for cost, value in taken.items() if value is None or value > limits[cost]]
-
-
-def _require_times(study: Study, asked: set[Cost], exported: bool) -> None:
-    times = asked.intersection(_TIMES)
+def _require_times(study: Study, costs: set[Cost], exported: bool) -> None:
+    times = costs.intersection(_TIMES)
     if exported and "latency_s" not in times:
         raise UserError("has no effect without --max-latency or --smallest latency", field="--bench")
     if exported:  # timed on one machine
@@ -165,12 +169,10 @@ def _require_times(study: Study, asked: set[Cost], exported: bool) -> None:
         raise UserError("its records hold no latency; ask without it, or measure it", file=study.label)
 
 
-def _simultaneous(cell: Cell, candidates: int) -> Cell:
-    """Return a candidate with the interval that holds for all of them at once (Bonferroni), one-sided as the test."""
-    assert cell.estimate is not None
-    values = list(cell.estimate.by_seed.values())
-    interval = mean_interval(values, 1 - 2 * ALPHA / candidates) if values else None
-    return replace(cell, estimate=replace(cell.estimate, interval=interval))
+def _simultaneous(estimate: Estimate, candidates: int) -> Estimate:
+    """Return a candidate's estimate with the interval that holds for all (Bonferroni), one-sided as the test."""
+    values = list(estimate.by_seed.values())
+    return replace(estimate, interval=mean_interval(values, 1 - 2 * ALPHA / candidates) if values else None)
 
 
 def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> dict[str, float]:
@@ -191,16 +193,16 @@ def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> dict
         UserError: if it names no finished run of the study, its models share no batch size, or they were timed on
             several processors.
     """
-    finished = {run.record.spec.run_id: run.experiment.name for run in study.runs}
-    of_run = grouped((row.run, row) for row in rows if row.run in finished)
-    timed = [row for own in of_run.values() for row in own]
-    batches = {row.batch for row in timed}.intersection(*({row.batch for row in own} for own in of_run.values()))
-    if not batches or len({row.processor for row in timed}) > 1:
+    experiments = {run.record.spec.run_id: run.experiment.name for run in study.runs}
+    timed = grouped((row.run, row) for row in rows if row.run is not None and row.run in experiments)
+    batches = [{row.batch for row in of_run} for of_run in timed.values()]
+    common = set[int]().union(*batches).intersection(*batches)
+    if not common or len({row.processor for of_run in timed.values() for row in of_run}) > 1:
         problem = f"holds no times of finished runs of {study.label}, at one batch size on one processor"
         raise UserError(problem, file=file, field="--bench")
     fastest = grouped(
-        (finished[run or ""], min(row.median_s for row in own if row.batch == min(batches)))
-        for run, own in of_run.items()
+        (experiments[run], min(row.median_s for row in of_run if row.batch == min(common)))
+        for run, of_run in timed.items()
     )
     return {name: fmean(seconds) for name, seconds in fastest.items()}
 

@@ -47,8 +47,8 @@ class Run:
     @property
     def hardware(self) -> str:
         """Return what its times depend on, in words."""
-        made = self.provenance
-        return f"{made.device} on {made.processor}, {made.cpu_count} processors, {made.threads} threads"
+        origin = self.provenance
+        return f"{origin.device} on {origin.processor}, {origin.cpu_count} processors, {origin.threads} threads"
 
     @cached_property
     def scores(self) -> Scores:
@@ -66,8 +66,8 @@ class Run:
 
     def adapted_sites(self) -> list[SiteInfo]:
         """Return the sites that ever had a rank named, in the sites' order; none without adapters."""
-        named = {name for entry in self.record.rank_history for name in entry.ranks}
-        return [site for site in self.record.sites if site.name in named]
+        ranked = set[str]().union(*(entry.ranks for entry in self.record.rank_history))
+        return [site for site in self.record.sites if site.name in ranked]
 
     def last_scores(self) -> dict[str, float]:
         """Return site -> score at the last decision; empty without scores."""
@@ -104,19 +104,21 @@ class Plan:
         return frozenset(run_of(run) for folder in self.folders if folder.file is not None for run in folder.file.runs)
 
     def unfinished(self, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]) -> list[RunStatus]:
-        """Return the runs that have no record that counts, by experiment and seed; `recorded` are those that have one.
+        """Return the runs that have no record that counts, by experiment and seed.
 
-        Without a plan `expected` counts: what the records make one expect, every experiment with every seed.
+        Args:
+            recorded: runs that have one.
+            expected: what counts without a plan: every experiment with every seed that occurs in records.
         """
-        why = {(experiment, seed): reason for experiment, seed, reason in self.left_out}
+        reasons = {(experiment, seed): reason for experiment, seed, reason in self.left_out}
         planned = (status for folder in self.folders if folder.file is not None for status in folder.runs)
-        known = grouped((status.key, status) for status in planned)
+        planned_of = grouped((status.key, status) for status in planned)
         statuses: list[RunStatus] = []
-        for run in sorted({*(self.runs if self.configurations else expected), *why} - set(recorded)):
+        for run in sorted({*(self.runs if self.configurations else expected), *reasons} - set(recorded)):
             name = "{}/seed_{}".format(*run)
-            states = [status for state in STATES_TO_COME for status in known.get(run, ()) if status.state == state]
-            if run in why:
-                states = [RunStatus(name, "left out", note=why[run])]
+            states = [status for state in STATES_TO_COME for status in planned_of.get(run, ()) if status.state == state]
+            if run in reasons:
+                states = [RunStatus(name, "left out", note=reasons[run])]
             # Planned without a state: the record in its folder is of another run, or has come since records were read.
             statuses.append(states[0] if states else RunStatus(name, "pending" if run in self.runs else "missing"))
         return statuses
@@ -124,7 +126,7 @@ class Plan:
 
 def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
     """Return experiments with their seeds, e.g. ``lora_r8 seeds 0–2, 5; lora_r4 seed 1``."""
-    return "; ".join(f"{name}{between}{seeds_in_words(own)}" for name, own in grouped(runs).items())
+    return "; ".join(f"{name}{between}{seeds_in_words(seeds)}" for name, seeds in grouped(runs).items())
 
 
 def seeds_in_words(seeds: Sequence[int]) -> str:
@@ -150,13 +152,13 @@ class Study:
     # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
     # experiment and a seed that occurs elsewhere
     unfinished: tuple[RunStatus, ...]
-    of_files: tuple[str, ...]  # what is to be known of the files that it was read from
+    file_notices: tuple[str, ...]  # about the files that it was read from
     plan: Plan  # what is known beside the records
 
     @cached_property
     def notices(self) -> tuple[str, ...]:
         """Return sentences: what to know before believing a number."""
-        return *self.of_files, *_notices(self)
+        return *self.file_notices, *_notices(self)
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
@@ -216,7 +218,7 @@ class Study:
         stops = any(configuration.stopping is not None for configuration in self.plan.configurations)
         return "no verdict: looks at results decided how many seeds ran" if stops else ""
 
-    def of(self, experiment: str) -> tuple[Run, ...]:
+    def runs_of(self, experiment: str) -> tuple[Run, ...]:
         """Return the finished runs of one experiment, by seed."""
         return self._by_experiment.get(experiment, ())
 
@@ -226,7 +228,7 @@ class Study:
 
     def with_method(self, *methods: str) -> tuple[ExperimentConfig, ...]:
         """Return the experiments of some methods that have a finished run."""
-        return tuple(e for e in self.experiments if e.method in methods and self.of(e.name))
+        return tuple(e for e in self.experiments if e.method in methods and self.runs_of(e.name))
 
     def fixed_rank_loras(self) -> tuple[ExperimentConfig, ...]:
         """Return what others are compared with: our LoRA from nothing at one rank.
@@ -237,7 +239,7 @@ class Study:
         return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
 
 
-def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, of_files: Sequence[str]) -> Study:
+def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, file_notices: Sequence[str]) -> Study:
     """Return the study of some records, each run's once."""
     group = {_run_of(record): record for record in records}
     by_name = {e.name: e for configuration in plan.configurations for e in configuration.experiments}
@@ -267,7 +269,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
         runs=tuple(run for run in finished.values() if run is not None),
         failed=tuple(group[run] for run in sorted(group) if finished[run] is None),
         unfinished=tuple(unfinished),
-        of_files=tuple(of_files),
+        file_notices=tuple(file_notices),
         plan=plan,
     )
 
@@ -284,9 +286,9 @@ def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> St
     """
     labels = ", ".join(study.label for study in studies)
     matching = [study for study in studies if name is None or name in (study.name, study.label)]
-    exact = [study for study in matching if study.label == name and not study.smoke]
-    if len(exact or matching) == 1:
-        return (exact or matching)[0]
+    chosen = [study for study in matching if study.label == name and not study.smoke] or matching
+    if len(chosen) == 1:
+        return chosen[0]
     if not matching:
         raise UserError(f"{name!r} is not one of its studies, which are {labels}", file=source, field="--study")
     raise UserError(f"holds {len(studies)} studies ({labels}); choose one with --study NAME", file=source)
@@ -389,7 +391,7 @@ class Results:
     problems: tuple[Problem, ...]  # what was left out, or stands there beside, by file
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Tell whether everything that may be a result counts."""
         return not any(problem.left_out for problem in self.problems)
 
@@ -411,20 +413,20 @@ def read_results(directory: Path) -> Results:
     records, of_copies = _once(contents)
     problems = (*contents.problems, *of_copies)
     groups = grouped((_key(record), record) for record in records)
-    known = [(folder, folder.file) for folder in contents.studies]
-    folders = grouped(((file.configuration.name, file.smoke), folder) for folder, file in known if file is not None)
+    files = [(folder, folder.file) for folder in contents.studies]
+    folders = grouped(((file.configuration.name, file.smoke), folder) for folder, file in files if file is not None)
     keys = sorted({*groups, *folders})
-    for folder, file in known:
+    for folder, file in files:
         for key in keys:
             if file is None and key[0] == folder.name:  # an earlier version made it, or its study.json is damaged
                 folders.setdefault(key, []).append(folder)
     root = Path(directory).absolute().name
-    of_file = {file: _key(record) for file, record in contents.records}
-    concerned: list[tuple[Problem, set[_StudyKey]]] = []  # a problem, and the studies that it is told in
+    key_of_file = {file: _key(record) for file, record in contents.records}
+    concerned: list[tuple[Problem, set[_StudyKey]]] = []  # a problem, and the studies whose notices have it
     for problem in problems:
         by_place = {key for key in keys if key[0] in {root, *Path(problem.file).parts}} or set(keys)
-        own = of_file.get(problem.file)
-        concerned.append((problem, {own} if own in keys else by_place))
+        recorded = key_of_file.get(problem.file)
+        concerned.append((problem, {recorded} if recorded in keys else by_place))
     studies = []
     for key in keys:
         left_out = tuple(
@@ -432,9 +434,9 @@ def read_results(directory: Path) -> Results:
             for problem in problems
             if problem.left_out and problem.run is not None and (problem.run[0] or root) == key[0]
         )
-        of_files = _in_words([problem for problem, told_in in concerned if key in told_in])
+        file_notices = _file_notices([problem for problem, of_studies in concerned if key in of_studies])
         plan = Plan(tuple(folders.get(key, ())), left_out)
-        studies.append(make_study(*key, groups.get(key, ()), plan, of_files))
+        studies.append(make_study(*key, groups.get(key, ()), plan, file_notices))
     return Results(directory, tuple(studies), problems)
 
 
@@ -459,23 +461,23 @@ def _once(contents: Contents) -> tuple[list[RunRecord], list[Problem]]:
     """Return the records that count, and what is to be said of runs that stand twice."""
     copies = grouped(((r.spec.run_id, r.spec.smoke), (file, r)) for file, r in contents.records)
     records, problems = [], []
-    for (run, _), own in copies.items():
-        files = [file for file, _ in own]
-        if len(own) == 1 or len({record.model_dump_json() for _, record in own}) == 1:
-            records.append(own[0][1])
+    for (run, _), of_run in copies.items():
+        files = [file for file, _ in of_run]
+        if len(of_run) == 1 or len({record.model_dump_json() for _, record in of_run}) == 1:
+            records.append(of_run[0][1])
             same = f"is the same record of {run!r} as {files[0]}; it counts once"
             problems += [Problem(file, same, left_out=False) for file in files[1:]]
             continue
         for file in files:
             others = ", ".join(other for other in files if other != file)
-            problem = (
+            message = (
                 f"holds the run {run!r}, and {others} hold it with other results; move away what is not the result"
             )
-            problems.append(Problem(file, problem))
+            problems.append(Problem(file, message))
     return records, problems
 
 
-def _in_words(problems: Sequence[Problem]) -> list[str]:
+def _file_notices(problems: Sequence[Problem]) -> list[str]:
     """Return each distinct problem once, with its files."""
     files = grouped(((not problem.left_out, problem.message), problem.file) for problem in problems)
     return [

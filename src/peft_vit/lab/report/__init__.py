@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from peft_vit.base.extras import require_extra
 
 if TYPE_CHECKING:
-    from peft_vit.lab.report.build import ReportFiles, Thumbnails, build_report
+    from peft_vit.lab.report.build import ReportFiles, build_report
 
-__all__ = ["ReportFiles", "Thumbnails", "build_report"]
+__all__ = ["ReportFiles", "build_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -67,10 +67,6 @@ def _unit(scores: Scores) -> _Unit:
     return _Unit(100.0, 1, " %") if scores.metric.is_share else _Unit(scores.factor, 3, "")
 
 
-def _capital(scores: Scores) -> str:
-    return scores.metric.words[0].upper() + scores.metric.words[1:]
-
-
 def _axis(study: Study) -> str:
     """Return what stands at an axis of values."""
     metric, names = study.scores.metric, study.runs[0].record.class_names
@@ -199,7 +195,8 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         for m in methods
         for seed, value in m.by_seed.items()
     ]
-    title = f"{_capital(scores)} by method"
+    words = scores.metric.words
+    title = f"{words[0].upper()}{words[1:]} by method"
     return draw("accuracy_by_method", title, caption, 1.15 + _ROW_IN * len(drawn), paint, data)
 
 

@@ -26,7 +26,6 @@ from peft_vit.lab.report import method_tables, summary
 from peft_vit.lab.report.accuracy_figures import accuracy_by_method, forests
 from peft_vit.lab.report.findings_tables import findings_table
 from peft_vit.lab.report.heatmaps import importance_maps, rank_maps
-from peft_vit.lab.report.layer_tables import against_fixed_table
 from peft_vit.lab.report.lines import loss_curves
 from peft_vit.lab.report.quantization_tables import quantization_tables
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
@@ -81,7 +80,10 @@ def _sections(analysis: Analysis) -> dict[str, tuple[Block, ...]]:
     allocated: list[Block] = [Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")]
     if analysis.allocation:
         shown, note = leading(analysis.allocation, means, MAPS)
-        allocated = [rank_maps(shown, note and note + _EVERY_RUN), against_fixed_table(analysis.allocation)]
+        allocated = [
+            rank_maps(shown, note and note + _EVERY_RUN),
+            method_tables.against_fixed_table(analysis.allocation),
+        ]
     quantized = tuple(quantization_tables(analysis.quantization))
     insights = Paragraph("No insight: no sentence of this report is about the finished runs of this study.")
     return {

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.estimates import known_interval, known_mean, outcome
 from peft_vit.deploy.page.document import Raw
 from peft_vit.deploy.page.formatting import number_interval
@@ -22,17 +21,19 @@ FAMILY_NOTE = (
     "this table; the 95 % t interval beside it describes what other seeds would change."
 )
 
+to_thousandths = partial(number_interval, decimals=3)
+
 EXPERIMENT = Column("experiment", "experiment.name", data="experiment")
 
 
-def mean_of(title: str, key: str, of: Callable[[Run], float | None], show: Callable[[Any], str] = str) -> Column:
+def mean_of(title: str, key: str, value: Callable[[Run], float | None], show: Callable[[Any], str] = str) -> Column:
     """Return the mean over the `runs` of a row of what each recorded."""
-    return Column(title, lambda row: known_mean(map(of, row.runs)), show, key)
+    return Column(title, lambda row: known_mean(map(value, row.runs)), show, key)
 
 
-def interval_of(title: str, key: str, of: Callable[[Run], float | None], show: Callable[[Any], str]) -> Column:
+def interval_of(title: str, key: str, value: Callable[[Run], float | None], show: Callable[[Any], str]) -> Column:
     """Return that mean with its interval over seeds."""
-    return Column(title, lambda row: known_interval(map(of, row.runs)), show, partial(own_interval_columns, key))
+    return Column(title, lambda row: known_interval(map(value, row.runs)), show, partial(own_interval_columns, key))
 
 
 def comparison_values(comparison: Estimate) -> dict[str, Raw]:
@@ -50,8 +51,3 @@ def comparison_values(comparison: Estimate) -> dict[str, Raw]:
 def tested(comparison: Estimate) -> str:
     """Return what the test said, with its note."""
     return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
-
-
-def to_thousandths(interval: Interval) -> str:
-    """Return a number with its interval, three decimals each."""
-    return number_interval(interval, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,18 +23,10 @@ PANEL_IN = 2.8  # of an experiment
 _COLORS = matplotlib.colormaps[SEQUENTIAL].with_extremes(bad=GRID)  # where there is nothing it is that of the grid
 
 
-class _Map(NamedTuple):
-    experiment: ExperimentConfig
-    grid: Grid
-    seeds: int
-    values: Mapping[str, Mapping[str, float]]  # column of the data -> site -> value; the first one is drawn
-
-
 def rank_maps(allocations: Sequence[Allocation], note: str) -> Drawing:
     """Draw the mean final rank of every site; `note` is a sentence for the caption, with a space before it."""
     caption = "Rank of every module at the end, mean over seeds. Rows are blocks, columns are matrices."
-    maps = [_Map(a.experiment, a.grid, a.seeds, {"rank": a.ranks}) for a in allocations]
-    return _maps("rank_maps", "Ranks by layer and matrix", caption + note, maps)
+    return _maps("rank_maps", "Ranks by layer and matrix", caption + note, allocations)
 
 
 def importance_maps(patterns: Sequence[ImportancePattern], note: str) -> Drawing:
@@ -43,27 +35,29 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str) -> Drawing
         "Scores at the last decision, divided by the mean over their run's modules: 1 is an average module. Mean over "
         "seeds, each experiment on its own scale. A score is what the method decided with; it is not a measured harm."
     )
-    maps = [_Map(p.experiment, p.grid, len(p.seeds), {"relative_score": p.relative, "score": p.raw}) for p in patterns]
-    return _maps("importance_by_layer", "Importance by layer", caption + note, maps)
+    return _maps("importance_by_layer", "Importance by layer", caption + note, patterns)
 
 
-def _maps(slug: str, title: str, caption: str, maps: Sequence[_Map]) -> Drawing:
+def _maps(slug: str, title: str, caption: str, maps: Sequence[Allocation | ImportancePattern]) -> Drawing:
+    """Draw a panel an experiment; its first measure is drawn, the data have all."""
+
     def paint(canvas: Canvas) -> None:
         columns = 1 if canvas.narrow else 2
         parts = canvas.figure.subfigures(-(-len(maps) // columns), columns, squeeze=False).flat
-        for part, own in zip(parts, maps, strict=False):
-            titled(canvas, part, own.experiment)
-            what, values = next(iter(own.values.items()))
+        for part, panel in zip(parts, maps, strict=False):
+            titled(canvas, part, panel.experiment)
+            measure, values = next(iter(panel.measures.items()))
             norm, axes = Normalize(0, max(1.0, *values.values())), part.subplots()
-            heat(canvas, axes, own.experiment.name, own.grid, values, norm, what.replace("_", " "))
+            heat(canvas, axes, panel.experiment.name, panel.grid, values, norm, measure.replace("_", " "))
             color_bar(part, norm, axes, "")
 
     data: list[dict[str, Raw]] = []
-    for own in maps:
-        for block, matrix, site in own.grid.cells():
-            row: dict[str, Raw] = {"experiment": own.experiment.name, "block": block, "matrix": matrix}
-            data.append(row | {name: of.get(site) for name, of in own.values.items()} | {"seeds": own.seeds})
-    if any(not site for own in maps for *_, site in own.grid.cells()):
+    for panel in maps:
+        for block, matrix, site in panel.grid.cells():
+            cell: dict[str, Raw] = {"experiment": panel.experiment.name, "block": block, "matrix": matrix}
+            values = {name: by_site.get(site) for name, by_site in panel.measures.items()}
+            data.append(cell | values | {"seeds": panel.seeds})
+    if any(not site for panel in maps for *_, site in panel.grid.cells()):
         caption += " Grey: the block has no such matrix."
     return draw(slug, title, caption, PANEL_IN * -(-len(maps) // 2), paint, data, PANEL_IN * len(maps))
 

@@ -34,7 +34,9 @@ class Curve(NamedTuple):
     def of(cls, by_seed: Sequence[Mapping[int, float]]) -> Curve:
         """Return the curve over seeds of values by step."""
         steps = sorted(set.intersection(*map(set, by_seed)))
-        values = np.array([[of[step] for step in steps] for of in by_seed], dtype=np.float64)  # (seeds, steps)
+        values = np.array(
+            [[by_step[step] for step in steps] for by_step in by_seed], dtype=np.float64
+        )  # (seeds, steps)
         return cls(np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
 
     def thinned(self, stride: int) -> Curve:
@@ -49,18 +51,18 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         study: with its runs.
         validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
     """
-    runs = {e.name: [run.record for run in study.of(e.name) if run.record.steps] for e in study.experiments}
+    runs = {e.name: [run.record for run in study.runs_of(e.name) if run.record.steps] for e in study.experiments}
     recorded = [e for e in study.experiments if runs[e.name]]
     if not recorded:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
-    window = smoothing_window(max(len(record.steps) for own in runs.values() for record in own))
+    window = smoothing_window(max(len(record.steps) for e in recorded for record in runs[e.name]))
     drawn, note = leading(recorded, validation, LINES, attrgetter("name"))
     curves: dict[str, tuple[Curve, Curve]] = {}
     for name in (e.name for e in drawn):
         evaluations = [{row.step: row.metrics.nll for row in record.evaluations} for record in runs[name]]
         curves[name] = Curve.of([smoothed_losses(record, window) for record in runs[name]]), Curve.of(evaluations)
     stride = max(1, -(-sum(curve.step.size for pair in curves.values() for curve in pair) // STEPS))
-    curves = {name: (train.thinned(stride), own.thinned(stride)) for name, (train, own) in curves.items()}
+    curves = {name: (train.thinned(stride), held_out.thinned(stride)) for name, (train, held_out) in curves.items()}
     rows = list(dict.fromkeys(e.method for e in drawn))
 
     def paint(canvas: Canvas) -> None:
@@ -74,8 +76,8 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
                     curve.step, curve.lowest, curve.highest, color=style["color"], alpha=0.15, lw=0
                 )
                 canvas.add(e.name, band)
-                of = f"{measure} (nats), mean, {counted(len(runs[e.name]), 'seed')}"
-                texts = [f"step {x}: {fixed(float(y), 3)}\n{of}" for x, y in zip(curve.step, curve.mean, strict=True)]
+                unit = f"{measure} (nats), mean, {counted(len(runs[e.name]), 'seed')}"
+                texts = [f"step {x}: {fixed(float(y), 3)}\n{unit}" for x, y in zip(curve.step, curve.mean, strict=True)]
                 look = style | {"lw": 1.6, "ms": 3.5, "marker": "o" if measure == "validation NLL" else ""}
                 line = canvas.plot(e.name, axes, curve.step, curve.mean, texts, **look, label=e.name)
             handles.append(line)

@@ -21,7 +21,8 @@ from peft_vit.deploy.page.formatting import (
     score_of,
 )
 from peft_vit.deploy.page.tables import Column, interval_columns, only_in_file, table
-from peft_vit.lab.analysis import Estimate, MethodResult
+from peft_vit.lab.analysis import Allocation, Estimate, MethodResult
+from peft_vit.lab.analysis.comparison import SAME_SIZE
 from peft_vit.lab.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
 from peft_vit.lab.report.columns import (
     EXPERIMENT,
@@ -62,8 +63,10 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
             Column(
                 "each seed (%)" if scores.metric.is_share else "each seed",
                 "by_seed",
-                lambda of: joined(f"{seed}: {score_of(scores, own).removesuffix(' %')}" for seed, own in of.items()),
-                lambda of: {f"seed_{seed}": score for seed, score in of.items()},
+                lambda by_seed: joined(
+                    f"{seed}: {score_of(scores, score).removesuffix(' %')}" for seed, score in by_seed.items()
+                ),
+                lambda by_seed: {f"seed_{seed}": score for seed, score in by_seed.items()},
             ),
             Column("validation", "validation_accuracy.estimate", partial(score_of, scores), "validation_accuracy"),
             *([Column("above majority (points)", "above_majority.estimate", points, "above_majority")] * of_classes),
@@ -109,7 +112,7 @@ def convergence_table(methods: Sequence[MethodResult]) -> Table:
             EXPERIMENT,
             interval_of("late deviation (nats)", "late_deviation", late_loss_deviation, to_thousandths),
             interval_of("roughness (nats)", "roughness", roughness, to_thousandths),
-            interval_of("near the end from step", "settled_step", settled_step, lambda of: number_interval(of, 0)),
+            interval_of("near the end from step", "settled_step", settled_step, partial(number_interval, decimals=0)),
             Column("of steps", lambda m: max(len(run.record.steps) for run in m.runs), data="steps"),
             Column("n", lambda m: len(m.runs), data="n"),
         ],
@@ -123,19 +126,17 @@ def convergence_table(methods: Sequence[MethodResult]) -> Table:
 
 def comparison_table(comparisons: Sequence[Estimate], reference: str, scores: Scores) -> Table:
     """Return paired differences against one reference, in the unit of scores."""
-    against = [c for c in comparisons if c.reference == reference]
-    note = (
-        f"Differences in test {scores.metric.words} between runs that share seed, weights and images; n counts pairs. "
-    )
-    note += better_above(scores) + FAMILY_NOTE
     return differences_table(
-        f"against_{reference}", f"Differences to {reference}, paired by seed", against, note, scores
+        f"against_{reference}",
+        f"Differences to {reference}, paired by seed",
+        [c for c in comparisons if c.reference == reference],
+        f"Differences in test {scores.metric.words} between runs that share seed, weights and images; n counts pairs. "
+        f"{better_above(scores)}{FAMILY_NOTE}",
+        scores,
     )
 
 
-def differences_table(
-    slug: str, title: str, comparisons: Sequence[Estimate], note: str, scores: Scores = ACCURACY
-) -> Table:
+def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], note: str, scores: Scores) -> Table:
     """Return one family of comparisons, in the unit of scores."""
     return table(
         slug,
@@ -162,4 +163,17 @@ def differences_table(
             Column("test", lambda c: c, tested, comparison_values),
         ],
         note,
+    )
+
+
+def against_fixed_table(allocations: Sequence[Allocation]) -> Table:
+    """Return whether adaptive ranks paid."""
+    return differences_table(
+        "allocation_against_fixed",
+        "Adaptive against fixed ranks at equal trainable parameters",
+        [a.against_fixed for a in allocations],
+        "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
+        "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation; "
+        f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}",
+        ACCURACY,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.files import write_atomically
@@ -29,7 +30,7 @@ from peft_vit.deploy.page.formatting import (
 from peft_vit.deploy.page.printed import print_blocks, print_with_rows
 from peft_vit.deploy.page.tables import Column, interval_columns, own_interval_columns, table
 from peft_vit.lab.analysis.across import Across
-from peft_vit.lab.analysis.frame import Cell, Cost
+from peft_vit.lab.analysis.frame import Cost, Row
 from peft_vit.lab.analysis.recommendation import Recommendation, needed_pairs
 from peft_vit.runs.records.study_yaml import study_yaml
 
@@ -42,31 +43,38 @@ _COSTS: dict[Cost, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _costs(cells: Sequence[Cell]) -> list[Column]:
+def _costs(rows: Sequence[Row]) -> list[Column]:
     """Return the columns of the costs that were recorded."""
     return [
-        Column(title, partial(Cell.mean, of=cost), show)
+        Column(title, partial(Row.mean, cost=cost), show)
         for cost, (title, show) in _COSTS.items()
-        if any(cell.mean(cost) is not None for cell in cells)
+        if any(row.mean(cost) is not None for row in rows)
     ]
 
 
-def _compared(against: str, asked: str, said: Callable[[Estimate], str]) -> list[Column]:
+def _compared(
+    heading: str, question: str, answer: Callable[[Estimate], str], estimate: str | Callable[[Any], Any] = "estimate"
+) -> list[Column]:
     """Return the columns of what an estimate is, rests on and says."""
     return [
-        Column(against, "estimate", lambda estimate: points_interval(estimate.interval), ""),
-        Column("pairs", "estimate", lambda estimate: str(len(estimate.by_seed)), ""),
-        Column("test", "estimate", outcome, ""),
-        Column(asked, "estimate", said, _values),
+        Column(heading, estimate, lambda of: points_interval(of.interval), ""),
+        Column("pairs", estimate, lambda of: str(len(of.by_seed)), ""),
+        Column("test", estimate, outcome, ""),
+        Column(question, estimate, answer, _values),
     ]
 
 
-def _values(estimate: Estimate | None) -> Mapping[str, Raw]:
+def _values(estimate: Estimate | None) -> dict[str, Raw]:
     """Return what a file for other programs has of a difference: shares, of an error of the numbers' deviation."""
     if estimate is None:
         return {}
-    decided: dict[str, Raw] = {"p_holm": estimate.adjusted_p, "verdict": estimate.verdict, "note": estimate.note}
-    return own_interval_columns("difference", estimate.interval) | {"reference": estimate.reference} | decided
+    return {
+        **own_interval_columns("difference", estimate.interval),
+        "reference": estimate.reference,
+        "p_holm": estimate.adjusted_p,
+        "verdict": estimate.verdict,
+        "note": estimate.note,
+    }
 
 
 def _verdict(estimate: Estimate) -> str:
@@ -85,7 +93,7 @@ def print_recommendation(advice: Recommendation, output: Path | None) -> None:
     print_blocks(recommendation_blocks(advice))
     if advice.chosen is None:
         return
-    runs = [row.run for row in advice.chosen.rows]
+    runs = advice.chosen.method.runs
     comments = [f"{advice.chosen.name} of study {advice.study.label}, made again from its records."]
     comments += [advice.study.disclaimer] if advice.study.disclaimer else []
     seeds = [run.seed for run in runs]
@@ -108,13 +116,13 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
     words, margin = study.scores.metric.words, study.scores.hundredths(advice.margin)
     yield from map(Paragraph, study.notices)
     yield from (Paragraph(f"Left out: {name} {reason}.") for name, reason in advice.left_out.items())
-    validated = score_of(study.scores, best.mean("validation") or 0.0)
+    validated = score_of(study.scores, advice.best_validation)
     limits = joined(
         f"at most {show(advice.limits[c])} {title}" for c, (title, show) in _COSTS.items() if c in advice.limits
     )
     yield Paragraph(
         f"Study {study.label}. Best by validation: {best.name}, mean validation {words} {validated} "
-        f"({counted(len(best.rows), 'seed')}).\n"
+        f"({counted(len(best.method.runs), 'seed')}).\n"
         f"Asked: the smallest by {_COSTS[advice.measure][0]} that loses less than {margin} of test {words} against it. "
         f"Limits: {limits or 'none'}."
     )
@@ -122,14 +130,16 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
     yield table(
         "recommendation",
         "Smallest first",
-        advice.cells,
+        advice.rows,
         [
             Column("experiment", "name"),
-            *_costs(advice.cells),
+            *_costs(advice.rows),
             *_compared(
-                f"against {best.name} ({study.scores.unit})", f"loses less than {margin}?", partial(_said, advice)
+                f"against {best.name} ({study.scores.unit})",
+                f"loses less than {margin}?",
+                partial(_verdict_or_pairs, advice),
             ),
-            Column("within the limits?", lambda cell: "no" if advice.beyond[cell.name] else "yes"),
+            Column("within the limits?", lambda row: "yes" if row.name in advice.within_limits else "no"),
         ],
         f"Test {words}, pairs by seed; negative is a loss. {better_above(study.scores)}The one-sided non-inferiority t "
         "test decides at 5 %, Holm-corrected over the candidates, and so does that of a larger loss, whose p is not "
@@ -147,16 +157,17 @@ def _answer(advice: Recommendation, words: str, margin: str) -> str:
         )
     if chosen is not None:
         return f"Recommended: {best.name}, the best itself: nothing within the limits is smaller by more than 1 %."
-    if all(advice.beyond.values()):
+    if not advice.within_limits:
         return "Nothing is within the limits, so nothing is recommended."
     return (
         f"Not decided: no candidate is shown to lose less than {margin}, so nothing smaller is recommended. It may "
         f"still be good enough. The safe choice is {best.name}"
-        f"{', which is outside the limits' if advice.beyond[best.name] else ''}."
+        f"{'' if best.name in advice.within_limits else ', which is outside the limits'}."
     )
 
 
-def _said(advice: Recommendation, estimate: Estimate) -> str:
+def _verdict_or_pairs(advice: Recommendation, estimate: Estimate) -> str:
+    """Return the verdict, or if there is none, the number of pairs that would do."""
     needed = None
     if estimate.verdict == Verdict.NOT_DECIDED and not advice.study.untested:
         needed = needed_pairs(list(estimate.by_seed.values()), advice.margin, ALPHA / estimate.family)
@@ -184,24 +195,25 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     if across.alone:
         alone = joined(f"{name} (in {study})" for name, study in across.alone.items())
         yield Paragraph(f"In one study only, so not compared: {alone}.")
-    scores, reference = across.scores, across.reference
+    scores = next(study.scores for study in across.studies.values() if study.runs)
+    reference = across.reference
     words, factor, better = scores.metric.words, scores.factor, better_question(scores)
     yield table(
         "by_study",
         "By study",
-        across.cells,
+        across.rows,
         [
             Column("experiment", "name", data="experiment"),
             "study",
             Column(
                 f"test {words}",
-                "value",
+                "method.test_accuracy",
                 partial(score_interval, scores),
                 lambda value: interval_columns(f"test_{scores.metric.name}", scaled(value, factor)),
             ),
-            Column("n", lambda cell: len(cell.rows)),
+            Column("n", lambda row: len(row.method.runs)),
             *_compared(f"against {reference} ({scores.unit})", better, _verdict),
-            *_costs(across.cells),
+            *_costs(across.rows),
         ],
         "95 % t intervals: what other seeds would change. Pairs share seed, weights, images and split; the exact "
         "Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments.",
@@ -212,23 +224,23 @@ def _blocks(across: Across) -> Iterator[Paragraph | Table]:
     yield table(
         "pooled",
         f"Over studies: test {words} against {reference} ({scores.unit})",
-        [pooled for pooled in across.pooled if not pooled.refused],
+        [pooled for pooled in across.pooled if pooled.by_seed],
         [
-            Column("experiment", "estimate.name", data="experiment"),
+            Column("experiment", "name", data="experiment"),
             Column("studies", "studies", lambda labels: str(len(labels)), lambda labels: {"study": "; ".join(labels)}),
             Column("ahead in", lambda pooled: f"{pooled.ahead} of {len(pooled.studies)}"),
-            *_compared("mean over studies", better, _verdict),
+            *_compared("mean over studies", better, _verdict, lambda pooled: pooled),
         ],
         "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none of "
         "them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over this "
         "table.",
     )
-    told = grouped((item, pooled) for pooled in across.pooled for item in pooled.differing.items())
-    for (kind, reason), every in told.items():
-        refused = any(kind in pooled.refused for pooled in every)
-        said = f"Not pooled: {kind} differ" if refused else f"Pooled although {kind} differ, as asked"
-        yield Paragraph(f"{said}: {reason}. Experiments: {joined(pooled.estimate.name for pooled in every)}.")
-    if any(pooled.refused for pooled in across.pooled):
+    mismatches = grouped((item, pooled) for pooled in across.pooled for item in pooled.differing.items())
+    for (kind, reason), estimates in mismatches.items():
+        allowed = kind in across.allowed
+        consequence = f"Pooled although {kind} differ, as asked" if allowed else f"Not pooled: {kind} differ"
+        yield Paragraph(f"{consequence}: {reason}. Experiments: {joined(pooled.name for pooled in estimates)}.")
+    if any(not pooled.by_seed for pooled in across.pooled):
         yield Paragraph("To pool all the same, name what differs: --allow-mismatch.")
 
 

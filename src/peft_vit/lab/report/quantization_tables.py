@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from peft_vit.base.statistics import mean_interval
+from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import outcome
 from peft_vit.deploy.page.document import Table
 from peft_vit.deploy.page.formatting import fixed, megabytes, percent_interval, points_interval
@@ -25,7 +26,7 @@ def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table
     yield _accuracy_table(impacts)
     yield _against_float_table(impacts)
     yield _size_table(impacts)
-    yield from (made for made in (_layers_table(impacts), _balance_table(impacts)) if made.rows)
+    yield from (table for table in (_layers_table(impacts), _balance_table(impacts)) if table.rows)
 
 
 _SETTINGS = [
@@ -79,7 +80,7 @@ def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
                     "float_reference": c.reference,
                 },
             ),
-            Column("relative error", errors, lambda of: f"{fixed(100 * of['mean_relative_error'], 2)} %", dict),
+            Column("relative error", errors, lambda of: f"{fixed(100 * of['mean_relative_error'])} %", dict),
             Column("", lambda q: layers_bits(q.runs), data="bits_per_weight"),
             mean_of("", "quantized_bytes", quantized_bytes),
             mean_of("frozen", "frozen_bytes", lambda run: run.bytes.frozen_bytes, megabytes),
@@ -106,12 +107,10 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
         if comparison.interval is None:
             return "not computed"
         difference = points_interval if measure == "accuracy" else to_thousandths
-        verdict = {"supported": "more, ", "refuted": "less, "}.get(comparison.verdict)
-        decision = "not decided" if verdict is None else verdict + outcome(comparison)
-        return f"{difference(comparison.interval)}, {decision}"
+        words = {"supported": f"more, {outcome(comparison)}", "refuted": f"less, {outcome(comparison)}"}
+        return f"{difference(comparison.interval)}, {words.get(comparison.verdict, 'not decided')}"
 
-    settings = [EXPERIMENT, Column("bits", "settings.quantization_bits", data="bits", none="by layer")]
-    settings += _SETTINGS
+    settings = [EXPERIMENT, Column("bits", "settings.quantization_bits", data="bits", none="by layer"), *_SETTINGS]
     return table(
         "quantization_against_float",
         "Low bits minus the same LoRA on float weights, paired by seed",
@@ -128,13 +127,13 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
         f"minibatches, which pairs share. Each measure is one family of tests. {FAMILY_NOTE}",
         data=(
             {
-                **own,
+                **setting,
                 "measure": measure,
                 "float_reference": compared.reference,
                 **interval_columns("difference", compared.interval),
                 **comparison_values(compared),
             }
-            for q, own in zip(impacts, csv_rows(impacts, settings), strict=True)
+            for q, setting in zip(impacts, csv_rows(impacts, settings), strict=True)
             for measure, compared in q.against_float.items()
         ),
     )
@@ -145,14 +144,14 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
         return f"{fixed(ratio, 1)} ×"
 
     def bits_and_ratios(of: str, path: str | Callable[[Any], float]) -> list[Column]:
-        bits = Column(f"{of}: bits a weight", path, fixed, f"{of}_bits_per_weight")
+        column = Column(f"{of}: bits a weight", path, fixed, f"{of}_bits_per_weight")
 
         def over(full: int, q: QuantizationImpact) -> float | None:
-            own = bits.value(q)
-            return None if own is None else full / own
+            bits = column.value(q)
+            return None if bits is None else full / bits
 
         return [
-            bits,
+            column,
             Column(f"fp32 / {of}", partial(over, FLOAT32_BITS), times, f"{of}_vs_fp32"),
             Column(f"fp16 / {of}", partial(over, FLOAT16_BITS), times, f"{of}_vs_fp16"),
         ]
@@ -180,14 +179,12 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
 
 
 def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    by_kind: dict[str, dict[str, list[float]]] = {}  # kind of layer -> experiment -> bits of its layers
-    for q in impacts:
-        for name, bits in q.bits_by_layer.items():
-            by_kind.setdefault(name.rpartition(".")[2], {}).setdefault(q.experiment.name, []).append(bits)
-    texts = {
-        kind: {name: " to ".join(dict.fromkeys((fixed(min(b)), fixed(max(b))))) for name, b in of.items()}
-        for kind, of in by_kind.items()
-    }
+    layers = [(q, name, bits) for q in impacts for name, bits in q.bits_by_layer.items()]
+    by_kind = grouped(((name.rpartition(".")[2], q.experiment.name), bits) for q, name, bits in layers)
+    texts: dict[str, dict[str, str]] = {}  # kind of layer -> experiment -> bits of its layers
+    for (kind, experiment), bits in by_kind.items():
+        ends = dict.fromkeys((fixed(min(bits)), fixed(max(bits))))
+        texts.setdefault(kind, {})[experiment] = " to ".join(ends)
     return cross_table(
         "bits_by_layer",
         "Bits a weight by layer",
@@ -202,8 +199,7 @@ def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 "bits_per_weight": bits,
                 "relative_error": q.relative_errors.get(name),
             }
-            for q in impacts
-            for name, bits in q.bits_by_layer.items()
+            for q, name, bits in layers
         ),
         folded=True,
     )
@@ -212,10 +208,10 @@ def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
 def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
     """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
 
-    def text(at: dict[str, Any]) -> str:
-        return f"{at['mean']:.4g} (step {at['step']})"
+    def text(check: dict[str, Any]) -> str:
+        return f"{check['mean']:.4g} (step {check['step']})"
 
-    checks = [(q.experiment.name, *measured) for q in impacts for measured in q.balance().items()]
+    balances = [(q.experiment.name, measure, checks) for q in impacts for measure, checks in q.balance().items()]
     return table(
         "quantization_balance",
         "Balance of quantization and adaptation",
@@ -223,16 +219,18 @@ def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
             {
                 "experiment": experiment,
                 "measure": measure,
-                "first check": text(own[0]),
-                "in between": text(own[len(own) // 2]) if len(own) > 2 else "–",
-                "last check": text(own[-1]) if len(own) > 1 else "–",
+                "first check": text(checks[0]),
+                "in between": text(checks[len(checks) // 2]) if len(checks) > 2 else "–",
+                "last check": text(checks[-1]) if len(checks) > 1 else "–",
             }
-            for experiment, measure, own in checks
+            for experiment, measure, checks in balances
         ],
         None,
         "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
-        data=[
-            {"experiment": experiment, "measure": measure, **at} for experiment, measure, own in checks for at in own
-        ],
+        data=(
+            {"experiment": experiment, "measure": measure, **check}
+            for experiment, measure, checks in balances
+            for check in checks
+        ),
         folded=True,
     )

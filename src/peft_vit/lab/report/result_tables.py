@@ -99,10 +99,12 @@ def read_tables(directory: Path) -> ResultTables:
         shown = [accuracy_table(method_results(study))] if study.runs else []
         references = dict.fromkeys(c.reference for c in compared)
         shown += [comparison_table(compared, reference, study.scores) for reference in references]
-        for made in shown:
-            caption = f"<caption>{escape(made.title)}</caption>"
-            cells = DataFrame(made.rows, columns=list(made.columns)).to_html(index=False, border=0)
-            html.append(cells.replace("<thead>", f"{caption}<thead>", 1) + f"<p><small>{escape(made.note)}</small></p>")
+        for table in shown:
+            caption = f"<caption>{escape(table.title)}</caption>"
+            cells = DataFrame(table.rows, columns=list(table.columns)).to_html(index=False, border=0)
+            html.append(
+                cells.replace("<thead>", f"{caption}<thead>", 1) + f"<p><small>{escape(table.note)}</small></p>"
+            )
     return ResultTables(
         runs=frame(runs, RUN_COLUMNS),
         ranks=frame(ranks, _RANK_COLUMNS),
@@ -113,10 +115,10 @@ def read_tables(directory: Path) -> ResultTables:
 
 
 def _history(study: Study, run: Run) -> list[dict[str, Any]]:
-    of = {"study": study.name, "smoke": study.smoke, "experiment": run.experiment.name, "seed": run.seed}
+    key = {"study": study.name, "smoke": study.smoke, "experiment": run.experiment.name, "seed": run.seed}
     record = run.record
     rows = history_rows(record.sites, record.rank_history, record.importance_history, record.probe_history)
-    return [of | row for row in rows]
+    return [key | row for row in rows]
 
 
 def history_table(results_dir: Path) -> list[dict[str, Any]]:

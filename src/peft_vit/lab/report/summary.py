@@ -28,6 +28,7 @@ from peft_vit.deploy.page.formatting import (
 from peft_vit.deploy.page.provenance import _distinct, caveats, run_provenance, settings
 from peft_vit.deploy.page.tables import table
 from peft_vit.lab.analysis import Analysis, Estimate, MethodResult, Study
+from peft_vit.lab.analysis.comparison import validation_means
 from peft_vit.lab.analysis.studies import seeds_in_words, why_unfinished
 from peft_vit.runs.records.progress import RunStatus
 
@@ -55,8 +56,8 @@ def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
 
     None if there is no experiment, or one without validation images.
     """
-    means = [m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None]
-    return methods[means.index(max(means))] if means and len(means) == len(methods) else None
+    means = validation_means(methods)
+    return max(methods, key=lambda m: means[m.name]) if methods and len(means) == len(methods) else None
 
 
 def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
@@ -91,14 +92,14 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     if not methods:
         return ("No run of this study has finished.",)
     best = best_on_validation(methods)
-    sentences = [
-        (
+    scores = analysis.study.scores
+    if best is None or best.validation_accuracy is None:
+        sentences = [
             "There is no best experiment, since without validation images only test images could choose it, "
             "and they must not."
-        )
-    ]
-    if best is not None and best.validation_accuracy is not None:
-        name, scores = best.name, analysis.study.scores
+        ]
+    else:
+        name = best.name
         sentences = [
             f"Best on validation: {name}, with {score_of(scores, best.validation_accuracy.estimate)} there and "
             f"{score_interval(scores, best.test_accuracy)} on test ({counted(len(best.runs), 'seed')}; in brackets "
@@ -110,22 +111,19 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
                 if c.name == name and c.interval is not None
             ),
         ]
-    if not analysis.study.scores.metric.counts_images:
-        return tuple(sentences)
-    above, total = sum(m.runs_above_majority for m in methods), sum(len(m.runs) for m in methods)
-    return (
-        *sentences,
-        f"{above} of {total} finished runs are more accurate than always naming the most frequent class.",
-    )
+    if scores.metric.counts_images:
+        above, total = sum(m.runs_above_majority for m in methods), sum(len(m.runs) for m in methods)
+        sentences.append(
+            f"{above} of {total} finished runs are more accurate than always naming the most frequent class."
+        )
+    return tuple(sentences)
 
 
 def _decided(comparison: Estimate, scores: Scores) -> str:
     significance = comparison.significance
     if comparison.verdict != "not decided":
-        better = comparison.verdict == "supported"
-        word = ("more accurate" if better else "less accurate") if scores.metric.counts_images else "better"
-        word = word if better or scores.metric.counts_images else "worse"
-        return f"{word} (p = {comparison.adjusted_p:.3g} after Holm's correction)"
+        words = ("less accurate", "more accurate") if scores.metric.counts_images else ("worse", "better")
+        return f"{words[comparison.verdict == 'supported']} (p = {comparison.adjusted_p:.3g} after Holm's correction)"
     return "not decided" if significance is None or significance.decidable else significance.sentence()
 
 
@@ -146,7 +144,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     if not study.scores.metric.counts_images:
         return (decided,)
     best = best_on_validation(analysis.methods)
-    test = (study.runs[0] if best is None else study.of(best.name)[0]).test
+    test = (study.runs[0] if best is None else study.runs_of(best.name)[0]).test
     image = proportion_interval(round(test.accuracy * test.n), test.n)
     alone = (
         f"with {test.n:,} of them one run's {percent(test.accuracy)} has a 95 % interval of "
