@@ -46,7 +46,7 @@ from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Only, Outcom
 from peft_vit.fit.recipe import Recipe, shared_training
 from peft_vit.fit.regressions import Regression, regress
 from peft_vit.fit.request import TuneRequest
-from peft_vit.runs.costs.estimate import Throughput, product_rates
+from peft_vit.runs.costs.estimate import Throughput, product_throughputs
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace
 from peft_vit.runs.records.storage import STUDIES_FOLDER
 from peft_vit.runs.scheduling.plan import plan_study
@@ -335,7 +335,7 @@ class Fit:
         precision = choose_precision(request.precision, None, device).chosen
         name, backbone = next(iter(self.backbones.items()))
         shape = self.shape(name, 8 * size_step_of(architecture_of(backbone)))
-        rates = product_rates(request.compute, shape, device, precision, request.threads or cpu_count())
+        rates = product_throughputs(request.compute, shape, device, precision, request.threads or cpu_count())
         best = next(iter(rates))
         if best == "int8" and "float" in rates:
             gain = rates["int8"] / rates["float"]

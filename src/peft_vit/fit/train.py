@@ -54,7 +54,7 @@ from peft_vit.fit.intake import IMAGES_FILE, LabelledSet, named_files, refuse_am
 from peft_vit.fit.outcomes import ByFolds, known_by_folds
 from peft_vit.fit.regressions import Regression, sizes_to_try, try_sizes
 from peft_vit.fit.request import TrainRequest
-from peft_vit.runs.costs.estimate import Throughput, kept_values, product_rates
+from peft_vit.runs.costs.estimate import Throughput, activation_values, product_throughputs
 from peft_vit.runs.costs.time_limit import (
     ENOUGH_STEPS,
     FEWEST_FOLDS,
@@ -400,7 +400,7 @@ class Forecast:
         asked = request.compute if request.may_multiply_integers else "float"
         if request.smoke and asked == "auto":
             asked = "float"  # it is planned again when it goes on, perhaps at another pace
-        return product_rates(asked, shape, self._device, precision, request.threads or cpu_count())
+        return product_throughputs(asked, shape, self._device, precision, request.threads or cpu_count())
 
     @property
     def compute(self) -> Compute:
@@ -507,7 +507,7 @@ class Forecast:
         room = available_memory_bytes()
         if self.request.memory_limit is not None:
             room = min(room, bytes_of(self.request.memory_limit))
-        return 4 * at_once * kept_values(shape, self._recomputed(shape)) <= _MEMORY_SHARE * room
+        return 4 * at_once * activation_values(shape, self._recomputed(shape)) <= _MEMORY_SHARE * room
 
     def _steps_in_time(self, shape: BackboneShape) -> int | None:
         options = range(_MOST_STEPS, _LEAST_STEPS - 1, -_STEPS_APART)

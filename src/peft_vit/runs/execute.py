@@ -95,7 +95,7 @@ from peft_vit.data import load_data
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.measures.held_out import Believed, Outputs, calibration_of, known_images
 from peft_vit.runs.measures.removal_and_latency import take_measures
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import (
     cpu_count,
     hash_arrays,
@@ -241,7 +241,7 @@ class Loaded:
         model = self.backbone.model.to(self.device)  # what is packed comes packed
         training, product = self.spec.experiment.training, None
         if training.compute == "int8":
-            choice = kept_products.choose_product(self.device, self.spec.precision, training.integer_bits)
+            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
             product = use_integer_products(model, choice.usable(self.device))
         return provenance_of(self.spec, self.data, self.backbone, self.device, product)
 

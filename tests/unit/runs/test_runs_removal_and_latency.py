@@ -19,8 +19,8 @@ from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data, make_splits, open_index
 from peft_vit.runs import run_one
-from peft_vit.runs.costs.calibration_run import calibration_run
 from peft_vit.runs.costs.estimate import EstimateRequest, Workload, estimate_runs
+from peft_vit.runs.costs.timing_run import timing_run
 from peft_vit.runs.measures import removal_and_latency
 from peft_vit.runs.measures.removal_and_latency import removal_images
 from peft_vit.runs.records.run_rows import outcome_digest
@@ -203,7 +203,7 @@ def test_a_study_begun_before_there_were_measures_goes_on(study, tmp_path) -> No
 @pytest.mark.usefixtures("cache")
 def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_, **__: 1e6)
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_, **__: 1e6)
     config = study("linear", "lora")
     shape, index = describe(config.backbone, 32), open_index(config.data)
     workload = Workload(shape, 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)
@@ -226,6 +226,6 @@ def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     assert removal == 25 * 8
     assert passes(MeasuresConfig(removal_images=500))[1] == pytest.approx(25 * 20)  # there are no more
     (spec,) = specs(asking(study("lora", batch_size=1), MeasuresConfig(removal_images=20)), tmp_path)
-    kind = calibration_run(spec, 48, shape, index, splits)
+    kind = timing_run(spec, 48, shape, index, splits)
     assert kind.data.validation_images == 20  # without, twice the ten classes; and the measure is a part of it
     assert kind.measures == spec.measures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,20 +30,13 @@ from peft_vit.core.records import RunSpec, StudyFile
 from peft_vit.core.tasks import TASKS, Task
 from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
-from peft_vit.runs.costs.calibration_run import calibration_run
-from peft_vit.runs.costs.estimate import EstimateRequest, MeasuredCost, MeasureSteps, Workload, estimate_runs
-from peft_vit.runs.costs.memory_limit import (
-    MeasureStep,
-    MemoryChoice,
-    as_begun,
-    decide_memory,
-    unmeasured,
-    with_decided,
-)
+from peft_vit.runs.costs.estimate import EstimateRequest, FinishedCost, MeasureSteps, Workload, estimate_runs
+from peft_vit.runs.costs.memory_limit import MeasureStep, MemoryChoice, decide_memory
+from peft_vit.runs.costs.timing_run import timing_run
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import ChosenPrecision, choose_precision, resolve_device
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
@@ -80,14 +73,13 @@ def plan_study(
         before = read_study_file(results_dir / study.name)
         if smoke:
             study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
-            study = unmeasured(study, describe(study.backbone, study.data.image_size))
         pretrained_with = interpolation_of(architecture_of(study.backbone))
         if study.data.interpolation is None and pretrained_with != "bicubic":
             data = study.data.model_copy(update={"interpolation": pretrained_with})
             study = study.model_copy(update={"data": data})
         precision = decide_precision(study, before)
-        study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
-        study, compute_note = _with_compute(study, before, smoke=smoke)
+        study = study.model_copy(update={"precision": precision.chosen})
+        study, compute_note = _as_begun(study, before, smoke=smoke)
         index = open_index(study.data, smoke=smoke)
         study = _settled(study, index)
         requested = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
@@ -99,19 +91,19 @@ def plan_study(
             with _below(place):
                 check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
                 check_augmentation(experiment.training.augmentation, index.channels)
-        study, choices = _within_memory(study, workload, index, first, measure_step)
+        study, choices = _within_memory(study, workload, index, first, measure_step, smoke=smoke)
         wanted = []
         for place, experiment in enumerate(study.experiments):
             steps = experiment.total_steps(workload.train)
             spec = spec_of(study, place, study.seeds[0], smoke=smoke)
-            kind = calibration_run(spec, steps, workload.shape, index, first)
+            kind = timing_run(spec, steps, workload.shape, index, first)
             digest = kind.digest()
             for seed in study.seeds:
                 spec = spec_of(study, place, seed, smoke=smoke)
                 wanted.append(EstimateRequest(spec, steps, kind, digest, _taken(results_dir, spec, index.sha256)))
         notices: list[str] = []
-        if any(run.taken is None for run in wanted):
-            notices = _slow_products([run.spec for run in wanted if run.taken is None], workload.device, before)
+        if any(run.finished is None for run in wanted):
+            notices = _slow_products([run.spec for run in wanted if run.finished is None], workload.device, before)
             _refuse_other_weights(wanted, check_weights(study.backbone), results_dir)
             notices += _notices(index, study, splits)
         runs = []
@@ -119,7 +111,7 @@ def plan_study(
             choice = choices.get(run.spec.experiment.name)
             if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
                 estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
-            runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None))
+            runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.finished is not None))
         blocks = len(workload.shape.values_by_block)
         limited = [experiment for experiment in study.experiments if experiment.name in choices]
         return Plan(
@@ -137,31 +129,44 @@ def plan_study(
         )
 
 
-def _with_compute(study: StudyConfig, before: StudyFile | None, *, smoke: bool) -> tuple[StudyConfig, str | None]:
-    """Return the study with what frozen layers multiply, and a line on what was decided now.
+def _with_trainings(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
+    """Return the study with what is decided of each experiment's training; `decide` gets its place too."""
+    experiments = enumerate(study.experiments)
+    decided = (own.model_copy(update={"training": decide(place, own)}) for place, own in experiments)
+    return study.model_copy(update={"experiments": tuple(decided)})
 
-    It is what they multiplied when the study was begun, on whatever machine that was, so that all its runs are alike;
-    of a new study what is faster here. Any exact product may compute it.
+
+def _as_begun(study: StudyConfig, before: StudyFile | None, *, smoke: bool) -> tuple[StudyConfig, str | None]:
+    """Return the study with what it was begun with, on whatever machine that was, so that all its runs are alike.
+
+    That is what was chosen for a `memory_limit`, and what frozen layers multiply; of a new study what is faster here.
+    Any exact product may compute it. A line says what was decided now.
     """
     begun = {} if before is None else {own.name: own for own in before.configuration.experiments}
     others = [own for own in begun.values() if not own.kind.without_integers]
-    experiments, note = [], None
-    for own in study.experiments:
-        training, earlier = own.training, begun.get(own.name) or next(iter(others), None)
+    note = None
+
+    def decide(_: int, own: ExperimentConfig) -> TrainingConfig:
+        nonlocal note
+        training, same = own.training, begun.get(own.name)
+        if training.is_undecided and same is not None and same.training.recomputed_blocks is not None:
+            images = training.micro_batch_size or same.training.images_at_once
+            training = training.decided(images, same.training.recomputed_blocks)
+        earlier = same or next(iter(others), None)
         compute, bits = training.compute, training.integer_bits
         if compute == "auto" and (smoke or own.kind.without_integers):
             compute = "float"
         elif earlier is not None and compute in ("auto", earlier.training.compute):
             compute, bits = earlier.training.compute, bits or earlier.training.integer_bits
         elif compute != "float":
-            choice = kept_products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
+            choice = products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
             if compute == "auto":
                 compute = "int8" if choice.is_faster else "float"
                 note = f"compute: auto is {compute}: {choice.times}" if choice.product else None
             bits = choice.product.bits if choice.product else bits
-        update = {"compute": compute, "integer_bits": bits if compute == "int8" else None}
-        experiments.append(own.model_copy(update={"training": training.model_copy(update=update)}))
-    return study.model_copy(update={"experiments": tuple(experiments)}), note
+        return training.model_copy(update={"compute": compute, "integer_bits": bits if compute == "int8" else None})
+
+    return _with_trainings(study, decide), note
 
 
 def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: StudyFile | None) -> list[str]:
@@ -173,7 +178,7 @@ def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: Stu
     lines = []
     kinds = {(spec.precision, spec.experiment.training.integer_bits) for spec in pending if spec.multiplies_integers}
     for precision, bits in kinds:
-        choice = kept_products.choose_product(device, precision, bits)
+        choice = products.choose_product(device, precision, bits)
         remedy = "use float"
         if before is not None:
             remedy = "continue where the study was begun, or use float and another --output"
@@ -195,21 +200,36 @@ def _below(place: int) -> Iterator[None]:
 
 
 def _within_memory(
-    study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
+    study: StudyConfig,
+    workload: Workload,
+    index: ImageIndex,
+    splits: Splits,
+    measure_step: MeasureStep | None,
+    *,
+    smoke: bool,
 ) -> tuple[StudyConfig, dict[str, MemoryChoice]]:
-    """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments."""
+    """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments.
+
+    Of a smoke study nothing is measured, and as many blocks are computed again as saves anything.
+    """
     choices: dict[str, MemoryChoice] = {}
 
-    def decide_measured(place: int, experiment: ExperimentConfig) -> TrainingConfig:
+    def decide(place: int, own: ExperimentConfig) -> TrainingConfig:
+        training = own.training
+        if not training.is_undecided:
+            return training
+        if smoke:
+            recomputed = training.recomputed_of(len(workload.shape.values_by_block))
+            return training.decided(training.images_at_once, recomputed)
         check_weights(study.backbone)
-        spec, steps = spec_of(study, place, study.seeds[0]), experiment.total_steps(len(splits.train))
+        spec, steps = spec_of(study, place, study.seeds[0]), own.total_steps(len(splits.train))
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
-            training, choices[experiment.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
+            training, choices[own.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
         return training
 
-    return with_decided(study, decide_measured), choices
+    return _with_trainings(study, decide), choices
 
 
 def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
@@ -222,18 +242,17 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     if index.task is not TASKS[study.data.task or USUAL_TASK]:
         study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
-    settled = {"metric": index.task.deciding(index.class_counts(chosen_on)).name}
-    experiments = (
-        own.model_copy(update={"training": own.training.model_copy(update=settled)})
-        if own.training.metric == "auto"
-        else own
-        for own in study.experiments
-    )
-    study = study.model_copy(update={"experiments": tuple(experiments)})
-    for place, own in enumerate(study.experiments):
+    metric = index.task.deciding(index.class_counts(chosen_on)).name
+
+    def settle(place: int, own: ExperimentConfig) -> TrainingConfig:
+        training = own.training
+        if training.metric == "auto":
+            training = training.model_copy(update={"metric": metric})
         with _below(place):
-            index.task.check(own.training)
-    return study
+            index.task.check(training)
+        return training
+
+    return _with_trainings(study, settle)
 
 
 def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
@@ -333,12 +352,12 @@ def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -
 def _refuse_other_weights(runs: Sequence[EstimateRequest], sha256: str | None, results_dir: Path) -> None:
     """Refuse to go on beside runs that were done with what the file of the weights held before."""
     for run in runs:
-        if run.taken is not None and sha256 not in (None, run.taken.weights_sha256):
+        if run.finished is not None and sha256 not in (None, run.finished.weights_sha256):
             file = run_folder(results_dir, run.spec) / RECORD_FILE
             raise UserError("was made with other weights under the same path; choose another --output", file=file)
 
 
-def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost | None:
+def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> FinishedCost | None:
     """Return what a finished run took; one that failed or lost its adapter is run again, a changed one refused."""
     file = run_folder(results_dir, spec) / RECORD_FILE
     if not file.exists():
@@ -362,7 +381,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     start = spec.experiment.start
     if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
         raise UserError("was made with another adapter under the same path; choose another --output", file=file)
-    return MeasuredCost.of(record)
+    return FinishedCost.of(record)
 
 
 # --- any study, compressed into seconds: random weights, made-up images, a handful of steps ------------------------

@@ -16,9 +16,9 @@ from peft_vit.core.config import MeasuresConfig, StudyConfig
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import Progress
 from peft_vit.data import ImageIndex
-from peft_vit.runs.costs.calibration_run import MeasuredCosts, calibration_run, keep_costs
 from peft_vit.runs.costs.estimate import RunCost, StepTiming, Throughput, Workload, experiment_products
 from peft_vit.runs.costs.memory_limit import StepCost
+from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs, timing_run
 from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
 from peft_vit.runs.executors.local import LocalExecutor
 from peft_vit.runs.planned import PlannedRun
@@ -53,7 +53,7 @@ def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> d
                 log(f"{name} could not be measured ({record.error}); its time and memory are estimated")
                 continue
             measured[name] = costs_of(record, seen)
-            keep_costs(kind, measured[name])
+            cache_costs(kind, measured[name])
     return measured
 
 
@@ -167,7 +167,7 @@ def _few_steps(
     }
     steps = experiment.total_steps(len(splits.train))
     whole, most = spec.model_copy(update=changes), max(2, batch_size)
-    return calibration_run(whole, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
+    return timing_run(whole, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
 
 
 @contextmanager

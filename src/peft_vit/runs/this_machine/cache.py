@@ -19,13 +19,13 @@ _log = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def kept_file(kind: str, depends_on: Mapping[str, Any], ending: str = "json") -> Path:
-    """Return the file that holds what was found, by all that it depends on."""
+def cache_file(kind: str, depends_on: Mapping[str, Any], ending: str = "json") -> Path:
+    """Return the cache file of a measurement, by all that it depends on."""
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return cache_dir() / kind / f"{digest[:32]}.{ending}"
 
 
-def read_kept(file: Path, model: type[_Model]) -> _Model | None:
+def read_cached(file: Path, model: type[_Model]) -> _Model | None:
     """Return what a file holds; None if there is none, or it can't be used, which is reported."""
     try:
         return model.model_validate_json(read_bytes(file, 1 << 16))
@@ -37,8 +37,8 @@ def read_kept(file: Path, model: type[_Model]) -> _Model | None:
         return None
 
 
-def keep(file: Path, content: bytes) -> None:
-    """Keep what was found; a cache that can't be written to only costs time."""
+def write_cached(file: Path, content: bytes) -> None:
+    """Write what was measured; a cache that can't be written to only costs time."""
     try:
         write_atomically(file, content)
     except OSError as error:
