@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import math
 import statistics
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from peft_vit.base.console import duration
 from peft_vit.base.files import checkpoint_folders
@@ -58,8 +58,7 @@ class Times:
             folders = {} if results_dir is None else checkpoint_folders(run_folder(results_dir, run.spec))
             self._left[run.spec.name] = 1 - max(folders, default=0) / run.total_steps if folders else 1.0
             self._experiments[run.spec.name] = run.spec.experiment
-        self._shown: dict[str, list[float]] = {}  # times longer than planned, by name of the experiment
-        self._of_steps, self._of_probes = Pace(), Pace()
+        self._ended: list[_Taken] = []
         self._workers: set[str] = set()
 
     def on_event(self, event: Event | RunRetried, now: float) -> None:
@@ -78,56 +77,58 @@ class Times:
             case RunEnded():
                 self.running.pop(name, None)
                 if event.record.status == "done":
-                    self._learn(run.spec.experiment, event.record.seconds, run.estimate.seconds)
+                    self._ended.append(_Taken(run.spec.experiment, event.record.seconds, run.estimate.seconds))
             case RunRetried() | RunInterrupted():
-                paces, course = self._paces(), self.running.pop(name, None)
-                if course is not None and (taken_s := course.shown_s(now, paces[run.spec.experiment.name])) is not None:
-                    self._learn(run.spec.experiment, taken_s, course.planned_s)
+                course = self.running.pop(name, None)
+                if course is not None:
+                    self._ended += self._shown({name: course}, self._paces(now), now)
                 if isinstance(event, RunInterrupted):
                     self._left[name] = 1 - event.step / run.total_steps
 
     def left_s(self, now: float) -> dict[str, float]:
         """Return the seconds that are left of each run under way, by name."""
-        paces = self._paces(self._by_steps(now))
-        running = list(self.running.items())  # another thread may change it
+        paces, running = self._paces(now), list(self.running.items())  # another thread may change it
         return {name: course.left_s(now, paces[self._experiments[name].name]) for name, course in running}
 
     def whole_s(self, runs: Iterable[PlannedRun], now: float) -> list[float]:
         """Return the seconds that runs will take from when they are started."""
-        shown = self._by_steps(now)
-        paces = self._paces(shown)
-        for name, course in list(self.running.items()):
-            taken_s = course.shown_s(now, paces[self._experiments[name].name])
-            if name not in shown and taken_s is not None:
-                shown[name] = (taken_s, course.planned_s)
-        paces = self._paces(shown)
+        paces = self._paces(now)
         return [self._left[run.spec.name] * paces[run.spec.experiment.name] * run.estimate.seconds for run in runs]
 
-    def _by_steps(self, now: float) -> dict[str, tuple[float, float]]:
-        """Return what runs under way take by their steps, and were planned to, by name; of the others nothing."""
-        running = [(name, course) for name, course in list(self.running.items()) if course.steps_seen]
-        return {name: (course.takes_s(now), course.planned_s) for name, course in running}
+    def _shown(self, courses: Mapping[str, Course], paces: Mapping[str, float], now: float) -> list[_Taken]:
+        """Return what runs under way have shown to take, at the paces that are expected of their experiments."""
+        experiments = [(self._experiments[name], course) for name, course in list(courses.items())]
+        shown_s = [(own, course.shown_s(now, paces[own.name]), course.planned_s) for own, course in experiments]
+        return [_Taken(own, taken_s, planned_s) for own, taken_s, planned_s in shown_s if taken_s is not None]
 
-    def _learn(self, experiment: ExperimentConfig, taken_s: float, planned_s: float) -> None:
-        (self._of_probes if experiment.is_probe else self._of_steps).add(taken_s, planned_s)
-        self._shown.setdefault(experiment.name, []).append(taken_s / planned_s)
-
-    def _paces(self, under_way: dict[str, tuple[float, float]] | None = None) -> dict[str, float]:
-        """Return how many times longer than planned runs take, by name of the experiment.
-
-        Args:
-            under_way: what runs take that have not ended, and were planned to, by name.
-        """
-        of_steps, of_probes = replace(self._of_steps), replace(self._of_probes)
-        shown: dict[str, list[float]] = {}
-        for name, (taken_s, planned_s) in (under_way or {}).items():
-            experiment = self._experiments[name]
-            (of_probes if experiment.is_probe else of_steps).add(taken_s, planned_s)
-            shown.setdefault(experiment.name, []).append(taken_s / planned_s)
-        shown |= self._shown
-        others = of_steps.factor if of_steps.planned_s else max(1.0, of_probes.factor / _TOLD_BY_PROBES)
+    def _paces(self, now: float) -> dict[str, float]:
+        """Return how many times longer than planned runs take, by name of the experiment."""
         names = dict.fromkeys(experiment.name for experiment in self._experiments.values())
-        return {name: statistics.median(shown[name]) if name in shown else others for name in names}
+        paces = dict.fromkeys(names, math.inf)
+        for _ in range(2):  # first by ended runs and steps; what takes longer than expected of these is shown next
+            under_way = self._shown(self.running, paces, now)
+            factors = [Pace(), Pace()]  # of what takes steps, and of probes
+            for experiment, taken_s, planned_s in (*self._ended, *under_way):
+                factors[experiment.is_probe].add(taken_s, planned_s)
+            steps, probes = factors
+            others = steps.factor if steps.planned_s else max(1.0, probes.factor / _TOLD_BY_PROBES)
+            shown = _by_experiment(under_way) | _by_experiment(self._ended)
+            paces = {name: statistics.median(shown[name]) if name in shown else others for name in names}
+        return paces
+
+
+class _Taken(NamedTuple):
+    experiment: ExperimentConfig
+    taken_s: float
+    planned_s: float
+
+
+def _by_experiment(runs: Iterable[_Taken]) -> dict[str, list[float]]:
+    """Return times longer than planned, by name of the experiment."""
+    factors: dict[str, list[float]] = {}
+    for experiment, taken_s, planned_s in runs:
+        factors.setdefault(experiment.name, []).append(taken_s / planned_s)
+    return factors
 
 
 class Deadline:
