@@ -49,7 +49,7 @@ from peft_vit.core.adapters.footprint import (
 )
 from peft_vit.core.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.core.adapters.peft_tuner import load_peft
-from peft_vit.core.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
+from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
@@ -243,7 +243,7 @@ class Loaded:
         if training.compute == "int8":
             choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
             product = use_integer_products(model, choice.usable(self.device))
-        return provenance_of(self.spec, self.data, self.backbone, self.device, product)
+        return provenance_of(self, product)
 
     def float_weights(self) -> dict[str, Tensor]:
         """Load the weights again, as they were."""
@@ -285,7 +285,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     ranks = update_ranks(model)
     memory.prepared()
 
-    tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    tested = _train_and_test(loaded, hooks, attempt, on_progress)
     result, believed = tested.training, tested.believed
     metadata = {
         "spec": spec.model_dump(mode="json"),
@@ -379,23 +379,16 @@ def _prepare(
         return METHODS[spec.experiment.method].prepare(model, spec.experiment, context)
 
 
-def _train_and_test(
-    model: nn.Module,
-    data: Data,
-    spec: RunSpec,
-    runtime: RuntimeConfig,
-    hooks: list[Hook],
-    attempt: Attempt,
-    on_progress: OnProgress | None,
-) -> _Tested:
+def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_progress: OnProgress | None) -> _Tested:
     """Train, and read the test split, once.
 
     With a probe to start from that is before training, while its features are there; training can't reach the images.
     Where frozen layers multiply integers, training does so alone, with the validation that chooses a step. All that is
     told, calibrated or kept is measured on the model that is delivered, which multiplies in float.
     """
+    model, data, spec, runtime = loaded.backbone.model, loaded.data, loaded.spec, loaded.runtime
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
-    head, temperature, probed = Backbone(model).head, 1.0, None
+    head, temperature, probed = loaded.backbone.backbone.head, 1.0, None
     images: LabelledImages | None = None
     provenance = attempt.known.provenance
     assert provenance is not None
@@ -471,10 +464,9 @@ def _train_and_test(
     return _Tested(result, data.task.measure(test.logits, test.labels, decision), predicted, believed)
 
 
-def provenance_of(
-    spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, product: Product | None
-) -> Provenance:
+def provenance_of(loaded: Loaded, product: Product | None) -> Provenance:
     """Return what a run is made of, and what carries it out."""
+    spec, data, backbone = loaded.spec, loaded.data, loaded.backbone
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
@@ -485,7 +477,7 @@ def provenance_of(
         platform=platform.platform(),
         processor=processor_name(),
         cpu_count=cpu_count(),
-        device=str(device),
+        device=str(loaded.device),
         threads=torch.get_num_threads(),
         git_hash=commit,
         git_dirty=dirty,

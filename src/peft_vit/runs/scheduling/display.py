@@ -121,7 +121,8 @@ class StudyProgress(ProgressDisplay):
         alone: bool = False,
     ) -> None:
         super().__init__(self._shown, self._of_the_quietest, console)
-        self._until, self._alone, self._notices = until, alone, plan.notices
+        self._until = math.inf if until is None else until
+        self._alone, self._notices = alone, plan.notices
         self._since = time.monotonic()
         self._workers = plan.study.execution.workers
         self._waiting = {run.spec.name: run for run in plan.pending}
@@ -204,17 +205,14 @@ class StudyProgress(ProgressDisplay):
 
     def _left(self, now: float) -> dict[str, str]:
         """Return what is left of each run under way, by name."""
-        most = math.inf if self._until is None else max(0.0, self._until - now)
-        return {name: duration(min(most, seconds)) for name, seconds in self._times.left_s(now).items()}
+        most_s = max(0.0, self._until - now)
+        return {name: duration(min(most_s, seconds)) for name, seconds in self._times.left_s(now).items()}
 
     def _left_s(self, now: float) -> float:
         busy = self._times.left_s(now).values()
-        left_s = makespan(
-            self._times.whole_s(list(self._waiting.values()), now),
-            max(self._workers, len(busy)),  # on a cluster it shows how many there are
-            busy=busy,
-        )
-        return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
+        workers = max(self._workers, len(busy))  # on a cluster it shows how many there are
+        left_s = makespan(self._times.whole_s(list(self._waiting.values()), now), workers, busy=busy)
+        return min(left_s, max(0.0, self._until - now))
 
     def _left_for_all(self, now: float) -> str:
         return duration(self._left_s(now))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from peft_vit.runs.costs.memory_limit import MeasureStep, MemoryChoice, decide_m
 from peft_vit.runs.costs.timing_run import timing_run
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
+from peft_vit.runs.records.study_yaml import SHARED
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
 from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import ChosenPrecision, choose_precision, resolve_device
@@ -95,12 +96,11 @@ def plan_study(
         wanted = []
         for place, experiment in enumerate(study.experiments):
             steps = experiment.total_steps(workload.train)
-            spec = spec_of(study, place, study.seeds[0], smoke=smoke)
-            kind = timing_run(spec, steps, workload.shape, index, first)
+            specs = [spec_of(study, place, seed, smoke=smoke) for seed in study.seeds]
+            kind = timing_run(specs[0], steps, workload.shape, index, first)
             digest = kind.digest()
-            for seed in study.seeds:
-                spec = spec_of(study, place, seed, smoke=smoke)
-                wanted.append(EstimateRequest(spec, steps, kind, digest, _taken(results_dir, spec, index.sha256)))
+            for spec in specs:
+                wanted.append(EstimateRequest(spec, steps, kind, digest, _finished(results_dir, spec, index.sha256)))
         notices: list[str] = []
         if any(run.finished is None for run in wanted):
             notices = _slow_products([run.spec for run in wanted if run.finished is None], workload.device, before)
@@ -196,7 +196,7 @@ def _below(place: int) -> Iterator[None]:
     except UserError as error:
         if error.field is None:  # about a file, such as a broken image
             raise
-        raise UserError(error.message, file=error.file, field=f"experiments[{place}].{error.field}") from None
+        raise error.about(f"experiments[{place}].{error.field}") from None
 
 
 def _within_memory(
@@ -335,18 +335,8 @@ def _weights_line(index: ImageIndex, train: np.ndarray, how: ClassWeights) -> st
 
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
     """Return what a run of a study, whose precision is decided, is specified by; `place` is its experiment's."""
-    return RunSpec(
-        study=study.name,
-        seed=seed,
-        experiment=study.experiments[place],
-        backbone=study.backbone,
-        data=study.data,
-        device=study.device,
-        precision=cast(Precision, study.precision),
-        threads=study.threads,
-        smoke=smoke,
-        measures=study.measures,
-    )
+    shared: dict[str, Any] = {name: getattr(study, name) for name in SHARED}
+    return RunSpec(study=study.name, seed=seed, experiment=study.experiments[place], smoke=smoke, **shared)
 
 
 def _refuse_other_weights(runs: Sequence[EstimateRequest], sha256: str | None, results_dir: Path) -> None:
@@ -357,7 +347,7 @@ def _refuse_other_weights(runs: Sequence[EstimateRequest], sha256: str | None, r
             raise UserError("was made with other weights under the same path; choose another --output", file=file)
 
 
-def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> FinishedCost | None:
+def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> FinishedCost | None:
     """Return what a finished run took; one that failed or lost its adapter is run again, a changed one refused."""
     file = run_folder(results_dir, spec) / RECORD_FILE
     if not file.exists():

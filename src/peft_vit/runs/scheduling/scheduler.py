@@ -31,7 +31,7 @@ from peft_vit.runs.executors import (
     StudyEvent,
     lost,
 )
-from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, Known, StudyLock, look_at, now
+from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, StudyLock, look_at, now
 from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -45,7 +45,9 @@ if TYPE_CHECKING:  # it runs without torch, which only executors need
     from peft_vit.runs.planned import Plan, PlannedRun
     from peft_vit.runs.scheduling.deadline import Deadline
 
-TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
+_TRANSIENT: frozenset[Failure | None] = frozenset(
+    {"killed", "out_of_memory", "io"}
+)  # another attempt may end otherwise
 _POLL_S = 0.2
 _FREE = {"description", "execution"}  # settings on which no result depends
 # What a run needs until it is done, and what files and checkpoints are called while they are written, see
@@ -96,11 +98,13 @@ def drive(
         store = StudyStore(lock, content.runs)
         for text in store.notices:
             report(Notice(text))
-        waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]
+        waiting = [
+            run for run in plan.pending if not skip_failed or look_at(lock.folder, run.spec.name).failure is None
+        ]
         if executor is not None:
             attempts = _Attempts(executor, store, report, plan.study.execution.retries)
             attempts.carry_out(waiting, deadline)
-        failures = {run.spec.run_id: store.known(run.spec.name).failure for run in plan.runs}
+        failures = {run.spec.run_id: look_at(lock.folder, run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
         if executor is not None:
@@ -186,7 +190,7 @@ class _Attempts:
         if record.failure == "disk_full":
             reason = f"no room for what it writes ({record.error}); make room, and the same command continues"
             raise UserError(reason, file=self.store.folder / run)
-        again = record.status == "failed" and record.failure in TRANSIENT
+        again = record.status == "failed" and record.failure in _TRANSIENT
         if again and not self.stopping:  # what a stop or Ctrl-C has killed counts as no failure
             self.failures[run] += 1
             again = self.failures[run] <= self.retries
@@ -245,15 +249,11 @@ class StudyStore:
         self.folder = lock.folder
         self.notices = []
         for run in runs:
-            known = self.known(run)
+            known = look_at(self.folder, run)
             if known.fault:
                 self.notices.append(f"{run}: {known.fault}")
             if known.is_done:
                 self._clean_up(run)
-
-    def known(self, run: str) -> Known:
-        """Return what has become of a run."""
-        return look_at(self.folder, run)
 
     def started(self, run: str, worker: str, total_steps: int) -> None:
         """Write that an attempt begins."""
@@ -296,7 +296,7 @@ class StudyStore:
 
     def _attempt(self, run: str, *, begins: bool = False) -> Attempt:
         """Return the attempt that is under way, or the next one where it begins, or its start was not told."""
-        known = self.known(run)
+        known = look_at(self.folder, run)
         if not begins and known.attempt is not None and known.attempt.state == "running":
             return known.attempt
         return Attempt(number=known.attempts + 1, state="running", started_at=now())
