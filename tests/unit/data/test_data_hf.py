@@ -225,21 +225,13 @@ def test_an_image_column_is_chosen(hf, tmp_path):
     [
         ({"at": PAIRS, "y": TEXTS}, {"label_column": "at"}, r"column 'at' holds no labels, but List; name one of"),
         ({"at": PAIRS}, {}, r"label_column: 0 of the columns image, at could be the label"),
-        (
-            {"score": (FLOATS[0], [0.5, float("nan"), 1, 2])},
-            {},
-            r"label_column: train\[1\]: expected a number in column",
-        ),
+        ({"score": (FLOATS[0], [0.5, float("nan"), 1, 2])}, {}, r"label_column: train\[1\]: expected a number in"),
         ({"score": (FLOATS[0], [0.5] * 4)}, {}, r"'score' is 0.5 for every image, so there is nothing to learn"),
         ({"tags": (LISTS[0], [[0], [0, 1], [0], []])}, {"task": "classification"}, r"are not classification;"),
         ({"y": TEXTS}, {"task": "regression"}, r"label_column: train\[0\]: expected a number in column y, got 'b'"),
         ({"tags": (LISTS[0], [[0], [0, 1], [0], [0]])}, {}, r"every image has 'cat', so nothing can be learned ab"),
         ({"tags": (LISTS[0], [[0], [0, 1], None, []])}, {}, r"label_column: train\[2\] has no label; remove it"),
-        (
-            {"tags": (datasets.List(datasets.Value("string")), [["a|b"], ["c"]] * 2)},
-            {},
-            r"'a\|b' is not the name of a class",
-        ),
+        ({"tags": (datasets.List(datasets.Value("string")), [["a|b"], ["c"]] * 2)}, {}, r"'a\|b' is not the name of"),
         ({"a": TEXTS, "b": TEXTS}, {}, r"label_column: 2 of the columns image, a, b could be the label; name the one"),
         ({"a": TEXTS}, {"label_column": "c"}, r"label_column: there is no column 'c'; expected one of image, a"),
         ({"a": TEXTS}, {"image_column": "c"}, r"image_column: there is no column 'c'"),
@@ -457,7 +449,5 @@ def test_the_library_is_an_extra(version, hf, tmp_path, without, monkeypatch):
         without("datasets")
     else:
         monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
-    with pytest.raises(
-        UserError, match=r"^data\.dataset: hf needs the package datasets.*pip install 'peft-vit\[hf\]'$"
-    ):
+    with pytest.raises(UserError, match=r"^data\.dataset: hf needs the package datasets.*pip install"):
         hf(tmp_path)

@@ -91,9 +91,7 @@ def test_the_record_holds_the_ranks_that_eva_moved(done) -> None:
 
 
 def test_a_tuner_that_cannot_compute_with_a_models_layers_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"PEFT's oft can't compute with a layer of this model .* fewer target_modules"
-    ) as at:
+    with pytest.raises(UserError, match=r"PEFT's oft can't compute with a layer of this model .* fewer") as at:
         attach_peft(random_model("tiny_swin"), "oft", TUNERS["oft"], seed=0)
     assert at.value.field == "peft.type"
     within_windows = {**TUNERS["oft"], "target_modules": r".*attn\.(qkv|proj)"}
