@@ -45,7 +45,7 @@ from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.config import Interpolation
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
-from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, refuse_if_passing
+from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
@@ -54,15 +54,15 @@ from peft_vit.data.pixels import (
     cached_pixels,
     decode_image,
     decoders,
-    facts_of,
     formats,
     interpolation_key,
     on_white,
+    read_facts,
     split_pixels,
     to_pixels,
 )
 from peft_vit.data.sources.folders import Images, find_images, is_image
-from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across
+from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
@@ -89,7 +89,7 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
         sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
         equal, near = _compared(index, splits, rows, image_size)
         if index.own:
-            refuse_across(index, equal, sides, rows)
+            refuse_copies_across(index, equal, sides, rows)
         lines += _of_copies(index, splits, rows, sides, equal, near)
     return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in lines))
 
@@ -111,12 +111,12 @@ def _of_copies(
     if left_out.any():
         first = index.title(int(np.argmax(left_out)))
         yield f"{left_out.sum()} files are left out as copies of validation or test images, such as {first}"
-    count, pair = crossing(equal, sides)
+    count, pair = count_crossing(equal, sides)
     if count:
         yield f"{count} images are in two splits, {such_as(*pair)}; the splits stay as they are"
     for side, name in enumerate(SIDES):
         here = np.flatnonzero(sides == side)
-        count, pair = crossing(equal[here], here)
+        count, pair = count_crossing(equal[here], here)
         if count:
             a, b = (index.title(int(i)) for i in rows[here[list(pair)]])
             copies = len(here) - len(np.unique(equal[here]))
@@ -125,12 +125,12 @@ def _of_copies(
     group_of[index.groups[rows]] = equal
     groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
     known = np.flatnonzero(groups >= 0)
-    count, pair = crossing(groups[known], index.marks[known])
+    count, pair = count_crossing(groups[known], index.marks[known])
     if count:
         a, b = (f"{index.title(i)} ('{index.label(i)}')" for i in known[list(pair)].tolist())
         yield f"{count} images are of two classes, such as {a} and {b}; one of the labels is wrong"
     different = np.unique(equal, return_index=True)[1]
-    count, pair = crossing(near[different], sides[different])
+    count, pair = count_crossing(near[different], sides[different])
     if count:
         yield (
             f"{count} images nearly equal one of another split, {such_as(*different[list(pair)])}; if they show the "
@@ -348,11 +348,11 @@ class Inspection:
         for what, groups, within in (("equal", self.copies, every), ("nearly equal", self.groups, self.copies)):
             count = len(np.unique(within)) - len(np.unique(groups))
             if count:
-                a, b = crossing(groups, within)[1]
+                a, b = count_crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
         task = self.images.files.task
-        count, pair = crossing(self.groups, task.marks(self.labels))
+        count, pair = count_crossing(self.groups, task.marks(self.labels))
         if count:
             a_title, b_title = (f"{self.names[i]} ('{task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
@@ -651,9 +651,9 @@ def _decoded(
             content = tree.read(name)
             enough = None if store.sizes else _ENOUGH
             image = on_white(decode_image(partial(bytes, content), name, enough=enough)).convert("RGB")
-            facts = facts_of(content)
+            facts = read_facts(content)
         except Exception as error:  # a foreign file or archive can fail in any way
-            refuse_if_passing(error, tree.file(name))
+            raise_if_transient(error, tree.file(name))
             return error.message if isinstance(error, UserError) else f"can't be read ({error})"
         mark = repr(((facts.short, facts.long), image.size)).encode()
         digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()

@@ -26,7 +26,7 @@ from peft_vit.fit.recipe import ROUNDED, Recipe, lora, shared_training
 from peft_vit.fit.regressions import images_to_compare
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, first_that_fits, images_to_test
-from peft_vit.runs.measures.held_out import MOST_KNOWN
+from peft_vit.runs.measures.held_out import MAX_REFERENCE_IMAGES
 from peft_vit.runs.scheduling.plan import decide_precision, splits_of, workload_of
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class FitCosts:
         images, machine, image_s = self.fit.images.num_dev, self.machine, self.image_s(recipe)
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, images)
         begun += self._begun_s(recipe)
-        known = min(MOST_KNOWN, images)
+        known = min(MAX_REFERENCE_IMAGES, images)
         trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + known * image_s
         rounded = 0.0
         if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files

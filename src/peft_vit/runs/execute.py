@@ -93,7 +93,7 @@ from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict, predict_with_middle
 from peft_vit.data import load_data
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.measures.held_out import Believed, Outputs, calibration_of, known_images
+from peft_vit.runs.measures.held_out import Outputs, Reliability, calibration_of, reference_images
 from peft_vit.runs.measures.removal_and_latency import take_measures
 from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import (
@@ -109,7 +109,7 @@ OnProgress = Callable[[Progress], None]
 # What a record keeps of the warnings.
 _RECORDED = (SilentNoEffectWarning, UnderflowWarning, DataWarning, CheckpointWarning)
 # Of what a run is made of: with another one it would be another run.
-_THE_SAME = (
+_MUST_MATCH = (
     "data_sha256",
     "split_sha256",
     "weights_name",
@@ -121,7 +121,7 @@ _THE_SAME = (
     "start_sha256",
 )
 # What carried it out: with another one the numbers may round otherwise.
-_ALIKE = ("python", "processor", "device", "integer_bits", "git_hash")  # and the packages' versions
+_MAY_DIFFER = ("python", "processor", "device", "integer_bits", "git_hash")  # and the packages' versions
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _Tested:
     training: TrainingResult
     metrics: Metrics
     predictions: Predictions
-    believed: Believed
+    believed: Reliability
 
 
 def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> Finished:
@@ -456,7 +456,7 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     with attempt.overhead.of("calibration"):
         none = Outputs(test.logits[:0], data.validation.labels, None)
         validation = outputs(data.validation) if len(data.validation) else none
-        known = outputs(known_images(data, spec.seed)).middle if spec.measures.features else None
+        known = outputs(reference_images(data, spec.seed)).middle if spec.measures.features else None
         believed = calibration_of(validation, test, known, data.task)
     decision, keep = meaning_fields(believed.meaning)["decision"], spec.measures.logits
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)
@@ -510,7 +510,7 @@ def _majority(data: Data) -> dict[str, float]:
 # --- the attempts before and after ------------------------------------------------------------------------------------
 
 
-class Known(BaseModel):
+class PartialRecord(BaseModel):
     """What of a run's record is known before its end: of all its attempts, as far as checkpoints tell."""
 
     model_config = ConfigDict(extra="forbid")
@@ -531,7 +531,7 @@ class Known(BaseModel):
 class Attempt:
     """What `run_one` knows of the run's past, and keeps for its future.
 
-    A checkpoint's state is {"training": see `TrainingState.state_dict`, "run": see `Known`}.
+    A checkpoint's state is {"training": see `TrainingState.state_dict`, "run": see `PartialRecord`}.
 
     Args:
         spec: what is attempted.
@@ -559,7 +559,9 @@ class Attempt:
         self._training: State | None = None
         self.source: Path | None = None
         self.memory: MemoryWatch | None = None
-        self.known = Known(spec_digest=spec.digest(), started_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.known = PartialRecord(
+            spec_digest=spec.digest(), started_at=datetime.now(UTC).isoformat(timespec="seconds")
+        )
         self.overhead = Overhead(self.known.overhead_s)
 
     def read(self) -> Overhead:
@@ -568,7 +570,7 @@ class Attempt:
         if state is not None:
             self.source = state.source
             try:
-                known, self._training = Known.model_validate(state["run"]), State(state["training"])
+                known, self._training = PartialRecord.model_validate(state["run"]), State(state["training"])
             except (LookupError, TypeError, ValueError) as error:
                 raise self._foreign("state", f"{type(error).__name__}: {one_line(error)}") from None
             if known.spec_digest != self.known.spec_digest:
@@ -586,10 +588,10 @@ class Attempt:
         if not self.goes_on or first is None:
             self.known.provenance = provenance
             return provenance
-        for field in _THE_SAME:
+        for field in _MUST_MATCH:
             if (was := getattr(first, field)) != (now := getattr(provenance, field)):
                 raise self._foreign(field, f"{was} when the run began, {now} now")
-        before, after = ({**p.packages, **p.model_dump(include=set(_ALIKE))} for p in (first, provenance))
+        before, after = ({**p.packages, **p.model_dump(include=set(_MAY_DIFFER))} for p in (first, provenance))
         changes = [
             f"{name} {after.get(name)} instead of {before.get(name)}"
             for name in {**before, **after}
@@ -645,7 +647,7 @@ class Attempt:
         if stops:
             raise Interrupted(self._step)
 
-    def update(self) -> Known:
+    def update(self) -> PartialRecord:
         """Bring the sums up to date. Warnings are there once: an attempt repeats those of the start.
 
         They may quote names of files, which may be any bytes, and a record is UTF-8.

@@ -28,7 +28,7 @@ from peft_vit.base.files import LARGEST_BYTES, read_bytes
 from peft_vit.base.packages import ask_hub, cache_dir, check_download
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import TASKS, Column, Task
-from peft_vit.data.files import FETCH_AGAIN, hashes, remembered
+from peft_vit.data.files import FETCH_AGAIN, cached_hashes, hashes
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
 
@@ -432,7 +432,7 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
         files = {f"{part.name} {part.column} {k}": file for k, file in enumerate(part.files)}
-        for row, digest in enumerate(remembered(files, len(part.images), partial(_digests, part, path))):
+        for row, digest in enumerate(cached_hashes(files, len(part.images), partial(_digests, part, path))):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:
                 file = str(_stored(part.images[row])[1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peft_vit.base.console import duration
 from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import ExperimentConfig
-from peft_vit.runs.costs.time_limit import PROCESS_S, Course, Limit, Pace, first_that_fits
+from peft_vit.runs.costs.time_limit import PROCESS_S, Limit, Pace, RunTimer, first_that_fits
 from peft_vit.runs.executors import (
     EXECUTORS,
     Event,
@@ -32,14 +32,14 @@ _SEVERAL, _ENOUGH_STEPS = 3.0, 3  # times longer than planned, from where it is 
 _TOLD_BY_PROBES = 5.0  # probes may be so many times slower than planned for reasons of their own
 
 
-class Times:
+class RunTimes:
     """What the runs of a plan will still take, by what a call has seen of them; all times are seconds on one clock.
 
     A run that waits takes what was planned, times the pace of its experiment: what its runs take over what they were
     planned to. That is the median of those that have ended, or have shown it before they were stopped; without one, of
     those under way. Where none has shown anything yet, those of other experiments tell it, all together. Linear probes
     tell it only of each other, since the first one computes features for all; but that one is much slower than planned
-    means that the others will be, too. A run under way shows it by its steps, see `Course`, or by taking longer than
+    means that the others will be, too. A run under way shows it by its steps, see `RunTimer`, or by taking longer than
     expected. What a checkpoint holds is done.
 
     Args:
@@ -51,7 +51,7 @@ class Times:
     """
 
     def __init__(self, runs: Iterable[PlannedRun], results_dir: Path | None = None) -> None:
-        self.running: dict[str, Course] = {}
+        self.running: dict[str, RunTimer] = {}
         self._experiments: dict[str, ExperimentConfig] = {}  # by name of the run
         self._left: dict[str, float] = {}  # share of a run that is still to be done, by its newest checkpoint
         for run in runs:
@@ -70,7 +70,7 @@ class Times:
                 self._workers.add(event.worker)
                 planned_s, after_s = run.estimate.seconds, run.estimate.after_s
                 done_s = (1 - self._left[name]) * (planned_s - after_s)
-                self.running[name] = Course(planned_s, began, after_s, done_s)
+                self.running[name] = RunTimer(planned_s, began, after_s, done_s)
             case RunProgress():
                 if (course := self.running.get(name)) is not None:
                     course.stepped(event.progress.step, event.progress.total_steps, now)
@@ -95,7 +95,7 @@ class Times:
         paces = self._paces(now)
         return [self._left[run.spec.name] * paces[run.spec.experiment.name] * run.estimate.seconds for run in runs]
 
-    def _shown(self, courses: Mapping[str, Course], paces: Mapping[str, float], now: float) -> list[_Taken]:
+    def _shown(self, courses: Mapping[str, RunTimer], paces: Mapping[str, float], now: float) -> list[_Taken]:
         """Return what runs under way have shown to take, at the paces that are expected of their experiments."""
         experiments = [(self._experiments[name], course) for name, course in list(courses.items())]
         shown_s = [(own, course.shown_s(now, paces[own.name]), course.planned_s) for own, course in experiments]
@@ -133,7 +133,7 @@ def _by_experiment(runs: Iterable[_Taken]) -> dict[str, list[float]]:
 
 class Deadline:
     """Until when the runs of a plan may continue, and which of them are started: those that are expected to end in
-    time, see `Times`.
+    time, see `RunTimes`.
 
     Args:
         plan: in whose order runs are started.
@@ -151,7 +151,7 @@ class Deadline:
         self.under_way: set[str] = set()
         self._runs = plan.pending
         self._workers = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
-        self._times = Times(plan.pending, results_dir)
+        self._times = RunTimes(plan.pending, results_dir)
         self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
         self._warned_of: int | None = None  # how many runs were said to be done in time
         self._stopped: list[tuple[float, str]] = []  # seconds that runs take that were stopped, and a line on it

@@ -20,7 +20,7 @@ from peft_vit.core.training import Progress
 from peft_vit.runs.costs.time_limit import makespan
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.runs.planned import Plan, PlannedRun
-from peft_vit.runs.scheduling.deadline import Times
+from peft_vit.runs.scheduling.deadline import RunTimes
 from peft_vit.runs.this_machine.machine import cpu_count
 
 _UNKNOWN = "–"
@@ -101,7 +101,7 @@ class _Running:
 class StudyProgress(ProgressDisplay):
     """Shows a study's progress; use as a context manager and hand `on_event` to the driver.
 
-    What is left follows what the call has seen so far, see `Times`, and is never more than what `until` leaves.
+    What is left follows what the call has seen so far, see `RunTimes`, and is never more than what `until` leaves.
 
     Args:
         plan: what is done.
@@ -128,7 +128,7 @@ class StudyProgress(ProgressDisplay):
         self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
-        self._times = Times(plan.pending, results_dir)
+        self._times = RunTimes(plan.pending, results_dir)
 
     def _of_the_quietest(self) -> str | None:
         """Return how far the run is of which nothing was said for longest."""

@@ -29,9 +29,9 @@ from peft_vit.runs.executors import (
     RunRetried,
     RunStarted,
     StudyEvent,
-    lost,
+    failed_attempt,
 )
-from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, StudyLock, look_at, now
+from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, StudyLock, read_run_files, utc_now
 from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -99,12 +99,12 @@ def drive(
         for text in store.notices:
             report(Notice(text))
         waiting = [
-            run for run in plan.pending if not skip_failed or look_at(lock.folder, run.spec.name).failure is None
+            run for run in plan.pending if not skip_failed or read_run_files(lock.folder, run.spec.name).failure is None
         ]
         if executor is not None:
             attempts = _Attempts(executor, store, report, plan.study.execution.retries)
             attempts.carry_out(waiting, deadline)
-        failures = {run.spec.run_id: look_at(lock.folder, run.spec.name).failure for run in plan.runs}
+        failures = {run.spec.run_id: read_run_files(lock.folder, run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
         if executor is not None:
@@ -168,7 +168,9 @@ class _Attempts:
             return
         if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self.reached[run]:
             # It must not repeat for ever.
-            event = lost(event.run, f"it was interrupted at step {event.step} without a step since the last time")
+            event = failed_attempt(
+                event.run, f"it was interrupted at step {event.step} without a step since the last time"
+            )
         match event:
             case RunEnded():
                 self.running.discard(run)
@@ -242,14 +244,14 @@ class StudyStore:
         runs: that are planned.
 
     Raises:
-        UserError: as of `look_at`.
+        UserError: as of `read_run_files`.
     """
 
     def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
         self.folder = lock.folder
         self.notices = []
         for run in runs:
-            known = look_at(self.folder, run)
+            known = read_run_files(self.folder, run)
             if known.fault:
                 self.notices.append(f"{run}: {known.fault}")
             if known.is_done:
@@ -296,10 +298,10 @@ class StudyStore:
 
     def _attempt(self, run: str, *, begins: bool = False) -> Attempt:
         """Return the attempt that is under way, or the next one where it begins, or its start was not told."""
-        known = look_at(self.folder, run)
+        known = read_run_files(self.folder, run)
         if not begins and known.attempt is not None and known.attempt.state == "running":
             return known.attempt
-        return Attempt(number=known.attempts + 1, state="running", started_at=now())
+        return Attempt(number=known.attempts + 1, state="running", started_at=utc_now())
 
     def _write(self, run: str, attempt: Attempt) -> None:
         write_whole(folder_below(self.folder, run) / PROGRESS_FILE, attempt.model_dump_json().encode())
