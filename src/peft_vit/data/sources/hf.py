@@ -71,6 +71,8 @@ def read_hf(config: DataConfig) -> ImageIndex:
     """
     path = str(config.path)  # the configuration has seen to it
     splits = open_splits(path, config.hub_subset)
+    from pyarrow import chunked_array
+
     features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
     image, label = _columns(features, config, path)
     notes: list[str] = []
@@ -91,11 +93,10 @@ def read_hf(config: DataConfig) -> ImageIndex:
             names, labels = task.read_split(texts, (column,), is_test)
     titles, digests = _titles_and_digests(parts, path)
     lines = (f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True))
-    starts = np.cumsum([0, *(len(part.images) for part in parts)])
+    images = chunked_array([chunk for part in parts for chunk in part.images.chunks])
 
     def read(i: int) -> bytes:
-        k = int(np.searchsorted(starts, i, side="right")) - 1
-        content, file = _stored(parts[k].images[i - int(starts[k])])
+        content, file = _stored(images[i])
         if content is None:
             return read_bytes(str(file))
         if len(content) > LARGEST_BYTES:

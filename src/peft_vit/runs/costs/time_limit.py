@@ -72,10 +72,10 @@ def remaining_s(expected_s: float, spent_s: float) -> float:
 class RunTimer:
     """A run that is under way, on the clock of its call, in seconds.
 
-    Until a second step is heard of, it takes what was expected, see `remaining_s`: before steps come weights and features
-    of the images. From then on each step that is left takes what steps have taken so far, with the validations between
-    them and with what has passed since the last one, so that a long one lengthens what is left at once. What follows
-    the last step takes as many times longer than planned as the steps do.
+    Until a second step is heard of, it takes what was expected, see `remaining_s`: before steps come weights and
+    features of the images. From then on each step that is left takes what steps have taken so far, with the validations
+    between them and with what has passed since the last one, so that a long one lengthens what is left at once. What
+    follows the last step takes as many times longer than planned as the steps do.
 
     Attributes:
         planned_s: that the whole run was planned to take.

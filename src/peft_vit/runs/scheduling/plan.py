@@ -18,7 +18,6 @@ from peft_vit.core.config import (
     USUAL_TASK,
     AdaLoraConfig,
     BackboneConfig,
-    ClassWeights,
     ExperimentConfig,
     Precision,
     QaLoraConfig,
@@ -102,9 +101,14 @@ def plan_study(
             for spec in specs:
                 wanted.append(EstimateRequest(spec, steps, kind, digest, _finished(results_dir, spec, index.sha256)))
         notices: list[str] = []
-        if any(run.finished is None for run in wanted):
-            notices = _slow_products([run.spec for run in wanted if run.finished is None], workload.device, before)
-            _refuse_other_weights(wanted, check_weights(study.backbone), results_dir)
+        if pending := [run.spec for run in wanted if run.finished is None]:
+            notices = _slow_products(pending, workload.device, before)
+            weights_sha256 = check_weights(study.backbone)
+            for run in wanted:
+                if run.finished is not None and weights_sha256 not in (None, run.finished.weights_sha256):
+                    file = run_folder(results_dir, run.spec) / RECORD_FILE
+                    reason = "was made with other weights under the same path; choose another --output"
+                    raise UserError(reason, file=file)
             notices += _notices(index, study, splits)
         runs = []
         for run, estimate in zip(wanted, estimate_runs(wanted, workload, None if smoke else measure), strict=True):
@@ -307,17 +311,20 @@ def _notices(index: ImageIndex, study: StudyConfig, splits: dict[int, Splits]) -
 
     And whether some experiments are fitted to images that the others see changed.
     """
-    seeds_of: dict[str, list[int]] = {}
+    first = splits[study.seeds[0]]
+    seeds_of: dict[str, list[str]] = {}
     for seed, drawn in splits.items():
-        first = seed == study.seeds[0]
-        for text in image_warnings(index, drawn, study.data.image_size) if first else class_gaps(index, drawn):
-            seeds_of.setdefault(text, []).append(seed)
+        texts = image_warnings(index, drawn, study.data.image_size) if drawn is first else class_gaps(index, drawn)
+        for text in texts:
+            seeds_of.setdefault(text, []).append(str(seed))
     notices = list(seeds_of)
     if len(splits) > 1:
-        notices = [f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items()]
+        notices = [f"{text} (seen with seed {', '.join(seeds)})" for text, seeds in seeds_of.items()]
     for how in dict.fromkeys(experiment.training.class_weights for experiment in study.experiments):
         if how != "none":
-            notices.append(_weights_line(index, splits[study.seeds[0]].train, how))
+            weights = index.task.loss_weights(index.class_counts(first.train), how)
+            ends = (f"'{index.class_names[k]}' {weights[k]:.2g}" for k in (weights.argmax(), weights.argmin()))
+            notices.append(f"class weights in the loss, {how}: from {' to '.join(ends)}")
     probes = [experiment.name for experiment in study.experiments if experiment.is_probe]
     augmentation = [change for experiment in study.experiments for change in experiment.training.augmentation]
     changes = dict.fromkeys(change.name for change in augmentation if change.flip is None)
@@ -326,25 +333,10 @@ def _notices(index: ImageIndex, study: StudyConfig, splits: dict[int, Splits]) -
     return notices
 
 
-def _weights_line(index: ImageIndex, train: np.ndarray, how: ClassWeights) -> str:
-    """Return which class weighs most in the loss, and which least."""
-    weights = index.task.loss_weights(index.class_counts(train), how)
-    ends = (f"'{index.class_names[k]}' {weights[k]:.2g}" for k in (weights.argmax(), weights.argmin()))
-    return f"class weights in the loss, {how}: from {' to '.join(ends)}"
-
-
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
     """Return what a run of a study, whose precision is decided, is specified by; `place` is its experiment's."""
     shared: dict[str, Any] = {name: getattr(study, name) for name in SHARED}
     return RunSpec(study=study.name, seed=seed, experiment=study.experiments[place], smoke=smoke, **shared)
-
-
-def _refuse_other_weights(runs: Sequence[EstimateRequest], sha256: str | None, results_dir: Path) -> None:
-    """Refuse to go on beside runs that were done with what the file of the weights held before."""
-    for run in runs:
-        if run.finished is not None and sha256 not in (None, run.finished.weights_sha256):
-            file = run_folder(results_dir, run.spec) / RECORD_FILE
-            raise UserError("was made with other weights under the same path; choose another --output", file=file)
 
 
 def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> FinishedCost | None:
