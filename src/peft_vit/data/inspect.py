@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from peft_vit.base.errors import DataWarning, UserError
+from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
@@ -403,36 +403,35 @@ def inspect_images(
             more than half of the images can't be used, or with `strict` one is to be left out, with the list.
     """
     images = path if isinstance(path, Images) else find_images(existing(str(path)))
-    path, tree, files = images.path, images.tree, images.files
-    (class_names, labels), task = files.read(), files.task
-    if len(class_names) < task.least_outputs:
-        message = f"holds one class alone, '{class_names[0]}'; add images of another one"
-        raise UserError(message, file=path)
-    check_class_names(class_names, path)
-    names = np.array(list(files.classes), dtype=object)
+    files, task = images.files, images.files.task
+    class_names, labels = files.read()
     holdout = None if files.is_test is None else np.array(files.is_test, dtype=bool)
-    if least is None:
-        least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
-    _refuse_few(
-        path, files.task, class_names, labels, np.arange(len(labels)), holdout, least
-    )  # before anything is decoded
-    decoded = _decoded_once(tree, names.tolist(), store or PixelStore(()), on_progress)
-    copies, groups = decoded.copies, decoded.groups
-    left_out = (
-        dict(images.left_out) | decoded.faults | _contradictions(names, task.marks(labels), copies, groups, holdout)
-    )
-    if strict and left_out:
-        them = "it" if len(left_out) == 1 else "them"
-        message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
-        raise UserError(message, file=path, field="--strict", details="\n".join(_listed(left_out)))
-    faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
-    count = len(names) + len(faults.keys() - decoded.faults.keys())
-    if len(faults) > count / 2:
-        message = f"{len(faults):,} of {count:,} images can't be used; repair or replace them, or choose another folder"
-        raise UserError(message, file=path, details="\n".join(_listed(faults)))
-    used = np.array([name not in left_out for name in names], dtype=bool)
-    labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
-    _refuse_few(path, files.task, class_names, labels, groups, holdout, least)
+    with named(images.path):
+        if len(class_names) < task.least_outputs:
+            raise UserError(f"holds one class alone, '{class_names[0]}'; add images of another one")
+        check_class_names(class_names, images.path)
+        if least is None:
+            least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
+        refuse_few = partial(_refuse_few, task, class_names, least)
+        refuse_few(labels, np.arange(len(labels)), holdout)  # before anything is decoded
+        names = np.array(list(files.classes), dtype=object)
+        decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
+        copies, groups = decoded.copies, decoded.groups
+        left_out = dict(images.left_out) | decoded.faults
+        left_out |= _contradictions(names, task.marks(labels), copies, groups, holdout)
+        if strict and left_out:
+            them = "it" if len(left_out) == 1 else "them"
+            message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
+            raise UserError(message, field="--strict", details="\n".join(_listed(left_out)))
+        faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
+        count = len(names) + len(faults.keys() - decoded.faults.keys())
+        if len(faults) > count / 2:
+            remedy = "repair or replace them, or choose another folder"
+            message = f"{len(faults):,} of {count:,} images can't be used; {remedy}"
+            raise UserError(message, details="\n".join(_listed(faults)))
+        used = np.array([name not in left_out for name in names], dtype=bool)
+        labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
+        refuse_few(labels, groups, holdout)
     return Inspection(
         images=images,
         class_names=class_names,
@@ -489,13 +488,12 @@ def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
 
 
 def _refuse_few(
-    path: Path,
     task: Task,
     class_names: Sequence[str],
+    least: int,
     labels: np.ndarray,
     groups: np.ndarray,
     holdout: np.ndarray | None,
-    least: int,
 ) -> None:
     """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
     chosen_on = np.ones(len(labels), dtype=bool) if holdout is None else ~holdout
@@ -511,12 +509,11 @@ def _refuse_few(
         images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
         raise UserError(
             f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
-            f"needs {least}{more}; add images, or remove the class",
-            file=path,
+            f"needs {least}{more}; add images, or remove the class"
         )
     if holdout is not None and not (tested := task.counts(labels[holdout], len(class_names))).all():
         message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
-        raise UserError(message, file=path)
+        raise UserError(message)
 
 
 def _contradictions(

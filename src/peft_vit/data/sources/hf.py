@@ -73,47 +73,48 @@ def read_hf(config: DataConfig) -> ImageIndex:
     splits = open_splits(path, config.hub_subset)
     from pyarrow import chunked_array
 
-    features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
-    image, label = _columns(features, config, path)
-    notes: list[str] = []
-    parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], path, notes)
-    is_test = _official_test(parts, path, notes)
-    holds = _holds(features[label])
-    task = TASKS[config.task] if config.task else next(own for own in TASKS.values() if own.column == holds)
-    if task.one_class and holds == "lists":
-        message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
-        raise UserError(message, file=path, field="data.task")
-    if task.one_class:
-        names, labels = _classes(parts, features[label], label, path, notes)
-        texts = [names[k] for k in labels]
-    else:
-        column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
-        texts = _texts(parts, features[label], column, task, path)
-        with named(Path(path)):
+    with named(path):
+        features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
+        image, label = _columns(features, config)
+        notes: list[str] = []
+        parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], notes)
+        is_test = _official_test(parts, notes)
+        holds = _holds(features[label])
+        task = TASKS[config.task] if config.task else next(own for own in TASKS.values() if own.column == holds)
+        if task.one_class and holds == "lists":
+            message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
+            raise UserError(message, field="data.task")
+        if task.one_class:
+            names, labels = _classes(parts, features[label], label, notes)
+            texts = [names[k] for k in labels]
+        else:
+            column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
+            texts = _texts(parts, features[label], column, task)
             names, labels = task.read_split(texts, (column,), is_test)
-    titles, digests = _titles_and_digests(parts, path)
-    lines = (f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True))
-    images = chunked_array([chunk for part in parts for chunk in part.images.chunks])
+        titles, digests = _titles_and_digests(parts, path)
+        lines = [f"{part.name}\0{len(part.images)}\n" for part in parts]
+        lines += [f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True)]
+        images = chunked_array([chunk for part in parts for chunk in part.images.chunks])
 
-    def read(i: int) -> bytes:
-        content, file = _stored(images[i])
-        if content is None:
-            return read_bytes(str(file))
-        if len(content) > LARGEST_BYTES:
-            raise OSError(f"larger than {LARGEST_BYTES} bytes")
-        return content
+        def read(i: int) -> bytes:
+            content, file = _stored(images[i])
+            if content is None:
+                return read_bytes(str(file))
+            if len(content) > LARGEST_BYTES:
+                raise OSError(f"larger than {LARGEST_BYTES} bytes")
+            return content
 
-    return ImageIndex(
-        labels=labels,
-        class_names=names,
-        official_test=is_test,
-        sha256=hashlib.sha256("".join([*(f"{p.name}\0{len(p.images)}\n" for p in parts), *lines]).encode()).hexdigest(),
-        read=lambda i: decode_image(lambda: read(i), f"{path}: {titles[i]}"),
-        names=titles,
-        contents=numbered(digests)[1],
-        notes=tuple(notes),
-        task=task,
-    )
+        return ImageIndex(
+            labels=labels,
+            class_names=names,
+            official_test=is_test,
+            sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
+            read=lambda i: decode_image(lambda: read(i), f"{path}: {titles[i]}"),
+            names=titles,
+            contents=numbered(digests)[1],
+            notes=tuple(notes),
+            task=task,
+        )
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, str]:
+def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
     """Return the columns of images and of labels: those asked for, or else the only likely ones.
 
     Labels are likely to be those of classes, or lists of these, or else texts or whole numbers, or else lists of texts
@@ -278,13 +279,13 @@ def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, st
             plain.append(name)
         elif _inner(feature) or dtype.startswith(("float", "double")):
             more.append(name)
-    image = _column("image", "hold images", features, config.image_column, images or possible, possible, path)
+    image = _column("image", "hold images", features, config.image_column, images or possible, possible)
     plain, several = [name for name in plain if name != image], [name for name in more if _inner(features[name])]
     likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
     likely = likely or [name for name in several if isinstance(_inner(features[name]), datasets.ClassLabel)]
     likely = likely or (["label"] if "label" in (*plain, *more) else plain or more)
     likely = ["label"] if "label" in likely else likely
-    return image, _column("label", "could be the label", features, config.label_column, likely, [*plain, *more], path)
+    return image, _column("label", "could be the label", features, config.label_column, likely, [*plain, *more])
 
 
 def _inner(feature: Any) -> Any:
@@ -303,9 +304,7 @@ def _holds(feature: Any) -> Column:
     return "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
 
 
-def _column(
-    what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str], path: str
-) -> str:
+def _column(what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str]) -> str:
     """Return the column asked for, which has to be a possible one, or else the only likely one."""
     if column is None and len(likely) == 1:
         return likely[0]
@@ -320,7 +319,7 @@ def _column(
         kind = dtype if isinstance(dtype, str) else type(features[column]).__name__
         names = f"; name one of {', '.join(possible)}" if possible else ""
         message = f"column '{column}' holds no {what}s, but {kind}{names}"
-    raise UserError(message, file=path, field=f"data.{what}_column")
+    raise UserError(message, field=f"data.{what}_column")
 
 
 # --- splits and classes -----------------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
     for column in (image, *columns):
         if rows.features.get(column) != features[column]:  # classes in another order would be other numbers
             message = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
-            raise UserError(message, file=path, field="data.path")
+            raise UserError(message, field="data.path")
     with foreign_fault(f"has a damaged split {name}", path, remedy=FETCH_AGAIN):
         table = rows.select_columns(columns).with_format("arrow")[:]
         for column in columns:
@@ -347,7 +346,7 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
     return _Split(name, image, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
 
 
-def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
+def _labelled(parts: list[_Split], notes: list[str]) -> list[_Split]:
     """Return the splits that have labels."""
     labelled = []
     for part in parts:
@@ -357,15 +356,15 @@ def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
         elif missing:
             among = f", as {len(missing)} of {len(part.classes)} there" if len(missing) > 1 else ""
             message = f"{part.name}[{missing[0]}] has no label{among}; remove it, or name another column"
-            raise UserError(message, file=path, field="data.label_column")
+            raise UserError(message, field="data.label_column")
         elif part.classes:
             labelled.append(part)
     if not labelled:
-        raise UserError("holds no image with a label", file=path, field="data.path")
+        raise UserError("holds no image with a label", field="data.path")
     return labelled
 
 
-def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarray | None:
+def _official_test(parts: list[_Split], notes: list[str]) -> np.ndarray | None:
     """Take out what is no split of a known name, and return which images are test images, (N,) bool, if any are."""
     if len(parts) == 1:
         return None
@@ -375,14 +374,14 @@ def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarr
     present = {part.name for part in parts}
     if not present.intersection(_TRAIN):
         named = ", ".join(sorted(present)) or "of other names"
-        raise UserError(f"has the splits {named}; expected train beside them", file=path, field="data.path")
+        raise UserError(f"has the splits {named}; expected train beside them", field="data.path")
     test = next((names for names in (_TEST, _VALIDATION) if present.intersection(names)), ())
     if not test:
         return None
     return np.concatenate([np.full(len(part.images), part.name in test) for part in parts])
 
 
-def _texts(parts: list[_Split], feature: Any, column: str, task: Task, path: str) -> list[str]:
+def _texts(parts: list[_Split], feature: Any, column: str, task: Task) -> list[str]:
     """Return labels as a table has them, N of them: a number, or names with | between them."""
     inner, texts = _inner(feature), []
     names = getattr(inner, "names", None)  # of numbered classes
@@ -395,14 +394,12 @@ def _texts(parts: list[_Split], feature: Any, column: str, task: Task, path: str
             odd = [own for own in several if inner and (not isinstance(own, str) or "|" in own or not own.strip())]
             fault = f"{odd[0]!r} is not the name of a class without |" if odd else task.fault({column: text})
             if fault:
-                raise UserError(f"{part.name}[{row}]: {fault}", file=path, field="data.label_column")
+                raise UserError(f"{part.name}[{row}]: {fault}", field="data.label_column")
             texts.append(text)
     return texts
 
 
-def _classes(
-    parts: list[_Split], feature: Any, label: str, path: str, notes: list[str]
-) -> tuple[tuple[str, ...], np.ndarray]:
+def _classes(parts: list[_Split], feature: Any, label: str, notes: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of classes that have images, in the order of the set or sorted, and labels (N,) int64."""
     import datasets
 
@@ -412,7 +409,7 @@ def _classes(
         return names, labels
     if present[-1] >= feature.num_classes:
         message = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
-        raise UserError(message, file=path, field="data.label_column")
+        raise UserError(message, field="data.label_column")
     absent = [name for k, name in enumerate(feature.names) if k not in present]
     if absent:
         notes.append(f"{len(absent)} of {feature.num_classes} classes have no image, such as '{absent[0]}'")
@@ -433,7 +430,7 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
         files = {f"{part.name} {part.column} {k}": file for k, file in enumerate(part.files)}
-        for row, digest in enumerate(cached_hashes(files, len(part.images), partial(_digests, part, path))):
+        for row, digest in enumerate(cached_hashes(files, len(part.images), partial(_digests, part))):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:
                 file = str(_stored(part.images[row])[1])
@@ -452,12 +449,12 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     return titles, [of_files.get(digest, digest) for digest in digests]
 
 
-def _digests(part: _Split, path: str) -> list[str]:
+def _digests(part: _Split) -> list[str]:
     digests = []
     for row, scalar in enumerate(part.images):
         content, file = _stored(scalar)
         if content is None and not file:
-            raise UserError(f"{part.name}[{row}] has no image; remove it", file=path, field="data.image_column")
+            raise UserError(f"{part.name}[{row}] has no image; remove it", field="data.image_column")
         digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
     return digests
 
