@@ -67,8 +67,8 @@ class FileTree:
         start = f"{folder}/"
 
         def hashed(names: list[str]) -> Hashes:
-            whole = self.hashed([start + name for name in names])
-            return Hashes(whole.sha256, {name.removeprefix(start): mark for name, mark in whole.each.items()})
+            sha256, each = self.hashed([start + name for name in names])
+            return Hashes(sha256, {name.removeprefix(start): mark for name, mark in each.items()})
 
         names = tuple(name.removeprefix(start) for name in self.names if name.startswith(start))
         unused = {name.removeprefix(start): at for name, at in self.unused.items() if name.startswith(start)}
@@ -155,7 +155,7 @@ def open_tree(location: Path) -> FileTree:
         tuple(sorted(members)),
         lambda name: _read_member(archive, members[name]),
         lambda used: Hashes(
-            hashes({"": location}).sha256, _told_apart(archive, {name: members[name] for name in used})
+            hashes({"": location}).sha256, _fingerprints(archive, {name: members[name] for name in used})
         ),
     )
 
@@ -171,12 +171,12 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return content
 
 
-def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str]:
+def _fingerprints(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str]:
     """Return what shows members apart; only those are unpacked that agree with another one in checksum and size."""
     marks = {name: f"{info.CRC} {info.file_size}" for name, info in members.items()}
-    seen = Counter(marks.values())
+    counts = Counter(marks.values())
     for name, mark in marks.items():
-        if seen[mark] > 1:
+        if counts[mark] > 1:
             try:
                 marks[name] = hashlib.sha256(_read_member(archive, members[name])).hexdigest()
             except Exception as error:  # a foreign archive can fail in any way; who decodes the image says so

@@ -310,8 +310,8 @@ class Inspection:
         if not self.metric.counts_images:  # how many are of a class does not matter to it
             return [*known, f"metric: {self.metric.words}"]
         counts = self.chosen_counts
-        large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
-        times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
+        largest, smallest = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
+        times = f"class '{largest}' has {counts.max() / counts.min():.1f} times as many images as class '{smallest}'"
         if counts.max() == counts.min():
             times = "all classes have the same number of images"
         rule = "" if self.metric.equal_classes else f"; balanced accuracy above {LARGEST_IMBALANCE:g}x imbalance"
@@ -613,7 +613,7 @@ class _Decoded(NamedTuple):
 class _One(NamedTuple):
     facts: Facts
     digest: bytes
-    small: np.ndarray  # (64, 64, 3)
+    compared: np.ndarray  # (64, 64, 3)
     pixels: list[np.ndarray]  # for the store
 
 

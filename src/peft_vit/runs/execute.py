@@ -308,9 +308,9 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     )
     for hook in hooks:
         hook.finish(model, context)
-    of_method: dict[str, Any] = {"rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else []}
+    method_fields: dict[str, Any] = {"rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else []}
     for hook in hooks:
-        of_method |= hook.record(model)
+        method_fields |= hook.record(model)
     counts = ParameterCounts(
         initial=result.initial_parameters,
         final=trainable_parameters(model),
@@ -333,7 +333,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         left_out=dict(data.left_out),
         majority_accuracy=_majority(data),
         sites=sites,
-        **of_method,
+        **method_fields,
         steps=result.steps,
         evaluations=result.evaluations,
         chosen_step=result.chosen_step,
@@ -591,11 +591,11 @@ class Attempt:
         for field in _MUST_MATCH:
             if (was := getattr(first, field)) != (now := getattr(provenance, field)):
                 raise self._foreign(field, f"{was} when the run began, {now} now")
-        before, after = ({**p.packages, **p.model_dump(include=set(_MAY_DIFFER))} for p in (first, provenance))
+        old_tools, new_tools = ({**p.packages, **p.model_dump(include=set(_MAY_DIFFER))} for p in (first, provenance))
         changes = [
-            f"{name} {after.get(name)} instead of {before.get(name)}"
-            for name in {**before, **after}
-            if before.get(name) != after.get(name)
+            f"{name} {new_tools.get(name)} instead of {old_tools.get(name)}"
+            for name in {**old_tools, **new_tools}
+            if old_tools.get(name) != new_tools.get(name)
         ]
         if changes:
             text = (
@@ -659,8 +659,8 @@ class Attempt:
         known.warnings = list(dict.fromkeys([*known.warnings, *texts]))
         if self.memory is not None:
             known.peak_memory_bytes = max(known.peak_memory_bytes, self.memory.peak_bytes)
-            own = self.memory.own_bytes
+            own_bytes = self.memory.own_bytes
             known.own_memory_bytes = (
-                None if own is None or known.own_memory_bytes is None else max(known.own_memory_bytes, own)
+                None if own_bytes is None or known.own_memory_bytes is None else max(known.own_memory_bytes, own_bytes)
             )
         return known

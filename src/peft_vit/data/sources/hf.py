@@ -80,7 +80,7 @@ def read_hf(config: DataConfig) -> ImageIndex:
         parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], notes)
         is_test = _official_test(parts, notes)
         holds = _holds(features[label])
-        task = TASKS[config.task] if config.task else next(own for own in TASKS.values() if own.column == holds)
+        task = TASKS[config.task or next(name for name, task in TASKS.items() if task.column == holds)]
         if task.one_class and holds == "lists":
             message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
             raise UserError(message, field="data.task")
@@ -232,9 +232,9 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
-    own = {"dataset_name": name.rpartition("/")[2], "config_name": subset, "repo_id": name}
+    cached = {"dataset_name": name.rpartition("/")[2], "config_name": subset, "repo_id": name}
     try:
-        return _prepared(Cache(**own, version="auto", hash="auto"), name)
+        return _prepared(Cache(**cached, version="auto", hash="auto"), name)
     except Exception as error:  # is not there, or only a part of it
         if "multiple" in str(error):
             raise
@@ -391,7 +391,7 @@ def _texts(parts: list[_Split], feature: Any, column: str, task: Task) -> list[s
             if names is not None:
                 several = [names[k] if k is not None and 0 <= k < len(names) else k for k in several]
             text = "|".join(map(str, several))
-            odd = [own for own in several if inner and (not isinstance(own, str) or "|" in own or not own.strip())]
+            odd = [name for name in several if inner and (not isinstance(name, str) or "|" in name or not name.strip())]
             fault = f"{odd[0]!r} is not the name of a class without |" if odd else task.fault({column: text})
             if fault:
                 raise UserError(f"{part.name}[{row}]: {fault}", field="data.label_column")
@@ -424,7 +424,7 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     import datasets
 
     library = (_cache(), datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    own, *others = (Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
+    local_root, *others = (Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
     titles: list[str] = []
     digests: list[str] = []
     beside: dict[str, Path] = {}  # files of their own, by row
@@ -438,12 +438,12 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
                 if not os.path.isfile(file):
                     message = f"names the file {file}, which does not exist, and holds no image itself"
                     raise UserError(message, file=f"{path}: {title}")
-                if not any(real.is_relative_to(root) for root in (own, *others)):
+                if not any(real.is_relative_to(root) for root in (local_root, *others)):
                     message = f"names the file {file}, which leads out of the data set; copy it into it"
                     raise UserError(message, file=f"{path}: {title}")
                 beside[title] = Path(file)
-                if real.is_relative_to(own):
-                    titles[-1] = real.relative_to(own).as_posix()
+                if real.is_relative_to(local_root):
+                    titles[-1] = real.relative_to(local_root).as_posix()
             digests.append(digest if digest != _NO_BYTES else title)
     of_files = hashes(beside).each if beside else {}
     return titles, [of_files.get(digest, digest) for digest in digests]

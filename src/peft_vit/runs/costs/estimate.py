@@ -171,7 +171,7 @@ def product_throughput(
 
 
 def product_throughputs(
-    asked: ComputeSetting, shape: BackboneShape, device: torch.device, precision: Precision, threads: int
+    requested: ComputeSetting, shape: BackboneShape, device: torch.device, precision: Precision, threads: int
 ) -> dict[Compute, float]:
     """Return multiply-adds per second of the way to compute that was asked for, see `product_throughput`.
 
@@ -180,10 +180,10 @@ def product_throughputs(
     Raises:
         UserError: if int8 was asked for, and the device has no such product, or a slow one.
     """
-    ways: list[Compute] = ["float"] if asked == "auto" else [asked]
-    if asked == "int8":
+    ways: list[Compute] = ["float"] if requested == "auto" else [requested]
+    if requested == "int8":
         products.choose_product(device, precision).usable(device, "--compute")
-    elif asked == "auto" and products.choose_product(device, precision).is_faster:
+    elif requested == "auto" and products.choose_product(device, precision).is_faster:
         ways = ["int8", "float"]
     return {way: product_throughput(shape, device, precision, threads, way) for way in ways}
 

@@ -89,8 +89,8 @@ class MemoryChoice:
         without = self.free.in_words(blocks)
         if self.free_cost is None:
             return f"{taken}; for {without}, there is not enough memory here."
-        ratio, whole = self.cost.step_s / self.free_cost.step_s, _mb(self.free_cost.peak_bytes)
-        return f"{taken}, {ratio:.2f} of that with {without}, which takes {whole}."
+        ratio, free_bytes = self.cost.step_s / self.free_cost.step_s, _mb(self.free_cost.peak_bytes)
+        return f"{taken}, {ratio:.2f} of that with {without}, which takes {free_bytes}."
 
 
 def _mb(size: float) -> str:

@@ -75,11 +75,11 @@ def timing_run(
         images = max(images, qa_lora.adaptive_bits.calibration_images)
     if qa_lora is not None and qa_lora.rounding == "gptq":
         images = max(images, qa_lora.images_to_round_by)  # fewer if the whole run has fewer
-    whole = len(splits.train)
+    available = len(splits.train)
     usual = max(_VALIDATION_BATCHES * batch_size, 2 * len(index.class_names), spec.measures.removal_images or 0)
     some = evaluated or usual
     if len(splits.validation) == 0:  # some all the same: an evaluated image takes time in test, too
-        whole -= (some := min(some, max(2, whole // 4)))
+        available -= (some := min(some, max(2, available // 4)))
     data = spec.data.model_copy(
         update={
             "shots_per_class": None,
@@ -90,9 +90,9 @@ def timing_run(
             "test_images": None if spec.data.folds is not None else min(len(splits.test), some),
         }
     )
-    train = min(whole, max(images, 2))
-    while train < whole and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
-        train = min(whole, 2 * train)
+    train = min(available, max(images, 2))
+    while train < available and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
+        train = min(available, 2 * train)
     data = data.model_copy(update={"train_images": train})
     an_epoch = steps_per_epoch(train, batch_size)
     epochs = -(-steps // an_epoch)

@@ -97,9 +97,12 @@ class RunTimes:
 
     def _shown(self, courses: Mapping[str, RunTimer], paces: Mapping[str, float], now: float) -> list[_Taken]:
         """Return what runs under way have shown to take, at the paces that are expected of their experiments."""
-        experiments = [(self._experiments[name], course) for name, course in list(courses.items())]
-        shown_s = [(own, course.shown_s(now, paces[own.name]), course.planned_s) for own, course in experiments]
-        return [_Taken(own, taken_s, planned_s) for own, taken_s, planned_s in shown_s if taken_s is not None]
+        shown = []
+        for name, course in list(courses.items()):
+            experiment = self._experiments[name]
+            if (taken_s := course.shown_s(now, paces[experiment.name])) is not None:
+                shown.append(_Taken(experiment, taken_s, course.planned_s))
+        return shown
 
     def _paces(self, now: float) -> dict[str, float]:
         """Return how many times longer than planned runs take, by name of the experiment."""
@@ -152,8 +155,8 @@ class Deadline:
         self._runs = plan.pending
         self._workers = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
         self._times = RunTimes(plan.pending, results_dir)
-        self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
-        self._warned_of: int | None = None  # how many runs were said to be done in time
+        self._none_fits: bool | None = None  # nothing is expected to end in time: begin it all the same
+        self._announced: int | None = None  # how many runs were said to be done in time
         self._stopped: list[tuple[float, str]] = []  # seconds that runs take that were stopped, and a line on it
 
     @property
@@ -174,10 +177,10 @@ class Deadline:
         """
         while len(self.under_way) < self._workers:
             idle = self._idle(waiting)
-            fitting = first_that_fits(idle, lambda own: own[1], self.limit.left_s)
-            if self._whatever is None:
-                self._whatever = bool(idle) and fitting is None
-            if self._whatever:
+            fitting = first_that_fits(idle, lambda option: option[1], self.limit.left_s)
+            if self._none_fits is None:
+                self._none_fits = bool(idle) and fitting is None
+            if self._none_fits:
                 fitting = next(iter(idle), None)
             if fitting is None:
                 return
@@ -201,13 +204,13 @@ class Deadline:
             waiting: names of the runs that have not ended.
         """
         now = self.limit.clock()
-        for name, course in {} if self._warned_of == 0 else self._times.running.items():
+        for name, course in {} if self._announced == 0 else self._times.running.items():
             taken_s = course.takes_s(now) if course.steps_seen >= _ENOUGH_STEPS else course.done_s + course.spent_s(now)
             if taken_s < _SEVERAL * course.planned_s:
                 continue
             fitting = self._fitting(waiting)
-            if fitting < len(self._runs) and (self._warned_of is None or fitting == 0):
-                self._warned_of = fitting
+            if fitting < len(self._runs) and (self._announced is None or fitting == 0):
+                self._announced = fitting
                 planned = f"{name} was planned to take {duration(course.planned_s)} and {self._takes(name, now)}"
                 fits = f"{fitting} of {len(self._runs)} runs will be done in {self.limit.minutes:g} minutes"
                 return f"slower than planned: {planned}; about {fits}"
@@ -220,7 +223,7 @@ class Deadline:
         begun = self._stopped + [(left_s, f"{name} {self._takes(name, now)}") for name, left_s in under_way]
         if begun:
             return min(begun)[1]
-        run, seconds = min(self._idle({run.spec.name for run in self._runs}), key=lambda own: own[1])
+        run, seconds = min(self._idle({run.spec.name for run in self._runs}), key=lambda option: option[1])
         return f"{run.spec.name} is planned to take {duration(seconds)}"
 
     def _takes(self, name: str, now: float) -> str:
@@ -241,13 +244,13 @@ class Deadline:
     def _fitting(self, waiting: Set[str]) -> int:
         """Return how many runs of this call will have ended in time, those that have ended among them."""
         left_s, idle = self.limit.left_s, self._idle(waiting)
-        free_at = [own for own in self._times.left_s(self.limit.clock()).values() if own <= left_s]
+        free_at = [run_s for run_s in self._times.left_s(self.limit.clock()).values() if run_s <= left_s]
         fitting = len(self._runs) - len(waiting) + len(free_at)
         free_at += [0.0] * (self._workers - len(self.under_way))
         heapq.heapify(free_at)
         while free_at:
             at = heapq.heappop(free_at)
-            if (next_run := first_that_fits(idle, lambda own: own[1], left_s - at)) is not None:
+            if (next_run := first_that_fits(idle, lambda option: option[1], left_s - at)) is not None:
                 idle.remove(next_run)
                 heapq.heappush(free_at, at + next_run[1])
                 fitting += 1

@@ -70,20 +70,20 @@ def plan_study(
             holds a study of this name that was configured otherwise, with the difference.
     """
     with named(file):
-        before = read_study_file(results_dir / study.name)
+        existing = read_study_file(results_dir / study.name)
         if smoke:
             study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
         pretrained_with = interpolation_of(architecture_of(study.backbone))
         if study.data.interpolation is None and pretrained_with != "bicubic":
             data = study.data.model_copy(update={"interpolation": pretrained_with})
             study = study.model_copy(update={"data": data})
-        precision = decide_precision(study, before)
+        precision = decide_precision(study, existing)
         study = study.model_copy(update={"precision": precision.chosen})
-        study, compute_note = _as_begun(study, before, smoke=smoke)
+        study, compute_note = _as_begun(study, existing, smoke=smoke)
         index = open_index(study.data, smoke=smoke)
         study = _settled(study, index)
         requested = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
-        go_on(results_dir / study.name, before, requested, source=str(file or "asked for"), part=part)
+        go_on(results_dir / study.name, existing, requested, source=str(file or "asked for"), part=part)
         splits = splits_of(index, study)
         first = splits[study.seeds[0]]
         workload = workload_of(study, index, first)
@@ -102,7 +102,7 @@ def plan_study(
                 wanted.append(EstimateRequest(spec, steps, kind, digest, _finished(results_dir, spec, index.sha256)))
         notices: list[str] = []
         if pending := [run.spec for run in wanted if run.finished is None]:
-            notices = _slow_products(pending, workload.device, before)
+            notices = _slow_products(pending, workload.device, existing)
             weights_sha256 = check_weights(study.backbone)
             for run in wanted:
                 if run.finished is not None and weights_sha256 not in (None, run.finished.weights_sha256):
@@ -128,37 +128,39 @@ def plan_study(
             compute_note,
             part=part,
             notices=tuple(notices),
-            before=before,
+            existing=existing,
             memory=tuple(choices[experiment.name].line(experiment, blocks) for experiment in limited),
         )
 
 
 def _with_trainings(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
     """Return the study with what is decided of each experiment's training; `decide` gets its place too."""
-    experiments = enumerate(study.experiments)
-    decided = (own.model_copy(update={"training": decide(place, own)}) for place, own in experiments)
+    decided = []
+    for place, experiment in enumerate(study.experiments):
+        decided.append(experiment.model_copy(update={"training": decide(place, experiment)}))
     return study.model_copy(update={"experiments": tuple(decided)})
 
 
-def _as_begun(study: StudyConfig, before: StudyFile | None, *, smoke: bool) -> tuple[StudyConfig, str | None]:
+def _as_begun(study: StudyConfig, existing: StudyFile | None, *, smoke: bool) -> tuple[StudyConfig, str | None]:
     """Return the study with what it was begun with, on whatever machine that was, so that all its runs are alike.
 
     That is what was chosen for a `memory_limit`, and what frozen layers multiply; of a new study what is faster here.
     Any exact product may compute it. A line says what was decided now.
     """
-    begun = {} if before is None else {own.name: own for own in before.configuration.experiments}
-    others = [own for own in begun.values() if not own.kind.without_integers]
+    experiments = () if existing is None else existing.configuration.experiments
+    begun = {experiment.name: experiment for experiment in experiments}
+    others = [experiment for experiment in begun.values() if not experiment.kind.without_integers]
     note = None
 
-    def decide(_: int, own: ExperimentConfig) -> TrainingConfig:
+    def decide(_: int, experiment: ExperimentConfig) -> TrainingConfig:
         nonlocal note
-        training, same = own.training, begun.get(own.name)
+        training, same = experiment.training, begun.get(experiment.name)
         if training.is_undecided and same is not None and same.training.recomputed_blocks is not None:
             images = training.micro_batch_size or same.training.images_at_once
             training = training.decided(images, same.training.recomputed_blocks)
         earlier = same or next(iter(others), None)
         compute, bits = training.compute, training.integer_bits
-        if compute == "auto" and (smoke or own.kind.without_integers):
+        if compute == "auto" and (smoke or experiment.kind.without_integers):
             compute = "float"
         elif earlier is not None and compute in ("auto", earlier.training.compute):
             compute, bits = earlier.training.compute, bits or earlier.training.integer_bits
@@ -173,7 +175,7 @@ def _as_begun(study: StudyConfig, before: StudyFile | None, *, smoke: bool) -> t
     return _with_trainings(study, decide), note
 
 
-def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: StudyFile | None) -> list[str]:
+def _slow_products(pending: Sequence[RunSpec], device: torch.device, existing: StudyFile | None) -> list[str]:
     """Return a line where products of integers that runs need are slower than those of floats.
 
     Raises:
@@ -184,7 +186,7 @@ def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: Stu
     for precision, bits in kinds:
         choice = products.choose_product(device, precision, bits)
         remedy = "use float"
-        if before is not None:
+        if existing is not None:
             remedy = "continue where the study was begun, or use float and another --output"
         choice.usable(device, remedy=remedy)
         if choice.seconds > choice.float_s:
@@ -218,19 +220,19 @@ def _within_memory(
     """
     choices: dict[str, MemoryChoice] = {}
 
-    def decide(place: int, own: ExperimentConfig) -> TrainingConfig:
-        training = own.training
+    def decide(place: int, experiment: ExperimentConfig) -> TrainingConfig:
+        training = experiment.training
         if not training.is_undecided:
             return training
         if smoke:
             recomputed = training.recomputed_of(len(workload.shape.values_by_block))
             return training.decided(training.images_at_once, recomputed)
         check_weights(study.backbone)
-        spec, steps = spec_of(study, place, study.seeds[0]), own.total_steps(len(splits.train))
+        spec, steps = spec_of(study, place, study.seeds[0]), experiment.total_steps(len(splits.train))
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
-            training, choices[own.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
+            training, choices[experiment.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
         return training
 
     return _with_trainings(study, decide), choices
@@ -248,8 +250,8 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
     metric = index.task.deciding(index.class_counts(chosen_on)).name
 
-    def settle(place: int, own: ExperimentConfig) -> TrainingConfig:
-        training = own.training
+    def settle(place: int, experiment: ExperimentConfig) -> TrainingConfig:
+        training = experiment.training
         if training.metric == "auto":
             training = training.model_copy(update={"metric": metric})
         with _below(place):
@@ -262,14 +264,14 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
 def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
     """Refuse what is there for one class an image alone, of other tasks."""
     of_classes: dict[str, object] = {"measures.removal_images": study.measures.removal_images is not None}
-    for place, own in enumerate(study.experiments):
-        qa_lora, adalora = own.section(QaLoraConfig), own.section(AdaLoraConfig)
+    for place, experiment in enumerate(study.experiments):
+        qa_lora, adalora = experiment.section(QaLoraConfig), experiment.section(AdaLoraConfig)
         of_classes |= {
-            f"experiments[{place}].training.label_smoothing": own.training.label_smoothing,
+            f"experiments[{place}].training.label_smoothing": experiment.training.label_smoothing,
             f"experiments[{place}].qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
             f"experiments[{place}].adalora.importance_metric": adalora and adalora.importance_metric == "fisher",
         }
-    for field in (field for field, asked in of_classes.items() if asked):
+    for field in (field for field, is_set in of_classes.items() if is_set):
         task.need_one_class(field)
 
 
@@ -288,10 +290,10 @@ def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Worklo
     )
 
 
-def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrecision:
+def decide_precision(study: StudyConfig, existing: StudyFile | None) -> ChosenPrecision:
     """Return the precision of a study's runs: the one that it was begun with, or what `auto` is on this machine."""
     device = resolve_device(study.device)
-    return choose_precision(study.precision, None if before is None else before.configuration.precision, device)
+    return choose_precision(study.precision, None if existing is None else existing.configuration.precision, device)
 
 
 def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
@@ -348,7 +350,7 @@ def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> FinishedCos
     if record.status != "done" or not (file.parent / ADAPTER_FILE).exists():
         return None
     if record.spec != spec:
-        old, new = (own.model_dump(mode="json", exclude_none=True) for own in (record.spec, spec))
+        old, new = (values.model_dump(mode="json", exclude_none=True) for values in (record.spec, spec))
         raise UserError(
             "was made with another configuration, see below; "
             "give the study or the experiment another name, or choose another --output",

@@ -32,7 +32,7 @@ _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
 _FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
 _SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
 
-Seen = list[tuple[Progress, float]]  # what a run told, and when
+TimedProgress = list[tuple[Progress, float]]  # and when it was heard of, seconds
 
 
 def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, MeasuredCosts]:
@@ -48,24 +48,24 @@ def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> d
     with _executor() as executor:
         for place, (name, kind) in enumerate(kinds.items(), start=1):
             log(f"measuring {place} of {len(kinds)}: {name}")
-            record, seen = _carried_out(kind, executor)
+            record, progress = _carried_out(kind, executor)
             if record.status == "failed":
                 log(f"{name} could not be measured ({record.error}); its time and memory are estimated")
                 continue
-            measured[name] = costs_of(record, seen)
+            measured[name] = costs_of(record, progress)
             cache_costs(kind, measured[name])
     return measured
 
 
-def costs_of(record: RunRecord, seen: Seen) -> MeasuredCosts:
+def costs_of(record: RunRecord, progress: TimedProgress) -> MeasuredCosts:
     """Return a run's costs from its record, and from when it was heard of each step and each validation.
 
     The first step is left out of the mean: it also allocates what the others find, and counts as part of the start.
     """
     steps: list[float] = []
     evaluations: list[float] = []
-    for (before, earlier), (now, later) in itertools.pairwise(seen):
-        (steps if now.step > before.step else evaluations).append(later - earlier)
+    for (previous, earlier), (latest, later) in itertools.pairwise(progress):
+        (steps if latest.step > previous.step else evaluations).append(later - earlier)
     steps = steps or [record.steps[0].seconds]  # there is no other
     step_s = sum(steps) / len(steps)
     image_s = sum(evaluations) / len(evaluations) / record.split_sizes["validation"]
@@ -127,14 +127,14 @@ def measure_throughput(
     estimated = workload.throughput()
     probes: list[StepTiming] = []
     process_s = 0.0
-    size_step, whole = workload.shape.size_step, study.data.image_size
+    size_step, largest = workload.shape.size_step, study.data.image_size
     smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
     with _executor() as executor:
-        for image_size in dict.fromkeys((whole, min(whole, smallest))):
+        for image_size in dict.fromkeys((largest, min(largest, smallest))):
             kind, shape = _few_steps(study, index, image_size, estimated)
             started = time.monotonic()
             try:
-                record, seen = _carried_out(kind, executor, ends_at)
+                record, progress = _carried_out(kind, executor, ends_at)
             except (TimeoutError, UserError):  # of a broken image, which the study itself will name
                 break
             if record.status != "done":
@@ -143,7 +143,7 @@ def measure_throughput(
             if not probes:
                 process_s = max(0.0, time.monotonic() - started - record.seconds)
             products = experiment_products(kind.experiment, shape, kind.experiment.training.batch_size)
-            probes.append(StepTiming(products, shape.multiply_adds, costs_of(record, seen)))
+            probes.append(StepTiming(products, shape.multiply_adds, costs_of(record, progress)))
     if probes:
         return Throughput.measured(probes, process_s)
     log("timing failed; estimating from matmul speed")
@@ -166,8 +166,8 @@ def _few_steps(
         "measures": MeasuresConfig(),
     }
     steps = experiment.total_steps(len(splits.train))
-    whole, most = spec.model_copy(update=changes), max(2, batch_size)
-    return timing_run(whole, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
+    run, most = spec.model_copy(update=changes), max(2, batch_size)
+    return timing_run(run, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def _executor() -> Iterator[LocalExecutor]:
         yield executor
 
 
-def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, Seen]:
+def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, TimedProgress]:
     """Do a calibration run and return what came of it.
 
     Raises:
@@ -186,12 +186,12 @@ def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.i
     assert kind.data.train_images is not None
     run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
     decode_images([run])
-    seen = Seen()
+    progress = TimedProgress()
     executor.submit(run)
     while (left_s := ends_at - time.monotonic()) > 0:
         event = executor.next_event(min(_POLL_S, left_s))
         if isinstance(event, RunProgress):
-            seen.append((event.progress, time.perf_counter()))
+            progress.append((event.progress, time.perf_counter()))
         elif isinstance(event, RunEnded):
-            return event.record, seen
+            return event.record, progress
     raise TimeoutError

@@ -90,10 +90,10 @@ def drive(
 
     names = {run.spec.name for run in plan.runs}
     requested = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
-    content = go_on(lock.folder, plan.before, requested, source=str(plan.file or "asked for"), part=plan.part)
+    content = go_on(lock.folder, plan.existing, requested, source=str(plan.file or "asked for"), part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
-        if content != plan.before:
+        if content != plan.existing:
             write_study_file(lock.folder, content)
         store = StudyStore(lock, content.runs)
         for text in store.notices:
@@ -217,15 +217,15 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before: dict[int, Any] = {}
+    previous_handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             if signal.getsignal(number) == usual:  # somebody who ignores or handles it had a reason
-                before[number] = signal.signal(number, handler)
+                previous_handlers[number] = signal.signal(number, handler)
     try:
         yield noted
     finally:
-        for stopped, previous in before.items():
+        for stopped, previous in previous_handlers.items():
             signal.signal(stopped, previous)
 
 
@@ -325,13 +325,13 @@ def study_file(study: StudyConfig, wanted: Collection[str], *, smoke: bool, data
 
 
 def go_on(
-    folder: Path, before: StudyFile | None, requested: StudyFile, *, source: str, part: bool = False
+    folder: Path, existing: StudyFile | None, requested: StudyFile, *, source: str, part: bool = False
 ) -> StudyFile:
     """Return what study.json will say after a command asked for `requested`; seeds and experiments may be added.
 
     Args:
         folder: the study's.
-        before: what study.json says; None: the study is new.
+        existing: what study.json says; None: the study is new.
         requested: by the command.
         source: the name of the configuration file, for the difference.
         part: experiments and seeds that `requested` does not name stay, instead of counting as removed.
@@ -339,14 +339,14 @@ def go_on(
     Raises:
         UserError: with the difference, if the folder holds another study or one that was configured otherwise.
     """
-    if before is None:
+    if existing is None:
         return requested
     file, remedy = folder / STUDY_FILE, "choose another --output"
-    if before.smoke != requested.smoke:
+    if existing.smoke != requested.smoke:
         kinds = {True: "a smoke study", False: "a real study"}
-        reason = f"belongs to {kinds[before.smoke]}, not to {kinds[requested.smoke]}; {remedy}"
+        reason = f"belongs to {kinds[existing.smoke]}, not to {kinds[requested.smoke]}; {remedy}"
         raise UserError(reason, file=file, field="smoke")
-    old, new = _comparable(before.configuration, requested.configuration, part)
+    old, new = _comparable(existing.configuration, requested.configuration, part)
     if old != new:
         raise UserError(
             f"was begun with another configuration, see below; set it back, give the study another name, or {remedy}",
@@ -354,12 +354,12 @@ def go_on(
             field="configuration",
             details=difference(old, new, str(file), source),
         )
-    if before.data_sha256 != requested.data_sha256:
+    if existing.data_sha256 != requested.data_sha256:
         raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
-    runs = tuple(dict.fromkeys((*requested.runs, *before.runs)))
+    runs = tuple(dict.fromkeys((*requested.runs, *existing.runs)))
     configuration = requested.configuration
     if part:
-        earlier = before.configuration
+        earlier = existing.configuration
         experiments = {experiment.name: experiment for experiment in (*earlier.experiments, *configuration.experiments)}
         seeds = tuple(dict.fromkeys((*earlier.seeds, *configuration.seeds)))
         configuration = configuration.model_copy(update={"experiments": tuple(experiments.values()), "seeds": seeds})
@@ -368,28 +368,28 @@ def go_on(
             "runs": runs,
             "skipped": tuple(run for run in runs if run not in requested.runs or run in requested.skipped),
             "configuration": configuration,
-            "seeds_added": _seeds_added(folder, before, requested.configuration),
+            "seeds_added": _seeds_added(folder, existing, requested.configuration),
         }
     )
 
 
-def _seeds_added(folder: Path, before: StudyFile, requested: StudyConfig) -> tuple[int, ...]:
+def _seeds_added(folder: Path, existing: StudyFile, requested: StudyConfig) -> tuple[int, ...]:
     """Return the seeds whose number may follow from results: those that are new where a run is done, and earlier ones.
 
     A smoke study has no results.
     """
-    new = tuple(seed for seed in requested.seeds if seed not in before.configuration.seeds)
-    if new and not before.smoke:
-        recorded = (file for run in before.runs if (file := folder / run / RECORD_FILE).exists())
+    new = tuple(seed for seed in requested.seeds if seed not in existing.configuration.seeds)
+    if new and not existing.smoke:
+        recorded = (file for run in existing.runs if (file := folder / run / RECORD_FILE).exists())
         if any(read_record(file).status == "done" for file in recorded):
-            return tuple(dict.fromkeys((*before.seeds_added, *new)))
-    return before.seeds_added
+            return tuple(dict.fromkeys((*existing.seeds_added, *new)))
+    return existing.seeds_added
 
 
-def _comparable(before: StudyConfig, requested: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _comparable(existing: StudyConfig, requested: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return both as plain values, without what may change: experiments by name, and only what both could have."""
-    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, requested))
-    names = [{experiment.name for experiment in study.experiments} for study in (before, requested)]
+    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (existing, requested))
+    names = [{experiment.name for experiment in study.experiments} for study in (existing, requested)]
     both = names[0] & names[1]
     for study, compared in ((old, both if part else names[0]), (new, both)):
         study["experiments"] = {
@@ -404,12 +404,12 @@ def _comparable(before: StudyConfig, requested: StudyConfig, part: bool) -> tupl
 
 def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:
     """Return what differs in two mappings, a line for each setting of each, by its dotted name."""
-    before, after = _by_dotted_name(old), _by_dotted_name(new)
+    old_values, new_values = _by_dotted_name(old), _by_dotted_name(new)
     lines = [f"--- {old_name}", f"+++ {new_name}"]
-    for name in dict.fromkeys((*before, *after)):
-        if before.get(name) != after.get(name):
-            lines += [f"-{name}: {before[name]}"] if name in before else []
-            lines += [f"+{name}: {after[name]}"] if name in after else []
+    for name in dict.fromkeys((*old_values, *new_values)):
+        if old_values.get(name) != new_values.get(name):
+            lines += [f"-{name}: {old_values[name]}"] if name in old_values else []
+            lines += [f"+{name}: {new_values[name]}"] if name in new_values else []
     return "\n".join(map(printable, lines))
 
 

@@ -15,7 +15,7 @@ from peft_vit.runs.this_machine.cache import cache_file, read_cached, write_cach
 from peft_vit.runs.this_machine.machine import instruction_limits, processor_name
 
 
-class _Kept(BaseModel):
+class _CachedTimes(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ProductName
@@ -51,10 +51,12 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
         "bits": bits,
     }
     file = cache_file("products", place)
-    if (known := read_cached(file, _Kept)) is not None:
+    if (known := read_cached(file, _CachedTimes)) is not None:
         return known.choice()
     choice = measure_products(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
     if choice.product is not None and math.isfinite(choice.seconds):
-        kept = _Kept(name=choice.product.name, bits=choice.product.bits, seconds=choice.seconds, float_s=choice.float_s)
-        write_cached(file, kept.model_dump_json().encode() + b"\n")
+        times = _CachedTimes(
+            name=choice.product.name, bits=choice.product.bits, seconds=choice.seconds, float_s=choice.float_s
+        )
+        write_cached(file, times.model_dump_json().encode() + b"\n")
     return choice
