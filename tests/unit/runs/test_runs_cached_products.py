@@ -57,7 +57,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
     choose("bf16")
     choose("fp32", 7)
     assert asked == [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 7)]
-    for file in (tmp_path / "products").iterdir():
+    for file in (tmp_path / "product_times").iterdir():
         file.write_text("{}")
     assert choose("fp32") == FAST
     assert len(asked) == 4

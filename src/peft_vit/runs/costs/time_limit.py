@@ -35,6 +35,11 @@ class Limit:
         return self.started + 60 * self.minutes
 
     @property
+    def is_past(self) -> bool:
+        """Return whether nothing is waited for any more."""
+        return self.clock() >= self.past_at
+
+    @property
     def left_s(self) -> float:
         """Return the seconds until what still runs is stopped."""
         return self.over_at - self.clock()

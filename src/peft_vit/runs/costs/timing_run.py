@@ -131,7 +131,7 @@ def cached_costs(kind: RunSpec) -> MeasuredCosts | None:
 
 def cache_costs(kind: RunSpec, costs: MeasuredCosts) -> None:
     """Write what was measured to the user's cache, for later plans."""
-    write_cached(_place(kind), costs.model_dump_json().encode() + b"\n")
+    write_cached(_place(kind), costs)
 
 
 def _place(kind: RunSpec) -> Path:

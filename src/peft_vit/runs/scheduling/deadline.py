@@ -159,16 +159,6 @@ class Deadline:
         self._announced: int | None = None  # how many runs were said to be done in time
         self._stopped: list[tuple[float, str]] = []  # seconds that runs take that were stopped, and a line on it
 
-    @property
-    def over(self) -> bool:
-        """Tell whether what runs should be stopped."""
-        return self.limit.left_s <= 0
-
-    @property
-    def past(self) -> bool:
-        """Tell whether nothing should be waited for any more."""
-        return self.limit.clock() >= self.limit.past_at
-
     def to_start(self, waiting: Set[str]) -> Iterator[PlannedRun]:
         """Yield the runs that should be started now, which then count as under way.
 

@@ -91,7 +91,7 @@ def plan_study(
             with _below(place):
                 check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
                 check_augmentation(experiment.training.augmentation, index.channels)
-        study, choices = _within_memory(study, workload, index, first, measure_step, smoke=smoke)
+        study, choices, memory = _within_memory(study, workload, index, first, measure_step, smoke=smoke)
         wanted = []
         for place, experiment in enumerate(study.experiments):
             steps = experiment.total_steps(workload.train)
@@ -116,8 +116,6 @@ def plan_study(
             if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
                 estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
             runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.finished is not None))
-        blocks = len(workload.shape.values_by_block)
-        limited = [experiment for experiment in study.experiments if experiment.name in choices]
         return Plan(
             study,
             file,
@@ -129,7 +127,7 @@ def plan_study(
             part=part,
             notices=tuple(notices),
             existing=existing,
-            memory=tuple(choices[experiment.name].line(experiment, blocks) for experiment in limited),
+            memory=tuple(memory),
         )
 
 
@@ -213,29 +211,31 @@ def _within_memory(
     measure_step: MeasureStep | None,
     *,
     smoke: bool,
-) -> tuple[StudyConfig, dict[str, MemoryChoice]]:
-    """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments.
+) -> tuple[StudyConfig, dict[str, MemoryChoice], list[str]]:
+    """Return the study with what keeps within every limit, what was chosen now, by experiment, and a line on each.
 
     Of a smoke study nothing is measured, and as many blocks are computed again as saves anything.
     """
     choices: dict[str, MemoryChoice] = {}
+    lines, blocks = list[str](), len(workload.shape.values_by_block)
 
     def decide(place: int, experiment: ExperimentConfig) -> TrainingConfig:
         training = experiment.training
         if not training.is_undecided:
             return training
         if smoke:
-            recomputed = training.recomputed_of(len(workload.shape.values_by_block))
-            return training.decided(training.images_at_once, recomputed)
+            return training.decided(training.images_at_once, training.recomputed_of(blocks))
         check_weights(study.backbone)
         spec, steps = spec_of(study, place, study.seeds[0]), experiment.total_steps(len(splits.train))
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
-            training, choices[experiment.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
+            training, choice = decide_memory(spec, steps, workload, index, splits, measure_step)
+        choices[experiment.name] = choice
+        lines.append(choice.line(experiment, blocks))
         return training
 
-    return _with_trainings(study, decide), choices
+    return _with_trainings(study, decide), choices, lines
 
 
 def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:

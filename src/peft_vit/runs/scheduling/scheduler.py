@@ -136,14 +136,14 @@ class _Attempts:
                 if signals and not self.stopping:
                     self._stop("stopping after a checkpoint of each run; press Ctrl-C again to end at once")
                 if deadline is not None:
-                    if not self.stopping and not deadline.over:
+                    if not self.stopping and deadline.limit.left_s > 0:
                         for run in deadline.to_start(self.waiting):
                             self.executor.submit(run)
                         if (warning := deadline.warning(self.waiting)) is not None:
                             self.on_event(Notice(warning))
                     elif not self.stopping and deadline.under_way:
                         self._stop("time is up: runs under way write a checkpoint, from which a later call continues")
-                    if deadline.past if self.stopping else not deadline.under_way:
+                    if deadline.limit.is_past if self.stopping else not deadline.under_way:
                         break
                 event = self.executor.next_event(_POLL_S)
                 if event is not None:
@@ -259,12 +259,11 @@ class StudyStore:
 
     def started(self, run: str, worker: str, total_steps: int) -> None:
         """Write that an attempt begins."""
-        attempt = self._attempt(run, begins=True)
-        self._write(run, attempt.model_copy(update={"worker": worker, "total_steps": total_steps}))
+        self._write(run, self._attempt(run, begins=True), worker=worker, total_steps=total_steps)
 
     def interrupted(self, run: str) -> None:
         """Write that an attempt was stopped."""
-        self._write(run, self._attempt(run).model_copy(update={"state": "interrupted"}))
+        self._write(run, self._attempt(run), state="interrupted")
 
     def ended(
         self, record: RunRecord, adapter: bytes | None = None, features: bytes | None = None, *, retried: bool = False
@@ -289,7 +288,7 @@ class StudyStore:
                 update[name] = text.encode(errors="backslashreplace").decode()
         record = record.model_copy(update=update)
         if retried:
-            self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
+            self._write(run, attempt, state="failed", error=record.error)
             return record
         write_result(self.folder.parent, record, adapter, features)
         if record.status == "done":
@@ -303,8 +302,9 @@ class StudyStore:
             return known.attempt
         return Attempt(number=known.attempts + 1, state="running", started_at=utc_now())
 
-    def _write(self, run: str, attempt: Attempt) -> None:
-        write_whole(folder_below(self.folder, run) / PROGRESS_FILE, attempt.model_dump_json().encode())
+    def _write(self, run: str, attempt: Attempt, **changes: Any) -> None:
+        content = attempt.model_copy(update=changes).model_dump_json()
+        write_whole(folder_below(self.folder, run) / PROGRESS_FILE, content.encode())
 
     def _clean_up(self, run: str) -> None:
         """Remove what a finished run needs no more, and files that a killed process was about to put in place."""
