@@ -324,7 +324,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         optimizer_bytes=result.optimizer_bytes,
         adapter_file_bytes=len(content) - packed_bytes,
     )
-    removal, latency_s = take_measures(model, backbone, data, spec, runtime, overhead)
+    removal, latency_s = take_measures(backbone, data, spec, runtime, overhead)
     record = RunRecord(
         spec=spec,
         status="done",

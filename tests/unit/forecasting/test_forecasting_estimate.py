@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.core.backbones import describe
 from peft_vit.data import open_index
@@ -22,7 +22,6 @@ from peft_vit.runs.costs.estimate import estimate_runs as estimate
 from peft_vit.runs.costs.time_limit import first_that_fits, makespan
 from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs
 from peft_vit.runs.records.storage import write_record
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_throughput
 
 pytestmark = pytest.mark.part("runner")
@@ -33,10 +32,6 @@ COSTS = MeasuredCosts(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=4
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("costs")))
-
-
-def planned(config, folder, **options):
-    return plan_study(config, folder, file=folder / "tiny.yaml", **options)
 
 
 def wanted(config, folder) -> tuple[list[EstimateRequest], Workload]:

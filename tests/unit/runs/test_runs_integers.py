@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from done_runs import do_one, restored, with_settings
+from written_runs import planned
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import use_integer_products
@@ -12,7 +13,6 @@ from peft_vit.core.adapters.products import ProductTimes
 from peft_vit.core.config import MeasuresConfig
 from peft_vit.deploy import merge
 from peft_vit.deploy.page.provenance import caveats
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.this_machine import products
 
 pytestmark = pytest.mark.part("runner")
@@ -61,5 +61,5 @@ def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_pat
     )
     config = with_settings(study("lora"), "training", compute="int8")
     with pytest.raises(UserError, match="cpu multiplies no such 8-bit integers exactly; use float") as caught:
-        plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+        planned(config, tmp_path)
     assert caught.value.field == "training.compute"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import random_model
 from torch import nn
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import merged_state_dict
@@ -21,7 +21,6 @@ from peft_vit.core.records import RunRecord
 from peft_vit.deploy.export import export_run_to_peft
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import run_folder
-from peft_vit.runs.scheduling.plan import plan_study
 
 peft = pytest.importorskip("peft")
 TUNERS: dict[str, dict[str, Any]] = {
@@ -52,7 +51,7 @@ def done(study, tmp_path):
 
     def make(type: str) -> tuple[RunRecord, Path]:
         config = with_tuner(study("lora"), type, **TUNERS[type])
-        (run,) = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml").runs
+        (run,) = planned(config, tmp_path).runs
         return run_and_write(run.spec, tmp_path), run_folder(tmp_path, run.spec)
 
     return make

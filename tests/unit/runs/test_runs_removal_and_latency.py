@@ -8,7 +8,7 @@ import pytest
 import torch
 from done_runs import do, specs, trained_again, with_settings
 from scipy.special import softmax
-from written_runs import read_without
+from written_runs import planned, read_without
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import adapted_modules, current_ranks
@@ -25,7 +25,6 @@ from peft_vit.runs.measures import removal_and_latency
 from peft_vit.runs.measures.removal_and_latency import removal_images
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.storage import STUDY_FILE, read_record, read_study_file, run_folder, write_study_file
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import go_on, study_file
 
 pytestmark = pytest.mark.part("runner")
@@ -140,7 +139,7 @@ def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, me
     runtime = RuntimeConfig(torch.device("cpu"), "fp32", backbone.mean, backbone.std)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     timing = spec.model_copy(update={"measures": ASKED})
-    removal_and_latency.time_forward(backbone.model, backbone, data, timing, runtime)
+    removal_and_latency.time_forward(backbone, data, timing, runtime)
     assert [len(images) for _, images in timed] == [1, 30]
     model, images = timed[1]
     assert torch.equal(images[:10], images[20:])
@@ -178,7 +177,7 @@ def test_a_run_without_measures_is_the_run_from_before_there_were_any(study, tmp
     del written["spec"]["measures"]
     file.write_text(json.dumps(written))
     assert read_record(file).spec == spec
-    assert plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml").runs[0].done
+    assert planned(study("lora"), tmp_path).runs[0].done
     for field in ("fisher_check", "bit_allocation"):
         assert read_without(field, record, tmp_path) == record
     assert read_without("predictions", record, tmp_path).predictions is None

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import ray
+from written_runs import planned
 
 from peft_vit.base.errors import UserError
 from peft_vit.lab.request import RunRequest
@@ -12,7 +13,6 @@ from peft_vit.lab.run_studies import run_studies
 from peft_vit.runs.executors import open_executor
 from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
 from peft_vit.runs.executors.ray_task import Place
-from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 
@@ -83,7 +83,7 @@ REFUSED = [
 def test_what_would_change_nothing_or_can_not_be_had_is_refused(
     study, tmp_path, without, executor, options, settings, words
 ) -> None:
-    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
+    plan = planned(study("linear"), tmp_path)
     if "package" in words:
         without("ray")
     with pytest.raises(UserError, match=f"^(--)?{words}"):
