@@ -667,7 +667,7 @@ def _decoded(
                     animated.append(name)
                 if one.digest not in number:
                     number[one.digest] = len(number)
-                    different.append(grey_thumbnails(one.small[None], np.arange(1))[0])
+                    different.append(grey_thumbnails(one.compared[None], np.arange(1))[0])
                 sides[done], copies[done] = one.facts[:2], number[one.digest]
                 store.add(name, one.pixels)
             if on_progress is not None:

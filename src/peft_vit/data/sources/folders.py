@@ -327,8 +327,8 @@ def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str
     if fitting := [task for task in TASKS.values() if task.recognizes(cells)]:
         return fitting[-1]
     for task in reversed(TASKS.values()):  # its fault in another row is told where it is read
-        fitting = [row for row in rows if task.fault({column: row[column] for column in columns}) is None]
-        if 2 * len(fitting) > len(rows) and task.recognizes({name: [row[name] for row in fitting] for name in columns}):
+        sound = [row for row in rows if task.fault({column: row[column] for column in columns}) is None]
+        if 2 * len(sound) > len(rows) and task.recognizes({name: [row[name] for row in sound] for name in columns}):
             return task
     for column in columns:
         if not any(task.recognizes({column: cells[column]}) for task in TASKS.values()):

@@ -80,7 +80,8 @@ def read_hf(config: DataConfig) -> ImageIndex:
         parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], notes)
         is_test = _official_test(parts, notes)
         holds = _holds(features[label])
-        task = TASKS[config.task or next(name for name, task in TASKS.items() if task.column == holds)]
+        fitting = (task for task in TASKS.values() if task.column == holds)
+        task = TASKS[config.task] if config.task else next(fitting)
         if task.one_class and holds == "lists":
             message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
             raise UserError(message, field="data.task")
