@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from written_images import record_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DATASETS
-from peft_vit.data import decode_image, image_warnings, load_data, make_splits, open_index, thumbnails
+from peft_vit.data import decode_image, image_warnings, load_data, make_splits, open_index, thumbnails_of
 from peft_vit.data.sources import hf as hub_module
 
 datasets = pytest.importorskip("datasets")
@@ -137,7 +138,7 @@ def test_a_run_on_it(config, tmp_path):
     data = load_data(configured, 0)
     assert (len(data.train), len(data.validation), len(data.test)) == (8, 4, 4)
     assert data.warnings == ()
-    files = thumbnails(configured, [0, 15], data_sha256=data.data_sha256)
+    files = thumbnails_of(record_of(configured, data.data_sha256), [0, 15])
     assert [np.asarray(Image.open(io.BytesIO(file)))[0, 0, 0] for file in files] == [0, 53]
 
 
@@ -440,7 +441,7 @@ def test_a_set_in_the_librarys_cache_is_read_without_asking_the_hub(config, hf, 
     index = hf("someone/pets")
     assert [level(index, i) for i in range(4)] == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"the data set someone/cars of the hub: is not on this machine"):
-        thumbnails(config("hf", "someone/cars"), [0], data_sha256="0" * 64)  # which are never downloaded
+        thumbnails_of(record_of(config("hf", "someone/cars"), "0" * 64), [0])  # which are never downloaded
 
 
 @pytest.mark.parametrize("version", [None, "2.14.0"])

@@ -1,4 +1,4 @@
-"""Measures what runs cost before they start: calibration runs do a few real steps in worker processes, as runs do."""
+"""Measures what runs cost before they start: timing runs do a few real steps in worker processes, as runs do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> d
     A kind that fails is reported and left out.
 
     Args:
-        kinds: calibration runs by the name of an experiment.
+        kinds: timing runs by the name of an experiment.
         log: gets what is being done, a line each.
     """
     measured = {}
@@ -153,7 +153,7 @@ def measure_throughput(
 def _few_steps(
     study: StudyConfig, index: ImageIndex, image_size: int, estimated: Throughput
 ) -> tuple[RunSpec, BackboneShape]:
-    """Return the calibration run of a study's experiment at a size, of a batch that does not take too long."""
+    """Return the timing run of a study's experiment at a size, of a batch that does not take too long."""
     (experiment,), seed = study.experiments, study.seeds[0]
     splits, shape = splits_of(index, study)[seed], describe(study.backbone, image_size)
     batch_size = experiment.training.batch_size
@@ -177,7 +177,7 @@ def _executor() -> Iterator[LocalExecutor]:
 
 
 def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, TimedProgress]:
-    """Do a calibration run and return what came of it.
+    """Do a timing run and return what came of it.
 
     Raises:
         UserError: if an image is broken.
