@@ -284,14 +284,10 @@ class Inspection:
         return float(np.median(self.sides[:, 0]))
 
     @property
-    def chosen_on(self) -> np.ndarray:
-        """Return which images are not of the own test split, (N,) bool: what is chosen may rest on these alone."""
-        return np.ones(len(self.names), dtype=bool) if self.holdout is None else ~self.holdout
-
-    @property
     def chosen_counts(self) -> np.ndarray:
-        """Return the number of these images of each class, (K,) int64."""
-        return self.images.files.task.counts(self.labels[self.chosen_on], len(self.class_names))
+        """Return the number of images of each class, (K,) int64, outside of the own test split: these alone choose."""
+        labels = self.labels if self.holdout is None else self.labels[~self.holdout]
+        return self.images.files.task.counts(labels, len(self.class_names))
 
     @property
     def metric(self) -> DecidingMetric:

@@ -167,9 +167,9 @@ def run_one(
             raise
         except Exception as error:
             plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
-            kind = _kind(error)
+            kind = _failure_of(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
-            if kind == "error" and attempt.trains_on:
+            if kind == "error" and attempt.has_resumed_training:
                 # A program's fault as a rule; a changed checkpoint can bring it out too.
                 remedy = "if that was changed, remove the checkpoint-* folders there, and it starts again"
                 reason = f"{' '.join(reason.split())} (the run had continued from {attempt.source}; {remedy})"
@@ -188,7 +188,7 @@ def run_one(
     return finished
 
 
-def _kind(error: Exception) -> Failure:
+def _failure_of(error: Exception) -> Failure:
     """Return what kind of failure an exception is."""
     if isinstance(error, DivergedError):
         return "diverged"
@@ -397,7 +397,7 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     if spec.multiplies_integers:
         provenance = provenance.model_copy(update={"integer_bits": None})
         in_float = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
-    if (is_probe or training.head_start == "probe") and not attempt.goes_on:
+    if (is_probe or training.head_start == "probe") and not attempt.is_resumed:
         probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
         if not is_probe:
@@ -572,9 +572,9 @@ class Attempt:
             try:
                 known, self._training = PartialRecord.model_validate(state["run"]), State(state["training"])
             except (LookupError, TypeError, ValueError) as error:
-                raise self._foreign("state", f"{type(error).__name__}: {one_line(error)}") from None
+                raise self._mismatch("state", f"{type(error).__name__}: {one_line(error)}") from None
             if known.spec_digest != self.known.spec_digest:
-                raise self._foreign("spec_digest", "it was made with another configuration")
+                raise self._mismatch("spec_digest", "it was made with another configuration")
             self.known, self.overhead = known, Overhead(known.overhead_s)
         return self.overhead
 
@@ -585,12 +585,12 @@ class Attempt:
             The provenance of the first attempt.
         """
         first = self.known.provenance
-        if not self.goes_on or first is None:
+        if not self.is_resumed or first is None:
             self.known.provenance = provenance
             return provenance
         for field in _MUST_MATCH:
             if (was := getattr(first, field)) != (now := getattr(provenance, field)):
-                raise self._foreign(field, f"{was} when the run began, {now} now")
+                raise self._mismatch(field, f"{was} when the run began, {now} now")
         old_tools, new_tools = ({**p.packages, **p.model_dump(include=set(_MAY_DIFFER))} for p in (first, provenance))
         changes = [
             f"{name} {new_tools.get(name)} instead of {old_tools.get(name)}"
@@ -605,7 +605,7 @@ class Attempt:
             warnings.warn(f"{text}have been rounded differently", CheckpointWarning, stacklevel=2)
         return first
 
-    def _foreign(self, field: str, reason: str) -> UserError:
+    def _mismatch(self, field: str, reason: str) -> UserError:
         return UserError(
             f"the run can't continue from the checkpoint of step {self._step}: {reason}; remove the checkpoint-* "
             "folders there, and the run starts again",
@@ -618,12 +618,12 @@ class Attempt:
         return 0 if self._keeper is None else self._keeper.step
 
     @property
-    def goes_on(self) -> bool:
+    def is_resumed(self) -> bool:
         """Return whether an earlier attempt has begun to train."""
         return self.source is not None
 
     @property
-    def trains_on(self) -> bool:
+    def has_resumed_training(self) -> bool:
         """Return whether a training was continued."""
         return self.source is not None and self._training is None
 
