@@ -500,10 +500,11 @@ def _majority(data: Data) -> dict[str, float]:
     """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
     if not data.task.one_class:  # there is no accuracy of several labels, or of numbers
         return {}
-    majority = {"test": float(data.test.class_counts().max() / len(data.test))}
+    majority = {}
     if len(data.validation):
         most = data.task.counts(data.validation.labels, len(data.class_names)).max()
-        majority = {"validation": float(most / len(data.validation)), **majority}
+        majority["validation"] = float(most / len(data.validation))
+    majority["test"] = float(data.test.class_counts().max() / len(data.test))
     return majority
 
 

@@ -26,7 +26,7 @@ from peft_vit.core.config import (
 )
 from peft_vit.core.methods import check, shorten
 from peft_vit.core.records import RunSpec, StudyFile
-from peft_vit.core.tasks import TASKS, Task
+from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
 from peft_vit.runs.costs.estimate import EstimateRequest, FinishedCost, MeasureSteps, Workload, estimate_runs
@@ -244,35 +244,32 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     Raises:
         UserError: for what the task does not have.
     """
-    _refuse_of_classes(study, index.task)
-    if index.task is not TASKS[study.data.task or USUAL_TASK]:
-        study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
+    task = index.task
+    if study.measures.removal_images is not None:
+        task.need_one_class("measures.removal_images")
+    if task is not TASKS[study.data.task or USUAL_TASK]:
+        study = study.model_copy(update={"data": study.data.model_copy(update={"task": task.name})})
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
-    metric = index.task.deciding(index.class_counts(chosen_on)).name
+    metric = task.deciding(index.class_counts(chosen_on)).name
 
     def settle(place: int, experiment: ExperimentConfig) -> TrainingConfig:
         training = experiment.training
+        qa_lora, adalora = experiment.section(QaLoraConfig), experiment.section(AdaLoraConfig)
+        of_one_class = {
+            "training.label_smoothing": training.label_smoothing,
+            "qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
+            "adalora.importance_metric": adalora is not None and adalora.importance_metric == "fisher",
+        }
         if training.metric == "auto":
             training = training.model_copy(update={"metric": metric})
         with _below(place):
-            index.task.check(training)
+            for field, is_set in of_one_class.items():
+                if is_set:
+                    task.need_one_class(field)
+            task.check(training)
         return training
 
     return _with_trainings(study, settle)
-
-
-def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
-    """Refuse what is there for one class an image alone, of other tasks."""
-    of_classes: dict[str, object] = {"measures.removal_images": study.measures.removal_images is not None}
-    for place, experiment in enumerate(study.experiments):
-        qa_lora, adalora = experiment.section(QaLoraConfig), experiment.section(AdaLoraConfig)
-        of_classes |= {
-            f"experiments[{place}].training.label_smoothing": experiment.training.label_smoothing,
-            f"experiments[{place}].qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
-            f"experiments[{place}].adalora.importance_metric": adalora and adalora.importance_metric == "fisher",
-        }
-    for field in (field for field, is_set in of_classes.items() if is_set):
-        task.need_one_class(field)
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:
