@@ -279,6 +279,11 @@ class Inspection:
         return self.images.path
 
     @property
+    def task(self) -> Task:
+        """Return what is learned of the images."""
+        return self.images.files.task
+
+    @property
     def shorter_side(self) -> float:
         """Return the median of the shorter sides, in pixels."""
         return float(np.median(self.sides[:, 0]))
@@ -287,12 +292,12 @@ class Inspection:
     def chosen_counts(self) -> np.ndarray:
         """Return the number of images of each class, (K,) int64, outside of the own test split: these alone choose."""
         labels = self.labels if self.holdout is None else self.labels[~self.holdout]
-        return self.images.files.task.counts(labels, len(self.class_names))
+        return self.task.counts(labels, len(self.class_names))
 
     @property
     def metric(self) -> DecidingMetric:
         """Return what decides."""
-        return self.images.files.task.deciding(self.chosen_counts)
+        return self.task.deciding(self.chosen_counts)
 
     def lines(self, metric: DecidingMetric | None = None) -> list[str]:
         """Return what there is to know, each in a line.
@@ -319,13 +324,12 @@ class Inspection:
         return [*self._of_repeated(), *listed]
 
     def _of_images(self) -> Iterator[str]:
-        task = self.images.files.task
-        counts = task.counts(self.labels, len(self.class_names))  # (K,)
+        counts = self.task.counts(self.labels, len(self.class_names))  # (K,)
         each = f"{counts.min():,} to {counts.max():,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
-        what = task.images_of(len(self.names), self.class_names)
-        yield f"{what}: {each}" if task.weighs else what
+        what = self.task.images_of(len(self.names), self.class_names)
+        yield f"{what}: {each}" if self.task.weighs else what
         short, long = np.median(self.sides, axis=0).astype(int)
         smallest, largest = self.sides.min(), self.sides.max()
         between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"
@@ -347,10 +351,9 @@ class Inspection:
                 a, b = count_crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
-        task = self.images.files.task
-        count, pair = count_crossing(self.groups, task.marks(self.labels))
+        count, pair = count_crossing(self.groups, self.task.marks(self.labels))
         if count:
-            a_title, b_title = (f"{self.names[i]} ('{task.text(self.labels[i], self.class_names)}')" for i in pair)
+            a_title, b_title = (f"{self.names[i]} ('{self.task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
 
@@ -464,7 +467,7 @@ def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
         assert seed is not None
         first = np.unique(inspection.groups, return_index=True)[1]
         count = round(_HOLDOUT_SHARE * len(first))
-        strata = inspection.images.files.task.strata(inspection.labels)
+        strata = inspection.task.strata(inspection.labels)
         drawn = stratified_draw(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
