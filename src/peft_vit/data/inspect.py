@@ -85,19 +85,17 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
     """
     lines = list(index.notes)
     if not index.inspected:  # else splits are along its groups
-        rows = np.concatenate(splits.parts)
-        sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
-        equal, near = _compared(index, splits, rows, image_size)
-        if index.own:
-            refuse_copies_across(index, equal, sides, rows)
-        lines += _of_copies(index, splits, rows, sides, equal, near)
+        lines += _of_copies(index, splits, image_size)
     return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in lines))
 
 
-def _of_copies(
-    index: ImageIndex, splits: Splits, rows: np.ndarray, sides: np.ndarray, equal: np.ndarray, near: np.ndarray
-) -> Iterator[str]:
+def _of_copies(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[str]:
     """Tell of copies left out, across and within splits, of two classes, and near ones; one line a kind."""
+    rows = np.concatenate(splits.parts)
+    sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
+    equal, near = _compared(index, splits, rows, image_size)
+    if index.own:
+        refuse_copies_across(index, equal, sides, rows)
 
     def such_as(a: int, b: int) -> str:
         first, second = (f"{index.title(int(rows[i]))} ({SIDES[sides[i]]})" for i in (a, b))
