@@ -104,19 +104,13 @@ CASES = {
         (text("images.csv", "path, Path,label\n"), r"images\.csv:1: has the columns path, Path, label"),
         (text("images.csv", "path,label\n"), r"images\.csv: names no image"),
         (text("images.csv", "\n"), r"images\.csv:1: has the columns"),
-        (
-            row("train/class_0/003.png,x,validation", "path,label,split", f"{IMAGE},cat,train"),
-            r"images\.csv:3: split: expected train or test",
-        ),
+        (row("train/class_0/003.png,x,validation", "path,label,split", f"{IMAGE},cat,train"), r"csv:3: split: "),
         (row("train/class_0/003.png,cat"), r"data\.path: holds 1 classes \(cat\)"),
         (lambda f: f, r"data\.path: is not a file"),
         (named(IMAGE), r"000\.png: is not UTF-8 text"),
         (row("train/class_0/003.png,\x9b31m"), CLASS),
         (row(f"train/class_0/003.png,{'x' * 1000}"), "or more than 255 letters"),
-        (
-            row("train/class_0/003.png,black  cat", first=f"{IMAGE},black cat"),
-            "class 'black cat' is there twice, with different",
-        ),
+        (row("train/class_0/003.png,black  cat", first=f"{IMAGE},black cat"), "class 'black cat' is there twice"),
     ],
     "elpv": [
         *(

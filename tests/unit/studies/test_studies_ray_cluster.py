@@ -21,32 +21,19 @@ GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 16e9}
 
 
 @pytest.mark.parametrize(
-    ("need", "nodes", "refusal"),
+    ("need", "nodes", "biggest"),
     [
         (Need(2), [SMALL], None),
         (Need(8, 0.5, 16), [SMALL, GPU], None),
-        (
-            Need(3),
-            [SMALL],
-            "a run asks for 3 CPUs; the biggest node of the cluster (1 in all) has 2 CPUs, 0 GPUs, 4.0 GB",
-        ),
-        (
-            Need(2, 2, 4.5),
-            [SMALL, GPU, SMALL],
-            "a run asks for 2 CPUs, 2 GPUs, 4.5 GB; the biggest node of the cluster (3 in all) has 8 CPUs, 1 GPU, "
-            "16.0 GB",
-        ),
-        (  # two nodes together are no node
-            Need(4, 1, 4),
-            [{"CPU": 4.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 8e9}],
-            "a run asks for 4 CPUs, 1 GPU, 4.0 GB; the biggest node of the cluster (2 in all) has 4 CPUs, 0 GPUs, "
-            "8.0 GB",
-        ),
-        (Need(1), [], "a run asks for 1 CPU, and the cluster has no node"),
+        (Need(3), [SMALL], "2 CPUs, 0 GPUs, 4.0 GB"),
+        (Need(2, 2, 4.5), [SMALL, GPU, SMALL], "8 CPUs, 1 GPU, 16.0 GB"),
+        (Need(4, 1, 4), [SMALL | {"CPU": 4.0}, SMALL | {"GPU": 1.0}], "4 CPUs, 0 GPUs, 4.0 GB"),  # two are not one
+        (Need(1), [], "no node"),
     ],
 )
-def test_what_a_run_needs_has_to_be_on_one_node(need, nodes, refusal) -> None:
-    assert need.refusal(nodes) == refusal
+def test_what_a_run_needs_has_to_be_on_one_node(need, nodes, biggest) -> None:
+    refusal = need.refusal(nodes)
+    assert (refusal is None) if biggest is None else refusal.endswith(biggest)
 
 
 @pytest.mark.parametrize("named", ["", "by the environment", "ray://head:10001", "head", "127.0.0.1:port"])
@@ -70,12 +57,7 @@ def test_ray_is_not_asked_for_an_address_at_which_nobody_answers_or_of_another_k
 REFUSED = [
     ("ray", {}, {}, r"executor ray: needs the package ray; run: pip install 'peft-vit\[ray\]'$"),
     ("ray", {}, {"device": "cuda"}, r"execution\.gpus: a run on Ray sees the GPUs that it asks for"),
-    (
-        "local",
-        {"ray_address": "head:6379"},
-        {},
-        "ray-address: has no effect with --executor local; add --executor ray$",
-    ),
+    ("local", {"ray_address": "head:6379"}, {}, "ray-address: has no effect with --executor local"),
 ]
 
 
