@@ -268,25 +268,29 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    possible, plain, more = list(images), [], []
+    possible = list(images)
+    ranks: dict[str, int] = {}  # of columns that could hold labels: the lower, the likelier
     for name, feature in features.items():
         dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
         # As Parquet files have images that do not say that they are some.
         if dtype in ("binary", "large_binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
             possible.append(name)
-        if isinstance(feature, datasets.ClassLabel) or dtype.startswith(
-            ("int", "uint", "string", "large_string", "bool")
-        ):
-            plain.append(name)
+        if isinstance(feature, datasets.ClassLabel):
+            ranks[name] = 0
+        elif isinstance(_inner(feature), datasets.ClassLabel):
+            ranks[name] = 1
+        elif dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+            ranks[name] = 2
         elif _inner(feature) or dtype.startswith(("float", "double")):
-            more.append(name)
+            ranks[name] = 3
     image = _column("image", "hold images", features, config.image_column, images or possible, possible)
-    plain, several = [name for name in plain if name != image], [name for name in more if _inner(features[name])]
-    likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
-    likely = likely or [name for name in several if isinstance(_inner(features[name]), datasets.ClassLabel)]
-    likely = likely or (["label"] if "label" in (*plain, *more) else plain or more)
-    likely = ["label"] if "label" in likely else likely
-    return image, _column("label", "could be the label", features, config.label_column, likely, [*plain, *more])
+    ranks.pop(image, None)
+    labels = sorted(ranks, key=lambda name: ranks[name] % 2)  # single values, then lists and numbers
+    best = min(ranks.values(), default=0)
+    likely = [name for name in labels if ranks[name] == best]
+    if "label" in (labels if best > 1 else likely):
+        likely = ["label"]
+    return image, _column("label", "could be the label", features, config.label_column, likely, labels)
 
 
 def _inner(feature: Any) -> Any:
