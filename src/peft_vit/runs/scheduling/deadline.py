@@ -28,8 +28,8 @@ from peft_vit.runs.records.storage import run_folder
 if TYPE_CHECKING:  # it runs without torch, which only executors need
     from peft_vit.runs.planned import Plan, PlannedRun
 
-_SEVERAL, _ENOUGH_STEPS = 3.0, 3  # times longer than planned, from where it is told; steps that tell it
-_TOLD_BY_PROBES = 5.0  # probes may be so many times slower than planned for reasons of their own
+_SLOW_FACTOR, _ENOUGH_STEPS = 3.0, 3  # times longer than planned, from where it is told; steps that tell it
+_PROBE_FACTOR = 5.0  # probes may be so many times slower than planned for reasons of their own
 
 
 class RunTimes:
@@ -72,36 +72,36 @@ class RunTimes:
                 done_s = (1 - self._left[name]) * (planned_s - after_s)
                 self.running[name] = RunTimer(planned_s, began, after_s, done_s)
             case RunProgress():
-                if (course := self.running.get(name)) is not None:
-                    course.stepped(event.progress.step, event.progress.total_steps, now)
+                if (timer := self.running.get(name)) is not None:
+                    timer.stepped(event.progress.step, event.progress.total_steps, now)
             case RunEnded():
                 self.running.pop(name, None)
                 if event.record.status == "done":
                     self._ended.append(_Taken(run.spec.experiment, event.record.seconds, run.estimate.seconds))
             case RunRetried() | RunInterrupted():
-                course = self.running.pop(name, None)
-                if course is not None:
-                    self._ended += self._shown({name: course}, self._paces(now), now)
+                timer = self.running.pop(name, None)
+                if timer is not None:
+                    self._ended += self._shown({name: timer}, self._paces(now), now)
                 if isinstance(event, RunInterrupted):
                     self._left[name] = 1 - event.step / run.total_steps
 
     def left_s(self, now: float) -> dict[str, float]:
         """Return the seconds that are left of each run under way, by name."""
         paces, running = self._paces(now), list(self.running.items())  # another thread may change it
-        return {name: course.left_s(now, paces[self._experiments[name].name]) for name, course in running}
+        return {name: timer.left_s(now, paces[self._experiments[name].name]) for name, timer in running}
 
     def whole_s(self, runs: Iterable[PlannedRun], now: float) -> list[float]:
         """Return the seconds that runs will take from when they are started."""
         paces = self._paces(now)
         return [self._left[run.spec.name] * paces[run.spec.experiment.name] * run.estimate.seconds for run in runs]
 
-    def _shown(self, courses: Mapping[str, RunTimer], paces: Mapping[str, float], now: float) -> list[_Taken]:
+    def _shown(self, timers: Mapping[str, RunTimer], paces: Mapping[str, float], now: float) -> list[_Taken]:
         """Return what runs under way have shown to take, at the paces that are expected of their experiments."""
         shown = []
-        for name, course in list(courses.items()):
+        for name, timer in list(timers.items()):
             experiment = self._experiments[name]
-            if (taken_s := course.shown_s(now, paces[experiment.name])) is not None:
-                shown.append(_Taken(experiment, taken_s, course.planned_s))
+            if (taken_s := timer.shown_s(now, paces[experiment.name])) is not None:
+                shown.append(_Taken(experiment, taken_s, timer.planned_s))
         return shown
 
     def _paces(self, now: float) -> dict[str, float]:
@@ -114,7 +114,7 @@ class RunTimes:
             for experiment, taken_s, planned_s in (*self._ended, *under_way):
                 factors[experiment.is_probe].add(taken_s, planned_s)
             steps, probes = factors
-            others = steps.factor if steps.planned_s else max(1.0, probes.factor / _TOLD_BY_PROBES)
+            others = steps.factor if steps.planned_s else max(1.0, probes.factor / _PROBE_FACTOR)
             shown = _by_experiment(under_way) | _by_experiment(self._ended)
             paces = {name: statistics.median(shown[name]) if name in shown else others for name in names}
         return paces
@@ -194,14 +194,14 @@ class Deadline:
             waiting: names of the runs that have not ended.
         """
         now = self.limit.clock()
-        for name, course in {} if self._announced == 0 else self._times.running.items():
-            taken_s = course.takes_s(now) if course.steps_seen >= _ENOUGH_STEPS else course.done_s + course.spent_s(now)
-            if taken_s < _SEVERAL * course.planned_s:
+        for name, timer in {} if self._announced == 0 else self._times.running.items():
+            taken_s = timer.takes_s(now) if timer.steps_seen >= _ENOUGH_STEPS else timer.done_s + timer.spent_s(now)
+            if taken_s < _SLOW_FACTOR * timer.planned_s:
                 continue
             fitting = self._fitting(waiting)
             if fitting < len(self._runs) and (self._announced is None or fitting == 0):
                 self._announced = fitting
-                planned = f"{name} was planned to take {duration(course.planned_s)} and {self._takes(name, now)}"
+                planned = f"{name} was planned to take {duration(timer.planned_s)} and {self._takes(name, now)}"
                 fits = f"{fitting} of {len(self._runs)} runs will be done in {self.limit.minutes:g} minutes"
                 return f"slower than planned: {planned}; about {fits}"
         return None
@@ -218,12 +218,12 @@ class Deadline:
 
     def _takes(self, name: str, now: float) -> str:
         """Return in words what a run under way takes."""
-        course = self._times.running[name]
-        if course.steps_seen:
-            return f"takes about {duration(course.takes_s(now))} here"
-        spent_s, left_s = course.spent_s(now), self._times.left_s(now)[name]
+        timer = self._times.running[name]
+        if timer.steps_seen:
+            return f"takes about {duration(timer.takes_s(now))} here"
+        spent_s, left_s = timer.spent_s(now), self._times.left_s(now)[name]
         if spent_s < left_s:
-            return f"is expected to take {duration(course.done_s + spent_s + left_s)} here"
+            return f"is expected to take {duration(timer.done_s + spent_s + left_s)} here"
         return f"takes more than {duration(spent_s)} here"
 
     def _idle(self, waiting: Set[str]) -> list[tuple[PlannedRun, float]]:
