@@ -272,6 +272,11 @@ class RunStatus:
         """Return the experiment's name."""
         return self.key[0]
 
+    @property
+    def seed(self) -> int:
+        """Return the seed."""
+        return self.key[1]
+
 
 def run_of(run: str) -> tuple[str, int]:
     """Return experiment and seed of ``lora_r8/seed_0``."""
