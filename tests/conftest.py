@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.products import ProductTimes
 from peft_vit.core.quantization.integers import Bits, exact_products
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 
 NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"
 
@@ -45,7 +45,7 @@ def _integers_are_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(device: torch.device, precision: str, bits: Bits | None = None) -> ProductTimes:
         return ProductTimes(next(iter(exact_products(64, device.type, bits)), None), 1.0, 1.0)
 
-    monkeypatch.setattr(kept_products, "choose_product", found)
+    monkeypatch.setattr(products, "choose_product", found)
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ class FakePlan:
     file: Path = Path("fake.yaml")
     data_sha256: str = "d" * 64
     part: bool = False
-    before: StudyFile | None = None
+    existing: StudyFile | None = None
 
     @property
     def pending(self) -> tuple[FakeRun, ...]:
@@ -79,7 +79,7 @@ def fake_plan(study: StudyConfig, results_dir: Path, **settings: Any) -> FakePla
             folder = run_folder(results_dir, spec)
             written = (folder / RECORD_FILE).exists() and read_record(folder / RECORD_FILE).status == "done"
             runs.append(FakeRun(spec, done=written and (folder / ADAPTER_FILE).exists()))
-    return FakePlan(study, tuple(runs), before=read_study_file(results_dir / study.name), **settings)
+    return FakePlan(study, tuple(runs), existing=read_study_file(results_dir / study.name), **settings)
 
 
 def fake_adapter(spec: RunSpec) -> bytes:

@@ -6,7 +6,7 @@ from typing import Any
 
 from small_methods import EXPERIMENTS
 
-from peft_vit.core.config import study_from_mapping
+from peft_vit.core.config import StudyConfig, study_from_mapping
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.planned import Plan
@@ -32,10 +32,14 @@ def tiny_study(*names: str, images: Path | None = None, **changes: Any) -> dict[
     }
 
 
+def planned(study: StudyConfig, folder: Path, **options: Any) -> Plan:
+    """Return the plan of a study with its results in a folder."""
+    return plan_study(study, folder, file=folder / f"{study.name}.yaml", **options)
+
+
 def plan_of(mapping: dict[str, Any], folder: Path) -> Plan:
     """Return the plan of a configuration with its results in a folder."""
-    file = folder / f"{mapping['name']}.yaml"
-    return plan_study(study_from_mapping(mapping, file=file), folder, file=file)
+    return planned(study_from_mapping(mapping, file=folder / f"{mapping['name']}.yaml"), folder)
 
 
 def run_and_write(spec: RunSpec, folder: Path) -> RunRecord:

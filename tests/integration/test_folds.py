@@ -15,7 +15,7 @@ from peft_vit.data import images_file, inspect_images, make_splits, open_index
 from peft_vit.lab.analysis.comparison import compare
 from peft_vit.lab.analysis.studies import load_studies
 from peft_vit.lab.report.summary import facts
-from peft_vit.runs.costs.calibration_run import calibration_run
+from peft_vit.runs.costs.timing_run import timing_run
 from peft_vit.runs.scheduling.plan import plan_study, smoke_study, workload_of
 
 pytestmark = pytest.mark.part("runner")
@@ -94,7 +94,7 @@ def test_what_stands_for_a_run_in_a_plan_reads_no_image_of_the_holdout(inspected
         index = open_index(study.data)
         splits = make_splits(index, study.data, 4)
         spec = specs(study, Path("nowhere"))[0]
-        small = calibration_run(spec, 1, workload_of(study, index, splits).shape, index, splits)
+        small = timing_run(spec, 1, workload_of(study, index, splits).shape, index, splits)
         again = RunSpec.model_validate_json(small.model_dump_json())  # as a worker reads it
         drawn = make_splits(index, again.data, 0)
         assert index.official_test is not None

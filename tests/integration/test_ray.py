@@ -9,7 +9,7 @@ from at_work import at_work, events_of, left_by_killed_driver, of
 from ray.cluster_utils import Cluster
 from ray_clusters import small_cluster
 from small_methods import EXPERIMENTS
-from written_runs import tiny_study
+from written_runs import planned, tiny_study
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import StudyConfig, study_from_mapping
@@ -19,7 +19,6 @@ from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.scan import read_records
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import drive
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.slow]
@@ -39,10 +38,6 @@ def study(**epochs: int) -> StudyConfig:
     return study_from_mapping(mapping, file=Path("tiny.yaml"))
 
 
-def plan_of(config: StudyConfig, out: Path):
-    return plan_study(config, out, file=out / "tiny.yaml")
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Start a cluster of one node with one core."""
@@ -55,7 +50,7 @@ def kinds_of(events: list, name: str) -> list[type]:
 
 
 def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> None:
-    plan = plan_of(study(adaptive=2, full=100_000, lora=2), tmp_path)
+    plan = planned(study(adaptive=2, full=100_000, lora=2), tmp_path)
     expected = outcome_digest(run_one(plan.runs[0].spec).record)
     with study_lock(tmp_path / "tiny"):
         with at_work(open_executor("ray", plan, tmp_path, ray_address=cluster.address), *plan.runs) as executor:
@@ -77,7 +72,7 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
 
 def test_two_nodes_of_which_one_is_lost(cluster, cache, tmp_path, capfd) -> None:
     second = cluster.add_node(num_cpus=1)
-    plan = plan_of(study(full=120, lora=120, adaptive=2), tmp_path)  # the two are under way for seconds
+    plan = planned(study(full=120, lora=120, adaptive=2), tmp_path)  # the two are under way for seconds
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
     told: list = []
     there: dict[str, str] = {}  # run by the node that it started on

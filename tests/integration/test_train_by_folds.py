@@ -13,7 +13,7 @@ from peft_vit.data import load_data
 from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.calls import SizesFile, train_runs
 from peft_vit.lab.report import build_report
-from peft_vit.runs.measures.held_out import known_of
+from peft_vit.runs.measures.held_out import read_run_neighbours
 from peft_vit.runs.records.storage import read_record, single_run
 
 pytestmark = pytest.mark.part("runner")
@@ -57,7 +57,7 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_regression_is_bette
     temperature = fit_temperature(logits, labels, TemperaturePrior(1.5, 0.6), images)
     assert main.calibrated.temperature == pytest.approx(temperature, rel=1e-6)
     assert main.calibrated.images == main.unlike.images == 39
-    neighbours = known_of(run.folder / "lora/seed_0", main)
+    neighbours = read_run_neighbours(run.folder / "lora/seed_0", main)
     z = neighbours.codes.astype(float) / 16
     apart = ((z[:, None] - z[None]) ** 2).mean(2) ** 0.5 + np.diag(np.full(39, np.inf))  # (39, 39)
     assert main.unlike.threshold == pytest.approx(np.sort(apart.min(1))[37], rel=1e-5)  # ceil(40 * 0.95) - 1

@@ -19,7 +19,7 @@ from peft_vit.core.training import Checkpoints, Interrupted
 from peft_vit.fit.calls import SizesFile, _claimed, train_runs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
-from peft_vit.runs.records.storage import followed, read_record, run_folder, single_run
+from peft_vit.runs.records.storage import read_record, resolve_latest, run_folder, single_run
 
 pytestmark = pytest.mark.part("runner")
 SMALL = "--weights random --model test_vit --threads 1 --precision fp32 --compute float --device cpu --steps 20"
@@ -140,7 +140,7 @@ def test_where_no_links_can_be_made_a_file_says_which_call_was_the_last(images, 
     assert command("status", latest).out.startswith("0002-linear-32px-seed-1-test-vit: 1 planned = 1 done")
     assert len(load_results(latest).runs) == 1
     command("report", latest, "--format", "md")
-    assert (followed(latest) / "analysis" / "card.md").is_file()
+    assert (resolve_latest(latest) / "analysis" / "card.md").is_file()
     assert command("status", out).out.count("planned") == 2
 
 

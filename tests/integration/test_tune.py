@@ -307,12 +307,12 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
     tuning: Tuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
-    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *given: rates[given[4]])
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *given: rates[given[4]])
 
     def found(*_: Any) -> ProductTimes:
         return ProductTimes(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
 
-    monkeypatch.setattr("peft_vit.runs.this_machine.kept_products.choose_product", found)
+    monkeypatch.setattr("peft_vit.runs.this_machine.products.choose_product", found)
 
     def watched(runner: StandIns) -> Environment:
         def call(mapping: Mapping[str, Any], *more: Any) -> Any:

@@ -40,7 +40,7 @@ import harness
 from commands import Command, run_forked, run_fresh, undisturbed
 from tiny_studies import METHODS, NAME, STEPS, End, difference, done_records, newest_step, write_study
 
-from peft_vit.runs.records.progress import look_at
+from peft_vit.runs.records.progress import read_run_files
 from peft_vit.runs.records.scan import read_records
 
 SEEDS = (0, 1, 2)
@@ -118,7 +118,7 @@ class Watched:
 
     def under_way(self) -> list[str]:
         """Return the runs that have begun since then and have not ended, as their progress.json says."""
-        attempts = {run: look_at(self._out / NAME, run).attempt for run in runs_of(self._out)}
+        attempts = {run: read_run_files(self._out / NAME, run).attempt for run in runs_of(self._out)}
         return [
             run
             for run, attempt in attempts.items()
@@ -196,7 +196,7 @@ class Study:
         life = 0
         while True:
             before = {run: newest_step(self.out / NAME / run) for run in runs_of(self.out)}
-            self._attempts = {run: look_at(self.out / NAME, run).attempts for run in before}
+            self._attempts = {run: read_run_files(self.out / NAME, run).attempts for run in before}
             done = done_records(self.out, before)
             command = self.way.start(self.config, life, len(self.seeds))
             if self.way.victim == "worker":
@@ -241,7 +241,7 @@ class Study:
             watched = Watched(self.out, self._rng, run_s, self._attempts)
             if not watched.wait(command, self._moment(kills + 1 - number)) or not (runs := watched.under_way()):
                 break
-            attempt = look_at(self.out / NAME, runs[0]).attempt
+            attempt = read_run_files(self.out / NAME, runs[0]).attempt
             if attempt is None:  # it has just ended
                 break
             assert attempt.worker is not None
@@ -256,7 +256,7 @@ class Study:
 
     def _has_failed(self, run: str, number: int) -> bool:
         """Tell whether an attempt at a run has failed, which is tried again then."""
-        attempt = look_at(self.out / NAME, run).attempt
+        attempt = read_run_files(self.out / NAME, run).attempt
         return attempt is not None and (attempt.number > number or attempt.state == "failed")
 
     def _check_steps(self, life: int, before: dict[str, int], later: list[dict[str, int]]) -> None:

@@ -42,7 +42,7 @@ from peft_vit.deploy.formats import runtimes, torch_files
 from peft_vit.deploy.restore import open_model
 from peft_vit.lab.analysis import analyze, load_studies, read_results
 from peft_vit.lab.report.result_tables import history_table
-from peft_vit.runs.costs.calibration_run import MeasuredCosts, keep_costs
+from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.progress import (
     LOCK_FILE,
@@ -332,7 +332,7 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         return unknown
 
     for kind in plan_with_costs().values():
-        keep_costs(kind, MeasuredCosts(start_s=2.0, step_s=0.01, image_s=0.001, peak_memory_bytes=10**8, images=24))
+        cache_costs(kind, MeasuredCosts(start_s=2.0, step_s=0.01, image_s=0.001, peak_memory_bytes=10**8, images=24))
     cases: list[tuple[str, Callable[[], object], Path]] = [
         ("pixels", images, tiny),
         ("hashes", images, tiny),

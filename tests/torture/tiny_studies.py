@@ -12,7 +12,7 @@ from typing import Any
 from small_methods import INT4, LINEAR, study_mapping
 
 from peft_vit.base.files import checkpoint_folders
-from peft_vit.runs.records.progress import look_at
+from peft_vit.runs.records.progress import read_run_files
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, run_folder
@@ -97,7 +97,7 @@ def difference(results_dir: Path, expected: Mapping[str, End]) -> str | None:
 def done_records(results_dir: Path, runs: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Return inode and time of the record of each of those runs that is done; one that is written again has others."""
     study = results_dir / NAME
-    stats = {run: (study / run / RECORD_FILE).stat() for run in runs if look_at(study, run).is_done}
+    stats = {run: (study / run / RECORD_FILE).stat() for run in runs if read_run_files(study, run).is_done}
     return {run: (stat.st_ino, stat.st_mtime_ns) for run, stat in stats.items()}
 
 

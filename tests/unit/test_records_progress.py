@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, Known, Owner, RunStatus, look_at, run_status
+from peft_vit.runs.records.progress import (
+    PROGRESS_FILE,
+    Attempt,
+    Owner,
+    RunFiles,
+    RunStatus,
+    read_run_files,
+    run_status,
+)
 
 pytestmark = pytest.mark.part("runner")
 
@@ -23,17 +31,17 @@ def study(tmp_path_factory):
     return folder
 
 
-def looked_at(study, content: bytes) -> Known:
+def looked_at(study, content: bytes) -> RunFiles:
     (study / RUN / PROGRESS_FILE).write_bytes(content)
-    return look_at(study, RUN)
+    return read_run_files(study, RUN)
 
 
 def test_what_was_written_is_read_and_what_a_newer_version_adds_is_passed_over(study) -> None:
-    assert looked_at(study, WHOLE) == Known(ATTEMPT, None, False, "")
+    assert looked_at(study, WHOLE) == RunFiles(ATTEMPT, None, False, "")
     more = json.dumps(json.loads(WHOLE) | {"node": "7"}).encode()
     assert looked_at(study, more).attempt == ATTEMPT
     (study / RUN / PROGRESS_FILE).unlink()
-    assert look_at(study, RUN) == Known(None, None, False, "")
+    assert read_run_files(study, RUN) == RunFiles(None, None, False, "")
 
 
 CHANGED = [{"number": 0}, {"number": "x"}, {"number": None}, {"state": "done"}, {"started_at": 7}, {"worker": [1]}]
@@ -46,7 +54,7 @@ CHANGED = [{"number": 0}, {"number": "x"}, {"number": None}, {"state": "done"}, 
     | st.sampled_from([json.dumps(json.loads(WHOLE) | change).encode() for change in CHANGED])
 )
 def test_anything_else_is_not_there(study, content) -> None:
-    assert looked_at(study, content) == Known(None, None, False, FAULT)
+    assert looked_at(study, content) == RunFiles(None, None, False, FAULT)
 
 
 @pytest.mark.parametrize(("attempts", "stands"), [(1, True), (2, False), (3, False)])
@@ -56,13 +64,13 @@ def test_a_record_decides_unless_a_later_attempt_was_begun(tmp_path, attempts, s
     (tmp_path / RUN / PROGRESS_FILE).write_bytes(WHOLE)
     record = {"status": status, "seconds": 1.0, "attempts": attempts, "error": "it diverged"}
     (tmp_path / RUN / "record.json").write_text(json.dumps(record))
-    known = look_at(tmp_path, RUN)
+    known = read_run_files(tmp_path, RUN)
     assert (known.attempt is not None) == stands
     assert known.attempts == max(attempts, 2)
     assert not known.is_done  # without an adapter
     assert known.failure == ("it diverged" if status == "failed" and not stands else None)
     (tmp_path / RUN / "adapter.safetensors").touch()
-    assert look_at(tmp_path, RUN).is_done == (status == "done")
+    assert read_run_files(tmp_path, RUN).is_done == (status == "done")
 
 
 def test_a_run_is_under_way_only_while_the_one_that_began_it_works_on_the_study(study) -> None:

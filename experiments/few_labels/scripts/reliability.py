@@ -30,7 +30,7 @@ from peft_vit.core.training.images import LabelledImages, normalised
 from peft_vit.core.training.metrics import predict_with_middle
 from peft_vit.data import open_index, to_pixels
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.measures.held_out import LIKE, PRIOR, known_images
+from peft_vit.runs.measures.held_out import PRIOR, UNLIKE_COVERAGE, reference_images
 
 ROWS = Path(__file__).resolve().parents[1] / "results" / "reliability.csv"
 FEW, OTHERS = 24, 60  # validation images; images of each other set
@@ -101,8 +101,8 @@ def row(folder: Path, icons: Path | None) -> dict[str, object]:
         "few_alone": fit_temperature(held[few], held_labels[few]),
         "test": fit_temperature(tested, labels),
     }
-    known = Neighbours.of(outputs(known_images(data.train, spec.seed, CLASSIFICATION))[2])
-    threshold = conformal_quantile(known.distances(held_middle), LIKE)
+    known = Neighbours.of(outputs(reference_images(data.train, spec.seed, CLASSIFICATION))[2])
+    threshold = conformal_quantile(known.distances(held_middle), UNLIKE_COVERAGE)
 
     def flagged(features: NDArray[np.float32]) -> float:
         return round(float((known.distances(features) > threshold).mean()), 4)

@@ -58,7 +58,7 @@ def _shortened(text: str, most: int) -> str:
 
 
 @contextmanager
-def named(file: Path | None) -> Iterator[None]:
+def named(file: str | Path | None) -> Iterator[None]:
     """Name a file in errors that come of what it says and name none themselves."""
     try:
         yield

@@ -244,9 +244,9 @@ def report(
     """
     with progress("writing the report", sys.stderr):
         from peft_vit.lab.report import build_report
-        from peft_vit.runs.records.storage import followed
+        from peft_vit.runs.records.storage import resolve_latest
 
-        results_dir, page = followed(results_dir), format == "html"
+        results_dir, page = resolve_latest(results_dir), format == "html"
         files = build_report(
             results_dir,
             output or results_dir / ("report" if page else "analysis"),

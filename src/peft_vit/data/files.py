@@ -67,8 +67,8 @@ class FileTree:
         start = f"{folder}/"
 
         def hashed(names: list[str]) -> Hashes:
-            whole = self.hashed([start + name for name in names])
-            return Hashes(whole.sha256, {name.removeprefix(start): mark for name, mark in whole.each.items()})
+            sha256, each = self.hashed([start + name for name in names])
+            return Hashes(sha256, {name.removeprefix(start): mark for name, mark in each.items()})
 
         names = tuple(name.removeprefix(start) for name in self.names if name.startswith(start))
         unused = {name.removeprefix(start): at for name, at in self.unused.items() if name.startswith(start)}
@@ -155,7 +155,7 @@ def open_tree(location: Path) -> FileTree:
         tuple(sorted(members)),
         lambda name: _read_member(archive, members[name]),
         lambda used: Hashes(
-            hashes({"": location}).sha256, _told_apart(archive, {name: members[name] for name in used})
+            hashes({"": location}).sha256, _fingerprints(archive, {name: members[name] for name in used})
         ),
     )
 
@@ -171,21 +171,21 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return content
 
 
-def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str]:
+def _fingerprints(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, str]:
     """Return what shows members apart; only those are unpacked that agree with another one in checksum and size."""
     marks = {name: f"{info.CRC} {info.file_size}" for name, info in members.items()}
-    seen = Counter(marks.values())
+    counts = Counter(marks.values())
     for name, mark in marks.items():
-        if seen[mark] > 1:
+        if counts[mark] > 1:
             try:
                 marks[name] = hashlib.sha256(_read_member(archive, members[name])).hexdigest()
             except Exception as error:  # a foreign archive can fail in any way; who decodes the image says so
-                refuse_if_passing(error, f"{archive.filename}/{name}")
+                raise_if_transient(error, f"{archive.filename}/{name}")
                 marks[name] = name
     return marks
 
 
-def refuse_if_passing(error: Exception, file: str) -> None:
+def raise_if_transient(error: Exception, file: str) -> None:
     """Raise UserError if a file could not be read for a reason of this machine, which says nothing of its content."""
     cause = error.__context__ if isinstance(error, UserError) else error
     reason = "not enough memory" if isinstance(cause, MemoryError) else None
@@ -257,10 +257,10 @@ def files_below(
 def hashes(files: Mapping[str, Path]) -> Hashes:
     """Hash files by their names.
 
-    Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache, see `remembered`.
+    Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache, see `cached_hashes`.
     """
     ordered = dict(sorted(files.items()))
-    digests = remembered(ordered, len(ordered), lambda: list(in_threads(sha256_of, list(ordered.values()))))
+    digests = cached_hashes(ordered, len(ordered), lambda: list(in_threads(sha256_of, list(ordered.values()))))
     each = dict(zip(ordered, digests, strict=True))
     if len(each) == 1:
         return Hashes(digests[0], each)
@@ -268,7 +268,7 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
     return Hashes(hashlib.sha256(lines.encode()).hexdigest(), each)
 
 
-def remembered(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
+def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
     """Return hashes of what some files hold, from the cache if paths and what the system says of them are as before.
 
     That is size, inode, and times of modification and of change: a copy may bring the first time along (`cp -p`, `rsync

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from peft_vit.base.errors import DataWarning, UserError
+from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
@@ -45,7 +45,7 @@ from peft_vit.base.statistics.drawing import stratified_draw
 from peft_vit.core.config import Interpolation
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
-from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, refuse_if_passing
+from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
@@ -54,15 +54,15 @@ from peft_vit.data.pixels import (
     cached_pixels,
     decode_image,
     decoders,
-    facts_of,
     formats,
     interpolation_key,
     on_white,
+    read_facts,
     split_pixels,
     to_pixels,
 )
 from peft_vit.data.sources.folders import Images, find_images, is_image
-from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across
+from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
@@ -85,19 +85,17 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
     """
     lines = list(index.notes)
     if not index.inspected:  # else splits are along its groups
-        rows = np.concatenate(splits.parts)
-        sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
-        equal, near = _compared(index, splits, rows, image_size)
-        if index.own:
-            refuse_across(index, equal, sides, rows)
-        lines += _of_copies(index, splits, rows, sides, equal, near)
+        lines += _of_copies(index, splits, image_size)
     return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in lines))
 
 
-def _of_copies(
-    index: ImageIndex, splits: Splits, rows: np.ndarray, sides: np.ndarray, equal: np.ndarray, near: np.ndarray
-) -> Iterator[str]:
+def _of_copies(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[str]:
     """Tell of copies left out, across and within splits, of two classes, and near ones; one line a kind."""
+    rows = np.concatenate(splits.parts)
+    sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
+    equal, near = _compared(index, splits, rows, image_size)
+    if index.own:
+        refuse_copies_across(index, equal, sides, rows)
 
     def such_as(a: int, b: int) -> str:
         first, second = (f"{index.title(int(rows[i]))} ({SIDES[sides[i]]})" for i in (a, b))
@@ -111,12 +109,12 @@ def _of_copies(
     if left_out.any():
         first = index.title(int(np.argmax(left_out)))
         yield f"{left_out.sum()} files are left out as copies of validation or test images, such as {first}"
-    count, pair = crossing(equal, sides)
+    count, pair = count_crossing(equal, sides)
     if count:
         yield f"{count} images are in two splits, {such_as(*pair)}; the splits stay as they are"
     for side, name in enumerate(SIDES):
         here = np.flatnonzero(sides == side)
-        count, pair = crossing(equal[here], here)
+        count, pair = count_crossing(equal[here], here)
         if count:
             a, b = (index.title(int(i)) for i in rows[here[list(pair)]])
             copies = len(here) - len(np.unique(equal[here]))
@@ -125,12 +123,12 @@ def _of_copies(
     group_of[index.groups[rows]] = equal
     groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
     known = np.flatnonzero(groups >= 0)
-    count, pair = crossing(groups[known], index.marks[known])
+    count, pair = count_crossing(groups[known], index.marks[known])
     if count:
         a, b = (f"{index.title(i)} ('{index.label(i)}')" for i in known[list(pair)].tolist())
         yield f"{count} images are of two classes, such as {a} and {b}; one of the labels is wrong"
     different = np.unique(equal, return_index=True)[1]
-    count, pair = crossing(near[different], sides[different])
+    count, pair = count_crossing(near[different], sides[different])
     if count:
         yield (
             f"{count} images nearly equal one of another split, {such_as(*different[list(pair)])}; if they show the "
@@ -280,24 +278,25 @@ class Inspection:
         return self.images.path
 
     @property
+    def task(self) -> Task:
+        """Return what is learned of the images."""
+        return self.images.files.task
+
+    @property
     def shorter_side(self) -> float:
         """Return the median of the shorter sides, in pixels."""
         return float(np.median(self.sides[:, 0]))
 
     @property
-    def chosen_on(self) -> np.ndarray:
-        """Return which images are not of the own test split, (N,) bool: what is chosen may rest on these alone."""
-        return np.ones(len(self.names), dtype=bool) if self.holdout is None else ~self.holdout
-
-    @property
     def chosen_counts(self) -> np.ndarray:
-        """Return the number of these images of each class, (K,) int64."""
-        return self.images.files.task.counts(self.labels[self.chosen_on], len(self.class_names))
+        """Return the number of images of each class, (K,) int64, outside of the own test split: these alone choose."""
+        labels = self.labels if self.holdout is None else self.labels[~self.holdout]
+        return self.task.counts(labels, len(self.class_names))
 
     @property
     def metric(self) -> DecidingMetric:
         """Return what decides."""
-        return self.images.files.task.deciding(self.chosen_counts)
+        return self.task.deciding(self.chosen_counts)
 
     def lines(self, metric: DecidingMetric | None = None) -> list[str]:
         """Return what there is to know, each in a line.
@@ -311,8 +310,8 @@ class Inspection:
         if not self.metric.counts_images:  # how many are of a class does not matter to it
             return [*known, f"metric: {self.metric.words}"]
         counts = self.chosen_counts
-        large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
-        times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
+        largest, smallest = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
+        times = f"class '{largest}' has {counts.max() / counts.min():.1f} times as many images as class '{smallest}'"
         if counts.max() == counts.min():
             times = "all classes have the same number of images"
         rule = "" if self.metric.equal_classes else f"; balanced accuracy above {LARGEST_IMBALANCE:g}x imbalance"
@@ -324,13 +323,12 @@ class Inspection:
         return [*self._of_repeated(), *listed]
 
     def _of_images(self) -> Iterator[str]:
-        task = self.images.files.task
-        counts = task.counts(self.labels, len(self.class_names))  # (K,)
+        counts = self.task.counts(self.labels, len(self.class_names))  # (K,)
         each = f"{counts.min():,} to {counts.max():,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
-        what = task.images_of(len(self.names), self.class_names)
-        yield f"{what}: {each}" if task.weighs else what
+        what = self.task.images_of(len(self.names), self.class_names)
+        yield f"{what}: {each}" if self.task.weighs else what
         short, long = np.median(self.sides, axis=0).astype(int)
         smallest, largest = self.sides.min(), self.sides.max()
         between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"
@@ -349,13 +347,12 @@ class Inspection:
         for what, groups, within in (("equal", self.copies, every), ("nearly equal", self.groups, self.copies)):
             count = len(np.unique(within)) - len(np.unique(groups))
             if count:
-                a, b = crossing(groups, within)[1]
+                a, b = count_crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
-        task = self.images.files.task
-        count, pair = crossing(self.groups, task.marks(self.labels))
+        count, pair = count_crossing(self.groups, self.task.marks(self.labels))
         if count:
-            a_title, b_title = (f"{self.names[i]} ('{task.text(self.labels[i], self.class_names)}')" for i in pair)
+            a_title, b_title = (f"{self.names[i]} ('{self.task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
 
@@ -404,36 +401,35 @@ def inspect_images(
             more than half of the images can't be used, or with `strict` one is to be left out, with the list.
     """
     images = path if isinstance(path, Images) else find_images(existing(str(path)))
-    path, tree, files = images.path, images.tree, images.files
-    (class_names, labels), task = files.read(), files.task
-    if len(class_names) < task.least_outputs:
-        message = f"holds one class alone, '{class_names[0]}'; add images of another one"
-        raise UserError(message, file=path)
-    check_class_names(class_names, path)
-    names = np.array(list(files.classes), dtype=object)
+    files, task = images.files, images.files.task
+    class_names, labels = files.read()
     holdout = None if files.is_test is None else np.array(files.is_test, dtype=bool)
-    if least is None:
-        least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
-    _refuse_few(
-        path, files.task, class_names, labels, np.arange(len(labels)), holdout, least
-    )  # before anything is decoded
-    decoded = _decoded_once(tree, names.tolist(), store or PixelStore(()), on_progress)
-    copies, groups = decoded.copies, decoded.groups
-    left_out = (
-        dict(images.left_out) | decoded.faults | _contradictions(names, task.marks(labels), copies, groups, holdout)
-    )
-    if strict and left_out:
-        them = "it" if len(left_out) == 1 else "them"
-        message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
-        raise UserError(message, file=path, field="--strict", details="\n".join(_listed(left_out)))
-    faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
-    count = len(names) + len(faults.keys() - decoded.faults.keys())
-    if len(faults) > count / 2:
-        message = f"{len(faults):,} of {count:,} images can't be used; repair or replace them, or choose another folder"
-        raise UserError(message, file=path, details="\n".join(_listed(faults)))
-    used = np.array([name not in left_out for name in names], dtype=bool)
-    labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
-    _refuse_few(path, files.task, class_names, labels, groups, holdout, least)
+    with named(images.path):
+        if len(class_names) < task.least_outputs:
+            raise UserError(f"holds one class alone, '{class_names[0]}'; add images of another one")
+        check_class_names(class_names, images.path)
+        if least is None:
+            least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
+        refuse_few = partial(_refuse_few, task, class_names, least)
+        refuse_few(labels, np.arange(len(labels)), holdout)  # before anything is decoded
+        names = np.array(list(files.classes), dtype=object)
+        decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
+        copies, groups = decoded.copies, decoded.groups
+        left_out = dict(images.left_out) | decoded.faults
+        left_out |= _contradictions(names, task.marks(labels), copies, groups, holdout)
+        if strict and left_out:
+            them = "it" if len(left_out) == 1 else "them"
+            message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
+            raise UserError(message, field="--strict", details="\n".join(_listed(left_out)))
+        faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
+        count = len(names) + len(faults.keys() - decoded.faults.keys())
+        if len(faults) > count / 2:
+            remedy = "repair or replace them, or choose another folder"
+            message = f"{len(faults):,} of {count:,} images can't be used; {remedy}"
+            raise UserError(message, details="\n".join(_listed(faults)))
+        used = np.array([name not in left_out for name in names], dtype=bool)
+        labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
+        refuse_few(labels, groups, holdout)
     return Inspection(
         images=images,
         class_names=class_names,
@@ -478,7 +474,7 @@ def images_file(inspection: Inspection, seed: int | None = 0, test_images: int |
         if count + len(inspection.class_names) > len(first):
             reason = f"{count} test images are too many: there are {len(first)} different images"
             raise UserError(f"{reason}; ask for fewer, or add images", file=inspection.path)
-        strata = inspection.images.files.task.strata(inspection.labels)
+        strata = inspection.task.strata(inspection.labels)
         drawn = stratified_draw(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
@@ -498,13 +494,12 @@ def images_file(inspection: Inspection, seed: int | None = 0, test_images: int |
 
 
 def _refuse_few(
-    path: Path,
     task: Task,
     class_names: Sequence[str],
+    least: int,
     labels: np.ndarray,
     groups: np.ndarray,
     holdout: np.ndarray | None,
-    least: int,
 ) -> None:
     """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
     chosen_on = np.ones(len(labels), dtype=bool) if holdout is None else ~holdout
@@ -520,12 +515,11 @@ def _refuse_few(
         images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
         raise UserError(
             f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
-            f"needs {least}{more}; add images, or remove the class",
-            file=path,
+            f"needs {least}{more}; add images, or remove the class"
         )
     if holdout is not None and not (tested := task.counts(labels[holdout], len(class_names))).all():
         message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
-        raise UserError(message, file=path)
+        raise UserError(message)
 
 
 def _contradictions(
@@ -625,7 +619,7 @@ class _Decoded(NamedTuple):
 class _One(NamedTuple):
     facts: Facts
     digest: bytes
-    small: np.ndarray  # (64, 64, 3)
+    compared: np.ndarray  # (64, 64, 3)
     pixels: list[np.ndarray]  # for the store
 
 
@@ -660,9 +654,9 @@ def _decoded(
             content = tree.read(name)
             enough = None if store.sizes else _ENOUGH
             image = on_white(decode_image(partial(bytes, content), name, enough=enough)).convert("RGB")
-            facts = facts_of(content)
+            facts = read_facts(content)
         except Exception as error:  # a foreign file or archive can fail in any way
-            refuse_if_passing(error, tree.file(name))
+            raise_if_transient(error, tree.file(name))
             return error.message if isinstance(error, UserError) else f"can't be read ({error})"
         mark = repr(((facts.short, facts.long), image.size)).encode()
         digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
@@ -679,7 +673,7 @@ def _decoded(
                     animated.append(name)
                 if one.digest not in number:
                     number[one.digest] = len(number)
-                    different.append(grey_thumbnails(one.small[None], np.arange(1))[0])
+                    different.append(grey_thumbnails(one.compared[None], np.arange(1))[0])
                 sides[done], copies[done] = one.facts[:2], number[one.digest]
                 store.add(name, one.pixels)
             if on_progress is not None:

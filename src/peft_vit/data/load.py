@@ -130,24 +130,24 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
     )
 
 
-def thumbnails(config: DataConfig, positions: Sequence[int], *, data_sha256: str, smoke: bool = False) -> list[bytes]:
-    """Return a few images as PNG for a report, the longer side 96 pixels; smaller ones are enlarged without smoothing.
+def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
+    """Return a few images of a run as PNG, the longer side 96 pixels; smaller ones are enlarged without smoothing.
 
     Nothing is downloaded for them.
 
     Args:
-        config: which data set, and where it lies.
-        positions: in the data set.
-        data_sha256: of the images that a run saw.
-        smoke: the made-up images, see `open_index`.
+        record: of the run.
+        positions: in its data set.
 
     Raises:
-        UserError: if the images are not on this machine, are others than those, or can't be decoded.
+        UserError: if the images are not on this machine, are others than those of the run, or can't be decoded.
     """
     with no_downloads():
-        index = open_index(config, smoke=smoke)
-    if index.sha256 != data_sha256 or not all(0 <= position < len(index.labels) for position in positions):
-        raise UserError(f"the images of {config.dataset} on this machine are not those of the run", field="data")
+        index = open_index(record.spec.data, smoke=record.spec.smoke)
+    sha256 = None if record.provenance is None else record.provenance.data_sha256
+    if index.sha256 != sha256 or not all(0 <= position < len(index.labels) for position in positions):
+        message = f"the images of {index.name} on this machine are not those of the run"
+        raise UserError(message, field="data")
     pictures = []
     for position in positions:
         plain = on_white(index.read(position)).convert("L" if index.channels == 1 else "RGB")
@@ -158,9 +158,3 @@ def thumbnails(config: DataConfig, positions: Sequence[int], *, data_sha256: str
         plain.resize(size, resampling).save(file, format="PNG", optimize=True)
         pictures.append(file.getvalue())
     return pictures
-
-
-def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
-    """Return `thumbnails` of images that a run saw."""
-    spec, origin = record.spec, record.provenance
-    return thumbnails(spec.data, positions, data_sha256="" if origin is None else origin.data_sha256, smoke=spec.smoke)

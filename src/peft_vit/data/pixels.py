@@ -128,7 +128,7 @@ class Facts(NamedTuple):
     is_animated: bool
 
 
-def facts_of(content: bytes) -> Facts:
+def read_facts(content: bytes) -> Facts:
     """Return what the head of a sound image file says."""
     with Image.open(io.BytesIO(content), formats=formats()) as image:  # noqa: TID251 - these alone
         is_animated = image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False)

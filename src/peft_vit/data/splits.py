@@ -63,7 +63,7 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
             of somebody's own is on both sides of the own test split; names field and numbers, or both files.
     """
     if index.official_test is not None and index.own:
-        refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
+        refuse_copies_across(index, index.groups, np.where(index.official_test, 2, 0))
     rng = _generator("split", config.split_seed, seed if config.tests_by_seed else None)
     everything = np.arange(len(index.labels), dtype=np.int64)
     if config.folds is None:
@@ -183,7 +183,7 @@ def class_gaps(index: ImageIndex, splits: Splits) -> list[str]:
     return gaps
 
 
-def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:
+def count_crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:
     """Count groups whose members have different marks.
 
     Args:
@@ -202,16 +202,18 @@ def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int
     return len(np.unique(group[differs])), (low, high)
 
 
-def refuse_across(index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows: np.ndarray | None = None) -> None:
+def refuse_copies_across(
+    index: ImageIndex, groups: np.ndarray, sides: np.ndarray, rows: np.ndarray | None = None
+) -> None:
     """Raise UserError if equal images are on different sides.
 
     Args:
         index: the data set.
-        groups: as in `crossing`.
+        groups: as in `count_crossing`.
         sides: positions in `SIDES`, (N,).
         rows: in the data set, (N,); None: these are all of it.
     """
-    count, pair = crossing(groups, sides)
+    count, pair = count_crossing(groups, sides)
     if count:
         a, b = pair if rows is None else rows[list(pair)].tolist()
         among = f"; {count} images are on several sides like this one" if count > 1 else ""

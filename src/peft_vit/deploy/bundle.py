@@ -38,7 +38,7 @@ from peft_vit.deploy.formats.torch_files import LowBitHeader, build_low_bit, rea
 from peft_vit.deploy.model_card import HEADER, write_exported
 from peft_vit.deploy.predicting import GivenImage, prediction_of, prepared
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.records.storage import RECORD_FILE, followed, single_run
+from peft_vit.runs.records.storage import RECORD_FILE, resolve_latest, single_run
 
 _AT_ONCE = 32
 _ROWS_AT_ONCE = 192  # about as many are multiplied with a weight each time that it is unpacked, see `Bundle.logits`
@@ -279,7 +279,7 @@ def export_bundle(
     Raises:
         UserError: if a run can't be restored or does not belong to the backbone; then nothing is written.
     """
-    names = [_name_of(followed(path)) for path in runs]
+    names = [_name_of(resolve_latest(path)) for path in runs]
     if taken := [name for name in names if names.count(name) > 1 or f"{name}.safetensors" == BUNDLE_FILE]:
         message = f"{taken[0]} can't be the name of two adapters, or the backbone's; rename a folder"
         raise UserError(message, file=runs[names.index(taken[0])])

@@ -39,7 +39,7 @@ from peft_vit.deploy import (
 from peft_vit.deploy.model_card import write_exported
 from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
 from peft_vit.deploy.restore import RestoredRun, done_record, restore_run
-from peft_vit.runs.measures.known_images import neighbours_bytes
+from peft_vit.runs.measures.neighbours import neighbours_bytes
 from peft_vit.runs.records.storage import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, read_record, single_run
 
 _COMPARED_AT_ONCE = 32

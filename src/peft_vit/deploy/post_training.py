@@ -26,7 +26,7 @@ from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
 from peft_vit.deploy import Merged, ModelCard, merge
 from peft_vit.deploy.restore import RestoredRun, restore_run
-from peft_vit.runs.measures.held_out import PRIOR, Outputs, known_by, known_images
+from peft_vit.runs.measures.held_out import PRIOR, Outputs, fit_neighbours, reference_images
 
 _CPU = torch.device("cpu")
 _SCALE_BYTES = 2  # of a group's scale, and of its offset
@@ -122,9 +122,9 @@ def pack_after_training(
         found = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
         middle = validation.middle
     if run.known is not None:
-        train = _outputs(rounded, known_images(data, run.record.spec.seed), card).middle
+        train = _outputs(rounded, reference_images(data, run.record.spec.seed), card).middle
         assert train is not None
-        known, found["unlike"] = known_by(train, middle)
+        known, found["unlike"] = fit_neighbours(train, middle)
     return rounded, card.model_copy(update=found), known
 
 

@@ -25,7 +25,7 @@ from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data
 from peft_vit.data import load_data
 from peft_vit.deploy import Classifier, ModelCard, open_exported, torch_classifier
-from peft_vit.runs.measures.held_out import known_of
+from peft_vit.runs.measures.held_out import read_run_neighbours
 from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, read_record, single_run
 
 
@@ -135,7 +135,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
     for _, module in adapted_modules(backbone.model):
         if module.quantized is not None:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
-    return RestoredRun(record, backbone, backbone.model.eval(), known_of(run_dir, record))
+    return RestoredRun(record, backbone, backbone.model.eval(), read_run_neighbours(run_dir, record))
 
 
 def prepare_as_saved(

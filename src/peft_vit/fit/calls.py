@@ -22,8 +22,8 @@ from peft_vit.runs.records.progress import (
     End,
     RunStatus,
     StudyLock,
-    look_at,
     owner_of,
+    read_run_files,
     remove_empty,
     run_status,
     study_lock,
@@ -128,7 +128,7 @@ class TrainRun:
             return f"failed: {status.note}"
         if status.state != "pending":
             return status.state
-        attempt = look_at(self.folder, self.run).attempt
+        attempt = read_run_files(self.folder, self.run).attempt
         total = "" if attempt is None or attempt.total_steps is None else f" of {attempt.total_steps}"
         return f"interrupted at step {self.step}{total}" if self.step else "interrupted before the first checkpoint"
 

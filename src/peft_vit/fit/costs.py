@@ -21,9 +21,9 @@ from peft_vit.core.training import FLIP_AXES
 from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
 from peft_vit.fit.regressions import images_to_compare
-from peft_vit.runs.costs.estimate import Throughput, kept_values
+from peft_vit.runs.costs.estimate import Throughput, activation_values
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, first_that_fits, images_to_test, validate_every
-from peft_vit.runs.measures.held_out import MOST_KNOWN
+from peft_vit.runs.measures.held_out import MAX_REFERENCE_IMAGES
 
 if TYPE_CHECKING:
     from peft_vit.fit.fit import Fit
@@ -161,7 +161,7 @@ class FitCosts:
         fit, image_s = self.fit, self.image_s(recipe)
         begun_s = self.machine.process_s + self.machine.start_s + self.fits_s(recipe, self.trained_images(recipe))
         validations = 2 + steps // validate_every(fit.num_validation, fit.request.batch_size)
-        images = min(MOST_KNOWN, fit.num_train) + validations * fit.num_validation
+        images = min(MAX_REFERENCE_IMAGES, fit.num_train) + validations * fit.num_validation
         return begun_s + self._begun_s(recipe) + steps * self.step_s(recipe) + images * image_s
 
     def written_s(self, recipe: Recipe) -> float:
@@ -181,7 +181,7 @@ class FitCosts:
         rounded = 0.0
         if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files
             again_s = self._packed_s(recipe, images_rounded_by(recipe.bits))
-            rounded = self.rounding_s(recipe, [recipe.bits], min(MOST_KNOWN, images)) + again_s
+            rounded = self.rounding_s(recipe, [recipe.bits], min(MAX_REFERENCE_IMAGES, images)) + again_s
         forms, folds = (1, 0) if request.max_latency is None else (_FORMS, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * self.fit.fold_test_images * image_s)
@@ -236,7 +236,7 @@ class FitCosts:
         room = float(available_memory_bytes())
         if request.memory_limit is not None:
             room = min(room, bytes_of(request.memory_limit))
-        return 4 * at_once * kept_values(shape, self._recomputed(shape)) <= _MEMORY_SHARE * room
+        return 4 * at_once * activation_values(shape, self._recomputed(shape)) <= _MEMORY_SHARE * room
 
     def _recomputed(self, shape: BackboneShape) -> int:
         blocks = len(shape.values_by_block)

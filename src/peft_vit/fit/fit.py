@@ -50,7 +50,7 @@ from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Only, Outcom
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.regressions import Regression
 from peft_vit.fit.request import FitRequest
-from peft_vit.runs.costs.estimate import Throughput, product_rates
+from peft_vit.runs.costs.estimate import Throughput, product_throughputs
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, validate_every
 from peft_vit.runs.records.progress import StudyLock
 from peft_vit.runs.records.storage import STUDIES_FOLDER
@@ -373,7 +373,7 @@ class Fit:
         may = METHOD_KINDS[request.method].without_integers is None
         asked = request.compute if may and not (request.smoke and request.compute == "auto") else "float"
         shape = self.shape(name, 8 * size_step_of(architecture_of(backbone)))
-        return product_rates(self.decisions.compute or asked, shape, device, precision, self.file.threads)
+        return product_throughputs(self.decisions.compute or asked, shape, device, precision, self.file.threads)
 
     @cached_property
     def compute(self) -> Compute:

@@ -13,7 +13,7 @@ from peft_vit.core.methods import METHODS, TrainOptions
 from peft_vit.core.methods.method import DEFAULT_RANK
 from peft_vit.core.methods.quantized import packing_of
 from peft_vit.deploy.post_training import file_bytes
-from peft_vit.runs.measures.held_out import known_bytes
+from peft_vit.runs.measures.held_out import reference_bytes
 
 DEFAULT_RATE = 1e-3  # of LoRA
 GRAPH_BYTES = 2800  # of an ONNX file, a matrix of the blocks; a ViT-S has 0.19 MB for its 72
@@ -103,7 +103,7 @@ class Recipe:
         if self.bits is not None:
             after = self.when == "after"
             packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
-        return file_bytes(shape, packing, classes) + known_bytes(shape, images) + GRAPH_BYTES * len(shape.sites)
+        return file_bytes(shape, packing, classes) + reference_bytes(shape, images) + GRAPH_BYTES * len(shape.sites)
 
 
 def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_vit.runs.execute import Finished, run_one
+    from peft_vit.runs.execute import run_one
 
-__all__ = ["Finished", "run_one"]
+__all__ = ["run_one"]
 
 
 def __getattr__(name: str) -> Any:

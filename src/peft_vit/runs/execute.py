@@ -49,7 +49,7 @@ from peft_vit.core.adapters.footprint import (
 )
 from peft_vit.core.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.core.adapters.peft_tuner import load_peft
-from peft_vit.core.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
+from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
@@ -93,9 +93,9 @@ from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict, predict_with_middle
 from peft_vit.data import load_data
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.measures.held_out import Believed, Outputs, calibration_of, known_images
+from peft_vit.runs.measures.held_out import Outputs, Reliability, calibration_of, reference_images
 from peft_vit.runs.measures.removal_and_latency import take_measures
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import (
     cpu_count,
     hash_arrays,
@@ -109,7 +109,7 @@ OnProgress = Callable[[Progress], None]
 # What a record keeps of the warnings.
 _RECORDED = (SilentNoEffectWarning, UnderflowWarning, DataWarning, CheckpointWarning)
 # Of what a run is made of: with another one it would be another run.
-_THE_SAME = (
+_MUST_MATCH = (
     "data_sha256",
     "split_sha256",
     "weights_name",
@@ -121,7 +121,7 @@ _THE_SAME = (
     "start_sha256",
 )
 # What carried it out: with another one the numbers may round otherwise.
-_ALIKE = ("python", "processor", "device", "integer_bits", "git_hash")  # and the packages' versions
+_MAY_DIFFER = ("python", "processor", "device", "integer_bits", "git_hash")  # and the packages' versions
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,9 @@ def run_one(
             raise
         except Exception as error:
             plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
-            kind = _kind(error)
+            kind = _failure_of(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
-            if kind == "error" and attempt.trains_on:
+            if kind == "error" and attempt.has_resumed_training:
                 # A program's fault as a rule; a changed checkpoint can bring it out too.
                 remedy = "if that was changed, remove the checkpoint-* folders there, and it starts again"
                 reason = f"{' '.join(reason.split())} (the run had continued from {attempt.source}; {remedy})"
@@ -188,7 +188,7 @@ def run_one(
     return finished
 
 
-def _kind(error: Exception) -> Failure:
+def _failure_of(error: Exception) -> Failure:
     """Return what kind of failure an exception is."""
     if isinstance(error, DivergedError):
         return "diverged"
@@ -241,9 +241,9 @@ class Loaded:
         model = self.backbone.model.to(self.device)  # what is packed comes packed
         training, product = self.spec.experiment.training, None
         if training.compute == "int8":
-            choice = kept_products.choose_product(self.device, self.spec.precision, training.integer_bits)
+            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
             product = use_integer_products(model, choice.usable(self.device))
-        return provenance_of(self.spec, self.data, self.backbone, self.device, product)
+        return provenance_of(self, product)
 
     def float_weights(self) -> dict[str, Tensor]:
         """Load the weights again, as they were."""
@@ -258,7 +258,7 @@ class _Tested:
     training: TrainingResult
     metrics: Metrics
     predictions: Predictions
-    believed: Believed
+    believed: Reliability
 
 
 def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> Finished:
@@ -285,7 +285,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     ranks = update_ranks(model)
     memory.prepared()
 
-    tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    tested = _train_and_test(loaded, hooks, attempt, on_progress)
     result, believed = tested.training, tested.believed
     metadata = {
         "spec": spec.model_dump(mode="json"),
@@ -308,9 +308,9 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     )
     for hook in hooks:
         hook.finish(model, context)
-    of_method: dict[str, Any] = {"rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else []}
+    method_fields: dict[str, Any] = {"rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else []}
     for hook in hooks:
-        of_method |= hook.record(model)
+        method_fields |= hook.record(model)
     counts = ParameterCounts(
         initial=result.initial_parameters,
         final=trainable_parameters(model),
@@ -324,7 +324,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         optimizer_bytes=result.optimizer_bytes,
         adapter_file_bytes=len(content) - packed_bytes,
     )
-    removal, latency_s = take_measures(model, backbone, data, spec, runtime, overhead)
+    removal, latency_s = take_measures(backbone, data, spec, runtime, overhead)
     record = RunRecord(
         spec=spec,
         status="done",
@@ -333,7 +333,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         left_out=dict(data.left_out),
         majority_accuracy=_majority(data),
         sites=sites,
-        **of_method,
+        **method_fields,
         steps=result.steps,
         evaluations=result.evaluations,
         chosen_step=result.chosen_step,
@@ -379,23 +379,16 @@ def _prepare(
         return METHODS[spec.experiment.method].prepare(model, spec.experiment, context)
 
 
-def _train_and_test(
-    model: nn.Module,
-    data: Data,
-    spec: RunSpec,
-    runtime: RuntimeConfig,
-    hooks: list[Hook],
-    attempt: Attempt,
-    on_progress: OnProgress | None,
-) -> _Tested:
+def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_progress: OnProgress | None) -> _Tested:
     """Train, and read the test split, once.
 
     With a probe to start from that is before training, while its features are there; training can't reach the images.
     Where frozen layers multiply integers, training does so alone, with the validation that chooses a step. All that is
     told, calibrated or kept is measured on the model that is delivered, which multiplies in float.
     """
+    model, data, spec, runtime = loaded.backbone.model, loaded.data, loaded.spec, loaded.runtime
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
-    head, temperature, probed = Backbone(model).head, 1.0, None
+    head, temperature, probed = loaded.backbone.backbone.head, 1.0, None
     images: LabelledImages | None = None
     provenance = attempt.known.provenance
     assert provenance is not None
@@ -404,7 +397,7 @@ def _train_and_test(
     if spec.multiplies_integers:
         provenance = provenance.model_copy(update={"integer_bits": None})
         in_float = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
-    if (is_probe or training.head_start == "probe") and not attempt.goes_on:
+    if (is_probe or training.head_start == "probe") and not attempt.is_resumed:
         probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
         if not is_probe:
@@ -463,7 +456,7 @@ def _train_and_test(
     with attempt.overhead.of("calibration"):
         none = Outputs(test.logits[:0], data.validation.labels, None)
         validation = outputs(data.validation) if len(data.validation) else none
-        known = outputs(known_images(data, spec.seed)).middle if spec.measures.features else None
+        known = outputs(reference_images(data, spec.seed)).middle if spec.measures.features else None
         believed = calibration_of(validation, test, known, data.task)
     decision, keep = meaning_fields(believed.meaning)["decision"], spec.measures.logits
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)
@@ -471,10 +464,9 @@ def _train_and_test(
     return _Tested(result, data.task.measure(test.logits, test.labels, decision), predicted, believed)
 
 
-def provenance_of(
-    spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, product: Product | None
-) -> Provenance:
+def provenance_of(loaded: Loaded, product: Product | None) -> Provenance:
     """Return what a run is made of, and what carries it out."""
+    spec, data, backbone = loaded.spec, loaded.data, loaded.backbone
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
@@ -485,7 +477,7 @@ def provenance_of(
         platform=platform.platform(),
         processor=processor_name(),
         cpu_count=cpu_count(),
-        device=str(device),
+        device=str(loaded.device),
         threads=torch.get_num_threads(),
         git_hash=commit,
         git_dirty=dirty,
@@ -508,17 +500,18 @@ def _majority(data: Data) -> dict[str, float]:
     """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
     if not data.task.one_class:  # there is no accuracy of several labels, or of numbers
         return {}
-    majority = {"test": float(data.test.class_counts().max() / len(data.test))}
+    majority = {}
     if len(data.validation):
         most = data.task.counts(data.validation.labels, len(data.class_names)).max()
-        majority = {"validation": float(most / len(data.validation)), **majority}
+        majority["validation"] = float(most / len(data.validation))
+    majority["test"] = float(data.test.class_counts().max() / len(data.test))
     return majority
 
 
 # --- the attempts before and after ------------------------------------------------------------------------------------
 
 
-class Known(BaseModel):
+class PartialRecord(BaseModel):
     """What of a run's record is known before its end: of all its attempts, as far as checkpoints tell."""
 
     model_config = ConfigDict(extra="forbid")
@@ -539,7 +532,7 @@ class Known(BaseModel):
 class Attempt:
     """What `run_one` knows of the run's past, and keeps for its future.
 
-    A checkpoint's state is {"training": see `TrainingState.state_dict`, "run": see `Known`}.
+    A checkpoint's state is {"training": see `TrainingState.state_dict`, "run": see `PartialRecord`}.
 
     Args:
         spec: what is attempted.
@@ -567,7 +560,9 @@ class Attempt:
         self._training: State | None = None
         self.source: Path | None = None
         self.memory: MemoryWatch | None = None
-        self.known = Known(spec_digest=spec.digest(), started_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.known = PartialRecord(
+            spec_digest=spec.digest(), started_at=datetime.now(UTC).isoformat(timespec="seconds")
+        )
         self.overhead = Overhead(self.known.overhead_s)
 
     def read(self) -> Overhead:
@@ -576,11 +571,11 @@ class Attempt:
         if state is not None:
             self.source = state.source
             try:
-                known, self._training = Known.model_validate(state["run"]), State(state["training"])
+                known, self._training = PartialRecord.model_validate(state["run"]), State(state["training"])
             except (LookupError, TypeError, ValueError) as error:
-                raise self._foreign("state", f"{type(error).__name__}: {one_line(error)}") from None
+                raise self._mismatch("state", f"{type(error).__name__}: {one_line(error)}") from None
             if known.spec_digest != self.known.spec_digest:
-                raise self._foreign("spec_digest", "it was made with another configuration")
+                raise self._mismatch("spec_digest", "it was made with another configuration")
             self.known, self.overhead = known, Overhead(known.overhead_s)
         return self.overhead
 
@@ -591,17 +586,17 @@ class Attempt:
             The provenance of the first attempt.
         """
         first = self.known.provenance
-        if not self.goes_on or first is None:
+        if not self.is_resumed or first is None:
             self.known.provenance = provenance
             return provenance
-        for field in _THE_SAME:
+        for field in _MUST_MATCH:
             if (was := getattr(first, field)) != (now := getattr(provenance, field)):
-                raise self._foreign(field, f"{was} when the run began, {now} now")
-        before, after = ({**p.packages, **p.model_dump(include=set(_ALIKE))} for p in (first, provenance))
+                raise self._mismatch(field, f"{was} when the run began, {now} now")
+        old_tools, new_tools = ({**p.packages, **p.model_dump(include=set(_MAY_DIFFER))} for p in (first, provenance))
         changes = [
-            f"{name} {after.get(name)} instead of {before.get(name)}"
-            for name in {**before, **after}
-            if before.get(name) != after.get(name)
+            f"{name} {new_tools.get(name)} instead of {old_tools.get(name)}"
+            for name in {**old_tools, **new_tools}
+            if old_tools.get(name) != new_tools.get(name)
         ]
         if changes:
             text = (
@@ -611,7 +606,7 @@ class Attempt:
             warnings.warn(f"{text}have been rounded differently", CheckpointWarning, stacklevel=2)
         return first
 
-    def _foreign(self, field: str, reason: str) -> UserError:
+    def _mismatch(self, field: str, reason: str) -> UserError:
         return UserError(
             f"the run can't continue from the checkpoint of step {self._step}: {reason}; remove the checkpoint-* "
             "folders there, and the run starts again",
@@ -624,12 +619,12 @@ class Attempt:
         return 0 if self._keeper is None else self._keeper.step
 
     @property
-    def goes_on(self) -> bool:
+    def is_resumed(self) -> bool:
         """Return whether an earlier attempt has begun to train."""
         return self.source is not None
 
     @property
-    def trains_on(self) -> bool:
+    def has_resumed_training(self) -> bool:
         """Return whether a training was continued."""
         return self.source is not None and self._training is None
 
@@ -653,7 +648,7 @@ class Attempt:
         if stops:
             raise Interrupted(self._step)
 
-    def update(self) -> Known:
+    def update(self) -> PartialRecord:
         """Bring the sums up to date. Warnings are there once: an attempt repeats those of the start.
 
         They may quote names of files, which may be any bytes, and a record is UTF-8.
@@ -665,8 +660,8 @@ class Attempt:
         known.warnings = list(dict.fromkeys([*known.warnings, *texts]))
         if self.memory is not None:
             known.peak_memory_bytes = max(known.peak_memory_bytes, self.memory.peak_bytes)
-            own = self.memory.own_bytes
+            own_bytes = self.memory.own_bytes
             known.own_memory_bytes = (
-                None if own is None or known.own_memory_bytes is None else max(known.own_memory_bytes, own)
+                None if own_bytes is None or known.own_memory_bytes is None else max(known.own_memory_bytes, own_bytes)
             )
         return known

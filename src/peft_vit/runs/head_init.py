@@ -35,7 +35,7 @@ from peft_vit.core.training import (
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION, decoders
 from peft_vit.runs.measures.held_out import PRIOR
-from peft_vit.runs.this_machine.kept import keep, kept_file
+from peft_vit.runs.this_machine.cache import cache_file, write_cached
 from peft_vit.runs.this_machine.machine import instruction_limits
 
 _log = logging.getLogger(__name__)
@@ -134,7 +134,8 @@ class SharedFeatures:
             self.computed += len(computed)
             places = np.concatenate([places, wanted[missing]])  # (M + new,)
             values = np.concatenate([values, computed]) if len(values) else computed  # (M + new, D)
-            self._keep(places, values)
+            if self._file is not None and values.nbytes <= _LARGEST_BYTES:
+                write_cached(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
         order = np.argsort(places)
         return values[order[np.searchsorted(places, wanted, sorter=order)]]  # (N, D)
 
@@ -151,11 +152,6 @@ class SharedFeatures:
             except (OSError, ValueError, LookupError, SafetensorError) as error:
                 _log.warning("%s can't be used (%s); features are computed again", self._file, error)
         return np.empty(0, np.int64), np.empty((0, 0), np.float32)
-
-    def _keep(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:
-        if self._file is None or values.nbytes > _LARGEST_BYTES:
-            return
-        keep(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
 
 
 def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | None:
@@ -184,4 +180,4 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         depends_on["integer_bits"] = provenance.integer_bits
     for hook in hooks:
         depends_on |= hook.features_depend_on()
-    return kept_file("features", depends_on, "safetensors")
+    return cache_file("features", depends_on, "safetensors")

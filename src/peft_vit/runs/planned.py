@@ -40,7 +40,7 @@ class Plan:
         precision: of the runs, and how it was decided.
         compute_note: a line that says what `compute: auto` became and why; None if nothing was decided.
         notices: what to know of the images before believing a number; none if nothing is to be done.
-        before: what study.json says, read while planning; None: the study is new.
+        existing: what study.json says, read while planning; None: the study is new.
         memory: what was chosen now for each `memory_limit`, and its price.
     """
 
@@ -53,7 +53,7 @@ class Plan:
     compute_note: str | None = None
     part: bool = False
     notices: tuple[str, ...] = ()
-    before: StudyFile | None = None
+    existing: StudyFile | None = None
     memory: tuple[str, ...] = ()
 
     @property

@@ -60,7 +60,7 @@ def gradients(model: nn.Module, batch, bf16: bool = False) -> Gradients:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def kept_values(model: nn.Module, batch, bf16: bool = False) -> int:
+def activation_values(model: nn.Module, batch, bf16: bool = False) -> int:
     """Return the number of values of all activations that a forward pass keeps."""
     kept: dict[int, int] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -101,9 +101,9 @@ def test_a_block_keeps_what_its_norms_attention_and_activation_need(tiny_vit, ba
     width, tokens, held = WIDTH, 17 * len(batch[0]), {}
     for depth in (2, 3):
         model = adapted(tiny_vit(depth=depth))
-        held[depth] = [kept_values(model, batch)]
+        held[depth] = [activation_values(model, batch)]
         with all_kept():
-            held[depth].append(kept_values(model, batch))
+            held[depth].append(activation_values(model, batch))
     ours, plain = (three - two for two, three in zip(held[2], held[3], strict=True))
     small = 0.6 * width * tokens  # factors' products, the norms' means and deviations, attention's sums
     assert 8 * width * tokens <= ours < 8 * width * tokens + small
@@ -115,9 +115,9 @@ def test_a_block_keeps_what_its_norms_attention_and_activation_need(tiny_vit, ba
 def test_gradients_are_the_same_to_the_bit(name, bf16, batch) -> None:
     model = adapted(random_model(name))
     check_as_if_all_were_kept(partial(gradients, model, batch, bf16))
-    held = kept_values(model, batch, bf16)
+    held = activation_values(model, batch, bf16)
     with all_kept():
-        assert held < kept_values(model, batch, bf16)
+        assert held < activation_values(model, batch, bf16)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_gradients_are_the_same_to_the_bit(name, bf16, batch) -> None:
 def test_gradients_of_every_family(name, batch) -> None:
     """Within rounding: where a norm feeds query, key and value apart, its backward pass is that of each, not of all."""
     model = adapted(random_model(name))
-    held, ours = kept_values(model, batch), gradients(model, batch)
+    held, ours = activation_values(model, batch), gradients(model, batch)
     with all_kept():
-        assert held <= kept_values(model, batch)
+        assert held <= activation_values(model, batch)
         plain = gradients(model, batch)
     assert ours.keys() == plain.keys()
     for parameter, gradient in plain.items():

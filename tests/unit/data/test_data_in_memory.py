@@ -86,10 +86,7 @@ def test_grey_images_and_paths() -> None:
     [
         (PIXELS.reshape(4, -1), "images: expected images as (N, H, W), (N, H, W, 3) or (N, 3, H, W), got (4, 90)"),
         (PIXELS[0], "got (6, 5, 3); of one image give [image]"),
-        (
-            np.zeros((2, 6, 5, 7)),
-            "images[0]: expected a path, a PIL image or numbers (H, W), (H, W, 3) or (3, H, W), got (6, ",
-        ),
+        (np.zeros((2, 6, 5, 7)), "images[0]: expected a path, a PIL image or numbers (H, W), (H, W, 3) or (3, H, W)"),
         ([PIXELS[0], np.zeros((0, 5, 3))], "images[1]: expected a path"),
         ([PIXELS[0] > 3], "got (6, 5, 3) bool"),
         ([3 + 1j], "images[0]: expected a path, a PIL image or numbers (H, W), (H, W, 3) or (3, H, W), got complex"),

@@ -66,18 +66,12 @@ CLASS = r"data\.path: class '.*\\.*' holds a control character"
 ELPV_LINE = "images/cell0002.png  {}\n"
 CASES = {
     "image-folder": [
-        (
-            plain(text("class_0/notes.txt", "x")),
-            r"train/class_0/notes\.txt: is not an image file; repair it or remove it",
-        ),
+        (plain(text("class_0/notes.txt", "x")), r"train/class_0/notes\.txt: is not an image file; repair it or"),
         (plain(lambda f: shutil.copy(f / "class_0/000.png", f)), r"000\.png: is in no class folder"),
         (lambda f: f.parent, r"has no class folders; use .* instead, with dataset: image-folder"),
         (lambda f: shutil.copytree(f / "test", f / "train/class_0/more") and f / "train", r"is deeper than the class"),
         (lambda f: shutil.copytree(f / "train", f / "x") and None, r"/x: is beside train/"),
-        (
-            plain(lambda f: (f / "class_0/l.png").symlink_to(f / "class_0/l.png")),
-            r"l\.png: can't be read \(Too many levels",
-        ),
+        (plain(lambda f: (f / "class_0/l.png").symlink_to(f / "class_0/l.png")), r"l\.png: can't be read \(Too many"),
         (plain(lambda f: os.mkfifo(f / "class_0/p.png")), r"p\.png: can't be read \(a pipe"),
         (lambda f: shutil.rmtree(f / "test/class_1"), r"class 'class_1' is in only one of"),
         (lambda f: (f / "x").mkdir() or text("x/a.txt", "x")(f) or f / "x", r"data\.path: holds no image"),
@@ -110,19 +104,13 @@ CASES = {
         (text("images.csv", "path, Path,label\n"), r"images\.csv:1: has the columns path, Path, label"),
         (text("images.csv", "path,label\n"), r"images\.csv: names no image"),
         (text("images.csv", "\n"), r"images\.csv:1: has the columns"),
-        (
-            row("train/class_0/003.png,x,validation", "path,label,split", f"{IMAGE},cat,train"),
-            r"images\.csv:3: split: expected train or test",
-        ),
+        (row("train/class_0/003.png,x,validation", "path,label,split", f"{IMAGE},cat,train"), r"csv:3: split: "),
         (row("train/class_0/003.png,cat"), r"data\.path: holds 1 classes \(cat\)"),
         (lambda f: f, r"data\.path: is not a file"),
         (named(IMAGE), r"000\.png: is not UTF-8 text"),
         (row("train/class_0/003.png,\x9b31m"), CLASS),
         (row(f"train/class_0/003.png,{'x' * 1000}"), "or more than 255 letters"),
-        (
-            row("train/class_0/003.png,black  cat", first=f"{IMAGE},black cat"),
-            "class 'black cat' is there twice, with different",
-        ),
+        (row("train/class_0/003.png,black  cat", first=f"{IMAGE},black cat"), "class 'black cat' is there twice"),
     ],
     "elpv": [
         *(

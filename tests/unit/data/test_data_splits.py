@@ -154,11 +154,7 @@ SCARCE = index_of([0] * 60 + [1] * 39 + [2])
     ("index", "settings", "message"),
     [
         (SCARCE, {"train_images": 20}, r"data\.train_images: class 'class2' gets none of the 20 .*\(1 of the 80"),
-        (
-            SCARCE,
-            {"shots_per_class": 2},
-            r"data\.shots_per_class: 2 .* are too many: 1 images of class 'class2' remain",
-        ),
+        (SCARCE, {"shots_per_class": 2}, r"data\.shots_per_class: 2 .* are too many: 1 images of class 'class2'"),
         (TOY, {"test_images": None}, r"data\.test_images: is missing; toy has no test split of its own"),
         (TOY, {"test_images": 101}, r"data\.test_images: 101 .* are too many: 100 "),
         (TOY, {"test_images": 100}, r"data\.validation_images: 10 .* are too many: 0 different"),

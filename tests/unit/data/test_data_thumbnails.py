@@ -6,29 +6,30 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from written_images import record_of
 
 from peft_vit.base import packages
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
-from peft_vit.data import open_index, thumbnails
+from peft_vit.data import open_index, thumbnails_of
 
 DIGITS = DataConfig(dataset="digits", image_size=28, train_images=20, validation_images=10, test_images=10)
 SHA256 = open_index(DIGITS).sha256
 
 
 def test_small_images_are_enlarged_without_smoothing() -> None:
-    files = thumbnails(DIGITS, [7, 3], data_sha256=SHA256)
+    files = thumbnails_of(record_of(DIGITS, SHA256), [7, 3])
     for file, position in zip(files, (7, 3), strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(file)))
         assert pixels.shape == (96, 96)
         assert np.array_equal(pixels[6::12, 6::12], np.rint(load_digits().images[position] * 255 / 16))
-    assert files == thumbnails(DIGITS, [7, 3], data_sha256=SHA256)
+    assert files == thumbnails_of(record_of(DIGITS, SHA256), [7, 3])
 
 
 def test_other_images_than_those_of_the_run_are_refused() -> None:
     for positions, sha256 in (([0], "0" * 64), ([10**6], SHA256), ([-1], SHA256)):
         with pytest.raises(UserError, match="are not those of the run"):
-            thumbnails(DIGITS, positions, data_sha256=sha256)
+            thumbnails_of(record_of(DIGITS, sha256), positions)
 
 
 @pytest.mark.parametrize("dataset", ["elpv", "cifar10", "tiny-imagenet"])
@@ -38,5 +39,5 @@ def test_nothing_is_downloaded(dataset: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda *_: pytest.fail("an address was asked"))
     config = DIGITS.model_copy(update={"dataset": dataset})
     with pytest.raises(UserError, match="is not on this machine"):
-        thumbnails(config, [0], data_sha256=SHA256)
+        thumbnails_of(record_of(config, SHA256), [0])
     packages.check_download("afterwards it may be")

@@ -9,12 +9,14 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from peft_vit.core.config import DataConfig
 from peft_vit.data import ImageIndex
 
 
@@ -120,6 +122,12 @@ def tar_gz(file: Path | str, members: Iterable[tuple[tarfile.TarInfo, bytes]]) -
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return Path(file)
+
+
+def record_of(config: DataConfig, data_sha256: str) -> Any:
+    """Return what a record says of the images that its run saw."""
+    spec = SimpleNamespace(data=config, smoke=False)
+    return SimpleNamespace(spec=spec, provenance=SimpleNamespace(data_sha256=data_sha256))
 
 
 def index_of(labels: Any, strata: Any = None, groups: Any = None, official_test: Any = None) -> ImageIndex:

@@ -20,7 +20,7 @@ from peft_vit.core.config import EXPORTS
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Unlike
 from peft_vit.deploy import Classifier, ModelCard, open_exported, predict_files, writer_of
-from peft_vit.runs.measures.known_images import neighbours_bytes, read_neighbours
+from peft_vit.runs.measures.neighbours import neighbours_bytes, read_neighbours
 
 FORMATS = [name for name, kind in EXPORTS.items() if kind.ending]
 WITH_UNLIKE = CARD.model_copy(update={"unlike": Unlike(images=40, threshold=1.0)})

@@ -11,8 +11,8 @@ from peft_vit.core.methods import check
 from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Progress, steps_per_epoch
 from peft_vit.data import make_splits, open_index
-from peft_vit.runs.costs import calibration_run as calibration_runs
-from peft_vit.runs.costs.calibration_run import MeasuredCosts, calibration_run, keep_costs, known_costs
+from peft_vit.runs.costs import timing_run as timing_runs
+from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs, cached_costs, timing_run
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.scheduling.plan import plan_study, spec_of
 from peft_vit.runs.scheduling.profiling import costs_of, measure_costs
@@ -31,7 +31,7 @@ def run_of(config, place: int = 0, **training) -> RunSpec:
 def small(spec: RunSpec, total_steps: int, **limits: int) -> RunSpec:
     index = open_index(spec.data)
     splits = make_splits(index, spec.data, spec.seed)
-    return calibration_run(spec, total_steps, describe(spec.backbone, 32), index, splits, **limits)
+    return timing_run(spec, total_steps, describe(spec.backbone, 32), index, splits, **limits)
 
 
 def steps_of(spec: RunSpec) -> int:
@@ -160,14 +160,14 @@ def test_it_measures_real_runs_and_keeps_what_it_found_and_says_what_fails(study
 
 def test_costs_are_of_one_kind_machine_and_version(study, kinds_of, own_cache, monkeypatch) -> None:
     (kind,) = kinds_of(study("lora")).values()
-    keep_costs(kind, COSTS)
-    assert known_costs(kind) == COSTS
-    assert known_costs(kind.model_copy(update={"threads": 2})) is None
+    cache_costs(kind, COSTS)
+    assert cached_costs(kind) == COSTS
+    assert cached_costs(kind.model_copy(update={"threads": 2})) is None
     others = {"processor_name": "another one", "package_versions": {"torch": "9"}, "instruction_limits": ["AVX2", ""]}
     for name, other in others.items():
         with monkeypatch.context() as patch:
-            patch.setattr(calibration_runs, name, lambda *_, other=other: other)
-            assert known_costs(kind) is None
+            patch.setattr(timing_runs, name, lambda *_, other=other: other)
+            assert cached_costs(kind) is None
 
 
 def test_costs_are_of_the_configuration_in_a_model_s_folder(study, kinds_of, own_cache, tmp_path) -> None:
@@ -177,31 +177,31 @@ def test_costs_are_of_the_configuration_in_a_model_s_folder(study, kinds_of, own
     backbone = BackboneConfig(library="transformers", model=str(tmp_path / "base"), weights="random")
     kind = kind.model_copy(update={"backbone": backbone})
     transformers.ViTConfig(**settings).save_pretrained(tmp_path / "base")
-    keep_costs(kind, COSTS)
-    assert known_costs(kind) == COSTS
+    cache_costs(kind, COSTS)
+    assert cached_costs(kind) == COSTS
     transformers.ViTConfig(**settings | {"num_hidden_layers": 12}).save_pretrained(tmp_path / "base")
-    assert known_costs(kind) is None
+    assert cached_costs(kind) is None
 
 
 def test_a_damaged_file_is_measured_anew_and_one_that_cannot_be_written_is_no_failure(
     study, kinds_of, own_cache, caplog
 ) -> None:
     (kind,) = kinds_of(study("lora")).values()
-    keep_costs(kind, COSTS)
+    cache_costs(kind, COSTS)
     (file,) = (own_cache / "costs").iterdir()
     for content in ("", "[]", "{}", '{"start_s": NaN}', "[" * 100_000, COSTS.model_dump_json().replace("400", "-4")):
         caplog.clear()
         file.write_text(content)
-        assert known_costs(kind) is None
+        assert cached_costs(kind) is None
         (message,) = caplog.messages
         assert message.startswith(f"{file} can't be used (")
         assert message.isprintable()
-    keep_costs(kind, COSTS)
-    assert known_costs(kind) == COSTS
+    cache_costs(kind, COSTS)
+    assert cached_costs(kind) == COSTS
     shutil.rmtree(own_cache / "costs")
     (own_cache / "costs").write_text("in the way")
-    keep_costs(kind, COSTS)
-    assert known_costs(kind) is None
+    cache_costs(kind, COSTS)
+    assert cached_costs(kind) is None
 
 
 def test_steps_validations_and_the_rest_are_told_apart(study, cache) -> None:

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.core.backbones import describe
 from peft_vit.data import open_index
-from peft_vit.runs.costs.calibration_run import MeasuredCosts, keep_costs
 from peft_vit.runs.costs.estimate import (
     CostLine,
     EstimateRequest,
@@ -21,8 +20,8 @@ from peft_vit.runs.costs.estimate import (
 )
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
 from peft_vit.runs.costs.time_limit import first_that_fits, makespan
+from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs
 from peft_vit.runs.records.storage import write_record
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_throughput
 
 pytestmark = pytest.mark.part("runner")
@@ -33,10 +32,6 @@ COSTS = MeasuredCosts(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=4
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path_factory.mktemp("costs")))
-
-
-def planned(config, folder, **options):
-    return plan_study(config, folder, file=folder / "tiny.yaml", **options)
 
 
 def wanted(config, folder) -> tuple[list[EstimateRequest], Workload]:
@@ -51,7 +46,7 @@ def wanted(config, folder) -> tuple[list[EstimateRequest], Workload]:
 def test_costs_are_put_together(study, tmp_path) -> None:
     runs, workload = wanted(study("lora", epochs=4), tmp_path)
     (run,) = runs
-    keep_costs(run.kind, COSTS)
+    cache_costs(run.kind, COSTS)
     (estimated,) = estimate(runs, workload)
     # 12 steps; 20 validation images in each of 4 epochs and 30 test images
     assert estimated.seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.01)
@@ -110,7 +105,7 @@ def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None
 def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
     study, tmp_path, monkeypatch, training, images, widths, passes
 ) -> None:
-    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_, **__: 1e9)
     config = study("lora")
     (experiment,) = config.experiments
     batch = {"batch_size": 8, "micro_batch_size": None, "activation_checkpointing": "none"}

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.core.adapters import adapted_modules, load_trained
 from peft_vit.core.backbones import LoadedBackbone, load_backbone
@@ -17,7 +17,6 @@ from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.records.storage import ADAPTER_FILE, run_folder
-from peft_vit.runs.scheduling.plan import plan_study
 
 
 def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:
@@ -42,7 +41,7 @@ def with_data(config: StudyConfig, **changes: Any) -> StudyConfig:
 
 def specs(config: StudyConfig, folder: Path) -> list[RunSpec]:
     """Return what a study's runs do."""
-    return [planned.spec for planned in plan_study(config, folder, file=folder / "tiny.yaml").runs]
+    return [run.spec for run in planned(config, folder).runs]
 
 
 def do(config: StudyConfig, folder: Path) -> list[RunRecord]:

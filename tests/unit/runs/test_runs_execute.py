@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from done_runs import do, restored, specs, with_data, with_settings
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.base.errors import DivergedError, UserError
 from peft_vit.core.adapters import current_ranks
@@ -18,7 +18,6 @@ from peft_vit.core.training.images import HoldoutImages
 from peft_vit.runs import execute as run
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.this_machine import machine
 from peft_vit.runs.this_machine.machine import git_state, hash_arrays, package_versions
 
@@ -189,7 +188,7 @@ def test_weights_too_small_for_float16_scales_are_said_in_the_record(study, tmp_
 
 
 def test_a_class_without_a_test_image_is_said_in_plan_and_record(study, tmp_path, recwarn) -> None:
-    plan = plan_study(with_data(study("linear"), test_images=9), tmp_path, file=tmp_path / "tiny.yaml")
+    plan = planned(with_data(study("linear"), test_images=9), tmp_path)
     record = run_one(plan.runs[0].spec).record
     (gap,) = [text for text in record.warnings if "no test image" in text]
     missing = set(range(10)) - set(record.predictions.labels)

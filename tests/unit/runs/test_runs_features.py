@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from written_runs import planned
 
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS, QaLoraConfig
 from peft_vit.core.training import QALoRATrainer, RuntimeConfig, head_inputs
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.runs.head_init import SharedFeatures
-from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 PROVENANCE = {
@@ -37,9 +37,9 @@ def images() -> LabelledImages:
 
 @pytest.fixture
 def spec(study, tmp_path, monkeypatch):
-    (planned,) = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    (run,) = planned(study("lora"), tmp_path).runs
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))  # of this test alone
-    return planned.spec
+    return run.spec
 
 
 def with_flips(spec, flips):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from done_runs import do_one, restored, with_settings
+from written_runs import planned
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import use_integer_products
@@ -12,8 +13,7 @@ from peft_vit.core.adapters.products import ProductTimes
 from peft_vit.core.config import MeasuresConfig
 from peft_vit.deploy import merge
 from peft_vit.deploy.page.provenance import caveats
-from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 
 pytestmark = pytest.mark.part("runner")
 
@@ -57,9 +57,9 @@ def test_an_older_record_is_told_to_be_of_the_int8_forward_pass(study, tmp_path)
 
 def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
-        kept_products, "choose_product", lambda device, precision, bits=None: ProductTimes(None, math.inf, 1.0)
+        products, "choose_product", lambda device, precision, bits=None: ProductTimes(None, math.inf, 1.0)
     )
     config = with_settings(study("lora"), "training", compute="int8")
     with pytest.raises(UserError, match="cpu multiplies no such 8-bit integers exactly; use float") as caught:
-        plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+        planned(config, tmp_path)
     assert caught.value.field == "training.compute"

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.base.errors import UserError
 from peft_vit.runs.records.storage import read_study_file, write_study_file
 from peft_vit.runs.scheduling.display import print_plan
-from peft_vit.runs.scheduling.plan import plan_study, smoke_study
+from peft_vit.runs.scheduling.plan import smoke_study
 from peft_vit.runs.scheduling.scheduler import study_file
 from peft_vit.runs.this_machine import machine as precision
 from peft_vit.runs.this_machine.machine import Bf16Support, bf16_support, choose_precision, resolve_device
@@ -130,10 +130,6 @@ def test_auto_takes_what_the_study_has_and_then_what_the_device_computes_in(
     choice = choose_precision(requested, begun, CPU)
     assert (choice.chosen, choice.note) == (chosen, note)
     assert choice.emulated == (chosen == "bf16" and support is EMULATED)
-
-
-def planned(config, folder: Path, **settings):
-    return plan_study(config, folder, file=folder / "tiny.yaml", **settings)
 
 
 def begin(plan, folder: Path) -> None:

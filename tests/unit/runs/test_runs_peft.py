@@ -2,14 +2,14 @@
 
 import pytest
 from done_runs import restored
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.footprint import trainable_parameters
 from peft_vit.core.adapters.peft_layers import peft_layers
 from peft_vit.lab.report import build_report
 from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
-from peft_vit.runs.scheduling.plan import plan_study, smoke_study
+from peft_vit.runs.scheduling.plan import smoke_study
 from peft_vit.runs.this_machine.machine import package_versions
 
 pytest.importorskip("peft")
@@ -28,10 +28,6 @@ def beside(study):
         return config.model_copy(update={"experiments": (*others, changed)})
 
     return make
-
-
-def planned(config, folder, **options):
-    return plan_study(config, folder, file=folder / "tiny.yaml", **options)
 
 
 def test_without_peft_a_plan_is_one_line(beside, tmp_path, without) -> None:

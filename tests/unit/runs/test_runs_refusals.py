@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from done_runs import with_adaptive_bits, with_settings
+from written_runs import planned
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import ExperimentConfig, StartingRanksConfig, StudyConfig
-from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("configuration")
 BITS = "qa_lora.adaptive_bits"
@@ -69,7 +69,7 @@ without_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reas
 def test_the_plan_refuses_it_at_its_field(study, tmp_path, method, make, arguments, settings, field, stated) -> None:
     config = make(study(method), *arguments, **settings)
     with pytest.raises(UserError) as caught:
-        plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+        planned(config, tmp_path)
     assert caught.value.field == f"experiments[0].{field}"
     assert stated in caught.value.message
     assert len(str(caught.value).splitlines()) == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from done_runs import do, specs, trained_again, with_settings
 from scipy.special import softmax
-from written_runs import read_without
+from written_runs import planned, read_without
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import adapted_modules, current_ranks
@@ -19,13 +19,12 @@ from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data, make_splits, open_index
 from peft_vit.runs import run_one
-from peft_vit.runs.costs.calibration_run import calibration_run
 from peft_vit.runs.costs.estimate import EstimateRequest, Workload, estimate_runs
+from peft_vit.runs.costs.timing_run import timing_run
 from peft_vit.runs.measures import removal_and_latency
 from peft_vit.runs.measures.removal_and_latency import removal_images
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.storage import STUDY_FILE, read_record, read_study_file, run_folder, write_study_file
-from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import go_on, study_file
 
 pytestmark = pytest.mark.part("runner")
@@ -140,7 +139,7 @@ def test_what_is_timed_computes_what_was_tested(study, tmp_path, monkeypatch, me
     runtime = RuntimeConfig(torch.device("cpu"), "fp32", backbone.mean, backbone.std)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     timing = spec.model_copy(update={"measures": ASKED})
-    removal_and_latency.time_forward(backbone.model, backbone, data, timing, runtime)
+    removal_and_latency.time_forward(backbone, data, timing, runtime)
     assert [len(images) for _, images in timed] == [1, 30]
     model, images = timed[1]
     assert torch.equal(images[:10], images[20:])
@@ -178,7 +177,7 @@ def test_a_run_without_measures_is_the_run_from_before_there_were_any(study, tmp
     del written["spec"]["measures"]
     file.write_text(json.dumps(written))
     assert read_record(file).spec == spec
-    assert plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml").runs[0].done
+    assert planned(study("lora"), tmp_path).runs[0].done
     for field in ("fisher_check", "bit_allocation"):
         assert read_without(field, record, tmp_path) == record
     assert read_without("predictions", record, tmp_path).predictions is None
@@ -203,7 +202,7 @@ def test_a_study_begun_before_there_were_measures_goes_on(study, tmp_path) -> No
 @pytest.mark.usefixtures("cache")
 def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_, **__: 1e6)
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_, **__: 1e6)
     config = study("linear", "lora")
     shape, index = describe(config.backbone, 32), open_index(config.data)
     workload = Workload(shape, 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)
@@ -226,6 +225,6 @@ def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     assert removal == 25 * 8
     assert passes(MeasuresConfig(removal_images=500))[1] == pytest.approx(25 * 20)  # there are no more
     (spec,) = specs(asking(study("lora", batch_size=1), MeasuresConfig(removal_images=20)), tmp_path)
-    kind = calibration_run(spec, 48, shape, index, splits)
+    kind = timing_run(spec, 48, shape, index, splits)
     assert kind.data.validation_images == 20  # without, twice the ten classes; and the measure is a part of it
     assert kind.measures == spec.measures

@@ -17,7 +17,7 @@ from peft_vit.core.training.checkpoint import write_checkpoint
 from peft_vit.data import load_data
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
-from peft_vit.runs.execute import _ALIKE, _THE_SAME
+from peft_vit.runs.execute import _MAY_DIFFER, _MUST_MATCH
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.scheduling.plan import plan_study
 
@@ -159,7 +159,7 @@ def other_provenance(monkeypatch):
     return set_to
 
 
-@pytest.mark.parametrize("field", [field for field in _THE_SAME if field != "data_sha256"])
+@pytest.mark.parametrize("field", [field for field in _MUST_MATCH if field != "data_sha256"])
 def test_a_checkpoint_of_another_start_is_refused(spec_of, tmp_path, other_provenance, field) -> None:
     spec = spec_of("full")
     interrupted(spec, tmp_path, 2)
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_start_is_refused(spec_of, tmp_path, other_prove
     assert f"{tmp_path}: {field}: the run can't continue from the checkpoint of step 2: " in record.error
 
 
-@pytest.mark.parametrize("field", ["packages", *_ALIKE])
+@pytest.mark.parametrize("field", ["packages", *_MAY_DIFFER])
 def test_other_tools_are_said_and_kept_in_the_record(spec_of, tmp_path, other_provenance, field) -> None:
     spec = spec_of("full")
     interrupted(spec, tmp_path, 2)

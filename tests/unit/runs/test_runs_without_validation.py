@@ -7,6 +7,7 @@ import pytest
 import torch
 from done_runs import do, do_one, restored, with_data
 from torch.nn.functional import cross_entropy
+from written_runs import planned
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.tasks.classification import ACCURACY
@@ -18,7 +19,6 @@ from peft_vit.lab.report import build_report
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import head_init, run_one
 from peft_vit.runs.records.storage import run_folder
-from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 
@@ -31,10 +31,6 @@ def unseen(study):
         return with_data(study(*methods, seeds=seeds, **training), validation_images=0)
 
     return make
-
-
-def spec_of(config, folder):
-    return plan_study(config, folder, file=folder / "tiny.yaml").runs[0].spec
 
 
 def test_the_last_step_is_the_model_and_is_tested_once(unseen, tmp_path, monkeypatch) -> None:
@@ -85,7 +81,7 @@ def test_images_left_out_choose_the_penalty(unseen, tmp_path) -> None:
 @pytest.mark.parametrize("different", [23, 1])
 def test_copies_are_left_out_together(unseen, tmp_path, monkeypatch, different) -> None:
     """Unless a class would have no image to learn from."""
-    spec, loaded, seen = spec_of(unseen("lora", head_start="probe"), tmp_path), run_module.load_data, []
+    spec, loaded, seen = planned(unseen("lora", head_start="probe"), tmp_path).runs[0].spec, run_module.load_data, []
 
     def with_copies(*arguments, **named):
         data = loaded(*arguments, **named)

@@ -12,7 +12,7 @@ from peft_vit.core.config import load_study
 from peft_vit.runs.costs.estimate import RunCost
 from peft_vit.runs.costs.time_limit import Limit
 from peft_vit.runs.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
-from peft_vit.runs.records.progress import look_at, study_lock, study_status
+from peft_vit.runs.records.progress import read_run_files, study_lock, study_status
 from peft_vit.runs.scheduling.deadline import Deadline
 from peft_vit.runs.scheduling.scheduler import drive as drive_study
 
@@ -151,7 +151,7 @@ def test_what_still_runs_at_the_deadline_is_stopped_but_not_waited_for(tmp_path,
     assert told == ["time is up: runs under way write a checkpoint, from which a later call continues"]
     assert executor.closed
     assert executor.now == pytest.approx(60 if deaf else 57, abs=0.5)
-    attempt = look_at(tmp_path / "fake", "b/seed_0").attempt
+    attempt = read_run_files(tmp_path / "fake", "b/seed_0").attempt
     assert attempt is not None
     assert attempt.state == ("running" if deaf else "interrupted")
     assert states(tmp_path)["b/seed_0"] == "pending"
@@ -191,7 +191,7 @@ def test_if_no_run_can_end_in_time_the_first_is_begun_all_the_same(tmp_path) -> 
     executor = Timed(AS_PLANNED)
     drive(tmp_path, TWO, AS_PLANNED, executor, over_at=5)
     assert executor.started == ["a/seed_0"]
-    attempt = look_at(tmp_path / "fake", "a/seed_0").attempt
+    attempt = read_run_files(tmp_path / "fake", "a/seed_0").attempt
     assert attempt is not None
     assert attempt.state == "interrupted"
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from at_work import alive, at_work, events_of, left_by_killed_driver, of
 from PIL import Image
+from written_runs import planned
 
 from peft_vit.base.errors import UserError
 from peft_vit.runs import run_one
@@ -43,7 +44,7 @@ def workers_alive(events):
 
 @pytest.mark.slow
 def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) -> None:
-    plan = plan_study(study("linear", "lora", "adalora"), tmp_path, file=tmp_path / "tiny.yaml")
+    plan = planned(study("linear", "lora", "adalora"), tmp_path)
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
     for workers in (1, 2):
         with at_work(LocalExecutor(workers, tmp_path, 30), *plan.runs) as executor:
@@ -57,7 +58,7 @@ def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) ->
 
 
 def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_path) -> None:
-    plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
+    plan = planned(study("linear", "lora"), tmp_path)
     (tmp_path / "tiny" / "linear" / "seed_0" / "checkpoint-3").mkdir(parents=True)
     with at_work(LocalExecutor(2, tmp_path, 30), *plan.runs) as executor:
         events = [executor.next_event(0), executor.next_event(0)]
@@ -72,7 +73,7 @@ def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_pat
 @pytest.mark.slow
 def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> None:
     config = endless(study("qa_lora", "lora", "full"), "qa_lora", "lora")
-    plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+    plan = planned(config, tmp_path)
     with at_work(LocalExecutor(2, tmp_path, 30), *plan.runs) as executor:
         both = events_of(executor, lambda e: of(e, RunProgress, "qa_lora") and of(e, RunProgress, "lora"))
         assert {event.run.spec.experiment.name for event in of(both, RunStarted)} == {"qa_lora", "lora"}
@@ -102,7 +103,7 @@ def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> N
 
 @pytest.mark.slow
 def test_without_a_process_for_it_a_run_waits_for_another_worker(study, tmp_path, monkeypatch) -> None:
-    plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
+    plan = planned(study("linear", "lora"), tmp_path)
     start = local._start_worker
     asked = []
 
@@ -124,7 +125,7 @@ def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeyp
     def refused(*_):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    (run,) = planned(study("linear"), tmp_path).runs
     monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", refused)
     before = psutil.Process().num_fds()
     executor = LocalExecutor(1, tmp_path, 30)
@@ -138,7 +139,7 @@ def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
-    (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    (run,) = planned(study("linear"), tmp_path).runs
     with at_work(LocalExecutor(1, tmp_path, 30), run) as executor:
         first = events_of(executor, lambda events: of(events, RunEnded))
         dead = worker_of(first, "linear")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from at_work import at_work, events_of, of
 from small_methods import study_mapping
+from written_runs import planned
 
 from peft_vit.core.config import study_from_mapping
 from peft_vit.runs import run_one
@@ -47,7 +48,7 @@ def test_a_run_takes_as_much_first_in_its_worker_as_after_others(cache, tmp_path
 
 def test_no_evaluation_has_a_larger_batch_than_training(study, tmp_path, monkeypatch) -> None:
     """Or a method that keeps few activations would take most memory there."""
-    (run,) = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml").runs
+    (run,) = planned(study("lora"), tmp_path).runs
     seen = []
     whole = torch.nn.Conv2d.forward  # of the patches: it sees every batch
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: (seen.append(len(x)), whole(self, x))[1])

@@ -43,7 +43,7 @@ def pace(cache, monkeypatch):
     """Set the machine's pace, at first a fast one with memory to spare."""
 
     def set_to(rate: float, memory: int = 1 << 40) -> None:
-        monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *_: rate)
+        monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_: rate)
         monkeypatch.setattr(train, "available_memory_bytes", lambda: memory)
         monkeypatch.setattr(train, "FEWEST_VALIDATION", 0)  # in these tests a few images validate, but for one
 
@@ -380,10 +380,10 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
 ) -> None:
     pace(FAST)
     rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
-    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *given: rates[given[4]])
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *given: rates[given[4]])
     choice = ProductTimes(Product("qlinear", 7), 1.0, faster)
     monkeypatch.setattr(
-        "peft_vit.runs.this_machine.kept_products.choose_product", lambda device, precision, bits=None: choice
+        "peft_vit.runs.this_machine.products.choose_product", lambda device, precision, bits=None: choice
     )
     study, line = study_of(asked(method, compute=requested, steps=60, image_size=64))
     assert study.experiments[0].training.compute == chosen
@@ -673,7 +673,7 @@ def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
 
 def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
     measured = []
-    monkeypatch.setattr(train, "product_rates", lambda *_: measured.append(1) or {"float": FAST})
+    monkeypatch.setattr(train, "product_throughputs", lambda *_: measured.append(1) or {"float": FAST})
     for settings in ({}, {"image_size": 32}):
         measured.clear()
         request, file = asked(**settings), tmp_path.parent / f"{tmp_path.name}.json"

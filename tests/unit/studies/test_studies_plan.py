@@ -5,21 +5,17 @@ import weakref
 import numpy as np
 import pytest
 from PIL import Image
-from written_runs import run_and_write
+from written_runs import planned, run_and_write
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import PROBE_L2
 from peft_vit.core.tasks import metric_of
 from peft_vit.data import ImageIndex, make_splits
 from peft_vit.runs.records.storage import read_record, run_folder, write_record, write_study_file
-from peft_vit.runs.scheduling.plan import plan_study, smoke_study
+from peft_vit.runs.scheduling.plan import smoke_study
 from peft_vit.runs.scheduling.scheduler import study_file
 
 pytestmark = pytest.mark.part("runner")
-
-
-def planned(config, folder):
-    return plan_study(config, folder, file=folder / "tiny.yaml")
 
 
 def with_settings(config, place, sections):
@@ -166,7 +162,7 @@ def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(
     assert "-experiments.full.training.epochs: 2\n+experiments.full.training.epochs: 3" in caught.value.details
     with pytest.raises(UserError, match="was begun with another configuration"):
         planned(study("lora"), tmp_path)
-    added = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml", part=True)
+    added = planned(study("lora"), tmp_path, part=True)
     assert (added.part, len(added.runs)) == (True, 1)
 
 
@@ -287,7 +283,7 @@ def test_a_result_counts_with_its_adapter_of_this_version_and_of_the_same_images
 
 def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(study, tmp_path) -> None:
     config = with_settings(study("qa_adalora"), 0, {"adalora": {"parametrization": "svd"}})
-    (run,) = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml", smoke=True).runs
+    (run,) = planned(config, tmp_path, smoke=True).runs
     small = run.spec.experiment
     assert (small.adalora.warmup_steps, small.qa_lora.quantization_end_step) == (1, 5)
     record = run_and_write(run.spec, tmp_path)

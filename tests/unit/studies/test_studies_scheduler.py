@@ -27,7 +27,7 @@ from fake_study import (
 
 from peft_vit.base.errors import UserError
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
-from peft_vit.runs.records.progress import LOCK_FILE, look_at, owner_of, study_status
+from peft_vit.runs.records.progress import LOCK_FILE, owner_of, read_run_files, study_status
 from peft_vit.runs.records.storage import read_record, write_result
 
 pytestmark = pytest.mark.part("runner")
@@ -116,7 +116,7 @@ def test_what_an_attempt_came_to_is_known_before_it_is_told(tmp_path) -> None:
     seen = []
 
     def look(event) -> None:
-        known = look_at(tmp_path / "fake", "a/seed_0")
+        known = read_run_files(tmp_path / "fake", "a/seed_0")
         attempt = known.attempt
         state = None if attempt is None else (attempt.number, attempt.state, attempt.error)
         seen.append((state, known.is_done, known.failure))
@@ -275,7 +275,7 @@ def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path, number
     assert executor.closed
     assert signal.getsignal(number) == before
     assert [type(event) for event in events] == [RunStarted, RunEnded, RunStarted, Notice, RunInterrupted]
-    attempt = look_at(tmp_path / "fake", "a/seed_1").attempt
+    attempt = read_run_files(tmp_path / "fake", "a/seed_1").attempt
     assert attempt is not None
     assert (attempt.number, attempt.state) == (1, "interrupted")
     assert states(tmp_path) == ["done", "pending", "pending", "pending"]

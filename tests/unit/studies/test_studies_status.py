@@ -25,10 +25,10 @@ from peft_vit.runs.records.progress import (
     PROGRESS_FILE,
     Attempt,
     find_studies,
-    now,
     status_lines,
     study_lock,
     study_status,
+    utc_now,
 )
 from peft_vit.runs.records.storage import read_record, write_result, write_study_file
 from peft_vit.runs.scheduling.scheduler import StudyStore, study_file
@@ -48,7 +48,7 @@ def begin(out, asked=RUNS):
 
 def lay(folder, run, number, state, **more) -> None:
     (folder / run).mkdir(parents=True, exist_ok=True)
-    attempt = Attempt(number=number, state=state, **{"started_at": now(), **more})
+    attempt = Attempt(number=number, state=state, **{"started_at": utc_now(), **more})
     (folder / run / PROGRESS_FILE).write_text(attempt.model_dump_json())
 
 

@@ -139,8 +139,8 @@ def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageI
     Raises:
         UserError: if they are others than those.
     """
-    kept = images.files.without(inspected.left_out)
-    return inspected.applied(_index(images.tree, kept), images.path, file)
+    used = images.files.without(inspected.left_out)
+    return inspected.applied(_index(images.tree, used), images.path, file)
 
 
 class Images(NamedTuple):
@@ -294,11 +294,11 @@ def _listed(path: Path, task_name: TaskName | None) -> Images:
         if fault := task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE:
             raise UserError(fault, file=where)
         label = "|".join(row[column] for column in columns)
-        if (before := labels.get(name)) == label:
+        if (earlier := labels.get(name)) == label:
             message = f"{name} occurs twice, it could land in train and test; remove one"
             raise UserError(message, file=where, field="path")
-        if before is not None:
-            message = f"{name} is '{label}' here and '{before}' before; an image has one label, keep one"
+        if earlier is not None:
+            message = f"{name} is '{label}' here and '{earlier}' before; an image has one label, keep one"
             raise UserError(message, file=where, field="label")
         if split not in ("", "train", "test"):
             message = f"expected train or test, got {split!r}; validation images are chosen from train"
@@ -327,8 +327,8 @@ def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str
     if fitting := [task for task in TASKS.values() if task.recognizes(cells)]:
         return fitting[-1]
     for task in reversed(TASKS.values()):  # its fault in another row is told where it is read
-        own = [row for row in rows if task.fault({column: row[column] for column in columns}) is None]
-        if 2 * len(own) > len(rows) and task.recognizes({column: [row[column] for row in own] for column in columns}):
+        sound = [row for row in rows if task.fault({column: row[column] for column in columns}) is None]
+        if 2 * len(sound) > len(rows) and task.recognizes({name: [row[name] for row in sound] for name in columns}):
             return task
     for column in columns:
         if not any(task.recognizes({column: cells[column]}) for task in TASKS.values()):

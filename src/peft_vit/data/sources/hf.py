@@ -28,7 +28,7 @@ from peft_vit.base.files import LARGEST_BYTES, read_bytes
 from peft_vit.base.packages import ask_hub, cache_dir, check_download
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import TASKS, Column, Task
-from peft_vit.data.files import FETCH_AGAIN, hashes, remembered
+from peft_vit.data.files import FETCH_AGAIN, cached_hashes, hashes
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
 
@@ -71,48 +71,51 @@ def read_hf(config: DataConfig) -> ImageIndex:
     """
     path = str(config.path)  # the configuration has seen to it
     splits = open_splits(path, config.hub_subset)
-    features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
-    image, label = _columns(features, config, path)
-    notes: list[str] = []
-    parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], path, notes)
-    is_test = _official_test(parts, path, notes)
-    holds = _holds(features[label])
-    task = TASKS[config.task] if config.task else next(own for own in TASKS.values() if own.column == holds)
-    if task.one_class and holds == "lists":
-        message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
-        raise UserError(message, file=path, field="data.task")
-    if task.one_class:
-        names, labels = _classes(parts, features[label], label, path, notes)
-        texts = [names[k] for k in labels]
-    else:
-        column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
-        texts = _texts(parts, features[label], column, task, path)
-        with named(Path(path)):
+    from pyarrow import chunked_array
+
+    with named(path):
+        features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
+        image, label = _columns(features, config)
+        notes: list[str] = []
+        parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], notes)
+        is_test = _official_test(parts, notes)
+        holds = _holds(features[label])
+        fitting = (task for task in TASKS.values() if task.column == holds)
+        task = TASKS[config.task] if config.task else next(fitting)
+        if task.one_class and holds == "lists":
+            message = f"column '{label}' holds lists, which are not {task.name}; leave task out"
+            raise UserError(message, field="data.task")
+        if task.one_class:
+            names, labels = _classes(parts, features[label], label, notes)
+            texts = [names[k] for k in labels]
+        else:
+            column = "label" if holds == "lists" else label  # they stand in one cell, as in a table
+            texts = _texts(parts, features[label], column, task)
             names, labels = task.read_split(texts, (column,), is_test)
-    titles, digests = _titles_and_digests(parts, path)
-    lines = (f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True))
-    starts = np.cumsum([0, *(len(part.images) for part in parts)])
+        titles, digests = _titles_and_digests(parts, path)
+        lines = [f"{part.name}\0{len(part.images)}\n" for part in parts]
+        lines += [f"{text}\0{digest}\n" for text, digest in zip(texts, digests, strict=True)]
+        images = chunked_array([chunk for part in parts for chunk in part.images.chunks])
 
-    def read(i: int) -> bytes:
-        k = int(np.searchsorted(starts, i, side="right")) - 1
-        content, file = _stored(parts[k].images[i - int(starts[k])])
-        if content is None:
-            return read_bytes(str(file))
-        if len(content) > LARGEST_BYTES:
-            raise OSError(f"larger than {LARGEST_BYTES} bytes")
-        return content
+        def read(i: int) -> bytes:
+            content, file = _stored(images[i])
+            if content is None:
+                return read_bytes(str(file))
+            if len(content) > LARGEST_BYTES:
+                raise OSError(f"larger than {LARGEST_BYTES} bytes")
+            return content
 
-    return ImageIndex(
-        labels=labels,
-        class_names=names,
-        official_test=is_test,
-        sha256=hashlib.sha256("".join([*(f"{p.name}\0{len(p.images)}\n" for p in parts), *lines]).encode()).hexdigest(),
-        read=lambda i: decode_image(lambda: read(i), f"{path}: {titles[i]}"),
-        names=titles,
-        contents=numbered(digests)[1],
-        notes=tuple(notes),
-        task=task,
-    )
+        return ImageIndex(
+            labels=labels,
+            class_names=names,
+            official_test=is_test,
+            sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
+            read=lambda i: decode_image(lambda: read(i), f"{path}: {titles[i]}"),
+            names=titles,
+            contents=numbered(digests)[1],
+            notes=tuple(notes),
+            task=task,
+        )
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -230,9 +233,9 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
-    own = {"dataset_name": name.rpartition("/")[2], "config_name": subset, "repo_id": name}
+    cached = {"dataset_name": name.rpartition("/")[2], "config_name": subset, "repo_id": name}
     try:
-        return _prepared(Cache(**own, version="auto", hash="auto"), name)
+        return _prepared(Cache(**cached, version="auto", hash="auto"), name)
     except Exception as error:  # is not there, or only a part of it
         if "multiple" in str(error):
             raise
@@ -256,7 +259,7 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, str]:
+def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
     """Return the columns of images and of labels: those asked for, or else the only likely ones.
 
     Labels are likely to be those of classes, or lists of these, or else texts or whole numbers, or else lists of texts
@@ -265,25 +268,29 @@ def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, st
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    possible, plain, more = list(images), [], []
+    possible = list(images)
+    ranks: dict[str, int] = {}  # of columns that could hold labels: the lower, the likelier
     for name, feature in features.items():
         dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
         # As Parquet files have images that do not say that they are some.
         if dtype in ("binary", "large_binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
             possible.append(name)
-        if isinstance(feature, datasets.ClassLabel) or dtype.startswith(
-            ("int", "uint", "string", "large_string", "bool")
-        ):
-            plain.append(name)
+        if isinstance(feature, datasets.ClassLabel):
+            ranks[name] = 0
+        elif isinstance(_inner(feature), datasets.ClassLabel):
+            ranks[name] = 1
+        elif dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+            ranks[name] = 2
         elif _inner(feature) or dtype.startswith(("float", "double")):
-            more.append(name)
-    image = _column("image", "hold images", features, config.image_column, images or possible, possible, path)
-    plain, several = [name for name in plain if name != image], [name for name in more if _inner(features[name])]
-    likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
-    likely = likely or [name for name in several if isinstance(_inner(features[name]), datasets.ClassLabel)]
-    likely = likely or (["label"] if "label" in (*plain, *more) else plain or more)
-    likely = ["label"] if "label" in likely else likely
-    return image, _column("label", "could be the label", features, config.label_column, likely, [*plain, *more], path)
+            ranks[name] = 3
+    image = _column("image", "hold images", features, config.image_column, images or possible, possible)
+    ranks.pop(image, None)
+    labels = sorted(ranks, key=lambda name: ranks[name] % 2)  # single values, then lists and numbers
+    best = min(ranks.values(), default=0)
+    likely = [name for name in labels if ranks[name] == best]
+    if "label" in (labels if best > 1 else likely):
+        likely = ["label"]
+    return image, _column("label", "could be the label", features, config.label_column, likely, labels)
 
 
 def _inner(feature: Any) -> Any:
@@ -302,9 +309,7 @@ def _holds(feature: Any) -> Column:
     return "numbers" if getattr(feature, "dtype", "").startswith(("float", "double")) else "classes"
 
 
-def _column(
-    what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str], path: str
-) -> str:
+def _column(what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str]) -> str:
     """Return the column asked for, which has to be a possible one, or else the only likely one."""
     if column is None and len(likely) == 1:
         return likely[0]
@@ -319,7 +324,7 @@ def _column(
         kind = dtype if isinstance(dtype, str) else type(features[column]).__name__
         names = f"; name one of {', '.join(possible)}" if possible else ""
         message = f"column '{column}' holds no {what}s, but {kind}{names}"
-    raise UserError(message, file=path, field=f"data.{what}_column")
+    raise UserError(message, field=f"data.{what}_column")
 
 
 # --- splits and classes -----------------------------------------------------------------------------------------------
@@ -333,7 +338,7 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
     for column in (image, *columns):
         if rows.features.get(column) != features[column]:  # classes in another order would be other numbers
             message = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
-            raise UserError(message, file=path, field="data.path")
+            raise UserError(message, field="data.path")
     with foreign_fault(f"has a damaged split {name}", path, remedy=FETCH_AGAIN):
         table = rows.select_columns(columns).with_format("arrow")[:]
         for column in columns:
@@ -346,7 +351,7 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
     return _Split(name, image, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
 
 
-def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
+def _labelled(parts: list[_Split], notes: list[str]) -> list[_Split]:
     """Return the splits that have labels."""
     labelled = []
     for part in parts:
@@ -356,15 +361,15 @@ def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
         elif missing:
             among = f", as {len(missing)} of {len(part.classes)} there" if len(missing) > 1 else ""
             message = f"{part.name}[{missing[0]}] has no label{among}; remove it, or name another column"
-            raise UserError(message, file=path, field="data.label_column")
+            raise UserError(message, field="data.label_column")
         elif part.classes:
             labelled.append(part)
     if not labelled:
-        raise UserError("holds no image with a label", file=path, field="data.path")
+        raise UserError("holds no image with a label", field="data.path")
     return labelled
 
 
-def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarray | None:
+def _official_test(parts: list[_Split], notes: list[str]) -> np.ndarray | None:
     """Take out what is no split of a known name, and return which images are test images, (N,) bool, if any are."""
     if len(parts) == 1:
         return None
@@ -374,14 +379,14 @@ def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarr
     present = {part.name for part in parts}
     if not present.intersection(_TRAIN):
         named = ", ".join(sorted(present)) or "of other names"
-        raise UserError(f"has the splits {named}; expected train beside them", file=path, field="data.path")
+        raise UserError(f"has the splits {named}; expected train beside them", field="data.path")
     test = next((names for names in (_TEST, _VALIDATION) if present.intersection(names)), ())
     if not test:
         return None
     return np.concatenate([np.full(len(part.images), part.name in test) for part in parts])
 
 
-def _texts(parts: list[_Split], feature: Any, column: str, task: Task, path: str) -> list[str]:
+def _texts(parts: list[_Split], feature: Any, column: str, task: Task) -> list[str]:
     """Return labels as a table has them, N of them: a number, or names with | between them."""
     inner, texts = _inner(feature), []
     names = getattr(inner, "names", None)  # of numbered classes
@@ -391,17 +396,15 @@ def _texts(parts: list[_Split], feature: Any, column: str, task: Task, path: str
             if names is not None:
                 several = [names[k] if k is not None and 0 <= k < len(names) else k for k in several]
             text = "|".join(map(str, several))
-            odd = [own for own in several if inner and (not isinstance(own, str) or "|" in own or not own.strip())]
+            odd = [name for name in several if inner and (not isinstance(name, str) or "|" in name or not name.strip())]
             fault = f"{odd[0]!r} is not the name of a class without |" if odd else task.fault({column: text})
             if fault:
-                raise UserError(f"{part.name}[{row}]: {fault}", file=path, field="data.label_column")
+                raise UserError(f"{part.name}[{row}]: {fault}", field="data.label_column")
             texts.append(text)
     return texts
 
 
-def _classes(
-    parts: list[_Split], feature: Any, label: str, path: str, notes: list[str]
-) -> tuple[tuple[str, ...], np.ndarray]:
+def _classes(parts: list[_Split], feature: Any, label: str, notes: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of classes that have images, in the order of the set or sorted, and labels (N,) int64."""
     import datasets
 
@@ -411,7 +414,7 @@ def _classes(
         return names, labels
     if present[-1] >= feature.num_classes:
         message = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
-        raise UserError(message, file=path, field="data.label_column")
+        raise UserError(message, field="data.label_column")
     absent = [name for k, name in enumerate(feature.names) if k not in present]
     if absent:
         notes.append(f"{len(absent)} of {feature.num_classes} classes have no image, such as '{absent[0]}'")
@@ -426,13 +429,13 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     import datasets
 
     library = (_cache(), datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    own, *others = (Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
+    local_root, *others = (Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
     titles: list[str] = []
     digests: list[str] = []
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
         files = {f"{part.name} {part.column} {k}": file for k, file in enumerate(part.files)}
-        for row, digest in enumerate(remembered(files, len(part.images), partial(_digests, part, path))):
+        for row, digest in enumerate(cached_hashes(files, len(part.images), partial(_digests, part))):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:
                 file = str(_stored(part.images[row])[1])
@@ -440,23 +443,23 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
                 if not os.path.isfile(file):
                     message = f"names the file {file}, which does not exist, and holds no image itself"
                     raise UserError(message, file=f"{path}: {title}")
-                if not any(real.is_relative_to(root) for root in (own, *others)):
+                if not any(real.is_relative_to(root) for root in (local_root, *others)):
                     message = f"names the file {file}, which leads out of the data set; copy it into it"
                     raise UserError(message, file=f"{path}: {title}")
                 beside[title] = Path(file)
-                if real.is_relative_to(own):
-                    titles[-1] = real.relative_to(own).as_posix()
+                if real.is_relative_to(local_root):
+                    titles[-1] = real.relative_to(local_root).as_posix()
             digests.append(digest if digest != _NO_BYTES else title)
     of_files = hashes(beside).each if beside else {}
     return titles, [of_files.get(digest, digest) for digest in digests]
 
 
-def _digests(part: _Split, path: str) -> list[str]:
+def _digests(part: _Split) -> list[str]:
     digests = []
     for row, scalar in enumerate(part.images):
         content, file = _stored(scalar)
         if content is None and not file:
-            raise UserError(f"{part.name}[{row}] has no image; remove it", file=path, field="data.image_column")
+            raise UserError(f"{part.name}[{row}] has no image; remove it", field="data.image_column")
         digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
     return digests
 

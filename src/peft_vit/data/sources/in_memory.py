@@ -134,8 +134,8 @@ def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> 
         check_consistent_length(images, labels)
         labels = column_or_1d(labels) if of_classes else list(labels)
     rows: list[tuple[str, Any]] = []
-    for position, (image, own) in enumerate(held_images(images)):
-        label = own if labels is None else labels[position]
+    for position, (image, held_label) in enumerate(held_images(images)):
+        label = held_label if labels is None else labels[position]
         if label is None:
             raise UserError(
                 "are missing; give one for each image, or a table or data set that holds them", field="labels"

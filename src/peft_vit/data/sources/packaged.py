@@ -114,14 +114,13 @@ def read_fashion_mnist(config: DataConfig) -> ImageIndex:
             raise UserError(f"holds {len(labels[-1])} labels for {len(pixels[-1])} images", file=labels_file)
         if labels[-1].size and labels[-1].max() >= len(_FASHION_CLASSES):
             raise UserError(f"holds label {labels[-1].max()}, expected 0 to 9; {FETCH_AGAIN}", file=labels_file)
-    label = np.concatenate(labels)
-    train, test = pixels
+    images = np.concatenate(pixels)  # (N, 28, 28)
     return ImageIndex(
-        labels=label,
+        labels=np.concatenate(labels),
         class_names=_FASHION_CLASSES,
-        official_test=np.arange(len(label)) >= len(train),
+        official_test=np.arange(len(images)) >= len(pixels[0]),
         sha256=hashes(files).sha256,
-        read=lambda i: Image.fromarray(train[i] if i < len(train) else test[i - len(train)]),
+        read=lambda i: Image.fromarray(images[i]),
     )
 
 
@@ -230,28 +229,25 @@ def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
     lines = decode_text(read_bytes(folder / layout.names), folder / layout.names, remedy).splitlines()
     class_names = tuple(line.strip() for line in lines if line.strip())
     check_class_names(class_names, folder / layout.names, remedy=remedy)
-    parts = []
+    labels, images = [], []
     for file in (folder / batch for batch in batches):
         size = file.stat().st_size
         if size == 0 or size % (layout.label_bytes + _PIXELS):
             raise UserError(f"is {size} bytes, not a multiple of a record; {remedy}", file=file)
         records = np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, layout.label_bytes + _PIXELS)  # (N, bytes)
-        if (largest := records[:, layout.label_bytes - 1].max()) >= len(class_names):
+        labels.append(records[:, layout.label_bytes - 1].astype(np.int64))
+        if (largest := labels[-1].max()) >= len(class_names):
             message = f"a label is {largest}, but {layout.names} names {len(class_names)} classes; {remedy}"
             raise UserError(message, file=file)
-        parts.append(records)
-    labels = np.concatenate([part[:, layout.label_bytes - 1] for part in parts]).astype(np.int64)
-    starts = np.cumsum([0, *(len(part) for part in parts)])
+        images += list(records[:, layout.label_bytes :].reshape(-1, 3, _SIDE, _SIDE))  # mapped into memory: no copies
 
     def read(i: int) -> Image.Image:
-        k = int(np.searchsorted(starts, i, side="right")) - 1
-        planes = parts[k][i - starts[k], layout.label_bytes :].reshape(3, _SIDE, _SIDE)
-        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))  # (3, S, S) -> (S, S, 3)
+        return Image.fromarray(np.ascontiguousarray(images[i].transpose(1, 2, 0)))  # (3, S, S) -> (S, S, 3)
 
     return ImageIndex(
-        labels=labels,
+        labels=np.concatenate(labels),
         class_names=class_names,
-        official_test=np.arange(len(labels)) >= starts[-2],
+        official_test=np.arange(len(images)) >= len(images) - len(labels[-1]),
         sha256=sha256,
         read=read,
     )

@@ -61,7 +61,7 @@ from peft_vit.core.quantization.packing import field_bits
 from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_content
 from peft_vit.deploy.formats.torch_files import check_merged
 from peft_vit.deploy.model_card import HEADER, Header, ModelCard, write_exported
-from peft_vit.runs.measures.known_images import WithDistance
+from peft_vit.runs.measures.neighbours import WithDistance
 
 OnnxRuntime = Literal["small", "fast"]
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # powers of two that the low-bit operators' CPU kernels take

@@ -51,13 +51,7 @@ from peft_vit.core.config import BUNDLE_FILE, CARD_FILE, QuantizationType, named
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.core.quantization.formats import dtype_name
 from peft_vit.deploy.model_card import AGAIN, HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
-from peft_vit.runs.measures.known_images import (
-    WithDistance,
-    neighbours_bytes,
-    neighbours_from,
-    parts_of,
-    read_neighbours,
-)
+from peft_vit.runs.measures.neighbours import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias

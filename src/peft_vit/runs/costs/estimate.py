@@ -1,7 +1,8 @@
-"""What runs will take: as finished runs of their kind did, by steps that were measured, or by arithmetic."""
+"""Forecasts of time and memory: from finished runs of the kind, from a timing run, or from arithmetic."""
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from bisect import bisect_right
@@ -19,18 +20,18 @@ from peft_vit.core.quantization.integers import Bits
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import FLIP_AXES
 from peft_vit.core.training.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
-from peft_vit.runs.costs.calibration_run import MeasuredCosts, known_costs
 from peft_vit.runs.costs.time_limit import PROCESS_S
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.costs.timing_run import MeasuredCosts, cached_costs
+from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import cpu_count, processor_name
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
-START_S = 6.0  # loading weights and images
+_START_S = 6.0  # loading weights and images
 PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
 _PRODUCTS_S = 0.2  # for which products are timed, about; three are in any case
 # Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
-VALUES_KEPT = 34 / 16
+_VALUES_SAVED = 34 / 16
 
 
 # --- how fast this machine works through a model ----------------------------------------------------------------------
@@ -72,10 +73,10 @@ class Throughput:
     process_s: float = PROCESS_S
 
     @classmethod
-    def estimated(cls, rate: float) -> Self:
-        """Return what follows from multiply-adds per second alone, see `product_rate`."""
-        line = CostLine(0.0, TIME_OUTSIDE_PRODUCTS / rate)
-        return cls(START_S, line, line)
+    def estimated(cls, multiply_adds_per_s: float) -> Self:
+        """Return what follows from the throughput of products alone, see `product_throughput`."""
+        line = CostLine(0.0, TIME_OUTSIDE_PRODUCTS / multiply_adds_per_s)
+        return cls(_START_S, line, line)
 
     @classmethod
     def measured(cls, probes: Sequence[StepTiming], process_s: float) -> Self:
@@ -128,7 +129,7 @@ def experiment_products(experiment: ExperimentConfig, shape: BackboneShape, trai
     return step_products(shape, experiment.method, min(training.batch_size, train_images), recomputed)
 
 
-def product_rate(
+def product_throughput(
     shape: BackboneShape,
     device: torch.device,
     precision: Precision,
@@ -147,7 +148,7 @@ def product_rate(
         bits: of these, as a study was begun with.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     work: Counter[tuple[int, int, int]] = Counter()
     for module in shape.modules:
@@ -161,30 +162,30 @@ def product_rate(
         begin = time.perf_counter()
         float((x @ weight.T)[0, 0])
         times.append(time.perf_counter() - begin)
-    torch.set_num_threads(before)
-    rate = x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
+    torch.set_num_threads(num_threads)
+    throughput = x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
     if compute == "float":
-        return rate
-    choice = kept_products.choose_product(device, precision, bits)
-    return rate * choice.float_s / choice.seconds
+        return throughput
+    choice = products.choose_product(device, precision, bits)
+    return throughput * choice.float_s / choice.seconds
 
 
-def product_rates(
-    asked: ComputeSetting, shape: BackboneShape, device: torch.device, precision: Precision, threads: int
+def product_throughputs(
+    requested: ComputeSetting, shape: BackboneShape, device: torch.device, precision: Precision, threads: int
 ) -> dict[Compute, float]:
-    """Return multiply-adds per second of the way to compute that was asked for, see `product_rate`.
+    """Return multiply-adds per second of the way to compute that was asked for, see `product_throughput`.
 
     For auto that is the one that `choose_product` has found to be faster; float's comes second where that is int8.
 
     Raises:
         UserError: if int8 was asked for, and the device has no such product, or a slow one.
     """
-    ways: list[Compute] = ["float"] if asked == "auto" else [asked]
-    if asked == "int8":
-        kept_products.choose_product(device, precision).usable(device, "--compute")
-    elif asked == "auto" and kept_products.choose_product(device, precision).is_faster:
+    ways: list[Compute] = ["float"] if requested == "auto" else [requested]
+    if requested == "int8":
+        products.choose_product(device, precision).usable(device, "--compute")
+    elif requested == "auto" and products.choose_product(device, precision).is_faster:
         ways = ["int8", "float"]
-    return {way: product_rate(shape, device, precision, threads, way) for way in ways}
+    return {way: product_throughput(shape, device, precision, threads, way) for way in ways}
 
 
 # --- what the runs of a study will take -------------------------------------------------------------------------------
@@ -217,13 +218,13 @@ class Workload:
     test: int
 
     def throughput(self, compute: Compute = "float", bits: Bits | None = None) -> Throughput:
-        """Return what runs take by arithmetic alone, see `product_rate`."""
-        rate = product_rate(self.shape, self.device, self.precision, self.threads, compute, bits)
-        return Throughput.estimated(rate)
+        """Return what runs take by arithmetic alone, see `product_throughput`."""
+        given = self.shape, self.device, self.precision, self.threads
+        return Throughput.estimated(product_throughput(*given, compute, bits))
 
 
 @dataclass(frozen=True)
-class MeasuredCost:
+class FinishedCost:
     """What a finished run took; `here`: on this machine. Its record has every step, too much to hold for all runs."""
 
     seconds: float
@@ -232,7 +233,7 @@ class MeasuredCost:
     weights_sha256: str | None = None
 
     @classmethod
-    def of(cls, record: RunRecord) -> MeasuredCost:
+    def of(cls, record: RunRecord) -> FinishedCost:
         """Read it off a record."""
         made = record.provenance
         here = made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
@@ -247,99 +248,94 @@ class EstimateRequest:
     Attributes:
         spec: of the run.
         steps: optimiser steps.
-        kind: its calibration run; runs of one kind cost the same a step.
-        kind_sha256: of it, computed once for all seeds.
-        taken: what it took, if it is done.
+        kind: its timing run; runs of one kind cost the same a step.
+        kind_sha256: digest of `kind`, computed once for all seeds.
+        finished: what it took, if it is done.
     """
 
     spec: RunSpec
     steps: int
     kind: RunSpec
     kind_sha256: str
-    taken: MeasuredCost | None
+    finished: FinishedCost | None
 
 
-MeasureSteps = Callable[
-    [Mapping[str, RunSpec]], Mapping[str, MeasuredCosts]
-]  # calibration runs by a name to show; some may fail
+# Does timing runs, by a name to show; some may fail.
+MeasureSteps = Callable[[Mapping[str, RunSpec]], Mapping[str, MeasuredCosts]]
 
 
 def estimate_runs(
     runs: Sequence[EstimateRequest], workload: Workload, measure: MeasureSteps | None = None
 ) -> list[RunCost]:
-    """Estimate each run.
+    """Return what each run will take.
 
     Args:
         runs: of a study.
         workload: what they share.
-        measure: measures what runs cost that are not done and of which nothing is known; None: arithmetic does.
-
-    Returns:
-        An estimate each.
+        measure: does the timing runs of kinds of which nothing is known; None: arithmetic estimates them.
     """
-    records: dict[tuple[str, int], list[MeasuredCost]] = {}
+    finished: dict[tuple[str, int], list[FinishedCost]] = {}
     for run in runs:
-        if run.taken is not None and run.taken.here:
-            records.setdefault((run.kind_sha256, run.steps), []).append(run.taken)
-    costs = {kind: known_costs(run.kind) for kind, run in {run.kind_sha256: run for run in reversed(runs)}.items()}
+        if run.finished is not None and run.finished.here:
+            finished.setdefault((run.kind_sha256, run.steps), []).append(run.finished)
+    measured = {run.kind_sha256: cached_costs(run.kind) for run in runs}
     if measure is not None:
         unknown = {
             run.kind_sha256: run
             for run in runs
-            if run.taken is None
+            if run.finished is None
             and not run.spec.experiment.is_probe  # it takes no steps, and its features may be there already
-            and (run.kind_sha256, run.steps) not in records
-            and costs[run.kind_sha256] is None
+            and (run.kind_sha256, run.steps) not in finished
+            and measured[run.kind_sha256] is None
         }
-        measured = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
-        costs |= {kind: measured.get(run.spec.experiment.name) for kind, run in unknown.items()}
-    trainings = [run.spec.experiment.training for run in runs if costs[run.kind_sha256] is None]
-    computes = {training.decided_compute: training.integer_bits for training in trainings}
-    estimated = {compute: workload.throughput(compute, bits) for compute, bits in computes.items()}
-    estimates = []
+        by_name = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
+        measured |= {kind: by_name.get(run.spec.experiment.name) for kind, run in unknown.items()}
+    estimated = functools.cache(workload.throughput)
+    costs = []
     for run in runs:
-        cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
-        if alike is None:
-            estimates.append(_estimate(run, workload, estimated, cost))
+        timing = measured[run.kind_sha256]
+        if alike := finished.get((run.kind_sha256, run.steps)):
+            seconds = statistics.median(cost.seconds for cost in alike)
+            costs.append(RunCost(seconds, max(cost.peak_memory_bytes for cost in alike), "records"))
+        elif timing is None:
+            training = run.spec.experiment.training
+            throughput = estimated(training.decided_compute, training.integer_bits)
+            costs.append(_run_cost(run, workload, throughput, estimated_bytes(run.spec, workload), "estimate"))
         else:
-            seconds = statistics.median(taken.seconds for taken in alike)
-            estimates.append(RunCost(seconds, max(taken.peak_memory_bytes for taken in alike), "records"))
-    return estimates
+            products = experiment_products(run.spec.experiment, workload.shape, workload.train)
+            throughput = Throughput.measured([StepTiming(products, workload.shape.multiply_adds, timing)], PROCESS_S)
+            pixels = workload.image_size**2 * workload.channels  # mapped into memory as they are read
+            more_images = max(0, workload.train + workload.validation + workload.test - timing.images)
+            peak_bytes = timing.peak_memory_bytes + more_images * pixels
+            costs.append(_run_cost(run, workload, throughput, peak_bytes, "calibration"))
+    return costs
 
 
-def _estimate(
-    run: EstimateRequest, workload: Workload, estimated: Mapping[Compute, Throughput], costs: MeasuredCosts | None
+def _run_cost(
+    run: EstimateRequest, workload: Workload, throughput: Throughput, peak_bytes: int, basis: Basis
 ) -> RunCost:
-    """Put a run's steps and the images that it evaluates together, at what its kind costs or is estimated to."""
-    experiment, shape = run.spec.experiment, workload.shape
-    images: float
-    steps, images = run.steps, experiment.validations(workload.train) * workload.validation + workload.test
-    if costs is not None:
-        start_s, step_s, image_s = costs.start_s, costs.step_s, costs.image_s
-        more_images = workload.train + workload.validation + workload.test - costs.images
-        pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
-        peak_bytes = costs.peak_memory_bytes + max(0, pixels)
-    else:
-        throughput, peak_bytes = estimated[experiment.training.decided_compute], estimated_bytes(run.spec, workload)
-        start_s, image_s = throughput.start_s, throughput.image_s(shape)
-        step_s = throughput.step.at(experiment_products(experiment, shape, workload.train))
-        if experiment.is_probe:  # each image once, in every way in which training shows it
-            ways = len(FLIP_AXES[experiment.training.flips])
-            steps, images = 0, ways * workload.train + workload.validation + workload.test
-        images += measured_images(run.spec, workload)
-    seconds = start_s + steps * step_s + images * image_s
-    after_s = 0.0 if experiment.is_probe else (workload.test + measured_images(run.spec, workload)) * image_s
-    return RunCost(seconds, peak_bytes, "estimate" if costs is None else "calibration", min(seconds, after_s))
+    """Return what a run's steps and the images that it evaluates take together."""
+    experiment, image_s = run.spec.experiment, throughput.image_s(workload.shape)
+    after: float = workload.test + measured_images(run.spec, workload)
+    steps, images = run.steps, experiment.validations(workload.train) * workload.validation + after
+    if experiment.is_probe:  # each image once, in every way in which training shows it
+        steps, images = 0, len(FLIP_AXES[experiment.training.flips]) * workload.train + workload.validation + after
+        after = 0
+    elif basis == "calibration":  # the timing run has done what the study's `measures` ask for, before its first step
+        images += workload.test - after
+    step_s = throughput.step.at(experiment_products(experiment, workload.shape, workload.train))
+    seconds = throughput.start_s + steps * step_s + images * image_s
+    return RunCost(seconds, peak_bytes, basis, min(seconds, after * image_s))
 
 
-def kept_values(shape: BackboneShape, recomputed: int = 0) -> float:
-    """Return the values that a step keeps of one image for its backward pass.
+def activation_values(shape: BackboneShape, recomputed: int = 0) -> float:
+    """Return the values that a step saves of one image for its backward pass.
 
     Of the first blocks, which are computed again: what goes into each, 1 a token and width. Of the others all, or as
     much as the largest of those that are computed again, whose turn comes when nothing is left of the others.
     """
     first, others = shape.values_by_block[:recomputed], shape.values_by_block[recomputed:]
-    return sum(first) / 16 + VALUES_KEPT * max(sum(others), *first, 0)
+    return sum(first) / 16 + _VALUES_SAVED * max(sum(others), *first, 0)
 
 
 def estimated_bytes(spec: RunSpec, workload: Workload) -> int:
@@ -347,7 +343,7 @@ def estimated_bytes(spec: RunSpec, workload: Workload) -> int:
     experiment, shape = spec.experiment, workload.shape
     value_bytes = 2 if workload.precision == "bf16" else 4
     recomputed = experiment.training.recomputed_of(len(shape.values_by_block))
-    stored = 0.0 if experiment.is_probe else kept_values(shape, recomputed)
+    stored = 0.0 if experiment.is_probe else activation_values(shape, recomputed)
     activations = experiment.training.images_at_once * stored * value_bytes
     weights = shape.parameters * (METHODS[experiment.method].bytes_per_weight or 4 + value_bytes)
     return int(PROCESS_BYTES + activations + weights)

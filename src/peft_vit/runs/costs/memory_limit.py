@@ -7,7 +7,6 @@ step, and longer by what is computed again; what these name as the fastest is me
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +16,14 @@ from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones import BackboneShape, chosen
-from peft_vit.core.config import BITS_OF_TYPE, ExperimentConfig, QaLoraConfig, StudyConfig, TrainingConfig, bytes_of
-from peft_vit.core.records import RunSpec, StudyFile
+from peft_vit.core.config import BITS_OF_TYPE, ExperimentConfig, QaLoraConfig, TrainingConfig, bytes_of
+from peft_vit.core.records import RunSpec
 from peft_vit.data import ImageIndex, Splits
-from peft_vit.runs.costs.calibration_run import calibration_run
 from peft_vit.runs.costs.estimate import PROCESS_BYTES, Workload
+from peft_vit.runs.costs.timing_run import timing_run
 
 _MOST_MEASURED = 10
-_AGAIN = 0.3  # of a step: all blocks computed again, where none were measured without
+_AGAIN = 0.3  # of a step: all blocks computed again, as far as no measurement tells
 _INPUT_SHARE = 1 / 34  # of a plain block's inputs in all that it keeps
 _NEARLY_FITS = 1.01  # of the limit: what is expected there is measured, too
 _WORTH_MEASURING = 0.98  # of the fastest that was measured: a smaller gain is within what times scatter
@@ -90,8 +89,8 @@ class MemoryChoice:
         without = self.free.in_words(blocks)
         if self.free_cost is None:
             return f"{taken}; for {without}, there is not enough memory here."
-        ratio, whole = self.cost.step_s / self.free_cost.step_s, _mb(self.free_cost.peak_bytes)
-        return f"{taken}, {ratio:.2f} of that with {without}, which takes {whole}."
+        ratio, free_bytes = self.cost.step_s / self.free_cost.step_s, _mb(self.free_cost.peak_bytes)
+        return f"{taken}, {ratio:.2f} of that with {without}, which takes {free_bytes}."
 
 
 def _mb(size: float) -> str:
@@ -126,24 +125,22 @@ def choose_memory(
     sizes = [images] if images is not None else [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     search = _Search(limit_bytes, batch_size, np.asarray(block_values, dtype=np.float64), measure)
     free, deepest = Setting(sizes[0], 0), len(block_values) - 1  # computing the last block again saves nothing
-    if search.take(free):
-        return MemoryChoice(free, search.known[free], free, search.known[free], fits=True)
-    for setting in (Setting(sizes[-1], deepest), Setting(sizes[0], deepest)):
-        search.take(setting)
-    if not search.known:
-        return None
-    if not search.fitting:
-        least = min(search.known, key=lambda setting: search.known[setting].peak_bytes)
-        return MemoryChoice(least, search.known[least], free, search.known.get(free), fits=False)
-    for size in sizes[1:]:
-        if all(setting.recomputed for setting in search.known):  # what the blocks keep has to be seen once
-            search.take(Setting(size, 0))
-    settings = [Setting(size, recomputed) for size in sizes for recomputed in range(deepest + 1)]
-    while len(search.known) + len(search.too_large) < _MOST_MEASURED and (better := search.may_be_faster(settings)):
-        search.take(better)
-    fitting = search.fitting
-    fastest = min(fitting, key=lambda setting: (fitting[setting].step_s, -setting.images, setting.recomputed))
-    return MemoryChoice(fastest, fitting[fastest], free, search.known.get(free), fits=True)
+    if not search.take(free):
+        search.take(Setting(sizes[-1], deepest))
+        search.take(Setting(sizes[0], deepest))
+        if not search.known:
+            return None
+        for size in sizes[1:] if search.fitting else ():
+            if all(setting.recomputed for setting in search.known):  # what the blocks keep has to be seen once
+                search.take(Setting(size, 0))
+        settings = [Setting(size, recomputed) for size in sizes for recomputed in range(deepest + 1)]
+        while len(search.costs) < _MOST_MEASURED and (better := search.may_be_faster(settings)):
+            search.take(better)
+    if fitting := search.fitting:
+        chosen = min(fitting, key=lambda setting: (fitting[setting].step_s, -setting.images, setting.recomputed))
+    else:
+        chosen = min(search.known, key=lambda setting: search.known[setting].peak_bytes)
+    return MemoryChoice(chosen, search.known[chosen], free, search.costs[free], fits=bool(fitting))
 
 
 @dataclass
@@ -152,18 +149,17 @@ class _Search:
     batch_size: int
     block_values: NDArray[np.float64]
     measure: Callable[[Setting], StepCost | None]
-    known: dict[Setting, StepCost] = field(default_factory=dict)
-    too_large: set[Setting] = field(default_factory=set)  # to be measured at all
+    costs: dict[Setting, StepCost | None] = field(default_factory=dict)  # None: there was not enough memory
 
     def take(self, setting: Setting) -> bool:
         """Measure a setting, unless it was, and return whether it fits."""
-        if setting not in self.known and setting not in self.too_large:
-            cost = self.measure(setting)
-            if cost is None:
-                self.too_large.add(setting)
-            else:
-                self.known[setting] = cost
+        if setting not in self.costs:
+            self.costs[setting] = self.measure(setting)
         return setting in self.fitting
+
+    @property
+    def known(self) -> dict[Setting, StepCost]:
+        return {setting: cost for setting, cost in self.costs.items() if cost is not None}
 
     @property
     def fitting(self) -> dict[Setting, StepCost]:
@@ -171,25 +167,25 @@ class _Search:
 
     def may_be_faster(self, settings: Iterable[Setting]) -> Setting | None:
         """Return what is not measured yet, should fit, and should be the fastest; None: the fastest was measured."""
-        left = [setting for setting in settings if setting not in self.known and setting not in self.too_large]
-        if not left:
+        left = [setting for setting in settings if setting not in self.costs]
+        if not left or not self.fitting:
             return None
-        peaks = self._predicted(self._memory_terms, [cost.peak_bytes for cost in self.known.values()], left)
-        times = self._predicted(self._time_terms(), [cost.step_s for cost in self.known.values()], left)
+        peaks = self._predicted(self._memory_terms, lambda cost: cost.peak_bytes, left)
+        times = self._predicted(self._time_terms, lambda cost: cost.step_s, left)
         at_most_s = _WORTH_MEASURING * min(cost.step_s for cost in self.fitting.values())
         faster = [
-            (round(step_s / at_most_s, 2), -setting.images, step_s, place)
-            for place, (setting, peak, step_s) in enumerate(zip(left, peaks, times, strict=True))
+            (round(step_s / at_most_s, 2), -setting.images, step_s, setting)
+            for setting, peak, step_s in zip(left, peaks, times, strict=True)
             if peak <= _NEARLY_FITS * self.limit_bytes and step_s < at_most_s
         ]
-        return left[min(faster)[-1]] if faster else None
+        return min(faster, key=lambda option: option[:3])[-1] if faster else None
 
     def _predicted(
-        self, terms: Callable[[Setting], list[float]], values: Sequence[float], settings: Sequence[Setting]
+        self, terms: Callable[[Setting], list[float]], value: Callable[[StepCost], float], settings: Sequence[Setting]
     ) -> NDArray[np.float64]:
-        """Return what least squares through all that was measured says of other settings."""
+        """Return what least squares through all that was measured predicts for other settings."""
         rows = np.array([terms(setting) for setting in self.known])  # (measured, terms)
-        weights, *_ = np.linalg.lstsq(rows, np.asarray(values, dtype=np.float64), rcond=None)
+        weights, *_ = np.linalg.lstsq(rows, np.array([value(cost) for cost in self.known.values()]), rcond=None)
         return np.array([terms(setting) for setting in settings]) @ weights
 
     def _memory_terms(self, setting: Setting) -> list[float]:
@@ -199,63 +195,16 @@ class _Search:
         share = max(inputs[-1] + others.sum(), (inputs[:-1] + again).max(initial=0.0)) / self.block_values.sum()
         return [1.0, setting.images, setting.images * share]
 
-    def _time_terms(self) -> Callable[[Setting], list[float]]:
-        """Return what gives 1 and the passes of a step, both longer by what is computed again."""
-
-        def share(setting: Setting) -> float:  # of a forward pass that is done again
-            return float(self.block_values[: setting.recomputed].sum() / self.block_values.sum())
-
-        again = _AGAIN  # how much longer a step is with all of a forward pass done again, by the first two that tell
-        for (less, cost), (more, longer) in itertools.combinations(self.known.items(), 2):
-            if less.images == more.images and less.recomputed < more.recomputed:
-                slope = (longer.step_s - cost.step_s) / (share(more) - share(less))
-                again = max(0.0, slope / (cost.step_s - slope * share(less)))
-                break
-
-        def terms(setting: Setting) -> list[float]:
-            longer = 1 + again * share(setting)
-            return [longer, longer * self.batch_size / setting.images]
-
-        return terms
+    def _time_terms(self, setting: Setting) -> list[float]:
+        """Return 1 and the passes of a step, longer by what is computed again, and its share, which corrects that."""
+        share = self.block_values[: setting.recomputed].sum() / self.block_values.sum()
+        longer = 1 + _AGAIN * share
+        return [longer, longer * self.batch_size / setting.images, share]
 
 
-# --- what becomes of experiments with a limit -------------------------------------------------------------------------
+# --- a run with a limit -----------------------------------------------------------------------------------------------
 
 MeasureStep = Callable[[RunSpec], StepCost | None]  # of a run of a few steps; None: there was not enough memory
-
-
-def with_decided(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
-    """Return a study with what is decided of each undecided experiment's training; `decide` gets its place too."""
-    experiments = [
-        experiment.model_copy(update={"training": decide(place, experiment)})
-        if experiment.training.is_undecided
-        else experiment
-        for place, experiment in enumerate(study.experiments)
-    ]
-    return study.model_copy(update={"experiments": tuple(experiments)})
-
-
-def as_begun(study: StudyConfig, before: StudyFile | None) -> StudyConfig:
-    """Return a study with what was chosen for its limits when it was begun, on whatever machine that was."""
-    begun = {} if before is None else {own.name: own.training for own in before.configuration.experiments}
-
-    def decide_again(_: int, experiment: ExperimentConfig) -> TrainingConfig:
-        training, earlier = experiment.training, begun.get(experiment.name)
-        if earlier is None or earlier.recomputed_blocks is None:
-            return training
-        return training.decided(training.micro_batch_size or earlier.images_at_once, earlier.recomputed_blocks)
-
-    return with_decided(study, decide_again)
-
-
-def unmeasured(study: StudyConfig, shape: BackboneShape) -> StudyConfig:
-    """Return a study, of which nothing is measured, with as many blocks computed again as saves anything."""
-
-    def decide_blindly(_: int, experiment: ExperimentConfig) -> TrainingConfig:
-        training = experiment.training
-        return training.decided(training.images_at_once, training.recomputed_of(len(shape.values_by_block)))
-
-    return with_decided(study, decide_blindly)
 
 
 def decide_memory(
@@ -299,12 +248,13 @@ def decide_memory(
         The head starts as it does in the run: its probe's batches are of a size of their own.
         """
         decided = training.decided(setting.images, setting.recomputed)
-        whole = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"training": decided})})
+        run = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"training": decided})})
         few = max(2 * len(index.class_names), setting.images, spec.measures.removal_images or 0)
-        small = calibration_run(whole, total_steps, shape, index, splits, at_most=_STEPS, evaluated=few)
-        few_steps = small.experiment.training.model_copy(update={"head_start": training.head_start})
-        experiment = small.experiment.model_copy(update={"training": few_steps})
-        return measure_step(small.model_copy(update={"experiment": experiment}))
+        return measure_step(
+            timing_run(
+                run, total_steps, shape, index, splits, at_most=_STEPS, evaluated=few, head_start=training.head_start
+            )
+        )
 
     choice = choose_memory(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
     if choice is None:

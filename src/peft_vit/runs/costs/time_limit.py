@@ -35,6 +35,11 @@ class Limit:
         return self.started + 60 * self.minutes
 
     @property
+    def is_past(self) -> bool:
+        """Return whether nothing is waited for any more."""
+        return self.clock() >= self.past_at
+
+    @property
     def left_s(self) -> float:
         """Return the seconds until what still runs is stopped."""
         return self.over_at - self.clock()
@@ -58,7 +63,7 @@ class Pace:
         return self.taken_s / self.planned_s if self.planned_s else 1.0
 
 
-def still_s(expected_s: float, spent_s: float) -> float:
+def remaining_s(expected_s: float, spent_s: float) -> float:
     """Return the seconds that are left of what shows nothing of how far it is, and was expected to take so many.
 
     What is expected less what is spent, and at least as long again as it has taken so far. From a tenth to nine tenths
@@ -69,13 +74,13 @@ def still_s(expected_s: float, spent_s: float) -> float:
 
 
 @dataclass
-class Course:
+class RunTimer:
     """A run that is under way, on the clock of its call, in seconds.
 
-    Until a second step is heard of, it takes what was expected, see `still_s`: before steps come weights and features
-    of the images. From then on each step that is left takes what steps have taken so far, with the validations between
-    them and with what has passed since the last one, so that a long one lengthens what is left at once. What follows
-    the last step takes as many times longer than planned as the steps do.
+    Until a second step is heard of, it takes what was expected, see `remaining_s`: before steps come weights and
+    features of the images. From then on each step that is left takes what steps have taken so far, with the validations
+    between them and with what has passed since the last one, so that a long one lengthens what is left at once. What
+    follows the last step takes as many times longer than planned as the steps do.
 
     Attributes:
         planned_s: that the whole run was planned to take.
@@ -108,12 +113,12 @@ class Course:
     def left_s(self, now: float, pace: float = 1.0) -> float:
         """Return the seconds that are left, where others take `pace` times what they were planned to."""
         if not self.steps_seen:
-            return still_s(pace * (self.planned_s - self.done_s), self.spent_s(now))
+            return remaining_s(pace * (self.planned_s - self.done_s), self.spent_s(now))
         (first, latest, total), (at, heard) = self._steps, self._heard
         step_s = ((now if latest < total else heard) - at) / self.steps_seen
         planned_s = self.planned_s - self.done_s - self.after_s  # of steps and what is before them
         after_s = self.after_s * (step_s * (total - first) / planned_s if planned_s > 0 else pace)
-        return (total - latest) * step_s + after_s if latest < total else still_s(after_s, now - heard)
+        return (total - latest) * step_s + after_s if latest < total else remaining_s(after_s, now - heard)
 
     def takes_s(self, now: float) -> float:
         """Return the seconds of the whole run, as its steps so far tell; what was done before took what was planned."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from peft_vit.base.extras import require_extra
 from peft_vit.core.records import Failure, RunRecord
-from peft_vit.runs.records.progress import now
+from peft_vit.runs.records.progress import utc_now
 
 if TYPE_CHECKING:  # a driver needs no torch
     from peft_vit.core.training import Progress
@@ -121,7 +121,7 @@ class Executor(Protocol):
         ...
 
 
-def lost(
+def failed_attempt(
     run: PlannedRun, reason: str, seconds: float = 0.0, failure: Failure = "killed", traceback: str | None = None
 ) -> RunEnded:
     """Return the end of an attempt that can't tell it itself, since its process is gone.
@@ -140,7 +140,7 @@ def lost(
         error=reason,
         failure=failure,
         traceback=traceback,
-        started_at=now(),
+        started_at=utc_now(),
         seconds=seconds,
     )
     return RunEnded(run, record, None)

@@ -30,7 +30,7 @@ from peft_vit.core.adapters.footprint import peak_memory_of
 from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Checkpoints, Interrupted, Progress
 from peft_vit.runs.execute import Finished, run_one
-from peft_vit.runs.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
+from peft_vit.runs.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, failed_attempt
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import run_folder
 from peft_vit.runs.this_machine.machine import loaded_git_state
@@ -160,7 +160,7 @@ class LocalExecutor:
             self._remove(worker)
             if worker.run is not None:
                 reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
-                self._events.append(lost(worker.run, reason, time.monotonic() - worker.since))
+                self._events.append(failed_attempt(worker.run, reason, time.monotonic() - worker.since))
             return
         assert worker.run is not None
         self._events.append(event_of(worker.run, message))

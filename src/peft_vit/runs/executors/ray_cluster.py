@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import Failure
 from peft_vit.core.training import Checkpoints, Progress
-from peft_vit.runs.executors import Event, Executor, RunStarted, lost
+from peft_vit.runs.executors import Event, Executor, RunStarted, failed_attempt
 from peft_vit.runs.executors.local import SURROUNDINGS, environment, event_of
 from peft_vit.runs.executors.ray_task import Channel, Place, carry_out
 from peft_vit.runs.planned import Plan, PlannedRun
@@ -230,7 +230,7 @@ class RayExecutor:
 
     def _lose(self, attempt: _Attempt, reason: str, failure: Failure, traceback: str | None = None) -> None:
         reason = textwrap.shorten(reason, _REASON_CHARACTERS)
-        self._events.append(lost(attempt.run, reason, time.monotonic() - attempt.since, failure, traceback))
+        self._events.append(failed_attempt(attempt.run, reason, time.monotonic() - attempt.since, failure, traceback))
 
     def _give_up(self) -> None:
         """Report what waits for a node that the cluster does not have any more."""

@@ -18,11 +18,11 @@ from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.records import FEWEST_HELD_OUT, RunRecord, TestedCalibration, Unlike
 from peft_vit.core.tasks import Labels, Meaning, Task
 from peft_vit.core.training.images import Data, LabelledImages
-from peft_vit.runs.measures.known_images import neighbours_bytes, read_neighbours
+from peft_vit.runs.measures.neighbours import neighbours_bytes, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE, RECORD_FILE
 
-MOST_KNOWN = 2000  # training images whose features are kept
-LIKE = 0.95  # share of images like the held-out ones that are not flagged
+MAX_REFERENCE_IMAGES = 2000  # training images whose features are kept
+UNLIKE_COVERAGE = 0.95  # share of images like the held-out ones that are not flagged
 # Of temperatures that were best on test images, see docs/explanation/probabilities.md. Validation images chose the step
 # and look better than others do; a few of them would make a model too sure.
 PRIOR = TemperaturePrior(median=1.5, spread=0.35)
@@ -36,8 +36,8 @@ class Outputs(NamedTuple):
     middle: NDArray[np.float32] | None  # (N, D), see `Backbone.logits_and_middle`; None: not asked for
 
 
-def known_images(data: Data, seed: int) -> LabelledImages:
-    """Return the training images whose features are kept: all, or `MOST_KNOWN`, each class with its share.
+def reference_images(data: Data, seed: int) -> LabelledImages:
+    """Return the training images whose features are kept: all, or `MAX_REFERENCE_IMAGES`, each class with its share.
 
     Of copies, near ones too, it is one, whichever. A copy lies as close to another as its format rounds pixels, and
     every new image lies farther away: of 120 digits, each as PNG and as JPEG, at 56 px, 120 of 120 new ones
@@ -46,19 +46,19 @@ def known_images(data: Data, seed: int) -> LabelledImages:
     train, rng = data.train, numpy_generator(seed, "features")
     order = rng.permutation(len(train))
     different = np.sort(order[np.unique(data.groups[train.positions[order]], return_index=True)[1]])
-    drawn = stratified_draw(different, data.task.strata(train.labels), min(MOST_KNOWN, len(different)), rng)
+    drawn = stratified_draw(different, data.task.strata(train.labels), min(MAX_REFERENCE_IMAGES, len(different)), rng)
     return train.chosen(drawn)
 
 
-def known_bytes(shape: BackboneShape, images: int) -> int:
+def reference_bytes(shape: BackboneShape, images: int) -> int:
     """Return the bytes that features of so many training images take: one each, of what comes to the middle block."""
     blocks = shape.sites[-1].layer + 1
     width = next(site.in_features for site in shape.sites if site.layer >= blocks // 2)
-    return min(MOST_KNOWN, images) * width if images >= FEWEST_HELD_OUT else 0
+    return min(MAX_REFERENCE_IMAGES, images) * width if images >= FEWEST_HELD_OUT else 0
 
 
 @dataclass(frozen=True)
-class Believed:
+class Reliability:
     """How far a model can be believed.
 
     Attributes:
@@ -74,7 +74,7 @@ class Believed:
     tested: TestedCalibration | None = None
 
 
-def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task) -> Believed:
+def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task) -> Reliability:
     """Return what outputs mean, what is unlike the training images, and what both come to on test images.
 
     Args:
@@ -86,15 +86,15 @@ def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32
     meaning = task.meaning(validation.logits, validation.labels, PRIOR)
     unlike, features, flagged = None, None, None
     if known is not None and test.middle is not None and len(known) + len(validation.labels) >= FEWEST_HELD_OUT:
-        neighbours, unlike = known_by(known, validation.middle)
+        neighbours, unlike = fit_neighbours(known, validation.middle)
         features = neighbours_bytes(neighbours)
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
     if not len(validation.labels) and unlike is None:
-        return Believed(meaning)
-    return Believed(meaning, unlike, features, task.tested(meaning, test.logits, test.labels, flagged))
+        return Reliability(meaning)
+    return Reliability(meaning, unlike, features, task.tested(meaning, test.logits, test.labels, flagged))
 
 
-def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None) -> tuple[Neighbours, Unlike]:
+def fit_neighbours(train: NDArray[np.float32], validation: NDArray[np.float32] | None) -> tuple[Neighbours, Unlike]:
     """Return what is kept of training images, and when an image is unlike them, by features (n, D) and (m, D).
 
     Validation images say that, and so do training images, each of these left out in turn: training has fitted them, but
@@ -108,10 +108,10 @@ def known_by(train: NDArray[np.float32], validation: NDArray[np.float32] | None)
     apart = known.apart()  # (n,)
     if validation is not None:
         apart = np.concatenate([apart, known.distances(validation)])
-    return known, Unlike(images=len(apart), threshold=conformal_quantile(apart, LIKE))
+    return known, Unlike(images=len(apart), threshold=conformal_quantile(apart, UNLIKE_COVERAGE))
 
 
-def known_of(run_dir: Path, record: RunRecord) -> Neighbours | None:
+def read_run_neighbours(run_dir: Path, record: RunRecord) -> Neighbours | None:
     """Return the training features that lie beside a record; None if it names none.
 
     Raises:

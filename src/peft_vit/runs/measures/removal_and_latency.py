@@ -26,16 +26,16 @@ _BATCH = 32  # images of a forward pass without an update
 
 
 def take_measures(
-    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig, overhead: Overhead
+    backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig, overhead: Overhead
 ) -> tuple[AdapterRemoval | None, dict[int, float]]:
     """Return what removal costs, and what `time_forward` does, as far as it is asked for; seconds go to `overhead`."""
     removal, latency_s = None, {}
     if spec.measures.removal_images is not None and spec.experiment.has_adapters:
         with overhead.of("removal"):
-            removal = leave_out_updates(model, data, spec, runtime)
+            removal = leave_out_updates(backbone.model, data, spec, runtime)
     if spec.measures.latency_batches:
         with overhead.of("latency"):
-            latency_s = time_forward(model, backbone, data, spec, runtime)
+            latency_s = time_forward(backbone, data, spec, runtime)
     return removal, latency_s
 
 
@@ -63,14 +63,12 @@ def removal_images(
     )
 
 
-def time_forward(
-    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig
-) -> dict[int, float]:
+def time_forward(backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig) -> dict[int, float]:
     """Return the seconds of a forward pass of the model as it would be deployed in PyTorch, by size of the batch.
 
     See `evaluation.forward_s`.
     """
-    deployed = _deployed(model, backbone, data, spec, runtime)
+    deployed = _deployed(backbone, data, spec, runtime)
     seconds = {}
     source = data.validation if len(data.validation) else data.train
     for size in spec.measures.latency_batches:
@@ -80,15 +78,14 @@ def time_forward(
     return seconds
 
 
-def _deployed(
-    model: nn.Module, backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig
-) -> nn.Module:
+def _deployed(backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig) -> nn.Module:
     """Return the model without adapters, where it computes the same; the given one stays as it is.
 
     Updates on float weights are added to them. On weights quantized in groups they go into the offsets, which round.
     Without groups a merge would choose codes again, and so make another model than the one that was tested: adapters
     stay, and their part of a forward pass is timed with it.
     """
+    model = backbone.model
     layers = [module for _, module in adapted_modules(model) if module.quantized is not None]
     if not layers:
         outputs = data.task.head_width(data.class_names)

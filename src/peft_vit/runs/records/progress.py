@@ -27,7 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from peft_vit.base.errors import UserError, printable
 from peft_vit.base.files import checkpoint_folders, folder_below, make_folder, read_bytes
 from peft_vit.core.records import StudyFile
-from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, STUDY_FILE, followed, read_study_file
+from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, STUDY_FILE, read_study_file, resolve_latest
 
 try:
     import fcntl
@@ -218,7 +218,7 @@ class End(BaseModel):
 
 
 @dataclass(frozen=True)
-class Known:
+class RunFiles:
     """What is known of a run.
 
     Attributes:
@@ -284,12 +284,12 @@ def run_of(run: str) -> tuple[str, int]:
     return experiment, int(seed)
 
 
-def now() -> str:
+def utc_now() -> str:
     """Return the time, for what begins."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def look_at(study: Path, run: str) -> Known:
+def read_run_files(study: Path, run: str) -> RunFiles:
     """Return what is known of a run.
 
     Args:
@@ -320,7 +320,7 @@ def look_at(study: Path, run: str) -> Known:
     has_adapter = (folder / ADAPTER_FILE).exists()
     if attempt is None and end is not None and end.status == "done" and not has_adapter:
         faults.append(f"its record is here, its {ADAPTER_FILE} is not")
-    return Known(attempt, end, has_adapter, "; ".join(faults))
+    return RunFiles(attempt, end, has_adapter, "; ".join(faults))
 
 
 def run_status(study: Path, run: str, owner: Owner | None, *, skipped: bool) -> RunStatus:
@@ -333,7 +333,7 @@ def run_status(study: Path, run: str, owner: Owner | None, *, skipped: bool) -> 
         skipped: whether the call that was made last leaves the run out.
     """
     try:
-        known = look_at(study, run)
+        known = read_run_files(study, run)
     except UserError as error:
         return RunStatus(run, "pending", note=str(error))
     if known.is_done:
@@ -392,7 +392,7 @@ def find_studies(directory: Path) -> list[Path]:
     Raises:
         UserError: if there is none.
     """
-    directory = followed(directory)
+    directory = resolve_latest(directory)
     require_directory(directory)
     beside = [place for place in sorted(directory.iterdir()) if place.name != LATEST]
     for folders in ([directory], beside):

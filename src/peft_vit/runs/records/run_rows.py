@@ -12,40 +12,37 @@ from typing import Any
 from peft_vit.core.records import RunRecord
 
 # What the digest leaves out: of an attempt, its machine and its pace, ...
-_OF_ATTEMPTS = (
-    "schema_version",
-    "spec",  # spec_digest stands for it
-    "error",
-    "failure",
-    "traceback",
-    "started_at",
-    "seconds",
-    "attempts",
-    "warnings",
-    "provenance",
-    "seconds_per_step",
-    "overhead_s",
-    "peak_memory_bytes",
-    "own_memory_bytes",
-    "latency_s",
-    "registration",
+_LEFT_OUT: dict[str, Any] = dict.fromkeys(
+    (
+        "schema_version",
+        "spec",  # spec_digest stands for it
+        "error",
+        "failure",
+        "traceback",
+        "started_at",
+        "seconds",
+        "attempts",
+        "warnings",
+        "provenance",
+        "seconds_per_step",
+        "overhead_s",
+        "peak_memory_bytes",
+        "own_memory_bytes",
+        "latency_s",
+        "registration",
+        # ... and what follows from the rest, or came after the first digests, which kept results hold.
+        "left_out",
+        "head_fit",
+        "probe_test",
+        "calibrated",
+        "decision",
+        "unlike",
+        "features_sha256",
+        "tested_calibration",
+    ),
+    True,
 )
-# ... and what follows from the rest, or came after the first digests, which kept results hold.
-_FOLLOWING = (
-    "left_out",
-    "head_fit",
-    "probe_test",
-    "calibrated",
-    "decision",
-    "unlike",
-    "features_sha256",
-    "tested_calibration",
-)
-_LEFT_OUT: dict[str, Any] = {
-    **dict.fromkeys((*_OF_ATTEMPTS, *_FOLLOWING), True),
-    "sites": {"__all__": {"role"}},
-    "steps": {"__all__": {"seconds"}},
-}
+_LEFT_OUT |= {"sites": {"__all__": {"role"}}, "steps": {"__all__": {"seconds"}}}
 
 _MEASURES = ("accuracy", "balanced_accuracy", "auroc", "nll", "ece")
 # The columns of a table of runs, with the types of those that may be empty.

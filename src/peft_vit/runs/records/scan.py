@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import RUN_NAME, RunRecord
 from peft_vit.runs.records.progress import StudyStatus, owner_of, require_directory, study_status
-from peft_vit.runs.records.storage import RECORD_FILE, STUDY_FILE, followed, read_record
+from peft_vit.runs.records.storage import RECORD_FILE, STUDY_FILE, read_record, resolve_latest
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_contents(directory: Path) -> Contents:
     Raises:
         UserError: if the directory does not exist, or if no record and no study.json in it can be read.
     """
-    directory = followed(directory)
+    directory = resolve_latest(directory)
     files, folders, problems = _walk(directory)
     studies, records = [], []
     for folder in folders:

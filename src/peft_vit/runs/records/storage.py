@@ -35,7 +35,7 @@ def run_folder(results_dir: Path, spec: RunSpec) -> Path:
     return folder_below(results_dir, spec.run_id)
 
 
-def followed(path: Path) -> Path:
+def resolve_latest(path: Path) -> Path:
     """Return a path, or where it leads if it is a `latest` that stands as a file for a link."""
     if path.name == LATEST and os.path.isfile(path):
         with named(path), os_fault("can't be read", path):
@@ -61,7 +61,7 @@ def single_run(path: Path) -> Path:
 
     Where a call of `train` has made two, a file says which of them is its model.
     """
-    path = followed(path)
+    path = resolve_latest(path)
     if (delivered := delivered_run(path)) is not None:
         return delivered
     study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)

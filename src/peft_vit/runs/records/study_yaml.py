@@ -14,7 +14,7 @@ from peft_vit.core.records import RunSpec
 
 _LONGEST_NAME = 64
 # What a run takes from its study as it stands: backbone, data, device and the like.
-_SHARED = tuple(name for name in StudyConfig.model_fields if name in RunSpec.model_fields)
+SHARED = tuple(name for name in StudyConfig.model_fields if name in RunSpec.model_fields)
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_\-]*")  # no number in any version of YAML; PyYAML itself quotes true and null
 
 
@@ -51,7 +51,7 @@ def study_yaml(spec: RunSpec, seeds: Sequence[int], *, suffix: str, comments: Se
     content: dict[str, Any] = {
         "name": f"{spec.study[: _LONGEST_NAME - len(suffix)]}{suffix}",
         "seeds": list(seeds),
-        **{name: value for name in _SHARED if (value := _plain(spec, name)) is not None},
+        **{name: value for name in SHARED if (value := _plain(spec, name)) is not None},
         "training": experiment.training.model_dump(
             mode="json",  # null has a meaning here: no clipping
             include=set(PROBE_READS) if experiment.is_probe else None,  # a file that gave a probe more is refused

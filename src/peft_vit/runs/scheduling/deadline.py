@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import heapq
+import math
 import statistics
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from peft_vit.base.console import duration
 from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import ExperimentConfig
-from peft_vit.runs.costs.time_limit import PROCESS_S, Course, Limit, Pace, first_that_fits
+from peft_vit.runs.costs.time_limit import PROCESS_S, Limit, Pace, RunTimer, first_that_fits
 from peft_vit.runs.executors import (
     EXECUTORS,
     Event,
@@ -28,18 +28,18 @@ from peft_vit.runs.records.storage import run_folder
 if TYPE_CHECKING:  # it runs without torch, which only executors need
     from peft_vit.runs.planned import Plan, PlannedRun
 
-_SEVERAL, _ENOUGH_STEPS = 3.0, 3  # times longer than planned, from where it is told; steps that tell it
-_TOLD_BY_PROBES = 5.0  # probes may be so many times slower than planned for reasons of their own
+_SLOW_FACTOR, _ENOUGH_STEPS = 3.0, 3  # times longer than planned, from where it is told; steps that tell it
+_PROBE_FACTOR = 5.0  # probes may be so many times slower than planned for reasons of their own
 
 
-class Times:
+class RunTimes:
     """What the runs of a plan will still take, by what a call has seen of them; all times are seconds on one clock.
 
     A run that waits takes what was planned, times the pace of its experiment: what its runs take over what they were
     planned to. That is the median of those that have ended, or have shown it before they were stopped; without one, of
     those under way. Where none has shown anything yet, those of other experiments tell it, all together. Linear probes
     tell it only of each other, since the first one computes features for all; but that one is much slower than planned
-    means that the others will be, too. A run under way shows it by its steps, see `Course`, or by taking longer than
+    means that the others will be, too. A run under way shows it by its steps, see `RunTimer`, or by taking longer than
     expected. What a checkpoint holds is done.
 
     Args:
@@ -51,15 +51,14 @@ class Times:
     """
 
     def __init__(self, runs: Iterable[PlannedRun], results_dir: Path | None = None) -> None:
-        self.running: dict[str, Course] = {}
+        self.running: dict[str, RunTimer] = {}
         self._experiments: dict[str, ExperimentConfig] = {}  # by name of the run
         self._left: dict[str, float] = {}  # share of a run that is still to be done, by its newest checkpoint
         for run in runs:
             folders = {} if results_dir is None else checkpoint_folders(run_folder(results_dir, run.spec))
             self._left[run.spec.name] = 1 - max(folders, default=0) / run.total_steps if folders else 1.0
             self._experiments[run.spec.name] = run.spec.experiment
-        self._shown: dict[str, list[float]] = {}  # times longer than planned, by name of the experiment
-        self._of_steps, self._of_probes = Pace(), Pace()
+        self._ended: list[_Taken] = []
         self._workers: set[str] = set()
 
     def on_event(self, event: Event | RunRetried, now: float) -> None:
@@ -71,68 +70,73 @@ class Times:
                 self._workers.add(event.worker)
                 planned_s, after_s = run.estimate.seconds, run.estimate.after_s
                 done_s = (1 - self._left[name]) * (planned_s - after_s)
-                self.running[name] = Course(planned_s, began, after_s, done_s)
+                self.running[name] = RunTimer(planned_s, began, after_s, done_s)
             case RunProgress():
-                if (course := self.running.get(name)) is not None:
-                    course.stepped(event.progress.step, event.progress.total_steps, now)
+                if (timer := self.running.get(name)) is not None:
+                    timer.stepped(event.progress.step, event.progress.total_steps, now)
             case RunEnded():
                 self.running.pop(name, None)
                 if event.record.status == "done":
-                    self._learn(run.spec.experiment, event.record.seconds, run.estimate.seconds)
+                    self._ended.append(_Taken(run.spec.experiment, event.record.seconds, run.estimate.seconds))
             case RunRetried() | RunInterrupted():
-                paces, course = self._paces(), self.running.pop(name, None)
-                if course is not None and (taken_s := course.shown_s(now, paces[run.spec.experiment.name])) is not None:
-                    self._learn(run.spec.experiment, taken_s, course.planned_s)
+                timer = self.running.pop(name, None)
+                if timer is not None:
+                    self._ended += self._shown({name: timer}, self._paces(now), now)
                 if isinstance(event, RunInterrupted):
                     self._left[name] = 1 - event.step / run.total_steps
 
     def left_s(self, now: float) -> dict[str, float]:
         """Return the seconds that are left of each run under way, by name."""
-        paces = self._paces(self._by_steps(now))
-        running = list(self.running.items())  # another thread may change it
-        return {name: course.left_s(now, paces[self._experiments[name].name]) for name, course in running}
+        paces, running = self._paces(now), list(self.running.items())  # another thread may change it
+        return {name: timer.left_s(now, paces[self._experiments[name].name]) for name, timer in running}
 
     def whole_s(self, runs: Iterable[PlannedRun], now: float) -> list[float]:
         """Return the seconds that runs will take from when they are started."""
-        shown = self._by_steps(now)
-        paces = self._paces(shown)
-        for name, course in list(self.running.items()):
-            taken_s = course.shown_s(now, paces[self._experiments[name].name])
-            if name not in shown and taken_s is not None:
-                shown[name] = (taken_s, course.planned_s)
-        paces = self._paces(shown)
+        paces = self._paces(now)
         return [self._left[run.spec.name] * paces[run.spec.experiment.name] * run.estimate.seconds for run in runs]
 
-    def _by_steps(self, now: float) -> dict[str, tuple[float, float]]:
-        """Return what runs under way take by their steps, and were planned to, by name; of the others nothing."""
-        running = [(name, course) for name, course in list(self.running.items()) if course.steps_seen]
-        return {name: (course.takes_s(now), course.planned_s) for name, course in running}
-
-    def _learn(self, experiment: ExperimentConfig, taken_s: float, planned_s: float) -> None:
-        (self._of_probes if experiment.is_probe else self._of_steps).add(taken_s, planned_s)
-        self._shown.setdefault(experiment.name, []).append(taken_s / planned_s)
-
-    def _paces(self, under_way: dict[str, tuple[float, float]] | None = None) -> dict[str, float]:
-        """Return how many times longer than planned runs take, by name of the experiment.
-
-        Args:
-            under_way: what runs take that have not ended, and were planned to, by name.
-        """
-        of_steps, of_probes = replace(self._of_steps), replace(self._of_probes)
-        shown: dict[str, list[float]] = {}
-        for name, (taken_s, planned_s) in (under_way or {}).items():
+    def _shown(self, timers: Mapping[str, RunTimer], paces: Mapping[str, float], now: float) -> list[_Taken]:
+        """Return what runs under way have shown to take, at the paces that are expected of their experiments."""
+        shown = []
+        for name, timer in list(timers.items()):
             experiment = self._experiments[name]
-            (of_probes if experiment.is_probe else of_steps).add(taken_s, planned_s)
-            shown.setdefault(experiment.name, []).append(taken_s / planned_s)
-        shown |= self._shown
-        others = of_steps.factor if of_steps.planned_s else max(1.0, of_probes.factor / _TOLD_BY_PROBES)
+            if (taken_s := timer.shown_s(now, paces[experiment.name])) is not None:
+                shown.append(_Taken(experiment, taken_s, timer.planned_s))
+        return shown
+
+    def _paces(self, now: float) -> dict[str, float]:
+        """Return how many times longer than planned runs take, by name of the experiment."""
         names = dict.fromkeys(experiment.name for experiment in self._experiments.values())
-        return {name: statistics.median(shown[name]) if name in shown else others for name in names}
+        paces = dict.fromkeys(names, math.inf)
+        for _ in range(2):  # first by ended runs and steps; what takes longer than expected of these is shown next
+            under_way = self._shown(self.running, paces, now)
+            factors = [Pace(), Pace()]  # of what takes steps, and of probes
+            for experiment, taken_s, planned_s in (*self._ended, *under_way):
+                factors[experiment.is_probe].add(taken_s, planned_s)
+            steps, probes = factors
+            others = steps.factor if steps.planned_s else max(1.0, probes.factor / _PROBE_FACTOR)
+            shown = _by_experiment(under_way) | _by_experiment(self._ended)
+            paces = {name: statistics.median(shown[name]) if name in shown else others for name in names}
+        return paces
+
+
+class _Taken(NamedTuple):
+    experiment: ExperimentConfig
+    taken_s: float
+    planned_s: float
+
+
+def _by_experiment(runs: Iterable[_Taken]) -> dict[str, list[float]]:
+    """Return times longer than planned, by name of the experiment."""
+    factors: dict[str, list[float]] = {}
+    for experiment, taken_s, planned_s in runs:
+        factors.setdefault(experiment.name, []).append(taken_s / planned_s)
+    return factors
 
 
 class Deadline:
     """Until when the runs of a plan may continue, and which of them are started: those that are expected to end in
-    time, see `Times`.
+    time, see `RunTimes`.
 
     Args:
         plan: in whose order runs are started.
@@ -150,20 +154,10 @@ class Deadline:
         self.under_way: set[str] = set()
         self._runs = plan.pending
         self._workers = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
-        self._times = Times(plan.pending, results_dir)
-        self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
-        self._warned_of: int | None = None  # how many runs were said to be done in time
+        self._times = RunTimes(plan.pending, results_dir)
+        self._none_fits: bool | None = None  # nothing is expected to end in time: begin it all the same
+        self._announced: int | None = None  # how many runs were said to be done in time
         self._stopped: list[tuple[float, str]] = []  # seconds that runs take that were stopped, and a line on it
-
-    @property
-    def over(self) -> bool:
-        """Tell whether what runs should be stopped."""
-        return self.limit.left_s <= 0
-
-    @property
-    def past(self) -> bool:
-        """Tell whether nothing should be waited for any more."""
-        return self.limit.clock() >= self.limit.past_at
 
     def to_start(self, waiting: Set[str]) -> Iterator[PlannedRun]:
         """Yield the runs that should be started now, which then count as under way.
@@ -173,10 +167,10 @@ class Deadline:
         """
         while len(self.under_way) < self._workers:
             idle = self._idle(waiting)
-            fitting = first_that_fits(idle, lambda own: own[1], self.limit.left_s)
-            if self._whatever is None:
-                self._whatever = bool(idle) and fitting is None
-            if self._whatever:
+            fitting = first_that_fits(idle, lambda option: option[1], self.limit.left_s)
+            if self._none_fits is None:
+                self._none_fits = bool(idle) and fitting is None
+            if self._none_fits:
                 fitting = next(iter(idle), None)
             if fitting is None:
                 return
@@ -200,14 +194,14 @@ class Deadline:
             waiting: names of the runs that have not ended.
         """
         now = self.limit.clock()
-        for name, course in {} if self._warned_of == 0 else self._times.running.items():
-            taken_s = course.takes_s(now) if course.steps_seen >= _ENOUGH_STEPS else course.done_s + course.spent_s(now)
-            if taken_s < _SEVERAL * course.planned_s:
+        for name, timer in {} if self._announced == 0 else self._times.running.items():
+            taken_s = timer.takes_s(now) if timer.steps_seen >= _ENOUGH_STEPS else timer.done_s + timer.spent_s(now)
+            if taken_s < _SLOW_FACTOR * timer.planned_s:
                 continue
             fitting = self._fitting(waiting)
-            if fitting < len(self._runs) and (self._warned_of is None or fitting == 0):
-                self._warned_of = fitting
-                planned = f"{name} was planned to take {duration(course.planned_s)} and {self._takes(name, now)}"
+            if fitting < len(self._runs) and (self._announced is None or fitting == 0):
+                self._announced = fitting
+                planned = f"{name} was planned to take {duration(timer.planned_s)} and {self._takes(name, now)}"
                 fits = f"{fitting} of {len(self._runs)} runs will be done in {self.limit.minutes:g} minutes"
                 return f"slower than planned: {planned}; about {fits}"
         return None
@@ -219,17 +213,17 @@ class Deadline:
         begun = self._stopped + [(left_s, f"{name} {self._takes(name, now)}") for name, left_s in under_way]
         if begun:
             return min(begun)[1]
-        run, seconds = min(self._idle({run.spec.name for run in self._runs}), key=lambda own: own[1])
+        run, seconds = min(self._idle({run.spec.name for run in self._runs}), key=lambda option: option[1])
         return f"{run.spec.name} is planned to take {duration(seconds)}"
 
     def _takes(self, name: str, now: float) -> str:
         """Return in words what a run under way takes."""
-        course = self._times.running[name]
-        if course.steps_seen:
-            return f"takes about {duration(course.takes_s(now))} here"
-        spent_s, left_s = course.spent_s(now), self._times.left_s(now)[name]
+        timer = self._times.running[name]
+        if timer.steps_seen:
+            return f"takes about {duration(timer.takes_s(now))} here"
+        spent_s, left_s = timer.spent_s(now), self._times.left_s(now)[name]
         if spent_s < left_s:
-            return f"is expected to take {duration(course.done_s + spent_s + left_s)} here"
+            return f"is expected to take {duration(timer.done_s + spent_s + left_s)} here"
         return f"takes more than {duration(spent_s)} here"
 
     def _idle(self, waiting: Set[str]) -> list[tuple[PlannedRun, float]]:
@@ -240,13 +234,13 @@ class Deadline:
     def _fitting(self, waiting: Set[str]) -> int:
         """Return how many runs of this call will have ended in time, those that have ended among them."""
         left_s, idle = self.limit.left_s, self._idle(waiting)
-        free_at = [own for own in self._times.left_s(self.limit.clock()).values() if own <= left_s]
+        free_at = [run_s for run_s in self._times.left_s(self.limit.clock()).values() if run_s <= left_s]
         fitting = len(self._runs) - len(waiting) + len(free_at)
         free_at += [0.0] * (self._workers - len(self.under_way))
         heapq.heapify(free_at)
         while free_at:
             at = heapq.heappop(free_at)
-            if (next_run := first_that_fits(idle, lambda own: own[1], left_s - at)) is not None:
+            if (next_run := first_that_fits(idle, lambda option: option[1], left_s - at)) is not None:
                 idle.remove(next_run)
                 heapq.heappush(free_at, at + next_run[1])
                 fitting += 1

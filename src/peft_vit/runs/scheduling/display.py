@@ -20,7 +20,7 @@ from peft_vit.core.training import Progress
 from peft_vit.runs.costs.time_limit import makespan
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.runs.planned import Plan, PlannedRun
-from peft_vit.runs.scheduling.deadline import Times
+from peft_vit.runs.scheduling.deadline import RunTimes
 from peft_vit.runs.this_machine.machine import cpu_count
 
 _UNKNOWN = "–"
@@ -101,7 +101,7 @@ class _Running:
 class StudyProgress(ProgressDisplay):
     """Shows a study's progress; use as a context manager and hand `on_event` to the driver.
 
-    What is left follows what the call has seen so far, see `Times`, and is never more than what `until` leaves.
+    What is left follows what the call has seen so far, see `RunTimes`, and is never more than what `until` leaves.
 
     Args:
         plan: what is done.
@@ -121,13 +121,14 @@ class StudyProgress(ProgressDisplay):
         alone: bool = False,
     ) -> None:
         super().__init__(self._shown, self._of_the_quietest, console)
-        self._until, self._alone, self._notices = until, alone, plan.notices
+        self._until = math.inf if until is None else until
+        self._alone, self._notices = alone, plan.notices
         self._since = time.monotonic()
         self._workers = plan.study.execution.workers
         self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
-        self._times = Times(plan.pending, results_dir)
+        self._times = RunTimes(plan.pending, results_dir)
 
     def _of_the_quietest(self) -> str | None:
         """Return how far the run is of which nothing was said for longest."""
@@ -204,17 +205,14 @@ class StudyProgress(ProgressDisplay):
 
     def _left(self, now: float) -> dict[str, str]:
         """Return what is left of each run under way, by name."""
-        most = math.inf if self._until is None else max(0.0, self._until - now)
-        return {name: duration(min(most, seconds)) for name, seconds in self._times.left_s(now).items()}
+        most_s = max(0.0, self._until - now)
+        return {name: duration(min(most_s, seconds)) for name, seconds in self._times.left_s(now).items()}
 
     def _left_s(self, now: float) -> float:
         busy = self._times.left_s(now).values()
-        left_s = makespan(
-            self._times.whole_s(list(self._waiting.values()), now),
-            max(self._workers, len(busy)),  # on a cluster it shows how many there are
-            busy=busy,
-        )
-        return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
+        workers = max(self._workers, len(busy))  # on a cluster it shows how many there are
+        left_s = makespan(self._times.whole_s(list(self._waiting.values()), now), workers, busy=busy)
+        return min(left_s, max(0.0, self._until - now))
 
     def _left_for_all(self, now: float) -> str:
         return duration(self._left_s(now))

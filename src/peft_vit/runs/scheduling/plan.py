@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from peft_vit.core.config import (
     USUAL_TASK,
     AdaLoraConfig,
     BackboneConfig,
-    ClassWeights,
     ExperimentConfig,
     Precision,
     QaLoraConfig,
@@ -27,23 +26,17 @@ from peft_vit.core.config import (
 )
 from peft_vit.core.methods import check, shorten
 from peft_vit.core.records import RunSpec, StudyFile
-from peft_vit.core.tasks import TASKS, Task
+from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import check_augmentation
 from peft_vit.data import ImageIndex, Splits, class_gaps, image_warnings, make_splits, open_index, smoke_config
-from peft_vit.runs.costs.calibration_run import calibration_run
-from peft_vit.runs.costs.estimate import EstimateRequest, MeasuredCost, MeasureSteps, Workload, estimate_runs
-from peft_vit.runs.costs.memory_limit import (
-    MeasureStep,
-    MemoryChoice,
-    as_begun,
-    decide_memory,
-    unmeasured,
-    with_decided,
-)
+from peft_vit.runs.costs.estimate import EstimateRequest, FinishedCost, MeasureSteps, Workload, estimate_runs
+from peft_vit.runs.costs.memory_limit import MeasureStep, MemoryChoice, decide_memory
+from peft_vit.runs.costs.timing_run import timing_run
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, read_study_file, run_folder
+from peft_vit.runs.records.study_yaml import SHARED
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import ChosenPrecision, choose_precision, resolve_device
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
@@ -77,21 +70,20 @@ def plan_study(
             holds a study of this name that was configured otherwise, with the difference.
     """
     with named(file):
-        before = read_study_file(results_dir / study.name)
+        existing = read_study_file(results_dir / study.name)
         if smoke:
             study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
-            study = unmeasured(study, describe(study.backbone, study.data.image_size))
         pretrained_with = interpolation_of(architecture_of(study.backbone))
         if study.data.interpolation is None and pretrained_with != "bicubic":
             data = study.data.model_copy(update={"interpolation": pretrained_with})
             study = study.model_copy(update={"data": data})
-        precision = decide_precision(study, before)
-        study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
-        study, compute_note = _with_compute(study, before, smoke=smoke)
+        precision = decide_precision(study, existing)
+        study = study.model_copy(update={"precision": precision.chosen})
+        study, compute_note = _as_begun(study, existing, smoke=smoke)
         index = open_index(study.data, smoke=smoke)
         study = _settled(study, index)
         requested = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
-        go_on(results_dir / study.name, before, requested, source=str(file or "asked for"), part=part)
+        go_on(results_dir / study.name, existing, requested, source=str(file or "asked for"), part=part)
         splits = splits_of(index, study)
         first = splits[study.seeds[0]]
         workload = workload_of(study, index, first)
@@ -99,29 +91,31 @@ def plan_study(
             with _below(place):
                 check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
                 check_augmentation(experiment.training.augmentation, index.channels)
-        study, choices = _within_memory(study, workload, index, first, measure_step)
+        study, choices, memory = _within_memory(study, workload, index, first, measure_step, smoke=smoke)
         wanted = []
         for place, experiment in enumerate(study.experiments):
             steps = experiment.total_steps(workload.train)
-            spec = spec_of(study, place, study.seeds[0], smoke=smoke)
-            kind = calibration_run(spec, steps, workload.shape, index, first)
+            specs = [spec_of(study, place, seed, smoke=smoke) for seed in study.seeds]
+            kind = timing_run(specs[0], steps, workload.shape, index, first)
             digest = kind.digest()
-            for seed in study.seeds:
-                spec = spec_of(study, place, seed, smoke=smoke)
-                wanted.append(EstimateRequest(spec, steps, kind, digest, _taken(results_dir, spec, index.sha256)))
+            for spec in specs:
+                wanted.append(EstimateRequest(spec, steps, kind, digest, _finished(results_dir, spec, index.sha256)))
         notices: list[str] = []
-        if any(run.taken is None for run in wanted):
-            notices = _slow_products([run.spec for run in wanted if run.taken is None], workload.device, before)
-            _refuse_other_weights(wanted, check_weights(study.backbone), results_dir)
+        if pending := [run.spec for run in wanted if run.finished is None]:
+            notices = _slow_products(pending, workload.device, existing)
+            weights_sha256 = check_weights(study.backbone)
+            for run in wanted:
+                if run.finished is not None and weights_sha256 not in (None, run.finished.weights_sha256):
+                    file = run_folder(results_dir, run.spec) / RECORD_FILE
+                    reason = "was made with other weights under the same path; choose another --output"
+                    raise UserError(reason, file=file)
             notices += _notices(index, study, splits)
         runs = []
         for run, estimate in zip(wanted, estimate_runs(wanted, workload, None if smoke else measure), strict=True):
             choice = choices.get(run.spec.experiment.name)
             if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
                 estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
-            runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None))
-        blocks = len(workload.shape.values_by_block)
-        limited = [experiment for experiment in study.experiments if experiment.name in choices]
+            runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.finished is not None))
         return Plan(
             study,
             file,
@@ -132,39 +126,54 @@ def plan_study(
             compute_note,
             part=part,
             notices=tuple(notices),
-            before=before,
-            memory=tuple(choices[experiment.name].line(experiment, blocks) for experiment in limited),
+            existing=existing,
+            memory=tuple(memory),
         )
 
 
-def _with_compute(study: StudyConfig, before: StudyFile | None, *, smoke: bool) -> tuple[StudyConfig, str | None]:
-    """Return the study with what frozen layers multiply, and a line on what was decided now.
+def _with_trainings(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
+    """Return the study with what is decided of each experiment's training; `decide` gets its place too."""
+    decided = []
+    for place, experiment in enumerate(study.experiments):
+        decided.append(experiment.model_copy(update={"training": decide(place, experiment)}))
+    return study.model_copy(update={"experiments": tuple(decided)})
 
-    It is what they multiplied when the study was begun, on whatever machine that was, so that all its runs are alike;
-    of a new study what is faster here. Any exact product may compute it.
+
+def _as_begun(study: StudyConfig, existing: StudyFile | None, *, smoke: bool) -> tuple[StudyConfig, str | None]:
+    """Return the study with what it was begun with, on whatever machine that was, so that all its runs are alike.
+
+    That is what was chosen for a `memory_limit`, and what frozen layers multiply; of a new study what is faster here.
+    Any exact product may compute it. A line says what was decided now.
     """
-    begun = {} if before is None else {own.name: own for own in before.configuration.experiments}
-    others = [own for own in begun.values() if not own.kind.without_integers]
-    experiments, note = [], None
-    for own in study.experiments:
-        training, earlier = own.training, begun.get(own.name) or next(iter(others), None)
+    experiments = () if existing is None else existing.configuration.experiments
+    begun = {experiment.name: experiment for experiment in experiments}
+    others = [experiment for experiment in begun.values() if not experiment.kind.without_integers]
+    note = None
+
+    def decide(_: int, experiment: ExperimentConfig) -> TrainingConfig:
+        nonlocal note
+        training, same = experiment.training, begun.get(experiment.name)
+        if training.is_undecided and same is not None and same.training.recomputed_blocks is not None:
+            images = training.micro_batch_size or same.training.images_at_once
+            training = training.decided(images, same.training.recomputed_blocks)
+        earlier = same or next(iter(others), None)
         compute, bits = training.compute, training.integer_bits
-        if compute == "auto" and (smoke or own.kind.without_integers):
+        if compute == "auto" and (smoke or experiment.kind.without_integers):
             compute = "float"
         elif earlier is not None and compute in ("auto", earlier.training.compute):
             compute, bits = earlier.training.compute, bits or earlier.training.integer_bits
         elif compute != "float":
-            choice = kept_products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
+            choice = products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
             if compute == "auto":
                 compute = "int8" if choice.is_faster else "float"
                 note = f"compute: auto is {compute}: {choice.times}" if choice.product else None
             bits = choice.product.bits if choice.product else bits
-        update = {"compute": compute, "integer_bits": bits if compute == "int8" else None}
-        experiments.append(own.model_copy(update={"training": training.model_copy(update=update)}))
-    return study.model_copy(update={"experiments": tuple(experiments)}), note
+        return training.model_copy(update={"compute": compute, "integer_bits": bits if compute == "int8" else None})
+
+    return _with_trainings(study, decide), note
 
 
-def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: StudyFile | None) -> list[str]:
+def _slow_products(pending: Sequence[RunSpec], device: torch.device, existing: StudyFile | None) -> list[str]:
     """Return a line where products of integers that runs need are slower than those of floats.
 
     Raises:
@@ -173,9 +182,9 @@ def _slow_products(pending: Sequence[RunSpec], device: torch.device, before: Stu
     lines = []
     kinds = {(spec.precision, spec.experiment.training.integer_bits) for spec in pending if spec.multiplies_integers}
     for precision, bits in kinds:
-        choice = kept_products.choose_product(device, precision, bits)
+        choice = products.choose_product(device, precision, bits)
         remedy = "use float"
-        if before is not None:
+        if existing is not None:
             remedy = "continue where the study was begun, or use float and another --output"
         choice.usable(device, remedy=remedy)
         if choice.seconds > choice.float_s:
@@ -191,25 +200,42 @@ def _below(place: int) -> Iterator[None]:
     except UserError as error:
         if error.field is None:  # about a file, such as a broken image
             raise
-        raise UserError(error.message, file=error.file, field=f"experiments[{place}].{error.field}") from None
+        raise error.about(f"experiments[{place}].{error.field}") from None
 
 
 def _within_memory(
-    study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
-) -> tuple[StudyConfig, dict[str, MemoryChoice]]:
-    """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments."""
-    choices: dict[str, MemoryChoice] = {}
+    study: StudyConfig,
+    workload: Workload,
+    index: ImageIndex,
+    splits: Splits,
+    measure_step: MeasureStep | None,
+    *,
+    smoke: bool,
+) -> tuple[StudyConfig, dict[str, MemoryChoice], list[str]]:
+    """Return the study with what keeps within every limit, what was chosen now, by experiment, and a line on each.
 
-    def decide_measured(place: int, experiment: ExperimentConfig) -> TrainingConfig:
+    Of a smoke study nothing is measured, and as many blocks are computed again as saves anything.
+    """
+    choices: dict[str, MemoryChoice] = {}
+    lines, blocks = list[str](), len(workload.shape.values_by_block)
+
+    def decide(place: int, experiment: ExperimentConfig) -> TrainingConfig:
+        training = experiment.training
+        if not training.is_undecided:
+            return training
+        if smoke:
+            return training.decided(training.images_at_once, training.recomputed_of(blocks))
         check_weights(study.backbone)
         spec, steps = spec_of(study, place, study.seeds[0]), experiment.total_steps(len(splits.train))
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
-            training, choices[experiment.name] = decide_memory(spec, steps, workload, index, splits, measure_step)
+            training, choice = decide_memory(spec, steps, workload, index, splits, measure_step)
+        choices[experiment.name] = choice
+        lines.append(choice.line(experiment, blocks))
         return training
 
-    return with_decided(study, decide_measured), choices
+    return _with_trainings(study, decide), choices, lines
 
 
 def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
@@ -218,36 +244,32 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     Raises:
         UserError: for what the task does not have.
     """
-    _refuse_of_classes(study, index.task)
-    if index.task is not TASKS[study.data.task or USUAL_TASK]:
-        study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
+    task = index.task
+    if study.measures.removal_images is not None:
+        task.need_one_class("measures.removal_images")
+    if task is not TASKS[study.data.task or USUAL_TASK]:
+        study = study.model_copy(update={"data": study.data.model_copy(update={"task": task.name})})
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
-    settled = {"metric": index.task.deciding(index.class_counts(chosen_on)).name}
-    experiments = (
-        own.model_copy(update={"training": own.training.model_copy(update=settled)})
-        if own.training.metric == "auto"
-        else own
-        for own in study.experiments
-    )
-    study = study.model_copy(update={"experiments": tuple(experiments)})
-    for place, own in enumerate(study.experiments):
-        with _below(place):
-            index.task.check(own.training)
-    return study
+    metric = task.deciding(index.class_counts(chosen_on)).name
 
-
-def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
-    """Refuse what is there for one class an image alone, of other tasks."""
-    of_classes: dict[str, object] = {"measures.removal_images": study.measures.removal_images is not None}
-    for place, own in enumerate(study.experiments):
-        qa_lora, adalora = own.section(QaLoraConfig), own.section(AdaLoraConfig)
-        of_classes |= {
-            f"experiments[{place}].training.label_smoothing": own.training.label_smoothing,
-            f"experiments[{place}].qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
-            f"experiments[{place}].adalora.importance_metric": adalora and adalora.importance_metric == "fisher",
+    def settle(place: int, experiment: ExperimentConfig) -> TrainingConfig:
+        training = experiment.training
+        qa_lora, adalora = experiment.section(QaLoraConfig), experiment.section(AdaLoraConfig)
+        of_one_class = {
+            "training.label_smoothing": training.label_smoothing,
+            "qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
+            "adalora.importance_metric": adalora is not None and adalora.importance_metric == "fisher",
         }
-    for field in (field for field, asked in of_classes.items() if asked):
-        task.need_one_class(field)
+        if training.metric == "auto":
+            training = training.model_copy(update={"metric": metric})
+        with _below(place):
+            for field, is_set in of_one_class.items():
+                if is_set:
+                    task.need_one_class(field)
+            task.check(training)
+        return training
+
+    return _with_trainings(study, settle)
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:
@@ -265,10 +287,10 @@ def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Worklo
     )
 
 
-def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrecision:
+def decide_precision(study: StudyConfig, existing: StudyFile | None) -> ChosenPrecision:
     """Return the precision of a study's runs: the one that it was begun with, or what `auto` is on this machine."""
     device = resolve_device(study.device)
-    return choose_precision(study.precision, None if before is None else before.configuration.precision, device)
+    return choose_precision(study.precision, None if existing is None else existing.configuration.precision, device)
 
 
 def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
@@ -288,17 +310,20 @@ def _notices(index: ImageIndex, study: StudyConfig, splits: dict[int, Splits]) -
 
     And whether some experiments are fitted to images that the others see changed.
     """
-    seeds_of: dict[str, list[int]] = {}
+    first = splits[study.seeds[0]]
+    seeds_of: dict[str, list[str]] = {}
     for seed, drawn in splits.items():
-        first = seed == study.seeds[0]
-        for text in image_warnings(index, drawn, study.data.image_size) if first else class_gaps(index, drawn):
-            seeds_of.setdefault(text, []).append(seed)
+        texts = image_warnings(index, drawn, study.data.image_size) if drawn is first else class_gaps(index, drawn)
+        for text in texts:
+            seeds_of.setdefault(text, []).append(str(seed))
     notices = list(seeds_of)
     if len(splits) > 1:
-        notices = [f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items()]
+        notices = [f"{text} (seen with seed {', '.join(seeds)})" for text, seeds in seeds_of.items()]
     for how in dict.fromkeys(experiment.training.class_weights for experiment in study.experiments):
         if how != "none":
-            notices.append(_weights_line(index, splits[study.seeds[0]].train, how))
+            weights = index.task.loss_weights(index.class_counts(first.train), how)
+            ends = (f"'{index.class_names[k]}' {weights[k]:.2g}" for k in (weights.argmax(), weights.argmin()))
+            notices.append(f"class weights in the loss, {how}: from {' to '.join(ends)}")
     probes = [experiment.name for experiment in study.experiments if experiment.is_probe]
     augmentation = [change for experiment in study.experiments for change in experiment.training.augmentation]
     changes = dict.fromkeys(change.name for change in augmentation if change.flip is None)
@@ -307,38 +332,13 @@ def _notices(index: ImageIndex, study: StudyConfig, splits: dict[int, Splits]) -
     return notices
 
 
-def _weights_line(index: ImageIndex, train: np.ndarray, how: ClassWeights) -> str:
-    """Return which class weighs most in the loss, and which least."""
-    weights = index.task.loss_weights(index.class_counts(train), how)
-    ends = (f"'{index.class_names[k]}' {weights[k]:.2g}" for k in (weights.argmax(), weights.argmin()))
-    return f"class weights in the loss, {how}: from {' to '.join(ends)}"
-
-
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
     """Return what a run of a study, whose precision is decided, is specified by; `place` is its experiment's."""
-    return RunSpec(
-        study=study.name,
-        seed=seed,
-        experiment=study.experiments[place],
-        backbone=study.backbone,
-        data=study.data,
-        device=study.device,
-        precision=cast(Precision, study.precision),
-        threads=study.threads,
-        smoke=smoke,
-        measures=study.measures,
-    )
+    shared: dict[str, Any] = {name: getattr(study, name) for name in SHARED}
+    return RunSpec(study=study.name, seed=seed, experiment=study.experiments[place], smoke=smoke, **shared)
 
 
-def _refuse_other_weights(runs: Sequence[EstimateRequest], sha256: str | None, results_dir: Path) -> None:
-    """Refuse to go on beside runs that were done with what the file of the weights held before."""
-    for run in runs:
-        if run.taken is not None and sha256 not in (None, run.taken.weights_sha256):
-            file = run_folder(results_dir, run.spec) / RECORD_FILE
-            raise UserError("was made with other weights under the same path; choose another --output", file=file)
-
-
-def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost | None:
+def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> FinishedCost | None:
     """Return what a finished run took; one that failed or lost its adapter is run again, a changed one refused."""
     file = run_folder(results_dir, spec) / RECORD_FILE
     if not file.exists():
@@ -347,7 +347,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     if record.status != "done" or not (file.parent / ADAPTER_FILE).exists():
         return None
     if record.spec != spec:
-        old, new = (own.model_dump(mode="json", exclude_none=True) for own in (record.spec, spec))
+        old, new = (values.model_dump(mode="json", exclude_none=True) for values in (record.spec, spec))
         raise UserError(
             "was made with another configuration, see below; "
             "give the study or the experiment another name, or choose another --output",
@@ -362,7 +362,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     start = spec.experiment.start
     if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
         raise UserError("was made with another adapter under the same path; choose another --output", file=file)
-    return MeasuredCost.of(record)
+    return FinishedCost.of(record)
 
 
 # --- any study, compressed into seconds: random weights, made-up images, a handful of steps ------------------------

@@ -1,4 +1,4 @@
-"""Measures what runs cost before they start: calibration runs do a few real steps in worker processes, as runs do."""
+"""Measures what runs cost before they start: timing runs do a few real steps in worker processes, as runs do."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from peft_vit.core.config import MeasuresConfig, StudyConfig
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import Progress
 from peft_vit.data import ImageIndex
-from peft_vit.runs.costs.calibration_run import MeasuredCosts, calibration_run, keep_costs
 from peft_vit.runs.costs.estimate import RunCost, StepTiming, Throughput, Workload, experiment_products
 from peft_vit.runs.costs.memory_limit import StepCost
+from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs, timing_run
 from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
 from peft_vit.runs.executors.local import LocalExecutor
 from peft_vit.runs.planned import PlannedRun
@@ -32,7 +32,7 @@ _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
 _FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
 _SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
 
-Seen = list[tuple[Progress, float]]  # what a run told, and when
+TimedProgress = list[tuple[Progress, float]]  # and when it was heard of, seconds
 
 
 def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, MeasuredCosts]:
@@ -41,31 +41,31 @@ def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> d
     A kind that fails is reported and left out.
 
     Args:
-        kinds: calibration runs by the name of an experiment.
+        kinds: timing runs by the name of an experiment.
         log: gets what is being done, a line each.
     """
     measured = {}
     with _executor() as executor:
         for place, (name, kind) in enumerate(kinds.items(), start=1):
             log(f"measuring {place} of {len(kinds)}: {name}")
-            record, seen = _carried_out(kind, executor)
+            record, progress = _carried_out(kind, executor)
             if record.status == "failed":
                 log(f"{name} could not be measured ({record.error}); its time and memory are estimated")
                 continue
-            measured[name] = costs_of(record, seen)
-            keep_costs(kind, measured[name])
+            measured[name] = costs_of(record, progress)
+            cache_costs(kind, measured[name])
     return measured
 
 
-def costs_of(record: RunRecord, seen: Seen) -> MeasuredCosts:
+def costs_of(record: RunRecord, progress: TimedProgress) -> MeasuredCosts:
     """Return a run's costs from its record, and from when it was heard of each step and each validation.
 
     The first step is left out of the mean: it also allocates what the others find, and counts as part of the start.
     """
     steps: list[float] = []
     evaluations: list[float] = []
-    for (before, earlier), (now, later) in itertools.pairwise(seen):
-        (steps if now.step > before.step else evaluations).append(later - earlier)
+    for (previous, earlier), (latest, later) in itertools.pairwise(progress):
+        (steps if latest.step > previous.step else evaluations).append(later - earlier)
     steps = steps or [record.steps[0].seconds]  # there is no other
     step_s = sum(steps) / len(steps)
     image_s = sum(evaluations) / len(evaluations) / record.split_sizes["validation"]
@@ -127,14 +127,14 @@ def measure_throughput(
     estimated = workload.throughput()
     probes: list[StepTiming] = []
     process_s = 0.0
-    size_step, whole = workload.shape.size_step, study.data.image_size
+    size_step, largest = workload.shape.size_step, study.data.image_size
     smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
     with _executor() as executor:
-        for image_size in dict.fromkeys((whole, min(whole, smallest))):
+        for image_size in dict.fromkeys((largest, min(largest, smallest))):
             kind, shape = _few_steps(study, index, image_size, estimated)
             started = time.monotonic()
             try:
-                record, seen = _carried_out(kind, executor, ends_at)
+                record, progress = _carried_out(kind, executor, ends_at)
             except (TimeoutError, UserError):  # of a broken image, which the study itself will name
                 break
             if record.status != "done":
@@ -143,7 +143,7 @@ def measure_throughput(
             if not probes:
                 process_s = max(0.0, time.monotonic() - started - record.seconds)
             products = experiment_products(kind.experiment, shape, kind.experiment.training.batch_size)
-            probes.append(StepTiming(products, shape.multiply_adds, costs_of(record, seen)))
+            probes.append(StepTiming(products, shape.multiply_adds, costs_of(record, progress)))
     if probes:
         return Throughput.measured(probes, process_s)
     log("timing failed; estimating from matmul speed")
@@ -153,7 +153,7 @@ def measure_throughput(
 def _few_steps(
     study: StudyConfig, index: ImageIndex, image_size: int, estimated: Throughput
 ) -> tuple[RunSpec, BackboneShape]:
-    """Return the calibration run of a study's experiment at a size, of a batch that does not take too long."""
+    """Return the timing run of a study's experiment at a size, of a batch that does not take too long."""
     (experiment,), seed = study.experiments, study.seeds[0]
     splits, shape = splits_of(index, study)[seed], describe(study.backbone, image_size)
     batch_size = experiment.training.batch_size
@@ -166,8 +166,8 @@ def _few_steps(
         "measures": MeasuresConfig(),
     }
     steps = experiment.total_steps(len(splits.train))
-    whole, most = spec.model_copy(update=changes), max(2, batch_size)
-    return calibration_run(whole, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
+    run, most = spec.model_copy(update=changes), max(2, batch_size)
+    return timing_run(run, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
 
 
 @contextmanager
@@ -176,8 +176,8 @@ def _executor() -> Iterator[LocalExecutor]:
         yield executor
 
 
-def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, Seen]:
-    """Do a calibration run and return what came of it.
+def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, TimedProgress]:
+    """Do a timing run and return what came of it.
 
     Raises:
         UserError: if an image is broken.
@@ -186,12 +186,12 @@ def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.i
     assert kind.data.train_images is not None
     run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
     decode_images([run])
-    seen = Seen()
+    progress = TimedProgress()
     executor.submit(run)
     while (left_s := ends_at - time.monotonic()) > 0:
         event = executor.next_event(min(_POLL_S, left_s))
         if isinstance(event, RunProgress):
-            seen.append((event.progress, time.perf_counter()))
+            progress.append((event.progress, time.perf_counter()))
         elif isinstance(event, RunEnded):
-            return event.record, seen
+            return event.record, progress
     raise TimeoutError

@@ -29,9 +29,9 @@ from peft_vit.runs.executors import (
     RunRetried,
     RunStarted,
     StudyEvent,
-    lost,
+    failed_attempt,
 )
-from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, Known, StudyLock, look_at, now
+from peft_vit.runs.records.progress import PROGRESS_FILE, Attempt, StudyLock, read_run_files, utc_now
 from peft_vit.runs.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -45,7 +45,9 @@ if TYPE_CHECKING:  # it runs without torch, which only executors need
     from peft_vit.runs.planned import Plan, PlannedRun
     from peft_vit.runs.scheduling.deadline import Deadline
 
-TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
+_TRANSIENT: frozenset[Failure | None] = frozenset(
+    {"killed", "out_of_memory", "io"}
+)  # another attempt may end otherwise
 _POLL_S = 0.2
 _FREE = {"description", "execution"}  # settings on which no result depends
 # What a run needs until it is done, and what files and checkpoints are called while they are written, see
@@ -88,19 +90,21 @@ def drive(
 
     names = {run.spec.name for run in plan.runs}
     requested = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
-    content = go_on(lock.folder, plan.before, requested, source=str(plan.file or "asked for"), part=plan.part)
+    content = go_on(lock.folder, plan.existing, requested, source=str(plan.file or "asked for"), part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
-        if content != plan.before:
+        if content != plan.existing:
             write_study_file(lock.folder, content)
         store = StudyStore(lock, content.runs)
         for text in store.notices:
             report(Notice(text))
-        waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]
+        waiting = [
+            run for run in plan.pending if not skip_failed or read_run_files(lock.folder, run.spec.name).failure is None
+        ]
         if executor is not None:
             attempts = _Attempts(executor, store, report, plan.study.execution.retries)
             attempts.carry_out(waiting, deadline)
-        failures = {run.spec.run_id: store.known(run.spec.name).failure for run in plan.runs}
+        failures = {run.spec.run_id: read_run_files(lock.folder, run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
         if executor is not None:
@@ -132,14 +136,14 @@ class _Attempts:
                 if signals and not self.stopping:
                     self._stop("stopping after a checkpoint of each run; press Ctrl-C again to end at once")
                 if deadline is not None:
-                    if not self.stopping and not deadline.over:
+                    if not self.stopping and deadline.limit.left_s > 0:
                         for run in deadline.to_start(self.waiting):
                             self.executor.submit(run)
                         if (warning := deadline.warning(self.waiting)) is not None:
                             self.on_event(Notice(warning))
                     elif not self.stopping and deadline.under_way:
                         self._stop("time is up: runs under way write a checkpoint, from which a later call continues")
-                    if deadline.past if self.stopping else not deadline.under_way:
+                    if deadline.limit.is_past if self.stopping else not deadline.under_way:
                         break
                 event = self.executor.next_event(_POLL_S)
                 if event is not None:
@@ -164,7 +168,9 @@ class _Attempts:
             return
         if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self.reached[run]:
             # It must not repeat for ever.
-            event = lost(event.run, f"it was interrupted at step {event.step} without a step since the last time")
+            event = failed_attempt(
+                event.run, f"it was interrupted at step {event.step} without a step since the last time"
+            )
         match event:
             case RunEnded():
                 self.running.discard(run)
@@ -186,7 +192,7 @@ class _Attempts:
         if record.failure == "disk_full":
             reason = f"no room for what it writes ({record.error}); make room, and the same command continues"
             raise UserError(reason, file=self.store.folder / run)
-        again = record.status == "failed" and record.failure in TRANSIENT
+        again = record.status == "failed" and record.failure in _TRANSIENT
         if again and not self.stopping:  # what a stop or Ctrl-C has killed counts as no failure
             self.failures[run] += 1
             again = self.failures[run] <= self.retries
@@ -211,15 +217,15 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before: dict[int, Any] = {}
+    previous_handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             if signal.getsignal(number) == usual:  # somebody who ignores or handles it had a reason
-                before[number] = signal.signal(number, handler)
+                previous_handlers[number] = signal.signal(number, handler)
     try:
         yield noted
     finally:
-        for stopped, previous in before.items():
+        for stopped, previous in previous_handlers.items():
             signal.signal(stopped, previous)
 
 
@@ -238,31 +244,26 @@ class StudyStore:
         runs: that are planned.
 
     Raises:
-        UserError: as of `look_at`.
+        UserError: as of `read_run_files`.
     """
 
     def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
         self.folder = lock.folder
         self.notices = []
         for run in runs:
-            known = self.known(run)
+            known = read_run_files(self.folder, run)
             if known.fault:
                 self.notices.append(f"{run}: {known.fault}")
             if known.is_done:
                 self._clean_up(run)
 
-    def known(self, run: str) -> Known:
-        """Return what has become of a run."""
-        return look_at(self.folder, run)
-
     def started(self, run: str, worker: str, total_steps: int) -> None:
         """Write that an attempt begins."""
-        attempt = self._attempt(run, begins=True)
-        self._write(run, attempt.model_copy(update={"worker": worker, "total_steps": total_steps}))
+        self._write(run, self._attempt(run, begins=True), worker=worker, total_steps=total_steps)
 
     def interrupted(self, run: str) -> None:
         """Write that an attempt was stopped."""
-        self._write(run, self._attempt(run).model_copy(update={"state": "interrupted"}))
+        self._write(run, self._attempt(run), state="interrupted")
 
     def ended(
         self, record: RunRecord, adapter: bytes | None = None, features: bytes | None = None, *, retried: bool = False
@@ -287,7 +288,7 @@ class StudyStore:
                 update[name] = text.encode(errors="backslashreplace").decode()
         record = record.model_copy(update=update)
         if retried:
-            self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
+            self._write(run, attempt, state="failed", error=record.error)
             return record
         write_result(self.folder.parent, record, adapter, features)
         if record.status == "done":
@@ -296,13 +297,14 @@ class StudyStore:
 
     def _attempt(self, run: str, *, begins: bool = False) -> Attempt:
         """Return the attempt that is under way, or the next one where it begins, or its start was not told."""
-        known = self.known(run)
+        known = read_run_files(self.folder, run)
         if not begins and known.attempt is not None and known.attempt.state == "running":
             return known.attempt
-        return Attempt(number=known.attempts + 1, state="running", started_at=now())
+        return Attempt(number=known.attempts + 1, state="running", started_at=utc_now())
 
-    def _write(self, run: str, attempt: Attempt) -> None:
-        write_whole(folder_below(self.folder, run) / PROGRESS_FILE, attempt.model_dump_json().encode())
+    def _write(self, run: str, attempt: Attempt, **changes: Any) -> None:
+        content = attempt.model_copy(update=changes).model_dump_json()
+        write_whole(folder_below(self.folder, run) / PROGRESS_FILE, content.encode())
 
     def _clean_up(self, run: str) -> None:
         """Remove what a finished run needs no more, and files that a killed process was about to put in place."""
@@ -323,13 +325,13 @@ def study_file(study: StudyConfig, wanted: Collection[str], *, smoke: bool, data
 
 
 def go_on(
-    folder: Path, before: StudyFile | None, requested: StudyFile, *, source: str, part: bool = False
+    folder: Path, existing: StudyFile | None, requested: StudyFile, *, source: str, part: bool = False
 ) -> StudyFile:
     """Return what study.json will say after a command asked for `requested`; seeds and experiments may be added.
 
     Args:
         folder: the study's.
-        before: what study.json says; None: the study is new.
+        existing: what study.json says; None: the study is new.
         requested: by the command.
         source: the name of the configuration file, for the difference.
         part: experiments and seeds that `requested` does not name stay, instead of counting as removed.
@@ -337,14 +339,14 @@ def go_on(
     Raises:
         UserError: with the difference, if the folder holds another study or one that was configured otherwise.
     """
-    if before is None:
+    if existing is None:
         return requested
     file, remedy = folder / STUDY_FILE, "choose another --output"
-    if before.smoke != requested.smoke:
+    if existing.smoke != requested.smoke:
         kinds = {True: "a smoke study", False: "a real study"}
-        reason = f"belongs to {kinds[before.smoke]}, not to {kinds[requested.smoke]}; {remedy}"
+        reason = f"belongs to {kinds[existing.smoke]}, not to {kinds[requested.smoke]}; {remedy}"
         raise UserError(reason, file=file, field="smoke")
-    old, new = _comparable(before.configuration, requested.configuration, part)
+    old, new = _comparable(existing.configuration, requested.configuration, part)
     if old != new:
         raise UserError(
             f"was begun with another configuration, see below; set it back, give the study another name, or {remedy}",
@@ -352,12 +354,12 @@ def go_on(
             field="configuration",
             details=difference(old, new, str(file), source),
         )
-    if before.data_sha256 != requested.data_sha256:
+    if existing.data_sha256 != requested.data_sha256:
         raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
-    runs = tuple(dict.fromkeys((*requested.runs, *before.runs)))
+    runs = tuple(dict.fromkeys((*requested.runs, *existing.runs)))
     configuration = requested.configuration
     if part:
-        earlier = before.configuration
+        earlier = existing.configuration
         experiments = {experiment.name: experiment for experiment in (*earlier.experiments, *configuration.experiments)}
         seeds = tuple(dict.fromkeys((*earlier.seeds, *configuration.seeds)))
         configuration = configuration.model_copy(update={"experiments": tuple(experiments.values()), "seeds": seeds})
@@ -366,28 +368,28 @@ def go_on(
             "runs": runs,
             "skipped": tuple(run for run in runs if run not in requested.runs or run in requested.skipped),
             "configuration": configuration,
-            "seeds_added": _seeds_added(folder, before, requested.configuration),
+            "seeds_added": _seeds_added(folder, existing, requested.configuration),
         }
     )
 
 
-def _seeds_added(folder: Path, before: StudyFile, requested: StudyConfig) -> tuple[int, ...]:
+def _seeds_added(folder: Path, existing: StudyFile, requested: StudyConfig) -> tuple[int, ...]:
     """Return the seeds whose number may follow from results: those that are new where a run is done, and earlier ones.
 
     A smoke study has no results.
     """
-    new = tuple(seed for seed in requested.seeds if seed not in before.configuration.seeds)
-    if new and not before.smoke:
-        recorded = (file for run in before.runs if (file := folder / run / RECORD_FILE).exists())
+    new = tuple(seed for seed in requested.seeds if seed not in existing.configuration.seeds)
+    if new and not existing.smoke:
+        recorded = (file for run in existing.runs if (file := folder / run / RECORD_FILE).exists())
         if any(read_record(file).status == "done" for file in recorded):
-            return tuple(dict.fromkeys((*before.seeds_added, *new)))
-    return before.seeds_added
+            return tuple(dict.fromkeys((*existing.seeds_added, *new)))
+    return existing.seeds_added
 
 
-def _comparable(before: StudyConfig, requested: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _comparable(existing: StudyConfig, requested: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return both as plain values, without what may change: experiments by name, and only what both could have."""
-    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, requested))
-    names = [{experiment.name for experiment in study.experiments} for study in (before, requested)]
+    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (existing, requested))
+    names = [{experiment.name for experiment in study.experiments} for study in (existing, requested)]
     both = names[0] & names[1]
     for study, compared in ((old, both if part else names[0]), (new, both)):
         study["experiments"] = {
@@ -402,12 +404,12 @@ def _comparable(before: StudyConfig, requested: StudyConfig, part: bool) -> tupl
 
 def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:
     """Return what differs in two mappings, a line for each setting of each, by its dotted name."""
-    before, after = _by_dotted_name(old), _by_dotted_name(new)
+    old_values, new_values = _by_dotted_name(old), _by_dotted_name(new)
     lines = [f"--- {old_name}", f"+++ {new_name}"]
-    for name in dict.fromkeys((*before, *after)):
-        if before.get(name) != after.get(name):
-            lines += [f"-{name}: {before[name]}"] if name in before else []
-            lines += [f"+{name}: {after[name]}"] if name in after else []
+    for name in dict.fromkeys((*old_values, *new_values)):
+        if old_values.get(name) != new_values.get(name):
+            lines += [f"-{name}: {old_values[name]}"] if name in old_values else []
+            lines += [f"+{name}: {new_values[name]}"] if name in new_values else []
     return "\n".join(map(printable, lines))
 
 

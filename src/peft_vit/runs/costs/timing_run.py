@@ -1,8 +1,8 @@
-"""Calibration runs: a run cut down to a few steps that take what the whole run's steps take, and what they took.
+"""Timing runs: a run cut down to a few steps that take what the whole run's steps take, and what they took.
 
 The method, its ranks and formats, the model, the images, the batch and the threads stay. Schedules shrink with the
 number of steps, so that each of their phases has its share of the few. Rates and decay have no influence on time and
-memory, so they are the same in all calibration runs, and so are names and seeds: runs that differ in nothing else share
+memory, so they are the same in all timing runs, and so are names and seeds: runs that differ in nothing else share
 one. What it took is kept in the user's cache.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +22,7 @@ from peft_vit.core.methods import shorten
 from peft_vit.core.records import RunSpec
 from peft_vit.core.training import steps_per_epoch
 from peft_vit.data import ImageIndex, Splits, make_splits
-from peft_vit.runs.this_machine.kept import keep, kept_file, read_kept
+from peft_vit.runs.this_machine.cache import cache_file, read_cached, write_cached
 from peft_vit.runs.this_machine.machine import cpu_count, instruction_limits, package_versions, processor_name
 
 _STEPS = 8
@@ -37,7 +37,6 @@ _NEUTRAL: dict[str, Any] = {
     "steps": None,
     "validate_every": None,
     "patience": None,
-    "head_start": "random",
     "label_smoothing": 0.0,
     "loss": None,
     "warmup_share": None,
@@ -45,7 +44,7 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 
-def calibration_run(
+def timing_run(
     spec: RunSpec,
     total_steps: int,
     shape: BackboneShape,
@@ -54,6 +53,7 @@ def calibration_run(
     *,
     at_most: int = _STEPS,
     evaluated: int | None = None,
+    head_start: Literal["random", "probe"] = "random",
 ) -> RunSpec:
     """Return a run of a few steps and a few validation batches that stands for another one.
 
@@ -64,7 +64,8 @@ def calibration_run(
         index: its images.
         splits: of the images.
         at_most: steps that it has.
-        evaluated: images that validate and that test, at most; None: as many as give a time of one.
+        evaluated: images that validate, and that test, at most; None: as many as give the time of one.
+        head_start: of the timing run; a probe computes features in batches of their own.
     """
     batch_size, qa_lora = spec.experiment.training.batch_size, spec.experiment.section(QaLoraConfig)
     is_long = 3 * shape.multiply_adds * batch_size >= _LONG_STEP
@@ -74,33 +75,33 @@ def calibration_run(
         images = max(images, qa_lora.adaptive_bits.calibration_images)
     if qa_lora is not None and qa_lora.rounding == "gptq":
         images = max(images, qa_lora.images_to_round_by)  # fewer if the whole run has fewer
-    classes, whole = len(index.class_names), len(splits.train)
-    some = max(_VALIDATION_BATCHES * batch_size, 2 * classes, spec.measures.removal_images or 0)
+    available = len(splits.train)
+    usual = max(_VALIDATION_BATCHES * batch_size, 2 * len(index.class_names), spec.measures.removal_images or 0)
+    some = evaluated or usual
     if len(splits.validation) == 0:  # some all the same: an evaluated image takes time in test, too
-        whole -= (some := min(some, max(2, whole // 4)))
-    validation, test = min(len(splits.validation) or some, some), min(len(splits.test), some)
+        available -= (some := min(some, max(2, available // 4)))
     data = spec.data.model_copy(
         update={
             "shots_per_class": None,
             "train_subset": "fixed",
             "test_split": "fixed",  # a split that holds each class may not do so with another seed
             "tested_images": None,
-            "validation_images": validation if evaluated is None else min(validation, evaluated),
-            "test_images": None if spec.data.folds is not None else test if evaluated is None else min(test, evaluated),
+            "validation_images": min(len(splits.validation) or some, some),
+            "test_images": None if spec.data.folds is not None else min(len(splits.test), some),
         }
     )
-    train = min(whole, max(images, 2))
-    while train < whole and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
-        train = min(whole, 2 * train)
+    train = min(available, max(images, 2))
+    while train < available and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
+        train = min(available, 2 * train)
     data = data.model_copy(update={"train_images": train})
     an_epoch = steps_per_epoch(train, batch_size)
     epochs = -(-steps // an_epoch)
     experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=_LEAST_BETWEEN_DECISIONS)
     training = experiment.training
     if not experiment.is_probe:
-        training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})
-    experiment = experiment.model_copy(update={"name": "calibration-run", "training": training})
-    return spec.model_copy(update={"study": "calibration-run", "seed": 0, "experiment": experiment, "data": data})
+        training = training.model_copy(update={**_NEUTRAL, "head_start": head_start, "epochs": epochs})
+    experiment = experiment.model_copy(update={"name": "timing-run", "training": training})
+    return spec.model_copy(update={"study": "timing-run", "seed": 0, "experiment": experiment, "data": data})
 
 
 def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:
@@ -112,7 +113,7 @@ def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:
 
 
 class MeasuredCosts(BaseModel):
-    """What a calibration run took; a whole run's time is put together from these."""
+    """What a timing run took; a whole run's time is put together from these."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -123,14 +124,14 @@ class MeasuredCosts(BaseModel):
     images: int = Field(gt=0)  # in memory then
 
 
-def known_costs(kind: RunSpec) -> MeasuredCosts | None:
-    """Return what a calibration run took, if it was done on this machine with these versions."""
-    return read_kept(_place(kind), MeasuredCosts)
+def cached_costs(kind: RunSpec) -> MeasuredCosts | None:
+    """Return what a timing run took, if it was done on this machine with these versions."""
+    return read_cached(_place(kind), MeasuredCosts)
 
 
-def keep_costs(kind: RunSpec, costs: MeasuredCosts) -> None:
-    """Keep what was measured, for later plans."""
-    keep(_place(kind), costs.model_dump_json().encode() + b"\n")
+def cache_costs(kind: RunSpec, costs: MeasuredCosts) -> None:
+    """Write what was measured to the user's cache, for later plans."""
+    write_cached(_place(kind), costs)
 
 
 def _place(kind: RunSpec) -> Path:
@@ -145,4 +146,4 @@ def _place(kind: RunSpec) -> Path:
         "cpu_count": cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
-    return kept_file("costs", depends_on)
+    return cache_file("costs", depends_on)

@@ -9,26 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from peft_vit.base.errors import first_fault, printable
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 
 _log = logging.getLogger(__name__)
-_Model = TypeVar("_Model", bound=BaseModel)
+_Value = TypeVar("_Value")
 
 
-def kept_file(kind: str, depends_on: Mapping[str, Any], ending: str = "json") -> Path:
-    """Return the file that holds what was found, by all that it depends on."""
+def cache_file(kind: str, depends_on: Mapping[str, Any], ending: str = "json") -> Path:
+    """Return the cache file of a measurement, by all that it depends on."""
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return cache_dir() / kind / f"{digest[:32]}.{ending}"
 
 
-def read_kept(file: Path, model: type[_Model]) -> _Model | None:
+def read_cached(file: Path, kind: type[_Value]) -> _Value | None:
     """Return what a file holds; None if there is none, or it can't be used, which is reported."""
     try:
-        return model.model_validate_json(read_bytes(file, 1 << 16))
+        return TypeAdapter(kind).validate_json(read_bytes(file, 1 << 16))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -37,9 +38,9 @@ def read_kept(file: Path, model: type[_Model]) -> _Model | None:
         return None
 
 
-def keep(file: Path, content: bytes) -> None:
-    """Keep what was found; a cache that can't be written to only costs time."""
+def write_cached(file: Path, value: object) -> None:
+    """Write bytes as they are, or values as JSON; a cache that can't be written to only costs time."""
     try:
-        write_atomically(file, content)
+        write_atomically(file, value if isinstance(value, bytes) else to_json(value) + b"\n")
     except OSError as error:
         _log.warning("%s can't be written (%s); it is measured again", file, error.strerror)

@@ -14,12 +14,12 @@ from peft_vit.runs import run_one
 from peft_vit.runs.records.storage import write_study_file
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import study_file
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 
 pytestmark = pytest.mark.part("runner")
 
 CPU = torch.device("cpu")
-MEASURED = kept_products.choose_product  # before a fixture of all tests replaces it
+MEASURED = products.choose_product  # before a fixture of all tests replaces it
 EIGHT, SEVEN = Product("int_mm", 8), Product("qlinear", 7)
 FAST, SLOWER, SLOW = (ProductTimes(EIGHT, seconds, 0.01) for seconds in (0.004, 0.02, 3.0))
 
@@ -30,9 +30,7 @@ def found(monkeypatch: pytest.MonkeyPatch):
 
     def say(choice: ProductTimes, seven: ProductTimes | None = None) -> None:
         monkeypatch.setattr(
-            kept_products,
-            "choose_product",
-            lambda device, precision, bits=None: (seven or choice) if bits == 7 else choice,
+            products, "choose_product", lambda device, precision, bits=None: (seven or choice) if bits == 7 else choice
         )
 
     return say
@@ -48,7 +46,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
         asked.append((dtype, bits))
         return FAST
 
-    monkeypatch.setattr(kept_products, "measure_products", measured)
+    monkeypatch.setattr(products, "measure_products", measured)
 
     def choose(*given: object) -> ProductTimes:
         MEASURED.cache_clear()  # as another process would
@@ -59,12 +57,12 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
     choose("bf16")
     choose("fp32", 7)
     assert asked == [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 7)]
-    for file in (tmp_path / "products").iterdir():
+    for file in (tmp_path / "product_times").iterdir():
         file.write_text("{}")
     assert choose("fp32") == FAST
     assert len(asked) == 4
     assert "measured again" in caplog.text
-    monkeypatch.setattr(kept_products, "instruction_limits", lambda: ["AVX2", "AVX2"])
+    monkeypatch.setattr(products, "instruction_limits", lambda: ["AVX2", "AVX2"])
     choose("fp32")
     assert len(asked) == 5
     MEASURED.cache_clear()

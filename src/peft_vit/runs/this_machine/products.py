@@ -6,26 +6,12 @@ import functools
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from peft_vit.core.adapters.products import ProductTimes, measure_products
 from peft_vit.core.config import Precision
-from peft_vit.core.quantization.integers import Bits, Product, ProductName
-from peft_vit.runs.this_machine.kept import keep, kept_file, read_kept
+from peft_vit.core.quantization.integers import Bits
+from peft_vit.runs.this_machine.cache import cache_file, read_cached, write_cached
 from peft_vit.runs.this_machine.machine import instruction_limits, processor_name
-
-
-class _Kept(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: ProductName
-    bits: Bits
-    seconds: float = Field(gt=0)
-    float_s: float = Field(gt=0)
-
-    def choice(self) -> ProductTimes:
-        """Return it as it was found."""
-        return ProductTimes(Product(self.name, self.bits), self.seconds, self.float_s)
 
 
 @functools.cache
@@ -50,11 +36,10 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
         "precision": precision,
         "bits": bits,
     }
-    file = kept_file("products", place)
-    if (known := read_kept(file, _Kept)) is not None:
-        return known.choice()
+    file = cache_file("product_times", place)
+    if (known := read_cached(file, ProductTimes)) is not None:
+        return known
     choice = measure_products(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
     if choice.product is not None and math.isfinite(choice.seconds):
-        kept = _Kept(name=choice.product.name, bits=choice.product.bits, seconds=choice.seconds, float_s=choice.float_s)
-        keep(file, kept.model_dump_json().encode() + b"\n")
+        write_cached(file, choice)
     return choice
