@@ -342,11 +342,13 @@ def _compare_on_folds(
     """
     task, parts = TASKS[run.card.task].restored(run.card.decision), []
     spec, of_folds = run.record.spec, f"{FOLDS_STUDY}*/{run.record.spec.experiment.name}/*/{RECORD_FILE}"
-    # Beside a call's first run, or a folder above: its linear probe is a study of its own.
+    images = {"image_size", "images_file", "path"}
+    # Beside a call's first run; one folder above its linear probe, which is a study of its own.
     for file in sorted(file for place in run_dir.parents[1:3] for file in place.glob(of_folds)):
         own = read_record(file)
-        alike = own.status == "done" and own.spec.data.image_size == spec.data.image_size
-        if alike and own.predictions is not None and own.predictions.logits is not None:
+        alike = own.spec.data.model_dump(include=images) == spec.data.model_dump(include=images)
+        done = alike and own.spec.data.folds is not None and own.status == "done"
+        if done and own.predictions is not None and own.predictions.logits is not None:
             learned = TASKS[own.spec.task].restored(own.decision)
             pair = np.asarray(own.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
             parts.append((*(task.aligned(one, learned) for one in pair), rows_of(own.predictions.labels)))

@@ -21,7 +21,7 @@ ADAPTER_FILE = "adapter.safetensors"
 FEATURES_FILE = "features.safetensors"
 HTML_FILE = "report.html"
 DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
-FOLDS_STUDY = "folds"  # there too: trainings like its run without a fold of the images each
+FOLDS_STUDY = "folds"  # begins names of studies there: trainings like its run without a fold of the images each
 MODEL_FOLDER, STUDIES_FOLDER = "model", "studies"  # in the output of `peft-vit tune`
 LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
 
