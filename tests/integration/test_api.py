@@ -38,7 +38,7 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
     assert "allow-same-origin" not in allowed.split()  # with it a page could run cells
     first, test, size = repr(trained).splitlines()
     assert first == "linear on test_vit, 32 px, 3 classes: class_0, class_1, class_2"
-    assert re.fullmatch(r"Test accuracy \d+\.\d % \(95 % interval .*\), on 9 images that training has not seen\.", test)
+    assert re.fullmatch(r"Test accuracy \d+\.\d % \(95 % interval .*\), on 10 images that training has not seen\.", test)
     assert re.fullmatch(rf"0\.\d\d MB beside the backbone: {re.escape(str(trained.path))}", size)
 
     loaded = peft_vit.load(tmp_path / "latest")
@@ -61,7 +61,7 @@ def test_train_takes_images_that_no_file_holds(tmp_path, weights) -> None:
     asked = {"output": tmp_path, "weights": str(weights), **SETTINGS}
     trained = peft_vit.train(pixels, "linear", labels=["cat", "dog"] * 12, test_images=6, **asked)
     assert trained.classes == ("cat", "dog")
-    assert trained.record.split_sizes == {"train": 14, "validation": 4, "test": 6}
+    assert trained.record.split_sizes == {"train": 15, "validation": 3, "test": 6}
     with pytest.raises(UserError, match=r"^images: holds one class alone, 'cat'"):
         peft_vit.train(pixels, "linear", labels=["cat"] * 24, **asked)
 

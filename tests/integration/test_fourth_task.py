@@ -21,10 +21,10 @@ LATEST = "peft-vit-runs/latest"
 CALLS = """
 import peft_vit
 from peft_vit.cli import main
-from peft_vit.fit import train
+from peft_vit.fit import fit
 
 assert peft_vit.__file__.startswith({package!r})
-train.FEWEST_VALIDATION = 0  # some of the few images validate, instead of five trainings more
+fit.FEWEST_VALIDATION = 0  # some of the few images validate, instead of five trainings more
 for words in {commands!r}:
     try:
         main(words)
@@ -82,7 +82,8 @@ def test_a_fourth_task_goes_from_a_table_to_a_page_a_prediction_and_exports(imag
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert re.findall(r"CODE (\d)", said) == ["0"] * 9 + ["2"], said
-    assert "48 images with shares of red, green, blue: 30 to train" in said
+    assert "  48 images with shares of red, green, blue\n" in said
+    assert "  31 to train, 7 to validate, 10 to test (a fifth of them), which are read at the end" in said
     assert re.search(r"Test mean overlap \d\d\.\d %", said)
     assert "A least squares fit on the same frozen features has" in said
     assert re.search(r"has a folder for each class, which is not shares", said)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,10 @@ from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
+from peft_vit.core.config import study_from_mapping
+from peft_vit.fit import stages
+from peft_vit.fit.fit import Fit
 from peft_vit.fit.request import TrainRequest
-from peft_vit.fit.train import open_images, study_of
 from peft_vit.runs.planned import PlannedRun
 from peft_vit.runs.records.storage import read_record
 from peft_vit.runs.scheduling.plan import plan_study
@@ -71,11 +72,14 @@ def planned(adapter: Path, images: Path, weights: Path, out: Path) -> PlannedRun
     settings = {"model": "test_vit", "weights": str(weights), "image_size": 32, "threads": 1}
     length = {"steps": 20, "learning_rate": 1e-2}
     request = TrainRequest(images=images, method="lora", seed=0, init_adapter=adapter, **settings, **length)
-    with open_images(request) as (opened, forecast):
-        kept = replace(opened, file=out.with_suffix(".json"))
-        kept.write()
-        study, _ = study_of(request, "own-images", kept, forecast)
-    (run,) = plan_study(study, out, file=images).runs
+    fit = Fit(request, lambda _: None)
+    with fit.opened:
+        stages.look(fit)
+        fit.folder = out.with_suffix(".fit")
+        stages.keep_images(fit)
+        recipe = stages.usual_recipe(fit, "test_vit", 32, 20)
+        mapping = fit.study("own-images", recipe, [0], [fit.experiment(recipe)], folds=None)
+    (run,) = plan_study(study_from_mapping(mapping, file=images), out, file=images).runs
     return run
 
 
@@ -144,7 +148,7 @@ def test_a_head_that_does_not_fit_starts_afresh_and_says_so(adapter, images, wei
     (warning,) = record.warnings
     brought = "no head" if case == "none" else "a head of 6 classes"
     assert f"brings {brought} and these images have 3, so a new head is trained" in warning
-    assert record.test.n == 9
+    assert record.test.n == 10
     head = record.provenance.head_init_sha256
     assert head != imported(adapter, images, weights, tmp_path / "with").provenance.head_init_sha256
 

@@ -1,6 +1,7 @@
 """From a table of several labels, or of numbers, to a model, its page and a prediction."""
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -51,7 +52,8 @@ def record_of(folder=LATEST):
 def test_several_labels_from_a_table_to_a_prediction(command) -> None:
     words = f"train labels.csv {SMALL.replace('shallow', 'test')} --steps 8"  # a process of its own knows timm's
     said = command(*words.split()).out
-    assert "48 images with up to 2 labels each (multilabel): 30 to train, 9 to validate, 9 to test." in said
+    assert "  48 images with up to 2 labels each (multilabel): warm 32, cold " in said
+    assert "  31 to train, 7 to validate, 10 to test (a fifth of them), which are read at the end" in said
     assert "Test mean average precision" in said
     assert "A logistic regression a label on the same frozen features has" in said
     record = record_of()
@@ -166,7 +168,7 @@ def test_what_decides_the_loss_and_weights_of_classes_can_be_chosen(command) -> 
 
 def by_fold(folder):
     """Return what the runs on folds of a call say of their test images: labels, what is predicted, and of probes."""
-    records = [read_record(file) for file in sorted((folder / "folds").rglob("record.json"))]
+    records = [read_record(file) for file in sorted(folder.glob("folds-*/lora/*/record.json"))]
     columns = [[own.predictions.labels, own.predictions.logits, own.probe_test.predicted] for own in records]
     arrays = [np.concatenate([np.array(own[k], dtype=float) for own in columns]) for k in range(3)]
     return records, *arrays
@@ -176,24 +178,22 @@ def by_fold(folder):
 def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
     monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 30)
     said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
-    assert "39 to train, 9 to test." in said
+    assert "  38 to train, 10 to test (a fifth of them), which are read at the end" in said
     (run,) = train_runs(Path("peft-vit-runs"))
     folds, truth, outputs, of_probes = by_fold(run.folder)
-    assert len(truth) == 39
+    assert len(truth) >= 3 * 7  # of three folds of five
     means = np.repeat([fold.decision.center for fold in folds], [len(fold.predictions.images) for fold in folds], 0)
     spreads = np.repeat([fold.decision.spread for fold in folds], [len(fold.predictions.images) for fold in folds], 0)
     predicted = means + spreads * outputs  # each fold has its own mean and standard deviation
     errors = np.abs(predicted - truth)
     record = read_record(run.folder / "lora/seed_0/record.json")
     _, quotients = error_scale(predicted[:, 0], truth[:, 0])
-    assert record.decision.threshold(0.9)[0] == pytest.approx(np.sort(quotients)[35], rel=1e-3)  # ceil(40 0.9) - 1
-    assert record.decision.images == 39
+    rank = math.ceil((len(truth) + 1) * 0.9) - 1
+    assert record.decision.threshold(0.9)[0] == pytest.approx(np.sort(quotients)[rank], rel=1e-3)
+    assert record.decision.images == len(truth)
     assert 0.9 in record.tested_calibration.covered
-    sizes = run.sizes()
-    assert sizes.trained == pytest.approx(-errors.mean(), rel=1e-4)
-    assert sizes.signed[32] == pytest.approx(-np.abs(of_probes - truth).mean(), rel=1e-4)
-    assert sizes.upper > sizes.trained
-    assert f"the model {errors.mean():.3g} mean error" in said
+    both = f"LoRA, 32 px: {errors.mean():.3g} mean error; linear probe, 32 px: {np.abs(of_probes - truth).mean():.3g} mean"
+    assert f"on images of 3 folds, which training has left out: {both}" in said
 
     said = command(*f"train labels.csv {SMALL} --steps 10 --metric f1_micro".split()).out
     run = train_runs(Path("peft-vit-runs"))[-1]
@@ -209,7 +209,6 @@ def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) ->
     of_test = np.array(record.predictions.labels, float)
     there = ~np.isnan(of_test)
     assert record.test.more["f1_micro"] == pytest.approx(f1_score(of_test[there], told[there]))
-    assert 0 < run.sizes().trained <= max(f1_score(truth[known], (scores >= decision.thresholds)[known]), 1)
     assert "was done before" in command(*f"train labels.csv {SMALL} --steps 10 --metric f1_micro".split()).out
 
 

@@ -46,8 +46,9 @@ def run_on(images, _session_cache, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PEFT_VIT_CACHE", _session_cache)
             patch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 0)
-            steps = None if method.endswith("linear") else 8
-            return train(root / f"{table}.csv", method, steps=steps, output=root / f"{table}_{method}", **SMALL).path
+            length = {} if method.endswith("linear") else {"steps": 8}
+            asked = {"test_images": 3, "output": root / f"{table}_{method}", **length, **SMALL}  # so that 9 validate
+            return train(root / f"{table}.csv", method, **asked).path
 
     return done
 
@@ -92,7 +93,7 @@ def test_every_exported_form_tells_labels_and_numbers_alike(command, run_on, ima
         assert rows[0]["heat_low"] < rows[0]["heat"] < rows[0]["heat_high"]
     if output == "--bundle":  # which keeps no features of training images
         rows = [{key: value for key, value in row.items() if key != "unlike"} for row in rows]
-    same(rows, said(command, model, images), 1e-3)
+    same(rows, said(command, model, images), 1e-2 if output == "--bundle" else 1e-3)  # its updates have 16 bits
 
 
 ROUNDED = {"bits": "--bits 4 --output m.safetensors", "int8": "--activations int8 --accept-loss 100 --output m.onnx"}

@@ -8,18 +8,16 @@ import signal
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from golden import check_golden
 
 from peft_vit import load_results
-from peft_vit.core.tasks import metric_of
 from peft_vit.core.training import Checkpoints, Interrupted
-from peft_vit.fit.calls import SizesFile, _claimed, train_runs
+from peft_vit.fit.calls import _claimed, train_runs
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
-from peft_vit.runs.records.storage import read_record, resolve_latest, run_folder, single_run
+from peft_vit.runs.records.storage import read_record, resolve_latest, run_folder
 
 pytestmark = pytest.mark.part("runner")
 SMALL = "--weights random --model test_vit --threads 1 --precision fp32 --compute float --device cpu --steps 20"
@@ -161,56 +159,6 @@ def test_a_call_that_is_refused_leaves_nothing(images, tmp_path, refused) -> Non
         assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("learning_rate", "compute"), [("1e-6", "float"), ("1e-2", "int8")])
-def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_size(
-    images, tmp_path, command, pressed, monkeypatch, learning_rate, compute
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(SizesFile, "better_than", lambda *_: 64)
-    asked: list[tuple[Any, ...]] = []
-
-    def gain_over(*given: Any) -> float:
-        asked.append(given)
-        return 0.0  # so that training has to be better
-
-    monkeypatch.setattr("peft_vit.fit.train.gain_over", gain_over)
-    pressed(None)
-    words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
-    words += f" --learning-rate {learning_rate} --compute {compute}"
-    said = command(*words.split()).out
-    (run,) = train_runs(Path("peft-vit-runs"))
-    assert "regression on frozen features of 64 px" in said
-    assert set(run.sizes().values) >= {64}
-    trained = read_record(run.folder / "lora/seed_0/record.json")
-    regression = read_record(run.folder / f"{run.folder.name}-regression-64px/linear/seed_0/record.json")
-    quality = [metric_of(record.spec).quality(record.validation) for record in (trained, regression)]
-    better = regression if quality[1] > quality[0] else trained
-    assert run.record() == read_record(single_run(run.folder) / "record.json") == better
-    known = trained.split_sizes["train"] + trained.split_sizes["validation"]
-    assert [given[1:5] for given in asked] == [(64, trained.spec.data.image_size, trained.chosen_step, known)]
-    assert asked[0][0] == run.sizes().values
-    assert ("The model is the regression at 64 px" in said) == (better is regression)
-    card = (run.folder / "report/card.md").read_text()  # the page is of what is delivered
-    assert ("It is a linear probe" in card) == (better is regression)
-    assert regression.spec.experiment.training.compute == trained.spec.experiment.training.compute == compute
-    spent = run.sizes().seconds + trained.seconds + regression.seconds
-    assert run.seconds() == spent > trained.seconds + regression.seconds
-    assert f"\nTime: {spent:.0f} s.\n" in said
-    command("runs", "--output", "runs.json")
-    (row,) = json.loads(Path("runs.json").read_text())
-    assert row["minutes"] == spent / 60
-    assert row["method"] == ("regression on frozen features" if better is regression else "lora")
-    assert "was done before" in command(*words.split()).out
-
-    (run.folder / "model.txt").unlink()  # as if the call had ended after training
-    shutil.rmtree(run.folder / regression.spec.study)
-    said = command(*words.split()).out
-    assert f"Training is done in {run.folder}; the rest measures how good it is." in said
-    assert "A regression at 64 px may be better; making it." in said
-    assert not re.search("Starts in|it takes about", said)
-
-
 @pytest.mark.usefixtures("no_page", "cache")
 def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on_in(
     images, tmp_path, command, pressed, monkeypatch
@@ -225,21 +173,10 @@ def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.fit.regressions.regression_of", press)
+        patch.setattr("peft_vit.fit.stages.regress", press)
         command(*words.split(), code=130)
     assert not out.exists()
     killed.rename(out)
     assert "interrupted before the first checkpoint" in command("runs").out
-    assert "Starts in peft-vit-runs/0001-" in command(*words.split()).out
+    assert "Continues in peft-vit-runs/0001-" in command(*words.split()).out
     assert [run.status().state for run in train_runs(out)] == ["done"]
-
-
-def test_the_best_size_is_gone_back_to_only_if_its_regression_is_better() -> None:
-    signed = {56: 0.7, 112: 0.8, 224: 0.8}
-    sizes = SizesFile(values={}, signed=signed)
-    assert sizes.better_than(56) == 112
-    assert sizes.better_than(112) is None
-    assert sizes.better_than(224) is None
-    assert SizesFile(values={}, signed=signed, trained=0.75, upper=0.79).better_than(112) == 112
-    assert SizesFile(values={}, signed=signed, trained=0.75, upper=0.81).better_than(56) is None
-    assert SizesFile(values={}, trained=0.75, upper=0.9).better_than(56) is None

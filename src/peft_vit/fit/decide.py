@@ -129,10 +129,11 @@ def worth_training(fit: Fit, recipe: Recipe, longer: float, probe: Recipe) -> bo
     gain, scores = gain_of_training(fit, recipe, longer, probe), fit.images.scores
     seeds = [seed for seed in fit.frame.seeds(recipe) if seed in fit.frame.rows.get(probe, {})]
     if seeds:
-        its = ((one.title, fit.frame.score(one, seeds)) for one in (recipe, probe))
-        said = ", ".join(f"{title} {scores.text(score)}" for title, score in its)
-        expected = f"the former is expected to be {100 * gain:+.1f} {scores.unit} better when trained to the end"
-        fit.tell(f"  on {len(seeds)} folds, of images left out of training: {said}; {expected}")
+        own, of_probe = (scores.text(fit.frame.score(one, seeds)) for one in (recipe, probe))
+        said = f"{recipe.title}: {own}; linear probe, {probe.image_size} px: {of_probe}"
+        fit.tell(f"  on images of {len(seeds)} folds, which training has left out: {said}")
+        expected = f"{100 * abs(gain):.1f} {scores.unit} {'better' if gain > 0 else 'worse'} than the linear probe"
+        fit.tell(f"  so the model that is trained on all of them is expected to be {expected}")
     return gain > 0
 
 

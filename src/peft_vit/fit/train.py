@@ -94,7 +94,7 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, outcome: Outcome) -> None:
         results_dir = fit.results_dir(outcome.folder.parts[-3])
         write_record(results_dir, with_meaning(record, meaning, folds, outcome.learned))
     if outcome.folder.parents[1] != run.folder:
-        fit.tell(f"The model is the {recipe.title}.")
+        fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)
     fit.decisions.delivered = recipe, 1.0
     fit.save()

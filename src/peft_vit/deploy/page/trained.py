@@ -107,7 +107,7 @@ def train_row(
         seconds: that all of it took.
     """
     if record is not None and record.spec.experiment.method != method:
-        method = "regression on frozen features"  # which was better than what was trained
+        method = "linear probe"  # which was better than what was trained
     row: dict[str, Raw] = {"run": folder.name, "method": method, "settings": settings, "state": state}
     row |= dict.fromkeys(("metric", "test", "low", "high", "test_images", "minutes"))
     if record is not None:
