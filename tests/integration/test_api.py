@@ -38,7 +38,9 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
     assert "allow-same-origin" not in allowed.split()  # with it a page could run cells
     first, test, size = repr(trained).splitlines()
     assert first == "linear on test_vit, 32 px, 3 classes: class_0, class_1, class_2"
-    assert re.fullmatch(r"Test accuracy \d+\.\d % \(95 % interval .*\), on 10 images that training has not seen\.", test)
+    assert re.fullmatch(
+        r"Test accuracy \d+\.\d % \(95 % interval .*\), on 10 images that training has not seen\.", test
+    )
     assert re.fullmatch(rf"0\.\d\d MB beside the backbone: {re.escape(str(trained.path))}", size)
 
     loaded = peft_vit.load(tmp_path / "latest")

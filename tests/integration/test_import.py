@@ -16,9 +16,9 @@ from written_runs import run_and_write
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
+from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
-from peft_vit.core.config import study_from_mapping
 from peft_vit.fit import stages
 from peft_vit.fit.fit import Fit
 from peft_vit.fit.request import TrainRequest

@@ -192,7 +192,9 @@ def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) ->
     assert record.decision.threshold(0.9)[0] == pytest.approx(np.sort(quotients)[rank], rel=1e-3)
     assert record.decision.images == len(truth)
     assert 0.9 in record.tested_calibration.covered
-    both = f"LoRA, 32 px: {errors.mean():.3g} mean error; linear probe, 32 px: {np.abs(of_probes - truth).mean():.3g} mean"
+    both = (
+        f"LoRA, 32 px: {errors.mean():.3g} mean error; linear probe, 32 px: {np.abs(of_probes - truth).mean():.3g} mean"
+    )
     assert f"on images of 3 folds, which training has left out: {both}" in said
 
     said = command(*f"train labels.csv {SMALL} --steps 10 --metric f1_micro".split()).out

@@ -64,7 +64,7 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_linear_probe_is_bet
     main = read_record(run.folder / "lora/seed_0/record.json")
     assert main.split_sizes == {"train": 38, "validation": 0, "test": 10}
     assert "  38 to train, 10 to test (a fifth of them), which are read at the end" in said
-    assert "  LoRA, 32 px, 20 steps: about " in said
+    assert "  to train: LoRA, 32 px, 20 steps, about " in said
     trainings, probes = folds_of(run, "lora", 32), folds_of(run, "linear", 32)
     assert len(trainings) == len(probes) == 3
     assert {len(read_record(fold / "record.json").steps) for fold in trainings} == {16}  # 0.8 times as many
@@ -154,7 +154,7 @@ def test_where_no_training_fits_a_linear_probe_is_the_model(trained, command, mo
     run, kept = only_call()
     size = kept.decisions.first[0].image_size
     assert "  no time to train; give more --minutes" in said
-    assert f"  Linear probe, {size} px: about " in said
+    assert f"  to train: Linear probe, {size} px, about " in said
     assert run.record() == read_record(run.folder / "linear/seed_0/record.json")
     assert run.record().calibrated.images >= 3 * 38 // 5
     assert "linear probe" in command("runs").out

@@ -458,7 +458,7 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
     steps = fit.costs.last_steps(recipe, longer)
     about_s = fit.costs.features_s(recipe) + fit.costs.last_s(recipe, steps)
     length = "" if recipe.is_probe else f", {'up to ' if fit.num_validation else ''}{steps:,} steps"
-    fit.tell(f"  {recipe.title}{length}: about {duration(about_s)}")
+    fit.tell(f"  to train: {recipe.title}{length}, about {duration(about_s)}")
     if about_s > fit.limit.left_s + fit.over_s:
         fit.tell(f"  that is more than is left of --minutes {fit.request.minutes:g}")
     return recipe, longer
