@@ -80,6 +80,7 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_linear_probe_is_bet
     name = "lora" if better(said, "points") else "linear"
     assert delivered.spec.experiment.method == name
     assert (kept.decisions.delivered[0].method, kept.decisions.first[0].method) == (name, "lora")
+    assert kept.decisions.delivered in kept.decisions.trained
 
     logits, labels, images = pooled(folds_of(run, name, 32))
     temperature = fit_temperature(logits, labels, TemperaturePrior(1.5, 0.6), images)

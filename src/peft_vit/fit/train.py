@@ -82,11 +82,12 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
             stages.know_by_folds(fit, recipe, beside, fit.until(-fit.over_s))
         if not recipe.is_probe and beside.is_probe and not worth_training(fit, recipe, longer, beside):
             with fit.stage("final"):
-                recipe, (outcome, _) = beside, stages.train_last(fit, beside, 1.0)
-    _deliver(fit, run, recipe, outcome)
+                recipe, longer = beside, 1.0
+                outcome, _ = stages.train_last(fit, recipe, longer)
+    _deliver(fit, run, recipe, longer, outcome)
 
 
-def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, outcome: Outcome) -> None:
+def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, longer: float, outcome: Outcome) -> None:
     """Write into the record of a run what its outputs mean, as folds tell, and say that it is the model."""
     folds = [own for _, own in sorted(fit.frame.rows.get(recipe, {}).items())]
     if (meaning := meaning_on(folds, outcome.learned)) is not None:
@@ -96,5 +97,5 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, outcome: Outcome) -> None:
     if outcome.folder.parents[1] != run.folder:
         fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)
-    fit.decisions.delivered = recipe, 1.0
+    fit.decisions.delivered = recipe, longer
     fit.save()
