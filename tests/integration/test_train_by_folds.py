@@ -174,6 +174,7 @@ def test_a_call_that_ends_within_its_folds_goes_on_there(trained, command, monke
         trained(options, code=130)
     run, _ = only_call()
     assert not run.is_done
+    assert "trained, but not known yet how good it is" in command("runs").out
     assert run.record().calibrated is None
     before = run.record().test
     said = trained(options)

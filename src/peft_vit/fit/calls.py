@@ -126,6 +126,8 @@ class TrainRun:
         status = self.status()
         if status.state == "failed":
             return f"failed: {status.note}"
+        if status.state == "done" and not self.is_done:
+            return "trained, but not known yet how good it is"
         if status.state != "pending":
             return status.state
         attempt = read_run_files(self.folder, self.run).attempt
