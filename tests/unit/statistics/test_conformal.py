@@ -15,7 +15,6 @@ from peft_vit.base.statistics import (
     class_scores,
     conformal_quantile,
     fit_temperature,
-    fold_coverage,
     prediction_sets,
     probabilities,
 )
@@ -147,7 +146,7 @@ def test_sets_of_folds_cover_new_images_of_a_planted_task(repetitions, coverage)
         new_y = rng.integers(0, 3, 100)
         new = probabilities(nearest_means(x, y, centers[new_y] + rng.normal(size=(100, 2))), temperature)
         covered.append(prediction_sets(new, quantile)[np.arange(100), new_y].mean())
-        estimated.append(fold_coverage(p, labels, images, runs, coverage)[0])
+        estimated.append(planted_sets.fold_coverage(p, labels, images, runs, coverage)[0])
     error = np.std(covered) / math.sqrt(len(covered))
     assert np.mean(covered) >= coverage - 3 * error
     assert np.mean(covered) <= coverage + 0.05  # and they are not all classes
@@ -178,7 +177,7 @@ def test_coverage_on_folds_uses_no_score_of_the_own_images() -> None:
         held.setdefault(int(images[row]), []).append(int(labels[row]) in inside)
         sizes.setdefault(int(images[row]), []).append(len(inside))
     expected = [np.mean([np.mean(values) for values in found.values()]) for found in (held, sizes)]
-    assert fold_coverage(p, labels, images, runs, 0.8) == pytest.approx(expected, rel=1e-12)
+    assert planted_sets.fold_coverage(p, labels, images, runs, 0.8) == pytest.approx(expected, rel=1e-12)
 
 
 def test_thresholds_hold_as_often_as_asked_where_images_chose_nothing_and_less_often_where_they_chose() -> None:

@@ -11,7 +11,6 @@ from peft_vit.base.statistics.conformal import (
     conformal_quantile,
     error_scale,
     fit_temperature,
-    fold_coverage,
     prediction_sets,
     probabilities,
     recall_threshold,

@@ -86,6 +86,11 @@ class Interval:
     reason: str | None = None  # why there is no interval, where more than a single value is behind it
 
 
+def critical_z() -> float:
+    """Return the quantile of the standard normal distribution that a two-sided interval at CONFIDENCE takes, 1.96."""
+    return float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
+
+
 def mean_and_error(data: np.ndarray) -> tuple[float, float]:
     """Return the mean of (n,) values, n >= 2, and its standard error."""
     mean = math.fsum(data) / data.size
@@ -125,7 +130,7 @@ def proportion_interval(successes: float, n: int) -> Interval:
 
     Assumption: images are independent. Source: Wilson, JASA 22 (1927).
     """
-    share, z = successes / n, float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
+    share, z = successes / n, critical_z()
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
@@ -193,7 +198,7 @@ def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
     hits, n = np.asarray(successes, dtype=np.float64), np.asarray(cases, dtype=np.float64)
     mean, alike = float(np.mean(hits / n)), len(n) ** 2 / float(np.sum(1 / n))  # cases of one group known as well
     share = (hits + _AS_MANY * (mean * alike + 1) / (alike + 2)) / (n + _AS_MANY)  # (K,)
-    z, logits, pace = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)), scipy.special.logit(share), n.min() / n
+    z, logits, pace = critical_z(), scipy.special.logit(share), n.min() / n
 
     def end(sign: int) -> float:
         low, high = -_LOGITS / pace.min(), _LOGITS / pace.min()
@@ -235,6 +240,6 @@ def paired_proportions(losses: ArrayLike, gains: ArrayLike, n: ArrayLike) -> Int
     before, after = ((changed + added) / (cases + 2 * added) for changed in (lost, gained))  # (K,)
     mean, center = float(np.mean((lost - gained) / cases)), float(np.mean(before - after))
     variance = np.sum((before + after - (before - after) ** 2) / (cases + 2 * added)) / len(cases) ** 2
-    half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+    half = critical_z() * math.sqrt(variance)
     low, high = max(-1.0, min(mean, center - half)), min(1.0, max(mean, center + half))
     return Interval(mean, low, high, int(cases.sum()), CONFIDENCE)

@@ -18,7 +18,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.base.statistics.intervals import CONFIDENCE, Interval, proportion_interval
+from peft_vit.base.statistics.intervals import CONFIDENCE, Interval, critical_z, proportion_interval
 
 Floats = NDArray[np.float64]
 
@@ -28,6 +28,7 @@ _AS_SMALL = 1.05  # times the bytes of the smallest: images of other sizes chang
 _QUANTILES = 64  # of what a posterior is a mixture over
 _SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
 _FLOOR = 0.1  # images, squared, in the variance of a candidate's right ones: two that never differed may yet
+_DISAGREEMENT = 0.1  # share of images that one of two models alone has right; adapters on one backbone: 0.02 to 0.14
 _RUNS = 10  # runs that the excess of their scatter is shrunk by
 
 
@@ -233,7 +234,7 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     mean, variance = float(known.means[:, candidate].mean()), float(known.means[:, candidate].var())
     variance += float(known.covariances[:, candidate, candidate].mean() + measured.run_variance[candidate])
     if not measured.counts:
-        half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+        half = critical_z() * math.sqrt(variance)
         return Interval(mean, mean - half, mean + half, measured.images, CONFIDENCE)
     share = min(max(mean, 0.0), 1.0)
     inner = (share * measured.images + 1) / (measured.images + 2)
@@ -241,14 +242,7 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     return replace(proportion_interval(share * images, images), n=measured.images)
 
 
-def resolvable(images: int, *, folds: int = 5, repetitions: int = 1, disagreement: float = 0.1) -> float:
-    """Return by how much, a share, two models have to differ for chance to be ruled out, without shrinkage.
-
-    Args:
-        images: that folds divide.
-        folds: of a repetition.
-        repetitions: of all folds.
-        disagreement: share of images that only one of two models has right; of adapters on one backbone 0.02 to 0.14.
-    """
-    error = math.sqrt(disagreement * (1 / repetitions + folds / (folds - 1)) / images)  # as `means_of_images`
-    return float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * error
+def resolvable(images: int, repetitions: int = 1) -> float:
+    """Return by how much, a share, two models have to differ on five folds for chance to be ruled out, unshrunk."""
+    error = math.sqrt(_DISAGREEMENT * (1 / repetitions + 5 / 4) / images)  # as `means_of_images`
+    return critical_z() * error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from itertools import count
@@ -124,24 +124,20 @@ def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Si
     tests = [wilcoxon(values) for values in rivals]
     towards = [_points(values, test) for values, test in zip(rivals, tests, strict=True)]
     least = min(tests, key=lambda test: test.n)
-    ahead = [(test.p_value or 0.0) if way > 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
-    behind = [(test.p_value or 0.0) if way < 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
-    shown = Significance(
-        f"{least.test}, each of {len(rivals)} rivals",
-        least.n,
-        max(ahead),
-        least.minimum_n,
-        least.dropped,
-        1 if min(towards) > 0 else 0,
+    ahead, behind = (
+        [(test.p_value or 0.0) if way == sign else 1.0 for test, way in zip(tests, towards, strict=True)]
+        for sign in (1, -1)
+    )
+    shown = replace(
+        least, test=f"{least.test}, each of {len(rivals)} rivals", p_value=max(ahead), direction=int(min(towards) > 0)
     )
     against = tests[behind.index(min(behind))]
-    opposite = Significance(
-        f"{against.test}, the worst of {len(rivals)} rivals",
-        against.n,
-        min(1.0, len(rivals) * min(behind)),
-        minimum_n_wilcoxon(comparisons=len(rivals)),
-        against.dropped,
-        -1 if min(towards) < 0 else 0,
+    opposite = replace(
+        against,
+        test=f"{against.test}, the worst of {len(rivals)} rivals",
+        p_value=min(1.0, len(rivals) * min(behind)),
+        minimum_n=minimum_n_wilcoxon(comparisons=len(rivals)),
+        direction=-int(min(towards) < 0),
     )
     return shown, opposite
 
