@@ -418,23 +418,20 @@ class LoadedBackbone:
     random_weights: bool
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """Return the model."""
         return self.backbone.model
 
     @property
     def mean(self) -> tuple[float, float, float]:
         """Return the RGB mean of the model's pretraining, for inputs in [0, 1]."""
-        return self._pretrained("mean")
+        red, green, blue = self.model.pretrained_cfg["mean"]
+        return red, green, blue
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Return the RGB standard deviation likewise."""
-        return self._pretrained("std")
-
-    def _pretrained(self, field: str) -> tuple[float, float, float]:
-        model: Any = self.model
-        red, green, blue = model.pretrained_cfg[field]
+        red, green, blue = self.model.pretrained_cfg["std"]
         return red, green, blue
 
 
