@@ -18,10 +18,10 @@ from tiny_models import TINY_EVAS, TINY_FAMILIES
 from written_runs import tiny_study
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.adapters.products import MatmulTimes
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.tasks import expected_gain
 from peft_vit.fit.costs import LONGEST, MOST_STEPS, FitCosts
 from peft_vit.fit.fit import TITLES, Environment, Fit
@@ -305,8 +305,8 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
     rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
     monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *given: rates[given[4]])
 
-    def found(*_: Any) -> ProductTimes:
-        return ProductTimes(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
+    def found(*_: Any) -> MatmulTimes:
+        return MatmulTimes(Int8Matmul("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
 
     monkeypatch.setattr("peft_vit.runs.this_machine.kept_products.choose_product", found)
 

@@ -33,11 +33,11 @@ from peft_vit.base.errors import (
 from peft_vit.core.adapters import (
     adapted_sites,
     adapter_bytes,
+    float_matmul,
     packed_weights,
     update_ranks,
-    use_float_products,
-    use_integer_products,
-    with_float_products,
+    use_float_matmul,
+    use_int8_matmul,
 )
 from peft_vit.core.adapters.footprint import (
     MemoryWatch,
@@ -53,7 +53,7 @@ from peft_vit.core.backbones import Backbone, LoadedBackbone, choose_attention, 
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.records import (
     BitAllocation,
     ByteCounts,
@@ -242,7 +242,7 @@ class Loaded:
         training, product = self.spec.experiment.training, None
         if training.compute == "int8":
             choice = kept_products.choose_product(self.device, self.spec.precision, training.integer_bits)
-            product = use_integer_products(model, choice.usable(self.device))
+            product = use_int8_matmul(model, choice.usable(self.device))
         return provenance_of(self.spec, self.data, self.backbone, self.device, product)
 
     def float_weights(self) -> dict[str, Tensor]:
@@ -409,7 +409,7 @@ def _train_and_test(
         attempt.known.head_fit = probe.fit
         if not is_probe:
             images = data.test.open()
-            with attempt.overhead.of("features"), with_float_products(model):
+            with attempt.overhead.of("features"), float_matmul(model):
                 values = in_float.of(images).values
             logits = head_logits(head, values, runtime)
             attempt.known.probe_test = ProbeTest(
@@ -457,7 +457,7 @@ def _train_and_test(
 
     if spec.multiplies_integers:
         attempt.update()  # of the memory that training took
-        use_float_products(model)
+        use_float_matmul(model)
     images = images or data.test.open()
     test = outputs(images)
     with attempt.overhead.of("calibration"):
@@ -472,7 +472,7 @@ def _train_and_test(
 
 
 def provenance_of(
-    spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, product: Product | None
+    spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, product: Int8Matmul | None
 ) -> Provenance:
     """Return what a run is made of, and what carries it out."""
     commit, dirty = loaded_git_state()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.adapters.products import MatmulTimes
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import (
     BITS_OF_TYPE,
@@ -22,7 +22,7 @@ from peft_vit.core.config import (
     named_backbone,
 )
 from peft_vit.core.methods import METHODS
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.tasks import CLASSIFICATION, expected_gain
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.core.training import Features, RuntimeConfig
@@ -381,7 +381,7 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     pace(FAST)
     rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
     monkeypatch.setattr("peft_vit.runs.costs.estimate.product_rate", lambda *given: rates[given[4]])
-    choice = ProductTimes(Product("qlinear", 7), 1.0, faster)
+    choice = MatmulTimes(Int8Matmul("qlinear", 7), 1.0, faster)
     monkeypatch.setattr(
         "peft_vit.runs.this_machine.kept_products.choose_product", lambda device, precision, bits=None: choice
     )

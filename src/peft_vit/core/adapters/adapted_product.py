@@ -28,7 +28,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.core.adapters.low_rank import RowUpdate
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizedTensor
 
@@ -107,13 +107,8 @@ class FrozenWeight:
         return weight
 
 
-def adapted_product(
-    x: Tensor,
-    frozen: FrozenWeight,
-    bias: Tensor | None,
-    updates: Sequence[tuple[slice, SiteAdapter | GradientProbe]],
-    *,
-    pool: int = 1,
+def adapted_linear(
+    x: Tensor, frozen: FrozenWeight, bias: Tensor | None, updates: Sequence[RowUpdate], *, pool: int = 1
 ) -> Tensor:
     """Apply a frozen linear layer with low-rank updates on slices of its rows.
 

@@ -22,19 +22,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_vit.core.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of
-from peft_vit.core.adapters.low_rank import GradientProbe, SiteAdapter
-from peft_vit.core.quantization.integers import IntegerWeight, quantize_rows, reused_memory
+from peft_vit.core.adapters.low_rank import RowUpdate
+from peft_vit.core.quantization.integers import Int8Weight, quantize_rows, reused_memory
 
 _VALUES_AT_ONCE = 3 << 17  # of a product: 1.6 MB in float32
 
 
-def integer_product(
-    x: Tensor,
-    weight: IntegerWeight,
-    bias: Tensor | None,
-    updates: Sequence[tuple[slice, SiteAdapter | GradientProbe]],
-    *,
-    pool: int = 1,
+def int8_linear(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, updates: Sequence[RowUpdate], *, pool: int = 1
 ) -> Tensor:
     """Apply a linear layer whose frozen weight is multiplied in integers, with low-rank updates on slices of its rows.
 
@@ -71,7 +66,7 @@ class _IntegerProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: IntegerWeight,
+        weight: Int8Weight,
         bias: Tensor | None,
         spans: tuple[slice, ...],
         dtype: torch.dtype,

@@ -288,7 +288,7 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
     merged into them.
     """
     for _, module in adapted_modules(model):
-        module.sites, module.product, packed = nn.ModuleDict(), None, module.quantized
+        module.sites, module.matmul, packed = nn.ModuleDict(), None, module.quantized
         if packed is None or packed.offsets is None or not packed.format.has_codebook:
             continue
         if not packed.offsets.any():

@@ -157,8 +157,8 @@ def _with_compute(study: StudyConfig, before: StudyFile | None, *, smoke: bool) 
             choice = kept_products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
             if compute == "auto":
                 compute = "int8" if choice.is_faster else "float"
-                note = f"compute: auto is {compute}: {choice.times}" if choice.product else None
-            bits = choice.product.bits if choice.product else bits
+                note = f"compute: auto is {compute}: {choice.times}" if choice.matmul else None
+            bits = choice.matmul.bits if choice.matmul else bits
         update = {"compute": compute, "integer_bits": bits if compute == "int8" else None}
         experiments.append(own.model_copy(update={"training": training.model_copy(update=update)}))
     return study.model_copy(update={"experiments": tuple(experiments)}), note

@@ -8,9 +8,9 @@ import math
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from peft_vit.core.adapters.products import ProductTimes, measure_products
+from peft_vit.core.adapters.products import MatmulTimes, time_matmuls
 from peft_vit.core.config import Precision
-from peft_vit.core.quantization.integers import Bits, Product, ProductName
+from peft_vit.core.quantization.integers import Bits, Int8Kernel, Int8Matmul
 from peft_vit.runs.this_machine.kept import keep, kept_file, read_kept
 from peft_vit.runs.this_machine.machine import instruction_limits, processor_name
 
@@ -18,18 +18,18 @@ from peft_vit.runs.this_machine.machine import instruction_limits, processor_nam
 class _Kept(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: ProductName
+    name: Int8Kernel
     bits: Bits
     seconds: float = Field(gt=0)
     float_s: float = Field(gt=0)
 
-    def choice(self) -> ProductTimes:
+    def choice(self) -> MatmulTimes:
         """Return it as it was found."""
-        return ProductTimes(Product(self.name, self.bits), self.seconds, self.float_s)
+        return MatmulTimes(Int8Matmul(self.name, self.bits), self.seconds, self.float_s)
 
 
 @functools.cache
-def choose_product(device: torch.device, precision: Precision, bits: Bits | None = None) -> ProductTimes:
+def choose_product(device: torch.device, precision: Precision, bits: Bits | None = None) -> MatmulTimes:
     """Return the fastest exact product of a device, beside one in float.
 
     Args:
@@ -39,7 +39,7 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
     """
     if bits is not None:
         found = choose_product(device, precision)  # not another measurement of the same
-        if found.product is not None and found.product.bits == bits:
+        if found.matmul is not None and found.matmul.bits == bits:
             return found
     place = {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
@@ -53,8 +53,8 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
     file = kept_file("products", place)
     if (known := read_kept(file, _Kept)) is not None:
         return known.choice()
-    choice = measure_products(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
-    if choice.product is not None and math.isfinite(choice.seconds):
-        kept = _Kept(name=choice.product.name, bits=choice.product.bits, seconds=choice.seconds, float_s=choice.float_s)
+    choice = time_matmuls(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
+    if choice.matmul is not None and math.isfinite(choice.seconds):
+        kept = _Kept(name=choice.matmul.name, bits=choice.matmul.bits, seconds=choice.seconds, float_s=choice.float_s)
         keep(file, kept.model_dump_json().encode() + b"\n")
     return choice
