@@ -12,7 +12,7 @@ import numpy as np
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_twice
-from peft_vit.base.statistics.odds import Odds, choose_model
+from peft_vit.base.statistics.odds import ModelEstimate, choose_model
 from peft_vit.core.tasks import expected_gain
 from peft_vit.fit.costs import SHORTEST
 from peft_vit.fit.outcomes import FoldResults
@@ -139,7 +139,7 @@ class Candidate:
     recipe: Recipe
     bytes: int
     folds: int
-    odds: Odds | None
+    odds: ModelEstimate | None
     why: str
 
 
@@ -149,7 +149,7 @@ class ModelDecision:
 
     candidates: tuple[Candidate, ...]
     taken: Candidate
-    odds: Odds
+    odds: ModelEstimate
     reference: Recipe
 
 
@@ -177,10 +177,10 @@ def decide_model(fit: Fit) -> ModelDecision:
     fitting = can_finish if trains else can_finish_half or within_bytes
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     choice = choose_model(frame.means(recipes), sizes, fitting or range(len(recipes)), floats, margin)
-    taken = choice.odds[choice.chosen]
+    taken = choice.estimates[choice.chosen]
 
     def why(number: int) -> str:
-        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.odds[number].loss)
+        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.estimates[number].loss)
         if number == choice.chosen:
             return ""
         if number not in fitting:
@@ -191,7 +191,7 @@ def decide_model(fit: Fit) -> ModelDecision:
         return f"{larger}, and {gain:.1f} {unit} better" if gain >= 0.05 else f"{larger}, and not better"
 
     candidates = [
-        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.odds[number], why(number))
+        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.estimates[number], why(number))
         for number, recipe in enumerate(recipes)
     ]
     halves = {recipe.half for recipe in frame.rows}

@@ -21,7 +21,14 @@ import numpy as np
 from peft_vit.base.console import OnProgress, duration, print_lines, progress
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.footprint import available_memory_bytes
-from peft_vit.core.backbones import BackboneShape, architecture_of, describe, interpolation_of, size_step_of, source_of
+from peft_vit.core.backbones import (
+    BackboneShape,
+    architecture_of,
+    default_weights_source,
+    describe,
+    interpolation_of,
+    size_step_of,
+)
 from peft_vit.core.config import (
     LABEL_SMOOTHING,
     USUAL_TASK,
@@ -206,10 +213,10 @@ class Training:
         return plan, chosen
 
     def _choose_weights(self) -> None:
-        """Decide where the weights come from, and say it; see `source_of`."""
+        """Decide where the weights come from, and say it; see `default_weights_source`."""
         backbone = named_backbone(self.request.model, self.request.weights)
         if self.request.weights is None and backbone.library == "timm":
-            source, line = source_of(backbone.model)
+            source, line = default_weights_source(backbone.model)
             self.request = self.request.model_copy(update={"weights": source})
             if line:
                 self.tell(line)

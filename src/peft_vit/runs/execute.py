@@ -42,12 +42,12 @@ from peft_vit.core.adapters import (
 from peft_vit.core.adapters.footprint import (
     MemoryWatch,
     frozen_bytes,
-    give_memory_back,
     head_parameters,
+    release_memory,
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.core.adapters.peft_format import doubts_about, peft_sha256
+from peft_vit.core.adapters.peft_format import base_mismatches, peft_sha256
 from peft_vit.core.adapters.peft_tuner import load_peft
 from peft_vit.core.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.core.config import QaLoraConfig
@@ -279,7 +279,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     provenance = attempt.begin(loaded.made_ready())  # now that the head is the one that training starts from
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
-        for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):
+        for doubt in base_mismatches(Path(start), spec.backbone.model, *weights, data.class_names):
             warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
     sites = [site.info() for site in adapted_sites(model).values()]
     ranks = update_ranks(model)
@@ -299,7 +299,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     content = adapter_bytes(model, metadata, packed=keeps_codes(experiment))
     attempt.update()
     attempt.memory = None  # the float weights may come back for a comparison
-    give_memory_back()  # or what the steps took would lie beside them
+    release_memory()  # or what the steps took would lie beside them
     context = HookContext(
         calibration_batch=calibration.batch,
         class_weights=loss_weights(experiment.training, data, loaded.device),

@@ -32,8 +32,8 @@ from peft_vit.core.adapters.adapter_file import (
 from peft_vit.core.adapters.attach import (
     Effect,
     attach_adapters,
+    check_adapters_match,
     check_gradients,
-    check_stays,
     effects,
     effects_of,
     freeze_backbone,

@@ -109,7 +109,7 @@ def _part(model: nn.Module, name: str, tensor: Tensor) -> FloatPart:
     return "matrices" if words[-1] == "weight" and tensor.ndim == 2 else "other"
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """Give memory that is free, but kept for later, back to the system, where it takes it (Linux)."""
     gc.collect()
     if sys.platform == "linux":
@@ -118,7 +118,7 @@ def give_memory_back() -> None:
 
 def reset_peak_memory() -> None:
     """Give freed memory back and start a new peak, where the system can (Linux); elsewhere the peak only grows."""
-    give_memory_back()
+    release_memory()
     if sys.platform == "linux":
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)

@@ -305,7 +305,7 @@ def peft_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def doubts_about(
+def base_mismatches(
     folder: Path, model: str, weights_name: str, weights_sha256: str | None, class_names: Sequence[str]
 ) -> list[str]:
     """Return sentences on what an adapter was trained on and a run is not, as far as its files tell.

@@ -114,12 +114,11 @@ def time_matmuls(device: torch.device, dtype: torch.dtype = torch.float32, bits:
                 seconds[way] = min(seconds[way], _seconds(x, call))
     finally:
         torch.set_num_threads(threads)
-    float_s = seconds.pop(None)
-    best: Int8Matmul | None = None
-    for way in seconds:
-        if best is None or seconds[way] < _MUCH_FASTER * seconds[best]:
-            best = way
-    return MatmulTimes(best, math.inf if best is None else seconds[best], float_s)
+    float_s, best, best_s = seconds.pop(None), None, math.inf
+    for matmul, matmul_s in seconds.items():
+        if matmul_s < _MUCH_FASTER * best_s:
+            best, best_s = matmul, matmul_s
+    return MatmulTimes(best, best_s, float_s)
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones.families import Family, family_of
-from peft_vit.core.backbones.passes import evaluating, watching
-from peft_vit.core.backbones.site import LinearLayout, Site, chosen, is_pattern, wanted_kinds
+from peft_vit.core.backbones.passes import capturing_inputs, evaluating
+from peft_vit.core.backbones.site import LinearLayout, Site, is_pattern, select_kinds, select_sites
 from peft_vit.core.config import Precision
 
 _KNOWN = (
@@ -182,7 +182,7 @@ class Backbone:
             if threading.get_ident() == thread:
                 inputs[name] = x
 
-        with watching(modules, record):
+        with capturing_inputs(modules, record):
             output: Tensor = self.model(images)
         return output, inputs
 
@@ -257,7 +257,7 @@ class Backbone:
             tokens[name] = x.numel() // x.shape[-1]  # (1, T, in), or windows of it (W, T / W, in)
 
         watched = {name: self.model.get_submodule(name) for name in modules}
-        with watching(watched, count), evaluating(self.model), torch.no_grad():
+        with capturing_inputs(watched, count), evaluating(self.model), torch.no_grad():
             self.model(torch.zeros(1, *self.input_size).to(next(self.model.parameters())))
         for name in modules:
             if name not in tokens:
@@ -280,8 +280,8 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
     if targets is None:
         return backbone.sites
     if any(is_pattern(target) for target in targets):
-        return tuple(chosen(backbone.sites, targets))
-    return backbone.find_sites(wanted_kinds((kind for linear in backbone.layout() for kind in linear.kinds), targets))
+        return tuple(select_sites(backbone.sites, targets))
+    return backbone.find_sites(select_kinds((kind for linear in backbone.layout() for kind in linear.kinds), targets))
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

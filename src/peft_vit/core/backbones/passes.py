@@ -24,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def capturing_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """For a while, tell of each call of some modules: the name, and the first input."""
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -34,7 +34,7 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None
 
 
 @contextmanager
-def own_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules a `forward` of their own for a while; the modules, their names and their hooks stay."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
@@ -62,7 +62,7 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
     reads_it_alone = vit is not None and vit.global_pool == "token" and vit.attn_pool is None
     # A forward that another library has put there is not known to do what timm's does.
     if reads_it_alone and type(last) is Block and "forward" not in vars(last):
-        with own_forwards({last: partial(_class_token, last)}):
+        with replaced_forwards({last: partial(_class_token, last)}):
             yield
     else:
         yield

