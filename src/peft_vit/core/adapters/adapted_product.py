@@ -265,8 +265,8 @@ class _AdaptedProduct(torch.autograd.Function):
     and where the update is constant on groups of inputs, dW[o, i] = added[o, group of i], dL/dadded = g^T p with
     p (N, groups) the inputs summed over their groups.
 
-    Where x = f(saved), what is returned for `saved` is dL/dsaved: f's own backward pass is part of this one, some columns
-    at a time, so that neither x nor dL/dx nor W + dW is there whole.
+    Where x = f(saved), what is returned for `saved` is dL/dsaved: f's own backward pass is part of this one, some
+    columns at a time, so that neither x nor dL/dx nor W + dW is there whole.
     """
 
     @staticmethod

@@ -69,7 +69,7 @@ def attach_adapters(
     Raises:
         UserError: if the model carries adapters, has no head, or an adapter has no effect.
     """
-    if next(iter(site_adapters(model)), None) is not None:
+    if site_adapters(model):
         raise UserError("the model already carries adapters; attach once", field="model")
     freeze_backbone(model)
     backbone = Backbone(model)

@@ -205,11 +205,9 @@ def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return weight and bias of the head, or of each of several, by their names in the model."""
-    heads = Backbone(model).heads
-    if not heads:
-        message = "the model has no linear classification head; create it with num_classes"
-        raise UserError(message, field="num_classes")
-    return {f"{name}.{leaf}": p for name, layer in heads.items() for leaf, p in layer.named_parameters()}
+    backbone = Backbone(model)
+    _ = backbone.head  # there is one
+    return {f"{name}.{leaf}": p for name, layer in backbone.heads.items() for leaf, p in layer.named_parameters()}
 
 
 def _classes(head: Mapping[str, Tensor]) -> int:

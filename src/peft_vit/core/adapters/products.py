@@ -114,10 +114,12 @@ def time_matmuls(device: torch.device, dtype: torch.dtype = torch.float32, bits:
                 seconds[way] = min(seconds[way], _seconds(x, call))
     finally:
         torch.set_num_threads(threads)
-    float_s, best, best_s = seconds.pop(None), None, math.inf
-    for matmul, matmul_s in seconds.items():
-        if matmul_s < _MUCH_FASTER * best_s:
-            best, best_s = matmul, matmul_s
+    float_s = seconds.pop(None)
+    best: Int8Matmul | None = None
+    best_s = math.inf
+    for way, way_s in seconds.items():
+        if way_s < _MUCH_FASTER * best_s:
+            best, best_s = way, way_s
     return MatmulTimes(best, best_s, float_s)
 
 

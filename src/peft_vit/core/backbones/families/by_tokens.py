@@ -104,15 +104,15 @@ BY_TOKENS: dict[str, Any] = {
 
 
 def _find(model: nn.Module, input_size: tuple[int, int, int]) -> TokenLayers:
-    of_one, of_two = (_shapes(model, (images, *input_size)) for images in (1, 2))
+    shapes, shapes_of_two = (_shapes(model, (images, *input_size)) for images in (1, 2))
     modules = dict(model.named_modules())
     pools = tuple(f"{name}." for name, module in modules.items() if isinstance(module, _POOLS))
     names = [
         name
-        for name, shape in of_one.items()
+        for name, shape in shapes.items()
         if len(shape) >= 3
         and shape[:-1].numel() > 1
-        and of_two[name][:-1].numel() == 2 * shape[:-1].numel()
+        and shapes_of_two[name][:-1].numel() == 2 * shape[:-1].numel()
         and not _POSITIONS.search(name)
         and not name.startswith(pools)
     ]
@@ -124,38 +124,32 @@ def _find(model: nn.Module, input_size: tuple[int, int, int]) -> TokenLayers:
         return [path for path in paths if isinstance(modules[path.rpartition(".")[0]], _LISTS)]
 
     counts = Counter(path for name in names for path in members(name))
-    own: dict[str, str] = {}  # of each layer the innermost member of a list that holds several layers
-    for name in names:
-        holding_several = [path for path in members(name) if counts[path] > 1]
-        if holding_several:
-            own[name] = holding_several[-1]
-    holding = tuple(dict.fromkeys(own.values()))
-    blocks = [path for path in holding if not any(other.startswith(f"{path}.") for other in holding)]
+    # of each layer the innermost member of a list that holds several layers
+    members_of = {name: [path for path in members(name) if counts[path] > 1] for name in names}
+    member_of = {name: paths[-1] for name, paths in members_of.items() if paths}
+    unique = tuple(dict.fromkeys(member_of.values()))
+    blocks = [path for path in unique if not any(other.startswith(f"{path}.") for other in unique)]
     linears: list[LinearLayout] = []
-    seen: Counter[tuple[int, str]] = Counter()
+    kind_counts: Counter[tuple[int, str]] = Counter()
     layer = 0
-    for name, block in own.items():  # in the order of calls
+    for name, block in member_of.items():  # in the order of calls
         layer = blocks.index(block) if block in blocks else layer
-        kind = _kind(name, own)
-        seen[layer, kind] += 1
-        if seen[layer, kind] > 1:
-            kind = f"{kind}_{seen[layer, kind]}"
+        kind = _kind(name, member_of)
+        kind_counts[layer, kind] += 1
+        if (count := kind_counts[layer, kind]) > 1:
+            kind = f"{kind}_{count}"
         linears.append(LinearLayout(name, layer, (kind,), _role(name, kind)))
     return TokenLayers(tuple(linears), tuple(blocks))
 
 
 def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
-    """Return the shape of what each linear layer sees in a forward pass, in the order of first calls."""
-    seen: dict[str, torch.Size] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        seen.setdefault(name, x.shape)
-
-    like = next(model.parameters())
+    """Return the shape of the inputs of each linear layer in a forward pass, in the order of first calls."""
+    shapes: dict[str, torch.Size] = {}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    with capturing_inputs(layers, note), evaluating(model), torch.no_grad():
-        model(torch.zeros(shape, device=like.device, dtype=like.dtype))
-    return seen
+    record = capturing_inputs(layers, lambda name, x: shapes.setdefault(name, x.shape))
+    with record, evaluating(model), torch.no_grad():
+        model(torch.zeros(shape).to(next(model.parameters())))
+    return shapes
 
 
 def _kind(name: str, names: dict[str, str]) -> str:
