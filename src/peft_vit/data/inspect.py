@@ -41,7 +41,7 @@ from peft_vit.base.errors import DataWarning, UserError
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import stratified_draw
+from peft_vit.base.statistics.drawing import stratified_sample
 from peft_vit.core.config import Interpolation
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
@@ -470,7 +470,7 @@ def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
         first = np.unique(inspection.groups, return_index=True)[1]
         count = round(_HOLDOUT_SHARE * len(first))
         strata = inspection.images.files.task.strata(inspection.labels)
-        drawn = stratified_draw(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
+        drawn = stratified_sample(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):

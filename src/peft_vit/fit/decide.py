@@ -11,7 +11,7 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval
-from peft_vit.base.statistics.more_labels import gain_of_twice
+from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.base.statistics.odds import ModelEstimate, choose_model
 from peft_vit.core.tasks import expected_gain
 from peft_vit.fit.costs import SHORTEST
@@ -118,7 +118,7 @@ def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:
         return None
     labels = frame.pooled(trained, seeds)[1]
     of_half, of_all = (frame.scores.best - frame.by_image(own, seeds) for own in (trained.half, trained))
-    return gain_of_twice(of_half, of_all, frame.scores.image_weights(labels), share=1.0)
+    return gain_of_doubling(of_half, of_all, frame.scores.image_weights(labels), share=1.0)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from peft_vit.base.console import OnProgress
 from peft_vit.base.errors import is_out_of_memory
-from peft_vit.base.statistics.drawing import deal_folds
+from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.core.backbones import Architecture, Backbone, Head, native_size, size_step_of
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import Metrics, RunSpec
@@ -253,7 +253,7 @@ def regression_of(
     l2, whole = held_out(np.ones(len(groups), dtype=bool))  # (N, classes)
     by_image_of_half = None
     if half:
-        part_of = deal_folds(task.strata(labels), groups, 2, np.random.default_rng(0))
+        part_of = assign_folds(task.strata(labels), groups, 2, np.random.default_rng(0))
         parts = [part_of == number for number in range(2)]
         if all(can_hold_out(task.strata(labels[part]), groups[part]) for part in parts):
             halves = np.empty_like(whole)

@@ -33,8 +33,8 @@ import numpy as np
 from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.files import read_bytes
 from peft_vit.base.statistics import Interval, proportion_interval
-from peft_vit.base.statistics.more_labels import gain_of_twice
-from peft_vit.base.statistics.odds import resolvable
+from peft_vit.base.statistics.more_labels import gain_of_doubling
+from peft_vit.base.statistics.odds import resolvable_difference
 from peft_vit.core.backbones import architecture_of
 from peft_vit.core.config import Flips, QuantizationType
 from peft_vit.core.tasks import expected_gain
@@ -236,7 +236,7 @@ def tell_forecast(fit: Fit, sizes: Mapping[str, list[int]]) -> None:
     tested = costs.tested_images(last)
     if scores.metric.counts_images:
         alike = max(1, round(images.alike * images.num_different))
-        apart = f"{100 * resolvable(alike):.1f} points, if all have five folds"
+        apart = f"{100 * resolvable_difference(alike):.1f} points, if all have five folds"
         fit.tell(f"  {images.num_different:,} images tell models apart that differ by {apart}")
         as_many = max(1, round(images.alike * tested))
         eighty = bounds_in_percent(proportion_interval(0.8 * as_many, as_many))
@@ -368,7 +368,7 @@ def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:
         if found.by_image_of_half is None:
             return None
         of_half, of_all = (scores.best - own / scores.deviation for own in (found.by_image_of_half, found.by_image))
-        return gain_of_twice(of_half, of_all, scores.image_weights(found.labels), share=1 - 1 / FOLDS, error=1.0)
+        return gain_of_doubling(of_half, of_all, scores.image_weights(found.labels), share=1 - 1 / FOLDS, error=1.0)
 
     try:
         return fit.once(fit.decisions.more_labels, probe.place, forecast)

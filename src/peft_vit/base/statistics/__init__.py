@@ -24,8 +24,8 @@ from peft_vit.base.statistics.intervals import (
     mean_of_proportions,
     paired_proportions,
     proportion_interval,
+    rule_of_three,
     shifted,
-    unseen_share,
 )
 from peft_vit.base.statistics.neighbours import Neighbours
 from peft_vit.base.statistics.significance import (

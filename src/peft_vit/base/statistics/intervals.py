@@ -24,7 +24,7 @@ _LOGITS, _HALVED = 40.0, 60  # as far as shares move, to 0 or 1 in floats; how o
 # --- values, and the comparisons that rounding must not decide --------------------------------------------------------
 
 
-def finite(values: ArrayLike, name: str = "values") -> np.ndarray:
+def finite_array(values: ArrayLike, name: str = "values") -> np.ndarray:
     """Return values as a float array of shape (n,); an error names the first that is not finite by its position."""
     data = np.asarray(values, dtype=np.float64)
     expected = f"{name}: expected a non-empty one-dimensional array of finite values"
@@ -50,7 +50,7 @@ def shifted(values: ArrayLike, center: float) -> np.ndarray:
     0.82 - 0.81 misses a margin of 0.01 by 1e-17. Beside nothing but such remains, a test would take them for
     differences that all point one way.
     """
-    data = finite(values)
+    data = finite_array(values)
     return data if center == 0 else without_rounding(data - center, max(float(np.abs(data).max()), abs(center)))
 
 
@@ -113,7 +113,7 @@ def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval
 
     Assumption: values are independent and roughly normal. Source: Student, Biometrika 6 (1908).
     """
-    data = finite(values)
+    data = finite_array(values)
     n = int(data.size)
     if n < 2:
         return Interval(float(data[0]), None, None, n, confidence)
@@ -136,7 +136,7 @@ def proportion_interval(successes: float, n: int) -> Interval:
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
-def unseen_share(cases: int) -> float:
+def rule_of_three(cases: int) -> float:
     """Return the largest share of cases that may be of a kind of which n have none: ``1 - 0.05^(1/n)``, about 3 / n.
 
     It is the upper end of the exact one-sided 95 % interval. Assumption: cases are independent. Sources: Clopper &
@@ -160,7 +160,7 @@ def bootstrap_interval(
         images: how many there are, n.
         statistic: of weights (B, n), how often each image is drawn, its values (B,); NaN where it has none.
         unseen: how far the interval then reaches from that value, within the bounds, so that it has one side at an end
-            of these, see `unseen_share`; None: there is no interval then.
+            of these, see `rule_of_three`; None: there is no interval then.
         bounds: of the statistic.
 
     Assumption: images are independent. Source: Efron, Annals of Statistics 7 (1979).

@@ -33,7 +33,7 @@ class Neighbours:
         codes = np.rint((values - mean) / spread * STEPS).clip(-127, 127).astype(np.int8)
         return cls(mean, spread, codes)
 
-    def apart(self) -> NDArray[np.float64]:
+    def leave_one_out_distances(self) -> NDArray[np.float64]:
         """Return the distance of each reference image to the nearest other one, (n,), as `distances`."""
         reference = self.codes.astype(np.float64) / STEPS  # (n, D)
         squares = (reference**2).sum(1)

@@ -242,7 +242,7 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     return replace(proportion_interval(share * images, images), n=measured.images)
 
 
-def resolvable(images: int, repetitions: int = 1) -> float:
+def resolvable_difference(images: int, repetitions: int = 1) -> float:
     """Return by how much, a share, two models have to differ on five folds for chance to be ruled out, unshrunk."""
     error = math.sqrt(_DISAGREEMENT * (1 / repetitions + 5 / 4) / images)  # as `means_of_images`
     return critical_z() * error

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from peft_vit.base.statistics.intervals import (
     CONFIDENCE,
     Interval,
-    finite,
+    finite_array,
     has_spread,
     mean_and_error,
     without_rounding,
@@ -89,7 +89,7 @@ def wilcoxon(differences: ArrayLike) -> Significance:
     Assumption: differences are independent and symmetric around their center. Source: Wilcoxon, Biometrics
         Bulletin 1 (1945); midranks under ties: Pratt & Gibbons, Concepts of Nonparametric Theory (1981), 3.7.
     """
-    data = without_rounding(np.sort(finite(differences, "differences")))
+    data = without_rounding(np.sort(finite_array(differences, "differences")))
     nonzero = data[data != 0]
     dropped = int(data.size - nonzero.size)
     minimum = minimum_n_wilcoxon()
@@ -258,7 +258,7 @@ def _t_tests(differences: ArrayLike, margin: float, *, greater: float, less: flo
     """Return p-values of "the mean is greater than" and "it is less than"; None if the values have no spread."""
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"expected a positive margin, got {margin}")
-    data = finite(differences, "differences")
+    data = finite_array(differences, "differences")
     if not has_spread(data):
         return None
     mean, error = mean_and_error(data)
@@ -267,7 +267,7 @@ def _t_tests(differences: ArrayLike, margin: float, *, greater: float, less: flo
 
 
 def _significance(test: str, differences: ArrayLike, p_value: float | None) -> Significance:
-    return Significance(test, len(finite(differences)), p_value, MINIMUM_PAIRS)
+    return Significance(test, len(finite_array(differences)), p_value, MINIMUM_PAIRS)
 
 
 # --- over strata ------------------------------------------------------------------------------------------------------

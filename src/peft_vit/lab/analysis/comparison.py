@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from peft_vit.base.statistics import Interval, mean_interval
-from peft_vit.base.statistics.estimates import Estimate, compare_values, decide, known_mean, together
+from peft_vit.base.statistics.estimates import Estimate, compare_values, decide, join_notes, recorded_mean
 from peft_vit.core.config import ExperimentConfig, LoraConfig
 from peft_vit.lab.analysis.studies import Run, Study
 
@@ -55,7 +55,7 @@ def compare(
     ]
     if any(first != second for first, second in drawn):
         notes.append("pairs differ in the initial head or in the order of images")
-    return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
+    return compare_values(by_seed, name=name, reference=reference, note=join_notes(*notes))
 
 
 # --- which runs make a pair, and what is compared with what -----------------------------------------------------------
@@ -152,8 +152,8 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
                 final_parameters=fmean(run.parameters.final for run in runs),
                 frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
                 adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
-                seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
-                latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
+                seconds_per_step=recorded_mean(run.record.seconds_per_step for run in runs),
+                latency_s=recorded_mean(run.record.latency_s.get(1) for run in runs),
             )
         )
     return tuple(results)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from peft_vit.base.statistics import mean_interval
-from peft_vit.base.statistics.estimates import outcome
+from peft_vit.base.statistics.estimates import describe_test
 from peft_vit.deploy.page.document import Table
 from peft_vit.deploy.page.formatting import fixed, megabytes, percent_interval, points_interval
 from peft_vit.deploy.page.tables import Column, cross_table, csv_rows, interval_columns, table
@@ -107,7 +107,7 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
             return "not computed"
         difference = points_interval if measure == "accuracy" else to_thousandths
         verdict = {"supported": "more, ", "refuted": "less, "}.get(comparison.verdict)
-        decision = "not decided" if verdict is None else verdict + outcome(comparison)
+        decision = "not decided" if verdict is None else verdict + describe_test(comparison)
         return f"{difference(comparison.interval)}, {decision}"
 
     settings = [EXPERIMENT, Column("bits", "settings.quantization_bits", data="bits", none="by layer")]
