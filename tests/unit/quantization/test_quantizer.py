@@ -186,7 +186,7 @@ def test_it_is_the_papers_algorithm_and_better_than_nearest_rounding(format, inp
     def output_error(quantized) -> float:
         return float((x @ (quantized.dequantize().double() - weight.double()).T).norm())
 
-    assert output_error(compensated) <= (0.8 if inputs > 16 else 1.01) * output_error(nearest)  # few have little to give
+    assert output_error(compensated) <= (0.8 if inputs > 16 else 1.01) * output_error(nearest)
     if not format.has_codebook and not format.offset:
         assert int(unpack_codes(compensated.codes, format.bits, weight.shape[1]).min()) > 0
 
