@@ -28,7 +28,7 @@ from sound_files import EXAMPLES, SIDE, SoundFiles
 
 from peft_vit.base.errors import UserError, named
 from peft_vit.base.files import checkpoint_folders
-from peft_vit.core.adapters.peft_format import doubts_about
+from peft_vit.core.adapters.peft_format import base_mismatches
 from peft_vit.core.backbones import load_backbone
 from peft_vit.core.config import BackboneConfig, DataConfig, load_study
 from peft_vit.core.records import RunSpec
@@ -139,7 +139,7 @@ def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     def open_peft() -> None:
         classifier = open_exported(folder, weights)
-        doubts_about(folder, "test_vit", "weights", None, ["a"])
+        base_mismatches(folder, "test_vit", "weights", None, ["a"])
         list(predict_files(classifier, [sound.image]))
 
     command = ("predict", folder, sound.image, "--weights", weights)

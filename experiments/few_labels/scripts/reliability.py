@@ -23,7 +23,7 @@ from PIL import Image
 from experiments.scripts.evidence import merge
 from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Neighbours, conformal_quantile, fit_temperature, probabilities
-from peft_vit.base.statistics.reliability import Bin, equal_count_bins
+from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.images import LabelledImages, normalised
@@ -46,7 +46,7 @@ def quality(logits: NDArray[np.float64], labels: NDArray[np.int64], temperature:
     return {"temperature": round(temperature, 3), "nll": round(nll, 4), "ece": round(ece, 4)}
 
 
-def calibration_error(bins: Sequence[Bin]) -> float:
+def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Return the expected calibration error over bins: ``sum_m n_m / n |accuracy_m - confidence_m|``.
 
     It is biased upwards where bins hold few predictions, as their accuracy then strays by chance. Source: Naeini,

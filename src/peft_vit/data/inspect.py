@@ -41,7 +41,7 @@ from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import stratified_draw
+from peft_vit.base.statistics.drawing import stratified_sample
 from peft_vit.core.config import Interpolation
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
@@ -475,7 +475,7 @@ def images_file(inspection: Inspection, seed: int | None = 0, test_images: int |
             reason = f"{count} test images are too many: there are {len(first)} different images"
             raise UserError(f"{reason}; ask for fewer, or add images", file=inspection.path)
         strata = inspection.task.strata(inspection.labels)
-        drawn = stratified_draw(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
+        drawn = stratified_sample(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):

@@ -34,9 +34,9 @@ from peft_vit.base.seeding import torch_generator
 from peft_vit.core.adapters import (
     SiteAdapter,
     attach_adapters,
+    check_adapters_match,
     check_gradients,
     check_resizable,
-    check_stays,
     current_ranks,
     peft_sites,
     resize_adapters,
@@ -419,7 +419,7 @@ def _attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool
             raise UserError("PEFT has no layer of rank 0; set minimum_rank to 1 or more", field="adalora.minimum_rank")
         if config.parametrization != "product":
             raise UserError("PEFT's LoRA is the plain product; set product", field="adalora.parametrization")
-        check_stays(model, config, "adalora")
+        check_adapters_match(model, config, "adalora")
         return sites
     sites = find_sites(model, config.targets)
     attach_adapters(

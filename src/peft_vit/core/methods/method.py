@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.allocation import rank_costs
-from peft_vit.core.backbones import BackboneShape, Site, chosen
+from peft_vit.core.backbones import BackboneShape, Site, select_sites
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, QuantizationType
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.training import Hook, check_ranks
@@ -134,7 +134,7 @@ def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
         UserError: if it names kinds of matrices that the model lacks.
     """
     with below(f"{section}.targets"):
-        return chosen(shape.sites, settings.targets)
+        return select_sites(shape.sites, settings.targets)
 
 
 def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int = 1) -> None:

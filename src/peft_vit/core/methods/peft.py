@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.peft_tuner import attach_peft, attach_peft_lora, require_peft, tuner_config
-from peft_vit.core.backbones import BackboneShape, Site, whole_modules
+from peft_vit.core.backbones import BackboneShape, Site, select_modules
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, below, check_rank_at
 from peft_vit.core.training import Hook, PeftAdaLoraHook, last_update
@@ -26,7 +26,7 @@ _FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
 def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
     """Return the modules that PEFT adapts, each as one site."""
     with below(f"{section}.targets"):
-        return list(whole_modules(shape.sites, settings.targets).values())
+        return list(select_modules(shape.sites, settings.targets).values())
 
 
 def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.base.statistics import Interval, bootstrap_interval, unseen_share
+from peft_vit.base.statistics import Interval, bootstrap_interval, rule_of_three
 from peft_vit.core.records import Decision, Metrics
 
 _AT_ONCE = 1_000_000  # weights held at a time
@@ -160,14 +160,14 @@ def bootstrapped(
 
     def interval(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Interval:
         y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)  # what is not known is None in records
-        unseen = float(np.mean([unseen_share(count) for count in cases(y)])) if is_share else None
+        unseen = float(np.mean([rule_of_three(count) for count in cases(y)])) if is_share else None
         return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights), unseen=unseen)
 
     def gain(
         labels: Labels, before: Labels, after: Labels, was: Sequence[float] = (), now: Sequence[float] = ()
     ) -> Interval:
         y, p, q = np.asarray(labels, dtype=float), taken(before, was), taken(after, now)
-        unseen = unseen_share(len(y)) if is_share else None  # images on which the two may differ in what counts
+        unseen = rule_of_three(len(y)) if is_share else None  # images on which the two may differ in what counts
 
         def difference(weights: Floats) -> Floats:
             return statistic(y, q, weights) - statistic(y, p, weights)

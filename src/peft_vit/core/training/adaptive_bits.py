@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from peft_vit.base.errors import SilentNoEffectWarning, UserError
 from peft_vit.core.adapters import site_adapters
 from peft_vit.core.allocation.loss_prediction import fit_head, layer_losses, rank_gains
-from peft_vit.core.backbones import Site, chosen, find_sites, fused_sites
+from peft_vit.core.backbones import Site, find_sites, fused_sites, select_sites
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import BitAllocation
@@ -125,7 +125,7 @@ def allocate_bits(
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     settings = config.adaptive_bits
     assert settings is not None
-    wanted = chosen(sites, config.targets)
+    wanted = select_sites(sites, config.targets)
     check_ranks(wanted, 0, config.pool)
     candidates = [format_of(config, type) for type in settings.types]
     modules = {name: site for name, site in fused_sites(sites).items() if name in {site.module for site in wanted}}
@@ -208,7 +208,7 @@ def choose_bits(
     floor = math.fsum(losses[group][places[-1]] for group, places in enumerate(useful))
     most = math.fsum(losses[group][places[0]] - losses[group][places[-1]] for group, places in enumerate(useful))
     room, bound = budget - smallest, floor
-    chosen = [places[-1] for places in useful]  # the largest options, if they fit
+    select_sites = [places[-1] for places in useful]  # the largest options, if they fit
     if sum(sizes[group][places[-1]] - sizes[group][places[0]] for group, places in enumerate(useful)) > room:
         unit = math.gcd(*extra_size.tolist())
         # (groups, options): 1 where an option is of a group
@@ -224,14 +224,14 @@ def choose_bits(
             options={"mip_rel_gap": 0.0, "node_limit": node_limit},
         )
         if result.x is None:  # the smallest options always fit
-            chosen = [places[0] for places in useful]
+            select_sites = [places[0] for places in useful]
         else:
-            chosen = [place for (_, place), taken in zip(options, result.x > 0.5, strict=True) if taken]
+            select_sites = [place for (_, place), taken in zip(options, result.x > 0.5, strict=True) if taken]
             bound += result.mip_dual_bound * (most / _LOSS_SCALE)
-    size = sum(group[place] for group, place in zip(sizes, chosen, strict=True))
+    size = sum(group[place] for group, place in zip(sizes, select_sites, strict=True))
     assert size <= budget, "the solver's rounding left the budget"
-    loss = math.fsum(group[place] for group, place in zip(losses, chosen, strict=True))
-    return BitsChoice(tuple(chosen), loss, size, min(bound, loss))
+    loss = math.fsum(group[place] for group, place in zip(losses, select_sites, strict=True))
+    return BitsChoice(tuple(select_sites), loss, size, min(bound, loss))
 
 
 def _undominated(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:

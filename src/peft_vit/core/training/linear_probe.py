@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import deal_folds
+from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.core.backbones import Backbone, Head, evaluating, fill_head
 from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import PROBE_L2
@@ -174,7 +174,7 @@ def _held_out_logits(
     images, task = len(groups), train.task
     strata = task.strata(train.labels[:images])
     folds = min(_FOLDS, fewest_groups(strata, groups))
-    fold_of = deal_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
+    fold_of = assign_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
     logits: list[list[Floats]] = [[] for _ in strengths]
     for fold in range(folds):
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)

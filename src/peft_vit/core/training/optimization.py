@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_vit.base.errors import DivergedError, UserError
 from peft_vit.core.adapters.adapted_product import saving_first
 from peft_vit.core.backbones import Backbone
-from peft_vit.core.backbones.passes import own_forwards
+from peft_vit.core.backbones.passes import replaced_forwards
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.training.hooks import Hook, Overhead, call_each
 from peft_vit.core.training.images import Data
@@ -213,6 +213,6 @@ def recomputed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
     they were, so that a dropout drops the same. Modules, their names and their hooks stay: for a while a block has a
     `forward` of its own. Calls under `no_grad` compute as always.
     """
-    return own_forwards(
+    return replaced_forwards(
         {block: partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False) for block in blocks}
     )

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from peft_vit.base.errors import SilentNoEffectWarning, UserError
 from peft_vit.core.adapters import check_gradients
 from peft_vit.core.adapters.footprint import model_size
-from peft_vit.core.adapters.resizing import unwrapped
+from peft_vit.core.adapters.resizing import unwrap_optimizer
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import BitsEntry, QuantizationSummary
@@ -221,7 +221,7 @@ class QALoRATrainer(Hook):
 
     def _warn_of_adam(self, optimizer: torch.optim.Optimizer) -> None:
         """Say once which settings Adam cancels."""
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         if self._warned or not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             return
         self._warned = True

@@ -29,13 +29,13 @@ from peft_vit.core.adapters import (
     Adapter,
     adapted_modules,
     attach_adapters,
-    check_stays,
+    check_adapters_match,
     current_ranks,
     peft_sites,
     site_adapters,
 )
 from peft_vit.core.adapters.peft_layers import peft_layers, sites_of_layers
-from peft_vit.core.backbones import Backbone, ReplayedPass, Site, evaluating, find_sites, watching
+from peft_vit.core.backbones import Backbone, ReplayedPass, Site, capturing_inputs, evaluating, find_sites
 from peft_vit.core.config import QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, quantize, quantize_with_compensation
 
@@ -93,7 +93,7 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
         raise UserError("the model carries adapters, whose ranks stay; leave it out", field="ranks")
     if config.rank is not None and {config.rank} != set(current_ranks(model).values()):
         raise UserError("the model's adapters have ranks of their own; leave it out", field="qa_lora.rank")
-    check_stays(model, config, "qa_lora")
+    check_adapters_match(model, config, "qa_lora")
     if config.pool > 1 and config.offset and pools == {1}:
         text = (
             f"groups of {config.pool} serve storage alone: the model's adapters are not pooled over them, so a merge "
@@ -210,7 +210,11 @@ def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: T
     called: dict[str, None] = {}
     watched = {name: layer.module for name, layer in layers.items()}
     # Once called, a layer keeps its place.
-    with watching(watched, lambda name, _: called.setdefault(name)), torch.no_grad(), evaluating(backbone.model):
+    with (
+        capturing_inputs(watched, lambda name, _: called.setdefault(name)),
+        torch.no_grad(),
+        evaluating(backbone.model),
+    ):
         backbone.model(image)
     if missing := [name for name in layers if name not in called]:
         message = f"gptq needs the inputs of {missing[0]}, which no forward pass calls; leave it out of targets"
@@ -331,7 +335,7 @@ def error_removed(
         def see(name: str, inputs: Tensor) -> None:
             of_outputs.append(removed(name, inputs.float().flatten(0, -2)))  # (B, ..., in) -> (N, in)
 
-        with watching({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
+        with capturing_inputs({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
             model(images)
         shares["error_removed_in_outputs"] = float(np.mean(of_outputs))
     return shares

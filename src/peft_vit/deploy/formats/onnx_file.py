@@ -56,7 +56,7 @@ from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
-from peft_vit.core.quantization.integers import IN_FILES, LARGEST, IntegerWeight
+from peft_vit.core.quantization.integers import EXPORTED_MATMUL, LARGEST, Int8Weight
 from peft_vit.core.quantization.packing import field_bits
 from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_content
 from peft_vit.deploy.formats.torch_files import check_merged
@@ -202,9 +202,9 @@ class Int8Linear(nn.Module):
         packed = layer.quantized if isinstance(layer, AdaptedLinear) else None
         if packed is None:
             assert layer.weight is not None
-            integers = IntegerWeight.from_float(layer.weight, IN_FILES)
+            integers = Int8Weight.from_float(layer.weight, EXPORTED_MATMUL)
         else:
-            integers = IntegerWeight.from_quantized(packed, IN_FILES)
+            integers = Int8Weight.from_quantized(packed, EXPORTED_MATMUL)
         self.expanded = None if packed is None else ExpandedWeight(packed)
         self.codes = nn.Buffer(integers.codes.T.contiguous()) if packed is None else None  # (in, out)
         self.scales = nn.Buffer(integers.scales)  # (out,)

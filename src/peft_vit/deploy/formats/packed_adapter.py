@@ -26,7 +26,7 @@ from peft_vit.core.adapters.peft_layers import tuner_layers
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
 from peft_vit.core.config import USUAL_TASK
-from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
+from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_selected_rows
 from peft_vit.deploy.formats.torch_files import LowBitHeader, TensorHeader, low_bit_parts, tensor_content
 from peft_vit.deploy.model_card import AGAIN, HEADER, ModelCard
 
@@ -246,7 +246,7 @@ class _JoinedFiles(NamedTuple):
     rows: NDArray[np.int64]  # (b, sites), how many scales do
 
     def unpack(self, starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int) -> NDArray[np.float32]:
-        return unpack_some(self.arrays, starts, rows, columns, self.bits)
+        return unpack_selected_rows(self.arrays, starts, rows, columns, self.bits)
 
 
 def _joined_files(
@@ -288,7 +288,7 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
     merged into them.
     """
     for _, module in adapted_modules(model):
-        module.sites, module.product, packed = nn.ModuleDict(), None, module.quantized
+        module.sites, module.matmul, packed = nn.ModuleDict(), None, module.quantized
         if packed is None or packed.offsets is None or not packed.format.has_codebook:
             continue
         if not packed.offsets.any():

@@ -32,7 +32,7 @@ from peft_vit.core.adapters import (
     merge_into_offsets,
     packed_weights,
     plain_model,
-    use_float_products,
+    use_float_matmul,
 )
 from peft_vit.core.adapters.adapter_file import read_safetensors
 from peft_vit.core.adapters.peft_format import BASE_FILE, import_peft
@@ -87,7 +87,7 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     if not layers:
         return Merged(plain_model(model, card.architecture, card.image_size, len(card.class_names)), "float", {})
     merged = copy.deepcopy(model)
-    use_float_products(merged)  # files say how they are computed with
+    use_float_matmul(merged)  # files say how they are computed with
     if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
         return Merged(merged, "codes", merge_by_requantizing(merged))
     return Merged(merged, "offsets", merge_into_offsets(merged))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peft_vit.base.statistics import proportion_interval
-from peft_vit.base.statistics.reliability import Bin
+from peft_vit.base.statistics.reliability import ReliabilityBin
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import DecidingMetric
 from peft_vit.deploy.page.document import Drawing, Raw
@@ -90,7 +90,7 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     return draw("learning", "Training and validation", caption, 2.7, paint, data, 4.6)
 
 
-def draw_reliability(bins: Sequence[Bin], caption: str) -> Drawing:
+def draw_reliability(bins: Sequence[ReliabilityBin], caption: str) -> Drawing:
     """Draw how often predictions on test are right over how sure they are, with Wilson's 95 % intervals."""
 
     def paint(canvas: Canvas) -> None:

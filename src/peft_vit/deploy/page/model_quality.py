@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from peft_vit.base.statistics import Interval, proportion_interval
-from peft_vit.base.statistics.reliability import Bin, equal_count_bins
+from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
@@ -88,7 +88,7 @@ class ModelQuality:
         """Return the mean probability of what is said; equal to the accuracy where probabilities hold."""
         return float(np.mean([image.probability for image in self.images]))
 
-    def reliability(self) -> tuple[Bin, ...]:
+    def reliability(self) -> tuple[ReliabilityBin, ...]:
         """Return bins of equal counts that hold at least `IN_A_BIN` images each; none where there are too few."""
         bins = min(MOST_BINS, len(self.images) // IN_A_BIN)
         if bins < _LEAST_BINS:
