@@ -283,8 +283,7 @@ def reach_threshold(scores: Floats, costs: Ints, threshold_tau: float) -> bool:
 def _checked(scores: Floats) -> list[float]:
     if not np.all(np.isfinite(scores)) or np.any(scores < 0):
         raise UserError("importance scores must be finite and not negative", field="importance_scores")
-    values: list[float] = scores.tolist()
-    return values
+    return scores.tolist()
 
 
 def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:

@@ -140,8 +140,7 @@ class Augmentation(Frozen):
     @property
     def settings(self) -> Frozen:
         """Return its own settings."""
-        settings: Frozen = getattr(self, self.name)
-        return settings
+        return getattr(self, self.name)
 
     @property
     def mixes(self) -> bool:

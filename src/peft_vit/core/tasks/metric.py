@@ -17,6 +17,7 @@ _AT_ONCE = 1_000_000  # weights held at a time
 _GAIN, _GAIN_SD, _GAIN_STEPS = 0.03, 0.03, 60  # what training adds at last, its spread, steps for two thirds of it
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
 Outputs: TypeAlias = NDArray[np.floating]  # of a head, (N, K)
 
@@ -196,8 +197,7 @@ def pseudo_values(images: int, statistic: Callable[[Floats], Floats]) -> Floats:
     for start in range(0, images, block):
         left_out = 1 - np.eye(images)[start : start + block]  # (B, N)
         without[start : start + block] = statistic(left_out)
-    values: Floats = images * whole - (images - 1) * np.nan_to_num(without, nan=whole)
-    return values
+    return images * whole - (images - 1) * np.nan_to_num(without, nan=whole)
 
 
 def cumulated(scores: Floats, positive: Flags, weights: Floats) -> tuple[Floats, Floats]:
@@ -223,5 +223,4 @@ def area_under_roc(scores: Floats, positive: Flags, weights: Floats) -> Floats:
     false = drawn - hits
     above = false[:, -1:] - (false + np.concatenate([np.zeros((len(false), 1)), false[:, :-1]], 1)) / 2
     with np.errstate(invalid="ignore"):
-        area: Floats = (np.diff(hits, prepend=0.0) * above).sum(1) / (hits[:, -1] * false[:, -1])
-    return area
+        return (np.diff(hits, prepend=0.0) * above).sum(1) / (hits[:, -1] * false[:, -1])

@@ -7,12 +7,11 @@ label's probability; what is not known counts neither in the loss nor in a measu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy
-from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import TemperaturePrior, recall_threshold, row_weights
@@ -22,13 +21,24 @@ from peft_vit.core.tasks.metric import (
     DecidingMetric,
     Flags,
     Floats,
+    Ints,
     Labels,
     Outputs,
     area_under_roc,
     bootstrapped,
     cumulated,
 )
-from peft_vit.core.tasks.task import LOG_TEMPERATURES, Task, by_coverage, counted_images, logistic_regressions, on_shown
+from peft_vit.core.tasks.task import (
+    LOG_TEMPERATURES,
+    Coverage,
+    LinearHeads,
+    NamedLabels,
+    Task,
+    by_coverage,
+    counted_images,
+    logistic_regressions,
+    on_shown,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +63,7 @@ def average_precision(scores: Floats, positive: Flags, weights: Floats) -> Float
     hits, drawn = cumulated(scores, positive, weights)
     with np.errstate(invalid="ignore"):
         precision = np.where(drawn > 0, hits / drawn, 0.0)
-        area: Floats = (np.diff(hits, prepend=0.0) * precision).sum(1) / hits[:, -1]
-    return area
+        return (np.diff(hits, prepend=0.0) * precision).sum(1) / hits[:, -1]
 
 
 def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Floats) -> Floats:
@@ -66,8 +75,7 @@ def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Flo
             of_labels.append(measure(score[known], truth[known] == 1, weights[:, known]))
     values = np.array(of_labels).reshape(len(of_labels), len(weights))
     measured = np.isfinite(values).sum(0)
-    mean: Floats = np.nan_to_num(values).sum(0) / np.maximum(measured, 1)
-    return mean
+    return np.nan_to_num(values).sum(0) / np.maximum(measured, 1)
 
 
 def _map(labels: Labels, scores: Labels, weights: Floats) -> Floats:
@@ -105,14 +113,13 @@ def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats
 
 
 def _f1_micro(labels: Labels, told: Labels, weights: Floats) -> Floats:
-    return np.asarray(f1(*(part.sum(1) for part in _told(labels, told, weights))))
+    return f1(*(part.sum(1) for part in _told(labels, told, weights)))
 
 
 def _f1_macro(labels: Labels, told: Labels, weights: Floats) -> Floats:
     """Return the mean over the labels that some image has, (B,); 0 where none has."""
     hits, said, there = _told(labels, told, weights)
-    values: Floats = f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
-    return values
+    return f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ class _Multilabel(Task):
         odd = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
         return f"expected 0, 1, or nothing for what is not known, got {odd[0]!r}" if odd else None
 
-    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return names and labels (N, K); of `cat|dog` all that is not named is not there."""
         if list(columns) == ["label"]:
             rows = [{name.strip() for name in text.split("|")} - {""} for text in texts]
@@ -168,7 +175,7 @@ class _Multilabel(Task):
                 remedy = "add images of both kinds, or take the class out"
                 raise UserError(f"every {image} {what} '{name}', so nothing can be learned about it; {remedy}")
 
-    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+    def made_up(self, classes: Ints) -> NamedLabels:
         """Return a label a class, and that of the class before."""
         own = classes[:, None] == np.arange(classes.max() + 1)  # (N, K)
         return tuple(f"class_{k}" for k in range(own.shape[1])), (own | np.roll(own, 1, axis=1)).astype(float)
@@ -180,17 +187,17 @@ class _Multilabel(Task):
 
     def members(self, labels: Labels, place: int) -> Flags:
         """Return which images have a label, (N,)."""
-        return np.asarray(labels[:, place] == 1)
+        return labels[:, place] == 1
 
-    def marks(self, labels: Labels) -> NDArray[np.int64]:
+    def marks(self, labels: Labels) -> Ints:
         """Return equal numbers for equal labels."""
         return np.unique(np.nan_to_num(labels, nan=-1.0), axis=0, return_inverse=True)[1].reshape(-1)
 
     def strata(self, labels: Labels) -> Flags:
         """Return which images have each label, (N, K)."""
-        return np.asarray(labels == 1)
+        return labels == 1
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
+    def loss_weights(self, counts: Ints, how: ClassWeights) -> Floats:
         """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
         weights: Floats = 1 / counted_images(counts, how)
         return weights / weights.mean()
@@ -234,9 +241,7 @@ class _Multilabel(Task):
         """Return the sum over labels, (N,)."""
         return self._each(outputs, labels).sum(1)
 
-    def linear_heads(
-        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
         """Yield a logistic regression a label, by scikit-learn, on the images of which it is known.
 
         Where all of these agree, it is the constant that says so of one image more of each kind.
@@ -279,8 +284,7 @@ class _Multilabel(Task):
     def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
         """Return the probability of each label, (N, K)."""
         z = outputs.astype(np.float64) / (1.0 if decision is None else decision.temperature)
-        shares: Floats = np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
-        return shares
+        return np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
 
     def told(self, outputs: Outputs, decision: Decision | None = None) -> Flags:
         """Return which labels reach their thresholds, or 1/2, (N, K)."""
@@ -290,9 +294,7 @@ class _Multilabel(Task):
         """Return that nothing is there, which ranks all images alike."""
         return np.zeros_like(labels, dtype=float)
 
-    def decide(
-        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: NDArray[np.int64] | None = None
-    ) -> Decision:
+    def decide(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: Ints | None = None) -> Decision:
         """Return the most probable temperature, and for each label the threshold with the largest F1."""
         width = labels.shape[1]
         if not len(labels):
@@ -312,9 +314,7 @@ class _Multilabel(Task):
         sets = {"coverages": coverages, "set_thresholds": least}
         return decision.model_copy(update={"thresholds": _thresholds(scores, labels, weights), **sets})
 
-    def covered(
-        self, decision: Decision, outputs: Outputs, labels: Labels
-    ) -> tuple[dict[float, float], dict[float, float]]:
+    def covered(self, decision: Decision, outputs: Outputs, labels: Labels) -> Coverage:
         """Return which share of an image's labels is in its set, and how many labels are, over images that have one."""
         there = labels == 1  # (N, K)
         own = there.any(1)
@@ -331,7 +331,7 @@ class _Multilabel(Task):
 
 def reached(predicted: Labels, decision: Decision | None) -> Flags:
     """Return which labels reach their thresholds, or 1/2, by their probabilities (N, K)."""
-    return np.asarray(predicted >= (0.5 if decision is None else np.array(decision.thresholds)))
+    return predicted >= (0.5 if decision is None else np.array(decision.thresholds))
 
 
 def _thresholds(scores: Labels, labels: Labels, weights: Floats) -> tuple[float, ...]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.records import Decision, Metrics
 from peft_vit.core.tasks.classification import ACCURACY, CLASSIFICATION
-from peft_vit.core.tasks.metric import DecidingMetric, Floats, Labels, Outputs
+from peft_vit.core.tasks.metric import DecidingMetric, Floats, Ints, Labels, Outputs
 from peft_vit.core.tasks.task import Task
 
 # Of temperatures that folds tell: no image has chosen a step, and they are few. It is less known than after validation.
@@ -68,7 +67,7 @@ class Scores:
         """Return a score as a terminal shows the metric's value."""
         return self.metric.text(share * self.factor)
 
-    def by_image(self, outputs: Outputs, labels: Labels, images: NDArray[np.int64] | None = None) -> Floats:
+    def by_image(self, outputs: Outputs, labels: Labels, images: Ints | None = None) -> Floats:
         """Return what each of N images brings, (N,): its mean is the score, see `DecidingMetric.by_image`.
 
         Args:
@@ -78,8 +77,7 @@ class Scores:
         """
         decision = self.task.decide(outputs, labels, OF_FOLDS, images)
         predicted = self.task.predicted(outputs, decision)
-        values: Floats = self.metric.by_image(labels, predicted, thresholds_of(decision)) / self.factor
-        return values
+        return self.metric.by_image(labels, predicted, thresholds_of(decision)) / self.factor
 
     def image_weights(self, labels: Labels) -> Floats | None:
         """Return what images count, (N,), where classes count the same; None: all the same."""

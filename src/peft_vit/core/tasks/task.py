@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 import scipy
-from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.config import ClassWeights, LossName, TaskName, TrainingConfig
 from peft_vit.core.records import Calibrated, Decision, Metrics, Predictions, TestedCalibration
-from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Labels, Outputs
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +33,9 @@ _EFFECTIVE = 0.999  # beta of effective numbers
 _LARGEST_GRADIENT = 1e-7  # at which a linear head has converged; L-BFGS ends there or at its most iterations
 _MOST_ITERATIONS = 10_000
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
+NamedLabels: TypeAlias = tuple[tuple[str, ...], Labels]  # names of the K outputs, and labels of N images
+LinearHeads: TypeAlias = Iterator[tuple[Floats, Floats]]  # weight (K, D) and bias (K,) of one after the other
+Coverage: TypeAlias = tuple[dict[float, float], dict[float, float]]  # how often the truth is held, and mean size
 Column: TypeAlias = Literal["classes", "lists", "numbers"]
 
 
@@ -81,7 +83,7 @@ class Task(Protocol):
     def fault(self, cells: Mapping[str, str]) -> str | None:
         """Return what is wrong with a row's cells, by column; None: nothing."""
 
-    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return the names of outputs, and the labels, of cells that are joined by '|'."""
 
     def refuse_one_answer(self, names: Sequence[str], labels: Labels, image: str) -> None:
@@ -97,9 +99,7 @@ class Task(Protocol):
         """
         return
 
-    def read_split(
-        self, texts: Sequence[str], columns: Sequence[str], is_test: Flags | None
-    ) -> tuple[tuple[str, ...], Labels]:
+    def read_split(self, texts: Sequence[str], columns: Sequence[str], is_test: Flags | None) -> NamedLabels:
         """Return likewise of images of which some, (N,), are for the test alone.
 
         Raises:
@@ -111,7 +111,7 @@ class Task(Protocol):
             self.refuse_one_answer(names, labels[~is_test], "training image")
         return names, labels
 
-    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+    def made_up(self, classes: Ints) -> NamedLabels:
         """Return names and labels for made-up images of so many classes, (N,)."""
 
     def text(self, label: Any, names: Sequence[str]) -> str:
@@ -127,16 +127,18 @@ class Task(Protocol):
         return f"{len(names)} {self.outputs if len(names) != 1 else self.outputs.removesuffix('s')}"
 
     def members(self, labels: Labels, place: int) -> Flags:
-        """Return which images count for an output, (N,): those of its class."""
+        """Return which images count for an output, (N,): those of its class, or where there are no classes all."""
+        return np.ones(len(labels), dtype=bool)
 
-    def marks(self, labels: Labels) -> NDArray[np.int64]:
-        """Return numbers, (N,), that are equal where copies of one image may have both labels."""
+    def marks(self, labels: Labels) -> Ints:
+        """Return numbers, (N,), that are equal where copies of one image may have both labels, as measurements may."""
+        return np.zeros(len(labels), dtype=np.int64)
 
-    def counts(self, labels: Labels, width: int) -> NDArray[np.int64]:
-        """Return how many images are of each class, (K,)."""
+    def counts(self, labels: Labels, width: int) -> Ints:
+        """Return how many images count for each of K outputs, (K,)."""
         return np.array([self.members(labels, place).sum() for place in range(width)])
 
-    def strata(self, labels: Labels) -> NDArray[Any]:
+    def strata(self, labels: Labels) -> Labels:
         """Return what splits and folds hold in equal shares: (N,) integers, or (N, S) bool where they have several."""
 
     # --- learning ---
@@ -187,7 +189,7 @@ class Task(Protocol):
             message = f"has no effect on {self.outputs}, which have no classes; leave it out"
             raise UserError(message, field="training.class_weights")
 
-    def deciding(self, counts: NDArray[np.int64]) -> DecidingMetric:
+    def deciding(self, counts: Ints) -> DecidingMetric:
         """Return the metric that `auto` is, with so many images of each class (K,)."""
         return next(iter(self.metrics.values()))
 
@@ -195,7 +197,7 @@ class Task(Protocol):
         """Return how many outputs the head has, for the names of what is predicted."""
         return len(names)
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
+    def loss_weights(self, counts: Ints, how: ClassWeights) -> Floats:
         """Return the weight of each output in the loss, (K,), by how many images are of its class, (K,)."""
         return np.ones(len(counts))
 
@@ -220,9 +222,7 @@ class Task(Protocol):
         """Return the weight of each image in a linear fit, (N,), with weights of the loss (K,)."""
         return np.ones(len(labels))
 
-    def linear_heads(
-        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
         """Yield weight (K, D) and bias (K,) of the linear head with the least penalized loss, one after the other.
 
         Args:
@@ -233,7 +233,7 @@ class Task(Protocol):
         """
 
     def left_out(
-        self, z: Floats, labels: Labels, groups: NDArray[np.int64], strengths: Sequence[float], weights: Floats
+        self, z: Floats, labels: Labels, groups: Ints, strengths: Sequence[float], weights: Floats
     ) -> Sequence[Floats] | None:
         """Return by strength what linear heads say of images that they were not fitted to, (N, K), without more fits.
 
@@ -300,7 +300,7 @@ class Task(Protocol):
         """Return what always the same answer would predict of images, at its best."""
 
     def decide(
-        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: NDArray[np.int64] | None = None
+        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: Ints | None = None
     ) -> Decision | None:
         """Return what outputs mean, by images that were not trained on; None: softmax, see `Calibrated`.
 
@@ -312,9 +312,7 @@ class Task(Protocol):
         """
         return None
 
-    def covered(
-        self, decision: Decision, outputs: Outputs, labels: Labels
-    ) -> tuple[dict[float, float], dict[float, float]]:
+    def covered(self, decision: Decision, outputs: Outputs, labels: Labels) -> Coverage:
         """Return by coverage of SHOWN how often sets or intervals hold the truth, and their mean size."""
         return {}, {}
 
@@ -333,7 +331,7 @@ class Task(Protocol):
         self,
         outputs: Outputs,
         labels: Labels,
-        positions: NDArray[np.int64],
+        positions: Ints,
         *,
         keep_logits: bool = False,
         decision: Decision | None = None,
@@ -358,7 +356,7 @@ def meaning_fields(meaning: Meaning) -> dict[str, Any]:
     return {"calibrated": None if is_decision else meaning, "decision": meaning if is_decision else None}
 
 
-def counted_images(counts: NDArray[np.int64], how: ClassWeights) -> Floats:
+def counted_images(counts: Ints, how: ClassWeights) -> Floats:
     """Return what the images of each class count for, (K,): their number, or their effective number.
 
     That is (1 - b^n) / (1 - b) of n images: of a class that has many, a further one brings hardly anything new. With
@@ -386,9 +384,7 @@ def by_coverage(threshold: Callable[[float], Any]) -> tuple[tuple[float, ...], t
     return tuple(held), tuple(held.values())
 
 
-def on_shown(
-    meaning: Calibrated | Decision, held_and_size: Callable[[float], tuple[Any, Any]]
-) -> tuple[dict[float, float], dict[float, float]]:
+def on_shown(meaning: Calibrated | Decision, held_and_size: Callable[[float], tuple[Any, Any]]) -> Coverage:
     """Return how often sets or intervals hold the truth, and their mean size, by those of SHOWN that there are."""
     found = {coverage: held_and_size(coverage) for coverage in SHOWN if coverage in meaning.coverages}
     held = {coverage: float(own) for coverage, (own, _) in found.items()}

@@ -52,8 +52,7 @@ def loss_in_halves(loss_of: Callable[[Tensor, Tensor], Tensor], images: Tensor, 
         labels: (B, ...).
     """
     halves = list(zip(images.tensor_split(2), labels.tensor_split(2), strict=True))
-    loss: Tensor = _Halves.apply(torch.zeros((), requires_grad=True), loss_of, halves)
-    return loss
+    return _Halves.apply(torch.zeros((), requires_grad=True), loss_of, halves)
 
 
 class _Halves(torch.autograd.Function):
