@@ -446,11 +446,11 @@ def _train_and_test(
     def outputs(of: LabelledImages) -> Outputs:
         batches = of.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
         if spec.measures.features:
-            found = Outputs(*predict_with_middle(model, batches, device=runtime.device, precision=runtime.precision))
+            found = Outputs(*predict_with_middle(model, batches, precision=runtime.precision))
         elif is_probe:
             found = Outputs(np.empty((0, 0), np.float32), of.labels, None)
         else:
-            found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
+            found = Outputs(*predict(model, batches, precision=runtime.precision), None)
         if is_probe:  # its logits are of the features that it was fitted to
             return found._replace(logits=head_logits(head, in_float.of(of).values, runtime))
         return found

@@ -104,10 +104,7 @@ def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_ther
         assert [evaluation.deployable for evaluation in result.evaluations] == [s >= earliest for s in (3, 6, 9)]
         assert result.chosen == max(allowed, key=lambda e: (e.metrics.accuracy, -e.metrics.nll))
         batches = images.validation.ordered_batches(32, runtime.mean, runtime.std)
-        assert (
-            CLASSIFICATION.measure(*predict(model, batches, device=runtime.device, precision="fp32"))
-            == result.chosen.metrics
-        )
+        assert CLASSIFICATION.measure(*predict(model, batches, precision="fp32")) == result.chosen.metrics
     with pytest.raises(RuntimeError, match="no validation found a deployable state"):
         train(lora(tiny_vit()), data(), config(), runtime, seed=0, hooks=[DeployableFrom(10)])
 

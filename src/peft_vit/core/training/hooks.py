@@ -65,14 +65,12 @@ class HookContext:
         calibration_batch: returns the first training images (count, C, H, W) in an order of their own, and their
             labels (count,).
         class_weights: of the loss, (classes,); None if all are 1.
-        loss: the mean loss of training, of logits (B, classes) and labels (B,).
         float_weights: returns the backbone's weights by name, as they were before anything was quantized.
         overhead: takes the seconds of what hooks measure.
     """
 
     calibration_batch: Callable[[int], tuple[Tensor, Tensor]]
     class_weights: Tensor | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     float_weights: Callable[[], Mapping[str, Tensor]] = dict
     overhead: Overhead = field(default_factory=Overhead)
 

@@ -37,7 +37,7 @@ from peft_vit.core.training.checkpoint import (
 from peft_vit.core.training.hooks import Hook, Overhead, RuntimeConfig, call_each
 from peft_vit.core.training.images import Data, mixed
 from peft_vit.core.training.metrics import predict
-from peft_vit.core.training.optimization import build_optimizer, build_scheduler
+from peft_vit.core.training.optimization import build_optimizer, build_scheduler, optimization_step
 from peft_vit.core.training.step_engine import StepEngine
 
 
@@ -233,7 +233,15 @@ class TrainingState:
         learning_rate = self._optimizer.param_groups[0]["lr"]
         notes = {name: value for hook in self._hooks for name, value in hook.notes().items()}
         number = self.steps + 1
-        outcome = engine.step(self._optimizer, images, labels, number, self._hooks, self.result.overhead_s)
+        outcome = optimization_step(
+            self.model,
+            self._optimizer,
+            engine.losses(images, labels),
+            number,
+            hooks=self._hooks,
+            clip_norm=self._config.clip_norm,
+            overhead=self.result.overhead_s,
+        )
         row = StepRow(
             step=number,
             loss=outcome.loss,
@@ -256,7 +264,7 @@ class TrainingState:
         with self.result.overhead_s.of("evaluation"):
             # No larger than in training, or a method that keeps few activations would have its largest memory here.
             batches = self._data.validation.ordered_batches(self._config.images_at_once, runtime.mean, runtime.std)
-            logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
+            logits, labels = predict(self.model, batches, precision=runtime.precision)
             if not np.isfinite(logits).all():
                 raise DivergedError(f"predictions after step {steps} are not finite; lower the learning rate")
             self.offer(self._data.task.measure(logits, labels))

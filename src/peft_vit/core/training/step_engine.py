@@ -1,7 +1,7 @@
-"""What makes one step of training: its loss, and all that lets it need less time or memory and leaves its result alone.
+"""The loss of a training step, and all that lets it need less time or memory and leaves its result alone.
 
 That is lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block,
-blocks and codes that the backward pass computes again, clipping, and a temperature of the head.
+blocks and codes that the backward pass computes again, and a temperature of the head.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
@@ -22,11 +21,11 @@ from peft_vit.core.training.halves import loss_in_halves, takes_halves
 from peft_vit.core.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig
 from peft_vit.core.training.images import Data
 from peft_vit.core.training.metrics import autocast
-from peft_vit.core.training.optimization import StepOutcome, blocks_of, loss_weights, optimization_step, recomputed
+from peft_vit.core.training.optimization import blocks_of, loss_weights, recomputed
 
 
 class StepEngine:
-    """Makes steps of a model on batches; what they depend on is in the model and its optimiser.
+    """Computes the loss of a model on batches as training does; what it depends on is in the model.
 
     Args:
         model: with adapters attached, on the runtime's device.
@@ -44,9 +43,8 @@ class StepEngine:
             raise UserError(message, field="training.memory_limit")
         self._model, self._data, self._config, self._runtime = model, data, config, runtime
         self._weights = loss_weights(config, data, runtime.device)  # (classes,)
-        self._loss = partial(
-            data.task.loss, weights=self._weights, label_smoothing=config.label_smoothing, name=config.loss
-        )
+        smoothing = config.label_smoothing
+        self._loss = partial(data.task.loss, weights=self._weights, label_smoothing=smoothing, name=config.loss)
         self._temperature = 1.0
         if config.activation_checkpointing in ("light", "adaptive"):
             remember_sources(model)
@@ -59,7 +57,7 @@ class StepEngine:
         self._temperature = temperature
         apply_temperature(Backbone(self._model).head, temperature)
         calibration = Calibration(self._data, self._runtime, seed)
-        context = HookContext(calibration.batch, self._weights, self._loss, overhead=overhead)
+        context = HookContext(calibration.batch, self._weights, overhead=overhead)
         for hook in hooks:
             hook.begin(self._model, context)
 
@@ -76,34 +74,14 @@ class StepEngine:
         self._model.train()
         freeze_batch_norm(self._model)
 
-    def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        images: Tensor,
-        labels: Tensor,
-        number: int,
-        hooks: Sequence[Hook],
-        overhead: Overhead,
-    ) -> StepOutcome:
-        """Do one step, see `optimization_step`.
-
-        Args:
-            optimizer: of the model's trainable parameters.
-            images: (B, 3, S, S).
-            labels: (B,), or shares of each class (B, classes).
-            number: of this step, from 1.
-            hooks: what the method does around it.
-            overhead: takes the seconds of the hooks.
-        """
-        losses, clip_norm = self._losses(images, labels), self._config.clip_norm
-        return optimization_step(
-            self._model, optimizer, losses, number, hooks=hooks, clip_norm=clip_norm, overhead=overhead
-        )
-
-    def _losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
+    def losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Yield what each micro-batch of M images has in the loss of its batch of B: its own mean, times M / B.
 
         The last batch of an epoch may be smaller, and its last micro-batch too.
+
+        Args:
+            images: (B, 3, S, S).
+            labels: (B,), or shares of each class (B, classes).
         """
         device, at_once = self._runtime.device, self._config.images_at_once
 
