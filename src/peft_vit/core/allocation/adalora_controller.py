@@ -26,8 +26,8 @@ import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import DivergedError, SilentNoEffectWarning, UserError
 from peft_vit.base.seeding import torch_generator
@@ -124,7 +124,7 @@ class AdaLoRAController:
         self._last_scores = dict(self.tracker.of_sites)  # and of sites that had rank at some time
         self._scored = 0  # step of the latest scores
         self._decided = 0  # step of the latest decision
-        self._optimizer: torch.optim.Optimizer | None = None  # as attached
+        self._optimizer: Optimizer | None = None  # as attached
         self._start(model)
         if check:
             check_gradients(model)
@@ -173,7 +173,7 @@ class AdaLoRAController:
             }
         )
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Refuse what can't follow a change of rank; call once before the first step.
 
         In a loop that does not call it, the first `apply_ranks` does; only a decision after the very first step then
@@ -186,7 +186,7 @@ class AdaLoRAController:
         self._take_on(model, optimizer)
         self._probe_next_step(model)
 
-    def _take_on(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _take_on(self, model: nn.Module, optimizer: Optimizer) -> None:
         check_resizable(model, optimizer)
         ranks, own = current_ranks(model), self.ranks
         other = next((name for name in self.names if ranks.get(name) != own[name]), None)
@@ -288,7 +288,7 @@ class AdaLoRAController:
         )
         return dict(zip(self.names, map(int, ranks), strict=True))
 
-    def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
+    def apply_ranks(self, model: nn.Module, optimizer: Optimizer, ranks: dict[str, int]) -> None:
         """Resize the adapters and the optimiser's moments to the decided ranks, if they differ from the present ones.
 
         Call after the optimiser's step. A shrinking target module loses its weakest triplets by their latest scores. If
@@ -301,7 +301,7 @@ class AdaLoRAController:
             self._change(model, optimizer, {**present, **ranks})
         self._probe_next_step(model)
 
-    def _change(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
+    def _change(self, model: nn.Module, optimizer: Optimizer, ranks: dict[str, int]) -> None:
         budget, cost = self.schedule.budget_at(self._decided), self._cost(ranks)
         if cost > budget:
             unit = self.config.budget.unit

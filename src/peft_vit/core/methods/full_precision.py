@@ -28,7 +28,15 @@ from peft_vit.core.allocation.starting_ranks import PLAIN, Adapters
 from peft_vit.core.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.core.config import RULE_OF_A_BUDGET, AdaLoraConfig, ExperimentConfig, Frozen, LoraConfig, QaLoraConfig
 from peft_vit.core.config.methods import StoredAdapterConfig
-from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, check_rank_at, sites_of
+from peft_vit.core.methods.method import (
+    DEFAULT_RANK,
+    Method,
+    PrepareContext,
+    Sections,
+    TrainOptions,
+    check_rank_at,
+    sites_of,
+)
 from peft_vit.core.training import AllocationHook, Hook, StartingRanks
 
 _FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of AdaLoRA as `train` takes it
@@ -90,7 +98,7 @@ def check_ranks_of(settings: StoredAdapterConfig, adapters: Adapters, shape: Bac
         check_starting_ranks(settings.ranks, sites_of(adapters.section, settings, shape), adapters)
 
 
-def _lora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def _lora_defaults(options: TrainOptions) -> Sections:
     if options.adapter_bytes is not None:
         return {"lora": stored_in(options.adapter_bytes, PLAIN, options.shape.sites)}
     if options.budget is not None:
@@ -172,7 +180,7 @@ def shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int, 
     return {"adalora": settings.model_copy(update=short)}
 
 
-def adalora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def adalora_defaults(options: TrainOptions) -> Sections:
     """Return mean rank 4 unless something else is asked, decided early, by magnitude.
 
     It is what was found to keep up with LoRA at its learning rate.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -13,10 +13,11 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.allocation import rank_costs
 from peft_vit.core.backbones import BackboneShape, Site, chosen
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, QuantizationType
-from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.training import Hook, check_ranks
+from peft_vit.core.training.quantized_layers import Formats, PackedTensors
 
 DEFAULT_RANK = 8  # of `peft-vit train`
+Sections: TypeAlias = dict[str, dict[str, Any]]  # settings by section of an experiment
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class PrepareContext:
 
     total_steps: int
     seed: int
-    formats: Mapping[str, QuantizationFormat] | None = None
+    formats: Formats | None = None
     ranks: Mapping[str, int] | None = None
     calibration: Callable[[int], Tensor] | None = None
     module_ranks: Mapping[str, int] | None = None
-    packed: Mapping[str, Mapping[str, Tensor]] | None = None
+    packed: PackedTensors | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Method:
     prepare: Callable[[nn.Module, ExperimentConfig, PrepareContext], list[Hook]] = lambda *_: []
     check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = lambda *_: None
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = lambda *_: {}
-    defaults: Callable[[TrainOptions], dict[str, dict[str, Any]]] = lambda _: {}
+    defaults: Callable[[TrainOptions], Sections] = lambda _: {}
     learning_rate: float = 1e-3
     few_ranks_learning_rate: float | None = None
     forward_passes: float = 2.0

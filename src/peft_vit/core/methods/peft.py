@@ -5,15 +5,21 @@ The library is an extra, and imported only when a run needs it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.peft_tuner import attach_peft, attach_peft_lora, require_peft, tuner_config
 from peft_vit.core.backbones import BackboneShape, Site, whole_modules
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
-from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, below, check_rank_at
+from peft_vit.core.methods.method import (
+    DEFAULT_RANK,
+    Method,
+    PrepareContext,
+    Sections,
+    TrainOptions,
+    below,
+    check_rank_at,
+)
 from peft_vit.core.training import Hook, PeftAdaLoraHook, last_update
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
@@ -72,7 +78,7 @@ def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int,
     return {"peft_adalora": settings.model_copy(update=short)}
 
 
-def _adalora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def _adalora_defaults(options: TrainOptions) -> Sections:
     options.enough_steps(_FEWEST_STEPS)
     return {
         "peft_adalora": {"update_frequency": max(1, options.steps // 8), "warmup_steps": max(1, options.steps // 4)}

@@ -26,6 +26,7 @@ from peft_vit.core.methods.method import (
     DEFAULT_RANK,
     Method,
     PrepareContext,
+    Sections,
     TrainOptions,
     check_images,
     check_rank_at,
@@ -142,7 +143,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
     check_ranks_of(settings, _adapters(settings), shape)
 
 
-def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def _defaults(options: TrainOptions) -> Sections:
     packing, sites = packed_by_default(options.shape.sites, options.bits), options.shape.sites
     if options.adapter_bytes is not None:
         adapters = Adapters("qa_lora", packing.get("group_size", 1))

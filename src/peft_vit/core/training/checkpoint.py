@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.files import checkpoint_folders, flush, make_folder, read_bytes, remove_any, sha256_of
@@ -75,7 +76,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         parameters.get(name, place).data = tensors[name].to(place.device)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Bring an optimiser that was built again over the loaded model to where it was.
 
     Raises:
@@ -90,7 +91,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict(dict(state))
 
 
-def optimizer_sha256(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_sha256(optimizer: Optimizer) -> str:
     """Return the SHA-256 of moments, step counts and rates."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.core.config import Precision
 from peft_vit.core.training.images import Data
@@ -91,7 +92,7 @@ class Hook:
         Called once before the optimiser is built; not by a training that continues from a state.
         """
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Prepare, and refuse what can't work; called once, before the first step."""
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ class Hook:
     def before_step(self, model: nn.Module, step: int) -> None:
         """Look at, or scale, the whole gradient, penalties included; it is not clipped yet. Who scores comes first."""
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Change ranks or weights once the optimiser has stepped."""
 
     def notes(self) -> dict[str, float]:

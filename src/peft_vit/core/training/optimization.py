@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
@@ -55,7 +56,7 @@ class StepOutcome:
 
 def optimization_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     loss: Tensor | Iterable[Tensor],
     step: int,
     *,
@@ -109,7 +110,7 @@ def optimization_step(
     return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """Return the optimiser over everything that is trainable; its first group has the whole learning rate."""
     assert config.learning_rate is not None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -182,7 +183,7 @@ class WarmupStableDecay:
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
+    optimizer: Optimizer, config: TrainingConfig, total_steps: int
 ) -> tuple[LRScheduler, WarmupStableDecay | None]:
     """Return the learning rate's course, and what can bring it down early, if anything can.
 

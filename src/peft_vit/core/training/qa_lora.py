@@ -26,19 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import SilentNoEffectWarning, UserError
 from peft_vit.core.adapters import check_gradients
 from peft_vit.core.adapters.footprint import model_size
 from peft_vit.core.adapters.resizing import unwrapped
 from peft_vit.core.config import QaLoraConfig
-from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import BitsEntry, QuantizationSummary
 from peft_vit.core.training.checkpoint import tensors_sha256
 from peft_vit.core.training.hooks import Hook, HookContext
 from peft_vit.core.training.optimization import blocks_of, optimization_step, recomputed
 from peft_vit.core.training.quantized_layers import (
     MEASURE_EVERY_STEPS,
+    Formats,
+    PackedTensors,
     adapter_to_error_ratio,
     attach_layers,
     error_removed,
@@ -90,10 +92,10 @@ class QALoRATrainer(Hook):
         *,
         seed: int = 0,
         clip_norm: float | None = 1.0,
-        formats: Mapping[str, QuantizationFormat] | None = None,
+        formats: Formats | None = None,
         ranks: Mapping[str, int] | None = None,
         images: Tensor | None = None,
-        packed: Mapping[str, Mapping[str, Tensor]] | None = None,
+        packed: PackedTensors | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -165,9 +167,7 @@ class QALoRATrainer(Hook):
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def training_step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, step: int
-    ) -> dict[str, float]:
+    def training_step(self, model: nn.Module, optimizer: Optimizer, loss: Tensor, step: int) -> dict[str, float]:
         """Do backward, gradient scaling, clipping, the optimiser's step and zero_grad; then move the schedule on.
 
         Args:
@@ -207,7 +207,7 @@ class QALoRATrainer(Hook):
                     if parameter.grad is not None:
                         parameter.grad.mul_(scales[name])
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Move the schedule on; at its end the float weights are freed."""
         self._warn_of_adam(optimizer)
         if self._manages("schedule_pace"):
@@ -219,7 +219,7 @@ class QALoRATrainer(Hook):
         self._use_share(model, step, share)
         self._manage_balance(model, step)
 
-    def _warn_of_adam(self, optimizer: torch.optim.Optimizer) -> None:
+    def _warn_of_adam(self, optimizer: Optimizer) -> None:
         """Say once which settings Adam cancels."""
         optimizer = unwrapped(optimizer)
         if self._warned or not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):

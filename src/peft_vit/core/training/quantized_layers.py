@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -51,6 +51,11 @@ class QuantizedLayer(NamedTuple):
 
     module: AdaptedLinear
     updates: tuple[tuple[slice, Adapter], ...]
+
+
+QuantizedLayers: TypeAlias = Mapping[str, QuantizedLayer]  # by module, blocks.3.attn.qkv
+Formats: TypeAlias = Mapping[str, QuantizationFormat]  # likewise
+PackedTensors: TypeAlias = Mapping[str, Mapping[str, Tensor]]  # likewise, of saved weights
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -138,9 +143,7 @@ def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> Qua
     )
 
 
-def formats_of(
-    layers: Mapping[str, QuantizedLayer], config: QaLoraConfig, given: Mapping[str, QuantizationFormat] | None
-) -> dict[str, QuantizationFormat]:
+def formats_of(layers: QuantizedLayers, config: QaLoraConfig, given: Formats | None) -> dict[str, QuantizationFormat]:
     """Return each layer's format: the given one, or the section's."""
     given = given or {}
     if unknown := sorted(given.keys() - layers.keys()):
@@ -158,11 +161,11 @@ def formats_of(
 
 def packed_weights(
     model: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
-    formats: Mapping[str, QuantizationFormat],
+    layers: QuantizedLayers,
+    formats: Formats,
     rounding: Rounding,
     images: Tensor | None,
-    packed: Mapping[str, Mapping[str, Tensor]] | None = None,
+    packed: PackedTensors | None = None,
 ) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield each layer's weight in its format; the layer is to use it before the next one is asked for.
 
@@ -205,7 +208,7 @@ def packed_weights(
             yield name, quantize_with_compensation(module.weight, formats[name], total, name=name)
 
 
-def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: Tensor) -> list[str]:
+def _in_order(backbone: Backbone, layers: QuantizedLayers, image: Tensor) -> list[str]:
     """Return the layers' names as a forward pass calls them first."""
     called: dict[str, None] = {}
     watched = {name: layer.module for name, layer in layers.items()}
@@ -219,9 +222,7 @@ def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: T
 
 
 def saved_weights(
-    layers: Mapping[str, QuantizedLayer],
-    formats: Mapping[str, QuantizationFormat],
-    packed: Mapping[str, Mapping[str, Tensor]],
+    layers: QuantizedLayers, formats: Formats, packed: PackedTensors
 ) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield each layer's packed weight as it was saved, instead of rounding again."""
     if different := set(packed) ^ set(layers):
@@ -253,7 +254,7 @@ def managed_pace(ratio: float, target: float, share: float) -> float:
 
 
 @torch.no_grad()
-def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Mapping[str, float]) -> float:
+def adapter_to_error_ratio(layers: QuantizedLayers, error_norms: Mapping[str, float]) -> float:
     """Return the mean of ||dW||_F / ||E||_F over the layers that have an error; infinity if none has.
 
     ||L R||^2 = sum of (L^T L) * (R R^T) needs products of size r alone, and each column of a pooled R counts `pool`
@@ -271,7 +272,7 @@ def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Ma
 
 
 def float_weights(
-    layers: Mapping[str, QuantizedLayer], reference: Mapping[str, Tensor], relative_errors: Mapping[str, float]
+    layers: QuantizedLayers, reference: Mapping[str, Tensor], relative_errors: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Return the weight (out, in) of each layer before quantization, from a state dict of the plain model.
 
@@ -296,7 +297,7 @@ def float_weights(
 
 @torch.no_grad()
 def error_removed(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor], images: Tensor | None = None
+    model: nn.Module, layers: QuantizedLayers, weights: Mapping[str, Tensor], images: Tensor | None = None
 ) -> dict[str, float]:
     """Return which share of the error the updates have removed, each a mean over layers.
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import SiteAdapter, check_gradients, set_ranks, site_adapters
@@ -86,7 +87,7 @@ class AllocationHook(Hook):
             weight = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
         self.orthogonality_weight = weight
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Let the controller refuse a model or an optimiser that can't follow a change of rank."""
         self.controller.attach(model, optimizer)
 
@@ -111,7 +112,7 @@ class AllocationHook(Hook):
     def _score(self, model: nn.Module, step: int) -> None:
         self._scores = self.controller.update_importance_scores(model, step)
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Decide the ranks and apply them."""
         self.controller.apply_ranks(model, optimizer, self.controller.reallocate_ranks(self._scores, step))
 
@@ -198,7 +199,7 @@ class PeftAdaLoraHook(Hook):
         norms = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # (2 L, r0, r0) -> (2 L,) of L layers
         return {"orthogonality": self.weight * norms.mean()}  # (2 L,) -> ()
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Let PEFT score, mask and finalize; its mask of this step, if it made one, goes into the history."""
         budget, due = self.tuner.rankallocator.budget_schedule(step)
         self.tuner.update_and_allocate(step)
