@@ -28,16 +28,8 @@ from peft_vit.core.allocation.starting_ranks import PLAIN, Adapters
 from peft_vit.core.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.core.config import RULE_OF_A_BUDGET, AdaLoraConfig, ExperimentConfig, Frozen, LoraConfig, QaLoraConfig
 from peft_vit.core.config.methods import StoredAdapterConfig
-from peft_vit.core.methods.method import (
-    DEFAULT_RANK,
-    Method,
-    PrepareContext,
-    Sections,
-    TrainOptions,
-    check_rank_at,
-    sites_of,
-)
-from peft_vit.core.training import AllocationHook, Hook, StartingRanks
+from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, Sections, TrainOptions, sites_of
+from peft_vit.core.training import AllocationHook, Hook, StartingRanks, check_ranks
 
 _FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of AdaLoRA as `train` takes it
 
@@ -79,7 +71,7 @@ def stored_adapters(
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
-        check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
+        check_ranks(sites_of("lora", settings, shape), settings.rank, field="lora.rank")
     check_ranks_of(settings, Adapters("lora", 1, settings.adapter_bits), shape)
     if settings.start is not None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,7 +13,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.allocation import rank_costs
 from peft_vit.core.backbones import BackboneShape, Site, chosen
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, QuantizationType
-from peft_vit.core.training import Hook, check_ranks
+from peft_vit.core.training import Hook
 from peft_vit.core.training.quantized_layers import Formats, PackedTensors
 
 DEFAULT_RANK = 8  # of `peft-vit train`
@@ -136,18 +136,6 @@ def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
     """
     with below(f"{section}.targets"):
         return chosen(shape.sites, settings.targets)
-
-
-def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int = 1) -> None:
-    """Refuse a rank that does not fit a site.
-
-    Raises:
-        UserError: with the field, below the experiment.
-    """
-    try:
-        check_ranks(sites, rank, pool)
-    except UserError as error:
-        raise UserError(error.message, field=error.field if error.field != "rank" else field_name) from None
 
 
 def check_images(field_name: str, images: int | None, train_images: int) -> None:

@@ -29,10 +29,9 @@ from peft_vit.core.methods.method import (
     Sections,
     TrainOptions,
     check_images,
-    check_rank_at,
     sites_of,
 )
-from peft_vit.core.training import Hook, QALoRATrainer, check_bits, end_step
+from peft_vit.core.training import Hook, QALoRATrainer, check_bits, check_ranks, end_step
 
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
@@ -105,7 +104,7 @@ def _check_packing(
     The rank is every adapter's; 0 where something else decides ranks.
     """
     settings = experiment.need(QaLoraConfig)
-    check_rank_at("qa_lora.rank", sites_of("qa_lora", settings, shape), rank, settings.pool)
+    check_ranks(sites_of("qa_lora", settings, shape), rank, settings.pool, field="qa_lora.rank")
     end_step(settings, total_steps)
     check_images("qa_lora.calibration_images", settings.calibration_images, train_images)
     if settings.adaptive_bits is not None:

@@ -182,6 +182,11 @@ def bootstrapped(
     return DecidingMetric(name, words, interval, gain, by_image, **more)
 
 
+def measured(statistic: Callable[[Labels, Labels, Floats], Floats], labels: Labels, predicted: Labels) -> float:
+    """Return a statistic of `bootstrapped` where all images, N, weigh the same."""
+    return float(statistic(labels, predicted, np.ones((1, len(labels))))[0])
+
+
 def pseudo_values(images: int, statistic: Callable[[Floats], Floats]) -> Floats:
     """Return N T - (N - 1) T_i for each of N images, where T_i is a statistic T without image i: jackknife, (N,).
 

@@ -27,6 +27,7 @@ from peft_vit.core.tasks.metric import (
     area_under_roc,
     bootstrapped,
     cumulated,
+    measured,
 )
 from peft_vit.core.tasks.task import (
     LOG_TEMPERATURES,
@@ -265,18 +266,19 @@ class _Multilabel(Task):
 
     def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split; F1 and exact match at the decision's thresholds, or at the best of these."""
-        scores, known, one = self.predicted(outputs, decision), ~np.isnan(labels), np.ones((1, len(labels)))
-        told = scores >= np.array(_thresholds(scores, labels, one[0]) if decision is None else decision.thresholds)
+        scores, known = self.predicted(outputs, decision), ~np.isnan(labels)
+        thresholds = _thresholds(scores, labels, np.ones(len(labels))) if decision is None else decision.thresholds
+        told = scores >= thresholds
         there = labels == 1
         chance = np.where(there, scores, 1 - scores)
         return Metrics(
             n=len(labels),
             nll=float(np.abs(np.log(np.maximum(chance, 1e-300)) * known).sum(1).mean()),
             more={
-                "map": float(_map(labels, scores, one)[0]),
-                "auroc": float(_auroc(labels, scores, one)[0]),
-                "f1_micro": float(_f1_micro(labels, told, one)[0]),
-                "f1_macro": float(_f1_macro(labels, told, one)[0]),
+                "map": measured(_map, labels, scores),
+                "auroc": measured(_auroc, labels, scores),
+                "f1_micro": measured(_f1_micro, labels, told),
+                "f1_macro": measured(_f1_macro, labels, told),
                 "exact_match": float(((told == there) | ~known).all(1).mean()),
             },
         )
@@ -331,7 +333,7 @@ class _Multilabel(Task):
 
 def reached(predicted: Labels, decision: Decision | None) -> Flags:
     """Return which labels reach their thresholds, or 1/2, by their probabilities (N, K)."""
-    return predicted >= (0.5 if decision is None else np.array(decision.thresholds))
+    return predicted >= (0.5 if decision is None else decision.thresholds)
 
 
 def _thresholds(scores: Labels, labels: Labels, weights: Floats) -> tuple[float, ...]:

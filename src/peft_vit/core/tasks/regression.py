@@ -17,7 +17,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import ErrorScale, TemperaturePrior, conformal_quantile, error_scale, row_weights
 from peft_vit.core.config import LossName
 from peft_vit.core.records import Decision, Metrics
-from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, bootstrapped
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, bootstrapped, measured
 from peft_vit.core.tasks.task import Coverage, LinearHeads, NamedLabels, Task, by_coverage, on_shown
 
 if TYPE_CHECKING:
@@ -255,17 +255,16 @@ class _Regression(Task):
 
     def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split, in the numbers' units; of several numbers errors in standard deviations."""
-        predicted, one = self.predicted(outputs), np.ones((1, len(labels)))
-        errors = (predicted - labels) / self.spread
-        r2 = float(r_squared(labels, predicted, one)[0])
+        predicted = self.predicted(outputs)
+        errors, r2 = (predicted - labels) / self.spread, measured(r_squared, labels, predicted)
         return Metrics(
             n=len(labels),
             nll=float((errors**2).sum(1).mean() / 2),
             more={
-                "mae": float(mean_absolute_error(labels, predicted, one)[0]),
-                "rmse": float(root_mean_squared_error(labels, predicted, one)[0]),
+                "mae": measured(mean_absolute_error, labels, predicted),
+                "rmse": measured(root_mean_squared_error, labels, predicted),
                 "r2": r2 if math.isfinite(r2) else 0.0,
-                "spearman": float(_spearman(labels, predicted, one)[0]),
+                "spearman": measured(_spearman, labels, predicted),
             },
         )
 

@@ -107,13 +107,17 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
         warnings.warn(text, SilentNoEffectWarning, stacklevel=3)
 
 
-def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int) -> None:
+def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int = 1, *, field: str = "rank") -> None:
     """Refuse a rank or a group size that a site can't carry.
 
     Args:
         sites: that will carry adapters.
         ranks: of each by name, or one for all.
         pool: inputs of a group; 1 without groups.
+        field: that says the rank, for errors.
+
+    Raises:
+        UserError: naming the site and what it allows.
     """
     for site in sites:
         if site.in_features % pool:
@@ -124,7 +128,7 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
         largest = min(site.out_features, site.in_features // pool)
         if rank > largest:
             reason = f"{site.in_features} inputs in groups of {pool} allow" if pool > 1 else "its smaller side allows"
-            raise UserError(f"rank {rank} is wasted on {site.name}: {reason} at most {largest}; lower it", field="rank")
+            raise UserError(f"rank {rank} is wasted on {site.name}: {reason} at most {largest}; lower it", field=field)
 
 
 def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> QuantizationFormat:
