@@ -23,8 +23,7 @@ TaskName = Literal["classification", "multilabel", "regression"]  # see `tasks`
 USUAL_TASK: TaskName = "classification"
 TASKS_SAID = "classification (one class an image), multilabel (several, or none) or regression (numbers)"
 ClassWeights = Literal["none", "balanced", "effective"]
-MetricName = Literal["accuracy", "balanced_accuracy"]  # of classes that may decide, see `tasks`
-MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # auto is decided when a call begins
+MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # of classes; auto is decided when a call begins
 MetricOfTask = Literal[
     "auto", "accuracy", "balanced_accuracy", "map", "auroc", "f1_macro", "f1_micro", "mae", "rmse", "r2", "spearman"
 ]

@@ -6,7 +6,7 @@ from peft_vit.core.tasks.metric import DecidingMetric, Labels, expected_gain
 from peft_vit.core.tasks.multilabel import MULTILABEL
 from peft_vit.core.tasks.regression import REGRESSION
 from peft_vit.core.tasks.scores import OF_FOLDS, Scores, thresholds_of
-from peft_vit.core.tasks.task import COVERAGES, SHOWN, Column, Meaning, Task, meaning_fields, rows_of
+from peft_vit.core.tasks.task import Column, Meaning, Task, meaning_fields, rows_of
 
 # Of those that recognize a table the last one is taken: columns of 0 and 1 are numbers, too.
 TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, REGRESSION, MULTILABEL)}
