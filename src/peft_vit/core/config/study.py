@@ -125,6 +125,9 @@ def named_backbone(model: str, weights: str | None = None, library: Library | No
         raise UserError(problem_of(error.errors()[0]), field="--weights" if name else "--model") from None
 
 
+_OfHub = Annotated[str | None, OnlyWith(dataset="hf"), Field(min_length=1)]
+
+
 class DataConfig(Settings):
     """Which images, at which size, and how they are split."""
 
@@ -141,15 +144,13 @@ class DataConfig(Settings):
         description="With image-folder and csv: a JSON file of images to leave out, copies and test images, as "
         "`train` and `tune` write it",
     )
-    image_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="With hf: the column of images. Without it, the one that holds images"
+    image_column: _OfHub = Field(
+        default=None, description="With hf: the column of images. Without it, the one that holds images"
     )
-    label_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="With hf: the column of labels. Without it, the one that holds classes"
+    label_column: _OfHub = Field(
+        default=None, description="With hf: the column of labels. Without it, the one that holds classes"
     )
-    hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="With hf: the set's configuration, if it has several"
-    )
+    hub_subset: _OfHub = Field(default=None, description="With hf: the set's configuration, if it has several")
     task: Annotated[TaskName | None, OnlyWith(dataset=("csv", "hf"))] = Field(
         default=None, description=f"With csv and hf: {TASKS_SAID}. Without it, what the labels look like"
     )
@@ -410,21 +411,15 @@ class StudyConfig(Frozen):
         return experiments
 
     @model_validator(mode="after")
-    def _something_to_leave_out(self) -> Self:
-        if self.measures.removal_images is not None and not any(
-            experiment.has_adapters for experiment in self.experiments
-        ):
+    def _what_is_measured_is_there(self) -> Self:
+        removes, none = self.measures.removal_images is not None, "data.validation_images is 0"
+        if removes and not any(experiment.has_adapters for experiment in self.experiments):
             raise ValueError(
                 "measures.removal_images has no effect: no experiment of the study trains adapters; remove it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_needs_validation_where_there_is_none(self) -> Self:
         if self.data.validation_images:
             return self
-        none = "data.validation_images is 0"
-        if self.measures.removal_images is not None:
+        if removes:
             raise ValueError(f"measures.removal_images is of validation images, and {none}; remove one of them")
         for experiment in self.experiments:
             name, training = experiment.name, experiment.training

@@ -65,15 +65,18 @@ class RandomResizedCrop(Frozen):
         return self
 
 
+_Factor = Annotated[float, Field(ge=0, description="x of its factor, which lies between 1 - x and 1 + x")]
+
+
 class ColorJitter(Frozen):
     """Multiply brightness, contrast and saturation by factors, and move the hue.
 
     torchvision's own defaults change nothing; these are what timm makes of its usual `color_jitter=0.4`.
     """
 
-    brightness: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
-    contrast: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
-    saturation: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
+    brightness: _Factor = 0.4
+    contrast: _Factor = 0.4
+    saturation: _Factor = 0.4
     hue: float = Field(default=0.0, ge=0, le=0.5, description="The largest move, as a share of the circle")
 
 
@@ -84,20 +87,21 @@ class RandAugment(Frozen):
     magnitude: int = Field(default=9, ge=0, le=30, description="Their strength, of 31 levels")
 
 
+_Alpha = Annotated[
+    float, Field(gt=0, description="The parameter of the Beta distribution that the proportion is drawn from")
+]
+
+
 class Mixup(Frozen):
     """Mix two images and their labels in proportion (arXiv 1710.09412)."""
 
-    alpha: float = Field(
-        default=1.0, gt=0, description="The parameter of the Beta distribution that the proportion is drawn from"
-    )
+    alpha: _Alpha = 1.0
 
 
 class Cutmix(Frozen):
     """Paste a rectangle of another image; labels follow the areas (arXiv 1905.04899)."""
 
-    alpha: float = Field(
-        default=1.0, gt=0, description="The parameter of the Beta distribution that the proportion is drawn from"
-    )
+    alpha: _Alpha = 1.0
 
 
 class Augmentation(Frozen):

@@ -407,9 +407,7 @@ def quantized_share(config: QaLoraConfig, total_steps: int, steps_done: int) -> 
 
 
 def share_at(config: QaLoraConfig, part: float) -> float:
-    """Return the share at a part of the way, 0 to 1."""
-    if config.quantization_schedule == "constant" or part == 1.0:
-        return 1.0
+    """Return the share of a linear or cosine schedule at a part of the way, 0 to 1."""
     return part if config.quantization_schedule == "linear" else (1 - math.cos(math.pi * part)) / 2
 
 
