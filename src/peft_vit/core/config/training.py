@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_serializer, model_validator
 
 from peft_vit.base.settings import Frozen, OnlyWith, Settings, is_given
-from peft_vit.core.config.units import written_size
+from peft_vit.core.config.units import Count, Fraction, Positive, written_size
 
 Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
@@ -88,7 +88,7 @@ class RandAugment(Frozen):
 
 
 _Alpha = Annotated[
-    float, Field(gt=0, description="The parameter of the Beta distribution that the proportion is drawn from")
+    Positive, Field(description="The parameter of the Beta distribution that the proportion is drawn from")
 ]
 
 
@@ -181,19 +181,17 @@ class TrainingConfig(Settings):
     steps: int | None = Field(
         default=None, ge=1, le=10_000_000, description="Instead of epochs: train at most this many steps"
     )
-    validate_every: int | None = Field(
-        default=None, ge=1, description="Validate every so many steps. Without it, after each epoch"
+    validate_every: Count | None = Field(
+        default=None, description="Validate every so many steps. Without it, after each epoch"
     )
-    patience: Annotated[int | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
+    patience: Annotated[Count | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
         default=None,
-        ge=1,
         description="After this many validations in a row without a gain, bring the learning rate down and end "
         "training",
     )
     batch_size: int = Field(default=32, ge=1, le=65_536, description="Train on this many images in each step")
-    micro_batch_size: int | None = Field(
+    micro_batch_size: Count | None = Field(
         default=None,
-        ge=1,
         description="Pass this many images of a batch through the model at a time; a step adds up their gradients",
     )
     compute: ComputeSetting = Field(
@@ -224,9 +222,8 @@ class TrainingConfig(Settings):
         description="The most memory that a training process may take, such as 1GB. The plan chooses the fastest "
         "micro_batch_size and recomputed_blocks within it, unless you give them",
     )
-    learning_rate: float | None = Field(
+    learning_rate: Positive | None = Field(
         default=None,
-        gt=0,
         description="The highest learning rate, which all methods but linear probes need. A list makes an "
         "experiment of each rate",
     )
@@ -244,16 +241,12 @@ class TrainingConfig(Settings):
         description="The share of steps in which the learning rate rises. Without it, 0.3 with one_cycle; 20 "
         "steps or a tenth of all with warmup_stable_decay",
     )
-    layer_decay: float | None = Field(
+    layer_decay: Fraction | None = Field(
         default=None,
-        gt=0,
-        lt=1,
         description="Multiply the learning rate by this factor from each block to the one before it, in full "
         "fine-tuning",
     )
-    clip_norm: float | None = Field(
-        default=1.0, gt=0, description="Clip the gradient's norm to this value; null: never"
-    )
+    clip_norm: Positive | None = Field(default=1.0, description="Clip the gradient's norm to this value; null: never")
     augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(_in_order)] = Field(
         default=AUGMENTATION_OF_FLIPS["horizontal"],
         description="Change training images in these ways, in this order; []: not at all",
@@ -276,9 +269,8 @@ class TrainingConfig(Settings):
         default="random",
         description="How the head starts. probe: as the linear probe of the frozen backbone (arXiv 2202.10054)",
     )
-    probe_l2: float | None = Field(
+    probe_l2: Positive | None = Field(
         default=None,
-        gt=0,
         description="The strength of the probe's penalty. Without it, one of eleven is chosen on validation "
         "images, or on training images that are left out in turn",
     )
