@@ -169,6 +169,12 @@ class AdaLoraConfig(AdapterConfig):
             if (total := getattr(self, field)) is not None
         )
 
+    @property
+    def penalty_weight(self) -> float:
+        """Return the weight of the orthogonality penalty: without a setting 0.1 as in the official code, with svd."""
+        usual = 0.1 if self.parametrization == "svd" else 0.0
+        return usual if self.orthogonality_weight is None else self.orthogonality_weight
+
     @model_validator(mode="after")
     def _something_is_decided(self) -> Self:
         exactly_one(self, *_BUDGETS)
@@ -176,8 +182,7 @@ class AdaLoraConfig(AdapterConfig):
             raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
         if self.initial_budget is not None and self.initial_budget < self.budget.total:
             raise ValueError(f"initial_budget lies below {self.budget.field}; the cubic schedule only descends")
-        has_penalty = self.parametrization == "svd" and self.orthogonality_weight != 0
-        if self.importance_gradient == "task_and_penalty" and not has_penalty:
+        if self.importance_gradient == "task_and_penalty" and not self.penalty_weight:
             raise ValueError(
                 "importance_gradient: task_and_penalty needs a penalty: parametrization: svd with an "
                 "orthogonality_weight above 0"

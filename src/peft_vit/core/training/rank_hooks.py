@@ -82,10 +82,6 @@ class AllocationHook(Hook):
         self._scores: dict[str, float] = {}
         self._fisher_check: FisherCheck | None = None
         self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
-        weight = controller.config.orthogonality_weight
-        if weight is None:
-            weight = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
-        self.orthogonality_weight = weight
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Let the controller refuse a model or an optimiser that can't follow a change of rank."""
@@ -93,11 +89,12 @@ class AllocationHook(Hook):
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return weight * mean of ||P^T P - I||_F and ||Q Q^T - I||_F over all matrices (AdaLoRA, eq. 4)."""
-        if self.orthogonality_weight == 0:
+        weight = self.controller.config.penalty_weight
+        if weight == 0:
             return {}
         adapters = [a for a in site_adapters(model).values() if isinstance(a, SiteAdapter) and a.rank]
         total = torch.stack([adapter.orthogonality() for adapter in adapters]).sum()  # (sites,) -> ()
-        return {"orthogonality": self.orthogonality_weight * total / (2 * len(adapters))}
+        return {"orthogonality": weight * total / (2 * len(adapters))}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Score the sites from the task's gradients, unless the penalty's belong to them."""
