@@ -352,7 +352,7 @@ class Inspection:
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
         task = self.images.files.task
-        count, pair = crossing(self.groups, task.marks(self.labels))
+        count, pair = crossing(self.groups, task.label_ids(self.labels))
         if count:
             a_title, b_title = (f"{self.names[i]} ('{task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
@@ -419,7 +419,7 @@ def inspect_images(
     decoded = _decoded_once(tree, names.tolist(), store or PixelStore(()), on_progress)
     copies, groups = decoded.copies, decoded.groups
     left_out = (
-        dict(images.left_out) | decoded.faults | _contradictions(names, task.marks(labels), copies, groups, holdout)
+        dict(images.left_out) | decoded.faults | _contradictions(names, task.label_ids(labels), copies, groups, holdout)
     )
     if strict and left_out:
         them = "it" if len(left_out) == 1 else "them"

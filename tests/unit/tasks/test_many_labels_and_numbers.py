@@ -258,12 +258,12 @@ def test_what_ridge_says_of_images_left_out_one_by_one_is_scikit_learns() -> Non
     z = RNG.normal(size=(60, 4)) + 3
     targets = (NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0)
     theirs = RidgeCV(alphas=[60 * l2 for l2 in STRENGTHS], store_cv_results=True).fit(z, targets)
-    ours = FITTED.left_out(z, NUMBERS, np.arange(60), STRENGTHS, np.ones(60))
+    ours = FITTED.held_out_outputs(z, NUMBERS, np.arange(60), STRENGTHS, np.ones(60))
     for k, outputs in enumerate(ours):
         assert (outputs - targets) ** 2 == pytest.approx(theirs.cv_results_[:, :, k])
     wide = RNG.normal(size=(60, 90))  # more features than images
     theirs = RidgeCV(alphas=[60 * l2 for l2 in STRENGTHS], store_cv_results=True).fit(wide, targets)
-    for k, outputs in enumerate(FITTED.left_out(wide, NUMBERS, np.arange(60), STRENGTHS, np.ones(60))):
+    for k, outputs in enumerate(FITTED.held_out_outputs(wide, NUMBERS, np.arange(60), STRENGTHS, np.ones(60))):
         assert (outputs - targets) ** 2 == pytest.approx(theirs.cv_results_[:, :, k])
 
 
@@ -274,7 +274,7 @@ def test_images_of_a_group_are_left_out_together_and_weights_count() -> None:
     order = RNG.permutation(60)
     z, groups = z[order], groups[order]
     targets = (NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0)
-    for l2, outputs in zip(STRENGTHS, FITTED.left_out(z, NUMBERS, groups, STRENGTHS, weights), strict=True):
+    for l2, outputs in zip(STRENGTHS, FITTED.held_out_outputs(z, NUMBERS, groups, STRENGTHS, weights), strict=True):
         for group in range(25):
             out = groups == group
             fit = Ridge(alpha=l2 * weights.sum()).fit(z[~out], targets[~out], sample_weight=weights[~out])

@@ -30,9 +30,9 @@ from peft_vit.core.tasks.task import (
     Meaning,
     NamedLabels,
     Task,
-    counted_images,
+    class_counts,
     logistic_regressions,
-    on_shown,
+    measured_coverage,
 )
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def expected_calibration_error(confidence: Floats, correct: Flags, bins: int = E
 
 
 def _auroc(log_probability: Floats, labels: Classes) -> float:
-    apart = log_probability[:, 1] - log_probability[:, 0]  # (N,)
-    return float(area_under_roc(apart, labels == 1, np.ones((1, len(labels))))[0])
+    scores = log_probability[:, 1] - log_probability[:, 0]  # (N,)
+    return float(area_under_roc(scores, labels == 1, np.ones((1, len(labels))))[0])
 
 
 def _by_class(labels: Classes, predicted: Classes) -> tuple[Ints, Ints]:
@@ -91,13 +91,13 @@ def _balanced_interval(labels: Classes, predicted: Classes, *_: Any) -> Interval
     return mean_of_proportions(*_by_class(labels, predicted))
 
 
-def _accuracy_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
-    was_right, is_right = before == labels, after == labels
+def _accuracy_gain(labels: Classes, baseline: Classes, predicted: Classes, *_: Any) -> Interval:
+    was_right, is_right = baseline == labels, predicted == labels
     return paired_proportions((is_right & ~was_right).sum(), (was_right & ~is_right).sum(), len(labels))
 
 
-def _balanced_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
-    was_right, is_right = before == labels, after == labels
+def _balanced_gain(labels: Classes, baseline: Classes, predicted: Classes, *_: Any) -> Interval:
+    was_right, is_right = baseline == labels, predicted == labels
     gains, images = _by_class(labels, np.where(is_right & ~was_right, labels, -1))
     losses = _by_class(labels, np.where(was_right & ~is_right, labels, -1))[0]
     return paired_proportions(gains, losses, images)
@@ -151,7 +151,7 @@ class _Classification(Task):
         number = {name: k for k, name in enumerate(names)}
         return tuple(names), np.array([number[text] for text in texts], dtype=np.int64)
 
-    def made_up(self, classes: Classes) -> NamedLabels:
+    def synthetic_labels(self, classes: Classes) -> NamedLabels:
         """Return the classes."""
         return tuple(f"class_{k}" for k in range(int(classes.max()) + 1)), classes
 
@@ -163,7 +163,7 @@ class _Classification(Task):
         """Return which images are of a class, (N,)."""
         return labels == place
 
-    def marks(self, labels: Classes) -> Ints:
+    def label_ids(self, labels: Classes) -> Ints:
         """Return the classes."""
         return labels
 
@@ -179,13 +179,13 @@ class _Classification(Task):
         """Return the classes."""
         return labels
 
-    def loss_weights(self, counts: Ints, how: ClassWeights) -> Floats:
-        """Return weights in inverse proportion to `counted_images`, (classes,); over the images they average to 1.
+    def loss_weights(self, counts: Ints, scheme: ClassWeights) -> Floats:
+        """Return weights in inverse proportion to `class_counts`, (classes,); over the images they average to 1.
 
         Balanced, that is n / (classes * n_c) of class c.
         """
-        known = counted_images(counts, how)
-        return counts.sum() / ((counts / known).sum() * known)
+        effective = class_counts(counts, scheme)
+        return counts.sum() / ((counts / effective).sum() * effective)
 
     def loss(
         self,
@@ -266,15 +266,15 @@ class _Classification(Task):
         """Return what calibrated probabilities and sets come to; without a calibration those of the logits."""
         calibrated = cast("Calibrated | None", meaning)
         p = probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
-        own, rows = 1 - class_scores(p, labels), np.arange(len(p))  # (N,)
+        true_p, rows = 1 - class_scores(p, labels), np.arange(len(p))  # (N,)
 
         def held_and_size(coverage: float) -> tuple[float, float]:
             inside = prediction_sets(p, cast("Calibrated", calibrated).threshold(coverage))
             return inside[rows, labels].mean(), inside.sum(1).mean()
 
-        covered, sizes = ({}, {}) if calibrated is None else on_shown(calibrated, held_and_size)
+        covered, sizes = ({}, {}) if calibrated is None else measured_coverage(calibrated, held_and_size)
         return TestedCalibration(
-            nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
+            nll=float(-np.log(np.maximum(true_p, np.finfo(float).tiny)).mean()),
             probability=p[rows, outputs.argmax(1)].clip(0, 1).tolist(),
             covered=covered,
             set_size=sizes,
@@ -303,7 +303,7 @@ class _Classification(Task):
                 weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
             yield weight, bias
 
-    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
+    def guess_loss(self, outputs: Tensor, labels: Tensor) -> float:
         """Return log(classes)."""
         return math.log(outputs.shape[1])
 

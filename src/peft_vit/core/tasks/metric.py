@@ -155,19 +155,19 @@ def bootstrapped(
 
     is_share = more.get("is_share", True)
 
-    def taken(predicted: Labels, thresholds: Sequence[float]) -> Floats:
+    def decided(predicted: Labels, thresholds: Sequence[float]) -> Floats:
         p = np.asarray(predicted, dtype=float)
         return (p >= (thresholds if len(thresholds) else 0.5)).astype(float) if at_thresholds else p
 
     def interval(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Interval:
-        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)  # what is not known is None in records
+        y, p = np.asarray(labels, dtype=float), decided(predicted, thresholds)  # what is not known is None in records
         unseen = float(np.mean([unseen_share(count) for count in cases(y)])) if is_share else None
         return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights), unseen=unseen)
 
     def gain(
         labels: Labels, before: Labels, after: Labels, was: Sequence[float] = (), now: Sequence[float] = ()
     ) -> Interval:
-        y, p, q = np.asarray(labels, dtype=float), taken(before, was), taken(after, now)
+        y, p, q = np.asarray(labels, dtype=float), decided(before, was), decided(after, now)
         unseen = unseen_share(len(y)) if is_share else None  # images on which the two may differ in what counts
 
         def difference(weights: Floats) -> Floats:
@@ -176,13 +176,13 @@ def bootstrapped(
         return bootstrap_interval(len(y), difference, unseen=unseen, bounds=(-1.0, 1.0))
 
     def by_image(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Floats:
-        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)
+        y, p = np.asarray(labels, dtype=float), decided(predicted, thresholds)
         return pseudo_values(len(y), lambda weights: statistic(y, p, weights))
 
     return DecidingMetric(name, words, interval, gain, by_image, **more)
 
 
-def measured(statistic: Callable[[Labels, Labels, Floats], Floats], labels: Labels, predicted: Labels) -> float:
+def unweighted(statistic: Callable[[Labels, Labels, Floats], Floats], labels: Labels, predicted: Labels) -> float:
     """Return a statistic of `bootstrapped` where all images, N, weigh the same."""
     return float(statistic(labels, predicted, np.ones((1, len(labels))))[0])
 
@@ -197,15 +197,15 @@ def pseudo_values(images: int, statistic: Callable[[Floats], Floats]) -> Floats:
         images: N.
         statistic: of weights (B, N): its values (B,).
     """
-    whole, without = float(statistic(np.ones((1, images)))[0]), np.empty(images)
+    total, without = float(statistic(np.ones((1, images)))[0]), np.empty(images)
     block = max(1, _AT_ONCE // images)
     for start in range(0, images, block):
         left_out = 1 - np.eye(images)[start : start + block]  # (B, N)
         without[start : start + block] = statistic(left_out)
-    return images * whole - (images - 1) * np.nan_to_num(without, nan=whole)
+    return images * total - (images - 1) * np.nan_to_num(without, nan=total)
 
 
-def cumulated(scores: Floats, positive: Flags, weights: Floats) -> tuple[Floats, Floats]:
+def cumulative_weights(scores: Floats, positive: Flags, weights: Floats) -> tuple[Floats, Floats]:
     """Return the weight of positive and of all images whose score is among the highest, (B, different scores)."""
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # of equal scores the last
@@ -224,7 +224,7 @@ def area_under_roc(scores: Floats, positive: Flags, weights: Floats) -> Floats:
         positive: (N,).
         weights: of images, (B, N).
     """
-    hits, drawn = cumulated(scores, positive, weights)
+    hits, drawn = cumulative_weights(scores, positive, weights)
     false = drawn - hits
     above = false[:, -1:] - (false + np.concatenate([np.zeros((len(false), 1)), false[:, :-1]], 1)) / 2
     with np.errstate(invalid="ignore"):

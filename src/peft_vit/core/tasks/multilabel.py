@@ -26,8 +26,8 @@ from peft_vit.core.tasks.metric import (
     Outputs,
     area_under_roc,
     bootstrapped,
-    cumulated,
-    measured,
+    cumulative_weights,
+    unweighted,
 )
 from peft_vit.core.tasks.task import (
     LOG_TEMPERATURES,
@@ -35,10 +35,10 @@ from peft_vit.core.tasks.task import (
     LinearHeads,
     NamedLabels,
     Task,
-    by_coverage,
-    counted_images,
+    class_counts,
+    coverage_thresholds,
     logistic_regressions,
-    on_shown,
+    measured_coverage,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def average_precision(scores: Floats, positive: Flags, weights: Floats) -> Float
         positive: (N,).
         weights: of images, (B, N).
     """
-    hits, drawn = cumulated(scores, positive, weights)
+    hits, drawn = cumulative_weights(scores, positive, weights)
     with np.errstate(invalid="ignore"):
         precision = np.where(drawn > 0, hits / drawn, 0.0)
         return (np.diff(hits, prepend=0.0) * precision).sum(1) / hits[:, -1]
@@ -75,8 +75,8 @@ def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Flo
         if known.any():
             of_labels.append(measure(score[known], truth[known] == 1, weights[:, known]))
     values = np.array(of_labels).reshape(len(of_labels), len(weights))
-    measured = np.isfinite(values).sum(0)
-    return np.nan_to_num(values).sum(0) / np.maximum(measured, 1)
+    num_finite = np.isfinite(values).sum(0)
+    return np.nan_to_num(values).sum(0) / np.maximum(num_finite, 1)
 
 
 def _map(labels: Labels, scores: Labels, weights: Floats) -> Floats:
@@ -92,35 +92,35 @@ def _cases(labels: Labels) -> Sequence[int]:
 
     A model whose AUROC is A orders m of them all rightly with a probability of at most A^m.
     """
-    there, others = (labels == 1).sum(0), (labels == 0).sum(0)  # (K,) each
-    return [max(1, int(least)) for least in np.minimum(there, others)[there > 0]] or [1]
+    positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)  # (K,) each
+    return [max(1, int(pairs)) for pairs in np.minimum(positives, negatives)[positives > 0]] or [1]
 
 
-def f1(hits: Any, said: Any, there: Any) -> Any:
-    """Return 2 hits / (said + there), 0 where both are 0."""
-    return 2 * hits / np.maximum(said + there, 1e-12)
+def f1(true_positives: Any, predicted: Any, positives: Any) -> Any:
+    """Return 2 TP / (predicted + positives), 0 where both are 0."""
+    return 2 * true_positives / np.maximum(predicted + positives, 1e-12)
 
 
-def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return the weight of images in which a label is found, is told, and is there, (B, K) each; unknown ones are none.
+def _confusion(labels: Labels, predicted: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return true positives, predicted positives and positives, weighted and summed over images, (B, K) each.
 
     Args:
         labels: (N, K).
-        told: 1 or 0, (N, K).
+        predicted: 1 or 0, (N, K).
         weights: of images, (B, N).
     """
-    there, said = (labels == 1).astype(float), told * ~np.isnan(labels)
-    return weights @ (there * said), weights @ said, weights @ there
+    positive, predicted = (labels == 1).astype(float), predicted * ~np.isnan(labels)
+    return weights @ (positive * predicted), weights @ predicted, weights @ positive
 
 
-def _f1_micro(labels: Labels, told: Labels, weights: Floats) -> Floats:
-    return f1(*(part.sum(1) for part in _told(labels, told, weights)))
+def _f1_micro(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    return f1(*(part.sum(1) for part in _confusion(labels, predicted, weights)))
 
 
-def _f1_macro(labels: Labels, told: Labels, weights: Floats) -> Floats:
+def _f1_macro(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     """Return the mean over the labels that some image has, (B,); 0 where none has."""
-    hits, said, there = _told(labels, told, weights)
-    return f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
+    true_positives, predicted_positives, positives = _confusion(labels, predicted, weights)
+    return f1(true_positives, predicted_positives, positives).sum(1) / np.maximum((positives > 0).sum(1), 1)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -154,8 +154,8 @@ class _Multilabel(Task):
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
         """Refuse what is not 0, 1 or nothing, unless names are in one cell."""
-        odd = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
-        return f"expected 0, 1, or nothing for what is not known, got {odd[0]!r}" if odd else None
+        wrong = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
+        return f"expected 0, 1, or nothing for what is not known, got {wrong[0]!r}" if wrong else None
 
     def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return names and labels (N, K); of `cat|dog` all that is not named is not there."""
@@ -176,21 +176,22 @@ class _Multilabel(Task):
                 remedy = "add images of both kinds, or take the class out"
                 raise UserError(f"every {image} {what} '{name}', so nothing can be learned about it; {remedy}")
 
-    def made_up(self, classes: Ints) -> NamedLabels:
+    def synthetic_labels(self, classes: Ints) -> NamedLabels:
         """Return a label a class, and that of the class before."""
-        own = classes[:, None] == np.arange(classes.max() + 1)  # (N, K)
-        return tuple(f"class_{k}" for k in range(own.shape[1])), (own | np.roll(own, 1, axis=1)).astype(float)
+        one_hot = classes[:, None] == np.arange(classes.max() + 1)  # (N, K)
+        names = tuple(f"class_{k}" for k in range(one_hot.shape[1]))
+        return names, (one_hot | np.roll(one_hot, 1, axis=1)).astype(float)
 
     def text(self, label: Any, names: Sequence[str]) -> str:
         """Return what is there, and what is not known."""
-        said = [name if value == 1 else f"{name}?" for name, value in zip(names, label, strict=True) if value != 0]
-        return "|".join(said) or "none"
+        marked = [name if value == 1 else f"{name}?" for name, value in zip(names, label, strict=True) if value != 0]
+        return "|".join(marked) or "none"
 
     def members(self, labels: Labels, place: int) -> Flags:
         """Return which images have a label, (N,)."""
         return labels[:, place] == 1
 
-    def marks(self, labels: Labels) -> Ints:
+    def label_ids(self, labels: Labels) -> Ints:
         """Return equal numbers for equal labels."""
         return np.unique(np.nan_to_num(labels, nan=-1.0), axis=0, return_inverse=True)[1].reshape(-1)
 
@@ -198,9 +199,9 @@ class _Multilabel(Task):
         """Return which images have each label, (N, K)."""
         return labels == 1
 
-    def loss_weights(self, counts: Ints, how: ClassWeights) -> Floats:
-        """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
-        weights: Floats = 1 / counted_images(counts, how)
+    def loss_weights(self, counts: Ints, scheme: ClassWeights) -> Floats:
+        """Return weights in inverse proportion to `class_counts`, with a mean of 1, (K,)."""
+        weights: Floats = 1 / class_counts(counts, scheme)
         return weights / weights.mean()
 
     def _each(self, outputs: Tensor, labels: Tensor, name: LossName | None = None) -> Tensor:
@@ -252,14 +253,14 @@ class _Multilabel(Task):
             W, b = np.zeros((len(fits), z.shape[1])), np.zeros((len(fits), 1))  # (K, D), (K, 1)
             for k, (fit, truth) in enumerate(zip(fits, labels.T, strict=True)):
                 known = ~np.isnan(truth)
-                there = int((truth[known] == 1).sum())
-                if not 0 < there < known.sum():
-                    b[k] = math.log((there + 1) / (known.sum() - there + 1))
+                positives = int((truth[known] == 1).sum())
+                if not 0 < positives < known.sum():
+                    b[k] = math.log((positives + 1) / (known.sum() - positives + 1))
                     continue
                 (W[k],), b[k] = fit(z[known], truth[known], weights[known], 1 / (l2 * weights.sum()))
             yield W, b[:, 0]
 
-    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
+    def guess_loss(self, outputs: Tensor, labels: Tensor) -> float:
         """Return the loss of guessing by frequency."""
         share = (labels.nansum(0) / labels.isfinite().sum(0).clamp(min=1)).clamp(1e-6, 1 - 1e-6)  # (K,)
         return float(self.loss(share.logit().expand_as(outputs), labels, None))
@@ -268,18 +269,17 @@ class _Multilabel(Task):
         """Return every measure of a split; F1 and exact match at the decision's thresholds, or at the best of these."""
         scores, known = self.predicted(outputs, decision), ~np.isnan(labels)
         thresholds = _thresholds(scores, labels, np.ones(len(labels))) if decision is None else decision.thresholds
-        told = scores >= thresholds
-        there = labels == 1
-        chance = np.where(there, scores, 1 - scores)
+        predicted, positive = scores >= thresholds, labels == 1
+        likelihood = np.where(positive, scores, 1 - scores)
         return Metrics(
             n=len(labels),
-            nll=float(np.abs(np.log(np.maximum(chance, 1e-300)) * known).sum(1).mean()),
+            nll=float(np.abs(np.log(np.maximum(likelihood, 1e-300)) * known).sum(1).mean()),
             more={
-                "map": measured(_map, labels, scores),
-                "auroc": measured(_auroc, labels, scores),
-                "f1_micro": measured(_f1_micro, labels, told),
-                "f1_macro": measured(_f1_macro, labels, told),
-                "exact_match": float(((told == there) | ~known).all(1).mean()),
+                "map": unweighted(_map, labels, scores),
+                "auroc": unweighted(_auroc, labels, scores),
+                "f1_micro": unweighted(_f1_micro, labels, predicted),
+                "f1_macro": unweighted(_f1_macro, labels, predicted),
+                "exact_match": float(((predicted == positive) | ~known).all(1).mean()),
             },
         )
 
@@ -288,9 +288,9 @@ class _Multilabel(Task):
         z = outputs.astype(np.float64) / (1.0 if decision is None else decision.temperature)
         return np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
 
-    def told(self, outputs: Outputs, decision: Decision | None = None) -> Flags:
+    def final_predictions(self, outputs: Outputs, decision: Decision | None = None) -> Flags:
         """Return which labels reach their thresholds, or 1/2, (N, K)."""
-        return reached(self.predicted(outputs, decision), decision)
+        return above_thresholds(self.predicted(outputs, decision), decision)
 
     def constant(self, labels: Labels) -> Labels:
         """Return that nothing is there, which ranks all images alike."""
@@ -312,26 +312,28 @@ class _Multilabel(Task):
         log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
         decision = Decision(images=count, temperature=math.exp(float(log_t)))
         scores = self.predicted(outputs, decision)
-        coverages, least = by_coverage(lambda coverage: recall_threshold(scores, labels, coverage, images))
-        sets = {"coverages": coverages, "set_thresholds": least}
+        coverages, set_thresholds = coverage_thresholds(
+            lambda coverage: recall_threshold(scores, labels, coverage, images)
+        )
+        sets = {"coverages": coverages, "set_thresholds": set_thresholds}
         return decision.model_copy(update={"thresholds": _thresholds(scores, labels, weights), **sets})
 
     def covered(self, decision: Decision, outputs: Outputs, labels: Labels) -> Coverage:
         """Return which share of an image's labels is in its set, and how many labels are, over images that have one."""
-        there = labels == 1  # (N, K)
-        own = there.any(1)
-        if not own.any():
+        positive = labels == 1  # (N, K)
+        labelled = positive.any(1)
+        if not labelled.any():
             return {}, {}
-        scores, there = self.predicted(outputs, decision)[own], there[own]
+        scores, positive = self.predicted(outputs, decision)[labelled], positive[labelled]
 
         def held_and_size(coverage: float) -> tuple[float, float]:
             inside = scores >= decision.threshold(coverage)  # (N, K)
-            return ((inside & there).sum(1) / there.sum(1)).mean(), inside.sum(1).mean()
+            return ((inside & positive).sum(1) / positive.sum(1)).mean(), inside.sum(1).mean()
 
-        return on_shown(decision, held_and_size)
+        return measured_coverage(decision, held_and_size)
 
 
-def reached(predicted: Labels, decision: Decision | None) -> Flags:
+def above_thresholds(predicted: Labels, decision: Decision | None) -> Flags:
     """Return which labels reach their thresholds, or 1/2, by their probabilities (N, K)."""
     return predicted >= (0.5 if decision is None else decision.thresholds)
 
@@ -346,11 +348,11 @@ def _threshold(scores: Floats, truth: Floats, weights: Floats) -> float:
     It lies in the middle between two probabilities; of equal ones the highest is taken.
     """
     known = ~np.isnan(truth)
-    scores, there, weights = scores[known], truth[known] == 1, weights[known]
-    if not there.any():
+    scores, positive, weights = scores[known], truth[known] == 1, weights[known]
+    if not positive.any():
         return 0.5
-    hits, drawn = (part[0] for part in cumulated(scores, there, weights[None]))
-    best = int(f1(hits, drawn, weights @ there).argmax())
+    hits, drawn = (part[0] for part in cumulative_weights(scores, positive, weights[None]))
+    best = int(f1(hits, drawn, weights @ positive).argmax())
     levels = np.unique(scores)[::-1]  # (different scores,), falling
     return float((levels[best] + (levels[best + 1] if best + 1 < len(levels) else 0.0)) / 2)
 

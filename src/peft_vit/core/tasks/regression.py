@@ -17,8 +17,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import ErrorScale, TemperaturePrior, conformal_quantile, error_scale, row_weights
 from peft_vit.core.config import LossName
 from peft_vit.core.records import Decision, Metrics
-from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, bootstrapped, measured
-from peft_vit.core.tasks.task import Coverage, LinearHeads, NamedLabels, Task, by_coverage, on_shown
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, bootstrapped, unweighted
+from peft_vit.core.tasks.task import Coverage, LinearHeads, NamedLabels, Task, coverage_thresholds, measured_coverage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,8 +130,8 @@ class _Regression(Task):
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
         """Refuse what is not a number."""
-        odd = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
-        return "expected a number in column {}, got {!r}".format(*odd[0]) if odd else None
+        wrong = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
+        return "expected a number in column {}, got {!r}".format(*wrong[0]) if wrong else None
 
     def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return the columns' names, and the numbers."""
@@ -143,7 +143,7 @@ class _Regression(Task):
             if np.ptp(values) == 0:
                 raise UserError(f"'{name}' is {values[0]:g} for every {image}, so there is nothing to learn")
 
-    def made_up(self, classes: Ints) -> NamedLabels:
+    def synthetic_labels(self, classes: Ints) -> NamedLabels:
         """Return the class as a number."""
         return ("number",), classes[:, None].astype(float)
 
@@ -219,11 +219,11 @@ class _Regression(Task):
         share = weights / weights.sum()  # (N,)
         targets = (labels - self.center) / self.spread  # (N, K)
         mean, shift = share @ z, share @ targets  # (D,), (K,)
-        root, apart = np.sqrt(share)[:, None], targets - shift
+        root, centred = np.sqrt(share)[:, None], targets - shift
         U, S, V = np.linalg.svd(root * (z - mean), full_matrices=False)
-        return mean, shift, S, V, U.T @ (root * apart), U, root, apart
+        return mean, shift, S, V, U.T @ (root * centred), U, root, centred
 
-    def left_out(
+    def held_out_outputs(
         self, z: Floats, labels: Labels, groups: Ints, strengths: Sequence[float], weights: Floats
     ) -> list[Floats]:
         """Return what ridge regressions say of groups of images that they were not fitted to, in closed form.
@@ -243,28 +243,28 @@ class _Regression(Task):
         Returns:
             S outputs (N, K).
         """
-        _, shift, S, _, projected, U, root, apart = self._decomposed(z, labels, weights)
+        _, shift, S, _, projected, U, root, centred = self._decomposed(z, labels, weights)
         shrunk = S**2 / (S**2 + np.array(strengths)[:, None])  # (S, rank)
-        errors = root * apart - U @ (shrunk[:, :, None] * projected)  # (S, N, K)
+        errors = root * centred - U @ (shrunk[:, :, None] * projected)  # (S, N, K)
         places = np.unique(groups, return_inverse=True)[1]  # (N,)
         ends = np.cumsum(np.bincount(places))
-        for own in np.split(np.argsort(places, kind="stable"), ends[:-1]):
-            hat = root[own] @ root[own].T + (U[own] * shrunk[:, None]) @ U[own].T  # (S, G, G)
-            errors[:, own] = np.linalg.solve(np.eye(len(own)) - hat, errors[:, own])  # (S, G, K)
-        return list(shift + apart - errors / root)
+        for rows in np.split(np.argsort(places, kind="stable"), ends[:-1]):
+            hat = root[rows] @ root[rows].T + (U[rows] * shrunk[:, None]) @ U[rows].T  # (S, G, G)
+            errors[:, rows] = np.linalg.solve(np.eye(len(rows)) - hat, errors[:, rows])  # (S, G, K)
+        return list(shift + centred - errors / root)
 
     def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split, in the numbers' units; of several numbers errors in standard deviations."""
         predicted = self.predicted(outputs)
-        errors, r2 = (predicted - labels) / self.spread, measured(r_squared, labels, predicted)
+        errors, r2 = (predicted - labels) / self.spread, unweighted(r_squared, labels, predicted)
         return Metrics(
             n=len(labels),
             nll=float((errors**2).sum(1).mean() / 2),
             more={
-                "mae": measured(mean_absolute_error, labels, predicted),
-                "rmse": measured(root_mean_squared_error, labels, predicted),
+                "mae": unweighted(mean_absolute_error, labels, predicted),
+                "rmse": unweighted(root_mean_squared_error, labels, predicted),
                 "r2": r2 if math.isfinite(r2) else 0.0,
-                "spearman": measured(_spearman, labels, predicted),
+                "spearman": unweighted(_spearman, labels, predicted),
             },
         )
 
@@ -292,10 +292,12 @@ class _Regression(Task):
         decision = Decision(images=row_weights(len(labels), images)[1], center=self.center, spread=self.spread)
         if not len(labels):
             return decision
-        found = [error_scale(p, y, images) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
-        coverages, half_widths = by_coverage(lambda c: tuple(conformal_quantile(q, c, images) for _, q in found))
+        scaled = [error_scale(p, y, images) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
+        coverages, half_widths = coverage_thresholds(
+            lambda c: tuple(conformal_quantile(q, c, images) for _, q in scaled)
+        )
         widths = {"coverages": coverages, "half_widths": half_widths}
-        scale = {"scale_at": tuple(s.at for s, _ in found), "scale": tuple(s.sizes for s, _ in found)}
+        scale = {"scale_at": tuple(s.at for s, _ in scaled), "scale": tuple(s.sizes for s, _ in scaled)}
         return decision.model_copy(update=widths | scale)
 
     def covered(self, decision: Decision, outputs: Outputs, labels: Labels) -> Coverage:
@@ -307,7 +309,7 @@ class _Regression(Task):
             width = half_widths(decision, predicted, coverage)  # (N, K)
             return (np.abs(predicted - labels) <= width).mean(), 2 * (width / unit).mean()
 
-        return on_shown(decision, held_and_size)
+        return measured_coverage(decision, held_and_size)
 
 
 def half_widths(decision: Decision, predicted: Labels, coverage: float) -> Labels:

@@ -153,7 +153,7 @@ def held_out_fit(
         )
         raise UserError(message, field="training.head_start")
     z, _, _, weights = _standardized(train, class_weights)
-    in_turn = train.task.left_out(z, train.labels, np.tile(groups, len(z) // len(groups)), ordered, weights)
+    in_turn = train.task.held_out_outputs(z, train.labels, np.tile(groups, len(z) // len(groups)), ordered, weights)
     if in_turn is None:
         held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
     else:

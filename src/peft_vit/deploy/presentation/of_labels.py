@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import MULTILABEL, Meaning
 from peft_vit.core.tasks.metric import Outputs
-from peft_vit.core.tasks.multilabel import average_precision, f1, reached
+from peft_vit.core.tasks.multilabel import above_thresholds, average_precision, f1
 from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Said, Shown, answer, ranked
 
 _LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
@@ -91,14 +91,14 @@ class ManyLabels(Presentation):
 
     def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return on how many images two labels are, in truth and as predicted."""
-        pair = [is_in.astype(np.int64) for is_in in (said.labels == 1, reached(said.predicted, said.decision))]
+        pair = [is_in.astype(np.int64) for is_in in (said.labels == 1, above_thresholds(said.predicted, said.decision))]
         there, told = (own.T @ own for own in pair)
         return there, told
 
     def shown(self, said: Said) -> Iterator[Shown]:
         """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
         labels, predicted, names, decision = said
-        told = reached(predicted, decision)
+        told = above_thresholds(predicted, decision)
         kinds = (
             ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
             ("misses", "The surest misses", ~told & (labels == 1), predicted, "is there and not predicted"),

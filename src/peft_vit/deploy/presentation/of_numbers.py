@@ -10,7 +10,7 @@ import numpy as np
 from peft_vit.base.statistics import spearman
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import REGRESSION, Meaning
-from peft_vit.core.tasks.metric import Outputs, measured
+from peft_vit.core.tasks.metric import Outputs, unweighted
 from peft_vit.core.tasks.regression import (
     half_widths,
     mean_absolute_error,
@@ -84,10 +84,10 @@ class Numbers(Presentation):
                     "Images": len(y),
                     "Mean": float(y.mean()),
                     "Standard deviation": float(y.std()),
-                    "Mean absolute error": measured(mean_absolute_error, y, p),
-                    "of the median": measured(mean_absolute_error, y, self.task.constant(y)),
-                    "RMSE": measured(root_mean_squared_error, y, p),
-                    "R²": measured(r_squared, y, p),
+                    "Mean absolute error": unweighted(mean_absolute_error, y, p),
+                    "of the median": unweighted(mean_absolute_error, y, self.task.constant(y)),
+                    "RMSE": unweighted(root_mean_squared_error, y, p),
+                    "R²": unweighted(r_squared, y, p),
                     "Spearman": spearman(p[:, 0], y[:, 0]),
                 }
             )
