@@ -188,14 +188,11 @@ class AdaLoRAController:
 
     def _take_on(self, model: nn.Module, optimizer: Optimizer) -> None:
         check_resizable(model, optimizer)
-        ranks, own = current_ranks(model), self.ranks
-        other = next((name for name in self.names if ranks.get(name) != own[name]), None)
-        if other is not None:
-            raise UserError(
-                f"has rank {ranks.get(other)} where the controller has {own[other]}; load the adapters that belong to "
-                "its state",
-                field=other,
-            )
+        attached, ranks = current_ranks(model), self.ranks
+        for name in self.names:
+            if attached.get(name) != ranks[name]:
+                message = f"has rank {attached.get(name)} where the controller has {ranks[name]}; load the adapters "
+                raise UserError(f"{message}that belong to its state", field=name)
         self.tracker.move_to(next(model.parameters()).device)
         self._optimizer = optimizer
 
@@ -389,10 +386,9 @@ class AdaLoRAController:
             UserError: if the state belongs to another configuration, length of run, seed or set of target modules.
         """
         values = copy.deepcopy(state["values"])
-        here = self._made_with()
-        other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
-        if other is not None:
-            raise UserError(f"the state was made with another one; expected {here[other]}", field=other)
+        for key, expected in self._made_with().items():
+            if values["made_with"].get(key) != expected:
+                raise UserError(f"the state was made with another one; expected {expected}", field=key)
         for name in _STATE:
             setattr(self, name, values[name.removeprefix("_")])
         self._triplet_scores, self._optimizer = {}, None

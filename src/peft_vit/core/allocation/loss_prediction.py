@@ -70,12 +70,12 @@ def layer_gradients(
         loss: of a batch's logits and its place among the images.
     """
     backbone = Backbone(model)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            x = given[0].detach()
-            output.register_hook(lambda gradient: seen.update({name: (gradient, x)}))
+        def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: captured.update({name: (gradient, x)}))
 
         return forward
 
@@ -85,7 +85,7 @@ def layer_gradients(
             part = slice(start, start + BACKWARD_IMAGES)
             loss(head(backbone.features(images[part].clone().requires_grad_())), part).backward()
             for name in modules:
-                yield name, *seen.pop(name)
+                yield name, *captured.pop(name)
     finally:
         for handle in handles:
             handle.remove()

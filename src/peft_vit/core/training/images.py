@@ -270,24 +270,24 @@ def mixed(
         return images, labels
     generator = numpy_generator(seed, "mixing", step)
     mixer: Any = mixers[int(generator.random() < 0.5)] if len(mixers) == 2 else mixers[0]
-    own = float(generator.beta(mixer.alpha, mixer.alpha))
+    share = float(generator.beta(mixer.alpha, mixer.alpha))  # q
     if isinstance(mixer, Cutmix):
         side = images.shape[-1]
-        cut = int(side * np.sqrt(1 - own))
+        cut = int(side * np.sqrt(1 - share))
         centres = generator.integers(0, side, size=2)  # a row and a column
         (top, left), (bottom, right) = (np.clip(centres + shift, 0, side) for shift in (-(cut // 2), (cut + 1) // 2))
-        own = 1.0 - float((bottom - top) * (right - left)) / side**2
+        share = 1.0 - float((bottom - top) * (right - left)) / side**2
         result = images.clone()
         result[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     else:
-        result = images * own + images.flip(0) * (1.0 - own)
-    shares = task.shares(labels, width)  # (B, K)
-    return result, shares * own + shares.flip(0) * (1.0 - own)
+        result = images * share + images.flip(0) * (1.0 - share)
+    targets = task.shares(labels, width)  # (B, K)
+    return result, targets * share + targets.flip(0) * (1.0 - share)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains, chooses and is tested on."""
+    """The images of a run, split."""
 
     class_names: tuple[str, ...]
     train: LabelledImages

@@ -43,7 +43,7 @@ from peft_vit.core.training.step_engine import StepEngine
 
 @dataclass
 class TrainingResult:
-    """What the loop saw. The model is left in the chosen state."""
+    """History and choice of a training; the model is left in the chosen state."""
 
     steps: list[StepRow] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -63,7 +63,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher gets after each step.
+    """Progress after a step, for callbacks.
 
     Attributes:
         step: done so far.
@@ -284,18 +284,18 @@ class TrainingState:
             self._best.offer(evaluation, self.model, without_updates=not within_budget)
 
     def progress(self) -> Progress:
-        """Return what a watcher gets after a step."""
+        """Return the progress after a step."""
         ranks = update_ranks(self.model).values()
         layers = [layer for _, layer in adapted_modules(self.model) if layer.quantized is not None]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
-        held = [part for layer in layers for part in (layer.quantized, layer.weight) if part is not None]
+        tensors = [part for layer in layers for part in (layer.quantized, layer.weight) if part is not None]
         return Progress(
             step=self.steps,
             total_steps=self.end,
             loss=self.result.steps[-1].loss,
             validation_score=self._metric.of(self.result.evaluations[-1].metrics) if self.result.evaluations else None,
             mean_rank=sum(ranks) / len(ranks) if ranks else None,
-            mean_bits=8 * sum(part.nbytes for part in held) / weights if layers else None,
+            mean_bits=8 * sum(part.nbytes for part in tensors) / weights if layers else None,
         )
 
     def finish(self) -> TrainingResult:
@@ -305,13 +305,13 @@ class TrainingState:
         result.optimizer_bytes = optimizer_bytes(self._optimizer)
         result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
-            start, last = self._best.evaluation, result.evaluations[-1]
-            usual, images = expected_gain(self.steps), self._metric.images_alike(self._data.validation.labels)
+            start, final = self._best.evaluation, result.evaluations[-1]
+            gain, images = expected_gain(self.steps), self._metric.images_alike(self._data.validation.labels)
             is_worth = start is None or self._metric.worth(
-                last.metrics, before=start.metrics, expected=usual, images=images
+                final.metrics, before=start.metrics, expected=gain, images=images
             )
-            if self._config.keep == "last" and last.deployable and is_worth:
-                self._best.take(last, self.model)
+            if self._config.keep == "last" and final.deployable and is_worth:
+                self._best.take(final, self.model)
             result.chosen = self._best.restore(self.model)
         result.chosen_step = self.steps if result.chosen is None else result.chosen.step
         return result
@@ -379,8 +379,8 @@ class BestState:
         if without_updates:
             self._ranks = dict.fromkeys(self._ranks, 0)
             updates = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}
-            rest = [name for name, p in model.named_parameters() if name in tensors and id(p) not in updates]
-            tensors = {name: tensors[name] for name in rest}
+            of_updates = {name for name, p in model.named_parameters() if id(p) in updates}
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in of_updates}
         self._tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def restore(self, model: nn.Module) -> Evaluation:

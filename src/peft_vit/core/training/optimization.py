@@ -97,9 +97,9 @@ def optimization_step(
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not parameters:
         raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and id(parameter) not in held:  # it would stay as it is, silently
+        if parameter.grad is not None and id(parameter) not in optimized:  # it would stay as it is, silently
             raise UserError("has a gradient but is not in the optimizer; build it after attaching adapters", field=name)
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
     if not math.isfinite(norm):
@@ -134,13 +134,13 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
     blocks = backbone.blocks
     of_head = backbone.of_head(name for name, _ in backbone.model.named_parameters())
     layers: dict[int, list[nn.Parameter]] = {}
-    reached = 0  # blocks that have been seen: parameters come in the order of a forward pass
+    depth = 0  # of the latest block: parameters come in the order of a forward pass
     for name, parameter in backbone.model.named_parameters():
-        own = next((place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
-        if own is not None:
-            layer = reached = own + 1
+        place = next((place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        if place is not None:
+            layer = depth = place + 1
         else:  # before the next block; before the first one stand embeddings
-            layer = reached + 1 if reached else 0
+            layer = depth + 1 if depth else 0
         if name in of_head:
             layer = len(blocks) + 1
         if parameter.requires_grad:

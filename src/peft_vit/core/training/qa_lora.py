@@ -137,9 +137,9 @@ class QALoRATrainer(Hook):
 
     def _use_share(self, model: nn.Module, steps_done: int, share: float) -> None:
         """Mix the weights again; at share 1 the float ones are freed."""
-        before = self.share_history[-1]["share"] if self.share_history else None
+        was_full = bool(self.share_history) and self.share == 1.0
         self.share_history.append({"step": steps_done, "share": share})
-        if before == 1.0:
+        if was_full:
             return  # the float weights are gone already
         bits = {}
         for name, (module, _) in quantized_layers(model).items():
@@ -288,8 +288,8 @@ class QALoRATrainer(Hook):
             "quantized_share": self.share,
         }
         if reference is None:
-            held = {f"{name}.weight": layer.module.weight for name, layer in layers.items()}
-            reference = {name: weight for name, weight in held.items() if weight is not None}
+            weights = {f"{name}.weight": layer.module.weight for name, layer in layers.items()}
+            reference = {name: weight for name, weight in weights.items() if weight is not None}
         if reference:
             row |= error_removed(model, layers, float_weights(layers, reference, self.relative_error), images)
         elif images is not None:

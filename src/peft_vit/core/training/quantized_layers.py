@@ -62,8 +62,9 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the layers that carry adapters by the model's name, `blocks.3.attn.qkv`, whatever it is wrapped in."""
     layers = {}
     for _, module in adapted_modules(model):
-        if own := module.adapters():
-            layers[own[0][0].module] = QuantizedLayer(module, tuple((site.span, adapter) for site, adapter in own))
+        if adapted := module.adapters():
+            updates = tuple((site.span, adapter) for site, adapter in adapted)
+            layers[adapted[0][0].module] = QuantizedLayer(module, updates)
     adapters, by_peft = site_adapters(model), peft_layers(model)
     for name, site in sites_of_layers(model).items():
         if isinstance(base := by_peft[name].base_layer, AdaptedLinear):
@@ -321,13 +322,13 @@ def error_removed(
         layer = layers[name]
         assert layer.module.quantized is not None
         error = weights[name] - layer.module.quantized.dequantize()  # (out, in)
-        rest = error.clone()
+        remainder = error.clone()
         for rows, adapter in layer.updates:
-            rest[rows] -= adapter.delta()  # (out_s, in)
+            remainder[rows] -= adapter.delta()  # (out_s, in)
         if x is not None:
-            error, rest = x @ error.T, x @ rest.T  # (N, in) -> (N, out)
+            error, remainder = x @ error.T, x @ remainder.T  # (N, in) -> (N, out)
         energy = float(error.square().sum())
-        return 1 - float(rest.square().sum()) / energy if energy else 0.0  # 0: there is none to remove
+        return 1 - float(remainder.square().sum()) / energy if energy else 0.0  # 0: there is none to remove
 
     shares = {"error_removed_in_weights": float(np.mean([removed(name) for name in layers]))}
     if images is not None:
