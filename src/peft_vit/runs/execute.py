@@ -86,7 +86,6 @@ from peft_vit.core.training import (
     allocate_bits,
     head_logits,
     loss_weights,
-    steps_per_epoch,
     train,
 )
 from peft_vit.core.training.images import Data, LabelledImages
@@ -478,7 +477,7 @@ def provenance_of(
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
-    epochs = -(-steps // steps_per_epoch(len(data.train), spec.experiment.training.batch_size))
+    epochs = -(-steps // spec.experiment.training.epoch_steps(len(data.train)))
     return Provenance(
         packages=package_versions(spec.backbone.library),
         python=platform.python_version(),

@@ -349,17 +349,21 @@ class TrainingConfig(Settings):
         """Return how images are flipped, which is all of `augmentation` that probes read."""
         return next((change.flip.direction for change in self.augmentation if change.flip is not None), "none")
 
+    def epoch_steps(self, train_images: int) -> int:
+        """Return the steps of an epoch, in which every image comes once; the last batch may be smaller."""
+        return -(-train_images // self.batch_size)
+
     def total_steps(self, train_images: int) -> int:
-        """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""
+        """Return the optimiser steps of a run, at most."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None  # checked by the experiment
-        return self.epochs * -(-train_images // self.batch_size)
+        return self.epochs * self.epoch_steps(train_images)
 
     def validation_steps(self, train_images: int) -> list[int]:
         """Return the steps after which validation comes: every `validate_every`, or an epoch, and the last one."""
         total = self.total_steps(train_images)
-        every = self.validate_every or -(-train_images // self.batch_size)
+        every = self.validate_every or self.epoch_steps(train_images)
         return [*range(every, total, every), total]
 
 

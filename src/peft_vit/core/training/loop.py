@@ -83,11 +83,6 @@ class Progress:
     mean_bits: float | None = None
 
 
-def steps_per_epoch(train_images: int, batch_size: int) -> int:
-    """Return the number of batches that hold every image once; the last one may be smaller."""
-    return -(-train_images // batch_size)
-
-
 def train(
     model: nn.Module,
     data: Data,
@@ -182,7 +177,7 @@ class TrainingState:
         self.validates = len(data.validation) > 0
         self.validated_at = frozenset(config.validation_steps(len(data.train)))
         self._data, self._config, self._runtime, self._hooks = data, config, runtime, hooks
-        self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
+        self._epoch_steps = config.epoch_steps(len(data.train))
         self._metric = data.task.metric(config.metric)
         self._best = BestState(self._metric)
         if resume is not None:

@@ -190,7 +190,6 @@ def build_scheduler(
     one_cycle (arXiv 1708.07120, as torch's OneCycleLR) warms up over `warmup_share`, 30 % of the steps by default, and
     decays by cosine.
     """
-    assert config.learning_rate is not None
     if config.schedule == "one_cycle":
         share = _ONE_CYCLE_SHARE if config.warmup_share is None else config.warmup_share
         peaks = [group["lr"] for group in optimizer.param_groups]
