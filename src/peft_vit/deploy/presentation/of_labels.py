@@ -38,15 +38,16 @@ class ManyLabels(Presentation):
     ) -> Rows:
         """Return the labels that reach their threshold, the most probable ones, and with a coverage a set."""
         decision = cast("Decision", meaning)
-        least_in = math.inf if coverage is None else decision.threshold(coverage)[0]
-        least = dict(zip(names, decision.thresholds, strict=True))
-        told = []
-        for own in self.task.predicted(outputs, decision):
-            probable = ranked(names, own)
-            labels = tuple(named for named in probable if named[1] >= least[named[0]])
-            inside = tuple(named for named in probable if named[1] >= least_in)
-            told.append(answer(probable, top, labels=labels, classes=inside))
-        return told
+        set_threshold = math.inf if coverage is None else decision.threshold(coverage)[0]
+        return [
+            answer(
+                ranked(names, p),
+                top,
+                labels=ranked(names, p, p >= decision.thresholds),
+                classes=ranked(names, p, p >= set_threshold),
+            )
+            for p in self.task.predicted(outputs, decision)
+        ]
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and thresholds of labels and of sets."""
