@@ -159,7 +159,7 @@ class AdaLoRAController:
         self._record(0, ranks)
 
     def _cost(self, ranks: dict[str, int]) -> int:
-        """Return what ranks cost in the unit of the budget."""
+        """Return the total cost of ranks in the unit of the budget."""
         return int(self.costs @ [ranks[name] for name in self.names])
 
     def _record(self, step: int, ranks: dict[str, int]) -> None:
@@ -351,7 +351,7 @@ class AdaLoRAController:
         return summary
 
     def history_rows(self) -> list[dict[str, Any]]:
-        """Return what was scored and decided as a tidy table, see `records.history_rows`."""
+        """Return scores and decisions as a tidy table, see `records.history_rows`."""
         ranks = [RankEntry(**entry) for entry in self.rank_history]
         scores = [ImportanceEntry(**entry) for entry in self.score_history]
         return history_rows(self.sites, ranks, scores, [ProbeEntry(**entry) for entry in self.probe_history])
@@ -369,7 +369,7 @@ class AdaLoRAController:
         return copy.deepcopy(exported)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return what a resumed run needs beside model and optimiser, between two steps.
+        """Return the controller's state between two steps, beside model and optimiser.
 
         Returns:
             "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.

@@ -200,7 +200,7 @@ def layer_losses(
 def _divergences(
     model: nn.Module, formats: Mapping[str, Sequence[QuantizationFormat]], images: Tensor, head: LinearHead
 ) -> dict[str, list[float]]:
-    """Return mean KL(p || q); what lies before a layer's block is computed once."""
+    """Return mean KL(p || q); blocks before a layer's are computed once."""
     low = {name: [quantize(_weight(model, name), format, name=name) for format in formats[name]] for name in formats}
     backbone = Backbone(model)
     layer_of = {site.module: site.layer for site in backbone.sites}

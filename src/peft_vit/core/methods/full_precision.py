@@ -61,7 +61,7 @@ def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: Prepa
 def stored_adapters(
     model: nn.Module, settings: StoredAdapterConfig, adapters: Adapters, sites: Sequence[Site]
 ) -> list[Hook]:
-    """Let a model's adapters have the bits that settings say, and return what chooses their ranks, if a rule does."""
+    """Store a model's adapters in `adapter_bits`, and return the hook that chooses their ranks, if a rule does."""
     store_in_bits(model, settings.adapter_bits, while_training=settings.adapter_rounding != "after")
     if settings.ranks is None:
         return []
@@ -140,7 +140,7 @@ def settings_of(experiment: ExperimentConfig) -> tuple[AdaLoraConfig, int]:
 
 
 def prepare_adalora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
-    """Attach adapters whose ranks move, and return what moves them; on packed weights the trainer checks for effect."""
+    """Attach adapters, and return the hook that moves their ranks; on packed weights the trainer checks for effect."""
     (settings, pool), steps, seed = settings_of(experiment), context.total_steps, context.seed
     alone = experiment.section(QaLoraConfig) is None
     return [AllocationHook(AdaLoRAController(model, settings, steps, seed=seed, pool=pool, check=alone))]

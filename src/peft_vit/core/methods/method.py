@@ -22,16 +22,16 @@ Sections: TypeAlias = dict[str, dict[str, Any]]  # settings by section of an exp
 
 @dataclass(frozen=True)
 class PrepareContext:
-    """What preparing a model depends on, beside the experiment.
+    """Inputs of `Method.prepare`, beside model and experiment.
 
     Attributes:
         total_steps: of the run.
         seed: of the run.
         formats: of quantized weights, by module, where `adaptive_bits` has chosen them or a file says so.
-        ranks: likewise by site, where `adaptive_bits` chooses ranks.
+        ranks: by site, where `adaptive_bits` chooses them.
         calibration: gives so many training images (N, C, H, W), where the start of training depends on data.
         module_ranks: instead of such a start, the ranks of a saved run by module.
-        packed: likewise the packed weights, tensors by layer, where they depend on data.
+        packed: packed weights of a saved run, tensors by layer, where they depend on data.
     """
 
     total_steps: int
@@ -45,7 +45,7 @@ class PrepareContext:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `peft-vit train` was asked for, and what it trains on, as far as a method's settings depend on it.
+    """Options of `peft-vit train` that a method's settings depend on.
 
     Attributes:
         rank: of each matrix.
@@ -81,7 +81,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What differs from method to method once a run is at hand; what can be asked of it is a `MethodKind` of `config`.
+    """The behaviour of a method in a run; its settings and title are a `MethodKind` of `config`.
 
     Attributes:
         prepare: makes a plain model trainable, in place, and returns what the loop has to call.
@@ -91,7 +91,7 @@ class Method:
         defaults: the sections that `peft-vit train` takes.
         learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
             chose as the peak of one cycle.
-        few_ranks_learning_rate: likewise where the budget is below one rank a matrix; None: the same.
+        few_ranks_learning_rate: learning rate where the budget is below one rank a matrix; None: the same.
         forward_passes: that a step takes as long as: the weights, for its input, for their own gradients.
         bytes_per_weight: of the backbone's weights, gradients and moments; None: frozen, and as the precision has it.
         uses_peft: whether the PEFT library has to be there.
@@ -117,7 +117,7 @@ class Method:
 
 @contextmanager
 def below(field_name: str) -> Iterator[None]:
-    """Name the setting at which a fault of what it asks for is to be repaired.
+    """Rename the field of errors to the setting that causes them.
 
     Raises:
         UserError: as inside, with the field, below the experiment.

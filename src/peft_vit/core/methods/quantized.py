@@ -37,12 +37,12 @@ _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller on
 
 
 def usual_rounding(type: QuantizationType) -> Rounding:
-    """Return how weights to train on are rounded where nothing is said: below 4 bits by GPTQ, which loses less."""
+    """Return the default rounding of weights to train on: below 4 bits GPTQ, which loses less."""
     return "gptq" if BITS_OF_TYPE[type] < 4 else "nearest"
 
 
 def packed_by_default(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
-    """Return what `peft-vit train` takes: groups of 32 inputs, or of fewer where that does not divide a site's.
+    """Return the packing of `peft-vit train`: groups of 32 inputs, or of fewer where 32 does not divide a site's.
 
     Where no group divides all of them, each row has one scale.
     """
@@ -64,7 +64,7 @@ def packing_of(sites: Sequence[Site], type: QuantizationType, offset: bool | Non
 def _trainer(
     model: nn.Module, experiment: ExperimentConfig, context: PrepareContext, *, ranks: Mapping[str, int] | None = None
 ) -> Hook:
-    """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
+    """Pack the weights, attach adapters where there are none, and return the trainer."""
     settings = experiment.need(QaLoraConfig)
     images = None
     if settings.rounding == "gptq" and context.packed is None:

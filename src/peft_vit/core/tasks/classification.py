@@ -263,7 +263,7 @@ class _Classification(Task):
         return calibrate(outputs, labels, prior=prior) if len(labels) else None
 
     def tested(self, meaning: Meaning, outputs: Outputs, labels: Classes, unlike: int | None) -> TestedCalibration:
-        """Return what calibrated probabilities and sets come to; without a calibration those of the logits."""
+        """Return NLL, probabilities and coverage with the temperature of `meaning`, or 1 without it."""
         calibrated = cast("Calibrated | None", meaning)
         p = probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
         true_p, rows = 1 - class_scores(p, labels), np.arange(len(p))  # (N,)

@@ -183,7 +183,7 @@ class _Multilabel(Task):
         return names, (one_hot | np.roll(one_hot, 1, axis=1)).astype(float)
 
     def text(self, label: Any, names: Sequence[str]) -> str:
-        """Return what is there, and what is not known."""
+        """Return the present labels, and the unknown ones with a question mark."""
         marked = [name if value == 1 else f"{name}?" for name, value in zip(names, label, strict=True) if value != 0]
         return "|".join(marked) or "none"
 
@@ -205,7 +205,7 @@ class _Multilabel(Task):
         return weights / weights.mean()
 
     def _each(self, outputs: Tensor, labels: Tensor, name: LossName | None = None) -> Tensor:
-        """Return the loss of each label, (N, K); 0 of what is not known."""
+        """Return the loss of each label, (N, K); 0 where unknown."""
         from torch.nn import functional as F
 
         known = labels.isfinite()

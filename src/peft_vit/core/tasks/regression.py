@@ -43,7 +43,7 @@ def scales_of(decision: Decision) -> tuple[ErrorScale, ...]:
 
 
 def _scale(labels: Labels) -> Any:
-    """Return what errors are divided by: of several numbers their standard deviations, which bring them to one unit."""
+    """Return the scale of errors: 1 of a single number, else standard deviations, which bring numbers to one unit."""
     return 1.0 if labels.shape[1] == 1 else np.maximum(labels.std(0), 1e-12)
 
 
@@ -105,7 +105,7 @@ class _Regression(Task):
 
     Attributes:
         center: of each number over the training images, its mean, (K,).
-        spread: likewise, its standard deviation.
+        spread: its standard deviation, (K,).
     """
 
     center: tuple[float, ...] = (0.0,)
@@ -226,7 +226,7 @@ class _Regression(Task):
     def held_out_outputs(
         self, z: Floats, labels: Labels, groups: Ints, strengths: Sequence[float], weights: Floats
     ) -> list[Floats]:
-        """Return what ridge regressions say of groups of images that they were not fitted to, in closed form.
+        """Return outputs of ridge regressions fitted without each image's group, in closed form.
 
         H = r r' + U S^2 / (S^2 + l2) U' takes r t to r times what the regression of all images says, and e are its
         errors. Those on a group G without which it is fitted, with the same l2 on W, are (I - H_GG)^-1 (r e)_G / r: of
@@ -288,7 +288,7 @@ class _Regression(Task):
         return np.broadcast_to(np.median(labels, axis=0), labels.shape)
 
     def decide(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: Ints | None = None) -> Decision:
-        """Return mean and spread, and how far the true number is from what is said, by coverage and by what is said."""
+        """Return mean and spread, and half widths of intervals by coverage and by predicted number."""
         decision = Decision(images=row_weights(len(labels), images)[1], center=self.center, spread=self.spread)
         if not len(labels):
             return decision

@@ -42,7 +42,7 @@ class Scores:
 
     @property
     def factor(self) -> float:
-        """Return what a share is multiplied by to be a value of the metric."""
+        """Return the factor from a score to a value of the metric."""
         return self.metric.sign * self.deviation
 
     @property
@@ -52,7 +52,7 @@ class Scores:
 
     @property
     def unit(self) -> str:
-        """Return what a hundredth is called."""
+        """Return the unit of a hundredth."""
         return "% of a standard deviation" if self.metric.has_unit else "points"
 
     def hundredths(self, share: float) -> str:
@@ -68,7 +68,7 @@ class Scores:
         return self.metric.text(share * self.factor)
 
     def by_image(self, outputs: Outputs, labels: Labels, images: Ints | None = None) -> Floats:
-        """Return what each of N images brings, (N,): its mean is the score, see `DecidingMetric.by_image`.
+        """Return contributions of images, (N,), whose mean is the score, see `DecidingMetric.by_image`.
 
         Args:
             outputs: of the task's head, (N, K).
@@ -80,7 +80,7 @@ class Scores:
         return self.metric.by_image(labels, predicted, thresholds_of(decision)) / self.factor
 
     def image_weights(self, labels: Labels) -> Floats | None:
-        """Return what images count, (N,), where classes count the same; None: all the same."""
+        """Return weights of images, (N,), where classes have equal weight; None: equal ones."""
         return 1 / np.bincount(labels)[labels] if self.metric.equal_classes else None
 
 

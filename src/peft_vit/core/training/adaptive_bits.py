@@ -42,7 +42,7 @@ _LOSS_SCALE = 1e6
 
 @dataclass(frozen=True)
 class ChosenBits:
-    """What `QALoRATrainer` takes, and what a record holds of how it was chosen."""
+    """The chosen formats and ranks, and their record."""
 
     formats: dict[str, QuantizationFormat]  # by module, blocks.3.attn.qkv
     ranks: dict[str, int] | None  # by site, blocks.3.attn.query; None: the settings' rank
@@ -50,12 +50,12 @@ class ChosenBits:
 
     @classmethod
     def of_record(cls, record: BitAllocation, config: QaLoraConfig) -> ChosenBits:
-        """Return what was chosen under the same settings, without measuring it again."""
+        """Return the choice that a record holds."""
         return cls({name: format_of(config, type) for name, type in record.types.items()}, record.ranks, record)
 
 
 class _Options(NamedTuple):
-    """What may be chosen, its bytes, and how many may be spent."""
+    """The options, their bytes, and the budget."""
 
     formats: list[QuantizationFormat]  # of any layer
     format_bytes: dict[str, list[int]]  # by module, of each format
@@ -71,7 +71,7 @@ def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
 def allocate_bits(
     model: nn.Module, config: QaLoraConfig, images: Tensor, labels: Tensor, *, seed: int = 0
 ) -> ChosenBits:
-    """Measure what each type would cost each layer, and choose under the budget; the model is left as it was.
+    """Choose formats and ranks under the budget by their predicted losses; the model stays as it is.
 
     Args:
         model: a Vision Transformer of timm without adapters.
@@ -167,12 +167,12 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
 
 @dataclass(frozen=True)
 class BitsChoice:
-    """What was chosen.
+    """A solution of the knapsack.
 
     Attributes:
-        options: of each group, the place of the option.
+        options: index of the option of each group.
         loss: total of the chosen options.
-        size: likewise.
+        size: total of the chosen options.
         lower_bound: no choice within the budget has a total loss below this. Equal to the loss, up to the accuracy of
             the solver (1e-12 of the sum of the groups' ranges of losses), unless it stopped at its limit of nodes.
     """
@@ -193,7 +193,7 @@ def choose_bits(
 
     Args:
         losses: of each group's options, in any unit; a gain counts as a negative loss.
-        sizes: likewise, whole numbers, not negative.
+        sizes: of each group's options, integers of at least 0.
         budget: in the unit of the sizes.
         node_limit: of the search, after which the best choice so far is returned with the bound that was reached.
 

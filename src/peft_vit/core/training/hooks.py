@@ -21,7 +21,7 @@ class Overhead(dict[str, float]):
 
     @contextmanager
     def of(self, purpose: str) -> Iterator[None]:
-        """Count the seconds of what is done within."""
+        """Count the seconds of the block."""
         started = time.perf_counter()
         yield
         self[purpose] = self.get(purpose, 0.0) + time.perf_counter() - started
@@ -29,7 +29,7 @@ class Overhead(dict[str, float]):
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where a model runs, and what images go through before it."""
+    """Device, precision and normalization of a model."""
 
     device: torch.device
     precision: Precision
@@ -60,7 +60,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class HookContext:
-    """What a run lets its hooks use before and after training; nothing of it comes from validation or test images.
+    """What hooks may use before and after training; nothing comes from validation or test images.
 
     Attributes:
         calibration_batch: returns the first training images (count, C, H, W) in an order of their own, and their
@@ -93,7 +93,7 @@ class Hook:
         """
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Prepare, and refuse what can't work; called once, before the first step."""
+        """Prepare for training, or raise UserError; called once, before the first step."""
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return terms to add to the loss, weighted, by name."""
@@ -109,7 +109,7 @@ class Hook:
         """Change ranks or weights once the optimiser has stepped."""
 
     def notes(self) -> dict[str, float]:
-        """Return what the step's row in the record should hold, by its field's name; asked before the step."""
+        """Return fields of the step's row in the record; called before the step."""
         return {}
 
     def deployable(self, step: int) -> bool:
@@ -121,29 +121,29 @@ class Hook:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the hook needs to continue, between two steps, beside model and optimiser; see `State`."""
+        """Return the state of the hook between two steps, beside model and optimiser; see `State`."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Continue from such a state. Model and adapters are as they were then; `attach` is called after this."""
 
     def features_depend_on(self) -> dict[str, Any]:
-        """Return what has changed the frozen backbone before training, as plain values."""
+        """Return plain values that identify changes of the frozen backbone before training, for caches of features."""
         return {}
 
     def finish(self, model: nn.Module, context: HookContext) -> None:
-        """Check and measure what can be once training is over.
+        """Check and measure the trained model.
 
         Called once; the model is in the state that was chosen, and its adapter file is made.
         """
 
     def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return what this hook knows of the run, by field of the record; called after `finish`."""
+        """Return fields of the record; called after `finish`."""
         return {}
 
 
 def call_each(hooks: Sequence[Hook], call: str, overhead: Overhead, *arguments: Any) -> list[Any]:
-    """Call one method of each hook, in order, and count the seconds under its purpose; returns what they return."""
+    """Call one method of each hook, in order, count the seconds under its purpose, and return the results."""
     results = []
     for hook in hooks:
         with overhead.of(hook.purposes.get(call, hook.name)):

@@ -69,7 +69,7 @@ class LabelledImages:
         Args:
             batch_size: images a batch.
             mean: of each of the 3 channels, on a scale where white is 1.
-            std: likewise.
+            std: of each of the 3 channels.
 
         Yields:
             ((B, 3, S, S) float32 normalised, (B,) int64).
@@ -97,7 +97,7 @@ class LabelledImages:
         Args:
             batch_size: images a batch.
             mean: as in `ordered_batches`.
-            std: likewise.
+            std: as in `ordered_batches`.
             augmentation: what changes images, in its order; what mixes whole batches is left to `mixed`.
             seed: the run's seed.
             epoch: counted from 0 or 1, as the caller likes.
@@ -132,7 +132,7 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     Args:
         images: C = 1 (grey) or 3.
         mean: of each of the 3 channels, on a scale where white is 1.
-        std: likewise.
+        std: of each of the 3 channels.
     """
     shift = torch.tensor(mean, dtype=torch.float32)[:, None, None]  # (3, 1, 1)
     width = torch.tensor(std, dtype=torch.float32)[:, None, None]
@@ -178,7 +178,7 @@ class HoldoutImages:
 
 
 def check_augmentation(augmentation: Sequence[Augmentation], channels: int) -> None:
-    """Refuse what would change nothing in images of so many channels.
+    """Refuse color settings without effect on grey images.
 
     Raises:
         UserError: naming the entry, below the experiment.
@@ -194,7 +194,7 @@ def check_augmentation(augmentation: Sequence[Augmentation], channels: int) -> N
 
 
 def _changes(settings: Any, images: int, size: int, seed: int, epoch: int) -> Iterator[_Change]:
-    """Yield what an entry does to single images, N of the training set, of side `size`; nothing if it mixes batches."""
+    """Yield the changes of single images by an entry, for N images of side `size`; none if it mixes batches."""
     if isinstance(settings, Flip):
         coin = torch.rand((images, 2), generator=torch_generator(seed, "augmentation", epoch)) < 0.5
         yield lambda batch, rows: torch.where(coin[rows, 0, None, None, None], batch.flip(-1), batch)
@@ -221,7 +221,7 @@ def _changes(settings: Any, images: int, size: int, seed: int, epoch: int) -> It
 
 
 def _of_torchvision(settings: Any, size: int) -> tuple[Callable[[Tensor], Tensor], Purpose]:
-    """Return torchvision's transform, and what its draws are called.
+    """Return torchvision's transform, and the stream of its draws.
 
     Parts are enlarged bicubically with antialiasing, as images are when they are decoded.
     """

@@ -67,7 +67,7 @@ class LinearProbe:
         bias: (classes,).
         fit: how it was found, for the record.
         steps: a row for each strength that was tried, with the mean loss on the training images.
-        evaluations: likewise, on validation images; none without these.
+        evaluations: of each strength on validation images; none without these.
     """
 
     weight: Tensor
@@ -253,7 +253,7 @@ def fit_probe(
         train: every class is among them.
         validation: what chooses; None: there is one strength.
         head: of the model; says where and in what type logits are computed.
-        runtime: likewise, its precision.
+        runtime: precision of the logits.
         metric: by which validation chooses.
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
@@ -282,7 +282,7 @@ def fit_probe(
 
 
 def _standardized(train: Features, class_weights: Floats | None) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return z (N, D) in float64, what was taken off the features and what divided them, (D,), and weights, (N,)."""
+    """Return standardized features (N, D) in float64, their mean and scale (D,), and sample weights (N,)."""
     values = train.values.astype(np.float64)
     centre, spread = values.mean(0), values.std(0)  # (D,)
     spread[spread <= 1e-12 * np.abs(centre).max()] = 1.0  # a constant feature tells nothing, and must not divide

@@ -52,7 +52,7 @@ class TrainingResult:
     initial_parameters: int = 0
     peak_parameters: int = 0
     optimizer_bytes: int = 0  # when training ended
-    optimizer_sha256: str = ""  # likewise
+    optimizer_sha256: str = ""  # when training ended
     overhead_s: Overhead = field(default_factory=Overhead)
 
     @property
@@ -156,7 +156,7 @@ def train(
 
 
 class TrainingState:
-    """A training between two steps: all that the next one depends on, and what the record will say of those before.
+    """A training between two steps: all state that the next one depends on, and the history for the record.
 
     The arguments are those of `train`; to continue from a state, the model is brought to where it was.
     """
@@ -294,7 +294,7 @@ class TrainingState:
         )
 
     def finish(self) -> TrainingResult:
-        """Take the chosen weights, those of the last step if nothing was validated, and return what happened."""
+        """Load the chosen weights, those of the last step without validation, and return the result."""
         result = self.result
         result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
         result.optimizer_bytes = optimizer_bytes(self._optimizer)
@@ -312,7 +312,7 @@ class TrainingState:
         return result
 
     def state_dict(self) -> State:
-        """Return what a training that is built again needs to continue from here, to the bit."""
+        """Return the state from which a training that is built again continues to the bit."""
         result = self.result
         return State(
             model=model_state(self.model),
@@ -349,7 +349,7 @@ def evaluations_since_best(evaluations: Sequence[Evaluation], metric: DecidingMe
 
 
 class BestState:
-    """Keeps a copy of what was trained, in the best deployable state so far by what decides."""
+    """A copy of the trained tensors in the best deployable state so far by the deciding metric."""
 
     def __init__(self, metric: DecidingMetric) -> None:
         self._quality = metric.quality
@@ -387,7 +387,7 @@ class BestState:
         return self.evaluation
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it keeps."""
+        """Return evaluation, ranks and tensors of the best state."""
         evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
         return {"evaluation": evaluation, "ranks": self._ranks, "tensors": self._tensors}
 

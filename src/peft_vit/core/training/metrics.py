@@ -58,7 +58,7 @@ def predict(model: nn.Module, batches: Batches, *, precision: Precision) -> Logi
 def predict_with_middle(
     model: nn.Module, batches: Batches, *, precision: Precision
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-    """Return what `predict` does, to the bit, and (N, D) of `Backbone.logits_and_middle`, of the same pass."""
+    """Return logits and labels as `predict`, to the bit, and (N, D) of `Backbone.logits_and_middle`."""
     backbone = Backbone(model)
 
     def forward(images: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def loss_weights(config: TrainingConfig, data: Data, device: torch.device) -> Te
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step did; `gradient_norm` is the norm before clipping."""
+    """Loss, gradient norm before clipping, and penalties of a step."""
 
     loss: float
     gradient_norm: float
@@ -185,7 +185,7 @@ class WarmupStableDecay:
 def build_scheduler(
     optimizer: Optimizer, config: TrainingConfig, total_steps: int
 ) -> tuple[LRScheduler, WarmupStableDecay | None]:
-    """Return the learning rate's course, and what can bring it down early, if anything can.
+    """Return the scheduler, and with warmup_stable_decay its factor, which can begin the decay early.
 
     one_cycle (arXiv 1708.07120, as torch's OneCycleLR) warms up over `warmup_share`, 30 % of the steps by default, and
     decays by cosine.

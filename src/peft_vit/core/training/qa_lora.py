@@ -241,7 +241,7 @@ class QALoRATrainer(Hook):
         return self.config.balance_target is not None and self.config.balance_by == by
 
     def _manage_balance(self, model: nn.Module, step: int) -> None:
-        """Set scale or pace for the steps to come, now and then, and keep what was measured and set."""
+        """Set gradient scale or pace for the next steps every MEASURE_EVERY_STEPS, and record both."""
         target = self.config.balance_target
         if target is None or step % MEASURE_EVERY_STEPS or (self._manages("schedule_pace") and self.share == 1.0):
             return
@@ -310,7 +310,7 @@ class QALoRATrainer(Hook):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside model and optimiser, between two steps.
+        """Return the trainer's state between two steps, beside model and optimiser.
 
         Plain values, and with `rounding: gptq` the packed weights' tensors, wherever they were made.
         """
@@ -370,7 +370,7 @@ class QALoRATrainer(Hook):
             self.validate_quantization_adaptation_balance(model, reference=context.float_weights(), images=images)
 
     def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return bits by step, and what the packed weights hold and have lost."""
+        """Return bits by step, and size and error of the packed weights."""
         size = model_size(model)
         stored = sum(layer.stored_bytes for layer in size.layers.values())
         return {

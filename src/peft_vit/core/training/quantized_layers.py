@@ -54,8 +54,8 @@ class QuantizedLayer(NamedTuple):
 
 
 QuantizedLayers: TypeAlias = Mapping[str, QuantizedLayer]  # by module, blocks.3.attn.qkv
-Formats: TypeAlias = Mapping[str, QuantizationFormat]  # likewise
-PackedTensors: TypeAlias = Mapping[str, Mapping[str, Tensor]]  # likewise, of saved weights
+Formats: TypeAlias = Mapping[str, QuantizationFormat]  # by module
+PackedTensors: TypeAlias = Mapping[str, Mapping[str, Tensor]]  # of saved weights, by module
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -180,7 +180,7 @@ def packed_weights(
     Args:
         model: with the layers' float weights.
         layers: by name.
-        formats: likewise.
+        formats: by layer.
         rounding: nearest or gptq, see `quantization.quantizer`.
         images: calibration images (N, C, S, S), normalised; with gptq alone.
         packed: weights that were saved, by layer; then nothing is rounded.

@@ -49,11 +49,11 @@ class StartingRanks(Hook):
         check_gradients(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was chosen."""
+        """Return the chosen ranks and their scores."""
         return {"ranks": self._ranks, "scores": self._scores}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Continue with what was chosen."""
+        """Load the chosen ranks and their scores."""
         self._ranks, self._scores = dict(state["ranks"]), dict(state["scores"])
 
     def record(self, model: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from peft_vit.core.training.optimization import blocks_of, loss_weights, recompu
 
 
 class StepEngine:
-    """Computes the loss of a model on batches as training does; what it depends on is in the model.
+    """Computes the training loss of a model on batches.
 
     Args:
         model: with adapters attached, on the runtime's device.
@@ -75,7 +75,7 @@ class StepEngine:
         freeze_batch_norm(self._model)
 
     def losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        """Yield what each micro-batch of M images has in the loss of its batch of B: its own mean, times M / B.
+        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times M / B.
 
         The last batch of an epoch may be smaller, and its last micro-batch too.
 
