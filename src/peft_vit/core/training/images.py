@@ -76,7 +76,7 @@ class LabelledImages:
         """
         for start in range(0, len(self), batch_size):
             rows = np.arange(start, min(start + batch_size, len(self)))
-            yield normalised(self._channels_first(rows), mean, std), self._labels(rows)
+            yield normalised(self._channels_first(rows), mean, std), torch.from_numpy(self.labels[rows])
 
     def shuffled_batches(
         self,
@@ -113,7 +113,7 @@ class LabelledImages:
             images = self._channels_first(rows)
             for change in changes:
                 images = change(images, rows)
-            yield normalised(images, mean, std), self._labels(rows)
+            yield normalised(images, mean, std), torch.from_numpy(self.labels[rows])
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the data order of an epoch, (N,) int64."""
@@ -121,9 +121,6 @@ class LabelledImages:
 
     def _channels_first(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.pixels[self._places[rows]]).permute(0, 3, 1, 2)  # (B, S, S, C) -> (B, C, S, S)
-
-    def _labels(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.labels[rows])
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
