@@ -22,6 +22,7 @@ from peft_vit.core.adapters import (
     update_ranks,
 )
 from peft_vit.core.adapters.footprint import optimizer_bytes, trainable_parameters
+from peft_vit.core.backbones import Backbone, apply_temperature
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics, StepRow
 from peft_vit.core.tasks import DecidingMetric, expected_gain
@@ -128,7 +129,7 @@ def train(
     overhead = Overhead() if overhead is None else overhead
     engine, fresh = StepEngine(model, data, config, runtime), resume is None
     if fresh:
-        engine.begin(hooks, seed, temperature, overhead)
+        engine.begin(hooks, seed, overhead)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
 
@@ -140,9 +141,10 @@ def train(
         if between_steps is not None:
             between_steps(training.steps, training.state_dict)
 
-    if fresh and probe is not None:
-        with engine.without_temperature():
+    if fresh:
+        if probe is not None:
             training.offer(probe)
+        apply_temperature(Backbone(model).head, temperature)
     engine.train_mode()
     between()
     for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)

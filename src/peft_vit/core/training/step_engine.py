@@ -1,20 +1,19 @@
 """The loss of a training step, and all that lets it need less time or memory and leaves its result alone.
 
-That is lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block,
-blocks and codes that the backward pass computes again, and a temperature of the head.
+That is lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block, and
+blocks and codes that the backward pass computes again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import remember_sources
-from peft_vit.core.backbones import Backbone, apply_temperature, freeze_batch_norm
+from peft_vit.core.backbones import freeze_batch_norm
 from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.training.halves import loss_in_halves, takes_halves
@@ -45,29 +44,18 @@ class StepEngine:
         self._weights = loss_weights(config, data, runtime.device)  # (classes,)
         smoothing = config.label_smoothing
         self._loss = partial(data.task.loss, weights=self._weights, label_smoothing=smoothing, name=config.loss)
-        self._temperature = 1.0
         if config.activation_checkpointing in ("light", "adaptive"):
             remember_sources(model)
         blocks = blocks_of(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._halves = takes_halves(model, runtime.device)
 
-    def begin(self, hooks: Sequence[Hook], seed: int, temperature: float, overhead: Overhead) -> None:
-        """Divide the head's logits by a temperature, a power of two, for the whole training, and let hooks begin."""
-        self._temperature = temperature
-        apply_temperature(Backbone(self._model).head, temperature)
+    def begin(self, hooks: Sequence[Hook], seed: int, overhead: Overhead) -> None:
+        """Let hooks begin."""
         calibration = Calibration(self._data, self._runtime, seed)
         context = HookContext(calibration.batch, self._weights, overhead=overhead)
         for hook in hooks:
             hook.begin(self._model, context)
-
-    @contextmanager
-    def without_temperature(self) -> Iterator[None]:
-        """For a while, let the head be as it was before `begin`, to the bit."""
-        head = Backbone(self._model).head
-        apply_temperature(head, 1 / self._temperature)
-        yield
-        apply_temperature(head, self._temperature)
 
     def train_mode(self) -> None:
         """Let the model be in training, but for statistics of batches."""
