@@ -30,7 +30,7 @@ from peft_vit.core.tasks.task import (
     Meaning,
     NamedLabels,
     Task,
-    class_counts,
+    effective_counts,
     logistic_regressions,
     measured_coverage,
 )
@@ -180,11 +180,11 @@ class _Classification(Task):
         return labels
 
     def loss_weights(self, counts: Ints, scheme: ClassWeights) -> Floats:
-        """Return weights in inverse proportion to `class_counts`, (classes,); over the images they average to 1.
+        """Return weights in inverse proportion to `effective_counts`, (classes,); over the images they average to 1.
 
         Balanced, that is n / (classes * n_c) of class c.
         """
-        effective = class_counts(counts, scheme)
+        effective = effective_counts(counts, scheme)
         return counts.sum() / ((counts / effective).sum() * effective)
 
     def loss(

@@ -35,8 +35,8 @@ from peft_vit.core.tasks.task import (
     LinearHeads,
     NamedLabels,
     Task,
-    class_counts,
     coverage_thresholds,
+    effective_counts,
     logistic_regressions,
     measured_coverage,
 )
@@ -200,8 +200,8 @@ class _Multilabel(Task):
         return labels == 1
 
     def loss_weights(self, counts: Ints, scheme: ClassWeights) -> Floats:
-        """Return weights in inverse proportion to `class_counts`, with a mean of 1, (K,)."""
-        weights: Floats = 1 / class_counts(counts, scheme)
+        """Return weights in inverse proportion to `effective_counts`, with a mean of 1, (K,)."""
+        weights: Floats = 1 / effective_counts(counts, scheme)
         return weights / weights.mean()
 
     def _each(self, outputs: Tensor, labels: Tensor, name: LossName | None = None) -> Tensor:

@@ -347,7 +347,7 @@ def meaning_fields(meaning: Meaning) -> dict[str, Any]:
     return {"calibrated": None if is_decision else meaning, "decision": meaning if is_decision else None}
 
 
-def class_counts(counts: Ints, scheme: ClassWeights) -> Floats:
+def effective_counts(counts: Ints, scheme: ClassWeights) -> Floats:
     """Return the number, or the effective number, of images of each class, (K,).
 
     The effective number of n images is (1 - b^n) / (1 - b), with b = 0.999 95 of 100 and never more than 1,000 (Cui et
