@@ -34,9 +34,7 @@ def metrics_on_test(model: torch.nn.Module, run_dir: Path) -> dict[str, float]:
     spec = read_record(run_dir / RECORD_FILE).spec
     cfg = timm.get_pretrained_cfg("test_vit")
     batches = load_data(spec.data, spec.seed, smoke=False).test.open().ordered_batches(32, cfg.mean, cfg.std)
-    return CLASSIFICATION.measure(*predict(model, batches, device=torch.device("cpu"), precision="fp32")).model_dump(
-        exclude_none=True
-    )
+    return CLASSIFICATION.measure(*predict(model, batches, precision="fp32")).model_dump(exclude_none=True)
 
 
 @pytest.mark.parametrize("name", ["full", "nf4", "packed_linear", "dora"])  # the others below and in test_deployment.py

@@ -195,7 +195,7 @@ def in_integers(record: RunRecord, folder: Path) -> float:
     run = restore_run(run_folder(folder, record.spec))
     use_int8_matmul(run.model, Int8Matmul("int_mm", 7))
     batches = run.load_data().test.open().ordered_batches(100, run.backbone.mean, run.backbone.std)
-    logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
+    logits, labels = predict(run.model, batches, precision="fp32")
     return float((logits.argmax(1) == labels).mean())
 
 

@@ -62,7 +62,7 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _logits(model: torch.nn.Module, images: LabelledImages, card: ModelCard) -> np.ndarray[Any, Any]:
     batches = images.ordered_batches(32, card.mean, card.std)
-    return predict(model, batches, device=_CPU, precision="fp32")[0].astype(np.float64)
+    return predict(model, batches, precision="fp32")[0].astype(np.float64)
 
 
 def table() -> Iterator[str]:

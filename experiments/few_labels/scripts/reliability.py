@@ -83,13 +83,13 @@ def row(folder: Path, icons: Path | None) -> dict[str, object]:
 
     def outputs(images: LabelledImages) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float32]]:
         batches = images.ordered_batches(32, card.mean, card.std)
-        logits, labels, middle = predict_with_middle(run.model, batches, device=CPU, precision=spec.precision)
+        logits, labels, middle = predict_with_middle(run.model, batches, precision=spec.precision)
         return logits.astype(np.float64), labels, middle
 
     def middle(pixels: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
         images = normalised(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), card.mean, card.std)
         batches = ((part, torch.zeros(len(part))) for part in images.split(32))
-        return predict_with_middle(run.model, batches, device=CPU, precision=spec.precision)[2]
+        return predict_with_middle(run.model, batches, precision=spec.precision)[2]
 
     held, held_labels, held_middle = outputs(data.validation)
     tested, labels, test_middle = outputs(data.test.open())

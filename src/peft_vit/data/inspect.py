@@ -350,7 +350,7 @@ class Inspection:
                 a, b = count_crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
-        count, pair = count_crossing(self.groups, self.task.marks(self.labels))
+        count, pair = count_crossing(self.groups, self.task.label_ids(self.labels))
         if count:
             a_title, b_title = (f"{self.names[i]} ('{self.task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
@@ -416,7 +416,7 @@ def inspect_images(
         decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
         copies, groups = decoded.copies, decoded.groups
         left_out = dict(images.left_out) | decoded.faults
-        left_out |= _contradictions(names, task.marks(labels), copies, groups, holdout)
+        left_out |= _contradictions(names, task.label_ids(labels), copies, groups, holdout)
         if strict and left_out:
             them = "it" if len(left_out) == 1 else "them"
             message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"

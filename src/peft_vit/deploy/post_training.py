@@ -165,4 +165,4 @@ def _images_to_round_by(
 
 def _outputs(model: nn.Module, images: LabelledImages, card: ModelCard) -> Outputs:
     batches = images.ordered_batches(32, card.mean, card.std)
-    return Outputs(*predict_with_middle(model, batches, device=_CPU, precision="fp32"))
+    return Outputs(*predict_with_middle(model, batches, precision="fp32"))

@@ -86,7 +86,6 @@ from peft_vit.core.training import (
     allocate_bits,
     head_logits,
     loss_weights,
-    steps_per_epoch,
     train,
 )
 from peft_vit.core.training.images import Data, LabelledImages
@@ -439,11 +438,11 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     def outputs(of: LabelledImages) -> Outputs:
         batches = of.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
         if spec.measures.features:
-            found = Outputs(*predict_with_middle(model, batches, device=runtime.device, precision=runtime.precision))
+            found = Outputs(*predict_with_middle(model, batches, precision=runtime.precision))
         elif is_probe:
             found = Outputs(np.empty((0, 0), np.float32), of.labels, None)
         else:
-            found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
+            found = Outputs(*predict(model, batches, precision=runtime.precision), None)
         if is_probe:  # its logits are of the features that it was fitted to
             return found._replace(logits=head_logits(head, in_float.of(of).values, runtime))
         return found
@@ -470,7 +469,7 @@ def provenance_of(loaded: Loaded, product: Int8Matmul | None) -> Provenance:
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
-    epochs = -(-steps // steps_per_epoch(len(data.train), spec.experiment.training.batch_size))
+    epochs = -(-steps // spec.experiment.training.epoch_steps(len(data.train)))
     return Provenance(
         packages=package_versions(spec.backbone.library),
         python=platform.python_version(),

@@ -30,7 +30,7 @@ INT2 = QuantizationFormat("int2", 32, True, torch.float16)
 
 def logits_on(model, images, card):
     batches = images.ordered_batches(32, card.mean, card.std)
-    return predict(model, batches, device=torch.device("cpu"), precision="fp32")[0]
+    return predict(model, batches, precision="fp32")[0]
 
 
 @pytest.mark.parametrize("method", ["linear", "full", "adalora", "peft_lora"])

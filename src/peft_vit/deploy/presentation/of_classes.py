@@ -36,14 +36,10 @@ class Classes(Presentation):
         inside = np.zeros(p.shape, dtype=bool)
         if coverage is not None and calibrated is not None:
             inside = prediction_sets(p, calibrated.threshold(coverage))
-        told = []
-        for own, within in zip(p, inside, strict=True):
-            labels, names_within = (
-                ranked(names, own),
-                {name for name, is_in in zip(names, within, strict=True) if is_in},
-            )
-            told.append(answer(labels, top, classes=tuple(named for named in labels if named[0] in names_within)))
-        return told
+        return [
+            answer(ranked(names, probability), top, classes=ranked(names, probability, in_set))
+            for probability, in_set in zip(p, inside, strict=True)
+        ]
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and the threshold of sets."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import MULTILABEL, Meaning
 from peft_vit.core.tasks.metric import Outputs
-from peft_vit.core.tasks.multilabel import average_precision, f1, reached
+from peft_vit.core.tasks.multilabel import above_thresholds, average_precision, f1
 from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Said, Shown, answer, ranked
 
 _LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
@@ -38,15 +38,16 @@ class ManyLabels(Presentation):
     ) -> Rows:
         """Return the labels that reach their threshold, the most probable ones, and with a coverage a set."""
         decision = cast("Decision", meaning)
-        least_in = math.inf if coverage is None else decision.threshold(coverage)[0]
-        least = dict(zip(names, decision.thresholds, strict=True))
-        told = []
-        for own in self.task.predicted(outputs, decision):
-            probable = ranked(names, own)
-            labels = tuple(named for named in probable if named[1] >= least[named[0]])
-            inside = tuple(named for named in probable if named[1] >= least_in)
-            told.append(answer(probable, top, labels=labels, classes=inside))
-        return told
+        set_threshold = math.inf if coverage is None else decision.threshold(coverage)[0]
+        return [
+            answer(
+                ranked(names, p),
+                top,
+                labels=ranked(names, p, p >= decision.thresholds),
+                classes=ranked(names, p, p >= set_threshold),
+            )
+            for p in self.task.predicted(outputs, decision)
+        ]
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and thresholds of labels and of sets."""
@@ -91,14 +92,14 @@ class ManyLabels(Presentation):
 
     def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return on how many images two labels are, in truth and as predicted."""
-        pair = [is_in.astype(np.int64) for is_in in (said.labels == 1, reached(said.predicted, said.decision))]
+        pair = [is_in.astype(np.int64) for is_in in (said.labels == 1, above_thresholds(said.predicted, said.decision))]
         there, told = (own.T @ own for own in pair)
         return there, told
 
     def shown(self, said: Said) -> Iterator[Shown]:
         """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
         labels, predicted, names, decision = said
-        told = reached(predicted, decision)
+        told = above_thresholds(predicted, decision)
         kinds = (
             ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
             ("misses", "The surest misses", ~told & (labels == 1), predicted, "is there and not predicted"),

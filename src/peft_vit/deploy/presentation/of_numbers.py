@@ -10,7 +10,7 @@ import numpy as np
 from peft_vit.base.statistics import spearman
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import REGRESSION, Meaning
-from peft_vit.core.tasks.metric import Outputs
+from peft_vit.core.tasks.metric import Outputs, unweighted
 from peft_vit.core.tasks.regression import (
     half_widths,
     mean_absolute_error,
@@ -75,7 +75,7 @@ class Numbers(Presentation):
     def rows(self, said: Said) -> Rows:
         """Return mean, errors, R² and rank correlation of each number."""
         labels, predicted, names, _ = said
-        one, rows = np.ones((1, len(labels))), []
+        rows = []
         for k, name in enumerate(names):
             y, p = labels[:, [k]], predicted[:, [k]]
             rows.append(
@@ -84,10 +84,10 @@ class Numbers(Presentation):
                     "Images": len(y),
                     "Mean": float(y.mean()),
                     "Standard deviation": float(y.std()),
-                    "Mean absolute error": float(mean_absolute_error(y, p, one)[0]),
-                    "of the median": float(mean_absolute_error(y, self.task.constant(y), one)[0]),
-                    "RMSE": float(root_mean_squared_error(y, p, one)[0]),
-                    "R²": float(r_squared(y, p, one)[0]),
+                    "Mean absolute error": unweighted(mean_absolute_error, y, p),
+                    "of the median": unweighted(mean_absolute_error, y, self.task.constant(y)),
+                    "RMSE": unweighted(root_mean_squared_error, y, p),
+                    "R²": unweighted(r_squared, y, p),
                     "Spearman": spearman(p[:, 0], y[:, 0]),
                 }
             )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import Labels, Meaning, Task
-from peft_vit.core.tasks.metric import Floats, Outputs
+from peft_vit.core.tasks.metric import Flags, Floats, Outputs
 
 Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
 Rows: TypeAlias = list[dict[str, Any]]
@@ -119,9 +119,10 @@ class Presentation(Protocol):
         yield from ()
 
 
-def ranked(names: Sequence[str], probability: Floats) -> Named:
-    """Return names from the most probable on, by probabilities (K,); of equal ones the first."""
-    return tuple((names[k], float(probability[k])) for k in np.argsort(-probability, kind="stable"))
+def ranked(names: Sequence[str], probability: Floats, mask: Flags | bool = True) -> Named:
+    """Return names in a mask (K,), from the most probable on, by probabilities (K,); of equal ones the first."""
+    chosen = np.broadcast_to(mask, len(names))
+    return tuple((names[k], float(probability[k])) for k in np.argsort(-probability, kind="stable") if chosen[k])
 
 
 def answer(named: Named, top: int, **more: Named) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def leave_out_updates(model: nn.Module, data: Data, spec: RunSpec, runtime: Runt
         return None
     images = removal_images(data.validation, spec.data.split_seed, spec.measures.removal_images, data.task)
     batches = images.ordered_batches(_BATCH, runtime.mean, runtime.std)
-    return measure_ablation(model, batches, device=runtime.device, precision=runtime.precision, task=data.task)
+    return measure_ablation(model, batches, precision=runtime.precision, task=data.task)
 
 
 def removal_images(
