@@ -19,7 +19,7 @@ from peft_vit.base.statistics import Neighbours
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Calibrated, Decision, Unlike
-from peft_vit.deploy import ModelCard, export_onnx, open_exported, predict_images
+from peft_vit.deploy import ExportMetadata, export_onnx, open_exported, predict_images
 from peft_vit.deploy.page.web_page import runtime_files, write_web_page
 
 pytest.importorskip("onnxscript")
@@ -91,7 +91,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     assert [url for url in outside if not url.startswith(f"{COPY}npm/onnxruntime-web@")] == []
 
 
-def card_of(**changes: Any) -> ModelCard:
+def card_of(**changes: Any) -> ExportMetadata:
     return CARD.model_copy(update=changes)
 
 

@@ -12,8 +12,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules
 from peft_vit.core.quantization import QuantizationFormat, quantize
 from peft_vit.deploy import export_onnx, open_exported
+from peft_vit.deploy.formats.header import HEADER, Header
 from peft_vit.deploy.formats.runtimes import onnx_content
-from peft_vit.deploy.model_card import HEADER, Header
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -23,8 +23,9 @@ from peft_vit.base.errors import UserError, named, os_fault
 from peft_vit.core.adapters import save_memory
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import BUNDLE_FILE, is_bundle
-from peft_vit.deploy import Classifier, ModelCard, Prediction, predict_images
+from peft_vit.deploy import Classifier, ExportMetadata, Prediction, predict_images
 from peft_vit.deploy.export import Comparison, compare, images_to_compare
+from peft_vit.deploy.formats.header import HEADER, write_exported
 from peft_vit.deploy.formats.packed_adapter import (
     JoinedUpdates,
     PackedAdapter,
@@ -35,7 +36,6 @@ from peft_vit.deploy.formats.packed_adapter import (
     trained_bits,
 )
 from peft_vit.deploy.formats.torch_files import LowBitHeader, build_low_bit, read_low_bit
-from peft_vit.deploy.model_card import HEADER, write_exported
 from peft_vit.deploy.predicting import GivenImage, prediction_of, prepared
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, followed, single_run
@@ -106,7 +106,7 @@ class Bundle:
         return tuple(self._adapters)
 
     @property
-    def cards(self) -> dict[str, ModelCard]:
+    def cards(self) -> dict[str, ExportMetadata]:
         """By adapter, how images become its input, and what its outputs mean."""
         return {name: adapter.header.card for name, adapter in self._adapters.items()}
 

@@ -27,8 +27,8 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, m
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.deploy import (
     Classifier,
+    ExportMetadata,
     Merged,
-    ModelCard,
     OnnxRuntime,
     export_onnx,
     merge,
@@ -36,7 +36,7 @@ from peft_vit.deploy import (
     torch_classifier,
     writer_of,
 )
-from peft_vit.deploy.model_card import write_exported
+from peft_vit.deploy.formats.header import write_exported
 from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
 from peft_vit.deploy.restore import RestoredRun, done_record, restore_run
 from peft_vit.runs.measures.known_images import neighbours_bytes
@@ -106,7 +106,7 @@ class ModelToWrite:
 
     run: RestoredRun
     merged: Merged
-    card: ModelCard
+    card: ExportMetadata
     known: Neighbours | None  # features of training images, of this model; None: nothing says what is unlike them
     data: Data | None  # the run's images; None: they are not there
     missing: str  # why
@@ -135,7 +135,7 @@ class OnnxOptions:
     accept_loss: float | None = None
 
 
-def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = False) -> ModelCard:
+def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = False) -> ExportMetadata:
     """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them, and return what that holds.
 
     Args:
@@ -298,7 +298,12 @@ def compare_int8(run_dir: Path) -> Comparison:
 
 
 def _try_int8(
-    run: RestoredRun, merged: nn.Module, card: ModelCard, known: Neighbours | None, images: LabelledImages, split: Split
+    run: RestoredRun,
+    merged: nn.Module,
+    card: ExportMetadata,
+    known: Neighbours | None,
+    images: LabelledImages,
+    split: Split,
 ) -> tuple[Comparison, bytes]:
     """Return what products in 8 bits do to a run's model, and the file's content."""
     with tempfile.TemporaryDirectory() as folder:

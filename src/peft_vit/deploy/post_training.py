@@ -24,7 +24,7 @@ from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict_with_middle
 from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
-from peft_vit.deploy import Merged, ModelCard, merge
+from peft_vit.deploy import ExportMetadata, Merged, merge
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.measures.held_out import PRIOR, Outputs, known_by, known_images
 
@@ -107,7 +107,7 @@ def images_rounded_by(type: QuantizationType) -> int:
 
 def pack_after_training(
     model: nn.Module, run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
-) -> tuple[nn.Module, ModelCard, Neighbours | None]:
+) -> tuple[nn.Module, ExportMetadata, Neighbours | None]:
     """Return a run's merged float model with packed weights, its card, and what it knows of training images.
 
     What validation images say, and the features of training images, are those of the rounded model.
@@ -163,6 +163,6 @@ def _images_to_round_by(
     return Calibration(data, runtime, run.record.spec.seed).images(count) if count else None
 
 
-def _outputs(model: nn.Module, images: LabelledImages, card: ModelCard) -> Outputs:
+def _outputs(model: nn.Module, images: LabelledImages, card: ExportMetadata) -> Outputs:
     batches = images.ordered_batches(32, card.mean, card.std)
     return Outputs(*predict_with_middle(model, batches, device=_CPU, precision="fp32"))

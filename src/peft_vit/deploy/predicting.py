@@ -19,7 +19,7 @@ from peft_vit.core.config import EXPORTS, exported_format
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
 from peft_vit.data.files import files_below, open_tree
 from peft_vit.data.sources.folders import is_image
-from peft_vit.deploy.model_card import Classifier, ModelCard
+from peft_vit.deploy.formats.header import Classifier, ExportMetadata
 from peft_vit.deploy.presentation import PRESENTED, Prediction
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def _function(place: str) -> Any:
     return getattr(import_module(f"peft_vit.deploy.formats.{module}"), name)
 
 
-def writer_of(format: str) -> Callable[[nn.Module, Path, ModelCard, Neighbours | None], None]:
+def writer_of(format: str) -> Callable[[nn.Module, Path, ExportMetadata, Neighbours | None], None]:
     """Return what writes a merged model in a format of `config.EXPORTS`."""
-    writer: Callable[[nn.Module, Path, ModelCard, Neighbours | None], None] = _function(EXPORTS[format].writer)
+    writer: Callable[[nn.Module, Path, ExportMetadata, Neighbours | None], None] = _function(EXPORTS[format].writer)
     return writer
 
 
@@ -194,7 +194,7 @@ def predict_images(
     return predictions
 
 
-def check_coverage(card: ModelCard, coverage: float) -> None:
+def check_coverage(card: ExportMetadata, coverage: float) -> None:
     """Refuse a coverage that a model has no sets for.
 
     Raises:
@@ -209,7 +209,7 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     meaning.threshold(coverage)
 
 
-def _pixels(image: GivenImage, card: ModelCard) -> np.ndarray | UserError:
+def _pixels(image: GivenImage, card: ExportMetadata) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
         if isinstance(image, UserError):
@@ -231,7 +231,7 @@ def _pixels(image: GivenImage, card: ModelCard) -> np.ndarray | UserError:
         return error
 
 
-def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
+def prepared(image: GivenImage, card: ExportMetadata) -> NDArray[np.float32]:
     """Return an image as a model's input, (3, S, S); raises UserError if it can't be read."""
     pixels = _pixels(_on_disk(image) if isinstance(image, Path) else image, card)
     if isinstance(pixels, UserError):
@@ -241,27 +241,29 @@ def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
 
 
 def prediction_of(
-    image: GivenImage, logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int
+    image: GivenImage, logits: NDArray[np.float32], card: ExportMetadata, coverage: float | None, top: int
 ) -> Prediction:
     """Return what the logits (classes,) of one image say."""
     file = image.file if isinstance(image, ImageFile) else image if isinstance(image, Path) else None
     return Prediction(file, **_answers(logits[None], card, coverage, top)[0])
 
 
-def columns_of(card: ModelCard, coverage: float | None, top: int) -> list[str]:
+def columns_of(card: ExportMetadata, coverage: float | None, top: int) -> list[str]:
     """Return the columns that a table of predictions has between `file` and `unlike`."""
     of_zeros = prediction_of(Path(), np.zeros(len(card.class_names), np.float32), card, coverage, top)
     return list(PRESENTED[card.task].cells(of_zeros, coverage is not None))
 
 
-def _answers(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> list[dict[str, Any]]:
+def _answers(
+    logits: NDArray[np.float32], card: ExportMetadata, coverage: float | None, top: int
+) -> list[dict[str, Any]]:
     """Return what logits (B, classes) say of each image, as arguments of `Prediction`."""
     if coverage is not None:
         check_coverage(card, coverage)
     return PRESENTED[card.task].answers(logits, card.class_names, card.meaning, coverage, top)
 
 
-def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:
+def _normalised(pixels: NDArray[np.uint8], card: ExportMetadata) -> NDArray[np.float32]:
     """Return what `data.normalised` does, to the last bit and without torch: (B, S, S, C) to (B, 3, S, S)."""
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
     images = pixels.transpose(0, 3, 1, 2).astype(np.float32)  # (B, C, S, S), C of 1 or 3

@@ -24,7 +24,7 @@ from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data
 from peft_vit.data import load_data
-from peft_vit.deploy import Classifier, ModelCard, open_exported, torch_classifier
+from peft_vit.deploy import Classifier, ExportMetadata, open_exported, torch_classifier
 from peft_vit.runs.measures.held_out import known_of
 from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, read_record, single_run
 
@@ -39,7 +39,7 @@ class RestoredRun:
     known: Neighbours | None  # features of training images; None: the run kept none
 
     @property
-    def card(self) -> ModelCard:
+    def card(self) -> ExportMetadata:
         """Return what an export says of the model."""
         card, record = model_card(self.record.spec, self.backbone, self.record.class_names), self.record
         found = {"calibrated": record.calibrated, "unlike": record.unlike, "decision": record.decision}
@@ -50,9 +50,9 @@ class RestoredRun:
         return load_data(self.record.spec.data, self.record.spec.seed, smoke=self.record.spec.smoke)
 
 
-def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
+def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ExportMetadata:
     """Return what an export says of a run's model."""
-    return ModelCard(
+    return ExportMetadata(
         run=spec.run_id,
         library=backbone.architecture.library,
         model=backbone.architecture.name,

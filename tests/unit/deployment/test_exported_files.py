@@ -23,9 +23,9 @@ from peft_vit.core.backbones import find_sites
 from peft_vit.core.config import EXPORTS
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Decision, Unlike
-from peft_vit.deploy import ModelCard, export_onnx, export_openvino, open_exported, predict_images, writer_of
+from peft_vit.deploy import ExportMetadata, export_onnx, export_openvino, open_exported, predict_images, writer_of
+from peft_vit.deploy.formats.header import HEADER, UNSIGNED, Header
 from peft_vit.deploy.formats.runtimes import OpenVinoHeader, onnx_content, openvino_content
-from peft_vit.deploy.model_card import HEADER, UNSIGNED, Header
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -56,7 +56,7 @@ def test_a_file_says_what_the_model_says_and_what_it_is(written: Written, tmp_pa
     assert compared(plain, write(plain, name, tmp_path), 3)[0] <= 1e-5
 
 
-def signed_again(file: Path, folder: Path, card: ModelCard) -> Path:
+def signed_again(file: Path, folder: Path, card: ExportMetadata) -> Path:
     """Write a file for another runtime with another card and its hash, as anybody can who wants to be believed."""
     header, content, again = Header(card=card), file.read_bytes(), folder / file.name
     if file.suffix == ".onnx":

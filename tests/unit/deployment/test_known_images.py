@@ -19,7 +19,7 @@ from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import EXPORTS
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Unlike
-from peft_vit.deploy import Classifier, ModelCard, open_exported, predict_files, writer_of
+from peft_vit.deploy import Classifier, ExportMetadata, open_exported, predict_files, writer_of
 from peft_vit.runs.measures.known_images import neighbours_bytes, read_neighbours
 
 FORMATS = [name for name, kind in EXPORTS.items() if kind.ending]
@@ -104,7 +104,7 @@ def test_predictions_say_whether_an_image_is_unlike_those_of_training(
     def both(_: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return logits, np.array([distance], np.float32)
 
-    card: ModelCard = CARD if distance is None else WITH_UNLIKE
+    card: ExportMetadata = CARD if distance is None else WITH_UNLIKE
     classifier = Classifier(lambda _: logits, card, None if distance is None else both)
     (prediction,) = predict_files(classifier, [np.zeros((8, 8, 3), np.uint8)])
     assert prediction.unlike is unlike  # type: ignore[union-attr]

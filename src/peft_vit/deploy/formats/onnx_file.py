@@ -58,9 +58,9 @@ from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.core.quantization.integers import IN_FILES, LARGEST, IntegerWeight
 from peft_vit.core.quantization.packing import field_bits
+from peft_vit.deploy.formats.header import HEADER, ExportMetadata, Header, write_exported
 from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_content
 from peft_vit.deploy.formats.torch_files import check_merged
-from peft_vit.deploy.model_card import HEADER, Header, ModelCard, write_exported
 from peft_vit.runs.measures.known_images import WithDistance
 
 OnnxRuntime = Literal["small", "fast"]
@@ -239,7 +239,7 @@ def _quantized(values: Tensor, steps: Tensor, zeros: Tensor, **attributes: int) 
 def export_onnx(
     model: nn.Module,
     file: Path,
-    card: ModelCard,
+    card: ExportMetadata,
     known: Neighbours | None = None,
     *,
     runtime: OnnxRuntime = "small",

@@ -35,10 +35,10 @@ from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.core.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.core.quantization.packing import field_bits
+from peft_vit.deploy.formats.header import HEADER, UNSIGNED, ExportMetadata, write_exported
 from peft_vit.deploy.formats.onnx_file import onnx_graph
 from peft_vit.deploy.formats.runtimes import OpenVinoHeader, openvino_content
 from peft_vit.deploy.formats.torch_files import check_merged
-from peft_vit.deploy.model_card import HEADER, UNSIGNED, ModelCard, write_exported
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
 _INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
@@ -110,7 +110,7 @@ def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return codes, scales, narrow if bool(narrow.isfinite().all()) else zeros
 
 
-def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, known: Neighbours | None = None) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
     Args:

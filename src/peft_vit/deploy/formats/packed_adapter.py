@@ -27,8 +27,8 @@ from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
 from peft_vit.core.config import USUAL_TASK
 from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
+from peft_vit.deploy.formats.header import AGAIN, HEADER, ExportMetadata
 from peft_vit.deploy.formats.torch_files import LowBitHeader, TensorHeader, low_bit_parts, tensor_content
-from peft_vit.deploy.model_card import AGAIN, HEADER, ModelCard
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
@@ -72,7 +72,7 @@ class PackedAdapter:
     def of_model(
         cls,
         model: nn.Module,
-        card: ModelCard,
+        card: ExportMetadata,
         base: LowBitHeader,
         bits: StoredBits,
         head_bits: StoredBits | None = None,
@@ -281,7 +281,7 @@ def number_formats(base: LowBitHeader) -> str:
     return " and ".join(sorted(formats)) or "float32"
 
 
-def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[str, Tensor]]:
+def backbone_of(model: nn.Module, card: ExportMetadata) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return a model's backbone as `save_low_bit` writes it, on the model's memory; it has a head of one class.
 
     The model is changed: its adapters go, its head, and the offsets of a codebook, which are 0 until an update is

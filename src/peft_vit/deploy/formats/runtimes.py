@@ -16,7 +16,7 @@ import numpy as np
 from peft_vit.base.errors import UserError, foreign_fault, one_line, os_fault
 from peft_vit.base.extras import load_openvino, require_extra
 from peft_vit.base.files import read_bytes
-from peft_vit.deploy.model_card import AGAIN, HEADER, UNSIGNED, Classifier, Header, ModelCard
+from peft_vit.deploy.formats.header import AGAIN, HEADER, UNSIGNED, Classifier, ExportMetadata, Header
 
 INPUT, OUTPUT, DISTANCE = "images", "logits", "distance"
 OPSET = 20
@@ -68,7 +68,7 @@ def open_onnx(file: Path) -> Classifier:
 
 
 def _classifier(
-    run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ModelCard, file: Path
+    run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ExportMetadata, file: Path
 ) -> Classifier:
     """Return a classifier of what computes a file's outputs by their names; that they fit its card is seen here."""
     shapes = {OUTPUT: (len(card.class_names),), DISTANCE: ()}  # of one image

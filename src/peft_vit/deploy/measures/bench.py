@@ -17,7 +17,7 @@ from peft_vit.base.extras import require_extra
 from peft_vit.core.backbones.catalog import create_model, create_skeleton
 from peft_vit.core.config import EXPORTS, exported_bytes, exported_format
 from peft_vit.core.records import BenchRow
-from peft_vit.deploy import ModelCard, export_onnx, merge, open_exported, save_low_bit
+from peft_vit.deploy import ExportMetadata, export_onnx, merge, open_exported, save_low_bit
 from peft_vit.deploy.measures.timing import Calls, time_alone
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
@@ -33,7 +33,7 @@ class _Model(NamedTuple):
 
     name: str  # what the user called it
     file: Path  # what is opened
-    card: ModelCard
+    card: ExportMetadata
     run: str | None
 
     @property

@@ -23,7 +23,7 @@ from peft_vit.core.adapters.peft_tuner import load_peft
 from peft_vit.core.backbones import Architecture, Backbone, Site, find_sites, fused_sites, native_size
 from peft_vit.core.backbones.catalog import build_model
 from peft_vit.core.config import EXPORTS
-from peft_vit.deploy.model_card import ModelCard
+from peft_vit.deploy.formats.header import ExportMetadata
 from peft_vit.deploy.predicting import open_exported, writer_of
 
 _RANK = 2
@@ -167,9 +167,9 @@ def random_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def card_of_random(architecture: Architecture, image_size: int, class_names: Sequence[str], run: str) -> ModelCard:
+def card_of_random(architecture: Architecture, image_size: int, class_names: Sequence[str], run: str) -> ExportMetadata:
     """Return what a file says of a model with random weights, which is written to be tried or timed."""
-    return ModelCard(
+    return ExportMetadata(
         run=run,
         library=architecture.library,
         model=architecture.name,

@@ -41,7 +41,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class ModelCard(Strict):
+class ExportMetadata(Strict):
     """How images become the model's input, what its outputs mean, and where it comes from."""
 
     run: str  # study/experiment/seed_k
@@ -97,7 +97,7 @@ class Header(Strict):
     """The envelope of every exported file."""
 
     version: Literal[1] = 1
-    card: ModelCard
+    card: ExportMetadata
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = UNSIGNED
 
     @classmethod
@@ -143,7 +143,7 @@ class Classifier:
     """A trained model from whatever file, ready to be asked."""
 
     logits: Callable[[NDArray[np.float32]], NDArray[np.float32]]  # normalised images (B, 3, S, S) -> (B, classes)
-    card: ModelCard
+    card: ExportMetadata
     # The same, and (B,) distances to the nearest training image; where card.unlike says what they mean.
     with_distances: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
     module: nn.Module | None = None  # what computes, in evaluation mode; None: it runs without torch
