@@ -6,6 +6,7 @@ from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_the_card_is_one_of_the_hub(choice, left) -> None:
 
 def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
-    monkeypatch.setattr(fastest, "_written", lambda way, *_, **more: replace(way.form, left_out="no room"))
+    monkeypatch.setattr(fastest, "write_model", Mock(side_effect=UserError("no room")))
     refusal = r"can't be exported \(ONNX, codes packed in memory, too: no room; .*\); the same command tries it again"
     with pytest.raises(UserError, match=refusal):
         write_output(choice, tmp_path, lambda _: None)

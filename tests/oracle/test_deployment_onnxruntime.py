@@ -100,7 +100,7 @@ def test_a_model_that_points_at_other_files_is_refused(exported, tmp_path, place
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="secret")
-    proto.metadata_props.add(key=HEADER, value=Header(card=CARD).signed(onnx_content(proto)).model_dump_json())
+    proto.metadata_props.add(key=HEADER, value=Header(card=CARD).signed(onnx_content(CARD, proto)).model_dump_json())
     file = tmp_path / "model.onnx"
     file.write_bytes(proto.SerializeToString())
     with pytest.raises(UserError, match=r"model\.onnx: keeps numbers in other files"):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.extras import require_extra
@@ -23,7 +23,7 @@ from peft_vit.core.adapters.peft_format import export_peft
 from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
 from peft_vit.core.methods import METHODS
 from peft_vit.core.records import Calibrated, Decision
-from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
+from peft_vit.core.tasks import TASKS, DecidingMetric, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.deploy import (
     Classifier,
@@ -248,43 +248,43 @@ def write_model(
     source: ModelToWrite, file: Path, format: str, options: OnnxOptions, meaning: Calibrated | Decision | None
 ) -> Exported:
     """Write a model, see `export_run_to_file`, which checks that there is room for it; the source stays as it is."""
-    run, merged, card, known, data = source.run, source.merged, source.card, source.known, source.data
-    int8 = options.activations is not None
-    if options.activations is not None:
-        source.need_data("--activations", options.activations)
+    merged, card, kind = source.merged, source.card, EXPORTS[format]
     if meaning is not None:
         card = card.model_copy(update=meaning_fields(meaning))
-    if options.runtime is not None:
-        export_onnx(merged.model, file, card, runtime=options.runtime, known=known)
-    elif not int8 and EXPORTS[format].ending:
-        writer_of(format)(merged.model, file, card, known)
-    elif not int8:
+    if options.activations is not None:
+        comparison = _write_int8(source, file, card, options)
+        return Exported(merged, comparison, activations=options.activations, float_bytes=source.float_bytes)
+    write = writer_of(format) if options.runtime is None else partial(export_onnx, runtime=options.runtime)
+    if kind.ending:
+        write(merged.model, file, card, source.known)
+    else:
         with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
-            writer_of(format)(merged.model, made, card, known)
-    if data is None:
+            write(merged.model, made, card, source.known)
+    if source.data is None:
         return Exported(merged, None, source.missing)
-    images, split = images_to_compare(data)
-    if not int8:
-        comparison = compare(run, open_exported(file), images, split)
-        return Exported(merged, comparison, float_bytes=source.float_bytes)
-    # Written only if it is as accurate on these images as it has to be.
+    comparison = compare(source.run, open_exported(file), *images_to_compare(source.data))
+    return Exported(merged, comparison, float_bytes=source.float_bytes)
+
+
+def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options: OnnxOptions) -> Comparison:
+    """Write a model that multiplies in 8 bits, only if it is as accurate as it has to be."""
+    images, split = images_to_compare(source.need_data("--activations", "int8"))
     if split == "training" and options.accept_loss is None:
         raise UserError(
             "this run has no validation images to measure what int8 loses; export without it, or accept a loss "
             "on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(run, merged.model, card, known, images, split)
+    comparison, content = _try_int8(source.run, source.merged.model, card, source.known, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
-    lost = comparison.lost_points
-    if lost > accepted:
+    if comparison.lost_points > accepted:
         raise UserError(
             f"int8 loses {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
-            f"accept it with --accept-loss {math.ceil(10 * lost) / 10:g}",
+            f"accept it with --accept-loss {math.ceil(10 * comparison.lost_points) / 10:g}",
             field="--activations",
         )
     write_exported(file, content)
-    return Exported(merged, comparison, activations="int8", float_bytes=source.float_bytes)
+    return comparison
 
 
 def compare_int8(run_dir: Path) -> Comparison:
@@ -316,26 +316,18 @@ def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:
     """Return a run's validation images, or of its training images some where there are none, and which they are."""
     if len(data.validation):
         return data.validation, "validation"
-    return _spread(data.train, _COMPARED_WITH), "training"
-
-
-def _spread(images: LabelledImages, count: int) -> LabelledImages:
-    """Return so many of the images, or all, at even distances."""
-    return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
+    places = np.linspace(0, len(data.train) - 1, min(len(data.train), _COMPARED_WITH))
+    return data.train.chosen(places.round().astype(int)), "training"
 
 
 def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, split: Split) -> Comparison:
     """Return how far a classifier's outputs are from those of a run's model, on labelled images of the run's split."""
     trained = torch_classifier(run.model, run.card)
-    outputs: list[tuple[Tensor, Tensor]] = []  # (B, K) each
-    batches = []
-    for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
+    outputs: list[tuple[NDArray[Any], ...]] = []  # (B, K) of both, and labels (B, ...)
+    for batch, labels in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
         pixels = batch.numpy()
-        outputs.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
-        batches.append(targets)
-    was, now = (torch.cat(side).numpy() for side in zip(*outputs, strict=True))  # (N, K) each
-    decisions = trained.card.decision, exported.card.decision
-    return _compared(run, was, now, torch.cat(batches).numpy(), decisions, split)
+        outputs.append((trained.logits(pixels), exported.logits(pixels), labels.numpy()))
+    return _compared(run, *map(np.concatenate, zip(*outputs, strict=True)), exported.card.decision, split)
 
 
 def _compare_on_folds(
@@ -354,20 +346,19 @@ def _compare_on_folds(
             parts.append((*(task.aligned(one, learned) for one in pair), rows_of(own.predictions.labels)))
     if not parts:
         return None
-    was, now, labels = (np.concatenate(side) for side in zip(*parts, strict=True))
-    return _compared(run, was, now, labels, (run.card.decision, run.card.decision), "held-out")
+    return _compared(run, *map(np.concatenate, zip(*parts, strict=True)), run.card.decision, "held-out")
 
 
 def _compared(
     run: RestoredRun,
-    was: NDArray[np.floating],
-    now: NDArray[np.floating],
-    labels: Labels,
-    decisions: tuple[Decision | None, Decision | None],
+    was: NDArray[Any],
+    now: NDArray[Any],
+    labels: NDArray[Any],
+    decision_now: Decision | None,
     split: Split,
 ) -> Comparison:
-    """Return how far outputs of a run's model, (N, K), are from what they were; decisions are of both."""
-    decision, decision_now = decisions
+    """Return how far outputs of a run's model, (N, K), are from what they were."""
+    decision = run.card.decision
     task, metric = TASKS[run.card.task], metric_of(run.record.spec)
     before, after = task.predicted(was, decision), task.predicted(now, decision_now)
     least = thresholds_of(decision), thresholds_of(decision_now)
@@ -381,5 +372,5 @@ def _compared(
         trained=values[0],
         exported=values[1],
         loss=metric.loss(labels, before, after, *least),
-        unit=metric.unit(run.card.decision),
+        unit=metric.unit(decision),
     )

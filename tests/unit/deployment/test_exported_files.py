@@ -25,7 +25,7 @@ from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Decision, Unlike
 from peft_vit.deploy import ExportMetadata, export_onnx, export_openvino, open_exported, predict_images, writer_of
 from peft_vit.deploy.formats.header import HEADER, UNSIGNED, Header
-from peft_vit.deploy.formats.runtimes import OpenVinoHeader, onnx_content, openvino_content
+from peft_vit.deploy.formats.runtimes import onnx_content, openvino_content
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -61,14 +61,14 @@ def signed_again(file: Path, folder: Path, card: ExportMetadata) -> Path:
     header, content, again = Header(card=card), file.read_bytes(), folder / file.name
     if file.suffix == ".onnx":
         proto = onnx.load_from_string(content)
-        signed = header.signed(onnx_content(proto)).model_dump_json()
+        signed = header.signed(onnx_content(header.card, proto)).model_dump_json()
         onnx.helper.set_model_props(proto, {HEADER: signed})
         again.write_bytes(proto.SerializeToString())
         return again
     weights = file.with_suffix(".bin").read_bytes()
     (own,) = re.findall(rb'<%b value="([^"]*)"' % HEADER.encode(), content)
     unsigned = content.replace(own, html.escape(header.model_dump_json()).encode())
-    digest = OpenVinoHeader(card=card).signed(openvino_content(unsigned, weights)).sha256
+    digest = Header(card=card).signed(openvino_content(unsigned, weights)).sha256
     again.write_bytes(unsigned.replace(UNSIGNED.encode(), digest.encode()))
     again.with_suffix(".bin").write_bytes(weights)
     return again

@@ -121,7 +121,7 @@ def test_other_files_are_named(tmp_path) -> None:
 def signed_again(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a float model's file again with the hash that belongs to it, as anybody can who wants to be believed."""
     header = LowBitHeader(card=CARD, layers={})
-    save_file(tensors, file, metadata={HEADER: header.signed(tensor_content(tensors)).model_dump_json()})
+    save_file(tensors, file, metadata={HEADER: header.signed(tensor_content(header, tensors)).model_dump_json()})
 
 
 def test_numbers_that_numpy_does_not_have_are_refused_in_a_line(tmp_path) -> None:

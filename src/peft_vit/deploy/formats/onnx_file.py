@@ -277,7 +277,7 @@ def export_onnx(
         replaced = {name: OnnxLinear(layer, name) for name, layer in packed.items()}
     proto = onnx_graph(model, card.image_size, replaced, known)
     header = Header(card=card)
-    proto.metadata_props.add(key=HEADER, value=header.signed(onnx_content(proto)).model_dump_json())
+    proto.metadata_props.add(key=HEADER, value=header.signed(onnx_content(card, proto)).model_dump_json())
     write_exported(file, proto.SerializeToString())
 
 

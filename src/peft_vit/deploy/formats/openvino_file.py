@@ -35,9 +35,9 @@ from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.core.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.core.quantization.packing import field_bits
-from peft_vit.deploy.formats.header import HEADER, UNSIGNED, ExportMetadata, write_exported
+from peft_vit.deploy.formats.header import HEADER, UNSIGNED, ExportMetadata, Header, write_exported
 from peft_vit.deploy.formats.onnx_file import onnx_graph
-from peft_vit.deploy.formats.runtimes import OpenVinoHeader, openvino_content
+from peft_vit.deploy.formats.runtimes import openvino_content
 from peft_vit.deploy.formats.torch_files import check_merged
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
@@ -135,7 +135,7 @@ def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, known: N
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed, known)
-    header = OpenVinoHeader(card=card)
+    header = Header(card=card)
     network.set_rt_info(header.model_dump_json(), [HEADER])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "model.xml"

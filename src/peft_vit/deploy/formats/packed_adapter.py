@@ -27,8 +27,8 @@ from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
 from peft_vit.core.config import USUAL_TASK
 from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
-from peft_vit.deploy.formats.header import AGAIN, HEADER, ExportMetadata
-from peft_vit.deploy.formats.torch_files import LowBitHeader, TensorHeader, low_bit_parts, tensor_content
+from peft_vit.deploy.formats.header import AGAIN, HEADER, ExportMetadata, Header
+from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_parts, tensor_content
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
@@ -37,7 +37,7 @@ _Rank = Annotated[int, Field(ge=0, le=65_536)]
 StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
 
 
-class AdapterHeader(TensorHeader):
+class AdapterHeader(Header):
     """What an adapter's file says of itself."""
 
     base: str  # SHA-256 that the backbone's file says of itself
@@ -120,14 +120,14 @@ class PackedAdapter:
         tensors |= {f"{_OF_HEAD}{name}": tensor for name, tensor in pack_rows([weight], head_bits).items()}
         tensors["head_bias"] = bias.half() if head_bits < 32 else bias
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return cls(header.signed(tensor_content(tensors)), tensors)
+        return cls(header.signed(tensor_content(header, tensors)), tensors)
 
     @classmethod
     def read(cls, file: Path) -> PackedAdapter:
         """Return a file's adapter; raises UserError if it is none, is damaged, or was changed after it was written."""
         texts, tensors = read_safetensors(file)
         header = AdapterHeader.read(texts.get(HEADER), file, "bundle")
-        header.check(tensor_content(tensors), file)
+        header.check(tensor_content(header, tensors), file)
         return cls(header, tensors)
 
     def content(self) -> bytes:

@@ -27,8 +27,9 @@ _CHECKED = 64  # rows, inputs and outputs of the product that is checked
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
-def onnx_content(proto: Any) -> Iterator[bytes]:
-    """Yield what is signed of a model: all but its metadata, which are taken out of `proto`."""
+def onnx_content(card: ExportMetadata, proto: Any) -> Iterator[bytes]:
+    """Yield what is signed of a model: the card, and all but its other metadata, which are taken out of `proto`."""
+    yield card.model_dump_json().encode()
     del proto.metadata_props[:]
     yield proto.SerializeToString(deterministic=True)
 
@@ -53,7 +54,7 @@ def open_onnx(file: Path) -> Classifier:
     header = Header.read(text, file, "onnx")
     if _names_other_files(proto):
         raise UserError(f"keeps numbers in other files, which could be any of this machine; {AGAIN}", file=file)
-    header.check(onnx_content(proto), file)
+    header.check(onnx_content(header.card, proto), file)
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no public class
@@ -135,15 +136,8 @@ def _names_other_files(message: Any) -> bool:
     return False
 
 
-class OpenVinoHeader(Header):
-    """A header that stands in the .xml, which is signed with it."""
-
-    def _hashed(self) -> bytes:
-        return b""
-
-
 def openvino_content(description: bytes, weights: bytes) -> Iterator[bytes]:
-    """Yield what is signed of the two files, the .xml with zeros instead of the hash: their SHA-256."""
+    """Yield what is signed of the two files: their SHA-256, of the .xml, which has the header, with zeros for it."""
     for part in (description, weights):
         yield hashlib.sha256(part).digest()
 
@@ -165,7 +159,7 @@ def open_openvino(file: Path) -> Classifier:
             parts.append(read_bytes(part, None))
     description, weights = parts
     text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
-    header = OpenVinoHeader.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
+    header = Header.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
     unsigned = description.replace(header.sha256.encode(), UNSIGNED.encode(), 1)
     header.check(openvino_content(unsigned, weights), file, beside)
     openvino = load_openvino()

@@ -146,15 +146,7 @@ class _Layer(Strict):
     shape: tuple[int, int]  # (out, in)
 
 
-class TensorHeader(Header):
-    """A header of tensors, all of which is signed."""
-
-    def _hashed(self) -> bytes:
-        fields = self.model_dump(mode="json", exclude={"sha256"})
-        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-
-
-class LowBitHeader(TensorHeader):
+class LowBitHeader(Header):
     """What a safetensors file says of itself and of its packed layers."""
 
     layers: dict[str, _Layer]
@@ -191,7 +183,7 @@ def low_bit_parts(
         tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(known).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = LowBitHeader(card=card, layers=layers)
-    return header.signed(tensor_content(tensors)), tensors
+    return header.signed(tensor_content(header, tensors)), tensors
 
 
 def open_low_bit(file: Path) -> Classifier:
@@ -221,12 +213,13 @@ def read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return what is in a file that `save_low_bit` has written; raises UserError as `load_low_bit`."""
     texts, tensors = read_safetensors(file)
     header = LowBitHeader.read(texts.get(HEADER), file, "safetensors")
-    header.check(tensor_content(tensors), file)
+    header.check(tensor_content(header, tensors), file)
     return header, tensors
 
 
-def tensor_content(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield what is signed of tensors: name, dtype, shape and bytes of each."""
+def tensor_content(header: Header, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield what is signed of tensors: the header without its hash; name, dtype, shape and bytes of each."""
+    yield json.dumps(header.model_dump(mode="json", exclude={"sha256"}), sort_keys=True, separators=(",", ":")).encode()
     for name, tensor in sorted(tensors.items()):
         described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
         yield json.dumps(described, separators=(",", ":")).encode()
@@ -308,12 +301,13 @@ def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, known:
                 _save_transformers(plain, folder, card)
         if known is not None:
             write_exported(folder / FEATURES_FILE, neighbours_bytes(known))
-        signed = Header(card=card).signed(_pretrained_content(folder))
+        signed = Header(card=card).signed(_pretrained_content(card, folder))
         write_exported(folder / CARD_FILE, signed.model_dump_json().encode())
 
 
-def _pretrained_content(folder: Path) -> Iterator[bytes]:
-    """Yield what is signed of a folder: name and SHA-256 of each file that is there."""
+def _pretrained_content(card: ExportMetadata, folder: Path) -> Iterator[bytes]:
+    """Yield what is signed of a folder: the card; name and SHA-256 of each file that is there."""
+    yield card.model_dump_json().encode()
     for name in _PRETRAINED_FILES:
         if os.path.lexists(folder / name):
             yield f"\n{name} {sha256_of(folder / name)}".encode()
@@ -376,7 +370,7 @@ def open_pretrained(folder: Path) -> Classifier:
     file = folder / CARD_FILE
     with os_fault("can't be read", folder, remedy=AGAIN):
         header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
-        header.check(_pretrained_content(folder), folder)
+        header.check(_pretrained_content(header.card, folder), folder)
     return torch_classifier(load_pretrained(folder, header.card), header.card, _known_beside(header.card, folder))
 
 
