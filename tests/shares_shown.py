@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.core.tasks import TASKS, Meaning
-from peft_vit.deploy.presentation.presentation import Presentation, Said, answer, ranked
+from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Said, of_ranking, ranked
 
 
 class Shares(Presentation):
@@ -19,11 +19,11 @@ class Shares(Presentation):
     linear = "least squares fit"
     promise = ("", "", "", "")
 
-    def answers(
+    def prediction(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> list[dict[str, Any]]:
+    ) -> Prediction:
         """Return the largest shares."""
-        return [answer(ranked(names, own), top) for own in self.task.predicted(outputs)]
+        return of_ranking(ranked(names, self.task.predicted(outputs[None])[0]), top)
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return that outputs are as classes' are."""

@@ -70,9 +70,9 @@ class ExportMetadata(Strict):
 
     def check_meaning(self, file: Path) -> None:
         """Raise UserError, naming the file, if what the card says of outputs does not fit its classes."""
-        outputs = np.zeros((1, len(self.class_names)), np.float32)
+        outputs = np.zeros(len(self.class_names), np.float32)
         with foreign_fault("says of outputs what does not fit its classes", file, remedy=AGAIN, field="card"):
-            PRESENTED[self.task].answers(outputs, self.class_names, self.meaning, None, 1)
+            PRESENTED[self.task].prediction(outputs, self.class_names, self.meaning, None, 1)
 
     @property
     def meaning(self) -> Meaning:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
-
 from peft_vit.base.statistics import prediction_sets, probabilities
 from peft_vit.core.records import Calibrated
 from peft_vit.core.tasks import CLASSIFICATION, Meaning
 from peft_vit.core.tasks.metric import Outputs
-from peft_vit.deploy.presentation.presentation import Presentation, Rows, answer, ranked
+from peft_vit.deploy.presentation.presentation import Prediction, Presentation, of_ranking, ranked
 
 
 class Classes(Presentation):
@@ -27,23 +25,17 @@ class Classes(Presentation):
     )
     holds = "The set at {0:g} % holds the true class of about {0:g} in 100 images"
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
+    ) -> Prediction:
         """Return the most probable classes, and with a coverage the set of those that the image may be of."""
         calibrated = cast("Calibrated | None", meaning)
-        p = probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
-        inside = np.zeros(p.shape, dtype=bool)
+        p = probabilities(outputs[None], 1.0 if calibrated is None else calibrated.temperature)  # (1, classes)
+        ranking, in_set = ranked(names, p[0]), set[str]()
         if coverage is not None and calibrated is not None:
-            inside = prediction_sets(p, calibrated.threshold(coverage))
-        told = []
-        for own, within in zip(p, inside, strict=True):
-            labels, names_within = (
-                ranked(names, own),
-                {name for name, is_in in zip(names, within, strict=True) if is_in},
-            )
-            told.append(answer(labels, top, classes=tuple(named for named in labels if named[0] in names_within)))
-        return told
+            (inside,) = prediction_sets(p, calibrated.threshold(coverage))
+            in_set = {name for name, is_in in zip(names, inside, strict=True) if is_in}
+        return of_ranking(ranking, top, classes=tuple(named for named in ranking if named[0] in in_set))
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and the threshold of sets."""

@@ -13,7 +13,7 @@ from peft_vit.core.records import Decision
 from peft_vit.core.tasks import MULTILABEL, Meaning
 from peft_vit.core.tasks.metric import Outputs
 from peft_vit.core.tasks.multilabel import average_precision, f1, reached
-from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Said, Shown, answer, ranked
+from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Said, Shown, of_ranking, ranked
 
 _LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
 
@@ -33,20 +33,18 @@ class ManyLabels(Presentation):
     )
     holds = "The set at {0:g} % holds about {0:g} % of an image's labels on average"
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
+    ) -> Prediction:
         """Return the labels that reach their threshold, the most probable ones, and with a coverage a set."""
         decision = cast("Decision", meaning)
-        least_in = math.inf if coverage is None else decision.threshold(coverage)[0]
-        least = dict(zip(names, decision.thresholds, strict=True))
-        told = []
-        for own in self.task.predicted(outputs, decision):
-            probable = ranked(names, own)
-            labels = tuple(named for named in probable if named[1] >= least[named[0]])
-            inside = tuple(named for named in probable if named[1] >= least_in)
-            told.append(answer(probable, top, labels=labels, classes=inside))
-        return told
+        least_in_set = math.inf if coverage is None else decision.threshold(coverage)[0]
+        thresholds = dict(zip(names, decision.thresholds, strict=True))
+        ranking = ranked(names, self.task.predicted(outputs[None], decision)[0])
+        labels = tuple(named for named in ranking if named[1] >= thresholds[named[0]])
+        return of_ranking(
+            ranking, top, labels=labels, classes=tuple(named for named in ranking if named[1] >= least_in_set)
+        )
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and thresholds of labels and of sets."""

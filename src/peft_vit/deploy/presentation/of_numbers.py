@@ -39,18 +39,18 @@ class Numbers(Presentation):
     )
     holds = "The interval at {0:g} % holds the true number of about {0:g} in 100 images"
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
+    ) -> Prediction:
         """Return each number with the interval that holds it in a share of images, 0.9 if none is asked for."""
         decision = cast("Decision", meaning)
-        predicted = self.task.predicted(outputs, decision)  # (N, K)
+        predicted = self.task.predicted(outputs[None], decision)  # (1, K)
         ends = [predicted]
         if decision.coverages:
             widths = half_widths(decision, predicted, coverage or _usual(decision))
             ends = [predicted, predicted - widths, predicted + widths]
-        rows = np.stack(ends, axis=2).tolist()  # (N, K, 1 or 3)
-        return [{"numbers": {name: tuple(own) for name, own in zip(names, row, strict=True)}} for row in rows]
+        rows = np.concatenate(ends).T.tolist()  # (K, 1 or 3)
+        return Prediction(numbers={name: tuple(row) for name, row in zip(names, rows, strict=True)})
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return units, and how wide intervals are."""

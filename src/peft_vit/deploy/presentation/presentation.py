@@ -23,7 +23,7 @@ Rows: TypeAlias = list[dict[str, Any]]
 class Prediction:
     """What a model says of one image. Probabilities are calibrated if the model's file says how."""
 
-    file: Path | None  # None: of an array
+    file: Path | None = None  # None: of an array
     class_name: str = ""  # the most probable one; empty of numbers
     probability: float = math.nan
     classes: Named = ()  # its set, with a coverage
@@ -80,10 +80,10 @@ class Presentation(Protocol):
     promise: tuple[str, str, str, str]
     holds: str = ""
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
-        """Return what is reported of each image, as arguments of `Prediction`."""
+    ) -> Prediction:
+        """Return what is reported of an image, by its outputs (K,)."""
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return what web.js has to know to answer alike, and the words of its page.
@@ -124,7 +124,7 @@ def ranked(names: Sequence[str], probability: Floats) -> Named:
     return tuple((names[k], float(probability[k])) for k in np.argsort(-probability, kind="stable"))
 
 
-def answer(named: Named, top: int, **more: Named) -> dict[str, Any]:
+def of_ranking(ranking: Named, top: int, **more: Named) -> Prediction:
     """Return what is reported of an image whose names are ranked."""
-    name, probability = named[0]
-    return {"class_name": name, "probability": probability, "top": named[:top], **more}
+    name, probability = ranking[0]
+    return Prediction(None, name, probability, top=ranking[:top], **more)
