@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
-from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, fonts_for, pictures_of, shortened
-from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
-from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, METHOD_COLORS, MUTED, Canvas, draw, quiet_grid
+from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, gallery
+from peft_vit.deploy.page.document import Block, Drawing, Gallery, Raw, Table
+from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MUTED, Canvas, draw, quiet_grid
 from peft_vit.deploy.page.formatting import count, known, percent, plain
 from peft_vit.deploy.page.tables import Column, table
-from peft_vit.deploy.presentation import PRESENTED, Errors, Said, Shown
+from peft_vit.deploy.presentation import PRESENTED, Errors, Said
 
 _PANELS = 4  # numbers that are drawn
 _FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
@@ -100,49 +100,56 @@ def _ends(interval: Interval) -> str:
 
 
 def _panels(
+    slug: str,
+    title: str,
+    caption: str,
+    height_in: float,
     names: Sequence[str],
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    words: tuple[str, str],
-    under: Callable[..., None],
-) -> Callable[[Canvas], None]:
-    """Return what draws points (N, K), a panel a number, over what `under` draws of its axes and place."""
+    columns: Mapping[str, NDArray[np.float64]],
+    draw_under: Callable[[Axes, int], None],
+) -> Drawing:
+    """Draw the second of some columns (N, K) over the first, a panel a number, over what is drawn under its points."""
+    (x_label, x), (y_label, y), *_ = columns.items()
 
     def paint(canvas: Canvas) -> None:
-        shown = list(names[:_PANELS])
-        panels = canvas.figure.subplots(1, len(shown), squeeze=False)[0]
-        for k, (axes, name) in enumerate(zip(panels, shown, strict=True)):
+        drawn = list(names[:_PANELS])
+        panels = canvas.figure.subplots(1, len(drawn), squeeze=False)[0]
+        for k, (axes, name) in enumerate(zip(panels, drawn, strict=True)):
             color = LINE_COLORS[k % len(LINE_COLORS)]
             canvas.series(name, color, "o")
-            under(axes, k)
-            texts = [f"{words[0]} {a:.3g}, {words[1]} {b:.3g}" for a, b in zip(x[:, k], y[:, k], strict=True)]
+            draw_under(axes, k)
+            texts = [f"{x_label} {a:.3g}, {y_label} {b:.3g}" for a, b in zip(x[:, k], y[:, k], strict=True)]
             style: dict[str, Any] = {"color": color, "ls": "", "marker": "o", "ms": 3, "alpha": 0.9, "zorder": 2}
             canvas.plot(name, axes, x[:, k], y[:, k], texts, **style)
-            axes.set_xlabel(f"{words[0]} {name}")
-            axes.set_ylabel(words[1])
+            axes.set_xlabel(f"{x_label} {name}")
+            axes.set_ylabel(y_label)
             quiet_grid(axes)
 
-    return paint
+    data: list[dict[str, Raw]] = [
+        {"number": name} | {column: float(values[row, k]) for column, values in columns.items()}
+        for k, name in enumerate(names)
+        for row in range(len(x))
+    ]
+    return draw(slug, title, caption, height_in, paint, data)
 
 
 def _scatter(names: Sequence[str], labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Drawing:
     """Draw what is predicted over what is true, (N, K) each."""
 
-    def diagonal(axes: Any, k: int) -> None:
+    def diagonal(axes: Axes, k: int) -> None:
         x, y = labels[:, k], predicted[:, k]
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         axes.plot(ends, ends, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
 
-    data = _points(names, true=labels, predicted=predicted)
     caption = "Test images. On the dashed line what is predicted is true."
-    paint = _panels(names, labels, predicted, ("true", "predicted"), diagonal)
-    return draw("scatter", "Predicted against true", caption, 3.4, paint, data, 3.4)
+    columns = {"true": labels, "predicted": predicted}
+    return _panels("scatter", "Predicted against true", caption, 3.4, names, columns, diagonal)
 
 
 def _residuals(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Drawing:
     """Draw errors over what is predicted, (N, K) each, and the ends of intervals."""
 
-    def ends(axes: Any, k: int) -> None:
+    def ends(axes: Axes, k: int) -> None:
         axes.axhline(0, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
         if errors.reach is not None:
             order = np.argsort(predicted[:, k])
@@ -155,16 +162,7 @@ def _residuals(names: Sequence[str], predicted: NDArray[np.float64], errors: Err
     if errors.reach is not None:
         columns["reach"] = errors.reach
         caption += f" Between the two lines lies what an interval of {percent(errors.coverage)} holds."
-    paint = _panels(names, predicted, errors.sizes, ("predicted", "error"), ends)
-    return draw("residuals", "Errors by size", caption, 3.0, paint, _points(names, **columns), 3.0)
-
-
-def _points(names: Sequence[str], **columns: NDArray[np.float64]) -> list[dict[str, Raw]]:
-    return [
-        {"number": name} | {column: float(values[row, k]) for column, values in columns.items()}
-        for k, name in enumerate(names)
-        for row in range(len(next(iter(columns.values()))))
-    ]
+    return _panels("residuals", "Errors by size", caption, 3.0, names, columns, ends)
 
 
 def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Iterator[Table]:
@@ -191,38 +189,26 @@ def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Error
 
 def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[np.int64]) -> Drawing:
     """Draw on how many images two labels are together, (K, K) each: in truth, and as predicted."""
-    size, labels = len(names), [shortened(name) for name in names]
-    text: dict[str, Any] = {"fontfamily": fonts_for(labels)[0], "parse_math": False}
-    panels = {"true": true, "predicted": predicted}
-
-    def shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        own = np.diag(counts)[:, None]
-        return np.divide(counts, own, out=np.zeros(counts.shape), where=own > 0)
-
-    def said(counts: NDArray[np.int64], row: int, column: int) -> str:
-        own = counts[row, row]
-        if row == column:
-            return f"{names[row]}: {own} images"
-        return f"{names[row]} and {names[column]}\n{counts[row, column]} of {own} with {names[row]}"
+    size, panels = len(names), {"true": true, "predicted": predicted}
 
     def paint(canvas: Canvas) -> None:
         parts = canvas.figure.subplots(2, 1) if canvas.narrow else canvas.figure.subplots(1, 2)
-        canvas.series("images", METHOD_COLORS["lora"])
         for axes, (title, counts) in zip(parts, panels.items(), strict=True):
-            off = ~np.eye(size, dtype=bool) & (counts > 0)
-            draw_matrix(
-                canvas, axes, counts, shares(counts), off, partial(said, counts), labels, text, numbered=_NUMBERED
-            )
+            totals = np.diag(counts)
+
+            def describe(row: int, column: int, counts: NDArray[np.int64] = counts) -> str:
+                images = counts[row, row]
+                if row == column:
+                    return f"{names[row]}: {images} images"
+                return f"{names[row]} and {names[column]}\n{counts[row, column]} of {images} with {names[row]}"
+
+            off_diagonal = ~np.eye(size, dtype=bool) & (counts > 0)
+            draw_matrix(canvas, axes, counts, totals, off_diagonal, names, describe, numbered=_NUMBERED)
             axes.set_title(title)
 
     data: list[dict[str, Raw]] = [
-        {
-            "label": names[row],
-            "with": names[column],
-            **{which: int(counts[row, column]) for which, counts in panels.items()},
-        }
-        for row in range(size)
-        for column in range(size)
+        {"label": names[row], "with": names[column], "true": int(true[row, column]), "predicted": int(said)}
+        for (row, column), said in np.ndenumerate(predicted)
     ]
     caption = (
         "Test images that have both labels, in truth and as predicted. Color: the share of the images with "
@@ -237,30 +223,22 @@ def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[
 
 def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block]:
     """Yield the test images that a task shows: as pictures, or as a table where there are none."""
-    own = record.predictions
-    assert own is not None
-    files = own.files or [f"image {position}" for position in own.images]
+    predictions = record.predictions
+    assert predictions is not None
+    files = predictions.files or [f"image {position}" for position in predictions.images]
     for shown in PRESENTED[record.spec.task].shown(_said(record)):
-        places = [place for _, images in shown.groups for place, _ in images]
-        made = pictures_of([own.images[place] for place in places], pictures)
-        yield _as_table(shown, files, made) if isinstance(made, str) else _as_gallery(shown, files, iter(made))
-
-
-def _as_gallery(shown: Shown, files: Sequence[str], made: Iterator[bytes]) -> Gallery:
-    groups = tuple(
-        (title, tuple(Picture(next(made), (plain(files[place]), *lines)) for place, lines in images))
-        for title, images in shown.groups
-    )
-    caption = f"{shown.rule} The page holds these pictures: share it only if you may share them."
-    return Gallery(shown.slug, shown.title, caption, groups)
-
-
-def _as_table(shown: Shown, files: Sequence[str], why: str) -> Table:
-    rows = [
-        {"Of": title, "Image": plain(files[place]), "What": "; ".join(lines)}
-        for title, images in shown.groups
-        for place, lines in images
-    ]
-    columns = [name for name in rows[0] if name != "Of" or len(shown.groups) > 1]
-    note = f"{shown.rule}{why and f' No pictures: {why}.'}"
-    return table(shown.slug, shown.title, rows, columns, note)
+        groups = [
+            (title, [(predictions.images[place], (plain(files[place]), *lines)) for place, lines in images])
+            for title, images in shown.groups
+        ]
+        found = gallery(shown.slug, shown.title, shown.rule, groups, pictures)
+        if isinstance(found, Gallery):
+            yield found
+            continue
+        rows = [
+            {"Of": title, "Image": file, "What": "; ".join(lines)}
+            for title, images in groups
+            for _, (file, *lines) in images
+        ]
+        columns = [name for name in rows[0] if name != "Of" or len(groups) > 1]
+        yield table(shown.slug, shown.title, rows, columns, f"{shown.rule}{found}")
