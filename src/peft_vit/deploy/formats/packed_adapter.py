@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from peft_vit.core.adapters.adapter_file import read_safetensors
 from peft_vit.core.adapters.peft_layers import tuner_layers
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
-from peft_vit.core.config import USUAL_TASK
 from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
 from peft_vit.deploy.formats.header import AGAIN, HEADER, ExportMetadata, Header
 from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_parts, tensor_content
@@ -201,72 +200,68 @@ class JoinedUpdates:
         self.images = len(which)
         alike: dict[tuple[StoredBits, int], list[int]] = {}
         for number, adapter in enumerate(adapters):
-            if not any(adapter.header.ranks):  # a head alone, which adds nothing
-                continue
-            alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
-        self._joined = [
-            _joined_files([adapters[number] for number in numbers], bits, pool, numbers, which, sites)
-            for (bits, pool), numbers in alike.items()
-        ]
-        self.pool = math.gcd(*(files.pool for files in self._joined)) or 1  # without any adapter 0
+            if any(adapter.header.ranks):  # otherwise a head alone, which adds nothing
+                alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
+        self._groups = [_SameFormat(adapters, numbers, which, sites) for numbers in alike.values()]
+        self.pool = math.gcd(*(group.pool for group in self._groups)) or 1  # without any adapter 0
 
     def of_site(self, place: int) -> tuple[Tensor, Tensor] | None:
         """Return what is added on one site: (B, R, in / pool) and (B, R, out), R the highest rank, others with zeros.
 
         As an `Update` does, each adds summed(inputs, pool) @ right.T @ left. None: no adapter has a rank there.
         """
-        site, most = self._sites[place], max((int(files.ranks[:, place].max()) for files in self._joined), default=0)
-        if not most:
+        site, rank = self._sites[place], max((int(group.ranks[:, place].max()) for group in self._groups), default=0)
+        if not rank:
             return None
-        right = np.zeros((self.images * most, site.in_features // self.pool), np.float32)
-        left = np.zeros((self.images * most, site.out_features), np.float32)
-        for files in self._joined:
-            ranks, columns = files.ranks[:, place], site.in_features // files.pool
-            images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
-            within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
-            into = files.images[images] * most + within
-            starts, rows = files.starts[images, place], files.rows[images, place] + within
-            of_a = files.unpack(starts + within * columns, rows, columns)  # (n, in / pool)
-            right[into] = of_a if files.pool == self.pool else of_a.repeat(files.pool // self.pool, axis=1)
-            starts, rows = starts + ranks[images] * columns, rows + ranks[images]  # the columns of B come after
-            left[into] = files.unpack(starts + within * site.out_features, rows, site.out_features)
-        shape = (self.images, most, -1)
+        right = np.zeros((self.images * rank, site.in_features // self.pool), np.float32)
+        left = np.zeros((self.images * rank, site.out_features), np.float32)
+        for group in self._groups:
+            rows, of_a, of_b = group.factors(place, site, rank)
+            right[rows] = of_a.repeat(group.pool // self.pool, axis=1)
+            left[rows] = of_b
+        shape = (self.images, rank, -1)
         return torch.from_numpy(right).view(shape), torch.from_numpy(left).view(shape)
 
 
-class _JoinedFiles(NamedTuple):
-    """The codes and scales of adapters in the same bits, each behind the one before, and the b images that ask them."""
+class _SameFormat:
+    """The codes and scales of adapters in the same bits and pool, one behind the other, and the b images of theirs.
 
-    images: NDArray[np.int64]  # (b,), their places in the batch
-    bits: StoredBits
-    pool: int
-    arrays: dict[str, NDArray[Any]]
-    ranks: NDArray[np.int64]  # (b, sites)
-    starts: NDArray[np.int64]  # (b, sites), how many codes stand before those of a site
-    rows: NDArray[np.int64]  # (b, sites), how many scales do
+    Attributes:
+        pool: theirs.
+        ranks: (b, sites), of each image's adapter.
+    """
 
-    def unpack(self, starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int) -> NDArray[np.float32]:
-        return unpack_some(self.arrays, starts, rows, columns, self.bits)
+    def __init__(
+        self, adapters: Sequence[PackedAdapter], numbers: Sequence[int], which: NDArray[np.int64], sites: Sequence[Site]
+    ) -> None:
+        group = [adapters[number] for number in numbers]
+        self.pool, self._bits = group[0].header.pool, group[0].header.bits
+        (self._images,) = np.isin(which, numbers).nonzero()  # (b,), their places in the batch
+        names, codes_a_value = ("codes", "scales"), 8 // self._bits
+        if self._bits >= 16:
+            names, codes_a_value = ("codes",), 1
+        self._arrays = {name: np.concatenate([adapter.tensors[name].numpy() for adapter in group]) for name in names}
+        ranks = np.array([adapter.header.ranks for adapter in group])  # (adapters, sites)
+        values = ranks * np.array([site.in_features // self.pool + site.out_features for site in sites])
+        codes = np.array([len(adapter.tensors["codes"]) * codes_a_value for adapter in group])  # (adapters,)
+        starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
+        scales = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
+        of_images = np.searchsorted(numbers, which[self._images])  # (b,)
+        # (b, sites) each; of a site how many codes stand before its own, and how many scales
+        self.ranks, self._starts, self._scales = ranks[of_images], starts[of_images], scales[of_images]
 
-
-def _joined_files(
-    adapters: Sequence[PackedAdapter],
-    bits: StoredBits,
-    pool: int,
-    numbers: Sequence[int],
-    which: NDArray[np.int64],
-    sites: Sequence[Site],
-) -> _JoinedFiles:
-    names = ("codes", "scales") if bits < 16 else ("codes",)
-    arrays = {name: np.concatenate([adapter.tensors[name].numpy() for adapter in adapters]) for name in names}
-    ranks = np.array([adapter.header.ranks for adapter in adapters])  # (a, sites)
-    values = ranks * np.array([site.in_features // pool + site.out_features for site in sites])
-    codes = np.array([len(adapter.tensors["codes"]) * (8 // bits if bits < 16 else 1) for adapter in adapters])  # (a,)
-    starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
-    rows = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
-    (images,) = np.isin(which, numbers).nonzero()
-    asked = np.searchsorted(numbers, which[images])  # (b,)
-    return _JoinedFiles(images, bits, pool, arrays, ranks[asked], starts[asked], rows[asked])
+    def factors(
+        self, place: int, site: Site, rank: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """Return A (n, in / pool) and B transposed, (n, out), of all images, behind their rows among `rank` an image."""
+        ranks, columns = self.ranks[:, place], site.in_features // self.pool
+        images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
+        within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
+        starts, scales = self._starts[images, place], self._scales[images, place] + within
+        of_a = unpack_some(self._arrays, starts + within * columns, scales, columns, self._bits)
+        starts, scales = starts + ranks[images] * columns, scales + ranks[images]  # the columns of B come after
+        of_b = unpack_some(self._arrays, starts + within * site.out_features, scales, site.out_features, self._bits)
+        return self._images[images] * rank + within, of_a, of_b
 
 
 def trained_bits(model: nn.Module) -> StoredBits | None:
@@ -297,23 +292,14 @@ def backbone_of(model: nn.Module, card: ExportMetadata) -> tuple[LowBitHeader, d
         head = nn.Linear(layer.in_features, 1)
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         model.set_submodule(name, head)
-    nothing = {
-        "calibrated": None,
-        "decision": None,
-        "task": USUAL_TASK,
-        "unlike": None,
-        "integer_bits": None,
-        "interpolation": "bicubic",
-        "channels": 3,
-    }
-    return low_bit_parts(model, card.model_copy(update={**nothing, "run": "backbone", "class_names": ("backbone",)}))
+    of_weights = {"library", "model", "config", "weights_name", "weights_sha256", "image_size", "mean", "std"}
+    of_backbone = {"run": "backbone", "channels": 3, "class_names": ("backbone",)}
+    return low_bit_parts(model, ExportMetadata(**of_backbone, **card.model_dump(include=of_weights)))
 
 
 def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
     """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
-    right = parts[0][1] if len(parts) == 1 else torch.cat([right for _, right, _ in parts])  # (R, in / pool)
-    if len(parts) == 1 and parts[0][0].out_features == rows:
-        return Update(right, parts[0][2], pool)
+    right = torch.cat([right for _, right, _ in parts])  # (R, in / pool)
     left, start = right.new_zeros(len(right), rows), 0  # (R, out)
     for site, _, of_site in parts:
         left[start : start + len(of_site), site.span] = of_site

@@ -61,7 +61,6 @@ class ModelQuality:
 
     accuracy: Interval  # of the population of images
     balanced_accuracy: Interval  # mean of the classes' recall, over the classes that have test images
-    majority: float  # share of the most frequent class
     classes: tuple[ClassResult, ...]
     confusion: NDArray[np.int64]  # (true, predicted)
     images: tuple[PredictedImage, ...]  # in the order of the test split
@@ -127,7 +126,6 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
     return ModelQuality(
         accuracy=ACCURACY.interval(labels, predicted),
         balanced_accuracy=BALANCED_ACCURACY.interval(labels, predicted),
-        majority=float(confusion.sum(1).max() / len(labels)),
         classes=tuple(_class(name, place, confusion) for place, name in enumerate(names)),
         confusion=confusion,
         images=tuple(_images(predictions, names, sure)),
