@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_b
 from peft_vit.core.config import DATASETS, ExperimentConfig, QaLoraConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.core.records import RunRecord, RunSpec
+from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data
 from peft_vit.data import load_data
@@ -41,32 +40,29 @@ class RestoredRun:
     @property
     def card(self) -> ExportMetadata:
         """Return what an export says of the model."""
-        card, record = model_card(self.record.spec, self.backbone, self.record.class_names), self.record
-        found = {"calibrated": record.calibrated, "unlike": record.unlike, "decision": record.decision}
-        return card.model_copy(update=found)
+        spec, architecture = self.record.spec, self.backbone.architecture
+        return ExportMetadata(
+            run=spec.run_id,
+            library=architecture.library,
+            model=architecture.name,
+            config=architecture.config,
+            weights_name=self.backbone.weights_name,
+            weights_sha256=self.backbone.weights_sha256,
+            image_size=spec.data.image_size,
+            interpolation=spec.data.interpolation or "bicubic",
+            channels=DATASETS[spec.data.dataset].channels,
+            mean=self.backbone.mean,
+            std=self.backbone.std,
+            class_names=tuple(self.record.class_names),
+            calibrated=self.record.calibrated,
+            unlike=self.record.unlike,
+            task=spec.task,
+            decision=self.record.decision,
+        )
 
     def load_data(self) -> Data:
         """Return the run's images; raises UserError if they are not there any more."""
         return load_data(self.record.spec.data, self.record.spec.seed, smoke=self.record.spec.smoke)
-
-
-def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ExportMetadata:
-    """Return what an export says of a run's model."""
-    return ExportMetadata(
-        run=spec.run_id,
-        library=backbone.architecture.library,
-        model=backbone.architecture.name,
-        config=backbone.architecture.config,
-        weights_name=backbone.weights_name,
-        weights_sha256=backbone.weights_sha256,
-        image_size=spec.data.image_size,
-        interpolation=spec.data.interpolation or "bicubic",
-        channels=DATASETS[spec.data.dataset].channels,
-        mean=backbone.mean,
-        std=backbone.std,
-        class_names=tuple(class_names),
-        task=spec.task,
-    )
 
 
 def open_model(path: Path, weights: str | None = None) -> Classifier:

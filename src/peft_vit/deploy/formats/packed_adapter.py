@@ -237,13 +237,14 @@ class _SameFormat:
         group = [adapters[number] for number in numbers]
         self.pool, self._bits = group[0].header.pool, group[0].header.bits
         (self._images,) = np.isin(which, numbers).nonzero()  # (b,), their places in the batch
-        names, codes_a_value = ("codes", "scales"), 8 // self._bits
-        if self._bits >= 16:
-            names, codes_a_value = ("codes",), 1
-        self._arrays = {name: np.concatenate([adapter.tensors[name].numpy() for adapter in group]) for name in names}
+        self._arrays = {
+            name: np.concatenate([adapter.tensors[name].numpy() for adapter in group])
+            for name in ("codes", "scales")
+            if name in group[0].tensors
+        }
         ranks = np.array([adapter.header.ranks for adapter in group])  # (adapters, sites)
         values = ranks * np.array([site.in_features // self.pool + site.out_features for site in sites])
-        codes = np.array([len(adapter.tensors["codes"]) * codes_a_value for adapter in group])  # (adapters,)
+        codes = np.array([len(adapter.tensors["codes"]) * max(8 // self._bits, 1) for adapter in group])  # (adapters,)
         starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
         scales = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
         of_images = np.searchsorted(numbers, which[self._images])  # (b,)
@@ -253,7 +254,7 @@ class _SameFormat:
     def factors(
         self, place: int, site: Site, rank: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """Return A (n, in / pool) and B transposed, (n, out), of all images, behind their rows among `rank` an image."""
+        """Return A (n, in / pool) and B transposed, (n, out), of all images, after their rows: `rank` an image."""
         ranks, columns = self.ranks[:, place], site.in_features // self.pool
         images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
         within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)

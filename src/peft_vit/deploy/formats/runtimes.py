@@ -105,9 +105,8 @@ def exact_in_8_bits() -> bool:
         "zero": np.uint8(ZERO),
         "no_zeros": np.zeros(_CHECKED, np.int8),
     }
-    names = ["inputs", "codes", "one", "ones", "zero", "no_zeros"]
     graph = helper.make_graph(
-        [helper.make_node("MatMulIntegerToFloat", names, ["sums"], domain="com.microsoft")],
+        [helper.make_node("MatMulIntegerToFloat", ["inputs", *constants], ["sums"], domain="com.microsoft")],
         "largest",
         [helper.make_tensor_value_info("inputs", TensorProto.UINT8, [None, _CHECKED])],
         [helper.make_tensor_value_info("sums", TensorProto.FLOAT, [None, _CHECKED])],

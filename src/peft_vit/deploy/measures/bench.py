@@ -14,11 +14,11 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
-from peft_vit.core.backbones.catalog import create_model, create_skeleton
+from peft_vit.core.backbones.catalog import create_skeleton
 from peft_vit.core.config import EXPORTS, exported_bytes, exported_format
 from peft_vit.core.records import BenchRow
-from peft_vit.deploy import ExportMetadata, export_onnx, merge, open_exported, save_low_bit
-from peft_vit.deploy.measures.timing import Calls, time_alone
+from peft_vit.deploy import ExportMetadata, merge, open_exported, save_low_bit
+from peft_vit.deploy.measures.timing import Calls, export_random, time_alone
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
 from peft_vit.runs.this_machine.machine import cpu_count, processor_name
@@ -110,10 +110,9 @@ def _float32_like(model: _Model, folder: Path) -> _Model:
         require_extra("onnx", "ONNX export")
     except UserError as error:
         raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
-    card, file = model.card, folder / "float32.onnx"
-    plain = create_model(card.architecture, card.image_size, len(card.class_names))
-    export_onnx(plain.eval(), file, card)
-    return _Model(MADE, file, card, None)
+    file = folder / "float32.onnx"
+    export_random(model.card, file)
+    return _Model(MADE, file, model.card, None)
 
 
 def _rows(
