@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.core.tasks import TASKS, Meaning
-from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Said, of_ranking, ranked
+from peft_vit.deploy.presentation.presentation import LabelledOutputs, Prediction, Presentation, of_ranking, ranked
 
 
 class Shares(Presentation):
@@ -29,7 +29,7 @@ class Shares(Presentation):
         """Return that outputs are as classes' are."""
         return {"says": "shares of {}", "kind": "classes", "temperature": 1.0, "set": None}
 
-    def rows(self, said: Said) -> list[dict[str, Any]]:
+    def measures(self, outputs: LabelledOutputs) -> list[dict[str, Any]]:
         """Return the mean of each share, in truth and as predicted."""
-        pairs = zip(said.names, said.labels.mean(0).tolist(), said.predicted.mean(0).tolist(), strict=True)
+        pairs = zip(outputs.names, outputs.labels.mean(0).tolist(), outputs.predicted.mean(0).tolist(), strict=True)
         return [{"Share": name, "Mean": true, "Predicted": predicted} for name, true, predicted in pairs]

@@ -38,7 +38,7 @@ from peft_vit.deploy import (
 )
 from peft_vit.deploy.formats.header import write_exported
 from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
-from peft_vit.deploy.restore import RestoredRun, done_record, restore_run
+from peft_vit.deploy.restore import RestoredRun, finished_record, restore_run
 from peft_vit.runs.measures.known_images import neighbours_bytes
 from peft_vit.runs.records.storage import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, read_record, single_run
 
@@ -147,7 +147,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
         UserError: if the run can't be restored, its method has no PEFT counterpart, or something is in the way.
     """
     _check_room(output_dir, None, overwrite)
-    if why := METHODS[done_record(run_dir).spec.experiment.method].why_not_peft:
+    if why := METHODS[finished_record(run_dir).spec.experiment.method].why_not_peft:
         raise UserError(
             f"{why}; use --format safetensors, onnx or openvino, or export a run of lora, adalora or linear, or "
             "of PEFT's methods",

@@ -80,7 +80,7 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
         run = restore_run(folder)
         return torch_classifier(run.model, run.card, run.known)
     if folder != path or os.path.exists(path / LATEST):
-        done_record(folder)  # says what is missing
+        finished_record(folder)  # says what is missing
     return open_exported(path, weights)
 
 
@@ -94,7 +94,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
         UserError: if the run failed, a file is missing or has changed, or the backbone's weights are others now.
     """
     run_dir = single_run(run_dir)
-    record = done_record(run_dir)
+    record = finished_record(run_dir)
     spec, provenance = record.spec, record.provenance
     assert provenance is not None
     file = run_dir / ADAPTER_FILE
@@ -152,7 +152,7 @@ def prepare_as_saved(
     method.prepare(model, experiment, context)
 
 
-def done_record(run_dir: Path) -> RunRecord:
+def finished_record(run_dir: Path) -> RunRecord:
     """Return the record of a run that came to an end and can be restored."""
     run_dir = single_run(run_dir)
     if not os.path.lexists(run_dir / RECORD_FILE):

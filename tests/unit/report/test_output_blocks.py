@@ -13,7 +13,7 @@ from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.records import RunRecord
 from peft_vit.core.records import TestedCalibration as Held
 from peft_vit.core.tasks import MULTILABEL, REGRESSION, Task
-from peft_vit.deploy.presentation import PRESENTED, Said
+from peft_vit.deploy.presentation import PRESENTED, LabelledOutputs
 from peft_vit.lab.report import build_report
 
 PRIOR = TemperaturePrior(median=1.5, spread=0.35)
@@ -100,8 +100,8 @@ def test_the_surest_false_alarms_and_misses_of_each_label_are_shown(tmp_path: Pa
     record = of_labels()
     _, asked = written(record, tmp_path)
     shown = list(
-        PRESENTED["multilabel"].shown(
-            Said(
+        PRESENTED["multilabel"].image_selections(
+            LabelledOutputs(
                 np.array(record.predictions.labels, dtype=float),
                 np.array(record.predictions.predicted),
                 LABELS,

@@ -23,7 +23,7 @@ from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
 from peft_vit.runs.this_machine.machine import cpu_count, processor_name
 
-MADE = "float32 made here"
+RANDOM_FLOAT32 = "float32 made here"
 _FLOAT32_BYTES = 4
 _MOST_OF = 0.95  # of the bytes of all parameters in float32, which any file of float32 weights holds
 
@@ -112,7 +112,7 @@ def _float32_like(model: _Model, folder: Path) -> _Model:
         raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
     file = folder / "float32.onnx"
     export_random(model.card, file)
-    return _Model(MADE, file, model.card, None)
+    return _Model(RANDOM_FLOAT32, file, model.card, None)
 
 
 def _rows(

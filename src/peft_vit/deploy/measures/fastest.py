@@ -14,7 +14,7 @@ from peft_vit.base.extras import missing_packages
 from peft_vit.core.config import EXPORTS, QuantizationType, exported_bytes
 from peft_vit.core.records import BenchRow, Calibrated, Decision
 from peft_vit.deploy.export import LARGEST_LOSS, Comparison, OnnxOptions, compare_int8, model_to_write, write_model
-from peft_vit.deploy.measures.bench import MADE, bench
+from peft_vit.deploy.measures.bench import RANDOM_FLOAT32, bench
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
 _INT8_FOLDS = 5  # runs on folds that tell what 8 bits lose, at most: each takes a calibration and an export
@@ -157,7 +157,7 @@ def export_fastest(
         return Exports(
             model=_moved(best, folder),
             forms=tuple(forms.values()),
-            float32_s=rows[MADE].median_s if MADE in rows else None,
+            float32_s=rows[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in rows else None,
             processor=next(iter(rows.values())).processor,
             int8_loss=int8_loss,
             missed=missed,

@@ -34,7 +34,7 @@ _NUMBERED = 20  # classes up to which cells hold their numbers
 _LABEL_COLUMNS = 24  # of a class's name beside an axis
 
 
-def shortened(name: str, columns: int = _LABEL_COLUMNS) -> str:
+def shorten(name: str, columns: int = _LABEL_COLUMNS) -> str:
     """Return a name's beginning and end, if it takes more columns; a wide letter, as in Chinese, takes two."""
     if _columns(name) <= columns:
         return name
@@ -97,7 +97,7 @@ def draw_matrix(
         describe: returns the text of a cell, by its row and column.
         numbered: names up to which cells hold their numbers.
     """
-    size, labels = len(names), [shortened(name) for name in names]
+    size, labels = len(names), [shorten(name) for name in names]
     text: dict[str, Any] = {"fontfamily": fonts_for(labels)[0], "parse_math": False}
     shares = np.divide(counts, totals[:, None], out=np.zeros(counts.shape), where=totals[:, None] > 0)
     colored = np.ma.array(shares, mask=~shown)
@@ -146,7 +146,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         f"{counted(int(confusion.sum()), 'test image')}. Color: the share of a class's images, from few (dark) to all "
         "(bright). The diagonal is what is right."
     )
-    labels = [shortened(name) for name in names]
+    labels = [shorten(name) for name in names]
     if labels != list(names):
         caption += " Long names are shortened; the table below has them whole."
     if missing := fonts_for(labels)[1]:
@@ -186,14 +186,14 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
             ],
             f"{len(pairs[:_PAIRS])} of {len(pairs)} pairs of classes that are confused at all.",
         )
-    tested = sorted((found for found in quality.classes if found.found is not None), key=_share)
+    tested = sorted((found for found in quality.classes if found.recall is not None), key=_share)
     if len(tested) > _UNFOLDED:
         yield _class_table(f"The {_WORST} classes that are found least often", "classes_worst", tested[:_WORST])
     yield _class_table("Accuracy by class, lowest first", "classes", tested, folded=len(tested) > _UNFOLDED)
 
 
 def _share(found: ClassResult) -> float:
-    return 0.0 if found.found is None else found.found.estimate
+    return 0.0 if found.recall is None else found.recall.estimate
 
 
 def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folded: bool = False) -> Table:
@@ -204,7 +204,7 @@ def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folde
         [
             Column("Class", lambda found: plain(found.name), data="class"),
             Column("Test images", "images", count),
-            Column("Recall", "found", percent_interval, partial(own_interval_columns, "found")),
+            Column("Recall", "recall", percent_interval, partial(own_interval_columns, "found")),
             Column("Predicted", "predicted", count),
             Column("Precision", "precision", percent),
         ],
@@ -221,7 +221,7 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
     """Return a strip of test images, right ones and wrong ones; None if there are no pictures."""
     groups = []
     for right, most in ((True, SHOWN_RIGHT), (False, SHOWN_WRONG)):
-        shown = quality.some(right, most)
+        shown = quality.sample_images(right, most)
         made = pictures_of([image.position for image in shown], pictures)
         if isinstance(made, str):
             return None

@@ -24,7 +24,7 @@ class ClassResult:
 
     name: str
     images: int  # that are of it
-    found: Interval | None  # share of them that are called so; None: there are none
+    recall: Interval | None  # None: there are none
     predicted: int  # images that are called so
     precision: float | None  # share of these that are of it; None: there are none
 
@@ -95,7 +95,7 @@ class ModelQuality:
         sure, right = zip(*((image.probability, image.right) for image in self.images), strict=True)
         return equal_count_bins(sure, right, bins)
 
-    def some(self, right: bool, most: int) -> list[PredictedImage]:
+    def sample_images(self, right: bool, most: int) -> list[PredictedImage]:
         """Return up to so many images on which it is right, or wrong, drawn blindly from one class after the other."""
         own = [image for image in self.images if image.right == right]
         rounds: dict[str, int] = {}

@@ -15,9 +15,9 @@ from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
 from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, gallery
 from peft_vit.deploy.page.document import Block, Drawing, Gallery, Raw, Table
 from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MUTED, Canvas, draw, quiet_grid
-from peft_vit.deploy.page.formatting import count, known, percent, plain
+from peft_vit.deploy.page.formatting import count, or_dash, percent, plain
 from peft_vit.deploy.page.tables import Column, table
-from peft_vit.deploy.presentation import PRESENTED, Errors, Said
+from peft_vit.deploy.presentation import PRESENTED, Errors, LabelledOutputs
 
 _PANELS = 4  # numbers that are drawn
 _FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
@@ -31,15 +31,15 @@ def short(value: object) -> str:
 
 def output_blocks(record: RunRecord) -> Iterator[Block]:
     """Yield measures of each output, and what a task's outputs have beside them."""
-    shown, said = PRESENTED[record.spec.task], _said(record)
-    labels, predicted, names, _ = said
-    errors = shown.errors(said)
+    presentation, outputs = PRESENTED[record.spec.task], _labelled_outputs(record)
+    labels, predicted, names, _ = outputs
+    errors = presentation.errors(outputs)
     if errors is not None:
         yield _scatter(names, labels, predicted)
-    rows = shown.rows(said)
+    rows = presentation.measures(outputs)
     columns = [Column(name, name, short) for name in rows[0]]
-    yield table("outputs", "Each of them", rows, columns, f"On {count(len(labels))} test images. {shown.note}")
-    together = shown.together(said)
+    yield table("outputs", "Each of them", rows, columns, f"On {count(len(labels))} test images. {presentation.note}")
+    together = presentation.cooccurrence(outputs)
     if together is not None and 1 < len(names) <= MOST_TOGETHER:
         yield _together(names, *together)
     if errors is not None:
@@ -49,10 +49,10 @@ def output_blocks(record: RunRecord) -> Iterator[Block]:
     yield from coverage_table(record, short)
 
 
-def _said(record: RunRecord) -> Said:
+def _labelled_outputs(record: RunRecord) -> LabelledOutputs:
     assert record.predictions is not None
     labels, predicted = map(rows_of, (record.predictions.labels, record.predictions.predicted))
-    return Said(labels, predicted, [plain(name) for name in record.class_names], record.decision)
+    return LabelledOutputs(labels, predicted, [plain(name) for name in record.class_names], record.decision)
 
 
 def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iterator[Table]:
@@ -93,7 +93,7 @@ def _measures(record: RunRecord, labels: NDArray[Any], predicted: NDArray[Any]) 
 
 
 def _ends(interval: Interval) -> str:
-    return f"{known(interval.low, short)} to {known(interval.high, short)}"
+    return f"{or_dash(interval.low, short)} to {or_dash(interval.high, short)}"
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block
     predictions = record.predictions
     assert predictions is not None
     files = predictions.files or [f"image {position}" for position in predictions.images]
-    for shown in PRESENTED[record.spec.task].shown(_said(record)):
+    for shown in PRESENTED[record.spec.task].image_selections(_labelled_outputs(record)):
         groups = [
             (title, [(predictions.images[place], (plain(files[place]), *lines)) for place, lines in images])
             for title, images in shown.groups

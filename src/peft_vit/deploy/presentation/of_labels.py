@@ -13,7 +13,15 @@ from peft_vit.core.records import Decision
 from peft_vit.core.tasks import MULTILABEL, Meaning
 from peft_vit.core.tasks.metric import Outputs
 from peft_vit.core.tasks.multilabel import average_precision, f1, reached
-from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Said, Shown, of_ranking, ranked
+from peft_vit.deploy.presentation.presentation import (
+    ImageSelection,
+    LabelledOutputs,
+    Prediction,
+    Presentation,
+    Rows,
+    of_ranking,
+    ranked,
+)
 
 _LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
 
@@ -62,9 +70,9 @@ class ManyLabels(Presentation):
         """Return its labels, the most probable ones with their probabilities, and the set."""
         return {"labels": [name for name, _ in prediction.labels], **super().cells(prediction, with_sets)}
 
-    def rows(self, said: Said) -> Rows:
+    def measures(self, outputs: LabelledOutputs) -> Rows:
         """Return images, average precision, threshold, precision, recall and F1 of each label."""
-        labels, predicted, names, decision = said
+        labels, predicted, names, decision = outputs
         rows = []
         for k, name in enumerate(names):
             known = ~np.isnan(labels[:, k])
@@ -87,15 +95,15 @@ class ManyLabels(Presentation):
             )
         return rows
 
-    def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return on how many images two labels are, in truth and as predicted."""
-        pair = [is_in.astype(np.int64) for is_in in (said.labels == 1, reached(said.predicted, said.decision))]
+        pair = [is_in.astype(np.int64) for is_in in (outputs.labels == 1, reached(outputs.predicted, outputs.decision))]
         there, told = (own.T @ own for own in pair)
         return there, told
 
-    def shown(self, said: Said) -> Iterator[Shown]:
+    def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
-        labels, predicted, names, decision = said
+        labels, predicted, names, decision = outputs
         told = reached(predicted, decision)
         kinds = (
             ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
@@ -120,4 +128,4 @@ class ManyLabels(Presentation):
                 groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", images))
             if groups:
                 rule = f"Of each label the images on which it {what}, the surest first. Is the label right?"
-                yield Shown(slug, title, rule, tuple(groups))
+                yield ImageSelection(slug, title, rule, tuple(groups))

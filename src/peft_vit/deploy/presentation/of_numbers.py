@@ -18,7 +18,14 @@ from peft_vit.core.tasks.regression import (
     root_mean_squared_error,
     scales_of,
 )
-from peft_vit.deploy.presentation.presentation import Errors, Prediction, Presentation, Rows, Said, Shown
+from peft_vit.deploy.presentation.presentation import (
+    Errors,
+    ImageSelection,
+    LabelledOutputs,
+    Prediction,
+    Presentation,
+    Rows,
+)
 
 _IMAGES_SHOWN, _NUMBERS_SHOWN = 12, 3  # with the largest errors, and of each those of its numbers
 _USUAL = 0.9  # coverage of an interval where none is asked for
@@ -72,9 +79,9 @@ class Numbers(Presentation):
             name + end: cell for name, own in prediction.numbers.items() for end, cell in zip(ends, own, strict=False)
         }
 
-    def rows(self, said: Said) -> Rows:
+    def measures(self, outputs: LabelledOutputs) -> Rows:
         """Return mean, errors, R² and rank correlation of each number."""
-        labels, predicted, names, _ = said
+        labels, predicted, names, _ = outputs
         one, rows = np.ones((1, len(labels))), []
         for k, name in enumerate(names):
             y, p = labels[:, [k]], predicted[:, [k]]
@@ -93,18 +100,18 @@ class Numbers(Presentation):
             )
         return rows
 
-    def errors(self, said: Said) -> Errors:
+    def errors(self, outputs: LabelledOutputs) -> Errors:
         """Return predicted less true, and how far the usual intervals reach."""
-        labels, predicted, _, decision = said
+        labels, predicted, _, decision = outputs
         if decision is None or not decision.coverages:
             return Errors(predicted - labels, None)
         coverage = _usual(decision)
         return Errors(predicted - labels, half_widths(decision, predicted, coverage), coverage)
 
-    def shown(self, said: Said) -> Iterator[Shown]:
+    def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield the images with the largest errors, in standard deviations."""
-        labels, predicted, names, decision = said
-        errors = self.errors(said)
+        labels, predicted, names, decision = outputs
+        errors = self.errors(outputs)
         spread = (1.0,) if decision is None else decision.spread
         sizes = np.abs(errors.sizes) / np.array(spread)  # (N, K)
         worst = np.argsort(-sizes.mean(1), kind="stable")[:_IMAGES_SHOWN].tolist()
@@ -116,7 +123,9 @@ class Numbers(Presentation):
                 lines.append(f"{names[k]}: {predicted[n, k]:.3g}{reach}, is {labels[n, k]:.3g}")
             images.append((n, tuple(lines)))
         rule = "Sorted by the size of the error. Is the number right?"
-        yield Shown("worst", "The largest errors", rule, ((f"{len(worst)} of {len(labels)} images", tuple(images)),))
+        yield ImageSelection(
+            "worst", "The largest errors", rule, ((f"{len(worst)} of {len(labels)} images", tuple(images)),)
+        )
 
 
 def _usual(decision: Decision) -> float:

@@ -42,7 +42,7 @@ class Errors(NamedTuple):
     coverage: float = 0.0  # of these
 
 
-class Shown(NamedTuple):
+class ImageSelection(NamedTuple):
     """Test images that a page shows."""
 
     slug: str
@@ -51,7 +51,7 @@ class Shown(NamedTuple):
     groups: tuple[tuple[str, tuple[tuple[int, tuple[str, ...]], ...]], ...]  # title, and of each image place and lines
 
 
-class Said(NamedTuple):
+class LabelledOutputs(NamedTuple):
     """What a model says of test images."""
 
     labels: Labels  # N, the true ones
@@ -102,19 +102,19 @@ class Presentation(Protocol):
         }
         return ranked | ({"set": [name for name, _ in prediction.classes]} if with_sets else {})
 
-    def rows(self, said: Said) -> Rows:
+    def measures(self, outputs: LabelledOutputs) -> Rows:
         """Return what a page says of each output: its name, and measures; none: it says it otherwise."""
         return []
 
-    def errors(self, said: Said) -> Errors | None:
+    def errors(self, outputs: LabelledOutputs) -> Errors | None:
         """Return how far predictions are off; None: they are not numbers."""
         return None
 
-    def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """Return on how many images two outputs are together, (K, K), in truth and as predicted; None: never."""
         return None
 
-    def shown(self, said: Said) -> Iterator[Shown]:
+    def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield which images a page shows, such as the worst ones."""
         yield from ()
 
