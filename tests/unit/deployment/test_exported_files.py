@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from exported_files import compared, damaged, packed_model
+from exported_files import compared, damaged, packed_model, signed_onnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import SHALLOW_CARD as CARD
@@ -25,7 +24,7 @@ from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Decision, Unlike
 from peft_vit.deploy import ExportMetadata, export_onnx, export_openvino, open_exported, predict_images, writer_of
 from peft_vit.deploy.formats.header import HEADER, UNSIGNED, Header
-from peft_vit.deploy.formats.runtimes import onnx_content, openvino_content
+from peft_vit.deploy.formats.runtimes import openvino_content
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -60,15 +59,12 @@ def signed_again(file: Path, folder: Path, card: ExportMetadata) -> Path:
     """Write a file for another runtime with another card and its hash, as anybody can who wants to be believed."""
     header, content, again = Header(card=card), file.read_bytes(), folder / file.name
     if file.suffix == ".onnx":
-        proto = onnx.load_from_string(content)
-        signed = header.signed(onnx_content(header.card, proto)).model_dump_json()
-        onnx.helper.set_model_props(proto, {HEADER: signed})
-        again.write_bytes(proto.SerializeToString())
+        again.write_bytes(signed_onnx(content, card))
         return again
     weights = file.with_suffix(".bin").read_bytes()
     (own,) = re.findall(rb'<%b value="([^"]*)"' % HEADER.encode(), content)
     unsigned = content.replace(own, html.escape(header.model_dump_json()).encode())
-    digest = Header(card=card).signed(openvino_content(unsigned, weights)).sha256
+    digest = header.signed(openvino_content(unsigned, weights)).sha256
     again.write_bytes(unsigned.replace(UNSIGNED.encode(), digest.encode()))
     again.with_suffix(".bin").write_bytes(weights)
     return again

@@ -124,7 +124,7 @@ def ranked(names: Sequence[str], probability: Floats) -> Named:
     return tuple((names[k], float(probability[k])) for k in np.argsort(-probability, kind="stable"))
 
 
-def of_ranking(ranking: Named, top: int, **more: Named) -> Prediction:
+def of_ranking(ranking: Named, top: int, *, classes: Named = (), labels: Named = ()) -> Prediction:
     """Return what is reported of an image whose names are ranked."""
     name, probability = ranking[0]
-    return Prediction(None, name, probability, top=ranking[:top], **more)
+    return Prediction(None, name, probability, classes, ranking[:top], labels=labels)
