@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -25,8 +24,9 @@ from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import BUNDLE_FILE, is_bundle
 from peft_vit.deploy import Classifier, ExportMetadata, Prediction, predict_images
 from peft_vit.deploy.export import Comparison, compare, images_to_compare
-from peft_vit.deploy.formats.header import HEADER, write_exported
+from peft_vit.deploy.formats.header import HEADER, FloatArray, write_exported
 from peft_vit.deploy.formats.packed_adapter import (
+    Indices,
     JoinedUpdates,
     PackedAdapter,
     StoredBits,
@@ -110,7 +110,7 @@ class Bundle:
         """By adapter, how images become its input, and what its outputs mean."""
         return {name: adapter.header.card for name, adapter in self._adapters.items()}
 
-    def logits(self, images: NDArray[np.float32], names: str | Sequence[str]) -> list[NDArray[np.float32]]:
+    def logits(self, images: FloatArray, names: str | Sequence[str]) -> list[FloatArray]:
         """Return the logits (classes,) of each image by its own adapter; those of all pass the backbone together.
 
         Each layer multiplies all images with its weight, and each image with the two thin matrices of its adapter.
@@ -131,7 +131,7 @@ class Bundle:
             raise UserError(f"expected normalised images (B, 3, {size}, {size}) in float32, got {got}", field="images")
         images = images.astype(np.float32, copy=False)
         different = sorted({names} if isinstance(names, str) else set(names))
-        names = [names] * len(images) if isinstance(names, str) else [name for _, name in _pairs(images, names)]
+        names = _names_by_image(names, len(images))
         adapters = [self._adapter(name) for name in different]
         if not names:
             return []
@@ -147,9 +147,7 @@ class Bundle:
                 outputs[place] = logits
         return outputs
 
-    def _features(
-        self, images: NDArray[np.float32], adapters: Sequence[PackedAdapter], which: NDArray[np.int64]
-    ) -> Tensor:
+    def _features(self, images: FloatArray, adapters: Sequence[PackedAdapter], which: Indices) -> Tensor:
         sites, (asked, which) = self._backbone.sites, np.unique(which, return_inverse=True)
         there = [adapters[number] for number in asked]
         updates = there[0].updates(sites) if len(there) == 1 else JoinedUpdates(there, which, sites)
@@ -215,21 +213,23 @@ class Bundle:
         given = [Path(image) if isinstance(image, str) else image for image in images]
         if isinstance(names, str):
             return predict_images(self.classifier(names), given, coverage, top)
-        predictions, pairs = [], _pairs(given, names)
-        for start in range(0, len(pairs), _AT_ONCE):
-            chunk = pairs[start : start + _AT_ONCE]
-            cards = [self._adapter(name).header.card for _, name in chunk]
-            pixels = [prepared(image, card) for (image, _), card in zip(chunk, cards, strict=True)]
-            rows = self.logits(np.stack(pixels), [name for _, name in chunk])
-            parts = zip((image for image, _ in chunk), rows, cards, strict=True)
-            predictions += [prediction_of(*part, coverage, top) for part in parts]
+        predictions, names = [], _names_by_image(names, len(given))
+        for start in range(0, len(given), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            cards = [self._adapter(name).header.card for name in names[part]]
+            pixels = [prepared(image, card) for image, card in zip(given[part], cards, strict=True)]
+            rows = self.logits(np.stack(pixels), names[part])
+            answered = zip(given[part], rows, cards, strict=True)
+            predictions += [prediction_of(image, row, card, coverage, top) for image, row, card in answered]
         return predictions
 
 
-def _pairs(images: Sequence[Any] | NDArray[Any], names: Sequence[str]) -> list[tuple[Any, str]]:
-    if len(names) != len(images):
-        raise UserError(f"expected one adapter's name, or one each of {len(images)} images, got {len(names)}")
-    return list(zip(images, names, strict=True))
+def _names_by_image(names: str | Sequence[str], images: int) -> list[str]:
+    if isinstance(names, str):
+        return [names] * images
+    if len(names) != images:
+        raise UserError(f"expected one adapter's name, or one each of {images} images, got {len(names)}")
+    return list(names)
 
 
 def _is_run(path: Path) -> bool:

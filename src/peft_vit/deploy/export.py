@@ -7,10 +7,9 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from peft_vit.base.errors import UserError, os_fault
@@ -23,7 +22,7 @@ from peft_vit.core.adapters.peft_format import export_peft
 from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
 from peft_vit.core.methods import METHODS
 from peft_vit.core.records import Calibrated, Decision
-from peft_vit.core.tasks import TASKS, DecidingMetric, meaning_fields, metric_of, rows_of, thresholds_of
+from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.deploy import (
     Classifier,
@@ -323,7 +322,7 @@ def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:
 def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, split: Split) -> Comparison:
     """Return how far a classifier's outputs are from those of a run's model, on labelled images of the run's split."""
     trained = torch_classifier(run.model, run.card)
-    outputs: list[tuple[NDArray[Any], ...]] = []  # (B, K) of both, and labels (B, ...)
+    outputs: list[tuple[Labels, ...]] = []  # (B, K) of both, and labels (B, ...)
     for batch, labels in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
         pixels = batch.numpy()
         outputs.append((trained.logits(pixels), exported.logits(pixels), labels.numpy()))
@@ -350,12 +349,7 @@ def _compare_on_folds(
 
 
 def _compared(
-    run: RestoredRun,
-    was: NDArray[Any],
-    now: NDArray[Any],
-    labels: NDArray[Any],
-    decision_now: Decision | None,
-    split: Split,
+    run: RestoredRun, was: Labels, now: Labels, labels: Labels, decision_now: Decision | None, split: Split
 ) -> Comparison:
     """Return how far outputs of a run's model, (N, K), are from what they were."""
     decision = run.card.decision

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
@@ -25,6 +23,7 @@ from peft_vit.core.training.metrics import predict_with_middle
 from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
 from peft_vit.deploy import ExportMetadata, Merged, merge
+from peft_vit.deploy.formats.header import FloatArray
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.measures.held_out import PRIOR, Outputs, known_by, known_images
 
@@ -130,7 +129,7 @@ def pack_after_training(
 
 def logits_by_type(
     run_dir: Path, types: Sequence[QuantizationType], rounding: Rounding | None = None, offset: bool | None = None
-) -> dict[QuantizationType, NDArray[np.float32]]:
+) -> dict[QuantizationType, FloatArray]:
     """Return what a float run's model says of its test images, (N, classes), with weights in each type in turn.
 
     The run is restored and merged once. Where many runs are tested on folds, these are images that none of them was

@@ -20,7 +20,7 @@ from peft_vit.core.config import EXPORTS, exported_format
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
 from peft_vit.data.files import files_below, open_tree
 from peft_vit.data.sources.folders import is_image
-from peft_vit.deploy.formats.header import Classifier, ExportMetadata
+from peft_vit.deploy.formats.header import Classifier, ExportMetadata, FloatArray
 from peft_vit.deploy.presentation import PRESENTED, Prediction
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def predict_files(
     card, remaining = classifier.card, _each(images)
     while chunk := list(islice(remaining, _BATCH)):
         read = [_prepared_or_error(image, card) for image in chunk]
-        rows: Iterator[tuple[NDArray[np.float32], float | None]] = iter(())
+        rows: Iterator[tuple[FloatArray, float | None]] = iter(())
         if arrays := [array for array in read if isinstance(array, np.ndarray)]:
             batch = np.stack(arrays)
             if classifier.with_distances is None:
@@ -203,7 +203,7 @@ def check_coverage(card: ExportMetadata, coverage: float) -> None:
     meaning.threshold(coverage)
 
 
-def prepared(image: GivenImage, card: ExportMetadata) -> NDArray[np.float32]:
+def prepared(image: GivenImage, card: ExportMetadata) -> FloatArray:
     """Return an image as a model's input, (3, S, S), as training would see it.
 
     Normalised as `data.normalised` does, to the last bit and without torch.
@@ -233,7 +233,7 @@ def prepared(image: GivenImage, card: ExportMetadata) -> NDArray[np.float32]:
     return np.ascontiguousarray((values / np.float32(255) - mean) / std)
 
 
-def _prepared_or_error(image: GivenImage, card: ExportMetadata) -> NDArray[np.float32] | UserError:
+def _prepared_or_error(image: GivenImage, card: ExportMetadata) -> FloatArray | UserError:
     try:
         return prepared(image, card)
     except UserError as error:
@@ -242,7 +242,7 @@ def _prepared_or_error(image: GivenImage, card: ExportMetadata) -> NDArray[np.fl
 
 def prediction_of(
     image: GivenImage,
-    logits: NDArray[np.float32],
+    logits: FloatArray,
     card: ExportMetadata,
     coverage: float | None,
     top: int,

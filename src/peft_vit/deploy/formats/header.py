@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 HEADER = "peft_vit_model"  # key of a file's metadata
 UNSIGNED = "0" * 64  # instead of the hash while it is computed
 AGAIN = "export the run again"
+FloatArray: TypeAlias = NDArray[np.float32]
 _Positive = Annotated[float, Field(gt=0)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -126,10 +127,10 @@ class Header(Strict):
 class Classifier:
     """A trained model from whatever file, ready to be asked."""
 
-    logits: Callable[[NDArray[np.float32]], NDArray[np.float32]]  # normalised images (B, 3, S, S) -> (B, classes)
+    logits: Callable[[FloatArray], FloatArray]  # normalised images (B, 3, S, S) -> (B, classes)
     card: ExportMetadata
     # The same, and (B,) distances to the nearest training image; where card.unlike says what they mean.
-    with_distances: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
+    with_distances: Callable[[FloatArray], tuple[FloatArray, FloatArray]] | None = None
     module: nn.Module | None = None  # what computes, in evaluation mode; None: it runs without torch
 
 

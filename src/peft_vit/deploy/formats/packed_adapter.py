@@ -26,13 +26,14 @@ from peft_vit.core.adapters.peft_layers import tuner_layers
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
 from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
-from peft_vit.deploy.formats.header import AGAIN, HEADER, ExportMetadata, Header
+from peft_vit.deploy.formats.header import AGAIN, HEADER, ExportMetadata, FloatArray, Header
 from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_parts, tensor_content
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
 _TENSORS = {"codes", "scales", *_HEAD_ROWS, "head_bias"}
 _Rank = Annotated[int, Field(ge=0, le=65_536)]
+Indices: TypeAlias = NDArray[np.int64]
 StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
 
 
@@ -195,7 +196,7 @@ class JoinedUpdates:
         sites: of the model, in its order.
     """
 
-    def __init__(self, adapters: Sequence[PackedAdapter], which: NDArray[np.int64], sites: Sequence[Site]) -> None:
+    def __init__(self, adapters: Sequence[PackedAdapter], which: Indices, sites: Sequence[Site]) -> None:
         self._sites = sites
         self.images = len(which)
         alike: dict[tuple[StoredBits, int], list[int]] = {}
@@ -232,7 +233,7 @@ class _SameFormat:
     """
 
     def __init__(
-        self, adapters: Sequence[PackedAdapter], numbers: Sequence[int], which: NDArray[np.int64], sites: Sequence[Site]
+        self, adapters: Sequence[PackedAdapter], numbers: Sequence[int], which: Indices, sites: Sequence[Site]
     ) -> None:
         group = [adapters[number] for number in numbers]
         self.pool, self._bits = group[0].header.pool, group[0].header.bits
@@ -251,9 +252,7 @@ class _SameFormat:
         # (b, sites) each; of a site how many codes stand before its own, and how many scales
         self.ranks, self._starts, self._scales = ranks[of_images], starts[of_images], scales[of_images]
 
-    def factors(
-        self, place: int, site: Site, rank: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def factors(self, place: int, site: Site, rank: int) -> tuple[Indices, FloatArray, FloatArray]:
         """Return A (n, in / pool) and B transposed, (n, out), of all images, after their rows: `rank` an image."""
         ranks, columns = self.ranks[:, place], site.in_features // self.pool
         images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save, save_file
 from timm.models import save_for_hf
@@ -55,6 +53,7 @@ from peft_vit.deploy.formats.header import (
     HEADER,
     Classifier,
     ExportMetadata,
+    FloatArray,
     Header,
     Strict,
     read_json,
@@ -120,7 +119,7 @@ def torch_classifier(model: nn.Module, card: ExportMetadata, known: Neighbours |
     model.eval()
 
     @torch.inference_mode()
-    def logits(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def logits(images: FloatArray) -> FloatArray:
         computed: Tensor = model(torch.from_numpy(images))
         return computed.numpy()
 
@@ -129,7 +128,7 @@ def torch_classifier(model: nn.Module, card: ExportMetadata, known: Neighbours |
     both = WithDistance(model, known).eval()
 
     @torch.inference_mode()
-    def with_distances(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def with_distances(images: FloatArray) -> tuple[FloatArray, FloatArray]:
         computed, distances = both(torch.from_numpy(images))
         return computed.numpy(), distances.numpy()
 

@@ -12,14 +12,15 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
+from peft_vit.core.tasks.metric import Flags
 from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
 from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality, PredictedImage
 from peft_vit.deploy.page.tables import Column, own_interval_columns, table
+from peft_vit.deploy.presentation import Counts
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
 Pictures = Callable[[Sequence[int]], list[bytes]]
@@ -77,9 +78,9 @@ def _without_glyph(font_file: str, letters: set[str]) -> set[str]:
 def draw_matrix(
     canvas: Canvas,
     axes: Axes,
-    counts: NDArray[np.int64],
-    totals: NDArray[np.int64],
-    shown: NDArray[np.bool_],
+    counts: Counts,
+    totals: Counts,
+    shown: Flags,
     names: Sequence[str],
     describe: Callable[[int, int], str],
     *,
@@ -116,7 +117,7 @@ def draw_matrix(
     axes.spines[:].set_visible(False)
 
 
-def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
+def confusion_figure(confusion: Counts, names: Sequence[str]) -> Drawing | None:
     """Draw what images of each class were predicted as; None for more classes than can be read.
 
     Args:

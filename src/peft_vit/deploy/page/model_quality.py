@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from peft_vit.base.statistics import Interval, proportion_interval
 from peft_vit.base.statistics.reliability import Bin, equal_count_bins
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.core.tasks.metric import Floats
+from peft_vit.deploy.presentation import Counts
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
 _LEAST_BINS = 3
@@ -62,7 +64,7 @@ class ModelQuality:
     accuracy: Interval  # of the population of images
     balanced_accuracy: Interval  # mean of the classes' recall, over the classes that have test images
     classes: tuple[ClassResult, ...]
-    confusion: NDArray[np.int64]  # (true, predicted)
+    confusion: Counts  # (true, predicted)
     images: tuple[PredictedImage, ...]  # in the order of the test split
 
     @property
@@ -132,13 +134,13 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
     )
 
 
-def _class(name: str, place: int, confusion: NDArray[np.int64]) -> ClassResult:
+def _class(name: str, place: int, confusion: Counts) -> ClassResult:
     hit, images, predicted = int(confusion[place, place]), int(confusion[place].sum()), int(confusion[:, place].sum())
     found = proportion_interval(hit, images) if images else None
     return ClassResult(name, images, found, predicted, hit / predicted if predicted else None)
 
 
-def _images(predictions: Predictions, names: Sequence[str], sure: NDArray[np.float64]) -> list[PredictedImage]:
+def _images(predictions: Predictions, names: Sequence[str], sure: Floats) -> list[PredictedImage]:
     files = predictions.files or [f"image {position}" for position in predictions.images]
     numbers = (np.asarray(column).tolist() for column in (predictions.labels, predictions.predicted))
     columns = (predictions.images, files, *numbers, sure.tolist())

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
+from peft_vit.core.tasks.metric import Floats, Labels
 from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, gallery
 from peft_vit.deploy.page.document import Block, Drawing, Gallery, Raw, Table
 from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MUTED, Canvas, draw, quiet_grid
 from peft_vit.deploy.page.formatting import count, or_dash, percent, plain
 from peft_vit.deploy.page.tables import Column, table
-from peft_vit.deploy.presentation import PRESENTED, Errors, LabelledOutputs
+from peft_vit.deploy.presentation import PRESENTED, Counts, Errors, LabelledOutputs
 
 _PANELS = 4  # numbers that are drawn
 _FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
@@ -75,7 +75,7 @@ def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iter
     yield table("coverage", title, rows, columns, note)
 
 
-def _measures(record: RunRecord, labels: NDArray[Any], predicted: NDArray[Any]) -> Table:
+def _measures(record: RunRecord, labels: Labels, predicted: Labels) -> Table:
     assert record.test is not None
     measures = []
     for name, value in record.test.more.items():
@@ -105,7 +105,7 @@ def _panels(
     caption: str,
     height_in: float,
     names: Sequence[str],
-    columns: Mapping[str, NDArray[np.float64]],
+    columns: Mapping[str, Floats],
     draw_under: Callable[[Axes, int], None],
 ) -> Drawing:
     """Draw the second of some columns (N, K) over the first, a panel a number, over what is drawn under its points."""
@@ -133,7 +133,7 @@ def _panels(
     return draw(slug, title, caption, height_in, paint, data)
 
 
-def _scatter(names: Sequence[str], labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Drawing:
+def _scatter(names: Sequence[str], labels: Floats, predicted: Floats) -> Drawing:
     """Draw what is predicted over what is true, (N, K) each."""
 
     def diagonal(axes: Axes, k: int) -> None:
@@ -146,7 +146,7 @@ def _scatter(names: Sequence[str], labels: NDArray[np.float64], predicted: NDArr
     return _panels("scatter", "Predicted against true", caption, 3.4, names, columns, diagonal)
 
 
-def _residuals(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Drawing:
+def _residuals(names: Sequence[str], predicted: Floats, errors: Errors) -> Drawing:
     """Draw errors over what is predicted, (N, K) each, and the ends of intervals."""
 
     def ends(axes: Axes, k: int) -> None:
@@ -165,7 +165,7 @@ def _residuals(names: Sequence[str], predicted: NDArray[np.float64], errors: Err
     return _panels("residuals", "Errors by size", caption, 3.0, names, columns, ends)
 
 
-def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Iterator[Table]:
+def _by_size(names: Sequence[str], predicted: Floats, errors: Errors) -> Iterator[Table]:
     """Yield errors by fifths of what is predicted, as far as there are images."""
     parts = min(_FIFTHS, len(predicted) // _IN_A_FIFTH)
     if parts < 2:
@@ -187,7 +187,7 @@ def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Error
 # --- several labels ---------------------------------------------------------------------------------------------------
 
 
-def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[np.int64]) -> Drawing:
+def _together(names: Sequence[str], true: Counts, predicted: Counts) -> Drawing:
     """Draw on how many images two labels are together, (K, K) each: in truth, and as predicted."""
     size, panels = len(names), {"true": true, "predicted": predicted}
 
@@ -196,7 +196,7 @@ def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[
         for axes, (title, counts) in zip(parts, panels.items(), strict=True):
             totals = np.diag(counts)
 
-            def describe(row: int, column: int, counts: NDArray[np.int64] = counts) -> str:
+            def describe(row: int, column: int, counts: Counts = counts) -> str:
                 images = counts[row, row]
                 if row == column:
                     return f"{names[row]}: {images} images"

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import MULTILABEL, Meaning
 from peft_vit.core.tasks.metric import Outputs
 from peft_vit.core.tasks.multilabel import average_precision, f1, reached
 from peft_vit.deploy.presentation.presentation import (
+    Counts,
     ImageSelection,
     LabelledOutputs,
     Prediction,
@@ -95,7 +95,7 @@ class ManyLabels(Presentation):
             )
         return rows
 
-    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[Counts, Counts]:
         """Return on how many images two labels are, in truth and as predicted."""
         pair = [is_in.astype(np.int64) for is_in in (outputs.labels == 1, reached(outputs.predicted, outputs.decision))]
         there, told = (own.T @ own for own in pair)

@@ -16,6 +16,7 @@ from peft_vit.core.tasks import Labels, Meaning, Task
 from peft_vit.core.tasks.metric import Floats, Outputs
 
 Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
+Counts: TypeAlias = NDArray[np.int64]
 Rows: TypeAlias = list[dict[str, Any]]
 
 
@@ -110,7 +111,7 @@ class Presentation(Protocol):
         """Return how far predictions are off; None: they are not numbers."""
         return None
 
-    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[Counts, Counts] | None:
         """Return on how many images two outputs are together, (K, K), in truth and as predicted; None: never."""
         return None
 
