@@ -326,7 +326,8 @@ def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, spli
     for batch, labels in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
         pixels = batch.numpy()
         outputs.append((trained.logits(pixels), exported.logits(pixels), labels.numpy()))
-    return _compared(run, *map(np.concatenate, zip(*outputs, strict=True)), exported.card.decision, split)
+    was, now, truth = map(np.concatenate, zip(*outputs, strict=True))
+    return _compared(run, was, now, truth, exported.card.decision, split)
 
 
 def _compare_on_folds(
@@ -345,7 +346,8 @@ def _compare_on_folds(
             parts.append((*(task.aligned(one, learned) for one in pair), rows_of(own.predictions.labels)))
     if not parts:
         return None
-    return _compared(run, *map(np.concatenate, zip(*parts, strict=True)), run.card.decision, "held-out")
+    was, now, labels = map(np.concatenate, zip(*parts, strict=True))
+    return _compared(run, was, now, labels, run.card.decision, "held-out")
 
 
 def _compared(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ class _SameFormat:
         group = [adapters[number] for number in numbers]
         self.pool, self._bits = group[0].header.pool, group[0].header.bits
         (self._images,) = np.isin(which, numbers).nonzero()  # (b,), their places in the batch
-        self._arrays = {
+        self._arrays: dict[str, NDArray[Any]] = {
             name: np.concatenate([adapter.tensors[name].numpy() for adapter in group])
             for name in ("codes", "scales")
             if name in group[0].tensors
@@ -293,8 +293,8 @@ def backbone_of(model: nn.Module, card: ExportMetadata) -> tuple[LowBitHeader, d
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         model.set_submodule(name, head)
     of_weights = {"library", "model", "config", "weights_name", "weights_sha256", "image_size", "mean", "std"}
-    of_backbone = {"run": "backbone", "channels": 3, "class_names": ("backbone",)}
-    return low_bit_parts(model, ExportMetadata(**of_backbone, **card.model_dump(include=of_weights)))
+    weights = card.model_dump(include=of_weights)
+    return low_bit_parts(model, ExportMetadata(run="backbone", channels=3, class_names=("backbone",), **weights))
 
 
 def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:

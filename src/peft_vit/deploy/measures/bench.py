@@ -119,14 +119,15 @@ def _rows(
     models: Sequence[_Model], base: set[int], calls: Mapping[tuple[int, int, int], Sequence[Calls]]
 ) -> list[BenchRow]:
     """Return a row for each model, batch size and number of threads, the latter two in the outer order."""
-    seconds = {key: [s for timed in rounds for s in timed.seconds] for key, rounds in calls.items()}
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    quartiles = {
+        key: np.quantile([s for timed in rounds for s in timed.seconds], (0.25, 0.5, 0.75)).tolist()
+        for key, rounds in calls.items()
+    }
     rows = []
     for key in sorted(calls):
         count, batch, place = key
-        model, median = models[place], medians[key]
-        fastest = min(base, key=lambda other: medians[count, batch, other])
-        low, high = np.quantile(seconds[key], (0.25, 0.75))
+        model, (low, median, high) = models[place], quartiles[key]
+        base_s, base_name = min((quartiles[count, batch, other][1], models[other].name) for other in base)
         runtime = EXPORTS[model.format].runtime
         rows.append(
             BenchRow(
@@ -136,13 +137,13 @@ def _rows(
                 run=model.run,
                 threads=count,
                 batch=batch,
-                calls=len(seconds[key]),
+                calls=sum(len(timed.seconds) for timed in calls[key]),
                 median_s=median,
-                low_s=float(low),
-                high_s=float(high),
+                low_s=low,
+                high_s=high,
                 processor_s=statistics.median(s for timed in calls[key] for s in timed.processor_s),
-                ratio=median / medians[count, batch, fastest],
-                over=models[fastest].name,
+                ratio=median / base_s,
+                over=base_name,
                 images_per_s=batch / median,
                 processor=processor_name(),
                 runtime=f"{runtime} {metadata.version(runtime)}",

@@ -24,17 +24,7 @@ from peft_vit.deploy.page.tables import table
 from peft_vit.deploy.page.trained import beside_the_probe, test_score
 
 CARD_FILE = "card.md"
-OUTPUTS, WRONG, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
-    "How good it is",
-    "Where it is wrong",
-    "Test images and what it says of them",
-    "Classes",
-    "Mistakes",
-    "Can you trust its probabilities?",
-    "How it learned",
-    "The images",
-    "How it was made",
-)
+BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
 _FIRST = 8  # classes that are named
 
 
@@ -86,18 +76,21 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     record, quality = summary.record, summary.quality
     sections: dict[str, tuple[Block, ...]] = {}
     if quality is None:
-        sections |= {OUTPUTS: tuple(output_blocks(record)), WRONG: tuple(shown_blocks(record, pictures))}
+        sections |= {
+            "How good it is": tuple(output_blocks(record)),
+            "Where it is wrong": tuple(shown_blocks(record, pictures)),
+        }
     else:
         examples = example_gallery(quality, pictures)
         sections = {
-            EXAMPLES: () if examples is None else (examples,),
-            CLASSES: tuple(class_blocks(quality)),
-            MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
+            "Test images and what it says of them": () if examples is None else (examples,),
+            "Classes": tuple(class_blocks(quality)),
+            "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
             BELIEF: tuple(_reliability(record, quality)),
         }
     learning = learning_curves(record, summary.metric)
     sections |= {
-        TRAINING: () if learning is None else (learning,),
+        "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(record))),),
     }
