@@ -36,6 +36,10 @@ def open_page(browser: Any, seen: Seen) -> Iterator[Callable[..., Any]]:
     """Open a file in a fresh context, where a public copy may hand out files; afterwards nothing has gone wrong."""
     contexts, allowed = [], {"file:", "data:", "blob:"}
 
+    def dismiss(dialog: Any) -> None:
+        seen.dialogs.append(dialog.message)
+        dialog.dismiss()
+
     def open_file(file: Path, copy: dict[str, bytes] | None = None, *, may_fail: bool = False, **options: Any) -> Any:
         context = context_of(browser, **options)
         contexts.append(context)
@@ -44,7 +48,7 @@ def open_page(browser: Any, seen: Seen) -> Iterator[Callable[..., Any]]:
             page.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: seen.errors.append(str(error)))
         page.on("request", lambda request: seen.requests.append(request.url))
-        page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
+        page.on("dialog", dismiss)
 
         def answer(route: Any) -> None:
             content = copy and copy.get(route.request.url.rpartition("/")[2])

@@ -243,9 +243,8 @@ def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, comman
     assert said["probability"] < by_run["probability"]  # calibrated: not so sure
     assert said["set"][0] == said["class"] == by_run["class"]
     assert sorted(said["set"]) == ["class_0", "class_1", "class_2"]  # 1 - p is below 0.999 for all
-    for model, most in ((file, "0.9"), (run, "0.92")):
-        said = f"--coverage: expected a share of images from 0.8 to {most}, for"
-        assert said in refused("predict", model, image, "--coverage", "0.99")
+    for model in (file, run):
+        assert "--coverage: " in refused("predict", model, image, "--coverage", "0.99")
 
 
 # --- nothing is written over ---

@@ -70,34 +70,32 @@ def signed_again(file: Path, folder: Path, card: ExportMetadata) -> Path:
     return again
 
 
-UNLIKE, NO_NAMES = Unlike(images=40, threshold=1.0), {"task": "multilabel", "class_names": tuple("abcde")}
+MULTILABEL = {"task": "multilabel", "class_names": tuple("abcde")}
 SETS = {"images": 30, "thresholds": (0.5,) * 5, "coverages": (0.8, 0.9), "set_thresholds": (0.4,)}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        ({"class_names": tuple("abcdefg")}, r"has logits of shape \(1, 5\), expected \(1, 7\)"),
-        ({"class_names": tuple("ab")}, r"has logits of shape \(1, 5\), expected \(1, 2\)"),
-        ({"image_size": 48}, "can't be computed with"),
-        ({"unlike": UNLIKE}, "can't be computed with"),
-        (NO_NAMES, "says of outputs what does not fit its classes"),
-        (NO_NAMES | {"decision": Decision(images=30, thresholds=(0.5,) * 3)}, "does not fit its classes"),
-        (NO_NAMES | {"decision": Decision.model_construct(**SETS)}, "expected rising coverages, and thresholds"),
-        (
-            {"task": "regression", "decision": Decision(images=9, center=(1.0,) * 3, spread=(1.0,) * 3)},
-            "does not fit its cl",
-        ),
+        {"class_names": tuple("abcdefg")},
+        {"class_names": tuple("ab")},
+        {"image_size": 48},
+        {"unlike": Unlike(images=40, threshold=1.0)},
+        MULTILABEL,
+        MULTILABEL | {"decision": Decision(images=30, thresholds=(0.5,) * 3)},
+        MULTILABEL | {"decision": Decision.model_construct(**SETS)},
+        {"task": "regression", "decision": Decision(images=9, center=(1.0,) * 3, spread=(1.0,) * 3)},
     ],
 )
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_a_card_that_is_not_its_model_s_is_refused_in_one_line(
-    written: Written, tmp_path: Path, name: str, change: dict[str, Any], said: str
+    written: Written, tmp_path: Path, name: str, change: dict[str, Any]
 ) -> None:
     file = signed_again(written[1][name], tmp_path, CARD.model_copy(update=change))
-    with pytest.raises(UserError, match=said) as refused:
+    with pytest.raises(UserError) as refused:
         predict_images(open_exported(file), [np.zeros((40, 40, 3), np.uint8)])
-    assert str(file) in str(refused.value)
+    assert refused.value.file == str(file)
+    assert "was changed" not in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
