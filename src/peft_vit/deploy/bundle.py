@@ -75,8 +75,8 @@ class Bundle:
         places: dict[str, list[int]] = {}
         for place, site in enumerate(sites):
             places.setdefault(site.module, []).append(place)
-        for module, own in places.items():
-            model.get_submodule(module).register_forward_hook(partial(self._add, module, own))
+        for module, of_module in places.items():
+            model.get_submodule(module).register_forward_hook(partial(self._add, module, of_module))
         for name, path in {name: Path(path).expanduser() for name, path in adapters.items()}.items():
             self.add(name, _split(restore_run(path), 32, path)[2] if _is_run(path) else PackedAdapter.read(path), path)
 
@@ -138,7 +138,7 @@ class Bundle:
         which = np.array([different.index(name) for name in names])  # (B,)
         parts = min(len(names), round(len(names) * self._rows / _ROWS_AT_ONCE)) or 1
         pairs = zip(np.array_split(images, parts), np.array_split(which, parts), strict=True)
-        features = torch.cat([self._features(part, adapters, asked) for part, asked in pairs])  # (B, width)
+        features = torch.cat([self._features(part, adapters, numbers) for part, numbers in pairs])  # (B, width)
         outputs: list[Any] = [None] * len(names)
         for number, adapter in enumerate(adapters):
             weight, bias = adapter.head(self._width)
@@ -148,9 +148,9 @@ class Bundle:
         return outputs
 
     def _features(self, images: FloatArray, adapters: Sequence[PackedAdapter], which: Indices) -> Tensor:
-        sites, (asked, which) = self._backbone.sites, np.unique(which, return_inverse=True)
-        there = [adapters[number] for number in asked]
-        updates = there[0].updates(sites) if len(there) == 1 else JoinedUpdates(there, which, sites)
+        sites, (numbers, which) = self._backbone.sites, np.unique(which, return_inverse=True)
+        present = [adapters[number] for number in numbers]
+        updates = present[0].updates(sites) if len(present) == 1 else JoinedUpdates(present, which, sites)
         with self._lock, torch.inference_mode():
             self._updates = updates
             try:
@@ -177,17 +177,17 @@ class Bundle:
 
     def _adapter(self, name: str) -> PackedAdapter:
         if name not in self._adapters:
-            there = ", ".join(self.names[:_LISTED]) + (", ..." if len(self.names) > _LISTED else "")
+            listed = ", ".join(self.names[:_LISTED]) + (", ..." if len(self.names) > _LISTED else "")
             has = f"has no adapter {name!r}, but" if name else "has"
-            said = f"{has} {there}; name one" if there else "has no adapters yet; export a run into it"
-            raise UserError(f"the bundle {said}", field="--adapter")
+            problem = f"{has} {listed}; name one" if listed else "has no adapters yet; export a run into it"
+            raise UserError(f"the bundle {problem}", field="--adapter")
         return self._adapters[name]
 
     def classifier(self, name: str | None = None) -> Classifier:
         """Return one adapter's classifier, or the only one's; raises UserError if there is none of the name."""
-        asked = self.names[0] if name is None and len(self.names) == 1 else name or ""
-        card = self._adapter(asked).header.card
-        return Classifier(lambda images: np.stack(self.logits(images, asked)), card)
+        chosen = self.names[0] if name is None and len(self.names) == 1 else name or ""
+        card = self._adapter(chosen).header.card
+        return Classifier(lambda images: np.stack(self.logits(images, chosen)), card)
 
     def predict(
         self,

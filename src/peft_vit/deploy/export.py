@@ -339,11 +339,11 @@ def _compare_on_folds(
     """
     task, parts = TASKS[run.card.task].restored(run.card.decision), []
     for file in sorted((run_dir.parents[1] / FOLDS_STUDY).glob(f"*/*/{RECORD_FILE}")):
-        own = read_record(file)
-        if own.status == "done" and own.predictions is not None and own.predictions.logits is not None:
-            learned = TASKS[own.spec.task].restored(own.decision)
-            pair = np.asarray(own.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
-            parts.append((*(task.aligned(one, learned) for one in pair), rows_of(own.predictions.labels)))
+        record = read_record(file)
+        if record.status == "done" and record.predictions is not None and record.predictions.logits is not None:
+            fold_task = TASKS[record.spec.task].restored(record.decision)
+            pair = np.asarray(record.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
+            parts.append((*(task.aligned(one, fold_task) for one in pair), rows_of(record.predictions.labels)))
     if not parts:
         return None
     was, now, labels = map(np.concatenate, zip(*parts, strict=True))
@@ -357,8 +357,8 @@ def _compared(
     decision = run.card.decision
     task, metric = TASKS[run.card.task], metric_of(run.record.spec)
     before, after = task.predicted(was, decision), task.predicted(now, decision_now)
-    least = thresholds_of(decision), thresholds_of(decision_now)
-    values = [metric.interval(labels, *said).estimate for said in zip((before, after), least, strict=True)]
+    thresholds = thresholds_of(decision), thresholds_of(decision_now)
+    values = [metric.interval(labels, *outputs).estimate for outputs in zip((before, after), thresholds, strict=True)]
     return Comparison(
         images=len(labels),
         split=split,
@@ -367,6 +367,6 @@ def _compared(
         metric=metric,
         trained=values[0],
         exported=values[1],
-        loss=metric.loss(labels, before, after, *least),
+        loss=metric.loss(labels, before, after, *thresholds),
         unit=metric.unit(decision),
     )

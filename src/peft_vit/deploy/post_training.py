@@ -112,19 +112,19 @@ def pack_after_training(
     What validation images say, and the features of training images, are those of the rounded model.
     """
     rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     known, middle = None, None
     if len(data.validation):
         meaning = card.meaning
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
-        found = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
+        changes = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
         middle = validation.middle
     if run.known is not None:
         train = _outputs(rounded, known_images(data, run.record.spec.seed), card).middle
         assert train is not None
-        known, found["unlike"] = known_by(train, middle)
-    return rounded, card.model_copy(update=found), known
+        known, changes["unlike"] = known_by(train, middle)
+    return rounded, card.model_copy(update=changes), known
 
 
 def logits_by_type(

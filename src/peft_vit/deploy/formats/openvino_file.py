@@ -104,8 +104,8 @@ def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     constant = ~(ratio.abs() < 2.0 ** (_FRACTION_BITS[weight.offsets.dtype] + kind.bits))
     zeros = torch.where(constant, -offsets, -(ratio + middle) if signed else -ratio)
     scales = torch.where(constant, 1, scales)
-    whole = constant.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)  # (out, in)
-    codes = codes.masked_fill(whole, _NF4_ZERO if kind.type == "nf4" else 0)
+    is_constant = constant.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)  # (out, in)
+    codes = codes.masked_fill(is_constant, _NF4_ZERO if kind.type == "nf4" else 0)
     narrow = zeros.to(weight.offsets.dtype)
     return codes, scales, narrow if bool(narrow.isfinite().all()) else zeros
 

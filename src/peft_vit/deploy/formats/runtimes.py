@@ -76,11 +76,11 @@ def _classifier(
 
     def outputs(names: list[str], images: np.ndarray) -> Sequence[np.ndarray]:
         with foreign_fault("can't be computed with", file, remedy=AGAIN):
-            found = run(names, images)
-        for name, values in zip(names, found, strict=True):
+            computed = run(names, images)
+        for name, values in zip(names, computed, strict=True):
             if values.shape != (expected := (len(images), *shapes[name])):
                 raise UserError(f"has {name} of shape {values.shape}, expected {expected}; {AGAIN}", file=file)
-        return found
+        return computed
 
     def both(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits, distances = outputs([OUTPUT, DISTANCE], images)

@@ -207,17 +207,17 @@ def _best(
 
     Of those that are as fast the smallest.
     """
-    small = _small_enough(sizes, max_bytes)
-    fastest = min((seconds[file] for file in small), default=0.0)
+    within = _small_enough(sizes, max_bytes)
+    fastest = min((seconds[file] for file in within), default=0.0)
     as_fast = _AS_FAST * fastest
     if max_latency_s is not None and fastest <= max_latency_s:
         as_fast = min(as_fast, max_latency_s)
-    best = min((file for file in small if seconds[file] <= as_fast) if small else sizes, key=sizes.__getitem__)
+    best = min((file for file in within if seconds[file] <= as_fast) if within else sizes, key=sizes.__getitem__)
     missed = []
-    if max_bytes is not None and not small:
+    if max_bytes is not None and not within:
         missed.append(f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {sizes[best] / 1e6:.2f} MB.")
     if max_latency_s is not None and seconds[best] > max_latency_s:
-        which = "No form that is small enough keeps" if small else "The smallest form does not keep"
+        which = "No form that is small enough keeps" if within else "The smallest form does not keep"
         if min(seconds.values()) > max_latency_s:
             which = "No form keeps"
         missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * seconds[best]:.1f} ms.")

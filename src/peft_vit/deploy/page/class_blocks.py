@@ -170,7 +170,7 @@ def no_font(letters: str) -> str:
 
 def class_blocks(quality: ModelQuality) -> Iterator[Block]:
     """Yield what is predicted as what, and how much of each class is found."""
-    figure = confusion_figure(quality.confusion, [plain(found.name) for found in quality.classes])
+    figure = confusion_figure(quality.confusion, [plain(result.name) for result in quality.classes])
     if figure is not None:
         yield figure
     pairs = quality.confusions
@@ -187,14 +187,14 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
             ],
             f"{len(pairs[:_PAIRS])} of {len(pairs)} pairs of classes that are confused at all.",
         )
-    tested = sorted((found for found in quality.classes if found.recall is not None), key=_share)
+    tested = sorted((result for result in quality.classes if result.recall is not None), key=_share)
     if len(tested) > _UNFOLDED:
         yield _class_table(f"The {_WORST} classes that are found least often", "classes_worst", tested[:_WORST])
     yield _class_table("Accuracy by class, lowest first", "classes", tested, folded=len(tested) > _UNFOLDED)
 
 
-def _share(found: ClassResult) -> float:
-    return 0.0 if found.recall is None else found.recall.estimate
+def _share(result: ClassResult) -> float:
+    return 0.0 if result.recall is None else result.recall.estimate
 
 
 def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folded: bool = False) -> Table:
@@ -203,7 +203,7 @@ def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folde
         title,
         classes,
         [
-            Column("Class", lambda found: plain(found.name), data="class"),
+            Column("Class", lambda result: plain(result.name), data="class"),
             Column("Test images", "images", count),
             Column("Recall", "recall", percent_interval, partial(own_interval_columns, "found")),
             Column("Predicted", "predicted", count),
@@ -250,9 +250,9 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
         )
         for image in shown
     ]
-    found = gallery("mistakes", title, rule, [(group, images)], pictures)
-    if isinstance(found, Gallery):
-        return found
+    block = gallery("mistakes", title, rule, [(group, images)], pictures)
+    if isinstance(block, Gallery):
+        return block
     return table(
         "mistakes",
         title,
@@ -263,7 +263,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
             Column("Predicted", lambda image: plain(image.predicted), data="taken_for"),
             Column("Probability", "probability", percent),
         ],
-        f"{group}. {rule}{found}",
+        f"{group}. {rule}{block}",
     )
 
 
@@ -286,8 +286,8 @@ def gallery(
 
 
 def _said(image: PredictedImage) -> tuple[str, ...]:
-    said = f"{'✓' if image.right else '✗'}\u00a0{plain(image.predicted)}"
-    return (said, percent(image.probability), *([] if image.right else [f"is {plain(image.truth)}"]))
+    answer = f"{'✓' if image.right else '✗'}\u00a0{plain(image.predicted)}"
+    return (answer, percent(image.probability), *([] if image.right else [f"is {plain(image.truth)}"]))
 
 
 def pictures_of(positions: Sequence[int], pictures: Pictures | None) -> list[bytes] | str:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
 from peft_vit.core.tasks.metric import Floats, Labels
@@ -80,8 +79,10 @@ def _measures(record: RunRecord, labels: Labels, predicted: Labels) -> Table:
     measures = []
     for name, value in record.test.more.items():
         metric = TASKS[record.spec.task].metrics.get(name)
-        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record.decision)))
-        words = name.replace("_", " ") if metric is None else metric.words
+        words, bounds = name.replace("_", " "), None
+        if metric is not None:
+            interval = metric.interval(labels, predicted, thresholds_of(record.decision))
+            words, bounds = metric.words, f"{or_dash(interval.low, short)} to {or_dash(interval.high, short)}"
         measures.append({"measure": words, "value": value, "bounds": bounds})
     return table(
         "measures",
@@ -90,10 +91,6 @@ def _measures(record: RunRecord, labels: Labels, predicted: Labels) -> Table:
         [Column("Measure", "measure"), Column("Value", "value", short), Column("95 % interval", "bounds")],
         "Intervals say what other test images would change (bootstrap).",
     )
-
-
-def _ends(interval: Interval) -> str:
-    return f"{or_dash(interval.low, short)} to {or_dash(interval.high, short)}"
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -172,12 +169,12 @@ def _by_size(names: Sequence[str], predicted: Floats, errors: Errors) -> Iterato
         return
     rows: list[dict[str, Any]] = []
     for k, name in enumerate(names):
-        for own in np.array_split(np.argsort(predicted[:, k], kind="stable"), parts):
-            said, missed = predicted[own, k], errors.sizes[own, k]
-            row = {"Number": name, "Predicted": f"{said.min():.3g} to {said.max():.3g}", "Images": len(own)}
+        for part in np.array_split(np.argsort(predicted[:, k], kind="stable"), parts):
+            answers, missed = predicted[part, k], errors.sizes[part, k]
+            row = {"Number": name, "Predicted": f"{answers.min():.3g} to {answers.max():.3g}", "Images": len(part)}
             row |= {"Mean error": float(missed.mean()), "Mean absolute error": float(np.abs(missed).mean())}
             if errors.reach is not None:
-                row["Intervals that hold"] = percent((np.abs(missed) <= errors.reach[own, k]).mean())
+                row["Intervals that hold"] = percent((np.abs(missed) <= errors.reach[part, k]).mean())
             rows.append(row)
     columns = [Column(name, name, short) for name in rows[0] if len(names) > 1 or name != "Number"]
     note = "Test images in parts of equal size, by what is predicted. An error is that less what is true."
@@ -207,8 +204,8 @@ def _together(names: Sequence[str], true: Counts, predicted: Counts) -> Drawing:
             axes.set_title(title)
 
     data: list[dict[str, Raw]] = [
-        {"label": names[row], "with": names[column], "true": int(true[row, column]), "predicted": int(said)}
-        for (row, column), said in np.ndenumerate(predicted)
+        {"label": names[row], "with": names[column], "true": int(true[row, column]), "predicted": int(images)}
+        for (row, column), images in np.ndenumerate(predicted)
     ]
     caption = (
         "Test images that have both labels, in truth and as predicted. Color: the share of the images with "
@@ -231,9 +228,9 @@ def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block
             (title, [(predictions.images[place], (plain(files[place]), *lines)) for place, lines in images])
             for title, images in shown.groups
         ]
-        found = gallery(shown.slug, shown.title, shown.rule, groups, pictures)
-        if isinstance(found, Gallery):
-            yield found
+        block = gallery(shown.slug, shown.title, shown.rule, groups, pictures)
+        if isinstance(block, Gallery):
+            yield block
             continue
         rows = [
             {"Of": title, "Image": file, "What": "; ".join(lines)}
@@ -241,4 +238,4 @@ def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block
             for _, (file, *lines) in images
         ]
         columns = [name for name in rows[0] if name != "Of" or len(groups) > 1]
-        yield table(shown.slug, shown.title, rows, columns, f"{shown.rule}{found}")
+        yield table(shown.slug, shown.title, rows, columns, f"{shown.rule}{block}")

@@ -77,20 +77,24 @@ class ManyLabels(Presentation):
         for k, name in enumerate(names):
             known = ~np.isnan(labels[:, k])
             truth, scores = labels[known, k] == 1, predicted[known, k]
-            least = 0.5 if decision is None else decision.thresholds[k]
-            told, there, hits = scores >= least, int(truth.sum()), int((truth & (scores >= least)).sum())
-            precision = average_precision(scores, truth, np.ones((1, len(truth))))[0] if there else None
+            threshold = 0.5 if decision is None else decision.thresholds[k]
+            reported, positives, hits = (
+                scores >= threshold,
+                int(truth.sum()),
+                int((truth & (scores >= threshold)).sum()),
+            )
+            precision = average_precision(scores, truth, np.ones((1, len(truth))))[0] if positives else None
             rows.append(
                 {
                     "Label": name,
-                    "Images with it": there,
+                    "Images with it": positives,
                     "of": len(truth),
                     "Average precision": precision,
-                    "Threshold": least,
-                    "Told": int(told.sum()),
-                    "Precision": hits / told.sum() if told.any() else None,
-                    "Recall": hits / there if there else None,
-                    "F1": float(f1(hits, told.sum(), there)) if there else None,
+                    "Threshold": threshold,
+                    "Told": int(reported.sum()),
+                    "Precision": hits / reported.sum() if reported.any() else None,
+                    "Recall": hits / positives if positives else None,
+                    "F1": float(f1(hits, reported.sum(), positives)) if positives else None,
                 }
             )
         return rows
@@ -98,16 +102,22 @@ class ManyLabels(Presentation):
     def cooccurrence(self, outputs: LabelledOutputs) -> tuple[Counts, Counts]:
         """Return on how many images two labels are, in truth and as predicted."""
         pair = [is_in.astype(np.int64) for is_in in (outputs.labels == 1, reached(outputs.predicted, outputs.decision))]
-        there, told = (own.T @ own for own in pair)
-        return there, told
+        true, predicted = (labels.T @ labels for labels in pair)
+        return true, predicted
 
     def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
         labels, predicted, names, decision = outputs
-        told = reached(predicted, decision)
+        reported = reached(predicted, decision)
         kinds = (
-            ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
-            ("misses", "The surest misses", ~told & (labels == 1), predicted, "is there and not predicted"),
+            (
+                "false_alarms",
+                "The surest false alarms",
+                reported & (labels == 0),
+                -predicted,
+                "is predicted and not there",
+            ),
+            ("misses", "The surest misses", ~reported & (labels == 1), predicted, "is there and not predicted"),
         )
         for slug, title, wrong, order, what in kinds:
             most = np.argsort(-wrong.sum(0), kind="stable")[:_LABELS_SHOWN]

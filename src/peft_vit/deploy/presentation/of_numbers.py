@@ -76,7 +76,9 @@ class Numbers(Presentation):
         """Return each number, and its interval's ends."""
         ends = ("", "_low", "_high")
         return {
-            name + end: cell for name, own in prediction.numbers.items() for end, cell in zip(ends, own, strict=False)
+            name + end: cell
+            for name, values in prediction.numbers.items()
+            for end, cell in zip(ends, values, strict=False)
         }
 
     def measures(self, outputs: LabelledOutputs) -> Rows:
