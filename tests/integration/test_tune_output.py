@@ -104,7 +104,7 @@ def test_the_file_predicts_as_was_compared_and_says_how_far_to_believe_it(choice
     assert model.card.calibrated == choice.meaning
     assert model.card.calibrated.images == 38  # of 48, 10 sealed; each held out once
     assert model.card.unlike.images == 38  # the same, each left out of what the last training has seen
-    assert restore_run(left[0].model.parent).known is not None  # the folder has all of the run's files
+    assert restore_run(left[0].model.parent).reference is not None  # the folder has all of the run's files
     known = model.with_distances(pixels.numpy())[1] <= model.card.unlike.threshold
     assert known.mean() > 0.5
 

@@ -106,7 +106,7 @@ class ModelToWrite:
     run: RestoredRun
     merged: Merged
     card: ExportMetadata
-    known: Neighbours | None  # features of training images, of this model; None: nothing says what is unlike them
+    reference: Neighbours | None  # features of training images, of this model; None: nothing says what is unlike them
     data: Data | None  # the run's images; None: they are not there
     missing: str  # why
     float_bytes: int | None = None  # of the merged model, where it was packed after training
@@ -155,8 +155,8 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
     run = restore_run(run_dir)
     with os_fault("can't be written", output_dir, remedy=_ELSEWHERE), whole_folder(output_dir) as made:
         export_peft(run.model, made, run.card.model_dump(mode="json"))
-        if run.known is not None:
-            write_exported(made / FEATURES_FILE, neighbours_bytes(run.known))
+        if run.reference is not None:
+            write_exported(made / FEATURES_FILE, neighbours_bytes(run.reference))
     return run.card
 
 
@@ -234,13 +234,13 @@ def model_to_write(
         data = run.load_data()
     except UserError as error:
         missing = str(error.about(None))  # not of a key that nobody wrote
-    source = ModelToWrite(run, merged, run.card, run.known, data, missing)
+    source = ModelToWrite(run, merged, run.card, run.reference, data, missing)
     if bits is None:
         return source
     images = source.need_data("--bits", bits)
-    model, card, known = pack_after_training(merged.model, run, images, bits, rounding)
+    model, card, reference = pack_after_training(merged.model, run, images, bits, rounding)
     float_bytes = storage_bytes(merged.model.state_dict().values())
-    return replace(source, merged=replace(merged, model=model), card=card, known=known, float_bytes=float_bytes)
+    return replace(source, merged=replace(merged, model=model), card=card, reference=reference, float_bytes=float_bytes)
 
 
 def write_model(
@@ -255,10 +255,10 @@ def write_model(
         return Exported(merged, comparison, activations=options.activations, float_bytes=source.float_bytes)
     write = writer_of(format) if options.runtime is None else partial(export_onnx, runtime=options.runtime)
     if kind.ending:
-        write(merged.model, file, card, source.known)
+        write(merged.model, file, card, source.reference)
     else:
         with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
-            write(merged.model, made, card, source.known)
+            write(merged.model, made, card, source.reference)
     if source.data is None:
         return Exported(merged, None, source.missing)
     comparison = compare(source.run, open_exported(file), *images_to_compare(source.data))
@@ -274,7 +274,7 @@ def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options:
             "on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(source.run, source.merged.model, card, source.known, images, split)
+    comparison, content = _try_int8(source.run, source.merged.model, card, source.reference, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     if comparison.lost_points > accepted:
         raise UserError(
@@ -293,21 +293,21 @@ def compare_int8(run_dir: Path) -> Comparison:
     """
     run = restore_run(run_dir)
     model = merge(run.model, run.card).model
-    return _try_int8(run, model, run.card, run.known, run.load_data().test.open(), "test")[0]
+    return _try_int8(run, model, run.card, run.reference, run.load_data().test.open(), "test")[0]
 
 
 def _try_int8(
     run: RestoredRun,
     merged: nn.Module,
     card: ExportMetadata,
-    known: Neighbours | None,
+    reference: Neighbours | None,
     images: LabelledImages,
     split: Split,
 ) -> tuple[Comparison, bytes]:
     """Return what products in 8 bits do to a run's model, and the file's content."""
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        export_onnx(merged, trial, card, activations="int8", known=known)
+        export_onnx(merged, trial, card, activations="int8", reference=reference)
         return compare(run, open_exported(trial), images, split), trial.read_bytes()
 
 

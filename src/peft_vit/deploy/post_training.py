@@ -113,18 +113,18 @@ def pack_after_training(
     """
     rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
     changes: dict[str, Any] = {}
-    known, middle = None, None
+    reference, middle = None, None
     if len(data.validation):
         meaning = card.meaning
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
         changes = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
         middle = validation.middle
-    if run.known is not None:
+    if run.reference is not None:
         train = _outputs(rounded, known_images(data, run.record.spec.seed), card).middle
         assert train is not None
-        known, changes["unlike"] = known_by(train, middle)
-    return rounded, card.model_copy(update=changes), known
+        reference, changes["unlike"] = known_by(train, middle)
+    return rounded, card.model_copy(update=changes), reference
 
 
 def logits_by_type(

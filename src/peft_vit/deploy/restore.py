@@ -35,7 +35,7 @@ class RestoredRun:
     record: RunRecord
     backbone: LoadedBackbone
     model: nn.Module  # with adapters and head of the chosen step; on the CPU, in evaluation mode, in float
-    known: Neighbours | None  # features of training images; None: the run kept none
+    reference: Neighbours | None  # features of training images; None: the run kept none
 
     @property
     def card(self) -> ExportMetadata:
@@ -78,7 +78,7 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     folder = single_run(path)
     if weights is None and os.path.isfile(folder / RECORD_FILE):  # unlike Path.is_file, False for an impossible name
         run = restore_run(folder)
-        return torch_classifier(run.model, run.card, run.known)
+        return torch_classifier(run.model, run.card, run.reference)
     if folder != path or os.path.exists(path / LATEST):
         finished_record(folder)  # says what is missing
     return open_exported(path, weights)

