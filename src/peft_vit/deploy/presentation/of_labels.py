@@ -78,11 +78,8 @@ class ManyLabels(Presentation):
             known = ~np.isnan(labels[:, k])
             truth, scores = labels[known, k] == 1, predicted[known, k]
             threshold = 0.5 if decision is None else decision.thresholds[k]
-            reported, positives, hits = (
-                scores >= threshold,
-                int(truth.sum()),
-                int((truth & (scores >= threshold)).sum()),
-            )
+            reported, positives = scores >= threshold, int(truth.sum())
+            hits = int((truth & reported).sum())
             precision = average_precision(scores, truth, np.ones((1, len(truth))))[0] if positives else None
             rows.append(
                 {
