@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, named, os_fault
@@ -24,7 +23,7 @@ from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import BUNDLE_FILE, is_bundle
 from peft_vit.deploy import Classifier, ExportMetadata, Prediction, predict_images
 from peft_vit.deploy.export import Comparison, compare, images_to_compare
-from peft_vit.deploy.formats.header import HEADER, FloatArray, write_exported
+from peft_vit.deploy.formats.header import FloatArray, write_exported
 from peft_vit.deploy.formats.packed_adapter import (
     Indices,
     JoinedUpdates,
@@ -35,7 +34,7 @@ from peft_vit.deploy.formats.packed_adapter import (
     summed,
     trained_bits,
 )
-from peft_vit.deploy.formats.torch_files import LowBitHeader, build_low_bit, read_low_bit
+from peft_vit.deploy.formats.torch_files import LowBitHeader, build_low_bit, read_low_bit, tensor_file
 from peft_vit.deploy.predicting import GivenImage, prediction_of, prepared
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, followed, single_run
@@ -298,8 +297,7 @@ def export_bundle(
                 run, file = restore_run(path), Path(place, f"{name}.safetensors")
                 header, tensors, packed = _split(run, bits, path)
                 if bundle is None:
-                    content = save(tensors, metadata={HEADER: header.model_dump_json()})
-                    write_exported(file.with_name(BUNDLE_FILE), content)
+                    write_exported(file.with_name(BUNDLE_FILE), tensor_file(header, tensors))
                     bundle = Bundle(file.with_name(BUNDLE_FILE), {})
                 bundle.add(name, packed, path)
                 write_exported(file, content := packed.content())
@@ -318,7 +316,7 @@ def _name_of(path: Path) -> str:
 
 def _compared(run: RestoredRun, bundled: Classifier) -> Comparison | None:
     try:
-        images, split = images_to_compare(run.load_data())
+        data = run.load_data()
     except UserError:
         return None
-    return compare(run, bundled, images, split)
+    return compare(run, bundled, *images_to_compare(data))

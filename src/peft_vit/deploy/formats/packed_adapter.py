@@ -16,18 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, named
 from peft_vit.core.adapters import AdaptedLinear, SiteAdapter, adapted_modules, trained_tensors
-from peft_vit.core.adapters.adapter_file import read_safetensors
 from peft_vit.core.adapters.peft_layers import tuner_layers
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
 from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
-from peft_vit.deploy.formats.header import AGAIN, HEADER, ExportMetadata, FloatArray, Header
-from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_parts, tensor_content
+from peft_vit.deploy.formats.header import AGAIN, ExportMetadata, FloatArray, Header
+from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_parts, read_tensors, signed_tensors, tensor_file
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
@@ -119,20 +117,16 @@ class PackedAdapter:
         weight, bias = _head_of(backbone)
         tensors |= {f"{_OF_HEAD}{name}": tensor for name, tensor in pack_rows([weight], head_bits).items()}
         tensors["head_bias"] = bias.half() if head_bits < 32 else bias
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return cls(header.signed(tensor_content(header, tensors)), tensors)
+        return cls(*signed_tensors(header, tensors))
 
     @classmethod
     def read(cls, file: Path) -> PackedAdapter:
         """Return a file's adapter; raises UserError if it is none, is damaged, or was changed after it was written."""
-        texts, tensors = read_safetensors(file)
-        header = AdapterHeader.read(texts.get(HEADER), file, "bundle")
-        header.check(tensor_content(header, tensors), file)
-        return cls(header, tensors)
+        return cls(*read_tensors(AdapterHeader, file, "bundle"))
 
     def content(self) -> bytes:
         """Return the file's content."""
-        return save(self.tensors, metadata={HEADER: self.header.model_dump_json()})
+        return tensor_file(self.header, self.tensors)
 
     def check(self, base: LowBitHeader, sites: Sequence[Site], width: int, file: Path) -> None:
         """Refuse an adapter of another backbone, or one that does not fit.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -70,6 +70,7 @@ from peft_vit.runs.records.storage import FEATURES_FILE
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 _KNOWN = "known_images."  # before the names of the arrays of training features, in a safetensors file
+_Header = TypeVar("_Header", bound=Header)
 _PRETRAINED_FILES = (CONFIG_FILE, FEATURES_FILE, HEAD_FILE, "model.safetensors", IMAGES_FILE)
 
 
@@ -166,7 +167,7 @@ def save_low_bit(model: nn.Module, file: Path, card: ExportMetadata, reference: 
     """
     header, tensors = low_bit_parts(model, card, reference)
     build_low_bit(header, tensors, file)  # what could not be read again is not written
-    write_exported(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
+    write_exported(file, tensor_file(header, tensors))
 
 
 def low_bit_parts(
@@ -180,9 +181,7 @@ def low_bit_parts(
         tensors |= {f"{name}.weight.{part}": tensor for part, tensor in weight.tensors().items()}
     if reference is not None:
         tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(reference).items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = LowBitHeader(card=card, layers=layers)
-    return header.signed(tensor_content(header, tensors)), tensors
+    return signed_tensors(LowBitHeader(card=card, layers=layers), tensors)
 
 
 def open_low_bit(file: Path) -> Classifier:
@@ -210,8 +209,24 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ExportMetadata]:
 
 def read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return what is in a file that `save_low_bit` has written; raises UserError as `load_low_bit`."""
+    return read_tensors(LowBitHeader, file, "safetensors")
+
+
+def signed_tensors(header: _Header, tensors: Mapping[str, Tensor]) -> tuple[_Header, dict[str, Tensor]]:
+    """Return a header with its hash, and tensors as a file holds them."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return header.signed(tensor_content(header, stored)), stored
+
+
+def tensor_file(header: Header, tensors: dict[str, Tensor]) -> bytes:
+    """Return the content of a safetensors file with a header."""
+    return save(tensors, metadata={HEADER: header.model_dump_json()})
+
+
+def read_tensors(kind: type[_Header], file: Path, format: str) -> tuple[_Header, dict[str, Tensor]]:
+    """Return header and tensors of a safetensors file; raises UserError if they are damaged or were changed."""
     texts, tensors = read_safetensors(file)
-    header = LowBitHeader.read(texts.get(HEADER), file, "safetensors")
+    header = kind.read(texts.get(HEADER), file, format)
     header.check(tensor_content(header, tensors), file)
     return header, tensors
 

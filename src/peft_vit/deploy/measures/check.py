@@ -117,15 +117,23 @@ def check_architecture(
         logits = model(images)
     state = merged_state_dict(model)
 
-    def plain() -> nn.Module:
-        merged = _prepared(build())
-        merged.load_state_dict(state)
-        return merged
+    def prepared() -> nn.Module:
+        plain = build()
+        Backbone(plain).prepare()
+        return plain
+
+    def merged() -> nn.Module:
+        plain = prepared()
+        plain.load_state_dict(state)
+        return plain
+
+    def by_merging() -> Tensor:
+        return merged()(images)
 
     def by_file(name: str) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"model{EXPORTS[name].ending}"
-            writer_of(name)(plain(), file, card, None)
+            writer_of(name)(merged(), file, card, None)
             return torch.from_numpy(open_exported(file).logits(images.numpy()))
 
     def by_peft() -> Tensor:
@@ -134,21 +142,21 @@ def check_architecture(
 
         with tempfile.TemporaryDirectory() as folder:
             export_peft(model, Path(folder), {})
-            return PeftModel.from_pretrained(_prepared(build()), folder).eval()(images)
+            return PeftModel.from_pretrained(prepared(), folder).eval()(images)
 
-    def compared(run: Callable[[], Tensor]) -> Deviation:
+    def compared(run: Callable[..., Tensor], *arguments: str) -> Deviation:
         try:
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                others = run()
+                others = run(*arguments)
         except Exception as error:  # whatever it is that a library can't do with this model
             return Deviation(None, first_line(error))
         return Deviation(float((others - logits).abs().max() / logits.abs().max()))
 
     return ModelCheck(
         tuple((site, effect[site.name]) for site in sites),
-        compared(lambda: plain()(images)),
-        {name: compared(lambda name=name: by_file(name)) for name in formats},  # type: ignore[misc]
+        compared(by_merging),
+        {name: compared(by_file, name) for name in formats},
         compared(by_peft) if peft else None,
         _idle_of_peft(build) if peft else {},
     )
@@ -182,11 +190,6 @@ def card_of_random(architecture: Architecture, image_size: int, class_names: Seq
         std=(0.5, 0.5, 0.5),
         class_names=tuple(class_names),
     )
-
-
-def _prepared(model: nn.Module) -> nn.Module:
-    Backbone(model).prepare()
-    return model
 
 
 def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:
