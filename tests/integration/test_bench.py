@@ -101,9 +101,9 @@ def test_of_runs_the_merged_model_is_timed_and_float32_is_made(run_of, planted, 
     command("bench", run_of("int4"), "--threads", 2, "--output", output)
     assert [name for name, *_ in planted] == ["float32.onnx", "0.safetensors"] * 3
     made, packed = read_bench(output)
-    assert (made.file, made.format, made.run, made.ratio) == (benching.MADE, "onnx", None, 1.0)
+    assert (made.file, made.format, made.run, made.ratio) == (benching.RANDOM_FLOAT32, "onnx", None, 1.0)
     assert (packed.file, packed.format, packed.run) == (str(run_of("int4")), "safetensors", "tiny/int4/seed_0")
-    assert packed.over == benching.MADE
+    assert packed.over == benching.RANDOM_FLOAT32
     assert packed.bytes < made.bytes / 2
 
 

@@ -253,7 +253,7 @@ def export_onnx(
         card: what the file's metadata says of the model.
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
         activations: int8: linear layers of the blocks, packed or not, multiply 8-bit integers. Instead of `runtime`.
-        reference: features of training images, by which out-of-distribution images are told: a second output,
+        reference: features of training images, by which it recognises out-of-distribution images: a second output,
             `distance` (B,), says how far an image is from these.
 
     Raises:

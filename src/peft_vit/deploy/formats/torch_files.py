@@ -159,7 +159,7 @@ def save_low_bit(model: nn.Module, file: Path, card: ExportMetadata, reference: 
         model: a Vision Transformer of timm whose adapters are merged (`merge`); float layers only are fine too.
         file: replaced if it exists.
         card: what the file says of the model.
-        reference: features of training images, by which out-of-distribution images are told.
+        reference: features of training images, by which it recognises out-of-distribution images.
 
     Raises:
         UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,

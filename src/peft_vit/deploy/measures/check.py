@@ -104,13 +104,7 @@ def check_architecture(
     model = build()
     sites = find_sites(model)
     attach_adapters(model, sites, _RANK, scale=1.0, seed=0, check=False)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _, module in adapted_modules(model):
-            size = 0.5 * float(module.frozen_weight().norm()) / len(module.adapters()) ** 0.5
-            for _, adapter in module.adapters():
-                adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
-                adapter.lora_B.mul_(size / float(adapter.delta().norm()))
+    _fill_with_updates(model)
     effect = effects(model)
     images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
@@ -160,6 +154,17 @@ def check_architecture(
         compared(by_peft) if peft else None,
         _idle_of_peft(build) if peft else {},
     )
+
+
+def _fill_with_updates(model: nn.Module) -> None:
+    """Let the adapters of each module add random updates, together of half of its weight's norm."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, module in adapted_modules(model):
+            size = 0.5 * float(module.frozen_weight().norm()) / len(module.adapters()) ** 0.5
+            for _, adapter in module.adapters():
+                adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
+                adapter.lora_B.mul_(size / float(adapter.delta().norm()))
 
 
 def random_weights(model: nn.Module) -> nn.Module:

@@ -7,13 +7,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import missing_packages
 from peft_vit.core.config import EXPORTS, QuantizationType, exported_bytes
 from peft_vit.core.records import BenchRow, Calibrated, Decision
-from peft_vit.deploy.export import LARGEST_LOSS, Comparison, OnnxOptions, compare_int8, model_to_write, write_model
+from peft_vit.deploy.export import (
+    LARGEST_LOSS,
+    Comparison,
+    ModelToWrite,
+    OnnxOptions,
+    compare_int8,
+    model_to_write,
+    write_model,
+)
 from peft_vit.deploy.measures.bench import RANDOM_FLOAT32, bench
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
@@ -113,27 +122,7 @@ def export_fastest(
             raise UserError(f"can't be exported ({error.message}); {again}", file=run_dir) from None
         forms: dict[Path, Form] = {}
 
-        def try_forms(ways: Iterable[tuple[str, str, OnnxOptions]]) -> dict[str, BenchRow]:
-            """Write the model by name, format and options, and time it; return what was timed, by file."""
-            written = []
-            for name, format, options in ways:
-                file = Path(place, f"{len(forms)}{EXPORTS[format].ending}")
-                try:
-                    done = write_model(source, file, format, options, meaning)
-                except UserError as error:  # a format that one of the runtimes has not
-                    forms[file] = Form(name, left_out=error.message)
-                    continue
-                forms[file] = Form(name, exported_bytes(file), comparison=done.comparison)
-                written.append(file)
-            if not written:
-                return {}
-            tell("timing " + ", ".join(forms[file].name for file in written))
-            rows = {row.file: row for row in bench(written)}
-            for file in written:
-                row = rows[str(file)]
-                forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
-            return rows
-
+        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell)
         rows = try_forms(_exact_ways(packed))
         if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
@@ -162,6 +151,35 @@ def export_fastest(
             int8_loss=int8_loss,
             missed=missed,
         )
+
+
+def _try_forms(
+    source: ModelToWrite,
+    meaning: Calibrated | Decision,
+    place: Path,
+    forms: dict[Path, Form],
+    tell: Callable[[str], None],
+    ways: Iterable[tuple[str, str, OnnxOptions]],
+) -> dict[str, BenchRow]:
+    """Write a model by name, format and options, time it, and add the forms; return what was timed, by file."""
+    written = []
+    for name, format, options in ways:
+        file = place / f"{len(forms)}{EXPORTS[format].ending}"
+        try:
+            done = write_model(source, file, format, options, meaning)
+        except UserError as error:  # a format that one of the runtimes has not
+            forms[file] = Form(name, left_out=error.message)
+            continue
+        forms[file] = Form(name, exported_bytes(file), comparison=done.comparison)
+        written.append(file)
+    if not written:
+        return {}
+    tell("timing " + ", ".join(forms[file].name for file in written))
+    rows = {row.file: row for row in bench(written)}
+    for file in written:
+        row = rows[str(file)]
+        forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
+    return rows
 
 
 def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
