@@ -170,7 +170,7 @@ def no_font(letters: str) -> str:
 
 def class_blocks(quality: ModelQuality) -> Iterator[Block]:
     """Yield what is predicted as what, and how much of each class is found."""
-    figure = confusion_figure(quality.confusion, [plain(result.name) for result in quality.classes])
+    figure = confusion_figure(quality.confusion, [result.name for result in quality.classes])
     if figure is not None:
         yield figure
     pairs = quality.confusions
@@ -180,8 +180,8 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
             "Most frequent confusions",
             pairs[:_PAIRS],
             [
-                Column("Class", lambda pair: plain(pair.truth), data="class"),
-                Column("Predicted", lambda pair: plain(pair.taken_for), data="taken_for"),
+                Column("Class", "truth", data="class"),
+                Column("Predicted", "taken_for"),
                 Column("Images", lambda pair: f"{pair.images} of {pair.of}"),
                 Column("", "images"),
             ],
@@ -203,7 +203,7 @@ def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folde
         title,
         classes,
         [
-            Column("Class", lambda result: plain(result.name), data="class"),
+            Column("Class", "name", data="class"),
             Column("Test images", "images", count),
             Column("Recall", "recall", percent_interval, partial(own_interval_columns, "found")),
             Column("Predicted", "predicted", count),
@@ -242,11 +242,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
     images = [
         (
             image.position,
-            (
-                plain(image.file),
-                f"is {plain(image.truth)}",
-                f"predicted as {plain(image.predicted)}, {percent(image.probability)}",
-            ),
+            (image.file, f"is {image.truth}", f"predicted as {image.predicted}, {percent(image.probability)}"),
         )
         for image in shown
     ]
@@ -258,9 +254,9 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
         title,
         shown,
         [
-            Column("Image", lambda image: plain(image.file), data="image"),
-            Column("Is", lambda image: plain(image.truth), data="class"),
-            Column("Predicted", lambda image: plain(image.predicted), data="taken_for"),
+            Column("Image", "file", data="image"),
+            Column("Is", "truth", data="class"),
+            Column("Predicted", "predicted", data="taken_for"),
             Column("Probability", "probability", percent),
         ],
         f"{group}. {rule}{block}",
@@ -286,8 +282,8 @@ def gallery(
 
 
 def _said(image: PredictedImage) -> tuple[str, ...]:
-    answer = f"{'✓' if image.right else '✗'}\u00a0{plain(image.predicted)}"
-    return (answer, percent(image.probability), *([] if image.right else [f"is {plain(image.truth)}"]))
+    answer = f"{'✓' if image.right else '✗'}\u00a0{image.predicted}"
+    return (answer, percent(image.probability), *([] if image.right else [f"is {image.truth}"]))
 
 
 def pictures_of(positions: Sequence[int], pictures: Pictures | None) -> list[bytes] | str:

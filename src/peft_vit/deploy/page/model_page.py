@@ -245,7 +245,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
     if quality is not None and quality.confusions:
         most = quality.confusions[0]
         yield (
-            f"Its most frequent mistake: {plain(most.truth)} predicted as {plain(most.taken_for)} ({most.images} of "
+            f"Its most frequent mistake: {most.truth} predicted as {most.taken_for} ({most.images} of "
             f"{most.of} images)."
         )
     if summary.use:
@@ -299,7 +299,7 @@ def _calibration(record: RunRecord) -> Iterator[Block]:
 def _images(summary: ModelSummary) -> Iterator[Block]:
     record, quality = summary.record, summary.quality
     classes = () if quality is None else quality.classes
-    if untested := [plain(result.name) for result in classes if not result.images]:
+    if untested := [result.name for result in classes if not result.images]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
         yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
     if left_out := record.left_out:

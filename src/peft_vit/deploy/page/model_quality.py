@@ -12,6 +12,7 @@ from peft_vit.base.statistics.reliability import Bin, equal_count_bins
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.deploy.page.formatting import plain
 from peft_vit.deploy.presentation import Counts
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
@@ -48,11 +49,7 @@ class PredictedImage:
     truth: str
     predicted: str
     probability: float  # of what is said
-
-    @property
-    def right(self) -> bool:
-        """Return whether what is said is true."""
-        return self.truth == self.predicted
+    right: bool  # whether that is true
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,13 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
         return None
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
     k = max(len(record.class_names), int(labels.max()) + 1, int(predicted.max()) + 1)
-    names = [*record.class_names, *(f"class {place}" for place in range(len(record.class_names), k))]
+    names = [plain(name) for name in record.class_names]
+    names += [f"class {place}" for place in range(len(names), k)]
     confusion = np.zeros((k, k), dtype=np.int64)
     np.add.at(confusion, (labels, predicted), 1)
     probabilities = np.asarray(predictions.probability if probability is None else probability, dtype=np.float64)
-    files = predictions.files or [f"image {position}" for position in predictions.images]
+    files = [plain(file) for file in predictions.files or ()]
+    files = files or [f"image {position}" for position in predictions.images]
     by_class = zip(
         names, np.diag(confusion).tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True
     )
@@ -139,7 +138,7 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
         ),
         confusion=confusion,
         images=tuple(
-            PredictedImage(position, file, names[label], names[answer], p)
+            PredictedImage(position, file, names[label], names[answer], p, label == answer)
             for position, file, label, answer, p in by_image
         ),
     )
