@@ -247,22 +247,27 @@ def write_model(
     source: ModelToWrite, file: Path, format: str, options: OnnxOptions, meaning: Calibrated | Decision | None
 ) -> Exported:
     """Write a model, see `export_run_to_file`, which checks that there is room for it; the source stays as it is."""
-    merged, card, kind = source.merged, source.card, EXPORTS[format]
+    model, card, comparison = source.merged.model, source.card, None
     if meaning is not None:
         card = card.model_copy(update=meaning_fields(meaning))
     if options.activations is not None:
         comparison = _write_int8(source, file, card, options)
-        return Exported(merged, comparison, activations=options.activations, float_bytes=source.float_bytes)
-    write = writer_of(format) if options.runtime is None else partial(export_onnx, runtime=options.runtime)
-    if kind.ending:
-        write(merged.model, file, card, source.reference)
     else:
-        with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
-            write(merged.model, made, card, source.reference)
-    if source.data is None:
-        return Exported(merged, None, source.missing)
-    comparison = compare(source.run, open_exported(file), *images_to_compare(source.data))
-    return Exported(merged, comparison, float_bytes=source.float_bytes)
+        write = writer_of(format) if options.runtime is None else partial(export_onnx, runtime=options.runtime)
+        if EXPORTS[format].ending:
+            write(model, file, card, source.reference)
+        else:
+            with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
+                write(model, made, card, source.reference)
+        if source.data is not None:
+            comparison = compare(source.run, open_exported(file), *images_to_compare(source.data))
+    return Exported(
+        source.merged,
+        comparison,
+        source.missing,
+        activations=options.activations or "float32",
+        float_bytes=source.float_bytes,
+    )
 
 
 def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options: OnnxOptions) -> Comparison:
