@@ -16,7 +16,6 @@ from peft_vit.core.records import Decision, Predictions
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
 from peft_vit.core.tasks.multilabel import average_precision
 from peft_vit.core.tasks.regression import _spearman
-from peft_vit.deploy.presentation import Prediction
 from peft_vit.deploy.presentation.of_labels import ManyLabels
 from peft_vit.deploy.presentation.of_numbers import Numbers
 
@@ -143,8 +142,8 @@ def test_thresholds_have_the_largest_f1() -> None:
         best = max(oracle.f1_score(truth, own >= level) for level in own)
         assert oracle.f1_score(truth, own >= threshold) == pytest.approx(best)
     assert MULTILABEL.decide(OUTPUTS[:0], UNKNOWN[:0], PRIOR).thresholds == (0.5,) * 3
-    said = ManyLabels().answers(OUTPUTS[:2], ["a", "b", "c"], decision, None, 2)
-    assert [dict(row["labels"]).keys() for row in said] == [
+    predictions = [ManyLabels().prediction(row, ["a", "b", "c"], decision, None, 2) for row in OUTPUTS[:2]]
+    assert [dict(prediction.labels).keys() for prediction in predictions] == [
         {name for name, p, least in zip("abc", row, decision.thresholds, strict=True) if p >= least}
         for row in scores[:2]
     ]
@@ -159,10 +158,10 @@ def test_sets_hold_an_images_labels_as_often_as_asked() -> None:
     assert held[0.9] == pytest.approx(np.mean([row[true].mean() for row, true in zip(inside, there[own], strict=True)]))
     assert sizes[0.9] == pytest.approx(inside.sum(1).mean())
     assert sizes[0.8] < sizes[0.9] < sizes[0.95]
-    said = ManyLabels().answers(OUTPUTS[own], ["a", "b", "c"], decision, 0.9, 1)
-    assert [len(row["classes"]) for row in said] == inside.sum(1).tolist()
-    assert ManyLabels().answers(OUTPUTS[own], ["a", "b", "c"], decision, None, 1)[0]["classes"] == ()
-    cells = ManyLabels().cells(Prediction(None, **said[0]), True)
+    predictions = [ManyLabels().prediction(row, ["a", "b", "c"], decision, 0.9, 1) for row in OUTPUTS[own]]
+    assert [len(prediction.classes) for prediction in predictions] == inside.sum(1).tolist()
+    assert ManyLabels().prediction(OUTPUTS[own][0], ["a", "b", "c"], decision, None, 1).classes == ()
+    cells = ManyLabels().cells(predictions[0], True)
     assert list(cells) == ["labels", "class", "probability", "set"]
     assert MULTILABEL.covered(decision, OUTPUTS, np.zeros_like(LABELS)) == ({}, {})  # no image has a label
 
@@ -271,21 +270,20 @@ def test_intervals_of_numbers_are_where_scale_and_quantile_put_them() -> None:
     held, widths = FITTED.covered(decision, outputs, NUMBERS)
     assert 0.85 < held[0.9] < 0.96
     assert widths[0.8] < widths[0.9] < widths[0.95]
-    row = Numbers().answers(outputs[:1], ["a", "b"], decision, None, 1)[0]["numbers"]
-    value, low, high = row["b"]
+    prediction = Numbers().prediction(outputs[0], ["a", "b"], decision, None, 1)
+    value, low, high = prediction.numbers["b"]
     scale = np.interp(predicted[0, 1], decision.scale_at[1], decision.scale[1])
     assert (value, value - low) == pytest.approx((predicted[0, 1], decision.threshold(0.9)[1] * scale))
     assert high - value == pytest.approx(value - low)
-    cells = Numbers().cells(Prediction(None, numbers=row), False)
+    cells = Numbers().cells(prediction, False)
     assert list(cells) == ["a", "a_low", "a_high", "b", "b_low", "b_high"]
     with pytest.raises(UserError, match="coverage: the model has thresholds of these shares"):
         decision.threshold(0.99)
     again = Decision.model_validate_json(decision.model_dump_json())
-    assert Numbers().answers(outputs, ["a", "b"], again, 0.8, 1) == Numbers().answers(
-        outputs, ["a", "b"], decision, 0.8, 1
-    )
+    one, other = (Numbers().prediction(outputs[0], ["a", "b"], meaning, 0.8, 1) for meaning in (again, decision))
+    assert one.numbers == other.numbers
     none = FITTED.decide(outputs[:0], NUMBERS[:0], PRIOR)
-    assert Numbers().answers(outputs[:1], ["a", "b"], none, None, 1)[0]["numbers"].keys() == {"a", "b"}
+    assert Numbers().prediction(outputs[0], ["a", "b"], none, None, 1).numbers.keys() == {"a", "b"}
 
 
 def test_splits_hold_each_part_of_the_numbers_range() -> None:
