@@ -11,8 +11,8 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval
-from peft_vit.base.statistics.more_labels import gain_of_twice
-from peft_vit.base.statistics.odds import Odds, choose_model
+from peft_vit.base.statistics.more_labels import gain_of_doubling
+from peft_vit.base.statistics.odds import ModelEstimate, choose_model
 from peft_vit.core.tasks import GAIN_SD, expected_gain
 from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
@@ -143,7 +143,7 @@ def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:
         return None
     labels = frame.pooled(trained, seeds)[1]
     of_half, of_all = (frame.scores.best - frame.by_image(own, seeds) for own in (trained.half, trained))
-    return gain_of_twice(of_half, of_all, frame.scores.image_weights(labels), share=1.0)
+    return gain_of_doubling(of_half, of_all, frame.scores.image_weights(labels), share=1.0)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class Candidate:
     recipe: Recipe
     bytes: int
     folds: int
-    odds: Odds | None
+    odds: ModelEstimate | None
     why: str
 
 
@@ -174,7 +174,7 @@ class ModelDecision:
 
     candidates: tuple[Candidate, ...]
     taken: Candidate
-    odds: Odds
+    odds: ModelEstimate
     reference: Recipe
 
 
@@ -208,10 +208,10 @@ def decide_model(fit: Fit) -> ModelDecision:
         fitting = [number for number in fitting if recipes[number] not in worse] or fitting
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     choice = choose_model(frame.means(recipes), sizes, fitting or range(len(recipes)), floats, margin)
-    taken = choice.odds[choice.chosen]
+    taken = choice.estimates[choice.chosen]
 
     def why(number: int) -> str:
-        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.odds[number].loss)
+        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.estimates[number].loss)
         if number == choice.chosen:
             return ""
         if number not in fitting:
@@ -222,7 +222,7 @@ def decide_model(fit: Fit) -> ModelDecision:
         return f"{larger}, and {gain:.1f} {unit} better" if gain >= 0.05 else f"{larger}, and not better"
 
     candidates = [
-        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.odds[number], why(number))
+        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.estimates[number], why(number))
         for number, recipe in enumerate(recipes)
     ]
     halves = {recipe.half for recipe in frame.rows}
