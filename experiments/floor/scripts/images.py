@@ -15,6 +15,7 @@ from PIL import Image
 from peft_vit.base.statistics import class_scores, probabilities
 from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_backbone
 from peft_vit.core.config import BackboneConfig
+from peft_vit.core.config.training import Flips
 from peft_vit.core.training import RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.data.pixels import decode_image
@@ -44,7 +45,7 @@ def read_side(folder: Path, size: int) -> Side:
     return Side(LabelledImages(np.stack(pixels), np.array(labels)), np.array(groups), classes)
 
 
-def flips_of(name: str) -> str:
+def flips_of(name: str) -> Flips:
     """Return how a set's training images are flipped: a mirrored letter is none."""
     return "none" if name == "scripts" else "horizontal"
 

@@ -35,7 +35,7 @@ Floats = NDArray[np.float64]
 @torch.inference_mode()
 def features_of(model: Any, side: Side, runtime: RuntimeConfig, axes: tuple[int, ...]) -> dict[str, Floats]:
     """Return features by name: of the last blocks, from the last on, class tokens; and the patches' mean."""
-    parts: dict[str, list[NDArray[np.float32]]] = {f"class{place}": [] for place in range(_BLOCKS)} | {"mean": []}
+    parts: dict[str, list[Any]] = {f"class{place}": [] for place in range(_BLOCKS)} | {"mean": []}
     for batch, _ in side.images.ordered_batches(32, runtime.mean, runtime.std):
         shown = batch.flip(axes) if axes else batch
         with autocast(runtime.device, runtime.precision):

@@ -88,7 +88,7 @@ class Models:
         self.draw = draw
         self.backbone = pretrained(draw.size, len(draw.train.classes))
         self.runtime = runtime_of(self.backbone)
-        self.model = self.backbone.model.requires_grad_(False).eval()
+        self.model: Any = self.backbone.model.requires_grad_(False).eval()
         self.sites = {site.name: site for site in find_sites(self.model)}
         self.weights = {
             site.module: self.model.get_submodule(site.module).weight.clone() for site in self.sites.values()
