@@ -90,9 +90,8 @@ class Models:
         self.runtime = runtime_of(self.backbone)
         self.model: Any = self.backbone.model.requires_grad_(False).eval()
         self.sites = {site.name: site for site in find_sites(self.model)}
-        self.weights = {
-            site.module: self.model.get_submodule(site.module).weight.clone() for site in self.sites.values()
-        }
+        state = self.model.state_dict()
+        self.weights = {site.module: state[f"{site.module}.weight"].clone() for site in self.sites.values()}
 
     def logits(self, updates: dict[str, tuple[Tensor, Tensor]], head: tuple[Tensor, Tensor]) -> Any:
         """Return what the model with updates and a head says of test images."""
