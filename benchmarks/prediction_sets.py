@@ -16,9 +16,9 @@ from peft_vit.base.statistics import (
     class_scores,
     conformal_quantile,
     fit_temperature,
-    fold_coverage,
     prediction_sets,
     probabilities,
+    row_weights,
 )
 from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.runs.measures.held_out import PRIOR
@@ -61,6 +61,34 @@ def trial(rng: np.random.Generator, n: int, repetitions: int) -> list[tuple[floa
         on_folds, _ = fold_coverage(p, labels, images, runs, coverage)
         found.append((inside[np.arange(NEW), new_y].mean(), on_folds, inside.sum(1).mean()))
     return found
+
+
+def fold_coverage(
+    probability: np.ndarray, labels: np.ndarray, images: np.ndarray, runs: np.ndarray, coverage: float
+) -> tuple[float, float]:
+    """Return how often sets hold the true class, and their mean size, by the scores of other runs' images.
+
+    A run's images get the quantile of all scores of images that it did not hold out. Images count alike, however often
+    they were held out.
+
+    Args:
+        probability: (m, classes), held out.
+        labels: (m,) true classes.
+        images: (m,) which image each row is of.
+        runs: (m,) which run predicted it.
+        coverage: that was asked.
+    """
+    p, y, which, by = probability, labels, images, runs
+    scores = class_scores(p, y)
+    covered, sizes = np.zeros(len(y)), np.zeros(len(y))
+    for run in np.unique(by):
+        own = by == run
+        others = ~np.isin(which, which[own])
+        inside = prediction_sets(p[own], conformal_quantile(scores[others], coverage, which[others]))
+        covered[own], sizes[own] = inside[np.arange(own.sum()), y[own]], inside.sum(1)
+    weight, count = row_weights(len(y), which)
+    weight /= count
+    return float(covered @ weight), float(sizes @ weight)
 
 
 def coverage_after_choice(

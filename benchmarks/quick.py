@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from peft_vit.core.adapters import attach_adapters  # noqa: E402
-from peft_vit.core.adapters.products import product_here  # noqa: E402
+from peft_vit.core.adapters.products import fastest_matmul  # noqa: E402
 from peft_vit.core.backbones import Architecture, find_sites  # noqa: E402
 from peft_vit.core.training import QALoRATrainer  # noqa: E402
 from peft_vit.deploy import export_onnx, merge, open_exported  # noqa: E402
@@ -107,7 +107,7 @@ def passes(size: int, folder: Path) -> dict[str, Callable[[], Any]]:
 def too_slow(calls: dict[str, Callable[[], Any]], bounds: tuple[Bound, ...], rounds: int) -> list[Bound]:
     """Time all sides, print each ratio beside its bound, and return the bounds that are not kept."""
     medians = {name: statistics.median(values) for name, values in in_turn(calls, rounds).items()}
-    exact = product_here(sides.DEVICE).bits == 8
+    exact = fastest_matmul(sides.DEVICE).bits == 8
     missed = []
     for bound in bounds:
         if bound.side in medians:

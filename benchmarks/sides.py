@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from peft_vit.core.adapters import attach_adapters, current_ranks, remember_sources, use_integer_products
+from peft_vit.core.adapters import attach_adapters, current_ranks, remember_sources, use_int8_matmul
 from peft_vit.core.allocation import AdaLoRAController
 from peft_vit.core.backbones import Architecture, choose_attention, find_sites
 from peft_vit.core.backbones.catalog import build_model
@@ -145,7 +145,7 @@ def lora(
     ranks = {site.name: ends[place + 1] - ends[place] for place, site in enumerate(sites)}
     attach_adapters(model, sites, ranks, scale=SCALE, seed=0)
     if integers:
-        use_integer_products(model)
+        use_int8_matmul(model)
     if light:
         remember_sources(model)
     return Side(model, bf16=bf16, image_size=image_size, own_loop=True)
@@ -168,7 +168,7 @@ def adalora(image_size: int, *, bf16: bool, total_steps: int, integers: bool = F
     )
     controller = AdaLoRAController(model, config, total_steps)
     if integers:
-        use_integer_products(model)
+        use_int8_matmul(model)
     hooks = [AllocationHook(controller)]
     return Side(model, bf16=bf16, image_size=image_size, hooks=hooks, own_loop=True), controller
 
@@ -210,7 +210,7 @@ def features(image_size: int, *, integers: bool = False) -> Callable[[], Any]:
     images = torch.randn(BATCH, 3, image_size, image_size, device=DEVICE)
     bf16 = integers and bf16_support(DEVICE).native
     if integers:
-        use_integer_products(model)
+        use_int8_matmul(model)
         choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
 
     def forward(part: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def qa_lora(
     )
     trainer = QALoRATrainer(model, config, total_steps=10_000)
     if integers:
-        use_integer_products(model)
+        use_int8_matmul(model)
     return Side(model, bf16=bf16, image_size=image_size, hooks=[trainer], own_loop=True)
 
 

@@ -274,7 +274,7 @@ def judge(tuning: Tuning) -> Judged:
     measured = replace(measured, covariance=measured.covariance + tuning.error)
     choice = choose_model(measured, tuning.sizes, fitting, tuning.floats, MARGIN)
     claims = {place: claim(tuning, choice, place) for place in models if place != choice.reference}
-    score = choice.odds[choice.chosen].score
+    score = choice.estimates[choice.chosen].score
     return Judged(
         claims.get(choice.chosen),
         tuple(claims.values()),
@@ -285,7 +285,7 @@ def judge(tuning: Tuning) -> Judged:
 
 def claim(tuning: Tuning, choice: ModelChoice, place: int) -> Claim:
     """Return what is said of a model."""
-    odds, loss = choice.odds[place], tuning.truth[choice.reference] - tuning.truth[place]
+    odds, loss = choice.estimates[place], tuning.truth[choice.reference] - tuning.truth[place]
     return Claim(1 - odds.chance_of_loss, bool(loss <= MARGIN + 1e-9), odds.shown)
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +55,20 @@ def axe_violations(page: Any, rules: Sequence[str] = _RULES) -> list[str]:
     found = Axe().run(page, context=_ON, options={"runOnly": list(rules), "resultTypes": ["violations"]}).response
     assert len(found["passes"]) > 20  # rules that applied
     return [f"{one['id']}: {node['html'][:160]}" for one in found["violations"] for node in one["nodes"]]
+
+
+def fits_the_screen(page: Any) -> bool:
+    """Return whether nothing of a page is beyond the sides of the screen."""
+    return bool(page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))
+
+
+def check_page(file: Path) -> None:
+    """Open a page in light and dark, on a screen and on a phone: it fits, and axe finds nothing."""
+    with running_chromium() as browser:
+        for scheme, width in product(("light", "dark"), (1280, 360)):
+            context = context_of(browser, viewport={"width": width, "height": 740}, color_scheme=scheme)
+            page = context.new_page()
+            page.goto(file.as_uri())
+            assert fits_the_screen(page)
+            assert axe_violations(page) == []
+            context.close()

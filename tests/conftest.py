@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from peft_vit.core.adapters import site_adapters
-from peft_vit.core.adapters.products import ProductTimes
-from peft_vit.core.quantization.integers import Bits, exact_products
+from peft_vit.core.adapters.products import MatmulTimes
+from peft_vit.core.quantization.integers import Bits, exact_matmuls
 from peft_vit.runs.this_machine import products
 
 NO_GPU = "needs an NVIDIA GPU, and torch sees none; run `make test-gpu` where there is one"
@@ -42,8 +42,8 @@ def _old_objects_are_left_alone() -> None:
 def _integers_are_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `compute: auto` be float, whatever this machine's products take; `int8` is computed as it is asked for."""
 
-    def found(device: torch.device, precision: str, bits: Bits | None = None) -> ProductTimes:
-        return ProductTimes(next(iter(exact_products(64, device.type, bits)), None), 1.0, 1.0)
+    def found(device: torch.device, precision: str, bits: Bits | None = None) -> MatmulTimes:
+        return MatmulTimes(next(iter(exact_matmuls(64, device.type, bits)), None), 1.0, 1.0)
 
     monkeypatch.setattr(products, "choose_product", found)
 

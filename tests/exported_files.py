@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tiny_models import random_model
 from torch import Tensor, nn
 
 from peft_vit.core.adapters import AdaptedLinear
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, quantize
-from peft_vit.deploy import open_exported
+from peft_vit.deploy import ExportMetadata, open_exported
+from peft_vit.deploy.formats.header import HEADER, Header
+from peft_vit.deploy.formats.runtimes import onnx_content
+from peft_vit.deploy.formats.torch_files import tensor_content
 
 
 def quantized(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:
@@ -54,6 +58,21 @@ def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
     logits = logits_of(file, images)
     same = (logits.argmax(1) == expected.argmax(1)).float().mean()
     return float((logits - expected).abs().max() / expected.abs().max()), float(same)
+
+
+def signed_tensors(file: Path, header: Header, tensors: dict[str, Tensor]) -> None:
+    """Write tensors with a header and the hash that belongs to it, as anybody can who wants to be believed."""
+    save_file(tensors, file, metadata={HEADER: header.signed(tensor_content(header, tensors)).model_dump_json()})
+
+
+def signed_onnx(content: bytes, card: ExportMetadata) -> bytes:
+    """Return an ONNX file with another card and the hash that belongs to it, likewise."""
+    import onnx
+
+    proto = onnx.load_from_string(content)
+    header = Header(card=card).signed(onnx_content(card, proto))
+    onnx.helper.set_model_props(proto, {HEADER: header.model_dump_json()})
+    return bytes(proto.SerializeToString())
 
 
 def damaged(content: bytes, data: Any) -> bytes:

@@ -16,6 +16,19 @@ STEPS = 12
 Prepare = Callable[[nn.Module], list[Hook]]
 
 
+class DeployableFrom(Hook):
+    """A hook that only forbids early states."""
+
+    name = "late"
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def deployable(self, step: int) -> bool:
+        """Say whether the step has come."""
+        return step >= self.step
+
+
 def linear(model: nn.Module) -> list[Hook]:
     """Train the head alone."""
     freeze_backbone(model)
@@ -96,5 +109,6 @@ METHODS: dict[str, Prepare] = {
     "managed_pace": quantized(
         quantization_schedule="cosine", balance_target=0.5, balance_by="schedule_pace", quantization_end_step=12
     ),
+    "managed_scale": quantized(gradient_scaling="adaptive", balance_target=2.0),
     "qa_adalora": both,
 }

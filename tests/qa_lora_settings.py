@@ -3,6 +3,8 @@
 from functools import partial
 from typing import Any
 
+import pytest
+
 from peft_vit import QaLoraConfig
 
 DEFAULT: dict[str, Any] = {
@@ -14,6 +16,7 @@ DEFAULT: dict[str, Any] = {
     "group_size": 16,
 }
 config = partial(QaLoraConfig, **DEFAULT)
+SILENT = pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning")
 scheduled = partial(
     config,
     quantization_schedule="linear",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.core.tasks import TASKS, Meaning
-from peft_vit.deploy.presentation.presentation import Presentation, Said, answer, ranked
+from peft_vit.deploy.presentation.presentation import LabelledOutputs, Prediction, Presentation, of_ranking, ranked
 
 
 class Shares(Presentation):
@@ -19,17 +19,17 @@ class Shares(Presentation):
     linear = "least squares fit"
     promise = ("", "", "", "")
 
-    def answers(
+    def prediction(
         self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> list[dict[str, Any]]:
+    ) -> Prediction:
         """Return the largest shares."""
-        return [answer(ranked(names, own), top) for own in self.task.predicted(outputs)]
+        return of_ranking(ranked(names, self.task.predicted(outputs[None])[0]), top)
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return that outputs are as classes' are."""
         return {"says": "shares of {}", "kind": "classes", "temperature": 1.0, "set": None}
 
-    def rows(self, said: Said) -> list[dict[str, Any]]:
+    def measures(self, outputs: LabelledOutputs) -> list[dict[str, Any]]:
         """Return the mean of each share, in truth and as predicted."""
-        pairs = zip(said.names, said.labels.mean(0).tolist(), said.predicted.mean(0).tolist(), strict=True)
+        pairs = zip(outputs.names, outputs.labels.mean(0).tolist(), outputs.predicted.mean(0).tolist(), strict=True)
         return [{"Share": name, "Mean": true, "Predicted": predicted} for name, true, predicted in pairs]

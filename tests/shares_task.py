@@ -54,7 +54,7 @@ class _Shares(Task):
         """Return the columns' names, and shares (N, K)."""
         return tuple(columns), np.array([[float(cell) for cell in text.split("|")] for text in texts])
 
-    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+    def synthetic_labels(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
         """Return all of an image for its class."""
         return tuple(f"class_{k}" for k in range(classes.max() + 1)), np.eye(classes.max() + 1)[classes]
 
@@ -62,7 +62,7 @@ class _Shares(Task):
         """Return where a share is the largest, (N,)."""
         return np.asarray(labels.argmax(1) == place)
 
-    def marks(self, labels: Labels) -> NDArray[np.int64]:
+    def label_ids(self, labels: Labels) -> NDArray[np.int64]:
         """Return that copies may differ."""
         return np.zeros(len(labels), dtype=np.int64)
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from peft_vit.core.backbones import Architecture, Site
 from peft_vit.core.backbones.catalog import create_model
-from peft_vit.deploy import ModelCard
+from peft_vit.deploy import ExportMetadata
 
 TINY_EVAS = ("tiny_dinov3", "tiny_eva02", "tiny_eva02_fused")
 _ROW: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
@@ -111,7 +111,7 @@ def random_model(name: str) -> nn.Module:
     return model.eval()
 
 
-CARD = ModelCard(  # of random_model("test_vit")
+CARD = ExportMetadata(  # of random_model("test_vit")
     run="study/experiment/seed_0",
     model="test_vit",
     weights_name="none",

@@ -9,7 +9,7 @@ from PIL import Image
 from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.base.statistics import Interval
-from peft_vit.base.statistics.odds import Odds
+from peft_vit.base.statistics.odds import ModelEstimate
 from peft_vit.data import find_images
 from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.decide import Candidate, ModelDecision
@@ -46,8 +46,10 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
     (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies", features=True)
 
-    def odds(loss: float, chance: float) -> Odds:
-        return Odds(Interval(0.72 - loss, 0.66 - loss, 0.78 - loss, 38, 0.95), loss, chance, 0.0001, shown=False)
+    def odds(loss: float, chance: float) -> ModelEstimate:
+        return ModelEstimate(
+            Interval(0.72 - loss, 0.66 - loss, 0.78 - loss, 38, 0.95), loss, chance, 0.0001, shown=False
+        )
 
     worth = odds(0.004, 0.12)
     taken = Candidate(ROUNDED, 100_000, FOLDS, worth, "")

@@ -20,7 +20,7 @@ import numpy as np
 from experiments.scripts.concentration import gini, normalized_entropy
 from peft_vit.base.statistics import spearman
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import Estimate, together
+from peft_vit.base.statistics.estimates import Estimate, join_notes
 from peft_vit.core.config import ExperimentConfig
 from peft_vit.lab.analysis.comparison import Value, accuracy_on_test, compare, references, same_problem, same_source
 from peft_vit.lab.analysis.findings import estimated
@@ -168,7 +168,7 @@ class Evidence:
                 seeds = joined(incomplete)
                 failed = joined(r.spec.seed for r in self.study.failed if r.spec.experiment.name == experiment.name)
                 absent = joined(seed for name, seed in self.study.missing if name == experiment.name)
-                note = together(
+                note = join_notes(
                     f"seeds left out, whose records lack {joined(needs)}: {seeds}" if seeds else "",
                     f"failed: seed {failed}" if failed else "",
                     f"missing: seed {absent}" if absent else "",
@@ -193,7 +193,7 @@ def of_runs(subject: Subject, by_seed: Mapping[int, float | None], without: str)
     """Return an estimate of one value a run; `without` says why a run has none, or one that is not finite."""
     known = {seed: value for seed, value in by_seed.items() if value is not None and math.isfinite(value)}
     left_out = joined(run.seed for run in subject.runs if run.seed not in known)
-    note = together(subject.note, f"seeds left out, {without}: {left_out}" if left_out else "")
+    note = join_notes(subject.note, f"seeds left out, {without}: {left_out}" if left_out else "")
     return estimated(subject.name, known, note=note)
 
 
@@ -274,7 +274,7 @@ def _beside(subject: Subject, compared: Estimate, sign: float = 1.0) -> Estimate
         {seed: sign * value for seed, value in compared.by_seed.items()},
         reference=compared.reference,
         n_of="pairs",
-        note=together(subject.note, compared.note, without),
+        note=join_notes(subject.note, compared.note, without),
     )
 
 
@@ -286,7 +286,7 @@ def against_float(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
         compared = impact.against_unquantized
         if impact.settings.gradient_scaling_factor != 1 or impact.settings.gradient_scaling != "constant":
             scaled = "it also scales its adapters' gradients, which the float twin does not"
-            compared = replace(compared, note=together(compared.note, scaled))
+            compared = replace(compared, note=join_notes(compared.note, scaled))
         differences.append(_beside(subject, compared))
     return tuple(differences)
 
@@ -328,9 +328,9 @@ def parameters_at_equal_accuracy(evidence: Evidence, of: Group) -> tuple[Estimat
         estimate = of_runs(subject, values, "without fixed LoRA at two ranks")
         note = f"bounds only, the accuracy lies outside of fixed LoRA's: seeds {joined(bounds)}" if bounds else ""
         either = joined(seed for seed in bounds if values[seed] == 0)
-        note = together(note, f"set to 0, which of both needs fewer is open: seeds {either}" if either else "")
+        note = join_notes(note, f"set to 0, which of both needs fewer is open: seeds {either}" if either else "")
         reference = "fixed LoRA at equal accuracy"
-        estimates.append(replace(estimate, reference=reference, note=together(estimate.note, note)))
+        estimates.append(replace(estimate, reference=reference, note=join_notes(estimate.note, note)))
     return tuple(estimates)
 
 
@@ -369,7 +369,7 @@ def query_over_each(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
         estimate = of_runs(subject, dict(zip(seeds, leads[strongest], strict=True)) if leads else {}, _WITHOUT_KINDS)
         if leads:
             against = f"estimate and interval against {strongest}, the most of {', '.join(common)}"
-            estimate = replace(estimate, rivals=tuple(leads.values()), note=together(estimate.note, against))
+            estimate = replace(estimate, rivals=tuple(leads.values()), note=join_notes(estimate.note, against))
         estimates.append(estimate)
     return tuple(estimates)
 
@@ -450,7 +450,7 @@ def between_seeds(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
         rhos = {f"{a.seed}-{b.seed}": rank_correlation(a.last_scores(), b.last_scores()) for a, b in pairs}
         undefined = joined(label for label, rho in rhos.items() if rho is None)
         refused = len(formed) - len(pairs)
-        note = together(
+        note = join_notes(
             subject.note,
             f"seed {runs[-1].seed} has no partner" if len(runs) % 2 else "",
             f"{refused} pair(s) refused: other weights, images or splits" if refused else "",

@@ -17,7 +17,7 @@ from experiments.hypotheses.measures import (
     settings_without,
 )
 from experiments.scripts.concentration import gini
-from peft_vit.base.statistics.estimates import Estimate, together
+from peft_vit.base.statistics.estimates import Estimate, join_notes
 from peft_vit.base.statistics.intervals import ROUNDING
 from peft_vit.lab.analysis.findings import estimated
 
@@ -114,7 +114,7 @@ def _gains(studies: Sequence[tuple[Evidence, Subjects]]) -> Estimate:
     ]
     note = f"over {len(found)} experiments"
     if len(found) % 2:
-        note = together(note, f"in no pair: {found[half].name}")
+        note = join_notes(note, f"in no pair: {found[half].name}")
     if not pairs:
         note = f"needs scores and gains of at least 2 experiments, there are {len(found)}"
         if half:

@@ -31,7 +31,7 @@ import scipy
 
 from experiments.stopping.lost_images import difference_limits, loss_bounds, loss_p_values
 from experiments.stopping.spending import Spending, boundaries, repeated_p_values
-from peft_vit.base.statistics.intervals import finite, has_spread, mean_and_error
+from peft_vit.base.statistics.intervals import finite_array, has_spread, mean_and_error
 from peft_vit.base.statistics.significance import Verdict
 
 Asked = Literal["superiority", "non-inferiority", "both"]
@@ -209,7 +209,7 @@ def next_look(courses: Sequence[SequentialResult], going: Collection[str]) -> tu
 
 
 def _comparison(name: str, values: Sequence[float], rule: StoppingRule) -> _Comparison:
-    data = finite(values, name) if len(values) else np.empty(0)
+    data = finite_array(values, name) if len(values) else np.empty(0)
     if data.size > rule.looks[-1]:
         raise ValueError(f"{name}: expected at most the {rule.looks[-1]} pairs that were declared, got {data.size}")
     pairs = [n for n in rule.looks if n <= data.size]

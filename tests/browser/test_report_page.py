@@ -2,14 +2,13 @@
 
 import csv
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import planted
 import pytest
-from chromium import axe_violations, context_of, needs_chromium, running_chromium
+from chromium import axe_violations, fits_the_screen, needs_chromium
 
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Drawing, StudyDocument, Table
@@ -23,15 +22,6 @@ KEPT = ("linear_probe", "lora_r1", "lora_r8", "adalora_top_k_fisher", "qa_lora_4
 HOSTILE = "</script><script>alert(1)</script>\"'<!--\u2028\u200f<img src=x onerror=alert(2)> $x^2$ &lt;"
 
 
-@dataclass
-class Seen:
-    """What happened on a page that should not have."""
-
-    errors: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-    dialogs: list[str] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
 def records() -> list[RunRecord]:
     return [record for record in planted.quickstart() if record.spec.experiment.name in KEPT]
@@ -41,41 +31,6 @@ def records() -> list[RunRecord]:
 def built(records: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
     folder = tmp_path_factory.mktemp("page")
     return build_report(planted.write(folder / "results", records), folder / "report")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with running_chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def seen() -> Seen:
-    return Seen()
-
-
-@pytest.fixture
-def open_page(browser, seen: Seen) -> Iterator:
-    """Open a file in a fresh context; afterwards nothing may have gone wrong or out."""
-    contexts = []
-
-    def open_file(file: Path, **options):
-        context = context_of(browser, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: seen.errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: seen.errors.append(str(error)))
-        page.on("request", lambda request: seen.requests.append(request.url))
-        page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
-        page.goto(file.as_uri())
-        return page
-
-    yield open_file
-    for context in contexts:
-        context.close()
-    assert seen.errors == []
-    assert seen.dialogs == []
-    assert [url for url in seen.requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
 @pytest.fixture
@@ -114,7 +69,7 @@ def tips_over(page, parts: str) -> list[list[str]]:
 
 def test_every_figure_draws(page, built: ReportFiles) -> None:
     drawn = page.locator("figure svg")
-    assert drawn.count() == len(built.figures) / 2
+    assert drawn.count() == len(list((built.markdown.parent / "figures").glob("*.svg")))
     for svg in drawn.all():
         box = svg.bounding_box()
         assert box["width"] > 300
@@ -200,9 +155,9 @@ def test_a_finger_shows_a_value_too(open_page, built: ReportFiles) -> None:
 
 
 def test_the_data_of_every_figure_is_saved_as_the_file_beside_the_report(page, built: ReportFiles) -> None:
-    on_disk = {file.name: file for file in built.figure_data}
+    on_disk = {file.name: file for file in (built.markdown.parent / "figures").glob("*.csv")}
     buttons = page.locator("button.csv")
-    assert buttons.count() == len(on_disk) == len(built.figures) / 2
+    assert buttons.count() == len(on_disk)
     for button in buttons.all():
         with page.expect_download() as download:
             button.click()
@@ -217,7 +172,7 @@ def test_the_page_fits_the_screen_says_first_what_came_out_and_axe_finds_nothing
     open_page, built: ReportFiles, width: int, height: int, scheme: str
 ) -> None:
     page = open_page(built.html, viewport={"width": width, "height": height}, color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert fits_the_screen(page)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 22)"
     assert dark == (scheme == "dark")
     assert page.get_by_text("Best on validation:").bounding_box()["y"] < height - 20
@@ -290,7 +245,7 @@ def test_hostile_names_are_shown_and_run_nothing(open_page, tmp_path: Path) -> N
     page.wait_for_timeout(50)
 
 
-def test_an_inline_script_of_others_would_not_run(open_page, built: ReportFiles, tmp_path: Path, seen: Seen) -> None:
+def test_an_inline_script_of_others_would_not_run(open_page, built: ReportFiles, tmp_path: Path, seen) -> None:
     """The page's policy names our script by its hash: even text that broke out of its place would not run."""
     text = built.html.read_text(encoding="utf-8")
     file = tmp_path / "injected.html"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chromium import LEVEL_AA, axe_violations, context_of, needs_chromium, running_chromium
+from chromium import LEVEL_AA, axe_violations, context_of, needs_chromium
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 
@@ -34,12 +34,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PEFT_VIT_REPOSITORY": REPOSITORY}
     subprocess.run(command, cwd=ROOT, env=env, check=True)
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with running_chromium() as running:
-        yield running
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

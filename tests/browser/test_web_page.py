@@ -1,7 +1,6 @@
 """The page that asks a model, opened from disk in Chromium: it says what `predict` says, and nothing leaves."""
 
 import re
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chromium import axe_violations, context_of, needs_chromium, running_chromium
+from chromium import axe_violations, fits_the_screen, needs_chromium
 from exported_files import packed_model
 from PIL import Image
 from tiny_models import CARD, random_model
@@ -19,13 +18,12 @@ from peft_vit.base.statistics import Neighbours
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Calibrated, Decision, Unlike
-from peft_vit.deploy import ModelCard, export_onnx, open_exported, predict_images
+from peft_vit.deploy import ExportMetadata, export_onnx, open_exported, predict_images
 from peft_vit.deploy.page.web_page import runtime_files, write_web_page
 
 pytest.importorskip("onnxscript")
 pytestmark = [pytest.mark.slow, needs_chromium]
 
-COPY = "https://cdn.jsdelivr.net/"
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 READ = """() => [...document.querySelectorAll('#results > li')].map((item) => ({
   name: item.querySelector('h2').textContent,
@@ -54,44 +52,7 @@ def runtime() -> dict[str, bytes]:
         pytest.skip(f"onnxruntime-web is not here: {error}")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_chromium() as running:
-        yield running
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a page from disk; afterwards it has asked for nothing, and nothing went wrong."""
-    contexts, errors, requests = [], [], []
-
-    def open_file(file: Path, copy: dict[str, bytes] | None = None, *, may_fail: bool = False, **options: Any) -> Any:
-        context = context_of(browser, **options)
-        contexts.append(context)
-        page = context.new_page()
-        if not may_fail:
-            page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-            page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        allowed = {"Access-Control-Allow-Origin": "*"}
-
-        def answer(route: Any) -> None:
-            content = (copy or {}).get(route.request.url.rpartition("/")[2])
-            route.fulfill(body=content, headers=allowed) if content else route.abort()
-
-        page.route(f"{COPY}**", answer)
-        page.goto(file.as_uri())
-        return page
-
-    yield open_file
-    for context in contexts:
-        context.close()
-    assert errors == []
-    outside = [url for url in requests if not url.startswith(("file:", "blob:", "data:"))]
-    assert [url for url in outside if not url.startswith(f"{COPY}npm/onnxruntime-web@")] == []
-
-
-def card_of(**changes: Any) -> ModelCard:
+def card_of(**changes: Any) -> ExportMetadata:
     return CARD.model_copy(update=changes)
 
 
@@ -223,7 +184,7 @@ def test_labels_and_numbers_are_those_of_predict(runtime, open_page, tmp_path, t
             assert re.findall(r"[a-e](?= -?\d)", shown["told"]) == [*"abcde"]
             assert not shown["classes"]
     assert np.mean(alike) > 0.9
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert fits_the_screen(page)
     assert axe_violations(page) == []
 
 
@@ -254,7 +215,7 @@ def test_it_fits_the_screen_and_axe_finds_nothing(runtime, open_page, model, tmp
     assert third["took"] == "This is no image that the browser can read. Give a JPEG or PNG."
     assert page.get_by_role("status").inner_text() == "notes.txt is no image that the browser can read."
     assert page.locator("#photograph").evaluate("input => input.parentElement.checkVisibility()") == (width == 360)
-    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert fits_the_screen(page)
     page.evaluate("document.querySelector('.warn[hidden]').hidden = false")
     assert axe_violations(page) == []
 

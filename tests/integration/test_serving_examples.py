@@ -117,18 +117,13 @@ def test_a_model_computes_beside_the_thread_that_reads_requests(
     assert predict(iter([photo.read_bytes()]))["thread"] != threading.get_ident()
 
 
-def test_the_service_answers(classifier: Classifier, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("fastapi", reason="no extra brings it")
-    from fastapi.testclient import TestClient
-    from serve import answer, app
+def test_the_service_answers(predict: Callable[[Iterator[bytes]], Any], classifier: Classifier, photo: Path) -> None:
+    from serve import answer
 
-    import peft_vit
-
-    monkeypatch.setenv("MODEL", "model.onnx")
-    monkeypatch.setattr(peft_vit, "load", lambda path: type("Loaded", (), {"classifier": classifier}))
-    client = TestClient(app())
-    assert client.post("/predict", content=photo.read_bytes()).json() == answer(classifier, photo.read_bytes())
-    assert client.post("/predict", content=b"no image").status_code == 422
+    assert predict(iter([photo.read_bytes()])) == answer(classifier, photo.read_bytes())
+    with pytest.raises(RefusedError) as caught:
+        predict(iter([b"no image"]))
+    assert caught.value.status == 422
 
 
 @pytest.fixture

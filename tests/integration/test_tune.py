@@ -18,10 +18,10 @@ from tiny_models import TINY_EVAS, TINY_FAMILIES
 from written_runs import tiny_study
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.adapters.products import MatmulTimes
 from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.tasks import expected_gain
 from peft_vit.data import load_data
 from peft_vit.fit import stages
@@ -32,7 +32,7 @@ from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.regressions import regress
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.stages import LONGEST, within_bytes
+from peft_vit.fit.stages import within_bytes
 from peft_vit.fit.tune import Tuning, answer, tune
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
@@ -177,11 +177,11 @@ def test_a_metric_of_another_task_is_refused_before_an_image_is_opened(tuning, m
 def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) -> None:
     asked: list[str] = []
 
-    def source_of(model: str) -> tuple[str, str]:
+    def default_weights_source(model: str) -> tuple[str, str]:
         asked.append(model)
         return "random", "Weights: of nobody."
 
-    monkeypatch.setattr("peft_vit.fit.fit.source_of", source_of)
+    monkeypatch.setattr("peft_vit.fit.fit.default_weights_source", default_weights_source)
     said: list[str] = []
     tuning(weights=None, tell=said.append)
     tuning(weights="auto")  # the same, which goes on
@@ -309,8 +309,8 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
     rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
     monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *given: rates[given[4]])
 
-    def found(*_: Any) -> ProductTimes:
-        return ProductTimes(Product("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
+    def found(*_: Any) -> MatmulTimes:
+        return MatmulTimes(Int8Matmul("qlinear", 7), 1 / rates["int8"], 1 / rates["float"])
 
     monkeypatch.setattr("peft_vit.runs.this_machine.products.choose_product", found)
 

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from written_runs import plan_of, run_and_write
 
 from peft_vit.core.adapters import adapted_modules, attach_adapters, current_ranks, merge_into_offsets, site_adapters
-from peft_vit.core.adapters.adapted_model import AdaptedLinear, use_integer_products
+from peft_vit.core.adapters.adapted_model import AdaptedLinear, use_int8_matmul
 from peft_vit.core.allocation import AdaLoRAController
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
 from peft_vit.core.quantization import unpack_codes
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.records import RunRecord
 from peft_vit.core.training import AllocationHook, Hook, QALoRATrainer
 from peft_vit.core.training.metrics import predict
@@ -163,7 +163,7 @@ def test_products_in_integers_and_their_gradients_are_the_librarys(
     mine = copy.deepcopy(model)
     layers = small.adapt(mine, small.IntegerProduct, small.LoRA)
     by_the_library(small, "LoRA", model)
-    use_integer_products(model, Product("int_mm", 7))
+    use_int8_matmul(model, Int8Matmul("int_mm", 7))
     generator = torch.Generator().manual_seed(1)
     for adapter in site_adapters(model).values():
         adapter.lora_B.data.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
@@ -193,9 +193,9 @@ def test_codes_of_four_bits_are_the_librarys_and_within_half_a_step(small: Modul
 def in_integers(record: RunRecord, folder: Path) -> float:
     """Return the test accuracy of the forward pass that trained; a record's is that of the float model."""
     run = restore_run(run_folder(folder, record.spec))
-    use_integer_products(run.model, Product("int_mm", 7))
+    use_int8_matmul(run.model, Int8Matmul("int_mm", 7))
     batches = run.load_data().test.open().ordered_batches(100, run.backbone.mean, run.backbone.std)
-    logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
+    logits, labels = predict(run.model, batches, precision="fp32")
     return float((logits.argmax(1) == labels).mean())
 
 

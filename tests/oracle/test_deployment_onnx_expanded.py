@@ -11,11 +11,11 @@ from exported_files import compared, logits_of, packed, packed_model
 from tiny_models import CARD, random_model
 from torch import Tensor, nn
 
-from peft_vit.core.adapters import AdaptedLinear, adapted_modules, use_integer_products
-from peft_vit.core.adapters.integer_product import integer_product
+from peft_vit.core.adapters import AdaptedLinear, adapted_modules, use_int8_matmul
+from peft_vit.core.adapters.integer_product import int8_linear
 from peft_vit.core.config import NUMBER_FORMATS
 from peft_vit.core.quantization import QuantizationFormat
-from peft_vit.core.quantization.integers import IN_FILES, LARGEST, IntegerWeight, quantize_rows
+from peft_vit.core.quantization.integers import EXPORTED_MATMUL, LARGEST, Int8Weight, quantize_rows
 from peft_vit.core.quantization.packing import field_bits
 from peft_vit.deploy import export_onnx, open_exported
 from peft_vit.deploy.formats import runtimes
@@ -113,16 +113,16 @@ def test_a_product_in_8_bits_is_the_one_that_training_makes(kind, bias, tmp_path
     torch.manual_seed(3)
     layer: AdaptedLinear | nn.Linear = nn.Linear(48, 10, bias=bias)
     if kind == "float":
-        integers = IntegerWeight.from_float(layer.weight, IN_FILES)
+        integers = Int8Weight.from_float(layer.weight, EXPORTED_MATMUL)
     elif kind == "whole":
         layer = packed(layer, QuantizationFormat("int4", 16, False, torch.float32))
         scales = 0.07 * torch.tensor([[1, 3, 5]]).expand(10, -1)
         layer.quantized = replace(layer.quantized, scales=scales)
-        integers = IntegerWeight.from_quantized(layer.quantized, IN_FILES)
+        integers = Int8Weight.from_quantized(layer.quantized, EXPORTED_MATMUL)
         assert torch.equal(integers.scales, scales[:, 0])
     else:
         layer = packed(layer, QuantizationFormat(kind, 16, True, torch.float16))
-        integers = IntegerWeight.from_quantized(layer.quantized, IN_FILES)
+        integers = Int8Weight.from_quantized(layer.quantized, EXPORTED_MATMUL)
     session = one_layer(Int8Linear(layer), tmp_path)
     x = torch.randn(500, 48) * torch.logspace(-3, 3, 500).unsqueeze(1)
     x[7] = 0
@@ -133,7 +133,7 @@ def test_a_product_in_8_bits_is_the_one_that_training_makes(kind, bias, tmp_path
     loud = x.abs().amax(1) > 0.5  # others' sums are lost beside the bias
     found = ((y - constant).double() / scales / integers.scales)[loud]
     assert torch.equal(found.round().long(), sums[loud])
-    torch.testing.assert_close(y, integer_product(x, integers, layer.bias, []).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, int8_linear(x, integers, layer.bias, []).detach(), rtol=1e-5, atol=1e-5)
     assert torch.equal(y[7], torch.zeros(10) + constant)
 
 
@@ -162,7 +162,7 @@ def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
     export_onnx(model, tmp_path / "model.onnx", CARD, activations="int8")
     opened = open_exported(tmp_path / "model.onnx")
     assert opened.card.integer_bits == 7
-    use_integer_products(model, IN_FILES)
+    use_int8_matmul(model, EXPORTED_MATMUL)
     images = images_like(400)
     with torch.inference_mode():
         trained = model(images)
@@ -172,7 +172,7 @@ def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
 
 
 def test_the_largest_integers_are_exact_here_and_a_runtime_that_is_wrong_is_named(in_8_bits, monkeypatch) -> None:
-    assert (LARGEST, IN_FILES.largest) == (runtimes.LARGEST_CODE, runtimes.LARGEST_WEIGHT)
+    assert (LARGEST, EXPORTED_MATMUL.largest) == (runtimes.LARGEST_CODE, runtimes.LARGEST_WEIGHT)
     assert runtimes.exact_in_8_bits()
     right = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0].clip(-30000, 30000)])

@@ -12,8 +12,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules
 from peft_vit.core.quantization import QuantizationFormat, quantize
 from peft_vit.deploy import export_onnx, open_exported
+from peft_vit.deploy.formats.header import HEADER, Header
 from peft_vit.deploy.formats.runtimes import onnx_content
-from peft_vit.deploy.model_card import HEADER, Header
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -100,7 +100,7 @@ def test_a_model_that_points_at_other_files_is_refused(exported, tmp_path, place
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="secret")
-    proto.metadata_props.add(key=HEADER, value=Header(card=CARD).signed(onnx_content(proto)).model_dump_json())
+    proto.metadata_props.add(key=HEADER, value=Header(card=CARD).signed(onnx_content(CARD, proto)).model_dump_json())
     file = tmp_path / "model.onnx"
     file.write_bytes(proto.SerializeToString())
     with pytest.raises(UserError, match=r"model\.onnx: keeps numbers in other files"):

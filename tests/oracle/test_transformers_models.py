@@ -23,7 +23,7 @@ from peft_vit.core.backbones.families.transformers_models import TOWERS
 from peft_vit.core.config import BackboneConfig
 from peft_vit.core.quantization import QuantizationFormat, quantize
 from peft_vit.deploy import (
-    ModelCard,
+    ExportMetadata,
     export_onnx,
     load_low_bit,
     load_pretrained,
@@ -44,8 +44,8 @@ def images(image_size: int = 32) -> Tensor:
     return torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
 
 
-def card_of(backbone: LoadedBackbone, image_size: int = 32) -> ModelCard:
-    return ModelCard(
+def card_of(backbone: LoadedBackbone, image_size: int = 32) -> ExportMetadata:
+    return ExportMetadata(
         run="study/experiment/seed_0",
         library="transformers",
         model=backbone.architecture.name,

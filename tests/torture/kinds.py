@@ -28,7 +28,7 @@ from sound_files import EXAMPLES, SIDE, SoundFiles
 
 from peft_vit.base.errors import UserError, named
 from peft_vit.base.files import checkpoint_folders
-from peft_vit.core.adapters.peft_format import doubts_about
+from peft_vit.core.adapters.peft_format import base_mismatches
 from peft_vit.core.backbones import load_backbone
 from peft_vit.core.config import BackboneConfig, DataConfig, load_study
 from peft_vit.core.records import RunSpec
@@ -139,7 +139,7 @@ def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     def open_peft() -> None:
         classifier = open_exported(folder, weights)
-        doubts_about(folder, "test_vit", "weights", None, ["a"])
+        base_mismatches(folder, "test_vit", "weights", None, ["a"])
         list(predict_files(classifier, [sound.image]))
 
     command = ("predict", folder, sound.image, "--weights", weights)
@@ -188,7 +188,7 @@ def _sign_low_bit(content: bytes) -> bytes:
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     header = torch_files.LowBitHeader.model_validate_json(metadata[torch_files.HEADER])
     tensors = load(content)
-    signed = header.signed(torch_files.tensor_content(tensors)).model_dump_json()
+    signed = header.signed(torch_files.tensor_content(header, tensors)).model_dump_json()
     return bytes(save(tensors, metadata={**metadata, torch_files.HEADER: signed}))
 
 
@@ -196,7 +196,7 @@ def _sign_onnx(content: bytes) -> bytes:
     proto = onnx.load_from_string(content)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     header = runtimes.Header.model_validate_json(metadata[runtimes.HEADER])
-    signed = header.signed(runtimes.onnx_content(proto)).model_dump_json()
+    signed = header.signed(runtimes.onnx_content(header.card, proto)).model_dump_json()
     proto.metadata_props.add(key=runtimes.HEADER, value=signed)
     return bytes(proto.SerializeToString())
 

@@ -26,7 +26,7 @@ from peft_vit.base.statistics import mean_interval
 from peft_vit.core.training import Calibration, RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
-from peft_vit.deploy import ModelCard
+from peft_vit.deploy import ExportMetadata
 from peft_vit.deploy.post_training import merge_float, round_weights
 from peft_vit.deploy.restore import restore_run
 
@@ -60,9 +60,9 @@ def rows_of(folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _logits(model: torch.nn.Module, images: LabelledImages, card: ModelCard) -> np.ndarray[Any, Any]:
+def _logits(model: torch.nn.Module, images: LabelledImages, card: ExportMetadata) -> np.ndarray[Any, Any]:
     batches = images.ordered_batches(32, card.mean, card.std)
-    return predict(model, batches, device=_CPU, precision="fp32")[0].astype(np.float64)
+    return predict(model, batches, precision="fp32")[0].astype(np.float64)
 
 
 def table() -> Iterator[str]:

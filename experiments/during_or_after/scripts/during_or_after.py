@@ -325,7 +325,7 @@ def merged_logits(run_dir: Path) -> np.ndarray:
     run = restore_run(run_dir)
     batches = run.load_data().test.open().ordered_batches(32, run.card.mean, run.card.std)
     merged = merge(run.model, run.card).model
-    return predict(merged, batches, device=torch.device("cpu"), precision="fp32")[0]
+    return predict(merged, batches, precision="fp32")[0]
 
 
 def keep(file: Path, rows: Sequence[Mapping[str, object]]) -> None:

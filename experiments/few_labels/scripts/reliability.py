@@ -23,7 +23,7 @@ from PIL import Image
 from experiments.scripts.evidence import merge
 from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Neighbours, conformal_quantile, fit_temperature, probabilities
-from peft_vit.base.statistics.reliability import Bin, equal_count_bins
+from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.images import LabelledImages, normalised
@@ -46,7 +46,7 @@ def quality(logits: NDArray[np.float64], labels: NDArray[np.int64], temperature:
     return {"temperature": round(temperature, 3), "nll": round(nll, 4), "ece": round(ece, 4)}
 
 
-def calibration_error(bins: Sequence[Bin]) -> float:
+def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Return the expected calibration error over bins: ``sum_m n_m / n |accuracy_m - confidence_m|``.
 
     It is biased upwards where bins hold few predictions, as their accuracy then strays by chance. Source: Naeini,
@@ -83,13 +83,13 @@ def row(folder: Path, icons: Path | None) -> dict[str, object]:
 
     def outputs(images: LabelledImages) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float32]]:
         batches = images.ordered_batches(32, card.mean, card.std)
-        logits, labels, middle = predict_with_middle(run.model, batches, device=CPU, precision=spec.precision)
+        logits, labels, middle = predict_with_middle(run.model, batches, precision=spec.precision)
         return logits.astype(np.float64), labels, middle
 
     def middle(pixels: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
         images = normalised(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), card.mean, card.std)
         batches = ((part, torch.zeros(len(part))) for part in images.split(32))
-        return predict_with_middle(run.model, batches, device=CPU, precision=spec.precision)[2]
+        return predict_with_middle(run.model, batches, precision=spec.precision)[2]
 
     held, held_labels, held_middle = outputs(data.validation)
     tested, labels, test_middle = outputs(data.test.open())

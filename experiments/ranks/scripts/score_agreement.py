@@ -68,7 +68,7 @@ def tempered_worth(run_dir: Path) -> dict[str, float]:
     runtime = RuntimeConfig(torch.device("cpu"), spec.precision, restored.backbone.mean, restored.backbone.std)
     images = removal_images(data.validation, spec.data.split_seed, spec.measures.removal_images)
     batches = images.ordered_batches(spec.experiment.training.batch_size, runtime.mean, runtime.std)
-    logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
+    logits, labels = predict(model, batches, precision=runtime.precision)
     with torch.no_grad():
         apply_temperature(Backbone(model).head, fit_temperature(logits, labels))
     found = leave_out_updates(model, data, spec, runtime)

@@ -12,7 +12,6 @@ import pandas as pd
 import planted
 import pytest
 import timm
-import torch
 from scipy import optimize, special, stats
 
 from experiments.ranks.scripts import score_agreement
@@ -152,7 +151,7 @@ def test_tempered_worth_is_of_logits_at_the_temperature_with_the_least_loss(
 
     def loss(temperature: float, left_out: Collection[str] = ()) -> float:
         with without_updates(model, left_out):
-            logits, labels = predict(model, images, device=torch.device("cpu"), precision="fp32")
+            logits, labels = predict(model, images, precision="fp32")
         scaled = logits.astype(np.float64) / temperature
         return float(np.mean(special.logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]))
 

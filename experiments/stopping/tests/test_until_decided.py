@@ -204,7 +204,7 @@ def test_what_was_declared_stays(follows, file, runs, tmp_path, changes) -> None
 @pytest.mark.usefixtures("in_this_process")
 def test_runs_that_train_are_compared_by_what_they_reach(follows, images, weights, tmp_path, monkeypatch) -> None:
     """Colours that are told apart after six steps of all weights, and not by an adapter that hardly moves."""
-    monkeypatch.setattr("peft_vit.core.adapters.footprint.give_memory_back", lambda: None)  # which walks all of pytest
+    monkeypatch.setattr("peft_vit.core.adapters.footprint.release_memory", lambda: None)  # which walks all of pytest
     training = {"steps": 6, "validate_every": 6, "batch_size": 12}
     folder = {"dataset": "image-folder", "path": str(images), "image_size": 32, "test_split": "per_seed"}
     study = mapping(

@@ -71,8 +71,8 @@ class ProgressDisplay:
     ) -> None:
         self._view, self._line = view, line
         self.console = open_console() if console is None else console
-        self._said_at = time.monotonic() - EVERY_S + FIRST_S
-        self._over, self._saying = threading.Event(), threading.RLock()
+        self._printed_at = time.monotonic() - EVERY_S + FIRST_S
+        self._finished, self._lock = threading.Event(), threading.RLock()
         self._live: Live | None = None
 
     @property
@@ -93,25 +93,25 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._finished.set()
         if self._live is not None:
             self._live.stop()
 
     def _break_silence(self) -> None:
         with suppress(OSError, SystemExit):  # nobody reads any more
-            while not self._over.wait(0.25):
+            while not self._finished.wait(0.25):
                 self.tick()
 
     def tick(self) -> None:
         """Say how far it is, where no terminal shows it and nothing was said for long."""
-        with self._saying:
-            if self._live is None and time.monotonic() - self._said_at >= EVERY_S and (line := self._line()):
+        with self._lock:
+            if self._live is None and time.monotonic() - self._printed_at >= EVERY_S and (line := self._line()):
                 self.say(line)
 
     def say(self, line: str | Text) -> None:
         """Print a line as it is."""
-        with self._saying:
-            self._said_at = time.monotonic()
+        with self._lock:
+            self._printed_at = time.monotonic()
             print_lines([line], self.console)
 
 
@@ -126,25 +126,25 @@ class OnProgress(Protocol):
 def progress(what: str, file: TextIO | None = None) -> Iterator[OnProgress]:
     """Show that something is under way, and give what takes how far it is; another count begins another part of it."""
     part, counts = what, (0, 0)
-    started = heard = time.monotonic()
+    started_at = progressed_at = time.monotonic()
 
-    def said() -> str:
-        (done, count), passed_s = counts, time.monotonic() - started
+    def status() -> str:
+        (done, count), passed_s = counts, time.monotonic() - started_at
         if not done:
             return f"{part}, {duration(passed_s)}"
         return f"{part}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
 
     def view() -> RenderableType:
         done, count = counts
-        return bar(done / count if count else None, said())
+        return bar(done / count if count else None, status())
 
-    with ProgressDisplay(view, said, open_console(file)) as shown:
+    with ProgressDisplay(view, status, open_console(file)) as display:
 
         def on_progress(done: int, count: int, what: str | None = None) -> None:
-            nonlocal part, counts, started, heard
+            nonlocal part, counts, started_at, progressed_at
             if counts[1] not in (0, count) or done < counts[0]:
-                started = heard
-            part, counts, heard = what or part, (done, count), time.monotonic()
-            shown.tick()
+                started_at = progressed_at
+            part, counts, progressed_at = what or part, (done, count), time.monotonic()
+            display.tick()
 
         yield on_progress

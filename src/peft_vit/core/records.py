@@ -61,8 +61,18 @@ _Answers = list[_Count] | list[list[FiniteFloat | None]]
 _RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
 
 
+# Left out of the file where there is none: older records, and digests of outcomes, have no such field.
+_UNLESS_GIVEN: Any = Field(default=None, exclude_if=lambda value: value is None)
+_UNLESS_ANY: Any = Field(default={}, exclude_if=lambda values: not values)
+_IF_MEASURED: Any = Field(default=math.nan, exclude_if=lambda value: value is not None and math.isnan(value))
+
+
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class _Finite(_Value):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class RunSpec(_Value):
@@ -127,22 +137,18 @@ class StudyFile(BaseModel):
     seeds_added: tuple[int, ...] = ()
 
 
-def _not_measured(value: float | None) -> bool:
-    return value is not None and math.isnan(value)
-
-
 class Metrics(_Value):
     """Quality of predictions on one split; see `evaluation.metrics` for the definitions."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     n: int = Field(ge=1)
-    accuracy: _Share = Field(default=math.nan, exclude_if=math.isnan)  # these: of one class an image, left out else
-    balanced_accuracy: _Share = Field(default=math.nan, exclude_if=math.isnan)
-    auroc: _Share | None = Field(default=math.nan, exclude_if=_not_measured)  # of two classes, both present
+    accuracy: _Share = _IF_MEASURED  # these: of one class an image, left out else
+    balanced_accuracy: _Share = _IF_MEASURED
+    auroc: _Share | None = _IF_MEASURED  # of two classes, both present
     nll: float  # nats, mean; of numbers half of the mean squared error, in standard deviations of training's
-    ece: float = Field(default=math.nan, exclude_if=math.isnan)  # 15 equal-width bins
-    more: dict[str, float] = Field(default={}, exclude_if=lambda more: not more)  # of other tasks, by name
+    ece: float = _IF_MEASURED  # 15 equal-width bins
+    more: dict[str, float] = _UNLESS_ANY  # of other tasks, by name
 
     def value(self, name: str) -> float:
         """Return a measure by its name."""
@@ -329,9 +335,9 @@ class Predictions(_Value):
     predicted: _Answers  # of several labels the probability of each
     probability: list[_Share]  # of the predicted class; empty where there is not one
     # Names of somebody's own files, relative to their folder; left out for published sets, and in older records.
-    files: list[str] | None = Field(default=None, exclude_if=lambda files: files is None)
+    files: list[str] | None = _UNLESS_GIVEN
     # (images, classes); with measures.logits. Left out where they were not asked for: outcomes have digests.
-    logits: list[list[FiniteFloat]] | None = Field(default=None, exclude_if=lambda logits: logits is None)
+    logits: list[list[FiniteFloat]] | None = _UNLESS_GIVEN
 
     @model_validator(mode="after")
     def _one_of_each_an_image(self) -> Self:
@@ -346,13 +352,11 @@ class Predictions(_Value):
         return self
 
 
-class Calibrated(_Value):
+class Calibrated(_Finite):
     """How far a model can be believed: a temperature, and thresholds of prediction sets.
 
     Found on images of which the models that predicted them were not trained; see `evaluation.calibrate`.
     """
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     images: int = Field(ge=1)
     temperature: _Positive  # probabilities are softmax(logits / temperature)
@@ -385,7 +389,7 @@ class Calibrated(_Value):
         return next(t for stored, t in zip(self.coverages, self.thresholds, strict=True) if stored >= coverage - 1e-9)
 
 
-class Decision(_Value):
+class Decision(_Finite):
     """What the outputs of a model of several labels, or of numbers, mean; found on images that were not trained on.
 
     Of labels: the probability of each is 1 / (1 + exp(-output / temperature)), and one is reported from its threshold
@@ -393,8 +397,6 @@ class Decision(_Value):
     center + spread * output, and `half_widths` times its scale on both sides hold the true one in such a share of
     images.
     """
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     images: _Count  # that it was found on; 0: none validated
     temperature: _Positive = 1.0
@@ -427,10 +429,8 @@ class Decision(_Value):
         return (self.set_thresholds[stored],) if self.set_thresholds else self.half_widths[stored]
 
 
-class Unlike(_Value):
+class Unlike(_Finite):
     """When an image is unlike all that a model was trained on; see `statistics.Neighbours`."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     images: int = Field(ge=FEWEST_HELD_OUT)  # held out, of which 95 % are not farther than the threshold
     threshold: Annotated[float, Field(ge=0)]  # of the distance to the nearest training image: above it, it is
@@ -446,7 +446,7 @@ class TestedCalibration(_Value):
     covered: dict[float, _Share] = {}
     set_size: dict[float, Annotated[float, Field(ge=0)]] = {}
     # `covered` on images of folds, each by what the other folds say; empty where there are none.
-    covered_on_folds: dict[float, _Share] = Field(default={}, exclude_if=lambda covered: not covered)
+    covered_on_folds: dict[float, _Share] = _UNLESS_ANY
     unlike: _Count | None = None  # images that were flagged: false alarms; None: there is no threshold
 
 
@@ -494,7 +494,7 @@ class Provenance(_Value):
     integer_bits: Literal[7, 8] | None = None  # of weights with `compute: int8`; 7 where products of 8 are not exact
     # What multiplied them. Then training alone does so, and what is measured is measured in float; None in older
     # records, whose measures are those of the forward pass in integers.
-    product: Literal["int_mm", "qlinear"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    product: Literal["int_mm", "qlinear"] | None = _UNLESS_GIVEN
 
 
 class RunRecord(_Value):
@@ -516,7 +516,7 @@ class RunRecord(_Value):
     class_names: list[str] = []
     split_sizes: dict[str, int] = {}  # train, validation, test
     # Why, by the names of files that an inspection of the images left out; absent where it left out none.
-    left_out: dict[str, str] = Field(default={}, exclude_if=lambda names: not names)
+    left_out: dict[str, str] = _UNLESS_ANY
     sites: list[SiteInfo] = []
     steps: list[StepRow] = []
     evaluations: list[Evaluation] = []
@@ -545,11 +545,11 @@ class RunRecord(_Value):
     test: Metrics | None = None  # read once, at the chosen step
     predictions: Predictions | None = None  # None in older records
     # From validation images, which training has not fitted; None without these, and in older records.
-    calibrated: Calibrated | None = Field(default=None, exclude_if=lambda value: value is None)
-    decision: Decision | None = Field(default=None, exclude_if=lambda value: value is None)  # of other tasks
-    unlike: Unlike | None = Field(default=None, exclude_if=lambda value: value is None)  # with measures.features
-    features_sha256: str | None = Field(default=None, exclude_if=lambda value: value is None)  # of FEATURES_FILE
-    tested_calibration: TestedCalibration | None = Field(default=None, exclude_if=lambda value: value is None)
+    calibrated: Calibrated | None = _UNLESS_GIVEN
+    decision: Decision | None = _UNLESS_GIVEN  # of other tasks
+    unlike: Unlike | None = _UNLESS_GIVEN  # with measures.features
+    features_sha256: str | None = _UNLESS_GIVEN  # of FEATURES_FILE
+    tested_calibration: TestedCalibration | None = _UNLESS_GIVEN
     removal: AdapterRemoval | None = None  # with measures.removal_images
     latency_s: dict[int, _Seconds] = {}  # of a forward pass, median, by batch size; with measures.latency_batches
     registration: Registration | None = None  # of kept studies; None in newer records
@@ -575,13 +575,11 @@ class RunRecord(_Value):
         return rows
 
 
-class BenchRow(_Value):
+class BenchRow(_Finite):
     """What `peft-vit bench` measured of one model at one batch size with so many threads.
 
     Times are those of a call on the whole batch.
     """
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     file: str  # as it was named; a folder, perhaps
     format: str  # onnx, openvino, safetensors or peft

@@ -84,7 +84,7 @@ class ImageIndex:
     @property
     def marks(self) -> np.ndarray:
         """Equal numbers where copies may be of both labels, (N,) int64."""
-        return self.task.marks(self.labels)
+        return self.task.label_ids(self.labels)
 
     def label(self, i: int) -> str:
         """Return the label of image i in words."""

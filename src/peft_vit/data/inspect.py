@@ -41,7 +41,7 @@ from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import stratified_draw
+from peft_vit.base.statistics.drawing import stratified_sample
 from peft_vit.core.config import Interpolation
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
@@ -350,7 +350,7 @@ class Inspection:
                 a, b = count_crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
-        count, pair = count_crossing(self.groups, self.task.marks(self.labels))
+        count, pair = count_crossing(self.groups, self.task.label_ids(self.labels))
         if count:
             a_title, b_title = (f"{self.names[i]} ('{self.task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
@@ -416,7 +416,7 @@ def inspect_images(
         decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
         copies, groups = decoded.copies, decoded.groups
         left_out = dict(images.left_out) | decoded.faults
-        left_out |= _contradictions(names, task.marks(labels), copies, groups, holdout)
+        left_out |= _contradictions(names, task.label_ids(labels), copies, groups, holdout)
         if strict and left_out:
             them = "it" if len(left_out) == 1 else "them"
             message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
@@ -475,7 +475,7 @@ def images_file(inspection: Inspection, seed: int | None = 0, test_images: int |
             reason = f"{count} test images are too many: there are {len(first)} different images"
             raise UserError(f"{reason}; ask for fewer, or add images", file=inspection.path)
         strata = inspection.task.strata(inspection.labels)
-        drawn = stratified_draw(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
+        drawn = stratified_sample(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):

@@ -93,7 +93,7 @@ def _made_up(config: DataConfig) -> ImageIndex:
     """Return 96 images of four classes: noise around a grey level or colour that shows the class."""
     classes = np.tile(np.arange(4), 24)
     task = TASKS[config.task or USUAL_TASK]
-    names, labels = task.made_up(classes)
+    names, labels = task.synthetic_labels(classes)
     channels = DATASETS[config.dataset].channels
     rng = np.random.default_rng(0)
     levels = rng.permuted(np.tile(np.linspace(40, 215, 4), (channels, 1)), axis=1).T  # (K, C)

@@ -9,7 +9,7 @@ import numpy as np
 
 from peft_vit.base.errors import DataWarning, UserError
 from peft_vit.base.seeding import Purpose, numpy_generator
-from peft_vit.base.statistics.drawing import deal_folds, stratified_draw
+from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
 from peft_vit.core.config import DataConfig
 from peft_vit.data.index import ImageIndex
 
@@ -49,7 +49,7 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     move when `train_images` does. Training images come out of what test and validation leave, so they move with these;
     with `train_subset: per_seed` their choice follows from `seed` in any case.
 
-    With `folds`, what the own test split or `test_images` leave is divided into as many, see `deal_folds`: seed s
+    With `folds`, what the own test split or `test_images` leave is divided into as many, see `assign_folds`: seed s
     tests on fold s % folds of repetition s // folds. A repetition's folds follow from `split_seed` and its number, and
     test each image once. Validation images are drawn from the rest by `seed`, and no copies are on two sides.
 
@@ -76,16 +76,16 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         _need("folds", config.folds, len(np.unique(groups)), "different images are there")
         repetition, fold = divmod(seed, config.folds)
         shuffle = numpy_generator(config.split_seed, "folds", repetition)
-        fold_of = deal_folds(index.strata[divided], groups, config.folds, shuffle)
+        fold_of = assign_folds(index.strata[divided], groups, config.folds, shuffle)
         test, rest = divided[fold_of == fold], divided[fold_of != fold]
     if config.tested_images is not None:
         _need("tested_images", config.tested_images, len(test), "test images are there")
         drawing = _generator("tested", config.split_seed, seed if config.tests_by_seed else None)
-        test = stratified_draw(test, index.strata, config.tested_images, drawing)
+        test = stratified_sample(test, index.strata, config.tested_images, drawing)
     validated, trained = config.validation_images, 2 if config.train_images is None else config.train_images
     source = _one_of_each(index, rest)
     _need("validation_images", validated, len(source), "different images lie beside the test split")
-    validation = stratified_draw(source, index.strata, validated, rng)
+    validation = stratified_sample(source, index.strata, validated, rng)
     pool = _without(index, rest, validation)
     _need("train_images", trained, len(pool), f"of {len(everything)} remain beside test, validation and copies of both")
     train = _draw_train(index, config, seed, pool)
@@ -124,7 +124,7 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
             f"{index.name}; set data.test_images below {count}, or say fixed",
             field="data.test_split",
         )
-    test = stratified_draw(source, index.strata, count, rng)
+    test = stratified_sample(source, index.strata, count, rng)
     return test, _without(index, everything, test) if official is None else everything[~official]
 
 
@@ -149,12 +149,12 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
         of_class = f"images of class '{index.class_names[scarce]}' remain beside test and validation"
         _need("shots_per_class", shots, remaining[scarce], of_class)
         by_class = (pool[index.labels[pool] == label] for label in range(len(remaining)))
-        return np.sort(np.concatenate([stratified_draw(rows, index.strata, shots, rng) for rows in by_class]))
+        return np.sort(np.concatenate([stratified_sample(rows, index.strata, shots, rng) for rows in by_class]))
     count = len(pool) if config.train_images is None else config.train_images
     if per_seed and count == len(pool):
         message = f"per_seed has no effect, all {len(pool)} images that remain are trained on"
         raise UserError(f"{message}; lower data.train_images or say fixed", field="data.train_subset")
-    train = stratified_draw(pool, index.strata, count, rng)
+    train = stratified_sample(pool, index.strata, count, rng)
     drawn = index.class_counts(train)  # (K,)
     if not drawn.all():
         missing = int(np.argmin(drawn))

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.deploy.model_card import Classifier, ModelCard
+from peft_vit.deploy.formats.header import Classifier, ExportMetadata
 from peft_vit.deploy.predicting import (
     ImageFile,
     check_coverage,

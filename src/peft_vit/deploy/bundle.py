@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, named, os_fault
 from peft_vit.core.adapters import save_memory
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import BUNDLE_FILE, is_bundle
-from peft_vit.deploy import Classifier, ModelCard, Prediction, predict_images
+from peft_vit.deploy import Classifier, ExportMetadata, Prediction, predict_images
 from peft_vit.deploy.export import Comparison, compare, images_to_compare
+from peft_vit.deploy.formats.header import FloatArray, write_exported
 from peft_vit.deploy.formats.packed_adapter import (
+    Indices,
     JoinedUpdates,
     PackedAdapter,
     StoredBits,
@@ -34,8 +34,7 @@ from peft_vit.deploy.formats.packed_adapter import (
     summed,
     trained_bits,
 )
-from peft_vit.deploy.formats.torch_files import LowBitHeader, build_low_bit, read_low_bit
-from peft_vit.deploy.model_card import HEADER, write_exported
+from peft_vit.deploy.formats.torch_files import LowBitHeader, build_low_bit, read_low_bit, tensor_file
 from peft_vit.deploy.predicting import GivenImage, prediction_of, prepared
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, resolve_latest, single_run
@@ -75,8 +74,8 @@ class Bundle:
         places: dict[str, list[int]] = {}
         for place, site in enumerate(sites):
             places.setdefault(site.module, []).append(place)
-        for module, own in places.items():
-            model.get_submodule(module).register_forward_hook(partial(self._add, module, own))
+        for module, of_module in places.items():
+            model.get_submodule(module).register_forward_hook(partial(self._add, module, of_module))
         for name, path in {name: Path(path).expanduser() for name, path in adapters.items()}.items():
             self.add(name, _split(restore_run(path), 32, path)[2] if _is_run(path) else PackedAdapter.read(path), path)
 
@@ -106,11 +105,11 @@ class Bundle:
         return tuple(self._adapters)
 
     @property
-    def cards(self) -> dict[str, ModelCard]:
+    def cards(self) -> dict[str, ExportMetadata]:
         """By adapter, how images become its input, and what its outputs mean."""
         return {name: adapter.header.card for name, adapter in self._adapters.items()}
 
-    def logits(self, images: NDArray[np.float32], names: str | Sequence[str]) -> list[NDArray[np.float32]]:
+    def logits(self, images: FloatArray, names: str | Sequence[str]) -> list[FloatArray]:
         """Return the logits (classes,) of each image by its own adapter; those of all pass the backbone together.
 
         Each layer multiplies all images with its weight, and each image with the two thin matrices of its adapter.
@@ -131,14 +130,14 @@ class Bundle:
             raise UserError(f"expected normalised images (B, 3, {size}, {size}) in float32, got {got}", field="images")
         images = images.astype(np.float32, copy=False)
         different = sorted({names} if isinstance(names, str) else set(names))
-        names = [names] * len(images) if isinstance(names, str) else [name for _, name in _pairs(images, names)]
+        names = _names_by_image(names, len(images))
         adapters = [self._adapter(name) for name in different]
         if not names:
             return []
         which = np.array([different.index(name) for name in names])  # (B,)
         parts = min(len(names), round(len(names) * self._rows / _ROWS_AT_ONCE)) or 1
         pairs = zip(np.array_split(images, parts), np.array_split(which, parts), strict=True)
-        features = torch.cat([self._features(part, adapters, asked) for part, asked in pairs])  # (B, width)
+        features = torch.cat([self._features(part, adapters, numbers) for part, numbers in pairs])  # (B, width)
         outputs: list[Any] = [None] * len(names)
         for number, adapter in enumerate(adapters):
             weight, bias = adapter.head(self._width)
@@ -147,12 +146,10 @@ class Bundle:
                 outputs[place] = logits
         return outputs
 
-    def _features(
-        self, images: NDArray[np.float32], adapters: Sequence[PackedAdapter], which: NDArray[np.int64]
-    ) -> Tensor:
-        sites, (asked, which) = self._backbone.sites, np.unique(which, return_inverse=True)
-        there = [adapters[number] for number in asked]
-        updates = there[0].updates(sites) if len(there) == 1 else JoinedUpdates(there, which, sites)
+    def _features(self, images: FloatArray, adapters: Sequence[PackedAdapter], which: Indices) -> Tensor:
+        sites, (numbers, which) = self._backbone.sites, np.unique(which, return_inverse=True)
+        present = [adapters[number] for number in numbers]
+        updates = present[0].updates(sites) if len(present) == 1 else JoinedUpdates(present, which, sites)
         with self._lock, torch.inference_mode():
             self._updates = updates
             try:
@@ -179,17 +176,17 @@ class Bundle:
 
     def _adapter(self, name: str) -> PackedAdapter:
         if name not in self._adapters:
-            there = ", ".join(self.names[:_LISTED]) + (", ..." if len(self.names) > _LISTED else "")
+            listed = ", ".join(self.names[:_LISTED]) + (", ..." if len(self.names) > _LISTED else "")
             has = f"has no adapter {name!r}, but" if name else "has"
-            said = f"{has} {there}; name one" if there else "has no adapters yet; export a run into it"
-            raise UserError(f"the bundle {said}", field="--adapter")
+            problem = f"{has} {listed}; name one" if listed else "has no adapters yet; export a run into it"
+            raise UserError(f"the bundle {problem}", field="--adapter")
         return self._adapters[name]
 
     def classifier(self, name: str | None = None) -> Classifier:
         """Return one adapter's classifier, or the only one's; raises UserError if there is none of the name."""
-        asked = self.names[0] if name is None and len(self.names) == 1 else name or ""
-        card = self._adapter(asked).header.card
-        return Classifier(lambda images: np.stack(self.logits(images, asked)), card)
+        chosen = self.names[0] if name is None and len(self.names) == 1 else name or ""
+        card = self._adapter(chosen).header.card
+        return Classifier(lambda images: np.stack(self.logits(images, chosen)), card)
 
     def predict(
         self,
@@ -215,21 +212,23 @@ class Bundle:
         given = [Path(image) if isinstance(image, str) else image for image in images]
         if isinstance(names, str):
             return predict_images(self.classifier(names), given, coverage, top)
-        predictions, pairs = [], _pairs(given, names)
-        for start in range(0, len(pairs), _AT_ONCE):
-            chunk = pairs[start : start + _AT_ONCE]
-            cards = [self._adapter(name).header.card for _, name in chunk]
-            pixels = [prepared(image, card) for (image, _), card in zip(chunk, cards, strict=True)]
-            rows = self.logits(np.stack(pixels), [name for _, name in chunk])
-            parts = zip((image for image, _ in chunk), rows, cards, strict=True)
-            predictions += [prediction_of(*part, coverage, top) for part in parts]
+        predictions, names = [], _names_by_image(names, len(given))
+        for start in range(0, len(given), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            cards = [self._adapter(name).header.card for name in names[part]]
+            pixels = [prepared(image, card) for image, card in zip(given[part], cards, strict=True)]
+            rows = self.logits(np.stack(pixels), names[part])
+            answered = zip(given[part], rows, cards, strict=True)
+            predictions += [prediction_of(image, row, card, coverage, top) for image, row, card in answered]
         return predictions
 
 
-def _pairs(images: Sequence[Any] | NDArray[Any], names: Sequence[str]) -> list[tuple[Any, str]]:
-    if len(names) != len(images):
-        raise UserError(f"expected one adapter's name, or one each of {len(images)} images, got {len(names)}")
-    return list(zip(images, names, strict=True))
+def _names_by_image(names: str | Sequence[str], images: int) -> list[str]:
+    if isinstance(names, str):
+        return [names] * images
+    if len(names) != images:
+        raise UserError(f"expected one adapter's name, or one each of {images} images, got {len(names)}")
+    return list(names)
 
 
 def _is_run(path: Path) -> bool:
@@ -298,8 +297,7 @@ def export_bundle(
                 run, file = restore_run(path), Path(place, f"{name}.safetensors")
                 header, tensors, packed = _split(run, bits, path)
                 if bundle is None:
-                    content = save(tensors, metadata={HEADER: header.model_dump_json()})
-                    write_exported(file.with_name(BUNDLE_FILE), content)
+                    write_exported(file.with_name(BUNDLE_FILE), tensor_file(header, tensors))
                     bundle = Bundle(file.with_name(BUNDLE_FILE), {})
                 bundle.add(name, packed, path)
                 write_exported(file, content := packed.content())
@@ -318,7 +316,7 @@ def _name_of(path: Path) -> str:
 
 def _compared(run: RestoredRun, bundled: Classifier) -> Comparison | None:
     try:
-        images, split = images_to_compare(run.load_data())
+        data = run.load_data()
     except UserError:
         return None
-    return compare(run, bundled, images, split)
+    return compare(run, bundled, *images_to_compare(data))

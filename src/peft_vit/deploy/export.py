@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.extras import require_extra
@@ -27,8 +26,8 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, m
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.deploy import (
     Classifier,
+    ExportMetadata,
     Merged,
-    ModelCard,
     OnnxRuntime,
     export_onnx,
     merge,
@@ -36,9 +35,9 @@ from peft_vit.deploy import (
     torch_classifier,
     writer_of,
 )
-from peft_vit.deploy.model_card import write_exported
+from peft_vit.deploy.formats.header import write_exported
 from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
-from peft_vit.deploy.restore import RestoredRun, done_record, restore_run
+from peft_vit.deploy.restore import RestoredRun, finished_record, restore_run
 from peft_vit.runs.measures.neighbours import neighbours_bytes
 from peft_vit.runs.records.storage import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, read_record, single_run
 
@@ -106,8 +105,8 @@ class ModelToWrite:
 
     run: RestoredRun
     merged: Merged
-    card: ModelCard
-    known: Neighbours | None  # features of training images, of this model; None: nothing says what is unlike them
+    card: ExportMetadata
+    reference: Neighbours | None  # features of training images, of this model; None: nothing says what is unlike them
     data: Data | None  # the run's images; None: they are not there
     missing: str  # why
     float_bytes: int | None = None  # of the merged model, where it was packed after training
@@ -135,7 +134,7 @@ class OnnxOptions:
     accept_loss: float | None = None
 
 
-def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = False) -> ModelCard:
+def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = False) -> ExportMetadata:
     """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them, and return what that holds.
 
     Args:
@@ -147,7 +146,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
         UserError: if the run can't be restored, its method has no PEFT counterpart, or something is in the way.
     """
     _check_room(output_dir, None, overwrite)
-    if why := METHODS[done_record(run_dir).spec.experiment.method].why_not_peft:
+    if why := METHODS[finished_record(run_dir).spec.experiment.method].why_not_peft:
         raise UserError(
             f"{why}; use --format safetensors, onnx or openvino, or export a run of lora, adalora or linear, or "
             "of PEFT's methods",
@@ -156,8 +155,8 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
     run = restore_run(run_dir)
     with os_fault("can't be written", output_dir, remedy=_ELSEWHERE), whole_folder(output_dir) as made:
         export_peft(run.model, made, run.card.model_dump(mode="json"))
-        if run.known is not None:
-            write_exported(made / FEATURES_FILE, neighbours_bytes(run.known))
+        if run.reference is not None:
+            write_exported(made / FEATURES_FILE, neighbours_bytes(run.reference))
     return run.card
 
 
@@ -235,56 +234,61 @@ def model_to_write(
         data = run.load_data()
     except UserError as error:
         missing = str(error.about(None))  # not of a key that nobody wrote
-    source = ModelToWrite(run, merged, run.card, run.known, data, missing)
+    source = ModelToWrite(run, merged, run.card, run.reference, data, missing)
     if bits is None:
         return source
     images = source.need_data("--bits", bits)
-    model, card, known = pack_after_training(merged.model, run, images, bits, rounding)
+    model, card, reference = pack_after_training(merged.model, run, images, bits, rounding)
     float_bytes = storage_bytes(merged.model.state_dict().values())
-    return replace(source, merged=replace(merged, model=model), card=card, known=known, float_bytes=float_bytes)
+    return replace(source, merged=replace(merged, model=model), card=card, reference=reference, float_bytes=float_bytes)
 
 
 def write_model(
     source: ModelToWrite, file: Path, format: str, options: OnnxOptions, meaning: Calibrated | Decision | None
 ) -> Exported:
     """Write a model, see `export_run_to_file`, which checks that there is room for it; the source stays as it is."""
-    run, merged, card, known, data = source.run, source.merged, source.card, source.known, source.data
-    int8 = options.activations is not None
-    if options.activations is not None:
-        source.need_data("--activations", options.activations)
+    model, card, comparison = source.merged.model, source.card, None
     if meaning is not None:
         card = card.model_copy(update=meaning_fields(meaning))
-    if options.runtime is not None:
-        export_onnx(merged.model, file, card, runtime=options.runtime, known=known)
-    elif not int8 and EXPORTS[format].ending:
-        writer_of(format)(merged.model, file, card, known)
-    elif not int8:
-        with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
-            writer_of(format)(merged.model, made, card, known)
-    if data is None:
-        return Exported(merged, None, source.missing)
-    images, split = images_to_compare(data)
-    if not int8:
-        comparison = compare(run, open_exported(file), images, split)
-        return Exported(merged, comparison, float_bytes=source.float_bytes)
-    # Written only if it is as accurate on these images as it has to be.
+    if options.activations is not None:
+        comparison = _write_int8(source, file, card, options)
+    else:
+        write = writer_of(format) if options.runtime is None else partial(export_onnx, runtime=options.runtime)
+        if EXPORTS[format].ending:
+            write(model, file, card, source.reference)
+        else:
+            with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
+                write(model, made, card, source.reference)
+        if source.data is not None:
+            comparison = compare(source.run, open_exported(file), *images_to_compare(source.data))
+    return Exported(
+        source.merged,
+        comparison,
+        source.missing,
+        activations=options.activations or "float32",
+        float_bytes=source.float_bytes,
+    )
+
+
+def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options: OnnxOptions) -> Comparison:
+    """Write a model that multiplies in 8 bits, only if it is as accurate as it has to be."""
+    images, split = images_to_compare(source.need_data("--activations", "int8"))
     if split == "training" and options.accept_loss is None:
         raise UserError(
             "this run has no validation images to measure what int8 loses; export without it, or accept a loss "
             "on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(run, merged.model, card, known, images, split)
+    comparison, content = _try_int8(source.run, source.merged.model, card, source.reference, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
-    lost = comparison.lost_points
-    if lost > accepted:
+    if comparison.lost_points > accepted:
         raise UserError(
             f"int8 loses {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
-            f"accept it with --accept-loss {math.ceil(10 * lost) / 10:g}",
+            f"accept it with --accept-loss {math.ceil(10 * comparison.lost_points) / 10:g}",
             field="--activations",
         )
     write_exported(file, content)
-    return Exported(merged, comparison, activations="int8", float_bytes=source.float_bytes)
+    return comparison
 
 
 def compare_int8(run_dir: Path) -> Comparison:
@@ -294,16 +298,21 @@ def compare_int8(run_dir: Path) -> Comparison:
     """
     run = restore_run(run_dir)
     model = merge(run.model, run.card).model
-    return _try_int8(run, model, run.card, run.known, run.load_data().test.open(), "test")[0]
+    return _try_int8(run, model, run.card, run.reference, run.load_data().test.open(), "test")[0]
 
 
 def _try_int8(
-    run: RestoredRun, merged: nn.Module, card: ModelCard, known: Neighbours | None, images: LabelledImages, split: Split
+    run: RestoredRun,
+    merged: nn.Module,
+    card: ExportMetadata,
+    reference: Neighbours | None,
+    images: LabelledImages,
+    split: Split,
 ) -> tuple[Comparison, bytes]:
     """Return what products in 8 bits do to a run's model, and the file's content."""
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        export_onnx(merged, trial, card, activations="int8", known=known)
+        export_onnx(merged, trial, card, activations="int8", reference=reference)
         return compare(run, open_exported(trial), images, split), trial.read_bytes()
 
 
@@ -311,26 +320,19 @@ def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:
     """Return a run's validation images, or of its training images some where there are none, and which they are."""
     if len(data.validation):
         return data.validation, "validation"
-    return _spread(data.train, _COMPARED_WITH), "training"
-
-
-def _spread(images: LabelledImages, count: int) -> LabelledImages:
-    """Return so many of the images, or all, at even distances."""
-    return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
+    places = np.linspace(0, len(data.train) - 1, min(len(data.train), _COMPARED_WITH))
+    return data.train.chosen(places.round().astype(int)), "training"
 
 
 def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, split: Split) -> Comparison:
     """Return how far a classifier's outputs are from those of a run's model, on labelled images of the run's split."""
     trained = torch_classifier(run.model, run.card)
-    outputs: list[tuple[Tensor, Tensor]] = []  # (B, K) each
-    batches = []
-    for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
+    outputs: list[tuple[Labels, ...]] = []  # (B, K) of both, and labels (B, ...)
+    for batch, labels in images.ordered_batches(_COMPARED_AT_ONCE, run.card.mean, run.card.std):
         pixels = batch.numpy()
-        outputs.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
-        batches.append(targets)
-    was, now = (torch.cat(side).numpy() for side in zip(*outputs, strict=True))  # (N, K) each
-    decisions = trained.card.decision, exported.card.decision
-    return _compared(run, was, now, torch.cat(batches).numpy(), decisions, split)
+        outputs.append((trained.logits(pixels), exported.logits(pixels), labels.numpy()))
+    was, now, truth = map(np.concatenate, zip(*outputs, strict=True))
+    return _compared(run, was, now, truth, exported.card.decision, split)
 
 
 def _compare_on_folds(
@@ -345,33 +347,28 @@ def _compare_on_folds(
     images = {"image_size", "images_file", "path"}
     # Beside a call's first run; one folder above its linear probe, which is a study of its own.
     for file in sorted(file for place in run_dir.parents[1:3] for file in place.glob(of_folds)):
-        own = read_record(file)
-        alike = own.spec.data.model_dump(include=images) == spec.data.model_dump(include=images)
-        done = alike and own.spec.data.folds is not None and own.status == "done"
-        if done and own.predictions is not None and own.predictions.logits is not None:
-            learned = TASKS[own.spec.task].restored(own.decision)
-            pair = np.asarray(own.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
-            parts.append((*(task.aligned(one, learned) for one in pair), rows_of(own.predictions.labels)))
+        record = read_record(file)
+        alike = record.spec.data.model_dump(include=images) == spec.data.model_dump(include=images)
+        done = alike and record.spec.data.folds is not None and record.status == "done"
+        if done and record.predictions is not None and record.predictions.logits is not None:
+            fold_task = TASKS[record.spec.task].restored(record.decision)
+            pair = np.asarray(record.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
+            parts.append((*(task.aligned(one, fold_task) for one in pair), rows_of(record.predictions.labels)))
     if not parts:
         return None
-    was, now, labels = (np.concatenate(side) for side in zip(*parts, strict=True))
-    return _compared(run, was, now, labels, (run.card.decision, run.card.decision), "held-out")
+    was, now, labels = map(np.concatenate, zip(*parts, strict=True))
+    return _compared(run, was, now, labels, run.card.decision, "held-out")
 
 
 def _compared(
-    run: RestoredRun,
-    was: NDArray[np.floating],
-    now: NDArray[np.floating],
-    labels: Labels,
-    decisions: tuple[Decision | None, Decision | None],
-    split: Split,
+    run: RestoredRun, was: Labels, now: Labels, labels: Labels, decision_now: Decision | None, split: Split
 ) -> Comparison:
-    """Return how far outputs of a run's model, (N, K), are from what they were; decisions are of both."""
-    decision, decision_now = decisions
+    """Return how far outputs of a run's model, (N, K), are from what they were."""
+    decision = run.card.decision
     task, metric = TASKS[run.card.task], metric_of(run.record.spec)
     before, after = task.predicted(was, decision), task.predicted(now, decision_now)
-    least = thresholds_of(decision), thresholds_of(decision_now)
-    values = [metric.interval(labels, *said).estimate for said in zip((before, after), least, strict=True)]
+    thresholds = thresholds_of(decision), thresholds_of(decision_now)
+    values = [metric.interval(labels, *outputs).estimate for outputs in zip((before, after), thresholds, strict=True)]
     return Comparison(
         images=len(labels),
         split=split,
@@ -380,6 +377,6 @@ def _compared(
         metric=metric,
         trained=values[0],
         exported=values[1],
-        loss=metric.loss(labels, before, after, *least),
-        unit=metric.unit(run.card.decision),
+        loss=metric.loss(labels, before, after, *thresholds),
+        unit=metric.unit(decision),
     )

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
@@ -24,7 +22,8 @@ from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict_with_middle
 from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
-from peft_vit.deploy import Merged, ModelCard, merge
+from peft_vit.deploy import ExportMetadata, Merged, merge
+from peft_vit.deploy.formats.header import FloatArray
 from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.measures.held_out import PRIOR, Outputs, fit_neighbours, reference_images
 
@@ -107,30 +106,30 @@ def images_rounded_by(type: QuantizationType) -> int:
 
 def pack_after_training(
     model: nn.Module, run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
-) -> tuple[nn.Module, ModelCard, Neighbours | None]:
+) -> tuple[nn.Module, ExportMetadata, Neighbours | None]:
     """Return a run's merged float model with packed weights, its card, and what it knows of training images.
 
     What validation images say, and the features of training images, are those of the rounded model.
     """
     rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
-    found: dict[str, Any] = {}
-    known, middle = None, None
+    changes: dict[str, Any] = {}
+    reference, middle = None, None
     if len(data.validation):
         meaning = card.meaning
         prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
         validation = _outputs(rounded, data.validation, card)
-        found = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
+        changes = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
         middle = validation.middle
-    if run.known is not None:
+    if run.reference is not None:
         train = _outputs(rounded, reference_images(data, run.record.spec.seed), card).middle
         assert train is not None
-        known, found["unlike"] = fit_neighbours(train, middle)
-    return rounded, card.model_copy(update=found), known
+        reference, changes["unlike"] = fit_neighbours(train, middle)
+    return rounded, card.model_copy(update=changes), reference
 
 
 def logits_by_type(
     run_dir: Path, types: Sequence[QuantizationType], rounding: Rounding | None = None, offset: bool | None = None
-) -> dict[QuantizationType, NDArray[np.float32]]:
+) -> dict[QuantizationType, FloatArray]:
     """Return what a float run's model says of its test images, (N, classes), with weights in each type in turn.
 
     The run is restored and merged once. Where many runs are tested on folds, these are images that none of them was
@@ -163,6 +162,6 @@ def _images_to_round_by(
     return Calibration(data, runtime, run.record.spec.seed).images(count) if count else None
 
 
-def _outputs(model: nn.Module, images: LabelledImages, card: ModelCard) -> Outputs:
+def _outputs(model: nn.Module, images: LabelledImages, card: ExportMetadata) -> Outputs:
     batches = images.ordered_batches(32, card.mean, card.std)
-    return Outputs(*predict_with_middle(model, batches, device=_CPU, precision="fp32"))
+    return Outputs(*predict_with_middle(model, batches, precision="fp32"))

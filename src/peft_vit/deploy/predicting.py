@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from importlib import import_module
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -19,7 +20,7 @@ from peft_vit.core.config import EXPORTS, exported_format
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
 from peft_vit.data.files import files_below, open_tree
 from peft_vit.data.sources.folders import is_image
-from peft_vit.deploy.model_card import Classifier, ModelCard
+from peft_vit.deploy.formats.header import Classifier, ExportMetadata, FloatArray
 from peft_vit.deploy.presentation import PRESENTED, Prediction
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def _function(place: str) -> Any:
     return getattr(import_module(f"peft_vit.deploy.formats.{module}"), name)
 
 
-def writer_of(format: str) -> Callable[[nn.Module, Path, ModelCard, Neighbours | None], None]:
+def writer_of(format: str) -> Callable[[nn.Module, Path, ExportMetadata, Neighbours | None], None]:
     """Return what writes a merged model in a format of `config.EXPORTS`."""
-    writer: Callable[[nn.Module, Path, ModelCard, Neighbours | None], None] = _function(EXPORTS[format].writer)
+    writer: Callable[[nn.Module, Path, ExportMetadata, Neighbours | None], None] = _function(EXPORTS[format].writer)
     return writer
 
 
@@ -144,30 +145,23 @@ def predict_files(
     Raises:
         UserError: as `image_files`.
     """
-    card = classifier.card
-    remaining = _each(images)
+    card, remaining = classifier.card, _each(images)
     while chunk := list(islice(remaining, _BATCH)):
-        read = [_pixels(image, card) for image in chunk]
-        rows: Iterator[tuple[dict[str, Any], float | None]] = iter(())
-        if pixels := [array for array in read if isinstance(array, np.ndarray)]:
-            logits, distances = _outputs(classifier, _normalised(np.stack(pixels), card))
-            rows = zip(_answers(logits, card, coverage, top), distances, strict=True)
+        read = [_prepared_or_error(image, card) for image in chunk]
+        rows: Iterator[tuple[FloatArray, float | None]] = iter(())
+        if arrays := [array for array in read if isinstance(array, np.ndarray)]:
+            batch = np.stack(arrays)
+            if classifier.with_distances is None:
+                rows = zip(classifier.logits(batch), repeat(None))
+            else:
+                logits, distances = classifier.with_distances(batch)
+                rows = zip(logits, distances.tolist(), strict=True)
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
             else:
-                file = image.file if isinstance(image, ImageFile) else None
-                told, distance = next(rows)
-                unlike = None if distance is None or card.unlike is None else distance > card.unlike.threshold
-                yield Prediction(file, **told, unlike=unlike, distance=distance)
-
-
-def _outputs(classifier: Classifier, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], Sequence[float | None]]:
-    """Return logits (B, classes), and the distance of each image if the model can tell."""
-    if classifier.with_distances is None:
-        return classifier.logits(images), [None] * len(images)
-    logits, distances = classifier.with_distances(images)
-    return logits, distances.tolist()
+                logits_of_image, distance = next(rows)
+                yield prediction_of(image, logits_of_image, card, coverage, top, distance)
 
 
 def _each(images: Iterable[GivenImage]) -> Iterator[GivenImage]:
@@ -194,7 +188,7 @@ def predict_images(
     return predictions
 
 
-def check_coverage(card: ModelCard, coverage: float) -> None:
+def check_coverage(card: ExportMetadata, coverage: float) -> None:
     """Refuse a coverage that a model has no sets for.
 
     Raises:
@@ -209,60 +203,61 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     meaning.threshold(coverage)
 
 
-def _pixels(image: GivenImage, card: ModelCard) -> np.ndarray | UserError:
-    """Return an image as training would see it, (S, S, C) uint8."""
+def prepared(image: GivenImage, card: ExportMetadata) -> FloatArray:
+    """Return an image as a model's input, (3, S, S), as training would see it.
+
+    Normalised as `data.normalised` does, to the last bit and without torch.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    if isinstance(image, UserError):
+        raise image
+    if isinstance(image, Path):
+        image = _on_disk(image)
+    if isinstance(image, ImageFile):
+        decoded = decode_image(image.read, str(image.file))
+    elif (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.size
+        and (image.ndim == 2 or image.shape[2:] in ((3,), (4,)))
+    ):
+        decoded = Image.fromarray(image)
+    else:
+        got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
+    pixels = to_pixels(decoded, card.image_size, card.channels, card.interpolation)  # (S, S, C), C of 1 or 3
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
+    values = pixels.transpose(2, 0, 1).astype(np.float32)  # (C, S, S)
+    return np.ascontiguousarray((values / np.float32(255) - mean) / std)
+
+
+def _prepared_or_error(image: GivenImage, card: ExportMetadata) -> FloatArray | UserError:
     try:
-        if isinstance(image, UserError):
-            return image
-        if isinstance(image, ImageFile):
-            decoded = decode_image(image.read, str(image.file))
-        elif (
-            isinstance(image, np.ndarray)
-            and image.dtype == np.uint8
-            and image.size
-            and (image.ndim == 2 or image.shape[2:] in ((3,), (4,)))
-        ):
-            decoded = Image.fromarray(image)
-        else:
-            got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
-        return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
+        return prepared(image, card)
     except UserError as error:
         return error
 
 
-def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
-    """Return an image as a model's input, (3, S, S); raises UserError if it can't be read."""
-    pixels = _pixels(_on_disk(image) if isinstance(image, Path) else image, card)
-    if isinstance(pixels, UserError):
-        raise pixels
-    normalised: NDArray[np.float32] = _normalised(pixels[None], card)[0]
-    return normalised
-
-
 def prediction_of(
-    image: GivenImage, logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int
+    image: GivenImage,
+    logits: FloatArray,
+    card: ExportMetadata,
+    coverage: float | None,
+    top: int,
+    distance: float | None = None,
 ) -> Prediction:
-    """Return what the logits (classes,) of one image say."""
+    """Return what the logits (classes,) of one image say, and its distance to the nearest training image."""
+    if coverage is not None:
+        check_coverage(card, coverage)
+    prediction = PRESENTED[card.task].prediction(logits, card.class_names, card.meaning, coverage, top)
     file = image.file if isinstance(image, ImageFile) else image if isinstance(image, Path) else None
-    return Prediction(file, **_answers(logits[None], card, coverage, top)[0])
+    unlike = None if distance is None or card.unlike is None else distance > card.unlike.threshold
+    return replace(prediction, file=file, unlike=unlike, distance=distance)
 
 
-def columns_of(card: ModelCard, coverage: float | None, top: int) -> list[str]:
+def columns_of(card: ExportMetadata, coverage: float | None, top: int) -> list[str]:
     """Return the columns that a table of predictions has between `file` and `unlike`."""
     of_zeros = prediction_of(Path(), np.zeros(len(card.class_names), np.float32), card, coverage, top)
     return list(PRESENTED[card.task].cells(of_zeros, coverage is not None))
-
-
-def _answers(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> list[dict[str, Any]]:
-    """Return what logits (B, classes) say of each image, as arguments of `Prediction`."""
-    if coverage is not None:
-        check_coverage(card, coverage)
-    return PRESENTED[card.task].answers(logits, card.class_names, card.meaning, coverage, top)
-
-
-def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:
-    """Return what `data.normalised` does, to the last bit and without torch: (B, S, S, C) to (B, 3, S, S)."""
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
-    images = pixels.transpose(0, 3, 1, 2).astype(np.float32)  # (B, C, S, S), C of 1 or 3
-    return np.ascontiguousarray((images / np.float32(255) - mean) / std)

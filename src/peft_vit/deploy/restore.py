@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_b
 from peft_vit.core.config import DATASETS, ExperimentConfig, QaLoraConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.core.records import RunRecord, RunSpec
+from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data
 from peft_vit.data import load_data
-from peft_vit.deploy import Classifier, ModelCard, open_exported, torch_classifier
+from peft_vit.deploy import Classifier, ExportMetadata, open_exported, torch_classifier
 from peft_vit.runs.measures.held_out import read_run_neighbours
 from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, read_record, single_run
 
@@ -36,37 +35,34 @@ class RestoredRun:
     record: RunRecord
     backbone: LoadedBackbone
     model: nn.Module  # with adapters and head of the chosen step; on the CPU, in evaluation mode, in float
-    known: Neighbours | None  # features of training images; None: the run kept none
+    reference: Neighbours | None  # features of training images; None: the run kept none
 
     @property
-    def card(self) -> ModelCard:
+    def card(self) -> ExportMetadata:
         """Return what an export says of the model."""
-        card, record = model_card(self.record.spec, self.backbone, self.record.class_names), self.record
-        found = {"calibrated": record.calibrated, "unlike": record.unlike, "decision": record.decision}
-        return card.model_copy(update=found)
+        spec, architecture = self.record.spec, self.backbone.architecture
+        return ExportMetadata(
+            run=spec.run_id,
+            library=architecture.library,
+            model=architecture.name,
+            config=architecture.config,
+            weights_name=self.backbone.weights_name,
+            weights_sha256=self.backbone.weights_sha256,
+            image_size=spec.data.image_size,
+            interpolation=spec.data.interpolation or "bicubic",
+            channels=DATASETS[spec.data.dataset].channels,
+            mean=self.backbone.mean,
+            std=self.backbone.std,
+            class_names=tuple(self.record.class_names),
+            calibrated=self.record.calibrated,
+            unlike=self.record.unlike,
+            task=spec.task,
+            decision=self.record.decision,
+        )
 
     def load_data(self) -> Data:
         """Return the run's images; raises UserError if they are not there any more."""
         return load_data(self.record.spec.data, self.record.spec.seed, smoke=self.record.spec.smoke)
-
-
-def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
-    """Return what an export says of a run's model."""
-    return ModelCard(
-        run=spec.run_id,
-        library=backbone.architecture.library,
-        model=backbone.architecture.name,
-        config=backbone.architecture.config,
-        weights_name=backbone.weights_name,
-        weights_sha256=backbone.weights_sha256,
-        image_size=spec.data.image_size,
-        interpolation=spec.data.interpolation or "bicubic",
-        channels=DATASETS[spec.data.dataset].channels,
-        mean=backbone.mean,
-        std=backbone.std,
-        class_names=tuple(class_names),
-        task=spec.task,
-    )
 
 
 def open_model(path: Path, weights: str | None = None) -> Classifier:
@@ -82,9 +78,9 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     folder = single_run(path)
     if weights is None and os.path.isfile(folder / RECORD_FILE):  # unlike Path.is_file, False for an impossible name
         run = restore_run(folder)
-        return torch_classifier(run.model, run.card, run.known)
+        return torch_classifier(run.model, run.card, run.reference)
     if folder != path or os.path.exists(path / LATEST):
-        done_record(folder)  # says what is missing
+        finished_record(folder)  # says what is missing
     return open_exported(path, weights)
 
 
@@ -98,7 +94,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
         UserError: if the run failed, a file is missing or has changed, or the backbone's weights are others now.
     """
     run_dir = single_run(run_dir)
-    record = done_record(run_dir)
+    record = finished_record(run_dir)
     spec, provenance = record.spec, record.provenance
     assert provenance is not None
     file = run_dir / ADAPTER_FILE
@@ -156,7 +152,7 @@ def prepare_as_saved(
     method.prepare(model, experiment, context)
 
 
-def done_record(run_dir: Path) -> RunRecord:
+def finished_record(run_dir: Path) -> RunRecord:
     """Return the record of a run that came to an end and can be restored."""
     run_dir = single_run(run_dir)
     if not os.path.lexists(run_dir / RECORD_FILE):

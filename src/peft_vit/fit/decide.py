@@ -11,9 +11,9 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval
-from peft_vit.base.statistics.more_labels import gain_of_twice
-from peft_vit.base.statistics.odds import Odds, choose_model
-from peft_vit.core.tasks import expected_gain
+from peft_vit.base.statistics.more_labels import gain_of_doubling
+from peft_vit.base.statistics.odds import ModelEstimate, choose_model
+from peft_vit.core.tasks import GAIN_SD, expected_gain
 from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `posterior_by_size`
 _UPSCALED = 4  # times its own side, up to where a larger image helps
 _USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
-GAIN_SD = 0.03  # of what training gains, around it, from data set to data set
 SHORTEST = 0.5  # times the steps on folds, of a last training
 LEAST_FOLDS = 1  # that decide of a training if time is short
 NO_MODEL = "ended before a single model; give more, and the same command continues"
@@ -145,7 +144,7 @@ def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:
         return None
     labels = frame.pooled(trained, seeds)[1]
     of_half, of_all = (frame.scores.best - frame.by_image(own, seeds) for own in (trained.half, trained))
-    return gain_of_twice(of_half, of_all, frame.scores.image_weights(labels), share=1.0)
+    return gain_of_doubling(of_half, of_all, frame.scores.image_weights(labels), share=1.0)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ class Candidate:
     recipe: Recipe
     bytes: int
     folds: int
-    odds: Odds | None
+    odds: ModelEstimate | None
     why: str
 
 
@@ -176,7 +175,7 @@ class ModelDecision:
 
     candidates: tuple[Candidate, ...]
     taken: Candidate
-    odds: Odds
+    odds: ModelEstimate
     reference: Recipe
 
 
@@ -210,10 +209,10 @@ def decide_model(fit: Fit) -> ModelDecision:
         fitting = [number for number in fitting if recipes[number] not in worse] or fitting
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     choice = choose_model(frame.means(recipes), sizes, fitting or range(len(recipes)), floats, margin)
-    taken = choice.odds[choice.chosen]
+    taken = choice.estimates[choice.chosen]
 
     def why(number: int) -> str:
-        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.odds[number].loss)
+        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.estimates[number].loss)
         if number == choice.chosen:
             return ""
         if number not in fitting:
@@ -224,7 +223,7 @@ def decide_model(fit: Fit) -> ModelDecision:
         return f"{larger}, and {gain:.1f} {unit} better" if gain >= 0.05 else f"{larger}, and not better"
 
     candidates = [
-        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.odds[number], why(number))
+        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.estimates[number], why(number))
         for number, recipe in enumerate(recipes)
     ]
     halves = {recipe.half for recipe in frame.rows}

@@ -25,7 +25,14 @@ from safetensors.numpy import load, save
 from peft_vit.base.errors import UserError, checked
 from peft_vit.base.files import make_folder, read_bytes, write_whole
 from peft_vit.base.statistics import Interval
-from peft_vit.core.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of, source_of
+from peft_vit.core.backbones import (
+    BackboneShape,
+    architecture_of,
+    check_weights,
+    default_weights_source,
+    describe,
+    size_step_of,
+)
 from peft_vit.core.config import (
     AUGMENTATION_OF_FLIPS,
     LABEL_SMOOTHING,
@@ -357,7 +364,7 @@ class Fit:
             return self.request.weights
 
         def source() -> str:
-            found, line = source_of(backbone.model)
+            found, line = default_weights_source(backbone.model)
             if line:
                 self.tell(f"  {line}")
             return found

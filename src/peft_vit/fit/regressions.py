@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peft_vit.base.statistics.drawing import deal_folds
+from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.core.backbones import Architecture, native_size, size_step_of
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import Metrics
@@ -107,7 +107,7 @@ def regress(
     l2, logits = held_out(np.ones(len(groups), dtype=bool))  # (N, classes)
     labels, scores, by_image_of_half = features.labels[: len(groups)], Scores(task, metric), None
     if half:
-        part_of = deal_folds(strata, groups, 2, np.random.default_rng(0))
+        part_of = assign_folds(strata, groups, 2, np.random.default_rng(0))
         parts = [part_of == number for number in range(2)]
         if all(can_hold_out(strata[part], groups[part]) for part in parts):
             halves = np.empty_like(logits)

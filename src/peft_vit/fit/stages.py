@@ -40,7 +40,7 @@ from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.files import read_bytes
 from peft_vit.base.statistics import Interval
-from peft_vit.base.statistics.more_labels import gain_of_twice
+from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.core.backbones import architecture_of
 from peft_vit.core.config import Flips, QuantizationType, study_from_mapping, type_of_bits
 from peft_vit.core.methods import METHODS
@@ -399,7 +399,7 @@ def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:
         if found.by_image_of_half is None:
             return None
         of_half, of_all = (scores.best - own / scores.deviation for own in (found.by_image_of_half, found.by_image))
-        return gain_of_twice(of_half, of_all, scores.image_weights(found.labels), share=1 - 1 / FOLDS, error=1.0)
+        return gain_of_doubling(of_half, of_all, scores.image_weights(found.labels), share=1 - 1 / FOLDS, error=1.0)
 
     try:
         return fit.once(fit.decisions.more_labels, probe.place, forecast)

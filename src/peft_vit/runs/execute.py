@@ -33,27 +33,27 @@ from peft_vit.base.errors import (
 from peft_vit.core.adapters import (
     adapted_sites,
     adapter_bytes,
+    float_matmul,
     packed_weights,
     update_ranks,
-    use_float_products,
-    use_integer_products,
-    with_float_products,
+    use_float_matmul,
+    use_int8_matmul,
 )
 from peft_vit.core.adapters.footprint import (
     MemoryWatch,
     frozen_bytes,
-    give_memory_back,
     head_parameters,
+    release_memory,
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.core.adapters.peft_format import doubts_about, peft_sha256
+from peft_vit.core.adapters.peft_format import base_mismatches, peft_sha256
 from peft_vit.core.adapters.peft_tuner import load_peft
 from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.methods import METHODS, PrepareContext
 from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.records import (
     BitAllocation,
     ByteCounts,
@@ -86,7 +86,6 @@ from peft_vit.core.training import (
     allocate_bits,
     head_logits,
     loss_weights,
-    steps_per_epoch,
     train,
 )
 from peft_vit.core.training.images import Data, LabelledImages
@@ -242,7 +241,7 @@ class Loaded:
         training, product = self.spec.experiment.training, None
         if training.compute == "int8":
             choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
-            product = use_integer_products(model, choice.usable(self.device))
+            product = use_int8_matmul(model, choice.usable(self.device))
         return provenance_of(self, product)
 
     def float_weights(self) -> dict[str, Tensor]:
@@ -279,7 +278,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     provenance = attempt.begin(loaded.made_ready())  # now that the head is the one that training starts from
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
-        for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):
+        for doubt in base_mismatches(Path(start), spec.backbone.model, *weights, data.class_names):
             warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
     sites = [site.info() for site in adapted_sites(model).values()]
     ranks = update_ranks(model)
@@ -299,7 +298,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     content = adapter_bytes(model, metadata, packed=keeps_codes(experiment))
     attempt.update()
     attempt.memory = None  # the float weights may come back for a comparison
-    give_memory_back()  # or what the steps took would lie beside them
+    release_memory()  # or what the steps took would lie beside them
     context = HookContext(
         calibration_batch=calibration.batch,
         class_weights=loss_weights(experiment.training, data, loaded.device),
@@ -402,7 +401,7 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
         attempt.known.head_fit = probe.fit
         if not is_probe:
             images = data.test.open()
-            with attempt.overhead.of("features"), with_float_products(model):
+            with attempt.overhead.of("features"), float_matmul(model):
                 values = in_float.of(images).values
             logits = head_logits(head, values, runtime)
             attempt.known.probe_test = ProbeTest(
@@ -439,18 +438,18 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     def outputs(of: LabelledImages) -> Outputs:
         batches = of.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
         if spec.measures.features:
-            found = Outputs(*predict_with_middle(model, batches, device=runtime.device, precision=runtime.precision))
+            found = Outputs(*predict_with_middle(model, batches, precision=runtime.precision))
         elif is_probe:
             found = Outputs(np.empty((0, 0), np.float32), of.labels, None)
         else:
-            found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
+            found = Outputs(*predict(model, batches, precision=runtime.precision), None)
         if is_probe:  # its logits are of the features that it was fitted to
             return found._replace(logits=head_logits(head, in_float.of(of).values, runtime))
         return found
 
     if spec.multiplies_integers:
         attempt.update()  # of the memory that training took
-        use_float_products(model)
+        use_float_matmul(model)
     images = images or data.test.open()
     test = outputs(images)
     with attempt.overhead.of("calibration"):
@@ -464,13 +463,13 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     return _Tested(result, data.task.measure(test.logits, test.labels, decision), predicted, believed)
 
 
-def provenance_of(loaded: Loaded, product: Product | None) -> Provenance:
+def provenance_of(loaded: Loaded, product: Int8Matmul | None) -> Provenance:
     """Return what a run is made of, and what carries it out."""
     spec, data, backbone = loaded.spec, loaded.data, loaded.backbone
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
-    epochs = -(-steps // steps_per_epoch(len(data.train), spec.experiment.training.batch_size))
+    epochs = -(-steps // spec.experiment.training.epoch_steps(len(data.train)))
     return Provenance(
         packages=package_versions(spec.backbone.library),
         python=platform.python_version(),

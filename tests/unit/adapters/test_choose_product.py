@@ -8,11 +8,11 @@ import torch
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import products
-from peft_vit.core.adapters.products import SLOW, ProductTimes, measure_products
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.adapters.products import SLOW, MatmulTimes, time_matmuls
+from peft_vit.core.quantization.integers import Int8Matmul
 
 CPU = torch.device("cpu")
-LOOP, PACKED = Product("int_mm", 8), Product("qlinear", 7)
+LOOP, PACKED = Int8Matmul("int_mm", 8), Int8Matmul("qlinear", 7)
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
     def make(**seconds: float) -> list[int]:
         rows: list[int] = []
-        monkeypatch.setattr(products, "exact_products", lambda inputs, device, bits=None: [LOOP, PACKED])
+        monkeypatch.setattr(products, "exact_matmuls", lambda inputs, device, bits=None: [LOOP, PACKED])
         monkeypatch.setattr(products, "_in_float", lambda weight, dtype: (None, len(weight)))
-        monkeypatch.setattr(products, "_in_integers", lambda weight, product: (product.name, len(weight)))
+        monkeypatch.setattr(products, "_in_int8", lambda weight, product: (product.name, len(weight)))
 
         def took(x: torch.Tensor, linear: tuple[str | None, int]) -> float:
             name, outputs = linear
@@ -50,8 +50,8 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 )
 def test_the_fastest_is_chosen_and_integers_where_they_are_worth_it(timed, int_mm, qlinear, chosen, faster) -> None:
     timed(int_mm=int_mm, qlinear=qlinear)
-    choice = measure_products(CPU)
-    assert choice.product == chosen
+    choice = time_matmuls(CPU)
+    assert choice.matmul == chosen
     assert choice.is_faster == faster
     assert choice.usable(CPU) == chosen
     assert (choice.seconds, choice.float_s) == (pytest.approx({LOOP: int_mm, PACKED: qlinear}[chosen]), 0.01)
@@ -59,7 +59,7 @@ def test_the_fastest_is_chosen_and_integers_where_they_are_worth_it(timed, int_m
 
 def test_a_nested_loop_is_left_after_a_few_values_and_its_time_is_reckoned(timed) -> None:
     rows = timed(int_mm=3.0, qlinear=2.0)
-    choice = measure_products(CPU)
+    choice = time_matmuls(CPU)
     assert set(rows) == {products._FEW_ROWS}
     assert choice.seconds == pytest.approx(2.0)
     with pytest.raises(UserError, match=r"too slow here: .*2,000 ms in 8-bit integers \(oneDNN\), 10 in float"):
@@ -67,18 +67,18 @@ def test_a_nested_loop_is_left_after_a_few_values_and_its_time_is_reckoned(timed
 
 
 def test_slow_is_several_times_floats_time_and_none_is_none() -> None:
-    assert ProductTimes(LOOP, 0.99 * SLOW, 1.0).usable(CPU) == LOOP
+    assert MatmulTimes(LOOP, 0.99 * SLOW, 1.0).usable(CPU) == LOOP
     with pytest.raises(UserError, match="go on elsewhere") as caught:
-        ProductTimes(LOOP, 1.01 * SLOW, 1.0).usable(CPU, "training.compute", "go on elsewhere")
+        MatmulTimes(LOOP, 1.01 * SLOW, 1.0).usable(CPU, "training.compute", "go on elsewhere")
     assert caught.value.field == "training.compute"
     with pytest.raises(UserError, match="multiplies no such 8-bit integers exactly"):
-        ProductTimes(None, math.inf, 1.0).usable(CPU)
+        MatmulTimes(None, math.inf, 1.0).usable(CPU)
 
 
 def test_without_onednn_pytorchs_own_product_is_not_taken() -> None:
     """Its loop is what processors without AVX512-VNNI get; oneDNN's layer does not ask for the flag."""
     threads = torch.get_num_threads()
     with torch.backends.mkldnn.flags(enabled=False):
-        choice = measure_products(CPU)
-    assert choice.product.name == "qlinear"
+        choice = time_matmuls(CPU)
+    assert choice.matmul.name == "qlinear"
     assert torch.get_num_threads() == threads

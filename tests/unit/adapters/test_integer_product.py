@@ -14,13 +14,13 @@ from torch import nn
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
 from peft_vit.core.adapters import integer_product as integer_product_module
-from peft_vit.core.adapters.adapted_model import use_integer_products
+from peft_vit.core.adapters.adapted_model import use_int8_matmul
 from peft_vit.core.adapters.adapted_product import remember_sources
-from peft_vit.core.adapters.integer_product import integer_product
-from peft_vit.core.adapters.products import product_here
+from peft_vit.core.adapters.integer_product import int8_linear
+from peft_vit.core.adapters.products import fastest_matmul
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.quantization import QuantizationFormat, quantize
-from peft_vit.core.quantization.integers import IntegerWeight, Product, exact_products, quantize_rows
+from peft_vit.core.quantization.integers import Int8Matmul, Int8Weight, exact_matmuls, quantize_rows
 
 SPANS = (slice(0, 24), slice(40, 64))
 
@@ -38,18 +38,18 @@ def adapters(pool: int, parametrization: str = "product", ranks: tuple[int, int]
     return made
 
 
-@pytest.mark.parametrize("product", exact_products(32, "cpu") + exact_products(64, "cpu", 7), ids=str)
+@pytest.mark.parametrize("product", exact_matmuls(32, "cpu") + exact_matmuls(64, "cpu", 7), ids=str)
 @pytest.mark.parametrize("rows", [1, 7, 12_000])
 @pytest.mark.parametrize(("pool", "parametrization"), [(1, "product"), (8, "product"), (1, "svd"), (8, "svd")])
 def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization, product) -> None:
     generator = torch.Generator().manual_seed(5)
-    weight = IntegerWeight.from_float(torch.randn(64, 32, generator=generator), product)
+    weight = Int8Weight.from_float(torch.randn(64, 32, generator=generator), product)
     bias = torch.randn(64, generator=generator)
     x = torch.randn(rows, 32, generator=generator, requires_grad=True)
     direction = torch.randn(rows, 64, generator=generator)
     updates = list(zip(SPANS, adapters(pool, parametrization), strict=True))
     parameters = [parameter for _, adapter in updates for parameter in adapter.parameters()]
-    y = integer_product(x, weight, bias, updates, pool=pool)
+    y = int8_linear(x, weight, bias, updates, pool=pool)
     got = torch.autograd.grad(y, [x, *parameters], direction)
 
     codes, scales = quantize_rows(x.detach())
@@ -72,12 +72,12 @@ def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization, pro
 
 
 def test_under_autocast_outputs_have_its_type_and_are_near() -> None:
-    weight = IntegerWeight.from_float(torch.randn(64, 32), product_here(torch.device("cpu")))
+    weight = Int8Weight.from_float(torch.randn(64, 32), fastest_matmul(torch.device("cpu")))
     updates = list(zip(SPANS, adapters(1), strict=True))
     x = torch.randn(2, 9, 32, requires_grad=True)
-    exact = integer_product(x, weight, None, updates)
+    exact = int8_linear(x, weight, None, updates)
     with torch.autocast("cpu", torch.bfloat16):
-        y = integer_product(x, weight, None, updates)
+        y = int8_linear(x, weight, None, updates)
     assert y.dtype == torch.bfloat16
     assert y.shape == (2, 9, 64)
     torch.testing.assert_close(y.float(), exact, rtol=0.03, atol=0.3)
@@ -90,36 +90,26 @@ def linear(pool: int = 1) -> AdaptedLinear:
     layer = AdaptedLinear(nn.Linear(32, 48))
     adapter = SiteAdapter(32, 48, 2, scale=1.0, generator=torch.Generator().manual_seed(0), pool=pool)
     layer.add_site(loose_site("query", (0, 48), 32), adapter)
-    layer.product = Product("int_mm", 7)
+    layer.matmul = Int8Matmul("int_mm", 7)
     return layer
 
 
 def test_integers_follow_the_weight_in_use() -> None:
     layer = linear()
-    first = layer.integer_weight()
-    assert layer.integer_weight() is first
+    first = layer.int8_weight()
+    assert layer.int8_weight() is first
     with torch.no_grad():
         layer.weight.mul_(2)
-    torch.testing.assert_close(layer.integer_weight().scales, 2 * first.scales)
+    torch.testing.assert_close(layer.int8_weight().scales, 2 * first.scales)
     layer.set_quantized(quantize(layer.weight, QuantizationFormat("int2", group_size=None, offset=False)))
     for share in (0.25, 0.5):
         layer.quantized_share = share
-        assert torch.equal(
-            layer.integer_weight().codes, IntegerWeight.from_float(layer.frozen_weight(), layer.product).codes
-        )
+        assert torch.equal(layer.int8_weight().codes, Int8Weight.from_float(layer.frozen_weight(), layer.matmul).codes)
+    layer.set_quantized(quantize(layer.weight, QuantizationFormat("int8", group_size=None, offset=False)))
     layer.drop_float()
-    assert (layer.integer_weight().dequantize() - layer.quantized.dequantize()).abs().max() < 0.01
-
-
-def test_codes_of_eight_bits_in_one_group_are_multiplied_as_they_are() -> None:
-    layer = linear()
-    layer.set_quantized(
-        quantize(layer.weight, QuantizationFormat("int8", group_size=None, offset=False, scale_dtype=torch.float32))
-    )
-    layer.drop_float()
-    layer.product = Product("qlinear", 8)  # the codes are those of the weight, whatever multiplies them
-    assert layer.integer_weight().codes.abs().max() == 127
-    torch.testing.assert_close(layer.integer_weight().dequantize(), layer.quantized.dequantize(), rtol=1e-6, atol=0)
+    layer.matmul = Int8Matmul("qlinear", 8)  # now the codes are those of the weight
+    assert layer.int8_weight().codes.abs().max() == 127
+    torch.testing.assert_close(layer.int8_weight().dequantize(), layer.quantized.dequantize(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("pool", [1, 8])
@@ -129,8 +119,8 @@ def test_a_model_multiplies_integers_in_all_blocks_and_learns(tiny_vit, batch, p
     attach_adapters(model, sites, 2, scale=1.0, seed=0, pool=pool)
     images, labels = batch
     expected = model(images)
-    use_integer_products(model)
-    assert all(module.product for _, module in adapted_modules(model))
+    use_int8_matmul(model)
+    assert all(module.matmul for _, module in adapted_modules(model))
     assert len(list(adapted_modules(model))) == 8  # fc1 without an adapter, too
     logits = model(images)
     assert 0 < (logits - expected).abs().max() < 0.1 * expected.abs().max()
@@ -162,7 +152,7 @@ def test_float_weights_take_no_memory_until_they_are_read(tiny_vit, batch) -> No
     model = tiny_vit()
     attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
     before = {name: module.weight.clone() for name, module in adapted_modules(model)}
-    use_integer_products(model)
+    use_int8_matmul(model)
     model(batch[0]).sum().backward()
     adapted = dict(adapted_modules(model))
     assert all(resident_bytes(module.weight) == 0 for module in adapted.values())
@@ -176,14 +166,14 @@ def test_float_weights_take_no_memory_until_they_are_read(tiny_vit, batch) -> No
 
 def test_without_room_for_a_file_float_weights_stay(tiny_vit, batch, monkeypatch) -> None:
     model, other = tiny_vit(), tiny_vit()
-    use_integer_products(other.requires_grad_(False))
+    use_int8_matmul(other.requires_grad_(False))
     place = model.requires_grad_(False).blocks[0].attn.qkv.weight.data_ptr()
 
     def full() -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    use_integer_products(model)
+    use_int8_matmul(model)
     assert model.blocks[0].attn.qkv.weight.data_ptr() == place
     assert torch.equal(model(batch[0]), other(batch[0]))
 
@@ -193,7 +183,7 @@ def test_codes_that_are_made_again_give_the_same_gradients_and_are_not_kept(tiny
     monkeypatch.setattr(integer_product_module, "LEAST_VALUES", 1)
     model = tiny_vit()
     attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
-    use_integer_products(model)
+    use_int8_matmul(model)
 
     def gradients() -> tuple[list[torch.Tensor], int]:
         codes: list[int] = []
@@ -220,12 +210,12 @@ def test_codes_that_are_made_again_give_the_same_gradients_and_are_not_kept(tiny
 def test_images_do_not_depend_on_the_batch(tiny_vit, batch) -> None:
     model = tiny_vit()
     attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
-    use_integer_products(model)
+    use_int8_matmul(model)
     with torch.no_grad():
         torch.testing.assert_close(model(batch[0])[:1], model(batch[0][:1]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_that_is_trained_is_refused(tiny_vit) -> None:
     with pytest.raises(UserError, match="is trained itself") as caught:
-        use_integer_products(tiny_vit())
+        use_int8_matmul(tiny_vit())
     assert caught.value.field == "training.compute"

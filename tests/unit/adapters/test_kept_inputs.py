@@ -20,7 +20,7 @@ from peft_vit.core.adapters import (
     attach_adapters,
     site_adapters,
 )
-from peft_vit.core.adapters.adapted_product import remember_sources, source_of
+from peft_vit.core.adapters.adapted_product import remember_sources, source_of_input
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.quantization import QuantizationFormat, quantize
 
@@ -82,7 +82,7 @@ def activation_values(model: nn.Module, batch, bf16: bool = False) -> int:
 def all_kept() -> Iterator[None]:
     """Let no layer know what its inputs were made from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapted_product, "source_of", lambda x: None)
+        patch.setattr(adapted_product, "source_of_input", lambda x: None)
         yield
 
 
@@ -151,7 +151,7 @@ def test_pieces_of_columns_add_up(pool, type, tiny_vit, batch, monkeypatch: pyte
 def test_only_what_acts_on_rows_is_computed_again_and_for_one_pass(model, batch) -> None:
     seen, outputs = {}, []
     for name in ("blocks.1.attn.qkv", "blocks.1.attn.proj", "blocks.1.mlp.fc2", "head"):
-        note = lambda _m, given, name=name: seen.update({name: source_of(given[0])})  # noqa: E731
+        note = lambda _m, given, name=name: seen.update({name: source_of_input(given[0])})  # noqa: E731
         model.get_submodule(name).register_forward_pre_hook(note)
     model(batch[0])
     assert seen["blocks.1.attn.qkv"].function.module is model.blocks[1].norm1

@@ -48,10 +48,10 @@ def test_measures_are_those_of_scikit_learn() -> None:
     precision = precision_score(of.labels, of.predicted, average=None, labels=range(4), zero_division=0)
     for found, sensitivity, predictive in zip(quality.classes, recall, precision, strict=True):
         assert found.precision == pytest.approx(predictive)
-        assert (None if found.found is None else found.found.estimate) == (
+        assert (None if found.recall is None else found.recall.estimate) == (
             pytest.approx(sensitivity) if found.images else None
         )
-    assert quality.classes[3].found is None  # no test image is of it
+    assert quality.classes[3].recall is None  # no test image is of it
     assert quality.mean_confidence == pytest.approx(np.mean(of.probability))
 
 
@@ -69,12 +69,12 @@ def test_mistakes_come_surest_first_and_confusions_most_frequent_first() -> None
 def test_some_images_are_drawn_without_looking_and_always_the_same() -> None:
     quality = quality_of(record_of(200))
     for right in (True, False):
-        shown = quality.some(right, 6)
+        shown = quality.sample_images(right, 6)
         assert len(shown) == 6
         assert all(image.right == right for image in shown)
-        assert shown == quality.some(right, 6)
+        assert shown == quality.sample_images(right, 6)
         assert [sum(image.truth == name for image in shown) for name in NAMES] == [2, 2, 2, 0]
-    assert len(quality.some(False, 1000)) == len(quality.mistakes)
+    assert len(quality.sample_images(False, 1000)) == len(quality.mistakes)
 
 
 @pytest.mark.parametrize(("n", "bins"), [(59, 0), (60, 3), (190, 9), (1000, MOST_BINS)])

@@ -81,7 +81,13 @@ def test_values_at_the_matrices_by_hand() -> None:
     assert sum(describe(_config("swin_tiny_patch4_window7_224"), 224).values_by_block) == blocks + merges
 
 
-def takes_sizes_that_are_chosen(name: str) -> bool:
+FAST = {*ONE_A_FAMILY.values(), *OTHERS}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in {**LISTED, **OTHERS}]
+)
+def test_a_model_takes_the_sizes_that_are_chosen(name: str) -> None:
     architecture = Architecture("timm", name)
     step, native = size_step_of(architecture), native_size(architecture)
     for size in {max(step, -(-64 // step) * step), max(step, (native - 1) // step * step), native}:
@@ -89,18 +95,6 @@ def takes_sizes_that_are_chosen(name: str) -> bool:
             model = build_model(architecture, size, 2, shallow=name not in OTHERS).eval()
             logits = model(torch.zeros(1, *Backbone(model).input_size))  # (1, 3, S, S) -> (1, 2)
         assert logits.shape == (1, 2), size
-    return True
-
-
-@pytest.mark.parametrize("name", [*ONE_A_FAMILY.values(), *OTHERS])
-def test_a_model_of_each_family_takes_the_sizes_that_are_chosen(name: str) -> None:
-    assert takes_sizes_that_are_chosen(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LISTED)
-def test_each_model_takes_the_sizes_that_are_chosen(name: str) -> None:
-    assert takes_sizes_that_are_chosen(name)
 
 
 def test_a_model_whose_stages_divide_images_has_no_sizes_of_a_few_pixels() -> None:

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from peft_vit import QALoRATrainer
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import attach_adapters, effects
-from peft_vit.core.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size, watching
+from peft_vit.core.backbones import (
+    Architecture,
+    Backbone,
+    capturing_inputs,
+    describe,
+    fill_head,
+    find_sites,
+    native_size,
+)
 from peft_vit.core.config import BackboneConfig
 
 NO_TARGETS = {"cpb_mlp", "embeds", "head", "head_dist"}  # networks of positions, patches, classes
@@ -34,7 +42,7 @@ def test_every_matrix_on_tokens_is_covered_by_sites_once_and_tokens_are_its_rows
     linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert covered.keys() == {path for path in linear if not NO_TARGETS & set(path.split("."))}
     rows: dict[str, int] = {}
-    with watching(
+    with capturing_inputs(
         {module: model.get_submodule(module) for module in covered},
         lambda module, given: rows.update({module: given.numel() // given.shape[-1]}),
     ):

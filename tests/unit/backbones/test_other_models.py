@@ -8,7 +8,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import attach_adapters, current_ranks
 from peft_vit.core.backbones import Architecture, Backbone, describe, find_sites
 from peft_vit.core.backbones.catalog import build_model
-from peft_vit.core.backbones.families.by_tokens import on_tokens
+from peft_vit.core.backbones.families.by_tokens import token_layers
 from peft_vit.core.config import BackboneConfig
 from peft_vit.deploy.measures.check import check_architecture
 
@@ -19,7 +19,7 @@ def shape_of(name: str, image_size: int):
 
 def test_what_is_found_in_a_plain_model_is_what_its_family_says() -> None:
     model = random_model("test_vit")
-    layers = on_tokens(model)
+    layers = token_layers(model)
     assert list(layers.blocks) == [f"blocks.{layer}" for layer in range(len(model.blocks))]
     by_family = find_sites(random_model("test_vit"))
     assert [linear.module for linear in layers.linears] == list(dict.fromkeys(site.module for site in by_family))

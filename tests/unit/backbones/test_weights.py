@@ -118,64 +118,52 @@ def _folder(folder: Path, _: Tensors) -> Path:
     return folder / "w.pth"
 
 
-_NUMBERS = "entry 'pos_embed' is not a tensor of real numbers within the file"
 _TOO_LARGE = (1 << 20, 1 << 20)
+_SPARSE = torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), _TOO_LARGE, check_invariants=False)
 
 
 @pytest.mark.parametrize(
-    ("write", "field", "message"),
+    ("write", "field"),
     [
-        (_saved("w.safetensors", lambda t: t.pop("blocks.1.attn.qkv.weight")), "model", "lacks .*: blocks.1.attn.qkv"),
-        (
-            _saved("w.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.5.")}),
-            "model",
-            r"lacks tensors .*: blocks.5\S+, \S+, \S+ and 9 more;",
-        ),
-        (_damaged(blocks__9__extra=torch.zeros(1)), "model", "does not have: blocks.9.extra;"),
-        (_damaged(norm__weight=torch.ones(32)), "model", "another shape: norm.weight;"),
-        (_damaged(patch_embed__proj__weight=torch.ones(64, 3, 14, 14)), "model", "another shape: patch_embed.proj.w"),
-        (_damaged(cls_token=torch.full((1, 1, 64), torch.nan)), "model", "not finite: cls_token;"),
-        (_damaged(pos_embed=torch.ones(1, 24, 64)), "model", "does not fit the model"),
-        (_saved("w.pth", lambda _: {"state_dict": _Payload(Path("ran"))}), "weights", "can't be read as weights"),
-        (_compressed, "weights", r"w\.pth: .*it is compressed"),  # may be a bomb
-        (_cut, "weights", r"w\.safetensors: .*can't be read as weights"),
-        (_saved("w.pt", lambda _: [1, 2]), "weights", "holds no state_dict"),
-        (_saved("w.pt", lambda _: {"lr": 0.1}), "weights", "'lr' is not a named tensor"),
-        (_seeming(torch.zeros(1).expand(_TOO_LARGE)), "weights", _NUMBERS),  # four bytes that claim four terabytes
-        (_seeming(torch.empty(_TOO_LARGE, device="meta")), "weights", _NUMBERS),
-        (
-            _seeming(torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), _TOO_LARGE, check_invariants=False)),
-            "weights",
-            _NUMBERS,
-        ),
-        (_seeming(torch.zeros(2, dtype=torch.complex64)), "weights", _NUMBERS),
-        (_folder, "file", r"expected a \.safetensors"),
-        (lambda folder, _: folder, "file", r"expected a \.safetensors"),
-        (lambda folder, _: folder / "w.npz", "file", r"expected a \.safetensors"),
-        (lambda folder, _: folder / "none.pth", "file", "does not exist"),
-        (lambda *_: "x" * 5000 + ".pth", "file", "does not exist"),
-        (lambda *_: "a\0b.pth", "file", "does not exist"),
-        (lambda *_: "~nobody-of-this-name/w.pth", "file", "does not exist"),
+        (_saved("w.safetensors", lambda t: t.pop("blocks.1.attn.qkv.weight")), "model"),
+        (_damaged(blocks__9__extra=torch.zeros(1)), "model"),
+        (_damaged(norm__weight=torch.ones(32)), "model"),
+        (_damaged(patch_embed__proj__weight=torch.ones(64, 3, 14, 14)), "model"),
+        (_damaged(cls_token=torch.full((1, 1, 64), torch.nan)), "model"),
+        (_damaged(pos_embed=torch.ones(1, 24, 64)), "model"),
+        (_saved("w.pth", lambda _: {"state_dict": _Payload(Path("ran"))}), "weights"),
+        (_compressed, "weights"),  # may be a bomb
+        (_cut, "weights"),
+        (_saved("w.pt", lambda _: [1, 2]), "weights"),
+        (_saved("w.pt", lambda _: {"lr": 0.1}), "weights"),
+        (_seeming(torch.zeros(1).expand(_TOO_LARGE)), "weights"),  # four bytes that claim four terabytes
+        (_seeming(torch.empty(_TOO_LARGE, device="meta")), "weights"),
+        (_seeming(_SPARSE), "weights"),
+        (_seeming(torch.zeros(2, dtype=torch.complex64)), "weights"),
+        (_folder, "file"),
+        (lambda folder, _: folder, "file"),
+        (lambda folder, _: folder / "w.npz", "file"),
+        (lambda folder, _: folder / "none.pth", "file"),
+        (lambda *_: "x" * 5000 + ".pth", "file"),
+        (lambda *_: "a\0b.pth", "file"),
+        (lambda *_: "~nobody-of-this-name/w.pth", "file"),
     ],
 )
-def test_refused_in_one_line(
-    write: Callable[[Path, Tensors], Path],
-    field: str,
-    message: str,
-    tmp_path: Path,
-    tensors: Tensors,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_refused_in_one_line(write, field, tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = _file(write(tmp_path, tensors))
-    with pytest.raises(UserError, match=message) as caught:
-        _load(config)
-    assert caught.value.field == f"backbone.{field}"
-    assert str(caught.value).isprintable()
+    for refuse in (_load, check_weights) if field == "file" else (_load,):
+        with pytest.raises(UserError) as caught:
+            refuse(config)
+        assert caught.value.field == f"backbone.{field}"
+        assert str(caught.value).isprintable()
     assert not (tmp_path / "ran").exists()
-    if field == "file":
-        with pytest.raises(UserError, match=message):
-            check_weights(config)
+
+
+def test_of_many_tensors_that_are_missing_three_are_named(tmp_path: Path, tensors: Tensors) -> None:
+    write = _saved("w.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.5.")})
+    with pytest.raises(UserError, match=r"lacks tensors .*: blocks.5\S+, \S+, \S+ and 9 more;"):
+        _load(_file(write(tmp_path, tensors)))
 
 
 def test_a_torch_that_can_not_read_pickles_safely_is_told_so(

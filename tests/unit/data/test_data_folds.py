@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from written_images import index_of
 
 from peft_vit.base.errors import UserError
-from peft_vit.base.statistics.drawing import deal_folds
+from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.core.config import DataConfig
 from peft_vit.data import load_data, make_splits
 
@@ -25,7 +25,7 @@ def config_of(**settings):
 @given(drawn=SETS, folds=st.integers(2, 5), seed=st.integers(0, 2**32 - 1))
 def test_groups_stay_whole_and_folds_are_as_equal_as_they_allow(drawn, folds, seed):
     strata, groups = map(np.array, drawn)
-    fold_of = deal_folds(strata, groups, folds, np.random.default_rng(seed))
+    fold_of = assign_folds(strata, groups, folds, np.random.default_rng(seed))
     assert fold_of.shape == strata.shape
     assert fold_of.dtype == np.int64
     assert np.all((fold_of >= 0) & (fold_of < folds))
@@ -45,7 +45,7 @@ def test_groups_stay_whole_and_folds_are_as_equal_as_they_allow(drawn, folds, se
 )
 def test_without_copies_folds_differ_by_one_image_at_most_as_a_whole_and_in_each_stratum(strata, folds, seed):
     strata = np.array(strata)
-    fold_of = deal_folds(strata, np.arange(len(strata)), folds, np.random.default_rng(seed))
+    fold_of = assign_folds(strata, np.arange(len(strata)), folds, np.random.default_rng(seed))
     assert np.ptp(np.bincount(fold_of, minlength=folds)) <= 1
     for stratum in np.unique(strata):
         assert np.ptp(np.bincount(fold_of[strata == stratum], minlength=folds)) <= 1
@@ -55,7 +55,7 @@ def test_each_image_is_as_likely_in_each_fold_and_beside_each_other_one():
     strata, groups = np.arange(12) % 2, np.arange(12)
     together = np.zeros((12, 12))
     for seed in range(600):
-        fold_of = deal_folds(strata, groups, 3, np.random.default_rng(seed))
+        fold_of = assign_folds(strata, groups, 3, np.random.default_rng(seed))
         together += fold_of[:, None] == fold_of[None]
     # 2 of each stratum in a fold: another one of the own stratum is there with 1/5, one of the other with 2/6.
     same = strata[:, None] == strata[None]

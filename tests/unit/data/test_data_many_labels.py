@@ -9,7 +9,7 @@ from pyarrow import parquet
 from written_images import save
 
 from peft_vit.base.errors import UserError
-from peft_vit.base.statistics.drawing import deal_folds, stratified_draw
+from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
 from peft_vit.core.config import DataConfig
 from peft_vit.data import find_images, inspect_images, make_splits, open_index
 
@@ -127,10 +127,10 @@ def test_a_folder_of_classes_is_no_other_task(tmp_path) -> None:
 def test_draws_and_folds_hold_every_label_in_its_share() -> None:
     rng = np.random.default_rng(1)
     members = rng.random((200, 6)) < (0.5, 0.3, 0.1, 0.05, 0.05, 0.02)
-    drawn = stratified_draw(np.arange(200), members, 50, rng)
+    drawn = stratified_sample(np.arange(200), members, 50, rng)
     assert len(drawn) == 50
     assert np.abs(members[drawn].sum(0) - members.sum(0) / 4).max() <= 2
-    folds = deal_folds(members, np.arange(200), 5, rng)
+    folds = assign_folds(members, np.arange(200), 5, rng)
     by_fold = np.array([members[folds == k].sum(0) for k in range(5)])
     assert np.abs(by_fold - members.sum(0) / 5).max() <= 2
     assert np.abs(np.bincount(folds) - 40).max() <= 1
@@ -143,5 +143,5 @@ def test_draws_and_folds_hold_every_label_in_its_share() -> None:
 def test_copies_stay_in_one_fold() -> None:
     rng = np.random.default_rng(2)
     members, groups = rng.random((60, 3)) < 0.4, np.arange(60) // 3
-    folds = deal_folds(members, groups, 4, rng)
+    folds = assign_folds(members, groups, 4, rng)
     assert all(len(set(folds[groups == group])) == 1 for group in range(20))

@@ -8,7 +8,7 @@ from written_images import index_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import stratified_draw
+from peft_vit.base.statistics.drawing import stratified_sample
 from peft_vit.core.config import DataConfig
 from peft_vit.data import class_gaps, make_splits
 from peft_vit.data.splits import Splits
@@ -28,7 +28,7 @@ TOY = index_of(np.arange(100) % 2, strata=np.arange(100) % 4)
 def test_draw_has_exact_counts_within_one_of_the_proportional_share(sizes, share, seed):
     strata = np.repeat(np.arange(len(sizes)), sizes)
     count = round(share * len(strata))
-    drawn = stratified_draw(np.arange(len(strata)), strata, count, np.random.default_rng(seed))
+    drawn = stratified_sample(np.arange(len(strata)), strata, count, np.random.default_rng(seed))
     assert len(drawn) == len(set(drawn.tolist())) == count
     assert drawn.dtype == np.int64
     assert np.all(np.diff(drawn) > 0)
@@ -39,7 +39,7 @@ def test_draw_has_exact_counts_within_one_of_the_proportional_share(sizes, share
 def test_draw_by_hand():
     # 7 of 6 + 3 + 1: shares 4.2, 2.1, 0.7; floors 4, 2, 0; the last image goes to the remainder 0.7.
     strata = np.repeat([0, 1, 2], [6, 3, 1])
-    drawn = stratified_draw(np.arange(10), strata, 7, np.random.default_rng(0))
+    drawn = stratified_sample(np.arange(10), strata, 7, np.random.default_rng(0))
     assert np.bincount(strata[drawn]).tolist() == [4, 2, 1]
 
 
@@ -47,7 +47,7 @@ def test_ties_and_members_are_drawn_by_lot():
     strata = np.repeat(np.arange(10), 5)
     counts = np.zeros(50)
     for seed in range(400):
-        counts[stratified_draw(np.arange(50), strata, 5, np.random.default_rng(seed))] += 1
+        counts[stratified_sample(np.arange(50), strata, 5, np.random.default_rng(seed))] += 1
     # Each of the 50 has probability 0.1: 40 +- 6 in 400; five standard deviations.
     assert np.all(np.abs(counts - 40) < 30)
 
@@ -122,11 +122,11 @@ def test_what_moves_a_split(settings, change, moved):
 def test_a_seeds_splits_come_from_the_generator_of_seed_and_split_seed():
     splits = make_splits(TOY, config(test_split="per_seed", split_seed=5), 3)
     rng, everything = numpy_generator(3, "split", 5), np.arange(100)
-    test = stratified_draw(everything, TOY.strata, 10, rng)
+    test = stratified_sample(everything, TOY.strata, 10, rng)
     assert same(splits.test, test)
-    assert same(splits.validation, stratified_draw(np.setdiff1d(everything, test), TOY.strata, 10, rng))
+    assert same(splits.validation, stratified_sample(np.setdiff1d(everything, test), TOY.strata, 10, rng))
     fixed = make_splits(TOY, config(split_seed=5), 3)
-    assert same(fixed.test, stratified_draw(everything, TOY.strata, 10, numpy_generator(5, "split")))
+    assert same(fixed.test, stratified_sample(everything, TOY.strata, 10, numpy_generator(5, "split")))
 
 
 def test_the_official_test_is_used_whole_or_a_seed_draws_out_of_it_and_the_rest_is_trained_on():

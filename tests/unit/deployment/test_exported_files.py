@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from exported_files import compared, damaged, packed_model
+from exported_files import compared, damaged, packed_model, signed_onnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import SHALLOW_CARD as CARD
@@ -23,9 +22,9 @@ from peft_vit.core.backbones import find_sites
 from peft_vit.core.config import EXPORTS
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Decision, Unlike
-from peft_vit.deploy import ModelCard, export_onnx, export_openvino, open_exported, predict_images, writer_of
-from peft_vit.deploy.formats.runtimes import OpenVinoHeader, onnx_content, openvino_content
-from peft_vit.deploy.model_card import HEADER, UNSIGNED, Header
+from peft_vit.deploy import ExportMetadata, export_onnx, export_openvino, open_exported, predict_images, writer_of
+from peft_vit.deploy.formats.header import HEADER, UNSIGNED, Header
+from peft_vit.deploy.formats.runtimes import openvino_content
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -56,52 +55,47 @@ def test_a_file_says_what_the_model_says_and_what_it_is(written: Written, tmp_pa
     assert compared(plain, write(plain, name, tmp_path), 3)[0] <= 1e-5
 
 
-def signed_again(file: Path, folder: Path, card: ModelCard) -> Path:
+def signed_again(file: Path, folder: Path, card: ExportMetadata) -> Path:
     """Write a file for another runtime with another card and its hash, as anybody can who wants to be believed."""
     header, content, again = Header(card=card), file.read_bytes(), folder / file.name
     if file.suffix == ".onnx":
-        proto = onnx.load_from_string(content)
-        signed = header.signed(onnx_content(proto)).model_dump_json()
-        onnx.helper.set_model_props(proto, {HEADER: signed})
-        again.write_bytes(proto.SerializeToString())
+        again.write_bytes(signed_onnx(content, card))
         return again
     weights = file.with_suffix(".bin").read_bytes()
     (own,) = re.findall(rb'<%b value="([^"]*)"' % HEADER.encode(), content)
     unsigned = content.replace(own, html.escape(header.model_dump_json()).encode())
-    digest = OpenVinoHeader(card=card).signed(openvino_content(unsigned, weights)).sha256
+    digest = header.signed(openvino_content(unsigned, weights)).sha256
     again.write_bytes(unsigned.replace(UNSIGNED.encode(), digest.encode()))
     again.with_suffix(".bin").write_bytes(weights)
     return again
 
 
-UNLIKE, NO_NAMES = Unlike(images=40, threshold=1.0), {"task": "multilabel", "class_names": tuple("abcde")}
+MULTILABEL = {"task": "multilabel", "class_names": tuple("abcde")}
 SETS = {"images": 30, "thresholds": (0.5,) * 5, "coverages": (0.8, 0.9), "set_thresholds": (0.4,)}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        ({"class_names": tuple("abcdefg")}, r"has logits of shape \(1, 5\), expected \(1, 7\)"),
-        ({"class_names": tuple("ab")}, r"has logits of shape \(1, 5\), expected \(1, 2\)"),
-        ({"image_size": 48}, "can't be computed with"),
-        ({"unlike": UNLIKE}, "can't be computed with"),
-        (NO_NAMES, "says of outputs what does not fit its classes"),
-        (NO_NAMES | {"decision": Decision(images=30, thresholds=(0.5,) * 3)}, "does not fit its classes"),
-        (NO_NAMES | {"decision": Decision.model_construct(**SETS)}, "expected rising coverages, and thresholds"),
-        (
-            {"task": "regression", "decision": Decision(images=9, center=(1.0,) * 3, spread=(1.0,) * 3)},
-            "does not fit its cl",
-        ),
+        {"class_names": tuple("abcdefg")},
+        {"class_names": tuple("ab")},
+        {"image_size": 48},
+        {"unlike": Unlike(images=40, threshold=1.0)},
+        MULTILABEL,
+        MULTILABEL | {"decision": Decision(images=30, thresholds=(0.5,) * 3)},
+        MULTILABEL | {"decision": Decision.model_construct(**SETS)},
+        {"task": "regression", "decision": Decision(images=9, center=(1.0,) * 3, spread=(1.0,) * 3)},
     ],
 )
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_a_card_that_is_not_its_model_s_is_refused_in_one_line(
-    written: Written, tmp_path: Path, name: str, change: dict[str, Any], said: str
+    written: Written, tmp_path: Path, name: str, change: dict[str, Any]
 ) -> None:
     file = signed_again(written[1][name], tmp_path, CARD.model_copy(update=change))
-    with pytest.raises(UserError, match=said) as refused:
+    with pytest.raises(UserError) as refused:
         predict_images(open_exported(file), [np.zeros((40, 40, 3), np.uint8)])
-    assert str(file) in str(refused.value)
+    assert refused.value.file == str(file)
+    assert "was changed" not in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

@@ -94,7 +94,7 @@ def in_two_batches(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_what_a_copy_with_zeros_loses(adapted, batch, method: str) -> None:
     model = adapted(method)
-    removal = measure_ablation(model, in_two_batches(batch), device=CPU, precision="fp32")
+    removal = measure_ablation(model, in_two_batches(batch), precision="fp32")
     sites = [name for name, rank in update_ranks(model).items() if rank]
     assert ("blocks.1.mlp.fc2" in sites) == (METHODS[method] is not lora)
     loss, accuracy = loss_and_accuracy(model, *batch)
@@ -132,7 +132,7 @@ def test_passing_the_first_blocks_once_changes_no_bit(adapted, batch, method: st
         name: float(-log_softmax(np.concatenate(parts).astype(np.float64), 1)[np.arange(6), labels].mean())
         for name, parts in logits.items()
     }
-    removal = measure_ablation(model, in_two_batches(batch), device=CPU, precision=precision)
+    removal = measure_ablation(model, in_two_batches(batch), precision=precision)
     # The log of a sum may round otherwise in another library; 1e-14 is far below what another bit of a logit moves.
     assert removal.loss == pytest.approx(losses.pop(""), abs=1e-14)
     assert removal.site_loss_rise == pytest.approx(
@@ -145,7 +145,7 @@ def test_the_walk_passes_each_block_as_often_as_it_has_to(adapted, batch) -> Non
     passes = [0, 0]
     for block in range(2):
         model.blocks[block].register_forward_hook(lambda *_, block=block: passes.__setitem__(block, passes[block] + 1))
-    measure_ablation(model, [batch], device=CPU, precision="fp32")
+    measure_ablation(model, [batch], precision="fp32")
     # Block 0: all updates, its 6 sites, 3 groups. Block 1: as often again, and its own 5 sites.
     assert passes == [10, 15]
 
@@ -155,7 +155,7 @@ def test_groups_without_a_site_are_left_out(tiny_vit, batch, fill_adapters, rank
     model = tiny_vit()
     attach_adapters(model, find_sites(model, ("query", "value")), rank, scale=2.0, seed=0)
     fill_adapters(model)
-    removal = measure_ablation(model, [batch], device=CPU, precision="fp32")
+    removal = measure_ablation(model, [batch], precision="fp32")
     loss, accuracy = loss_and_accuracy(model, *batch)
     assert (removal.loss, removal.accuracy, removal.images) == (pytest.approx(loss, abs=1e-6), accuracy, 6)
     assert list(removal.group_loss_rise) == list(removal.group_accuracy) == groups

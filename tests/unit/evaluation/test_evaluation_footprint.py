@@ -75,13 +75,13 @@ def test_predictions_in_order_without_gradients(tiny_vit, batch) -> None:
     images, labels = batch
     batches = list(zip(images.split(4), labels.split(4), strict=True))
     model.train()
-    logits, targets = predict(model, batches, device=torch.device("cpu"), precision="fp32")
+    logits, targets = predict(model, batches, precision="fp32")
     assert model.training
     np.testing.assert_array_equal(targets, labels)
     model.eval()
     with torch.no_grad():
         np.testing.assert_allclose(logits, model(images), rtol=1e-5, atol=1e-5)
-    reduced, _ = predict(model, batches, device=torch.device("cpu"), precision="bf16")
+    reduced, _ = predict(model, batches, precision="bf16")
     assert not model.training
     assert reduced.dtype == np.float32
     assert 0 < np.abs(reduced - logits).max() < 0.2

@@ -8,7 +8,7 @@ from tiny_models import TINY_FAMILIES, random_model
 from torch import nn
 from torch.nn import functional as F
 
-from peft_vit.core.adapters import attach_adapters, use_integer_products
+from peft_vit.core.adapters import attach_adapters, use_int8_matmul
 from peft_vit.core.backbones import Backbone, find_sites
 from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.training.halves import forward_in_halves, in_halves, loss_in_halves, takes_halves
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_whole_and_repeat_to_the_bit(two_threads, tin
     model = tiny_vit()
     attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
     if integers:
-        use_integer_products(model)
+        use_int8_matmul(model)
     some = batch[0][:count], batch[1][:count]
     whole, first = gradients(model, some, halves=False), gradients(model, some, halves=True)
     assert whole.keys() == first.keys()
@@ -60,7 +60,7 @@ def test_every_family_passes_in_halves_and_in_integers(two_threads, name, batch)
     model = random_model(name).train()
     attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
     in_float = model(batch[0]).detach()
-    assert use_integer_products(model).bits in (7, 8)
+    assert use_int8_matmul(model).bits in (7, 8)
     assert (model(batch[0]) - in_float).norm() < 0.2 * in_float.norm()
     with class_token_alone(model):
         whole, first = gradients(model, batch, halves=False), gradients(model, batch, halves=True)

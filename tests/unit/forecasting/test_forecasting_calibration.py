@@ -9,7 +9,7 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import Augmentation, BackboneConfig, PeftAdaLoraConfig, Rotate90
 from peft_vit.core.methods import check
 from peft_vit.core.records import RunSpec
-from peft_vit.core.training import Progress, steps_per_epoch
+from peft_vit.core.training import Progress
 from peft_vit.data import make_splits, open_index
 from peft_vit.runs.costs import timing_run as timing_runs
 from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs, cached_costs, timing_run
@@ -36,7 +36,7 @@ def small(spec: RunSpec, total_steps: int, **limits: int) -> RunSpec:
 
 def steps_of(spec: RunSpec) -> int:
     training = spec.experiment.training
-    return training.epochs * steps_per_epoch(spec.data.train_images, training.batch_size)
+    return training.epochs * training.epoch_steps(spec.data.train_images)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from peft_vit.core.quantization import QuantizationFormat, integers, quantize
-from peft_vit.core.quantization.integers import IntegerWeight, Product, exact_products, largest_code, quantize_rows
+from peft_vit.core.quantization.integers import Int8Matmul, Int8Weight, exact_matmuls, largest_exact_code, quantize_rows
 
-PRODUCTS = exact_products(384, "cpu")
+PRODUCTS = exact_matmuls(384, "cpu")
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
@@ -16,11 +16,11 @@ PRODUCTS = exact_products(384, "cpu")
 @pytest.mark.parametrize("rows", [1, 3, 64, 300])
 def test_the_largest_products_are_those_of_64_bit_integers(rows, inputs, product) -> None:
     generator = torch.Generator().manual_seed(0)
-    (product,) = (here for here in exact_products(inputs, "cpu") if here.name == product.name)
+    (product,) = (here for here in exact_matmuls(inputs, "cpu") if here.name == product.name)
     signs = torch.randint(0, 2, (rows + 24, inputs), generator=generator, dtype=torch.int8) * 2 - 1
     signs[0], signs[-1] = 1, 1
     x, codes = signs[:rows] * integers.LARGEST, signs[rows:] * product.largest
-    weight = IntegerWeight(codes, torch.full((len(codes),), 0.5), product.name)
+    weight = Int8Weight(codes, torch.full((len(codes),), 0.5), product.name)
     exact = (x.long() @ codes.long().T).float()  # rounded to 24 bits, as the sums are
     assert torch.equal(weight.multiply(x), exact * 0.5)
     back = torch.randint(0, 2, (rows, len(codes)), generator=generator, dtype=torch.int8) * 2 - 1  # a gradient's rows
@@ -28,31 +28,31 @@ def test_the_largest_products_are_those_of_64_bit_integers(rows, inputs, product
     assert torch.equal(weight.multiply_back(back * integers.LARGEST), exact)
 
 
-def saturating(name, x, weight, device):
+def saturating(weight, x):
     """Add pairs of products of x + 128 and the weights in 16 bits, as vpmaddubsw does."""
-    shifted, weights = x.long() + 128, weight.long()  # (N, in), (out, in)
+    shifted, weights = x.long() + 128, weight.codes.long()  # (N, in), (out, in)
     pairs = (shifted.unflatten(1, (-1, 2)).unsqueeze(1) * weights.unflatten(1, (-1, 2))).sum(-1)  # (N, out, in / 2)
     return (pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * weights.sum(1)).float()
 
 
 def test_weights_take_seven_bits_where_products_saturate(monkeypatch) -> None:
-    largest_code.cache_clear()
-    monkeypatch.setattr(integers, "_product", saturating)
+    largest_exact_code.cache_clear()
+    monkeypatch.setattr(Int8Weight, "multiply", saturating)
     try:
-        assert exact_products(64, "cpu") == [Product("int_mm", 7), Product("qlinear", 7)]
-        assert exact_products(64, "cpu", 8) == []
-        weight = IntegerWeight.from_float(torch.randn(16, 64), Product("int_mm", 7))
+        assert exact_matmuls(64, "cpu") == [Int8Matmul("int_mm", 7), Int8Matmul("qlinear", 7)]
+        assert exact_matmuls(64, "cpu", 8) == []
+        weight = Int8Weight.from_float(torch.randn(16, 64), Int8Matmul("int_mm", 7))
         assert weight.codes.abs().max() == 64
         x = torch.randint(-127, 128, (5, 64), dtype=torch.int8)
-        assert torch.equal(saturating("", x, weight.codes, "cpu"), (x.long() @ weight.codes.long().T).float())
+        assert torch.equal(saturating(weight, x), (x.long() @ weight.codes.long().T).float())
     finally:
-        largest_code.cache_clear()
+        largest_exact_code.cache_clear()
 
 
 def test_codes_are_the_nearest_and_scales_those_of_the_largest() -> None:
     weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(1))
     weight[3] = 0
-    rounded = IntegerWeight.from_float(weight, Product("int_mm", 8))
+    rounded = Int8Weight.from_float(weight, Int8Matmul("int_mm", 8))
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((rounded.dequantize() - weight).abs() <= step / 2 * (1 + 1e-5)).all()
     assert torch.equal(rounded.dequantize()[3], torch.zeros(40))
@@ -67,7 +67,7 @@ def test_what_is_an_integer_grid_already_stays_as_it_is() -> None:
     codes = torch.randint(-64, 65, (6, 32), generator=torch.Generator().manual_seed(2))
     codes[:, 0] = 64
     scales = torch.rand(6, 1) + 0.1
-    rounded = IntegerWeight.from_float(codes * scales, Product("int_mm", 7))
+    rounded = Int8Weight.from_float(codes * scales, Int8Matmul("int_mm", 7))
     assert torch.equal(rounded.codes.long(), codes)
     torch.testing.assert_close(rounded.dequantize(), codes * scales)
 
@@ -76,7 +76,7 @@ def test_what_is_an_integer_grid_already_stays_as_it_is() -> None:
 def test_packed_integers_with_one_scale_a_row_are_multiplied_as_they_are(type) -> None:
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
     packed = quantize(weight, QuantizationFormat(type, group_size=None, offset=False))
-    integers = IntegerWeight.from_quantized(packed, Product("int_mm", 8))
+    integers = Int8Weight.from_quantized(packed, Int8Matmul("int_mm", 8))
     torch.testing.assert_close(integers.dequantize(), packed.dequantize(), rtol=1e-6, atol=0)
     assert int(integers.codes.abs().max()) < 2 ** (int(type[3:]) - 1)
 
@@ -90,9 +90,9 @@ def test_groups_whose_scales_are_whole_numbers_of_times_the_smallest_are_exact_a
     times = torch.randint(1, 9, packed.scales.shape, generator=generator)
     times[:, 0] = 1
     whole = replace(packed, scales=(torch.rand(24, 1, generator=generator) + 0.1) * times)
-    integers = IntegerWeight.from_quantized(whole, Product("int_mm", 7))
+    integers = Int8Weight.from_quantized(whole, Int8Matmul("int_mm", 7))
     torch.testing.assert_close(integers.dequantize(), whole.dequantize(), rtol=1e-6, atol=1e-7)
     assert torch.equal(integers.codes.float(), (whole.dequantize() / whole.scales[:, :1]).round())
-    near = IntegerWeight.from_quantized(packed, Product("int_mm", 7))
+    near = Int8Weight.from_quantized(packed, Int8Matmul("int_mm", 7))
     error = (near.dequantize() - packed.dequantize()).norm() / packed.dequantize().norm()
     assert 0 < error < 0.015

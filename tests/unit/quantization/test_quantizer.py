@@ -170,9 +170,12 @@ def by_elimination(weight: np.ndarray, x: np.ndarray, format: QuantizationFormat
     return result
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.type}-{format.group_size}-{format.offset}")
-def test_it_is_the_papers_algorithm_and_better_than_nearest_rounding(format) -> None:
-    weight, x = layer()
+OTHER_COLUMNS = [(QuantizationFormat("nf4", None, False), inputs) for inputs in (1, 7, 16, 150, 267)]  # fill no blocks
+
+
+@pytest.mark.parametrize(("format", "inputs"), [*((format, 144) for format in FORMATS), *OTHER_COLUMNS])
+def test_it_is_the_papers_algorithm_and_better_than_nearest_rounding(format, inputs) -> None:
+    weight, x = layer(inputs)
     compensated = quantize_with_compensation(weight, format, 2 * x.T @ x)
     expected = by_elimination(weight.numpy(), x.numpy(), format)
     np.testing.assert_allclose(compensated.dequantize().double().numpy(), expected, atol=1e-5)
@@ -183,7 +186,7 @@ def test_it_is_the_papers_algorithm_and_better_than_nearest_rounding(format) -> 
     def output_error(quantized) -> float:
         return float((x @ (quantized.dequantize().double() - weight.double()).T).norm())
 
-    assert output_error(compensated) < 0.8 * output_error(nearest)
+    assert output_error(compensated) <= (0.8 if inputs > 16 else 1.01) * output_error(nearest)
     if not format.has_codebook and not format.offset:
         assert int(unpack_codes(compensated.codes, format.bits, weight.shape[1]).min()) > 0
 
@@ -194,15 +197,6 @@ def test_inputs_that_do_not_hang_together_or_are_zero_leave_nothing_to_compensat
     weight, _ = layer()
     compensated = quantize_with_compensation(weight, format, torch.eye(144) * size)
     assert torch.equal(compensated.dequantize(), quantize(weight, format).dequantize())
-
-
-@pytest.mark.parametrize("inputs", [1, 7, 16, 150, 267])
-def test_columns_need_not_fill_blocks(inputs: int) -> None:
-    weight, x = layer(inputs)
-    format = QuantizationFormat("nf4", None, False)
-    compensated = quantize_with_compensation(weight, format, 2 * x.T @ x)
-    expected = by_elimination(weight.numpy(), x.numpy(), format)
-    np.testing.assert_allclose(compensated.dequantize().double().numpy(), expected, atol=1e-5)
 
 
 def test_a_factor_on_the_hessian_changes_nothing_and_an_input_that_is_never_there_is_no_trouble() -> None:

@@ -14,7 +14,7 @@ from peft_vit.core.quantization.row_rounding import (
     rounded_rows,
     row_values,
     unpack_rows,
-    unpack_some,
+    unpack_selected_rows,
 )
 
 pytestmark = pytest.mark.part("quantization")
@@ -71,9 +71,9 @@ def test_some_rows_of_several_files_are_unpacked_as_all_of_each_are(bits) -> Non
     second = len(packed[0]["codes"]) * (8 // bits if bits < 16 else 1)  # the next file begins with a byte
     starts, rows = np.array([37, second + 5, second + 5 + 3 * 37]), np.array([1, 6, 9])
     expected = torch.stack([files[0][0][1], files[1][1][0], files[1][1][3]])
-    some = torch.from_numpy(unpack_some(arrays, starts, rows, 37, bits))
+    some = torch.from_numpy(unpack_selected_rows(arrays, starts, rows, 37, bits))
     assert torch.equal(some, expected if bits == 32 else rounded_rows(expected, bits))
-    assert unpack_some(arrays, starts[:0], rows[:0], 37, bits).shape == (0, 37)
+    assert unpack_selected_rows(arrays, starts[:0], rows[:0], 37, bits).shape == (0, 37)
 
 
 def test_small_scales_keep_their_precision() -> None:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import font_manager
 
 from peft_vit.base.statistics import proportion_interval
-from peft_vit.deploy.page.class_blocks import class_blocks, confusion_figure, fonts_for, shortened
+from peft_vit.deploy.page.class_blocks import class_blocks, confusion_figure, fonts_for, shorten
 from peft_vit.deploy.page.document import Table
 from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality
 
@@ -22,7 +22,7 @@ from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality
     ],
 )
 def test_long_names_keep_their_beginning_and_their_end(name: str, expected: str) -> None:
-    assert shortened(name) == expected
+    assert shorten(name) == expected
 
 
 def test_letters_that_no_font_has_are_told_once_and_warn_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_what_is_shown_of_classes_can_be_read(classes: int, slugs: list[str]) ->
         for place, (hit, n) in enumerate(zip(hits, totals, strict=True))
     ]
     whole = proportion_interval(sum(hits), sum(totals))
-    blocks = list(class_blocks(ModelQuality(whole, whole, 0.5, tuple(found), confusion, ())))
+    blocks = list(class_blocks(ModelQuality(whole, whole, tuple(found), confusion, ())))
     assert [block.slug for block in blocks] == slugs
     tables = {block.slug: block for block in blocks if isinstance(block, Table)}
     assert tables["classes"].rows[0][0] == "class 0"  # lowest first

@@ -62,7 +62,7 @@ def restored(record: RunRecord, folder: Path) -> RestoredRun:
     run = restore_run(run_folder(folder, record.spec))
     images = load_data(record.spec.data, record.spec.seed).test.open()
     batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
-    logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
+    logits, labels = predict(run.model, batches, precision="fp32")
     probability = torch.from_numpy(logits).softmax(1).max(1).values.numpy()
     assert record.predictions is not None
     np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)

@@ -19,8 +19,8 @@ from peft_vit.core.backbones import Backbone, find_sites
 from peft_vit.core.config import StartingRanksConfig
 from peft_vit.deploy import load_low_bit, open_exported
 from peft_vit.deploy.bundle import export_bundle
+from peft_vit.deploy.formats.header import HEADER
 from peft_vit.deploy.formats.packed_adapter import PackedAdapter, backbone_of
-from peft_vit.deploy.model_card import HEADER
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import run_folder
 

@@ -7,9 +7,9 @@ import torch
 from done_runs import do_one, with_settings
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.adapters.products import MatmulTimes
 from peft_vit.core.config import StudyConfig, load_study
-from peft_vit.core.quantization.integers import Product
+from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.runs import run_one
 from peft_vit.runs.records.storage import write_study_file
 from peft_vit.runs.scheduling.plan import plan_study
@@ -20,15 +20,15 @@ pytestmark = pytest.mark.part("runner")
 
 CPU = torch.device("cpu")
 MEASURED = products.choose_product  # before a fixture of all tests replaces it
-EIGHT, SEVEN = Product("int_mm", 8), Product("qlinear", 7)
-FAST, SLOWER, SLOW = (ProductTimes(EIGHT, seconds, 0.01) for seconds in (0.004, 0.02, 3.0))
+EIGHT, SEVEN = Int8Matmul("int_mm", 8), Int8Matmul("qlinear", 7)
+FAST, SLOWER, SLOW = (MatmulTimes(EIGHT, seconds, 0.01) for seconds in (0.004, 0.02, 3.0))
 
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch):
     """Say what this machine's products take, by the bits that are asked for."""
 
-    def say(choice: ProductTimes, seven: ProductTimes | None = None) -> None:
+    def say(choice: MatmulTimes, seven: MatmulTimes | None = None) -> None:
         monkeypatch.setattr(
             products, "choose_product", lambda device, precision, bits=None: (seven or choice) if bits == 7 else choice
         )
@@ -42,13 +42,13 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
     asked = []
 
-    def measured(device: torch.device, dtype: torch.dtype, bits: int | None) -> ProductTimes:
+    def measured(device: torch.device, dtype: torch.dtype, bits: int | None) -> MatmulTimes:
         asked.append((dtype, bits))
         return FAST
 
-    monkeypatch.setattr(products, "measure_products", measured)
+    monkeypatch.setattr(products, "time_matmuls", measured)
 
-    def choose(*given: object) -> ProductTimes:
+    def choose(*given: object) -> MatmulTimes:
         MEASURED.cache_clear()  # as another process would
         return MEASURED(CPU, *given)
 
@@ -57,7 +57,7 @@ def test_a_choice_is_kept_by_precision_and_bits_and_measured_again_if_its_file_i
     choose("bf16")
     choose("fp32", 7)
     assert asked == [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 7)]
-    for file in (tmp_path / "product_times").iterdir():
+    for file in (tmp_path / "matmul_times").iterdir():
         file.write_text("{}")
     assert choose("fp32") == FAST
     assert len(asked) == 4
@@ -103,7 +103,7 @@ def test_a_study_goes_on_with_the_numbers_that_it_was_begun_with(study, tmp_path
     for compute, bits in (("float", None), ("int8", 8), ("int8", 7), ("int8", None)):  # None: by an earlier version
         folder = tmp_path / f"{compute}{bits}"
         begin(with_settings(auto, "training", compute=compute, integer_bits=bits), folder)
-        found(ProductTimes(SEVEN, 0.006, 0.01) if bits == 7 else FAST)
+        found(MatmulTimes(SEVEN, 0.006, 0.01) if bits == 7 else FAST)
         plan = plan_study(auto, folder, file=None)
         assert computes(plan) == [(compute, bits)]
         assert plan.compute_note is None
@@ -119,7 +119,7 @@ def test_a_machine_without_a_fast_product_of_these_numbers_is_refused(study, tmp
         plan_study(auto, tmp_path, file=None)
     assert caught.value.field == "training.compute"
     begin(with_settings(auto, "training", compute="int8", integer_bits=7), tmp_path / "seven")
-    found(SLOW, seven=ProductTimes(SEVEN, 0.006, 0.01))
+    found(SLOW, seven=MatmulTimes(SEVEN, 0.006, 0.01))
     assert computes(plan_study(auto, tmp_path / "seven", file=None)) == [("int8", 7)]
 
 

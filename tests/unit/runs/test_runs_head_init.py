@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from done_runs import do_one as do
 from done_runs import restored, with_data, with_settings
 
@@ -74,7 +73,7 @@ def test_the_start_is_the_probe_and_the_result_is_never_below_it(study, tmp_path
     run = restored(record, tmp_path)
     model, images = run.model, load_data(record.spec.data, record.spec.seed).validation
     batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
-    logits, labels = predict(model, batches, device=torch.device("cpu"), precision="fp32")
+    logits, labels = predict(model, batches, precision="fp32")
     assert (logits.argmax(1) == labels).mean() == pytest.approx(start.metrics.accuracy)
     if method == "adalora":
         assert set(current_ranks(model).values()) == {0}
@@ -90,7 +89,7 @@ def test_in_bf16_the_start_counts_as_many_images_as_its_probe(study, tmp_path) -
     assert (record.chosen_step, record.validation) == (0, start)
     run = restore_run(run_folder(tmp_path, record.spec))
     batches = load_data(record.spec.data, 0).validation.ordered_batches(8, run.backbone.mean, run.backbone.std)
-    logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="bf16")
+    logits, labels = predict(run.model, batches, precision="bf16")
     assert (logits.argmax(1) == labels).mean() != probe.accuracy  # or the test would show nothing
 
 

@@ -8,8 +8,8 @@ from done_runs import do_one, restored, with_settings
 from written_runs import planned
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters import use_integer_products
-from peft_vit.core.adapters.products import ProductTimes
+from peft_vit.core.adapters import use_int8_matmul
+from peft_vit.core.adapters.products import MatmulTimes
 from peft_vit.core.config import MeasuresConfig
 from peft_vit.deploy import merge
 from peft_vit.deploy.page.provenance import caveats
@@ -41,7 +41,7 @@ def test_a_run_in_int8_learns_and_its_numbers_are_of_the_model_that_is_delivered
         exact = merged(images)
     got = torch.tensor(record.predictions.logits)
     torch.testing.assert_close(got, exact, rtol=2e-3, atol=2e-3 * float(exact.abs().max()))  # kept as float16
-    use_integer_products(run.model)
+    use_int8_matmul(run.model)
     with torch.no_grad():
         in_integers = run.model(images)
     assert (got - exact).norm() < 0.1 * (in_integers - exact).norm()  # the forward pass of training is another
@@ -57,7 +57,7 @@ def test_an_older_record_is_told_to_be_of_the_int8_forward_pass(study, tmp_path)
 
 def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
-        products, "choose_product", lambda device, precision, bits=None: ProductTimes(None, math.inf, 1.0)
+        products, "choose_product", lambda device, precision, bits=None: MatmulTimes(None, math.inf, 1.0)
     )
     config = with_settings(study("lora"), "training", compute="int8")
     with pytest.raises(UserError, match="cpu multiplies no such 8-bit integers exactly; use float") as caught:

@@ -9,7 +9,7 @@ from done_runs import do_one
 from torch.nn.functional import mse_loss
 
 from peft_vit.core.adapters import packed_weights
-from peft_vit.core.backbones import watching
+from peft_vit.core.backbones import capturing_inputs
 from peft_vit.core.backbones.catalog import describe
 from peft_vit.core.config import IMAGES_ROUNDED_BY, StudyConfig
 from peft_vit.core.methods.quantized import packing_of
@@ -30,7 +30,7 @@ INT2 = QuantizationFormat("int2", 32, True, torch.float16)
 
 def logits_on(model, images, card):
     batches = images.ordered_batches(32, card.mean, card.std)
-    return predict(model, batches, device=torch.device("cpu"), precision="fp32")[0]
+    return predict(model, batches, precision="fp32")[0]
 
 
 @pytest.mark.parametrize("method", ["linear", "full", "adalora", "peft_lora"])
@@ -119,7 +119,7 @@ def test_gptq_rounds_by_the_inputs_that_packed_layers_make(study, tmp_path) -> N
     images = next(data.train.ordered_batches(24, run.card.mean, run.card.std))[0]
     nearest, gptq = round_weights(merged, "int2"), round_weights(merged, "int2", images)
     seen, layers = {}, ("blocks.0.attn.qkv", "blocks.0.mlp.fc2")
-    with watching({name: gptq.get_submodule(name) for name in layers}, seen.__setitem__), torch.no_grad():
+    with capturing_inputs({name: gptq.get_submodule(name) for name in layers}, seen.__setitem__), torch.no_grad():
         gptq(images)
     for name, inputs in seen.items():
         x = inputs.flatten(0, -2).double()  # (N, in)

@@ -39,7 +39,7 @@ def test_a_run_says_how_far_it_can_be_believed_and_what_is_unlike_its_images(stu
     folder = run_folder(tmp_path, record.spec)
     model, data = open_model(folder), load_data(record.spec.data, record.spec.seed)
     assert (model.card.calibrated, model.card.unlike) == (calibrated, record.unlike)
-    known = restore_run(folder).known.codes.astype(float) / 16  # (16, D), in standard deviations
+    known = restore_run(folder).reference.codes.astype(float) / 16  # (16, D), in standard deviations
 
     def distances(images) -> np.ndarray:
         pixels = np.concatenate([b.numpy() for b, _ in images.ordered_batches(32, model.card.mean, model.card.std)])

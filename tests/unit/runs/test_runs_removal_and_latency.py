@@ -44,7 +44,7 @@ def test_predictions_are_of_the_one_reading_of_test(study, tmp_path) -> None:
     assert predictions.labels == index.labels[images].tolist()
     backbone = trained_again(record, tmp_path)
     batches = load_data(record.spec.data, 0).test.open().ordered_batches(30, backbone.mean, backbone.std)
-    logits, _ = predict(backbone.model, batches, device=torch.device("cpu"), precision="fp32")
+    logits, _ = predict(backbone.model, batches, precision="fp32")
     probability = softmax(logits.astype(np.float64), axis=1)
     np.testing.assert_allclose(predictions.logits, logits, rtol=0, atol=1e-5)
     assert np.float32(predictions.logits).argmax(1).tolist() == predictions.predicted
@@ -84,7 +84,7 @@ def test_removal_is_measured_at_the_chosen_weights_on_the_drawn_images(study, tm
 
     def loss() -> float:
         batches = drawn.ordered_batches(32, backbone.mean, backbone.std)
-        logits, labels = predict(backbone.model, batches, device=torch.device("cpu"), precision="fp32")
+        logits, labels = predict(backbone.model, batches, precision="fp32")
         return -np.log(softmax(logits.astype(np.float64), axis=1)[np.arange(7), labels]).mean()
 
     whole = loss()

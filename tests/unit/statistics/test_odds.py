@@ -8,7 +8,7 @@ import tuning_odds
 from scipy import stats
 
 from peft_vit.base.statistics import odds
-from peft_vit.base.statistics.odds import FoldMeans, choose_model, means_of_images, posterior, resolvable
+from peft_vit.base.statistics.odds import FoldMeans, choose_model, means_of_images, posterior, resolvable_difference
 
 RIGHT = (0.8, 0.8, 0.6)  # of three candidates; those that fail together do so on the same images
 
@@ -116,7 +116,7 @@ def test_the_posterior_is_that_of_its_prior_by_weighted_draws() -> None:
         expected = np.average(loss > margin, weights=likelihood)
         assert known.chance_of_loss(1, 0, margin) == pytest.approx(expected, abs=0.01)
         beyond = np.average(np.maximum(loss - margin, 0), weights=likelihood)
-        assert known.loss_beyond(1, 0, margin) == pytest.approx(beyond, abs=0.0005)
+        assert known.excess_loss(1, 0, margin) == pytest.approx(beyond, abs=0.0005)
 
 
 def test_the_best_of_many_equal_ones_was_lucky_and_one_far_behind_was_not_unlucky() -> None:
@@ -146,7 +146,7 @@ def test_fewer_degrees_of_freedom_make_less_sure() -> None:
 def test_the_smallest_that_loses_little_is_taken(means: list[float], fitting: tuple[int, ...], chosen: int) -> None:
     choice = choose_model(normal(means, 0.003), [86, 14, 9], fitting, [0], margin=0.01)
     assert (choice.chosen, choice.reference) == (chosen, 0)
-    worth = choice.odds[chosen]
+    worth = choice.estimates[chosen]
     assert worth.shown == (means[chosen] == 0.8)
     assert worth.score.low < means[chosen] < worth.score.high
     assert worth.loss == pytest.approx(0.8 - means[chosen], abs=0.005)
@@ -156,25 +156,25 @@ def test_the_smallest_that_loses_little_is_taken(means: list[float], fitting: tu
 @pytest.mark.parametrize(("middle", "chosen"), [(14.5, 1), (16, 2)])
 def test_of_models_that_are_about_as_small_the_best_is_taken(middle: float, chosen: int) -> None:
     choice = choose_model(normal([0.80, 0.80, 0.795], 0.003), [86, middle, 14], (0, 1, 2), [0], margin=0.01)
-    assert choice.odds[2].loss_beyond < 0.001
+    assert choice.estimates[2].excess_loss < 0.001
     assert choice.chosen == chosen
 
 
 def test_a_share_stays_within_its_bounds_and_an_unstable_recipe_is_known_less_well() -> None:
     certain = normal([0.999, 0.9], 0.004)
-    score = choose_model(certain, [2, 1], [0], [0], 0.01).odds[0].score
+    score = choose_model(certain, [2, 1], [0], [0], 0.01).estimates[0].score
     assert 0.97 < score.low < 0.999 < score.high <= 1.0
     unstable = FoldMeans(certain.means, certain.covariance, np.full(2, 0.03**2), 500.0, 500)
-    wide = choose_model(unstable, [2, 1], [0], [0], 0.01).odds[0].score
+    wide = choose_model(unstable, [2, 1], [0], [0], 0.01).estimates[0].score
     assert wide.high - wide.low > 0.1
 
 
 def test_what_so_many_images_resolve_is_what_simulated_pairs_scatter_by() -> None:
     rng = np.random.default_rng(7)
     pairs = rng.choice([-1, 0, 1], size=(4000, 300), p=[0.05, 0.9, 0.05]).mean(1)
-    assert resolvable(300) == pytest.approx(1.96 * pairs.std() * 2.25**0.5, rel=0.05)  # 5 (1 / 5 + 1 / 4)
-    assert resolvable(1200) < 0.55 * resolvable(300)
-    assert resolvable(300, repetitions=3) < resolvable(300)
+    assert resolvable_difference(300) == pytest.approx(1.96 * pairs.std() * 2.25**0.5, rel=0.05)  # 5 (1 / 5 + 1 / 4)
+    assert resolvable_difference(1200) < 0.55 * resolvable_difference(300)
+    assert resolvable_difference(300, repetitions=3) < resolvable_difference(300)
 
 
 def test_a_model_that_loses_much_is_neither_shown_nor_taken_in_simulated_tunings() -> None:

@@ -46,6 +46,13 @@ def test_order_does_not_change_a_bit_and_nothing_is_nan(name, values, data) -> N
     assert all(np.isfinite(x) for x in numbers)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused_by_its_position(name, bad) -> None:
+    with pytest.raises(ValueError, match=rf"got {bad} at position 2 \(1 of 6 are not\)"):
+        FUNCTIONS[name]([0.1, 0.2, bad, 0.4, 0.5, 0.6])
+
+
 # One difference that floats write in several ways is one difference.
 SAME = np.array([0.82 - 0.81, 0.81 - 0.80, 0.80 - 0.79, 0.79 - 0.78, 0.78 - 0.77, 0.77 - 0.76])
 

@@ -177,19 +177,3 @@ def test_a_family_of_claims_holds_its_level(shown, opposite, means) -> None:
     assert is_rate(false["supported"] / STUDIES, independent)
     level = independent if shown is noninferiority else 1 - (1 - ALPHA / 6) ** 3  # one of two sides can be wrong
     assert is_rate(false["refuted"] / STUDIES, level)
-
-
-NAMED: list[Test] = [
-    wilcoxon,
-    lambda x: equivalence(x, 1.0),
-    lambda x: beyond_margin(x, 1.0),
-    lambda x: noninferiority(x, 1.0),
-    lambda x: inferiority(x, 1.0),
-]
-
-
-@pytest.mark.parametrize("test", NAMED)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused_by_name(test, bad) -> None:
-    with pytest.raises(ValueError, match=rf"differences: .* got {bad} at position 2 \(1 of 6 are not\)"):
-        test(np.array([0.1, 0.2, bad, 0.4, 0.5, 0.6]))

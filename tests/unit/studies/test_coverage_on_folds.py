@@ -92,5 +92,5 @@ def test_half_widths_of_an_older_record_are_in_the_numbers_unit() -> None:
     written = {"images": 20, "center": (20.0,), "spread": (4.0,), "coverages": (0.9,), "half_widths": ((3.0,),)}
     decision = Decision.model_validate(written)
     assert half_widths(decision, np.array([[5.0], [50.0]]), 0.9).tolist() == [[3.0], [3.0]]
-    (answer,) = Numbers().answers(np.zeros((1, 1)), ["age"], decision, 0.9, 1)
-    assert answer["numbers"]["age"] == (20.0, 17.0, 23.0)
+    prediction = Numbers().prediction(np.zeros(1), ["age"], decision, 0.9, 1)
+    assert prediction.numbers["age"] == (20.0, 17.0, 23.0)

@@ -6,7 +6,7 @@ import threadpoolctl
 import torch
 from scipy.stats import beta, spearmanr
 from sklearn import metrics as oracle
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.linear_model import LogisticRegression, Ridge
 from timm.loss import AsymmetricLossMultiLabel
 from torch.nn import functional as F
 
@@ -16,7 +16,6 @@ from peft_vit.core.records import Decision, Predictions
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
 from peft_vit.core.tasks.multilabel import average_precision
 from peft_vit.core.tasks.regression import _spearman
-from peft_vit.deploy.presentation import Prediction
 from peft_vit.deploy.presentation.of_labels import ManyLabels
 from peft_vit.deploy.presentation.of_numbers import Numbers
 
@@ -143,8 +142,8 @@ def test_thresholds_have_the_largest_f1() -> None:
         best = max(oracle.f1_score(truth, own >= level) for level in own)
         assert oracle.f1_score(truth, own >= threshold) == pytest.approx(best)
     assert MULTILABEL.decide(OUTPUTS[:0], UNKNOWN[:0], PRIOR).thresholds == (0.5,) * 3
-    said = ManyLabels().answers(OUTPUTS[:2], ["a", "b", "c"], decision, None, 2)
-    assert [dict(row["labels"]).keys() for row in said] == [
+    predictions = [ManyLabels().prediction(row, ["a", "b", "c"], decision, None, 2) for row in OUTPUTS[:2]]
+    assert [dict(prediction.labels).keys() for prediction in predictions] == [
         {name for name, p, least in zip("abc", row, decision.thresholds, strict=True) if p >= least}
         for row in scores[:2]
     ]
@@ -159,10 +158,10 @@ def test_sets_hold_an_images_labels_as_often_as_asked() -> None:
     assert held[0.9] == pytest.approx(np.mean([row[true].mean() for row, true in zip(inside, there[own], strict=True)]))
     assert sizes[0.9] == pytest.approx(inside.sum(1).mean())
     assert sizes[0.8] < sizes[0.9] < sizes[0.95]
-    said = ManyLabels().answers(OUTPUTS[own], ["a", "b", "c"], decision, 0.9, 1)
-    assert [len(row["classes"]) for row in said] == inside.sum(1).tolist()
-    assert ManyLabels().answers(OUTPUTS[own], ["a", "b", "c"], decision, None, 1)[0]["classes"] == ()
-    cells = ManyLabels().cells(Prediction(None, **said[0]), True)
+    predictions = [ManyLabels().prediction(row, ["a", "b", "c"], decision, 0.9, 1) for row in OUTPUTS[own]]
+    assert [len(prediction.classes) for prediction in predictions] == inside.sum(1).tolist()
+    assert ManyLabels().prediction(OUTPUTS[own][0], ["a", "b", "c"], decision, None, 1).classes == ()
+    cells = ManyLabels().cells(predictions[0], True)
     assert list(cells) == ["labels", "class", "probability", "set"]
     assert MULTILABEL.covered(decision, OUTPUTS, np.zeros_like(LABELS)) == ({}, {})  # no image has a label
 
@@ -242,39 +241,18 @@ def test_the_loss_is_hubers_on_standardized_numbers() -> None:
     assert FITTED.predicted(targets.numpy()) == pytest.approx(NUMBERS)
 
 
-def test_a_head_is_a_ridge_regression() -> None:
-    z = RNG.normal(size=(60, 4)) + 3
-    targets = (NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0)
-    for l2, (weight, bias) in zip((1.0, 0.01), FITTED.linear_heads(z, NUMBERS, (1.0, 0.01), np.ones(60)), strict=True):
-        own = Ridge(alpha=60 * l2).fit(z, targets)
-        assert weight == pytest.approx(own.coef_)
-        assert bias == pytest.approx(own.intercept_)
-
-
 STRENGTHS = (1.0, 0.1, 0.001)
 
 
-def test_what_ridge_says_of_images_left_out_one_by_one_is_scikit_learns() -> None:
-    z = RNG.normal(size=(60, 4)) + 3
-    targets = (NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0)
-    theirs = RidgeCV(alphas=[60 * l2 for l2 in STRENGTHS], store_cv_results=True).fit(z, targets)
-    ours = FITTED.left_out(z, NUMBERS, np.arange(60), STRENGTHS, np.ones(60))
-    for k, outputs in enumerate(ours):
-        assert (outputs - targets) ** 2 == pytest.approx(theirs.cv_results_[:, :, k])
-    wide = RNG.normal(size=(60, 90))  # more features than images
-    theirs = RidgeCV(alphas=[60 * l2 for l2 in STRENGTHS], store_cv_results=True).fit(wide, targets)
-    for k, outputs in enumerate(FITTED.left_out(wide, NUMBERS, np.arange(60), STRENGTHS, np.ones(60))):
-        assert (outputs - targets) ** 2 == pytest.approx(theirs.cv_results_[:, :, k])
-
-
-def test_images_of_a_group_are_left_out_together_and_weights_count() -> None:
+@pytest.mark.parametrize("width", [4, 90])  # more features than images, too
+def test_images_of_a_group_are_left_out_together_and_weights_count(width) -> None:
     """As fits without each group do it, one after the other."""
-    z, weights = RNG.normal(size=(60, 4)) + 3, RNG.uniform(0.2, 3, 60)
+    z, weights = RNG.normal(size=(60, width)) + 3, RNG.uniform(0.2, 3, 60)
     groups = np.repeat(np.arange(25), [1, 2, 3, 4, 2] * 5)
     order = RNG.permutation(60)
     z, groups = z[order], groups[order]
     targets = (NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0)
-    for l2, outputs in zip(STRENGTHS, FITTED.left_out(z, NUMBERS, groups, STRENGTHS, weights), strict=True):
+    for l2, outputs in zip(STRENGTHS, FITTED.held_out_outputs(z, NUMBERS, groups, STRENGTHS, weights), strict=True):
         for group in range(25):
             out = groups == group
             fit = Ridge(alpha=l2 * weights.sum()).fit(z[~out], targets[~out], sample_weight=weights[~out])
@@ -292,21 +270,20 @@ def test_intervals_of_numbers_are_where_scale_and_quantile_put_them() -> None:
     held, widths = FITTED.covered(decision, outputs, NUMBERS)
     assert 0.85 < held[0.9] < 0.96
     assert widths[0.8] < widths[0.9] < widths[0.95]
-    row = Numbers().answers(outputs[:1], ["a", "b"], decision, None, 1)[0]["numbers"]
-    value, low, high = row["b"]
+    prediction = Numbers().prediction(outputs[0], ["a", "b"], decision, None, 1)
+    value, low, high = prediction.numbers["b"]
     scale = np.interp(predicted[0, 1], decision.scale_at[1], decision.scale[1])
     assert (value, value - low) == pytest.approx((predicted[0, 1], decision.threshold(0.9)[1] * scale))
     assert high - value == pytest.approx(value - low)
-    cells = Numbers().cells(Prediction(None, numbers=row), False)
+    cells = Numbers().cells(prediction, False)
     assert list(cells) == ["a", "a_low", "a_high", "b", "b_low", "b_high"]
     with pytest.raises(UserError, match="coverage: the model has thresholds of these shares"):
         decision.threshold(0.99)
     again = Decision.model_validate_json(decision.model_dump_json())
-    assert Numbers().answers(outputs, ["a", "b"], again, 0.8, 1) == Numbers().answers(
-        outputs, ["a", "b"], decision, 0.8, 1
-    )
+    one, other = (Numbers().prediction(outputs[0], ["a", "b"], meaning, 0.8, 1) for meaning in (again, decision))
+    assert one.numbers == other.numbers
     none = FITTED.decide(outputs[:0], NUMBERS[:0], PRIOR)
-    assert Numbers().answers(outputs[:1], ["a", "b"], none, None, 1)[0]["numbers"].keys() == {"a", "b"}
+    assert Numbers().prediction(outputs[0], ["a", "b"], none, None, 1).numbers.keys() == {"a", "b"}
 
 
 def test_splits_hold_each_part_of_the_numbers_range() -> None:

@@ -48,11 +48,6 @@ def test_calibration_at_the_edges_of_bins(bins) -> None:
     assert expected_calibration_error(np.ones(4), np.ones(4, bool)) == 0.0
 
 
-def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
-    confidence, correct = np.array([0.5, 0.4, 0.6]), np.array([True, False, False])
-    assert expected_calibration_error(confidence, correct, 2) == pytest.approx((abs(1 - 0.9) + 0.6) / 3)
-
-
 def test_extreme_logits_and_one_class_stay_finite() -> None:
     logits = np.array([[1e4, -1e4], [-1e4, 1e4], [3e38, 0.0]], np.float32)
     result = CLASSIFICATION.measure(logits, np.array([0, 0, 0]))

@@ -74,8 +74,8 @@ def test_odds_of_scores_that_are_no_shares_do_not_depend_on_their_unit(unit) -> 
     values = np.stack([own + rng.normal(0, 0.3, 100) + lead for lead in (0.0, 0.05, 0.3)])[:, None]  # (C, R, N)
     measured = means_of_images(unit * values, folds, counts=False)
     assert measured.means == pytest.approx(unit * values.mean((1, 2)))
-    odds = choose_model(measured, [1, 2, 3], range(3), range(3), unit * 0.1).odds
-    plain = choose_model(means_of_images(values, folds, counts=False), [1, 2, 3], range(3), range(3), 0.1).odds
+    odds = choose_model(measured, [1, 2, 3], range(3), range(3), unit * 0.1).estimates
+    plain = choose_model(means_of_images(values, folds, counts=False), [1, 2, 3], range(3), range(3), 0.1).estimates
     for one, other in zip(odds, plain, strict=True):
         assert one.loss / unit == pytest.approx(other.loss, abs=1e-6)
         assert one.chance_of_loss == pytest.approx(other.chance_of_loss, abs=1e-4)

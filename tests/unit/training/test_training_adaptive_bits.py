@@ -12,10 +12,7 @@ from peft_vit.core.adapters import adapted_modules, current_ranks, site_adapters
 from peft_vit.core.allocation.loss_prediction import fit_head, layer_losses, rank_gains
 from peft_vit.core.backbones import find_sites
 
-pytestmark = [
-    pytest.mark.part("quantization"),
-    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
-]
+pytestmark = [pytest.mark.part("quantization"), qa_lora_settings.SILENT]
 
 
 def config(targets=("query", "key", "value", "out", "fc1", "fc2"), **adaptive) -> QaLoraConfig:

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from qa_lora_settings import config
+from qa_lora_settings import SILENT, config
 from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
@@ -14,10 +14,7 @@ from peft_vit.base.errors import SilentNoEffectWarning
 from peft_vit.core.adapters import trained_tensors
 from peft_vit.core.training.quantized_layers import format_of, quantized_layers
 
-pytestmark = [
-    pytest.mark.part("trainer"),
-    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
-]
+pytestmark = [pytest.mark.part("trainer"), SILENT]
 STEPS = 6
 
 

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from prepared_methods import DeployableFrom
 
 from peft_vit.core.adapters import attach_adapters
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Metrics
 from peft_vit.core.tasks import CLASSIFICATION
-from peft_vit.core.training import Hook, train
+from peft_vit.core.training import train
 from peft_vit.core.training.loop import TrainingState
 from peft_vit.core.training.optimization import WarmupStableDecay, build_scheduler
 
@@ -66,18 +67,6 @@ def config(**settings) -> TrainingConfig:
     return TrainingConfig(**{**default, **settings})
 
 
-class Late(Hook):
-    """Let no state before a step be chosen."""
-
-    name = "late"
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def deployable(self, step: int) -> bool:
-        return step >= self.first
-
-
 @pytest.fixture
 def trained(tiny_vit, data, runtime, monkeypatch):
     """Train with planted validation accuracies: rising up to a step, then one less."""
@@ -131,7 +120,7 @@ def test_without_a_reason_to_end_it_comes_down_in_time(trained) -> None:
 
 
 def test_validations_of_what_can_t_be_chosen_do_not_count(trained) -> None:
-    result = trained(2, Late(13), schedule="constant")
+    result = trained(2, DeployableFrom(13), schedule="constant")
     assert [evaluation.deployable for evaluation in result.evaluations] == [False] * 6 + [True] * 3
     assert (len(result.steps), result.chosen.step) == (18, 14)
 

@@ -40,6 +40,14 @@ def softmax_objective(flat, z, labels, weights, l2, classes):
     return value, np.concatenate([(residual.T @ z + l2 * weight).ravel(), residual.sum(0)])
 
 
+def logits_of(probe, features: Features):
+    return features.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
+
+
+def nll(logits, labels) -> float:
+    return float(np.mean(logsumexp(logits, axis=1) - logits[np.arange(len(logits)), labels]))
+
+
 def centred(logits):
     """Take away what a softmax does not see."""
     return logits - logits.mean(1, keepdims=True)
@@ -69,8 +77,7 @@ def test_it_is_the_optimum_that_another_solver_finds(runtime, classes, weighted,
     weight, bias = optimum.x[:-classes].reshape(classes, -1), optimum.x[-classes:]
     for split in (train, other):  # the head takes features as they are: the standardization is folded into it
         expected = ((split.values - mean) / spread) @ weight.T + bias
-        ours = split.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
-        np.testing.assert_allclose(centred(ours), centred(expected), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(centred(logits_of(probe, split)), centred(expected), rtol=0, atol=1e-5)
 
     assert probe.fit.gradient_norm < 1e-5
     unfolded = probe.weight.double().numpy() * spread
@@ -202,14 +209,9 @@ def test_logits_have_the_setting_s_precision(runtime) -> None:
 def assert_cooled_to_half_a_guess(probe, train: Features, temperature: float) -> None:
     """Check that the factor is the least power of two with which the loss on training images is log(classes) / 2."""
     factor = probe.training_temperature(train, temperature)
-    logits = train.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
-
-    def loss(divided_by: float) -> float:
-        scaled = logits / temperature / divided_by
-        return float(np.mean(logsumexp(scaled, axis=1) - scaled[np.arange(len(scaled)), train.labels]))
-
+    logits = logits_of(probe, train) / temperature
     assert factor in (2, 4, 8, 16, 32)
-    assert loss(factor / 2) < np.log(logits.shape[1]) / 2 <= loss(factor)
+    assert nll(2 * logits / factor, train.labels) < np.log(logits.shape[1]) / 2 <= nll(logits / factor, train.labels)
     assert probe.training_temperature(train, 1000 * temperature) == 1
 
 
@@ -222,14 +224,10 @@ def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(run
     probe = fit_probe(train, validation, head, runtime, ACCURACY, l2=(1e-4,))  # 30 points in 40 dimensions: separated
     assert probe.steps[0].loss < 0.01
     temperature = probe.temperature(validation)
-    logits = validation.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
-
-    def nll(temperature: float) -> float:
-        scaled = logits / temperature
-        return float(np.mean(logsumexp(scaled, axis=1) - scaled[np.arange(len(scaled)), validation.labels]))
-
+    logits = logits_of(probe, validation)
     grid = np.exp(np.linspace(np.log(0.1), np.log(100), 2000))
-    assert temperature == pytest.approx(grid[np.argmin([nll(candidate) for candidate in grid])], rel=0.01)
+    losses = [nll(logits / candidate, validation.labels) for candidate in grid]
+    assert temperature == pytest.approx(grid[np.argmin(losses)], rel=0.01)
     assert temperature > 1.5
     assert_cooled_to_half_a_guess(probe, train, temperature)
     probe.set_head(head, temperature)

@@ -6,6 +6,7 @@ import allocation_runs
 import numpy as np
 import pytest
 import torch
+from prepared_methods import DeployableFrom
 from tiny_models import random_model
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ from peft_vit.core.config import AUGMENTATION_OF_FLIPS, TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics
 from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.core.training import AllocationHook, Hook, loss_weights, train
+from peft_vit.core.training import AllocationHook, loss_weights, train
 from peft_vit.core.training.loop import BestState, evaluations_since_best
 from peft_vit.core.training.metrics import predict
 
@@ -35,18 +36,6 @@ def lora(model):
 
 def metrics_of(accuracy: float, **others: float) -> Metrics:
     return Metrics(**{"n": 9, "accuracy": accuracy, "balanced_accuracy": accuracy, "nll": 1.0, "ece": 0.0, **others})
-
-
-class DeployableFrom(Hook):
-    """A hook that only forbids early states."""
-
-    name = "late"
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def deployable(self, step) -> bool:
-        return step >= self.step
 
 
 def plain_loop(model, data, runtime, weights) -> list[float]:
@@ -104,10 +93,7 @@ def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_ther
         assert [evaluation.deployable for evaluation in result.evaluations] == [s >= earliest for s in (3, 6, 9)]
         assert result.chosen == max(allowed, key=lambda e: (e.metrics.accuracy, -e.metrics.nll))
         batches = images.validation.ordered_batches(32, runtime.mean, runtime.std)
-        assert (
-            CLASSIFICATION.measure(*predict(model, batches, device=runtime.device, precision="fp32"))
-            == result.chosen.metrics
-        )
+        assert CLASSIFICATION.measure(*predict(model, batches, precision="fp32")) == result.chosen.metrics
     with pytest.raises(RuntimeError, match="no validation found a deployable state"):
         train(lora(tiny_vit()), data(), config(), runtime, seed=0, hooks=[DeployableFrom(10)])
 

@@ -17,10 +17,7 @@ from peft_vit.core.adapters import adapted_modules, merged_state_dict
 from peft_vit.core.adapters.footprint import frozen_bytes
 from peft_vit.core.training.qa_lora import end_step, quantized_share
 
-pytestmark = [
-    pytest.mark.part("trainer"),
-    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
-]
+pytestmark = [pytest.mark.part("trainer"), qa_lora_settings.SILENT]
 RATE = 0.1
 config, linear = partial(qa_lora_settings.config, rank=2), partial(qa_lora_settings.scheduled, rank=2)
 

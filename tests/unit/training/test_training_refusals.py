@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from qa_lora_settings import config, scheduled
+from qa_lora_settings import SILENT, config, scheduled
 from torch import nn
 
 from peft_vit import QALoRATrainer, allocate_bits
@@ -15,10 +15,7 @@ from peft_vit.core.config import BackboneConfig, QaLoraConfig, TrainingConfig
 from peft_vit.core.training import check_bits, train
 from peft_vit.core.training.quantized_layers import check_ranks, format_of
 
-pytestmark = [
-    pytest.mark.part("configuration"),
-    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
-]
+pytestmark = [pytest.mark.part("configuration"), SILENT]
 Make = Callable[..., nn.Module]
 IMAGES = torch.zeros(2, 3, 32, 32)
 

@@ -7,7 +7,7 @@ import torch
 from prepared_methods import METHODS, STEPS
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters import current_ranks, trained_tensors, use_integer_products
+from peft_vit.core.adapters import current_ranks, trained_tensors, use_int8_matmul
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Metrics
 from peft_vit.core.training import State, train
@@ -72,7 +72,7 @@ class Run:
         model = tiny_vit()
         hooks = METHODS[self.method](model)
         if self.training.compute == "int8":
-            use_integer_products(model)
+            use_int8_matmul(model)
 
         def pause(step, state) -> None:
             if step == stop_at:

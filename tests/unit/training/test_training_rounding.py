@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from qa_lora_settings import config, scheduled
+from qa_lora_settings import SILENT, config, scheduled
 
 from peft_vit import QALoRATrainer
 from peft_vit.core.adapters import adapted_modules, merge_by_requantizing
@@ -10,10 +10,7 @@ from peft_vit.core.backbones import Backbone, ReplayedPass
 from peft_vit.core.quantization import QuantizationFormat, quantize, quantize_with_compensation
 from peft_vit.core.training.quantized_layers import quantized_layers
 
-pytestmark = [
-    pytest.mark.part("trainer"),
-    pytest.mark.filterwarnings("ignore::peft_vit.base.errors.SilentNoEffectWarning"),
-]
+pytestmark = [pytest.mark.part("trainer"), SILENT]
 FORMAT = QuantizationFormat("nf4", 16, True, torch.float16)
 
 

@@ -11,7 +11,6 @@ from peft_vit.base.statistics.conformal import (
     conformal_quantile,
     error_scale,
     fit_temperature,
-    fold_coverage,
     prediction_sets,
     probabilities,
     recall_threshold,
@@ -25,8 +24,8 @@ from peft_vit.base.statistics.intervals import (
     mean_of_proportions,
     paired_proportions,
     proportion_interval,
+    rule_of_three,
     shifted,
-    unseen_share,
 )
 from peft_vit.base.statistics.neighbours import Neighbours
 from peft_vit.base.statistics.significance import (

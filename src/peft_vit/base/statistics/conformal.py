@@ -207,34 +207,6 @@ def error_scale(
     return ErrorScale(tuple(at.tolist()), tuple(scale(*whole).tolist())), errors / own
 
 
-def fold_coverage(
-    probability: ArrayLike, labels: ArrayLike, images: ArrayLike, runs: ArrayLike, coverage: float
-) -> tuple[float, float]:
-    """Return how often sets hold the true class, and their mean size, by the scores of other runs' images.
-
-    A run's images get the quantile of all scores of images that it did not hold out. Images count alike, however often
-    they were held out.
-
-    Args:
-        probability: (m, classes), held out.
-        labels: (m,) true classes.
-        images: (m,) which image each row is of.
-        runs: (m,) which run predicted it.
-        coverage: that was asked.
-    """
-    p, y, which, by = (np.asarray(column) for column in (probability, labels, images, runs))
-    scores = class_scores(p, y)
-    covered, sizes = np.zeros(len(y)), np.zeros(len(y))
-    for run in np.unique(by):
-        own = by == run
-        others = ~np.isin(which, which[own])
-        inside = prediction_sets(p[own], conformal_quantile(scores[others], coverage, which[others]))
-        covered[own], sizes[own] = inside[np.arange(own.sum()), y[own]], inside.sum(1)
-    weight, count = row_weights(len(y), which)
-    weight /= count
-    return float(covered @ weight), float(sizes @ weight)
-
-
 def row_weights(rows: int, images: ArrayLike | None = None) -> tuple[NDArray[np.float64], int]:
     """Return weights of rows (m,) such that each image has 1, and how many images they are of.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 
-def deal_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+def assign_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
     """Divide images into folds that are as equal as whole groups allow, in size and in each stratum.
 
     Stratum by stratum, groups are dealt in random order, larger ones first: each to the fold that has the fewest images
     of the stratum, of these to the one with the fewest images, ties by lot. So without copies a stratum's images in two
     folds differ by at most one, and so do the sizes of two folds. A group is of its first image's stratum.
 
-    Where images are of several strata, groups are dealt by `_dealt`.
+    Where images are of several strata, groups are dealt by `_iterative_stratification`.
 
     Args:
         strata: of each image, (N,) integers, or which it is of, (N, S) bool.
@@ -25,7 +25,7 @@ def deal_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
     """
     names, first, group, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
     if strata.ndim > 1:
-        return _dealt(strata[first], sizes, np.full(folds, len(group) / folds), rng)[group]
+        return _iterative_stratification(strata[first], sizes, np.full(folds, len(group) / folds), rng)[group]
     stratum = strata[first]  # (G,) of the G groups, as names and sizes are; group is (N,) in [0, G)
     lot = rng.permutation(len(names))
     fold_of = np.empty(len(names), dtype=np.int64)
@@ -41,7 +41,7 @@ def deal_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
     return fold_of[group]
 
 
-def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def stratified_sample(available: np.ndarray, strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Draw `count` indices so that each stratum has its share, by the method of largest remainders.
 
     A stratum with n_s of the N available indices gets floor(count n_s / N); what is missing to `count` goes,
@@ -50,7 +50,7 @@ def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: 
 
     Args:
         available: distinct indices, (N,).
-        strata: stratum of every index of the data set, or which it is of, (M, S) bool: drawn by `_dealt` then.
+        strata: stratum of every index of the data set, or which it is of, (M, S) bool: see `_iterative_stratification`.
         count: how many to draw, at most N.
         rng: generator.
 
@@ -59,7 +59,7 @@ def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: 
     """
     if strata.ndim > 1:
         whole, each = np.array([count, len(available) - count]), np.ones(len(available), dtype=np.int64)
-        return np.sort(available[_dealt(strata[available], each, whole, rng) == 0]).astype(np.int64)
+        return np.sort(available[_iterative_stratification(strata[available], each, whole, rng) == 0]).astype(np.int64)
     names, sizes = np.unique(strata[available], return_counts=True)
     shares, remainders = np.divmod(count * sizes, max(1, len(available)))  # integers: no rounding
     lot = rng.permutation(len(names))
@@ -71,7 +71,9 @@ def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: 
     return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn])).astype(np.int64)
 
 
-def _dealt(members: np.ndarray, sizes: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _iterative_stratification(
+    members: np.ndarray, sizes: np.ndarray, wanted: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Divide groups of images into parts, each stratum in shares as of all images: iterative stratification.
 
     The stratum with the fewest groups left comes next: each of its groups goes to the part that wants most of the

@@ -91,7 +91,7 @@ class Estimate:
 Estimates = TypeVar("Estimates", bound=Estimate)
 
 
-def together(*notes: str) -> str:
+def join_notes(*notes: str) -> str:
     """Return notes as one."""
     return "; ".join(note for note in notes if note)
 
@@ -130,7 +130,7 @@ def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tu
     places = [i for i, estimate in enumerate(family) if estimate.by_seed and estimate.question.kind not in untestable]
     if untested:
         for place in places:
-            note = together(family[place].note, untested)
+            note = join_notes(family[place].note, untested)
             decided[place] = replace(family[place], significance=None, note=note)
         return tuple(decided)
     tests = [
@@ -164,7 +164,7 @@ def _decided(
     return replace(estimate, significance=test, adjusted_p=p_value, opposite_p=opposite_p, verdict=said, family=family)
 
 
-def outcome(estimate: Estimate) -> str:
+def describe_test(estimate: Estimate) -> str:
     """Return what the test says after correction, or why it says nothing."""
     significance = estimate.significance
     if significance is None:
@@ -174,13 +174,13 @@ def outcome(estimate: Estimate) -> str:
     return f"p = {estimate.adjusted_p:.3g} (Holm)"
 
 
-def known_mean(values: Iterable[float | None]) -> float | None:
+def recorded_mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that were recorded; None if none was."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
-def known_interval(values: Iterable[float | None]) -> Interval | None:
+def recorded_interval(values: Iterable[float | None]) -> Interval | None:
     """Return the mean of the values that were recorded, with its interval; None if none was."""
     known = [value for value in values if value is not None]
     return mean_interval(known) if known else None

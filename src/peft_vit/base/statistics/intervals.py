@@ -24,7 +24,7 @@ _LOGITS, _HALVED = 40.0, 60  # as far as shares move, to 0 or 1 in floats; how o
 # --- values, and the comparisons that rounding must not decide --------------------------------------------------------
 
 
-def finite(values: ArrayLike, name: str = "values") -> np.ndarray:
+def finite_array(values: ArrayLike, name: str = "values") -> np.ndarray:
     """Return values as a float array of shape (n,); an error names the first that is not finite by its position."""
     data = np.asarray(values, dtype=np.float64)
     expected = f"{name}: expected a non-empty one-dimensional array of finite values"
@@ -50,7 +50,7 @@ def shifted(values: ArrayLike, center: float) -> np.ndarray:
     0.82 - 0.81 misses a margin of 0.01 by 1e-17. Beside nothing but such remains, a test would take them for
     differences that all point one way.
     """
-    data = finite(values)
+    data = finite_array(values)
     return data if center == 0 else without_rounding(data - center, max(float(np.abs(data).max()), abs(center)))
 
 
@@ -86,6 +86,11 @@ class Interval:
     reason: str | None = None  # why there is no interval, where more than a single value is behind it
 
 
+def critical_z() -> float:
+    """Return the quantile of the standard normal distribution that a two-sided interval at CONFIDENCE takes, 1.96."""
+    return float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
+
+
 def mean_and_error(data: np.ndarray) -> tuple[float, float]:
     """Return the mean of (n,) values, n >= 2, and its standard error."""
     mean = math.fsum(data) / data.size
@@ -108,7 +113,7 @@ def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval
 
     Assumption: values are independent and roughly normal. Source: Student, Biometrika 6 (1908).
     """
-    data = finite(values)
+    data = finite_array(values)
     n = int(data.size)
     if n < 2:
         return Interval(float(data[0]), None, None, n, confidence)
@@ -125,13 +130,13 @@ def proportion_interval(successes: float, n: int) -> Interval:
 
     Assumption: images are independent. Source: Wilson, JASA 22 (1927).
     """
-    share, z = successes / n, float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
+    share, z = successes / n, critical_z()
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
-def unseen_share(cases: int) -> float:
+def rule_of_three(cases: int) -> float:
     """Return the largest share of cases that may be of a kind of which n have none: ``1 - 0.05^(1/n)``, about 3 / n.
 
     It is the upper end of the exact one-sided 95 % interval. Assumption: cases are independent. Sources: Clopper &
@@ -155,7 +160,7 @@ def bootstrap_interval(
         images: how many there are, n.
         statistic: of weights (B, n), how often each image is drawn, its values (B,); NaN where it has none.
         unseen: how far the interval then reaches from that value, within the bounds, so that it has one side at an end
-            of these, see `unseen_share`; None: there is no interval then.
+            of these, see `rule_of_three`; None: there is no interval then.
         bounds: of the statistic.
 
     Assumption: images are independent. Source: Efron, Annals of Statistics 7 (1979).
@@ -193,7 +198,7 @@ def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
     hits, n = np.asarray(successes, dtype=np.float64), np.asarray(cases, dtype=np.float64)
     mean, alike = float(np.mean(hits / n)), len(n) ** 2 / float(np.sum(1 / n))  # cases of one group known as well
     share = (hits + _AS_MANY * (mean * alike + 1) / (alike + 2)) / (n + _AS_MANY)  # (K,)
-    z, logits, pace = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)), scipy.special.logit(share), n.min() / n
+    z, logits, pace = critical_z(), scipy.special.logit(share), n.min() / n
 
     def end(sign: int) -> float:
         low, high = -_LOGITS / pace.min(), _LOGITS / pace.min()
@@ -235,6 +240,6 @@ def paired_proportions(losses: ArrayLike, gains: ArrayLike, n: ArrayLike) -> Int
     before, after = ((changed + added) / (cases + 2 * added) for changed in (lost, gained))  # (K,)
     mean, center = float(np.mean((lost - gained) / cases)), float(np.mean(before - after))
     variance = np.sum((before + after - (before - after) ** 2) / (cases + 2 * added)) / len(cases) ** 2
-    half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+    half = critical_z() * math.sqrt(variance)
     low, high = max(-1.0, min(mean, center - half)), min(1.0, max(mean, center + half))
     return Interval(mean, low, high, int(cases.sum()), CONFIDENCE)

@@ -16,7 +16,7 @@ from peft_vit.base.statistics.intervals import CONFIDENCE, Interval
 _RESAMPLED = 2000
 
 
-def gain_of_twice(
+def gain_of_doubling(
     wrong_half: ArrayLike,
     wrong_all: ArrayLike,
     weights: ArrayLike | None = None,

@@ -17,7 +17,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Features of n known images, as they are stored: a known image's is ``mean + spread * codes / STEPS``."""
+    """Features of n reference images, as they are stored: one image's are ``mean + spread * codes / STEPS``."""
 
     mean: NDArray[np.float32]  # (D,)
     spread: NDArray[np.float32]  # (D,), above 0
@@ -33,20 +33,22 @@ class Neighbours:
         codes = np.rint((values - mean) / spread * STEPS).clip(-127, 127).astype(np.int8)
         return cls(mean, spread, codes)
 
-    def apart(self) -> NDArray[np.float64]:
-        """Return the distance of each known image to the nearest other one, (n,), as `distances`."""
-        known = self.codes.astype(np.float64) / STEPS  # (n, D)
-        squares = (known**2).sum(1)
-        between = squares[:, None] + squares - 2 * known @ known.T  # (n, n)
+    def leave_one_out_distances(self) -> NDArray[np.float64]:
+        """Return the distance of each reference image to the nearest other one, (n,), as `distances`."""
+        reference = self.codes.astype(np.float64) / STEPS  # (n, D)
+        squares = (reference**2).sum(1)
+        between = squares[:, None] + squares - 2 * reference @ reference.T  # (n, n)
         np.fill_diagonal(between, np.inf)
-        return np.asarray(np.sqrt(between.min(1).clip(0) / known.shape[1]))
+        return np.asarray(np.sqrt(between.min(1).clip(0) / reference.shape[1]))
 
     def distances(self, features: ArrayLike) -> NDArray[np.float64]:
         """Return the distance of each image (m, D) to its nearest neighbour, (m,): root of the mean square over D."""
         z = (np.asarray(features, dtype=np.float32) - self.mean) / self.spread  # (m, D)
-        known = self.codes.astype(np.float32) / STEPS  # (n, D)
+        reference = self.codes.astype(np.float32) / STEPS  # (n, D)
         nearest = [
-            ((part**2).sum(1)[:, None] + (known**2).sum(1) - 2 * part @ known.T).min(1)  # (<= CHUNK, n) -> (<= CHUNK,)
+            ((part**2).sum(1)[:, None] + (reference**2).sum(1) - 2 * part @ reference.T).min(
+                1
+            )  # (<= CHUNK, n) -> (<= CHUNK,)
             for part in (z[start : start + _CHUNK] for start in range(0, len(z), _CHUNK))
         ]
         return np.sqrt(np.concatenate(nearest).clip(0).astype(np.float64) / z.shape[1])

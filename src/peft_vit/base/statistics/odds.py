@@ -18,16 +18,17 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.base.statistics.intervals import CONFIDENCE, Interval, proportion_interval
+from peft_vit.base.statistics.intervals import CONFIDENCE, Interval, critical_z, proportion_interval
 
 Floats = NDArray[np.float64]
 
 SHOWN, _UNSHRUNK = 0.95, 0.75  # so sure, a claim is called shown; and as sure at least without shrinkage
-_TENTH = 0.1  # of the margin: the expected loss beyond it that a smaller model may have
+_TOLERANCE = 0.1  # of the margin: the expected loss beyond it that a smaller model may have
 _AS_SMALL = 1.05  # times the bytes of the smallest: images of other sizes change no more
 _QUANTILES = 64  # of what a posterior is a mixture over
 _SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
 _FLOOR = 0.1  # images, squared, in the variance of a candidate's right ones: two that never differed may yet
+_DISAGREEMENT = 0.1  # share of images that one of two models alone has right; adapters on one backbone: 0.02 to 0.14
 _RUNS = 10  # runs that the excess of their scatter is shrunk by
 
 
@@ -93,10 +94,10 @@ def means_of_images(
     within, between = float((apart**2).sum()), float(((apart @ runs) ** 2).sum()) * done / max(1, done - 1)
     excess = max(0.0, between / max(within, 1e-300) - 1) * done / (done + _RUNS)
     times = np.sqrt(known.sum(1) / images)  # (C,) roots of how often every image was predicted
-    seen = known.reshape(candidates, repetitions, images).any(1).sum(1)  # (C,) images
+    num_images = known.reshape(candidates, repetitions, images).any(1).sum(1)  # (C,) images
     shared = number / (number - 1) * np.outer(times, times)  # J n_test / n_train
     covariance = alone * (1 + excess + shared)
-    covariance += np.diag(_FLOOR * changed * np.mean(weights**2) / seen**2)
+    covariance += np.diag(_FLOOR * changed * np.mean(weights**2) / num_images**2)
     run_variance = excess * (apart**2).sum(1) * (known @ runs > 0).sum(1)
     return FoldMeans(theta, covariance, run_variance, images - 1.0, images, counts)
 
@@ -135,7 +136,7 @@ class Posterior:
         mean, deviation = self.loss(candidate, reference)
         return float(scipy.special.ndtr((mean - margin) / deviation).mean())
 
-    def loss_beyond(self, candidate: int, reference: int, margin: float) -> float:
+    def excess_loss(self, candidate: int, reference: int, margin: float) -> float:
         """Return the expectation of ``max(0, loss - margin)``: ``s phi(z) + (m - margin) Phi(z)`` of a normal loss."""
         mean, deviation = self.loss(candidate, reference)
         z = (mean - margin) / deviation
@@ -171,13 +172,13 @@ def posterior(measured: FoldMeans, *, shrink: bool = True) -> Posterior:
 
 
 @dataclass(frozen=True)
-class Odds:
+class ModelEstimate:
     """What is known of one candidate, in the unit of the scores."""
 
     score: Interval  # of its next training, on new images
     loss: float  # against the reference, expected; below 0 a gain
     chance_of_loss: float  # by more than the margin
-    loss_beyond: float  # the margin, expected
+    excess_loss: float  # the margin, expected
     # it is 95 % sure that no more is lost than the margin, and 75 % without shrinkage: else one of many that loses just
     # more would be shown in more than one of 20 cases, if the others are equal
     shown: bool
@@ -189,7 +190,7 @@ class ModelChoice:
 
     chosen: int
     reference: int  # the float candidate that is expected to be the best
-    odds: tuple[Odds, ...]  # of all, in their order
+    estimates: tuple[ModelEstimate, ...]  # of all, in their order
 
 
 def choose_model(
@@ -210,22 +211,22 @@ def choose_model(
     mean = known.means.mean(0)
     reference = max(floats or range(len(mean)), key=lambda candidate: mean[candidate])
 
-    def odds_of(candidate: int) -> Odds:
+    def estimate_of(candidate: int) -> ModelEstimate:
         score = _score(measured, known, candidate)
         if candidate == reference:
-            return Odds(score, 0.0, 0.0, 0.0, True)
+            return ModelEstimate(score, 0.0, 0.0, 0.0, True)
         pair = candidate, reference
         chance, alone = known.chance_of_loss(*pair, margin), unshrunk.chance_of_loss(*pair, margin)
-        loss, beyond = float(known.loss(*pair)[0].mean()), known.loss_beyond(*pair, margin)
-        return Odds(score, loss, chance, beyond, chance <= 1 - SHOWN and alone <= 1 - _UNSHRUNK)
+        loss, beyond = float(known.loss(*pair)[0].mean()), known.excess_loss(*pair, margin)
+        return ModelEstimate(score, loss, chance, beyond, chance <= 1 - SHOWN and alone <= 1 - _UNSHRUNK)
 
-    odds = tuple(odds_of(candidate) for candidate in range(len(mean)))
-    sound = [candidate for candidate in fitting if odds[candidate].loss_beyond < _TENTH * margin]
+    estimates = tuple(estimate_of(candidate) for candidate in range(len(mean)))
+    tolerable = [candidate for candidate in fitting if estimates[candidate].excess_loss < _TOLERANCE * margin]
     best = max(fitting, key=lambda candidate: mean[candidate])
-    smallest = min((sizes[candidate] for candidate in sound), default=0.0)
-    small = [candidate for candidate in sound if sizes[candidate] <= _AS_SMALL * smallest]
-    chosen = min(small, key=lambda candidate: (odds[candidate].loss, sizes[candidate]), default=best)
-    return ModelChoice(chosen, reference, odds)
+    smallest = min((sizes[candidate] for candidate in tolerable), default=0.0)
+    nearly_smallest = [candidate for candidate in tolerable if sizes[candidate] <= _AS_SMALL * smallest]
+    chosen = min(nearly_smallest, key=lambda candidate: (estimates[candidate].loss, sizes[candidate]), default=best)
+    return ModelChoice(chosen, reference, estimates)
 
 
 def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
@@ -233,7 +234,7 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     mean, variance = float(known.means[:, candidate].mean()), float(known.means[:, candidate].var())
     variance += float(known.covariances[:, candidate, candidate].mean() + measured.run_variance[candidate])
     if not measured.counts:
-        half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+        half = critical_z() * math.sqrt(variance)
         return Interval(mean, mean - half, mean + half, measured.images, CONFIDENCE)
     share = min(max(mean, 0.0), 1.0)
     inner = (share * measured.images + 1) / (measured.images + 2)
@@ -241,14 +242,7 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     return replace(proportion_interval(share * images, images), n=measured.images)
 
 
-def resolvable(images: int, *, folds: int = 5, repetitions: int = 1, disagreement: float = 0.1) -> float:
-    """Return by how much, a share, two models have to differ for chance to be ruled out, without shrinkage.
-
-    Args:
-        images: that folds divide.
-        folds: of a repetition.
-        repetitions: of all folds.
-        disagreement: share of images that only one of two models has right; of adapters on one backbone 0.02 to 0.14.
-    """
-    error = math.sqrt(disagreement * (1 / repetitions + folds / (folds - 1)) / images)  # as `means_of_images`
-    return float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * error
+def resolvable_difference(images: int, repetitions: int = 1) -> float:
+    """Return by how much, a share, two models have to differ on five folds for chance to be ruled out, unshrunk."""
+    error = math.sqrt(_DISAGREEMENT * (1 / repetitions + 5 / 4) / images)  # as `means_of_images`
+    return critical_z() * error

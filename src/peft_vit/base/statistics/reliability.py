@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
-class Bin:
+class ReliabilityBin:
     """Predictions of similar confidence, one at least."""
 
     low: float  # the smallest confidence
@@ -21,7 +21,7 @@ class Bin:
     accuracy: float  # share of right ones among them
 
 
-def equal_count_bins(confidence: ArrayLike, right: ArrayLike, bins: int) -> tuple[Bin, ...]:
+def equal_count_bins(confidence: ArrayLike, right: ArrayLike, bins: int) -> tuple[ReliabilityBin, ...]:
     """Return predictions in up to M bins of equal counts, as far as ties allow; empty bins are left out.
 
     A prediction of midrank r among n by confidence goes to bin floor((r - 1/2) M / n): equal confidences stay together,
@@ -31,6 +31,8 @@ def equal_count_bins(confidence: ArrayLike, right: ArrayLike, bins: int) -> tupl
     p, hit = np.asarray(confidence), np.asarray(right)
     index = np.floor((scipy.stats.rankdata(p) - 0.5) * bins / p.size).astype(np.int64)
     return tuple(
-        Bin(float(sure.min()), float(sure.max()), int(sure.size), math.fsum(sure) / sure.size, float(of.mean()))
+        ReliabilityBin(
+            float(sure.min()), float(sure.max()), int(sure.size), math.fsum(sure) / sure.size, float(of.mean())
+        )
         for sure, of in ((p[index == m], hit[index == m]) for m in np.unique(index))
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from itertools import count
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from peft_vit.base.statistics.intervals import (
     CONFIDENCE,
     Interval,
-    finite,
+    finite_array,
     has_spread,
     mean_and_error,
     without_rounding,
@@ -89,7 +89,7 @@ def wilcoxon(differences: ArrayLike) -> Significance:
     Assumption: differences are independent and symmetric around their center. Source: Wilcoxon, Biometrics
         Bulletin 1 (1945); midranks under ties: Pratt & Gibbons, Concepts of Nonparametric Theory (1981), 3.7.
     """
-    data = without_rounding(np.sort(finite(differences, "differences")))
+    data = without_rounding(np.sort(finite_array(differences, "differences")))
     nonzero = data[data != 0]
     dropped = int(data.size - nonzero.size)
     minimum = minimum_n_wilcoxon()
@@ -124,24 +124,20 @@ def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Si
     tests = [wilcoxon(values) for values in rivals]
     towards = [_points(values, test) for values, test in zip(rivals, tests, strict=True)]
     least = min(tests, key=lambda test: test.n)
-    ahead = [(test.p_value or 0.0) if way > 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
-    behind = [(test.p_value or 0.0) if way < 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
-    shown = Significance(
-        f"{least.test}, each of {len(rivals)} rivals",
-        least.n,
-        max(ahead),
-        least.minimum_n,
-        least.dropped,
-        1 if min(towards) > 0 else 0,
+    ahead, behind = (
+        [(test.p_value or 0.0) if way == sign else 1.0 for test, way in zip(tests, towards, strict=True)]
+        for sign in (1, -1)
+    )
+    shown = replace(
+        least, test=f"{least.test}, each of {len(rivals)} rivals", p_value=max(ahead), direction=int(min(towards) > 0)
     )
     against = tests[behind.index(min(behind))]
-    opposite = Significance(
-        f"{against.test}, the worst of {len(rivals)} rivals",
-        against.n,
-        min(1.0, len(rivals) * min(behind)),
-        minimum_n_wilcoxon(comparisons=len(rivals)),
-        against.dropped,
-        -1 if min(towards) < 0 else 0,
+    opposite = replace(
+        against,
+        test=f"{against.test}, the worst of {len(rivals)} rivals",
+        p_value=min(1.0, len(rivals) * min(behind)),
+        minimum_n=minimum_n_wilcoxon(comparisons=len(rivals)),
+        direction=-int(min(towards) < 0),
     )
     return shown, opposite
 
@@ -262,7 +258,7 @@ def _t_tests(differences: ArrayLike, margin: float, *, greater: float, less: flo
     """Return p-values of "the mean is greater than" and "it is less than"; None if the values have no spread."""
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"expected a positive margin, got {margin}")
-    data = finite(differences, "differences")
+    data = finite_array(differences, "differences")
     if not has_spread(data):
         return None
     mean, error = mean_and_error(data)
@@ -271,7 +267,7 @@ def _t_tests(differences: ArrayLike, margin: float, *, greater: float, less: flo
 
 
 def _significance(test: str, differences: ArrayLike, p_value: float | None) -> Significance:
-    return Significance(test, len(finite(differences)), p_value, MINIMUM_PAIRS)
+    return Significance(test, len(finite_array(differences)), p_value, MINIMUM_PAIRS)
 
 
 # --- over strata ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from peft_vit.core.adapters.adapted_model import (
     adapted_modules,
     adapted_sites,
     current_ranks,
+    float_matmul,
     merge_by_requantizing,
     merge_into_offsets,
     merged_state_dict,
@@ -14,9 +15,8 @@ from peft_vit.core.adapters.adapted_model import (
     save_memory,
     site_adapters,
     update_ranks,
-    use_float_products,
-    use_integer_products,
-    with_float_products,
+    use_float_matmul,
+    use_int8_matmul,
     without_updates,
 )
 from peft_vit.core.adapters.adapted_product import remember_sources
@@ -32,8 +32,8 @@ from peft_vit.core.adapters.adapter_file import (
 from peft_vit.core.adapters.attach import (
     Effect,
     attach_adapters,
+    check_adapters_match,
     check_gradients,
-    check_stays,
     effects,
     effects_of,
     freeze_backbone,

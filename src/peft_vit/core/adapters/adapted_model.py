@@ -17,12 +17,12 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.adapted_product import (
     FrozenWeight,
     InPlace,
-    adapted_product,
+    adapted_linear,
     is_activation,
     product_by_pieces,
 )
-from peft_vit.core.adapters.integer_product import integer_product
-from peft_vit.core.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.core.adapters.integer_product import int8_linear
+from peft_vit.core.adapters.low_rank import RowUpdate, SiteAdapter
 from peft_vit.core.adapters.peft_layers import (
     ADAPTER,
     PeftSite,
@@ -35,12 +35,12 @@ from peft_vit.core.adapters.peft_layers import (
     sites_of_layers,
     tuner_layers,
 )
-from peft_vit.core.adapters.products import product_here
+from peft_vit.core.adapters.products import fastest_matmul
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.catalog import create_skeleton
 from peft_vit.core.backbones.families.family import Architecture
 from peft_vit.core.quantization import QuantizedTensor, quantize, relative_error
-from peft_vit.core.quantization.integers import IntegerWeight, Product, exact_products
+from peft_vit.core.quantization.integers import Int8Matmul, Int8Weight, exact_matmuls
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
 
@@ -64,9 +64,9 @@ class AdaptedLinear(nn.Module):
         self.sites = nn.ModuleDict()  # adapters, by the kind of their site
         self._sites: dict[str, Site] = {}  # likewise
         self.ablated: frozenset[str] = frozenset()  # names of sites whose updates `without_updates` skips for now
-        self.product: Product | None = None  # of integers, in which the frozen weight is multiplied; None: in float
+        self.matmul: Int8Matmul | None = None  # by which the frozen weight is multiplied; None: in float
         self.unpacks_by_pieces = False
-        self._integers: tuple[tuple[Any, ...], IntegerWeight] | None = None  # what they were made from, and they
+        self._int8: tuple[tuple[Any, ...], Int8Weight] | None = None  # with what it was made from
 
     def add_site(self, site: Site, adapter: SiteAdapter) -> None:
         """Put an adapter on a site's rows; all of a layer act on the same groups of inputs."""
@@ -100,25 +100,18 @@ class AdaptedLinear(nn.Module):
     @property
     def _in_use(self) -> tuple[Any, ...]:
         version = None if self.weight is None else (self.weight.data_ptr(), self.weight._version)
-        return version, self.quantized, self.quantized_share, self.product
+        return version, self.quantized, self.quantized_share, self.matmul
 
-    def integer_weight(self) -> IntegerWeight:
-        """Return the weight in use in 8-bit integers; they are kept until it changes."""
-        if self._integers is None or self._integers[0] != self._in_use:
-            assert self.product is not None
-            if self.quantized is not None and (self.weight is None or self.quantized_share == 1):
-                integers = IntegerWeight.from_quantized(self.quantized, self.product)
+    def int8_weight(self) -> Int8Weight:
+        """Return the weight in use in int8; it is kept until that changes."""
+        if self._int8 is None or self._int8[0] != self._in_use:
+            assert self.matmul is not None
+            if self.quantized is not None and self.quantized_share == 1:
+                weight = Int8Weight.from_quantized(self.quantized, self.matmul)
             else:
-                integers = IntegerWeight.from_float(self.frozen_weight(), self.product)
-            self._integers = (self._in_use, integers)
-        return self._integers[1]
-
-    def move_float(self, values: Tensor) -> None:
-        """Put the float weight into other memory that holds the same values; integers that were made of it stay."""
-        assert self.weight is not None
-        integers = self.integer_weight()
-        self.weight.data = values
-        self._integers = (self._in_use, integers)
+                weight = Int8Weight.from_float(self.frozen_weight(), self.matmul)
+            self._int8 = (self._in_use, weight)
+        return self._int8[1]
 
     def merged_weight(self) -> Tensor:
         """Return the weight with every update added, (out, in) float32."""
@@ -141,16 +134,15 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         adapters = [(site.span, adapter) for site, adapter in self.adapters() if site.name not in self.ablated]
-        updates: list[tuple[slice, SiteAdapter | GradientProbe]]
-        updates = [(span, adapter) for span, adapter in adapters if adapter.rank]
+        updates: list[RowUpdate] = [(span, adapter) for span, adapter in adapters if adapter.rank]
         if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
             updates += [(span, adapter.probe) for span, adapter in adapters if adapter.probe is not None]
         if self.unpacks_by_pieces and self.weight is None and not updates and not torch.is_grad_enabled():
             assert self.quantized is not None
             return product_by_pieces(x, self.quantized, self.bias)  # (..., out)
-        if self.product is not None:
-            return integer_product(x, self.integer_weight(), self.bias, updates, pool=self.pool)  # (..., out)
-        return adapted_product(x, self._frozen, self.bias, updates, pool=self.pool)  # (..., out)
+        if self.matmul is not None:
+            return int8_linear(x, self.int8_weight(), self.bias, updates, pool=self.pool)  # (..., out)
+        return adapted_linear(x, self._frozen, self.bias, updates, pool=self.pool)  # (..., out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -172,24 +164,24 @@ def save_memory(model: nn.Module) -> None:
             model.set_submodule(name, InPlace(module))
 
 
-def use_integer_products(model: nn.Module, product: Product | None = None) -> Product:
-    """Let all frozen linear layers of a model's blocks multiply 8-bit integers from here on, see `integer_product`.
+def use_int8_matmul(model: nn.Module, matmul: Int8Matmul | None = None) -> Int8Matmul:
+    """Let all frozen linear layers of a model's blocks multiply in int8 from here on, see `int8_linear`.
 
     On a CPU their float weights move into a temporary file that is mapped into memory. They take none until they are
     read, say when the model is merged. If there is no room for the file, they stay where they are.
 
     Args:
         model: whose methods have put their adapters on, changed in place.
-        product: see `products.ProductTimes`; None: the fastest exact one on this machine.
+        matmul: see `products.MatmulTimes`; None: the fastest exact one on this machine.
 
     Returns:
-        The product; with fewer bits if those of a layer are not exact.
+        The matmul; with fewer bits if that of a layer is not exact.
 
     Raises:
-        UserError: if the device has no integer products, or a layer is trained or somebody else's.
+        UserError: if the device has no int8 matmul, or a layer is trained or somebody else's.
     """
     device = next(model.parameters()).device
-    product = product_here(device) if product is None else product
+    matmul = matmul or fastest_matmul(device)
     layers: list[AdaptedLinear] = []
     for name in dict.fromkeys(site.module for site in Backbone.within(model).sites):
         layer = model.get_submodule(name)
@@ -203,52 +195,53 @@ def use_integer_products(model: nn.Module, product: Product | None = None) -> Pr
             )
         layers.append(layer)
     for inputs in {layer.in_features for layer in layers}:
-        if product not in exact_products(inputs, device.type):
-            product = replace(product, bits=7)
+        if matmul not in exact_matmuls(inputs, device.type):
+            matmul = replace(matmul, bits=7)
     for layer in layers:
-        layer.product = product
+        layer.matmul = matmul
     if device.type == "cpu":
-        _keep_in_file([layer for layer in layers if layer.weight is not None])
-    return product
+        _map_float_weights(layers)
+    return matmul
 
 
-def use_float_products(model: nn.Module) -> None:
-    """Let a model multiply in float again, as the one does that is delivered; its integers are gone."""
+def use_float_matmul(model: nn.Module) -> None:
+    """Let a model multiply in float again, as the one does that is delivered; its int8 weights are gone."""
     for _, layer in adapted_modules(model):
-        layer.product = layer._integers = None
+        layer.matmul = layer._int8 = None
 
 
 @contextmanager
-def with_float_products(model: nn.Module) -> Iterator[None]:
-    """Let a model multiply in float, and afterwards as before."""
-    products = [(layer, layer.product) for _, layer in adapted_modules(model)]
+def float_matmul(model: nn.Module) -> Iterator[None]:
+    """Let a model multiply in float for a while."""
+    matmuls = [(layer, layer.matmul) for _, layer in adapted_modules(model)]
     try:
-        for layer, _ in products:
-            layer.product = None
+        for layer, _ in matmuls:
+            layer.matmul = None
         yield
     finally:
-        for layer, product in products:
-            layer.product = product
+        for layer, matmul in matmuls:
+            layer.matmul = matmul
 
 
-def _keep_in_file(layers: Sequence[AdaptedLinear]) -> None:
-    weights = [layer.weight for layer in layers if layer.weight is not None]
-    if not weights:
+def _map_float_weights(layers: Sequence[AdaptedLinear]) -> None:
+    """Move float weights into a mapped file; the int8 weights that were made of them stay."""
+    floats = [(layer, layer.weight) for layer in layers if layer.weight is not None]
+    if not floats:
         return
-    for layer in layers:
-        layer.integer_weight()  # of what is in memory still
+    int8 = [layer.int8_weight() for layer, _ in floats]  # of what is in memory still
     try:
         with tempfile.TemporaryFile() as file:
-            for weight in weights:
+            for _, weight in floats:
                 file.write(weight.detach().contiguous().view(torch.uint8).numpy().data)
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as the weights
     except OSError:
         return
     start = 0
-    for layer, weight in zip(layers, weights, strict=True):
+    for (layer, weight), made in zip(floats, int8, strict=True):
         values = torch.frombuffer(mapped, dtype=weight.dtype, count=weight.numel(), offset=start)  # (out in,)
-        layer.move_float(values.view(weight.shape))  # (out, in)
+        weight.data = values.view(weight.shape)  # (out, in)
+        layer._int8 = (layer._in_use, made)
         start += weight.nbytes
 
 

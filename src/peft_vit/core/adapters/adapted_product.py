@@ -28,7 +28,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.core.adapters.low_rank import RowUpdate
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizedTensor
 
@@ -107,13 +107,8 @@ class FrozenWeight:
         return weight
 
 
-def adapted_product(
-    x: Tensor,
-    frozen: FrozenWeight,
-    bias: Tensor | None,
-    updates: Sequence[tuple[slice, SiteAdapter | GradientProbe]],
-    *,
-    pool: int = 1,
+def adapted_linear(
+    x: Tensor, frozen: FrozenWeight, bias: Tensor | None, updates: Sequence[RowUpdate], *, pool: int = 1
 ) -> Tensor:
     """Apply a frozen linear layer with low-rank updates on slices of its rows.
 
@@ -137,7 +132,7 @@ def adapted_product(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    source = source_of(x) if updates and x.numel() >= LEAST_VALUES else None
+    source = source_of_input(x) if updates and x.numel() >= LEAST_VALUES else None
     with torch.autocast(device, enabled=False):
         spans = tuple(span for span, _ in updates)
         factors = [adapter.factors() for _, adapter in updates]
@@ -147,21 +142,21 @@ def adapted_product(
             for span, (left, right) in zip(spans, factors, strict=True):
                 added[span] += left @ right  # (out_s, groups)
             parameters = [added]
-        kept = x if source is None else source.values  # (..., in)
+        saved = x if source is None else source.values  # (..., in)
         function = None if source is None else source.function
         # Forming W + dW touches 2 in out values, two skinny products rows (in + out). Without a backward pass it is
         # formed in any case, so that predictions do not depend on how images are put in batches.
         rows, (outputs, inputs) = x.numel() // x.shape[-1], frozen.shape
         many_rows = rows * (inputs + outputs) > 2 * inputs * outputs
-        summed = not torch.is_grad_enabled() or pool > 1 or not frozen.is_float or many_rows
-        layer = _Layer(spans, pool, dtype, autocast, summed, function)
+        forms_sum = not torch.is_grad_enabled() or pool > 1 or not frozen.is_float or many_rows
+        layer = _Layer(spans, pool, dtype, autocast, forms_sum, function)
         x = x.detach()
-        saved = None
+        node = None
         first = not torch.compiler.is_compiling() and _SAVES_FIRST.get()  # compilers can't read context variables
-        if first and kept.requires_grad and torch.is_grad_enabled():
-            kept = _Saved.apply(kept, x, frozen, layer, parameters)
-            saved = kept.grad_fn
-        result: Tensor = _AdaptedProduct.apply(kept, x, frozen, layer, saved, bias, *parameters)
+        if first and saved.requires_grad and torch.is_grad_enabled():
+            saved = _Saved.apply(saved, x, frozen, layer, parameters)
+            node = saved.grad_fn
+        result: Tensor = _AdaptedProduct.apply(saved, x, frozen, layer, node, bias, *parameters)
     return result
 
 
@@ -208,21 +203,21 @@ class _Layer:
         dtype: of the products.
         autocast: whether the module runs under autocast to that type.
         summed: whether W + dW is formed.
-        function: makes its inputs x from what is kept; None if x itself is.
+        function: makes its inputs x of what is saved; None if x itself is.
     """
 
     spans: tuple[slice, ...]
     pool: int
     dtype: torch.dtype
     autocast: bool
-    summed: bool
+    forms_sum: bool
     function: RowFunction | None
 
     def weight(self, frozen: FrozenWeight, parameters: Sequence[Tensor]) -> Tensor:
         """Return W + dW, or W, (out, in) in the type of the products; of some columns, where both are of those."""
         if self.pool > 1:
             return frozen.unpack(parameters[0] if parameters else None).to(self.dtype)
-        if not self.summed:
+        if not self.forms_sum:
             assert frozen.floating is not None
             return frozen.floating.detach().to(self.dtype)
         total = frozen.unpack()
@@ -236,11 +231,11 @@ class _Layer:
             return [added[:, columns.start // self.pool : columns.stop // self.pool] for added in parameters]
         return [factor if place % 2 == 0 else factor[:, columns] for place, factor in enumerate(parameters)]
 
-    def inputs(self, kept: Tensor) -> Tensor:
+    def inputs(self, saved: Tensor) -> Tensor:
         """Return x in the type of the products, as the forward pass had it."""
         assert self.function is not None
-        with torch.autocast(kept.device.type, self.dtype, enabled=self.autocast):
-            return self.function(kept).to(self.dtype)
+        with torch.autocast(saved.device.type, self.dtype, enabled=self.autocast):
+            return self.function(saved).to(self.dtype)
 
     def needed(self, x: Tensor) -> Tensor:
         """Return what the gradients of the updates need of inputs (N, in): all, or sums over groups (N, groups)."""
@@ -270,18 +265,18 @@ class _AdaptedProduct(torch.autograd.Function):
     and where the update is constant on groups of inputs, dW[o, i] = added[o, group of i], dL/dadded = g^T p with
     p (N, groups) the inputs summed over their groups.
 
-    Where x = f(kept), what is returned for `kept` is dL/dkept: f's own backward pass is part of this one, some columns
-    at a time, so that neither x nor dL/dx nor W + dW is there whole.
+    Where x = f(saved), what is returned for `saved` is dL/dsaved: f's own backward pass is part of this one, some
+    columns at a time, so that neither x nor dL/dx nor W + dW is there whole.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        kept: Tensor,
+        saved: Tensor,
         x: Tensor,
         frozen: FrozenWeight,
         layer: _Layer,
-        saved: Any,
+        node: Any,
         bias: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
@@ -289,53 +284,55 @@ class _AdaptedProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         weight = layer.weight(frozen, parameters)  # (out, in)
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))  # (..., in) -> (..., out)
-        if not layer.summed:
+        if not layer.forms_sum:
             inner = _stack(parameters[1::2]).to(x.dtype) @ rows.T  # (sum of ranks, N)
             flat = y.view(len(rows), y.shape[-1])  # (N, out)
             for span, left, part in zip(layer.spans, parameters[::2], _by_update(inner, parameters), strict=True):
                 flat[:, span].addmm_(part.T, left.T.to(x.dtype))  # (N, out_s)
-        if saved is None:
-            _save(ctx, kept, x, frozen, layer, parameters)
-        ctx.saved = saved
+        if node is None:
+            _save(ctx, saved, x, frozen, layer, parameters)
+        ctx.node = node
         ctx.quantized, ctx.share = frozen.quantized, frozen.share
-        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, kept.dtype
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, saved.dtype
         return y
 
     @staticmethod
     @once_differentiable  # what is kept has no graph of its own
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         # (N, in) or (N, groups) | None, (out, in) | None, and left (out_s, r), right (r, in) in turn or (out, groups)
-        kept, floating, *parameters = (ctx if ctx.saved is None else ctx.saved).saved_tensors
+        saved, floating, *parameters = (ctx if ctx.node is None else ctx.node).saved_tensors
         layer: _Layer = ctx.layer
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(layer.dtype)  # (N, out)
         frozen = FrozenWeight(floating, ctx.quantized, ctx.share)
         updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(layer, gradient, parameters)
         pieces = layer.pieces(frozen, len(gradient))
-        to_kept = None
+        grad_saved = None
         if ctx.needs_input_grad[0] and len(pieces) > 1:
-            to_kept = gradient.new_empty((len(gradient), ctx.shape[-1]), dtype=ctx.dtype)  # (N, in)
+            grad_saved = gradient.new_empty((len(gradient), ctx.shape[-1]), dtype=ctx.dtype)  # (N, in)
         for columns in pieces:
             made, leaf = None, None
             if layer.function is not None:
                 with torch.enable_grad():
-                    leaf = kept[:, columns].detach().requires_grad_(ctx.needs_input_grad[0])  # (N, c)
+                    leaf = saved[:, columns].detach().requires_grad_(ctx.needs_input_grad[0])  # (N, c)
                     made = layer.inputs(leaf)  # (N, c)
                 updates.add(columns, layer.needed(made.detach()))
             elif parameters:
-                updates.add(columns, kept[:, columns.start // layer.pool : columns.stop // layer.pool])  # (N, c / pool)
+                updates.add(
+                    columns, saved[:, columns.start // layer.pool : columns.stop // layer.pool]
+                )  # (N, c / pool)
             if not ctx.needs_input_grad[0]:
                 continue
             weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns))  # (out, c)
-            to_x = updates.to_inputs(columns, weight)  # (N, c)
+            grad_x = updates.to_inputs(columns, weight)  # (N, c)
             if made is not None and leaf is not None:
-                (to_x,) = torch.autograd.grad(made, leaf, to_x)  # by what x was made from, (N, c)
-            if to_kept is None:
-                to_kept = to_x
+                (grad_x,) = torch.autograd.grad(made, leaf, grad_x)  # by what x was made from, (N, c)
+            if grad_saved is None:
+                grad_saved = grad_x
             else:
-                to_kept[:, columns] = to_x
-        to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None  # (N, out) -> (out,)
-        to_kept = None if to_kept is None else to_kept.view(ctx.shape)  # (N, in) -> (..., in)
-        return to_kept, None, None, None, None, to_bias, *updates.result()
+                grad_saved[:, columns] = grad_x
+        grad_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None  # (N, out) -> (out,)
+        grad_saved = None if grad_saved is None else grad_saved.view(ctx.shape)  # (N, in) -> (..., in)
+        return grad_saved, None, None, None, None, grad_bias, *updates.result()
 
 
 class _FactorGradients:
@@ -346,7 +343,7 @@ class _FactorGradients:
     """
 
     def __init__(self, layer: _Layer, gradient: Tensor, factors: Sequence[Tensor]) -> None:
-        self._spans, self._gradient, self._factors, self._summed = layer.spans, gradient, factors, layer.summed
+        self._spans, self._gradient, self._factors, self._summed = layer.spans, gradient, factors, layer.forms_sum
         if not factors:
             return
         self._rights = _stack(factors[1::2]).to(layer.dtype)  # (sum of ranks, in)
@@ -362,8 +359,8 @@ class _FactorGradients:
 
     def to_inputs(self, columns: slice, weight: Tensor) -> Tensor:
         """Return the gradient of columns of x, (N, c), from those of W + dW, or of W, (out, c)."""
-        to_x = self._gradient @ weight  # (N, out) @ (out, c) -> (N, c)
-        return to_x if self._summed else to_x.addmm_(self._outer.T, self._rights[:, columns])
+        grad_x = self._gradient @ weight  # (N, out) @ (out, c) -> (N, c)
+        return grad_x if self._summed else grad_x.addmm_(self._outer.T, self._rights[:, columns])
 
     def result(self) -> list[Tensor]:
         """Return the gradients, left (out_s, r) and right (r, in) in turn."""
@@ -397,22 +394,24 @@ class _GroupedGradients:
 
 
 class _Saved(torch.autograd.Function):
-    """Saves what the product after it needs in its backward pass, and hands on `kept` and its gradient."""
+    """Saves what the product after it needs in its backward pass, and hands on `saved` and its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]
+        ctx: Any, saved: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]
     ) -> Tensor:
-        _save(ctx, kept, x.to(layer.dtype), frozen, layer, parameters)
-        return kept.view_as(kept)
+        _save(ctx, saved, x.to(layer.dtype), frozen, layer, parameters)
+        return saved.view_as(saved)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return *gradients, None, None, None, None
 
 
-def _save(ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]) -> None:
-    rows = x if layer.function is None else kept
+def _save(
+    ctx: Any, saved: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]
+) -> None:
+    rows = x if layer.function is None else saved
     rows = rows.reshape(-1, rows.shape[-1])  # (N, in)
     needed = None
     if layer.function is not None:
@@ -507,7 +506,7 @@ def is_activation(module: nn.Module) -> bool:
     return type(module) in _ACTIVATIONS or type(module).__name__ in _OF_TRANSFORMERS
 
 
-def source_of(x: Tensor) -> Source | None:
+def source_of_input(x: Tensor) -> Source | None:
     """Return what a tensor was made from, where it is known and unchanged, and no parameter there is trained."""
     source: Source | None = getattr(x, _MADE_BY, None)
     if source is None or any(parameter.requires_grad for parameter in source.function.parameters.values()):

@@ -21,7 +21,7 @@ from peft_vit.base.seeding import torch_generator
 from peft_vit.core.adapters.adapted_model import AdaptedLinear, adapted_sites, site_adapters
 from peft_vit.core.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
 from peft_vit.core.adapters.peft_layers import sites_of_layers, tuner_layers
-from peft_vit.core.backbones import Backbone, Site, chosen, evaluating, freeze_batch_norm, watching
+from peft_vit.core.backbones import Backbone, Site, capturing_inputs, evaluating, freeze_batch_norm, select_sites
 from peft_vit.core.config import AdapterConfig
 
 _STD = 0.02  # of what stands in for zeros during the gradient check
@@ -69,7 +69,7 @@ def attach_adapters(
     Raises:
         UserError: if the model carries adapters, has no head, or an adapter has no effect.
     """
-    if next(iter(site_adapters(model)), None) is not None:
+    if site_adapters(model):
         raise UserError("the model already carries adapters; attach once", field="model")
     freeze_backbone(model)
     backbone = Backbone(model)
@@ -111,7 +111,7 @@ def store_in_bits(model: nn.Module, bits: int | None, *, while_training: bool) -
             adapter.bits, adapter.rounds_while_training = bits, while_training
 
 
-def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
+def check_adapters_match(model: nn.Module, config: AdapterConfig, section: str) -> None:
     """Refuse a scale or targets that were set and say otherwise what the model's adapters have decided."""
     scales = sorted({adapter.scale for adapter in site_adapters(model).values()})
     if "scale" in config.model_fields_set and scales != [config.scale]:
@@ -125,7 +125,7 @@ def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
     for site in adapted_sites(model).values():
         kinds = kinds_of[site.module]
         adapted |= {(site.module, kind) for kind in ((site.kind,) if site.kind in kinds else kinds)}
-    if adapted != {(site.module, site.kind) for site in chosen(backbone.sites, config.targets)}:
+    if adapted != {(site.module, site.kind) for site in select_sites(backbone.sites, config.targets)}:
         stated = ", ".join(sorted({kind for _, kind in adapted}))
         raise UserError(f"adapters are on {stated}; leave it out", field=f"{section}.targets")
 
@@ -187,7 +187,7 @@ def effects_of(
     model = backbone.model
     watched = {name: model.get_submodule(name) for name in set(modules.values())}
     called: set[str] = set()
-    with _without_zeros(model), evaluating(model), watching(watched, lambda name, _: called.add(name)):
+    with _without_zeros(model), evaluating(model), capturing_inputs(watched, lambda name, _: called.add(name)):
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(1, *backbone.input_size, generator=generator).to(next(model.parameters()))  # (1, C, S, S)
         leaves = [parameter for group in parameters.values() for parameter in group]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import resource
 import sys
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.core.adapters import adapted_modules, packed_weights, site_adapters
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.records import FloatPart, LayerSize, ModelSize
@@ -59,34 +61,30 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def model_size(model: nn.Module) -> ModelSize:
     """Count a low-bit model live and as a file, without adapters, with float copies that layers have beside codes."""
-    packed = packed_weights(model)
     adapters = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}
     buffers = dict(model.named_buffers())
     named = dict(model.named_parameters()) | buffers
-    left = {name: tensor for name, tensor in named.items() if id(tensor) not in adapters}
-    by_part: dict[FloatPart, list[Tensor]] = {}
-    for name, tensor in left.items():
-        by_part.setdefault(_part(model, name, tensor), []).append(tensor)
-    layers, merging_bytes, stored = {}, 0, dict(left)
+    floats = {name: tensor for name, tensor in named.items() if id(tensor) not in adapters}
+    by_part = grouped((_part(model, name, tensor), tensor) for name, tensor in floats.items())
+    layers, merging_bytes, stored = {}, 0, dict(floats)
     for name, module in adapted_modules(model):
-        if (weight := packed.get(name)) is None:
+        if (weight := module.quantized) is None:
             continue
         tensors = weight.tensors()
         stored |= {f"{name}.{kind}": tensor for kind, tensor in tensors.items()}
-        codes, offsets = tensors["codes"].nbytes, tensors["offsets"].nbytes if "offsets" in tensors else 0
         layers[name] = LayerSize(
-            weights=weight.shape[0] * weight.shape[1],
-            codes_bytes=codes,
-            scales_bytes=weight.nbytes - codes - offsets,
-            offsets_bytes=offsets,
+            weights=math.prod(weight.shape),
+            codes_bytes=weight.codes.nbytes,
+            scales_bytes=weight.scales.nbytes,
+            offsets_bytes=tensors["offsets"].nbytes if "offsets" in tensors else 0,
         )
         if weight.offsets is None and any(adapter.pool > 1 and adapter.rank for _, adapter in module.adapters()):
             merging_bytes += weight.scales.nbytes
     computed = buffers.keys() - model.state_dict().keys()  # rotary embeddings, say
     in_file = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items() if name not in computed}
-    floats = sum(tensor.numel() for name, tensor in left.items() if name.removesuffix(".weight") not in packed)
+    num_floats = sum(tensor.numel() for name, tensor in floats.items() if name.removesuffix(".weight") not in layers)
     return ModelSize(
-        weights=floats + sum(size.weights for size in layers.values()),
+        weights=num_floats + sum(size.weights for size in layers.values()),
         layers=layers,
         float_bytes={part: storage_bytes(tensors) for part, tensors in by_part.items()},
         merging_bytes=merging_bytes,
@@ -111,7 +109,7 @@ def _part(model: nn.Module, name: str, tensor: Tensor) -> FloatPart:
     return "matrices" if words[-1] == "weight" and tensor.ndim == 2 else "other"
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """Give memory that is free, but kept for later, back to the system, where it takes it (Linux)."""
     gc.collect()
     if sys.platform == "linux":
@@ -120,7 +118,7 @@ def give_memory_back() -> None:
 
 def reset_peak_memory() -> None:
     """Give freed memory back and start a new peak, where the system can (Linux); elsewhere the peak only grows."""
-    give_memory_back()
+    release_memory()
     if sys.platform == "linux":
         try:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)

@@ -21,20 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_vit.core.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of
-from peft_vit.core.adapters.low_rank import GradientProbe, SiteAdapter
-from peft_vit.core.quantization.integers import IntegerWeight, quantize_rows, reused_memory
+from peft_vit.core.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of_input
+from peft_vit.core.adapters.low_rank import RowUpdate
+from peft_vit.core.quantization.integers import Int8Weight, quantize_rows, reused_memory
 
 _VALUES_AT_ONCE = 3 << 17  # of a product: 1.6 MB in float32
 
 
-def integer_product(
-    x: Tensor,
-    weight: IntegerWeight,
-    bias: Tensor | None,
-    updates: Sequence[tuple[slice, SiteAdapter | GradientProbe]],
-    *,
-    pool: int = 1,
+def int8_linear(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, updates: Sequence[RowUpdate], *, pool: int = 1
 ) -> Tensor:
     """Apply a linear layer whose frozen weight is multiplied in integers, with low-rank updates on slices of its rows.
 
@@ -53,9 +48,9 @@ def integer_product(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    source = source_of(x) if updates and x.numel() >= LEAST_VALUES else None
+    source = source_of_input(x) if updates and x.numel() >= LEAST_VALUES else None
     values = None if source is None else source.values.detach()
-    function = None if source is None else partial(_again, source.function, dtype, autocast)
+    function = None if source is None else partial(_recompute, source.function, dtype, autocast)
     with torch.autocast(device, enabled=False):
         factors = []
         for _, adapter in updates:
@@ -71,7 +66,7 @@ class _IntegerProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: IntegerWeight,
+        weight: Int8Weight,
         bias: Tensor | None,
         spans: tuple[slice, ...],
         dtype: torch.dtype,
@@ -80,12 +75,12 @@ class _IntegerProduct(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        left, right, inner, take = None, None, None, None
+        left, right, inner, use = None, None, None, None
         if factors:
-            left, right = _joined(factors, spans, len(weight.codes), dtype)
+            left, right = _concatenate(factors, spans, len(weight.codes), dtype)
             inner = torch.empty(len(right), len(rows), dtype=dtype, device=x.device)  # (R, N)
-            take = partial(_multiplied, right, inner)
-        codes, scales = _rounded(rows, dtype, take=take)
+            use = partial(_multiply_right, right, inner)
+        codes, scales = _quantize_in_parts(rows, dtype, use=use)
         if inner is not None:
             inner.mul_(scales.T)
         outputs = torch.empty(*x.shape[:-1], len(weight.codes), dtype=dtype, device=x.device)  # (..., out)
@@ -101,8 +96,8 @@ class _IntegerProduct(torch.autograd.Function):
                 y[part] = sums
             if inner is not None and left is not None:
                 y[part].addmm_(inner[:, part].T, left)  # (n, R) @ (R, out)
-        kept = codes if factors and function is None else None
-        ctx.save_for_backward(kept, scales, left, right, inner, values)
+        saved = codes if factors and function is None else None
+        ctx.save_for_backward(saved, scales, left, right, inner, values)
         ctx.weight, ctx.spans, ctx.shape, ctx.dtype, ctx.function = weight, spans, x.shape, x.dtype, function
         ctx.ranks = [len(factor) for factor in factors[1::2]]
         return outputs  # no view, since some models add to it in place
@@ -114,56 +109,58 @@ class _IntegerProduct(torch.autograd.Function):
         codes, scales, left, right, inner, values = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])  # (N, out)
         dtype, outer = gradient.dtype, None
-        to_factors: list[Tensor] = []
+        grad_factors: list[Tensor] = []
         if inner is not None:
             outer = left @ gradient.T  # (R, out) @ (out, N): the gradient of the inner products
-            to_lefts = (inner @ gradient).split(ctx.ranks)  # (R, N) @ (N, out)
-            of_right = torch.zeros(len(outer), ctx.shape[-1], device=gradient.device)  # (R, in)
-            add = partial(_added, outer * scales.T.to(dtype), of_right)
+            grad_lefts = (inner @ gradient).split(ctx.ranks)  # (R, N) @ (N, out)
+            grad_rights = torch.zeros(len(outer), ctx.shape[-1], device=gradient.device)  # (R, in)
+            add = partial(_add_outer, outer * scales.T.to(dtype), grad_rights)
             if codes is None:
-                _rounded(values.reshape(-1, values.shape[-1]), dtype, ctx.function, add)
+                _quantize_in_parts(values.reshape(-1, values.shape[-1]), dtype, ctx.function, add)
             else:
                 for part in _parts(codes, codes.shape[1]) if dtype == torch.float32 else [slice(None)]:
                     add(part, codes[part])
-            for span, to_left, to_right in zip(ctx.spans, to_lefts, of_right.split(ctx.ranks), strict=True):
-                to_factors += [to_left[:, span].T.float(), to_right]  # (out_s, r), (r, in)
-        to_x = None
+            for span, grad_left, grad_right in zip(ctx.spans, grad_lefts, grad_rights.split(ctx.ranks), strict=True):
+                grad_factors += [grad_left[:, span].T.float(), grad_right]  # (out_s, r), (r, in)
+        grad_x = None
         if ctx.needs_input_grad[0]:
             device = gradient.device
-            to_x = torch.empty(len(gradient), ctx.shape[-1], dtype=ctx.dtype, device=device)  # (N, in)
+            grad_x = torch.empty(len(gradient), ctx.shape[-1], dtype=ctx.dtype, device=device)  # (N, in)
             if outer is not None:
                 outer, right = outer.to(ctx.dtype), right.to(ctx.dtype)
-            for part in _parts(gradient, max(gradient.shape[1], to_x.shape[1])):
+            for part in _parts(gradient, max(gradient.shape[1], grad_x.shape[1])):
                 shape = gradient[part].shape  # (n, out)
                 scaled = reused_memory("values", shape, torch.float32, device)
                 torch.mul(_in_float("values", gradient[part]), weight.scales, out=scaled)
-                of_gradient, of_rows = quantize_rows(scaled, reused_memory("codes", shape, torch.int8, device), scaled)
-                product = weight.multiply_back(of_gradient)  # (n, in)
-                if to_x.dtype == torch.float32:
-                    torch.mul(product, of_rows, out=to_x[part])
+                gradient_codes, gradient_scales = quantize_rows(
+                    scaled, reused_memory("codes", shape, torch.int8, device), scaled
+                )
+                product = weight.multiply_back(gradient_codes)  # (n, in)
+                if grad_x.dtype == torch.float32:
+                    torch.mul(product, gradient_scales, out=grad_x[part])
                 else:
-                    to_x[part] = product.mul_(of_rows)
+                    grad_x[part] = product.mul_(gradient_scales)
                 if outer is not None:
-                    to_x[part].addmm_(outer[:, part].T, right)  # (n, R) @ (R, in)
-            to_x = to_x.view(ctx.shape)
-        to_bias = gradient.float().sum(0) if ctx.needs_input_grad[2] else None  # (out,)
-        return to_x, None, to_bias, None, None, None, None, *to_factors
+                    grad_x[part].addmm_(outer[:, part].T, right)  # (n, R) @ (R, in)
+            grad_x = grad_x.view(ctx.shape)
+        grad_bias = gradient.float().sum(0) if ctx.needs_input_grad[2] else None  # (out,)
+        return grad_x, None, grad_bias, None, None, None, None, *grad_factors
 
 
-def _again(function: RowFunction, dtype: torch.dtype, autocast: bool, values: Tensor) -> Tensor:
+def _recompute(function: RowFunction, dtype: torch.dtype, autocast: bool, values: Tensor) -> Tensor:
     with torch.autocast(values.device.type, dtype, enabled=autocast):
         return function(values)
 
 
-def _rounded(
+def _quantize_in_parts(
     rows: Tensor,
     dtype: torch.dtype,
     function: Callable[[Tensor], Tensor] | None = None,
-    take: Callable[[slice, Tensor], None] | None = None,
+    use: Callable[[slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return codes (N, in) and scales (N, 1) of rows, or of what a function makes of them, some rows at a time.
 
-    `take` multiplies the codes by something of a type: in float32 part by part, while they are in the processor's
+    `use` multiplies the codes by something of a type: in float32 part by part, while they are in the processor's
     cache; in bf16 all at once, since such products are so fast that their number counts.
     """
     codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
@@ -172,22 +169,22 @@ def _rounded(
         x = rows[part] if function is None else function(rows[part])
         values = reused_memory("values", x.shape, torch.float32, x.device)
         _, scales[part] = quantize_rows(_in_float("values", x), codes[part], values)
-        if take is not None and dtype == torch.float32:
-            take(part, values)
-    if take is not None and dtype != torch.float32:
-        take(slice(None), codes)
+        if use is not None and dtype == torch.float32:
+            use(part, values)
+    if use is not None and dtype != torch.float32:
+        use(slice(None), codes)
     return codes, scales
 
 
-def _multiplied(right: Tensor, inner: Tensor, part: slice, codes: Tensor) -> None:
+def _multiply_right(right: Tensor, inner: Tensor, part: slice, codes: Tensor) -> None:
     inner[:, part] = right @ codes.to(right.dtype).T  # (R, in) @ (in, n)
 
 
-def _added(outer: Tensor, to_right: Tensor, part: slice, codes: Tensor) -> None:
-    to_right += outer[:, part] @ codes.to(outer.dtype)  # (R, n) @ (n, in)
+def _add_outer(outer: Tensor, grad_right: Tensor, part: slice, codes: Tensor) -> None:
+    grad_right += outer[:, part] @ codes.to(outer.dtype)  # (R, n) @ (n, in)
 
 
-def _joined(
+def _concatenate(
     factors: Sequence[Tensor], spans: Sequence[slice], outputs: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of all updates as one, (R, out) with zeros where an update has no rows, and (R, in)."""

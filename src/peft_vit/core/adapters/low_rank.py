@@ -19,7 +19,7 @@ quantized in groups of g inputs the update is constant within a group (QA-LoRA, 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +71,9 @@ class LowRankUpdate:
         lora_A = (torch.rand(count, self.in_features // self.pool, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None
 
-    def left(self) -> Tensor:
-        """Return B, or P diag(gain * lambda), (out, r), without the scale."""
-        return self.lora_B
-
     def exact_factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool), as they are trained."""
-        return self.left() * self.scale, self.lora_A
+        return self.lora_B * self.scale, self.lora_A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
@@ -161,9 +157,11 @@ class SiteAdapter(LowRankUpdate, nn.Module):
             return 1.0
         return self.reference_rank / max(rank, 1)
 
-    def left(self) -> Tensor:
-        """Return B, or P diag(gain * lambda), (out, r), without the scale."""
-        return self.lora_B if self.lora_lambda is None else self.lora_B * (self.lora_lambda * self.lambda_gain)
+    def exact_factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (out, r), scale included, and right (r, in / pool), as they are trained."""
+        if self.lora_lambda is None:
+            return super().exact_factors()
+        return self.lora_B * (self.lora_lambda * self.lambda_gain) * self.scale, self.lora_A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool), rounded to `bits`: columns and rows each."""
@@ -222,3 +220,6 @@ class GradientProbe:
         """Return the root mean square of dL/dlambda, a scalar; None before backward."""
         gradient = self.lambdas.grad
         return None if gradient is None else gradient.square().mean().sqrt()
+
+
+RowUpdate: TypeAlias = tuple[slice, SiteAdapter | GradientProbe]  # the output rows of a site, and what updates them

@@ -205,11 +205,9 @@ def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return weight and bias of the head, or of each of several, by their names in the model."""
-    heads = Backbone(model).heads
-    if not heads:
-        message = "the model has no linear classification head; create it with num_classes"
-        raise UserError(message, field="num_classes")
-    return {f"{name}.{leaf}": p for name, layer in heads.items() for leaf, p in layer.named_parameters()}
+    backbone = Backbone(model)
+    _ = backbone.head  # there is one
+    return {f"{name}.{leaf}": p for name, layer in backbone.heads.items() for leaf, p in layer.named_parameters()}
 
 
 def _classes(head: Mapping[str, Tensor]) -> int:
@@ -305,7 +303,7 @@ def peft_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def doubts_about(
+def base_mismatches(
     folder: Path, model: str, weights_name: str, weights_sha256: str | None, class_names: Sequence[str]
 ) -> list[str]:
     """Return sentences on what an adapter was trained on and a run is not, as far as its files tell.

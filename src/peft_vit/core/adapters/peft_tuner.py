@@ -32,7 +32,7 @@ from peft_vit.base.extras import require_extra
 from peft_vit.base.seeding import torch_generator
 from peft_vit.core.adapters.attach import check_gradients, freeze_backbone
 from peft_vit.core.adapters.peft_layers import ADAPTER, PREFIX
-from peft_vit.core.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
+from peft_vit.core.backbones import Backbone, Site, evaluating, find_sites, fused_sites, select_modules
 from peft_vit.core.config import PeftAdaLoraConfig, PeftLoraConfig
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -168,7 +168,10 @@ def attach_peft_lora(model: nn.Module, config: PeftLoraConfig, *, seed: int) -> 
     """Attach LoRA with ``alpha = scale * r``; outputs do not change."""
     settings = {"r": config.rank, "lora_alpha": config.scale * config.rank}  # PEFT says int and takes any number
     attach_peft(
-        model, "lora", {**settings, "target_modules": list(whole_modules(find_sites(model), config.targets))}, seed=seed
+        model,
+        "lora",
+        {**settings, "target_modules": list(select_modules(find_sites(model), config.targets))},
+        seed=seed,
     )
 
 
@@ -191,7 +194,7 @@ def attach_peft_adalora(
         "beta1": config.beta1,
         "beta2": config.beta2,
         "orth_reg_weight": config.orthogonality_weight,
-        "target_modules": list(whole_modules(find_sites(model), config.targets)),
+        "target_modules": list(select_modules(find_sites(model), config.targets)),
     }
     return attach_peft(model, "adalora", settings, seed=seed)
 

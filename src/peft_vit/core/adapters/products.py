@@ -1,4 +1,4 @@
-"""Which product of 8-bit integers is exact and the fastest on this machine, beside a float product of the same shape.
+"""Which int8 matmul is exact and the fastest on this machine, beside a float one of the same shape.
 
 No flag of a processor says it: the same call is a nested loop on one and three times as fast as float32 on another, see
 `quantization.integers`. So each product is tried here, first on so few values that a nested loop is left after
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.integer_product import integer_product
-from peft_vit.core.quantization.integers import Bits, IntegerWeight, Product, exact_products
+from peft_vit.core.adapters.integer_product import int8_linear
+from peft_vit.core.quantization.integers import Bits, Int8Matmul, Int8Weight, exact_matmuls
 
 FASTER = 1.1  # times, than float, for products of integers to be chosen
 SLOW = 5.0  # times float's seconds, beyond which integers are refused
@@ -34,22 +35,22 @@ _Linear = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 
 
 @dataclass(frozen=True)
-class ProductTimes:
-    """What was found.
+class MatmulTimes:
+    """How long the fastest exact int8 matmul of a device takes, and one in float.
 
     Attributes:
-        product: the fastest exact one; None: the device has none.
-        seconds: of a product forward and one back, with the rounding of their inputs; infinite without one.
+        matmul: the fastest; None: the device has no exact one.
+        seconds: of one forward and one back, with the rounding of their inputs; infinite without one.
         float_s: of the same in float.
     """
 
-    product: Product | None
+    matmul: Int8Matmul | None
     seconds: float
     float_s: float
 
     @property
     def is_faster(self) -> bool:
-        """Return whether integers are worth it."""
+        """Return whether int8 is worth it."""
         return FASTER * self.seconds < self.float_s
 
     @property
@@ -60,31 +61,29 @@ class ProductTimes:
     @property
     def times(self) -> str:
         """Return both times, for people."""
-        assert self.product is not None
-        call = {"int_mm": "torch._int_mm", "qlinear": "oneDNN"}[self.product.name]
+        assert self.matmul is not None
+        call = {"int_mm": "torch._int_mm", "qlinear": "oneDNN"}[self.matmul.name]
         integers, floats = (
             f"{1e3 * seconds:,.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
             for seconds in (self.seconds, self.float_s)
         )
         return f"products take {integers} ms in 8-bit integers ({call}), {floats} in float"
 
-    def usable(self, device: torch.device, field: str = "training.compute", remedy: str = "use float") -> Product:
-        """Return the product.
+    def usable(self, device: torch.device, field: str = "training.compute", remedy: str = "use float") -> Int8Matmul:
+        """Return the matmul.
 
         Raises:
             UserError: if there is none, or it is so slow that nobody would wait for it; with what to do.
         """
-        if self.product is None:
+        if self.matmul is None:
             raise UserError(f"{device.type} multiplies no such 8-bit integers exactly; {remedy}", field=field)
         if self.is_slow:
             raise UserError(f"int8 is too slow here: {self.times}; {remedy}", field=field)
-        return self.product
+        return self.matmul
 
 
-def measure_products(
-    device: torch.device, dtype: torch.dtype = torch.float32, bits: Bits | None = None
-) -> ProductTimes:
-    """Try every exact product of a device beside the float one.
+def time_matmuls(device: torch.device, dtype: torch.dtype = torch.float32, bits: Bits | None = None) -> MatmulTimes:
+    """Time every exact int8 matmul of a device, and the float one.
 
     Args:
         device: on which they are tried.
@@ -99,37 +98,35 @@ def measure_products(
     torch.set_num_threads(1)
     try:
         few = x[:_FEW_ROWS], weight[:_FEW_OUTPUTS]
-        first_s = min(_seconds(few[0], _in_float(few[1], dtype)) for _ in range(_ROUNDS))
-        calls: dict[Product | None, _Linear] = {None: _in_float(weight, dtype)}
-        exact: dict[Product, float] = {}
-        for product in exact_products(_INPUTS, device.type, bits):
-            seconds = _seconds(few[0], _in_integers(few[1], product))
-            if seconds > max(_HOPELESS * first_s, _HOPELESS_S):
-                exact[product] = seconds * x.numel() * _OUTPUTS / (few[0].numel() * _FEW_OUTPUTS)
+        few_float_s = min(_seconds(few[0], _in_float(few[1], dtype)) for _ in range(_ROUNDS))
+        calls: dict[Int8Matmul | None, _Linear] = {None: _in_float(weight, dtype)}
+        seconds: dict[Int8Matmul | None, float] = defaultdict(lambda: math.inf)
+        for matmul in exact_matmuls(_INPUTS, device.type, bits):
+            few_s = _seconds(few[0], _in_int8(few[1], matmul))
+            if few_s > max(_HOPELESS * few_float_s, _HOPELESS_S):
+                seconds[matmul] = few_s * x.numel() * _OUTPUTS / (few[0].numel() * _FEW_OUTPUTS)
             else:
-                calls[product] = _in_integers(weight, product)
-        float_s, rounds, started = math.inf, 0, time.perf_counter()
+                calls[matmul] = _in_int8(weight, matmul)
+        rounds, started = 0, time.perf_counter()
         while rounds < _ROUNDS or time.perf_counter() - started < _SECONDS:
             rounds += 1
             for way, call in calls.items():
-                seconds = _seconds(x, call)
-                if way is None:
-                    float_s = min(seconds, float_s)
-                else:
-                    exact[way] = min(seconds, exact.get(way, math.inf))
+                seconds[way] = min(seconds[way], _seconds(x, call))
     finally:
         torch.set_num_threads(threads)
-    best: Product | None = None
-    for product, seconds in exact.items():
-        if best is None or seconds < _MUCH_FASTER * exact[best]:
-            best = product
-    return ProductTimes(best, math.inf if best is None else exact[best], float_s)
+    float_s = seconds.pop(None)
+    best: Int8Matmul | None = None
+    best_s = math.inf
+    for way, way_s in seconds.items():
+        if way_s < _MUCH_FASTER * best_s:
+            best, best_s = way, way_s
+    return MatmulTimes(best, best_s, float_s)
 
 
 @functools.cache
-def product_here(device: torch.device) -> Product:
-    """Return the fastest exact product, measured once a process (UserError as `ProductTimes.usable`)."""
-    return measure_products(device).usable(device)
+def fastest_matmul(device: torch.device) -> Int8Matmul:
+    """Return the fastest exact int8 matmul, measured once a process (UserError as `MatmulTimes.usable`)."""
+    return time_matmuls(device).usable(device)
 
 
 def _in_float(weight: Tensor, dtype: torch.dtype) -> _Linear:
@@ -137,9 +134,9 @@ def _in_float(weight: Tensor, dtype: torch.dtype) -> _Linear:
     return lambda x: F.linear(x.to(dtype), typed)
 
 
-def _in_integers(weight: Tensor, product: Product) -> _Linear:
-    integers = IntegerWeight.from_float(weight, product)
-    return lambda x: integer_product(x, integers, None, [])
+def _in_int8(weight: Tensor, matmul: Int8Matmul) -> _Linear:
+    rounded = Int8Weight.from_float(weight, matmul)
+    return lambda x: int8_linear(x, rounded, None, [])
 
 
 def _seconds(x: Tensor, linear: _Linear) -> float:

@@ -59,7 +59,7 @@ def resize_adapters(
         UserError: before anything is changed, if model or optimiser can't follow, or ranks or scores don't fit.
     """
     check_resizable(model, optimizer)
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     adapters = site_adapters(model)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, rank in ranks.items():
@@ -115,7 +115,7 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
         optimizer.state[parameter] = state
 
 
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimiser that does the steps: transformers' Trainer hands out one that accelerate has wrapped."""
     if type(optimizer).__module__.startswith("accelerate."):
         inner: torch.optim.Optimizer = optimizer.optimizer  # type: ignore[attr-defined]
@@ -130,7 +130,7 @@ def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         UserError: for another optimiser, for a model that is distributed, sharded or compiled, or one that PEFT has
             wrapped with more than plain LoRA.
     """
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     if type(optimizer) not in _OPTIMIZERS:
         known = ", ".join(kind.__name__ for kind in _OPTIMIZERS)
         raise UserError(

@@ -26,17 +26,17 @@ import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import DivergedError, SilentNoEffectWarning, UserError
 from peft_vit.base.seeding import torch_generator
 from peft_vit.core.adapters import (
     SiteAdapter,
     attach_adapters,
+    check_adapters_match,
     check_gradients,
     check_resizable,
-    check_stays,
     current_ranks,
     peft_sites,
     resize_adapters,
@@ -124,7 +124,7 @@ class AdaLoRAController:
         self._last_scores = dict(self.tracker.of_sites)  # and of sites that had rank at some time
         self._scored = 0  # step of the latest scores
         self._decided = 0  # step of the latest decision
-        self._optimizer: torch.optim.Optimizer | None = None  # as attached
+        self._optimizer: Optimizer | None = None  # as attached
         self._start(model)
         if check:
             check_gradients(model)
@@ -159,7 +159,7 @@ class AdaLoRAController:
         self._record(0, ranks)
 
     def _cost(self, ranks: dict[str, int]) -> int:
-        """Return what ranks cost in the unit of the budget."""
+        """Return the total cost of ranks in the unit of the budget."""
         return int(self.costs @ [ranks[name] for name in self.names])
 
     def _record(self, step: int, ranks: dict[str, int]) -> None:
@@ -173,7 +173,7 @@ class AdaLoRAController:
             }
         )
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Refuse what can't follow a change of rank; call once before the first step.
 
         In a loop that does not call it, the first `apply_ranks` does; only a decision after the very first step then
@@ -186,16 +186,13 @@ class AdaLoRAController:
         self._take_on(model, optimizer)
         self._probe_next_step(model)
 
-    def _take_on(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _take_on(self, model: nn.Module, optimizer: Optimizer) -> None:
         check_resizable(model, optimizer)
-        ranks, own = current_ranks(model), self.ranks
-        other = next((name for name in self.names if ranks.get(name) != own[name]), None)
-        if other is not None:
-            raise UserError(
-                f"has rank {ranks.get(other)} where the controller has {own[other]}; load the adapters that belong to "
-                "its state",
-                field=other,
-            )
+        attached, ranks = current_ranks(model), self.ranks
+        for name in self.names:
+            if attached.get(name) != ranks[name]:
+                message = f"has rank {attached.get(name)} where the controller has {ranks[name]}; load the adapters "
+                raise UserError(f"{message}that belong to its state", field=name)
         self.tracker.move_to(next(model.parameters()).device)
         self._optimizer = optimizer
 
@@ -288,7 +285,7 @@ class AdaLoRAController:
         )
         return dict(zip(self.names, map(int, ranks), strict=True))
 
-    def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
+    def apply_ranks(self, model: nn.Module, optimizer: Optimizer, ranks: dict[str, int]) -> None:
         """Resize the adapters and the optimiser's moments to the decided ranks, if they differ from the present ones.
 
         Call after the optimiser's step. A shrinking target module loses its weakest triplets by their latest scores. If
@@ -301,7 +298,7 @@ class AdaLoRAController:
             self._change(model, optimizer, {**present, **ranks})
         self._probe_next_step(model)
 
-    def _change(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
+    def _change(self, model: nn.Module, optimizer: Optimizer, ranks: dict[str, int]) -> None:
         budget, cost = self.schedule.budget_at(self._decided), self._cost(ranks)
         if cost > budget:
             unit = self.config.budget.unit
@@ -354,7 +351,7 @@ class AdaLoRAController:
         return summary
 
     def history_rows(self) -> list[dict[str, Any]]:
-        """Return what was scored and decided as a tidy table, see `records.history_rows`."""
+        """Return scores and decisions as a tidy table, see `records.history_rows`."""
         ranks = [RankEntry(**entry) for entry in self.rank_history]
         scores = [ImportanceEntry(**entry) for entry in self.score_history]
         return history_rows(self.sites, ranks, scores, [ProbeEntry(**entry) for entry in self.probe_history])
@@ -372,7 +369,7 @@ class AdaLoRAController:
         return copy.deepcopy(exported)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return what a resumed run needs beside model and optimiser, between two steps.
+        """Return the controller's state between two steps, beside model and optimiser.
 
         Returns:
             "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.
@@ -389,10 +386,9 @@ class AdaLoRAController:
             UserError: if the state belongs to another configuration, length of run, seed or set of target modules.
         """
         values = copy.deepcopy(state["values"])
-        here = self._made_with()
-        other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
-        if other is not None:
-            raise UserError(f"the state was made with another one; expected {here[other]}", field=other)
+        for key, expected in self._made_with().items():
+            if values["made_with"].get(key) != expected:
+                raise UserError(f"the state was made with another one; expected {expected}", field=key)
         for name in _STATE:
             setattr(self, name, values[name.removeprefix("_")])
         self._triplet_scores, self._optimizer = {}, None
@@ -419,7 +415,7 @@ def _attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool
             raise UserError("PEFT has no layer of rank 0; set minimum_rank to 1 or more", field="adalora.minimum_rank")
         if config.parametrization != "product":
             raise UserError("PEFT's LoRA is the plain product; set product", field="adalora.parametrization")
-        check_stays(model, config, "adalora")
+        check_adapters_match(model, config, "adalora")
         return sites
     sites = find_sites(model, config.targets)
     attach_adapters(

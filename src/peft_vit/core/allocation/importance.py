@@ -178,7 +178,7 @@ class ImportanceTracker:
         return _by_site(parts, means, torch.add)
 
     def _smoothed(self, keys: list[tuple[str, str]], like: list[Tensor]) -> list[Tensor]:
-        """Return what was smoothed so far, to be changed in place; zeros for what is new."""
+        """Return smoothed quantities, to be changed in place; zeros for new keys."""
         for key, tensor in zip(keys, like, strict=True):
             if key not in self._state:
                 self._state[key] = torch.zeros_like(tensor)

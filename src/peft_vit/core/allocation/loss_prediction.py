@@ -58,11 +58,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def layer_gradients(
-    model: nn.Module,
-    modules: Sequence[str],
-    images: Tensor,
-    logits: Callable[[Tensor], Tensor],
-    loss: Callable[[Tensor, slice], Tensor],
+    model: nn.Module, modules: Sequence[str], images: Tensor, head: LinearHead, loss: Callable[[Tensor, slice], Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield (module, gradient by its outputs (B, ..., out), its inputs (B, ..., in)) of each batch of B images.
 
@@ -70,15 +66,16 @@ def layer_gradients(
         model: frozen; only activations have gradients, so that no gradient of all weights is formed.
         modules: linear layers.
         images: (N, C, S, S).
-        logits: of a batch of images, by the model.
+        head: on the model's features.
         loss: of a batch's logits and its place among the images.
     """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    backbone = Backbone(model)
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            x = given[0].detach()
-            output.register_hook(lambda gradient: seen.update({name: (gradient, x)}))
+        def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: captured.update({name: (gradient, x)}))
 
         return forward
 
@@ -86,31 +83,12 @@ def layer_gradients(
     try:
         for start in range(0, len(images), BACKWARD_IMAGES):
             part = slice(start, start + BACKWARD_IMAGES)
-            loss(logits(images[part].clone().requires_grad_()), part).backward()
+            loss(head(backbone.features(images[part].clone().requires_grad_())), part).backward()
             for name in modules:
-                yield name, *seen.pop(name)
+                yield name, *captured.pop(name)
     finally:
         for handle in handles:
             handle.remove()
-
-
-def weight_gradients(
-    model: nn.Module,
-    modules: Sequence[str],
-    images: Tensor,
-    logits: Callable[[Tensor], Tensor],
-    loss: Callable[[Tensor, slice], Tensor],
-) -> dict[str, Tensor]:
-    """Return the gradient of the sum of the batches' losses with respect to each module's weight, (out, in).
-
-    Arguments as in `layer_gradients`, and the model is frozen here.
-    """
-    total: dict[str, Tensor] = {}
-    with frozen(model):
-        for name, outputs, inputs in layer_gradients(model, modules, images, logits, loss):
-            gradient = outputs.flatten(0, -2).T @ inputs.flatten(0, -2)  # (B T, out), (B T, in) -> (out, in)
-            total[name] = total.get(name, 0) + gradient
-    return total
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:
@@ -204,28 +182,25 @@ def layer_losses(
             drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)  # (B,)
             return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
-        backbone = Backbone(model)
         squares = {name: torch.zeros_like(_weight(model, name)) for name in formats}  # (out, in) each
-        for name, outputs, inputs in layer_gradients(
-            model, list(formats), images, lambda chunk: head(backbone.features(chunk)), loss
-        ):
+        for name, outputs, inputs in layer_gradients(model, list(formats), images, head, loss):
             for gradients, x in zip(outputs, inputs, strict=True):  # of an image: (T, out), (T, in)
                 gradient = gradients.T @ x  # (out, in)
                 squares[name].addcmul_(gradient, gradient, value=1 / len(images))
-        losses: dict[str, list[float]] = {name: [] for name in squares}
-        for name, square in squares.items():
+
+        def rise(name: str, format: QuantizationFormat) -> float:
             weight = _weight(model, name)
-            for format in formats[name]:
-                error = quantize(weight, format, name=name).dequantize() - weight  # (out, in)
-                losses[name].append((square * error.square()).double().sum().item() / 2)
-        return losses
+            error = quantize(weight, format, name=name).dequantize() - weight  # (out, in)
+            return (squares[name] * error.square()).double().sum().item() / 2
+
+        return {name: [rise(name, format) for format in candidates] for name, candidates in formats.items()}
 
 
 @torch.no_grad()
 def _divergences(
     model: nn.Module, formats: Mapping[str, Sequence[QuantizationFormat]], images: Tensor, head: LinearHead
 ) -> dict[str, list[float]]:
-    """Return mean KL(p || q); what lies before a layer's block is computed once."""
+    """Return mean KL(p || q); blocks before a layer's are computed once."""
     low = {name: [quantize(_weight(model, name), format, name=name) for format in formats[name]] for name in formats}
     backbone = Backbone(model)
     layer_of = {site.module: site.layer for site in backbone.sites}
@@ -286,8 +261,11 @@ def rank_gains(
         losses.append(total.item())
         return total
 
-    backbone = Backbone(model)
-    gradients = weight_gradients(model, modules, images, lambda chunk: head(backbone.features(chunk)), loss)
+    gradients: dict[str, Tensor] = {}  # of the mean loss by a module's weight, (out, in)
+    with frozen(model):
+        for name, outputs, inputs in layer_gradients(model, modules, images, head, loss):
+            gradient = outputs.flatten(0, -2).T @ inputs.flatten(0, -2)  # (B T, out), (B T, in) -> (out, in)
+            gradients[name] = gradients.get(name, 0) + gradient
     bounds = {}
     for site in sites:
         pooled = gradients[site.module][site.span].unflatten(1, (-1, pool)).sum(-1)  # (out, in / pool)

@@ -30,7 +30,7 @@ from peft_vit.core.config import FORMER_RULES, BudgetUnit, StartingRanksConfig
 
 
 class Adapters(NamedTuple):
-    """What decides the cost of a rank, beside the sites.
+    """Parameters of the cost of a rank, beside the sites.
 
     Attributes:
         section: of the settings, for errors.
@@ -43,7 +43,7 @@ class Adapters(NamedTuple):
     bits: int | None = None
 
     def costs(self, unit: BudgetUnit, sites: Sequence[Site]) -> Ints:
-        """Return what one rank of each site costs in a unit, (sites,)."""
+        """Return the cost of one rank of each site in a unit, (sites,)."""
         return rank_costs(unit, sites, pool=self.pool, bits=self.bits)
 
 

@@ -87,7 +87,7 @@ class BudgetSchedule:
         return step - (step - self.warmup_steps) % self.update_frequency
 
     def budget_at(self, step: int) -> int:
-        """Return what is allowed while no later decision was taken than the one at or before `step`.
+        """Return the budget after the last decision at or before `step`.
 
         Cubic between warm-up and the last decision (arXiv 2303.10512, sec. 3.3 and appendix A):
         b_T + (b0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3, rounded down as in the official code. It moves only at
@@ -105,7 +105,7 @@ class BudgetSchedule:
 
 
 def costs_for(config: AdaLoraConfig, sites: Sequence[Site], pool: int = 1) -> Ints:
-    """Return what one rank of each site costs in the unit of the budget, (sites,).
+    """Return the cost of one rank of each site in the unit of the budget, (sites,).
 
     A triplet of a site holds (in / pool) + out trained values, in the svd form one more. In ranks each triplet costs
     1, in parameters its values, in bytes 4 a value (adapters train and are stored in float32), in macs one
@@ -122,7 +122,7 @@ def costs_for(config: AdaLoraConfig, sites: Sequence[Site], pool: int = 1) -> In
 def rank_costs(
     unit: BudgetUnit, sites: Sequence[Site], *, pool: int = 1, svd: bool = False, bits: int | None = None
 ) -> Ints:
-    """Return what one rank of each site costs in a unit, (sites,), see `costs_for`.
+    """Return the cost of one rank of each site in a unit, (sites,), see `costs_for`.
 
     Bytes are those of a file with so many bits a value, the two scales included; None: of float32.
     """
@@ -219,7 +219,7 @@ def bounds_for(config: AdaLoraConfig, largest: Ints, costs: Ints) -> Bounds:
 
 
 def even_ranks(budget: int, bounds: Bounds, costs: Ints) -> Ints:
-    """Return ranks as equal as the bounds and the budget allow, (sites,); what a run starts with."""
+    """Return ranks as equal as bounds and budget allow, (sites,), with which a run starts."""
     # What is spent on a site is in proportion to its score: scores like costs give equal ranks.
     return allocate("proportional", costs.astype(np.float64), budget, bounds, costs=costs)
 
@@ -283,8 +283,7 @@ def reach_threshold(scores: Floats, costs: Ints, threshold_tau: float) -> bool:
 def _checked(scores: Floats) -> list[float]:
     if not np.all(np.isfinite(scores)) or np.any(scores < 0):
         raise UserError("importance scores must be finite and not negative", field="importance_scores")
-    values: list[float] = scores.tolist()
-    return values
+    return scores.tolist()
 
 
 def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
@@ -299,7 +298,7 @@ def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Sites:
-    """What the strategies need to know of each site.
+    """Costs and scores of the sites, for the strategies.
 
     Attributes:
         costs: of one rank.
@@ -320,7 +319,7 @@ class _Sites:
         return cls(costs.tolist(), worth, np.argsort(best_first).tolist())
 
     def cost(self, ranks: Sequence[int]) -> int:
-        """Return what ranks cost together."""
+        """Return the total cost of ranks."""
         return sum(cost * rank for cost, rank in zip(self.costs, ranks, strict=True))
 
     def above(self, threshold_tau: float) -> set[int]:

@@ -19,16 +19,16 @@ from peft_vit.core.backbones.catalog import (
     size_step_of,
 )
 from peft_vit.core.backbones.families import Architecture
-from peft_vit.core.backbones.passes import evaluating, watching
+from peft_vit.core.backbones.passes import capturing_inputs, evaluating
 from peft_vit.core.backbones.replay import ReplayedPass, visit_blocks
-from peft_vit.core.backbones.site import Site, chosen, fused_sites, whole_modules
+from peft_vit.core.backbones.site import Site, fused_sites, select_modules, select_sites
 from peft_vit.core.backbones.weights import (
     LoadedBackbone,
     Weights,
     check_weights,
+    default_weights_source,
     load_backbone,
     load_run_backbone,
     read_weights,
-    source_of,
     weights_licence,
 )

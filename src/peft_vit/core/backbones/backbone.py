@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones.families import Family, family_of
-from peft_vit.core.backbones.passes import evaluating, watching
-from peft_vit.core.backbones.site import LinearLayout, Site, chosen, is_pattern, wanted_kinds
+from peft_vit.core.backbones.passes import capturing_inputs, evaluating
+from peft_vit.core.backbones.site import LinearLayout, Site, is_pattern, select_kinds, select_sites
 from peft_vit.core.config import Precision
 
 _KNOWN = (
@@ -110,12 +111,9 @@ class Backbone:
         """Return the linear layers that make logits, by name; none if the model has no head."""
         model: Any = self.model
         classifier = model.get_classifier()
-        wanted = {
-            id(layer)
-            for layer in (classifier if isinstance(classifier, tuple | list | nn.ModuleList) else (classifier,))
-        }
-        named = self.model.named_modules()
-        return {name: layer for name, layer in named if id(layer) in wanted and isinstance(layer, nn.Linear)}
+        layers = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else (classifier,)
+        linears = {layer for layer in layers if isinstance(layer, nn.Linear)}
+        return {name: layer for name, layer in self.model.named_modules() if layer in linears}
 
     @property
     def head(self) -> Head:
@@ -152,8 +150,8 @@ class Backbone:
         at the same time.
         """
         layers = {str(place): layer for place, layer in enumerate(linear_layers(self.head))}
-        _, seen = self._watched(images, layers)
-        return torch.cat([seen[place] for place in layers], dim=-1)
+        _, inputs = self._watched(images, layers)
+        return torch.cat([inputs[place] for place in layers], dim=-1)
 
     def logits_and_middle(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (B, classes) and features that show images of another kind, (B, D), of normalised images (B, 3,
@@ -164,10 +162,11 @@ class Backbone:
         does not tell pretraining's classes (docs/explanation/probabilities.md).
         """
         name = self.blocks[len(self.blocks) // 2]
-        logits, seen = self._watched(images, {name: self.model.get_submodule(name)})
-        tokens = seen[name]  # (B, T, D), or (B, H, W, D)
-        middle = tokens[:, 0] if tokens.ndim == 3 and self._begins_with_class_token(tokens.shape[1]) else None
-        return logits, tokens.flatten(1, -2).mean(1) if middle is None else middle
+        logits, inputs = self._watched(images, {name: self.model.get_submodule(name)})
+        tokens = inputs[name]  # (B, T, D), or (B, H, W, D)
+        if tokens.ndim == 3 and self._begins_with_class_token(tokens.shape[1]):
+            return logits, tokens[:, 0]
+        return logits, tokens.flatten(1, -2).mean(1)
 
     def _begins_with_class_token(self, tokens: int) -> bool:
         """Tell whether a block gets more tokens than the patches of a square, and the model has such a token."""
@@ -176,16 +175,16 @@ class Backbone:
 
     def _watched(self, images: Tensor, modules: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the model's output, and what came to each of some modules, at its last call."""
-        seen: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         thread = threading.get_ident()
 
-        def see(place: str, inputs: Tensor) -> None:
+        def record(name: str, x: Tensor) -> None:
             if threading.get_ident() == thread:
-                seen[place] = inputs
+                inputs[name] = x
 
-        with watching(modules, see):
+        with capturing_inputs(modules, record):
             output: Tensor = self.model(images)
-        return output, seen
+        return output, inputs
 
     def prepare(self) -> bool:
         """Make the model compute each matrix by its module, so that what is there instead has an effect.
@@ -220,9 +219,9 @@ class Backbone:
 
     def _sites_of(self, linear: LinearLayout, kinds: Sequence[str] | None) -> Iterator[Site]:
         """Yield the wanted sites of a module, whose tokens are still to be counted."""
-        parts = list(enumerate(zip(linear.site_names(), linear.kinds, strict=True)))
-        wanted = [(part, name, kind) for part, (name, kind) in parts if kinds is None or kind in kinds]
-        first = wanted[0][1]
+        names = dict(zip(linear.kinds, linear.site_names(), strict=True))
+        wanted = [kind for kind in linear.kinds if kinds is None or kind in kinds]
+        first = names[wanted[0]]
         in_features, out_features = self._features(linear.module, first)
         rows = linear.rows or (out_features // len(linear.kinds),) * len(linear.kinds)
         if sum(rows) != out_features:
@@ -232,9 +231,13 @@ class Backbone:
             leaf = linear.feeds.rpartition(".")[2]
             message = f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
             raise _missing(first, message)
-        for part, name, kind in wanted:
-            span = (sum(rows[:part]), sum(rows[: part + 1]))
-            yield Site(name, linear.module, span, linear.layer, kind, linear.role, in_features, rows[part], tokens=0)
+        stops = itertools.accumulate(rows)
+        for kind, size, stop in zip(linear.kinds, rows, stops, strict=True):
+            if kind in wanted:
+                span = (stop - size, stop)
+                yield Site(
+                    names[kind], linear.module, span, linear.layer, kind, linear.role, in_features, size, tokens=0
+                )
 
     def _features(self, module: str, site: str) -> tuple[int, int]:
         try:
@@ -245,24 +248,21 @@ class Backbone:
 
     def _count_tokens(self, modules: Sequence[str]) -> dict[str, int]:
         """Return how many tokens of one image pass through each module; counted once for a model and an image size."""
-        known = _tokens.setdefault(self.model, {}).setdefault(self.input_size, {})
-        if known.keys() >= set(modules):
-            return known
+        tokens = _tokens.setdefault(self.model, {}).setdefault(self.input_size, {})
+        if tokens.keys() >= set(modules):
+            return tokens
         self.prepare()  # or a hook would miss a module that timm goes past
-        tokens: dict[str, int] = {}
 
         def count(name: str, x: Tensor) -> None:
             tokens[name] = x.numel() // x.shape[-1]  # (1, T, in), or windows of it (W, T / W, in)
 
-        parameter = next(self.model.parameters())
         watched = {name: self.model.get_submodule(name) for name in modules}
-        with watching(watched, count), evaluating(self.model), torch.no_grad():
-            self.model(torch.zeros(1, *self.input_size, device=parameter.device, dtype=parameter.dtype))
-        unseen = next((name for name in modules if name not in tokens), None)
-        if unseen is not None:
-            raise _missing(unseen, "no forward pass calls its module")
-        known |= tokens
-        return known
+        with capturing_inputs(watched, count), evaluating(self.model), torch.no_grad():
+            self.model(torch.zeros(1, *self.input_size).to(next(self.model.parameters())))
+        for name in modules:
+            if name not in tokens:
+                raise _missing(name, "no forward pass calls its module")
+        return tokens
 
 
 def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[Site, ...]:
@@ -280,8 +280,8 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
     if targets is None:
         return backbone.sites
     if any(is_pattern(target) for target in targets):
-        return tuple(chosen(backbone.sites, targets))
-    return backbone.find_sites(wanted_kinds((kind for linear in backbone.layout() for kind in linear.kinds), targets))
+        return tuple(select_sites(backbone.sites, targets))
+    return backbone.find_sites(select_kinds((kind for linear in backbone.layout() for kind in linear.kinds), targets))
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

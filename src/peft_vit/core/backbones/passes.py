@@ -24,29 +24,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """For a while, tell of each call of some modules: the name, and the first input."""
+def capturing_inputs(modules: Mapping[str, nn.Module], record: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Call `record(name, first input)` at each call of some modules, for a while."""
     with ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_pre_hook(lambda _, given, name=name: see(name, given[0]))
-            stack.callback(handle.remove)
+
+            def hook(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                record(name, inputs[0])
+
+            stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
 
 
 @contextmanager
-def own_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules a `forward` of their own for a while; the modules, their names and their hooks stay."""
-    before = {module: vars(module).get("forward") for module in forwards}
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the `forward` of modules for a while; the modules, their names and their hooks stay."""
+    others = {module: vars(module).get("forward") for module in forwards}  # of another library
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module, own in before.items():
-            if own is None:
+        for module, other in others.items():
+            if other is None:
                 del vars(module)["forward"]
-            else:  # another library had put one there
-                vars(module)["forward"] = own
+            else:
+                vars(module)["forward"] = other
 
 
 @contextmanager
@@ -62,7 +65,7 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
     reads_it_alone = vit is not None and vit.global_pool == "token" and vit.attn_pool is None
     # A forward that another library has put there is not known to do what timm's does.
     if reads_it_alone and type(last) is Block and "forward" not in vars(last):
-        with own_forwards({last: partial(_class_token, last)}):
+        with replaced_forwards({last: partial(_class_token, last)}):
             yield
     else:
         yield

@@ -78,7 +78,7 @@ class LinearLayout:
         return [f"{parent}.{kind}" for kind in self.kinds]
 
 
-def wanted_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...]:
+def select_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...]:
     """Return the kinds that targets ask for, in the model's order.
 
     The six of a plain block together, which are the default of `targets`, stand for all that a model has.
@@ -101,20 +101,20 @@ def is_pattern(target: str) -> bool:
     return any(sign in target for sign in ".*?[")
 
 
-def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
+def select_sites(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
     """Return the sites that targets ask for, out of all of a model.
 
     Args:
         sites: all of them.
-        targets: kinds of matrices, see `wanted_kinds`, and patterns as a shell has them, which match the whole name of
+        targets: kinds of matrices, see `select_kinds`, and patterns as a shell has them, which match the whole name of
             a site or of its module.
 
     Raises:
-        UserError: as `wanted_kinds`, and if a pattern matches nothing.
+        UserError: as `select_kinds`, and if a pattern matches nothing.
     """
     patterns = [target for target in targets if is_pattern(target)]
     others = [target for target in targets if not is_pattern(target)]
-    kinds = wanted_kinds((site.kind for site in sites), others) if others or not patterns else ()
+    kinds = select_kinds((site.kind for site in sites), others) if others or not patterns else ()
     for pattern in patterns:
         if not any(_matches(site, pattern) for site in sites):
             names = [name for site in sites for name in (site.module, site.name)]
@@ -127,13 +127,13 @@ def _matches(site: Site, pattern: str) -> bool:
     return fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.module, pattern)
 
 
-def whole_modules(sites: Sequence[Site], targets: Sequence[str]) -> dict[str, Site]:
+def select_modules(sites: Sequence[Site], targets: Sequence[str]) -> dict[str, Site]:
     """Return one site for each module that targets ask for, out of all of a model: where a module has one adapter.
 
     Raises:
-        UserError: as `wanted_kinds`, and if targets ask for some parts of a fused matrix alone.
+        UserError: as `select_kinds`, and if targets ask for some parts of a fused matrix alone.
     """
-    wanted = chosen(sites, targets)
+    wanted = select_sites(sites, targets)
     modules = {site.module for site in wanted}
     left = next((site for site in sites if site.module in modules and site not in wanted), None)
     if left is not None:

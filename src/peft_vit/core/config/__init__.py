@@ -5,7 +5,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
-from peft_vit.base.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, OnlyWith, Settings, SiteMatrix
+from peft_vit.base.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, OnlyWith
 from peft_vit.core.config.from_yaml import load_study, named_as_typed, study_from_mapping
 from peft_vit.core.config.methods import (
     FORMER_RULES,
@@ -16,7 +16,6 @@ from peft_vit.core.config.methods import (
     RULE_OF_A_BUDGET,
     SECTIONS,
     AdaLoraConfig,
-    AdaptiveBitsConfig,
     BudgetUnit,
     LoraConfig,
     Metric,
@@ -37,7 +36,6 @@ from peft_vit.core.config.registries import (
     NUMBER_FORMATS,
     PEFT_FILE,
     TYPE_OF_BITS,
-    DatasetInfo,
     ExportFormat,
     QuantizationType,
     WrittenBits,
@@ -56,7 +54,6 @@ from peft_vit.core.config.study import (
     SEEDS,
     BackboneConfig,
     DataConfig,
-    DatasetName,
     Device,
     ExperimentConfig,
     Interpolation,
@@ -85,7 +82,6 @@ from peft_vit.core.config.training import (
     Flip,
     Flips,
     LossName,
-    MetricName,
     MetricOfTask,
     MetricSetting,
     Mixup,

@@ -203,36 +203,36 @@ def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, 
     if not isinstance(shared, dict):
         message = f"expected a mapping of settings, got {reprlib.repr(shared)}"
         raise UserError(message, file=f"{file}:{lines['training',]}", field="training")
-    own = {
+    trainings = {
         place: experiment.get("training", {})
         for place, experiment in enumerate(_experiments(data))
         if isinstance(experiment, dict) and isinstance(experiment.get("training", {}), dict)
     }
-    probes = {place for place in own if _is_probe(data["experiments"][place])}
-    fit_probes = probes | {place for place in own if {**shared, **own[place]}.get("head_start") == "probe"}
+    probes = {place for place in trainings if _is_probe(data["experiments"][place])}
+    fit_probes = probes | {place for place in trainings if {**shared, **trainings[place]}.get("head_start") == "probe"}
     experiments = list(_experiments(data))
-    for place, training in own.items():
-        taken = dict(shared)
-        if place in probes and probes != own.keys():
-            taken = {key: value for key, value in shared.items() if key in PROBE_READS}
-            if isinstance(changes := taken.get("augmentation"), list):
+    for place, training in trainings.items():
+        merged = dict(shared)
+        if place in probes and probes != trainings.keys():
+            merged = {key: value for key, value in shared.items() if key in PROBE_READS}
+            if isinstance(changes := merged.get("augmentation"), list):
                 flips = (change == "flip" or (isinstance(change, dict) and "flip" in change) for change in changes)
-                taken["augmentation"] = [change for change, is_flip in zip(changes, flips, strict=True) if is_flip]
+                merged["augmentation"] = [change for change, is_flip in zip(changes, flips, strict=True) if is_flip]
         if fit_probes and place not in fit_probes:
-            taken.pop("probe_l2", None)
+            merged.pop("probe_l2", None)
         if {"epochs", "steps"} & training.keys():  # a length of one's own replaces the study's, however either is said
-            taken = {key: value for key, value in taken.items() if key not in ("epochs", "steps")}
-        taken |= training
-        taken.setdefault("compute", "auto")
-        for key in taken if place in probes else ():
+            merged = {key: value for key, value in merged.items() if key not in ("epochs", "steps")}
+        merged |= training
+        merged.setdefault("compute", "auto")
+        for key in merged if place in probes else ():
             if key in TrainingConfig.model_fields and key not in PROBE_READS:
                 path: KeyPath = ("experiments", place, "training", key)
                 path = path if path in lines else path[2:]
                 message = "has no effect on a linear probe, which is fitted to convergence; remove it"
                 raise UserError(message, file=f"{file}:{lines[path]}", field=dotted(path))
-        experiments[place] = {**experiments[place], "training": taken}
+        experiments[place] = {**experiments[place], "training": merged}
     filled = {key: value for key, value in data.items() if key != "training"}
-    return {**filled, "experiments": experiments} if own else filled
+    return {**filled, "experiments": experiments} if trainings else filled
 
 
 def _is_probe(experiment: dict[str, Any]) -> bool:

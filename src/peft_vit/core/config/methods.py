@@ -24,6 +24,7 @@ from peft_vit.base.settings import (
     without_repeats,
 )
 from peft_vit.core.config.registries import BITS_OF_TYPE, Bits, QuantizationType
+from peft_vit.core.config.units import Count, Fraction, Positive, Text
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,20 @@ class AdaLoraConfig(AdapterConfig):
     The budget is given in exactly one unit, see `allocation.strategies.costs_for` for what a rank costs in each.
     """
 
-    total_rank_budget: int | None = Field(default=None, ge=1, description="The sum of the ranks of all target modules")
-    total_parameter_budget: int | None = Field(
-        default=None, ge=1, description="Trainable parameters of all updates, without the head"
+    total_rank_budget: Count | None = Field(default=None, description="The sum of the ranks of all target modules")
+    total_parameter_budget: Count | None = Field(
+        default=None, description="Trainable parameters of all updates, without the head"
     )
-    total_byte_budget: int | None = Field(
-        default=None, ge=1, description="Bytes of all updates in float32, without the head"
+    total_byte_budget: Count | None = Field(
+        default=None, description="Bytes of all updates in float32, without the head"
     )
-    total_mac_budget: int | None = Field(
-        default=None, ge=1, description="Multiply-accumulates of all updates in a forward pass of one image"
+    total_mac_budget: Count | None = Field(
+        default=None, description="Multiply-accumulates of all updates in a forward pass of one image"
     )
     allocation_strategy: Strategy = Field(description="How scores become ranks")
     importance_metric: Metric = Field(description="How ranks or modules are scored")
-    update_frequency: int = Field(ge=1, description="Change ranks every so many steps")
-    warmup_steps: int = Field(ge=1, description="Change ranks for the first time after this many steps")
+    update_frequency: Count = Field(description="Change ranks every so many steps")
+    warmup_steps: Count = Field(description="Change ranks for the first time after this many steps")
     final_steps: int | None = Field(
         default=None, ge=0, description="Keep the last ranks for this many steps. Without it, for a quarter of the run"
     )
@@ -107,17 +108,16 @@ class AdaLoraConfig(AdapterConfig):
         description="cubic: the budget falls from initial_budget to the total. constant: it is "
         "the total from the start",
     )
-    initial_budget: Annotated[int | None, OnlyWith(budget_schedule="cubic")] = Field(
+    initial_budget: Annotated[Count | None, OnlyWith(budget_schedule="cubic")] = Field(
         default=None,
-        ge=1,
         description="The budget during warm-up with the cubic schedule, in the unit of the total. Without it, "
         "1.5 times the total, and at least one rank for each module",
     )
     minimum_rank: int = Field(
         default=0, ge=0, le=65_536, description="The lowest rank of a module. With 0 a module may lose its update"
     )
-    maximum_rank: int | None = Field(
-        default=None, ge=1, description="The highest rank of a module. Without it, the smaller side of its matrix"
+    maximum_rank: Count | None = Field(
+        default=None, description="The highest rank of a module. Without it, the smaller side of its matrix"
     )
     parametrization: Literal["product", "svd"] = Field(
         default="product",
@@ -127,9 +127,8 @@ class AdaLoraConfig(AdapterConfig):
         default="normal",
         description="How P and Q of the svd form start: from N(0, 0.02^2) as published, or orthonormal",
     )
-    lambda_gain: Annotated[float, OnlyWith(parametrization="svd")] = Field(
+    lambda_gain: Annotated[Positive, OnlyWith(parametrization="svd")] = Field(
         default=1.0,
-        gt=0,
         description="The factor k on lambda in the svd form. Lambda then learns k times as fast under AdamW, k^2 "
         "times under SGD",
     )
@@ -145,21 +144,19 @@ class AdaLoraConfig(AdapterConfig):
         ge=0,
         description="Weight of the orthogonality penalty. Without it, 0.1 for svd and none for product",
     )
-    sensitivity_beta: Annotated[float, OnlyWith(importance_metric=GRADIENT_METRICS)] = Field(
-        default=0.85, gt=0, lt=1, description="How much scores are smoothed (beta 1 of AdaLoRA)"
+    sensitivity_beta: Annotated[Fraction, OnlyWith(importance_metric=GRADIENT_METRICS)] = Field(
+        default=0.85, description="How much scores are smoothed (beta 1 of AdaLoRA)"
     )
-    uncertainty_beta: Annotated[float, OnlyWith(importance_metric="sensitivity")] = Field(
-        default=0.85, gt=0, lt=1, description="How much their uncertainty is smoothed (beta 2 of AdaLoRA)"
+    uncertainty_beta: Annotated[Fraction, OnlyWith(importance_metric="sensitivity")] = Field(
+        default=0.85, description="How much their uncertainty is smoothed (beta 2 of AdaLoRA)"
     )
-    threshold_tau: Annotated[float, OnlyWith(allocation_strategy="threshold")] = Field(
+    threshold_tau: Annotated[Positive, OnlyWith(allocation_strategy="threshold")] = Field(
         default=1.0,
-        gt=0,
         description="With the strategy threshold: modules that score at least this multiple "
         "of the mean share the budget",
     )
-    top_k: Annotated[int | None, OnlyWith(allocation_strategy="top_k")] = Field(
+    top_k: Annotated[Count | None, OnlyWith(allocation_strategy="top_k")] = Field(
         default=None,
-        ge=1,
         description="With the strategy top_k: this many modules share the budget. Without it, half of them",
     )
 
@@ -172,6 +169,12 @@ class AdaLoraConfig(AdapterConfig):
             if (total := getattr(self, field)) is not None
         )
 
+    @property
+    def penalty_weight(self) -> float:
+        """Return the weight of the orthogonality penalty: without a setting 0.1 as in the official code, with svd."""
+        usual = 0.1 if self.parametrization == "svd" else 0.0
+        return usual if self.orthogonality_weight is None else self.orthogonality_weight
+
     @model_validator(mode="after")
     def _something_is_decided(self) -> Self:
         exactly_one(self, *_BUDGETS)
@@ -179,8 +182,7 @@ class AdaLoraConfig(AdapterConfig):
             raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
         if self.initial_budget is not None and self.initial_budget < self.budget.total:
             raise ValueError(f"initial_budget lies below {self.budget.field}; the cubic schedule only descends")
-        has_penalty = self.parametrization == "svd" and self.orthogonality_weight != 0
-        if self.importance_gradient == "task_and_penalty" and not has_penalty:
+        if self.importance_gradient == "task_and_penalty" and not self.penalty_weight:
             raise ValueError(
                 "importance_gradient: task_and_penalty needs a penalty: parametrization: svd with an "
                 "orthogonality_weight above 0"
@@ -209,15 +211,13 @@ class StartingRanksConfig(Settings):
         description="How modules share the budget: stable_rank or even. The others are those of older studies, which "
         "can be read and not be run"
     )
-    budget: int = Field(ge=1, description="The budget of all modules together, counted as unit says")
+    budget: Count = Field(description="The budget of all modules together, counted as unit says")
     unit: BudgetUnit = Field(default="ranks", description="What the budget counts")
-    maximum_rank: Annotated[int | None, OnlyWith(rule="stable_rank")] = Field(
-        default=None, ge=1, description="The highest rank of a module"
+    maximum_rank: Annotated[Count | None, OnlyWith(rule="stable_rank")] = Field(
+        default=None, description="The highest rank of a module"
     )
-    site_rank: Annotated[int, OnlyWith(rule=ORDERED_RULES)] = Field(default=1, ge=1, description="Of older studies")
-    calibration_images: Annotated[int, OnlyWith(rule="gradient")] = Field(
-        default=64, ge=1, description="Of older studies"
-    )
+    site_rank: Annotated[Count, OnlyWith(rule=ORDERED_RULES)] = Field(default=1, description="Of older studies")
+    calibration_images: Annotated[Count, OnlyWith(rule="gradient")] = Field(default=64, description="Of older studies")
 
 
 # Of `peft-vit train --budget`: what the screening of seven rules chose.
@@ -246,9 +246,9 @@ class StoredAdapterConfig(AdapterConfig):
 class LoraConfig(StoredAdapterConfig):
     """LoRA (arXiv 2106.09685) of one rank, of ranks that a rule chooses, or from an adapter of PEFT."""
 
-    rank: int | None = Field(default=None, ge=1, description="The rank of every update")
-    start: str | None = Field(
-        default=None, min_length=1, description="Instead of rank: start from the PEFT LoRA adapter in this folder"
+    rank: Count | None = Field(default=None, description="The rank of every update")
+    start: Text | None = Field(
+        default=None, description="Instead of rank: start from the PEFT LoRA adapter in this folder"
     )
 
     @model_validator(mode="after")
@@ -263,17 +263,17 @@ class LoraConfig(StoredAdapterConfig):
 class PeftLoraConfig(AdapterConfig):
     """LoRA by the PEFT library; one rank for a fused query, key and value."""
 
-    rank: int = Field(ge=1, description="The rank of every update")
+    rank: Count = Field(description="The rank of every update")
 
 
 class PeftAdaLoraConfig(AdapterConfig):
     """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings are in brackets."""
 
     initial_rank: int = Field(default=12, ge=2, description="The rank of every module until the first mask (init_r)")
-    target_rank: int = Field(default=8, ge=1, description="The mean rank of the modules in the end (target_r)")
-    update_frequency: int = Field(ge=1, description="Make masks at multiples of this step (deltaT)")
-    warmup_steps: int = Field(
-        ge=1, description="Make no mask up to this step (tinit). With 0, PEFT masks before it has scores"
+    target_rank: Count = Field(default=8, description="The mean rank of the modules in the end (target_r)")
+    update_frequency: Count = Field(description="Make masks at multiples of this step (deltaT)")
+    warmup_steps: Count = Field(
+        description="Make no mask up to this step (tinit). With 0, PEFT masks before it has scores"
     )
     final_steps: int | None = Field(
         default=None,
@@ -285,8 +285,8 @@ class PeftAdaLoraConfig(AdapterConfig):
         ge=0,
         description="Weight of the orthogonality penalty (orth_reg_weight), which this package's loop adds",
     )
-    beta1: float = Field(default=0.85, gt=0, lt=1, description="How much the sensitivity is smoothed")
-    beta2: float = Field(default=0.85, gt=0, lt=1, description="How much its uncertainty is smoothed")
+    beta1: Fraction = Field(default=0.85, description="How much the sensitivity is smoothed")
+    beta2: Fraction = Field(default=0.85, description="How much its uncertainty is smoothed")
 
     @model_validator(mode="after")
     def _rank_falls(self) -> Self:
@@ -303,7 +303,7 @@ class PeftConfig(Frozen):
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field(min_length=1, description="PEFT's name of the tuner, in small letters, or dora, rslora, eva")
+    type: Text = Field(description="PEFT's name of the tuner, in small letters, or dora, rslora, eva")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -323,8 +323,8 @@ class AdaptiveBitsConfig(Settings):
         le=32,
         description="Stored bits for each weight on average over the quantized layers, scales and offsets included",
     )
-    total_byte_budget: int | None = Field(
-        default=None, ge=1, description="Bytes of the packed weights; with ranks: true, also of the float32 adapters"
+    total_byte_budget: Count | None = Field(
+        default=None, description="Bytes of the packed weights; with ranks: true, also of the float32 adapters"
     )
     ranks: Annotated[bool, OnlyWith(total_byte_budget=...)] = Field(
         default=False, description="Choose each module's rank within the same bytes, instead of rank"
@@ -338,7 +338,7 @@ class AdaptiveBitsConfig(Settings):
         "Fisher's diagonal, in one backward pass. loss: by the rise of the loss, in a forward pass "
         "for each type of each layer",
     )
-    calibration_images: int = Field(default=64, ge=1, description="Measure on this many training images")
+    calibration_images: Count = Field(default=64, description="Measure on this many training images")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -365,8 +365,8 @@ class QaLoraConfig(StoredAdapterConfig):
         default="constant",
         description="How quantized weights replace float weights. constant: from the start. linear, cosine: gradually",
     )
-    gradient_scaling_factor: float = Field(
-        default=1.0, gt=0, description="Multiply the adapters' gradients by this factor"
+    gradient_scaling_factor: Positive = Field(
+        default=1.0, description="Multiply the adapters' gradients by this factor"
     )
     gradient_scaling: Literal["constant", "adaptive"] = Field(
         default="constant",
@@ -389,26 +389,23 @@ class QaLoraConfig(StoredAdapterConfig):
         description="nearest: each weight by itself. gptq: layer by layer, so that errors make up for each other "
         "on training images (arXiv 2210.17323)",
     )
-    calibration_images: Annotated[int | None, OnlyWith(rounding="gptq")] = Field(
-        default=None, ge=1, description="Training images for rounding: gptq. Without it, 128, or all if there are fewer"
+    calibration_images: Annotated[Count | None, OnlyWith(rounding="gptq")] = Field(
+        default=None, description="Training images for rounding: gptq. Without it, 128, or all if there are fewer"
     )
-    rank: int | None = Field(
+    rank: Count | None = Field(
         default=None,
-        ge=1,
         description="The rank of every update. Without it, 8, or what ranks, the section "
         "adalora or adaptive_bits decide",
     )
     quantization_warmup_steps: Annotated[int, OnlyWith(quantization_schedule=_COURSES)] = Field(
         default=0, ge=0, description="Train on float weights alone for this many steps"
     )
-    quantization_end_step: Annotated[int | None, OnlyWith(quantization_schedule=_COURSES)] = Field(
+    quantization_end_step: Annotated[Count | None, OnlyWith(quantization_schedule=_COURSES)] = Field(
         default=None,
-        ge=1,
         description="From this step on, use quantized weights alone. Without it, after two thirds of the run",
     )
-    balance_target: float | None = Field(
+    balance_target: Positive | None = Field(
         default=None,
-        gt=0,
         description="Hold the ratio of the update's norm to the quantization error's at this "
         "value. Without it, the ratio is only measured",
     )

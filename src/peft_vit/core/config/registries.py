@@ -124,7 +124,7 @@ class ExportFormat:
     title: str
     what: str  # its file is
     writer: str  # of `deployment`: module and function, (model, path, card) -> None
-    opener: str  # likewise, path -> Classifier
+    opener: str  # of `deployment`: module and function, path -> Classifier
     ending: str = ""  # of its file; "": it is a folder
     beside: tuple[str, ...] = ()  # endings of files that lie beside that
     runtime: str = "torch"  # the package that computes

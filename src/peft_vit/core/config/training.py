@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_serializer, model_validator
 
 from peft_vit.base.settings import Frozen, OnlyWith, Settings, is_given
-from peft_vit.core.config.units import written_size
+from peft_vit.core.config.units import Count, Fraction, Positive, written_size
 
 Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
@@ -23,8 +23,7 @@ TaskName = Literal["classification", "multilabel", "regression"]  # see `tasks`
 USUAL_TASK: TaskName = "classification"
 TASKS_SAID = "classification (one class an image), multilabel (several, or none) or regression (numbers)"
 ClassWeights = Literal["none", "balanced", "effective"]
-MetricName = Literal["accuracy", "balanced_accuracy"]  # of classes that may decide, see `tasks`
-MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # auto is decided when a call begins
+MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # of classes; auto is decided when a call begins
 MetricOfTask = Literal[
     "auto", "accuracy", "balanced_accuracy", "map", "auroc", "f1_macro", "f1_micro", "mae", "rmse", "r2", "spearman"
 ]
@@ -66,15 +65,18 @@ class RandomResizedCrop(Frozen):
         return self
 
 
+_Factor = Annotated[float, Field(ge=0, description="x of its factor, which lies between 1 - x and 1 + x")]
+
+
 class ColorJitter(Frozen):
     """Multiply brightness, contrast and saturation by factors, and move the hue.
 
     torchvision's own defaults change nothing; these are what timm makes of its usual `color_jitter=0.4`.
     """
 
-    brightness: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
-    contrast: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
-    saturation: float = Field(default=0.4, ge=0, description="x of its factor, which lies between 1 - x and 1 + x")
+    brightness: _Factor = 0.4
+    contrast: _Factor = 0.4
+    saturation: _Factor = 0.4
     hue: float = Field(default=0.0, ge=0, le=0.5, description="The largest move, as a share of the circle")
 
 
@@ -85,20 +87,21 @@ class RandAugment(Frozen):
     magnitude: int = Field(default=9, ge=0, le=30, description="Their strength, of 31 levels")
 
 
+_Alpha = Annotated[
+    Positive, Field(description="The parameter of the Beta distribution that the proportion is drawn from")
+]
+
+
 class Mixup(Frozen):
     """Mix two images and their labels in proportion (arXiv 1710.09412)."""
 
-    alpha: float = Field(
-        default=1.0, gt=0, description="The parameter of the Beta distribution that the proportion is drawn from"
-    )
+    alpha: _Alpha = 1.0
 
 
 class Cutmix(Frozen):
     """Paste a rectangle of another image; labels follow the areas (arXiv 1905.04899)."""
 
-    alpha: float = Field(
-        default=1.0, gt=0, description="The parameter of the Beta distribution that the proportion is drawn from"
-    )
+    alpha: _Alpha = 1.0
 
 
 class Augmentation(Frozen):
@@ -140,8 +143,7 @@ class Augmentation(Frozen):
     @property
     def settings(self) -> Frozen:
         """Return its own settings."""
-        settings: Frozen = getattr(self, self.name)
-        return settings
+        return getattr(self, self.name)
 
     @property
     def mixes(self) -> bool:
@@ -179,19 +181,17 @@ class TrainingConfig(Settings):
     steps: int | None = Field(
         default=None, ge=1, le=10_000_000, description="Instead of epochs: train at most this many steps"
     )
-    validate_every: int | None = Field(
-        default=None, ge=1, description="Validate every so many steps. Without it, after each epoch"
+    validate_every: Count | None = Field(
+        default=None, description="Validate every so many steps. Without it, after each epoch"
     )
-    patience: Annotated[int | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
+    patience: Annotated[Count | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
         default=None,
-        ge=1,
         description="After this many validations in a row without a gain, bring the learning rate down and end "
         "training",
     )
     batch_size: int = Field(default=32, ge=1, le=65_536, description="Train on this many images in each step")
-    micro_batch_size: int | None = Field(
+    micro_batch_size: Count | None = Field(
         default=None,
-        ge=1,
         description="Pass this many images of a batch through the model at a time; a step adds up their gradients",
     )
     compute: ComputeSetting = Field(
@@ -222,9 +222,8 @@ class TrainingConfig(Settings):
         description="The most memory that a training process may take, such as 1GB. The plan chooses the fastest "
         "micro_batch_size and recomputed_blocks within it, unless you give them",
     )
-    learning_rate: float | None = Field(
+    learning_rate: Positive | None = Field(
         default=None,
-        gt=0,
         description="The highest learning rate, which all methods but linear probes need. A list makes an "
         "experiment of each rate",
     )
@@ -242,16 +241,12 @@ class TrainingConfig(Settings):
         description="The share of steps in which the learning rate rises. Without it, 0.3 with one_cycle; 20 "
         "steps or a tenth of all with warmup_stable_decay",
     )
-    layer_decay: float | None = Field(
+    layer_decay: Fraction | None = Field(
         default=None,
-        gt=0,
-        lt=1,
         description="Multiply the learning rate by this factor from each block to the one before it, in full "
         "fine-tuning",
     )
-    clip_norm: float | None = Field(
-        default=1.0, gt=0, description="Clip the gradient's norm to this value; null: never"
-    )
+    clip_norm: Positive | None = Field(default=1.0, description="Clip the gradient's norm to this value; null: never")
     augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(_in_order)] = Field(
         default=AUGMENTATION_OF_FLIPS["horizontal"],
         description="Change training images in these ways, in this order; []: not at all",
@@ -274,9 +269,8 @@ class TrainingConfig(Settings):
         default="random",
         description="How the head starts. probe: as the linear probe of the frozen backbone (arXiv 2202.10054)",
     )
-    probe_l2: float | None = Field(
+    probe_l2: Positive | None = Field(
         default=None,
-        gt=0,
         description="The strength of the probe's penalty. Without it, one of eleven is chosen on validation "
         "images, or on training images that are left out in turn",
     )
@@ -355,17 +349,21 @@ class TrainingConfig(Settings):
         """Return how images are flipped, which is all of `augmentation` that probes read."""
         return next((change.flip.direction for change in self.augmentation if change.flip is not None), "none")
 
+    def epoch_steps(self, train_images: int) -> int:
+        """Return the steps of an epoch, in which every image comes once; the last batch may be smaller."""
+        return -(-train_images // self.batch_size)
+
     def total_steps(self, train_images: int) -> int:
-        """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""
+        """Return the optimiser steps of a run, at most."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None  # checked by the experiment
-        return self.epochs * -(-train_images // self.batch_size)
+        return self.epochs * self.epoch_steps(train_images)
 
     def validation_steps(self, train_images: int) -> list[int]:
         """Return the steps after which validation comes: every `validate_every`, or an epoch, and the last one."""
         total = self.total_steps(train_images)
-        every = self.validate_every or -(-train_images // self.batch_size)
+        every = self.validate_every or self.epoch_steps(train_images)
         return [*range(every, total, every), total]
 
 

@@ -1,4 +1,4 @@
-"""Sizes, times and counts as a person writes them: 16MB, 50ms, 300k."""
+"""Bounds that settings share, and sizes, times and numbers as a person writes them: 16MB, 50ms, 300k."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from peft_vit.base.settings import Option
 
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}

@@ -18,7 +18,7 @@ _FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lo
 
 
 def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    """Refuse what preparing a model or the run would refuse later, from the backbone's shape and two numbers alone.
+    """Refuse an experiment that could not be prepared or run, from the backbone's shape and two numbers alone.
 
     Raises:
         UserError: with the field below the experiment.

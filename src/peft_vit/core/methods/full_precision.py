@@ -28,8 +28,8 @@ from peft_vit.core.allocation.starting_ranks import PLAIN, Adapters
 from peft_vit.core.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.core.config import RULE_OF_A_BUDGET, AdaLoraConfig, ExperimentConfig, Frozen, LoraConfig, QaLoraConfig
 from peft_vit.core.config.methods import StoredAdapterConfig
-from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, check_rank_at, sites_of
-from peft_vit.core.training import AllocationHook, Hook, StartingRanks
+from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, Sections, TrainOptions, sites_of
+from peft_vit.core.training import AllocationHook, Hook, StartingRanks, check_ranks
 
 _FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of AdaLoRA as `train` takes it
 
@@ -61,7 +61,7 @@ def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: Prepa
 def stored_adapters(
     model: nn.Module, settings: StoredAdapterConfig, adapters: Adapters, sites: Sequence[Site]
 ) -> list[Hook]:
-    """Let a model's adapters have the bits that settings say, and return what chooses their ranks, if a rule does."""
+    """Store a model's adapters in `adapter_bits`, and return the hook that chooses their ranks, if a rule does."""
     store_in_bits(model, settings.adapter_bits, while_training=settings.adapter_rounding != "after")
     if settings.ranks is None:
         return []
@@ -71,7 +71,7 @@ def stored_adapters(
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
-        check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
+        check_ranks(sites_of("lora", settings, shape), settings.rank, field="lora.rank")
     check_ranks_of(settings, Adapters("lora", 1, settings.adapter_bits), shape)
     if settings.start is not None:
         try:
@@ -90,7 +90,7 @@ def check_ranks_of(settings: StoredAdapterConfig, adapters: Adapters, shape: Bac
         check_starting_ranks(settings.ranks, sites_of(adapters.section, settings, shape), adapters)
 
 
-def _lora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def _lora_defaults(options: TrainOptions) -> Sections:
     if options.adapter_bytes is not None:
         return {"lora": stored_in(options.adapter_bytes, PLAIN, options.shape.sites)}
     if options.budget is not None:
@@ -140,7 +140,7 @@ def settings_of(experiment: ExperimentConfig) -> tuple[AdaLoraConfig, int]:
 
 
 def prepare_adalora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
-    """Attach adapters whose ranks move, and return what moves them; on packed weights the trainer checks for effect."""
+    """Attach adapters, and return the hook that moves their ranks; on packed weights the trainer checks for effect."""
     (settings, pool), steps, seed = settings_of(experiment), context.total_steps, context.seed
     alone = experiment.section(QaLoraConfig) is None
     return [AllocationHook(AdaLoRAController(model, settings, steps, seed=seed, pool=pool, check=alone))]
@@ -172,7 +172,7 @@ def shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int, 
     return {"adalora": settings.model_copy(update=short)}
 
 
-def adalora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def adalora_defaults(options: TrainOptions) -> Sections:
     """Return mean rank 4 unless something else is asked, decided early, by magnitude.
 
     It is what was found to keep up with LoRA at its learning rate.

@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.allocation import rank_costs
-from peft_vit.core.backbones import BackboneShape, Site, chosen
+from peft_vit.core.backbones import BackboneShape, Site, select_sites
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, QuantizationType
-from peft_vit.core.quantization import QuantizationFormat
-from peft_vit.core.training import Hook, check_ranks
+from peft_vit.core.training import Hook
+from peft_vit.core.training.quantized_layers import Formats, PackedTensors
 
 DEFAULT_RANK = 8  # of `peft-vit train`
+Sections: TypeAlias = dict[str, dict[str, Any]]  # settings by section of an experiment
 
 
 @dataclass(frozen=True)
 class PrepareContext:
-    """What preparing a model depends on, beside the experiment.
+    """Inputs of `Method.prepare`, beside model and experiment.
 
     Attributes:
         total_steps: of the run.
         seed: of the run.
         formats: of quantized weights, by module, where `adaptive_bits` has chosen them or a file says so.
-        ranks: likewise by site, where `adaptive_bits` chooses ranks.
+        ranks: by site, where `adaptive_bits` chooses them.
         calibration: gives so many training images (N, C, H, W), where the start of training depends on data.
         module_ranks: instead of such a start, the ranks of a saved run by module.
-        packed: likewise the packed weights, tensors by layer, where they depend on data.
+        packed: packed weights of a saved run, tensors by layer, where they depend on data.
     """
 
     total_steps: int
     seed: int
-    formats: Mapping[str, QuantizationFormat] | None = None
+    formats: Formats | None = None
     ranks: Mapping[str, int] | None = None
     calibration: Callable[[int], Tensor] | None = None
     module_ranks: Mapping[str, int] | None = None
-    packed: Mapping[str, Mapping[str, Tensor]] | None = None
+    packed: PackedTensors | None = None
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `peft-vit train` was asked for, and what it trains on, as far as a method's settings depend on it.
+    """Options of `peft-vit train` that a method's settings depend on.
 
     Attributes:
         rank: of each matrix.
@@ -80,7 +81,7 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What differs from method to method once a run is at hand; what can be asked of it is a `MethodKind` of `config`.
+    """The behaviour of a method in a run; its settings and title are a `MethodKind` of `config`.
 
     Attributes:
         prepare: makes a plain model trainable, in place, and returns what the loop has to call.
@@ -90,7 +91,7 @@ class Method:
         defaults: the sections that `peft-vit train` takes.
         learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
             chose as the peak of one cycle.
-        few_ranks_learning_rate: likewise where the budget is below one rank a matrix; None: the same.
+        few_ranks_learning_rate: learning rate where the budget is below one rank a matrix; None: the same.
         forward_passes: that a step takes as long as: the weights, for its input, for their own gradients.
         bytes_per_weight: of the backbone's weights, gradients and moments; None: frozen, and as the precision has it.
         uses_peft: whether the PEFT library has to be there.
@@ -100,7 +101,7 @@ class Method:
     prepare: Callable[[nn.Module, ExperimentConfig, PrepareContext], list[Hook]] = lambda *_: []
     check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = lambda *_: None
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = lambda *_: {}
-    defaults: Callable[[TrainOptions], dict[str, dict[str, Any]]] = lambda _: {}
+    defaults: Callable[[TrainOptions], Sections] = lambda _: {}
     learning_rate: float = 1e-3
     few_ranks_learning_rate: float | None = None
     forward_passes: float = 2.0
@@ -116,7 +117,7 @@ class Method:
 
 @contextmanager
 def below(field_name: str) -> Iterator[None]:
-    """Name the setting at which a fault of what it asks for is to be repaired.
+    """Rename the field of errors to the setting that causes them.
 
     Raises:
         UserError: as inside, with the field, below the experiment.
@@ -134,19 +135,7 @@ def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
         UserError: if it names kinds of matrices that the model lacks.
     """
     with below(f"{section}.targets"):
-        return chosen(shape.sites, settings.targets)
-
-
-def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int = 1) -> None:
-    """Refuse a rank that does not fit a site.
-
-    Raises:
-        UserError: with the field, below the experiment.
-    """
-    try:
-        check_ranks(sites, rank, pool)
-    except UserError as error:
-        raise UserError(error.message, field=error.field if error.field != "rank" else field_name) from None
+        return select_sites(shape.sites, settings.targets)
 
 
 def check_images(field_name: str, images: int | None, train_images: int) -> None:

@@ -5,16 +5,14 @@ The library is an extra, and imported only when a run needs it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.peft_tuner import attach_peft, attach_peft_lora, require_peft, tuner_config
-from peft_vit.core.backbones import BackboneShape, Site, whole_modules
+from peft_vit.core.backbones import BackboneShape, Site, select_modules
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
-from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, below, check_rank_at
-from peft_vit.core.training import Hook, PeftAdaLoraHook, last_update
+from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, Sections, TrainOptions, below
+from peft_vit.core.training import Hook, PeftAdaLoraHook, check_ranks, last_update
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
 # AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
@@ -26,7 +24,7 @@ _FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
 def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
     """Return the modules that PEFT adapts, each as one site."""
     with below(f"{section}.targets"):
-        return list(whole_modules(shape.sites, settings.targets).values())
+        return list(select_modules(shape.sites, settings.targets).values())
 
 
 def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
@@ -37,7 +35,7 @@ def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: Prepa
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     require_peft()
     settings = experiment.need(PeftLoraConfig)
-    check_rank_at("peft_lora.rank", _modules("peft_lora", settings, shape), settings.rank)
+    check_ranks(_modules("peft_lora", settings, shape), settings.rank, field="peft_lora.rank")
 
 
 PEFT_LORA = Method(
@@ -59,7 +57,7 @@ def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_ste
     require_peft()
     settings = experiment.need(PeftAdaLoraConfig)
     sites = _modules("peft_adalora", settings, shape)
-    check_rank_at("peft_adalora.initial_rank", sites, settings.initial_rank)
+    check_ranks(sites, settings.initial_rank, field="peft_adalora.initial_rank")
     last_update(settings, total_steps)
 
 
@@ -72,7 +70,7 @@ def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int,
     return {"peft_adalora": settings.model_copy(update=short)}
 
 
-def _adalora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def _adalora_defaults(options: TrainOptions) -> Sections:
     options.enough_steps(_FEWEST_STEPS)
     return {
         "peft_adalora": {"update_frequency": max(1, options.steps // 8), "warmup_steps": max(1, options.steps // 4)}

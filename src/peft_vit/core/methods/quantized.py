@@ -26,23 +26,23 @@ from peft_vit.core.methods.method import (
     DEFAULT_RANK,
     Method,
     PrepareContext,
+    Sections,
     TrainOptions,
     check_images,
-    check_rank_at,
     sites_of,
 )
-from peft_vit.core.training import Hook, QALoRATrainer, check_bits, end_step
+from peft_vit.core.training import Hook, QALoRATrainer, check_bits, check_ranks, end_step
 
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
 
 def usual_rounding(type: QuantizationType) -> Rounding:
-    """Return how weights to train on are rounded where nothing is said: below 4 bits by GPTQ, which loses less."""
+    """Return the default rounding of weights to train on: below 4 bits GPTQ, which loses less."""
     return "gptq" if BITS_OF_TYPE[type] < 4 else "nearest"
 
 
 def packed_by_default(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
-    """Return what `peft-vit train` takes: groups of 32 inputs, or of fewer where that does not divide a site's.
+    """Return the packing of `peft-vit train`: groups of 32 inputs, or of fewer where 32 does not divide a site's.
 
     Where no group divides all of them, each row has one scale.
     """
@@ -64,7 +64,7 @@ def packing_of(sites: Sequence[Site], type: QuantizationType, offset: bool | Non
 def _trainer(
     model: nn.Module, experiment: ExperimentConfig, context: PrepareContext, *, ranks: Mapping[str, int] | None = None
 ) -> Hook:
-    """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
+    """Pack the weights, attach adapters where there are none, and return the trainer."""
     settings = experiment.need(QaLoraConfig)
     images = None
     if settings.rounding == "gptq" and context.packed is None:
@@ -104,7 +104,7 @@ def _check_packing(
     The rank is every adapter's; 0 where something else decides ranks.
     """
     settings = experiment.need(QaLoraConfig)
-    check_rank_at("qa_lora.rank", sites_of("qa_lora", settings, shape), rank, settings.pool)
+    check_ranks(sites_of("qa_lora", settings, shape), rank, settings.pool, field="qa_lora.rank")
     end_step(settings, total_steps)
     check_images("qa_lora.calibration_images", settings.calibration_images, train_images)
     if settings.adaptive_bits is not None:
@@ -142,7 +142,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
     check_ranks_of(settings, _adapters(settings), shape)
 
 
-def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+def _defaults(options: TrainOptions) -> Sections:
     packing, sites = packed_by_default(options.shape.sites, options.bits), options.shape.sites
     if options.adapter_bytes is not None:
         adapters = Adapters("qa_lora", packing.get("group_size", 1))

@@ -100,9 +100,9 @@ class QuantizationFormat:
 
     def values(self) -> Tensor:
         """Return what each code stands for before scale and offset, float32 of shape (2^bits,), in the codes' order."""
-        return (
-            code_values(self.type) if self.has_codebook else torch.arange(2**self.bits, dtype=torch.float32) - self.zero
-        )
+        if self.has_codebook:
+            return code_values(self.type)
+        return torch.arange(2**self.bits, dtype=torch.float32) - self.zero
 
     def groups(self, columns: int) -> int:
         """Return the number of groups in a row of so many inputs.

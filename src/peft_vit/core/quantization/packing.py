@@ -12,6 +12,13 @@ import math
 import torch
 from torch import Tensor
 
+# By bits: the word with a byte for each of the codes that fill whole bytes, and the shifts and masks that move them.
+_SPREAD = {
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    3: (torch.int64, ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707))),
+    4: (torch.int16, ((4, 0x0F0F),)),
+}
+
 
 def codes_at_once(bits: int) -> int:
     """Return the smallest number of codes that fill whole bytes: 4 of 2 bits, 8 of 3, 2 of 4, 1 of 8."""
@@ -77,23 +84,15 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
         raise ValueError(f"expected {expected} bytes a row for {columns} codes, got {packed.shape[1]}")
     if bits == 8:
         return packed
-    if bits == 4:
-        words = packed.to(torch.int16, memory_format=torch.contiguous_format)
-        words.bitwise_or_(words << 4).bitwise_and_(0x0F0F)
-    elif bits == 3:
-        words = _words(packed, 3)
-        words.bitwise_or_(words << 20).bitwise_and_(0x00000FFF00000FFF)
-        words.bitwise_or_(words << 10).bitwise_and_(0x003F003F003F003F)
-        words.bitwise_or_(words << 5).bitwise_and_(0x0707070707070707)
-    elif bits == 2:
-        words = packed.to(torch.int32, memory_format=torch.contiguous_format)
-        words.bitwise_or_(words << 12).bitwise_and_(0x000F000F)
-        words.bitwise_or_(words << 6).bitwise_and_(0x03030303)
-    else:
-        positions = bits * torch.arange(codes_at_once(bits), device=packed.device)
-        words = _words(packed, bits).unsqueeze(-1) >> positions & 2**bits - 1  # (out, words, codes a word)
-        return words.flatten(1)[:, :columns].to(torch.uint8)  # (out, codes)
-    return words.view(torch.uint8)[:, :columns]  # (out, words) -> (out, codes)
+    if bits in _SPREAD:
+        dtype, steps = _SPREAD[bits]
+        words = _words(packed, 3) if bits == 3 else packed.to(dtype, memory_format=torch.contiguous_format)
+        for shift, mask in steps:
+            words.bitwise_or_(words << shift).bitwise_and_(mask)
+        return words.view(torch.uint8)[:, :columns]  # (out, words) -> (out, codes)
+    positions = bits * torch.arange(codes_at_once(bits), device=packed.device)
+    codes = _words(packed, bits).unsqueeze(-1) >> positions & 2**bits - 1  # (out, words, codes a word)
+    return codes.flatten(1)[:, :columns].to(torch.uint8)  # (out, codes)
 
 
 def _words(packed: Tensor, bits: int) -> Tensor:

@@ -135,7 +135,7 @@ def unpack_rows(tensors: Mapping[str, Tensor], shapes: list[tuple[int, int]], bi
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def unpack_some(
+def unpack_selected_rows(
     arrays: Mapping[str, NDArray[Any]], starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int, bits: int
 ) -> NDArray[np.float32]:
     """Return some rows of one length out of what `pack_rows` has packed, (n, columns).

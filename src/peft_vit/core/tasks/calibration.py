@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from peft_vit.base.statistics import TemperaturePrior, class_scores, conformal_quantile, fit_temperature, probabilities
 from peft_vit.core.records import Calibrated
-from peft_vit.core.tasks.task import by_coverage
+from peft_vit.core.tasks.task import coverage_thresholds
 
 
 def calibrate(
@@ -28,5 +28,5 @@ def calibrate(
     which = range(len(logits)) if images is None else images  # type: ignore[arg-type]
     temperature = fit_temperature(logits, labels, prior, images)
     scores = class_scores(probabilities(logits, temperature), labels)
-    coverages, thresholds = by_coverage(lambda coverage: conformal_quantile(scores, coverage, which))
+    coverages, thresholds = coverage_thresholds(lambda coverage: conformal_quantile(scores, coverage, which))
     return Calibrated(images=len(set(which)), temperature=temperature, coverages=coverages, thresholds=thresholds)

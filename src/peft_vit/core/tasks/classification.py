@@ -6,11 +6,10 @@ A label is the number of a class, int64; the head has an output a class, whose s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.base.statistics import (
     Interval,
@@ -25,13 +24,21 @@ from peft_vit.base.statistics import (
 from peft_vit.core.config import ClassWeights, LossName
 from peft_vit.core.records import Calibrated, Decision, Metrics, TestedCalibration
 from peft_vit.core.tasks.calibration import calibrate
-from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Labels, Outputs, area_under_roc
-from peft_vit.core.tasks.task import Meaning, Task, counted_images, logistic_regressions, on_shown
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, area_under_roc
+from peft_vit.core.tasks.task import (
+    LinearHeads,
+    Meaning,
+    NamedLabels,
+    Task,
+    effective_counts,
+    logistic_regressions,
+    measured_coverage,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Classes = NDArray[np.int64]
+Classes = Ints  # (N,), the number of each image's class
 LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
 ECE_BINS = 15
 
@@ -39,14 +46,14 @@ ECE_BINS = 15
 # --- measures of logits -----------------------------------------------------------------------------------------------
 
 
-def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_softmax(logits: Outputs) -> Floats:
     """Return log probabilities (N, classes) in float64, without scipy, which no training process loads."""
+    logits = logits.astype(np.float64)
     shifted = logits - logits.max(1, keepdims=True)  # (N, classes)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return result
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def expected_calibration_error(confidence: NDArray[np.float64], correct: Flags, bins: int = ECE_BINS) -> float:
+def expected_calibration_error(confidence: Floats, correct: Flags, bins: int = ECE_BINS) -> float:
     """Return the mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
@@ -60,11 +67,11 @@ def expected_calibration_error(confidence: NDArray[np.float64], correct: Flags, 
 
 
 def _auroc(log_probability: Floats, labels: Classes) -> float:
-    apart = log_probability[:, 1] - log_probability[:, 0]  # (N,)
-    return float(area_under_roc(apart, labels == 1, np.ones((1, len(labels))))[0])
+    scores = log_probability[:, 1] - log_probability[:, 0]  # (N,)
+    return float(area_under_roc(scores, labels == 1, np.ones((1, len(labels))))[0])
 
 
-def _by_class(labels: Classes, predicted: Classes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _by_class(labels: Classes, predicted: Classes) -> tuple[Ints, Ints]:
     """Return how many images of each class that is among the labels are found, and how many there are, (classes,)."""
     _, places, images = np.unique(labels, return_inverse=True, return_counts=True)  # (N,) -> (classes,)
     return np.bincount(places[predicted == labels], minlength=len(images)), images
@@ -84,13 +91,13 @@ def _balanced_interval(labels: Classes, predicted: Classes, *_: Any) -> Interval
     return mean_of_proportions(*_by_class(labels, predicted))
 
 
-def _accuracy_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
-    was_right, is_right = before == labels, after == labels
+def _accuracy_gain(labels: Classes, baseline: Classes, predicted: Classes, *_: Any) -> Interval:
+    was_right, is_right = baseline == labels, predicted == labels
     return paired_proportions((is_right & ~was_right).sum(), (was_right & ~is_right).sum(), len(labels))
 
 
-def _balanced_gain(labels: Classes, before: Classes, after: Classes, *_: Any) -> Interval:
-    was_right, is_right = before == labels, after == labels
+def _balanced_gain(labels: Classes, baseline: Classes, predicted: Classes, *_: Any) -> Interval:
+    was_right, is_right = baseline == labels, predicted == labels
     gains, images = _by_class(labels, np.where(is_right & ~was_right, labels, -1))
     losses = _by_class(labels, np.where(was_right & ~is_right, labels, -1))[0]
     return paired_proportions(gains, losses, images)
@@ -138,13 +145,13 @@ class _Classification(Task):
         """Refuse an image without a class."""
         return None if "".join(cells.values()) else "expected a path and a label, one value a column"
 
-    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Classes]:
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return the different texts, sorted, and the place of each among them."""
         names = sorted(set(texts))
         number = {name: k for k, name in enumerate(names)}
         return tuple(names), np.array([number[text] for text in texts], dtype=np.int64)
 
-    def made_up(self, classes: Classes) -> tuple[tuple[str, ...], Classes]:
+    def synthetic_labels(self, classes: Classes) -> NamedLabels:
         """Return the classes."""
         return tuple(f"class_{k}" for k in range(int(classes.max()) + 1)), classes
 
@@ -154,32 +161,31 @@ class _Classification(Task):
 
     def members(self, labels: Classes, place: int) -> Flags:
         """Return which images are of a class, (N,)."""
-        return np.asarray(labels == place)
+        return labels == place
 
-    def marks(self, labels: Classes) -> NDArray[np.int64]:
+    def label_ids(self, labels: Classes) -> Ints:
         """Return the classes."""
         return labels
 
-    def deciding(self, counts: NDArray[np.int64]) -> DecidingMetric:
+    def deciding(self, counts: Ints) -> DecidingMetric:
         """Return accuracy, unless a class has more than LARGEST_IMBALANCE times as many images as another."""
         return ACCURACY if counts.max() <= LARGEST_IMBALANCE * counts.min() else BALANCED_ACCURACY
 
-    def counts(self, labels: Classes, width: int) -> NDArray[np.int64]:
+    def counts(self, labels: Classes, width: int) -> Ints:
         """Return how many images are of each class, (classes,)."""
         return np.bincount(labels, minlength=width)
 
-    def strata(self, labels: Classes) -> NDArray[np.int64]:
+    def strata(self, labels: Classes) -> Ints:
         """Return the classes."""
         return labels
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
-        """Return weights in inverse proportion to `counted_images`, (classes,); over the images they average to 1.
+    def loss_weights(self, counts: Ints, scheme: ClassWeights) -> Floats:
+        """Return weights in inverse proportion to `effective_counts`, (classes,); over the images they average to 1.
 
         Balanced, that is n / (classes * n_c) of class c.
         """
-        known = counted_images(counts, how)
-        weights: Floats = counts.sum() / ((counts / known).sum() * known)
-        return weights
+        effective = effective_counts(counts, scheme)
+        return counts.sum() / ((counts / effective).sum() * effective)
 
     def loss(
         self,
@@ -230,7 +236,7 @@ class _Classification(Task):
         Of a class without an image in the split nothing is known, and the run's record names it in its warnings. AUROC
         is None unless there are two classes and both have images.
         """
-        log_probability = log_softmax(outputs.astype(np.float64))
+        log_probability = log_softmax(outputs)
         probability = np.exp(log_probability)  # (N, classes)
         predicted = log_probability.argmax(1)  # (N,)
         correct = predicted == labels
@@ -246,30 +252,29 @@ class _Classification(Task):
 
     def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Classes:
         """Return the most probable class, (N,); of equal ones the first."""
-        return log_softmax(outputs.astype(np.float64)).argmax(1)
+        return log_softmax(outputs).argmax(1)
 
     def confidence(self, outputs: Outputs) -> list[float]:
         """Return its probability, (N,)."""
-        confidence: list[float] = np.exp(log_softmax(outputs.astype(np.float64)).max(1)).tolist()
-        return confidence
+        return np.exp(log_softmax(outputs).max(1)).tolist()
 
     def meaning(self, outputs: Outputs, labels: Classes, prior: TemperaturePrior) -> Calibrated | None:
         """Return the temperature, and thresholds of sets; None without images."""
         return calibrate(outputs, labels, prior=prior) if len(labels) else None
 
     def tested(self, meaning: Meaning, outputs: Outputs, labels: Classes, unlike: int | None) -> TestedCalibration:
-        """Return what calibrated probabilities and sets come to; without a calibration those of the logits."""
+        """Return NLL, probabilities and coverage with the temperature of `meaning`, or 1 without it."""
         calibrated = cast("Calibrated | None", meaning)
         p = probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
-        own, rows = 1 - class_scores(p, labels), np.arange(len(p))  # (N,)
+        true_p, rows = 1 - class_scores(p, labels), np.arange(len(p))  # (N,)
 
         def held_and_size(coverage: float) -> tuple[float, float]:
             inside = prediction_sets(p, cast("Calibrated", calibrated).threshold(coverage))
             return inside[rows, labels].mean(), inside.sum(1).mean()
 
-        covered, sizes = ({}, {}) if calibrated is None else on_shown(calibrated, held_and_size)
+        covered, sizes = ({}, {}) if calibrated is None else measured_coverage(calibrated, held_and_size)
         return TestedCalibration(
-            nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
+            nll=float(-np.log(np.maximum(true_p, np.finfo(float).tiny)).mean()),
             probability=p[rows, outputs.argmax(1)].clip(0, 1).tolist(),
             covered=covered,
             set_size=sizes,
@@ -282,12 +287,9 @@ class _Classification(Task):
 
     def image_weights(self, labels: Classes, weights: Floats) -> Floats:
         """Return the weight of each image's class, (N,)."""
-        of_images: Floats = weights[labels]
-        return of_images
+        return weights[labels]
 
-    def linear_heads(
-        self, z: Floats, labels: Classes, strengths: Sequence[float], weights: Floats
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def linear_heads(self, z: Floats, labels: Classes, strengths: Sequence[float], weights: Floats) -> LinearHeads:
         """Yield multinomial logistic regressions, by scikit-learn, whose C is 1 / (l2 sum w).
 
         With two classes scikit-learn fits one row for the difference of the logits; W has half of it and its negative
@@ -301,7 +303,7 @@ class _Classification(Task):
                 weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
             yield weight, bias
 
-    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
+    def guess_loss(self, outputs: Tensor, labels: Tensor) -> float:
         """Return log(classes)."""
         return math.log(outputs.shape[1])
 

@@ -7,12 +7,11 @@ label's probability; what is not known counts neither in the loss nor in a measu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy
-from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import TemperaturePrior, recall_threshold, row_weights
@@ -22,13 +21,25 @@ from peft_vit.core.tasks.metric import (
     DecidingMetric,
     Flags,
     Floats,
+    Ints,
     Labels,
     Outputs,
     area_under_roc,
     bootstrapped,
-    cumulated,
+    cumulative_weights,
+    unweighted,
 )
-from peft_vit.core.tasks.task import LOG_TEMPERATURES, Task, by_coverage, counted_images, logistic_regressions, on_shown
+from peft_vit.core.tasks.task import (
+    LOG_TEMPERATURES,
+    Coverage,
+    LinearHeads,
+    NamedLabels,
+    Task,
+    coverage_thresholds,
+    effective_counts,
+    logistic_regressions,
+    measured_coverage,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,11 +61,10 @@ def average_precision(scores: Floats, positive: Flags, weights: Floats) -> Float
         positive: (N,).
         weights: of images, (B, N).
     """
-    hits, drawn = cumulated(scores, positive, weights)
+    hits, drawn = cumulative_weights(scores, positive, weights)
     with np.errstate(invalid="ignore"):
         precision = np.where(drawn > 0, hits / drawn, 0.0)
-        area: Floats = (np.diff(hits, prepend=0.0) * precision).sum(1) / hits[:, -1]
-    return area
+        return (np.diff(hits, prepend=0.0) * precision).sum(1) / hits[:, -1]
 
 
 def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Floats) -> Floats:
@@ -65,9 +75,8 @@ def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Flo
         if known.any():
             of_labels.append(measure(score[known], truth[known] == 1, weights[:, known]))
     values = np.array(of_labels).reshape(len(of_labels), len(weights))
-    measured = np.isfinite(values).sum(0)
-    mean: Floats = np.nan_to_num(values).sum(0) / np.maximum(measured, 1)
-    return mean
+    num_finite = np.isfinite(values).sum(0)
+    return np.nan_to_num(values).sum(0) / np.maximum(num_finite, 1)
 
 
 def _map(labels: Labels, scores: Labels, weights: Floats) -> Floats:
@@ -83,36 +92,35 @@ def _cases(labels: Labels) -> Sequence[int]:
 
     A model whose AUROC is A orders m of them all rightly with a probability of at most A^m.
     """
-    there, others = (labels == 1).sum(0), (labels == 0).sum(0)  # (K,) each
-    return [max(1, int(least)) for least in np.minimum(there, others)[there > 0]] or [1]
+    positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)  # (K,) each
+    return [max(1, int(pairs)) for pairs in np.minimum(positives, negatives)[positives > 0]] or [1]
 
 
-def f1(hits: Any, said: Any, there: Any) -> Any:
-    """Return 2 hits / (said + there), 0 where both are 0."""
-    return 2 * hits / np.maximum(said + there, 1e-12)
+def f1(true_positives: Any, predicted: Any, positives: Any) -> Any:
+    """Return 2 TP / (predicted + positives), 0 where both are 0."""
+    return 2 * true_positives / np.maximum(predicted + positives, 1e-12)
 
 
-def _told(labels: Labels, told: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return the weight of images in which a label is found, is told, and is there, (B, K) each; unknown ones are none.
+def _confusion(labels: Labels, predicted: Labels, weights: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return true positives, predicted positives and positives, weighted and summed over images, (B, K) each.
 
     Args:
         labels: (N, K).
-        told: 1 or 0, (N, K).
+        predicted: 1 or 0, (N, K).
         weights: of images, (B, N).
     """
-    there, said = (labels == 1).astype(float), told * ~np.isnan(labels)
-    return weights @ (there * said), weights @ said, weights @ there
+    positive, predicted = (labels == 1).astype(float), predicted * ~np.isnan(labels)
+    return weights @ (positive * predicted), weights @ predicted, weights @ positive
 
 
-def _f1_micro(labels: Labels, told: Labels, weights: Floats) -> Floats:
-    return np.asarray(f1(*(part.sum(1) for part in _told(labels, told, weights))))
+def _f1_micro(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    return f1(*(part.sum(1) for part in _confusion(labels, predicted, weights)))
 
 
-def _f1_macro(labels: Labels, told: Labels, weights: Floats) -> Floats:
+def _f1_macro(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     """Return the mean over the labels that some image has, (B,); 0 where none has."""
-    hits, said, there = _told(labels, told, weights)
-    values: Floats = f1(hits, said, there).sum(1) / np.maximum((there > 0).sum(1), 1)
-    return values
+    true_positives, predicted_positives, positives = _confusion(labels, predicted, weights)
+    return f1(true_positives, predicted_positives, positives).sum(1) / np.maximum((positives > 0).sum(1), 1)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -146,10 +154,10 @@ class _Multilabel(Task):
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
         """Refuse what is not 0, 1 or nothing, unless names are in one cell."""
-        odd = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
-        return f"expected 0, 1, or nothing for what is not known, got {odd[0]!r}" if odd else None
+        wrong = [cell for column, cell in cells.items() if column != "label" and cell.lower() not in _CELLS]
+        return f"expected 0, 1, or nothing for what is not known, got {wrong[0]!r}" if wrong else None
 
-    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return names and labels (N, K); of `cat|dog` all that is not named is not there."""
         if list(columns) == ["label"]:
             rows = [{name.strip() for name in text.split("|")} - {""} for text in texts]
@@ -168,35 +176,36 @@ class _Multilabel(Task):
                 remedy = "add images of both kinds, or take the class out"
                 raise UserError(f"every {image} {what} '{name}', so nothing can be learned about it; {remedy}")
 
-    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+    def synthetic_labels(self, classes: Ints) -> NamedLabels:
         """Return a label a class, and that of the class before."""
-        own = classes[:, None] == np.arange(classes.max() + 1)  # (N, K)
-        return tuple(f"class_{k}" for k in range(own.shape[1])), (own | np.roll(own, 1, axis=1)).astype(float)
+        one_hot = classes[:, None] == np.arange(classes.max() + 1)  # (N, K)
+        names = tuple(f"class_{k}" for k in range(one_hot.shape[1]))
+        return names, (one_hot | np.roll(one_hot, 1, axis=1)).astype(float)
 
     def text(self, label: Any, names: Sequence[str]) -> str:
-        """Return what is there, and what is not known."""
-        said = [name if value == 1 else f"{name}?" for name, value in zip(names, label, strict=True) if value != 0]
-        return "|".join(said) or "none"
+        """Return the present labels, and the unknown ones with a question mark."""
+        marked = [name if value == 1 else f"{name}?" for name, value in zip(names, label, strict=True) if value != 0]
+        return "|".join(marked) or "none"
 
     def members(self, labels: Labels, place: int) -> Flags:
         """Return which images have a label, (N,)."""
-        return np.asarray(labels[:, place] == 1)
+        return labels[:, place] == 1
 
-    def marks(self, labels: Labels) -> NDArray[np.int64]:
+    def label_ids(self, labels: Labels) -> Ints:
         """Return equal numbers for equal labels."""
         return np.unique(np.nan_to_num(labels, nan=-1.0), axis=0, return_inverse=True)[1].reshape(-1)
 
     def strata(self, labels: Labels) -> Flags:
         """Return which images have each label, (N, K)."""
-        return np.asarray(labels == 1)
+        return labels == 1
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
-        """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
-        weights: Floats = 1 / counted_images(counts, how)
+    def loss_weights(self, counts: Ints, scheme: ClassWeights) -> Floats:
+        """Return weights in inverse proportion to `effective_counts`, with a mean of 1, (K,)."""
+        weights: Floats = 1 / effective_counts(counts, scheme)
         return weights / weights.mean()
 
     def _each(self, outputs: Tensor, labels: Tensor, name: LossName | None = None) -> Tensor:
-        """Return the loss of each label, (N, K); 0 of what is not known."""
+        """Return the loss of each label, (N, K); 0 where unknown."""
         from torch.nn import functional as F
 
         known = labels.isfinite()
@@ -234,9 +243,7 @@ class _Multilabel(Task):
         """Return the sum over labels, (N,)."""
         return self._each(outputs, labels).sum(1)
 
-    def linear_heads(
-        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
         """Yield a logistic regression a label, by scikit-learn, on the images of which it is known.
 
         Where all of these agree, it is the constant that says so of one image more of each kind.
@@ -246,53 +253,50 @@ class _Multilabel(Task):
             W, b = np.zeros((len(fits), z.shape[1])), np.zeros((len(fits), 1))  # (K, D), (K, 1)
             for k, (fit, truth) in enumerate(zip(fits, labels.T, strict=True)):
                 known = ~np.isnan(truth)
-                there = int((truth[known] == 1).sum())
-                if not 0 < there < known.sum():
-                    b[k] = math.log((there + 1) / (known.sum() - there + 1))
+                positives = int((truth[known] == 1).sum())
+                if not 0 < positives < known.sum():
+                    b[k] = math.log((positives + 1) / (known.sum() - positives + 1))
                     continue
                 (W[k],), b[k] = fit(z[known], truth[known], weights[known], 1 / (l2 * weights.sum()))
             yield W, b[:, 0]
 
-    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
+    def guess_loss(self, outputs: Tensor, labels: Tensor) -> float:
         """Return the loss of guessing by frequency."""
         share = (labels.nansum(0) / labels.isfinite().sum(0).clamp(min=1)).clamp(1e-6, 1 - 1e-6)  # (K,)
         return float(self.loss(share.logit().expand_as(outputs), labels, None))
 
     def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split; F1 and exact match at the decision's thresholds, or at the best of these."""
-        scores, known, one = self.predicted(outputs, decision), ~np.isnan(labels), np.ones((1, len(labels)))
-        told = scores >= np.array(_thresholds(scores, labels, one[0]) if decision is None else decision.thresholds)
-        there = labels == 1
-        chance = np.where(there, scores, 1 - scores)
+        scores, known = self.predicted(outputs, decision), ~np.isnan(labels)
+        thresholds = _thresholds(scores, labels, np.ones(len(labels))) if decision is None else decision.thresholds
+        predicted, positive = scores >= thresholds, labels == 1
+        likelihood = np.where(positive, scores, 1 - scores)
         return Metrics(
             n=len(labels),
-            nll=float(np.abs(np.log(np.maximum(chance, 1e-300)) * known).sum(1).mean()),
+            nll=float(np.abs(np.log(np.maximum(likelihood, 1e-300)) * known).sum(1).mean()),
             more={
-                "map": float(_map(labels, scores, one)[0]),
-                "auroc": float(_auroc(labels, scores, one)[0]),
-                "f1_micro": float(_f1_micro(labels, told, one)[0]),
-                "f1_macro": float(_f1_macro(labels, told, one)[0]),
-                "exact_match": float(((told == there) | ~known).all(1).mean()),
+                "map": unweighted(_map, labels, scores),
+                "auroc": unweighted(_auroc, labels, scores),
+                "f1_micro": unweighted(_f1_micro, labels, predicted),
+                "f1_macro": unweighted(_f1_macro, labels, predicted),
+                "exact_match": float(((predicted == positive) | ~known).all(1).mean()),
             },
         )
 
     def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
         """Return the probability of each label, (N, K)."""
         z = outputs.astype(np.float64) / (1.0 if decision is None else decision.temperature)
-        shares: Floats = np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
-        return shares
+        return np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))  # without an overflow
 
-    def told(self, outputs: Outputs, decision: Decision | None = None) -> Flags:
+    def final_predictions(self, outputs: Outputs, decision: Decision | None = None) -> Flags:
         """Return which labels reach their thresholds, or 1/2, (N, K)."""
-        return reached(self.predicted(outputs, decision), decision)
+        return above_thresholds(self.predicted(outputs, decision), decision)
 
     def constant(self, labels: Labels) -> Labels:
         """Return that nothing is there, which ranks all images alike."""
         return np.zeros_like(labels, dtype=float)
 
-    def decide(
-        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: NDArray[np.int64] | None = None
-    ) -> Decision:
+    def decide(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: Ints | None = None) -> Decision:
         """Return the most probable temperature, and for each label the threshold with the largest F1."""
         width = labels.shape[1]
         if not len(labels):
@@ -308,30 +312,30 @@ class _Multilabel(Task):
         log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
         decision = Decision(images=count, temperature=math.exp(float(log_t)))
         scores = self.predicted(outputs, decision)
-        coverages, least = by_coverage(lambda coverage: recall_threshold(scores, labels, coverage, images))
-        sets = {"coverages": coverages, "set_thresholds": least}
+        coverages, set_thresholds = coverage_thresholds(
+            lambda coverage: recall_threshold(scores, labels, coverage, images)
+        )
+        sets = {"coverages": coverages, "set_thresholds": set_thresholds}
         return decision.model_copy(update={"thresholds": _thresholds(scores, labels, weights), **sets})
 
-    def covered(
-        self, decision: Decision, outputs: Outputs, labels: Labels
-    ) -> tuple[dict[float, float], dict[float, float]]:
+    def covered(self, decision: Decision, outputs: Outputs, labels: Labels) -> Coverage:
         """Return which share of an image's labels is in its set, and how many labels are, over images that have one."""
-        there = labels == 1  # (N, K)
-        own = there.any(1)
-        if not own.any():
+        positive = labels == 1  # (N, K)
+        labelled = positive.any(1)
+        if not labelled.any():
             return {}, {}
-        scores, there = self.predicted(outputs, decision)[own], there[own]
+        scores, positive = self.predicted(outputs, decision)[labelled], positive[labelled]
 
         def held_and_size(coverage: float) -> tuple[float, float]:
             inside = scores >= decision.threshold(coverage)  # (N, K)
-            return ((inside & there).sum(1) / there.sum(1)).mean(), inside.sum(1).mean()
+            return ((inside & positive).sum(1) / positive.sum(1)).mean(), inside.sum(1).mean()
 
-        return on_shown(decision, held_and_size)
+        return measured_coverage(decision, held_and_size)
 
 
-def reached(predicted: Labels, decision: Decision | None) -> Flags:
+def above_thresholds(predicted: Labels, decision: Decision | None) -> Flags:
     """Return which labels reach their thresholds, or 1/2, by their probabilities (N, K)."""
-    return np.asarray(predicted >= (0.5 if decision is None else np.array(decision.thresholds)))
+    return predicted >= (0.5 if decision is None else decision.thresholds)
 
 
 def _thresholds(scores: Labels, labels: Labels, weights: Floats) -> tuple[float, ...]:
@@ -344,11 +348,11 @@ def _threshold(scores: Floats, truth: Floats, weights: Floats) -> float:
     It lies in the middle between two probabilities; of equal ones the highest is taken.
     """
     known = ~np.isnan(truth)
-    scores, there, weights = scores[known], truth[known] == 1, weights[known]
-    if not there.any():
+    scores, positive, weights = scores[known], truth[known] == 1, weights[known]
+    if not positive.any():
         return 0.5
-    hits, drawn = (part[0] for part in cumulated(scores, there, weights[None]))
-    best = int(f1(hits, drawn, weights @ there).argmax())
+    hits, drawn = (part[0] for part in cumulative_weights(scores, positive, weights[None]))
+    best = int(f1(hits, drawn, weights @ positive).argmax())
     levels = np.unique(scores)[::-1]  # (different scores,), falling
     return float((levels[best] + (levels[best + 1] if best + 1 < len(levels) else 0.0)) / 2)
 

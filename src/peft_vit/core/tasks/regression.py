@@ -7,19 +7,18 @@ that its outputs are of one size whatever the unit; every measure is of numbers 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import ErrorScale, TemperaturePrior, conformal_quantile, error_scale, row_weights
 from peft_vit.core.config import LossName
 from peft_vit.core.records import Decision, Metrics
-from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Labels, Outputs, bootstrapped
-from peft_vit.core.tasks.task import Task, by_coverage, on_shown
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, bootstrapped, unweighted
+from peft_vit.core.tasks.task import Coverage, LinearHeads, NamedLabels, Task, coverage_thresholds, measured_coverage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,20 +43,20 @@ def scales_of(decision: Decision) -> tuple[ErrorScale, ...]:
 
 
 def _scale(labels: Labels) -> Any:
-    """Return what errors are divided by: of several numbers their standard deviations, which bring them to one unit."""
+    """Return the scale of errors: 1 of a single number, else standard deviations, which bring numbers to one unit."""
     return 1.0 if labels.shape[1] == 1 else np.maximum(labels.std(0), 1e-12)
 
 
 def mean_absolute_error(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     """Return the mean size of errors, see `_scale`, (B,)."""
     errors = (np.abs(predicted - labels) / _scale(labels)).mean(1)  # (N,)
-    return np.asarray(weights @ errors / weights.sum(1))
+    return weights @ errors / weights.sum(1)
 
 
 def root_mean_squared_error(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     """Return the root of the mean of their squares, (B,)."""
     errors = (((predicted - labels) / _scale(labels)) ** 2).mean(1)
-    return np.asarray(np.sqrt(weights @ errors / weights.sum(1)))
+    return np.sqrt(weights @ errors / weights.sum(1))
 
 
 def r_squared(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
@@ -65,7 +64,7 @@ def r_squared(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     share = weights / weights.sum(1, keepdims=True)  # (B, N)
     spread = share @ labels**2 - (share @ labels) ** 2  # (B, K)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((1 - share @ (predicted - labels) ** 2 / spread).mean(1))
+        return (1 - share @ (predicted - labels) ** 2 / spread).mean(1)
 
 
 def _ranks(values: Floats, weights: Floats) -> Floats:
@@ -73,7 +72,7 @@ def _ranks(values: Floats, weights: Floats) -> Floats:
     _, place = np.unique(values, return_inverse=True)  # (N,)
     level = np.zeros((len(weights), place.max() + 1))  # (B, different values)
     np.add.at(level.T, place, weights.T)
-    return np.asarray((np.cumsum(level, 1) - level / 2)[:, place])
+    return (np.cumsum(level, 1) - level / 2)[:, place]
 
 
 def _spearman(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
@@ -83,7 +82,7 @@ def _spearman(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     def of_number(y: Floats, p: Floats) -> Floats:
         a, b = (ranks - (share * ranks).sum(1, keepdims=True) for ranks in (_ranks(y, share), _ranks(p, share)))
         spread = np.sqrt((share * a**2).sum(1) * (share * b**2).sum(1))
-        return np.asarray(np.divide((share * a * b).sum(1), spread, out=np.zeros(len(share)), where=spread > 0))
+        return np.divide((share * a * b).sum(1), spread, out=np.zeros(len(share)), where=spread > 0)
 
     return np.mean([of_number(y, p) for y, p in zip(labels.T, predicted.T, strict=True)], axis=0)
 
@@ -106,7 +105,7 @@ class _Regression(Task):
 
     Attributes:
         center: of each number over the training images, its mean, (K,).
-        spread: likewise, its standard deviation.
+        spread: its standard deviation, (K,).
     """
 
     center: tuple[float, ...] = (0.0,)
@@ -131,10 +130,10 @@ class _Regression(Task):
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
         """Refuse what is not a number."""
-        odd = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
-        return "expected a number in column {}, got {!r}".format(*odd[0]) if odd else None
+        wrong = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
+        return "expected a number in column {}, got {!r}".format(*wrong[0]) if wrong else None
 
-    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return the columns' names, and the numbers."""
         return tuple(columns), np.array([[float(cell) for cell in text.split("|")] for text in texts])
 
@@ -144,19 +143,11 @@ class _Regression(Task):
             if np.ptp(values) == 0:
                 raise UserError(f"'{name}' is {values[0]:g} for every {image}, so there is nothing to learn")
 
-    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+    def synthetic_labels(self, classes: Ints) -> NamedLabels:
         """Return the class as a number."""
         return ("number",), classes[:, None].astype(float)
 
-    def members(self, labels: Labels, place: int) -> Flags:
-        """Return that every image counts, (N,)."""
-        return np.ones(len(labels), dtype=bool)
-
-    def marks(self, labels: Labels) -> NDArray[np.int64]:
-        """Return that copies may have other numbers, as two measurements do."""
-        return np.zeros(len(labels), dtype=np.int64)
-
-    def strata(self, labels: Labels) -> NDArray[Any]:
+    def strata(self, labels: Labels) -> Labels:
         """Return up to ten bins of equal counts; of several numbers which bins of each, (N, K bins)."""
         bins = max(1, min(_BINS, len(labels) // _IN_A_BIN))
         ranks = np.argsort(np.argsort(labels, axis=0, kind="stable"), axis=0)  # (N, K)
@@ -176,7 +167,7 @@ class _Regression(Task):
 
     def aligned(self, outputs: Outputs, learned: Task) -> Outputs:
         """Return the same numbers, standardized with this task's mean and standard deviation."""
-        return np.asarray((learned.predicted(outputs) - np.array(self.center)) / np.array(self.spread))
+        return (learned.predicted(outputs) - self.center) / self.spread
 
     def _errors(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return output - t, (N, K)."""
@@ -213,9 +204,7 @@ class _Regression(Task):
         """Return the sum of e^2 / 2 over numbers, (N,), which a linear head makes least."""
         return (self._errors(outputs, labels) ** 2).sum(1) / 2
 
-    def linear_heads(
-        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
         """Yield ridge regressions, in closed form from one singular value decomposition.
 
         With shares r_i^2 = w_i / sum w, and r (z - mean) = U S V', W' = V S / (S^2 + l2) U' r (t - mean).
@@ -228,16 +217,16 @@ class _Regression(Task):
     def _decomposed(self, z: Floats, labels: Labels, weights: Floats) -> tuple[Floats, ...]:
         """Return both means, S, V (rank, D), U' r t (rank, K), U (N, rank), r (N, 1), and t less its mean (N, K)."""
         share = weights / weights.sum()  # (N,)
-        targets = (labels - np.array(self.center)) / np.array(self.spread)  # (N, K)
+        targets = (labels - self.center) / self.spread  # (N, K)
         mean, shift = share @ z, share @ targets  # (D,), (K,)
-        root, apart = np.sqrt(share)[:, None], targets - shift
+        root, centred = np.sqrt(share)[:, None], targets - shift
         U, S, V = np.linalg.svd(root * (z - mean), full_matrices=False)
-        return mean, shift, S, V, U.T @ (root * apart), U, root, apart
+        return mean, shift, S, V, U.T @ (root * centred), U, root, centred
 
-    def left_out(
-        self, z: Floats, labels: Labels, groups: NDArray[np.int64], strengths: Sequence[float], weights: Floats
+    def held_out_outputs(
+        self, z: Floats, labels: Labels, groups: Ints, strengths: Sequence[float], weights: Floats
     ) -> list[Floats]:
-        """Return what ridge regressions say of groups of images that they were not fitted to, in closed form.
+        """Return outputs of ridge regressions fitted without each image's group, in closed form.
 
         H = r r' + U S^2 / (S^2 + l2) U' takes r t to r times what the regression of all images says, and e are its
         errors. Those on a group G without which it is fitted, with the same l2 on W, are (I - H_GG)^-1 (r e)_G / r: of
@@ -254,83 +243,79 @@ class _Regression(Task):
         Returns:
             S outputs (N, K).
         """
-        _, shift, S, _, projected, U, root, apart = self._decomposed(z, labels, weights)
+        _, shift, S, _, projected, U, root, centred = self._decomposed(z, labels, weights)
         shrunk = S**2 / (S**2 + np.array(strengths)[:, None])  # (S, rank)
-        errors = root * apart - U @ (shrunk[:, :, None] * projected)  # (S, N, K)
+        errors = root * centred - U @ (shrunk[:, :, None] * projected)  # (S, N, K)
         places = np.unique(groups, return_inverse=True)[1]  # (N,)
         ends = np.cumsum(np.bincount(places))
-        for own in np.split(np.argsort(places, kind="stable"), ends[:-1]):
-            hat = root[own] @ root[own].T + (U[own] * shrunk[:, None]) @ U[own].T  # (S, G, G)
-            errors[:, own] = np.linalg.solve(np.eye(len(own)) - hat, errors[:, own])  # (S, G, K)
-        return list(shift + apart - errors / root)
+        for rows in np.split(np.argsort(places, kind="stable"), ends[:-1]):
+            hat = root[rows] @ root[rows].T + (U[rows] * shrunk[:, None]) @ U[rows].T  # (S, G, G)
+            errors[:, rows] = np.linalg.solve(np.eye(len(rows)) - hat, errors[:, rows])  # (S, G, K)
+        return list(shift + centred - errors / root)
 
     def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split, in the numbers' units; of several numbers errors in standard deviations."""
-        predicted, one = self.predicted(outputs), np.ones((1, len(labels)))
-        errors = (predicted - labels) / np.array(self.spread)
-        r2 = float(r_squared(labels, predicted, one)[0])
+        predicted = self.predicted(outputs)
+        errors, r2 = (predicted - labels) / self.spread, unweighted(r_squared, labels, predicted)
         return Metrics(
             n=len(labels),
             nll=float((errors**2).sum(1).mean() / 2),
             more={
-                "mae": float(mean_absolute_error(labels, predicted, one)[0]),
-                "rmse": float(root_mean_squared_error(labels, predicted, one)[0]),
+                "mae": unweighted(mean_absolute_error, labels, predicted),
+                "rmse": unweighted(root_mean_squared_error, labels, predicted),
                 "r2": r2 if math.isfinite(r2) else 0.0,
-                "spearman": float(_spearman(labels, predicted, one)[0]),
+                "spearman": unweighted(_spearman, labels, predicted),
             },
         )
 
     def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
         """Return the numbers, (N, K)."""
         center, spread = (self.center, self.spread) if decision is None else (decision.center, decision.spread)
-        numbers: Floats = np.array(center) + np.array(spread) * outputs.astype(np.float64)
-        return numbers
+        return np.array(center) + spread * outputs.astype(np.float64)
 
     def same(
         self, before: Outputs, after: Outputs, decision: Decision | None = None, decision_after: Decision | None = None
     ) -> Flags:
         """Return of which images numbers agree to a hundredth of a standard deviation."""
-        return np.asarray((np.abs(before - after) <= 0.01).all(1))
+        return np.all(np.abs(before - after) <= 0.01, axis=1)
 
     def right(self, outputs: Outputs, labels: Labels) -> Flags:
         """Return of which images numbers are within half a standard deviation."""
-        return np.asarray((np.abs(self.predicted(outputs) - labels) <= np.array(self.spread) / 2).all(1))
+        return (2 * np.abs(self.predicted(outputs) - labels) <= self.spread).all(1)
 
     def constant(self, labels: Labels) -> Labels:
         """Return the median, which has the least mean error."""
         return np.broadcast_to(np.median(labels, axis=0), labels.shape)
 
-    def decide(
-        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: NDArray[np.int64] | None = None
-    ) -> Decision:
-        """Return mean and spread, and how far the true number is from what is said, by coverage and by what is said."""
+    def decide(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: Ints | None = None) -> Decision:
+        """Return mean and spread, and half widths of intervals by coverage and by predicted number."""
         decision = Decision(images=row_weights(len(labels), images)[1], center=self.center, spread=self.spread)
         if not len(labels):
             return decision
-        found = [error_scale(p, y, images) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
-        coverages, half_widths = by_coverage(lambda c: tuple(conformal_quantile(q, c, images) for _, q in found))
+        scaled = [error_scale(p, y, images) for p, y in zip(self.predicted(outputs).T, labels.T, strict=True)]
+        coverages, half_widths = coverage_thresholds(
+            lambda c: tuple(conformal_quantile(q, c, images) for _, q in scaled)
+        )
         widths = {"coverages": coverages, "half_widths": half_widths}
-        scale = {"scale_at": tuple(s.at for s, _ in found), "scale": tuple(s.sizes for s, _ in found)}
+        scale = {"scale_at": tuple(s.at for s, _ in scaled), "scale": tuple(s.sizes for s, _ in scaled)}
         return decision.model_copy(update=widths | scale)
 
-    def covered(
-        self, decision: Decision, outputs: Outputs, labels: Labels
-    ) -> tuple[dict[float, float], dict[float, float]]:
+    def covered(self, decision: Decision, outputs: Outputs, labels: Labels) -> Coverage:
         """Return how often intervals hold the number, over all numbers, and their mean width, see `promise`."""
         predicted = self.predicted(outputs, decision)
-        unit = np.array(decision.spread) if len(decision.spread) > 1 else 1.0
+        unit = decision.spread if len(decision.spread) > 1 else 1.0
 
         def held_and_size(coverage: float) -> tuple[float, float]:
             width = half_widths(decision, predicted, coverage)  # (N, K)
             return (np.abs(predicted - labels) <= width).mean(), 2 * (width / unit).mean()
 
-        return on_shown(decision, held_and_size)
+        return measured_coverage(decision, held_and_size)
 
 
 def half_widths(decision: Decision, predicted: Labels, coverage: float) -> Labels:
     """Return how far intervals reach to both sides of numbers, (N, K)."""
     sizes = np.stack([scale.of(p) for p, scale in zip(predicted.T, scales_of(decision), strict=True)], axis=1)
-    return np.asarray(sizes * np.array(decision.threshold(coverage)))
+    return sizes * decision.threshold(coverage)
 
 
 REGRESSION: Task = _Regression()

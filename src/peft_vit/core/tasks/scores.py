@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.records import Decision, Metrics
 from peft_vit.core.tasks.classification import ACCURACY, CLASSIFICATION
-from peft_vit.core.tasks.metric import DecidingMetric, Floats, Labels, Outputs
+from peft_vit.core.tasks.metric import DecidingMetric, Floats, Ints, Labels, Outputs
 from peft_vit.core.tasks.task import Task
 
 # Of temperatures that folds tell: no image has chosen a step, and they are few. It is less known than after validation.
@@ -43,7 +42,7 @@ class Scores:
 
     @property
     def factor(self) -> float:
-        """Return what a share is multiplied by to be a value of the metric."""
+        """Return the factor from a score to a value of the metric."""
         return self.metric.sign * self.deviation
 
     @property
@@ -53,7 +52,7 @@ class Scores:
 
     @property
     def unit(self) -> str:
-        """Return what a hundredth is called."""
+        """Return the unit of a hundredth."""
         return "% of a standard deviation" if self.metric.has_unit else "points"
 
     def hundredths(self, share: float) -> str:
@@ -68,8 +67,8 @@ class Scores:
         """Return a score as a terminal shows the metric's value."""
         return self.metric.text(share * self.factor)
 
-    def by_image(self, outputs: Outputs, labels: Labels, images: NDArray[np.int64] | None = None) -> Floats:
-        """Return what each of N images brings, (N,): its mean is the score, see `DecidingMetric.by_image`.
+    def by_image(self, outputs: Outputs, labels: Labels, images: Ints | None = None) -> Floats:
+        """Return contributions of images, (N,), whose mean is the score, see `DecidingMetric.by_image`.
 
         Args:
             outputs: of the task's head, (N, K).
@@ -78,11 +77,10 @@ class Scores:
         """
         decision = self.task.decide(outputs, labels, OF_FOLDS, images)
         predicted = self.task.predicted(outputs, decision)
-        values: Floats = self.metric.by_image(labels, predicted, thresholds_of(decision)) / self.factor
-        return values
+        return self.metric.by_image(labels, predicted, thresholds_of(decision)) / self.factor
 
     def image_weights(self, labels: Labels) -> Floats | None:
-        """Return what images count, (N,), where classes count the same; None: all the same."""
+        """Return weights of images, (N,), where classes have equal weight; None: equal ones."""
         return 1 / np.bincount(labels)[labels] if self.metric.equal_classes else None
 
 

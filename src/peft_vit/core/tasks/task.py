@@ -1,9 +1,14 @@
 """What a task says of labels and outputs, for training, evaluation, splits and `tune` alike.
 
-What people are shown of it stands in `deploy.presentation`.
+What people are shown of it stands in `deploy.presentation`. Shapes, which methods do not repeat:
 
-Outputs are what the head returns, (N, K); labels are what a task says they are, N of them. Nothing here needs torch,
-so that reports can be made without it; a loss takes it from the tensors' own library when it is called.
+    outputs    of the head, (N, K)
+    labels     of N images: (N,) int64 with one class an image, else (N, K)
+    names      of the K outputs
+    counts     images of each class, (K,)
+    decision   what outputs mean, by images that were not trained on; None: nothing is decided
+
+Nothing here needs torch, so that reports can be made without it; a loss imports it when it is called.
 """
 
 from __future__ import annotations
@@ -15,13 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 import scipy
-from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.config import ClassWeights, LossName, TaskName, TrainingConfig
 from peft_vit.core.records import Calibrated, Decision, Metrics, Predictions, TestedCalibration
-from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Labels, Outputs
+from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,28 +38,30 @@ _EFFECTIVE = 0.999  # beta of effective numbers
 _LARGEST_GRADIENT = 1e-7  # at which a linear head has converged; L-BFGS ends there or at its most iterations
 _MOST_ITERATIONS = 10_000
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
+NamedLabels: TypeAlias = tuple[tuple[str, ...], Labels]  # names of the K outputs, and labels of N images
+LinearHeads: TypeAlias = Iterator[tuple[Floats, Floats]]  # weight (K, D) and bias (K,) of one after the other
+Coverage: TypeAlias = tuple[dict[float, float], dict[float, float]]  # how often the truth is held, and mean size
 Column: TypeAlias = Literal["classes", "lists", "numbers"]
 
 
 class Task(Protocol):
-    """What is learned. What most tasks share stands here.
+    """What is learned; defaults are those of most tasks.
 
     Attributes:
-        name: what configurations call it.
-        one_class: each image is of one class, and a label is its number: folders may hold them, and what is there for
-            classes alone may be asked for, such as shots and importance by Fisher information.
-        column: what a column of a Hugging Face data set holds whose labels are of this task, if no other is asked for.
-        metrics: which may decide, by name; the first is the default.
-        loss_names: what may be made less in training; the first is the default.
-        compared_by: the name of that by which studies compare; empty: that which decides.
-        least_outputs: names that there have to be at least.
-        smooths: labels may be smoothed.
-        mixes: the augmentations that may mix two images, since a label between theirs says what is in the mix.
-        weighs: outputs may have other weights in the loss than 1.
-        fifth_of: of what a split takes a fifth.
-        several: how many images there are of what, of their number, that of names, and these.
-        gap: what a split says whose images lack a class, of its name.
-        outputs: what people call them.
+        name: config name (classification, multilabel, regression).
+        one_class: labels are class numbers, (N,): folders may hold the images, and shots and Fisher information apply.
+        column: kind of Hugging Face column that holds such labels.
+        metrics: by name; the first is the default.
+        loss_names: the first is the default.
+        compared_by: metric by which studies compare; empty: the deciding one.
+        least_outputs: minimum of K.
+        smooths: whether label smoothing applies.
+        mixes: augmentations whose mixed labels are valid labels.
+        weighs: whether class weights apply.
+        fifth_of: what a split takes a fifth of, for messages.
+        several: template of the number of images, K and names, for messages.
+        gap: template of a split that lacks a class: its name, classes present, K.
+        outputs: plural noun of an output.
     """
 
     name: TaskName
@@ -76,81 +82,77 @@ class Task(Protocol):
     # --- labels as people have them ---
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
-        """Return whether a table's columns, but path and split, look like its labels."""
+        """Return whether a table's columns, without path and split, look like labels of this task."""
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
-        """Return what is wrong with a row's cells, by column; None: nothing."""
+        """Return the error in a row's cells, by column; None: they are valid."""
 
-    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
-        """Return the names of outputs, and the labels, of cells that are joined by '|'."""
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
+        """Return names and labels of rows whose cells are joined by '|'."""
 
     def refuse_one_answer(self, names: Sequence[str], labels: Labels, image: str) -> None:
-        """Refuse labels of which nothing can be learned, since all images have the same.
+        """Refuse an output that is the same for all images.
 
         Args:
             names: of outputs.
-            labels: N.
-            image: what one of them is called.
+            labels: of the images.
+            image: noun of one of them, for the message.
 
         Raises:
             UserError: naming the output.
         """
         return
 
-    def read_split(
-        self, texts: Sequence[str], columns: Sequence[str], is_test: Flags | None
-    ) -> tuple[tuple[str, ...], Labels]:
-        """Return likewise of images of which some, (N,), are for the test alone.
-
-        Raises:
-            UserError: as `refuse_one_answer`, of all images and of the others.
-        """
+    def read_split(self, texts: Sequence[str], columns: Sequence[str], is_test: Flags | None) -> NamedLabels:
+        """Return names and labels, checked by `refuse_one_answer` on all images and on the training images."""
         names, labels = self.read(texts, columns)
         self.refuse_one_answer(names, labels, "image")
         if is_test is not None and not is_test.all():
             self.refuse_one_answer(names, labels[~is_test], "training image")
         return names, labels
 
-    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
-        """Return names and labels for made-up images of so many classes, (N,)."""
+    def synthetic_labels(self, classes: Ints) -> NamedLabels:
+        """Return names and labels of synthetic images with these classes, (N,)."""
 
     def text(self, label: Any, names: Sequence[str]) -> str:
         """Return a label in words."""
         return " ".join(f"{name}={value:g}" for name, value in zip(names, label, strict=True))
 
     def images_of(self, images: int, names: Sequence[str]) -> str:
-        """Return how many images there are of what, in words."""
+        """Return the number of images with what they show, for messages."""
         return self.several.format(images, len(names), ", ".join(names))
 
     def counted(self, names: Sequence[str]) -> str:
-        """Return how many outputs there are, in words."""
+        """Return the number of outputs with their noun."""
         return f"{len(names)} {self.outputs if len(names) != 1 else self.outputs.removesuffix('s')}"
 
     def members(self, labels: Labels, place: int) -> Flags:
-        """Return which images count for an output, (N,): those of its class."""
+        """Return which images belong to an output, (N,): those of its class; all where there are no classes."""
+        return np.ones(len(labels), dtype=bool)
 
-    def marks(self, labels: Labels) -> NDArray[np.int64]:
-        """Return numbers, (N,), that are equal where copies of one image may have both labels."""
+    def label_ids(self, labels: Labels) -> Ints:
+        """Return integers (N,), equal for labels that copies of one image may have; all measurements may."""
+        return np.zeros(len(labels), dtype=np.int64)
 
-    def counts(self, labels: Labels, width: int) -> NDArray[np.int64]:
-        """Return how many images are of each class, (K,)."""
+    def counts(self, labels: Labels, width: int) -> Ints:
+        """Return the number of images of each output, (K,)."""
         return np.array([self.members(labels, place).sum() for place in range(width)])
 
-    def strata(self, labels: Labels) -> NDArray[Any]:
-        """Return what splits and folds hold in equal shares: (N,) integers, or (N, S) bool where they have several."""
+    def strata(self, labels: Labels) -> Labels:
+        """Return the strata of splits and folds: (N,) integers, or (N, S) bool where an image is in several."""
 
     # --- learning ---
 
     def fitted(self, labels: Labels) -> Task:
-        """Return the task as it is learned from these labels of training images."""
+        """Return the task with what it takes from labels of training images."""
         return self
 
     def restored(self, decision: Decision | None) -> Task:
-        """Return the task as it was learned by a model whose outputs mean this."""
+        """Return the task with what a trained model's decision holds."""
         return self
 
     def aligned(self, outputs: Outputs, learned: Task) -> Outputs:
-        """Return outputs of a model that has learned the same from other images, as if from these."""
+        """Return outputs of a model fitted to other images on the scale of this task."""
         return outputs
 
     def metric(self, name: str) -> DecidingMetric:
@@ -187,16 +189,16 @@ class Task(Protocol):
             message = f"has no effect on {self.outputs}, which have no classes; leave it out"
             raise UserError(message, field="training.class_weights")
 
-    def deciding(self, counts: NDArray[np.int64]) -> DecidingMetric:
-        """Return the metric that `auto` is, with so many images of each class (K,)."""
+    def deciding(self, counts: Ints) -> DecidingMetric:
+        """Return the metric of `auto`."""
         return next(iter(self.metrics.values()))
 
     def head_width(self, names: Sequence[str]) -> int:
-        """Return how many outputs the head has, for the names of what is predicted."""
+        """Return the head's number of outputs."""
         return len(names)
 
-    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights) -> Floats:
-        """Return the weight of each output in the loss, (K,), by how many images are of its class, (K,)."""
+    def loss_weights(self, counts: Ints, scheme: ClassWeights) -> Floats:
+        """Return the weight of each output in the loss, (K,)."""
         return np.ones(len(counts))
 
     def loss(
@@ -207,22 +209,20 @@ class Task(Protocol):
         label_smoothing: float = 0.0,
         name: LossName | None = None,
     ) -> Tensor:
-        """Return the mean loss of training: that of a name, or the first of `loss_names`."""
+        """Return the mean training loss, of a name or the first of `loss_names`; weights are (K,)."""
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each image without weights, (N,)."""
 
     def shares(self, labels: Tensor, width: int) -> Tensor:
-        """Return labels of N images as they are mixed and as `loss` takes them, too: (N, K), of a head of a width."""
+        """Return labels that can be mixed and that `loss` takes, (N, K), with K = width."""
         return labels
 
     def image_weights(self, labels: Labels, weights: Floats) -> Floats:
-        """Return the weight of each image in a linear fit, (N,), with weights of the loss (K,)."""
+        """Return sample weights of a linear fit, (N,), from weights of the loss (K,)."""
         return np.ones(len(labels))
 
-    def linear_heads(
-        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
-    ) -> Iterator[tuple[Floats, Floats]]:
+    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
         """Yield weight (K, D) and bias (K,) of the linear head with the least penalized loss, one after the other.
 
         Args:
@@ -232,34 +232,25 @@ class Task(Protocol):
             weights: w_i (N,).
         """
 
-    def left_out(
-        self, z: Floats, labels: Labels, groups: NDArray[np.int64], strengths: Sequence[float], weights: Floats
+    def held_out_outputs(
+        self, z: Floats, labels: Labels, groups: Ints, strengths: Sequence[float], weights: Floats
     ) -> Sequence[Floats] | None:
-        """Return by strength what linear heads say of images that they were not fitted to, (N, K), without more fits.
+        """Return outputs (N, K) by strength of `linear_heads` fitted without an image's group, (N,), in closed form.
 
-        Args:
-            z: as `linear_heads` has it.
-            labels: likewise.
-            groups: (N,), of images that are left out together, as views of one object: each of their heads knows none
-                of them.
-            strengths: as `linear_heads` has it.
-            weights: likewise.
-
-        Returns:
-            None where that has no closed form: heads are fitted without a fold of the images at a time then.
+        None: there is no closed form, and heads are fitted fold by fold.
         """
         return None
 
     def temperature(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return what outputs are to be divided by for the lowest loss on held-out images (arXiv 1706.04599)."""
+        """Return the divisor of outputs with the lowest loss on held-out images (arXiv 1706.04599)."""
 
         def loss(log_t: float) -> float:
             return float(self.loss(outputs / math.exp(log_t), labels, None))
 
         return math.exp(float(scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x))
 
-    def guessing(self, outputs: Tensor, labels: Tensor) -> float:
-        """Return the loss of guessing; 0: outputs are of one size whatever they say."""
+    def guess_loss(self, outputs: Tensor, labels: Tensor) -> float:
+        """Return the loss of guessing; 0 where outputs have no confidence."""
         return 0.0
 
     def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
@@ -267,63 +258,61 @@ class Task(Protocol):
 
         What is predicted stays the same, and division by it can be undone to the bit.
         """
-        least, factor = self.guessing(outputs, labels) / 2, 1.0
-        while float(self.loss(outputs / factor, labels, None)) < least:
+        target, factor = self.guess_loss(outputs, labels) / 2, 1.0
+        while float(self.loss(outputs / factor, labels, None)) < target:
             factor *= 2
         return factor
 
     # --- what came of it ---
 
     def measure(self, outputs: Outputs, labels: Labels, decision: Decision | None = None) -> Metrics:
-        """Return every measure of a split, with a decision those of what is shown by it."""
+        """Return all measures of a split."""
 
     def predicted(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
-        """Return what is predicted, as metrics take it."""
+        """Return predictions as metrics take them: classes (N,), probabilities or numbers (N, K)."""
 
-    def told(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
-        """Return what is said of each image in the end, N as labels are."""
+    def final_predictions(self, outputs: Outputs, decision: Decision | None = None) -> Labels:
+        """Return predictions in the form of labels."""
         return self.predicted(outputs, decision)
 
     def same(
         self, before: Outputs, after: Outputs, decision: Decision | None = None, decision_after: Decision | None = None
     ) -> Flags:
-        """Return of which images two models' outputs say the same, (N,)."""
-        told = self.told(before, decision) == self.told(after, decision_after)
-        return told.reshape(len(told), -1).all(1)
+        """Return on which images two models agree, (N,)."""
+        equal = self.final_predictions(before, decision) == self.final_predictions(after, decision_after)
+        return equal.reshape(len(equal), -1).all(1)
 
     def right(self, outputs: Outputs, labels: Labels) -> Flags:
-        """Return of which images outputs say what is true, as far as it is known, (N,)."""
-        told = (self.told(outputs) == labels) | np.isnan(labels)
-        return told.reshape(len(told), -1).all(1)
+        """Return which images are predicted correctly in all known labels, (N,)."""
+        equal = (self.final_predictions(outputs) == labels) | np.isnan(labels)
+        return equal.reshape(len(equal), -1).all(1)
 
     def constant(self, labels: Labels) -> Labels:
-        """Return what always the same answer would predict of images, at its best."""
+        """Return the predictions of the best constant."""
 
     def decide(
-        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: NDArray[np.int64] | None = None
+        self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: Ints | None = None
     ) -> Decision | None:
-        """Return what outputs mean, by images that were not trained on; None: softmax, see `Calibrated`.
+        """Return the decision from held-out images; None with softmax outputs, see `Calibrated`.
 
         Args:
-            outputs: (N, K).
-            labels: N.
+            outputs: of held-out images.
+            labels: of them.
             prior: of the temperature.
-            images: (N,) which image each row is of, as where folds are repeated; None: each of another.
+            images: (N,) image of each row, where folds are repeated; None: one row an image.
         """
         return None
 
-    def covered(
-        self, decision: Decision, outputs: Outputs, labels: Labels
-    ) -> tuple[dict[float, float], dict[float, float]]:
-        """Return by coverage of SHOWN how often sets or intervals hold the truth, and their mean size."""
+    def covered(self, decision: Decision, outputs: Outputs, labels: Labels) -> Coverage:
+        """Return the empirical coverage and mean size of sets or intervals, by coverage of SHOWN."""
         return {}, {}
 
     def meaning(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior) -> Meaning:
-        """Return what outputs mean, by images that were not trained on; None if there are none. See `decide`."""
+        """Return the meaning of outputs from held-out images, see `decide`; None without images."""
         return self.decide(outputs, labels, prior)
 
     def tested(self, meaning: Meaning, outputs: Outputs, labels: Labels, unlike: int | None) -> TestedCalibration:
-        """Return what the meaning of outputs comes to on test images, of which some are flagged as unlike others."""
+        """Return calibration on test images; `unlike` counts those flagged as out of distribution."""
         decision = cast("Decision", meaning)
         covered, sizes = self.covered(decision, outputs, labels)
         nll = self.measure(outputs, labels, decision).nll
@@ -333,12 +322,12 @@ class Task(Protocol):
         self,
         outputs: Outputs,
         labels: Labels,
-        positions: NDArray[np.int64],
+        positions: Ints,
         *,
         keep_logits: bool = False,
         decision: Decision | None = None,
     ) -> Predictions:
-        """Return what is predicted of each image of a split."""
+        """Return the predictions that a record holds, for images at these positions of the data set, (N,)."""
         return Predictions(
             images=positions.tolist(),
             labels=np.where(np.isnan(labels), np.array(None), labels).tolist(),
@@ -348,57 +337,54 @@ class Task(Protocol):
         )
 
     def confidence(self, outputs: Outputs) -> list[float]:
-        """Return how probable what is predicted of each image is, where it is one class."""
+        """Return the probability of the predicted class, (N,); empty where there is no such class."""
         return []
 
 
 def meaning_fields(meaning: Meaning | None) -> dict[str, Any]:
-    """Return what outputs mean as fields of a record or a card: `decision`, or `calibrated` of a softmax."""
+    """Return the meaning of outputs as fields of a record or a card: `decision`, or `calibrated` of a softmax."""
     is_decision = isinstance(meaning, Decision)
     return {"calibrated": None if is_decision else meaning, "decision": meaning if is_decision else None}
 
 
-def counted_images(counts: NDArray[np.int64], how: ClassWeights) -> Floats:
-    """Return what the images of each class count for, (K,): their number, or their effective number.
+def effective_counts(counts: Ints, scheme: ClassWeights) -> Floats:
+    """Return the number, or the effective number, of images of each class, (K,).
 
-    That is (1 - b^n) / (1 - b) of n images: of a class that has many, a further one brings hardly anything new. With
-    b = 0.999 a class of 100 images counts for 95, and none for more than 1,000 (Cui et al. 2019, arXiv 1901.05555).
+    The effective number of n images is (1 - b^n) / (1 - b), with b = 0.999 95 of 100 and never more than 1,000 (Cui et
+    al. 2019, arXiv 1901.05555).
 
     Args:
         counts: images of each class, (K,).
-        how: balanced, effective.
+        scheme: balanced, effective.
     """
     images = np.maximum(counts, 1).astype(float)
     effective: Floats = (1 - _EFFECTIVE**images) / (1 - _EFFECTIVE)
-    return effective if how == "effective" else images
+    return effective if scheme == "effective" else images
 
 
 def rows_of(answers: Sequence[Any]) -> Labels:
-    """Return labels, or what was predicted, as metrics take it: (N,), or (N, K) with NaN for what is not known."""
+    """Return labels or predictions of a record as metrics take them: (N,), or (N, K) with NaN where unknown."""
     rows = np.array(answers)
     return rows.astype(float) if rows.dtype == object else rows
 
 
-def by_coverage(threshold: Callable[[float], Any]) -> tuple[tuple[float, ...], tuple[Any, ...]]:
-    """Return those of COVERAGES that images are enough for, and the threshold, or several, that each has."""
-    found = {coverage: threshold(coverage) for coverage in COVERAGES}
-    held = {coverage: own for coverage, own in found.items() if np.isfinite(own).all()}
-    return tuple(held), tuple(held.values())
+def coverage_thresholds(threshold: Callable[[float], Any]) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+    """Return those of COVERAGES with finite thresholds, for which there are enough images, and the thresholds."""
+    thresholds = {coverage: threshold(coverage) for coverage in COVERAGES}
+    finite = {coverage: values for coverage, values in thresholds.items() if np.isfinite(values).all()}
+    return tuple(finite), tuple(finite.values())
 
 
-def on_shown(
-    meaning: Calibrated | Decision, held_and_size: Callable[[float], tuple[Any, Any]]
-) -> tuple[dict[float, float], dict[float, float]]:
-    """Return how often sets or intervals hold the truth, and their mean size, by those of SHOWN that there are."""
-    found = {coverage: held_and_size(coverage) for coverage in SHOWN if coverage in meaning.coverages}
-    held = {coverage: float(own) for coverage, (own, _) in found.items()}
-    return held, {coverage: float(size) for coverage, (_, size) in found.items()}
+def measured_coverage(meaning: Calibrated | Decision, held_and_size: Callable[[float], tuple[Any, Any]]) -> Coverage:
+    """Return the empirical coverage and mean size of sets or intervals, by those of SHOWN that `meaning` has."""
+    pairs = {coverage: held_and_size(coverage) for coverage in SHOWN if coverage in meaning.coverages}
+    held, sizes = ({coverage: float(pair[k]) for coverage, pair in pairs.items()} for k in (0, 1))
+    return held, sizes
 
 
 def logistic_regressions(count: int) -> list[Callable[[Floats, Labels, Floats, float], tuple[Floats, Floats]]]:
-    """Return so many fits by scikit-learn: of z (N, D), labels (N,), weights (N,) and C, coefficients and intercepts.
-
-    Each starts from where it ended last.
+    """Return logistic regressions of scikit-learn with warm starts: (z (N, D), labels (N,), weights (N,), C) ->
+    coefficients and intercepts.
     """
     from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
     from threadpoolctl import ThreadpoolController

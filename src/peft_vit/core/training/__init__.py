@@ -14,7 +14,7 @@ from peft_vit.core.training.linear_probe import (
     head_logits,
     held_out_fit,
 )
-from peft_vit.core.training.loop import Progress, TrainingResult, steps_per_epoch, train
+from peft_vit.core.training.loop import Progress, TrainingResult, train
 from peft_vit.core.training.optimization import loss_weights, optimization_step
 from peft_vit.core.training.qa_lora import QALoRATrainer, end_step
 from peft_vit.core.training.quantized_layers import check_ranks

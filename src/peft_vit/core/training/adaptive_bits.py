@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import SilentNoEffectWarning, UserError
 from peft_vit.core.adapters import site_adapters
+from peft_vit.core.allocation import largest_ranks, rank_costs
 from peft_vit.core.allocation.loss_prediction import fit_head, layer_losses, rank_gains
-from peft_vit.core.backbones import Site, chosen, find_sites, fused_sites
+from peft_vit.core.backbones import Site, find_sites, fused_sites, select_sites
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import BitAllocation
 from peft_vit.core.training.quantized_layers import check_ranks, format_of
 
-_VALUE_BYTES = 4  # adapters train and are saved in float32
 # Counted in nodes rather than seconds, so that a slow machine chooses as a fast one does. What real budgets take lies
 # far below; see `BitsChoice.lower_bound` for what holds where it is reached.
 _NODE_LIMIT = 10_000
@@ -42,7 +42,7 @@ _LOSS_SCALE = 1e6
 
 @dataclass(frozen=True)
 class ChosenBits:
-    """What `QALoRATrainer` takes, and what a record holds of how it was chosen."""
+    """The chosen formats and ranks, and their record."""
 
     formats: dict[str, QuantizationFormat]  # by module, blocks.3.attn.qkv
     ranks: dict[str, int] | None  # by site, blocks.3.attn.query; None: the settings' rank
@@ -50,15 +50,15 @@ class ChosenBits:
 
     @classmethod
     def of_record(cls, record: BitAllocation, config: QaLoraConfig) -> ChosenBits:
-        """Return what was chosen under the same settings, without measuring it again."""
+        """Return the choice that a record holds."""
         return cls({name: format_of(config, type) for name, type in record.types.items()}, record.ranks, record)
 
 
 class _Options(NamedTuple):
-    """What may be chosen, its bytes, and how many may be spent."""
+    """The options, their bytes, and the budget."""
 
-    formats: dict[str, list[QuantizationFormat]]  # by module
-    format_bytes: dict[str, list[int]]  # likewise
+    formats: list[QuantizationFormat]  # of any layer
+    format_bytes: dict[str, list[int]]  # by module, of each format
     rank_bytes: dict[str, list[int]]  # by site, of ranks from 0 to the largest useful one
     budget: int
 
@@ -71,7 +71,7 @@ def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
 def allocate_bits(
     model: nn.Module, config: QaLoraConfig, images: Tensor, labels: Tensor, *, seed: int = 0
 ) -> ChosenBits:
-    """Measure what each type would cost each layer, and choose under the budget; the model is left as it was.
+    """Choose formats and ranks under the budget by their predicted losses; the model stays as it is.
 
     Args:
         model: a Vision Transformer of timm without adapters.
@@ -89,22 +89,30 @@ def allocate_bits(
     sites = find_sites(model)
     options = _options(config, sites)
     head, places = fit_head(model, images, labels)
-    losses = layer_losses(model, options.formats, images, head, by=config.adaptive_bits.sensitivity, seed=seed)
+    formats = dict.fromkeys(options.format_bytes, options.formats)
+    losses = layer_losses(model, formats, images, head, by=config.adaptive_bits.sensitivity, seed=seed)
     chosen_sites = [site for site in sites if site.name in options.rank_bytes]
     gains = rank_gains(model, chosen_sites, images, places, head, pool=config.pool) if chosen_sites else {}
     worths = [*losses.values(), *((-gains[name]).tolist() for name in options.rank_bytes)]
     choice = choose_bits(worths, [*options.format_bytes.values(), *options.rank_bytes.values()], options.budget)
-    places_of = dict(zip(options.formats, choice.options, strict=False))  # layers come first
-    types = {name: options.formats[name][place].type for name, place in places_of.items()}
+    chosen_places = dict(zip(losses, choice.options, strict=False))  # layers come first
+    types = {name: options.formats[place].type for name, place in chosen_places.items()}
     ranks = dict(zip(options.rank_bytes, choice.options[len(types) :], strict=True))
     if len(set(types.values())) == 1:
-        text = f"adaptive_bits chose {min(types.values())} for every layer: no exchange of bits between layers is "
-        text += "predicted to be worth it, and quantization_type gives the same weights"
-        warnings.warn(text, SilentNoEffectWarning, stacklevel=2)
+        warnings.warn(
+            f"adaptive_bits chose {min(types.values())} for every layer: no exchange of bits between layers is "
+            "predicted to be worth it, and quantization_type gives the same weights",
+            SilentNoEffectWarning,
+            stacklevel=2,
+        )
     if ranks and not any(ranks.values()):
-        text = "adaptive_bits.ranks gave every byte to bits and no module a rank, so only the head is trained; raise "
-        warnings.warn(f"{text}total_byte_budget", SilentNoEffectWarning, stacklevel=2)
-    rise = sum(losses[name][place] for name, place in places_of.items())
+        warnings.warn(
+            "adaptive_bits.ranks gave every byte to bits and no module a rank, so only the head is trained; raise "
+            "total_byte_budget",
+            SilentNoEffectWarning,
+            stacklevel=2,
+        )
+    rise = sum(losses[name][place] for name, place in chosen_places.items())
     record = BitAllocation(
         images=len(images),
         budget_bytes=options.budget,
@@ -112,8 +120,7 @@ def allocate_bits(
         types=types,
         ranks=ranks or None,
         losses={
-            name: {format.type: loss for format, loss in zip(options.formats[name], losses[name], strict=True)}
-            for name in types
+            name: dict(zip(config.adaptive_bits.types, of_layer, strict=True)) for name, of_layer in losses.items()
         },
         predicted_rise=rise,
         predicted_gain=rise - choice.loss,
@@ -125,19 +132,19 @@ def allocate_bits(
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     settings = config.adaptive_bits
     assert settings is not None
-    wanted = chosen(sites, config.targets)
+    wanted = select_sites(sites, config.targets)
     check_ranks(wanted, 0, config.pool)
-    candidates = [format_of(config, type) for type in settings.types]
+    formats = [format_of(config, type) for type in settings.types]
     modules = {name: site for name, site in fused_sites(sites).items() if name in {site.module for site in wanted}}
     format_bytes = {
-        name: [format.stored_bytes(site.out_features, site.in_features) for format in candidates]
+        name: [format.stored_bytes(site.out_features, site.in_features) for format in formats]
         for name, site in modules.items()
     }
     rank_bytes = {}
-    for site in wanted if settings.ranks else []:
-        columns = site.in_features // config.pool
-        ranks = range(min(columns, site.out_features) + 1)
-        rank_bytes[site.name] = [_VALUE_BYTES * rank * (columns + site.out_features) for rank in ranks]
+    if settings.ranks:
+        costs, ranks = rank_costs("bytes", wanted, pool=config.pool), largest_ranks(wanted, config.pool)
+        for site, cost, rank in zip(wanted, costs.tolist(), ranks.tolist(), strict=True):
+            rank_bytes[site.name] = [*range(0, cost * rank + 1, cost)]
     least, most = (sum(pick(group) for group in [*format_bytes.values(), *rank_bytes.values()]) for pick in (min, max))
     one_rank = min((group[1] for group in rank_bytes.values()), default=0)
     if settings.average_bits is not None:
@@ -146,8 +153,8 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
         budget = math.floor(given / to_bits)
     else:
         assert settings.total_byte_budget is not None
-        field, given, lower, upper = "total_byte_budget", settings.total_byte_budget, least + one_rank, most
-        budget = settings.total_byte_budget
+        field, lower, upper = "total_byte_budget", least + one_rank, most
+        given = budget = settings.total_byte_budget
     if not lower <= given < upper:
         smallest, largest = (", one rank", " and rank") if rank_bytes else ("", "")
         raise UserError(
@@ -155,17 +162,17 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
             f"(at the largest{largest}), got {given}",
             field=f"qa_lora.adaptive_bits.{field}",
         )
-    return _Options(dict.fromkeys(modules, candidates), format_bytes, rank_bytes, budget)
+    return _Options(formats, format_bytes, rank_bytes, budget)
 
 
 @dataclass(frozen=True)
 class BitsChoice:
-    """What was chosen.
+    """A solution of the knapsack.
 
     Attributes:
-        options: of each group, the place of the option.
+        options: index of the option of each group.
         loss: total of the chosen options.
-        size: likewise.
+        size: total of the chosen options.
         lower_bound: no choice within the budget has a total loss below this. Equal to the loss, up to the accuracy of
             the solver (1e-12 of the sum of the groups' ranges of losses), unless it stopped at its limit of nodes.
     """
@@ -186,7 +193,7 @@ def choose_bits(
 
     Args:
         losses: of each group's options, in any unit; a gain counts as a negative loss.
-        sizes: likewise, whole numbers, not negative.
+        sizes: of each group's options, integers of at least 0.
         budget: in the unit of the sizes.
         node_limit: of the search, after which the best choice so far is returned with the bound that was reached.
 
@@ -199,34 +206,32 @@ def choose_bits(
     if not all(math.isfinite(loss) for group in losses for loss in group):
         raise ValueError("expected finite losses")
     useful = [_undominated(*group) for group in zip(losses, sizes, strict=True)]
-    # Losses and sizes are counted from those of the group's largest and smallest option, so that what differs between
-    # choices is not lost beside what they share; sizes in their greatest common divisor.
-    options = [(group, place) for group, places in enumerate(useful) for place in places]
-    # (options,) each
-    extra_loss = np.array([losses[group][place] - losses[group][useful[group][-1]] for group, place in options])
-    extra_size = np.array([sizes[group][place] - sizes[group][useful[group][0]] for group, place in options])
-    floor = math.fsum(losses[group][places[-1]] for group, places in enumerate(useful))
-    most = math.fsum(losses[group][places[0]] - losses[group][places[-1]] for group, places in enumerate(useful))
-    room, bound = budget - smallest, floor
+    useful_losses = [np.array(group)[places] for group, places in zip(losses, useful, strict=True)]  # falling
+    useful_sizes = [np.array(group)[places] for group, places in zip(sizes, useful, strict=True)]  # rising
+    bound = math.fsum(group[-1] for group in useful_losses)
     chosen = [places[-1] for places in useful]  # the largest options, if they fit
-    if sum(sizes[group][places[-1]] - sizes[group][places[0]] for group, places in enumerate(useful)) > room:
-        unit = math.gcd(*extra_size.tolist())
-        # (groups, options): 1 where an option is of a group
-        rows = scipy.sparse.coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
+    if sum(group[-1] for group in useful_sizes) > budget:
+        # Losses and sizes are counted from those of the group's largest and smallest option, so that what differs
+        # between choices is not lost beside what they share; sizes in their greatest common divisor.
+        extra_loss = np.concatenate([group - group[-1] for group in useful_losses])  # (options,)
+        extra_size = np.concatenate([group - group[0] for group in useful_sizes])
+        most, unit = math.fsum(group[0] - group[-1] for group in useful_losses), math.gcd(*extra_size.tolist())
+        owners = np.repeat(range(len(useful)), [len(places) for places in useful])  # (options,)
+        of_group = (owners == np.arange(len(useful))[:, None]).astype(float)  # (groups, options)
         result = scipy.optimize.milp(
             extra_loss / most * _LOSS_SCALE,  # in this order: the losses may be as small as floats can be
-            integrality=np.ones(len(options)),
+            integrality=np.ones(len(owners)),
             bounds=(0, 1),
             constraints=[
-                scipy.optimize.LinearConstraint(rows, 1, 1),
-                scipy.optimize.LinearConstraint((extra_size // unit)[None], 0, room // unit),  # (1, options)
+                scipy.optimize.LinearConstraint(of_group, 1, 1),
+                scipy.optimize.LinearConstraint((extra_size // unit)[None], 0, (budget - smallest) // unit),
             ],
             options={"mip_rel_gap": 0.0, "node_limit": node_limit},
         )
         if result.x is None:  # the smallest options always fit
             chosen = [places[0] for places in useful]
         else:
-            chosen = [place for (_, place), taken in zip(options, result.x > 0.5, strict=True) if taken]
+            chosen = np.concatenate(useful)[result.x > 0.5].tolist()
             bound += result.mip_dual_bound * (most / _LOSS_SCALE)
     size = sum(group[place] for group, place in zip(sizes, chosen, strict=True))
     assert size <= budget, "the solver's rounding left the budget"

@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.files import checkpoint_folders, flush, make_folder, read_bytes, remove_any, sha256_of
@@ -49,8 +50,7 @@ _SHARE = 100  # of a run's time that checkpoints may take: one part in so many
 
 
 class State(dict[str, Any]):
-    """What a run needs to continue from between two steps. Its tensors may be the living ones: good until the next
-    step.
+    """The state of a run between two steps. Its tensors may be those in use, valid until the next step.
 
     Attributes:
         source: the checkpoint that it was read from, for errors.
@@ -60,7 +60,7 @@ class State(dict[str, Any]):
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """Return what training changes in a model, and the ranks that give its adapters their shapes."""
+    """Return the trained tensors and buffers of a model, and the ranks, which give adapters their shapes."""
     return {"ranks": current_ranks(model), "tensors": trained_tensors(model) | dict(model.named_buffers())}
 
 
@@ -75,7 +75,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         parameters.get(name, place).data = tensors[name].to(place.device)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Bring an optimiser that was built again over the loaded model to where it was.
 
     Raises:
@@ -90,7 +90,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict(dict(state))
 
 
-def optimizer_sha256(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_sha256(optimizer: Optimizer) -> str:
     """Return the SHA-256 of moments, step counts and rates."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ class CheckpointKeeper:
         return self._whole[-1] if self._whole else 0
 
     def newest(self) -> State | None:
-        """Return the newest state that is whole; None if there is none. One that is damaged is said in a warning."""
+        """Return the newest state that can be read, None without one; a damaged one gives a warning."""
         for leftover in self._folder.glob(f"{_UNFINISHED}*"):
             remove_any(leftover)
         folders = checkpoint_folders(self._folder)
@@ -206,7 +206,7 @@ class CheckpointKeeper:
         return self._every_s == 0 or self._clock() - self._since >= max(self._every_s, _SHARE * cost_s)
 
     def keep(self, step: int, state: Callable[[], State]) -> None:
-        """Write a checkpoint, unless the newest one holds this step already, and remove what is older than two.
+        """Write a checkpoint, unless the newest one is of this step, and remove all but the last two.
 
         Raises:
             OSError: if it can't be written; the ones before are still there.
@@ -291,7 +291,7 @@ def read_checkpoint(path: Path) -> State:
 
 @contextmanager
 def _readable(file: Path, kind: str) -> Iterator[None]:
-    """Tell in one line what keeps a file from being read; want of memory is no fault of it."""
+    """Turn errors of reading a file into a UserError of one line, except out of memory."""
     try:
         yield
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -302,7 +302,7 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> Any:
-    """Return a state as JSON holds it; what JSON has no form for is a mapping of one key with a $."""
+    """Return a state as JSON; tensors, tuples and odd mappings become a mapping of one key with a $."""
     if isinstance(value, Tensor):
         tensors.append(value)
         strides = torch.empty_like(value, device="meta").stride()  # of a copy
@@ -346,5 +346,5 @@ def _laid_out(tensor: Tensor, strides: list[int] | None) -> Tensor:
 
 
 def _digest(saved: dict[str, Any]) -> str:
-    """Return the SHA-256 of plain values; what JSON has carried has the same one."""
+    """Return the SHA-256 of plain values, equal before and after JSON."""
     return hashlib.sha256(json.dumps(saved).encode()).hexdigest()

@@ -27,12 +27,12 @@ def takes_halves(model: nn.Module, device: torch.device) -> bool:
 
 
 def in_halves(function: Callable[[_Part], _Result], parts: list[_Part]) -> list[_Result]:
-    """Return what a function makes of two parts, which it takes at a time."""
+    """Return the results of a function on two parts, computed in parallel."""
     return list(_pool(os.getpid(), torch.get_num_threads()).map(function, parts))
 
 
 def forward_in_halves(function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device) -> Tensor:
-    """Return what a forward pass without a graph makes of images (B, ...), on a CPU with two threads half by half."""
+    """Return the result of a forward pass without a graph on images (B, ...), in halves on a CPU with two threads."""
 
     def forward(part: Tensor) -> Tensor:
         with torch.inference_mode():  # which each thread has for itself
@@ -52,8 +52,7 @@ def loss_in_halves(loss_of: Callable[[Tensor, Tensor], Tensor], images: Tensor, 
         labels: (B, ...).
     """
     halves = list(zip(images.tensor_split(2), labels.tensor_split(2), strict=True))
-    loss: Tensor = _Halves.apply(torch.zeros((), requires_grad=True), loss_of, halves)
-    return loss
+    return _Halves.apply(torch.zeros((), requires_grad=True), loss_of, halves)
 
 
 class _Halves(torch.autograd.Function):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.core.config import Precision
 from peft_vit.core.training.images import Data
@@ -20,7 +21,7 @@ class Overhead(dict[str, float]):
 
     @contextmanager
     def of(self, purpose: str) -> Iterator[None]:
-        """Count the seconds of what is done within."""
+        """Count the seconds of the block."""
         started = time.perf_counter()
         yield
         self[purpose] = self.get(purpose, 0.0) + time.perf_counter() - started
@@ -28,7 +29,7 @@ class Overhead(dict[str, float]):
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where a model runs, and what images go through before it."""
+    """Device, precision and normalization of a model."""
 
     device: torch.device
     precision: Precision
@@ -59,20 +60,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class HookContext:
-    """What a run lets its hooks use before and after training; nothing of it comes from validation or test images.
+    """What hooks may use before and after training; nothing comes from validation or test images.
 
     Attributes:
         calibration_batch: returns the first training images (count, C, H, W) in an order of their own, and their
             labels (count,).
         class_weights: of the loss, (classes,); None if all are 1.
-        loss: the mean loss of training, of logits (B, classes) and labels (B,).
         float_weights: returns the backbone's weights by name, as they were before anything was quantized.
         overhead: takes the seconds of what hooks measure.
     """
 
     calibration_batch: Callable[[int], tuple[Tensor, Tensor]]
     class_weights: Tensor | None = None
-    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     float_weights: Callable[[], Mapping[str, Tensor]] = dict
     overhead: Overhead = field(default_factory=Overhead)
 
@@ -93,8 +92,8 @@ class Hook:
         Called once before the optimiser is built; not by a training that continues from a state.
         """
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Prepare, and refuse what can't work; called once, before the first step."""
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Prepare for training, or raise UserError; called once, before the first step."""
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return terms to add to the loss, weighted, by name."""
@@ -106,11 +105,11 @@ class Hook:
     def before_step(self, model: nn.Module, step: int) -> None:
         """Look at, or scale, the whole gradient, penalties included; it is not clipped yet. Who scores comes first."""
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Change ranks or weights once the optimiser has stepped."""
 
     def notes(self) -> dict[str, float]:
-        """Return what the step's row in the record should hold, by its field's name; asked before the step."""
+        """Return fields of the step's row in the record; called before the step."""
         return {}
 
     def deployable(self, step: int) -> bool:
@@ -122,29 +121,29 @@ class Hook:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the hook needs to continue, between two steps, beside model and optimiser; see `State`."""
+        """Return the state of the hook between two steps, beside model and optimiser; see `State`."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Continue from such a state. Model and adapters are as they were then; `attach` is called after this."""
 
     def features_depend_on(self) -> dict[str, Any]:
-        """Return what has changed the frozen backbone before training, as plain values."""
+        """Return plain values that identify changes of the frozen backbone before training, for caches of features."""
         return {}
 
     def finish(self, model: nn.Module, context: HookContext) -> None:
-        """Check and measure what can be once training is over.
+        """Check and measure the trained model.
 
         Called once; the model is in the state that was chosen, and its adapter file is made.
         """
 
     def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return what this hook knows of the run, by field of the record; called after `finish`."""
+        """Return fields of the record; called after `finish`."""
         return {}
 
 
 def call_each(hooks: Sequence[Hook], call: str, overhead: Overhead, *arguments: Any) -> list[Any]:
-    """Call one method of each hook, in order, and count the seconds under its purpose; returns what they return."""
+    """Call one method of each hook, in order, count the seconds under its purpose, and return the results."""
     results = []
     for hook in hooks:
         with overhead.of(hook.purposes.get(call, hook.name)):

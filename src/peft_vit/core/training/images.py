@@ -69,14 +69,14 @@ class LabelledImages:
         Args:
             batch_size: images a batch.
             mean: of each of the 3 channels, on a scale where white is 1.
-            std: likewise.
+            std: of each of the 3 channels.
 
         Yields:
             ((B, 3, S, S) float32 normalised, (B,) int64).
         """
         for start in range(0, len(self), batch_size):
             rows = np.arange(start, min(start + batch_size, len(self)))
-            yield normalised(self._channels_first(rows), mean, std), self._labels(rows)
+            yield normalised(self._channels_first(rows), mean, std), torch.from_numpy(self.labels[rows])
 
     def shuffled_batches(
         self,
@@ -97,7 +97,7 @@ class LabelledImages:
         Args:
             batch_size: images a batch.
             mean: as in `ordered_batches`.
-            std: likewise.
+            std: as in `ordered_batches`.
             augmentation: what changes images, in its order; what mixes whole batches is left to `mixed`.
             seed: the run's seed.
             epoch: counted from 0 or 1, as the caller likes.
@@ -113,7 +113,7 @@ class LabelledImages:
             images = self._channels_first(rows)
             for change in changes:
                 images = change(images, rows)
-            yield normalised(images, mean, std), self._labels(rows)
+            yield normalised(images, mean, std), torch.from_numpy(self.labels[rows])
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the data order of an epoch, (N,) int64."""
@@ -122,9 +122,6 @@ class LabelledImages:
     def _channels_first(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.pixels[self._places[rows]]).permute(0, 3, 1, 2)  # (B, S, S, C) -> (B, C, S, S)
 
-    def _labels(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.labels[rows])
-
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return uint8 images (B, C, S, S) as the model takes them, (B, 3, S, S) float32; grey ones get three channels.
@@ -132,7 +129,7 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     Args:
         images: C = 1 (grey) or 3.
         mean: of each of the 3 channels, on a scale where white is 1.
-        std: likewise.
+        std: of each of the 3 channels.
     """
     shift = torch.tensor(mean, dtype=torch.float32)[:, None, None]  # (3, 1, 1)
     width = torch.tensor(std, dtype=torch.float32)[:, None, None]
@@ -178,7 +175,7 @@ class HoldoutImages:
 
 
 def check_augmentation(augmentation: Sequence[Augmentation], channels: int) -> None:
-    """Refuse what would change nothing in images of so many channels.
+    """Refuse color settings without effect on grey images.
 
     Raises:
         UserError: naming the entry, below the experiment.
@@ -194,7 +191,7 @@ def check_augmentation(augmentation: Sequence[Augmentation], channels: int) -> N
 
 
 def _changes(settings: Any, images: int, size: int, seed: int, epoch: int) -> Iterator[_Change]:
-    """Yield what an entry does to single images, N of the training set, of side `size`; nothing if it mixes batches."""
+    """Yield the changes of single images by an entry, for N images of side `size`; none if it mixes batches."""
     if isinstance(settings, Flip):
         coin = torch.rand((images, 2), generator=torch_generator(seed, "augmentation", epoch)) < 0.5
         yield lambda batch, rows: torch.where(coin[rows, 0, None, None, None], batch.flip(-1), batch)
@@ -221,7 +218,7 @@ def _changes(settings: Any, images: int, size: int, seed: int, epoch: int) -> It
 
 
 def _of_torchvision(settings: Any, size: int) -> tuple[Callable[[Tensor], Tensor], Purpose]:
-    """Return torchvision's transform, and what its draws are called.
+    """Return torchvision's transform, and the stream of its draws.
 
     Parts are enlarged bicubically with antialiasing, as images are when they are decoded.
     """
@@ -270,24 +267,24 @@ def mixed(
         return images, labels
     generator = numpy_generator(seed, "mixing", step)
     mixer: Any = mixers[int(generator.random() < 0.5)] if len(mixers) == 2 else mixers[0]
-    own = float(generator.beta(mixer.alpha, mixer.alpha))
+    share = float(generator.beta(mixer.alpha, mixer.alpha))  # q
     if isinstance(mixer, Cutmix):
         side = images.shape[-1]
-        cut = int(side * np.sqrt(1 - own))
+        cut = int(side * np.sqrt(1 - share))
         centres = generator.integers(0, side, size=2)  # a row and a column
         (top, left), (bottom, right) = (np.clip(centres + shift, 0, side) for shift in (-(cut // 2), (cut + 1) // 2))
-        own = 1.0 - float((bottom - top) * (right - left)) / side**2
+        share = 1.0 - float((bottom - top) * (right - left)) / side**2
         result = images.clone()
         result[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     else:
-        result = images * own + images.flip(0) * (1.0 - own)
-    shares = task.shares(labels, width)  # (B, K)
-    return result, shares * own + shares.flip(0) * (1.0 - own)
+        result = images * share + images.flip(0) * (1.0 - share)
+    targets = task.shares(labels, width)  # (B, K)
+    return result, targets * share + targets.flip(0) * (1.0 - share)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains, chooses and is tested on."""
+    """The images of a run, split."""
 
     class_names: tuple[str, ...]
     train: LabelledImages

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import deal_folds
+from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.core.backbones import Backbone, Head, evaluating, fill_head
 from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import PROBE_L2
@@ -51,7 +51,7 @@ FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Features:
-    """What the head sees of images, (N, D) float32, and their labels, as the task has them."""
+    """Inputs of the head, (N, D) float32, and labels of the task."""
 
     values: NDArray[np.float32]
     labels: Labels
@@ -67,7 +67,7 @@ class LinearProbe:
         bias: (classes,).
         fit: how it was found, for the record.
         steps: a row for each strength that was tried, with the mean loss on the training images.
-        evaluations: likewise, on validation images; none without these.
+        evaluations: of each strength on validation images; none without these.
     """
 
     weight: Tensor
@@ -91,7 +91,7 @@ class LinearProbe:
         fill_head(head, self.weight / temperature, self.bias / temperature)
 
     def temperature(self, validation: Features) -> float:
-        """Return what logits have to be divided by for the lowest NLL on validation images (arXiv 1706.04599).
+        """Return the divisor of the logits with the lowest NLL on validation images (arXiv 1706.04599).
 
         With this temperature a head that separates few training images is as sure as it deserves, and predicts the
         same classes.
@@ -99,7 +99,7 @@ class LinearProbe:
         return validation.task.temperature(self._logits(validation), torch.from_numpy(validation.labels))
 
     def training_temperature(self, train: Features, temperature: float) -> float:
-        """Return what logits are divided by beyond a temperature while training: a power of two, undone to the bit.
+        """Return the divisor of the logits beyond a temperature while training: a power of two, undone to the bit.
 
         The features of a model hardly change under a head that is sure of its training images, since all gradients are
         products with p - y (Ren et al., arXiv 2302.05779, who fit such a head less far).
@@ -118,9 +118,9 @@ def can_hold_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> bool:
 
 def fewest_groups(strata: NDArray[Any], groups: NDArray[np.int64]) -> int:
     """Return of how many groups (n,) the rarest of the strata (n,) or (n, S) is; 0: there is none."""
-    several = strata.ndim > 1
-    members = strata[:, strata.any(0)].T if several else (strata == stratum for stratum in np.unique(strata))
-    return min((len(np.unique(groups[own])) for own in members), default=0)
+    overlap = strata.ndim > 1
+    members = strata[:, strata.any(0)].T if overlap else (strata == stratum for stratum in np.unique(strata))
+    return min((len(np.unique(groups[images])) for images in members), default=0)
 
 
 def held_out_fit(
@@ -132,7 +132,7 @@ def held_out_fit(
     l2: Sequence[float] = PROBE_L2,
     seed: int = 0,
 ) -> tuple[float, Floats]:
-    """Return the strength that is best on images left out of the fit, and what heads say of these, (n, classes).
+    """Return the strength that is best on images left out of the fit, and the logits of these, (n, classes).
 
     Args:
         train: of n images in each of w ways, one way after the other, (w n, D).
@@ -153,11 +153,13 @@ def held_out_fit(
         )
         raise UserError(message, field="training.head_start")
     z, _, _, weights = _standardized(train, class_weights)
-    in_turn = train.task.left_out(z, train.labels, np.tile(groups, len(z) // len(groups)), ordered, weights)
-    if in_turn is None:
+    in_closed_form = train.task.held_out_outputs(
+        z, train.labels, np.tile(groups, len(z) // len(groups)), ordered, weights
+    )
+    if in_closed_form is None:
         held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
     else:
-        held_out = [outputs[: len(groups)] for outputs in in_turn]
+        held_out = [outputs[: len(groups)] for outputs in in_closed_form]
     quality = [metric.quality(train.task.measure(logits, labels)) for logits in held_out]
     best = max(range(len(ordered)), key=quality.__getitem__)  # of equal ones the first, the strongest
     return ordered[best], held_out[best]
@@ -174,16 +176,17 @@ def _held_out_logits(
     images, task = len(groups), train.task
     strata = task.strata(train.labels[:images])
     folds = min(_FOLDS, fewest_groups(strata, groups))
-    fold_of = deal_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
+    fold_of = assign_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
     logits: list[list[Floats]] = [[] for _ in strengths]
     for fold in range(folds):
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
-        rest = Features(train.values[fitted], train.labels[fitted], task)  # all but the fold, in every way
-        own = train.values[:images][fold_of == fold].astype(np.float64)  # (images of the fold, D)
-        for of_strength, (weight, bias, *_) in zip(logits, _fits(rest, strengths, class_weights), strict=True):
-            of_strength.append(own @ weight.T + bias)  # (images of the fold, classes)
-    in_order = np.argsort(np.argsort(fold_of, kind="stable"))  # (n,)
-    return [np.concatenate(of_strength)[in_order] for of_strength in logits]
+        fit_features = Features(train.values[fitted], train.labels[fitted], task)  # in every way
+        fold_values = train.values[:images][fold_of == fold].astype(np.float64)  # (images of the fold, D)
+        fits = _fits(fit_features, strengths, class_weights)
+        for of_strength, (weight, bias, *_) in zip(logits, fits, strict=True):
+            of_strength.append(fold_values @ weight.T + bias)  # (images of the fold, classes)
+    order = np.argsort(np.argsort(fold_of, kind="stable"))  # (n,)
+    return [np.concatenate(of_strength)[order] for of_strength in logits]
 
 
 @torch.inference_mode()
@@ -195,10 +198,18 @@ def head_inputs(
     axes: tuple[int, ...] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float32]:
-    """Return what the head sees of images, (N, D), and tell meanwhile of how many it is known, and how many they are.
+    """Return the head's inputs (N, D).
 
-    Batches are all of one size, the last one filled up with its last image, so that an image's features do not
-    depend on the others. Along the axes images are flipped: -1 left-right, -2 upside down.
+    Batches are all of one size, the last one padded with its last image, so that an image's features do not depend on
+    the others.
+
+    Args:
+        model: with a head.
+        images: N.
+        runtime: device, precision and normalisation.
+        batch_size: images a pass.
+        axes: along which images are flipped: -1 left-right, -2 upside down.
+        on_progress: called with the images done, and N.
     """
     features = []
     backbone = Backbone(model)
@@ -242,7 +253,7 @@ def fit_probe(
         train: every class is among them.
         validation: what chooses; None: there is one strength.
         head: of the model; says where and in what type logits are computed.
-        runtime: likewise, its precision.
+        runtime: precision of the logits.
         metric: by which validation chooses.
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
@@ -271,7 +282,7 @@ def fit_probe(
 
 
 def _standardized(train: Features, class_weights: Floats | None) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return z (N, D) in float64, what was taken off the features and what divided them, (D,), and weights, (N,)."""
+    """Return standardized features (N, D) in float64, their mean and scale (D,), and sample weights (N,)."""
     values = train.values.astype(np.float64)
     centre, spread = values.mean(0), values.std(0)  # (D,)
     spread[spread <= 1e-12 * np.abs(centre).max()] = 1.0  # a constant feature tells nothing, and must not divide

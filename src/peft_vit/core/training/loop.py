@@ -22,6 +22,7 @@ from peft_vit.core.adapters import (
     update_ranks,
 )
 from peft_vit.core.adapters.footprint import optimizer_bytes, trainable_parameters
+from peft_vit.core.backbones import Backbone, apply_temperature
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics, StepRow
 from peft_vit.core.tasks import DecidingMetric, expected_gain
@@ -37,13 +38,13 @@ from peft_vit.core.training.checkpoint import (
 from peft_vit.core.training.hooks import Hook, Overhead, RuntimeConfig, call_each
 from peft_vit.core.training.images import Data, mixed
 from peft_vit.core.training.metrics import predict
-from peft_vit.core.training.optimization import build_optimizer, build_scheduler
+from peft_vit.core.training.optimization import build_optimizer, build_scheduler, optimization_step
 from peft_vit.core.training.step_engine import StepEngine
 
 
 @dataclass
 class TrainingResult:
-    """What the loop saw. The model is left in the chosen state."""
+    """History and choice of a training; the model is left in the chosen state."""
 
     steps: list[StepRow] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -52,7 +53,7 @@ class TrainingResult:
     initial_parameters: int = 0
     peak_parameters: int = 0
     optimizer_bytes: int = 0  # when training ended
-    optimizer_sha256: str = ""  # likewise
+    optimizer_sha256: str = ""  # when training ended
     overhead_s: Overhead = field(default_factory=Overhead)
 
     @property
@@ -63,7 +64,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher gets after each step.
+    """Progress after a step, for callbacks.
 
     Attributes:
         step: done so far.
@@ -81,11 +82,6 @@ class Progress:
     validation_score: float | None
     mean_rank: float | None = None
     mean_bits: float | None = None
-
-
-def steps_per_epoch(train_images: int, batch_size: int) -> int:
-    """Return the number of batches that hold every image once; the last one may be smaller."""
-    return -(-train_images // batch_size)
 
 
 def train(
@@ -133,7 +129,7 @@ def train(
     overhead = Overhead() if overhead is None else overhead
     engine, fresh = StepEngine(model, data, config, runtime), resume is None
     if fresh:
-        engine.begin(hooks, seed, temperature, overhead)
+        engine.begin(hooks, seed, overhead)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
 
@@ -145,9 +141,10 @@ def train(
         if between_steps is not None:
             between_steps(training.steps, training.state_dict)
 
-    if fresh and probe is not None:
-        with engine.without_temperature():
+    if fresh:
+        if probe is not None:
             training.offer(probe)
+        apply_temperature(Backbone(model).head, temperature)
     engine.train_mode()
     between()
     for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
@@ -161,7 +158,7 @@ def train(
 
 
 class TrainingState:
-    """A training between two steps: all that the next one depends on, and what the record will say of those before.
+    """A training between two steps: all state that the next one depends on, and the history for the record.
 
     The arguments are those of `train`; to continue from a state, the model is brought to where it was.
     """
@@ -182,7 +179,7 @@ class TrainingState:
         self.validates = len(data.validation) > 0
         self.validated_at = frozenset(config.validation_steps(len(data.train)))
         self._data, self._config, self._runtime, self._hooks = data, config, runtime, hooks
-        self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
+        self._epoch_steps = config.epoch_steps(len(data.train))
         self._metric = data.task.metric(config.metric)
         self._best = BestState(self._metric)
         if resume is not None:
@@ -233,7 +230,15 @@ class TrainingState:
         learning_rate = self._optimizer.param_groups[0]["lr"]
         notes = {name: value for hook in self._hooks for name, value in hook.notes().items()}
         number = self.steps + 1
-        outcome = engine.step(self._optimizer, images, labels, number, self._hooks, self.result.overhead_s)
+        outcome = optimization_step(
+            self.model,
+            self._optimizer,
+            engine.losses(images, labels),
+            number,
+            hooks=self._hooks,
+            clip_norm=self._config.clip_norm,
+            overhead=self.result.overhead_s,
+        )
         row = StepRow(
             step=number,
             loss=outcome.loss,
@@ -256,7 +261,7 @@ class TrainingState:
         with self.result.overhead_s.of("evaluation"):
             # No larger than in training, or a method that keeps few activations would have its largest memory here.
             batches = self._data.validation.ordered_batches(self._config.images_at_once, runtime.mean, runtime.std)
-            logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
+            logits, labels = predict(self.model, batches, precision=runtime.precision)
             if not np.isfinite(logits).all():
                 raise DivergedError(f"predictions after step {steps} are not finite; lower the learning rate")
             self.offer(self._data.task.measure(logits, labels))
@@ -276,40 +281,40 @@ class TrainingState:
             self._best.offer(evaluation, self.model, without_updates=not within_budget)
 
     def progress(self) -> Progress:
-        """Return what a watcher gets after a step."""
+        """Return the progress after a step."""
         ranks = update_ranks(self.model).values()
         layers = [layer for _, layer in adapted_modules(self.model) if layer.quantized is not None]
         weights = sum(layer.in_features * layer.out_features for layer in layers)
-        held = [part for layer in layers for part in (layer.quantized, layer.weight) if part is not None]
+        tensors = [part for layer in layers for part in (layer.quantized, layer.weight) if part is not None]
         return Progress(
             step=self.steps,
             total_steps=self.end,
             loss=self.result.steps[-1].loss,
             validation_score=self._metric.of(self.result.evaluations[-1].metrics) if self.result.evaluations else None,
             mean_rank=sum(ranks) / len(ranks) if ranks else None,
-            mean_bits=8 * sum(part.nbytes for part in held) / weights if layers else None,
+            mean_bits=8 * sum(part.nbytes for part in tensors) / weights if layers else None,
         )
 
     def finish(self) -> TrainingResult:
-        """Take the chosen weights, those of the last step if nothing was validated, and return what happened."""
+        """Load the chosen weights, those of the last step without validation, and return the result."""
         result = self.result
         result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
         result.optimizer_bytes = optimizer_bytes(self._optimizer)
         result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
-            start, last = self._best.evaluation, result.evaluations[-1]
-            usual, images = expected_gain(self.steps), self._metric.images_alike(self._data.validation.labels)
+            start, final = self._best.evaluation, result.evaluations[-1]
+            gain, images = expected_gain(self.steps), self._metric.images_alike(self._data.validation.labels)
             is_worth = start is None or self._metric.worth(
-                last.metrics, before=start.metrics, expected=usual, images=images
+                final.metrics, before=start.metrics, expected=gain, images=images
             )
-            if self._config.keep == "last" and last.deployable and is_worth:
-                self._best.take(last, self.model)
+            if self._config.keep == "last" and final.deployable and is_worth:
+                self._best.take(final, self.model)
             result.chosen = self._best.restore(self.model)
         result.chosen_step = self.steps if result.chosen is None else result.chosen.step
         return result
 
     def state_dict(self) -> State:
-        """Return what a training that is built again needs to continue from here, to the bit."""
+        """Return the state from which a training that is built again continues to the bit."""
         result = self.result
         return State(
             model=model_state(self.model),
@@ -346,7 +351,7 @@ def evaluations_since_best(evaluations: Sequence[Evaluation], metric: DecidingMe
 
 
 class BestState:
-    """Keeps a copy of what was trained, in the best deployable state so far by what decides."""
+    """A copy of the trained tensors in the best deployable state so far by the deciding metric."""
 
     def __init__(self, metric: DecidingMetric) -> None:
         self._quality = metric.quality
@@ -371,8 +376,8 @@ class BestState:
         if without_updates:
             self._ranks = dict.fromkeys(self._ranks, 0)
             updates = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}
-            rest = [name for name, p in model.named_parameters() if name in tensors and id(p) not in updates]
-            tensors = {name: tensors[name] for name in rest}
+            of_updates = {name for name, p in model.named_parameters() if id(p) in updates}
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in of_updates}
         self._tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def restore(self, model: nn.Module) -> Evaluation:
@@ -384,7 +389,7 @@ class BestState:
         return self.evaluation
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it keeps."""
+        """Return evaluation, ranks and tensors of the best state."""
         evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
         return {"evaluation": evaluation, "ranks": self._ranks, "tensors": self._tensors}
 

@@ -31,8 +31,8 @@ GROUPS: dict[str, tuple[Role, ...]] = {
     "mlp": ("mlp",),
     "all": ("attention", "mlp", "other"),
 }
-# (N, classes) and (N,)
-LogitsAndLabels: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, S, S) and labels (B,)
+LogitsAndLabels: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]  # (N, classes) and (N,)
 _LeftOut = frozenset[str]  # names of sites
 _WITH_ALL: _LeftOut = frozenset()
 
@@ -40,41 +40,40 @@ _WITH_ALL: _LeftOut = frozenset()
 # --- forward passes ---------------------------------------------------------------------------------------------------
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are."""
+    return next(model.parameters()).device
+
+
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Return torch's autocast to bfloat16, which does nothing where the precision is float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def predict(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
-) -> LogitsAndLabels:
+def predict(model: nn.Module, batches: Batches, *, precision: Precision) -> LogitsAndLabels:
     """Return logits (N, classes) and labels (N,) over all batches, in their order."""
-    return _pass(model, model, batches, device, precision)
+    return _pass(model, model, batches, precision)
 
 
 def predict_with_middle(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
+    model: nn.Module, batches: Batches, *, precision: Precision
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-    """Return what `predict` does, to the bit, and (N, D) of `Backbone.logits_and_middle`, of the same pass."""
+    """Return logits and labels as `predict`, to the bit, and (N, D) of `Backbone.logits_and_middle`."""
     backbone = Backbone(model)
 
     def forward(images: Tensor) -> Tensor:
         return torch.cat([part.float() for part in backbone.logits_and_middle(images)], dim=-1)
 
-    rows, labels = _pass(model, forward, batches, device, precision)
+    rows, labels = _pass(model, forward, batches, precision)
     logits, middle = np.split(rows, [backbone.head.out_features], axis=1)
     return logits, labels, middle
 
 
 @torch.inference_mode()
 def _pass(
-    model: nn.Module,
-    output_of: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-    precision: Precision,
+    model: nn.Module, output_of: Callable[[Tensor], Tensor], batches: Batches, precision: Precision
 ) -> LogitsAndLabels:
-    rows, labels = [], []
+    rows, labels, device = [], [], device_of(model)
 
     def forward(images: Tensor) -> Tensor:
         with autocast(device, precision):
@@ -115,12 +114,7 @@ def forward_s(model: nn.Module, images: Tensor, *, precision: Precision) -> floa
 
 
 def measure_ablation(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    device: torch.device,
-    precision: Precision,
-    task: Task = CLASSIFICATION,
+    model: nn.Module, batches: Batches, *, precision: Precision, task: Task = CLASSIFICATION
 ) -> AdapterRemoval:
     """Measure loss and accuracy with every update, then without each one, and without those of each group.
 
@@ -130,11 +124,10 @@ def measure_ablation(
     Args:
         model: a Vision Transformer of timm with adapters of this package or of the PEFT library; left as it was.
         batches: images and labels, as for `predict`; at least one.
-        device: where the model is.
         precision: of the forward pass.
         task: that the model learned.
     """
-    ranks = update_ranks(model)
+    ranks, device = update_ranks(model), device_of(model)
     sites = {name: site for name, site in adapted_sites(model).items() if ranks.get(name)}
     members = {
         group: frozenset(name for name, site in sites.items() if site.role in roles) for group, roles in GROUPS.items()

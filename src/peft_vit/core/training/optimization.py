@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
 from peft_vit.base.errors import DivergedError, UserError
 from peft_vit.core.adapters.adapted_product import saving_first
 from peft_vit.core.backbones import Backbone
-from peft_vit.core.backbones.passes import own_forwards
+from peft_vit.core.backbones.passes import replaced_forwards
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.training.hooks import Hook, Overhead, call_each
 from peft_vit.core.training.images import Data
@@ -46,7 +47,7 @@ def loss_weights(config: TrainingConfig, data: Data, device: torch.device) -> Te
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step did; `gradient_norm` is the norm before clipping."""
+    """Loss, gradient norm before clipping, and penalties of a step."""
 
     loss: float
     gradient_norm: float
@@ -55,7 +56,7 @@ class StepOutcome:
 
 def optimization_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     loss: Tensor | Iterable[Tensor],
     step: int,
     *,
@@ -96,9 +97,9 @@ def optimization_step(
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not parameters:
         raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and id(parameter) not in held:  # it would stay as it is, silently
+        if parameter.grad is not None and id(parameter) not in optimized:  # it would stay as it is, silently
             raise UserError("has a gradient but is not in the optimizer; build it after attaching adapters", field=name)
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
     if not math.isfinite(norm):
@@ -109,7 +110,7 @@ def optimization_step(
     return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """Return the optimiser over everything that is trainable; its first group has the whole learning rate."""
     assert config.learning_rate is not None
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -133,13 +134,13 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
     blocks = backbone.blocks
     of_head = backbone.of_head(name for name, _ in backbone.model.named_parameters())
     layers: dict[int, list[nn.Parameter]] = {}
-    reached = 0  # blocks that have been seen: parameters come in the order of a forward pass
+    depth = 0  # of the latest block: parameters come in the order of a forward pass
     for name, parameter in backbone.model.named_parameters():
-        own = next((place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
-        if own is not None:
-            layer = reached = own + 1
+        place = next((place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        if place is not None:
+            layer = depth = place + 1
         else:  # before the next block; before the first one stand embeddings
-            layer = reached + 1 if reached else 0
+            layer = depth + 1 if depth else 0
         if name in of_head:
             layer = len(blocks) + 1
         if parameter.requires_grad:
@@ -182,14 +183,13 @@ class WarmupStableDecay:
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
+    optimizer: Optimizer, config: TrainingConfig, total_steps: int
 ) -> tuple[LRScheduler, WarmupStableDecay | None]:
-    """Return the learning rate's course, and what can bring it down early, if anything can.
+    """Return the scheduler, and with warmup_stable_decay its factor, which can begin the decay early.
 
     one_cycle (arXiv 1708.07120, as torch's OneCycleLR) warms up over `warmup_share`, 30 % of the steps by default, and
     decays by cosine.
     """
-    assert config.learning_rate is not None
     if config.schedule == "one_cycle":
         share = _ONE_CYCLE_SHARE if config.warmup_share is None else config.warmup_share
         peaks = [group["lr"] for group in optimizer.param_groups]
@@ -213,6 +213,6 @@ def recomputed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
     they were, so that a dropout drops the same. Modules, their names and their hooks stay: for a while a block has a
     `forward` of its own. Calls under `no_grad` compute as always.
     """
-    return own_forwards(
+    return replaced_forwards(
         {block: partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False) for block in blocks}
     )

@@ -26,19 +26,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import SilentNoEffectWarning, UserError
 from peft_vit.core.adapters import check_gradients
 from peft_vit.core.adapters.footprint import model_size
-from peft_vit.core.adapters.resizing import unwrapped
+from peft_vit.core.adapters.resizing import unwrap_optimizer
 from peft_vit.core.config import QaLoraConfig
-from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import BitsEntry, QuantizationSummary
 from peft_vit.core.training.checkpoint import tensors_sha256
 from peft_vit.core.training.hooks import Hook, HookContext
 from peft_vit.core.training.optimization import blocks_of, optimization_step, recomputed
 from peft_vit.core.training.quantized_layers import (
     MEASURE_EVERY_STEPS,
+    Formats,
+    PackedTensors,
     adapter_to_error_ratio,
     attach_layers,
     error_removed,
@@ -90,10 +92,10 @@ class QALoRATrainer(Hook):
         *,
         seed: int = 0,
         clip_norm: float | None = 1.0,
-        formats: Mapping[str, QuantizationFormat] | None = None,
+        formats: Formats | None = None,
         ranks: Mapping[str, int] | None = None,
         images: Tensor | None = None,
-        packed: Mapping[str, Mapping[str, Tensor]] | None = None,
+        packed: PackedTensors | None = None,
     ) -> None:
         self.config = config
         self.total_steps = total_steps
@@ -135,9 +137,9 @@ class QALoRATrainer(Hook):
 
     def _use_share(self, model: nn.Module, steps_done: int, share: float) -> None:
         """Mix the weights again; at share 1 the float ones are freed."""
-        before = self.share_history[-1]["share"] if self.share_history else None
+        was_full = bool(self.share_history) and self.share == 1.0
         self.share_history.append({"step": steps_done, "share": share})
-        if before == 1.0:
+        if was_full:
             return  # the float weights are gone already
         bits = {}
         for name, (module, _) in quantized_layers(model).items():
@@ -165,9 +167,7 @@ class QALoRATrainer(Hook):
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def training_step(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, step: int
-    ) -> dict[str, float]:
+    def training_step(self, model: nn.Module, optimizer: Optimizer, loss: Tensor, step: int) -> dict[str, float]:
         """Do backward, gradient scaling, clipping, the optimiser's step and zero_grad; then move the schedule on.
 
         Args:
@@ -207,7 +207,7 @@ class QALoRATrainer(Hook):
                     if parameter.grad is not None:
                         parameter.grad.mul_(scales[name])
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Move the schedule on; at its end the float weights are freed."""
         self._warn_of_adam(optimizer)
         if self._manages("schedule_pace"):
@@ -219,9 +219,9 @@ class QALoRATrainer(Hook):
         self._use_share(model, step, share)
         self._manage_balance(model, step)
 
-    def _warn_of_adam(self, optimizer: torch.optim.Optimizer) -> None:
+    def _warn_of_adam(self, optimizer: Optimizer) -> None:
         """Say once which settings Adam cancels."""
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         if self._warned or not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             return
         self._warned = True
@@ -241,7 +241,7 @@ class QALoRATrainer(Hook):
         return self.config.balance_target is not None and self.config.balance_by == by
 
     def _manage_balance(self, model: nn.Module, step: int) -> None:
-        """Set scale or pace for the steps to come, now and then, and keep what was measured and set."""
+        """Set gradient scale or pace for the next steps every MEASURE_EVERY_STEPS, and record both."""
         target = self.config.balance_target
         if target is None or step % MEASURE_EVERY_STEPS or (self._manages("schedule_pace") and self.share == 1.0):
             return
@@ -288,8 +288,8 @@ class QALoRATrainer(Hook):
             "quantized_share": self.share,
         }
         if reference is None:
-            held = {f"{name}.weight": layer.module.weight for name, layer in layers.items()}
-            reference = {name: weight for name, weight in held.items() if weight is not None}
+            weights = {f"{name}.weight": layer.module.weight for name, layer in layers.items()}
+            reference = {name: weight for name, weight in weights.items() if weight is not None}
         if reference:
             row |= error_removed(model, layers, float_weights(layers, reference, self.relative_error), images)
         elif images is not None:
@@ -310,7 +310,7 @@ class QALoRATrainer(Hook):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside model and optimiser, between two steps.
+        """Return the trainer's state between two steps, beside model and optimiser.
 
         Plain values, and with `rounding: gptq` the packed weights' tensors, wherever they were made.
         """
@@ -370,7 +370,7 @@ class QALoRATrainer(Hook):
             self.validate_quantization_adaptation_balance(model, reference=context.float_weights(), images=images)
 
     def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return bits by step, and what the packed weights hold and have lost."""
+        """Return bits by step, and size and error of the packed weights."""
         size = model_size(model)
         stored = sum(layer.stored_bytes for layer in size.layers.values())
         return {
@@ -407,9 +407,7 @@ def quantized_share(config: QaLoraConfig, total_steps: int, steps_done: int) -> 
 
 
 def share_at(config: QaLoraConfig, part: float) -> float:
-    """Return the share at a part of the way, 0 to 1."""
-    if config.quantization_schedule == "constant" or part == 1.0:
-        return 1.0
+    """Return the share of a linear or cosine schedule at a part of the way, 0 to 1."""
     return part if config.quantization_schedule == "linear" else (1 - math.cos(math.pi * part)) / 2
 
 

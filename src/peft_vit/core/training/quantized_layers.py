@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,13 +29,13 @@ from peft_vit.core.adapters import (
     Adapter,
     adapted_modules,
     attach_adapters,
-    check_stays,
+    check_adapters_match,
     current_ranks,
     peft_sites,
     site_adapters,
 )
 from peft_vit.core.adapters.peft_layers import peft_layers, sites_of_layers
-from peft_vit.core.backbones import Backbone, ReplayedPass, Site, evaluating, find_sites, watching
+from peft_vit.core.backbones import Backbone, ReplayedPass, Site, capturing_inputs, evaluating, find_sites
 from peft_vit.core.config import QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, quantize, quantize_with_compensation
 
@@ -53,12 +53,18 @@ class QuantizedLayer(NamedTuple):
     updates: tuple[tuple[slice, Adapter], ...]
 
 
+QuantizedLayers: TypeAlias = Mapping[str, QuantizedLayer]  # by module, blocks.3.attn.qkv
+Formats: TypeAlias = Mapping[str, QuantizationFormat]  # by module
+PackedTensors: TypeAlias = Mapping[str, Mapping[str, Tensor]]  # of saved weights, by module
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Return the layers that carry adapters by the model's name, `blocks.3.attn.qkv`, whatever it is wrapped in."""
     layers = {}
     for _, module in adapted_modules(model):
-        if own := module.adapters():
-            layers[own[0][0].module] = QuantizedLayer(module, tuple((site.span, adapter) for site, adapter in own))
+        if adapted := module.adapters():
+            updates = tuple((site.span, adapter) for site, adapter in adapted)
+            layers[adapted[0][0].module] = QuantizedLayer(module, updates)
     adapters, by_peft = site_adapters(model), peft_layers(model)
     for name, site in sites_of_layers(model).items():
         if isinstance(base := by_peft[name].base_layer, AdaptedLinear):
@@ -93,7 +99,7 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
         raise UserError("the model carries adapters, whose ranks stay; leave it out", field="ranks")
     if config.rank is not None and {config.rank} != set(current_ranks(model).values()):
         raise UserError("the model's adapters have ranks of their own; leave it out", field="qa_lora.rank")
-    check_stays(model, config, "qa_lora")
+    check_adapters_match(model, config, "qa_lora")
     if config.pool > 1 and config.offset and pools == {1}:
         text = (
             f"groups of {config.pool} serve storage alone: the model's adapters are not pooled over them, so a merge "
@@ -102,13 +108,17 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
         warnings.warn(text, SilentNoEffectWarning, stacklevel=3)
 
 
-def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int) -> None:
+def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int = 1, *, field: str = "rank") -> None:
     """Refuse a rank or a group size that a site can't carry.
 
     Args:
         sites: that will carry adapters.
         ranks: of each by name, or one for all.
         pool: inputs of a group; 1 without groups.
+        field: that says the rank, for errors.
+
+    Raises:
+        UserError: naming the site and what it allows.
     """
     for site in sites:
         if site.in_features % pool:
@@ -119,7 +129,7 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
         largest = min(site.out_features, site.in_features // pool)
         if rank > largest:
             reason = f"{site.in_features} inputs in groups of {pool} allow" if pool > 1 else "its smaller side allows"
-            raise UserError(f"rank {rank} is wasted on {site.name}: {reason} at most {largest}; lower it", field="rank")
+            raise UserError(f"rank {rank} is wasted on {site.name}: {reason} at most {largest}; lower it", field=field)
 
 
 def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> QuantizationFormat:
@@ -138,9 +148,7 @@ def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> Qua
     )
 
 
-def formats_of(
-    layers: Mapping[str, QuantizedLayer], config: QaLoraConfig, given: Mapping[str, QuantizationFormat] | None
-) -> dict[str, QuantizationFormat]:
+def formats_of(layers: QuantizedLayers, config: QaLoraConfig, given: Formats | None) -> dict[str, QuantizationFormat]:
     """Return each layer's format: the given one, or the section's."""
     given = given or {}
     if unknown := sorted(given.keys() - layers.keys()):
@@ -158,11 +166,11 @@ def formats_of(
 
 def packed_weights(
     model: nn.Module,
-    layers: Mapping[str, QuantizedLayer],
-    formats: Mapping[str, QuantizationFormat],
+    layers: QuantizedLayers,
+    formats: Formats,
     rounding: Rounding,
     images: Tensor | None,
-    packed: Mapping[str, Mapping[str, Tensor]] | None = None,
+    packed: PackedTensors | None = None,
 ) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield each layer's weight in its format; the layer is to use it before the next one is asked for.
 
@@ -172,7 +180,7 @@ def packed_weights(
     Args:
         model: with the layers' float weights.
         layers: by name.
-        formats: likewise.
+        formats: by layer.
         rounding: nearest or gptq, see `quantization.quantizer`.
         images: calibration images (N, C, S, S), normalised; with gptq alone.
         packed: weights that were saved, by layer; then nothing is rounded.
@@ -205,12 +213,16 @@ def packed_weights(
             yield name, quantize_with_compensation(module.weight, formats[name], total, name=name)
 
 
-def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: Tensor) -> list[str]:
+def _in_order(backbone: Backbone, layers: QuantizedLayers, image: Tensor) -> list[str]:
     """Return the layers' names as a forward pass calls them first."""
     called: dict[str, None] = {}
     watched = {name: layer.module for name, layer in layers.items()}
     # Once called, a layer keeps its place.
-    with watching(watched, lambda name, _: called.setdefault(name)), torch.no_grad(), evaluating(backbone.model):
+    with (
+        capturing_inputs(watched, lambda name, _: called.setdefault(name)),
+        torch.no_grad(),
+        evaluating(backbone.model),
+    ):
         backbone.model(image)
     if missing := [name for name in layers if name not in called]:
         message = f"gptq needs the inputs of {missing[0]}, which no forward pass calls; leave it out of targets"
@@ -219,9 +231,7 @@ def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: T
 
 
 def saved_weights(
-    layers: Mapping[str, QuantizedLayer],
-    formats: Mapping[str, QuantizationFormat],
-    packed: Mapping[str, Mapping[str, Tensor]],
+    layers: QuantizedLayers, formats: Formats, packed: PackedTensors
 ) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield each layer's packed weight as it was saved, instead of rounding again."""
     if different := set(packed) ^ set(layers):
@@ -253,7 +263,7 @@ def managed_pace(ratio: float, target: float, share: float) -> float:
 
 
 @torch.no_grad()
-def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Mapping[str, float]) -> float:
+def adapter_to_error_ratio(layers: QuantizedLayers, error_norms: Mapping[str, float]) -> float:
     """Return the mean of ||dW||_F / ||E||_F over the layers that have an error; infinity if none has.
 
     ||L R||^2 = sum of (L^T L) * (R R^T) needs products of size r alone, and each column of a pooled R counts `pool`
@@ -271,7 +281,7 @@ def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Ma
 
 
 def float_weights(
-    layers: Mapping[str, QuantizedLayer], reference: Mapping[str, Tensor], relative_errors: Mapping[str, float]
+    layers: QuantizedLayers, reference: Mapping[str, Tensor], relative_errors: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Return the weight (out, in) of each layer before quantization, from a state dict of the plain model.
 
@@ -296,7 +306,7 @@ def float_weights(
 
 @torch.no_grad()
 def error_removed(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor], images: Tensor | None = None
+    model: nn.Module, layers: QuantizedLayers, weights: Mapping[str, Tensor], images: Tensor | None = None
 ) -> dict[str, float]:
     """Return which share of the error the updates have removed, each a mean over layers.
 
@@ -316,13 +326,13 @@ def error_removed(
         layer = layers[name]
         assert layer.module.quantized is not None
         error = weights[name] - layer.module.quantized.dequantize()  # (out, in)
-        rest = error.clone()
+        remainder = error.clone()
         for rows, adapter in layer.updates:
-            rest[rows] -= adapter.delta()  # (out_s, in)
+            remainder[rows] -= adapter.delta()  # (out_s, in)
         if x is not None:
-            error, rest = x @ error.T, x @ rest.T  # (N, in) -> (N, out)
+            error, remainder = x @ error.T, x @ remainder.T  # (N, in) -> (N, out)
         energy = float(error.square().sum())
-        return 1 - float(rest.square().sum()) / energy if energy else 0.0  # 0: there is none to remove
+        return 1 - float(remainder.square().sum()) / energy if energy else 0.0  # 0: there is none to remove
 
     shares = {"error_removed_in_weights": float(np.mean([removed(name) for name in layers]))}
     if images is not None:
@@ -331,7 +341,7 @@ def error_removed(
         def see(name: str, inputs: Tensor) -> None:
             of_outputs.append(removed(name, inputs.float().flatten(0, -2)))  # (B, ..., in) -> (N, in)
 
-        with watching({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
+        with capturing_inputs({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
             model(images)
         shares["error_removed_in_outputs"] = float(np.mean(of_outputs))
     return shares

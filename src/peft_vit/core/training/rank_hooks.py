@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import SiteAdapter, check_gradients, set_ranks, site_adapters
@@ -48,11 +49,11 @@ class StartingRanks(Hook):
         check_gradients(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was chosen."""
+        """Return the chosen ranks and their scores."""
         return {"ranks": self._ranks, "scores": self._scores}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Continue with what was chosen."""
+        """Load the chosen ranks and their scores."""
         self._ranks, self._scores = dict(state["ranks"]), dict(state["scores"])
 
     def record(self, model: nn.Module) -> dict[str, Any]:
@@ -81,22 +82,19 @@ class AllocationHook(Hook):
         self._scores: dict[str, float] = {}
         self._fisher_check: FisherCheck | None = None
         self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
-        weight = controller.config.orthogonality_weight
-        if weight is None:
-            weight = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
-        self.orthogonality_weight = weight
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Let the controller refuse a model or an optimiser that can't follow a change of rank."""
         self.controller.attach(model, optimizer)
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return weight * mean of ||P^T P - I||_F and ||Q Q^T - I||_F over all matrices (AdaLoRA, eq. 4)."""
-        if self.orthogonality_weight == 0:
+        weight = self.controller.config.penalty_weight
+        if weight == 0:
             return {}
         adapters = [a for a in site_adapters(model).values() if isinstance(a, SiteAdapter) and a.rank]
         total = torch.stack([adapter.orthogonality() for adapter in adapters]).sum()  # (sites,) -> ()
-        return {"orthogonality": self.orthogonality_weight * total / (2 * len(adapters))}
+        return {"orthogonality": weight * total / (2 * len(adapters))}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Score the sites from the task's gradients, unless the penalty's belong to them."""
@@ -111,7 +109,7 @@ class AllocationHook(Hook):
     def _score(self, model: nn.Module, step: int) -> None:
         self._scores = self.controller.update_importance_scores(model, step)
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Decide the ranks and apply them."""
         self.controller.apply_ranks(model, optimizer, self.controller.reallocate_ranks(self._scores, step))
 
@@ -198,7 +196,7 @@ class PeftAdaLoraHook(Hook):
         norms = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # (2 L, r0, r0) -> (2 L,) of L layers
         return {"orthogonality": self.weight * norms.mean()}  # (2 L,) -> ()
 
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def after_step(self, model: nn.Module, optimizer: Optimizer, step: int) -> None:
         """Let PEFT score, mask and finalize; its mask of this step, if it made one, goes into the history."""
         budget, due = self.tuner.rankallocator.budget_schedule(step)
         self.tuner.update_and_allocate(step)

@@ -1,32 +1,30 @@
-"""What makes one step of training: its loss, and all that lets it need less time or memory and leaves its result alone.
+"""The loss of a training step, and all that lets it need less time or memory and leaves its result alone.
 
-That is lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block,
-blocks and codes that the backward pass computes again, clipping, and a temperature of the head.
+That is lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block, and
+blocks and codes that the backward pass computes again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import remember_sources
-from peft_vit.core.backbones import Backbone, apply_temperature, freeze_batch_norm
+from peft_vit.core.backbones import freeze_batch_norm
 from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.training.halves import loss_in_halves, takes_halves
 from peft_vit.core.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig
 from peft_vit.core.training.images import Data
 from peft_vit.core.training.metrics import autocast
-from peft_vit.core.training.optimization import StepOutcome, blocks_of, loss_weights, optimization_step, recomputed
+from peft_vit.core.training.optimization import blocks_of, loss_weights, recomputed
 
 
 class StepEngine:
-    """Makes steps of a model on batches; what they depend on is in the model and its optimiser.
+    """Computes the training loss of a model on batches.
 
     Args:
         model: with adapters attached, on the runtime's device.
@@ -44,66 +42,34 @@ class StepEngine:
             raise UserError(message, field="training.memory_limit")
         self._model, self._data, self._config, self._runtime = model, data, config, runtime
         self._weights = loss_weights(config, data, runtime.device)  # (classes,)
-        self._loss = partial(
-            data.task.loss, weights=self._weights, label_smoothing=config.label_smoothing, name=config.loss
-        )
-        self._temperature = 1.0
+        smoothing = config.label_smoothing
+        self._loss = partial(data.task.loss, weights=self._weights, label_smoothing=smoothing, name=config.loss)
         if config.activation_checkpointing in ("light", "adaptive"):
             remember_sources(model)
         blocks = blocks_of(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._halves = takes_halves(model, runtime.device)
 
-    def begin(self, hooks: Sequence[Hook], seed: int, temperature: float, overhead: Overhead) -> None:
-        """Divide the head's logits by a temperature, a power of two, for the whole training, and let hooks begin."""
-        self._temperature = temperature
-        apply_temperature(Backbone(self._model).head, temperature)
+    def begin(self, hooks: Sequence[Hook], seed: int, overhead: Overhead) -> None:
+        """Let hooks begin."""
         calibration = Calibration(self._data, self._runtime, seed)
-        context = HookContext(calibration.batch, self._weights, self._loss, overhead=overhead)
+        context = HookContext(calibration.batch, self._weights, overhead=overhead)
         for hook in hooks:
             hook.begin(self._model, context)
-
-    @contextmanager
-    def without_temperature(self) -> Iterator[None]:
-        """For a while, let the head be as it was before `begin`, to the bit."""
-        head = Backbone(self._model).head
-        apply_temperature(head, 1 / self._temperature)
-        yield
-        apply_temperature(head, self._temperature)
 
     def train_mode(self) -> None:
         """Let the model be in training, but for statistics of batches."""
         self._model.train()
         freeze_batch_norm(self._model)
 
-    def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        images: Tensor,
-        labels: Tensor,
-        number: int,
-        hooks: Sequence[Hook],
-        overhead: Overhead,
-    ) -> StepOutcome:
-        """Do one step, see `optimization_step`.
-
-        Args:
-            optimizer: of the model's trainable parameters.
-            images: (B, 3, S, S).
-            labels: (B,), or shares of each class (B, classes).
-            number: of this step, from 1.
-            hooks: what the method does around it.
-            overhead: takes the seconds of the hooks.
-        """
-        losses, clip_norm = self._losses(images, labels), self._config.clip_norm
-        return optimization_step(
-            self._model, optimizer, losses, number, hooks=hooks, clip_norm=clip_norm, overhead=overhead
-        )
-
-    def _losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        """Yield what each micro-batch of M images has in the loss of its batch of B: its own mean, times M / B.
+    def losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
+        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times M / B.
 
         The last batch of an epoch may be smaller, and its last micro-batch too.
+
+        Args:
+            images: (B, 3, S, S).
+            labels: (B,), or shares of each class (B, classes).
         """
         device, at_once = self._runtime.device, self._config.images_at_once
 

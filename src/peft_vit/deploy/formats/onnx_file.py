@@ -56,11 +56,11 @@ from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
-from peft_vit.core.quantization.integers import IN_FILES, LARGEST, IntegerWeight
+from peft_vit.core.quantization.integers import EXPORTED_MATMUL, LARGEST, Int8Weight
 from peft_vit.core.quantization.packing import field_bits
+from peft_vit.deploy.formats.header import HEADER, ExportMetadata, Header, write_exported
 from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_content
 from peft_vit.deploy.formats.torch_files import check_merged
-from peft_vit.deploy.model_card import HEADER, Header, ModelCard, write_exported
 from peft_vit.runs.measures.neighbours import WithDistance
 
 OnnxRuntime = Literal["small", "fast"]
@@ -202,9 +202,9 @@ class Int8Linear(nn.Module):
         packed = layer.quantized if isinstance(layer, AdaptedLinear) else None
         if packed is None:
             assert layer.weight is not None
-            integers = IntegerWeight.from_float(layer.weight, IN_FILES)
+            integers = Int8Weight.from_float(layer.weight, EXPORTED_MATMUL)
         else:
-            integers = IntegerWeight.from_quantized(packed, IN_FILES)
+            integers = Int8Weight.from_quantized(packed, EXPORTED_MATMUL)
         self.expanded = None if packed is None else ExpandedWeight(packed)
         self.codes = nn.Buffer(integers.codes.T.contiguous()) if packed is None else None  # (in, out)
         self.scales = nn.Buffer(integers.scales)  # (out,)
@@ -239,8 +239,8 @@ def _quantized(values: Tensor, steps: Tensor, zeros: Tensor, **attributes: int) 
 def export_onnx(
     model: nn.Module,
     file: Path,
-    card: ModelCard,
-    known: Neighbours | None = None,
+    card: ExportMetadata,
+    reference: Neighbours | None = None,
     *,
     runtime: OnnxRuntime = "small",
     activations: Literal["int8"] | None = None,
@@ -253,7 +253,8 @@ def export_onnx(
         card: what the file's metadata says of the model.
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
         activations: int8: linear layers of the blocks, packed or not, multiply 8-bit integers. Instead of `runtime`.
-        known: features of training images: a second output, `distance` (B,), says how far an image is from these.
+        reference: features of training images, by which it recognises out-of-distribution images: a second output,
+            `distance` (B,), says how far an image is from these.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, small: a layer's groups are too small for
@@ -275,14 +276,14 @@ def export_onnx(
         replaced = {name: ExpandedLinear(layer) for name, layer in packed.items()}
     else:
         replaced = {name: OnnxLinear(layer, name) for name, layer in packed.items()}
-    proto = onnx_graph(model, card.image_size, replaced, known)
+    proto = onnx_graph(model, card.image_size, replaced, reference)
     header = Header(card=card)
-    proto.metadata_props.add(key=HEADER, value=header.signed(onnx_content(proto)).model_dump_json())
+    proto.metadata_props.add(key=HEADER, value=header.signed(onnx_content(card, proto)).model_dump_json())
     write_exported(file, proto.SerializeToString())
 
 
 def onnx_graph(
-    model: nn.Module, image_size: int, replaced: Mapping[str, nn.Module], known: Neighbours | None = None
+    model: nn.Module, image_size: int, replaced: Mapping[str, nn.Module], reference: Neighbours | None = None
 ) -> Any:
     """Return a merged model as onnx.ModelProto; the model stays as it is.
 
@@ -290,7 +291,7 @@ def onnx_graph(
         model: what `export_onnx` takes.
         image_size: of its square images, in pixels.
         replaced: what is exported instead of layers, by their names.
-        known: see `export_onnx`.
+        reference: see `export_onnx`.
     """
     model = copy.deepcopy(model).eval()
     for name, module in replaced.items():
@@ -301,13 +302,13 @@ def onnx_graph(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         program = torch.onnx.export(
-            model if known is None else WithDistance(model, known).eval(),
+            model if reference is None else WithDistance(model, reference).eval(),
             (torch.zeros(2, 3, image_size, image_size),),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
             input_names=[INPUT],
-            output_names=[OUTPUT] if known is None else [OUTPUT, DISTANCE],
+            output_names=[OUTPUT] if reference is None else [OUTPUT, DISTANCE],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
         )

@@ -35,10 +35,10 @@ from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.core.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.core.quantization.packing import field_bits
+from peft_vit.deploy.formats.header import HEADER, UNSIGNED, ExportMetadata, Header, write_exported
 from peft_vit.deploy.formats.onnx_file import onnx_graph
-from peft_vit.deploy.formats.runtimes import OpenVinoHeader, openvino_content
+from peft_vit.deploy.formats.runtimes import openvino_content
 from peft_vit.deploy.formats.torch_files import check_merged
-from peft_vit.deploy.model_card import HEADER, UNSIGNED, ModelCard, write_exported
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
 _INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
@@ -104,20 +104,20 @@ def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     constant = ~(ratio.abs() < 2.0 ** (_FRACTION_BITS[weight.offsets.dtype] + kind.bits))
     zeros = torch.where(constant, -offsets, -(ratio + middle) if signed else -ratio)
     scales = torch.where(constant, 1, scales)
-    whole = constant.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)  # (out, in)
-    codes = codes.masked_fill(whole, _NF4_ZERO if kind.type == "nf4" else 0)
+    is_constant = constant.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)  # (out, in)
+    codes = codes.masked_fill(is_constant, _NF4_ZERO if kind.type == "nf4" else 0)
     narrow = zeros.to(weight.offsets.dtype)
     return codes, scales, narrow if bool(narrow.isfinite().all()) else zeros
 
 
-def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, reference: Neighbours | None = None) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
     Args:
         model: a Vision Transformer whose adapters are merged (`merge`), quantized or not; it stays as it is.
         file: ends in .xml, with the weights beside it in a file that ends in .bin; both are replaced if they exist.
         card: what the file says of the model.
-        known: see `export_onnx`.
+        reference: see `export_onnx`.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, a layer's format is none of OpenVINO's, or a
@@ -134,8 +134,8 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighb
                 "onnx or safetensors, or use nf4 or an int type",
                 field="quantization_type",
             )
-    network = _network(model, card.image_size, packed, known)
-    header = OpenVinoHeader(card=card)
+    network = _network(model, card.image_size, packed, reference)
+    header = Header(card=card)
     network.set_rt_info(header.model_dump_json(), [HEADER])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "model.xml"
@@ -147,7 +147,9 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighb
     write_exported(file, signed)
 
 
-def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor], known: Neighbours | None) -> Any:
+def _network(
+    model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor], reference: Neighbours | None
+) -> Any:
     """Return OpenVINO's model, packed layers by their own codes."""
     openvino = load_openvino()
     from onnxscript.optimizer import fold_constants
@@ -160,7 +162,7 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
 
     layers = {name: layer for name, layer in adapted_modules(model) if name in packed}
     places = {name: PackedPlace(layer, name) for name, layer in layers.items()}
-    proto = onnx_graph(model, image_size, places, known)
+    proto = onnx_graph(model, image_size, places, reference)
     # A position embedding that is resized (NaFlexViT's): OpenVINO would leave the antialiasing out.
     fold_constants(proto, should_fold=lambda node: True if node.op_type == "Resize" else None)
     core = openvino.Core()

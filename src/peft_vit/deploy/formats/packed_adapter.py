@@ -16,28 +16,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, named
 from peft_vit.core.adapters import AdaptedLinear, SiteAdapter, adapted_modules, trained_tensors
-from peft_vit.core.adapters.adapter_file import read_safetensors
 from peft_vit.core.adapters.peft_layers import tuner_layers
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
-from peft_vit.core.config import USUAL_TASK
-from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_some
-from peft_vit.deploy.formats.torch_files import LowBitHeader, TensorHeader, low_bit_parts, tensor_content
-from peft_vit.deploy.model_card import AGAIN, HEADER, ModelCard
+from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_selected_rows
+from peft_vit.deploy.formats.header import AGAIN, ExportMetadata, FloatArray, Header
+from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_parts, read_tensors, signed_tensors, tensor_file
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
 _TENSORS = {"codes", "scales", *_HEAD_ROWS, "head_bias"}
 _Rank = Annotated[int, Field(ge=0, le=65_536)]
+Indices: TypeAlias = NDArray[np.int64]
 StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
 
 
-class AdapterHeader(TensorHeader):
+class AdapterHeader(Header):
     """What an adapter's file says of itself."""
 
     base: str  # SHA-256 that the backbone's file says of itself
@@ -72,7 +70,7 @@ class PackedAdapter:
     def of_model(
         cls,
         model: nn.Module,
-        card: ModelCard,
+        card: ExportMetadata,
         base: LowBitHeader,
         bits: StoredBits,
         head_bits: StoredBits | None = None,
@@ -119,20 +117,16 @@ class PackedAdapter:
         weight, bias = _head_of(backbone)
         tensors |= {f"{_OF_HEAD}{name}": tensor for name, tensor in pack_rows([weight], head_bits).items()}
         tensors["head_bias"] = bias.half() if head_bits < 32 else bias
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        return cls(header.signed(tensor_content(tensors)), tensors)
+        return cls(*signed_tensors(header, tensors))
 
     @classmethod
     def read(cls, file: Path) -> PackedAdapter:
         """Return a file's adapter; raises UserError if it is none, is damaged, or was changed after it was written."""
-        texts, tensors = read_safetensors(file)
-        header = AdapterHeader.read(texts.get(HEADER), file, "bundle")
-        header.check(tensor_content(tensors), file)
-        return cls(header, tensors)
+        return cls(*read_tensors(AdapterHeader, file, "bundle"))
 
     def content(self) -> bytes:
         """Return the file's content."""
-        return save(self.tensors, metadata={HEADER: self.header.model_dump_json()})
+        return tensor_file(self.header, self.tensors)
 
     def check(self, base: LowBitHeader, sites: Sequence[Site], width: int, file: Path) -> None:
         """Refuse an adapter of another backbone, or one that does not fit.
@@ -196,77 +190,73 @@ class JoinedUpdates:
         sites: of the model, in its order.
     """
 
-    def __init__(self, adapters: Sequence[PackedAdapter], which: NDArray[np.int64], sites: Sequence[Site]) -> None:
+    def __init__(self, adapters: Sequence[PackedAdapter], which: Indices, sites: Sequence[Site]) -> None:
         self._sites = sites
         self.images = len(which)
         alike: dict[tuple[StoredBits, int], list[int]] = {}
         for number, adapter in enumerate(adapters):
-            if not any(adapter.header.ranks):  # a head alone, which adds nothing
-                continue
-            alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
-        self._joined = [
-            _joined_files([adapters[number] for number in numbers], bits, pool, numbers, which, sites)
-            for (bits, pool), numbers in alike.items()
-        ]
-        self.pool = math.gcd(*(files.pool for files in self._joined)) or 1  # without any adapter 0
+            if any(adapter.header.ranks):  # otherwise a head alone, which adds nothing
+                alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
+        self._groups = [_SameFormat(adapters, numbers, which, sites) for numbers in alike.values()]
+        self.pool = math.gcd(*(group.pool for group in self._groups)) or 1  # without any adapter 0
 
     def of_site(self, place: int) -> tuple[Tensor, Tensor] | None:
         """Return what is added on one site: (B, R, in / pool) and (B, R, out), R the highest rank, others with zeros.
 
         As an `Update` does, each adds summed(inputs, pool) @ right.T @ left. None: no adapter has a rank there.
         """
-        site, most = self._sites[place], max((int(files.ranks[:, place].max()) for files in self._joined), default=0)
-        if not most:
+        site, rank = self._sites[place], max((int(group.ranks[:, place].max()) for group in self._groups), default=0)
+        if not rank:
             return None
-        right = np.zeros((self.images * most, site.in_features // self.pool), np.float32)
-        left = np.zeros((self.images * most, site.out_features), np.float32)
-        for files in self._joined:
-            ranks, columns = files.ranks[:, place], site.in_features // files.pool
-            images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
-            within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
-            into = files.images[images] * most + within
-            starts, rows = files.starts[images, place], files.rows[images, place] + within
-            of_a = files.unpack(starts + within * columns, rows, columns)  # (n, in / pool)
-            right[into] = of_a if files.pool == self.pool else of_a.repeat(files.pool // self.pool, axis=1)
-            starts, rows = starts + ranks[images] * columns, rows + ranks[images]  # the columns of B come after
-            left[into] = files.unpack(starts + within * site.out_features, rows, site.out_features)
-        shape = (self.images, most, -1)
+        right = np.zeros((self.images * rank, site.in_features // self.pool), np.float32)
+        left = np.zeros((self.images * rank, site.out_features), np.float32)
+        for group in self._groups:
+            rows, of_a, of_b = group.factors(place, site, rank)
+            right[rows] = of_a.repeat(group.pool // self.pool, axis=1)
+            left[rows] = of_b
+        shape = (self.images, rank, -1)
         return torch.from_numpy(right).view(shape), torch.from_numpy(left).view(shape)
 
 
-class _JoinedFiles(NamedTuple):
-    """The codes and scales of adapters in the same bits, each behind the one before, and the b images that ask them."""
+class _SameFormat:
+    """The codes and scales of adapters in the same bits and pool, one behind the other, and the b images of theirs.
 
-    images: NDArray[np.int64]  # (b,), their places in the batch
-    bits: StoredBits
-    pool: int
-    arrays: dict[str, NDArray[Any]]
-    ranks: NDArray[np.int64]  # (b, sites)
-    starts: NDArray[np.int64]  # (b, sites), how many codes stand before those of a site
-    rows: NDArray[np.int64]  # (b, sites), how many scales do
+    Attributes:
+        pool: theirs.
+        ranks: (b, sites), of each image's adapter.
+    """
 
-    def unpack(self, starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int) -> NDArray[np.float32]:
-        return unpack_some(self.arrays, starts, rows, columns, self.bits)
+    def __init__(
+        self, adapters: Sequence[PackedAdapter], numbers: Sequence[int], which: Indices, sites: Sequence[Site]
+    ) -> None:
+        group = [adapters[number] for number in numbers]
+        self.pool, self._bits = group[0].header.pool, group[0].header.bits
+        (self._images,) = np.isin(which, numbers).nonzero()  # (b,), their places in the batch
+        self._arrays: dict[str, NDArray[Any]] = {
+            name: np.concatenate([adapter.tensors[name].numpy() for adapter in group])
+            for name in ("codes", "scales")
+            if name in group[0].tensors
+        }
+        ranks = np.array([adapter.header.ranks for adapter in group])  # (adapters, sites)
+        values = ranks * np.array([site.in_features // self.pool + site.out_features for site in sites])
+        codes = np.array([len(adapter.tensors["codes"]) * max(8 // self._bits, 1) for adapter in group])  # (adapters,)
+        starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
+        scales = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
+        of_images = np.searchsorted(numbers, which[self._images])  # (b,)
+        # (b, sites) each; of a site how many codes stand before its own, and how many scales
+        self.ranks, self._starts, self._scales = ranks[of_images], starts[of_images], scales[of_images]
 
-
-def _joined_files(
-    adapters: Sequence[PackedAdapter],
-    bits: StoredBits,
-    pool: int,
-    numbers: Sequence[int],
-    which: NDArray[np.int64],
-    sites: Sequence[Site],
-) -> _JoinedFiles:
-    names = ("codes", "scales") if bits < 16 else ("codes",)
-    arrays = {name: np.concatenate([adapter.tensors[name].numpy() for adapter in adapters]) for name in names}
-    ranks = np.array([adapter.header.ranks for adapter in adapters])  # (a, sites)
-    values = ranks * np.array([site.in_features // pool + site.out_features for site in sites])
-    codes = np.array([len(adapter.tensors["codes"]) * (8 // bits if bits < 16 else 1) for adapter in adapters])  # (a,)
-    starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
-    rows = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
-    (images,) = np.isin(which, numbers).nonzero()
-    asked = np.searchsorted(numbers, which[images])  # (b,)
-    return _JoinedFiles(images, bits, pool, arrays, ranks[asked], starts[asked], rows[asked])
+    def factors(self, place: int, site: Site, rank: int) -> tuple[Indices, FloatArray, FloatArray]:
+        """Return A (n, in / pool) and B transposed, (n, out), of all images, after their rows: `rank` an image."""
+        ranks, columns = self.ranks[:, place], site.in_features // self.pool
+        images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
+        within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
+        starts, scales = self._starts[images, place], self._scales[images, place] + within
+        of_a = unpack_selected_rows(self._arrays, starts + within * columns, scales, columns, self._bits)
+        starts, scales = starts + ranks[images] * columns, scales + ranks[images]  # the columns of B come after
+        starts = starts + within * site.out_features
+        of_b = unpack_selected_rows(self._arrays, starts, scales, site.out_features, self._bits)
+        return self._images[images] * rank + within, of_a, of_b
 
 
 def trained_bits(model: nn.Module) -> StoredBits | None:
@@ -281,14 +271,14 @@ def number_formats(base: LowBitHeader) -> str:
     return " and ".join(sorted(formats)) or "float32"
 
 
-def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[str, Tensor]]:
+def backbone_of(model: nn.Module, card: ExportMetadata) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return a model's backbone as `save_low_bit` writes it, on the model's memory; it has a head of one class.
 
     The model is changed: its adapters go, its head, and the offsets of a codebook, which are 0 until an update is
     merged into them.
     """
     for _, module in adapted_modules(model):
-        module.sites, module.product, packed = nn.ModuleDict(), None, module.quantized
+        module.sites, module.matmul, packed = nn.ModuleDict(), None, module.quantized
         if packed is None or packed.offsets is None or not packed.format.has_codebook:
             continue
         if not packed.offsets.any():
@@ -297,23 +287,14 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
         head = nn.Linear(layer.in_features, 1)
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         model.set_submodule(name, head)
-    nothing = {
-        "calibrated": None,
-        "decision": None,
-        "task": USUAL_TASK,
-        "unlike": None,
-        "integer_bits": None,
-        "interpolation": "bicubic",
-        "channels": 3,
-    }
-    return low_bit_parts(model, card.model_copy(update={**nothing, "run": "backbone", "class_names": ("backbone",)}))
+    of_weights = {"library", "model", "config", "weights_name", "weights_sha256", "image_size", "mean", "std"}
+    weights = card.model_dump(include=of_weights)
+    return low_bit_parts(model, ExportMetadata(run="backbone", channels=3, class_names=("backbone",), **weights))
 
 
 def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
     """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
-    right = parts[0][1] if len(parts) == 1 else torch.cat([right for _, right, _ in parts])  # (R, in / pool)
-    if len(parts) == 1 and parts[0][0].out_features == rows:
-        return Update(right, parts[0][2], pool)
+    right = torch.cat([right for _, right, _ in parts])  # (R, in / pool)
     left, start = right.new_zeros(len(right), rows), 0  # (R, out)
     for site, _, of_site in parts:
         left[start : start + len(of_site), site.span] = of_site

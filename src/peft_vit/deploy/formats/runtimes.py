@@ -16,7 +16,7 @@ import numpy as np
 from peft_vit.base.errors import UserError, foreign_fault, one_line, os_fault
 from peft_vit.base.extras import load_openvino, require_extra
 from peft_vit.base.files import read_bytes
-from peft_vit.deploy.model_card import AGAIN, HEADER, UNSIGNED, Classifier, Header, ModelCard
+from peft_vit.deploy.formats.header import AGAIN, HEADER, UNSIGNED, Classifier, ExportMetadata, Header
 
 INPUT, OUTPUT, DISTANCE = "images", "logits", "distance"
 OPSET = 20
@@ -27,8 +27,9 @@ _CHECKED = 64  # rows, inputs and outputs of the product that is checked
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
-def onnx_content(proto: Any) -> Iterator[bytes]:
-    """Yield what is signed of a model: all but its metadata, which are taken out of `proto`."""
+def onnx_content(card: ExportMetadata, proto: Any) -> Iterator[bytes]:
+    """Yield what is signed of a model: the card, and all but its other metadata, which are taken out of `proto`."""
+    yield card.model_dump_json().encode()
     del proto.metadata_props[:]
     yield proto.SerializeToString(deterministic=True)
 
@@ -53,7 +54,7 @@ def open_onnx(file: Path) -> Classifier:
     header = Header.read(text, file, "onnx")
     if _names_other_files(proto):
         raise UserError(f"keeps numbers in other files, which could be any of this machine; {AGAIN}", file=file)
-    header.check(onnx_content(proto), file)
+    header.check(onnx_content(header.card, proto), file)
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no public class
@@ -68,18 +69,18 @@ def open_onnx(file: Path) -> Classifier:
 
 
 def _classifier(
-    run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ModelCard, file: Path
+    run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ExportMetadata, file: Path
 ) -> Classifier:
     """Return a classifier of what computes a file's outputs by their names; that they fit its card is seen here."""
     shapes = {OUTPUT: (len(card.class_names),), DISTANCE: ()}  # of one image
 
     def outputs(names: list[str], images: np.ndarray) -> Sequence[np.ndarray]:
         with foreign_fault("can't be computed with", file, remedy=AGAIN):
-            found = run(names, images)
-        for name, values in zip(names, found, strict=True):
+            computed = run(names, images)
+        for name, values in zip(names, computed, strict=True):
             if values.shape != (expected := (len(images), *shapes[name])):
                 raise UserError(f"has {name} of shape {values.shape}, expected {expected}; {AGAIN}", file=file)
-        return found
+        return computed
 
     def both(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits, distances = outputs([OUTPUT, DISTANCE], images)
@@ -104,9 +105,8 @@ def exact_in_8_bits() -> bool:
         "zero": np.uint8(ZERO),
         "no_zeros": np.zeros(_CHECKED, np.int8),
     }
-    names = ["inputs", "codes", "one", "ones", "zero", "no_zeros"]
     graph = helper.make_graph(
-        [helper.make_node("MatMulIntegerToFloat", names, ["sums"], domain="com.microsoft")],
+        [helper.make_node("MatMulIntegerToFloat", ["inputs", *constants], ["sums"], domain="com.microsoft")],
         "largest",
         [helper.make_tensor_value_info("inputs", TensorProto.UINT8, [None, _CHECKED])],
         [helper.make_tensor_value_info("sums", TensorProto.FLOAT, [None, _CHECKED])],
@@ -135,15 +135,8 @@ def _names_other_files(message: Any) -> bool:
     return False
 
 
-class OpenVinoHeader(Header):
-    """A header that stands in the .xml, which is signed with it."""
-
-    def _hashed(self) -> bytes:
-        return b""
-
-
 def openvino_content(description: bytes, weights: bytes) -> Iterator[bytes]:
-    """Yield what is signed of the two files, the .xml with zeros instead of the hash: their SHA-256."""
+    """Yield what is signed of the two files: their SHA-256, of the .xml, which has the header, with zeros for it."""
     for part in (description, weights):
         yield hashlib.sha256(part).digest()
 
@@ -165,7 +158,7 @@ def open_openvino(file: Path) -> Classifier:
             parts.append(read_bytes(part, None))
     description, weights = parts
     text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
-    header = OpenVinoHeader.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
+    header = Header.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
     unsigned = description.replace(header.sha256.encode(), UNSIGNED.encode(), 1)
     header.check(openvino_content(unsigned, weights), file, beside)
     openvino = load_openvino()

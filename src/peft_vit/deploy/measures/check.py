@@ -23,7 +23,7 @@ from peft_vit.core.adapters.peft_tuner import load_peft
 from peft_vit.core.backbones import Architecture, Backbone, Site, find_sites, fused_sites, native_size
 from peft_vit.core.backbones.catalog import build_model
 from peft_vit.core.config import EXPORTS
-from peft_vit.deploy.model_card import ModelCard
+from peft_vit.deploy.formats.header import ExportMetadata
 from peft_vit.deploy.predicting import open_exported, writer_of
 
 _RANK = 2
@@ -104,28 +104,30 @@ def check_architecture(
     model = build()
     sites = find_sites(model)
     attach_adapters(model, sites, _RANK, scale=1.0, seed=0, check=False)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _, module in adapted_modules(model):
-            size = 0.5 * float(module.frozen_weight().norm()) / len(module.adapters()) ** 0.5
-            for _, adapter in module.adapters():
-                adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
-                adapter.lora_B.mul_(size / float(adapter.delta().norm()))
+    _fill_with_updates(model)
     effect = effects(model)
     images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         logits = model(images)
     state = merged_state_dict(model)
 
-    def plain() -> nn.Module:
-        merged = _prepared(build())
-        merged.load_state_dict(state)
-        return merged
+    def prepared() -> nn.Module:
+        plain = build()
+        Backbone(plain).prepare()
+        return plain
+
+    def merged() -> nn.Module:
+        plain = prepared()
+        plain.load_state_dict(state)
+        return plain
+
+    def by_merging() -> Tensor:
+        return merged()(images)
 
     def by_file(name: str) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"model{EXPORTS[name].ending}"
-            writer_of(name)(plain(), file, card, None)
+            writer_of(name)(merged(), file, card, None)
             return torch.from_numpy(open_exported(file).logits(images.numpy()))
 
     def by_peft() -> Tensor:
@@ -134,24 +136,35 @@ def check_architecture(
 
         with tempfile.TemporaryDirectory() as folder:
             export_peft(model, Path(folder), {})
-            return PeftModel.from_pretrained(_prepared(build()), folder).eval()(images)
+            return PeftModel.from_pretrained(prepared(), folder).eval()(images)
 
-    def compared(run: Callable[[], Tensor]) -> Deviation:
+    def compared(run: Callable[..., Tensor], *arguments: str) -> Deviation:
         try:
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                others = run()
+                others = run(*arguments)
         except Exception as error:  # whatever it is that a library can't do with this model
             return Deviation(None, first_line(error))
         return Deviation(float((others - logits).abs().max() / logits.abs().max()))
 
     return ModelCheck(
         tuple((site, effect[site.name]) for site in sites),
-        compared(lambda: plain()(images)),
-        {name: compared(lambda name=name: by_file(name)) for name in formats},  # type: ignore[misc]
+        compared(by_merging),
+        {name: compared(by_file, name) for name in formats},
         compared(by_peft) if peft else None,
         _idle_of_peft(build) if peft else {},
     )
+
+
+def _fill_with_updates(model: nn.Module) -> None:
+    """Let the adapters of each module add random updates, together of half of its weight's norm."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, module in adapted_modules(model):
+            size = 0.5 * float(module.frozen_weight().norm()) / len(module.adapters()) ** 0.5
+            for _, adapter in module.adapters():
+                adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
+                adapter.lora_B.mul_(size / float(adapter.delta().norm()))
 
 
 def random_weights(model: nn.Module) -> nn.Module:
@@ -167,9 +180,9 @@ def random_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def card_of_random(architecture: Architecture, image_size: int, class_names: Sequence[str], run: str) -> ModelCard:
+def card_of_random(architecture: Architecture, image_size: int, class_names: Sequence[str], run: str) -> ExportMetadata:
     """Return what a file says of a model with random weights, which is written to be tried or timed."""
-    return ModelCard(
+    return ExportMetadata(
         run=run,
         library=architecture.library,
         model=architecture.name,
@@ -182,11 +195,6 @@ def card_of_random(architecture: Architecture, image_size: int, class_names: Seq
         std=(0.5, 0.5, 0.5),
         class_names=tuple(class_names),
     )
-
-
-def _prepared(model: nn.Module) -> nn.Module:
-    Backbone(model).prepare()
-    return model
 
 
 def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import missing_packages
-from peft_vit.core.config import QuantizationType, exported_bytes
+from peft_vit.core.config import EXPORTS, QuantizationType, exported_bytes
 from peft_vit.core.records import BenchRow, Calibrated, Decision
-from peft_vit.deploy import OnnxRuntime
 from peft_vit.deploy.export import (
     LARGEST_LOSS,
     Comparison,
@@ -25,7 +23,7 @@ from peft_vit.deploy.export import (
     model_to_write,
     write_model,
 )
-from peft_vit.deploy.measures.bench import MADE, bench
+from peft_vit.deploy.measures.bench import RANDOM_FLOAT32, bench
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
 _INT8_FOLDS = 5  # runs on folds that tell what 8 bits lose, at most: each takes a calibration and an export
@@ -34,16 +32,12 @@ _TRIALS = ".forms-"
 _EVERYTHING = 100.0  # points: what was lost on folds has decided already
 
 
-_NONE = OnnxOptions()
-
-
 @dataclass(frozen=True)
 class Form:
     """One way to write the model.
 
     Attributes:
         name: what it is.
-        options: with which `peft-vit export` writes it.
         bytes: of its files; None: it was not written.
         median_s: of a call on one image, with all processors; None: it was not timed.
         low_s: first quartile of the calls.
@@ -53,7 +47,6 @@ class Form:
     """
 
     name: str
-    options: str
     bytes: int | None = None
     median_s: float | None = None
     low_s: float | None = None
@@ -88,17 +81,6 @@ class Exports:
         return next(form for form in self.forms if not form.left_out)
 
 
-@dataclass(frozen=True)
-class _Way:
-    form: Form
-    format: str
-    options: OnnxOptions = _NONE
-
-    @property
-    def ending(self) -> str:
-        return ".xml" if self.format == "openvino" else ".onnx"
-
-
 def export_fastest(
     run_dir: Path,
     folder: Path,
@@ -110,7 +92,10 @@ def export_fastest(
     max_latency_s: float | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exports:
-    """Write a run's model in every exact form, time them in turn, and keep the fastest that is within the limits.
+    """Write a run's model in the form that is usually the fastest; with a limit of latency in the one that is it here.
+
+    Without a limit of latency the next form is written only where that one is too large, and nothing is timed beside
+    it. With one every exact form is written and timed in turn, and the fastest within the limits is kept.
 
     Activations in 8 bits make another model than the one that was compared and tested. They are tried only where no
     exact form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
@@ -129,162 +114,145 @@ def export_fastest(
         UserError: if the run can't be restored, no form can be written, or none can be timed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_TRIALS}*"):  # by a call that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for trials in folder.glob(f"{_TRIALS}*"):  # of a call that was killed
+        shutil.rmtree(trials, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
-        packed, lost = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
-        forms: dict[Path, Form] = {}
+        packed, int8_loss = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
+        again = "the same command tries it again"
         try:
             source = model_to_write(run_dir, bits)
         except UserError as error:
-            raise UserError(
-                f"can't be exported ({error.message}); the same command tries it again", file=run_dir
-            ) from None
-        write = partial(_written, source=source, meaning=meaning)
-        try_ways = partial(_try_ways, forms=forms, write=write, place=Path(place), tell=tell)
-        rows = try_ways(_exact_ways(packed, bits))
+            raise UserError(f"can't be exported ({error.message}); {again}", file=run_dir) from None
+        forms: dict[Path, Form] = {}
+
+        alone = max_latency_s is None
+        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell, alone)
+        rows: dict[str, BenchRow] = {}
+        if max_latency_s is not None:
+            rows = try_forms(_exact_ways(packed))
+        else:
+            for way in _exact_ways(packed):
+                rows |= try_forms([way])
+                sizes, _ = _measured(forms)
+                if _small_enough(sizes, max_bytes):
+                    break
         if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
-            raise UserError(f"can't be exported ({reasons}); the same command tries it again", file=run_dir)
-        if packed and bits is None and max_latency_s is not None and _fastest_s(forms, max_bytes) > max_latency_s:
-            int8, lost = _int8(fold_runs, tell)
-            rows |= try_ways([int8])
-        written = {file: form for file, form in forms.items() if form.bytes is not None}
-        best, missed = _best(written, max_bytes, max_latency_s)
-        for file, form in written.items():
-            if file != best:
-                forms[file] = replace(form, left_out=_why_not(form, forms[best], max_bytes))
+            raise UserError(f"can't be exported ({reasons}); {again}", file=run_dir)
+        if packed and bits is None and max_latency_s is not None:
+            sizes, seconds = _measured(forms)
+            if not any(seconds[file] <= max_latency_s for file in _small_enough(sizes, max_bytes)):
+                int8_loss, why_not = _int8_loss(fold_runs, tell)
+                name, options = "ONNX, activations in 8 bits", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)
+                if why_not:
+                    forms[Path(place, name)] = Form(name, left_out=why_not)
+                else:
+                    rows |= try_forms([(name, "onnx", options)])
+        sizes, seconds = _measured(forms)
+        best, missed = _best(sizes, seconds, max_bytes, max_latency_s)
+        for file in sizes.keys() - {best}:
+            why = "slower" if seconds[file] > seconds[best] else "as fast, and larger"
+            if max_bytes is not None and sizes[file] > max(max_bytes, sizes[best]):
+                why = "it is larger than the limit"
+            forms[file] = replace(forms[file], left_out=why)
         return Exports(
             model=_moved(best, folder),
             forms=tuple(forms.values()),
-            float32_s=rows[MADE].median_s if MADE in rows else None,
+            float32_s=rows[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in rows else None,
             processor=next(iter(rows.values())).processor,
-            int8_loss=lost,
+            int8_loss=int8_loss,
             missed=missed,
         )
 
 
-def _try_ways(
-    ways: Sequence[_Way],
-    forms: dict[Path, Form],
-    write: Callable[[_Way, Path], Form],
+def _try_forms(
+    source: ModelToWrite,
+    meaning: Calibrated | Decision | None,
     place: Path,
+    forms: dict[Path, Form],
     tell: Callable[[str], None],
+    alone: bool,
+    ways: Iterable[tuple[str, str, OnnxOptions]],
 ) -> dict[str, BenchRow]:
-    """Write the model in these ways, time them, and add them to the forms; return what was timed, by file."""
-    for way in ways:
-        file = place / f"{len(forms)}{way.ending}"
-        forms[file] = write(way, file)
-    new = [file for file, form in forms.items() if form.bytes is not None and form.median_s is None]
-    if not new:
+    """Write a model by name, format and options, time it, and add the forms; return what was timed, by file."""
+    written = []
+    for name, format, options in ways:
+        file = place / f"{len(forms)}{EXPORTS[format].ending}"
+        try:
+            done = write_model(source, file, format, options, meaning)
+        except UserError as error:  # a format that one of the runtimes has not
+            forms[file] = Form(name, left_out=error.message)
+            continue
+        forms[file] = Form(name, exported_bytes(file), comparison=done.comparison)
+        written.append(file)
+    if not written:
         return {}
-    tell("timing " + ", ".join(forms[file].name for file in new))
-    rows = {row.file: row for row in bench(new)}
-    for file in new:
+    tell("timing " + ", ".join(forms[file].name for file in written))
+    rows = {row.file: row for row in bench(written, alone=alone)}
+    for file in written:
         row = rows[str(file)]
         forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
     return rows
 
 
-def _exact_ways(packed: bool, bits: QuantizationType | None) -> list[_Way]:
-    """Return the ways to write a model, of low bits or not, that change no prediction of it."""
-    rounded = "" if bits is None else f" --bits {bits}"
+def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
+    """Yield name, format and options of the ways to write a model that change no prediction, usually fastest first."""
     if packed:
-        what: dict[OnnxRuntime, str] = {"small": "packed in memory, too", "fast": "expanded when it is loaded"}
-        ways = [
-            _Way(
-                Form(f"ONNX, codes {said}", f"--format onnx --runtime {runtime}{rounded}"), "onnx", OnnxOptions(runtime)
-            )
-            for runtime, said in what.items()
-        ]
+        yield "ONNX, codes expanded when it is loaded", "onnx", OnnxOptions("fast")
+        yield "ONNX, codes packed in memory, too", "onnx", OnnxOptions("small")
     else:
-        ways = [_Way(Form("ONNX", "--format onnx"), "onnx")]
+        yield "ONNX", "onnx", OnnxOptions()
     if not missing_packages("openvino"):
-        ways.append(_Way(Form("OpenVINO", f"--format openvino{rounded}"), "openvino"))
-    return ways
+        yield "OpenVINO", "openvino", OnnxOptions()
 
 
-def _fastest_s(forms: Mapping[Path, Form], max_bytes: int | None) -> float:
-    """Return the seconds of the fastest form within the limit of bytes."""
-    within = [
-        form.median_s
-        for form in forms.values()
-        if form.bytes is not None and form.median_s is not None and (max_bytes is None or form.bytes <= max_bytes)
-    ]
-    return min(within, default=math.inf)
-
-
-def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way, float | None]:
-    """Return the form with activations in 8 bits, left out if it loses too much on folds."""
-    form = Form("ONNX, activations in 8 bits", "--format onnx --activations int8")
+def _int8_loss(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[float | None, str]:
+    """Return what activations in 8 bits lose on folds, as a share, and why they are left out, if they are."""
     if not fold_runs:
-        return _Way(
-            replace(form, left_out="its loss can't be measured, since there are no runs on folds"), "onnx"
-        ), None
+        return None, "its loss can't be measured, since there are no runs on folds"
     tell("measuring what activations in 8 bits lose, on folds")
     try:
-        found = [compare_int8(run) for run in fold_runs[:_INT8_FOLDS]]
+        comparisons = [compare_int8(run) for run in fold_runs[:_INT8_FOLDS]]
     except UserError as error:
-        return _Way(replace(form, left_out=error.message), "onnx"), None
-    images = sum(one.images for one in found)
-    lost = sum(one.images * one.lost_points for one in found) / images / 100
-    if 100 * lost > LARGEST_LOSS:
-        said = f"it loses {100 * lost:.1f} points on {images} images of folds, and {LARGEST_LOSS:g} are accepted"
-        return _Way(replace(form, left_out=said), "onnx"), lost
-    return _Way(form, "onnx", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)), lost
+        return None, error.message
+    images = sum(compared.images for compared in comparisons)
+    lost = sum(compared.images * compared.lost_points for compared in comparisons) / images / 100
+    why_not = f"it loses {100 * lost:.1f} points on {images} images of folds, and {LARGEST_LOSS:g} are accepted"
+    return lost, why_not if 100 * lost > LARGEST_LOSS else ""
 
 
-def _written(way: _Way, file: Path, source: ModelToWrite, meaning: Calibrated | Decision | None) -> Form:
-    if way.form.left_out:
-        return way.form
-    try:
-        done = write_model(source, file, way.format, way.options, meaning)
-    except UserError as error:  # a format that one of the runtimes has not
-        return replace(way.form, left_out=error.message)
-    return replace(way.form, bytes=exported_bytes(file), comparison=done.comparison)
+def _measured(forms: Mapping[Path, Form]) -> tuple[dict[Path, int], dict[Path, float]]:
+    """Return bytes and seconds of the forms that were written."""
+    sizes = {file: form.bytes for file, form in forms.items() if form.bytes is not None}
+    return sizes, {file: form.median_s for file, form in forms.items() if form.median_s is not None}
 
 
-def _best(forms: dict[Path, Form], max_bytes: int | None, max_latency_s: float | None) -> tuple[Path, tuple[str, ...]]:
+def _small_enough(sizes: Mapping[Path, int], max_bytes: int | None) -> list[Path]:
+    return [file for file, size in sizes.items() if max_bytes is None or size <= max_bytes]
+
+
+def _best(
+    sizes: Mapping[Path, int], seconds: Mapping[Path, float], max_bytes: int | None, max_latency_s: float | None
+) -> tuple[Path, tuple[str, ...]]:
     """Return the fastest form within the limit of bytes, or else the smallest, and which limits it misses.
 
     Of those that are as fast the smallest.
     """
-
-    def seconds(file: Path) -> float:
-        found = forms[file].median_s
-        assert found is not None
-        return found
-
-    def size(file: Path) -> int:
-        found = forms[file].bytes
-        assert found is not None
-        return found
-
-    small = [file for file in forms if max_bytes is None or size(file) <= max_bytes]
-    fastest = min(map(seconds, small), default=0.0)
+    within = _small_enough(sizes, max_bytes)
+    fastest = min((seconds[file] for file in within), default=0.0)
     as_fast = _AS_FAST * fastest
     if max_latency_s is not None and fastest <= max_latency_s:
         as_fast = min(as_fast, max_latency_s)
-    best = min((file for file in small or forms if not small or seconds(file) <= as_fast), key=size)
+    best = min((file for file in within if seconds[file] <= as_fast) if within else sizes, key=sizes.__getitem__)
     missed = []
-    if max_bytes is not None and size(best) > max_bytes:
-        missed.append(f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {size(best) / 1e6:.2f} MB.")
-    if max_latency_s is not None and seconds(best) > max_latency_s:
-        which = "No form that is small enough keeps" if small else "The smallest form does not keep"
-        if min(map(seconds, forms)) > max_latency_s:
+    if max_bytes is not None and not within:
+        missed.append(f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {sizes[best] / 1e6:.2f} MB.")
+    if max_latency_s is not None and seconds[best] > max_latency_s:
+        which = "No form that is small enough keeps" if within else "The smallest form does not keep"
+        if min(seconds.values()) > max_latency_s:
             which = "No form keeps"
-        missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * seconds(best):.1f} ms.")
+        missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * seconds[best]:.1f} ms.")
     return best, tuple(missed)
-
-
-def _why_not(form: Form, taken: Form, max_bytes: int | None) -> str:
-    assert form.bytes is not None
-    assert taken.bytes is not None
-    if max_bytes is not None and max_bytes < form.bytes and form.bytes > taken.bytes:
-        return "it is larger than the limit"
-    assert form.median_s is not None
-    assert taken.median_s is not None
-    return "slower" if form.median_s > taken.median_s else "as fast, and larger"
 
 
 def _moved(file: Path, folder: Path) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from peft_vit.core.backbones import Architecture
+    from peft_vit.deploy import ExportMetadata
 
 _WARM_UP = 3  # calls that are not counted
 _ROUNDS = 10  # of a model with random weights, that are
@@ -61,16 +62,21 @@ def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int)
     return {int(batch): Calls(tuple(wall), tuple(processor)) for batch, wall, processor in timings}
 
 
-def time_random(architecture: Architecture, image_size: int, class_names: Sequence[str], threads: int) -> float:
-    """Return the median seconds of one image, of an ONNX export with random weights."""
+def export_random(card: ExportMetadata, file: Path) -> None:
+    """Write a model with random weights as ONNX: they take the same time as trained ones."""
     from peft_vit.core.backbones.catalog import create_model
     from peft_vit.deploy import export_onnx
+
+    export_onnx(create_model(card.architecture, card.image_size, len(card.class_names)).eval(), file, card)
+
+
+def time_random(architecture: Architecture, image_size: int, class_names: Sequence[str], threads: int) -> float:
+    """Return the median seconds of one image, of an ONNX export with random weights."""
     from peft_vit.deploy.measures.check import card_of_random
 
-    card = card_of_random(architecture, image_size, class_names, "timed")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        export_onnx(create_model(architecture, image_size, len(class_names)).eval(), file, card)
+        export_random(card_of_random(architecture, image_size, class_names, "timed"), file)
         calls = time_alone(file, [1], threads=threads, rounds=_ROUNDS)
     return statistics.median(calls[1].seconds)
 

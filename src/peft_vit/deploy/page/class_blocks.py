@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,14 +12,15 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
+from peft_vit.core.tasks.metric import Flags
 from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
 from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality, PredictedImage
 from peft_vit.deploy.page.tables import Column, own_interval_columns, table
+from peft_vit.deploy.presentation import Counts
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
 Pictures = Callable[[Sequence[int]], list[bytes]]
@@ -34,7 +35,7 @@ _NUMBERED = 20  # classes up to which cells hold their numbers
 _LABEL_COLUMNS = 24  # of a class's name beside an axis
 
 
-def shortened(name: str, columns: int = _LABEL_COLUMNS) -> str:
+def shorten(name: str, columns: int = _LABEL_COLUMNS) -> str:
     """Return a name's beginning and end, if it takes more columns; a wide letter, as in Chinese, takes two."""
     if _columns(name) <= columns:
         return name
@@ -74,43 +75,39 @@ def _without_glyph(font_file: str, letters: set[str]) -> set[str]:
     return {letter for letter in letters if not font.get_char_index(ord(letter))}
 
 
-def count_color(share: float) -> str:
-    """Return the color of a number on a cell whose own says a share."""
-    return _ON_BRIGHT if share > _BRIGHT else _ON_DARK
-
-
 def draw_matrix(
     canvas: Canvas,
     axes: Axes,
-    counts: NDArray[np.int64],
-    shares: NDArray[np.float64],
-    shown: NDArray[np.bool_],
-    said: Callable[[int, int], str],
-    labels: Sequence[str],
-    text: Mapping[str, Any],
+    counts: Counts,
+    totals: Counts,
+    shown: Flags,
+    names: Sequence[str],
+    describe: Callable[[int, int], str],
     *,
     numbered: int = _NUMBERED,
 ) -> None:
-    """Draw counts of pairs, (K, K), as cells.
+    """Draw counts of pairs, (K, K), as cells, colored by their shares of their row's total.
 
     Args:
         canvas: of the figure.
         axes: to draw on.
         counts: what cells hold.
-        shares: their colors, from 0 to 1.
+        totals: of rows, (K,).
         shown: which cells have one; an empty cell stays empty.
-        said: what a cell is, by its row and column.
-        labels: of rows and columns.
-        text: how these are set.
-        numbered: labels up to which cells hold their numbers.
+        names: of rows and columns.
+        describe: returns the text of a cell, by its row and column.
+        numbered: names up to which cells hold their numbers.
     """
-    size = len(labels)
-    taken = np.ma.array(shares, mask=~shown)
-    mesh = axes.pcolormesh(taken, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=GRID, linewidth=0.6)
-    canvas.add("images", mesh, [said(row, column) for row in range(size) for column in range(size)])
+    size, labels = len(names), [shorten(name) for name in names]
+    text: dict[str, Any] = {"fontfamily": fonts_for(labels)[0], "parse_math": False}
+    shares = np.divide(counts, totals[:, None], out=np.zeros(counts.shape), where=totals[:, None] > 0)
+    colored = np.ma.array(shares, mask=~shown)
+    mesh = axes.pcolormesh(colored, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=GRID, linewidth=0.6)
+    canvas.series("images", METHOD_COLORS["lora"])
+    canvas.add("images", mesh, [describe(*pair) for pair in np.ndindex(size, size)])
     if size <= numbered:
         for row, column in np.argwhere(shown).tolist():
-            color = count_color(shares[row, column])
+            color = _ON_BRIGHT if shares[row, column] > _BRIGHT else _ON_DARK
             axes.text(column + 0.5, row + 0.5, str(counts[row, column]), ha="center", va="center", color=color)
     axes.set_ylim(size, 0)
     axes.set_aspect("equal")
@@ -120,7 +117,7 @@ def draw_matrix(
     axes.spines[:].set_visible(False)
 
 
-def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawing | None:
+def confusion_figure(confusion: Counts, names: Sequence[str]) -> Drawing | None:
     """Draw what images of each class were predicted as; None for more classes than can be read.
 
     Args:
@@ -130,35 +127,30 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
     size = len(names)
     if size > MOST_CLASSES:
         return None
-    totals = confusion.sum(1, keepdims=True)
-    labels = [shortened(name) for name in names]
-    families, missing = fonts_for(labels)
-    text: dict[str, Any] = {"fontfamily": families, "parse_math": False}
-    shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+    totals = confusion.sum(1)
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.figure.add_subplot()
-        canvas.series("images", METHOD_COLORS["lora"])
 
-        def said(row: int, column: int) -> str:
-            return f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
+        def describe(row: int, column: int) -> str:
+            return f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row]}"
 
-        draw_matrix(canvas, axes, confusion, shares, confusion > 0, said, labels, text)  # so that mistakes are seen
+        draw_matrix(canvas, axes, confusion, totals, confusion > 0, names, describe)  # so that mistakes are seen
         axes.set_xlabel("predicted as")
         axes.set_ylabel("true class")
 
     data: list[dict[str, Raw]] = [
-        {"class": names[row], "taken_for": names[column], "images": int(confusion[row, column])}
-        for row in range(size)
-        for column in range(size)
+        {"class": names[row], "taken_for": names[column], "images": int(images)}
+        for (row, column), images in np.ndenumerate(confusion)
     ]
     caption = (
         f"{counted(int(confusion.sum()), 'test image')}. Color: the share of a class's images, from few (dark) to all "
         "(bright). The diagonal is what is right."
     )
+    labels = [shorten(name) for name in names]
     if labels != list(names):
         caption += " Long names are shortened; the table below has them whole."
-    if missing:
+    if missing := fonts_for(labels)[1]:
         caption += f" {no_font(missing)}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # said once, in the caption
@@ -178,7 +170,7 @@ def no_font(letters: str) -> str:
 
 def class_blocks(quality: ModelQuality) -> Iterator[Block]:
     """Yield what is predicted as what, and how much of each class is found."""
-    figure = confusion_figure(quality.confusion, [plain(found.name) for found in quality.classes])
+    figure = confusion_figure(quality.confusion, [result.name for result in quality.classes])
     if figure is not None:
         yield figure
     pairs = quality.confusions
@@ -188,21 +180,21 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
             "Most frequent confusions",
             pairs[:_PAIRS],
             [
-                Column("Class", lambda pair: plain(pair.truth), data="class"),
-                Column("Predicted", lambda pair: plain(pair.taken_for), data="taken_for"),
+                Column("Class", "truth", data="class"),
+                Column("Predicted", "taken_for"),
                 Column("Images", lambda pair: f"{pair.images} of {pair.of}"),
                 Column("", "images"),
             ],
             f"{len(pairs[:_PAIRS])} of {len(pairs)} pairs of classes that are confused at all.",
         )
-    tested = sorted((found for found in quality.classes if found.found is not None), key=_share)
+    tested = sorted((result for result in quality.classes if result.recall is not None), key=_share)
     if len(tested) > _UNFOLDED:
         yield _class_table(f"The {_WORST} classes that are found least often", "classes_worst", tested[:_WORST])
     yield _class_table("Accuracy by class, lowest first", "classes", tested, folded=len(tested) > _UNFOLDED)
 
 
-def _share(found: ClassResult) -> float:
-    return 0.0 if found.found is None else found.found.estimate
+def _share(result: ClassResult) -> float:
+    return 0.0 if result.recall is None else result.recall.estimate
 
 
 def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folded: bool = False) -> Table:
@@ -211,9 +203,9 @@ def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folde
         title,
         classes,
         [
-            Column("Class", lambda found: plain(found.name), data="class"),
+            Column("Class", "name", data="class"),
             Column("Test images", "images", count),
-            Column("Recall", "found", percent_interval, partial(own_interval_columns, "found")),
+            Column("Recall", "recall", percent_interval, partial(own_interval_columns, "found")),
             Column("Predicted", "predicted", count),
             Column("Precision", "precision", percent),
         ],
@@ -230,7 +222,7 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
     """Return a strip of test images, right ones and wrong ones; None if there are no pictures."""
     groups = []
     for right, most in ((True, SHOWN_RIGHT), (False, SHOWN_WRONG)):
-        shown = quality.some(right, most)
+        shown = quality.sample_images(right, most)
         made = pictures_of([image.position for image in shown], pictures)
         if isinstance(made, str):
             return None
@@ -246,41 +238,52 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
     mistakes = quality.mistakes
     shown = mistakes[:SHOWN_MISTAKES]
     rule = "Sorted by the probability that the model gave to its answer. Is the label right?"
-    made = pictures_of([image.position for image in shown], pictures)
-    if isinstance(made, str):
-        return table(
-            "mistakes",
-            "The most confident mistakes",
-            shown,
-            [
-                Column("Image", lambda image: plain(image.file), data="image"),
-                Column("Is", lambda image: plain(image.truth), data="class"),
-                Column("Predicted", lambda image: plain(image.predicted), data="taken_for"),
-                Column("Probability", "probability", percent),
-            ],
-            f"{len(shown)} of {len(mistakes)} mistakes. {rule}{made and f' No pictures: {made}.'}",
+    title, group = "The most confident mistakes", f"{len(shown)} of {len(mistakes)} mistakes"
+    images = [
+        (
+            image.position,
+            (image.file, f"is {image.truth}", f"predicted as {image.predicted}, {percent(image.probability)}"),
         )
+        for image in shown
+    ]
+    block = gallery("mistakes", title, rule, [(group, images)], pictures)
+    if isinstance(block, Gallery):
+        return block
+    return table(
+        "mistakes",
+        title,
+        shown,
+        [
+            Column("Image", "file", data="image"),
+            Column("Is", "truth", data="class"),
+            Column("Predicted", "predicted", data="taken_for"),
+            Column("Probability", "probability", percent),
+        ],
+        f"{group}. {rule}{block}",
+    )
 
-    group = tuple(
-        Picture(
-            png,
-            (
-                plain(image.file),
-                f"is {plain(image.truth)}",
-                f"predicted as {plain(image.predicted)}, {percent(image.probability)}",
-            ),
-        )
-        for png, image in zip(made, shown, strict=True)
-    )
+
+def gallery(
+    slug: str,
+    title: str,
+    rule: str,
+    groups: Iterable[tuple[str, Sequence[tuple[int, tuple[str, ...]]]]],
+    pictures: Pictures | None,
+) -> Gallery | str:
+    """Return groups of images by their positions, with the lines below each, or a sentence on why there are none."""
+    groups = list(groups)
+    made = pictures_of([position for _, images in groups for position, _ in images], pictures)
+    if isinstance(made, str):
+        return made and f" No pictures: {made}."
+    pngs = iter(made)
+    parts = ((heading, tuple(Picture(next(pngs), lines) for _, lines in images)) for heading, images in groups)
     caption = f"{rule} The page holds these pictures: share it only if you may share them."
-    return Gallery(
-        "mistakes", "The most confident mistakes", caption, ((f"{len(shown)} of {len(mistakes)} mistakes", group),)
-    )
+    return Gallery(slug, title, caption, tuple(parts))
 
 
 def _said(image: PredictedImage) -> tuple[str, ...]:
-    said = f"{'✓' if image.right else '✗'}\u00a0{plain(image.predicted)}"
-    return (said, percent(image.probability), *([] if image.right else [f"is {plain(image.truth)}"]))
+    answer = f"{'✓' if image.right else '✗'}\u00a0{image.predicted}"
+    return (answer, percent(image.probability), *([] if image.right else [f"is {image.truth}"]))
 
 
 def pictures_of(positions: Sequence[int], pictures: Pictures | None) -> list[bytes] | str:

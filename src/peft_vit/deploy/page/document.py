@@ -105,11 +105,11 @@ Block = Paragraph | Table | Drawing | Gallery | Facts
 
 
 class Card(NamedTuple):
-    """What one method reached, at a glance."""
+    """A number at a glance."""
 
-    method: str
-    experiment: str
-    figure: str
+    title: str  # what it is, such as a measure or a method
+    subtitle: str  # of what, such as test images or an experiment
+    value: str
     lines: tuple[str, ...]
 
 

@@ -22,10 +22,6 @@ class WrittenFiles:
 
     html: Path | None  # the page, complete in itself; None if only the summary was written
     markdown: Path  # the summary, which shows the PNG files
-    figures: tuple[Path, ...]  # PNG and SVG files
-    figure_data: tuple[Path, ...]  # CSV files with the values that are drawn, as the page offers them
-    tables: tuple[Path, ...]  # CSV files with unrounded values
-    publication: tuple[Path, ...]  # figures for a paper and their captions; none unless requested
 
 
 def write_report(
@@ -49,22 +45,19 @@ def write_report(
 
     with os_fault("can't be written to", output_dir, remedy="choose another --output"):
         html = write(HTML_FILE, write_html(documents)) if page else None
-        figures, figure_data, tables, paper = [], [], [], []
         for document in documents:
             for drawing in document.drawings():
-                png = figure_path(document, drawing)
-                stem = png.removesuffix(".png")
-                figures += [write(png, drawing.png), write(f"{stem}.svg", drawing.svg)]
-                figure_data.append(write(f"{stem}.csv", as_csv(drawing.data)))
-                if publication:
-                    own = f"figures/publication/{document.slug}_{drawing.slug}"
-                    paper += [write(own + ending, content) for ending, content in publication_files(drawing)]
+                stem = figure_path(document, drawing).removesuffix(".png")
+                for ending, content in ((".png", drawing.png), (".svg", drawing.svg), (".csv", as_csv(drawing.data))):
+                    write(stem + ending, content)
+                for ending, content in publication_files(drawing) if publication else ():
+                    write(f"figures/publication/{document.slug}_{drawing.slug}{ending}", content)
             for table in document.tables():
-                tables.append(write(f"tables/{document.slug}_{table.slug}.csv", as_csv(table.data)))
+                write(f"tables/{document.slug}_{table.slug}.csv", as_csv(table.data))
         (summary_file,) = (write(name, text) for name, text in markdown.items())
         if publication:
-            paper.append(write("figures/publication/captions.md", captions(documents)))
-    return WrittenFiles(html, summary_file, tuple(figures), tuple(figure_data), tuple(tables), tuple(paper))
+            write("figures/publication/captions.md", captions(documents))
+    return WrittenFiles(html, summary_file)
 
 
 def captions(documents: Sequence[StudyDocument]) -> str:

@@ -21,7 +21,7 @@ def plain(text: str) -> str:
     return " ".join(visible.split())
 
 
-def known(value: T | None, write: Callable[[T], str]) -> str:
+def or_dash(value: T | None, write: Callable[[T], str]) -> str:
     """Return a value as text; – where it is not known."""
     return "–" if value is None else write(value)
 
@@ -72,7 +72,7 @@ def bounds_of(metric: DecidingMetric, interval: Interval) -> str:
     """Return both ends of its interval, without a unit."""
     if metric.is_share:
         return bounds_in_percent(interval)
-    low, high = (known(end, partial(value_of, metric)) for end in (interval.low, interval.high))
+    low, high = (or_dash(end, partial(value_of, metric)) for end in (interval.low, interval.high))
     return f"{low} to {high}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from peft_vit.base.statistics import proportion_interval
-from peft_vit.base.statistics.reliability import Bin
+from peft_vit.base.statistics.reliability import ReliabilityBin
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import DecidingMetric
 from peft_vit.deploy.page.document import Drawing, Raw
@@ -20,9 +20,9 @@ STEPS = 4_000  # of all curves together
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     """Return the centered moving average; at the ends over what there is of the window."""
-    data, box, half = np.asarray(values, dtype=np.float64), np.ones(window), window // 2
+    data, box, offset = np.asarray(values, dtype=np.float64), np.ones(window), window // 2
     sums, counts = np.convolve(data, box), np.convolve(np.ones_like(data), box)
-    return np.asarray((sums / counts)[half : half + data.size])
+    return np.asarray((sums / counts)[offset : offset + data.size])
 
 
 def smoothing_window(steps: int) -> int:
@@ -50,7 +50,7 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     shares = {row.step: metric.of(row.metrics) for row in record.evaluations}
     unit = 100 if metric.is_share else 1
     probe = None if record.head_fit is None or not shares else record.head_fit.chosen
-    start, kept = None if probe is None else metric.of(probe), record.chosen_step
+    start, chosen = None if probe is None else metric.of(probe), record.chosen_step
     (color, other, *_), words = LINE_COLORS, metric.words
 
     def paint(canvas: Canvas) -> None:
@@ -69,8 +69,8 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
         x, y = list(shares), [unit * share for share in shares.values()]
         canvas.plot("model", right, x, y, texts, color=color, lw=1.4, marker="o", ms=4)
         right.set_title(f"{words} on validation{' (%)' if metric.is_share else ''}")
-        if kept in shares:
-            right.plot([kept], [unit * shares[kept]], marker="o", ms=10, mfc="none", color=INK, ls="")
+        if chosen in shares:
+            right.plot([chosen], [unit * shares[chosen]], marker="o", ms=10, mfc="none", color=INK, ls="")
         if start is not None:
             canvas.series("linear probe", other, "")
             style: dict[str, Any] = {"color": other, "ls": DASHED, "lw": 1.4, "label": "linear probe"}
@@ -80,7 +80,7 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     caption = "Left: loss of the training batches" + (f", moving average over {window} steps." if window > 1 else ".")
     if shares:
         caption += f" Right: {words} on the {record.split_sizes['validation']:,} validation images"
-        caption += "; the ring marks the step that was kept." if kept in shares else "."
+        caption += "; the ring marks the step that was kept." if chosen in shares else "."
         caption += " Dashed: the linear probe, from which training started." if start is not None else ""
     data: list[dict[str, Raw]] = [
         {"step": step, "measure": measure, "value": value}
@@ -90,7 +90,7 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     return draw("learning", "Training and validation", caption, 2.7, paint, data, 4.6)
 
 
-def draw_reliability(bins: Sequence[Bin], caption: str) -> Drawing:
+def draw_reliability(bins: Sequence[ReliabilityBin], caption: str) -> Drawing:
     """Draw how often predictions on test are right over how sure they are, with Wilson's 95 % intervals."""
 
     def paint(canvas: Canvas) -> None:

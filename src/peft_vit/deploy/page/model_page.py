@@ -24,17 +24,7 @@ from peft_vit.deploy.page.tables import table
 from peft_vit.deploy.page.trained import beside_the_probe, test_score
 
 CARD_FILE = "card.md"
-OUTPUTS, WRONG, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
-    "How good it is",
-    "Where it is wrong",
-    "Test images and what it says of them",
-    "Classes",
-    "Mistakes",
-    "Can you trust its probabilities?",
-    "How it learned",
-    "The images",
-    "How it was made",
-)
+BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
 _FIRST = 8  # classes that are named
 
 
@@ -86,18 +76,21 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     record, quality = summary.record, summary.quality
     sections: dict[str, tuple[Block, ...]] = {}
     if quality is None:
-        sections |= {OUTPUTS: tuple(output_blocks(record)), WRONG: tuple(shown_blocks(record, pictures))}
+        sections |= {
+            "How good it is": tuple(output_blocks(record)),
+            "Where it is wrong": tuple(shown_blocks(record, pictures)),
+        }
     else:
         examples = example_gallery(quality, pictures)
         sections = {
-            EXAMPLES: () if examples is None else (examples,),
-            CLASSES: tuple(class_blocks(quality)),
-            MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
+            "Test images and what it says of them": () if examples is None else (examples,),
+            "Classes": tuple(class_blocks(quality)),
+            "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
             BELIEF: tuple(_reliability(record, quality)),
         }
     learning = learning_curves(record, summary.metric)
     sections |= {
-        TRAINING: () if learning is None else (learning,),
+        "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(record))),),
     }
@@ -213,8 +206,8 @@ def accuracy_card(summary: ModelSummary) -> Card:
 def labels_card(record: RunRecord) -> Card:
     """Return how many labels it took."""
     sizes = record.split_sizes
-    kept = {"to validate": sizes["validation"], "to test": sizes["test"]}
-    more = tuple(f"{count(images)} more {to}" for to, images in kept.items() if images)
+    held_out = {"to validate": sizes["validation"], "to test": sizes["test"]}
+    more = tuple(f"{count(images)} more {to}" for to, images in held_out.items() if images)
     what = TASKS[record.spec.task].counted(record.class_names)
     return Card("Labels used", f"training images of {what}", count(sizes["train"]), more)
 
@@ -229,8 +222,8 @@ def _probe_card(summary: ModelSummary) -> Iterator[Card]:
     if test is not None:
         yield Card(title, what, value_of(metric, metric.of(test.metrics)), ("on the same test images",))
     elif fit is not None and fit.chosen is not None and record.validation is not None:
-        own = value_of(metric, metric.of(record.validation))
-        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {own}")
+        value = value_of(metric, metric.of(record.validation))
+        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {value}")
         yield Card(title, what, value_of(metric, metric.of(fit.chosen)), lines)
 
 
@@ -252,7 +245,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
     if quality is not None and quality.confusions:
         most = quality.confusions[0]
         yield (
-            f"Its most frequent mistake: {plain(most.truth)} predicted as {plain(most.taken_for)} ({most.images} of "
+            f"Its most frequent mistake: {most.truth} predicted as {most.taken_for} ({most.images} of "
             f"{most.of} images)."
         )
     if summary.use:
@@ -267,12 +260,14 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
-    said = f"It says {percent(sure)} on average and is right on {percent(right)}"
+    sentence = f"It says {percent(sure)} on average and is right on {percent(right)}"
     if low <= sure <= high:
-        yield Paragraph(f"{said}, so its probabilities hold, as far as {count(quality.accuracy.n)} images can tell.")
+        yield Paragraph(
+            f"{sentence}, so its probabilities hold, as far as {count(quality.accuracy.n)} images can tell."
+        )
     else:
         yield Paragraph(
-            f"{said}, so it is too {'sure' if sure > right else 'careful'} by "
+            f"{sentence}, so it is too {'sure' if sure > right else 'careful'} by "
             f"{fixed(100 * abs(sure - right), 1)} points."
         )
     if bins := quality.reliability():
@@ -304,7 +299,7 @@ def _calibration(record: RunRecord) -> Iterator[Block]:
 def _images(summary: ModelSummary) -> Iterator[Block]:
     record, quality = summary.record, summary.quality
     classes = () if quality is None else quality.classes
-    if untested := [plain(found.name) for found in classes if not found.images]:
+    if untested := [result.name for result in classes if not result.images]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
         yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
     if left_out := record.left_out:
@@ -335,9 +330,9 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
     if spec.data.path is not None:
         yield "Folder", plain(str(spec.data.path))
     if not spec.experiment.is_probe:
-        kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
+        chosen = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
         size = f"{len(record.steps):,} of {training.batch_size} images"
-        yield "Steps", f"{size}{kept}; learning rate {training.learning_rate:g}"
+        yield "Steps", f"{size}{chosen}; learning rate {training.learning_rate:g}"
     if training.loss is not None:
         yield "Loss", training.loss.replace("_", " ")
     if training.class_weights != "none":

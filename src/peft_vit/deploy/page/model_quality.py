@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from peft_vit.base.statistics import Interval, proportion_interval
-from peft_vit.base.statistics.reliability import Bin, equal_count_bins
-from peft_vit.core.records import Predictions, RunRecord
+from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
+from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.deploy.page.formatting import plain
+from peft_vit.deploy.presentation import Counts
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
 _LEAST_BINS = 3
@@ -24,7 +25,7 @@ class ClassResult:
 
     name: str
     images: int  # that are of it
-    found: Interval | None  # share of them that are called so; None: there are none
+    recall: Interval | None  # None: there are none
     predicted: int  # images that are called so
     precision: float | None  # share of these that are of it; None: there are none
 
@@ -48,11 +49,7 @@ class PredictedImage:
     truth: str
     predicted: str
     probability: float  # of what is said
-
-    @property
-    def right(self) -> bool:
-        """Return whether what is said is true."""
-        return self.truth == self.predicted
+    right: bool  # whether that is true
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,8 @@ class ModelQuality:
 
     accuracy: Interval  # of the population of images
     balanced_accuracy: Interval  # mean of the classes' recall, over the classes that have test images
-    majority: float  # share of the most frequent class
     classes: tuple[ClassResult, ...]
-    confusion: NDArray[np.int64]  # (true, predicted)
+    confusion: Counts  # (true, predicted)
     images: tuple[PredictedImage, ...]  # in the order of the test split
 
     @property
@@ -75,7 +71,7 @@ class ModelQuality:
     @property
     def confusions(self) -> list[Confusion]:
         """Return which classes are predicted as which, the most frequent first."""
-        names, totals = [found.name for found in self.classes], self.confusion.sum(1)
+        names, totals = [result.name for result in self.classes], self.confusion.sum(1)
         wrong = self.confusion - np.diag(np.diag(self.confusion))
         pairs = [
             Confusion(names[row], names[column], int(wrong[row, column]), int(totals[row]))
@@ -88,7 +84,7 @@ class ModelQuality:
         """Return the mean probability of what is said; equal to the accuracy where probabilities hold."""
         return float(np.mean([image.probability for image in self.images]))
 
-    def reliability(self) -> tuple[Bin, ...]:
+    def reliability(self) -> tuple[ReliabilityBin, ...]:
         """Return bins of equal counts that hold at least `IN_A_BIN` images each; none where there are too few."""
         bins = min(MOST_BINS, len(self.images) // IN_A_BIN)
         if bins < _LEAST_BINS:
@@ -96,16 +92,16 @@ class ModelQuality:
         sure, right = zip(*((image.probability, image.right) for image in self.images), strict=True)
         return equal_count_bins(sure, right, bins)
 
-    def some(self, right: bool, most: int) -> list[PredictedImage]:
+    def sample_images(self, right: bool, most: int) -> list[PredictedImage]:
         """Return up to so many images on which it is right, or wrong, drawn blindly from one class after the other."""
-        own = [image for image in self.images if image.right == right]
+        candidates = [image for image in self.images if image.right == right]
         rounds: dict[str, int] = {}
         turns: list[tuple[int, int, int]] = []
-        for place in np.random.default_rng(0).permutation(len(own)).tolist():
-            truth = own[place].truth
+        for place in np.random.default_rng(0).permutation(len(candidates)).tolist():
+            truth = candidates[place].truth
             rounds[truth] = rounds.get(truth, 0) + 1
             turns.append((rounds[truth], len(turns), place))
-        return [own[place] for place in sorted(place for _, _, place in sorted(turns)[:most])]
+        return [candidates[place] for place in sorted(place for _, _, place in sorted(turns)[:most])]
 
 
 def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> ModelQuality | None:
@@ -120,31 +116,29 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
         return None
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
     k = max(len(record.class_names), int(labels.max()) + 1, int(predicted.max()) + 1)
-    names = [*record.class_names, *(f"class {place}" for place in range(len(record.class_names), k))]
+    names = [plain(name) for name in record.class_names]
+    names += [f"class {place}" for place in range(len(names), k)]
     confusion = np.zeros((k, k), dtype=np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    sure = np.asarray(predictions.probability if probability is None else probability, dtype=np.float64)
+    probabilities = np.asarray(predictions.probability if probability is None else probability, dtype=np.float64)
+    files = [plain(file) for file in predictions.files or ()]
+    files = files or [f"image {position}" for position in predictions.images]
+    by_class = zip(
+        names, np.diag(confusion).tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True
+    )
+    by_image = zip(predictions.images, files, labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True)
     return ModelQuality(
         accuracy=ACCURACY.interval(labels, predicted),
         balanced_accuracy=BALANCED_ACCURACY.interval(labels, predicted),
-        majority=float(confusion.sum(1).max() / len(labels)),
-        classes=tuple(_class(name, place, confusion) for place, name in enumerate(names)),
+        classes=tuple(
+            ClassResult(
+                name, n, proportion_interval(hits, n) if n else None, answers, hits / answers if answers else None
+            )
+            for name, hits, n, answers in by_class
+        ),
         confusion=confusion,
-        images=tuple(_images(predictions, names, sure)),
+        images=tuple(
+            PredictedImage(position, file, names[label], names[answer], p, label == answer)
+            for position, file, label, answer, p in by_image
+        ),
     )
-
-
-def _class(name: str, place: int, confusion: NDArray[np.int64]) -> ClassResult:
-    hit, images, predicted = int(confusion[place, place]), int(confusion[place].sum()), int(confusion[:, place].sum())
-    found = proportion_interval(hit, images) if images else None
-    return ClassResult(name, images, found, predicted, hit / predicted if predicted else None)
-
-
-def _images(predictions: Predictions, names: Sequence[str], sure: NDArray[np.float64]) -> list[PredictedImage]:
-    files = predictions.files or [f"image {position}" for position in predictions.images]
-    numbers = (np.asarray(column).tolist() for column in (predictions.labels, predictions.predicted))
-    columns = (predictions.images, files, *numbers, sure.tolist())
-    return [
-        PredictedImage(position, file, names[label], names[said], probability)
-        for position, file, label, said, probability in zip(*columns, strict=True)
-    ]

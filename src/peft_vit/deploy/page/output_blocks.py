@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
 
-from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
-from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, fonts_for, pictures_of, shortened
-from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
-from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, METHOD_COLORS, MUTED, Canvas, draw, quiet_grid
-from peft_vit.deploy.page.formatting import count, known, percent, plain
+from peft_vit.core.tasks.metric import Floats, Labels
+from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, gallery
+from peft_vit.deploy.page.document import Block, Drawing, Gallery, Raw, Table
+from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MUTED, Canvas, draw, quiet_grid
+from peft_vit.deploy.page.formatting import count, or_dash, percent, plain
 from peft_vit.deploy.page.tables import Column, table
-from peft_vit.deploy.presentation import PRESENTED, Errors, Said, Shown
+from peft_vit.deploy.presentation import PRESENTED, Counts, Errors, LabelledOutputs
 
 _PANELS = 4  # numbers that are drawn
 _FIFTHS, _IN_A_FIFTH = 5, 5  # parts of the range of predictions, and images in one at least
@@ -31,15 +30,15 @@ def short(value: object) -> str:
 
 def output_blocks(record: RunRecord) -> Iterator[Block]:
     """Yield measures of each output, and what a task's outputs have beside them."""
-    shown, said = PRESENTED[record.spec.task], _said(record)
-    labels, predicted, names, _ = said
-    errors = shown.errors(said)
+    presentation, outputs = PRESENTED[record.spec.task], _labelled_outputs(record)
+    labels, predicted, names, _ = outputs
+    errors = presentation.errors(outputs)
     if errors is not None:
         yield _scatter(names, labels, predicted)
-    rows = shown.rows(said)
+    rows = presentation.measures(outputs)
     columns = [Column(name, name, short) for name in rows[0]]
-    yield table("outputs", "Each of them", rows, columns, f"On {count(len(labels))} test images. {shown.note}")
-    together = shown.together(said)
+    yield table("outputs", "Each of them", rows, columns, f"On {count(len(labels))} test images. {presentation.note}")
+    together = presentation.cooccurrence(outputs)
     if together is not None and 1 < len(names) <= MOST_TOGETHER:
         yield _together(names, *together)
     if errors is not None:
@@ -49,10 +48,10 @@ def output_blocks(record: RunRecord) -> Iterator[Block]:
     yield from coverage_table(record, short)
 
 
-def _said(record: RunRecord) -> Said:
+def _labelled_outputs(record: RunRecord) -> LabelledOutputs:
     assert record.predictions is not None
     labels, predicted = map(rows_of, (record.predictions.labels, record.predictions.predicted))
-    return Said(labels, predicted, [plain(name) for name in record.class_names], record.decision)
+    return LabelledOutputs(labels, predicted, [plain(name) for name in record.class_names], record.decision)
 
 
 def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iterator[Table]:
@@ -75,13 +74,15 @@ def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iter
     yield table("coverage", title, rows, columns, note)
 
 
-def _measures(record: RunRecord, labels: NDArray[Any], predicted: NDArray[Any]) -> Table:
+def _measures(record: RunRecord, labels: Labels, predicted: Labels) -> Table:
     assert record.test is not None
     measures = []
     for name, value in record.test.more.items():
         metric = TASKS[record.spec.task].metrics.get(name)
-        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record.decision)))
-        words = name.replace("_", " ") if metric is None else metric.words
+        words, bounds = name.replace("_", " "), None
+        if metric is not None:
+            interval = metric.interval(labels, predicted, thresholds_of(record.decision))
+            words, bounds = metric.words, f"{or_dash(interval.low, short)} to {or_dash(interval.high, short)}"
         measures.append({"measure": words, "value": value, "bounds": bounds})
     return table(
         "measures",
@@ -92,57 +93,60 @@ def _measures(record: RunRecord, labels: NDArray[Any], predicted: NDArray[Any]) 
     )
 
 
-def _ends(interval: Interval) -> str:
-    return f"{known(interval.low, short)} to {known(interval.high, short)}"
-
-
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def _panels(
+    slug: str,
+    title: str,
+    caption: str,
+    height_in: float,
     names: Sequence[str],
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    words: tuple[str, str],
-    under: Callable[..., None],
-) -> Callable[[Canvas], None]:
-    """Return what draws points (N, K), a panel a number, over what `under` draws of its axes and place."""
+    columns: Mapping[str, Floats],
+    draw_under: Callable[[Axes, int], None],
+) -> Drawing:
+    """Draw the second of some columns (N, K) over the first, a panel a number, over what is drawn under its points."""
+    (x_label, x), (y_label, y), *_ = columns.items()
 
     def paint(canvas: Canvas) -> None:
-        shown = list(names[:_PANELS])
-        panels = canvas.figure.subplots(1, len(shown), squeeze=False)[0]
-        for k, (axes, name) in enumerate(zip(panels, shown, strict=True)):
+        drawn = list(names[:_PANELS])
+        panels = canvas.figure.subplots(1, len(drawn), squeeze=False)[0]
+        for k, (axes, name) in enumerate(zip(panels, drawn, strict=True)):
             color = LINE_COLORS[k % len(LINE_COLORS)]
             canvas.series(name, color, "o")
-            under(axes, k)
-            texts = [f"{words[0]} {a:.3g}, {words[1]} {b:.3g}" for a, b in zip(x[:, k], y[:, k], strict=True)]
+            draw_under(axes, k)
+            texts = [f"{x_label} {a:.3g}, {y_label} {b:.3g}" for a, b in zip(x[:, k], y[:, k], strict=True)]
             style: dict[str, Any] = {"color": color, "ls": "", "marker": "o", "ms": 3, "alpha": 0.9, "zorder": 2}
             canvas.plot(name, axes, x[:, k], y[:, k], texts, **style)
-            axes.set_xlabel(f"{words[0]} {name}")
-            axes.set_ylabel(words[1])
+            axes.set_xlabel(f"{x_label} {name}")
+            axes.set_ylabel(y_label)
             quiet_grid(axes)
 
-    return paint
+    data: list[dict[str, Raw]] = [
+        {"number": name} | {column: float(values[row, k]) for column, values in columns.items()}
+        for k, name in enumerate(names)
+        for row in range(len(x))
+    ]
+    return draw(slug, title, caption, height_in, paint, data)
 
 
-def _scatter(names: Sequence[str], labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Drawing:
+def _scatter(names: Sequence[str], labels: Floats, predicted: Floats) -> Drawing:
     """Draw what is predicted over what is true, (N, K) each."""
 
-    def diagonal(axes: Any, k: int) -> None:
+    def diagonal(axes: Axes, k: int) -> None:
         x, y = labels[:, k], predicted[:, k]
         ends = [min(x.min(), y.min()), max(x.max(), y.max())]
         axes.plot(ends, ends, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
 
-    data = _points(names, true=labels, predicted=predicted)
     caption = "Test images. On the dashed line what is predicted is true."
-    paint = _panels(names, labels, predicted, ("true", "predicted"), diagonal)
-    return draw("scatter", "Predicted against true", caption, 3.4, paint, data, 3.4)
+    columns = {"true": labels, "predicted": predicted}
+    return _panels("scatter", "Predicted against true", caption, 3.4, names, columns, diagonal)
 
 
-def _residuals(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Drawing:
+def _residuals(names: Sequence[str], predicted: Floats, errors: Errors) -> Drawing:
     """Draw errors over what is predicted, (N, K) each, and the ends of intervals."""
 
-    def ends(axes: Any, k: int) -> None:
+    def ends(axes: Axes, k: int) -> None:
         axes.axhline(0, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
         if errors.reach is not None:
             order = np.argsort(predicted[:, k])
@@ -155,31 +159,22 @@ def _residuals(names: Sequence[str], predicted: NDArray[np.float64], errors: Err
     if errors.reach is not None:
         columns["reach"] = errors.reach
         caption += f" Between the two lines lies what an interval of {percent(errors.coverage)} holds."
-    paint = _panels(names, predicted, errors.sizes, ("predicted", "error"), ends)
-    return draw("residuals", "Errors by size", caption, 3.0, paint, _points(names, **columns), 3.0)
+    return _panels("residuals", "Errors by size", caption, 3.0, names, columns, ends)
 
 
-def _points(names: Sequence[str], **columns: NDArray[np.float64]) -> list[dict[str, Raw]]:
-    return [
-        {"number": name} | {column: float(values[row, k]) for column, values in columns.items()}
-        for k, name in enumerate(names)
-        for row in range(len(next(iter(columns.values()))))
-    ]
-
-
-def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Errors) -> Iterator[Table]:
+def _by_size(names: Sequence[str], predicted: Floats, errors: Errors) -> Iterator[Table]:
     """Yield errors by fifths of what is predicted, as far as there are images."""
     parts = min(_FIFTHS, len(predicted) // _IN_A_FIFTH)
     if parts < 2:
         return
     rows: list[dict[str, Any]] = []
     for k, name in enumerate(names):
-        for own in np.array_split(np.argsort(predicted[:, k], kind="stable"), parts):
-            said, missed = predicted[own, k], errors.sizes[own, k]
-            row = {"Number": name, "Predicted": f"{said.min():.3g} to {said.max():.3g}", "Images": len(own)}
+        for part in np.array_split(np.argsort(predicted[:, k], kind="stable"), parts):
+            answers, missed = predicted[part, k], errors.sizes[part, k]
+            row = {"Number": name, "Predicted": f"{answers.min():.3g} to {answers.max():.3g}", "Images": len(part)}
             row |= {"Mean error": float(missed.mean()), "Mean absolute error": float(np.abs(missed).mean())}
             if errors.reach is not None:
-                row["Intervals that hold"] = percent((np.abs(missed) <= errors.reach[own, k]).mean())
+                row["Intervals that hold"] = percent((np.abs(missed) <= errors.reach[part, k]).mean())
             rows.append(row)
     columns = [Column(name, name, short) for name in rows[0] if len(names) > 1 or name != "Number"]
     note = "Test images in parts of equal size, by what is predicted. An error is that less what is true."
@@ -189,40 +184,28 @@ def _by_size(names: Sequence[str], predicted: NDArray[np.float64], errors: Error
 # --- several labels ---------------------------------------------------------------------------------------------------
 
 
-def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[np.int64]) -> Drawing:
+def _together(names: Sequence[str], true: Counts, predicted: Counts) -> Drawing:
     """Draw on how many images two labels are together, (K, K) each: in truth, and as predicted."""
-    size, labels = len(names), [shortened(name) for name in names]
-    text: dict[str, Any] = {"fontfamily": fonts_for(labels)[0], "parse_math": False}
-    panels = {"true": true, "predicted": predicted}
-
-    def shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        own = np.diag(counts)[:, None]
-        return np.divide(counts, own, out=np.zeros(counts.shape), where=own > 0)
-
-    def said(counts: NDArray[np.int64], row: int, column: int) -> str:
-        own = counts[row, row]
-        if row == column:
-            return f"{names[row]}: {own} images"
-        return f"{names[row]} and {names[column]}\n{counts[row, column]} of {own} with {names[row]}"
+    size, panels = len(names), {"true": true, "predicted": predicted}
 
     def paint(canvas: Canvas) -> None:
         parts = canvas.figure.subplots(2, 1) if canvas.narrow else canvas.figure.subplots(1, 2)
-        canvas.series("images", METHOD_COLORS["lora"])
         for axes, (title, counts) in zip(parts, panels.items(), strict=True):
-            off = ~np.eye(size, dtype=bool) & (counts > 0)
-            draw_matrix(
-                canvas, axes, counts, shares(counts), off, partial(said, counts), labels, text, numbered=_NUMBERED
-            )
+            totals = np.diag(counts)
+
+            def describe(row: int, column: int, counts: Counts = counts) -> str:
+                images = counts[row, row]
+                if row == column:
+                    return f"{names[row]}: {images} images"
+                return f"{names[row]} and {names[column]}\n{counts[row, column]} of {images} with {names[row]}"
+
+            off_diagonal = ~np.eye(size, dtype=bool) & (counts > 0)
+            draw_matrix(canvas, axes, counts, totals, off_diagonal, names, describe, numbered=_NUMBERED)
             axes.set_title(title)
 
     data: list[dict[str, Raw]] = [
-        {
-            "label": names[row],
-            "with": names[column],
-            **{which: int(counts[row, column]) for which, counts in panels.items()},
-        }
-        for row in range(size)
-        for column in range(size)
+        {"label": names[row], "with": names[column], "true": int(true[row, column]), "predicted": int(images)}
+        for (row, column), images in np.ndenumerate(predicted)
     ]
     caption = (
         "Test images that have both labels, in truth and as predicted. Color: the share of the images with "
@@ -237,30 +220,22 @@ def _together(names: Sequence[str], true: NDArray[np.int64], predicted: NDArray[
 
 def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block]:
     """Yield the test images that a task shows: as pictures, or as a table where there are none."""
-    own = record.predictions
-    assert own is not None
-    files = own.files or [f"image {position}" for position in own.images]
-    for shown in PRESENTED[record.spec.task].shown(_said(record)):
-        places = [place for _, images in shown.groups for place, _ in images]
-        made = pictures_of([own.images[place] for place in places], pictures)
-        yield _as_table(shown, files, made) if isinstance(made, str) else _as_gallery(shown, files, iter(made))
-
-
-def _as_gallery(shown: Shown, files: Sequence[str], made: Iterator[bytes]) -> Gallery:
-    groups = tuple(
-        (title, tuple(Picture(next(made), (plain(files[place]), *lines)) for place, lines in images))
-        for title, images in shown.groups
-    )
-    caption = f"{shown.rule} The page holds these pictures: share it only if you may share them."
-    return Gallery(shown.slug, shown.title, caption, groups)
-
-
-def _as_table(shown: Shown, files: Sequence[str], why: str) -> Table:
-    rows = [
-        {"Of": title, "Image": plain(files[place]), "What": "; ".join(lines)}
-        for title, images in shown.groups
-        for place, lines in images
-    ]
-    columns = [name for name in rows[0] if name != "Of" or len(shown.groups) > 1]
-    note = f"{shown.rule}{why and f' No pictures: {why}.'}"
-    return table(shown.slug, shown.title, rows, columns, note)
+    predictions = record.predictions
+    assert predictions is not None
+    files = predictions.files or [f"image {position}" for position in predictions.images]
+    for shown in PRESENTED[record.spec.task].image_selections(_labelled_outputs(record)):
+        groups = [
+            (title, [(predictions.images[place], (plain(files[place]), *lines)) for place, lines in images])
+            for title, images in shown.groups
+        ]
+        block = gallery(shown.slug, shown.title, shown.rule, groups, pictures)
+        if isinstance(block, Gallery):
+            yield block
+            continue
+        rows = [
+            {"Of": title, "Image": file, "What": "; ".join(lines)}
+            for title, images in groups
+            for _, (file, *lines) in images
+        ]
+        columns = [name for name in rows[0] if name != "Of" or len(groups) > 1]
+        yield table(shown.slug, shown.title, rows, columns, f"{shown.rule}{block}")

@@ -15,8 +15,8 @@ from peft_vit.deploy.page.formatting import fixed, joined, plain
 
 def images_name(data: DataConfig) -> str:
     """Return what to call a run's images: somebody's own by their folder."""
-    own = data.path is not None and DATASETS[data.dataset].needs_path
-    return plain(Path(str(data.path)).name if own else data.title) or "your images"
+    is_own = data.path is not None and DATASETS[data.dataset].needs_path
+    return plain(Path(str(data.path)).name if is_own else data.title) or "your images"
 
 
 def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord], *, smoke: bool) -> dict[str, str]:
@@ -101,7 +101,10 @@ def run_provenance(record: RunRecord) -> RunDetails:
         ("initial head", origin.head_init_sha256),
         ("order of images", origin.data_order_sha256),
         ("adapter", record.adapter_sha256 or "not saved"),
-        ("configuration", "; ".join(f"{name} {own.model_dump_json()}" for name, own in sections.items() if own)),
+        (
+            "configuration",
+            "; ".join(f"{name} {section.model_dump_json()}" for name, section in sections.items() if section),
+        ),
     )
     title = f"{experiment.name}, seed {record.spec.seed}"
     return RunDetails(title, tuple((key, plain(str(value))) for key, value in rows))

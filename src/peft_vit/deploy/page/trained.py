@@ -20,9 +20,11 @@ _FEWEST_TESTED = 5  # images; fewer say next to nothing
 
 def test_score(record: RunRecord) -> Interval:
     """Return what decides in a finished run, on the test images, with its interval."""
-    own = record.predictions
-    assert own is not None
-    return metric_of(record.spec).interval(rows_of(own.labels), rows_of(own.predicted), thresholds_of(record.decision))
+    predictions = record.predictions
+    assert predictions is not None
+    return metric_of(record.spec).interval(
+        rows_of(predictions.labels), rows_of(predictions.predicted), thresholds_of(record.decision)
+    )
 
 
 def test_line(record: RunRecord) -> str:
@@ -60,25 +62,27 @@ def beside_the_probe(record: RunRecord) -> list[str]:
 
     Where its test was not recorded, validation images are shown instead; nothing where there is no probe.
     """
-    metric, own, test, fit = metric_of(record.spec), record.predictions, record.probe_test, record.head_fit
+    metric, predictions, test, fit = metric_of(record.spec), record.predictions, record.probe_test, record.head_fit
     if record.spec.experiment.is_probe:
         return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
-    if test is not None and own is not None:
-        labels, before, after = map(rows_of, (own.labels, test.predicted, own.predicted))  # N each
-        of_probe = _score(metric, metric.interval(labels, before, test.thresholds), metric.suffix)
+    if test is not None and predictions is not None:
+        labels, by_probe, predicted = map(
+            rows_of, (predictions.labels, test.predicted, predictions.predicted)
+        )  # N each
+        of_probe = _score(metric, metric.interval(labels, by_probe, test.thresholds), metric.suffix)
         of_probe = f"A {PRESENTED[record.spec.task].linear} on the same frozen features has {of_probe}."
         if record.chosen_step == 0:
             none = "Training did not improve on it on validation images, so the model is this regression."
             return [of_probe, none]
-        gain = metric.gain(labels, before, after, test.thresholds, thresholds_of(record.decision))
+        gain = metric.gain(labels, by_probe, predicted, test.thresholds, thresholds_of(record.decision))
         if gain.low is None or gain.high is None:
             return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
         worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))
-        said = "Training gained on it" if worst > 0 else "No clear difference"
-        said = "Training lost against it" if best < 0 else said
+        verdict = "Training gained on it" if worst > 0 else "No clear difference"
+        verdict = "Training lost against it" if best < 0 else verdict
         low, high = (gain_of(metric, end) for end in (gain.low, gain.high))
         points = " points" if metric.is_share else ""
-        return [of_probe, f"{said}: {gain_of(metric, gain.estimate)}{points} ({low} to {high})."]
+        return [of_probe, f"{verdict}: {gain_of(metric, gain.estimate)}{points} ({low} to {high})."]
     if fit is None or fit.chosen is None or record.validation is None:
         return []
     gained = metric.sign * (metric.of(record.validation) - metric.of(fit.chosen))

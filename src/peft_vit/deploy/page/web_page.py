@@ -33,7 +33,7 @@ from peft_vit.deploy.page.html import as_json, rendered, script_hash
 from peft_vit.deploy.presentation import PRESENTED
 
 if TYPE_CHECKING:
-    from peft_vit.deploy.model_card import ModelCard
+    from peft_vit.deploy.formats.header import ExportMetadata
 
 PAGE_FILE, MODEL_FILE, RUNTIME_FILE = "index.html", "model.js", "runtime.js"
 COVERAGE = 0.9  # of the sets that are shown
@@ -70,7 +70,7 @@ def runtime_files(folder: Path | None) -> dict[str, bytes]:
     return files
 
 
-def write_web_page(output: Path, model: bytes, card: ModelCard, runtime: Mapping[str, bytes] | None) -> Path:
+def write_web_page(output: Path, model: bytes, card: ExportMetadata, runtime: Mapping[str, bytes] | None) -> Path:
     """Write the page of an ONNX file.
 
     Args:
@@ -124,7 +124,7 @@ def _script(files: Mapping[str, bytes]) -> str:
     return f"self.peftVit = {{ ...self.peftVit, ...{json.dumps(packed)} }};\n"
 
 
-def _facts(card: ModelCard, runtime_url: str | None) -> dict[str, Any]:
+def _facts(card: ExportMetadata, runtime_url: str | None) -> dict[str, Any]:
     """Return what the page's script has to know."""
     meaning, coverage = card.meaning, None
     if meaning is not None:

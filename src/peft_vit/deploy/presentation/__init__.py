@@ -6,6 +6,13 @@ Nothing here needs torch. To add a task: a module here, and its line in PRESENTE
 from peft_vit.deploy.presentation.of_classes import Classes
 from peft_vit.deploy.presentation.of_labels import ManyLabels
 from peft_vit.deploy.presentation.of_numbers import Numbers
-from peft_vit.deploy.presentation.presentation import Errors, Prediction, Presentation, Said, Shown
+from peft_vit.deploy.presentation.presentation import (
+    Counts,
+    Errors,
+    ImageSelection,
+    LabelledOutputs,
+    Prediction,
+    Presentation,
+)
 
 PRESENTED: dict[str, Presentation] = {kind.task.name: kind for kind in (Classes(), Numbers(), ManyLabels())}

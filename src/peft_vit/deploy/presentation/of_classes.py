@@ -11,7 +11,7 @@ from peft_vit.base.statistics import prediction_sets, probabilities
 from peft_vit.core.records import Calibrated
 from peft_vit.core.tasks import CLASSIFICATION, Meaning
 from peft_vit.core.tasks.metric import Outputs
-from peft_vit.deploy.presentation.presentation import Presentation, Rows, answer, ranked
+from peft_vit.deploy.presentation.presentation import Prediction, Presentation, of_ranking, ranked
 
 
 class Classes(Presentation):
@@ -27,23 +27,16 @@ class Classes(Presentation):
     )
     holds = "The set at {0:g} % holds the true class of about {0:g} in 100 images"
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
+    ) -> Prediction:
         """Return the most probable classes, and with a coverage the set of those that the image may be of."""
         calibrated = cast("Calibrated | None", meaning)
-        p = probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
-        inside = np.zeros(p.shape, dtype=bool)
+        p = probabilities(outputs[None], 1.0 if calibrated is None else calibrated.temperature)  # (1, classes)
+        in_set = np.zeros(p.shape, dtype=bool)
         if coverage is not None and calibrated is not None:
-            inside = prediction_sets(p, calibrated.threshold(coverage))
-        told = []
-        for own, within in zip(p, inside, strict=True):
-            labels, names_within = (
-                ranked(names, own),
-                {name for name, is_in in zip(names, within, strict=True) if is_in},
-            )
-            told.append(answer(labels, top, classes=tuple(named for named in labels if named[0] in names_within)))
-        return told
+            in_set = prediction_sets(p, calibrated.threshold(coverage))
+        return of_ranking(ranked(names, p[0]), top, classes=ranked(names, p[0], in_set[0]))
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and the threshold of sets."""

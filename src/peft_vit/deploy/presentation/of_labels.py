@@ -7,13 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import MULTILABEL, Meaning
 from peft_vit.core.tasks.metric import Outputs
-from peft_vit.core.tasks.multilabel import average_precision, f1, reached
-from peft_vit.deploy.presentation.presentation import Prediction, Presentation, Rows, Said, Shown, answer, ranked
+from peft_vit.core.tasks.multilabel import above_thresholds, average_precision, f1
+from peft_vit.deploy.presentation.presentation import (
+    Counts,
+    ImageSelection,
+    LabelledOutputs,
+    Prediction,
+    Presentation,
+    Rows,
+    of_ranking,
+    ranked,
+)
 
 _LABELS_SHOWN, _IMAGES_SHOWN = 6, 4  # whose errors a page shows, those with most of them, and images of each
 
@@ -33,20 +41,19 @@ class ManyLabels(Presentation):
     )
     holds = "The set at {0:g} % holds about {0:g} % of an image's labels on average"
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
+    ) -> Prediction:
         """Return the labels that reach their threshold, the most probable ones, and with a coverage a set."""
         decision = cast("Decision", meaning)
-        least_in = math.inf if coverage is None else decision.threshold(coverage)[0]
-        least = dict(zip(names, decision.thresholds, strict=True))
-        told = []
-        for own in self.task.predicted(outputs, decision):
-            probable = ranked(names, own)
-            labels = tuple(named for named in probable if named[1] >= least[named[0]])
-            inside = tuple(named for named in probable if named[1] >= least_in)
-            told.append(answer(probable, top, labels=labels, classes=inside))
-        return told
+        set_threshold = math.inf if coverage is None else decision.threshold(coverage)[0]
+        (p,) = self.task.predicted(outputs[None], decision)
+        return of_ranking(
+            ranked(names, p),
+            top,
+            labels=ranked(names, p, p >= decision.thresholds),
+            classes=ranked(names, p, p >= set_threshold),
+        )
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return the temperature, and thresholds of labels and of sets."""
@@ -64,62 +71,57 @@ class ManyLabels(Presentation):
         """Return its labels, the most probable ones with their probabilities, and the set."""
         return {"labels": [name for name, _ in prediction.labels], **super().cells(prediction, with_sets)}
 
-    def rows(self, said: Said) -> Rows:
+    def measures(self, outputs: LabelledOutputs) -> Rows:
         """Return images, average precision, threshold, precision, recall and F1 of each label."""
-        labels, predicted, names, decision = said
+        labels, predicted, names, decision = outputs
         rows = []
         for k, name in enumerate(names):
             known = ~np.isnan(labels[:, k])
             truth, scores = labels[known, k] == 1, predicted[known, k]
-            least = 0.5 if decision is None else decision.thresholds[k]
-            told, there, hits = scores >= least, int(truth.sum()), int((truth & (scores >= least)).sum())
-            precision = average_precision(scores, truth, np.ones((1, len(truth))))[0] if there else None
+            threshold = 0.5 if decision is None else decision.thresholds[k]
+            reported, positives = scores >= threshold, int(truth.sum())
+            hits = int((truth & reported).sum())
+            precision = average_precision(scores, truth, np.ones((1, len(truth))))[0] if positives else None
             rows.append(
                 {
                     "Label": name,
-                    "Images with it": there,
+                    "Images with it": positives,
                     "of": len(truth),
                     "Average precision": precision,
-                    "Threshold": least,
-                    "Told": int(told.sum()),
-                    "Precision": hits / told.sum() if told.any() else None,
-                    "Recall": hits / there if there else None,
-                    "F1": float(f1(hits, told.sum(), there)) if there else None,
+                    "Threshold": threshold,
+                    "Told": int(reported.sum()),
+                    "Precision": hits / reported.sum() if reported.any() else None,
+                    "Recall": hits / positives if positives else None,
+                    "F1": float(f1(hits, reported.sum(), positives)) if positives else None,
                 }
             )
         return rows
 
-    def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[Counts, Counts]:
         """Return on how many images two labels are, in truth and as predicted."""
-        pair = [is_in.astype(np.int64) for is_in in (said.labels == 1, reached(said.predicted, said.decision))]
-        there, told = (own.T @ own for own in pair)
-        return there, told
+        true = (outputs.labels == 1).astype(np.int64)
+        predicted = above_thresholds(outputs.predicted, outputs.decision).astype(np.int64)
+        return true.T @ true, predicted.T @ predicted
 
-    def shown(self, said: Said) -> Iterator[Shown]:
+    def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield the surest false alarms, and the misses that it holds for least probable, of each label."""
-        labels, predicted, names, decision = said
-        told = reached(predicted, decision)
+        labels, predicted, names, decision = outputs
+        reported = above_thresholds(predicted, decision)
         kinds = (
-            ("false_alarms", "The surest false alarms", told & (labels == 0), -predicted, "is predicted and not there"),
-            ("misses", "The surest misses", ~told & (labels == 1), predicted, "is there and not predicted"),
+            ("false_alarms", reported & (labels == 0), -predicted, "is predicted and not there"),
+            ("misses", ~reported & (labels == 1), predicted, "is there and not predicted"),
         )
-        for slug, title, wrong, order, what in kinds:
+        for slug, wrong, order, what in kinds:
             most = np.argsort(-wrong.sum(0), kind="stable")[:_LABELS_SHOWN]
             groups = []
             for k in (int(k) for k in most if wrong[:, k].any()):
                 rows = np.flatnonzero(wrong[:, k])
                 worst = rows[np.argsort(order[rows, k], kind="stable")][:_IMAGES_SHOWN].tolist()
-                images = tuple(
-                    (
-                        n,
-                        (
-                            f"{names[k]}: {predicted[n, k]:.1%}",
-                            f"is {self.task.text(labels[n], names).replace('|', ', ')}",
-                        ),
-                    )
-                    for n in worst
-                )
-                groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", images))
+                images = []
+                for n in worst:
+                    truth = self.task.text(labels[n], names).replace("|", ", ")
+                    images.append((n, (f"{names[k]}: {predicted[n, k]:.1%}", f"is {truth}")))
+                groups.append((f"{names[k]}: {len(worst)} of {len(rows)}", tuple(images)))
             if groups:
                 rule = f"Of each label the images on which it {what}, the surest first. Is the label right?"
-                yield Shown(slug, title, rule, tuple(groups))
+                yield ImageSelection(slug, f"The surest {slug.replace('_', ' ')}", rule, tuple(groups))

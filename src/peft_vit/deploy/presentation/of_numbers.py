@@ -10,7 +10,7 @@ import numpy as np
 from peft_vit.base.statistics import spearman
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import REGRESSION, Meaning
-from peft_vit.core.tasks.metric import Outputs
+from peft_vit.core.tasks.metric import Outputs, unweighted
 from peft_vit.core.tasks.regression import (
     half_widths,
     mean_absolute_error,
@@ -18,7 +18,14 @@ from peft_vit.core.tasks.regression import (
     root_mean_squared_error,
     scales_of,
 )
-from peft_vit.deploy.presentation.presentation import Errors, Prediction, Presentation, Rows, Said, Shown
+from peft_vit.deploy.presentation.presentation import (
+    Errors,
+    ImageSelection,
+    LabelledOutputs,
+    Prediction,
+    Presentation,
+    Rows,
+)
 
 _IMAGES_SHOWN, _NUMBERS_SHOWN = 12, 3  # with the largest errors, and of each those of its numbers
 _USUAL = 0.9  # coverage of an interval where none is asked for
@@ -39,18 +46,18 @@ class Numbers(Presentation):
     )
     holds = "The interval at {0:g} % holds the true number of about {0:g} in 100 images"
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
+    ) -> Prediction:
         """Return each number with the interval that holds it in a share of images, 0.9 if none is asked for."""
         decision = cast("Decision", meaning)
-        predicted = self.task.predicted(outputs, decision)  # (N, K)
+        predicted = self.task.predicted(outputs[None], decision)  # (1, K)
         ends = [predicted]
         if decision.coverages:
             widths = half_widths(decision, predicted, coverage or _usual(decision))
             ends = [predicted, predicted - widths, predicted + widths]
-        rows = np.stack(ends, axis=2).tolist()  # (N, K, 1 or 3)
-        return [{"numbers": {name: tuple(own) for name, own in zip(names, row, strict=True)}} for row in rows]
+        rows = np.concatenate(ends).T.tolist()  # (K, 1 or 3)
+        return Prediction(numbers={name: tuple(row) for name, row in zip(names, rows, strict=True)})
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return units, and how wide intervals are."""
@@ -69,13 +76,15 @@ class Numbers(Presentation):
         """Return each number, and its interval's ends."""
         ends = ("", "_low", "_high")
         return {
-            name + end: cell for name, own in prediction.numbers.items() for end, cell in zip(ends, own, strict=False)
+            name + end: cell
+            for name, values in prediction.numbers.items()
+            for end, cell in zip(ends, values, strict=False)
         }
 
-    def rows(self, said: Said) -> Rows:
+    def measures(self, outputs: LabelledOutputs) -> Rows:
         """Return mean, errors, R² and rank correlation of each number."""
-        labels, predicted, names, _ = said
-        one, rows = np.ones((1, len(labels))), []
+        labels, predicted, names, _ = outputs
+        rows = []
         for k, name in enumerate(names):
             y, p = labels[:, [k]], predicted[:, [k]]
             rows.append(
@@ -84,27 +93,27 @@ class Numbers(Presentation):
                     "Images": len(y),
                     "Mean": float(y.mean()),
                     "Standard deviation": float(y.std()),
-                    "Mean absolute error": float(mean_absolute_error(y, p, one)[0]),
-                    "of the median": float(mean_absolute_error(y, self.task.constant(y), one)[0]),
-                    "RMSE": float(root_mean_squared_error(y, p, one)[0]),
-                    "R²": float(r_squared(y, p, one)[0]),
+                    "Mean absolute error": unweighted(mean_absolute_error, y, p),
+                    "of the median": unweighted(mean_absolute_error, y, self.task.constant(y)),
+                    "RMSE": unweighted(root_mean_squared_error, y, p),
+                    "R²": unweighted(r_squared, y, p),
                     "Spearman": spearman(p[:, 0], y[:, 0]),
                 }
             )
         return rows
 
-    def errors(self, said: Said) -> Errors:
+    def errors(self, outputs: LabelledOutputs) -> Errors:
         """Return predicted less true, and how far the usual intervals reach."""
-        labels, predicted, _, decision = said
+        labels, predicted, _, decision = outputs
         if decision is None or not decision.coverages:
             return Errors(predicted - labels, None)
         coverage = _usual(decision)
         return Errors(predicted - labels, half_widths(decision, predicted, coverage), coverage)
 
-    def shown(self, said: Said) -> Iterator[Shown]:
+    def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield the images with the largest errors, in standard deviations."""
-        labels, predicted, names, decision = said
-        errors = self.errors(said)
+        labels, predicted, names, decision = outputs
+        errors = self.errors(outputs)
         spread = (1.0,) if decision is None else decision.spread
         sizes = np.abs(errors.sizes) / np.array(spread)  # (N, K)
         worst = np.argsort(-sizes.mean(1), kind="stable")[:_IMAGES_SHOWN].tolist()
@@ -116,7 +125,9 @@ class Numbers(Presentation):
                 lines.append(f"{names[k]}: {predicted[n, k]:.3g}{reach}, is {labels[n, k]:.3g}")
             images.append((n, tuple(lines)))
         rule = "Sorted by the size of the error. Is the number right?"
-        yield Shown("worst", "The largest errors", rule, ((f"{len(worst)} of {len(labels)} images", tuple(images)),))
+        yield ImageSelection(
+            "worst", "The largest errors", rule, ((f"{len(worst)} of {len(labels)} images", tuple(images)),)
+        )
 
 
 def _usual(decision: Decision) -> float:

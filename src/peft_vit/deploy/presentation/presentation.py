@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import Labels, Meaning, Task
-from peft_vit.core.tasks.metric import Floats, Outputs
+from peft_vit.core.tasks.metric import Flags, Floats, Outputs
 
 Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
+Counts: TypeAlias = NDArray[np.int64]
 Rows: TypeAlias = list[dict[str, Any]]
 
 
@@ -23,7 +24,7 @@ Rows: TypeAlias = list[dict[str, Any]]
 class Prediction:
     """What a model says of one image. Probabilities are calibrated if the model's file says how."""
 
-    file: Path | None  # None: of an array
+    file: Path | None = None  # None: of an array
     class_name: str = ""  # the most probable one; empty of numbers
     probability: float = math.nan
     classes: Named = ()  # its set, with a coverage
@@ -42,7 +43,7 @@ class Errors(NamedTuple):
     coverage: float = 0.0  # of these
 
 
-class Shown(NamedTuple):
+class ImageSelection(NamedTuple):
     """Test images that a page shows."""
 
     slug: str
@@ -51,7 +52,7 @@ class Shown(NamedTuple):
     groups: tuple[tuple[str, tuple[tuple[int, tuple[str, ...]], ...]], ...]  # title, and of each image place and lines
 
 
-class Said(NamedTuple):
+class LabelledOutputs(NamedTuple):
     """What a model says of test images."""
 
     labels: Labels  # N, the true ones
@@ -80,10 +81,10 @@ class Presentation(Protocol):
     promise: tuple[str, str, str, str]
     holds: str = ""
 
-    def answers(
+    def prediction(
         self, outputs: Outputs, names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
-    ) -> Rows:
-        """Return what is reported of each image, as arguments of `Prediction`."""
+    ) -> Prediction:
+        """Return what is reported of an image, by its outputs (K,)."""
 
     def for_browser(self, meaning: Meaning, coverage: float | None) -> dict[str, Any]:
         """Return what web.js has to know to answer alike, and the words of its page.
@@ -102,29 +103,30 @@ class Presentation(Protocol):
         }
         return ranked | ({"set": [name for name, _ in prediction.classes]} if with_sets else {})
 
-    def rows(self, said: Said) -> Rows:
+    def measures(self, outputs: LabelledOutputs) -> Rows:
         """Return what a page says of each output: its name, and measures; none: it says it otherwise."""
         return []
 
-    def errors(self, said: Said) -> Errors | None:
+    def errors(self, outputs: LabelledOutputs) -> Errors | None:
         """Return how far predictions are off; None: they are not numbers."""
         return None
 
-    def together(self, said: Said) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    def cooccurrence(self, outputs: LabelledOutputs) -> tuple[Counts, Counts] | None:
         """Return on how many images two outputs are together, (K, K), in truth and as predicted; None: never."""
         return None
 
-    def shown(self, said: Said) -> Iterator[Shown]:
+    def image_selections(self, outputs: LabelledOutputs) -> Iterator[ImageSelection]:
         """Yield which images a page shows, such as the worst ones."""
         yield from ()
 
 
-def ranked(names: Sequence[str], probability: Floats) -> Named:
-    """Return names from the most probable on, by probabilities (K,); of equal ones the first."""
-    return tuple((names[k], float(probability[k])) for k in np.argsort(-probability, kind="stable"))
+def ranked(names: Sequence[str], probability: Floats, mask: Flags | bool = True) -> Named:
+    """Return names in a mask (K,), from the most probable on, by probabilities (K,); of equal ones the first."""
+    chosen = np.broadcast_to(mask, len(names))
+    return tuple((names[k], float(probability[k])) for k in np.argsort(-probability, kind="stable") if chosen[k])
 
 
-def answer(named: Named, top: int, **more: Named) -> dict[str, Any]:
+def of_ranking(ranking: Named, top: int, *, classes: Named = (), labels: Named = ()) -> Prediction:
     """Return what is reported of an image whose names are ranked."""
-    name, probability = named[0]
-    return {"class_name": name, "probability": probability, "top": named[:top], **more}
+    name, probability = ranking[0]
+    return Prediction(None, name, probability, classes, ranking[:top], labels=labels)

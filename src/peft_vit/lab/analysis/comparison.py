@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from peft_vit.base.statistics import Interval, mean_interval
-from peft_vit.base.statistics.estimates import Estimate, Question, compare_values, decide, known_mean, together
+from peft_vit.base.statistics.estimates import Estimate, Question, compare_values, decide, join_notes, recorded_mean
 from peft_vit.core.config import ExperimentConfig, LoraConfig
 from peft_vit.lab.analysis.studies import Run, Study
 
@@ -52,7 +52,7 @@ def compare(
     trained = [(a, b) for a, b in paired if a.seed in by_seed and not (a.experiment.is_probe or b.experiment.is_probe)]
     if any(_initial_state(a) != _initial_state(b) for a, b in trained):
         notes.append("pairs differ in the initial head or in the order of images")
-    return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
+    return compare_values(by_seed, name=name, reference=reference, note=join_notes(*notes))
 
 
 def _initial_state(run: Run) -> tuple[str | None, str | None]:
@@ -161,8 +161,8 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
                 final_parameters=fmean(run.parameters.final for run in runs),
                 frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
                 adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
-                seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
-                latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
+                seconds_per_step=recorded_mean(run.record.seconds_per_step for run in runs),
+                latency_s=recorded_mean(run.record.latency_s.get(1) for run in runs),
             )
         )
     return tuple(results)

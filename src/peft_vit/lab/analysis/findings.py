@@ -11,7 +11,7 @@ from typing import Any
 
 from peft_vit.base.statistics import Verdict, mean_interval
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import Estimate, Kind, Question, decide, together
+from peft_vit.base.statistics.estimates import Estimate, Kind, Question, decide, join_notes
 from peft_vit.core.config import AdaLoraConfig, ExperimentConfig
 from peft_vit.lab.analysis.comparison import compare, references
 from peft_vit.lab.analysis.layers import Allocation, ImportancePattern
@@ -174,7 +174,7 @@ def _measured(
         compared, settings = impact.against_unquantized, impact.settings
         if settings.gradient_scaling_factor != 1 or settings.gradient_scaling != "constant":
             note = "it also scales its adapters' gradients, which the float twin does not"
-            compared = replace(compared, note=together(compared.note, note))
+            compared = replace(compared, note=join_notes(compared.note, note))
         yield "fewer-bits-more-accurate", compared
         if settings.quantization_bits in _OF_BITS:
             loss, size = _OF_BITS[settings.quantization_bits]

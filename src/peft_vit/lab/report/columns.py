@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from peft_vit.base.statistics.estimates import known_interval, known_mean, outcome
+from peft_vit.base.statistics.estimates import describe_test, recorded_interval, recorded_mean
 from peft_vit.deploy.page.document import Raw
 from peft_vit.deploy.page.formatting import number_interval
 from peft_vit.deploy.page.tables import Column, own_interval_columns
@@ -28,12 +28,12 @@ EXPERIMENT = Column("experiment", "experiment.name", data="experiment")
 
 def mean_of(title: str, key: str, value: Callable[[Run], float | None], show: Callable[[Any], str] = str) -> Column:
     """Return the mean over the `runs` of a row of what each recorded."""
-    return Column(title, lambda row: known_mean(map(value, row.runs)), show, key)
+    return Column(title, lambda row: recorded_mean(map(value, row.runs)), show, key)
 
 
 def interval_of(title: str, key: str, value: Callable[[Run], float | None], show: Callable[[Any], str]) -> Column:
     """Return that mean with its interval over seeds."""
-    return Column(title, lambda row: known_interval(map(value, row.runs)), show, partial(own_interval_columns, key))
+    return Column(title, lambda row: recorded_interval(map(value, row.runs)), show, partial(own_interval_columns, key))
 
 
 def comparison_values(comparison: Estimate) -> dict[str, Raw]:
@@ -50,4 +50,4 @@ def comparison_values(comparison: Estimate) -> dict[str, Raw]:
 
 def tested(comparison: Estimate) -> str:
     """Return what the test said, with its note."""
-    return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
+    return describe_test(comparison) + (f" ({comparison.note})" if comparison.note else "")

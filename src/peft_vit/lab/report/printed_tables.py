@@ -11,7 +11,7 @@ from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Verdict
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import ALPHA, Estimate, outcome, together
+from peft_vit.base.statistics.estimates import ALPHA, Estimate, describe_test, join_notes
 from peft_vit.core.records import BenchRow
 from peft_vit.deploy.page.document import Paragraph, Raw, Table
 from peft_vit.deploy.page.formatting import (
@@ -59,7 +59,7 @@ def _compared(
     return [
         Column(heading, estimate, lambda of: points_interval(of.interval), ""),
         Column("pairs", estimate, lambda of: str(len(of.by_seed)), ""),
-        Column("test", estimate, outcome, ""),
+        Column("test", estimate, describe_test, ""),
         Column(question, estimate, answer, _values),
     ]
 
@@ -78,7 +78,7 @@ def _values(estimate: Estimate | None) -> dict[str, Raw]:
 
 
 def _verdict(estimate: Estimate) -> str:
-    return together(estimate.verdict, estimate.note)
+    return join_notes(estimate.verdict, estimate.note)
 
 
 # --- recommend --------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def _verdict_or_pairs(advice: Recommendation, estimate: Estimate) -> str:
     needed = None
     if estimate.verdict == Verdict.NOT_DECIDED and not advice.study.untested:
         needed = needed_pairs(list(estimate.by_seed.values()), advice.margin, ALPHA / estimate.family)
-    return together(_verdict(estimate), "" if needed is None else f"n = {needed} would do")
+    return join_notes(_verdict(estimate), "" if needed is None else f"n = {needed} would do")
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_vit.base.statistics import mean_interval
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import outcome
+from peft_vit.base.statistics.estimates import describe_test
 from peft_vit.deploy.page.document import Table
 from peft_vit.deploy.page.formatting import fixed, megabytes, percent_interval, points_interval
 from peft_vit.deploy.page.tables import Column, cross_table, csv_rows, interval_columns, table
@@ -107,7 +107,7 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
         if comparison.interval is None:
             return "not computed"
         difference = points_interval if measure == "accuracy" else to_thousandths
-        words = {"supported": f"more, {outcome(comparison)}", "refuted": f"less, {outcome(comparison)}"}
+        words = {"supported": f"more, {describe_test(comparison)}", "refuted": f"less, {describe_test(comparison)}"}
         return f"{difference(comparison.interval)}, {words.get(comparison.verdict, 'not decided')}"
 
     settings = [EXPERIMENT, Column("bits", "settings.quantization_bits", data="bits", none="by layer"), *_SETTINGS]

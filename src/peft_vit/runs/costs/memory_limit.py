@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.backbones import BackboneShape, chosen
+from peft_vit.core.backbones import BackboneShape, select_sites
 from peft_vit.core.config import BITS_OF_TYPE, ExperimentConfig, QaLoraConfig, TrainingConfig, bytes_of
 from peft_vit.core.records import RunSpec
 from peft_vit.data import ImageIndex, Splits
@@ -280,5 +280,5 @@ def model_bytes(experiment: ExperimentConfig, shape: BackboneShape) -> int:
         return 4 * shape.parameters
     types = [qa_lora.quantization_type] if qa_lora.adaptive_bits is None else qa_lora.adaptive_bits.types
     bits = min(BITS_OF_TYPE[kind] for kind in types if kind is not None)
-    packed = sum(site.in_features * site.out_features for site in chosen(shape.sites, qa_lora.targets))
+    packed = sum(site.in_features * site.out_features for site in select_sites(shape.sites, qa_lora.targets))
     return packed * bits // 8 + 4 * (shape.parameters - packed)

@@ -20,7 +20,6 @@ from peft_vit.core.backbones import BackboneShape, architecture_of
 from peft_vit.core.config import DataConfig, QaLoraConfig
 from peft_vit.core.methods import shorten
 from peft_vit.core.records import RunSpec
-from peft_vit.core.training import steps_per_epoch
 from peft_vit.data import ImageIndex, Splits, make_splits
 from peft_vit.runs.this_machine.cache import cache_file, read_cached, write_cached
 from peft_vit.runs.this_machine.machine import cpu_count, instruction_limits, package_versions, processor_name
@@ -94,7 +93,7 @@ def timing_run(
     while train < available and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
         train = min(available, 2 * train)
     data = data.model_copy(update={"train_images": train})
-    an_epoch = steps_per_epoch(train, batch_size)
+    an_epoch = spec.experiment.training.epoch_steps(train)
     epochs = -(-steps // an_epoch)
     experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=_LEAST_BETWEEN_DECISIONS)
     training = experiment.training

@@ -13,7 +13,7 @@ from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.files import sha256_of
 from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics import Neighbours, TemperaturePrior, conformal_quantile
-from peft_vit.base.statistics.drawing import stratified_draw
+from peft_vit.base.statistics.drawing import stratified_sample
 from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.records import FEWEST_HELD_OUT, RunRecord, TestedCalibration, Unlike
 from peft_vit.core.tasks import Labels, Meaning, Task
@@ -46,7 +46,7 @@ def reference_images(data: Data, seed: int) -> LabelledImages:
     train, rng = data.train, numpy_generator(seed, "features")
     order = rng.permutation(len(train))
     different = np.sort(order[np.unique(data.groups[train.positions[order]], return_index=True)[1]])
-    drawn = stratified_draw(different, data.task.strata(train.labels), min(MAX_REFERENCE_IMAGES, len(different)), rng)
+    drawn = stratified_sample(different, data.task.strata(train.labels), min(MAX_REFERENCE_IMAGES, len(different)), rng)
     return train.chosen(drawn)
 
 
@@ -105,7 +105,7 @@ def fit_neighbours(train: NDArray[np.float32], validation: NDArray[np.float32] |
     and 17 were with these.
     """
     known = Neighbours.of(train)
-    apart = known.apart()  # (n,)
+    apart = known.leave_one_out_distances()  # (n,)
     if validation is not None:
         apart = np.concatenate([apart, known.distances(validation)])
     return known, Unlike(images=len(apart), threshold=conformal_quantile(apart, UNLIKE_COVERAGE))

@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_vit.base.errors import SilentNoEffectWarning
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import stratified_draw
+from peft_vit.base.statistics.drawing import stratified_sample
 from peft_vit.core.adapters import adapted_modules, merge_into_offsets, plain_model, update_ranks
 from peft_vit.core.backbones import LoadedBackbone, choose_attention
 from peft_vit.core.records import AdapterRemoval, RunSpec
@@ -49,7 +49,7 @@ def leave_out_updates(model: nn.Module, data: Data, spec: RunSpec, runtime: Runt
         return None
     images = removal_images(data.validation, spec.data.split_seed, spec.measures.removal_images, data.task)
     batches = images.ordered_batches(_BATCH, runtime.mean, runtime.std)
-    return measure_ablation(model, batches, device=runtime.device, precision=runtime.precision, task=data.task)
+    return measure_ablation(model, batches, precision=runtime.precision, task=data.task)
 
 
 def removal_images(
@@ -59,7 +59,7 @@ def removal_images(
     everything = np.arange(len(validation), dtype=np.int64)
     rng = numpy_generator(split_seed, "removal")
     return validation.chosen(
-        stratified_draw(everything, task.strata(validation.labels), min(count, len(validation)), rng)
+        stratified_sample(everything, task.strata(validation.labels), min(count, len(validation)), rng)
     )
 
 

@@ -166,8 +166,8 @@ def _as_begun(study: StudyConfig, existing: StudyFile | None, *, smoke: bool) ->
             choice = products.choose_product(resolve_device(study.device), cast(Precision, study.precision), bits)
             if compute == "auto":
                 compute = "int8" if choice.is_faster else "float"
-                note = f"compute: auto is {compute}: {choice.times}" if choice.product else None
-            bits = choice.product.bits if choice.product else bits
+                note = f"compute: auto is {compute}: {choice.times}" if choice.matmul else None
+            bits = choice.matmul.bits if choice.matmul else bits
         return training.model_copy(update={"compute": compute, "integer_bits": bits if compute == "int8" else None})
 
     return _with_trainings(study, decide), note

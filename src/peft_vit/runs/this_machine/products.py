@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from peft_vit.core.adapters.products import ProductTimes, measure_products
+from peft_vit.core.adapters.products import MatmulTimes, time_matmuls
 from peft_vit.core.config import Precision
 from peft_vit.core.quantization.integers import Bits
 from peft_vit.runs.this_machine.cache import cache_file, read_cached, write_cached
@@ -15,7 +15,7 @@ from peft_vit.runs.this_machine.machine import instruction_limits, processor_nam
 
 
 @functools.cache
-def choose_product(device: torch.device, precision: Precision, bits: Bits | None = None) -> ProductTimes:
+def choose_product(device: torch.device, precision: Precision, bits: Bits | None = None) -> MatmulTimes:
     """Return the fastest exact product of a device, beside one in float.
 
     Args:
@@ -25,7 +25,7 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
     """
     if bits is not None:
         found = choose_product(device, precision)  # not another measurement of the same
-        if found.product is not None and found.product.bits == bits:
+        if found.matmul is not None and found.matmul.bits == bits:
             return found
     place = {
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
@@ -36,10 +36,10 @@ def choose_product(device: torch.device, precision: Precision, bits: Bits | None
         "precision": precision,
         "bits": bits,
     }
-    file = cache_file("product_times", place)
-    if (known := read_cached(file, ProductTimes)) is not None:
+    file = cache_file("matmul_times", place)
+    if (known := read_cached(file, MatmulTimes)) is not None:
         return known
-    choice = measure_products(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
-    if choice.product is not None and math.isfinite(choice.seconds):
+    choice = time_matmuls(device, torch.bfloat16 if precision == "bf16" else torch.float32, bits)
+    if choice.matmul is not None and math.isfinite(choice.seconds):
         write_cached(file, choice)
     return choice

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError, first_line
 from peft_vit.core.backbones.families.family import Family, noted_input_size
-from peft_vit.core.backbones.passes import evaluating, watching
+from peft_vit.core.backbones.passes import capturing_inputs, evaluating
 from peft_vit.core.backbones.site import LinearLayout
 from peft_vit.core.records import Role
 
@@ -47,14 +47,14 @@ _FOUND = "_peft_vit_linears_on_tokens"  # attribute of a model: what was found b
 
 
 @dataclass(frozen=True)
-class OnTokens:
+class TokenLayers:
     """What was found in a model: its linear layers on tokens, and the blocks that they lie in, as they are called."""
 
     linears: tuple[LinearLayout, ...]
     blocks: tuple[str, ...]
 
 
-def on_tokens(model: Any) -> OnTokens:
+def token_layers(model: Any) -> TokenLayers:
     """Return what a model has; looked for once, while its layers are plain.
 
     Args:
@@ -64,7 +64,7 @@ def on_tokens(model: Any) -> OnTokens:
         UserError: if it has no such layer, or can't compute images of this size.
     """
     known = model.__dict__.get(_FOUND)
-    if isinstance(known, OnTokens):
+    if isinstance(known, TokenLayers):
         return known
     name, size = type(model).__name__, noted_input_size(model)
     try:
@@ -89,30 +89,30 @@ def wrong_size(name: str, image_size: int, native: Mapping[str, Any], error: Exc
 
 def _prepare(model: nn.Module) -> bool:
     """Look for a model's layers while they are plain; each is called, or it would not be found."""
-    on_tokens(model)
+    token_layers(model)
     return False
 
 
 # Fields of a `Family` whose layers are found so.
 BY_TOKENS: dict[str, Any] = {
-    "layout": lambda model: list(on_tokens(model).linears),
-    "blocks": lambda model: list(on_tokens(model).blocks),
+    "layout": lambda model: list(token_layers(model).linears),
+    "blocks": lambda model: list(token_layers(model).blocks),
     "prepare": _prepare,
     "input_size": noted_input_size,
     "in_turn": False,
 }
 
 
-def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
-    of_one, of_two = (_shapes(model, (images, *input_size)) for images in (1, 2))
+def _find(model: nn.Module, input_size: tuple[int, int, int]) -> TokenLayers:
+    shapes, shapes_of_two = (_shapes(model, (images, *input_size)) for images in (1, 2))
     modules = dict(model.named_modules())
     pools = tuple(f"{name}." for name, module in modules.items() if isinstance(module, _POOLS))
     names = [
         name
-        for name, shape in of_one.items()
+        for name, shape in shapes.items()
         if len(shape) >= 3
         and shape[:-1].numel() > 1
-        and of_two[name][:-1].numel() == 2 * shape[:-1].numel()
+        and shapes_of_two[name][:-1].numel() == 2 * shape[:-1].numel()
         and not _POSITIONS.search(name)
         and not name.startswith(pools)
     ]
@@ -124,38 +124,32 @@ def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
         return [path for path in paths if isinstance(modules[path.rpartition(".")[0]], _LISTS)]
 
     counts = Counter(path for name in names for path in members(name))
-    own: dict[str, str] = {}  # of each layer the innermost member of a list that holds several layers
-    for name in names:
-        holding_several = [path for path in members(name) if counts[path] > 1]
-        if holding_several:
-            own[name] = holding_several[-1]
-    holding = tuple(dict.fromkeys(own.values()))
-    blocks = [path for path in holding if not any(other.startswith(f"{path}.") for other in holding)]
+    # of each layer the innermost member of a list that holds several layers
+    members_of = {name: [path for path in members(name) if counts[path] > 1] for name in names}
+    member_of = {name: paths[-1] for name, paths in members_of.items() if paths}
+    unique = tuple(dict.fromkeys(member_of.values()))
+    blocks = [path for path in unique if not any(other.startswith(f"{path}.") for other in unique)]
     linears: list[LinearLayout] = []
-    seen: Counter[tuple[int, str]] = Counter()
+    kind_counts: Counter[tuple[int, str]] = Counter()
     layer = 0
-    for name, block in own.items():  # in the order of calls
+    for name, block in member_of.items():  # in the order of calls
         layer = blocks.index(block) if block in blocks else layer
-        kind = _kind(name, own)
-        seen[layer, kind] += 1
-        if seen[layer, kind] > 1:
-            kind = f"{kind}_{seen[layer, kind]}"
+        kind = _kind(name, member_of)
+        kind_counts[layer, kind] += 1
+        if (count := kind_counts[layer, kind]) > 1:
+            kind = f"{kind}_{count}"
         linears.append(LinearLayout(name, layer, (kind,), _role(name, kind)))
-    return OnTokens(tuple(linears), tuple(blocks))
+    return TokenLayers(tuple(linears), tuple(blocks))
 
 
 def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
-    """Return the shape of what each linear layer sees in a forward pass, in the order of first calls."""
-    seen: dict[str, torch.Size] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        seen.setdefault(name, x.shape)
-
-    like = next(model.parameters())
+    """Return the shape of the inputs of each linear layer in a forward pass, in the order of first calls."""
+    shapes: dict[str, torch.Size] = {}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    with watching(layers, note), evaluating(model), torch.no_grad():
-        model(torch.zeros(shape, device=like.device, dtype=like.dtype))
-    return seen
+    record = capturing_inputs(layers, lambda name, x: shapes.setdefault(name, x.shape))
+    with record, evaluating(model), torch.no_grad():
+        model(torch.zeros(shape).to(next(model.parameters())))
+    return shapes
 
 
 def _kind(name: str, names: dict[str, str]) -> str:

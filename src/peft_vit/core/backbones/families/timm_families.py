@@ -73,7 +73,10 @@ def linears_of_block(path: str, layer: int, block: Any) -> list[LinearLayout]:
             for n, linears in branches
             for linear in linears
         ]
-    return [*_of_attention(f"{path}.attn", layer, block.attn), *_of_mlp(f"{path}.mlp", layer, block.mlp)]
+    linears = [*_of_attention(f"{path}.attn", layer, block.attn), *_of_mlp(f"{path}.mlp", layer, block.mlp)]
+    if isinstance(block, hiera.HieraBlock) and block.proj is not None:
+        linears.append(LinearLayout(f"{path}.proj", layer, ("shortcut",), "other"))
+    return linears
 
 
 def _of_attention(path: str, layer: int, attention: Any) -> list[LinearLayout]:
@@ -189,15 +192,6 @@ def _swin_size_step(model: Any) -> int:
 # --- Hiera ---
 
 
-def _hiera_layout(model: Any) -> list[LinearLayout]:
-    linears: list[LinearLayout] = []
-    for layer, block in enumerate(model.blocks):
-        linears += linears_of_block(f"blocks.{layer}", layer, block)
-        if block.proj is not None:
-            linears.append(LinearLayout(f"blocks.{layer}.proj", layer, ("shortcut",), "other"))
-    return linears
-
-
 def _hiera_input_size(model: Any) -> tuple[int, int, int]:
     height, width = (
         tokens * stride for tokens, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)
@@ -233,7 +227,7 @@ TIMM_FAMILIES = (
     ),
     Family(
         hiera.Hiera,
-        _hiera_layout,
+        row_layout,
         row_of_blocks,
         _fit_hiera,
         input_size=_hiera_input_size,

@@ -217,9 +217,8 @@ def _class_of(config: Any) -> Any:
         return transformers.AutoModel._model_mapping[type(config)]
     known = transformers.AutoModelForImageClassification._model_mapping
     if type(config) not in known:
-        raise UserError(
-            f"{config.model_type} is not a Vision Transformer: transformers has no class of it that classifies images",
-            field="backbone.model",
+        raise _bad(
+            f"{config.model_type} is not a Vision Transformer: transformers has no class of it that classifies images"
         )
     kind = known[type(config)]
     return kind[0] if isinstance(kind, tuple) else kind

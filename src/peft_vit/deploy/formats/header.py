@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 HEADER = "peft_vit_model"  # key of a file's metadata
 UNSIGNED = "0" * 64  # instead of the hash while it is computed
 AGAIN = "export the run again"
+FloatArray: TypeAlias = NDArray[np.float32]
 _Positive = Annotated[float, Field(gt=0)]
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -41,7 +42,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class ModelCard(Strict):
+class ExportMetadata(Strict):
     """How images become the model's input, what its outputs mean, and where it comes from."""
 
     run: str  # study/experiment/seed_k
@@ -63,22 +64,16 @@ class ModelCard(Strict):
     decision: Decision | None = None  # what outputs mean, of other tasks
 
     @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what came later where it says nothing: files hold hashes of their cards."""
-        fields: dict[str, Any] = write(self)
-        later = {
-            "library": "timm",
-            "interpolation": "bicubic",
-            "task": USUAL_TASK,
-            **dict.fromkeys(("config", "calibrated", "integer_bits", "unlike", "decision")),
-        }
-        return {key: value for key, value in fields.items() if key not in later or value != later[key]}
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave defaults out: the fields that have one came later, and files hold hashes of what they say."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: value for name, value in write(self).items() if value != defaults[name]}
 
     def check_meaning(self, file: Path) -> None:
         """Raise UserError, naming the file, if what the card says of outputs does not fit its classes."""
-        outputs = np.zeros((1, len(self.class_names)), np.float32)
+        outputs = np.zeros(len(self.class_names), np.float32)
         with foreign_fault("says of outputs what does not fit its classes", file, remedy=AGAIN, field="card"):
-            PRESENTED[self.task].answers(outputs, self.class_names, self.meaning, None, 1)
+            PRESENTED[self.task].prediction(outputs, self.class_names, self.meaning, None, 1)
 
     @property
     def meaning(self) -> Meaning:
@@ -97,7 +92,7 @@ class Header(Strict):
     """The envelope of every exported file."""
 
     version: Literal[1] = 1
-    card: ModelCard
+    card: ExportMetadata
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] = UNSIGNED
 
     @classmethod
@@ -113,19 +108,9 @@ class Header(Strict):
         header.card.check_meaning(file)
         return header
 
-    def _hashed(self) -> bytes:
-        """Return what the hash covers of the header itself."""
-        return self.card.model_dump_json().encode()
-
-    def _digest(self, content: Iterable[bytes | memoryview]) -> str:
-        digest = hashlib.sha256(self._hashed())
-        for part in content:
-            digest.update(part)
-        return digest.hexdigest()
-
     def signed(self, content: Iterable[bytes | memoryview]) -> Self:
-        """Return the header with the SHA-256 over itself and what its format says is its file's content."""
-        return self.model_copy(update={"sha256": self._digest(content)})
+        """Return the header with the SHA-256 of its file's content, of which its format says what it is."""
+        return self.model_copy(update={"sha256": _digest(content)})
 
     def check(self, content: Iterable[bytes | memoryview], file: Path, *beside: Path) -> None:
         """Refuse a file whose content has another hash.
@@ -133,7 +118,7 @@ class Header(Strict):
         Raises:
             UserError: if it has.
         """
-        if self._digest(content) != self.sha256:
+        if _digest(content) != self.sha256:
             which = "".join(f"it or {other.name} " for other in beside)
             raise UserError(f"{which}was changed after it was written; {AGAIN}", file=file)
 
@@ -142,11 +127,18 @@ class Header(Strict):
 class Classifier:
     """A trained model from whatever file, ready to be asked."""
 
-    logits: Callable[[NDArray[np.float32]], NDArray[np.float32]]  # normalised images (B, 3, S, S) -> (B, classes)
-    card: ModelCard
+    logits: Callable[[FloatArray], FloatArray]  # normalised images (B, 3, S, S) -> (B, classes)
+    card: ExportMetadata
     # The same, and (B,) distances to the nearest training image; where card.unlike says what they mean.
-    with_distances: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
+    with_distances: Callable[[FloatArray], tuple[FloatArray, FloatArray]] | None = None
     module: nn.Module | None = None  # what computes, in evaluation mode; None: it runs without torch
+
+
+def _digest(content: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
