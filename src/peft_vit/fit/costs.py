@@ -33,7 +33,7 @@ MOST_LAST_STEPS = 768  # of the first model
 SIZES_SHARE = 0.15  # of the minutes
 _FOLD_STEPS = 0.8  # of those of the last training, at most: as many epochs
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
-_FIT_S = 4e-8  # of one, for each of its values: images x features x classes
+_LEAST_FIT_S, _FIT_S = 0.02, 4e-8  # of one, and for each of its values: images x features x classes
 _PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nearest
 _GPTQ_S, _GPTQ_PASSES = 2.5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
 _COMPARED = 128  # images on which a written form is compared
@@ -83,10 +83,17 @@ class FitCosts:
     def _ways(self) -> int:
         return len(FLIP_AXES[self.fit.flips])
 
-    def fits_s(self, recipe: Recipe, images: int) -> float:
-        """Return the seconds of a regression on the features of so many images, its penalty chosen among them."""
+    def fits_s(self, recipe: Recipe, images: int, ways: int | None = None) -> float:
+        """Return the seconds of a regression on the features of so many images, its penalty chosen among them.
+
+        Args:
+            recipe: at its size.
+            images: whose features are there.
+            ways: in which each is flipped; None: as training shows them.
+        """
         width = next(iter(self.shape(recipe).sites)).in_features
-        return _FITS * _FIT_S * self._ways * images * width * self.fit.images.num_outputs
+        values = (ways or self._ways) * images * width * self.fit.images.num_outputs
+        return self.fit.fit_pace.factor * _FITS * (_LEAST_FIT_S + _FIT_S * values)
 
     def compared_images(self, recipes: Sequence[Recipe]) -> int:
         """Return by how many images sizes are compared, decided once, so that most of them fit their time.
@@ -96,7 +103,7 @@ class FitCosts:
         """
         fit = self.fit
         if (decided := fit.decisions.compared_images) is None:
-            whole_s = sum(self.image_s(one) + self.fits_s(one, 1) for one in recipes)
+            whole_s = sum(self.image_s(one) + self.fits_s(one, 1, ways=1) - self.fits_s(one, 0) for one in recipes)
             fitting = SIZES_SHARE * 60 * fit.request.minutes / whole_s
             decided = images_to_compare(fit.images.num_dev, fit.images.rarest, fitting)
             fit.decisions.compared_images = decided
@@ -105,7 +112,7 @@ class FitCosts:
 
     def regression_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds of a size's regression on so many images, as they are."""
-        return images * self.image_s(recipe) + self.fits_s(recipe, images) / self._ways
+        return images * self.image_s(recipe) + self.fits_s(recipe, images, ways=1)
 
     def features_s(self, recipe: Recipe) -> float:
         """Return the seconds of the features of all images that are trained on, as training shows them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ class Regression:
         labels: of the images, N.
         by_image: per-image terms of the metric, (N,), whose mean it is.
         by_image_of_half: the same terms with half of the images to learn from; None: that was not asked for.
-        is_new: its features were computed for it, none was in the cache.
+        features_s: that its features took; 0: they were in the cache.
+        fit_s: that its fits took, likewise; 0: nobody has looked.
     """
 
     metrics: Metrics
@@ -46,7 +48,8 @@ class Regression:
     labels: Labels
     by_image: NDArray[Any]
     by_image_of_half: NDArray[Any] | None = None
-    is_new: bool = False
+    features_s: float = 0.0
+    fit_s: float = 0.0
 
     @property
     def value(self) -> float:
@@ -92,7 +95,9 @@ def regress(
     loaded = Loaded.of(spec, test=False)
     data, model = loaded.data, loaded.backbone.model.requires_grad_(False)
     shared = SharedFeatures(model, spec, loaded.made_ready(), [], loaded.runtime, data.task, on_progress)
+    began = time.perf_counter()
     features, groups = shared.of_training(data.train), data.groups[data.train.positions]
+    computed = time.perf_counter()
     weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
     class_weights = None if weights is None else weights.double().numpy()
     metric, task, strata = metric_of(spec), data.task, data.task.strata(data.train.labels)
@@ -114,5 +119,6 @@ def regress(
             for part in parts:
                 halves[part] = held_out(part)[1]
             by_image_of_half = scores.by_image(halves, labels)
-    by_image, is_new = scores.by_image(logits, labels), shared.computed == len(features.labels)
-    return Regression(task.measure(logits, labels), metric, l2, labels, by_image, by_image_of_half, is_new)
+    features_s = computed - began if shared.computed == len(features.labels) else 0.0
+    by_image, fit_s = scores.by_image(logits, labels), time.perf_counter() - computed
+    return Regression(task.measure(logits, labels), metric, l2, labels, by_image, by_image_of_half, features_s, fit_s)

@@ -348,10 +348,12 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
 
 
 def _score_of(fit: Fit, probe: Recipe, compared: int) -> float:
-    planned_s, began = fit.costs.regression_s(probe, compared), fit.limit.clock()
+    features_s, fits_s = compared * fit.costs.image_s(probe), fit.costs.fits_s(probe, compared, ways=1)
     found = _regress(fit, probe, "none")
-    if found.is_new:
-        fit.image_pace.add(fit.limit.clock() - began, planned_s / fit.image_pace.factor)
+    if found.features_s:
+        fit.image_pace.add(found.features_s, features_s / fit.image_pace.factor)
+    if found.fit_s:
+        fit.fit_pace.add(found.fit_s, fits_s / fit.fit_pace.factor)
     return found.value / fit.images.scores.deviation
 
 
