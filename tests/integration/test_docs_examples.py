@@ -196,8 +196,9 @@ def test_the_notebook_runs_from_images_to_a_file_that_predicts(
     assert sum("<iframe srcdoc=" in html for html in shown) == 1
     assert sum('<table border="1"' in html for html in shown) == 1
     assert (tmp_path / "model.onnx").exists()
-    (accuracy,) = peft_vit.load_results(tmp_path / "peft-vit-runs").runs.test_accuracy
-    assert accuracy > (0.05 if small else 0.9)  # of ten classes
+    runs = peft_vit.load_results(tmp_path / "peft-vit-runs").runs
+    accuracies = runs.test_accuracy[~runs.study.str.startswith("folds-")]  # of a training, and of a probe if it is better
+    assert accuracies.max() > (0.05 if small else 0.9)  # of ten classes
 
 
 def test_the_notebook_installs_first_names_nobodys_folders_and_holds_no_warning() -> None:
