@@ -54,7 +54,7 @@ def left(choice: Tuning, _session_cache: str):
     """Leave it for onnxruntime alone, with made-up seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
-        patch.setattr(fastest, "bench", lambda files: [row(file, 0.012) for file in files])
+        patch.setattr(fastest, "bench", lambda files, **_: [row(file, 0.012) for file in files])
         patch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
         said: list[str] = []
         output = choice.request.output
@@ -132,7 +132,7 @@ def test_the_card_is_one_of_the_hub(choice, left) -> None:
 def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
     monkeypatch.setattr(fastest, "write_model", Mock(side_effect=UserError("no room")))
-    refusal = r"can't be exported \(ONNX, codes packed in memory, too: no room; .*\); the same command tries it again"
+    refusal = r"can't be exported \(ONNX, codes expanded when it is loaded: no room; .*\); the same command tries it again"
     with pytest.raises(UserError, match=refusal):
         write_output(choice, tmp_path, lambda _: None)
 
@@ -274,7 +274,8 @@ def made_up(monkeypatch, run_of):
         taken[str(file)] = kind
         return SimpleNamespace(comparison=None)
 
-    def time_them(files):
+    def time_them(files, *, alone):
+        assert not alone or len(files) == 1
         return [row(file, SIZES_AND_SECONDS[taken[str(file)]][1]) for file in files]
 
     monkeypatch.setattr(fastest, "write_model", write)
@@ -316,8 +317,9 @@ def test_the_fastest_within_the_limits_is_taken(made_up, tmp_path, limits, taken
 @pytest.mark.parametrize(
     ("seconds", "limits", "taken"),
     [
-        (0.0219, {}, "small"),
-        (0.0221, {}, "fast"),
+        (0.0219, {"max_latency_s": 0.03}, "small"),
+        (0.0221, {"max_latency_s": 0.03}, "fast"),
+        (0.0219, {}, "fast"),  # which alone is written
         (0.0219, {"max_latency_s": 0.0205}, "fast"),  # within a tenth of the other, but above the limit
     ],
 )
@@ -331,12 +333,12 @@ def test_of_forms_that_are_as_fast_the_smallest_is_taken(
 
 @pytest.mark.slow
 def test_a_packed_model_is_written_in_every_form_of_onnx(run_of, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(fastest, "bench", lambda files: [row(file, 0.012) for file in files])
+    monkeypatch.setattr(fastest, "bench", lambda files, **_: [row(file, 0.012) for file in files])
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
     known = Calibrated(images=60, temperature=3.0, coverages=(0.8,), thresholds=(0.4,))
     run = run_of("int4")
     found = fastest.export_fastest(run, tmp_path, meaning=known, fold_runs=[run], max_latency_s=0.001)
-    packed, fast, int8 = found.forms
+    fast, packed, int8 = found.forms
     assert packed.bytes < fast.bytes
     assert all(form.comparison.same_predictions > 0.9 for form in (packed, fast))
     assert not packed.left_out  # the smallest of those that are as fast

@@ -13,7 +13,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.base.statistics.odds import ModelEstimate, choose_model
-from peft_vit.core.tasks import expected_gain
+from peft_vit.core.tasks import GAIN_SD, expected_gain
 from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `posterior_by_size`
 _UPSCALED = 4  # times its own side, up to where a larger image helps
 _USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
-GAIN_SD = 0.03  # of what training gains, around it, from data set to data set
 SHORTEST = 0.5  # times the steps on folds, of a last training
 LEAST_FOLDS = 1  # that decide of a training if time is short
 NO_MODEL = "ended before a single model; give more, and the same command continues"

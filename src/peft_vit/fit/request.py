@@ -266,8 +266,8 @@ class TrainRequest(ImagesRequest):
     fit_file: ClassVar[str] = "fit.json"
     main_study: ClassVar[bool] = True
     validates: ClassVar[bool] = True
-    last_share: ClassVar[float] = 0.6
-    folds_share: ClassVar[float] = 0.3
+    last_share: ClassVar[float] = 0.7
+    folds_share: ClassVar[float] = 0.2
     least_of_a_class: ClassVar[tuple[int | None, int | None]] = (3, 2)
     split_seed: ClassVar[int] = 0
     executor: ClassVar[ExecutorName] = "local"
@@ -443,8 +443,8 @@ class TuneRequest(ImagesRequest):
     fit_file: ClassVar[str] = TUNE_FILE
     main_study: ClassVar[bool] = False
     validates: ClassVar[bool] = False
-    last_share: ClassVar[float] = 0.4
-    folds_share: ClassVar[float] = 0.35
+    last_share: ClassVar[float] = 0.5
+    folds_share: ClassVar[float] = 0.25
     least_of_a_class: ClassVar[tuple[int | None, int | None]] = (None, None)
     # What a person sets in `train`.
     method: ClassVar[MethodName] = "lora"

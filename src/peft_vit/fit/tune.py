@@ -106,9 +106,12 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
         more = (f"There was no time for folds. The same command with --minutes {2 * request.minutes:g} goes on.",)
     folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(recipe, {}).items()))
     done = Tuning(request, fit.images, tuple(sizes), recipe, *final, decision, folds, longer, more)
-    _write(fit, done)
-    fit.decisions.delivered = recipe, longer
-    fit.save()
+    for sentence in more:
+        fit.tell(f"  {sentence}")
+    if decision is not None:  # else it is written already
+        _write(fit, done)
+        fit.decisions.delivered = recipe, longer
+        fit.save()
     return done
 
 

@@ -9,20 +9,11 @@ import torch
 from written_runs import planned, run_and_write
 
 from peft_vit.core.backbones import describe
-from peft_vit.data import open_index
-from peft_vit.runs.costs.estimate import (
-    CostLine,
-    EstimateRequest,
-    StepTiming,
-    Throughput,
-    Workload,
-    experiment_products,
-)
+from peft_vit.runs.costs.estimate import EstimateRequest, Throughput, Workload
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
 from peft_vit.runs.costs.time_limit import first_that_fits, makespan
 from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs
 from peft_vit.runs.records.storage import write_record
-from peft_vit.runs.scheduling.profiling import measure_throughput
 
 pytestmark = pytest.mark.part("runner")
 
@@ -128,29 +119,6 @@ def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
 # --- times from a few measured steps ---
 
 
-def probe(start_s: float, step_products: float, step_s: float, image_products: int, image_s: float) -> StepTiming:
-    costs = MeasuredCosts(start_s=start_s, step_s=step_s, image_s=image_s, peak_memory_bytes=1, images=1)
-    return StepTiming(step_products, image_products, costs)
-
-
-def test_a_line_of_seconds() -> None:
-    for points, x, seconds in (
-        ([(40, 0.5), (16, 0.26)], 136, 0.1 + 1.36),  # 0.1 s, and 0.01 s each
-        ([(40, 0.5)], 80, 1.0),
-        ([(40, 0.5), (16, 0.6)], 80, 0.5),  # noise: it does not fall
-        ([(40, 0.5), (16, 0.1)], 80, 1.0),  # nor begin below 0
-        ([(40, 0.0), (16, 0.0)], 80, 0.0),
-    ):
-        assert CostLine.through(points).at(x) == pytest.approx(seconds)
-
-
-def test_steps_and_images_lie_on_lines_through_what_was_measured() -> None:
-    measured = Throughput.measured([probe(2.0, 40, 0.5, 5, 0.010), probe(4.0, 16, 0.26, 2, 0.004)], 5.0)
-    assert (measured.start_s, measured.process_s) == (3.0, 5.0)
-    assert measured.step.at(136) == pytest.approx(0.1 + 1.36)
-    assert measured.image.at(3) == pytest.approx(0.006)
-
-
 def test_a_step_counts_its_passes_and_blocks_that_are_computed_again(study) -> None:
     shape = describe(study("lora").backbone, 32)
     throughput = Throughput.estimated(1e9)
@@ -185,32 +153,3 @@ def test_the_makespan_is_that_of_a_simulation() -> None:
         expected = simulated(seconds, workers, busy)
         assert makespan(seconds, workers, busy=busy) == pytest.approx(expected), (seconds, workers, busy)
     assert makespan([1.0, 1.0, 1.0, 3.0], 2) == 4.0  # a long run at the end
-
-
-def measured(config, image_size: int, budget_s: float, told: list[str]) -> Throughput:
-    shape = describe(config.backbone, image_size)
-    workload = Workload(shape, image_size, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)
-    return measure_throughput(config, open_index(config.data), workload, budget_s, told.append)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_real_steps_are_measured_at_two_sizes(study, monkeypatch, method) -> None:
-    seen: list[StepTiming] = []
-    monkeypatch.setattr(Throughput, "measured", lambda probes, _: seen.extend(probes))
-    config = study(method, epochs=20)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 64})})
-    told: list[str] = []
-    measured(config, 64, 500.0, told)
-    assert told == ["measuring steps of the study's methods, 500 s at most"]
-    shapes = [describe(config.backbone, size) for size in (64, 32)]
-    assert [probe.image_products for probe in seen] == [shape.multiply_adds for shape in shapes]
-    products = [experiment_products(config.experiments[0], shape, 800) for shape in shapes]
-    assert [probe.step_products for probe in seen] == pytest.approx(products)
-
-
-def test_no_time_to_measure_is_said(study) -> None:
-    told: list[str] = []
-    throughput = measured(study("lora"), 32, 0.0, told)
-    assert throughput.step == throughput.image
-    assert told[1:] == ["timing failed; estimating from matmul speed"]

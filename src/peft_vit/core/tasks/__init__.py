@@ -2,7 +2,7 @@
 
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.tasks.classification import CLASSIFICATION
-from peft_vit.core.tasks.metric import DecidingMetric, Labels, expected_gain
+from peft_vit.core.tasks.metric import GAIN_SD, DecidingMetric, Labels, expected_gain
 from peft_vit.core.tasks.multilabel import MULTILABEL
 from peft_vit.core.tasks.regression import REGRESSION
 from peft_vit.core.tasks.scores import OF_FOLDS, Scores, thresholds_of

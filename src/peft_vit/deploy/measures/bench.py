@@ -56,6 +56,7 @@ def bench(
     threads: Sequence[int] = (),
     rounds: int = 20,
     repeats: int = 3,
+    alone: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[BenchRow]:
     """Time models by batch size and threads, in `repeats` rounds of fresh processes, one process at a time.
@@ -70,6 +71,7 @@ def bench(
         threads: of a process; default: as many as processors.
         rounds: calls of each batch size in a process that are timed.
         repeats: processes of each model and number of threads.
+        alone: time them once each, and nothing beside them.
         on_progress: gets how many processes have ended, and of how many.
 
     Raises:
@@ -80,7 +82,8 @@ def bench(
         raise UserError(f"expected at most {cpu_count()}, the processors here; got {max(threads)}", field="--threads")
     with tempfile.TemporaryDirectory() as folder:
         opened = [_opened(path, Path(folder)) for path in models]
-        if not any(model.is_float32 for model in opened):
+        repeats = 1 if alone else repeats
+        if not (alone or any(model.is_float32 for model in opened)):
             opened = [_float32_like(opened[0], Path(folder)), *opened]
         calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
         order = [(count, place) for _ in range(repeats) for count in threads for place in range(len(opened))]
@@ -88,7 +91,8 @@ def bench(
             on_progress(done, len(order))
             for batch, timings in time_alone(opened[place].file, batches, threads=count, rounds=rounds).items():
                 calls.setdefault((count, batch, place), []).append(timings)
-        return _rows(opened, {place for place, model in enumerate(opened) if model.is_float32}, calls)
+        base = {place for place, model in enumerate(opened) if model.is_float32}
+        return _rows(opened, base or set(range(len(opened))), calls)
 
 
 def _opened(path: Path, folder: Path) -> _Model:

@@ -92,7 +92,10 @@ def export_fastest(
     max_latency_s: float | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exports:
-    """Write a run's model in every exact form, time them in turn, and keep the fastest that is within the limits.
+    """Write a run's model in the form that is usually the fastest; with a limit of latency in the one that is it here.
+
+    Without a limit of latency the next form is written only where that one is too large, and nothing is timed beside
+    it. With one every exact form is written and timed in turn, and the fastest within the limits is kept.
 
     Activations in 8 bits make another model than the one that was compared and tested. They are tried only where no
     exact form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
@@ -122,8 +125,17 @@ def export_fastest(
             raise UserError(f"can't be exported ({error.message}); {again}", file=run_dir) from None
         forms: dict[Path, Form] = {}
 
-        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell)
-        rows = try_forms(_exact_ways(packed))
+        alone = max_latency_s is None
+        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell, alone)
+        rows: dict[str, BenchRow] = {}
+        if max_latency_s is not None:
+            rows = try_forms(_exact_ways(packed))
+        else:
+            for way in _exact_ways(packed):
+                rows |= try_forms([way])
+                sizes, _ = _measured(forms)
+                if _small_enough(sizes, max_bytes):
+                    break
         if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); {again}", file=run_dir)
@@ -159,6 +171,7 @@ def _try_forms(
     place: Path,
     forms: dict[Path, Form],
     tell: Callable[[str], None],
+    alone: bool,
     ways: Iterable[tuple[str, str, OnnxOptions]],
 ) -> dict[str, BenchRow]:
     """Write a model by name, format and options, time it, and add the forms; return what was timed, by file."""
@@ -175,7 +188,7 @@ def _try_forms(
     if not written:
         return {}
     tell("timing " + ", ".join(forms[file].name for file in written))
-    rows = {row.file: row for row in bench(written)}
+    rows = {row.file: row for row in bench(written, alone=alone)}
     for file in written:
         row = rows[str(file)]
         forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
@@ -183,10 +196,10 @@ def _try_forms(
 
 
 def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
-    """Yield name, format and options of the ways to write a model, of low bits or not, that change no prediction."""
+    """Yield name, format and options of the ways to write a model that change no prediction, usually fastest first."""
     if packed:
-        yield "ONNX, codes packed in memory, too", "onnx", OnnxOptions("small")
         yield "ONNX, codes expanded when it is loaded", "onnx", OnnxOptions("fast")
+        yield "ONNX, codes packed in memory, too", "onnx", OnnxOptions("small")
     else:
         yield "ONNX", "onnx", OnnxOptions()
     if not missing_packages("openvino"):

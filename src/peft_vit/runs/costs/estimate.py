@@ -7,7 +7,7 @@ import statistics
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -38,72 +38,34 @@ _VALUES_SAVED = 34 / 16
 
 
 @dataclass(frozen=True)
-class CostLine:
-    """Seconds by multiply-adds: a part that no size changes, and one in proportion to them."""
-
-    fixed_s: float
-    product_s: float
-
-    @classmethod
-    def through(cls, points: Collection[tuple[float, float]]) -> Self:
-        """Return the line through the smallest and the largest point that does not fall, nor begin below 0."""
-        (left, low), (right, high) = min(points), max(points)
-        slope = max(0.0, (high - low) / (right - left)) if left < right else high / right
-        return cls(high - slope * right, slope) if slope * right < high else cls(0.0, high / right)
-
-    def at(self, products: float) -> float:
-        """Return the seconds of so many multiply-adds."""
-        return self.fixed_s + self.product_s * products
-
-
-@dataclass(frozen=True)
 class Throughput:
     """What the parts of a run take, by how much they multiply.
 
     Attributes:
         start_s: of all that a run does once.
-        step: of a training step, by its multiply-adds, see `step_products`.
-        image: of each image of a forward pass, by its multiply-adds.
+        step_product_s: of a training step, for each of its multiply-adds, see `step_products`.
+        image_product_s: of a forward pass, for each of its multiply-adds.
         process_s: until a worker process is ready.
     """
 
     start_s: float
-    step: CostLine
-    image: CostLine
+    step_product_s: float
+    image_product_s: float
     process_s: float = PROCESS_S
 
     @classmethod
     def estimated(cls, multiply_adds_per_s: float) -> Self:
         """Return what follows from the throughput of products alone, see `product_throughput`."""
-        line = CostLine(0.0, TIME_OUTSIDE_PRODUCTS / multiply_adds_per_s)
-        return cls(_START_S, line, line)
-
-    @classmethod
-    def measured(cls, probes: Sequence[StepTiming], process_s: float) -> Self:
-        """Return what follows from measured runs of an experiment, of one size or more."""
-        return cls(
-            statistics.median(probe.costs.start_s for probe in probes),
-            CostLine.through([(probe.step_products, probe.costs.step_s) for probe in probes]),
-            CostLine.through([(probe.image_products, probe.costs.image_s) for probe in probes]),
-            process_s,
-        )
+        product_s = TIME_OUTSIDE_PRODUCTS / multiply_adds_per_s
+        return cls(_START_S, product_s, product_s)
 
     def step_s(self, shape: BackboneShape, method: str, images: int, recomputed: int = 0) -> float:
         """Return the seconds of a training step, see `step_products`."""
-        return self.step.at(step_products(shape, method, images, recomputed))
+        return self.step_product_s * step_products(shape, method, images, recomputed)
 
     def image_s(self, shape: BackboneShape) -> float:
         """Return the seconds of a forward pass for each of its images."""
-        return self.image.at(shape.multiply_adds)
-
-
-@dataclass(frozen=True)
-class StepTiming:
-    """What a run took whose steps, and whose images in a forward pass, have so many multiply-adds."""
-
-    step_products: float
-    image_products: int
-    costs: MeasuredCosts
+        return self.image_product_s * shape.multiply_adds
 
 
 def step_products(shape: BackboneShape, method: str, images: int, recomputed: int = 0) -> float:
@@ -303,7 +265,8 @@ def estimate_runs(
             costs.append(_run_cost(run, workload, throughput, estimated_bytes(run.spec, workload), "estimate"))
         else:
             products = experiment_products(run.spec.experiment, workload.shape, workload.train)
-            throughput = Throughput.measured([StepTiming(products, workload.shape.multiply_adds, timing)], PROCESS_S)
+            image_product_s = timing.image_s / workload.shape.multiply_adds
+            throughput = Throughput(timing.start_s, timing.step_s / products, image_product_s)
             pixels = workload.image_size**2 * workload.channels  # mapped into memory as they are read
             more_images = max(0, workload.train + workload.validation + workload.test - timing.images)
             peak_bytes = timing.peak_memory_bytes + more_images * pixels
@@ -323,7 +286,7 @@ def _run_cost(
         after = 0
     elif basis == "calibration":  # the timing run has done what the study's `measures` ask for, before its first step
         images += workload.test - after
-    step_s = throughput.step.at(experiment_products(experiment, workload.shape, workload.train))
+    step_s = throughput.step_product_s * experiment_products(experiment, workload.shape, workload.train)
     seconds = throughput.start_s + steps * step_s + images * image_s
     return RunCost(seconds, peak_bytes, basis, min(seconds, after * image_s))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,26 +10,18 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.backbones import BackboneShape, describe
-from peft_vit.core.config import MeasuresConfig, StudyConfig
 from peft_vit.core.records import RunRecord, RunSpec
 from peft_vit.core.training import Progress
-from peft_vit.data import ImageIndex
-from peft_vit.runs.costs.estimate import RunCost, StepTiming, Throughput, Workload, experiment_products
+from peft_vit.runs.costs.estimate import RunCost
 from peft_vit.runs.costs.memory_limit import StepCost
-from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs, timing_run
+from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs
 from peft_vit.runs.executors import RunEnded, RunProgress, decode_images
 from peft_vit.runs.executors.local import LocalExecutor
 from peft_vit.runs.planned import PlannedRun
-from peft_vit.runs.scheduling.plan import spec_of, splits_of
 
 _NEVER_S = 1e9
 _POLL_S = 0.5
 _UNKNOWN = RunCost(0.0, 0, "estimate")
-_STEPS = 3  # of a run that a throughput is measured by; the first one counts as part of the start
-_LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
-_FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
-_SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
 
 TimedProgress = list[tuple[Progress, float]]  # and when it was heard of, seconds
 
@@ -107,91 +98,26 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
     )
 
 
-def measure_throughput(
-    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, log: Callable[[str], None]
-) -> Throughput:
-    """Measure what runs of a study's one experiment cost; where not even that could be done, estimate it by arithmetic.
-
-    It is measured at the study's size, then at the smallest that makes sense, as long as there is time. Nothing is
-    kept.
-
-    Args:
-        study: of an experiment that takes steps.
-        index: its images.
-        workload: of the study.
-        budget_s: seconds until the measurement ends, whatever it has found.
-        log: gets what is being done, a line each.
-    """
-    ends_at = time.monotonic() + budget_s
-    log(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
-    estimated = workload.throughput()
-    probes: list[StepTiming] = []
-    process_s = 0.0
-    size_step, largest = workload.shape.size_step, study.data.image_size
-    smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
-    with _executor() as executor:
-        for image_size in dict.fromkeys((largest, min(largest, smallest))):
-            kind, shape = _few_steps(study, index, image_size, estimated)
-            started = time.monotonic()
-            try:
-                record, progress = _carried_out(kind, executor, ends_at)
-            except (TimeoutError, UserError):  # of a broken image, which the study itself will name
-                break
-            if record.status != "done":
-                log(f"{study.experiments[0].name} could not be measured ({record.error})")
-                continue
-            if not probes:
-                process_s = max(0.0, time.monotonic() - started - record.seconds)
-            products = experiment_products(kind.experiment, shape, kind.experiment.training.batch_size)
-            probes.append(StepTiming(products, shape.multiply_adds, costs_of(record, progress)))
-    if probes:
-        return Throughput.measured(probes, process_s)
-    log("timing failed; estimating from matmul speed")
-    return estimated
-
-
-def _few_steps(
-    study: StudyConfig, index: ImageIndex, image_size: int, estimated: Throughput
-) -> tuple[RunSpec, BackboneShape]:
-    """Return the timing run of a study's experiment at a size, of a batch that does not take too long."""
-    (experiment,), seed = study.experiments, study.seeds[0]
-    splits, shape = splits_of(index, study)[seed], describe(study.backbone, image_size)
-    batch_size = experiment.training.batch_size
-    while batch_size > 1 and estimated.step.at(experiment_products(experiment, shape, batch_size)) > _LONGEST_STEP_S:
-        batch_size //= 2
-    spec = spec_of(study, 0, seed)
-    changes = {
-        "experiment": experiment.model_copy(update={"training": experiment.training.with_batch_size(batch_size)}),
-        "data": spec.data.model_copy(update={"image_size": image_size}),
-        "measures": MeasuresConfig(),
-    }
-    steps = experiment.total_steps(len(splits.train))
-    run, most = spec.model_copy(update=changes), max(2, batch_size)
-    return timing_run(run, steps, shape, index, splits, at_most=_STEPS, evaluated=most), shape
-
-
 @contextmanager
 def _executor() -> Iterator[LocalExecutor]:
     with tempfile.TemporaryDirectory() as folder, closing(LocalExecutor(1, Path(folder), _NEVER_S)) as executor:
         yield executor
 
 
-def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, TimedProgress]:
+def _carried_out(kind: RunSpec, executor: LocalExecutor) -> tuple[RunRecord, TimedProgress]:
     """Do a timing run and return what came of it.
 
     Raises:
         UserError: if an image is broken.
-        TimeoutError: if it takes too long.
     """
     assert kind.data.train_images is not None
     run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
     decode_images([run])
     progress = TimedProgress()
     executor.submit(run)
-    while (left_s := ends_at - time.monotonic()) > 0:
-        event = executor.next_event(min(_POLL_S, left_s))
+    while True:
+        event = executor.next_event(_POLL_S)
         if isinstance(event, RunProgress):
             progress.append((event.progress, time.perf_counter()))
         elif isinstance(event, RunEnded):
             return event.record, progress
-    raise TimeoutError
