@@ -17,11 +17,11 @@ from typing import Any
 
 from common import machine, write
 
+from peft_vit.core.adapters import plain_model
 from peft_vit.core.config import exported_bytes
 from peft_vit.data import load_data
 from peft_vit.deploy import export_onnx, export_openvino, merge, open_exported
 from peft_vit.deploy.export import compare
-from peft_vit.deploy.formats.torch_files import with_float_weights
 from peft_vit.deploy.restore import RestoredRun, restore_run
 
 WRITERS = {"onnx": (export_onnx, ".onnx"), "openvino": (export_openvino, ".xml")}
@@ -31,8 +31,9 @@ def measured(run: RestoredRun, kind: str, folder: Path) -> dict[str, Any]:
     """Export a run's model and its float form, and compare the former with the trained one on the test images."""
     spec, (export, ending) = run.record.spec, WRITERS[kind]
     merged = merge(run.model, run.card).model
+    float32 = plain_model(merged, run.card.architecture, run.card.image_size, len(run.card.class_names))
     sizes = []
-    for name, model in (("model", merged), ("float32", with_float_weights(merged, run.card))):
+    for name, model in (("model", merged), ("float32", float32)):
         export(model, folder / f"{name}{ending}", run.card)
         sizes.append(exported_bytes(folder / f"{name}{ending}"))
     images = load_data(spec.data, spec.seed, smoke=spec.smoke).test.open()

@@ -132,7 +132,9 @@ def test_the_card_is_one_of_the_hub(choice, left) -> None:
 def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
     monkeypatch.setattr(fastest, "write_model", Mock(side_effect=UserError("no room")))
-    refusal = r"can't be exported \(ONNX, codes expanded when it is loaded: no room; .*\); the same command tries it again"
+    refusal = (
+        r"can't be exported \(ONNX, codes expanded when it is loaded: no room; .*\); the same command tries it again"
+    )
     with pytest.raises(UserError, match=refusal):
         write_output(choice, tmp_path, lambda _: None)
 

@@ -23,7 +23,7 @@ from experiments.floor.scripts.images import RESULTS, Rows, Side, flips_of, meas
 from experiments.floor.scripts.sets import DRAWS, SETS
 from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics import fit_temperature
-from peft_vit.base.statistics.drawing import deal_folds
+from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.core.training import FLIP_AXES, RuntimeConfig
 from peft_vit.core.training.metrics import autocast
 
@@ -95,7 +95,7 @@ def regress(
         test: parts of test images' features.
         standardized: see `prepared`.
     """
-    fold_of = deal_folds(labels, groups, _FOLDS, numpy_generator(0, "held_out"))
+    fold_of = assign_folds(labels, groups, _FOLDS, numpy_generator(0, "held_out"))
     held_out = [np.empty((len(labels), labels.max() + 1)) for _ in _L2]
 
     def parts(rows: NDArray[np.bool_]) -> list[Floats]:

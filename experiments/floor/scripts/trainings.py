@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from experiments.floor.scripts.images import CPU, Side, flips_of, pretrained, read_side, runtime_of
 from experiments.floor.scripts.sets import DRAWS, SETS
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import deal_folds
-from peft_vit.core.adapters.adapted_model import site_adapters, use_float_products, use_integer_products
+from peft_vit.base.statistics.drawing import assign_folds
+from peft_vit.core.adapters.adapted_model import site_adapters, use_float_matmul, use_int8_matmul
 from peft_vit.core.backbones import Backbone, LoadedBackbone
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS, PROBE_L2, ExperimentConfig
 from peft_vit.core.config.training import LABEL_SMOOTHING
@@ -38,7 +38,7 @@ from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training import FLIP_AXES, Features, RuntimeConfig, fit_probe, head_inputs, held_out_fit, train
 from peft_vit.core.training.images import Data, HoldoutImages, LabelledImages
 from peft_vit.core.training.metrics import predict
-from peft_vit.runs.this_machine import kept_products
+from peft_vit.runs.this_machine import products
 
 OUTPUTS = Path("experiments/outputs/floor")
 FOLDS, RATE = 3, 1e-3
@@ -72,7 +72,7 @@ class Draw(NamedTuple):
     @property
     def fold_of(self) -> NDArray[np.int64]:
         """Return which third each image to learn from is in."""
-        return deal_folds(self.train.images.labels, self.train.groups, FOLDS, numpy_generator(0, "held_out"))
+        return assign_folds(self.train.images.labels, self.train.groups, FOLDS, numpy_generator(0, "held_out"))
 
     def file(self, steps: int, fold: int | None) -> Path:
         """Return where a training is kept; fold: that it leaves out."""
@@ -144,9 +144,9 @@ def train_once(draw: Draw, start: Start, steps: int, fold: int | None) -> None:
     settings = {"name": "lora", "method": "lora", "training": training, "lora": {"rank": DEFAULT_RANK}}
     experiment = ExperimentConfig.model_validate(settings)
     METHODS["lora"].prepare(model, experiment, PrepareContext(total_steps=steps, seed=0 if draw.one_start else seed))
-    choice = kept_products.choose_product(CPU, "bf16")
-    if choice.product is not None:
-        use_integer_products(model, choice.product)
+    choice = products.choose_product(CPU, "bf16")
+    if choice.matmul is not None:
+        use_int8_matmul(model, choice.matmul)
     head = Backbone(model).head
     ways = [way[rows] for way in start.ways]
     probe, _, temperature = _probe(ways, side.images.labels[rows], side.groups[rows], head, runtime, (start.l2,))
@@ -162,7 +162,7 @@ def train_once(draw: Draw, start: Start, steps: int, fold: int | None) -> None:
         groups=np.arange(len(side.groups)),
     )
     result = train(model, data, experiment.training, runtime, seed=seed, temperature=start.temperature)
-    use_float_products(model)
+    use_float_matmul(model)
     seconds = time.perf_counter() - began
     content = {
         "factors": {name: adapter.exact_factors() for name, adapter in site_adapters(model).items()},

@@ -104,7 +104,7 @@ def test_ranks_of_fused_matrices(analysis) -> None:
 
 def test_a_report_draws_them(analysis) -> None:
     (document,) = study_documents([analysis])
-    cards = {card.method: card.experiment for card in document.cards}
+    cards = {card.title: card.subtitle for card in document.cards}
     assert (cards["LoRA by PEFT"], cards["AdaLoRA by PEFT"]) == ("peft_r8", "peft_12_8")
     details = [value for run in document.runs for key, value in run.rows if key == "configuration"]
     assert sum("peft_adalora {" in value for value in details) == 2
@@ -126,4 +126,4 @@ def test_adaptive_ranks_on_low_bits_are_analyzed_by_rank_and_by_bits() -> None:
     assert "both" in [row.experiment.name for row in analyzed.allocation]
     assert "both" in [row.experiment.name for row in analyzed.quantization]
     (document,) = study_documents([analyzed])
-    assert {card.method: card.experiment for card in document.cards}["AdaLoRA + QA-LoRA"] == "both"
+    assert {card.title: card.subtitle for card in document.cards}["AdaLoRA + QA-LoRA"] == "both"
