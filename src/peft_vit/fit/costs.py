@@ -85,8 +85,8 @@ class FitCosts:
 
     def fits_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds of a regression on the features of so many images, its penalty chosen among them."""
-        width = next(iter(self.shape(recipe).sites)).in_features
-        return _FITS * _FIT_S * self._ways * images * width * self.fit.images.num_outputs
+        inputs = self.shape(recipe).head_inputs
+        return _FITS * _FIT_S * self._ways * images * inputs * self.fit.images.num_outputs
 
     def compared_images(self, recipes: Sequence[Recipe]) -> int:
         """Return by how many images sizes are compared, decided once, so that most of them fit their time.
