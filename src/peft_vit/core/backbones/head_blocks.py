@@ -32,11 +32,11 @@ class _ReadsLastBlocks:
         return logits
 
 
-class VitOnLastBlocks(_ReadsLastBlocks, VisionTransformer):
+class VitOnLastBlocks(_ReadsLastBlocks, VisionTransformer):  # type: ignore[misc]
     """timm's VisionTransformer with such a head."""
 
 
-class EvaOnLastBlocks(_ReadsLastBlocks, Eva):
+class EvaOnLastBlocks(_ReadsLastBlocks, Eva):  # type: ignore[misc]
     """timm's Eva with such a head."""
 
 

@@ -62,7 +62,7 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
     are computed for one token, forward and backward. It is for timm's VisionTransformer with plain blocks; what others
     compute stays.
     """
-    vit = next((part for part in model.modules() if type(part) in (VisionTransformer, VitOnLastBlocks)), None)
+    vit: Any = next((part for part in model.modules() if type(part) in (VisionTransformer, VitOnLastBlocks)), None)
     last = None if vit is None else vit.blocks[-1]
     reads_it_alone = vit is not None and vit.global_pool == "token" and vit.attn_pool is None
     # A forward that another library has put there is not known to do what timm's does.
