@@ -63,10 +63,10 @@ class FitCosts:
         """Return the bytes of a recipe's file, as expected."""
         return recipe.file_bytes(self.shape(recipe), self.fit.images.num_outputs, self.fit.images.num_dev)
 
-    def allowed_bits(self, recipe: Recipe) -> list[QuantizationType]:
+    def allowed_bits(self, recipe: Recipe, more_bytes: int = 0) -> list[QuantizationType]:
         """Return the formats within the limit of bytes to which a recipe is rounded; 2 bits only if no others are."""
         most = self.fit.request.max_bytes
-        fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) <= most]
+        fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) + more_bytes <= most]
         return [bits for bits in fitting if bits != "int2"] or fitting
 
     def longest_form(self, recipe: Recipe) -> Recipe:
@@ -85,7 +85,8 @@ class FitCosts:
 
     def fits_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds of a regression on the features of so many images, its penalty chosen among them."""
-        inputs = self.shape(recipe).head_inputs
+        # with four times as many inputs it takes twice as long, as measured
+        inputs = self.shape(recipe).head_inputs / math.sqrt(self.fit.backbone(recipe.model).head_blocks)
         return _FITS * _FIT_S * self._ways * images * inputs * self.fit.images.num_outputs
 
     def compared_images(self, recipes: Sequence[Recipe]) -> int:
