@@ -95,9 +95,11 @@ def _register(name: str, build: Callable[..., nn.Module]) -> None:
 
 for _name, _build in _BUILDERS.items():
     _register(_name, _build)
-# timm's test_vit with two of its six blocks: torch's exporter takes a third of the time.
-_SHALLOW: dict[str, Any] = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2, "mlp_ratio": 3}
-_register("shallow_vit", partial(_create_vision_transformer, **_SHALLOW, dynamic_img_size=True))
+# timm's test_vit with two or four of its six blocks: torch's exporter takes a third of the time.
+_SHALLOW: dict[str, Any] = {"patch_size": 16, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 3}
+for _name, _depth in {"shallow_vit": 2, "four_blocks": 4}.items():
+    _settings = _SHALLOW | {"depth": _depth}
+    _register(_name, partial(_create_vision_transformer, **_settings, dynamic_img_size=True))
 
 
 def random_model(name: str) -> nn.Module:

@@ -347,6 +347,56 @@ def test_images_are_flipped_in_the_way_that_regressions_prefer(tuning: Tuning) -
     assert seen == {0}
 
 
+@pytest.mark.parametrize(
+    ("gain", "more", "blocks"),
+    [
+        (0.05, {}, {4}),
+        (-0.05, {}, {1}),
+        (0.05, {"minutes": 0.5}, {1}),  # no time for it in all runs
+        (0.05, {"models": ("shallow_vit",)}, {1}),  # has two
+    ],
+)
+def test_heads_read_four_blocks_where_a_regression_on_these_is_better(
+    tuning: Tuning, monkeypatch: pytest.MonkeyPatch, gain: float, more: dict[str, Any], blocks: set[int]
+) -> None:
+    """At the first size alone; what else is done has such a head then, other sizes' regressions too."""
+    plain, lines, asked, trained = planted(), list[str](), list[tuple[int, int]](), set[int]()
+    reads = 1
+
+    def truth(experiment: Mapping[str, Any], size: int) -> float:
+        return plain(experiment, size) + (gain if reads == 4 else 0.0)
+
+    runner = stand_ins(truth=truth)
+
+    def regressed(study: Mapping[str, Any], folder: Path, half: bool, *_: Any) -> Any:
+        nonlocal reads
+        reads = study["backbone"].get("head_blocks", 1)
+        if not half:
+            asked.append((study["data"]["image_size"], reads))
+        return runner.regress(study, folder, half)
+
+    def call(mapping: Mapping[str, Any], *given: Any) -> Any:
+        nonlocal reads
+        reads = mapping["backbone"].get("head_blocks", 1)
+        trained.add(reads)
+        return runner(mapping, *given)
+
+    monkeypatch.setattr(stages, "regress", regressed)
+    environment = replace(environment_of(runner), make_runner=lambda *_: call, regress=None)
+    tuning(environment=environment, tell=lines.append, **more)
+    tried = "shallow_vit" not in more.get("models", ()) and "minutes" not in more
+    assert trained == blocks
+    first = min(size for size, _ in asked)
+    assert {reads for size, reads in asked if size == first} == ({1, 4} if tried else {1})
+    assert {reads for size, reads in asked if size != first} == blocks or "minutes" in more
+    said = [line for line in lines if "the head reads the" in line]
+    last = "last 4 blocks" if blocks == {4} else "last block"
+    assert len(said) == tried
+    assert all(
+        re.fullmatch(rf"  the head reads the {last}: \S+ ?% against \S+ ?% at {first} px", line) for line in said
+    )
+
+
 # --- killed, and called again ---
 
 

@@ -55,8 +55,7 @@ def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes:
         packing: as a section `qa_lora`; None: float weights.
         classes: of the head.
     """
-    width = next(iter(shape.sites)).in_features
-    values = shape.parameters + classes * (width + 1)
+    values = shape.parameters + classes * (shape.head_inputs + 1)
     if packing is None:
         return 4 * values
     total = 0

@@ -46,6 +46,7 @@ class RestoredRun:
             library=architecture.library,
             model=architecture.name,
             config=architecture.config,
+            head_blocks=architecture.head_blocks,
             weights_name=self.backbone.weights_name,
             weights_sha256=self.backbone.weights_sha256,
             image_size=spec.data.image_size,

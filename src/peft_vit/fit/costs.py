@@ -63,10 +63,10 @@ class FitCosts:
         """Return the bytes of a recipe's file, as expected."""
         return recipe.file_bytes(self.shape(recipe), self.fit.images.num_outputs, self.fit.images.num_dev)
 
-    def allowed_bits(self, recipe: Recipe) -> list[QuantizationType]:
+    def allowed_bits(self, recipe: Recipe, more_bytes: int = 0) -> list[QuantizationType]:
         """Return the formats within the limit of bytes to which a recipe is rounded; 2 bits only if no others are."""
         most = self.fit.request.max_bytes
-        fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) <= most]
+        fitting = [bits for bits in ROUNDED if most is None or self.bytes_of(recipe.rounded(bits)) + more_bytes <= most]
         return [bits for bits in fitting if bits != "int2"] or fitting
 
     def longest_form(self, recipe: Recipe) -> Recipe:
@@ -91,8 +91,9 @@ class FitCosts:
             images: whose features are there.
             ways: in which each is flipped; None: as training shows them.
         """
-        width = next(iter(self.shape(recipe).sites)).in_features
-        values = (ways or self._ways) * images * width * self.fit.images.num_outputs
+        # Four times as many inputs take twice as long, as measured.
+        inputs = self.shape(recipe).head_inputs / math.sqrt(self.fit.backbone(recipe.model).head_blocks)
+        values = (ways or self._ways) * images * inputs * self.fit.images.num_outputs
         return self.fit.fit_pace.factor * _FITS * (_LEAST_FIT_S + _FIT_S * values)
 
     def compared_images(self, recipes: Sequence[Recipe]) -> int:

@@ -32,6 +32,7 @@ from peft_vit.core.backbones import (
     default_weights_source,
     describe,
     size_step_of,
+    supports_head_blocks,
 )
 from peft_vit.core.config import (
     AUGMENTATION_OF_FLIPS,
@@ -41,6 +42,7 @@ from peft_vit.core.config import (
     BackboneConfig,
     Compute,
     Flips,
+    HeadBlocks,
     QuantizationType,
     WeightsSource,
     named_backbone,
@@ -116,6 +118,7 @@ class Decisions(BaseModel):
         weights: where a model's come from, by its name.
         compute: how frozen layers multiply, which all runs share.
         flips: how training images are flipped, which all runs share.
+        head_blocks: of how many of the last blocks heads read the class tokens, likewise; None: of the last alone.
         compared_images: by how many images sizes are compared.
         latency_s: of an exported image, by model and size.
         memory: settings of training within the limit, by model and size.
@@ -133,6 +136,7 @@ class Decisions(BaseModel):
     weights: dict[str, str | None] = {}
     compute: Compute | None = None
     flips: Flips | None = None
+    head_blocks: HeadBlocks | None = None
     compared_images: int | None = None
     latency_s: dict[str, float] = {}
     memory: dict[str, dict[str, Any]] = {}
@@ -402,9 +406,16 @@ class Fit:
         """Return what everything takes here, from what large products take; runs correct it as they end."""
         return FitCosts(self, self.environment.throughput or Throughput.estimated(self._rates[self.compute]))
 
+    def backbone(self, model: str) -> BackboneConfig:
+        """Return a model's configuration, whose head reads as many blocks as was decided, if it can."""
+        backbone, blocks = self.backbones[model], self.decisions.head_blocks or 1
+        if blocks == 1 or not supports_head_blocks(architecture_of(backbone)):
+            return backbone
+        return backbone.model_copy(update={"head_blocks": blocks})
+
     def shape(self, model: str, image_size: int) -> BackboneShape:
         """Return a backbone's shape."""
-        return describe(self.backbones[model], image_size)
+        return describe(self.backbone(model), image_size)
 
     # --- studies ---
 
@@ -449,7 +460,7 @@ class Fit:
             "threads": self.file.threads,
             "precision": request.precision,
             "device": request.device,
-            "backbone": self.backbones[recipe.model].model_dump(exclude_unset=True),
+            "backbone": self.backbone(recipe.model).model_dump(exclude_unset=True),
             "data": own | data,
             "experiments": list(experiments),
             "measures": {"logits": True},

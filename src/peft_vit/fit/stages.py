@@ -41,8 +41,8 @@ from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.files import read_bytes
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_doubling
-from peft_vit.core.backbones import architecture_of
-from peft_vit.core.config import Flips, QuantizationType, study_from_mapping, type_of_bits
+from peft_vit.core.backbones import architecture_of, supports_head_blocks
+from peft_vit.core.config import Flips, HeadBlocks, QuantizationType, study_from_mapping, type_of_bits
 from peft_vit.core.methods import METHODS
 from peft_vit.core.tasks import expected_gain
 from peft_vit.data import PixelStore, existing, find_images
@@ -127,6 +127,8 @@ def keep_images(fit: Fit) -> None:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 NO_TIME = "no time for it"
+_SLOWER = 3  # times, of a regression on four blocks; more than is usual
+_FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
 _OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
 
@@ -324,8 +326,11 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
                 began_at = clock()
                 try:
                     fit.once(fit.decisions.sizes, probe.place, partial(_score_of, fit, probe, compared))
+                    taken_s = clock() - began_at
+                    if len(fit.decisions.sizes) == 1:
+                        taken_s = _choose_head_blocks(fit, every, taken_s, (ends_at - clock()) / 2)
                     if fit.decisions.flips is None:
-                        _choose_flips(fit, probe, clock() - began_at, (ends_at - clock()) / 2)
+                        _choose_flips(fit, probe, taken_s, (ends_at - clock()) / 2)
                 except Exception as error:
                     if not is_out_of_memory(error) or not tried:
                         raise
@@ -357,6 +362,42 @@ def _score_of(fit: Fit, probe: Recipe, compared: int) -> float:
     return found.value / fit.images.scores.deviation
 
 
+def _choose_head_blocks(fit: Fit, every: Sequence[Recipe], taken_s: float, left_s: float) -> float:
+    """Let heads read the last four blocks, if a regression on these is better and there is time for it in all runs.
+
+    Args:
+        fit: the fit.
+        every: regressions at all sizes; the first is known, on the last block.
+        taken_s: that it took.
+        left_s: for the other.
+
+    Returns:
+        The seconds of the better one.
+    """
+    probe, sizes, costs, clock = every[0], fit.decisions.sizes, fit.costs, fit.limit.clock
+    if (
+        fit.environment.regress is not None
+        or METHODS[fit.request.method].uses_peft
+        or not supports_head_blocks(architecture_of(fit.backbones[probe.model]))
+        or _SLOWER * taken_s > left_s
+        or _FITTED_RUNS * costs.fits_s(probe, fit.fold_train_images) > SIZES_SHARE * 60 * fit.request.minutes
+    ):
+        return taken_s
+    more_bytes = 3 * 4 * costs.shape(probe).head_inputs * fit.images.num_outputs
+    if any(costs.allowed_bits(one, more_bytes) != costs.allowed_bits(one) for one in every):
+        return taken_s
+    began, scores, of_last = clock(), fit.images.scores, sizes[probe.place]
+    score = _regress(fit, probe, "none", head_blocks=4).value / scores.deviation
+    if better := score > of_last:
+        sizes[probe.place], taken_s = score, clock() - began
+    fit.decisions.head_blocks = 4 if better else 1
+    fit.save()
+    blocks, values = "last 4 blocks" if better else "last block", sorted((score, of_last), reverse=True)
+    shown = " against ".join(map(scores.text, values))
+    fit.tell(f"  the head reads the {blocks}: {shown} at {probe.image_size} px")
+    return taken_s
+
+
 def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> None:
     """Choose how training images are flipped, by regressions, as far as there is time; else left-right.
 
@@ -381,11 +422,15 @@ def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> Non
     fit.decisions.flips = best
 
 
-def _regress(fit: Fit, probe: Recipe, flips: Flips, *, half: bool = False) -> Regression:
+def _regress(
+    fit: Fit, probe: Recipe, flips: Flips, *, half: bool = False, head_blocks: HeadBlocks | None = None
+) -> Regression:
     compared = fit.decisions.compared_images or fit.images.num_dev
     experiment = {"name": "linear", "method": "linear", "training": fit.training(flips)}
     some = {"train_images": compared} if compared < fit.images.num_dev and fit.request.shots is None else {}
     study = fit.study("sizes", probe, [fit.request.seed], [experiment], folds=None, **some)
+    if head_blocks is not None:
+        study["backbone"]["head_blocks"] = head_blocks
     if fit.environment.regress is not None:
         return fit.environment.regress(study, fit.studies, half)
     fit.images.keep_pixels(study_from_mapping(study, file=fit.request.images))

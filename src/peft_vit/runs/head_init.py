@@ -174,6 +174,8 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         "processor": provenance.processor,
         "instructions": instruction_limits(),
     }
+    if spec.backbone.head_blocks != 1:
+        depends_on["head_blocks"] = spec.backbone.head_blocks
     if spec.data.interpolation is not None:
         depends_on["interpolation"] = spec.data.interpolation
     if provenance.integer_bits is not None:

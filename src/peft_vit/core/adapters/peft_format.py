@@ -41,6 +41,7 @@ from peft_vit.core.adapters.attach import attach_adapters
 from peft_vit.core.adapters.peft_layers import PREFIX, check_plain, is_plain, peft_factors, peft_layers, tuner_layers
 from peft_vit.core.adapters.peft_tuner import tuner_export
 from peft_vit.core.backbones import Backbone, Site, find_sites, fused_sites
+from peft_vit.core.backbones.head_blocks import reads_last_blocks
 from peft_vit.core.config import CARD_FILE, PEFT_FILE
 
 CONFIG_FILE = PEFT_FILE
@@ -67,6 +68,11 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
     Warns:
         SilentNoEffectWarning: if PEFT's layers have no effect in such a model as timm builds it.
     """
+    if reads_last_blocks(model):
+        raise UserError(
+            "PEFT can't load a head that reads several blocks (backbone.head_blocks); use --format safetensors, onnx "
+            "or openvino"
+        )
     head = _head_parameters(model)
     if Backbone(model).prepare():
         _warn(

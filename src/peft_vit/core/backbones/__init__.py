@@ -17,6 +17,7 @@ from peft_vit.core.backbones.catalog import (
     interpolation_of,
     native_size,
     size_step_of,
+    supports_head_blocks,
 )
 from peft_vit.core.backbones.families import Architecture
 from peft_vit.core.backbones.passes import capturing_inputs, evaluating

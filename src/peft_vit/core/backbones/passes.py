@@ -10,6 +10,8 @@ from typing import Any
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from peft_vit.core.backbones.head_blocks import VitOnLastBlocks
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -60,7 +62,7 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
     are computed for one token, forward and backward. It is for timm's VisionTransformer with plain blocks; what others
     compute stays.
     """
-    vit = next((part for part in model.modules() if type(part) is VisionTransformer), None)
+    vit: Any = next((part for part in model.modules() if type(part) in (VisionTransformer, VitOnLastBlocks)), None)
     last = None if vit is None else vit.blocks[-1]
     reads_it_alone = vit is not None and vit.global_pool == "token" and vit.attn_pool is None
     # A forward that another library has put there is not known to do what timm's does.

@@ -56,6 +56,7 @@ from peft_vit.core.config.study import (
     DataConfig,
     Device,
     ExperimentConfig,
+    HeadBlocks,
     Interpolation,
     Library,
     MeasuresConfig,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from peft_vit.base.errors import UserError, checked, foreign_fault, os_fault
 from peft_vit.base.files import write_atomically
-from peft_vit.core.config import USUAL_TASK, Interpolation, Library, TaskName
+from peft_vit.core.config import USUAL_TASK, HeadBlocks, Interpolation, Library, TaskName
 from peft_vit.core.records import Calibrated, Decision, Unlike
 from peft_vit.core.tasks import Meaning
 from peft_vit.deploy.presentation import PRESENTED
@@ -49,6 +49,7 @@ class ExportMetadata(Strict):
     library: Library = "timm"
     model: str  # its name there
     config: str | None = None  # of transformers: what the model is built from
+    head_blocks: HeadBlocks = 1  # of how many of the last blocks the head reads the class tokens
     weights_name: str  # of the backbone that was fine-tuned
     weights_sha256: str | None  # None: random weights
     image_size: int = Field(ge=1, le=1024)  # side of the square input, in pixels
@@ -85,7 +86,7 @@ class ExportMetadata(Strict):
         """Return what the model is built from."""
         from peft_vit.core.backbones import Architecture  # with torch, which a file for another runtime does not need
 
-        return Architecture(self.library, self.model, self.config)
+        return Architecture(self.library, self.model, self.config, head_blocks=self.head_blocks)
 
 
 class Header(Strict):

@@ -287,7 +287,17 @@ def backbone_of(model: nn.Module, card: ExportMetadata) -> tuple[LowBitHeader, d
         head = nn.Linear(layer.in_features, 1)
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         model.set_submodule(name, head)
-    of_weights = {"library", "model", "config", "weights_name", "weights_sha256", "image_size", "mean", "std"}
+    of_weights = {
+        "library",
+        "model",
+        "config",
+        "head_blocks",
+        "weights_name",
+        "weights_sha256",
+        "image_size",
+        "mean",
+        "std",
+    }
     weights = card.model_dump(include=of_weights)
     return low_bit_parts(model, ExportMetadata(run="backbone", channels=3, class_names=("backbone",), **weights))
 

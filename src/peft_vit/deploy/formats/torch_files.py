@@ -289,8 +289,11 @@ def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, refere
         reference: as `save_low_bit`; in a file beside the others.
 
     Raises:
-        UserError: if the folder holds files, or can't be written to.
+        UserError: if the folder holds files or can't be written to, or no class of its library has the model's head.
     """
+    if card.head_blocks != 1:
+        message = "can't hold this model's head, which reads several blocks (backbone.head_blocks); choose another"
+        raise UserError(message, field="--format")
     plain: Any = plain_model(model, card.architecture, card.image_size, len(card.class_names))
     with into_empty(folder, "--output"):
         if card.library == "timm":

@@ -187,6 +187,7 @@ def card_of_random(architecture: Architecture, image_size: int, class_names: Seq
         library=architecture.library,
         model=architecture.name,
         config=architecture.config,
+        head_blocks=architecture.head_blocks,
         weights_name="random",
         weights_sha256=None,
         image_size=image_size,

@@ -17,7 +17,6 @@ from peft_vit.core.backbones import architecture_of, check_weights, describe, in
 from peft_vit.core.config import (
     USUAL_TASK,
     AdaLoraConfig,
-    BackboneConfig,
     ExperimentConfig,
     Precision,
     QaLoraConfig,
@@ -380,7 +379,7 @@ def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
     return study.model_copy(
         update={
             "seeds": study.seeds[:1],
-            "backbone": BackboneConfig(library=study.backbone.library, model=study.backbone.model, weights="random"),
+            "backbone": study.backbone.model_copy(update={"weights": "random", "file": None, "sha256": None}),
             "threads": 1,  # products this small only wait for a second thread, for minutes if the machine is busy
             "precision": "auto" if study.precision == "bf16" else study.precision,
             "data": data,

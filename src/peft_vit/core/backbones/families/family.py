@@ -10,7 +10,7 @@ import timm
 from torch import Tensor, nn
 
 from peft_vit.core.backbones.site import LinearLayout
-from peft_vit.core.config import Library
+from peft_vit.core.config import HeadBlocks, Library
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Architecture:
         name: timm's, or of transformers the hub's name, a folder, or a type of models; for people then.
         config: of transformers, as JSON, see `transformers_models`; timm's models follow from their name.
         config_sha256: of the files that config was read from; None: of none.
+        head_blocks: of how many of the last blocks the head reads the class tokens, see `head_blocks`.
     """
 
     library: Library
     name: str
     config: str | None = None
     config_sha256: str | None = None
+    head_blocks: HeadBlocks = 1
 
 
 def input_of_patches(model: Any) -> tuple[int, int, int]:
