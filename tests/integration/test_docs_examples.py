@@ -197,7 +197,7 @@ def test_the_notebook_runs_from_images_to_a_file_that_predicts(
     assert sum('<table border="1"' in html for html in shown) == 1
     assert (tmp_path / "model.onnx").exists()
     runs = peft_vit.load_results(tmp_path / "peft-vit-runs").runs
-    accuracies = runs.test_accuracy[~runs.study.str.startswith("folds-")]  # of a training, and of a probe if it is better
+    accuracies = runs.test_accuracy[~runs.study.str.startswith("folds-")]  # and of a probe if it is better
     assert accuracies.max() > (0.05 if small else 0.9)  # of ten classes
 
 

@@ -219,11 +219,12 @@ class FitCosts:
             limit_s = share * left_s - self.features_s(recipe) - written_s
             return first_that_fits(options, lambda steps: last_s(recipe, steps), limit_s) or 0
 
+        least = min(given or 1, LEAST_STEPS)  # schedules and moving ranks need some
         each = fit.fold_train_images / fit.num_train  # as many epochs
         last, steps = fitting(request.last_share), 0
         for folds in (FEWEST_FOLDS, FEWEST_FOLDS - 1) if not fit.num_validation else ():
             limit_s = request.folds_share * left_s - self.machine.process_s
-            most = max(1, round(last * min(each, _FOLD_STEPS)))
+            most = max(least, round(last * min(each, _FOLD_STEPS)))
             options = [min(most, MOST_STEPS)] if given else range(min(most, MOST_STEPS), LEAST_STEPS - 1, -_STEPS_APART)
             at = (replace(recipe, steps=some) for some in options)
             fits = first_that_fits(at, lambda one, folds=folds: folds * self.run_s(one), limit_s)  # type: ignore[misc]
@@ -232,7 +233,7 @@ class FitCosts:
                 break
         if not steps:
             last = fitting(request.last_share + (0 if fit.num_validation else request.folds_share))
-            steps = max(1, round(last * each)) if last else 0
+            steps = max(least, round(last * each)) if last else 0
         return Lengths(steps, last / max(1, steps) * each if steps else 1.0)
 
     def fits_memory(self, recipe: Recipe) -> bool:

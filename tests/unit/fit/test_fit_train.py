@@ -420,9 +420,13 @@ def test_lengths_keep_to_their_shares_of_the_minutes(begun, pace, monkeypatch, i
     assert (lasts[0], lasts[-1]) == (0, MOST_LAST_STEPS)
 
 
-def test_what_was_asked_for_is_trained_however_long_it_takes(begun, pace) -> None:
+def test_what_was_asked_for_is_trained_however_long_it_takes(begun, pace, monkeypatch) -> None:
     pace(TOO_SLOW)
-    for asked_for, steps in (({"steps": 30}, 30), ({"epochs": 3, "batch_size": 2}, 21)):  # of 13 images
+    monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 200)
+    for method, asked_for in (("lora", 4), ("adalora", 12)):  # folds have no fewer than planning takes
+        recipe, _ = stages.choose_first(fit := begun(method, steps=asked_for), sizes_of(fit, {64: 0.7}))
+        assert (recipe.steps, fit.costs.last_steps(recipe)) == (asked_for, asked_for)
+    for asked_for, steps in (({"steps": 30}, 30), ({"epochs": 3, "batch_size": 2}, 24)):  # of 16 images
         fit = begun(**asked_for)
         recipe, longer = stages.choose_first(fit, sizes_of(fit, {64: 0.7}))
         assert (recipe.method, fit.costs.last_steps(recipe, longer)) == ("lora", steps)
