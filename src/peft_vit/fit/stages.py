@@ -2,8 +2,8 @@
 
 - look: a fifth of the images, or the folder's own test split, is set aside for the test; the others make five folds.
 - sizes (15 % of the minutes): regressions on frozen features of some of the images rise by about a factor of 1.4 while
-  they fit. How training images are flipped is decided at the first one: digits are not to be flipped, and cells of a
-  panel may be upside down.
+  they fit. At the first one it is decided whether heads read one block or four, and how training images are flipped:
+  digits are not to be flipped, and cells of a panel may be upside down.
 - first: one training where regressions, and what training usually adds in the steps that fit, promise the most. It is
   a model that can be delivered; all else looks for a better one.
 - folds: the same without a fold of the images each, beside the best regression: how good it is, what its outputs
@@ -127,7 +127,7 @@ def keep_images(fit: Fit) -> None:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 NO_TIME = "no time for it"
-_SLOWER = 3  # times, of a regression on four blocks; more than is usual
+_SLOWER = 2  # times, of a regression on four blocks
 _FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
 _OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
