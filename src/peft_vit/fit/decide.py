@@ -96,7 +96,7 @@ def gains_by_steps(frame: FoldResults, recipe: Recipe) -> bool:
     return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
 
 
-def gain_of_training(fit: Fit, recipe: Recipe, longer: float, probe: Recipe) -> float:
+def gain_of_training(fit: Fit, recipe: Recipe, last_steps: int, probe: Recipe) -> float:
     """Return what the last training of a recipe is expected to have more than a regression, a share.
 
     The mean of a normal posterior. What training usually brings is the prior N(g, s^2), see `expected_gain`, less by
@@ -106,13 +106,13 @@ def gain_of_training(fit: Fit, recipe: Recipe, longer: float, probe: Recipe) -> 
 
     Args:
         fit: the fit.
-        recipe: that takes steps.
-        longer: times those of the folds, of its last training.
+        recipe: as it was trained on folds.
+        last_steps: of its last training.
         probe: the regression.
     """
     sizes = fit.decisions.sizes
     ahead = sizes[probe.place] - sizes[recipe.place] if {probe.place, recipe.place} <= sizes.keys() else 0.0
-    usual = expected_gain(fit.costs.last_steps(recipe, longer))
+    usual = expected_gain(last_steps)
     prior, measured = usual - max(0.0, ahead), fit.frame.paired(recipe, probe)
     if measured is None:
         return prior
@@ -123,9 +123,9 @@ def gain_of_training(fit: Fit, recipe: Recipe, longer: float, probe: Recipe) -> 
     return (prior * variance + difference * GAIN_SD**2) / (variance + GAIN_SD**2)
 
 
-def worth_training(fit: Fit, recipe: Recipe, longer: float, probe: Recipe) -> bool:
+def worth_training(fit: Fit, recipe: Recipe, last_steps: int, probe: Recipe) -> bool:
     """Tell whether a recipe is kept instead of a regression, and say by what."""
-    gain, scores = gain_of_training(fit, recipe, longer, probe), fit.images.scores
+    gain, scores = gain_of_training(fit, recipe, last_steps, probe), fit.images.scores
     seeds = [seed for seed in fit.frame.seeds(recipe) if seed in fit.frame.rows.get(probe, {})]
     if seeds:
         own, of_probe = (scores.text(fit.frame.score(one, seeds)) for one in (recipe, probe))
@@ -204,8 +204,8 @@ def decide_model(fit: Fit) -> ModelDecision:
     plain = [own for own in frame.rows if not own.is_probe and own.bits is None and frame.seeds(own)]
     best = max(plain, key=lambda own: standing(frame, own), default=None)
     if best is not None and trains:  # a regression is taken only if it is expected to be better
-        longer = max(1.0, fit.longest_done(best))
-        worse = {own for own in recipes if own.is_probe and gain_of_training(fit, best, longer, own.trained) > 0}
+        last = costs.last_steps(best, max(1.0, fit.longest_done(best)))
+        worse = {own for own in recipes if own.is_probe and gain_of_training(fit, best, last, own.trained) > 0}
         fitting = [number for number in fitting if recipes[number] not in worse] or fitting
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     choice = choose_model(frame.means(recipes), sizes, fitting or range(len(recipes)), floats, margin)

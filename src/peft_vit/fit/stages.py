@@ -2,14 +2,14 @@
 
 - look: a fifth of the images, or the folder's own test split, is set aside for the test; the others make five folds.
 - sizes (15 % of the minutes): regressions on frozen features of some of the images rise by about a factor of 1.4 while
-  they fit. How training images are flipped is decided at the first one: digits are not to be flipped, and cells of a
-  panel may be upside down.
+  they fit. At the first one it is decided whether heads read one block or four, and how training images are flipped:
+  digits are not to be flipped, and cells of a panel may be upside down.
 - first: one training where regressions, and what training usually adds in the steps that fit, promise the most. It is
   a model that can be delivered; all else looks for a better one.
 - folds: the same without a fold of the images each, beside the best regression: how good it is, what its outputs
   mean, and whether the regression is better.
 
-A tuning goes on while there is time:
+A tuning continues while there is time:
 
 - search: LoRA over sizes, rates and steps by successive halving over folds (arXiv 1502.07943). The default, the usual
   rate with the most steps at the most promising size, always continues, and what may have been lucky does not displace
@@ -127,7 +127,7 @@ def keep_images(fit: Fit) -> None:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 NO_TIME = "no time for it"
-_SLOWER = 3  # times, of a regression on four blocks; more than is usual
+_SLOWER = 2  # times, of a regression on four blocks
 _FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
 _OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
@@ -519,12 +519,27 @@ def within_limits(fit: Fit, recipe: Recipe) -> Recipe:
     return recipe.rounded((fit.costs.allowed_bits(recipe) or ["int2"])[0])
 
 
-def know_by_folds(fit: Fit, recipe: Recipe, probe: Recipe, limit: Limit) -> None:
-    """Train a recipe without a fold of the images each, beside a regression, as far as there is time."""
-    folds = range(min(FEWEST_FOLDS, fit.images.num_different))
-    recipes = list(dict.fromkeys((recipe, probe)))
-    if sum(fit.seconds(one, folds[:1]) for one in recipes) <= limit.left_s:
-        fit.run(recipes, folds, limit)
+_LEAST_ON_FOLDS = 16  # steps: temperatures of so short trainings fit a longer one
+
+
+def know_by_folds(fit: Fit, recipe: Recipe, probe: Recipe, limit: Limit) -> Recipe:
+    """Train a recipe without a fold of the images each, beside a regression, as far as there is time.
+
+    Returns:
+        What was trained: the recipe, with as many fewer steps as three folds need to fit, or two.
+    """
+    fewer = [replace(recipe, steps=some) for some in range(recipe.steps - 8, _LEAST_ON_FOLDS - 1, -8)]
+    options = [recipe] if recipe.is_probe or fit.request.steps_for(fit.num_train) else [recipe, *fewer]
+    if known := [own for own in options if fit.frame.seeds(own)]:
+        options = known
+    for count in (FEWEST_FOLDS, FEWEST_FOLDS - 1):
+        folds = range(min(count, fit.images.num_different))
+        beside_s = 0.0 if probe == recipe else fit.seconds(probe, folds)
+        needed_s = partial(lambda own, folds, more_s: more_s + fit.seconds(own, folds), folds=folds, more_s=beside_s)
+        if (trained := first_that_fits(options, needed_s, limit.left_s)) is not None:
+            fit.run(list(dict.fromkeys((trained, probe))), folds, limit)
+            return trained
+    return recipe
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

@@ -75,21 +75,23 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
             outcome, _ = stages.train_last(fit, recipe, longer)
     except EveryRunFailedError:  # its record says why
         return
+    known = recipe
     if not (fit.num_validation or fit.request.smoke):
         probe = stages.best_linear_probe(fit, sizes)
         beside = recipe if probe.score is None else probe.probe
         with fit.stage("folds"):
-            stages.know_by_folds(fit, recipe, beside, fit.until(-fit.over_s))
-        if not recipe.is_probe and beside.is_probe and not worth_training(fit, recipe, longer, beside):
+            known = stages.know_by_folds(fit, recipe, beside, fit.until(-fit.over_s))
+        last = fit.costs.last_steps(recipe, longer)
+        if not recipe.is_probe and beside.is_probe and not worth_training(fit, known, last, beside):
             with fit.stage("final"):
-                recipe, longer = beside, 1.0
-                outcome, _ = stages.train_last(fit, recipe, longer)
-    _deliver(fit, run, recipe, longer, outcome)
+                recipe = known = beside
+                outcome, _ = stages.train_last(fit, recipe, 1.0)
+    _deliver(fit, run, recipe, known, outcome)
 
 
-def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, longer: float, outcome: Outcome) -> None:
-    """Write into the record of a run what its outputs mean, as folds tell, and say that it is the model."""
-    folds = [own for _, own in sorted(fit.frame.rows.get(recipe, {}).items())]
+def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Outcome) -> None:
+    """Write into the record of a run what its outputs mean, as folds of `known` tell, and say that it is the model."""
+    folds = [own for _, own in sorted(fit.frame.rows.get(known, {}).items())]
     if (meaning := meaning_on(folds, outcome.learned)) is not None:
         record = read_record(outcome.folder / RECORD_FILE)
         results_dir = fit.results_dir(outcome.folder.parts[-3])
@@ -97,5 +99,5 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, longer: float, outcome: Ou
     if outcome.folder.parents[1] != run.folder:
         fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)
-    fit.decisions.delivered = recipe, longer
+    fit.decisions.delivered = recipe, fit.longest_done(recipe)
     fit.save()

@@ -85,16 +85,17 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
         _write(fit, Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer))
         fit.decisions.delivered = form, longer
     with fit.stage("folds"):
-        stages.know_by_folds(
-            fit, first, probe, fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
-        )
-    recipe, decision = form, None
+        limit = fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
+        known = stages.know_by_folds(fit, first, probe, limit)
+        if form.when == "after" and form.bits is not None:
+            fit.quantize(known, [form.bits], limit)
+    recipe, decision, on_folds = form, None, replace(form, steps=known.steps)
     if fit.frame.seeds(first) and fit.frame.seeds(probe):
         with fit.stage("search"):
             labels = stages.gain_of_labels(fit, probe)
             untried = stages.look_further(fit, sizes, first, probe)
             decision = decide_model(fit)
-            recipe = decision.taken.recipe
+            recipe = on_folds = decision.taken.recipe
             fit.tell(f"  chosen of {len(decision.candidates)} models: {recipe.title}")
         longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
         with fit.stage("final"):
@@ -103,12 +104,13 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
         unit = fit.frame.scores.unit
         more = what_more_buys(labels, expected, steps, longer, sizes, untried, request.minutes, unit)
     else:
-        more = (f"There was no time for folds. The same command with --minutes {2 * request.minutes:g} goes on.",)
-    folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(recipe, {}).items()))
+        again = f"The same command with --minutes {2 * request.minutes:g} continues"
+        more = (f"There was no time to compare it with others. {again}.",)
+    folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(on_folds, {}).items()))
     done = Tuning(request, fit.images, tuple(sizes), recipe, *final, decision, folds, longer, more)
     for sentence in more:
         fit.tell(f"  {sentence}")
-    if decision is not None:  # else it is written already
+    if decision is not None or folds:  # else it is written already
         _write(fit, done)
         fit.decisions.delivered = recipe, longer
         fit.save()

@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import tiny_models  # noqa: F401  registers tiny ones
+import tiny_transformers
 import torch
 from small_methods import EXPERIMENTS, study_mapping
 
@@ -80,6 +82,15 @@ def test_a_model_that_can_not_have_it_is_refused_in_one_line(name: str) -> None:
     assert caught.value.field == "backbone.head_blocks"
     with pytest.raises(UserError, match="head reads the class token alone"):
         describe(BackboneConfig(model=name, weights="random", head_blocks=4), 32)
+
+
+def test_a_model_of_transformers_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tiny_transformers.folder_of("dinov2", tmp_path / "base")
+    config = BackboneConfig(library="transformers", model=str(tmp_path / "base"), weights="file", head_blocks=4)
+    with pytest.raises(UserError, match="4 takes a Vision Transformer of timm") as caught:
+        describe(config, 32)
+    assert caught.value.field == "backbone.head_blocks"
 
 
 def test_those_that_can_are_told() -> None:

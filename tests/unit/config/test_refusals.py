@@ -73,6 +73,7 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
     "backbone": [
         ("{model: a, weights: random, colour: red}", ".colour", "unknown key"),
         ("{model: a, weights: file}", "", "needs the field 'file'"),
+        ("{model: a, weights: random, head_blocks: 2}", ".head_blocks", "1 or 4"),
         ("{model: a, weights: file, file: ''}", ".file", "is empty; fill it in"),
         ("{model: a, weights: random, file: a.pth}", "", "no effect with weights: random"),
         (f"{{model: a, weights: file, file: a, sha256: {'A' * 64}}}", ".sha256", "pattern"),

@@ -145,6 +145,7 @@ PROVENANCES = {
 CHANGES = {
     "precision": lambda spec: spec.model_copy(update={"precision": "bf16"}),
     "threads": lambda spec: spec.model_copy(update={"threads": 3}),
+    "blocks": lambda spec: spec.model_copy(update={"backbone": spec.backbone.model_copy(update={"head_blocks": 4})}),
     "image size": lambda spec: spec.model_copy(update={"data": spec.data.model_copy(update={"image_size": 64})}),
 }
 
