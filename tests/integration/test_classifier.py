@@ -42,7 +42,7 @@ def test_it_fits_predicts_and_is_saved(classifier, photos, tmp_path, capsys) -> 
     assert classifier.fit(images[:16], labels[:16]) is classifier
     assert capsys.readouterr().out == ""
     assert classifier.classes_.tolist() == [9, 10]
-    assert classifier.model_.record.split_sizes == {"train": 11, "validation": 3, "test": 2}
+    assert classifier.model_.record.split_sizes == {"train": 12, "validation": 2, "test": 2}
     probabilities = classifier.predict_proba(images[16:])
     assert probabilities.shape == (8, 2)
     assert probabilities.argmax(1).tolist() == (labels[16:] == 10).astype(int).tolist()

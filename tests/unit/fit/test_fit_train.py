@@ -624,11 +624,11 @@ def test_what_training_gains_is_a_normal_posterior_of_what_it_usually_does_and_w
     """The posterior's mean is found numerically: prior times likelihood of a grid of gains."""
     runner = StandIns(lambda experiment, _: 0.8 + (gain if experiment["method"] == "lora" else 0.0))
     fit, _ = fit_of(runner)
-    recipe, probe, longer = lora(MODEL, 32, 48), Recipe(MODEL, 64), 2.0
+    recipe, probe, last_steps = lora(MODEL, 32, 48), Recipe(MODEL, 64), 120  # twice as many, and a fold more
     fit.decisions.sizes = {Recipe(MODEL, 32).place: 0.8 - ahead, probe.place: 0.8}
     fit.run([recipe], range(folds), fit.limit)
     fit.run([probe], range(folds), fit.limit)
-    last = expected_gain(round(2 * 48 * 400 / 320))
+    last = expected_gain(last_steps)
     gains = np.linspace(-1, 1, 200_001)
     density = norm.pdf(gains, last - max(0.0, ahead), 0.03)
     if folds:
@@ -636,10 +636,10 @@ def test_what_training_gains_is_a_normal_posterior_of_what_it_usually_does_and_w
         seen = difference + last - expected_gain(48)  # on folds it had fewer steps
         density *= norm.pdf(seen, gains, error * (1 + folds / 4) ** 0.5)  # folds share their training images
     expected = (gains * density).sum() / density.sum()
-    assert gain_of_training(fit, recipe, longer, probe) == pytest.approx(expected, abs=1e-6)
+    assert gain_of_training(fit, recipe, last_steps, probe) == pytest.approx(expected, abs=1e-6)
     if not folds:
         fit.decisions.sizes = {}  # no regression was made at these sizes
-        assert gain_of_training(fit, recipe, longer, probe) == last
+        assert gain_of_training(fit, recipe, last_steps, probe) == last
 
 
 # --- what a call is called --------------------------------------------------------------------------------------------

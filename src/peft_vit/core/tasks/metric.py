@@ -126,7 +126,7 @@ def expected_gain(steps: int) -> float:
     """Return the expected gain of a number of training steps over a regression on frozen features, a share.
 
     About 5 points at last: on test images of five sets with 20 to 450 labels a class `train` had 1.5 to 8.2 more than
-    its probe, 5.3 in the mean (benchmarks/results/few_labels.csv). Most of it comes in 100 steps, as on ELPV, digits
+    its probe, 5.3 on average (benchmarks/results/few_labels.csv). Most of it comes in 100 steps, as on ELPV, digits
     and Fashion-MNIST at 50 labels a class from 48 to 498 steps.
     """
     return _GAIN * (1 - math.exp(-steps / _GAIN_STEPS))
