@@ -43,8 +43,8 @@ from peft_vit.fit.intake import named_files, refuse_among_images
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.regressions import Regression
 from peft_vit.fit.request import TrainRequest
-from peft_vit.fit.stages import SizeResult
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS
+from peft_vit.fit.stages import SizeResult, know_by_folds
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, Limit
 
 FAST, SLOW, TOO_SLOW = 1e15, 1e8, 1e3  # multiply-adds a second
 
@@ -691,3 +691,20 @@ def test_other_content_behind_the_same_path_makes_another_call(tmp_path, option)
     files[-1].unlink()
     with pytest.raises(UserError, match=typed.split(maxsplit=1)[0]):
         named_files(request)
+
+
+def test_folds_have_as_few_steps_as_the_time_asks_for() -> None:
+    recipe, probe = lora(MODEL, 64, 96), Recipe(MODEL, 64)
+    found = {}
+    for seconds in (1e6, 200.0, 1.0):
+        fit, _ = fit_of(StandIns(lambda *_: 0.8, step_s=0.1))
+        needed_s = fit.costs.run_s(recipe)
+        limit = Limit(seconds / 60, 0.0, fit.limit.clock)
+        known = know_by_folds(fit, recipe, probe, limit)
+        found[seconds] = known.steps, len(fit.frame.seeds(known))
+        assert know_by_folds(fit, recipe, probe, limit) == known  # again: what was trained stays
+    assert found[1e6] == (96, 3)
+    assert 16 <= found[200.0][0] < 96
+    assert found[200.0][1] in (2, 3)
+    assert found[1.0] == (96, 0)  # not even two folds
+    assert needed_s * 3 > 200
