@@ -2,8 +2,8 @@
 
 - look: a fifth of the images, or the folder's own test split, is set aside for the test; the others make five folds.
 - sizes (15 % of the minutes): regressions on frozen features of some of the images rise by about a factor of 1.4 while
-  they fit. At the first one it is decided whether heads read one block or four, and how training images are flipped:
-  digits are not to be flipped, and cells of a panel may be upside down.
+  they fit. At the first one it is decided how training images are flipped, since digits are not to be flipped, and
+  cells of a panel may be upside down; and whether heads read four blocks.
 - first: one training where regressions, and what training usually adds in the steps that fit, promise the most. It is
   a model that can be delivered; all else looks for a better one.
 - folds: the same without a fold of the images each, beside the best regression: how good it is, what its outputs
@@ -327,10 +327,10 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
                 try:
                     fit.once(fit.decisions.sizes, probe.place, partial(_score_of, fit, probe, compared))
                     taken_s = clock() - began_at
-                    if len(fit.decisions.sizes) == 1:
-                        taken_s = _choose_head_blocks(fit, every, taken_s, (ends_at - clock()) / 2)
                     if fit.decisions.flips is None:
                         _choose_flips(fit, probe, taken_s, (ends_at - clock()) / 2)
+                    if len(fit.decisions.sizes) == 1:
+                        _choose_head_blocks(fit, every, taken_s, (ends_at - clock()) / 2)
                 except Exception as error:
                     if not is_out_of_memory(error) or not tried:
                         raise
@@ -362,42 +362,6 @@ def _score_of(fit: Fit, probe: Recipe, compared: int) -> float:
     return found.value / fit.images.scores.deviation
 
 
-def _choose_head_blocks(fit: Fit, every: Sequence[Recipe], taken_s: float, left_s: float) -> float:
-    """Let heads read the last four blocks, if a regression on these is better and there is time for it in all runs.
-
-    Args:
-        fit: the fit.
-        every: regressions at all sizes; the first is known, on the last block.
-        taken_s: that it took.
-        left_s: for the other.
-
-    Returns:
-        The seconds of the better one.
-    """
-    probe, sizes, costs, clock = every[0], fit.decisions.sizes, fit.costs, fit.limit.clock
-    if (
-        fit.environment.regress is not None
-        or METHODS[fit.request.method].uses_peft
-        or not supports_head_blocks(architecture_of(fit.backbones[probe.model]))
-        or _SLOWER * taken_s > left_s
-        or _FITTED_RUNS * costs.fits_s(probe, fit.fold_train_images) > SIZES_SHARE * 60 * fit.request.minutes
-    ):
-        return taken_s
-    more_bytes = 3 * 4 * costs.shape(probe).head_inputs * fit.images.num_outputs
-    if any(costs.allowed_bits(one, more_bytes) != costs.allowed_bits(one) for one in every):
-        return taken_s
-    began, scores, of_last = clock(), fit.images.scores, sizes[probe.place]
-    score = _regress(fit, probe, "none", head_blocks=4).value / scores.deviation
-    if better := score > of_last:
-        sizes[probe.place], taken_s = score, clock() - began
-    fit.decisions.head_blocks = 4 if better else 1
-    fit.save()
-    blocks, values = "last 4 blocks" if better else "last block", sorted((score, of_last), reverse=True)
-    shown = " against ".join(map(scores.text, values))
-    fit.tell(f"  the head reads the {blocks}: {shown} at {probe.image_size} px")
-    return taken_s
-
-
 def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> None:
     """Choose how training images are flipped, by regressions, as far as there is time; else left-right.
 
@@ -420,6 +384,38 @@ def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> Non
         shown = ", ".join(f"{_FLIPPED[way]} {scores.text(score)}" for way, score in found.items())
         fit.tell(f"  training images {_FLIPPED[best]}: {shown} at {probe.image_size} px")
     fit.decisions.flips = best
+
+
+def _choose_head_blocks(fit: Fit, every: Sequence[Recipe], taken_s: float, left_s: float) -> None:
+    """Let heads read the last four blocks, if a regression on these is better and there is time for it in all runs.
+
+    Args:
+        fit: the fit.
+        every: regressions at all sizes; the first is known, on the last block.
+        taken_s: that it took.
+        left_s: for the other.
+    """
+    probe, sizes, costs = every[0], fit.decisions.sizes, fit.costs
+    if (
+        fit.environment.regress is not None
+        or METHODS[fit.request.method].uses_peft
+        or not supports_head_blocks(architecture_of(fit.backbones[probe.model]))
+        or _SLOWER * taken_s > left_s
+        or _FITTED_RUNS * costs.fits_s(probe, fit.fold_train_images) > SIZES_SHARE * 60 * fit.request.minutes
+    ):
+        return
+    more_bytes = 3 * 4 * costs.shape(probe).head_inputs * fit.images.num_outputs
+    if any(costs.allowed_bits(one, more_bytes) != costs.allowed_bits(one) for one in every):
+        return
+    scores, of_last = fit.images.scores, sizes[probe.place]
+    score = _regress(fit, probe, "none", head_blocks=4).value / scores.deviation
+    if better := score > of_last:
+        sizes[probe.place] = score
+    fit.decisions.head_blocks = 4 if better else 1
+    fit.save()
+    blocks, values = "last 4 blocks" if better else "last block", sorted((score, of_last), reverse=True)
+    shown = " against ".join(map(scores.text, values))
+    fit.tell(f"  the head reads the {blocks}: {shown} at {probe.image_size} px")
 
 
 def _regress(
