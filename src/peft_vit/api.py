@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.settings import Request, named_as_parameters
@@ -283,6 +283,7 @@ def tune(
     max_bytes: str | int | None = None,
     max_adapter_bytes: str | int | None = None,
     max_latency: str | None = None,
+    head_blocks: Literal[1, 4] | None = None,
     memory_limit: str | None = None,
     minutes: float = 20.0,
     model: str | Sequence[str] = DEFAULT_MODEL,
@@ -311,6 +312,8 @@ def tune(
         max_bytes: the largest that the model's file may be, such as "16MB".
         max_adapter_bytes: the most that the updates of all layers may take in a file, such as "8kB".
         max_latency: the longest that one image may take on this machine, such as "50ms".
+        head_blocks: of so many of the last blocks the head reads the class tokens; None: of 4 where a probe on these is
+            better.
         memory_limit: the most that a training process may take, such as "1GB".
         minutes: how long this call may take; the test comes on top, up to a sixth of it.
         model: a name or a folder, as in `train`; several are compared.
@@ -370,6 +373,7 @@ def train(
     micro_batch_size: int | None = None,
     activation_checkpointing: ActivationCheckpointing | None = None,
     memory_limit: str | None = None,
+    head_blocks: Literal[1, 4] | None = None,
     rank: int | None = None,
     budget: int | str | None = None,
     adapter_bytes: str | None = None,
@@ -411,6 +415,8 @@ def train(
         micro_batch_size: images of a step that pass at a time, to save memory.
         activation_checkpointing: blocks, light or adaptive, to save more memory.
         memory_limit: the most that the training process may take, such as "1GB".
+        head_blocks: of so many of the last blocks the head reads the class tokens; None: of 4 where a probe on these is
+            better.
         rank: the rank of each matrix, with lora, peft_lora and qa_lora; None: 8.
         budget: the ranks of all matrices together, or their bytes such as "100kB", with lora, adalora and qa_adalora.
         adapter_bytes: with lora and qa_lora instead of rank: the most bytes of all updates in a file, such as "8kB".

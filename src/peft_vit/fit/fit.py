@@ -408,8 +408,9 @@ class Fit:
 
     def backbone(self, model: str) -> BackboneConfig:
         """Return a model's configuration, whose head reads as many blocks as was decided, if it can."""
-        backbone, blocks = self.backbones[model], self.decisions.head_blocks or 1
-        if blocks == 1 or not supports_head_blocks(architecture_of(backbone)):
+        backbone, given = self.backbones[model], self.request.head_blocks
+        blocks = given or self.decisions.head_blocks or 1
+        if blocks == 1 or (given is None and not supports_head_blocks(architecture_of(backbone))):
             return backbone
         return backbone.model_copy(update={"head_blocks": blocks})
 

@@ -22,6 +22,7 @@ from peft_vit.core.config import (
     ClassWeights,
     ComputeSetting,
     Device,
+    HeadBlocks,
     LossName,
     MethodName,
     MetricOfTask,
@@ -65,6 +66,10 @@ IMAGES = (
 )
 TASK = f"What to learn from a table: {TASKS_SAID}. Without it, what its columns look like."
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
+HEAD_BLOCKS = (
+    "Let the head read the class tokens of so many of the last blocks. Without it, of 4 where a linear probe on these "
+    "is better. The PEFT library and --format pretrained can hold 1 alone."
+)
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
 COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
 DEVICE = "Where to train. auto: on a GPU if there is one."
@@ -82,6 +87,9 @@ class ImagesRequest(Request):
     images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
     task: TaskName | None = Field(default=None, description=TASK)
     weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
+    head_blocks: Annotated[HeadBlocks | None, Option(typed=int, metavar="1|4", keys=("head_blocks",))] = Field(
+        default=None, description=HEAD_BLOCKS
+    )
     memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
     precision: PrecisionSetting = Field(default="auto", description=PRECISION)
     compute: ComputeSetting = Field(default="auto", description=COMPUTE)

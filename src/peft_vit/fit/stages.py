@@ -398,6 +398,7 @@ def _choose_head_blocks(fit: Fit, every: Sequence[Recipe], taken_s: float, left_
     probe, sizes, costs = every[0], fit.decisions.sizes, fit.costs
     if (
         fit.environment.regress is not None
+        or fit.request.head_blocks is not None
         or METHODS[fit.request.method].uses_peft
         or not supports_head_blocks(architecture_of(fit.backbones[probe.model]))
         or _SLOWER * taken_s > left_s
