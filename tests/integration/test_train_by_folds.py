@@ -67,7 +67,7 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_linear_probe_is_bet
     assert "  to train: LoRA, 32 px, 20 steps, about " in said
     trainings, probes = folds_of(run, "lora", 32), folds_of(run, "linear", 32)
     assert len(trainings) == len(probes) == 3
-    assert {len(read_record(fold / "record.json").steps) for fold in trainings} == {20}  # 0.8 times as many, but for so few
+    assert {len(read_record(fold / "record.json").steps) for fold in trainings} == {20}  # 0.8 times, but for so few
     right = {}
     for name, folders in (("lora", trainings), ("linear", probes)):
         logits, labels, images = pooled(folders)
