@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +15,10 @@ from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.base.statistics.odds import ModelEstimate, choose_model
 from peft_vit.core.tasks import GAIN_SD, expected_gain
+from peft_vit.fit.costs import MOST_STEPS
 from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
-from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS
+from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, first_that_fits
 
 if TYPE_CHECKING:
     from peft_vit.fit.fit import Fit
@@ -25,6 +27,9 @@ _RISE, _SPREAD, _SMOOTH = 0.0075, 0.015, 1.0  # of regressions over sizes, see `
 _UPSCALED = 4  # times its own side, up to where a larger image helps
 _USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
 SHORTEST = 0.5  # times the steps on folds, of a last training
+LENGTHS = (8.0, 6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.75, SHORTEST)  # likewise
+LONGEST = 2.0  # likewise; more where folds had few steps
+_WORTH_AGAIN = 1.5  # times the steps that were trained, from where another training is worth it
 LEAST_FOLDS = 1  # that decide of a training if time is short
 NO_MODEL = "ended before a single model; give more, and the same command continues"
 
@@ -94,6 +99,24 @@ def gains_by_steps(frame: FoldResults, recipe: Recipe) -> bool:
     difference, error = half
     usual = expected_gain(own.steps) - expected_gain(own.half.steps)
     return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
+
+
+def times_longer(fit: Fit, recipe: Recipe) -> float:
+    """Return how many times the steps that follow from the folds the last training has.
+
+    As many as the first training has; more where steps gain on folds, as many fewer as time is short.
+    """
+    if recipe.is_probe:
+        return 1.0
+    done, first = fit.longest_done(recipe), fit.decisions.first
+    usual = 1.0 if first is None or first[0].is_probe else first[1]
+    longer = [times for times in LENGTHS if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
+    options = [
+        times for times in longer if gains_by_steps(fit.frame, recipe) and times > max(usual, _WORTH_AGAIN * done)
+    ]
+    options += [] if done else [usual, *(times for times in LENGTHS if times < usual)]
+    fitting = first_that_fits(options, partial(fit.ending_s, recipe), fit.limit.left_s)
+    return fitting or done or (SHORTEST if fit.ends_in_time(recipe, SHORTEST) else min(usual, SHORTEST))
 
 
 def gain_of_training(fit: Fit, recipe: Recipe, last_steps: int, probe: Recipe) -> float:
@@ -179,6 +202,11 @@ class ModelDecision:
     reference: Recipe
 
 
+def _gain_of_last(fit: Fit, recipe: Recipe) -> float:
+    """Return what a recipe's last training usually has more than those on folds, which have fewer steps, a share."""
+    return expected_gain(fit.costs.last_steps(recipe, times_longer(fit, recipe))) - expected_gain(recipe.steps)
+
+
 def decide_model(fit: Fit) -> ModelDecision:
     """Return which model is taken, as `statistics.odds.choose_model` does, of all that have enough folds.
 
@@ -194,6 +222,10 @@ def decide_model(fit: Fit) -> ModelDecision:
     trained = min(least, max([LEAST_FOLDS, *(len(done) for own, done in frame.rows.items() if not own.is_probe)]))
     enough = {recipe: least if recipe.is_probe else trained for recipe in frame.rows}
     recipes = [recipe for recipe, done in frame.rows.items() if len(done) >= enough[recipe]]
+    longest = {
+        recipe: max(own.steps for own in recipes if own == replace(recipe, steps=own.steps)) for recipe in recipes
+    }
+    recipes = [recipe for recipe in recipes if recipe.steps == longest[recipe]]  # others say what more steps gain
     sizes = [costs.bytes_of(recipe) for recipe in recipes]
     within_bytes = [number for number, size in enumerate(sizes) if most is None or size <= most]
     can_finish, can_finish_half = (
@@ -208,7 +240,10 @@ def decide_model(fit: Fit) -> ModelDecision:
         worse = {own for own in recipes if own.is_probe and gain_of_training(fit, best, last, own.trained) > 0}
         fitting = [number for number in fitting if recipes[number] not in worse] or fitting
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
-    choice = choose_model(frame.means(recipes), sizes, fitting or range(len(recipes)), floats, margin)
+    measured = frame.means(recipes)
+    more = [0.0 if own.is_probe else _gain_of_last(fit, own.trained) for own in recipes]
+    measured = replace(measured, means=measured.means + more)
+    choice = choose_model(measured, sizes, fitting or range(len(recipes)), floats, margin)
     taken = choice.estimates[choice.chosen]
 
     def why(number: int) -> str:

@@ -47,15 +47,15 @@ from peft_vit.core.methods import METHODS
 from peft_vit.core.tasks import expected_gain
 from peft_vit.data import PixelStore, existing, find_images
 from peft_vit.deploy.page.formatting import joined
-from peft_vit.fit.costs import LEAST_STEPS, MOST_STEPS, SIZES_SHARE
+from peft_vit.fit.costs import LEAST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import (
-    SHORTEST,
     best_of,
     clearly_better,
     decide_model,
     gains_by_steps,
     posterior_by_size,
     standing,
+    times_longer,
 )
 from peft_vit.fit.events import Advanced
 from peft_vit.fit.fit import MEMORY_OPTION, Fit
@@ -738,28 +738,7 @@ def _in_turn(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
 
 # --- final ------------------------------------------------------------------------------------------------------------
 
-LENGTHS = (8.0, 6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.75, SHORTEST)  # times the steps of folds
-LONGEST = 2.0  # likewise; more where folds had few steps
 _ENDLESS_S = 1e8
-_WORTH_AGAIN = 1.5  # times the steps that were trained, from where another training is worth it
-
-
-def times_longer(fit: Fit, recipe: Recipe) -> float:
-    """Return how many times the steps that follow from the folds the last training has.
-
-    As many as the first training has; more where steps gain on folds, as many fewer as time is short.
-    """
-    if recipe.is_probe:
-        return 1.0
-    done, first = fit.longest_done(recipe), fit.decisions.first
-    usual = 1.0 if first is None or first[0].is_probe else first[1]
-    longer = [times for times in LENGTHS if times * recipe.steps <= LONGEST * max(MOST_STEPS, recipe.steps)]
-    options = [
-        times for times in longer if gains_by_steps(fit.frame, recipe) and times > max(usual, _WORTH_AGAIN * done)
-    ]
-    options += [] if done else [usual, *(times for times in LENGTHS if times < usual)]
-    fitting = first_that_fits(options, partial(fit.ending_s, recipe), fit.limit.left_s)
-    return fitting or done or (SHORTEST if fit.ends_in_time(recipe, SHORTEST) else min(usual, SHORTEST))
 
 
 def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:

@@ -11,11 +11,12 @@ from simulated_tunings import MODEL, StandIns, fit_of, images_of
 
 from peft_vit.core.tasks import CLASSIFICATION, Scores
 from peft_vit.core.tasks.classification import BALANCED_ACCURACY
-from peft_vit.fit.decide import best_of, clearly_better, gains_by_steps, posterior_by_size
+from peft_vit.fit.decide import best_of, clearly_better, decide_model, gains_by_steps, posterior_by_size
 from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import FoldResults, Outcome
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_sizes
+from peft_vit.runs.costs.time_limit import Limit
 
 LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
 
@@ -162,3 +163,16 @@ def test_what_is_chosen_does_not_know_how_many_images_test() -> None:
     assert costs[10**6].tested_images(recipe.rounded("nf4")) == drawn // 2
     assert costs[10].test_line(recipe, 10).startswith("  testing 10 images takes about ")
     assert f"testing {drawn:,} of 1,000,000 images, drawn at random, takes" in costs[10**6].test_line(recipe, drawn)
+
+
+@pytest.mark.parametrize(("left_s", "ahead", "taken"), [(60.0, 0.0, 64), (1e5, 0.05, 48)])
+def test_what_was_trained_long_is_not_replaced_by_a_short_training_that_is_as_good_on_folds(left_s, ahead, taken):
+    """On folds the smaller images had more steps; no time is left to train them as long as the first model was."""
+    runner = StandIns(lambda _, size: 0.8 + (ahead if size == 48 else 0.0), images=1000)
+    fit, _ = fit_of(runner, minutes=1e4)
+    first, other, probe = lora(MODEL, 64, 48), lora(MODEL, 48, 112), Recipe(MODEL, 64)
+    fit.decisions.first, fit.decisions.trained = (first, 6.0), [(first, 6.0)]
+    for recipe in (first, other, probe):
+        fit.run([recipe], range(3), fit.limit)
+    fit.limit = Limit(left_s / 60, runner.now, lambda: runner.now)
+    assert decide_model(fit).taken.recipe.image_size == taken
