@@ -8,7 +8,7 @@ import shutil
 from contextlib import nullcontext, redirect_stdout
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from warnings import warn
 
 import numpy as np
@@ -88,6 +88,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         adapter_bytes: str | None = None,
         bits: int | str | None = None,
         init_adapter: str | None = None,
+        head_blocks: Literal[1, 4] | None = None,
         precision: PrecisionSetting = "auto",
         compute: ComputeSetting = "auto",
         device: Device = "auto",

@@ -197,7 +197,8 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     choice = tuning(runner, tell=lines.append)
     recipe = choice.recipe
     assert (recipe.method, recipe.bits, recipe.when, recipe.image_size) == ("lora", "nf4", "after", SIZES[-1])
-    assert (recipe.steps, recipe.rate) == (MOST_STEPS, 1e-3)
+    assert recipe.steps >= MOST_STEPS  # here more gain on folds
+    assert recipe.rate == 1e-3
     told = [line.split(":")[0] for line in lines if not line.startswith(" ")]
     first, output = told.index(TITLES["first"]), TITLES["output"]
     assert told[first + 1] == output  # there is a model, before it is known how good it is
@@ -431,7 +432,9 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
     second = tuning(environment=slow, minutes=60.0)
     assert runner.now - began <= 1.1 * 60 * 60
     assert not before & set(runner.carried_out[len(before) :])
-    compared = [{candidate.recipe.trained for candidate in choice.decision.candidates} for choice in (first, second)]
+    compared = [
+        {replace(own.recipe.trained, steps=0) for own in choice.decision.candidates} for choice in (first, second)
+    ]
     assert compared[0] < compared[1]
     assert second.recipe.steps > first.recipe.steps  # nothing that was chosen by little time stays
 

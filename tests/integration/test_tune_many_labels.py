@@ -28,7 +28,7 @@ def tuned(images, tmp_path, monkeypatch):
     monkeypatch.setattr("peft_vit.fit.stages.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
     row = SimpleNamespace(median_s=0.01, low_s=0.01, high_s=0.01, processor="one")
-    monkeypatch.setattr(fastest, "bench", lambda files: [SimpleNamespace(**vars(row), file=str(f)) for f in files])
+    monkeypatch.setattr(fastest, "bench", lambda files, **_: [SimpleNamespace(**vars(row), file=str(f)) for f in files])
     throughput = replace(Throughput.estimated(1e9), process_s=1.0)
 
     def call(columns: str, cells, **asked):
@@ -39,7 +39,7 @@ def tuned(images, tmp_path, monkeypatch):
         given |= {"precision": "fp32", "compute": "float", "device": "cpu", "max_bytes": 500_000}
         said: list[str] = []
         request = TuneRequest.of(images=Path("table.csv"), output=tmp_path / "tuned", **given | asked)
-        environment = Environment(measure=lambda *_: throughput)
+        environment = Environment(throughput=throughput)
         return tune(request, lambda event: said.append(str(event)), environment), "\n".join(said)
 
     return call
