@@ -206,9 +206,11 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     sizes = [candidate.bytes for candidate in choice.decision.candidates]
     assert sizes == sorted(sizes)
     assert [candidate.recipe for candidate in choice.decision.candidates if not candidate.why] == [recipe]
-    last = replace(recipe.trained, steps=round(choice.longer * MOST_STEPS * 38 / 31))  # of 48 images 10 are sealed
-    assert runner.carried_out[0] == (f"final-{recipe.place}", last.name, 0)  # once, and nothing before it
-    assert sum(study.startswith("final") for study, *_ in runner.carried_out) == 1
+    finals = [name for study, name, _ in runner.carried_out if study.startswith("final")]
+    assert runner.carried_out[0][1] == finals[0]  # once, and nothing before it
+    steps = round(choice.longer * recipe.steps * 38 / 31)  # of 48 images 10 are sealed
+    assert finals[-1] == replace(recipe.trained, steps=steps).name
+    assert len(finals) <= 2  # the second since more steps gain on folds
     assert len(choice.folds) >= 5
     assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
     assert len(set(json.loads((tmp_path / "images.json").read_text())["sealed"])) == 10  # a fifth of 48
