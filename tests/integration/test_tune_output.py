@@ -188,7 +188,7 @@ def test_models_of_earlier_calls_that_read_the_sealed_images_are_counted(choice,
         (folder / name / "seed_0" / "record.json").touch()
     later = replace(choice, final=replace(choice.final, folder=folder / "lora_2" / "seed_0"))
     summary = SimpleNamespace(choice=later, exports=SimpleNamespace(int8_loss=None))
-    assert "read by 2 models, 1 of them of earlier calls" in " ".join(_how_sure(summary))
+    assert "read by 2 models, each when it was written" in " ".join(_how_sure(summary))
 
 
 def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tmp_path) -> None:

@@ -231,7 +231,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
     readers = _readers(choice)
     once = "read once, after everything was chosen"
     if readers > 1:
-        once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
+        once = f"read by {readers} models, each when it was written; no choice rests on them"
     yield (f"The test images were {once}. The interval says what as many other images of the same kind would change.")
     if choice.longer != 1:
         why, others = ("time was short", "longer")
