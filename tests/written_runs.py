@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from small_methods import EXPERIMENTS
 
+from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import StudyConfig, study_from_mapping
 from peft_vit.core.records import RunRecord, RunSpec
+from peft_vit.core.training import Checkpoints, Interrupted
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.planned import Plan
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder, write_result
@@ -47,6 +50,26 @@ def run_and_write(spec: RunSpec, folder: Path) -> RunRecord:
     finished = run_one(spec)
     write_result(folder, finished.record, finished.adapter, finished.features)
     return finished.record
+
+
+def interrupted(spec: RunSpec, folder: Path, step: int) -> None:
+    """Carry a run on until so many steps are done, and leave a checkpoint of them."""
+    steps: list[int] = []
+    with pytest.raises(Interrupted) as stopped:
+        run_one(
+            spec,
+            checkpoints=Checkpoints(folder, 0),
+            should_stop=lambda: bool(steps) and steps[-1] >= step,
+            on_progress=lambda progress: steps.append(progress.step),
+        )
+    assert stopped.value.step == step
+    assert max(checkpoint_folders(folder)) == step
+
+
+def stopped_and_continued(spec: RunSpec, folder: Path) -> RunRecord:
+    """Stop a run at its third step, and return the record of the one that continues it."""
+    interrupted(spec, folder, 3)
+    return run_one(spec, checkpoints=Checkpoints(folder, 0)).record
 
 
 def read_without(field: str, record: RunRecord, folder: Path) -> RunRecord:

@@ -12,16 +12,14 @@ from exported_files import logits_of
 from small_methods import ADALORA, EXPERIMENTS
 from tiny_models import TINY_EVAS
 from torch import nn
-from written_runs import TRAINING, tiny_study
+from written_runs import TRAINING, stopped_and_continued, tiny_study
 
 from peft_vit.core.adapters.peft_format import import_peft
 from peft_vit.core.backbones import Architecture, load_backbone
 from peft_vit.core.backbones.catalog import build_model
 from peft_vit.core.config import BackboneConfig
-from peft_vit.core.training import Checkpoints, Interrupted
 from peft_vit.deploy import export_onnx, export_openvino, load_low_bit, merge, save_low_bit
 from peft_vit.deploy.restore import restore_run
-from peft_vit.runs import run_one
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.storage import read_record
 
@@ -118,15 +116,7 @@ def test_peft_loads_an_export_over_the_plain_model_and_so_do_we(run_of, model, t
 @cases("int4_adaptive", "full", "mixed", everywhere=("int4_adaptive",), quick=("int4_adaptive",))
 def test_a_stopped_run_comes_to_the_same_end(run_of, model, tmp_path, name) -> None:
     whole = read_record(run_of(name, model) / "record.json")
-    steps: list[int] = []
-    with pytest.raises(Interrupted):
-        run_one(
-            whole.spec,
-            checkpoints=Checkpoints(tmp_path, 0),
-            should_stop=lambda: bool(steps) and steps[-1] >= 3,
-            on_progress=lambda progress: steps.append(progress.step),
-        )
-    again = run_one(whole.spec, checkpoints=Checkpoints(tmp_path, 0)).record
+    again = stopped_and_continued(whole.spec, tmp_path)
     assert again.error is None
     assert outcome_digest(again) == outcome_digest(whole)
 

@@ -12,14 +12,12 @@ import pytest
 import tiny_models  # noqa: F401  registers four_blocks
 import torch
 from exported_files import logits_of
-from written_runs import TRAINING, plan_of, run_and_write, tiny_study
+from written_runs import TRAINING, plan_of, run_and_write, stopped_and_continued, tiny_study
 
 from peft_vit import Bundle
-from peft_vit.core.training import Checkpoints, Interrupted
 from peft_vit.deploy import open_exported
 from peft_vit.deploy.bundle import export_bundle
 from peft_vit.deploy.restore import restore_run
-from peft_vit.runs import run_one
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.storage import read_record
 
@@ -64,15 +62,7 @@ def test_a_run_has_such_a_head_and_comes_back_with_it(done, name) -> None:
 @pytest.mark.parametrize("name", ["lora", "int4"])
 def test_a_stopped_run_comes_to_the_same_end(done, tmp_path, name) -> None:
     whole = read_record(done(name) / "record.json")
-    steps: list[int] = []
-    with pytest.raises(Interrupted):
-        run_one(
-            whole.spec,
-            checkpoints=Checkpoints(tmp_path, 0),
-            should_stop=lambda: bool(steps) and steps[-1] >= 3,
-            on_progress=lambda progress: steps.append(progress.step),
-        )
-    again = run_one(whole.spec, checkpoints=Checkpoints(tmp_path, 0)).record
+    again = stopped_and_continued(whole.spec, tmp_path)
     assert again.error is None
     assert outcome_digest(again) == outcome_digest(whole)
 

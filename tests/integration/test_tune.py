@@ -787,7 +787,7 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
     study = tiny_study("linear", data={**data, "validation_images": 0, "test_images": 12})
     regression = regress(study, tmp_path, half=True)
     assert len(regression.labels) == len(regression.by_image) == 36  # the test images are not read
-    assert regression.value == regression.by_image.mean() > 0.5
+    assert regression.metric.of(regression.metrics) == regression.by_image.mean() > 0.5
     assert regression.by_image_of_half is not None
     assert regression.by_image_of_half.mean() > 0.4
     assert regress(study, tmp_path, half=False).by_image_of_half is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from peft_vit.base.console import duration
@@ -117,8 +118,9 @@ class FitCosts:
 
     def features_s(self, recipe: Recipe) -> float:
         """Return the seconds of the features of all images that are trained on, as training shows them."""
-        known = 0 if self.fit.flips == "none" and self.fit.decisions.compared_images == self.fit.images.num_dev else 1
-        return known * self._ways * self.trained_images(recipe) * self.image_s(recipe)
+        if self.fit.flips == "none" and self.fit.decisions.compared_images == self.fit.images.num_dev:
+            return 0.0  # the comparison of sizes has computed them
+        return self._ways * self.trained_images(recipe) * self.image_s(recipe)
 
     def trained_images(self, recipe: Recipe) -> int:
         """Return how many images a recipe is trained on: as many as a third of the minutes takes the features of."""
@@ -178,19 +180,13 @@ class FitCosts:
         It is written in one form and compared with the run's model. Where a limit of latency was asked for, several
         forms are written and timed; where none is as fast, activations in 8 bits are measured on folds.
         """
-        request, machine, images, image_s = (
-            self.fit.request,
-            self.machine,
-            self.fit.images.num_dev,
-            self.image_s(recipe),
-        )
-        if request.main_study:
+        if self.fit.request.main_study:
             return 0.0
-        rounded = 0.0
+        machine, images, image_s, rounded = self.machine, self.fit.images.num_dev, self.image_s(recipe), 0.0
         if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files
             again_s = self._packed_s(recipe, images_rounded_by(recipe.bits))
             rounded = self.rounding_s(recipe, [recipe.bits], min(MAX_REFERENCE_IMAGES, images)) + again_s
-        forms, folds = (1, 0) if request.max_latency is None else (_FORMS, FOLDS)
+        forms, folds = (1, 0) if self.fit.request.max_latency is None else (_FORMS, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * self.fit.fold_test_images * image_s)
         timed = (_TIMINGS * (forms + 1) if folds else 1) * (machine.process_s + _CALLS * image_s)
@@ -210,14 +206,14 @@ class FitCosts:
         """
         fit, request = self.fit, self.fit.request
         given = request.steps_for(fit.num_train)
-        written_s, last_s = self.written_s(self.longest_form(recipe)) if not request.main_study else 0.0, self.last_s
+        written_s = self.written_s(self.longest_form(recipe))
 
         def fitting(share: float) -> int:
             if given is not None:
                 return given
             options = range(MOST_LAST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
             limit_s = share * left_s - self.features_s(recipe) - written_s
-            return first_that_fits(options, lambda steps: last_s(recipe, steps), limit_s) or 0
+            return first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
 
         least = min(given or 1, LEAST_STEPS)  # schedules and moving ranks need some
         each = fit.fold_train_images / fit.num_train  # as many epochs
@@ -276,8 +272,3 @@ class FitCosts:
     def least_minutes(self, smallest: Recipe) -> float:
         """Return the minutes in which not more than the regression on the smallest images is made."""
         return (self.features_s(smallest) + self.ending_s(smallest)) / 60
-
-
-def minutes_said(seconds: float) -> str:
-    """Return minutes, rounded up."""
-    return f"{math.ceil(seconds / 60):,}"

@@ -113,4 +113,9 @@ def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) ->
 
 def rate_of(method: str, rate: float = DEFAULT_RATE) -> float:
     """Return the peak of a method's learning rate that goes with one of LoRA, as in `train`."""
-    return float(f"{rate * METHODS[method].learning_rate / METHODS['lora'].learning_rate:.3g}")
+    return peak_of(METHODS[method].learning_rate, rate)
+
+
+def peak_of(plateau: float, rate: float = DEFAULT_RATE) -> float:
+    """Return the peak of one cycle that goes with a plateau of `train`, as LoRA's `rate` does with LoRA's plateau."""
+    return float(f"{rate * plateau / METHODS['lora'].learning_rate:.3g}")

@@ -51,11 +51,6 @@ class Regression:
     features_s: float = 0.0
     fit_s: float = 0.0
 
-    @property
-    def value(self) -> float:
-        """Return the metric that decides; larger is better: an error is negative."""
-        return self.metric.sign * self.metric.of(self.metrics)
-
 
 def sizes_to_try(architecture: Architecture) -> list[int]:
     """Return image sizes that a model takes, rising by about the square root of 2 up to its own, which is the last."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -45,7 +45,7 @@ from peft_vit.core.backbones import architecture_of, supports_head_blocks
 from peft_vit.core.config import Flips, HeadBlocks, QuantizationType, study_from_mapping, type_of_bits
 from peft_vit.core.methods import METHODS
 from peft_vit.core.tasks import expected_gain
-from peft_vit.data import PixelStore, existing, find_images
+from peft_vit.data import existing, find_images
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.costs import LEAST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import (
@@ -61,7 +61,7 @@ from peft_vit.fit.events import Advanced
 from peft_vit.fit.fit import MEMORY_OPTION, Fit
 from peft_vit.fit.intake import IMAGES_FILE, pixel_store, take_in
 from peft_vit.fit.outcomes import Outcome
-from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, rate_of
+from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, peak_of, rate_of
 from peft_vit.fit.regressions import Regression, regress, sizes_to_try
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, first_that_fits
 from peft_vit.runs.scheduling.plan import plan_study
@@ -73,7 +73,7 @@ from peft_vit.runs.this_machine.machine import cpu_count
 _SURE_S = 10.0  # of reading, until it is known how long it takes
 
 
-def look(fit: Fit, store: Callable[..., PixelStore] = pixel_store) -> None:
+def look(fit: Fit) -> None:
     """Look at the images, and set some aside for the test; nothing is written.
 
     Raises:
@@ -81,7 +81,7 @@ def look(fit: Fit, store: Callable[..., PixelStore] = pixel_store) -> None:
     """
     request = fit.request
     found = find_images(existing(str(request.images)), request.task)
-    pixels = fit.opened.enter_context(store(request, found))
+    pixels = fit.opened.enter_context(pixel_store(request, found))
     images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
     if images.inspection.images.taken:
         fit.tell(images.inspection.images.taken)
@@ -176,13 +176,13 @@ def usual_recipe(fit: Fit, model: str, image_size: int, steps: int) -> Recipe:
         recipe = replace(recipe, bits=type_of_bits(request.bits or "4"), when="training")
     if recipe.is_probe:
         return replace(recipe, steps=0)
-    method, shape = METHODS[request.method], fit.shape(model, image_size)
+    shape = fit.shape(model, image_size)
     if request.max_bytes is not None and "int2" in fit.costs.allowed_bits(recipe):  # rounding to it loses too much
         recipe = replace(recipe, method="qa_lora", bits="int2", when="training")
-        method = METHODS["qa_lora"]
-    rate = method.learning_rate_for(recipe.options(shape, **request.adapter_options))
-    rate *= DEFAULT_RATE / METHODS["lora"].learning_rate
-    return replace(recipe, rate=float(f"{rate:.3g}") if request.learning_rate is None else request.learning_rate)
+    if request.learning_rate is not None:
+        return replace(recipe, rate=request.learning_rate)
+    own = METHODS[recipe.method].learning_rate_for(recipe.options(shape, **request.adapter_options))
+    return replace(recipe, rate=peak_of(own))
 
 
 def allowed_sizes(fit: Fit) -> dict[str, list[int]]:
@@ -359,7 +359,7 @@ def _score_of(fit: Fit, probe: Recipe, compared: int) -> float:
         fit.image_pace.add(found.features_s, features_s / fit.image_pace.factor)
     if found.fit_s:
         fit.fit_pace.add(found.fit_s, fits_s / fit.fit_pace.factor)
-    return found.value / fit.images.scores.deviation
+    return fit.images.scores.of(found.metrics)
 
 
 def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> None:
@@ -376,7 +376,7 @@ def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> Non
         left_s -= times * taken_s
         if left_s < 0:
             break
-        found[way] = _regress(fit, probe, way).value / scores.deviation
+        found[way] = scores.of(_regress(fit, probe, way).metrics)
     ways: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
     best: Flips = "horizontal"
     if len(found) > 1:
@@ -409,7 +409,7 @@ def _choose_head_blocks(fit: Fit, every: Sequence[Recipe], taken_s: float, left_
     if any(costs.allowed_bits(one, more_bytes) != costs.allowed_bits(one) for one in every):
         return
     scores, of_last = fit.images.scores, sizes[probe.place]
-    score = _regress(fit, probe, "none", head_blocks=4).value / scores.deviation
+    score = scores.of(_regress(fit, probe, "none", head_blocks=4).metrics)
     if better := score > of_last:
         sizes[probe.place] = score
     fit.decisions.head_blocks = 4 if better else 1
@@ -532,8 +532,8 @@ def know_by_folds(fit: Fit, recipe: Recipe, probe: Recipe, limit: Limit) -> Reci
     for count in (FEWEST_FOLDS, FEWEST_FOLDS - 1):
         folds = range(min(count, fit.images.num_different))
         beside_s = 0.0 if probe == recipe else fit.seconds(probe, folds)
-        needed_s = partial(lambda own, folds, more_s: more_s + fit.seconds(own, folds), folds=folds, more_s=beside_s)
-        if (trained := first_that_fits(options, needed_s, limit.left_s)) is not None:
+        needed_s = partial(fit.seconds, seeds=folds)
+        if (trained := first_that_fits(options, needed_s, limit.left_s - beside_s)) is not None:
             fit.run(list(dict.fromkeys((trained, probe))), folds, limit)
             return trained
     return recipe

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 from done_runs import with_data, with_settings
+from written_runs import interrupted
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import StartingRanksConfig
-from peft_vit.core.training import Checkpoints, CheckpointWarning, Interrupted, StartingRanks
+from peft_vit.core.training import Checkpoints, CheckpointWarning, StartingRanks
 from peft_vit.core.training.checkpoint import write_checkpoint
 from peft_vit.data import load_data
 from peft_vit.runs import execute as run_module
@@ -34,20 +35,6 @@ def spec_of(study, tmp_path):
         return plan_study(config, tmp_path / "plan", file=tmp_path / "tiny.yaml").runs[0].spec
 
     return make
-
-
-def interrupted(spec, folder, step: int) -> None:
-    """Carry a run on until so many steps are done, and leave a checkpoint of them."""
-    steps = []
-    with pytest.raises(Interrupted) as stopped:
-        run_one(
-            spec,
-            checkpoints=Checkpoints(folder, 0),
-            should_stop=lambda: bool(steps) and steps[-1] >= step,
-            on_progress=lambda progress: steps.append(progress.step),
-        )
-    assert stopped.value.step == step
-    assert max(checkpoint_folders(folder)) == step
 
 
 def resumed(spec, folder, first_step: int):
