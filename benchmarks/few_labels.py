@@ -13,11 +13,12 @@ is left, each different image once, and writes both as PNG into `train/` and `te
     python benchmarks/few_labels.py elpv --labels 50 --draw 3 --by train regression sklearn peft
     python benchmarks/few_labels.py FOLDER --images 300 --draw 3 --by tune
 
-`stamps` are the folders at the top of Debian's `tuxpaint-stamps-default` with 40 PNG or more (files named by their
-paths, with - for /); `emoji`, of npm's `emoji-datasource-google`, and draws 2 and 3 of `stamps` were made by a script
-that is not kept. Draws above 3 of `stamps` and `hour` of digits' draw 3 are of an Intel Xeon with AMX, all other rows
-of an AMD EPYC; PEFT's epochs take as long on both. On the Xeon `train` had 6 minutes, the default here, on the EPYC
-`--minutes 10`, on one thread each. A draw is passed over where a class has too few images for `tune`.
+`stamps` are the folders at the top of Debian's `tuxpaint-stamps-default` with 40 PNG or more, `emoji` the categories of
+npm's `emoji-datasource-google` (`npm pack` it and unpack it here, into `package/`), without skin tones. Draws 2 and 3
+of both were made by a script that is not kept. Draws above 3 of `stamps` and `hour` of digits' draw 3 are of an Intel
+Xeon with AMX, all other rows of an AMD EPYC; PEFT's epochs take as long on both. On the Xeon `train` had 6 minutes, the
+default here, on the EPYC `--minutes 10`, on one thread each. A draw is passed over where a class has too few images for
+`tune`.
 
 It adds rows to `benchmarks/results/few_labels.csv`: accuracy (balanced, if classes are uneven in training), NLL and ECE
 of calibrated probabilities (ten bins of equal mass), test images that were called unlike the training images, bytes of
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import time
@@ -59,6 +61,8 @@ from peft_vit.data.pixels import decode_image
 
 RESULTS = Path(__file__).parent / "results" / "few_labels.csv"
 _SETS = ("elpv", "digits", "fashion-mnist")
+_SOURCES = {"stamps": Path("/usr/share/tuxpaint/stamps"), "emoji": Path("package")}  # of Debian's and of npm's package
+_FEWEST_STAMPS = 40
 _TEST_IMAGES = 400
 _SIZES = (112, 154, 224)
 _WAYS = ("train", "regression", "sklearn", "peft", "tune")
@@ -76,8 +80,22 @@ def images_of(name: str) -> Iterator[tuple[str, Image.Image]]:
         for i in range(len(index.labels)):
             yield index.label(i).replace("/", "-"), index.read(i)
         return
-    for file in sorted(Path(name).glob("*/*")):
-        yield file.parent.name, decode_image(file.read_bytes, str(file)).convert("RGB")
+    for class_name, file in _files_of(name, _SOURCES.get(name, Path(name))):
+        yield class_name, decode_image(file.read_bytes, str(file)).convert("RGB")
+
+
+def _files_of(name: str, source: Path) -> Iterator[tuple[str, Path]]:
+    if name == "stamps":
+        for folder in sorted(source.iterdir()):
+            files = sorted(folder.rglob("*.png"), key=lambda file: str(file.relative_to(source)).replace("/", "-"))
+            yield from ((folder.name, file) for file in files if len(files) >= _FEWEST_STAMPS)
+    elif name == "emoji":
+        for one in sorted(json.loads((source / "emoji.json").read_text()), key=lambda one: str(one["image"])):
+            file = source / "img" / "google" / "64" / str(one["image"])
+            if one["category"] != "Component" and file.exists():
+                yield str(one["category"]), file
+    else:
+        yield from ((file.parent.name, file) for file in sorted(source.glob("*/*")))
 
 
 def write_draw(name: str, labels: int | None, images: int | None, draw: int, folder: Path) -> None:
