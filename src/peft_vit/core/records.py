@@ -358,7 +358,7 @@ class Calibrated(_Finite):
     Found on images of which the models that predicted them were not trained; see `evaluation.calibrate`.
     """
 
-    images: int = Field(ge=1)
+    images: int = Field(ge=0)  # 0: it is the usual temperature
     temperature: _Positive  # probabilities are softmax(logits / temperature)
     coverages: tuple[_Share, ...]  # rising
     thresholds: tuple[_Share, ...]  # of each coverage: a class with 1 - p up to it is in the set

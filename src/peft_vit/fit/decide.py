@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peft_vit.base.errors import UserError
-from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics import Interval, TemperaturePrior
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.base.statistics.odds import ModelEstimate, choose_model
 from peft_vit.core.tasks import GAIN_SD, expected_gain
+from peft_vit.core.tasks.calibration import usual_temperature
 from peft_vit.fit.costs import MOST_STEPS
 from peft_vit.fit.outcomes import FoldResults
 from peft_vit.fit.recipe import Recipe
@@ -30,6 +31,8 @@ SHORTEST = 0.5  # times the steps on folds, of a last training
 LENGTHS = (8.0, 6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.75, SHORTEST)  # likewise
 LONGEST = 2.0  # likewise; more where folds had few steps
 _WORTH_AGAIN = 1.5  # times the steps that were trained, from where another training is worth it
+_ALIKE = 1.5  # times the steps of folds that a last training has, whose temperature is as these say
+_IMAGES_OF_SHORT = 50  # of folds that count for a longer one: its ln T differs by about a quarter from theirs
 LEAST_FOLDS = 1  # that decide of a training if time is short
 NO_MODEL = "ended before a single model; give more, and the same command continues"
 
@@ -157,6 +160,30 @@ def worth_training(fit: Fit, recipe: Recipe, last_steps: int, probe: Recipe) -> 
         expected = f"{100 * abs(gain):.1f} {scores.unit} {'better' if gain > 0 else 'worse'} than the linear probe"
         fit.tell(f"  so the model that is trained on all of them is expected to be {expected}")
     return gain > 0
+
+
+def temperature_before(fit: Fit, recipe: Recipe, known: Recipe, longer: float) -> TemperaturePrior | None:
+    """Return what is known of a last training's temperature before its folds' images; None: nothing of its own.
+
+    Args:
+        fit: the fit.
+        recipe: of the last training.
+        known: what folds have of it: maybe of fewer steps.
+        longer: times the steps that follow from the recipe's.
+    """
+    task, sizes, last_steps = fit.images.task, fit.decisions.sizes, fit.costs.last_steps(recipe, longer)
+    if recipe.is_probe or not task.smooths or "label_smoothing" in fit.request.training_settings:
+        return None
+    if seeds := fit.frame.seeds(known):
+        logits, labels, _ = fit.frame.pooled(known, seeds)
+        accuracy, steps = float(np.mean(logits.argmax(1) == labels)), known.steps
+    elif recipe.place in sizes and fit.frame.scores.metric.is_share:
+        accuracy, steps = sizes[recipe.place], 0
+    else:
+        return None
+    accuracy += expected_gain(last_steps) - expected_gain(steps)
+    alike = last_steps <= _ALIKE * fit.costs.last_steps(known)
+    return usual_temperature(accuracy, fit.images.num_outputs, math.inf if alike else _IMAGES_OF_SHORT)
 
 
 def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:

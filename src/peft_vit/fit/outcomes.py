@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import folder_below
+from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.base.statistics.odds import FoldMeans, means_of_images
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import Calibrated, Decision, RunRecord
@@ -94,17 +95,21 @@ def pooled(outcomes: Iterable[Outcome], task: Task) -> tuple[NDArray[np.float64]
     return logits, np.concatenate([own.labels for own in runs]), np.concatenate([own.images for own in runs])
 
 
-def meaning_on(outcomes: Sequence[Outcome], task: Task) -> Calibrated | Decision | None:
+def meaning_on(
+    outcomes: Sequence[Outcome], task: Task, usual: TemperaturePrior | None = None
+) -> Calibrated | Decision | None:
     """Return what outputs of a task mean, as it was learned, from what like models said of images on folds.
 
     Args:
-        outcomes: of these models; none: it is not known.
+        outcomes: of these models; none: what is usual is all that is known.
         task: with what of it follows from training images.
+        usual: temperature; None: the one of any model.
     """
     if not outcomes:
-        return None
+        return None if usual is None else Calibrated(images=0, temperature=usual.median, coverages=(), thresholds=())
     logits, labels, images = pooled(outcomes, task)
-    return task.decide(logits, labels, OF_FOLDS, images) or calibrate(logits, labels, images.tolist(), OF_FOLDS)
+    decided = task.decide(logits, labels, OF_FOLDS, images)
+    return decided or calibrate(logits, labels, images.tolist(), usual or OF_FOLDS)
 
 
 def covered_on_folds(outcomes: Sequence[Outcome], task: Task) -> dict[float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from peft_vit.core.config import named_as_typed
 from peft_vit.fit import stages
 from peft_vit.fit.calls import RequestFile, TrainRun, call_folder, earlier_call, write_request
-from peft_vit.fit.decide import worth_training
+from peft_vit.fit.decide import temperature_before, worth_training
 from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import named_files, refuse_among_images
@@ -84,16 +84,18 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
         last = fit.costs.last_steps(recipe, longer)
         if not recipe.is_probe and beside.is_probe and not worth_training(fit, known, last, beside):
             with fit.stage("final"):
-                recipe = known = beside
-                outcome, _ = stages.train_last(fit, recipe, 1.0)
-    _deliver(fit, run, recipe, known, outcome)
+                recipe, known, longer = beside, beside, 1.0
+                outcome, _ = stages.train_last(fit, recipe, longer)
+    _deliver(fit, run, recipe, known, outcome, longer)
 
 
-def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Outcome) -> None:
+def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Outcome, longer: float) -> None:
     """Write into the record of a run what its outputs mean, as folds of `known` tell, and say that it is the model."""
     folds = [own for _, own in sorted(fit.frame.rows.get(known, {}).items())]
-    if (meaning := meaning_on(folds, outcome.learned)) is not None:
-        record = read_record(outcome.folder / RECORD_FILE)
+    record = read_record(outcome.folder / RECORD_FILE)
+    validated = record.decision or record.calibrated
+    usual = None if validated else temperature_before(fit, recipe, known, longer)
+    if (meaning := meaning_on(folds, outcome.learned, usual)) is not None:
         results_dir = fit.results_dir(outcome.folder.parts[-3])
         write_record(results_dir, with_meaning(record, meaning, folds, outcome.learned))
     if outcome.folder.parents[1] != run.folder:

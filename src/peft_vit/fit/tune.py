@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from peft_vit.base.extras import require_extra
-from peft_vit.base.statistics import Interval
+from peft_vit.base.statistics import Interval, TemperaturePrior
 from peft_vit.core.config import named_as_typed
 from peft_vit.core.records import Calibrated
 from peft_vit.core.records import Decision as Meaning
 from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
 from peft_vit.fit import stages
-from peft_vit.fit.decide import ModelDecision, decide_model, gain_of_steps
+from peft_vit.fit.decide import ModelDecision, decide_model, gain_of_steps, temperature_before
 from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import LabelledSet
@@ -82,7 +82,8 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
             first, form, longer = probe, stages.within_limits(fit, probe), 1.0
             final = stages.train_last(fit, form, longer)
     if fit.decisions.delivered is None:
-        _write(fit, Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer))
+        usual = temperature_before(fit, form, form, longer)
+        _write(fit, Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer, usual=usual))
         fit.decisions.delivered = form, longer
     with fit.stage("folds"):
         limit = fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
@@ -107,7 +108,8 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
         again = f"The same command with --minutes {2 * request.minutes:g} continues"
         more = (f"There was no time to compare it with others. {again}.",)
     folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(on_folds, {}).items()))
-    done = Tuning(request, fit.images, tuple(sizes), recipe, *final, decision, folds, longer, more)
+    usual = temperature_before(fit, recipe, on_folds, longer)
+    done = Tuning(request, fit.images, tuple(sizes), recipe, *final, decision, folds, longer, more, usual=usual)
     for sentence in more:
         fit.tell(f"  {sentence}")
     if decision is not None or folds:  # else it is written already
@@ -143,6 +145,7 @@ class Tuning:
     longer: float = 1.0  # times the steps that follow from the folds, of the last training
     more: tuple[str, ...] = ()  # what more labels and more minutes would buy, sentences
     stages: tuple[tuple[str, float], ...] = ()  # name and seconds of each stage, of all calls together
+    usual: TemperaturePrior | None = None  # temperature, before folds' images
 
     @property
     def metric(self) -> DecidingMetric:
@@ -157,7 +160,7 @@ class Tuning:
     @cached_property
     def meaning(self) -> Calibrated | Meaning | None:
         """Return what the model's outputs mean, from what its recipe's runs on folds said of their test images."""
-        return meaning_on(self.folds, self.final.learned)
+        return meaning_on(self.folds, self.final.learned, self.usual)
 
     @property
     def score(self) -> Interval:
@@ -222,7 +225,7 @@ def what_more_buys(
         sentences.append(f"Twice as many labels: {_gain(scaled(labels, error), unit)}, {learns}.")
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
-        had = f" The last training has had {longer:g} times the steps of the folds." if longer != 1 else ""
+        had = f" The last training has had {longer:.2g} times the steps of the folds." if longer != 1 else ""
         sentences.append(f"Twice the steps of the folds: {_gain(steps, unit)}, {learns}.{had}")
     left = ["all steps of the last training"] if longer < 1 else []
     left += [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]

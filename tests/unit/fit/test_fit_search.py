@@ -1,5 +1,6 @@
 """Which recipes are tried first, which go on, and what displaces the default."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,20 @@ import pytest
 import simulated_tunings
 from simulated_tunings import MODEL, StandIns, fit_of, images_of
 
-from peft_vit.core.tasks import CLASSIFICATION, Scores
+from peft_vit.core.records import Calibrated
+from peft_vit.core.tasks import CLASSIFICATION, Scores, expected_gain
+from peft_vit.core.tasks.calibration import usual_temperature
 from peft_vit.core.tasks.classification import BALANCED_ACCURACY
-from peft_vit.fit.decide import best_of, clearly_better, decide_model, gains_by_steps, posterior_by_size
+from peft_vit.fit.decide import (
+    best_of,
+    clearly_better,
+    decide_model,
+    gains_by_steps,
+    posterior_by_size,
+    temperature_before,
+)
 from peft_vit.fit.fit import Decisions
-from peft_vit.fit.outcomes import FoldResults, Outcome
+from peft_vit.fit.outcomes import FoldResults, Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_sizes
 from peft_vit.runs.costs.time_limit import Limit
@@ -176,3 +186,27 @@ def test_what_was_trained_long_is_not_replaced_by_a_short_training_that_is_as_go
         fit.run([recipe], range(3), fit.limit)
     fit.limit = Limit(left_s / 60, runner.now, lambda: runner.now)
     assert decide_model(fit).taken.recipe.image_size == taken
+
+
+def test_temperature_of_a_longer_training_leans_on_what_is_usual_at_its_accuracy() -> None:
+    fit, _ = fit_of(StandIns(lambda *_: 0.8, images=1000), minutes=1e4)
+    recipe = lora(MODEL, 64, 48)
+    fit.decisions.sizes[recipe.place] = 0.9
+    before = temperature_before(fit, recipe, recipe, 1.0)  # no fold is known
+    assert before is not None
+    assert before.median == usual_temperature(0.9 + expected_gain(fit.costs.last_steps(recipe)), 2).median
+    assert meaning_on([], CLASSIFICATION, before) == Calibrated(
+        images=0, temperature=before.median, coverages=(), thresholds=()
+    )
+    fit.run([recipe], range(3), fit.limit)
+    alike, longer = (temperature_before(fit, recipe, recipe, times) for times in (1.0, 4.0))
+    assert alike is not None
+    assert longer is not None
+    assert (alike.most_images, longer.most_images) == (math.inf, 50)
+    assert temperature_before(fit, Recipe(MODEL, 64), recipe, 1.0) is None
+
+
+@pytest.mark.parametrize(("accuracy", "num_classes", "best"), [(0.968, 10, 0.44), (0.713, 10, 0.96), (0.843, 2, 0.94)])
+def test_usual_temperatures_are_those_that_were_best_on_test_images(accuracy, num_classes, best):
+    assert usual_temperature(accuracy, num_classes).median == pytest.approx(best, rel=0.13)
+    assert usual_temperature(1.0, num_classes).median == pytest.approx(0.4, rel=0.02)

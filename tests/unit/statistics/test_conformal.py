@@ -56,6 +56,9 @@ def test_a_prior_holds_where_few_images_tell_nothing_and_gives_way_to_many() -> 
     logits = rng.normal(size=(4000, 3)) * 6
     labels = [rng.choice(3, p=row) for row in probabilities(logits, 3.0)]
     assert fit_temperature(logits, labels, prior) == pytest.approx(fit_temperature(logits, labels), rel=0.02)
+    fewer = fit_temperature(logits, labels, prior._replace(most_images=20))
+    assert fewer == pytest.approx(fit_temperature(logits, labels, prior, np.arange(4000) % 20), rel=1e-6)
+    assert 1.5 < fewer < 2.7  # 3 is what all of them say
 
 
 def test_an_image_with_several_rows_counts_once() -> None:

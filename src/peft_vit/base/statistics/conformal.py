@@ -30,6 +30,7 @@ class TemperaturePrior(NamedTuple):
 
     median: float
     spread: float  # standard deviation of the logarithm
+    most_images: float = math.inf  # that count: where a model differs from those that predicted them, fewer tell enough
 
 
 def fit_temperature(
@@ -51,9 +52,10 @@ def fit_temperature(
         images: (N,) which image each row is of, so that one with several counts once; None: each of another.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
-    weight, _ = row_weights(len(y), images)  # (N,)
+    weight, different = row_weights(len(y), images)  # (N,)
     own = z[np.arange(len(y)), y]  # (N,)
     if prior is not None:
+        weight = weight * min(1.0, prior.most_images / max(1, different))
 
         def loss(log_t: float) -> float:
             below = (z - z.max(1, keepdims=True)) / math.exp(log_t)  # (N, classes)

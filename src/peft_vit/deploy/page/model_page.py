@@ -284,9 +284,12 @@ def _calibration(record: RunRecord) -> Iterator[Block]:
     calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
         return
+    by = "as is usual at the expected accuracy: there was no time for models that leave images out"
+    if calibrated.images:
+        by = f"on {count(calibrated.images)} images, each by a model that was not trained on it"
     yield Paragraph(
-        f"Probabilities are calibrated on {count(calibrated.images)} images, each by a model that was not trained on "
-        f"it: logits are divided by {fixed(calibrated.temperature)}. All of this page's are."
+        f"Probabilities are calibrated {by}: logits are divided by {fixed(calibrated.temperature)}. "
+        "All of this page's are."
     )
     yield from coverage_table(record, fixed)
     if tested.unlike is not None:
