@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tiny_transformers
 import torch
@@ -33,6 +34,7 @@ from peft_vit.deploy import (
     save_pretrained,
 )
 from peft_vit.deploy.formats.torch_files import open_peft
+from peft_vit.deploy.predicting import prepared
 
 
 def loaded(model: Path | str, image_size: int = 32, **others: object) -> LoadedBackbone:
@@ -143,6 +145,17 @@ def test_what_is_written_loads_without_this_package_and_computes_the_same(kind: 
             again = by_transformers(whole, kind, images(size), whole.classifier)
         torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(load_pretrained(tmp_path / "merged", card)(images(size)), again)
+
+
+@pytest.mark.parametrize(("resize", "near"), [(None, 1e-2), ("letterbox", 2e-1), ("crop", 1e-2)])
+def test_its_processor_makes_images_square_as_training_did(resize, near: float, tmp_path: Path) -> None:
+    tiny_transformers.folder_of("vit", tmp_path / "base")
+    backbone = loaded(tmp_path / "base", 64)
+    card = card_of(backbone, 64).model_copy(update={"resize": resize, "interpolation": "bilinear"})
+    save_pretrained(backbone.model, tmp_path / "merged", card)
+    ramp = np.linspace(0, 255, 90 * 200 * 3).reshape(90, 200, 3).astype(np.uint8)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged")(ramp, return_tensors="np")
+    np.testing.assert_allclose(theirs["pixel_values"][0], prepared(ramp, card), atol=near)
 
 
 def test_peft_reads_the_adapter_over_the_model_of_transformers(tmp_path: Path) -> None:
