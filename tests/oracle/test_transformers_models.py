@@ -158,7 +158,7 @@ def test_its_processor_makes_images_square_as_training_did(resize: str | None, t
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged")(image, return_tensors="np")
     rows = slice(19, 44) if resize == "letterbox" else slice(64)  # its bars have the model's mean, ours ImageNet's
     gaps = 255 * (theirs["pixel_values"][0] - prepared(image, card)) * np.array(card.std)[:, None, None]
-    assert np.abs(gaps[:, rows]).max() < (3 if resize == "letterbox" else 2)  # of 255
+    assert np.abs(gaps[:, rows]).max() < (4 if resize == "letterbox" else 2)  # of 255
 
 
 def test_peft_reads_the_adapter_over_the_model_of_transformers(tmp_path: Path) -> None:

@@ -290,6 +290,7 @@ def to_pixels(
         square = Image.new(plain.mode, (image_size, image_size), LETTERBOX_COLOUR)
         # Half a pixel goes to the right of bars, and to the even side of what is cut off.
         gaps = (image_size - width, image_size - height)
-        square.paste(resized, tuple(gap // 2 if gap > 0 else round(gap / 2) for gap in gaps))
+        left, top = (gap // 2 if gap > 0 else round(gap / 2) for gap in gaps)
+        square.paste(resized, (left, top))
         resized = square
     return np.asarray(resized, dtype=np.uint8).reshape(image_size, image_size, channels)
