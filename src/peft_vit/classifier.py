@@ -27,11 +27,13 @@ from peft_vit.data.sources.in_memory import held_images, write_table
 if TYPE_CHECKING:
     from peft_vit.core.config import (
         ActivationCheckpointing,
+        Augment,
         ClassWeights,
         ComputeSetting,
         Device,
         MetricSetting,
         PrecisionSetting,
+        Resize,
     )
 
 _MODEL_FILE, _FILE = "model.safetensors", "classifier.json"
@@ -73,6 +75,8 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         model: str = DEFAULT_MODEL,
         weights: str | None = None,
         image_size: int | None = None,
+        resize: Resize | None = None,
+        augment: Augment | None = None,
         minutes: float = 10.0,
         steps: int | None = None,
         epochs: int | None = None,

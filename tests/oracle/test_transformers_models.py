@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tiny_transformers
 import torch
@@ -33,6 +34,7 @@ from peft_vit.deploy import (
     save_pretrained,
 )
 from peft_vit.deploy.formats.torch_files import open_peft
+from peft_vit.deploy.predicting import prepared
 
 
 def loaded(model: Path | str, image_size: int = 32, **others: object) -> LoadedBackbone:
@@ -143,6 +145,20 @@ def test_what_is_written_loads_without_this_package_and_computes_the_same(kind: 
             again = by_transformers(whole, kind, images(size), whole.classifier)
         torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(load_pretrained(tmp_path / "merged", card)(images(size)), again)
+
+
+@pytest.mark.parametrize("resize", [None, "letterbox", "crop"])
+def test_its_processor_makes_images_square_as_training_did(resize: str | None, tmp_path: Path) -> None:
+    tiny_transformers.folder_of("vit", tmp_path / "base")
+    backbone = loaded(tmp_path / "base", 64)
+    card = card_of(backbone, 64).model_copy(update={"resize": resize, "interpolation": "bilinear"})
+    save_pretrained(backbone.model, tmp_path / "merged", card)
+    grey = np.add.outer(np.linspace(0, 100, 90), np.linspace(0, 150, 200)).astype(np.uint8)
+    image = np.stack([grey] * 3, 2)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "merged")(image, return_tensors="np")
+    rows = slice(19, 44) if resize == "letterbox" else slice(64)  # its bars have the model's mean, ours ImageNet's
+    gaps = 255 * (theirs["pixel_values"][0] - prepared(image, card)) * np.array(card.std)[:, None, None]
+    assert np.abs(gaps[:, rows]).max() < (4 if resize == "letterbox" else 2)  # of 255
 
 
 def test_peft_reads_the_adapter_over_the_model_of_transformers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field
 from peft_vit.base.errors import CONTROL_CHARACTER, UserError, checked, os_fault
 from peft_vit.base.files import read_bytes
 from peft_vit.base.settings import Frozen
-from peft_vit.core.config import Interpolation
+from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import CLASSIFICATION, Task
 
 _LONGEST_CLASS_NAME = 255
@@ -43,6 +43,7 @@ class ImageIndex:
         inspected: copies have been looked for, near ones too, and `contents` holds them all.
         own: somebody's own files, of which one on both sides of a split is refused; in published sets it is reported.
         interpolation: of resizing.
+        resize: how images become square; None: both sides are resized alike.
         notes: what was left out of it, each in a line.
         left_out: why, by the names of files that an inspection has left out.
         task: what is learned of the images, which says what labels are.
@@ -63,6 +64,7 @@ class ImageIndex:
     inspected: bool = False
     own: bool = False
     interpolation: Interpolation = "bicubic"
+    resize: Resize | None = None
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     task: Task = CLASSIFICATION

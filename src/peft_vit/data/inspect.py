@@ -42,7 +42,7 @@ from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics.drawing import stratified_sample
-from peft_vit.core.config import Interpolation
+from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
@@ -55,9 +55,9 @@ from peft_vit.data.pixels import (
     decode_image,
     decoders,
     formats,
-    interpolation_key,
     on_white,
     read_facts,
+    resizing_key,
     split_pixels,
     to_pixels,
 )
@@ -151,7 +151,7 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
         thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
         return {"copies": equal, "groups": near_groups(thumbnails, start=len(splits.train))}
 
-    pixels = f"{decoders()} {image_size} {index.channels}{interpolation_key(index)}"
+    pixels = f"{decoders()} {image_size} {index.channels}{resizing_key(index)}"
 
     def read(saved: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         return _numbers(saved["copies"], len(rows)), _numbers(saved["groups"], len(rows))
@@ -559,10 +559,13 @@ class PixelStore:
     Args:
         sizes: sides in pixels; none: nothing is kept.
         interpolation: of resizing.
+        resize: how images become square, see `to_pixels`.
     """
 
-    def __init__(self, sizes: Sequence[int], interpolation: Interpolation = "bicubic") -> None:
-        self.sizes, self.interpolation = tuple(sizes), interpolation
+    def __init__(
+        self, sizes: Sequence[int], interpolation: Interpolation = "bicubic", resize: Resize | None = None
+    ) -> None:
+        self.sizes, self.interpolation, self.resize = tuple(sizes), interpolation, resize
         self._places: dict[str, int] = {}  # by name
         self._stack = ExitStack()
         self._files: dict[int, BinaryIO] = {}
@@ -660,7 +663,7 @@ def _decoded(
             return error.message if isinstance(error, UserError) else f"can't be read ({error})"
         mark = repr(((facts.short, facts.long), image.size)).encode()
         digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
-        pixels = [to_pixels(image, size, 3, store.interpolation) for size in store.sizes]
+        pixels = [to_pixels(image, size, 3, store.interpolation, store.resize) for size in store.sizes]
         return _One(facts, digest, to_pixels(image, _COMPARED_SIDE, 3), pixels)
 
     with warnings.catch_warnings(action="ignore"):  # of Pillow's, see `decode_image`

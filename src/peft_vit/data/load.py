@@ -86,7 +86,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
         message = f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed"
         raise UserError(message, file=config.path, field="data.path")
     check_class_names(index.class_names, config.path, "data.path")
-    return index if config.interpolation is None else replace(index, interpolation=config.interpolation)
+    return replace(index, interpolation=config.interpolation or "bicubic", resize=config.resize)
 
 
 def _made_up(config: DataConfig) -> ImageIndex:

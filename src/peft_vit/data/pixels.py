@@ -41,7 +41,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.extras import missing_packages, require_extra
 from peft_vit.base.packages import cache_dir
-from peft_vit.core.config import Interpolation
+from peft_vit.core.config import Interpolation, Resize
 from peft_vit.data.files import in_threads, new_in_cache
 from peft_vit.data.index import ImageIndex
 
@@ -55,6 +55,7 @@ _MAX_SIDE = 1 << 16  # resizing a longer line takes gigabytes
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF 6.0
 _WHITE_IS_ZERO, _IN_PLANES = 0, 2  # values of the last two
 REMEDY = "replace it or remove it"
+LETTERBOX_COLOUR = "#7c7468"  # ImageNet's mean
 _TRANSPARENT_COLOUR_IS_LOST = ("RGB;16B", "I;16B", "L;2", "L;4")  # of PNGs, whose values Pillow spreads or cuts
 
 
@@ -201,14 +202,14 @@ def cached_pixels(
         UserError: if an image is broken, or the cache cannot be written.
     """
     shape = (len(rows), image_size, image_size, index.channels)
-    text = f"{FORMAT_VERSION} {decoders()} {index.sha256} {image_size} {index.channels}{interpolation_key(index)}"
+    text = f"{FORMAT_VERSION} {decoders()} {index.sha256} {image_size} {index.channels}{resizing_key(index)}"
     key = hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
     file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key}.npy"
     pixels = _open_cached(file, shape)
     if pixels is None:
 
         def pixels_of(row: int) -> bytes:
-            return to_pixels(index.read(row), image_size, index.channels, index.interpolation).tobytes()
+            return to_pixels(index.read(row), image_size, index.channels, index.interpolation, index.resize).tobytes()
 
         _log.info("decoding %d images of %s at %d px", len(rows), index.name, image_size)
         # Written as a stream: on a full disk a memory map would end the process, write() raises.
@@ -258,15 +259,38 @@ def split_pixels(
     return cached_pixels(index, divided, image_size), np.searchsorted(divided, rows).astype(np.int64)
 
 
-def interpolation_key(index: ImageIndex) -> str:
-    """Return what names of cached files depend on for their interpolation; bicubic was the only one once."""
-    return "" if index.interpolation == "bicubic" else f" {index.interpolation}"
+def resizing_key(index: ImageIndex) -> str:
+    """Return what names of cached files depend on for how images are resized; there was one way once."""
+    interpolation = None if index.interpolation == "bicubic" else index.interpolation
+    return "".join(f" {part}" for part in (interpolation, index.resize) if part)
 
 
 def to_pixels(
-    image: Image.Image, image_size: int, channels: int, interpolation: Interpolation = "bicubic"
+    image: Image.Image,
+    image_size: int,
+    channels: int,
+    interpolation: Interpolation = "bicubic",
+    resize: Resize | None = None,
 ) -> np.ndarray:
-    """Return an image as (S, S, C) uint8: with antialiasing when it shrinks, straight to S x S."""
+    """Return an image as (S, S, C) uint8, with antialiasing when it shrinks.
+
+    To the last bit as timm does with crop_mode squash, border (for models with ImageNet's mean) and center.
+    """
     plain = on_white(image).convert("L" if channels == 1 else "RGB")
-    resized = plain.resize((image_size, image_size), Image.Resampling[interpolation.upper()])
+    resampling = Image.Resampling[interpolation.upper()]
+    if resize == "letterbox":
+        ratio = max(plain.size) / image_size
+        width, height = (max(1, round(side / ratio)) for side in plain.size)
+    elif resize == "crop":
+        width, height = (image_size * side // min(plain.size) for side in plain.size)
+    else:
+        width, height = image_size, image_size
+    resized = plain.resize((width, height), resampling)
+    if resized.size != (image_size, image_size):
+        square = Image.new(plain.mode, (image_size, image_size), LETTERBOX_COLOUR)
+        # Half a pixel goes to the right of bars, and to the even side of what is cut off.
+        gaps = (image_size - width, image_size - height)
+        left, top = (gap // 2 if gap > 0 else round(gap / 2) for gap in gaps)
+        square.paste(resized, (left, top))
+        resized = square
     return np.asarray(resized, dtype=np.uint8).reshape(image_size, image_size, channels)

@@ -227,7 +227,7 @@ def prepared(image: GivenImage, card: ExportMetadata) -> FloatArray:
     else:
         got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
-    pixels = to_pixels(decoded, card.image_size, card.channels, card.interpolation)  # (S, S, C), C of 1 or 3
+    pixels = to_pixels(decoded, card.image_size, card.channels, card.interpolation, card.resize)  # (S, S, C)
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
     values = pixels.transpose(2, 0, 1).astype(np.float32)  # (C, S, S)
     return np.ascontiguousarray((values / np.float32(255) - mean) / std)

@@ -51,6 +51,7 @@ class RestoredRun:
             weights_sha256=self.backbone.weights_sha256,
             image_size=spec.data.image_size,
             interpolation=spec.data.interpolation or "bicubic",
+            resize=spec.data.resize,
             channels=DATASETS[spec.data.dataset].channels,
             mean=self.backbone.mean,
             std=self.backbone.std,

@@ -37,6 +37,7 @@ from peft_vit.core.backbones import (
 from peft_vit.core.config import (
     AUGMENTATION_OF_FLIPS,
     LABEL_SMOOTHING,
+    LIGHT_AUGMENTATION,
     METHOD_KINDS,
     USUAL_TASK,
     BackboneConfig,
@@ -337,7 +338,7 @@ class Fit:
     @property
     def flips(self) -> Flips:
         """Return how training images are flipped: as regressions have chosen, left-right until then."""
-        return self.decisions.flips or "horizontal"
+        return "none" if self.request.augment == "none" else self.decisions.flips or "horizontal"
 
     @cached_property
     def backbones(self) -> dict[str, BackboneConfig]:
@@ -447,7 +448,7 @@ class Fit:
             data: beside what all have; `folds: null` trains on all that is not for the test, which tests.
         """
         request, images = self.request, self.images
-        own = {**images.data(recipe.image_size), "folds": FOLDS, "validation_images": 0}
+        own = {**images.data(recipe.image_size), "folds": FOLDS, "validation_images": 0, "resize": request.resize}
         own["split_seed"] = request.split_seed
         if request.task is not None or images.task is not TASKS[USUAL_TASK]:  # also of made-up images
             own["task"] = images.task.name
@@ -496,6 +497,8 @@ class Fit:
         if not recipe.is_probe:
             training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
             training["head_start"] = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
+            if request.augment == "light":
+                training["augmentation"] += [change.model_dump(mode="json") for change in LIGHT_AUGMENTATION]
             training |= {"label_smoothing": LABEL_SMOOTHING} if self.images.task.smooths else {}
             training |= request.training_settings
             if "epochs" in training:

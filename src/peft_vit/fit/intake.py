@@ -160,7 +160,7 @@ def pixel_store(request: FitRequest, images: Images) -> PixelStore:
     architecture = architecture_of(named_backbone(request.models[0], request.weights))
     sizes = [] if request.smoke else list(request.image_sizes) or sizes_to_try(architecture)
     taken = 3 * len(images.files.classes) * sum(size**2 for size in sizes)
-    return PixelStore(sizes if taken <= _MOST_KEPT else [], interpolation_of(architecture))
+    return PixelStore(sizes if taken <= _MOST_KEPT else [], interpolation_of(architecture), request.resize)
 
 
 def take_in(

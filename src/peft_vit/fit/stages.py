@@ -327,7 +327,7 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
                 try:
                     fit.once(fit.decisions.sizes, probe.place, partial(_score_of, fit, probe, compared))
                     taken_s = clock() - began_at
-                    if fit.decisions.flips is None:
+                    if fit.decisions.flips is None and request.augment != "none":
                         _choose_flips(fit, probe, taken_s, (ends_at - clock()) / 2)
                     if len(fit.decisions.sizes) == 1:
                         _choose_head_blocks(fit, every, taken_s, (ends_at - clock()) / 2)

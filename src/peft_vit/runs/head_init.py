@@ -178,6 +178,8 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         depends_on["head_blocks"] = spec.backbone.head_blocks
     if spec.data.interpolation is not None:
         depends_on["interpolation"] = spec.data.interpolation
+    if spec.data.resize is not None:
+        depends_on["resize"] = spec.data.resize
     if provenance.integer_bits is not None:
         depends_on["integer_bits"] = provenance.integer_bits
     for hook in hooks:

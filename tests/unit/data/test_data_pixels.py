@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data.transforms_factory import transforms_imagenet_eval
 
 from peft_vit.base.errors import UserError
 from peft_vit.data import ImageIndex
@@ -53,6 +54,8 @@ def test_rows_are_decoded_once_resized_and_kept_grey(channels, own_cache):
             lambda index, name=name: (dataclasses.replace(index, interpolation=name), ROWS, 8)
             for name in ("nearest", "bilinear", "lanczos")
         ),
+        lambda index: (dataclasses.replace(index, resize="letterbox"), ROWS, 8),
+        lambda index: (dataclasses.replace(index, resize="crop"), ROWS, 8),
         lambda index: (index, ROWS, 9),
         lambda index: (index, np.array([1, 4, 8]), 8),
     ],
@@ -63,9 +66,25 @@ def test_another_source_size_interpolation_or_row_is_another_file(other):
     index, rows, size = other(index_of(reader))
     cached_pixels(index, rows, size)
     assert len(reader.decoded) == 6
+    if index.resize is not None:
+        return
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 10), dtype=np.uint8))
     resized = np.asarray(image.resize((size, size), Image.Resampling[index.interpolation.upper()]))
     assert np.array_equal(to_pixels(image, size, 1, index.interpolation)[..., 0], resized)
+
+
+@pytest.mark.parametrize(("resize", "crop_mode"), [(None, "squash"), ("letterbox", "border"), ("crop", "center")])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_images_become_square_as_timm_makes_them(resize, crop_mode, interpolation):
+    rng = np.random.default_rng(0)
+    transform = transforms_imagenet_eval(32, 1.0, crop_mode, interpolation=interpolation, normalize=False)
+    for sides in [(50, 300), (300, 50), (40, 100), (33, 64), (64, 35), (32, 35), (37, 32), (20, 20), (400, 2)]:
+        image = Image.fromarray(rng.integers(0, 256, (*sides, 3), np.uint8))
+        if (sides, resize) != ((400, 2), "letterbox"):  # of which timm leaves nothing
+            expected = transform(image).permute(1, 2, 0).numpy()
+            assert np.array_equal(to_pixels(image, 32, 3, interpolation, resize), expected), sides
+    grey = to_pixels(Image.new("L", (400, 2), 200), 32, 1, interpolation, resize)
+    assert np.unique(grey).tolist() == ([117, 200] if resize == "letterbox" else [200])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What holds for a file of every format: it is the model, says what it is, and is refused when anything was changed."""
 
 import html
+import json
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from exported_files import compared, damaged, packed_model, signed_onnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from tiny_models import SHALLOW_CARD as CARD
 from tiny_models import random_model
 from torch import nn
@@ -22,9 +25,18 @@ from peft_vit.core.backbones import find_sites
 from peft_vit.core.config import EXPORTS
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Decision, Unlike
-from peft_vit.deploy import ExportMetadata, export_onnx, export_openvino, open_exported, predict_images, writer_of
+from peft_vit.deploy import (
+    ExportMetadata,
+    export_onnx,
+    export_openvino,
+    open_exported,
+    predict_images,
+    torch_classifier,
+    writer_of,
+)
 from peft_vit.deploy.formats.header import HEADER, UNSIGNED, Header
 from peft_vit.deploy.formats.runtimes import openvino_content
+from peft_vit.deploy.predicting import prepared
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -53,6 +65,25 @@ def test_a_file_says_what_the_model_says_and_what_it_is(written: Written, tmp_pa
     assert open_exported(files[name]).card == CARD
     plain = random_model("shallow_vit").eval()
     assert compared(plain, write(plain, name, tmp_path), 3)[0] <= 1e-5
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "crop"])
+def test_every_file_says_how_images_become_square(tmp_path: Path, resize: str) -> None:
+    model, card = random_model("shallow_vit").eval(), CARD.model_copy(update={"resize": resize})
+    images = [*np.random.default_rng(0).integers(0, 256, (3, 30, 80, 3), np.uint8)]
+    expected = [p.probability for p in predict_images(torch_classifier(model, card), images)]
+    assert expected != [p.probability for p in predict_images(torch_classifier(model, CARD), images)]
+    for name in [*NAMES, "pretrained"]:
+        file = tmp_path / f"{name}{EXPORTS[name].ending}"
+        writer_of(name)(model, file, card, None)
+        assert [p.probability for p in predict_images(open_exported(file), images)] == pytest.approx(expected, 1e-3)
+    image = Image.fromarray(images[0])
+    timms = create_transform(**resolve_data_config(json.loads((file / "config.json").read_text())["pretrained_cfg"]))
+    rows, columns = slice(None), slice(None)
+    if resize == "letterbox":  # its bars have the model's mean, ours ImageNet's
+        rows = slice(10, 22)
+    ours = prepared(images[0], card)[:, rows, columns]
+    np.testing.assert_allclose(timms(image)[:, rows, columns], ours, atol=1e-5)
 
 
 def signed_again(file: Path, folder: Path, card: ExportMetadata) -> Path:

@@ -261,6 +261,8 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "limit": ({"activation_checkpointing": "none", "memory_limit": "1GB"}, "none does not go with --memory-limit"),
     "no limit": ({"activation_checkpointing": "adaptive"}, "adaptive needs --memory-limit; add it"),
     "micro-batch": ({"micro_batch_size": 5}, "5 does not divide the batch of 32 into several parts; take 4"),
+    "light of a probe": ({"augment": "light", "method": "linear"}, "light has no effect on a linear probe"),
+    "resize": ({"resize": "stretch"}, "'squash', 'letterbox' or 'crop'"),
     "method": ({"method": "lorra"}, "'linear', "),
     "other name": ({"ranks": 4}, "unknown key"),
     "steps that move ranks": ({"steps": 9, "method": "adalora"}, "9 steps are too few to move ranks; give more"),
@@ -324,6 +326,32 @@ def test_options_reach_the_study(begun, tmp_path, monkeypatch) -> None:
     assert every.costs.tested_images(lora("test_vit", 64, 48)) == 10**6  # however long that takes
     monkeypatch.setattr("peft_vit.fit.fit.cpu_count", lambda: 7)
     assert [study_of(begun(threads=threads)).threads for threads in (None, 3)] == [7, 3]
+
+
+@pytest.mark.parametrize(
+    ("augment", "chosen", "changes"),
+    [
+        (None, "both", ["flip"]),
+        ("flip", "none", []),
+        ("none", None, []),
+        ("light", "none", ["random_resized_crop", "color_jitter"]),
+        ("light", None, ["flip", "random_resized_crop", "color_jitter"]),
+    ],
+)
+def test_training_images_are_changed_as_asked_for_and_those_of_probes_flipped_alone(
+    begun, augment, chosen, changes
+) -> None:
+    fit = begun(augment=augment)
+    fit.decisions.flips = chosen
+    assert [change.name for change in experiment_of(fit).training.augmentation] == changes
+    assert [next(iter(change)) for change in fit.training()["augmentation"]] == [c for c in changes if c == "flip"]
+
+
+def test_how_images_become_square_reaches_the_study_and_the_pixels(begun, photos) -> None:
+    fit = begun(resize="letterbox", image_size=48)
+    study = study_of(fit, 48)
+    assert (study.data.resize, fit.images.store.resize) == ("letterbox", "letterbox")
+    assert {study_of(begun(resize=resize)).data.resize for resize in (None, "squash")} == {None}
 
 
 def test_validation_takes_its_share_and_never_more_than_the_run(begun) -> None:
@@ -649,6 +677,7 @@ NAMED = {  # the name of a call, and what is typed after the images and the meth
     "lora": ({}, ""),
     "qa-lora-r4-112px": ({"method": "qa_lora", "rank": 4, "image_size": 112}, "--image-size 112 --rank 4"),
     "lora-budget-100kb-2-5-min": ({"budget": "100kB", "minutes": 2.5}, "--minutes 2.5 --budget 100kB"),
+    "lora-letterbox-augment-light": ({"resize": "letterbox", "augment": "light"}, "--resize letterbox --augment light"),
     "lora-8kb": ({"adapter_bytes": "8kB"}, "--adapter-bytes 8kB"),
     "qa-lora-bits-2": ({"method": "qa_lora", "bits": 2}, "--bits 2"),
     "lora-from-my-adapter": ({"init_adapter": "a/My_Adapter"}, "--init-adapter a/My_Adapter"),

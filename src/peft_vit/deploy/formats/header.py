@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from peft_vit.base.errors import UserError, checked, foreign_fault, os_fault
 from peft_vit.base.files import write_atomically
-from peft_vit.core.config import USUAL_TASK, HeadBlocks, Interpolation, Library, TaskName
+from peft_vit.core.config import USUAL_TASK, HeadBlocks, Interpolation, Library, Resize, TaskName
 from peft_vit.core.records import Calibrated, Decision, Unlike
 from peft_vit.core.tasks import Meaning
 from peft_vit.deploy.presentation import PRESENTED
@@ -55,6 +55,7 @@ class ExportMetadata(Strict):
     image_size: int = Field(ge=1, le=1024)  # side of the square input, in pixels
     channels: Literal[1, 3]  # 1: images are made grey first; the input has three channels all the same
     interpolation: Interpolation = "bicubic"
+    resize: Resize | None = None  # how images become square; None: both sides are resized alike
     mean: tuple[float, float, float]  # for pixels in [0, 1]
     std: tuple[_Positive, _Positive, _Positive]
     class_names: tuple[str, ...] = Field(min_length=1)

@@ -303,7 +303,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ExportMetadata, refere
                 "std": card.std,
                 "interpolation": card.interpolation,
                 "crop_pct": 1.0,
-                "crop_mode": "squash",
+                "crop_mode": {"letterbox": "border", "crop": "center"}.get(card.resize or "", "squash"),
             }
             config = {"label_names": list(card.class_names)}
             save_for_hf(plain, str(folder), model_config=config, safe_serialization=True, data_config=images)
@@ -343,6 +343,11 @@ def _save_transformers(model: Any, folder: Path, card: ExportMetadata) -> None:
     if config.model_type.startswith("siglip2"):
         settings |= {"patch_size": config.patch_size, "max_num_patches": (card.image_size // config.patch_size) ** 2}
         processor: Any = transformers.Siglip2ImageProcessor(**settings)
+    elif card.resize is not None:
+        side, padded = card.image_size, card.resize == "letterbox"
+        processor = transformers.LlavaImageProcessor(
+            size={"shortest_edge": side}, crop_size=side, do_pad=padded, **settings
+        )
     else:
         processor = transformers.ViTImageProcessor(
             size={"height": card.image_size, "width": card.image_size}, **settings

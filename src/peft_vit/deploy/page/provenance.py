@@ -24,7 +24,8 @@ def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord
 
     def images(spec: RunSpec | StudyConfig) -> str:
         name = f"synthetic images instead of {spec.data.dataset}" if smoke else images_name(spec.data)
-        return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
+        how = "" if spec.data.resize is None else f", {spec.data.resize}"
+        return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels{how}"
 
     origins = [record.provenance for record in records if record.provenance is not None]
     return {

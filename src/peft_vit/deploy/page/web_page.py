@@ -22,13 +22,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import PIL
 from markupsafe import Markup
+from PIL import ImageColor
 
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.files import read_bytes, whole_folder, write_atomically
 from peft_vit.base.packages import ONNXRUNTIME_WEB, fetch_npm
 from peft_vit.core.tasks import TASKS
+from peft_vit.data.pixels import LETTERBOX_COLOUR
 from peft_vit.deploy.page.html import as_json, rendered, script_hash
 from peft_vit.deploy.presentation import PRESENTED
 
@@ -139,6 +142,8 @@ def _facts(card: ExportMetadata, runtime_url: str | None) -> dict[str, Any]:
         "size": card.image_size,
         "channels": card.channels,
         "interpolation": card.interpolation,
+        "resize": card.resize or "squash",
+        "ground": np.ravel(ImageColor.getcolor(LETTERBOX_COLOUR, "L" if card.channels == 1 else "RGB")).tolist(),
         "pillow": int(PIL.__version__.partition(".")[0]),  # whose pixels the page's are, to the bit
         "mean": card.mean,
         "std": card.std,

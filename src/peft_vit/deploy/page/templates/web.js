@@ -43,11 +43,11 @@
     lanczos: [3, (x) => sinc(x) * sinc(x / 3)],
   };
 
-  // Of each pixel that `length` pixels become: the first one that it is made of, and their weights. The kernel is widened
+  // Of each of the `made` pixels that `length` pixels become: the first one that it is made of, and their weights. The kernel is widened
   // where the image shrinks, which is antialiasing.
-  function weights(length) {
-    const scale = length / facts.size, wide = Math.max(1, scale), table = [];
-    for (let k = 0, nearest = scale / 2; k < facts.size; k++, nearest += scale) {
+  function weights(length, made) {
+    const scale = length / made, wide = Math.max(1, scale), table = [];
+    for (let k = 0, nearest = scale / 2; k < made; k++, nearest += scale) {
       if (facts.interpolation === "nearest") {
         table.push({ first: Math.floor(nearest), parts: [ONE] });
         continue;
@@ -66,10 +66,10 @@
     return table;
   }
 
-  // Resample all lines of an image, or all columns, to S pixels of 8 bits.
-  function resampled({ values, width, height }, down) {
-    const table = weights(down ? height : width), channels = facts.channels;
-    const [columns, rows] = down ? [width, facts.size] : [facts.size, height];
+  // Resample all lines of an image, or all columns, to so many pixels of 8 bits.
+  function resampled({ values, width, height }, length, down) {
+    const table = weights(down ? height : width, length), channels = facts.channels;
+    const [columns, rows] = down ? [width, length] : [length, height];
     const step = channels * (down ? width : 1), made = new Uint8ClampedArray(rows * columns * channels);
     for (let y = 0, place = 0; y < rows; y++) {
       for (let x = 0; x < columns; x++) {
@@ -107,15 +107,30 @@
     return { values, width, height };
   }
 
+  const rounded = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x)); // half to even, as Python does
+
+  // How long a side of an image becomes, and where it begins on the square.
+  const SIDES = {
+    squash: () => facts.size,
+    letterbox: (side, sides) => Math.max(1, rounded(side / (Math.max(...sides) / facts.size))),
+    crop: (side, sides) => Math.floor((facts.size * side) / Math.min(...sides)),
+  };
+  const start = (gap) => (gap > 0 ? Math.floor(gap / 2) : -rounded(-gap / 2));
+
   // (3, S, S) float32, normalised. Since version 13 Pillow begins with columns where they shrink by more than twice as
   // many pixels.
   function prepared(bitmap) {
-    const { size, channels, mean, std } = facts, tall = bitmap.height - size;
-    const image = pixels(bitmap), columnsFirst = facts.pillow >= 13 && tall > 0 && tall > 2 * (bitmap.width - size);
-    const { values } = resampled(resampled(image, columnsFirst), !columnsFirst);
+    const { size, channels, mean, std, ground } = facts, given = [bitmap.width, bitmap.height];
+    const [width, height] = given.map((side) => SIDES[facts.resize](side, given)), tall = bitmap.height - height;
+    const image = pixels(bitmap), columnsFirst = facts.pillow >= 13 && tall > 0 && tall > 2 * (bitmap.width - width);
+    const [first, second] = columnsFirst ? [height, width] : [width, height];
+    const { values } = resampled(resampled(image, first, columnsFirst), second, !columnsFirst);
+    const left = start(size - width), top = start(size - height);
     return Float32Array.from({ length: 3 * size * size }, (_, place) => {
-      const channel = Math.floor(place / (size * size)), pixel = place % (size * size);
-      const value = values[pixel * channels + Math.min(channel, channels - 1)];
+      const channel = Math.floor(place / (size * size)), source = Math.min(channel, channels - 1);
+      const x = (place % size) - left, y = (Math.floor(place / size) % size) - top;
+      const inside = x >= 0 && x < width && y >= 0 && y < height;
+      const value = inside ? values[(y * width + x) * channels + source] : ground[source];
       return Math.fround(Math.fround(value / 255) - Math.fround(mean[channel])) / Math.fround(std[channel]);
     });
   }
