@@ -148,6 +148,8 @@ class LabelledSet:
         """Put what was decoded where the study's runs find it."""
         if self.store is not None and study.data.image_size in self.store.sizes:
             index = open_index(study.data)
+            if index.interpolation != self.store.interpolation:  # of another model than the first
+                return
             self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
 
 
