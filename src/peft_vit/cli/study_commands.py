@@ -18,7 +18,7 @@ from pydantic import Field
 from peft_vit.base.console import ProgressDisplay, bar, duration, progress
 from peft_vit.base.errors import NothingDoneError, UserError
 from peft_vit.base.settings import Option, Request
-from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
+from peft_vit.cli.app import INTERRUPTED, OVERWRITE, ROWS_FILE, app, command
 from peft_vit.core.config import Number, Size, Time
 from peft_vit.fit.request import DEFAULT_OUTPUT, TrainRequest, TuneRequest
 from peft_vit.lab.request import RunRequest, StudiesRequest
@@ -190,9 +190,15 @@ def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent],
             stage, advanced = event.title, ""
         shown.say(str(event))
 
-    with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
-        shown.say(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-        yield emit
+    try:
+        with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
+            shown.say(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
+            yield emit
+    except KeyboardInterrupt:
+        if "step" not in advanced:
+            raise
+        print(f"stopped at {advanced}; the same command continues there", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,6 +106,13 @@ class TrainRun:
 
     folder: Path
     asked: RequestFile
+
+    @property
+    def command(self) -> str:
+        """Return it as it is typed."""
+        request = self.asked.request
+        typed = f"peft-vit train {shlex.quote(str(request.images))} --method {request.method} {request.settings}"
+        return typed.rstrip()
 
     @property
     def run(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from peft_vit.deploy.presentation import Counts
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
 Pictures = Callable[[Sequence[int]], list[bytes]]
-SHOWN_MISTAKES = 18
+SHOWN_MISTAKES, _MOST_MISTAKES, _OF_A_PAIR = 18, 60, 3
 SHOWN_RIGHT, SHOWN_WRONG = 8, 6
 _PAIRS, _FEW_CLASSES = 12, 8  # rows; up to so many classes the matrix says all
 _WORST, _UNFOLDED = 10, 20  # classes
@@ -133,7 +134,7 @@ def confusion_figure(confusion: Counts, names: Sequence[str]) -> Drawing | None:
         axes = canvas.figure.add_subplot()
 
         def describe(row: int, column: int) -> str:
-            return f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row]}"
+            return f"{_pair(names[row], names[column])}\n{confusion[row, column]} of {totals[row]}"
 
         draw_matrix(canvas, axes, confusion, totals, confusion > 0, names, describe)  # so that mistakes are seen
         axes.set_xlabel("predicted as")
@@ -157,6 +158,10 @@ def confusion_figure(confusion: Counts, names: Sequence[str]) -> Drawing | None:
         return draw("confusion", "Confusion matrix", caption, min(7.0, 1.8 + 0.26 * size), paint, data)
 
 
+def _pair(truth: str, predicted: str) -> str:
+    return f"{truth}, predicted as {predicted}"
+
+
 def no_font(letters: str) -> str:
     """Return what to say of letters that no installed font has."""
     return (
@@ -173,19 +178,23 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
     figure = confusion_figure(quality.confusion, [result.name for result in quality.classes])
     if figure is not None:
         yield figure
-    pairs = quality.confusions
+    pairs, title = quality.confusions, "Most frequent confusions"
+    shown = pairs[:_PAIRS]
+    if figure is None:
+        shown, title = [pair for pair in pairs if pair.images > 1], "Confusions that happened more than once"
     if pairs and len(quality.classes) > _FEW_CLASSES:
         yield table(
             "confused",
-            "Most frequent confusions",
-            pairs[:_PAIRS],
+            title,
+            shown,
             [
                 Column("Class", "truth", data="class"),
                 Column("Predicted", "taken_for"),
                 Column("Images", lambda pair: f"{pair.images} of {pair.of}"),
                 Column("", "images"),
             ],
-            f"{len(pairs[:_PAIRS])} of {len(pairs)} pairs of classes that are confused at all.",
+            f"{len(shown)} of {len(pairs)} pairs of classes that are confused at all.",
+            folded=len(shown) > _UNFOLDED,
         )
     tested = sorted((result for result in quality.classes if result.recall is not None), key=_share)
     if len(tested) > _UNFOLDED:
@@ -227,7 +236,10 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
         if isinstance(made, str):
             return None
         every = sum(image.right == right for image in quality.images)
-        group = tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True))
+        group = tuple(
+            Picture(png, _said(image), right, _pair(image.truth, image.predicted))
+            for png, image in zip(made, shown, strict=True)
+        )
         groups += [(f"{'Right' if right else 'Wrong'}: {len(shown)} of {every}", group)] if shown else []
     caption = "Random test images of each class. Percent: how sure the model was of its answer."
     return Gallery("examples", "", caption, tuple(groups), small=True)
@@ -235,14 +247,20 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
 
 def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
     """Return the mistakes of which the model was surest: with pictures, or as a table where there are none."""
-    mistakes = quality.mistakes
-    shown = mistakes[:SHOWN_MISTAKES]
+    mistakes, by_pair = quality.mistakes, Counter[str]()
+    shown: list[PredictedImage] = []
+    for image in mistakes:  # the surest, and some of every cell of the confusion matrix
+        pair = _pair(image.truth, image.predicted)
+        by_pair[pair] += 1
+        if len(shown) < SHOWN_MISTAKES or (by_pair[pair] <= _OF_A_PAIR and len(shown) < _MOST_MISTAKES):
+            shown.append(image)
     rule = "Sorted by the probability that the model gave to its answer. Is the label right?"
     title, group = "The most confident mistakes", f"{len(shown)} of {len(mistakes)} mistakes"
     images = [
         (
             image.position,
             (image.file, f"is {image.truth}", f"predicted as {image.predicted}, {percent(image.probability)}"),
+            _pair(image.truth, image.predicted),
         )
         for image in shown
     ]
@@ -264,19 +282,21 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
 
 
 def gallery(
-    slug: str,
-    title: str,
-    rule: str,
-    groups: Iterable[tuple[str, Sequence[tuple[int, tuple[str, ...]]]]],
-    pictures: Pictures | None,
+    slug: str, title: str, rule: str, groups: Iterable[tuple[str, Sequence[tuple[Any, ...]]]], pictures: Pictures | None
 ) -> Gallery | str:
-    """Return groups of images by their positions, with the lines below each, or a sentence on why there are none."""
+    """Return groups of images by their positions, or a sentence on why there are none.
+
+    After its position each image has the lines below it, and the key of its picture, if it has one.
+    """
     groups = list(groups)
-    made = pictures_of([position for _, images in groups for position, _ in images], pictures)
+    made = pictures_of([image[0] for _, images in groups for image in images], pictures)
     if isinstance(made, str):
         return made and f" No pictures: {made}."
     pngs = iter(made)
-    parts = ((heading, tuple(Picture(next(pngs), lines) for _, lines in images)) for heading, images in groups)
+    parts = (
+        (heading, tuple(Picture(next(pngs), lines, None, *key) for _, lines, *key in images))
+        for heading, images in groups
+    )
     caption = f"{rule} The page holds these pictures: share it only if you may share them."
     return Gallery(slug, title, caption, tuple(parts))
 

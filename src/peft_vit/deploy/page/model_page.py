@@ -5,7 +5,7 @@ It is the same for `train`, for any run of a study, and for `tune`, which adds w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from peft_vit.base.errors import DataWarning
@@ -26,6 +26,7 @@ from peft_vit.deploy.page.trained import beside_the_probe, test_score
 CARD_FILE = "card.md"
 BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
 _FIRST = 8  # classes that are named
+_MANY_TESTED = 50  # images; fewer can't tell whether probabilities hold
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,20 @@ class ModelSummary:
     Attributes:
         record: of its run, which is finished.
         quality: on its test images; None of a model of several labels, or of numbers.
-        use: the command that predicts with it, without the images.
+        commands: that use it, by what they are for.
         said: how good it is, in a line; empty: that is made of the record.
-        to_web: the command that makes a page of it for a browser, if there is none.
-        web: the address of that page, if there is one.
+        web: the address of a page of it for a browser, if there is one.
+        call: the command that made it; empty: another one.
+        seconds: that the call took; None: those of the run.
     """
 
     record: RunRecord
     quality: ModelQuality | None
-    use: str
+    commands: Mapping[str, str]
     said: str = ""
-    to_web: str = ""
     web: str = ""
+    call: str = ""
+    seconds: float | None = None
 
     @property
     def metric(self) -> DecidingMetric:
@@ -92,7 +95,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     sections |= {
         "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
-        MADE: (Facts(tuple(_made(record))),),
+        MADE: (Facts(tuple(_made(summary))),),
     }
     return StudyDocument(
         label=f"A model for {images_name(record.spec.data)}",
@@ -101,6 +104,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         warnings=tuple(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX)),
         cards=tuple(_cards(summary)),
         came_out=tuple(_answer(summary)),
+        commands=tuple((what, plain(command)) for what, command in summary.commands.items()),
         sections=sections,
         not_shown=tuple(_limits(record)),
         runs=(run_provenance(record),),
@@ -248,10 +252,6 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
             f"Its most frequent mistake: {most.truth} predicted as {most.taken_for} ({most.images} of "
             f"{most.of} images)."
         )
-    if summary.use:
-        yield f"To use it: {plain(summary.use)} IMAGES"
-    if summary.to_web:
-        yield f"To try it in a browser: {plain(summary.to_web)}"
 
 
 # --- sections ---
@@ -260,39 +260,38 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
-    sentence = f"It says {percent(sure)} on average and is right on {percent(right)}"
     if low <= sure <= high:
-        yield Paragraph(
-            f"{sentence}, so its probabilities hold, as far as {count(quality.accuracy.n)} images can tell."
-        )
+        verdict = "so its probabilities hold"
     else:
-        yield Paragraph(
-            f"{sentence}, so it is too {'sure' if sure > right else 'careful'} by "
-            f"{fixed(100 * abs(sure - right), 1)} points."
-        )
+        gap = fixed(100 * abs(sure - right), 1)
+        verdict = f"so it is too {'sure' if sure > right else 'careful'} by {gap} points"
+    if quality.accuracy.n < _MANY_TESTED:
+        verdict = f"and {count(quality.accuracy.n)} images are too few to tell whether its probabilities hold"
+    yield Paragraph(f"It says {percent(sure)} on average and is right on {percent(right)}, {verdict}.")
     if bins := quality.reliability():
         caption = (
             f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of the answer. Bars: "
             "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
         )
         yield draw_reliability(bins, caption)
-    yield from _calibration(record)
+    yield from _calibration(record, quality)
 
 
-def _calibration(record: RunRecord) -> Iterator[Block]:
+def _calibration(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
     calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
         return
     yield Paragraph(
-        f"Probabilities are calibrated on {count(calibrated.images)} images, each by a model that was not trained on "
-        f"it: logits are divided by {fixed(calibrated.temperature)}. All of this page's are."
+        f"All probabilities here are calibrated, on {count(calibrated.images)} images not trained on (temperature "
+        f"{fixed(calibrated.temperature)})."
     )
     yield from coverage_table(record, fixed)
     if tested.unlike is not None:
+        n = quality.accuracy.n
         yield Paragraph(
-            "`predict` says when an image is unlike all that the model was trained on. Of the test images, which are "
-            f"not, it says so of {count(tested.unlike)}: these are false alarms."
+            "`predict` flags images that are unlike all that the model was trained on. It also flagged "
+            f"{count(tested.unlike)} of {count(n)} ordinary test images: {percent(tested.unlike / n)} false alarms."
         )
 
 
@@ -317,7 +316,11 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
             yield Paragraph(f"{plain(text.removeprefix(DataWarning.PREFIX))}.")
 
 
-def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
+def _made(summary: ModelSummary) -> Iterator[tuple[str, str]]:
+    record, seconds = summary.record, summary.seconds or summary.record.seconds
+    if summary.call:
+        yield "Command", plain(summary.call)
+    yield "Date", record.started_at[:10]
     spec, origin, training = record.spec, record.provenance, record.spec.experiment.training
     assert origin is not None
     ranks = sorted(record.rank_history[-1].ranks.values()) if record.rank_history else []
@@ -339,7 +342,7 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Class weights", f"{training.class_weights}, in the loss"
     if (counted := record.parameters) is not None:
         yield "Trained", f"{counted.final:,} of {counted.backbone_total + counted.head:,} parameters"
-    yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"
+    yield "Time", f"{seconds:.0f} s"
     yield "Seed", str(spec.seed)
     shown = ("peft-vit", "torch", "timm", "transformers")
     yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)

@@ -13,7 +13,6 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thres
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, value_of
 from peft_vit.deploy.page.tables import Column, table
-from peft_vit.deploy.presentation import PRESENTED
 
 _FEWEST_TESTED = 5  # images; fewer say next to nothing
 
@@ -70,26 +69,26 @@ def beside_the_probe(record: RunRecord) -> list[str]:
             rows_of, (predictions.labels, test.predicted, predictions.predicted)
         )  # N each
         of_probe = _score(metric, metric.interval(labels, by_probe, test.thresholds), metric.suffix)
-        of_probe = f"A {PRESENTED[record.spec.task].linear} on the same frozen features has {of_probe}."
+        of_probe = f"A linear probe has {of_probe} on the same test images."
         if record.chosen_step == 0:
-            none = "Training did not improve on it on validation images, so the model is this regression."
-            return [of_probe, none]
+            return [of_probe, "Training did not improve on it on validation images, so you get the linear probe."]
         gain = metric.gain(labels, by_probe, predicted, test.thresholds, thresholds_of(record.decision))
         if gain.low is None or gain.high is None:
             return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
-        worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))
-        verdict = "Training gained on it" if worst > 0 else "No clear difference"
-        verdict = "Training lost against it" if best < 0 else verdict
-        low, high = (gain_of(metric, end) for end in (gain.low, gain.high))
-        points = " points" if metric.is_share else ""
-        return [of_probe, f"{verdict}: {gain_of(metric, gain.estimate)}{points} ({low} to {high})."]
+        low, better, high = sorted(metric.sign * value for value in (gain.low, gain.estimate, gain.high))
+        gap = f"{_size(metric, abs(better))} {'better' if better > 0 else 'worse'}" if better else "as good"
+        bounds = " to ".join(gain_of(metric, end) for end in (low, high))
+        return [of_probe, f"You get the trained model, which is {gap} here; on other test images {bounds}."]
     if fit is None or fit.chosen is None or record.validation is None:
         return []
     gained = metric.sign * (metric.of(record.validation) - metric.of(fit.chosen))
-    size = gain_of(metric, gained).removeprefix("+") + (" points" if metric.is_share else "")
-    size = size if gained > 0 else "nothing"
+    size = _size(metric, gained) if gained > 0 else "nothing"
     where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
     return [f"Training gained {size} on the linear probe, {where}."]
+
+
+def _size(metric: DecidingMetric, gain: float) -> str:
+    return gain_of(metric, gain).removeprefix("+") + (" points" if metric.is_share else "")
 
 
 def _score(metric: DecidingMetric, interval: Interval, suffix: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, 
 from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import images_name
 from peft_vit.deploy.page.web_page import PAGE_FILE
+from peft_vit.fit.calls import train_runs
 from peft_vit.lab.analysis import Analysis, Results, analyze, read_results
 from peft_vit.lab.analysis.comparison import validation_means
 from peft_vit.lab.report import method_tables, summary
@@ -148,7 +150,7 @@ def build_report(
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
-        markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{model.use} IMAGES\n```")}
+        markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
     else:
         documents = study_documents([analyze(study) for study in results.studies])
         markdown = {MARKDOWN_FILE: write_markdown(documents)}
@@ -169,10 +171,16 @@ def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelS
     folder = next(results.directory.rglob(RECORD_FILE)).parent
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
+    call = next((run for run in train_runs(results_dir.parent) if run.folder == results_dir), None)
+    place = shlex.quote(str(folder if call is None else results_dir))
+    commands = {"To predict": f"peft-vit predict {place} PHOTO.jpg"}
+    if page is None:
+        commands["To try it in a browser"] = f"peft-vit export {place} --format web --bits 4"
     return ModelSummary(
         record,
         quality,
-        use=f"peft-vit predict {folder}",
-        to_web=f"peft-vit export {folder} --format web" if page is None else "",
+        commands,
         web="" if page is None else quote(Path(page).as_posix()),
+        call="" if call is None else call.command,
+        seconds=None if call is None else call.seconds(),
     )
