@@ -48,7 +48,6 @@ _MERGED = {
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
     "codes": "No groups, so weights and updates were quantized again: not exact, see the accuracy.",
 }
-_SLOWER = 1.1  # times float32, from which it is said
 _ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
 
 
@@ -212,14 +211,11 @@ def export(request: ExportRequest) -> None:
         write = _write_page if format == "web" else _write_file
         with progress(f"opening {directory}", sys.stderr) as on_progress:
             done, page = write(request, format, output, on_progress)
-            size, slower = done.bytes_in_4_bits, ""
-            if size is None and format == "onnx" and request.runtime is None and request.activations is None:
-                on_progress(0, 0, "timing it beside float32")
-                slower = _slower_than_float32(output)
         _print_export(done, request.number_format, output)
-        print(slower, end="")
+        if format == "onnx" and request.runtime is None and request.number_format == "nf4":
+            print("nf4 weights stay packed in memory, which is slower than float32; --runtime fast is as fast.")
         _print_next(output, page=page)
-        if size and page is not None:
+        if page is not None and (size := done.bytes_in_4_bits):
             print(f"Smaller: about {size / 1e6:.0f} MB with --bits 4")
 
 
@@ -239,17 +235,6 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
             )
         print(f"{adapter.name}: {adapter.file_bytes / 1e3:.1f} kB; {said}")
     _print_next(folder, f" --adapter {shlex.quote(done[0].name)}")
-
-
-def _slower_than_float32(file: Path) -> str:
-    """Return what to do about a file of packed weights that is slower than float32 here; empty: it is not."""
-    from peft_vit.deploy.measures.bench import bench
-
-    *_, row = bench([file], repeats=1)
-    if row.ratio < _SLOWER:
-        return ""
-    times = f"{1e3 * row.median_s:.1f} ms an image here, {1e3 * row.median_s / row.ratio:.1f} ms in float32"
-    return f"Slower than float32, as weights stay packed in memory: {times}. --runtime fast makes it as fast.\n"
 
 
 def _write_file(request: ExportRequest, format: str, output: Path, on_progress: OnProgress) -> tuple[Exported, None]:

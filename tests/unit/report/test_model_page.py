@@ -97,7 +97,7 @@ def test_the_whole_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["web/index.html", "model.html"])
 def test_a_page_for_the_browser_is_linked_where_there_is_one(tmp_path: Path, place: str) -> None:
     run = planted.write(tmp_path / "a call", [record_of()]) / record_of().spec.run_id
-    command = f"To try it in a browser: peft-vit export {run} --format web"
+    command = f"peft-vit export {run} --format web --bits 4"
     assert command in text_of(page_of(run))
     (run / place).parent.mkdir(exist_ok=True)
     (run / place).write_text("")
@@ -145,7 +145,7 @@ def test_the_page_says_of_the_probe_what_the_terminal_says(tmp_path: Path, count
     record = record_of(counts=counts, probe_test=tested, chosen_step=chosen_step)
     _, probe, gain, *_ = result_lines(record, tmp_path, record.seconds)
     assert f"- {probe}\n- {gain}\n" in card_of(tmp_path, record)
-    assert "the same frozen features has 33.3 %" in probe  # one of three classes, in either metric
+    assert "A linear probe has 33.3 %" in probe  # one of three classes, in either metric
 
 
 def test_a_model_without_pretrained_weights_is_warned_of_first(tmp_path: Path) -> None:
