@@ -123,7 +123,6 @@ def pack_after_training(
     """
     images, card = _images_to_round_by(run, data, type, rounding), run.card
     rounded = round_weights(model, type, images, on_progress=on_progress)
-    on_progress(0, 0, "reading images with the rounded model")
     changes: dict[str, Any] = {}
     reference, middle = None, None
     if len(data.validation):

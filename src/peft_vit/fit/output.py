@@ -342,7 +342,7 @@ def forms_table(summary: TuningSummary) -> Table:
             ),
             Column("Outcome", lambda form: plain(form.left_out) or "taken"),
         ],
-        f"A call on one image on {summary.exports.processor}, with all its processors, each form in processes of its "
-        f"own, in turn.{beside} Predicts as trained: share of {split} images on which the file and the "
+        f"A call on one image on {summary.exports.processor}, each form in processes of its own, in turn.{beside} "
+        f"Predicts as trained: share of {split} images on which the file and the "
         "run's model agree.",
     )

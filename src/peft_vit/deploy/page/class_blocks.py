@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ from peft_vit.deploy.presentation import Counts
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
 Pictures = Callable[[Sequence[int]], list[bytes]]
-SHOWN_MISTAKES, _MOST_MISTAKES, _OF_A_PAIR = 18, 60, 3
+SHOWN_MISTAKES = 36
 SHOWN_RIGHT, SHOWN_WRONG = 8, 6
 _PAIRS, _FEW_CLASSES = 12, 8  # rows; up to so many classes the matrix says all
 _WORST, _UNFOLDED = 10, 20  # classes
@@ -247,13 +246,8 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
 
 def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
     """Return the mistakes of which the model was surest: with pictures, or as a table where there are none."""
-    mistakes, by_pair = quality.mistakes, Counter[str]()
-    shown: list[PredictedImage] = []
-    for image in mistakes:  # the surest, and some of every cell of the confusion matrix
-        pair = _pair(image.truth, image.predicted)
-        by_pair[pair] += 1
-        if len(shown) < SHOWN_MISTAKES or (by_pair[pair] <= _OF_A_PAIR and len(shown) < _MOST_MISTAKES):
-            shown.append(image)
+    mistakes = quality.mistakes
+    shown = mistakes[:SHOWN_MISTAKES]
     rule = "Sorted by the probability that the model gave to its answer. Is the label right?"
     title, group = "The most confident mistakes", f"{len(shown)} of {len(mistakes)} mistakes"
     images = [

@@ -217,18 +217,11 @@ def labels_card(record: RunRecord) -> Card:
 
 
 def _probe_card(summary: ModelSummary) -> Iterator[Card]:
-    """Yield the linear probe that training started from: on test where it was measured, else on validation."""
-    record = summary.record
-    test, fit = record.probe_test, record.head_fit
-    if record.spec.experiment.is_probe or record.spec.experiment.start is not None:
-        return
-    title, what, metric = "Linear probe", "without fine-tuning", summary.metric
+    """Yield the linear probe that training started from, where it was tested."""
+    test, metric = summary.record.probe_test, summary.metric
     if test is not None:
-        yield Card(title, what, value_of(metric, metric.of(test.metrics)), ("on the same test images",))
-    elif fit is not None and fit.chosen is not None and record.validation is not None:
-        value = value_of(metric, metric.of(record.validation))
-        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {value}")
-        yield Card(title, what, value_of(metric, metric.of(fit.chosen)), lines)
+        value = value_of(metric, metric.of(test.metrics))
+        yield Card("Linear probe", "without fine-tuning", value, ("on the same test images",))
 
 
 def _answer(summary: ModelSummary) -> Iterator[str]:
@@ -297,6 +290,18 @@ def _calibration(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
 
 def _images(summary: ModelSummary) -> Iterator[Block]:
     record, quality = summary.record, summary.quality
+    if counts := record.class_counts:
+        yield table(
+            "class_counts",
+            "Images by class",
+            [
+                {"class": plain(name)} | dict(zip(counts, each, strict=True))
+                for name, *each in zip(record.class_names, *counts.values(), strict=True)
+            ],
+            None,
+            "",
+            folded=len(record.class_names) > _FIRST,
+        )
     classes = () if quality is None else quality.classes
     if untested := [result.name for result in classes if not result.images]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
