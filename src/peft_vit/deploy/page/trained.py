@@ -59,36 +59,26 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
 def beside_the_probe(record: RunRecord) -> list[str]:
     """Return what the linear probe that training started from has on the same test images, and what training gained.
 
-    Where its test was not recorded, validation images are shown instead; nothing where there is no probe.
+    Nothing where there is no probe, or its test was not recorded.
     """
-    metric, predictions, test, fit = metric_of(record.spec), record.predictions, record.probe_test, record.head_fit
+    metric, predictions, test = metric_of(record.spec), record.predictions, record.probe_test
     if record.spec.experiment.is_probe:
         return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
-    if test is not None and predictions is not None:
-        labels, by_probe, predicted = map(
-            rows_of, (predictions.labels, test.predicted, predictions.predicted)
-        )  # N each
-        of_probe = _score(metric, metric.interval(labels, by_probe, test.thresholds), metric.suffix)
-        of_probe = f"A linear probe has {of_probe} on the same test images."
-        if record.chosen_step == 0:
-            return [of_probe, "Training did not improve on it on validation images, so you get the linear probe."]
-        gain = metric.gain(labels, by_probe, predicted, test.thresholds, thresholds_of(record.decision))
-        if gain.low is None or gain.high is None:
-            return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
-        low, better, high = sorted(metric.sign * value for value in (gain.low, gain.estimate, gain.high))
-        gap = f"{_size(metric, abs(better))} {'better' if better > 0 else 'worse'}" if better else "as good"
-        bounds = " to ".join(gain_of(metric, end) for end in (low, high))
-        return [of_probe, f"You get the trained model, which is {gap} here; on other test images {bounds}."]
-    if fit is None or fit.chosen is None or record.validation is None:
+    if test is None or predictions is None:
         return []
-    gained = metric.sign * (metric.of(record.validation) - metric.of(fit.chosen))
-    size = _size(metric, gained) if gained > 0 else "nothing"
-    where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
-    return [f"Training gained {size} on the linear probe, {where}."]
-
-
-def _size(metric: DecidingMetric, gain: float) -> str:
-    return gain_of(metric, gain).removeprefix("+") + (" points" if metric.is_share else "")
+    labels, by_probe, predicted = map(rows_of, (predictions.labels, test.predicted, predictions.predicted))  # N each
+    of_probe = _score(metric, metric.interval(labels, by_probe, test.thresholds), metric.suffix)
+    of_probe = f"A linear probe has {of_probe} on the same test images."
+    if record.chosen_step == 0:
+        return [of_probe, "Training did not improve on it on validation images, so you get the linear probe."]
+    gain = metric.gain(labels, by_probe, predicted, test.thresholds, thresholds_of(record.decision))
+    if gain.low is None or gain.high is None:
+        return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
+    better, *ends = (metric.sign * value for value in (gain.estimate, gain.low, gain.high))
+    size = gain_of(metric, abs(better)).removeprefix("+") + (" points" if metric.is_share else "")
+    gap = f"{size} {'better' if better > 0 else 'worse'}" if better else "as good"
+    bounds = " to ".join(gain_of(metric, end) for end in sorted(ends))
+    return [of_probe, f"You get the trained model, which is {gap} here; on other test images {bounds}."]
 
 
 def _score(metric: DecidingMetric, interval: Interval, suffix: str = "") -> str:
