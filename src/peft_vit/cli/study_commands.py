@@ -153,11 +153,12 @@ def runs(
 def tune(request: TuneRequest) -> None:
     """Find the best model for your images within your minutes and limits, and say how sure that is.
 
-    A fifth of the images, or the folder's own test split, is set aside for the test. It begins as `train` does: image
-    sizes, then one training, and from then on there is a model. As minutes allow it tries other sizes, learning rates,
-    numbers of steps and methods on folds of the images, and compares the best with itself on weights of 8 and 4 bits.
-    It takes the smallest model that loses at most --margin, 1 point, against the best one found. The same command
-    continues where an earlier one was stopped, and with more minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
+    A fifth of the images, or the folder's own test split, is set aside for the test. It begins as `train` does:
+    image sizes, then one training, and from then on there is a model. As minutes allow it tries other sizes,
+    learning rates, numbers of steps and methods on folds of the images, and compares the best with itself on
+    weights of 8 and 4 bits. It takes the smallest model that loses at most --margin, 1 point, against the best one
+    found. The same command continues where an earlier one was stopped, and with more minutes tries more. Exit
+    codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.base.extras import require_extra
 

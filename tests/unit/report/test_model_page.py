@@ -58,11 +58,7 @@ def record_of(
         "validation": planted.metrics(0.85, 40),
         "head_fit": fit,
         "latency_s": {1: 0.0123},
-        "class_counts": {
-            "train": [40, 40, 40][: len(counts)],
-            "validation": [14, 13, 13][: len(counts)],
-            "test": counts,
-        },
+        "class_counts": {"train": [40] * len(counts), "test": list(counts)},
     }
     return record.model_copy(update=values | changes)
 
@@ -130,9 +126,7 @@ def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_pa
     ("changes", "said", "unsaid"),
     [
         ({"experiment": "linear_probe"}, "It is a linear probe", "How it learned"),
-        ({"validation": planted.metrics(0.7, 40)}, "Training gained nothing on the linear probe", "points on the"),
-        ({}, "Training gained 15.0 points on the linear probe", "gained nothing"),
-        ({"head_fit": None, "latency_s": {}}, "It is right on", "inear probe"),
+        ({"latency_s": {}}, "It is right on", "inear probe"),
         ({"counts": (9, 9, 9)}, "27 images are too few to tell whether its", "Confidence and accuracy"),
         ({"wrong": 1000}, "most frequent mistake: crack predicted as dirt (1 of 30 images)", "no mistake"),
         ({"counts": (60, 5, 5)}, "balanced accuracy counts", "(accuracy, 95 % interval)"),
