@@ -133,6 +133,7 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     )
     text = text.replace(str(tmp_path), "HERE")
     text = re.sub(r"\((blocks|attn_pool)\.[a-z0-9._]+\)", "(MODULE)", text)
+    text = text.replace("It gained", "It lost")  # which differs from processor to processor
     check_golden("exports.txt", re.sub(r"-?\d+(\.\d+)?(e[-+]\d+)?", "N", text))
 
 

@@ -202,6 +202,6 @@ def test_what_bits_lose_is_measured_on_images_that_folds_left_out(trained, comma
     assert "38 training images, float32:" in said
     shutil.rmtree(run.folder / "folds-test_vit-32")
     said = command(*words).out
-    assert "What that loses isn't measured: no image validated, and training images would hide it." in said
+    assert "The loss isn't measured: there are no validation images, and on training images it would not show." in said
     assert "It lost" not in said
     assert "accuracy" not in said

@@ -295,7 +295,7 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
         print(f"Trainings like it on folds of the images: {done.on_folds.values_text()}")
         print(f"It {done.on_folds.loss_text()}.")
     elif learned:
-        print("What that loses isn't measured: no image validated, and training images would hide it.")
+        print("The loss isn't measured: there are no validation images, and on training images it would not show.")
     elif changed:
         print(f"It {compared.loss_text()}.")
     if bits == "int2":
