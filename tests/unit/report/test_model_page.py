@@ -168,10 +168,17 @@ def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_chromium
-def test_axe_finds_nothing_and_a_phone_shows_all(tmp_path: Path) -> None:
+def test_axe_finds_nothing_a_phone_shows_all_and_a_cell_leads_to_its_images(tmp_path: Path) -> None:
     page = page_of(planted.write(tmp_path, [record_of()]), thumbnails=lambda _, positions: [PNG] * len(positions))
     check_page(page)
     with running_chromium() as browser:
+        wide = context_of(browser).new_page()
+        wide.goto(page.as_uri())
+        for key in ("ArrowRight", "ArrowRight", "Enter"):  # the second cell: crack, predicted as dirt
+            wide.locator("#model-confusion .drawing").press(key)
+        assert wide.locator(".found").count() == 2 + 4
+        wide.locator(".command button").first.click()
+        assert wide.locator(".command button").first.inner_text() == "Copied"
         phone = context_of(browser, viewport={"width": 360, "height": 740}).new_page()
         phone.goto(page.as_uri())
         assert phone.get_by_text("Accuracy", exact=True).first.bounding_box()["y"] < 200
