@@ -126,7 +126,7 @@ def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_pa
     ("changes", "said", "unsaid"),
     [
         ({"experiment": "linear_probe"}, "It is a linear probe", "How it learned"),
-        ({"latency_s": {}}, "It is right on", "inear probe"),
+        ({"head_fit": None, "latency_s": {}}, "It is right on", "inear probe"),
         ({"counts": (9, 9, 9)}, "27 images are too few to tell whether its", "Confidence and accuracy"),
         ({"wrong": 1000}, "most frequent mistake: crack predicted as dirt (1 of 30 images)", "no mistake"),
         ({"counts": (60, 5, 5)}, "balanced accuracy counts", "(accuracy, 95 % interval)"),

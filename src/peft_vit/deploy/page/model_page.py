@@ -299,7 +299,7 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
                 for name, *each in zip(record.class_names, *counts.values(), strict=True)
             ],
             None,
-            "",
+            "Test images are read once, at the end.",
             folded=len(record.class_names) > _FIRST,
         )
     classes = () if quality is None else quality.classes
