@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import Field
@@ -112,9 +112,17 @@ def _page_of(folder: Path) -> Path | None:
 
     try:
         with progress("writing the page"):
-            return build_report(folder, file.parent, thumbnails=_thumbnails).html
+            return build_report(folder, file.parent, thumbnails=_thumbnails, **_call_of(folder)).html
     except UserError:  # the model is there all the same
         return None
+
+
+def _call_of(folder: Path) -> dict[str, Any]:
+    """Return the command of `train` that made a folder, and its seconds; nothing if none did."""
+    from peft_vit.fit.calls import train_runs
+
+    calls = (call for call in train_runs(folder.parent) if call.folder == folder)
+    return next(({"call": call.command, "seconds": call.seconds()} for call in calls), {})
 
 
 @app.command()
@@ -260,6 +268,7 @@ def report(
             page=page,
             publication=publication,
             thumbnails=_thumbnails if page and examples else None,
+            **_call_of(results_dir),
         )
     if page:
         print(f"Report: {files.html}")

@@ -21,7 +21,6 @@ from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, 
 from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import images_name
 from peft_vit.deploy.page.web_page import PAGE_FILE
-from peft_vit.fit.calls import train_runs
 from peft_vit.lab.analysis import Analysis, Results, analyze, read_results
 from peft_vit.lab.analysis.comparison import validation_means
 from peft_vit.lab.report import method_tables, summary
@@ -128,6 +127,8 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
+    call: str = "",
+    seconds: float | None = None,
 ) -> ReportFiles:
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
@@ -139,13 +140,15 @@ def build_report(
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets test images for the page of a model, from where they lie; None: no pictures.
+        call: the command whose folder it is, if it is one of `train`.
+        seconds: that it took.
 
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     run = single_run(results_dir)  # of a call of `train` alone: its trainings on folds are no study to report
     results = read_results(run if os.path.isfile(run / RECORD_FILE) else results_dir)
-    model = _only_model(results, results_dir, output_dir)
+    model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
@@ -158,7 +161,9 @@ def build_report(
     return ReportFiles(**vars(written), results=results)
 
 
-def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelSummary | None:
+def _only_model(
+    results: Results, results_dir: Path, output_dir: Path, call: str, seconds: float | None
+) -> ModelSummary | None:
     """Return the model of the only run that there is or was planned; None of studies of several runs."""
     runs = [run for study in results.studies for run in study.runs]
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
@@ -171,16 +176,11 @@ def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelS
     folder = next(results.directory.rglob(RECORD_FILE)).parent
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
-    call = next((run for run in train_runs(results_dir.parent) if run.folder == results_dir), None)
-    place = shlex.quote(str(folder if call is None else results_dir))
+    place = shlex.quote(str(results_dir if call else folder))
     commands = {"To predict": f"peft-vit predict {place} PHOTO.jpg"}
     if page is None:
-        commands["To try it in a browser"] = f"peft-vit export {place} --format web --bits 4"
+        bits = " --bits 4" if record.quantization is None else ""
+        commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
     return ModelSummary(
-        record,
-        quality,
-        commands,
-        web="" if page is None else quote(Path(page).as_posix()),
-        call="" if call is None else call.command,
-        seconds=None if call is None else call.seconds(),
+        record, quality, commands, web="" if page is None else quote(Path(page).as_posix()), call=call, seconds=seconds
     )
