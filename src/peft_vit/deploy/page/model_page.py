@@ -26,7 +26,6 @@ from peft_vit.deploy.page.trained import beside_the_probe, test_score
 CARD_FILE = "card.md"
 BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
 _FIRST = 8  # classes that are named
-_MANY_TESTED = 50  # images; fewer can't tell whether probabilities hold
 
 
 @dataclass(frozen=True)
@@ -253,25 +252,24 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
-    if low <= sure <= high:
-        verdict = "so its probabilities hold"
-    else:
+    bins, verdict = quality.reliability(), "so its probabilities hold"
+    if not low <= sure <= high:
         gap = fixed(100 * abs(sure - right), 1)
         verdict = f"so it is too {'sure' if sure > right else 'careful'} by {gap} points"
-    if quality.accuracy.n < _MANY_TESTED:
+    elif not bins:
         verdict = f"and {count(quality.accuracy.n)} images are too few to tell whether its probabilities hold"
     yield Paragraph(f"It says {percent(sure)} on average and is right on {percent(right)}, {verdict}.")
-    if bins := quality.reliability():
+    if bins:
         caption = (
             f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of the answer. Bars: "
             "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
         )
         yield draw_reliability(bins, caption)
-    yield from _calibration(record, quality)
+    yield from _calibration(record, quality.accuracy.n)
 
 
-def _calibration(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
-    """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
+def _calibration(record: RunRecord, n: int) -> Iterator[Block]:
+    """Yield what was done so that probabilities hold, and how often prediction sets of n test images hold the class."""
     calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
         return
@@ -281,7 +279,6 @@ def _calibration(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     )
     yield from coverage_table(record, fixed)
     if tested.unlike is not None:
-        n = quality.accuracy.n
         yield Paragraph(
             "`predict` flags images that are unlike all that the model was trained on. It also flagged "
             f"{count(tested.unlike)} of {count(n)} ordinary test images: {percent(tested.unlike / n)} false alarms."
