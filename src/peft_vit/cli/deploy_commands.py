@@ -212,7 +212,7 @@ def export(request: ExportRequest) -> None:
         with progress(f"opening {directory}", sys.stderr) as on_progress:
             done, page = write(request, format, output, on_progress)
         _print_export(done, request.number_format, output)
-        if format == "onnx" and request.runtime is None and request.number_format == "nf4":
+        if (format, request.runtime, request.number_format) == ("onnx", None, "nf4"):
             print("nf4 weights stay packed in memory, which is slower than float32; --runtime fast is as fast.")
         _print_next(output, page=page)
         if page is not None and (size := done.bytes_in_4_bits):

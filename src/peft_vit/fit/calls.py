@@ -110,9 +110,8 @@ class TrainRun:
     @property
     def command(self) -> str:
         """Return it as it is typed."""
-        request = self.asked.request
-        typed = f"peft-vit train {shlex.quote(str(request.images))} --method {request.method} {request.settings}"
-        return typed.rstrip()
+        asked = self.asked.request
+        return f"peft-vit train {shlex.quote(str(asked.images))} --method {asked.method} {asked.settings}".rstrip()
 
     @property
     def run(self) -> str:
