@@ -273,10 +273,7 @@ def _calibration(record: RunRecord, n: int) -> Iterator[Block]:
     calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
         return
-    yield Paragraph(
-        f"All probabilities here are calibrated, on {count(calibrated.images)} images not trained on (temperature "
-        f"{fixed(calibrated.temperature)})."
-    )
+    yield Paragraph(f"All probabilities here are calibrated, on {count(calibrated.images)} images not trained on.")
     yield from coverage_table(record, fixed)
     if tested.unlike is not None:
         yield Paragraph(
