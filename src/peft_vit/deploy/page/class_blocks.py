@@ -133,7 +133,7 @@ def confusion_figure(confusion: Counts, names: Sequence[str]) -> Drawing | None:
         axes = canvas.figure.add_subplot()
 
         def describe(row: int, column: int) -> str:
-            return f"{_pair(names[row], names[column])}\n{confusion[row, column]} of {totals[row]}"
+            return f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row]}"
 
         draw_matrix(canvas, axes, confusion, totals, confusion > 0, names, describe)  # so that mistakes are seen
         axes.set_xlabel("predicted as")
@@ -155,10 +155,6 @@ def confusion_figure(confusion: Counts, names: Sequence[str]) -> Drawing | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # said once, in the caption
         return draw("confusion", "Confusion matrix", caption, min(7.0, 1.8 + 0.26 * size), paint, data)
-
-
-def _pair(truth: str, predicted: str) -> str:
-    return f"{truth}, predicted as {predicted}"
 
 
 def no_font(letters: str) -> str:
@@ -236,7 +232,7 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
             return None
         every = sum(image.right == right for image in quality.images)
         group = tuple(
-            Picture(png, _said(image), right, _pair(image.truth, image.predicted))
+            Picture(png, _said(image), right, f"{image.truth}, predicted as {image.predicted}")
             for png, image in zip(made, shown, strict=True)
         )
         groups += [(f"{'Right' if right else 'Wrong'}: {len(shown)} of {every}", group)] if shown else []
@@ -254,7 +250,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
         (
             image.position,
             (image.file, f"is {image.truth}", f"predicted as {image.predicted}, {percent(image.probability)}"),
-            _pair(image.truth, image.predicted),
+            f"{image.truth}, predicted as {image.predicted}",
         )
         for image in shown
     ]
