@@ -16,7 +16,6 @@ class Shares(Presentation):
     """See `Presentation`."""
 
     task = TASKS["shares"]
-    linear = "least squares fit"
     promise = ("", "", "", "")
 
     def prediction(

@@ -86,7 +86,7 @@ CALLS = (
     ("full", "test_vit", "--bits 2 --rounding gptq --format safetensors --output i.safetensors"),
     ("lora", "test_vit", "--format peft --output e"),
     ("lora", "test_vit", "--format pretrained --output g"),
-    ("int4", "tiny_pool", "--output h.html"),
+    ("lora", "tiny_pool", "--output h.html"),
     ("lora", "tiny_pool", "--format web --bits 4 --output page"),
 )
 
@@ -116,7 +116,8 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     assert before == pytest.approx(100 * restore_run(run_of("by_row")).record.validation.accuracy, abs=0.01)
     assert 0 <= after <= 100
     before, after = map(float, re.findall(f"int8: .* {accuracies}", int8)[0])
-    lost, low, high = map(float, re.findall(r"Lost: (\S+) points .* interval (\S+) to (\S+)\)", int8)[0])
+    way, size, low, high = re.findall(r"It (lost|gained) (\S+) points .* a loss of (\S+) to (\S+),", int8)[0]
+    lost, low, high = float(size) * (1 if way == "lost" else -1), float(low), float(high)
     assert lost == pytest.approx(before - after, abs=0.02)
     assert low < lost < high
     program = "import sys; from peft_vit.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
@@ -132,6 +133,7 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     )
     text = text.replace(str(tmp_path), "HERE")
     text = re.sub(r"\((blocks|attn_pool)\.[a-z0-9._]+\)", "(MODULE)", text)
+    text = text.replace("It gained", "It lost")  # which differs from processor to processor
     check_golden("exports.txt", re.sub(r"-?\d+(\.\d+)?(e[-+]\d+)?", "N", text))
 
 
@@ -183,11 +185,11 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
     file.write_bytes(b"as before")
     arguments = ("export", run_of("int4"), "--output", file, "--overwrite", *INT8)
     line = refused(*arguments)
-    assert "--activations: int8 loses 1.00 points of accuracy on 400 validation images" in line
+    assert "--activations: int8 lost 1.00 points of accuracy on 400 validation images" in line
     assert line.endswith("--accept-loss 1")
     assert "more than the 0.9" in refused(*arguments, "--accept-loss", "0.9")
     assert file.read_bytes() == b"as before"
-    assert "Lost: 1.00 points" in command(*arguments, "--accept-loss", "1").out
+    assert "It lost 1.00 points" in command(*arguments, "--accept-loss", "1").out
     assert file.read_bytes() == b"the new file"
 
 

@@ -55,7 +55,7 @@ def test_several_labels_from_a_table_to_a_prediction(command) -> None:
     assert "  48 images with up to 2 labels each (multilabel): warm 32, cold " in said
     assert "  31 to train, 7 to validate, 10 to test (a fifth of them), which are read at the end" in said
     assert "Test mean average precision" in said
-    assert "A logistic regression a label on the same frozen features has" in said
+    assert "A linear probe has" in said
     record = record_of()
     assert record.spec.task == "multilabel"
     assert record.test.more["map"] > 0.8  # colours tell them apart

@@ -109,7 +109,7 @@ def test_what_rounding_loses_is_told_in_what_decides(
     value = r"[\d.]+ %" if table == "labels" else r"[\d.]+"
     assert re.search(rf"{WORDS[table]} {value} before and {value} after", told)
     unit = "points of" if table == "labels" else "hundredths of a standard deviation in"
-    assert re.search(rf"Lost: -?[\d.]+ {unit} {WORDS[table]} on 9 validation images", told)
+    assert re.search(rf"It (lost|gained) [\d.]+ {unit} {WORDS[table]} on 9 validation images", told)
     rows = said(command, Path(ROUNDED[how].split()[-1]), images)
     same(rows, said(command, run_on(table), images), 0.3 if table == "labels" else 6)
 

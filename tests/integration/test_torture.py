@@ -166,7 +166,5 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path, cache: str) -> Non
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
-    assert [line for line in errors.splitlines() if line] == [
-        "interrupted; the same command continues with the runs that are not done"
-    ]
+    assert [line for line in errors.splitlines() if line] == ["stopped; the same command does what is left"]
     assert not list((tmp_path / "out").rglob("record.json"))

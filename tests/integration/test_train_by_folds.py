@@ -196,11 +196,12 @@ def test_what_bits_lose_is_measured_on_images_that_folds_left_out(trained, comma
     rounded = [logits_by_type(folder, ["int2"], "nearest")["int2"] for folder in folds]
     after = (np.concatenate(rounded).argmax(1) == labels).mean()
     assert f"accuracy {100 * before:.2f} % before and {100 * after:.2f} % after" in said
-    lost = f"Lost: {100 * (before - after) + 0.0:.2f} points of accuracy on {len(labels)} held-out images"
+    way = "lost" if before >= after else "gained"
+    lost = f"It {way} {100 * abs(before - after):.2f} points of accuracy on {len(labels)} held-out images"
     assert lost in said
     assert "38 training images, float32:" in said
     shutil.rmtree(run.folder / "folds-test_vit-32")
     said = command(*words).out
-    assert "What that loses isn't measured: no image validated, and training images would hide it." in said
-    assert "Lost:" not in said
+    assert "The loss isn't measured: there are no validation images, and on training images it would not show." in said
+    assert "It lost" not in said
     assert "accuracy" not in said

@@ -122,6 +122,10 @@ class OnProgress(Protocol):
         """Take it in."""
 
 
+def no_progress(done: int, count: int, what: str | None = None) -> None:
+    """Show nothing."""
+
+
 @contextmanager
 def progress(what: str, file: TextIO | None = None) -> Iterator[OnProgress]:
     """Show that something is under way, and give what takes how far it is; another count begins another part of it."""

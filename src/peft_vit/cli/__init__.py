@@ -13,7 +13,7 @@ import typer
 
 from peft_vit.base.errors import UserError
 from peft_vit.cli import deploy_commands, model_commands, study_commands
-from peft_vit.cli.app import app
+from peft_vit.cli.app import INTERRUPTED, app
 
 __all__ = ["app", "main", "user_errors"]
 
@@ -22,7 +22,7 @@ GROUPS = {  # of --help, in its order
     "Studies": ("run", "plan", "status", "report", "recommend", "compare"),
     "Help": ("doctor", "models", "datasets", "check", "example"),
 }
-_INTERRUPTED, _UNREAD = 130, 141  # what shells report for SIGINT and SIGPIPE
+_UNREAD = 141  # what shells report for SIGPIPE
 _RENAMED = {
     "--library": "--model takes names of timm and of the hub, org/name",
     "--max-latency-ms": "it is --max-latency now, as in 50ms",
@@ -54,8 +54,8 @@ def user_errors() -> Iterator[None]:
         print(f"error: {error}", *error.details.splitlines(), sep="\n", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command continues with the runs that are not done", file=sys.stderr)
-        raise SystemExit(_INTERRUPTED) from None
+        print("stopped; the same command does what is left", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 @contextmanager
@@ -115,6 +115,6 @@ def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) 
             if not error.format_message():  # no command was given, and the help says it all
                 raise SystemExit(2) from None
             raise _in_our_words(error) from None
-        if code == _INTERRUPTED:  # Typer turns Ctrl-C into this code
+        if code == INTERRUPTED:  # Typer turns Ctrl-C into this code
             raise KeyboardInterrupt
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -16,6 +16,7 @@ from peft_vit.base.settings import Option, Request
 
 _Request = TypeVar("_Request", bound=Request)
 ROWS_FILE = "Also write the values, unrounded, to this .csv or .json file."
+INTERRUPTED = 130  # what shells report for SIGINT
 OVERWRITE = "Replace the file that --output names."
 
 app = typer.Typer(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import typer
 from pydantic import Field, field_validator, model_validator
 
-from peft_vit.base.console import progress
+from peft_vit.base.console import OnProgress, progress
 from peft_vit.base.errors import UserError, named, printable
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import refuse_existing
@@ -209,10 +209,14 @@ def export(request: ExportRequest) -> None:
         _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
     else:
         write = _write_page if format == "web" else _write_file
-        with progress(f"exporting {directory}", sys.stderr):
-            done, page = write(request, format, output)
+        with progress(f"opening {directory}", sys.stderr) as on_progress:
+            done, page = write(request, format, output, on_progress)
         _print_export(done, request.number_format, output)
+        if (format, request.runtime, request.number_format) == ("onnx", None, "nf4"):
+            print("nf4 weights stay packed in memory, which is slower than float32; --runtime fast is as fast.")
         _print_next(output, page=page)
+        if page is not None and (size := done.bytes_in_4_bits):
+            print(f"Smaller: about {size / 1e6:.0f} MB with --bits 4")
 
 
 def _export_bundle(request: ExportRequest, folder: Path) -> None:
@@ -233,17 +237,24 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
     _print_next(folder, f" --adapter {shlex.quote(done[0].name)}")
 
 
-def _write_file(request: ExportRequest, format: str, output: Path) -> tuple[Exported, None]:
+def _write_file(request: ExportRequest, format: str, output: Path, on_progress: OnProgress) -> tuple[Exported, None]:
     from peft_vit.deploy.export import OnnxOptions, export_run_to_file
 
     options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
     bits, rounding, overwrite = request.number_format, request.rounding, request.overwrite
     return export_run_to_file(
-        request.directory, output, format, options, bits=bits, rounding=rounding, overwrite=overwrite
+        request.directory,
+        output,
+        format,
+        options,
+        bits=bits,
+        rounding=rounding,
+        overwrite=overwrite,
+        on_progress=on_progress,
     ), None
 
 
-def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Exported, Path]:
+def _write_page(request: ExportRequest, format: str, output: Path, on_progress: OnProgress) -> tuple[Exported, Path]:
     for extra in ("onnx", "report"):
         require_extra(extra, f"--format {format}")
     from peft_vit.deploy import open_exported
@@ -255,7 +266,7 @@ def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Expo
     runtime = runtime_files(request.runtime_files) if is_offline else None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
-        done, _ = _write_file(request, "onnx", file)
+        done, _ = _write_file(request, "onnx", file, on_progress)
         return done, write_web_page(output, file.read_bytes(), open_exported(file).card, runtime)
 
 
@@ -282,11 +293,11 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
     )
     if done.on_folds is not None:
         print(f"Trainings like it on folds of the images: {done.on_folds.values_text()}")
-        print(f"Lost: {done.on_folds.loss_text()}")
+        print(f"It {done.on_folds.loss_text()}.")
     elif learned:
-        print("What that loses isn't measured: no image validated, and training images would hide it.")
+        print("The loss isn't measured: there are no validation images, and on training images it would not show.")
     elif changed:
-        print(f"Lost: {compared.loss_text()}")
+        print(f"It {compared.loss_text()}.")
     if bits == "int2":
         print("Training on 2 bits loses less, as a rule: peft-vit train IMAGES --method qa_lora --bits 2")
 
@@ -320,9 +331,9 @@ class PredictRequest(Request):
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
         default=None,
-        description="About how often what is printed is to hold, such as 90 for 90 % or 0.9. A set of classes, the "
-        "most probable first, holds the true class of so many images; a set of labels so much of an image's labels, on "
-        "average; an interval the number of so many images, and is printed without this, too, at 90 %.",
+        description="List every class an image may be, so that the true one is among them in about 90 of 100 images "
+        "(90, 90 % or 0.9). Of several labels: so that the list has 90 of 100 of them. Of numbers: the interval that "
+        "holds 90 of 100, which is printed without this, too.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import Field
@@ -18,7 +18,7 @@ from pydantic import Field
 from peft_vit.base.console import ProgressDisplay, bar, duration, progress
 from peft_vit.base.errors import NothingDoneError, UserError
 from peft_vit.base.settings import Option, Request
-from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
+from peft_vit.cli.app import INTERRUPTED, OVERWRITE, ROWS_FILE, app, command
 from peft_vit.core.config import Number, Size, Time
 from peft_vit.fit.request import DEFAULT_OUTPUT, TrainRequest, TuneRequest
 from peft_vit.lab.request import RunRequest, StudiesRequest
@@ -112,9 +112,17 @@ def _page_of(folder: Path) -> Path | None:
 
     try:
         with progress("writing the page"):
-            return build_report(folder, file.parent, thumbnails=_thumbnails).html
+            return build_report(folder, file.parent, thumbnails=_thumbnails, **_call_of(folder)).html
     except UserError:  # the model is there all the same
         return None
+
+
+def _call_of(folder: Path) -> dict[str, Any]:
+    """Return the command of `train` that made a folder, and its seconds; nothing if none did."""
+    from peft_vit.fit.calls import train_runs
+
+    calls = (call for call in train_runs(folder.parent) if call.folder == folder)
+    return next(({"call": call.command, "seconds": call.seconds()} for call in calls), {})
 
 
 @app.command()
@@ -153,11 +161,12 @@ def runs(
 def tune(request: TuneRequest) -> None:
     """Find the best model for your images within your minutes and limits, and say how sure that is.
 
-    A fifth of the images, or the folder's own test split, is set aside for the test. It begins as `train` does: image
-    sizes, then one training, and from then on there is a model. As minutes allow it tries other sizes, learning rates,
-    numbers of steps and methods on folds of the images, and compares the best with itself on weights of 8 and 4 bits.
-    It chooses the smallest that is hardly worse than the best one found. The same command continues where an earlier
-    one was stopped, and with more minutes tries more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
+    A fifth of the images, or the folder's own test split, is set aside for the test. It begins as `train` does:
+    image sizes, then one training, and from then on there is a model. As minutes allow it tries other sizes,
+    learning rates, numbers of steps and methods on folds of the images, and compares the best with itself on
+    weights of 8 and 4 bits. It takes the smallest model that loses at most --margin, 1 point, against the best one
+    found. The same command continues where an earlier one was stopped, and with more minutes tries more. Exit
+    codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.base.extras import require_extra
 
@@ -190,9 +199,15 @@ def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent],
             stage, advanced = event.title, ""
         shown.say(str(event))
 
-    with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
-        shown.say(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-        yield emit
+    try:
+        with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
+            shown.say(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
+            yield emit
+    except KeyboardInterrupt:
+        if "step" not in advanced:
+            raise
+        print(f"stopped at {advanced}; the same command continues there", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
@@ -253,6 +268,7 @@ def report(
             page=page,
             publication=publication,
             thumbnails=_thumbnails if page and examples else None,
+            **_call_of(results_dir),
         )
     if page:
         print(f"Report: {files.html}")

@@ -515,6 +515,7 @@ class RunRecord(_Value):
     provenance: Provenance | None = None
     class_names: list[str] = []
     split_sizes: dict[str, int] = {}  # train, validation, test
+    class_counts: dict[str, list[int]] = _UNLESS_ANY  # images of each class, by split; absent in older records
     # Why, by the names of files that an inspection of the images left out; absent where it left out none.
     left_out: dict[str, str] = _UNLESS_ANY
     sites: list[SiteInfo] = []

@@ -311,11 +311,10 @@ class Inspection:
             return [*known, f"metric: {self.metric.words}"]
         counts = self.chosen_counts
         largest, smallest = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
-        times = f"class '{largest}' has {counts.max() / counts.min():.1f} times as many images as class '{smallest}'"
-        if counts.max() == counts.min():
-            times = "all classes have the same number of images"
-        rule = "" if self.metric.equal_classes else f"; balanced accuracy above {LARGEST_IMBALANCE:g}x imbalance"
-        return [*known, f"metric: {self.metric.words} ({times}{rule})"]
+        why = f"class '{largest}' has {counts.max() / counts.min():.1f} times as many images as class '{smallest}'"
+        if not self.metric.equal_classes:
+            why = f"no class has more than {LARGEST_IMBALANCE:g} times as many images as another"
+        return [*known, f"metric: {self.metric.words}, since {why}"]
 
     def remarks(self) -> list[str]:
         """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from torch import nn
 
+from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import refuse_existing, whole_folder
@@ -19,8 +20,10 @@ from peft_vit.base.statistics import Interval, Neighbours
 from peft_vit.core.adapters import packed_weights
 from peft_vit.core.adapters.footprint import storage_bytes
 from peft_vit.core.adapters.peft_format import export_peft
+from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
 from peft_vit.core.methods import METHODS
+from peft_vit.core.methods.quantized import packing_of
 from peft_vit.core.records import Calibrated, Decision
 from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.core.training.images import Data, LabelledImages
@@ -36,7 +39,7 @@ from peft_vit.deploy import (
     writer_of,
 )
 from peft_vit.deploy.formats.header import write_exported
-from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
+from peft_vit.deploy.post_training import file_bytes, logits_by_type, merge_float, pack_after_training
 from peft_vit.deploy.restore import RestoredRun, finished_record, restore_run
 from peft_vit.runs.measures.neighbours import neighbours_bytes
 from peft_vit.runs.records.storage import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, read_record, single_run
@@ -75,7 +78,7 @@ class Comparison:
         return f"{self.metric.words} {self.trained:.4g} before and {self.exported:.4g} after"
 
     def loss_text(self) -> str:
-        """Return what was lost, in points, with its interval."""
+        """Return what it lost or gained, in points, with the interval of the loss."""
 
         def hundredths(share: float) -> str:
             return f"{round(100 * share / self.unit, 2) + 0.0:.2f}"  # + 0.0: of -0.0 too it is 0.0
@@ -83,8 +86,10 @@ class Comparison:
         loss, points = self.loss, "points of" if self.unit == 1 else "hundredths of a standard deviation in"
         interval = f"no interval: {loss.reason}"
         if loss.low is not None and loss.high is not None:
-            interval = f"{100 * loss.confidence:.0f} % interval {hundredths(loss.low)} to {hundredths(loss.high)}"
-        return f"{hundredths(loss.estimate)} {points} {self.metric.words} on {loss.n} {self.split} images ({interval})"
+            other = f"a loss of {hundredths(loss.low)} to {hundredths(loss.high)}"
+            interval = f"on other images {other}, {100 * loss.confidence:.0f} % interval"
+        size, way = hundredths(abs(loss.estimate)), "gained" if loss.estimate < 0 else "lost"
+        return f"{way} {size} {points} {self.metric.words} on {loss.n} {self.split} images ({interval})"
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,15 @@ class Exported:
     on_folds: Comparison | None = None  # what bits lose, where nothing validated; None: it isn't known
     activations: Literal["float32", "int8"] = "float32"
     float_bytes: int | None = None  # of the merged model, where it was packed after training
+
+    @property
+    def bytes_in_4_bits(self) -> int | None:
+        """Return what the file would take with --bits 4; None: its weights are packed already."""
+        model = self.merged.model
+        if packed_weights(model):
+            return None
+        sites = Backbone.within(model).sites
+        return file_bytes(sites, sum(p.numel() for p in model.parameters()), packing_of(sites, "nf4"))
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,7 @@ def export_run_to_file(
     bits: QuantizationType | None = None,
     rounding: Rounding | None = None,
     overwrite: bool = False,
+    on_progress: OnProgress = no_progress,
 ) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
 
@@ -194,6 +209,7 @@ def export_run_to_file(
         bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
         rounding: of these, see `logits_by_type`.
         overwrite: replace what is there; of a folder only of an earlier export.
+        on_progress: gets how far it is.
 
     Raises:
         UserError: if something is in the way, the run can't be restored, an option has no effect on it, activations in
@@ -205,11 +221,13 @@ def export_run_to_file(
     _check_room(file, kind, overwrite)
     if kind.extra is not None:
         require_extra(kind.extra, f"--format {format}")
-    source = model_to_write(run_dir, bits, rounding, options.runtime)
+    source = model_to_write(run_dir, bits, rounding, options.runtime, on_progress)
+    on_progress(0, 0, "writing the file, and comparing it with the run's model")
     done = write_model(source, file, format, options, meaning)
     if bits is None or done.comparison is None or done.comparison.split != "training":
         return done
-    return replace(done, on_folds=_compare_on_folds(source.run, single_run(run_dir).absolute(), bits, rounding))
+    folder = single_run(run_dir).absolute()
+    return replace(done, on_folds=_compare_on_folds(source.run, folder, bits, rounding, on_progress))
 
 
 def model_to_write(
@@ -217,6 +235,7 @@ def model_to_write(
     bits: QuantizationType | None = None,
     rounding: Rounding | None = None,
     runtime: OnnxRuntime | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> ModelToWrite:
     """Restore a run, merge its adapters, and pack its float weights where that is asked for.
 
@@ -238,7 +257,7 @@ def model_to_write(
     if bits is None:
         return source
     images = source.need_data("--bits", bits)
-    model, card, reference = pack_after_training(merged.model, run, images, bits, rounding)
+    model, card, reference = pack_after_training(merged.model, run, images, bits, rounding, on_progress)
     float_bytes = storage_bytes(merged.model.state_dict().values())
     return replace(source, merged=replace(merged, model=model), card=card, reference=reference, float_bytes=float_bytes)
 
@@ -283,7 +302,7 @@ def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options:
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     if comparison.lost_points > accepted:
         raise UserError(
-            f"int8 loses {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
+            f"int8 {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
             f"accept it with --accept-loss {math.ceil(10 * comparison.lost_points) / 10:g}",
             field="--activations",
         )
@@ -336,7 +355,7 @@ def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, spli
 
 
 def _compare_on_folds(
-    run: RestoredRun, run_dir: Path, bits: QuantizationType, rounding: Rounding | None
+    run: RestoredRun, run_dir: Path, bits: QuantizationType, rounding: Rounding | None, on_progress: OnProgress
 ) -> Comparison | None:
     """Return what bits lose of models that were trained like a run without a fold of its images each, on that fold.
 
@@ -346,7 +365,9 @@ def _compare_on_folds(
     spec, of_folds = run.record.spec, f"{FOLDS_STUDY}*/{run.record.spec.experiment.name}/*/{RECORD_FILE}"
     images = {"image_size", "images_file", "path"}
     # Beside a call's first run; one folder above its linear probe, which is a study of its own.
-    for file in sorted(file for place in run_dir.parents[1:3] for file in place.glob(of_folds)):
+    files = sorted(file for place in run_dir.parents[1:3] for file in place.glob(of_folds))
+    for number, file in enumerate(files):
+        on_progress(number, len(files), "rounding the models of folds")
         record = read_record(file)
         alike = record.spec.data.model_dump(include=images) == spec.data.model_dump(include=images)
         done = alike and record.spec.data.folds is not None and record.status == "done"

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, packed_weights
-from peft_vit.core.backbones import Backbone, BackboneShape, fused_sites
+from peft_vit.core.backbones import Backbone, Site, fused_sites
 from peft_vit.core.config import BITS_OF_TYPE, IMAGES_ROUNDED_BY, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.methods.quantized import packing_of
 from peft_vit.core.tasks import meaning_fields
@@ -44,22 +45,21 @@ def merge_float(run: RestoredRun) -> Merged:
     return merged
 
 
-def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes: int) -> int:
+def file_bytes(sites: Sequence[Site], values: int, packing: Mapping[str, Any] | None) -> int:
     """Return what a merged model's file takes, without its header: packed matrices, everything else in float32.
 
     A packed matrix (rows, columns) has rows x columns codes, and a scale for each row, or for each of its groups; with
     an adapter that sums its inputs by groups, an offset beside each scale, since the update goes there.
 
     Args:
-        shape: of the backbone.
+        sites: all matrices of the blocks.
+        values: of all parameters, the head's included.
         packing: as a section `qa_lora`; None: float weights.
-        classes: of the head.
     """
-    values = shape.parameters + classes * (shape.head_inputs + 1)
     if packing is None:
         return 4 * values
     total = 0
-    for site in fused_sites(shape.sites).values():
+    for site in fused_sites(sites).values():
         weights = site.in_features * site.out_features
         groups = site.out_features * (site.in_features // packing["group_size"] if packing.get("group_size") else 1)
         offset = packing.get("quantization_offset", packing["use_group_quantization"])
@@ -69,7 +69,11 @@ def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes:
 
 
 def round_weights(
-    model: nn.Module, type: QuantizationType, images: Tensor | None = None, offset: bool | None = None
+    model: nn.Module,
+    type: QuantizationType,
+    images: Tensor | None = None,
+    offset: bool | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> nn.Module:
     """Return a model whose blocks' matrices are packed; the given one stays as it is.
 
@@ -78,6 +82,7 @@ def round_weights(
         type: of codes, see `packing_of`.
         images: training images (N, 3, S, S), normalised, by which GPTQ rounds; None: to nearest.
         offset: see `packing_of`.
+        on_progress: gets how many matrices are packed.
     """
     model, layers = copy.deepcopy(model), {}
     sites = Backbone.within(model).sites
@@ -88,7 +93,8 @@ def round_weights(
         model.set_submodule(name, layers[name].module)
     formats = dict.fromkeys(layers, format_of(QaLoraConfig(**packing_of(sites, type, offset))))
     rounding: Rounding = "nearest" if images is None else "gptq"
-    for name, weight in rounded_weights(model, layers, formats, rounding, images):
+    for done, (name, weight) in enumerate(rounded_weights(model, layers, formats, rounding, images), start=1):
+        on_progress(done, len(layers), "rounding matrices")
         layers[name].module.quantized = weight
         layers[name].module.drop_float()  # at once: GPTQ rounds the next layer by what this one makes of the images
     return model.requires_grad_(False).eval()
@@ -104,13 +110,19 @@ def images_rounded_by(type: QuantizationType) -> int:
 
 
 def pack_after_training(
-    model: nn.Module, run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
+    model: nn.Module,
+    run: RestoredRun,
+    data: Data,
+    type: QuantizationType,
+    rounding: Rounding | None,
+    on_progress: OnProgress = no_progress,
 ) -> tuple[nn.Module, ExportMetadata, Neighbours | None]:
     """Return a run's merged float model with packed weights, its card, and what it knows of training images.
 
     What validation images say, and the features of training images, are those of the rounded model.
     """
-    rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
+    images, card = _images_to_round_by(run, data, type, rounding), run.card
+    rounded = round_weights(model, type, images, on_progress=on_progress)
     changes: dict[str, Any] = {}
     reference, middle = None, None
     if len(data.validation):

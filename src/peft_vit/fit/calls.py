@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ class TrainRun:
 
     folder: Path
     asked: RequestFile
+
+    @property
+    def command(self) -> str:
+        """Return it as it is typed."""
+        asked = self.asked.request
+        return f"peft-vit train {shlex.quote(str(asked.images))} --method {asked.method} {asked.settings}".rstrip()
 
     @property
     def run(self) -> str:

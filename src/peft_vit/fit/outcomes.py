@@ -300,7 +300,7 @@ class StudyRunner:
         if isinstance(event, Notice):
             fit.tell(f"  {event.text}")
         elif isinstance(event, RunProgress):
-            fit.emit(Advanced(f"step of {event.run.spec.name}", event.progress.step, event.progress.total_steps))
+            fit.emit(Advanced(f"{event.run.spec.name}, step", event.progress.step, event.progress.total_steps))
         elif isinstance(event, RunRetried):
             fit.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
         elif isinstance(event, RunEnded):

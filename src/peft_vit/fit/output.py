@@ -112,7 +112,7 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
     write_report([document], {CARD_FILE: card_text(document, head, _use(summary))}, directory)
     if missing := fonts_for(record.class_names)[1]:
         tell(f"  {no_font(missing)}")
-    for sentence in (*document.came_out, *exports.missed):
+    for sentence in (*document.results, *exports.missed):
         tell(f"  {sentence}")
     for path in (exports.model, adapter, config, directory / CARD_FILE, directory / HTML_FILE):
         tell(f"  {path}")
@@ -157,7 +157,7 @@ COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bri
 
 def model_summary(summary: TuningSummary) -> ModelSummary:
     """Return what the page of any model says of the chosen one."""
-    use = f"peft-vit predict {shlex.quote(str(summary.exports.model))}"
+    use = {"To predict": f"peft-vit predict {shlex.quote(str(summary.exports.model))} PHOTO.jpg"}
     said = answer(summary.choice, summary.exports.taken.bytes)
     return ModelSummary(summary.record, summary.quality, use, said=said)
 
@@ -342,7 +342,7 @@ def forms_table(summary: TuningSummary) -> Table:
             ),
             Column("Outcome", lambda form: plain(form.left_out) or "taken"),
         ],
-        f"A call on one image on {summary.exports.processor}, with all its processors, each form in processes of its "
-        f"own, in turn.{beside} Predicts as trained: share of {split} images on which the file and the "
+        f"A call on one image on {summary.exports.processor}, each form in processes of its own, in turn.{beside} "
+        f"Predicts as trained: share of {split} images on which the file and the "
         "run's model agree.",
     )

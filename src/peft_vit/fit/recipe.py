@@ -103,7 +103,10 @@ class Recipe:
         if self.bits is not None:
             after = self.when == "after"
             packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
-        return file_bytes(shape, packing, classes) + reference_bytes(shape, images) + GRAPH_BYTES * len(shape.sites)
+        values = shape.parameters + classes * (shape.head_inputs + 1)
+        return (
+            file_bytes(shape.sites, values, packing) + reference_bytes(shape, images) + GRAPH_BYTES * len(shape.sites)
+        )
 
 
 def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:

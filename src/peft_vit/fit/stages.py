@@ -769,7 +769,7 @@ def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcom
         name = fit.folder.name if is_first else f"{fit.folder.name[:46]}-probe-{recipe.image_size}px"
     some["validation_images"] = 0 if recipe.is_probe and not request.is_probe else fit.num_validation
     study = fit.study(name, recipe, [request.seed], [fit.experiment(trained, last=True)], folds=None, **some)
-    study["measures"] |= {"features": True}
+    study["measures"] |= {"features": True, "latency_batches": [1] if request.main_study else []}
     outcome = fit.run_alone(study, fit.until(-_ENDLESS_S))  # it has to be brought to its end
     if not is_done:
         decisions.trained.append((recipe.trained, longer))

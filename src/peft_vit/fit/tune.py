@@ -230,9 +230,7 @@ def what_more_buys(
     left = ["all steps of the last training"] if longer < 1 else []
     left += [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
-    if not left:
-        sentences.append("Nothing was left out for lack of time.")
-    else:
+    if left:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         sentences.append(
             f"Not tried for lack of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "

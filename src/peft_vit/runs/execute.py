@@ -323,14 +323,18 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         optimizer_bytes=result.optimizer_bytes,
         adapter_file_bytes=len(content) - packed_bytes,
     )
+    by_class = _class_counts(data)
     removal, latency_s = take_measures(backbone, data, spec, runtime, overhead)
     record = RunRecord(
         spec=spec,
         status="done",
         class_names=list(data.class_names),
         split_sizes={"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        class_counts=by_class,
         left_out=dict(data.left_out),
-        majority_accuracy=_majority(data),
+        majority_accuracy={
+            split: max(counts) / sum(counts) for split, counts in by_class.items() if split != "train" and any(counts)
+        },
         sites=sites,
         **method_fields,
         steps=result.steps,
@@ -495,16 +499,13 @@ def provenance_of(loaded: Loaded, product: Int8Matmul | None) -> Provenance:
     )
 
 
-def _majority(data: Data) -> dict[str, float]:
-    """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
-    if not data.task.one_class:  # there is no accuracy of several labels, or of numbers
+def _class_counts(data: Data) -> dict[str, list[int]]:
+    """Return the images of each class, (K,), by split."""
+    if not data.task.one_class:
         return {}
-    majority = {}
-    if len(data.validation):
-        most = data.task.counts(data.validation.labels, len(data.class_names)).max()
-        majority["validation"] = float(most / len(data.validation))
-    majority["test"] = float(data.test.class_counts().max() / len(data.test))
-    return majority
+    splits = {"train": data.train.labels, "validation": data.validation.labels}
+    counts = {name: data.task.counts(labels, len(data.class_names)) for name, labels in splits.items()}
+    return {name: each.tolist() for name, each in (counts | {"test": data.test.class_counts()}).items()}
 
 
 # --- the attempts before and after ------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
     assert seen.metric is ACCURACY
     assert seen.chosen_counts.tolist() == [10, 10]
     assert np.bincount(seen.labels).tolist() == [12, 70]
-    assert "metric: accuracy (all classes have the same number of images" in "\n".join(seen.lines())
+    assert "metric: accuracy, since no class has more than 3 times as many images" in "\n".join(seen.lines())
 
 
 def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path):

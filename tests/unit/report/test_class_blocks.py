@@ -84,4 +84,4 @@ def test_what_is_shown_of_classes_can_be_read(classes: int, slugs: list[str]) ->
     assert tables["classes"].folded == (classes > 20)
     if "confused" in tables:
         assert tables["confused"].rows[0] == ("class 0", "class 1", "5 of 15")
-        assert len(tables["confused"].rows) == 12
+        assert len(tables["confused"].rows) == (12 if "confusion" in slugs else 1)  # one more than once

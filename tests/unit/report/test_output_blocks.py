@@ -34,6 +34,7 @@ def learned(task: Task, names: list[str], outputs, labels, **changes) -> RunReco
     values = {
         "spec": plain.spec.model_copy(update={"experiment": experiment, "data": data}),
         "class_names": names,
+        "class_counts": {},
         "predictions": predictions.model_copy(update={"files": [f"{place:02}.jpg" for place in range(len(labels))]}),
         "decision": decision,
         "test": measured,

@@ -20,7 +20,7 @@ from peft_vit.runs.costs.estimate import RunCost
 from peft_vit.runs.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.runs.planned import PlannedRun
 from peft_vit.runs.records.storage import run_folder
-from peft_vit.runs.scheduling.display import StudyProgress, counted, print_plan
+from peft_vit.runs.scheduling.display import StudyProgress, _cells, counted, print_plan
 from peft_vit.runs.scheduling.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
@@ -270,3 +270,9 @@ def test_a_terminal_draws_a_table_and_one_that_can_do_nothing_gets_lines() -> No
             time.sleep(0 if has_lines else 0.5)
         assert ("started on process 7" in shown.file.getvalue()) == has_lines
         assert ("of 3 runs ended" in shown.file.getvalue()) != has_lines
+
+
+@pytest.mark.parametrize(("method", "rank"), [("adalora", "3.5"), ("lora", "–")])
+def test_a_rank_is_shown_where_it_changes(method: str, rank: str) -> None:
+    run = SimpleNamespace(spec=SimpleNamespace(experiment=SimpleNamespace(method=method)))
+    assert _cells(Progress(1, 2, 0.5, None, 3.5, None), run)[3] == rank

@@ -24,7 +24,7 @@ from peft_vit.deploy.presentation import Counts
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
 Pictures = Callable[[Sequence[int]], list[bytes]]
-SHOWN_MISTAKES = 18
+SHOWN_MISTAKES = 36
 SHOWN_RIGHT, SHOWN_WRONG = 8, 6
 _PAIRS, _FEW_CLASSES = 12, 8  # rows; up to so many classes the matrix says all
 _WORST, _UNFOLDED = 10, 20  # classes
@@ -173,19 +173,23 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
     figure = confusion_figure(quality.confusion, [result.name for result in quality.classes])
     if figure is not None:
         yield figure
-    pairs = quality.confusions
+    pairs, title = quality.confusions, "Most frequent confusions"
+    shown = pairs[:_PAIRS]
+    if figure is None:
+        shown, title = [pair for pair in pairs if pair.images > 1], "Confusions that happened more than once"
     if pairs and len(quality.classes) > _FEW_CLASSES:
         yield table(
             "confused",
-            "Most frequent confusions",
-            pairs[:_PAIRS],
+            title,
+            shown,
             [
                 Column("Class", "truth", data="class"),
                 Column("Predicted", "taken_for"),
                 Column("Images", lambda pair: f"{pair.images} of {pair.of}"),
                 Column("", "images"),
             ],
-            f"{len(pairs[:_PAIRS])} of {len(pairs)} pairs of classes that are confused at all.",
+            f"{len(shown)} of {len(pairs)} pairs of classes that are confused at all.",
+            folded=len(shown) > _UNFOLDED,
         )
     tested = sorted((result for result in quality.classes if result.recall is not None), key=_share)
     if len(tested) > _UNFOLDED:
@@ -227,7 +231,10 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
         if isinstance(made, str):
             return None
         every = sum(image.right == right for image in quality.images)
-        group = tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True))
+        group = tuple(
+            Picture(png, _said(image), right, f"{image.truth}, predicted as {image.predicted}")
+            for png, image in zip(made, shown, strict=True)
+        )
         groups += [(f"{'Right' if right else 'Wrong'}: {len(shown)} of {every}", group)] if shown else []
     caption = "Random test images of each class. Percent: how sure the model was of its answer."
     return Gallery("examples", "", caption, tuple(groups), small=True)
@@ -243,6 +250,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
         (
             image.position,
             (image.file, f"is {image.truth}", f"predicted as {image.predicted}, {percent(image.probability)}"),
+            f"{image.truth}, predicted as {image.predicted}",
         )
         for image in shown
     ]
@@ -264,19 +272,21 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
 
 
 def gallery(
-    slug: str,
-    title: str,
-    rule: str,
-    groups: Iterable[tuple[str, Sequence[tuple[int, tuple[str, ...]]]]],
-    pictures: Pictures | None,
+    slug: str, title: str, rule: str, groups: Iterable[tuple[str, Sequence[tuple[Any, ...]]]], pictures: Pictures | None
 ) -> Gallery | str:
-    """Return groups of images by their positions, with the lines below each, or a sentence on why there are none."""
+    """Return groups of images by their positions, or a sentence on why there are none.
+
+    After its position each image has the lines below it, and the key of its picture, if it has one.
+    """
     groups = list(groups)
-    made = pictures_of([position for _, images in groups for position, _ in images], pictures)
+    made = pictures_of([image[0] for _, images in groups for image in images], pictures)
     if isinstance(made, str):
         return made and f" No pictures: {made}."
     pngs = iter(made)
-    parts = ((heading, tuple(Picture(next(pngs), lines) for _, lines in images)) for heading, images in groups)
+    parts = (
+        (heading, tuple(Picture(next(pngs), lines, None, *key) for _, lines, *key in images))
+        for heading, images in groups
+    )
     caption = f"{rule} The page holds these pictures: share it only if you may share them."
     return Gallery(slug, title, caption, tuple(parts))
 

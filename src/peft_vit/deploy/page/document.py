@@ -79,6 +79,7 @@ class Picture(NamedTuple):
     png: bytes
     lines: tuple[str, ...]
     right: bool | None = None  # whether a model is right on it; None: that is not asked
+    key: str = ""  # what a cell of the confusion matrix says that leads to it
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class StudyDocument:
     runs: tuple[RunDetails, ...]  # provenance
     facts: tuple[tuple[str, str], ...] = ()  # what was asked, key and value
     how_sure: tuple[str, ...] = ()  # sentences
+    commands: tuple[tuple[str, str], ...] = ()  # what each is for, and how it is typed
     progress: tuple[Block, ...] = ()  # which runs are not done, and how to go on
     kind: Literal["study", "model"] = "study"
     web: str = ""  # address of a page that asks the model
@@ -144,6 +146,11 @@ class StudyDocument:
     def notices(self) -> tuple[str, ...]:
         """Return all that has to be known before a number is believed."""
         return (*self.alerts, *self.warnings)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Return what came out and the commands that use it, as sentences."""
+        return (*self.came_out, *(f"{what}: {command}" for what, command in self.commands))
 
     def drawings(self) -> tuple[Drawing, ...]:
         """Return all figures, in order."""

@@ -5,7 +5,7 @@ It is the same for `train`, for any run of a study, and for `tune`, which adds w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from peft_vit.base.errors import DataWarning
@@ -35,18 +35,20 @@ class ModelSummary:
     Attributes:
         record: of its run, which is finished.
         quality: on its test images; None of a model of several labels, or of numbers.
-        use: the command that predicts with it, without the images.
+        commands: that use it, by what they are for.
         said: how good it is, in a line; empty: that is made of the record.
-        to_web: the command that makes a page of it for a browser, if there is none.
-        web: the address of that page, if there is one.
+        web: the address of a page of it for a browser, if there is one.
+        call: the command that made it; empty: another one.
+        seconds: that the call took; None: those of the run.
     """
 
     record: RunRecord
     quality: ModelQuality | None
-    use: str
+    commands: Mapping[str, str]
     said: str = ""
-    to_web: str = ""
     web: str = ""
+    call: str = ""
+    seconds: float | None = None
 
     @property
     def metric(self) -> DecidingMetric:
@@ -92,7 +94,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     sections |= {
         "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
-        MADE: (Facts(tuple(_made(record))),),
+        MADE: (Facts(tuple(_made(summary))),),
     }
     return StudyDocument(
         label=f"A model for {images_name(record.spec.data)}",
@@ -101,6 +103,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         warnings=tuple(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX)),
         cards=tuple(_cards(summary)),
         came_out=tuple(_answer(summary)),
+        commands=tuple((what, plain(command)) for what, command in summary.commands.items()),
         sections=sections,
         not_shown=tuple(_limits(record)),
         runs=(run_provenance(record),),
@@ -213,18 +216,11 @@ def labels_card(record: RunRecord) -> Card:
 
 
 def _probe_card(summary: ModelSummary) -> Iterator[Card]:
-    """Yield the linear probe that training started from: on test where it was measured, else on validation."""
-    record = summary.record
-    test, fit = record.probe_test, record.head_fit
-    if record.spec.experiment.is_probe or record.spec.experiment.start is not None:
-        return
-    title, what, metric = "Linear probe", "without fine-tuning", summary.metric
+    """Yield the linear probe that training started from, where it was tested."""
+    test, metric = summary.record.probe_test, summary.metric
     if test is not None:
-        yield Card(title, what, value_of(metric, metric.of(test.metrics)), ("on the same test images",))
-    elif fit is not None and fit.chosen is not None and record.validation is not None:
-        value = value_of(metric, metric.of(record.validation))
-        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {value}")
-        yield Card(title, what, value_of(metric, metric.of(fit.chosen)), lines)
+        value = value_of(metric, metric.of(test.metrics))
+        yield Card("Linear probe", "without fine-tuning", value, ("on the same test images",))
 
 
 def _answer(summary: ModelSummary) -> Iterator[str]:
@@ -248,10 +244,6 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
             f"Its most frequent mistake: {most.truth} predicted as {most.taken_for} ({most.images} of "
             f"{most.of} images)."
         )
-    if summary.use:
-        yield f"To use it: {plain(summary.use)} IMAGES"
-    if summary.to_web:
-        yield f"To try it in a browser: {plain(summary.to_web)}"
 
 
 # --- sections ---
@@ -260,47 +252,53 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
-    sentence = f"It says {percent(sure)} on average and is right on {percent(right)}"
-    if low <= sure <= high:
-        yield Paragraph(
-            f"{sentence}, so its probabilities hold, as far as {count(quality.accuracy.n)} images can tell."
-        )
-    else:
-        yield Paragraph(
-            f"{sentence}, so it is too {'sure' if sure > right else 'careful'} by "
-            f"{fixed(100 * abs(sure - right), 1)} points."
-        )
-    if bins := quality.reliability():
+    bins, verdict = quality.reliability(), "so its probabilities hold"
+    if not low <= sure <= high:
+        gap = fixed(100 * abs(sure - right), 1)
+        verdict = f"so it is too {'sure' if sure > right else 'careful'} by {gap} points"
+    elif not bins:
+        verdict = f"and {count(quality.accuracy.n)} images are too few to tell whether its probabilities hold"
+    yield Paragraph(f"It says {percent(sure)} on average and is right on {percent(right)}, {verdict}.")
+    if bins:
         caption = (
             f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of the answer. Bars: "
             "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
         )
         yield draw_reliability(bins, caption)
-    yield from _calibration(record)
+    yield from _calibration(record, quality.accuracy.n)
 
 
-def _calibration(record: RunRecord) -> Iterator[Block]:
-    """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
+def _calibration(record: RunRecord, n: int) -> Iterator[Block]:
+    """Yield what was done so that probabilities hold, and how often prediction sets of n test images hold the class."""
     calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
         return
-    by = "as is usual at the expected accuracy: there was no time for models that leave images out"
+    by = "as usual at the accuracy that is expected; there was no time for models that leave images out"
     if calibrated.images:
-        by = f"on {count(calibrated.images)} images, each by a model that was not trained on it"
-    yield Paragraph(
-        f"Probabilities are calibrated {by}: logits are divided by {fixed(calibrated.temperature)}. "
-        "All of this page's are."
-    )
+        by = f"on {count(calibrated.images)} images not trained on"
+    yield Paragraph(f"All probabilities here are calibrated, {by}.")
     yield from coverage_table(record, fixed)
     if tested.unlike is not None:
         yield Paragraph(
-            "`predict` says when an image is unlike all that the model was trained on. Of the test images, which are "
-            f"not, it says so of {count(tested.unlike)}: these are false alarms."
+            "`predict` flags images that are unlike all that the model was trained on. It also flagged "
+            f"{count(tested.unlike)} of {count(n)} ordinary test images: {percent(tested.unlike / n)} false alarms."
         )
 
 
 def _images(summary: ModelSummary) -> Iterator[Block]:
     record, quality = summary.record, summary.quality
+    if counts := record.class_counts:
+        yield table(
+            "class_counts",
+            "Images by class",
+            [
+                {"class": plain(name)} | dict(zip(counts, each, strict=True))
+                for name, *each in zip(record.class_names, *counts.values(), strict=True)
+            ],
+            None,
+            "Test images are read once, at the end.",
+            folded=len(record.class_names) > _FIRST,
+        )
     classes = () if quality is None else quality.classes
     if untested := [result.name for result in classes if not result.images]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
@@ -320,7 +318,11 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
             yield Paragraph(f"{plain(text.removeprefix(DataWarning.PREFIX))}.")
 
 
-def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
+def _made(summary: ModelSummary) -> Iterator[tuple[str, str]]:
+    record, seconds = summary.record, summary.seconds or summary.record.seconds
+    if summary.call:
+        yield "Command", plain(summary.call)
+    yield "Date", record.started_at[:10]
     spec, origin, training = record.spec, record.provenance, record.spec.experiment.training
     assert origin is not None
     ranks = sorted(record.rank_history[-1].ranks.values()) if record.rank_history else []
@@ -342,7 +344,7 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Class weights", f"{training.class_weights}, in the loss"
     if (counted := record.parameters) is not None:
         yield "Trained", f"{counted.final:,} of {counted.backbone_total + counted.head:,} parameters"
-    yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"
+    yield "Time", f"{seconds:.0f} s"
     yield "Seed", str(spec.seed)
     shown = ("peft-vit", "torch", "timm", "transformers")
     yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)

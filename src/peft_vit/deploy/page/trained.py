@@ -13,7 +13,6 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thres
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, value_of
 from peft_vit.deploy.page.tables import Column, table
-from peft_vit.deploy.presentation import PRESENTED
 
 _FEWEST_TESTED = 5  # images; fewer say next to nothing
 
@@ -60,36 +59,26 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
 def beside_the_probe(record: RunRecord) -> list[str]:
     """Return what the linear probe that training started from has on the same test images, and what training gained.
 
-    Where its test was not recorded, validation images are shown instead; nothing where there is no probe.
+    Nothing where there is no probe, or its test was not recorded.
     """
-    metric, predictions, test, fit = metric_of(record.spec), record.predictions, record.probe_test, record.head_fit
+    metric, predictions, test = metric_of(record.spec), record.predictions, record.probe_test
     if record.spec.experiment.is_probe:
         return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
-    if test is not None and predictions is not None:
-        labels, by_probe, predicted = map(
-            rows_of, (predictions.labels, test.predicted, predictions.predicted)
-        )  # N each
-        of_probe = _score(metric, metric.interval(labels, by_probe, test.thresholds), metric.suffix)
-        of_probe = f"A {PRESENTED[record.spec.task].linear} on the same frozen features has {of_probe}."
-        if record.chosen_step == 0:
-            none = "Training did not improve on it on validation images, so the model is this regression."
-            return [of_probe, none]
-        gain = metric.gain(labels, by_probe, predicted, test.thresholds, thresholds_of(record.decision))
-        if gain.low is None or gain.high is None:
-            return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
-        worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))
-        verdict = "Training gained on it" if worst > 0 else "No clear difference"
-        verdict = "Training lost against it" if best < 0 else verdict
-        low, high = (gain_of(metric, end) for end in (gain.low, gain.high))
-        points = " points" if metric.is_share else ""
-        return [of_probe, f"{verdict}: {gain_of(metric, gain.estimate)}{points} ({low} to {high})."]
-    if fit is None or fit.chosen is None or record.validation is None:
+    if test is None or predictions is None:
         return []
-    gained = metric.sign * (metric.of(record.validation) - metric.of(fit.chosen))
-    size = gain_of(metric, gained).removeprefix("+") + (" points" if metric.is_share else "")
-    size = size if gained > 0 else "nothing"
-    where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
-    return [f"Training gained {size} on the linear probe, {where}."]
+    labels, by_probe, predicted = map(rows_of, (predictions.labels, test.predicted, predictions.predicted))  # N each
+    of_probe = _score(metric, metric.interval(labels, by_probe, test.thresholds), metric.suffix)
+    of_probe = f"A linear probe has {of_probe} on the same test images."
+    if record.chosen_step == 0:
+        return [of_probe, "Training did not improve on it on validation images, so you get the linear probe."]
+    gain = metric.gain(labels, by_probe, predicted, test.thresholds, thresholds_of(record.decision))
+    if gain.low is None or gain.high is None:
+        return [of_probe, f"{count(gain.n)} test images can't tell what training gained on it: {gain.reason}."]
+    better, *ends = (metric.sign * value for value in (gain.estimate, gain.low, gain.high))
+    size = gain_of(metric, abs(better)).removeprefix("+") + (" points" if metric.is_share else "")
+    gap = f"{size} {'better' if better > 0 else 'worse'}" if better else "as good"
+    bounds = " to ".join(gain_of(metric, end) for end in sorted(ends))
+    return [of_probe, f"You get the trained model, which is {gap} here; on other test images {bounds}."]
 
 
 def _score(metric: DecidingMetric, interval: Interval, suffix: str = "") -> str:

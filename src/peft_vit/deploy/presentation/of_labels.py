@@ -30,7 +30,6 @@ class ManyLabels(Presentation):
     """See `Presentation`."""
 
     task = MULTILABEL
-    linear = "logistic regression a label"
     note = "A label is predicted from its threshold on, which has the largest F1 on the validation images."
     promise = (
         "Prediction sets",

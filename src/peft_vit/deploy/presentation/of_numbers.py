@@ -35,7 +35,6 @@ class Numbers(Presentation):
     """See `Presentation`."""
 
     task = REGRESSION
-    linear = "ridge regression"
     note = "Errors are in the number's unit, beside the error of always saying the median."
     promise = (
         "Intervals",

@@ -68,7 +68,6 @@ class Presentation(Protocol):
 
     Attributes:
         task: that is shown.
-        linear: what people call its linear head.
         note: how to read its table of outputs.
         promise: what people call what `predict --coverage` gives, its shares that hold, its size, and what it is.
         holds: of which images it holds the truth, at so many percent. Never more than about: validation images have
@@ -76,7 +75,6 @@ class Presentation(Protocol):
     """
 
     task: Task
-    linear: str = "logistic regression"
     note: str = ""
     promise: tuple[str, str, str, str]
     holds: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,6 +127,8 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
+    call: str = "",
+    seconds: float | None = None,
 ) -> ReportFiles:
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
@@ -137,18 +140,20 @@ def build_report(
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets test images for the page of a model, from where they lie; None: no pictures.
+        call: the command whose folder it is, if it is one of `train`.
+        seconds: that it took.
 
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     run = single_run(results_dir)  # of a call of `train` alone: its trainings on folds are no study to report
     results = read_results(run if os.path.isfile(run / RECORD_FILE) else results_dir)
-    model = _only_model(results, results_dir, output_dir)
+    model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
-        markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{model.use} IMAGES\n```")}
+        markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
     else:
         documents = study_documents([analyze(study) for study in results.studies])
         markdown = {MARKDOWN_FILE: write_markdown(documents)}
@@ -156,7 +161,9 @@ def build_report(
     return ReportFiles(**vars(written), results=results)
 
 
-def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelSummary | None:
+def _only_model(
+    results: Results, results_dir: Path, output_dir: Path, call: str, seconds: float | None
+) -> ModelSummary | None:
     """Return the model of the only run that there is or was planned; None of studies of several runs."""
     runs = [run for study in results.studies for run in study.runs]
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
@@ -169,10 +176,11 @@ def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelS
     folder = next(results.directory.rglob(RECORD_FILE)).parent
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
+    place = shlex.quote(str(results_dir if call else folder))
+    commands = {"To predict": f"peft-vit predict {place} PHOTO.jpg"}
+    if page is None:
+        bits = " --bits 4" if record.quantization is None else ""
+        commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
     return ModelSummary(
-        record,
-        quality,
-        use=f"peft-vit predict {folder}",
-        to_web=f"peft-vit export {folder} --format web" if page is None else "",
-        web="" if page is None else quote(Path(page).as_posix()),
+        record, quality, commands, web="" if page is None else quote(Path(page).as_posix()), call=call, seconds=seconds
     )

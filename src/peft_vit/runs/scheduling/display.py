@@ -236,12 +236,14 @@ class StudyProgress(ProgressDisplay):
 
 
 def _cells(progress: Progress, run: PlannedRun) -> list[str]:
-    """Return step, loss, what decides on validation, mean rank and mean bits."""
-    score = progress.validation_score
+    """Return step, loss, what decides on validation, mean rank if ranks change, and mean bits."""
+    score, rank = progress.validation_score, progress.mean_rank
+    if "adalora" not in run.spec.experiment.method:
+        rank = None
     return [
         f"{progress.step}/{progress.total_steps}",
         f"{progress.loss:.3f}",
         _UNKNOWN if score is None else metric_of(run.spec).text(score),
-        _UNKNOWN if progress.mean_rank is None else f"{progress.mean_rank:.1f}",
+        _UNKNOWN if rank is None else f"{rank:.1f}",
         _UNKNOWN if progress.mean_bits is None else f"{progress.mean_bits:.1f}",
     ]

@@ -84,10 +84,23 @@
       if (found !== current) found < 0 ? hide() : show(found);
     }
 
+    // A cell of the confusion matrix leads to the pictures of its images.
+    function follow() {
+      if (current < 0) return;
+      const key = data().text.values[data().text.index[current]].split("\n")[0];
+      const found = [];
+      each(figure.closest("article").querySelectorAll("[data-key]"), (picture) => {
+        picture.classList.toggle("found", picture.dataset.key === key);
+        if (picture.dataset.key === key) found.push(picture);
+      });
+      if (found.length) found[0].focus({ preventScroll: true }), found[0].scrollIntoView({ block: "center" });
+    }
+
     function step(event) {
       const { series } = data(), count = series.length;
       const way = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
       if (event.key === "Escape") hide();
+      if (event.key === "Enter") follow();
       if (!way || count === 0 || hidden.size === data().names.length) return;
       event.preventDefault();
       let next = current < 0 && way < 0 ? 0 : current;
@@ -120,6 +133,8 @@
 
     box.addEventListener("pointermove", point);
     box.addEventListener("pointerdown", point);
+    box.addEventListener("click", follow);
+    each(figure.querySelectorAll(".hint"), (hint) => (hint.hidden = !document.querySelector("[data-key]")));
     box.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide()); // a finger lifts at once
     addEventListener("pointerdown", (event) => box.contains(event.target) || hide());
     box.addEventListener("blur", hide);
@@ -130,5 +145,13 @@
     addEventListener("scroll", place, { passive: true, capture: true });
   }
 
+  function copy(event) {
+    const code = event.target.parentNode.querySelector("code");
+    getSelection().selectAllChildren(code);
+    document.execCommand("copy"); // navigator.clipboard is not there on pages of plain http
+    event.target.textContent = "Copied";
+  }
+
   each(document.querySelectorAll("figure:has(script)"), setUp);
+  each(document.querySelectorAll(".command button"), (button) => button.addEventListener("click", copy));
 })();
