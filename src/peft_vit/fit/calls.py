@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peft_vit.base.errors import os_fault
 from peft_vit.base.files import checkpoint_folders, make_folder, read_bytes, write_whole
 from peft_vit.core.records import RunRecord
-from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.request import TUNE_FILE, TrainRequest
 from peft_vit.runs.records.progress import (
     End,
     RunStatus,
@@ -28,9 +29,17 @@ from peft_vit.runs.records.progress import (
     run_status,
     study_lock,
 )
-from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, read_record, read_study_file, single_run
+from peft_vit.runs.records.storage import (
+    DELIVERED_FILE,
+    MODEL_FOLDER,
+    RECORD_FILE,
+    read_record,
+    read_study_file,
+    single_run,
+)
 
 if TYPE_CHECKING:
+    from peft_vit.core.config import QuantizationType
     from peft_vit.data import ImageIndex
 
 REQUEST_FILE = "request.json"
@@ -95,8 +104,23 @@ class FitSummary(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    asked: dict[str, Any] = {}
     seconds: dict[str, float]
     decisions: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> Self | None:
+        """Read it; None: there is none, or an earlier version has written it."""
+        with suppress(OSError, ValidationError):
+            return cls.model_validate_json(read_bytes(file))
+        return None
+
+
+def tuned_bits(path: Path) -> QuantizationType | None:
+    """Return what `tune` rounded the weights in its output to, or in the folder `model` there; None: it did not."""
+    found = FitSummary.read((path.parent if path.name == MODEL_FOLDER else path) / TUNE_FILE)
+    recipe, _ = (found and found.decisions.get("delivered")) or ({}, None)
+    return recipe.get("bits") if recipe.get("when") == "after" else None
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,11 @@ class TrainRun:
         """Return the name of the call's first run in the folder."""
         study = read_study_file(self.folder)
         return study.runs[0] if study is not None and study.runs else self.asked.request.run_name
+
+    @property
+    def date(self) -> str:
+        """Return when it was given, in local time."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(self.folder / REQUEST_FILE)))
 
     @property
     def step(self) -> int:
@@ -142,9 +171,7 @@ class TrainRun:
     @cached_property
     def _fit(self) -> FitSummary | None:
         """Return what fit.json says; None: an earlier version has written none."""
-        with suppress(OSError, ValidationError):
-            return FitSummary.model_validate_json(read_bytes(self.folder / TrainRequest.fit_file))
-        return None
+        return FitSummary.read(self.folder / TrainRequest.fit_file)
 
     @property
     def is_done(self) -> bool:
@@ -175,7 +202,7 @@ class TrainRun:
 def train_runs(output: Path) -> list[TrainRun]:
     """Return the calls whose folders lie in a directory, in their order; what is none of them is passed over."""
     runs = {}
-    for folder in output.iterdir():
+    for folder in output.iterdir() if output.is_dir() else ():
         if (match := _NUMBERED.fullmatch(folder.name)) is not None and not folder.is_symlink():
             with suppress(OSError, ValidationError):
                 asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE))
@@ -190,8 +217,7 @@ def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
         The call, or None: this is another one; and then, where only images, weights or the adapter differ from an
         earlier call's, a line that says how.
     """
-    output = asked.request.output
-    alike = [run for run in train_runs(output) if run.asked.asks_for_the_same(asked)] if output.is_dir() else []
+    alike = [run for run in train_runs(asked.request.output) if run.asked.asks_for_the_same(asked)]
     for run in reversed(alike):
         if not asked.changes_since(run.asked):
             return run, ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +33,9 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
+from peft_vit.fit.calls import FitSummary, train_runs
 from peft_vit.fit.regressions import sizes_to_try
-from peft_vit.fit.request import FitRequest, TrainRequest
+from peft_vit.fit.request import TUNE_FILE, FitRequest, TrainRequest
 
 IMAGES_FILE = "images.json"  # which images are used, which test, and which are copies
 _MOST_KEPT = 1 << 30  # bytes of decoded images
@@ -50,6 +52,7 @@ class LabelledSet:
         index: of the images that are used.
         asked: the metric that was asked for; None: the images say which one decides.
         store: holds what was decoded.
+        split_of: folder of an earlier call, of other images on the same path, whose test images test again.
     """
 
     inspection: Inspection
@@ -58,6 +61,7 @@ class LabelledSet:
     index: ImageIndex
     asked: DecidingMetric | None
     store: PixelStore | None = None
+    split_of: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -111,6 +115,11 @@ class LabelledSet:
         labels = self.index.labels[self.dev]
         return fewest_groups(self.task.strata(labels), self.index.groups[self.dev])
 
+    @property
+    def shots(self) -> float:
+        """Return likewise of classes, of which an image has one; infinite of other tasks."""
+        return self.rarest if self.task.one_class else math.inf
+
     @cached_property
     def alike(self) -> float:
         """Return by what share of images the metric would be known as well if all counted the same."""
@@ -138,7 +147,7 @@ class LabelledSet:
         except (OSError, ValueError) as error:
             raise UserError(f"can't be read ({error}); choose another --output", file=self.file) from None
         now = self.content.model_dump(mode="json")
-        if changed := [name for name in now if name != "left_out" and kept.get(name) != now[name]]:
+        if changed := [name for name in now if name != "left_out" and kept.get(name, now[name]) != now[name]]:
             what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
             place = self.file.parent
             message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
@@ -185,10 +194,32 @@ def take_in(
     asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
-    sealed = images_file(inspection, request.split_seed, request.test_images)
+    folder, earlier = _earlier_split(request) or (None, None)
+    sealed = images_file(inspection, request.split_seed, request.test_images, earlier)
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
-    return LabelledSet(inspection, content, file, index, asked, store)
+    keeps = earlier is not None and content.tested & earlier.tested and content.digests != earlier.digests
+    return LabelledSet(inspection, content, file, index, asked, store, folder if keeps else None)
+
+
+def _earlier_split(request: FitRequest) -> tuple[Path, ImagesFile] | None:
+    """Return the folder of the last call that split the same images alike, and how.
+
+    Those are calls of `train` in this output, or of `tune` beside it.
+    """
+    calls: list[tuple[Path, str | Path, int | None]]
+    if isinstance(request, TrainRequest):
+        how, runs = request.test_images, train_runs(request.output)
+        calls = [(run.folder, run.asked.request.images, run.asked.request.test_images) for run in runs]
+    else:
+        how, files = request.seed, request.output.absolute().parent.glob(f"*/{TUNE_FILE}")
+        tunings = [(file.parent, FitSummary.read(file)) for file in sorted(files, key=os.path.getmtime)]
+        calls = [(folder, own.asked.get("images", ""), own.asked.get("seed")) for folder, own in tunings if own]
+    for folder, images, asked in reversed(calls):
+        if asked == how and os.path.realpath(images) == os.path.realpath(request.images):
+            with suppress(UserError):  # damaged: it is as if it were not there
+                return folder, ImagesFile.read(folder / IMAGES_FILE)
+    return None
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:

@@ -68,7 +68,6 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
         if not begun:  # refused, or interrupted before anything is trained: nothing of it stays
             run.forget(fit.file_path, fit.images.file)
         raise
-    link_latest(run.folder)
     fit.load_earlier()
     try:
         with fit.stage("first"):
@@ -76,7 +75,7 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
     except EveryRunFailedError:  # its record says why
         return
     known = recipe
-    if not (fit.num_validation or fit.request.smoke):
+    if not (fit.num_validation or fit.request.smoke or fit.images.shots < 2):
         probe = stages.best_linear_probe(fit, sizes)
         beside = recipe if probe.score is None else probe.probe
         with fit.stage("folds"):
@@ -101,3 +100,4 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Ou
         run.deliver(outcome.folder)
     fit.decisions.delivered = recipe, fit.longest_done(recipe)
     fit.save()
+    link_latest(run.folder)
