@@ -116,7 +116,8 @@ class ImagesFile(Frozen):
     left_out: dict[str, str]  # why, by name
     copies: tuple[tuple[str, ...], ...]  # exact and near copies of one image; they stand on one side of every split
     sealed: tuple[str, ...]  # tested once in the end; in no fold, and neither trained on nor validated with
-    digests: dict[str, str] = Field(default={})  # an earlier version has written none
+    digests: dict[str, str] = Field(default={})  # an earlier version has written neither these
+    asked: tuple[str, int | None, int | None] | None = None  # nor path, seed and number of test images
 
     @property
     def tested(self) -> set[str]:

@@ -104,7 +104,6 @@ class FitSummary(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    asked: dict[str, Any] = {}
     seconds: dict[str, float]
     decisions: dict[str, Any]
 

@@ -33,9 +33,8 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
-from peft_vit.fit.calls import FitSummary, train_runs
 from peft_vit.fit.regressions import sizes_to_try
-from peft_vit.fit.request import TUNE_FILE, FitRequest, TrainRequest
+from peft_vit.fit.request import FitRequest, TrainRequest
 
 IMAGES_FILE = "images.json"  # which images are used, which test, and which are copies
 _MOST_KEPT = 1 << 30  # bytes of decoded images
@@ -147,7 +146,9 @@ class LabelledSet:
         except (OSError, ValueError) as error:
             raise UserError(f"can't be read ({error}); choose another --output", file=self.file) from None
         now = self.content.model_dump(mode="json")
-        if changed := [name for name in now if name != "left_out" and kept.get(name, now[name]) != now[name]]:
+        if changed := [
+            name for name in now if name not in ("left_out", "asked") and kept.get(name, now[name]) != now[name]
+        ]:
             what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
             place = self.file.parent
             message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
@@ -194,32 +195,26 @@ def take_in(
     asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
-    folder, earlier = _earlier_split(request) or (None, None)
-    sealed = images_file(inspection, request.split_seed, request.test_images, earlier)
+    of_split = os.path.realpath(images.path), request.split_seed, request.test_images
+    folder, earlier = _earlier_split(request, of_split)
+    sealed = images_file(inspection, *of_split[1:], earlier) | {"asked": of_split}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
     keeps = earlier is not None and content.tested & earlier.tested and content.digests != earlier.digests
     return LabelledSet(inspection, content, file, index, asked, store, folder if keeps else None)
 
 
-def _earlier_split(request: FitRequest) -> tuple[Path, ImagesFile] | None:
-    """Return the folder of the last call that split the same images alike, and how.
+def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
+    """Return the folder of the last call that was to split the same images alike, and how it did.
 
-    Those are calls of `train` in this output, or of `tune` beside it.
+    That is of `train` in this output, or of `tune` beside it.
     """
-    calls: list[tuple[Path, str | Path, int | None]]
-    if isinstance(request, TrainRequest):
-        how, runs = request.test_images, train_runs(request.output)
-        calls = [(run.folder, run.asked.request.images, run.asked.request.test_images) for run in runs]
-    else:
-        how, files = request.seed, request.output.absolute().parent.glob(f"*/{TUNE_FILE}")
-        tunings = [(file.parent, FitSummary.read(file)) for file in sorted(files, key=os.path.getmtime)]
-        calls = [(folder, own.asked.get("images", ""), own.asked.get("seed")) for folder, own in tunings if own]
-    for folder, images, asked in reversed(calls):
-        if asked == how and os.path.realpath(images) == os.path.realpath(request.images):
-            with suppress(UserError):  # damaged: it is as if it were not there
-                return folder, ImagesFile.read(folder / IMAGES_FILE)
-    return None
+    outputs = request.output if request.main_study else request.output.absolute().parent
+    for file in sorted(outputs.glob(f"*/{IMAGES_FILE}"), key=os.path.getmtime, reverse=True):
+        with suppress(UserError):  # damaged: it is as if it were not there
+            if (content := ImagesFile.read(file)).asked == asked:
+                return file.parent, content
+    return None, None
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:
