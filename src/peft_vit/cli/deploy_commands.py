@@ -48,7 +48,6 @@ _MERGED = {
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
     "codes": "No groups, so weights and updates were quantized again: not exact, see the accuracy.",
 }
-_ROUNDED = ("onnx", "openvino", "safetensors", "web")  # formats of weights in few bits
 _ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
 
 
@@ -91,12 +90,8 @@ class ExportRequest(Request):
     bits: Annotated[
         WrittenBits | None,
         OnlyWith(bundle=None, remedy="leave it out; the backbone of a bundle stays as it was trained on"),
-        OnlyWith(format=_ROUNDED),
-    ] = Field(
-        default=None,
-        description=f"Round the weights of a float run, and print what that loses. {BITS} Without it, of an output of "
-        "tune as tune has rounded them.",
-    )
+        OnlyWith(format=("onnx", "openvino", "safetensors", "web")),
+    ] = Field(default=None, description=f"Round the weights of a float run, and print what that loses. {BITS}")
     rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
         default=None,
         description="How to round. nearest: each weight by itself, the default in 8 bits. gptq: errors make up for "
@@ -158,12 +153,8 @@ class ExportRequest(Request):
 
     @property
     def number_format(self) -> str | None:
-        """Return what --bits asks for, or what `tune` has rounded the weights to."""
-        if self.bits is not None or self.format not in _ROUNDED:
-            return self.bits and type_of_bits(self.bits)
-        from peft_vit.fit.calls import tuned_bits
-
-        return tuned_bits(self.directory)
+        """Return what --bits asks for."""
+        return self.bits and type_of_bits(self.bits)
 
     def target(self) -> tuple[str, Path]:
         """Return the format and what is to be written.

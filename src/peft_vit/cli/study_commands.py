@@ -5,7 +5,6 @@ None that reads records imports torch, except `report` for pictures of images th
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -247,12 +246,9 @@ def report(
     """
     with progress("writing the report", sys.stderr):
         from peft_vit.lab.report import build_report
-        from peft_vit.runs.records.storage import HTML_FILE, resolve_latest, tuned_model
+        from peft_vit.runs.records.storage import resolve_latest
 
         results_dir, page = resolve_latest(results_dir), format == "html"
-        if page and output is None and os.path.isfile(results_dir / HTML_FILE) and tuned_model(results_dir):
-            print(f"Report: {results_dir / HTML_FILE}, which tune has written; --output FOLDER writes one of its model")
-            return
         files = build_report(
             results_dir,
             output or results_dir / ("report" if page else "analysis"),

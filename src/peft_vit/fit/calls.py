@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from peft_vit.base.errors import os_fault
 from peft_vit.base.files import checkpoint_folders, make_folder, read_bytes, write_whole
 from peft_vit.core.records import RunRecord
-from peft_vit.fit.request import TUNE_FILE, TrainRequest
+from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.records.progress import (
-    End,
     RunStatus,
     StudyLock,
     owner_of,
@@ -29,17 +28,9 @@ from peft_vit.runs.records.progress import (
     run_status,
     study_lock,
 )
-from peft_vit.runs.records.storage import (
-    DELIVERED_FILE,
-    MODEL_FOLDER,
-    RECORD_FILE,
-    read_record,
-    read_study_file,
-    single_run,
-)
+from peft_vit.runs.records.storage import DELIVERED_FILE, RECORD_FILE, read_record, read_study_file, single_run
 
 if TYPE_CHECKING:
-    from peft_vit.core.config import QuantizationType
     from peft_vit.data import ImageIndex
 
 REQUEST_FILE = "request.json"
@@ -107,20 +98,6 @@ class FitSummary(BaseModel):
     seconds: dict[str, float]
     decisions: dict[str, Any]
 
-    @classmethod
-    def read(cls, file: Path) -> Self | None:
-        """Read it; None: there is none, or an earlier version has written it."""
-        with suppress(OSError, ValidationError):
-            return cls.model_validate_json(read_bytes(file))
-        return None
-
-
-def tuned_bits(path: Path) -> QuantizationType | None:
-    """Return what `tune` rounded the weights in its output to, or in the folder `model` there; None: it did not."""
-    found = FitSummary.read((path.parent if path.name == MODEL_FOLDER else path) / TUNE_FILE)
-    recipe, _ = (found and found.decisions.get("delivered")) or ({}, None)
-    return recipe.get("bits") if recipe.get("when") == "after" else None
-
 
 @dataclass(frozen=True)
 class TrainRun:
@@ -170,7 +147,9 @@ class TrainRun:
     @cached_property
     def _fit(self) -> FitSummary | None:
         """Return what fit.json says; None: an earlier version has written none."""
-        return FitSummary.read(self.folder / TrainRequest.fit_file)
+        with suppress(OSError, ValidationError):
+            return FitSummary.model_validate_json(read_bytes(self.folder / TrainRequest.fit_file))
+        return None
 
     @property
     def is_done(self) -> bool:
@@ -179,14 +158,8 @@ class TrainRun:
         return self.status().state == "done" and delivered
 
     def seconds(self) -> float:
-        """Return what all that it has done took: of its stages, or of its runs if an earlier version did them."""
-        if self._fit is not None:
-            return sum(self._fit.seconds.values())
-        taken = 0.0
-        for file in self.folder.rglob(RECORD_FILE):
-            with suppress(ValidationError):
-                taken += End.model_validate_json(read_bytes(file)).seconds
-        return taken
+        """Return what all of its stages took."""
+        return 0.0 if self._fit is None else sum(self._fit.seconds.values())
 
     def forget(self, *files: Path) -> None:
         """Remove what was written before anything was trained."""

@@ -200,7 +200,7 @@ def take_in(
     sealed = images_file(inspection, *of_split[1:], earlier) | {"asked": of_split}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
-    keeps = earlier is not None and content.tested & earlier.tested and content.digests != earlier.digests
+    keeps = earlier and content.tested & earlier.tested and content.digests != earlier.digests
     return LabelledSet(inspection, content, file, index, asked, store, folder if keeps else None)
 
 

@@ -334,8 +334,6 @@ def with_meaning(
         again = task.predictions(logits, labels, images, keep_logits=True, decision=decision)
         found["predictions"] = again.model_copy(update={"files": tested.files})
         found["test"] = task.measure(logits, labels, decision)
-    if outcomes:
-        found["on_folds"] = task.predictions(*pooled(outcomes, task), decision=decision)
     if meaning is not None:
         # Of another form nobody has counted which images are unlike those of training.
         flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None

@@ -93,8 +93,8 @@ def look(fit: Fit) -> None:
         split = "the folder's own test split"
     elif request.test_images is not None:
         split = "as you asked"
-    if images.split_of is not None:
-        split = f"{split}; those of {images.split_of} among them test again"
+    elif images.split_of is not None:
+        split = f"those of {images.split_of}, and a share of new images"
     validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
     fit.tell(
         f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split}), which are read at the end"

@@ -13,7 +13,7 @@ from peft_vit.fit.decide import worth_training
 from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import named_files, refuse_among_images
-from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, meaning_on, with_meaning
+from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, meaning_on, pooled, with_meaning
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.records.storage import RECORD_FILE, link_latest, read_record, write_record
@@ -94,7 +94,9 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Ou
     if (meaning := meaning_on(folds, outcome.learned)) is not None:
         record = read_record(outcome.folder / RECORD_FILE)
         results_dir = fit.results_dir(outcome.folder.parts[-3])
-        write_record(results_dir, with_meaning(record, meaning, folds, outcome.learned))
+        record = with_meaning(record, meaning, folds, outcome.learned)
+        on_folds = outcome.learned.predictions(*pooled(folds, outcome.learned), decision=record.decision)
+        write_record(results_dir, record.model_copy(update={"on_folds": on_folds}))
     if outcome.folder.parents[1] != run.folder:
         fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)

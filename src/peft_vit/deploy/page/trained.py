@@ -44,7 +44,7 @@ def test_line(record: RunRecord) -> str:
     words, (known, where) = metric.words, best_known(record)
     if known.n > score.n:
         tested = f"{score.n} images tested it alone, with {value_of(metric, score.estimate)}"
-        return f"{words[0].upper()}{words[1:]} {_score(metric, known)}, on {known.n} {where}; {tested}."
+        return f"{words.capitalize()} {_score(metric, known)}, on {known.n} {where}; {tested}."
     if score.n < _FEWEST_TESTED and validation is not None:
         value = value_of(metric, metric.of(validation))
         return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
