@@ -220,9 +220,8 @@ class TrainedModel:
         lines = [f"{what}, {TASKS[task].counted(names)}: {', '.join(names[:_CLASSES_SHOWN])}{more}"]
         if record is not None and record.predictions is not None:
             lines.append(test_line(record))
-        file = tuned_model(self.path)
-        if record is None or record.bytes is None or file is not None:
-            file = file or self.path
+        file = tuned_model(self.path) or self.path
+        if record is None or record.bytes is None or file != self.path:
             lines.append(f"{megabytes(exported_bytes(file))}: {file}")
         else:
             lines.append(f"{megabytes(record.bytes.adapter_file_bytes)} beside the backbone: {self.path}")

@@ -445,8 +445,7 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
         (model / name).touch()
     done = len(runner.carried_out)
     assert tuning(environment=slow, minutes=60.0, tell=lines.append) is None
-    again = "The same command with --minutes 120 continues."
-    assert f"This call was done before, its model is {model / 'model.onnx'}. {again}" in lines
+    assert any(f"This call was done before, its model is {model / 'model.onnx'}." in line for line in lines)
     assert len(runner.carried_out) == done
 
 

@@ -501,19 +501,17 @@ def _drawn(
 
     Where these leave a class without, all are drawn anew.
     """
-    task, groups, labels = inspection.task, inspection.groups, inspection.labels
-    strata = task.strata(labels)
+    groups, strata = inspection.groups, inspection.task.strata(inspection.labels)
     if earlier is not None:
-        names = list(inspection.names)
-        hashed = inspection.images.tree.hashed(names).each
-        digests = [hashed[name][:DIGEST_LETTERS] for name in names]
+        hashed = inspection.images.tree.hashed(list(inspection.names)).each
+        digests = [hashed[name][:DIGEST_LETTERS] for name in inspection.names]
         tested, known = (np.isin(digests, list(some)) for some in (earlier.tested, earlier.digests.values()))
         kept = np.flatnonzero(tested)[np.unique(groups[tested], return_index=True)[1]]
         rest = first[~np.isin(groups[first], groups[kept])]
         new, more = rest[~known[rest]], max(0, count - len(kept))
         added = stratified_sample(new if len(new) >= more else rest, strata, more, generator)
         drawn = np.sort(np.concatenate([kept, added]))
-        if task.counts(labels[drawn], len(inspection.class_names)).all():
+        if inspection.task.counts(inspection.labels[drawn], len(inspection.class_names)).all():
             return drawn
     return stratified_sample(first, strata, count, generator)
 

@@ -146,9 +146,8 @@ class LabelledSet:
         except (OSError, ValueError) as error:
             raise UserError(f"can't be read ({error}); choose another --output", file=self.file) from None
         now = self.content.model_dump(mode="json")
-        if changed := [
-            name for name in now if name not in ("left_out", "asked") and kept.get(name, now[name]) != now[name]
-        ]:
+        untold = "left_out", "asked", "digests"
+        if changed := [name for name in now if name not in untold and kept.get(name) != now[name]]:
             what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
             place = self.file.parent
             message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"

@@ -60,7 +60,7 @@ def _carry_out(fit: Fit, request: TuneRequest) -> Tuning | None:
         stages.look(fit)
         stages.keep_images(fit)
     if fit.file.finished >= request.minutes and (model := tuned_model(fit.folder)) is not None:
-        fit.tell(f"This call was done before, its model is {model}. {_again(request)}")
+        fit.tell(f"This call was done before, its model is {model}. With more --minutes it tries more.")
         return None
     try:
         allowed = stages.allowed_sizes(fit)
@@ -111,7 +111,8 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
         unit = fit.frame.scores.unit
         more = what_more_buys(labels, expected, steps, longer, sizes, untried, request.minutes, unit)
     else:
-        more = (f"There was no time to compare it with others. {_again(request)}",)
+        again = f"The same command with --minutes {2 * request.minutes:g} continues"
+        more = (f"There was no time to compare it with others. {again}.",)
     folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(on_folds, {}).items()))
     done = Tuning(request, fit.images, tuple(sizes), recipe, *final, decision, folds, longer, more)
     for sentence in more:
@@ -122,10 +123,6 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     fit.file.finished = request.minutes
     fit.save()
     return done
-
-
-def _again(request: TuneRequest) -> str:
-    return f"The same command with --minutes {2 * request.minutes:g} continues."
 
 
 def _write(fit: Fit, tuning: Tuning) -> None:
