@@ -94,7 +94,7 @@ def look(fit: Fit) -> None:
     elif request.test_images is not None:
         split = "as you asked"
     elif images.split_of is not None:
-        split = f"those of {images.split_of}, and a share of new images"
+        split = f"those that tested in {images.split_of} among them"
     validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
     fit.tell(
         f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split}), which are read at the end"
@@ -130,7 +130,6 @@ def keep_images(fit: Fit) -> None:
 
 NO_TIME = "no time for it"
 _SLOWER = 2  # times, of a regression on four blocks
-_SHOTS = 3  # images of a class, which are trained on at least: folds leave two of them
 _FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
 _OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
@@ -487,7 +486,7 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
     """
     if fit.decisions.first is None:
         request, given = fit.request, fit.request.steps_for(fit.num_train)
-        too_few = given is None and fit.images.shots < _SHOTS
+        too_few = given is None and fit.images.shots < 3  # folds leave two
         fitting = [one for one in sizes if not too_few and one.steps and _memory_fault(fit, one.probe) is None]
         best_probe, best = best_linear_probe(fit, sizes), None
         if fitting:
@@ -499,7 +498,7 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
             chosen = best, promising.longer
         else:
             why = "a linear probe promises more than the trainings that fit" if best else "no time to train"
-            probes = f"a class has fewer than {_SHOTS} images to learn from, so it is a linear probe; add images"
+            probes = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
             fit.tell(f"  {probes if too_few else f'{why}; give more --minutes'}")
             chosen = best_probe.probe, 1.0
         fit.decisions.first = chosen

@@ -129,7 +129,7 @@ def train_row(
     row: dict[str, Raw] = {"run": folder.name, "method": method, "settings": settings, "state": state}
     row |= dict.fromkeys(("classes", "metric", "test", "low", "high", "test_images", "minutes"))
     if record is not None:
-        row |= {"minutes": seconds / 60, "classes": len(record.class_names)}
+        row |= {"minutes": seconds / 60, "classes": len(record.class_names) or None}
     if record is not None and record.test is not None:  # what decides, with its 95 % interval
         score = test_score(record)
         row |= {"metric": metric_of(record.spec).name, "test": score.estimate, "test_images": score.n}
