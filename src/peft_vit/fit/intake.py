@@ -209,9 +209,8 @@ def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, I
     That is of `train` in this output, or of `tune` beside it.
     """
     outputs = request.output if request.main_study else request.output.absolute().parent
-    for file in sorted(outputs.glob(f"*/{IMAGES_FILE}"), key=os.path.getmtime, reverse=True):
-        if file.parent.is_symlink():
-            continue
+    files = (file for file in outputs.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
         with suppress(UserError):  # damaged: it is as if it were not there
             if (content := ImagesFile.read(file)).asked == asked:
                 return file.parent, content

@@ -69,11 +69,12 @@ def init_head(
             strata = data.task.strata(data.train.labels)
             if not can_hold_out(strata, groups):
                 groups = np.arange(len(groups))
-            settings: Any = {"class_weights": class_weights, "l2": strengths, "seed": spec.seed}
             if is_probe and not can_hold_out(strata, groups):  # a class of one image
                 chosen = max(strengths)
             else:
-                chosen, held_out = held_out_fit(of_training, groups, metric, **settings)
+                chosen, held_out = held_out_fit(
+                    of_training, groups, metric, class_weights=class_weights, l2=strengths, seed=spec.seed
+                )
             strengths = (chosen,)
         probe = fit_probe(of_training, of_validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
         if is_probe:

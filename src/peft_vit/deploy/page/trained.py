@@ -43,8 +43,8 @@ def test_line(record: RunRecord) -> str:
     score, metric, validation = test_score(record), metric_of(record.spec), record.validation
     words, (known, where) = metric.words, best_known(record)
     if known.n > score.n:
-        tested = f"{score.n} images tested it alone, with {value_of(metric, score.estimate)}"
-        return f"{words.capitalize()} {_score(metric, known)}, on {known.n} {where}; {tested}."
+        head = f"{words.capitalize()} {_score(metric, known)}, on {known.n} {where}"
+        return f"{head}; {score.n} images tested it alone, with {value_of(metric, score.estimate)}."
     if score.n < _FEWEST_TESTED and validation is not None:
         value = value_of(metric, metric.of(validation))
         return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
