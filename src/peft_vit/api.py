@@ -70,7 +70,10 @@ class Report:
 
 
 def open_classifier(path: Path, weights: str | None = None, adapter: str | None = None) -> Classifier:
-    """Open what an export has written, an adapter of a bundle, or the model of a run; see `load`."""
+    """Open what an export has written, an adapter of a bundle, or the model of a run or of a tuning; see `load`."""
+    from peft_vit.runs.records.storage import tuned_model
+
+    path = tuned_model(path) or path
     if is_bundle(path):
         if weights is not None:
             raise UserError("has no effect here: the bundle holds its backbone's weights", field="--weights")
@@ -94,7 +97,7 @@ class TrainedModel:
 
     Attributes:
         path: the folder of the run, of the call of `train` or of the tuning, or the exported file.
-        choice: what `tune` chose it by; None: another function returned it.
+        choice: what `tune` chose it by; None: another function returned it, or an earlier call of `tune` chose it.
         weights: the weights of the base of a PEFT folder, see `load`.
     """
 
@@ -103,26 +106,16 @@ class TrainedModel:
     weights: str | None = None
 
     @cached_property
-    def _file(self) -> Path:
-        """Return what predicts."""
-        from peft_vit.runs.records.storage import tuned_model
-
-        return tuned_model(self.path) or self.path
-
-    @cached_property
     def classifier(self) -> Classifier:
         """What computes predictions, and the card that says how images become its input."""
-        return open_classifier(self._file, self.weights)
+        return open_classifier(self.path, self.weights)
 
     @cached_property
     def _run(self) -> Path | None:
         """Return the folder of the run that made it; None: it is not there."""
-        from peft_vit.runs.records.storage import RECORD_FILE, STUDIES_FOLDER, single_run
+        from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
-        if exported_format(self.path):
-            return None
-        is_tuned = self._file != self.path
-        run = self.path / STUDIES_FOLDER / self.classifier.card.run if is_tuned else single_run(self.path)
+        run = single_run(self.path)
         return run if os.path.isfile(run / RECORD_FILE) else None
 
     @cached_property
@@ -131,11 +124,8 @@ class TrainedModel:
 
         What it says of test images is of the model as `tune` wrote it, with its bits.
         """
-        from peft_vit.runs.records.storage import MODEL_FOLDER, RECORD_FILE, read_record
+        from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
-        in_form = self.path / MODEL_FOLDER / RECORD_FILE
-        if os.path.isfile(in_form):
-            return read_record(in_form)
         return None if self._run is None else read_record(self._run / RECORD_FILE)
 
     @property
@@ -152,7 +142,9 @@ class TrainedModel:
         """
         classifier = self.classifier
         if classifier.module is None and self._run is not None:
-            classifier = TrainedModel(self._run).classifier
+            from peft_vit.deploy.restore import open_model
+
+            classifier = open_model(self._run)
         if classifier.module is None:
             message = "runs without PyTorch and holds no module of it; load the run, or an export as safetensors"
             raise UserError(message, file=self.path)
@@ -165,9 +157,9 @@ class TrainedModel:
         Raises:
             UserError: of an exported file.
         """
-        if self._file != self.path:
-            from peft_vit.runs.records.storage import HTML_FILE
+        from peft_vit.runs.records.storage import HTML_FILE
 
+        if os.path.isfile(self.path / HTML_FILE):  # `tune` has written it
             return Report(self.path / HTML_FILE)
         if self._run is None:
             raise UserError("is an exported model, without a report; load its run", file=self.path)
@@ -217,6 +209,7 @@ class TrainedModel:
         from peft_vit.core.tasks import TASKS
         from peft_vit.deploy.page.formatting import megabytes
         from peft_vit.deploy.page.trained import test_line
+        from peft_vit.runs.records.storage import tuned_model
 
         record = self.record
         if record is not None:
@@ -229,8 +222,9 @@ class TrainedModel:
         lines = [f"{what}, {TASKS[task].counted(names)}: {', '.join(names[:_CLASSES_SHOWN])}{more}"]
         if record is not None and record.predictions is not None:
             lines.append(test_line(record))
-        if record is None or record.bytes is None or self._file != self.path:
-            lines.append(f"{megabytes(exported_bytes(self._file))}: {self._file}")
+        file = tuned_model(self.path) or self.path
+        if record is None or record.bytes is None or file != self.path:
+            lines.append(f"{megabytes(exported_bytes(file))}: {file}")
         else:
             lines.append(f"{megabytes(record.bytes.adapter_file_bytes)} beside the backbone: {self.path}")
         return "\n".join(lines)

@@ -83,7 +83,7 @@ def test_a_fourth_task_goes_from_a_table_to_a_page_a_prediction_and_exports(imag
     assert done.returncode == 0, said
     assert re.findall(r"CODE (\d)", said) == ["0"] * 9 + ["2"], said
     assert "  48 images with shares of red, green, blue\n" in said
-    assert "  31 to train, 7 to validate, 10 to test (a fifth of them), which are read at the end" in said
+    assert "  31 to train, 7 to validate, 10 to test (a fifth of them)" in said
     assert re.search(r"Test mean overlap \d\d\.\d %", said)
     assert "A linear probe has" in said
     assert re.search(r"has a folder for each class, which is not shares", said)

@@ -53,7 +53,7 @@ def test_several_labels_from_a_table_to_a_prediction(command) -> None:
     words = f"train labels.csv {SMALL.replace('shallow', 'test')} --steps 8"  # a process of its own knows timm's
     said = command(*words.split()).out
     assert "  48 images with up to 2 labels each (multilabel): warm 32, cold " in said
-    assert "  31 to train, 7 to validate, 10 to test (a fifth of them), which are read at the end" in said
+    assert "  31 to train, 7 to validate, 10 to test (a fifth of them)" in said
     assert "Test mean average precision" in said
     assert "A linear probe has" in said
     record = record_of()
@@ -178,7 +178,7 @@ def by_fold(folder):
 def test_folds_tell_what_a_model_of_few_labels_is_worth(command, monkeypatch) -> None:
     monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 30)
     said = command(*f"train numbers.csv {SMALL} --steps 10".split()).out
-    assert "  38 to train, 10 to test (a fifth of them), which are read at the end" in said
+    assert "  38 to train, 10 to test (a fifth of them)" in said
     (run,) = train_runs(Path("peft-vit-runs"))
     folds, truth, outputs, of_probes = by_fold(run.folder)
     assert len(truth) >= 3 * 7  # of three folds of five

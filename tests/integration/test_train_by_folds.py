@@ -63,7 +63,7 @@ def test_folds_tell_how_far_a_model_can_be_believed_and_if_a_linear_probe_is_bet
     run, kept = only_call()
     main = read_record(run.folder / "lora/seed_0/record.json")
     assert main.split_sizes == {"train": 38, "validation": 0, "test": 10}
-    assert "  38 to train, 10 to test (a fifth of them), which are read at the end" in said
+    assert "  38 to train, 10 to test (a fifth of them)" in said
     assert "  to train: LoRA, 32 px, 20 steps, about " in said
     trainings, probes = folds_of(run, "lora", 32), folds_of(run, "linear", 32)
     assert len(trainings) == len(probes) == 3
@@ -205,3 +205,21 @@ def test_what_bits_lose_is_measured_on_images_that_folds_left_out(trained, comma
     assert "The loss isn't measured: there are no validation images, and on training images it would not show." in said
     assert "It lost" not in said
     assert "accuracy" not in said
+
+
+@pytest.mark.parametrize(("images_each", "options"), [(2, ""), (3, ""), (4, "--method linear")])
+def test_two_images_of_a_class_make_a_linear_probe(trained, images, tmp_path, images_each, options) -> None:
+    for file in sorted(images.rglob("*.png")):
+        if int(file.stem) < images_each:
+            (tmp_path / "few" / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "few" / file.parent.name)
+    said = trained(options, "few")
+    record = only_call()[0].record()
+    few = "  a class has fewer than 3 images to learn from, so it is a linear probe; add images\n"
+    assert (few in said) == (not options)
+    assert (record.spec.experiment.method, record.split_sizes["test"]) == ("linear", 3)
+    assert "failed" not in said
+    of_folds = 0 if record.on_folds is None else len(record.on_folds.images)
+    assert bool(of_folds) == (images_each > 2)  # of one image to learn from none can be left out
+    assert ("images that trainings like it left out in turn; 3 images tested it alone" in said) == (of_folds > 3)
+    assert of_folds > 3 or not options

@@ -439,6 +439,14 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
     ]
     assert compared[0] < compared[1]
     assert second.recipe.steps > first.recipe.steps  # nothing that was chosen by little time stays
+    model = second.request.output / "model"
+    model.mkdir()
+    for name in ("record.json", "model.onnx"):
+        (model / name).touch()
+    done = len(runner.carried_out)
+    assert tuning(environment=slow, minutes=60.0, tell=lines.append) is None
+    assert any(f"This call was done before, its model is {model / 'model.onnx'}." in line for line in lines)
+    assert len(runner.carried_out) == done
 
 
 @pytest.mark.parametrize("minutes", [6.0, 12.0, 20.0, 60.0, 240.0])

@@ -28,6 +28,7 @@ from peft_vit.core.records import Calibrated, RunRecord
 from peft_vit.data import load_data
 from peft_vit.deploy import open_exported
 from peft_vit.deploy.measures import fastest
+from peft_vit.deploy.measures.bench import _opened
 from peft_vit.deploy.restore import restore_run
 from peft_vit.fit import events
 from peft_vit.fit.outcomes import Outcome, with_meaning
@@ -259,10 +260,24 @@ def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     assert unescape(shown[1]) == Path(tuned.report).read_text() == left[0].report.read_text()
 
 
+@pytest.mark.parametrize("place", ["", "model"])
+def test_commands_take_the_output_as_they_take_a_run(choice, left, place, command, tmp_path) -> None:
+    output, image = choice.request.output / place, choice.request.images / "class_0" / "00.png"
+    of_file, of_folder = (command("predict", model, image, "--format", "json").out for model in (left[0].model, output))
+    assert of_folder == of_file
+    assert _opened(output, tmp_path).file == left[0].model  # what bench times
+    exported = tmp_path / "again.onnx"
+    command("export", output, "--bits", "nf4", "--output", exported)
+    assert open_exported(exported).card.run == open_exported(left[0].model).card.run
+    assert f"Report: {output / 'report/report.html'}" in command("report", output).out
+    assert peft_vit.load(output).record.test == read_record(left[0].model.parent / RECORD_FILE).test
+
+
 # --- which form is taken ---
 
 
 SIZES_AND_SECONDS = {"small": (4_000_000, 0.030), "fast": (4_100_000, 0.020), "int8": (4_200_000, 0.010)}
+SIZES_AND_SECONDS |= {"openvino": (3_000_000, 0.012)}
 
 
 @pytest.fixture
@@ -271,8 +286,10 @@ def made_up(monkeypatch, run_of):
     taken = {}
 
     def write(_source, file: Path, _format, options, _calibrated):
-        kind = options.activations or options.runtime
+        kind = "openvino" if file.suffix == ".xml" else options.activations or options.runtime
         write_atomically(file, bytes(SIZES_AND_SECONDS[kind][0]))
+        if kind == "openvino":
+            file.with_suffix(".bin").touch()
         taken[str(file)] = kind
         return SimpleNamespace(comparison=None)
 
@@ -314,6 +331,15 @@ def test_the_fastest_within_the_limits_is_taken(made_up, tmp_path, limits, taken
     assert " ".join(found.missed).startswith(missed)
     assert bool(found.missed) == bool(missed)
     assert sum(not form.left_out for form in found.forms) == 1
+
+
+@pytest.mark.parametrize(("limit_s", "name"), [(0.025, "model.onnx"), (0.019, "model.xml"), (0.001, "model.xml")])
+def test_the_model_is_called_model_onnx_within_the_limits(made_up, tmp_path, monkeypatch, limit_s, name) -> None:
+    monkeypatch.setattr(fastest, "missing_packages", lambda _: [])
+    found = made_up(tmp_path, 1.0, max_latency_s=limit_s)
+    assert found.model.name == name
+    whys = [form.left_out for form in found.forms if form.name == "OpenVINO"]
+    assert [why.startswith("ONNX keeps within the limits") for why in whys] == [name == "model.onnx"]
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ class ExportRequest(Request):
 
     runs: Annotated[list[Path], Option("RUN", is_argument=True)] = Field(
         min_length=1,
-        description="The folder of what was trained, such as peft-vit-runs/latest; several with --bundle. history "
-        "also accepts a folder of many runs.",
+        description="The folder of what was trained, such as peft-vit-runs/latest or the output of tune; several with "
+        "--bundle. history also accepts a folder of many runs.",
     )
     output: Annotated[Path | None, OnlyWith(bundle=None)] = Field(
         default=None,
@@ -316,7 +316,7 @@ class PredictRequest(Request):
 
     model: Annotated[Path, Option(is_argument=True)] = Field(
         description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder, a bundle), or the folder of a "
-        "run, such as peft-vit-runs/latest."
+        "run, such as peft-vit-runs/latest, or the output of tune."
     )
     images: Annotated[list[Path], Option(is_argument=True)] = Field(
         description="The images: files, folders of them, or a zip."

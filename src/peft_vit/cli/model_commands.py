@@ -22,7 +22,8 @@ class BenchRequest(Request):
     """Models, and how they are timed."""
 
     models: Annotated[list[Path], Option(is_argument=True)] = Field(
-        description="Models that `peft-vit export` wrote, or folders of runs, whose merged models are timed."
+        description="Models that `peft-vit export` wrote, or folders of runs, whose merged models are timed, or "
+        "outputs of tune."
     )
     batch_size: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(several), Option(typed=list[str], metavar="INTEGER")

@@ -79,8 +79,8 @@ def train(request: TrainRequest) -> None:
     A fifth of the images is kept for the test. Linear probes, classifiers on the features of the pretrained model, say
     which image size is worth training, and training starts from one. Trainings that leave some images out say how good
     the model is, or a fifth of the images if these are a thousand or more. If the probe is better, you get the probe.
-    Each call makes a folder of its own, and `latest` beside it leads to the last one. The same call continues where it
-    was interrupted. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+    Each call makes a folder of its own, and `latest` beside it leads to the last one that finished. The same call
+    continues where it was interrupted. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
     with _shown(request) as emit:
         from peft_vit.fit.train import train as fit_one
@@ -133,13 +133,13 @@ def runs(
     output: RowsFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """List what train has done, the newest last: settings, test accuracy with its 95 % interval, minutes, state."""
+    """List what train has done, the newest last: images, settings, test accuracy and its 95 % interval, time, state."""
     from peft_vit.deploy.page.printed import check_rows_file, print_with_rows
     from peft_vit.deploy.page.trained import train_row, train_runs_table
     from peft_vit.fit.calls import train_runs
 
     check_rows_file(output, overwrite=overwrite)
-    calls = train_runs(directory) if directory.is_dir() else []
+    calls = train_runs(directory)
     if not calls:
         raise UserError("holds no run of `train`; make one: peft-vit train IMAGES", file=directory)
     several = len({call.asked.request.images for call in calls}) > 1
@@ -152,6 +152,7 @@ def runs(
             call.record(),
             call.seconds(),
         )
+        | {"images": len(call.asked.images), "date": call.date}
         for call in calls
     ]
     print_with_rows([train_runs_table(rows)], rows, output)
@@ -188,7 +189,8 @@ def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent],
         return max(0.0, 60 * request.minutes - (time.monotonic() - started))
 
     def said() -> str:
-        return f"{stage}{advanced and f', {advanced}'}: at most about {duration(left_s())} left"
+        left = f"at most about {duration(left_s())} left" if left_s() else "the minutes are over, it ends with this"
+        return f"{stage}{advanced and f', {advanced}'}: {left}"
 
     def emit(event: FitEvent) -> None:
         nonlocal stage, advanced

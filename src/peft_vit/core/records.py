@@ -551,6 +551,7 @@ class RunRecord(_Value):
     unlike: Unlike | None = _UNLESS_GIVEN  # with measures.features
     features_sha256: str | None = _UNLESS_GIVEN  # of FEATURES_FILE
     tested_calibration: TestedCalibration | None = _UNLESS_GIVEN
+    on_folds: Predictions | None = _UNLESS_GIVEN  # of `train`: by like trainings, of images that each left out
     removal: AdapterRemoval | None = None  # with measures.removal_images
     latency_s: dict[int, _Seconds] = {}  # of a forward pass, median, by batch size; with measures.latency_batches
     registration: Registration | None = None  # of kept studies; None in newer records

@@ -19,6 +19,7 @@ from peft_vit.base.settings import Frozen
 from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import CLASSIFICATION, Task
 
+DIGEST_LETTERS = 16  # of a file's SHA-256 that are kept
 _LONGEST_CLASS_NAME = 255
 _REMEDY = "inspect the images again"
 
@@ -109,7 +110,7 @@ class ImagesFile(Frozen):
 
     It says which images are used, by their names relative to the folder.
 
-    `sha256` is of the names and contents of those that are used.
+    `sha256` is of the names and contents of those that are used, `digests` has the beginning of each one's, by name.
     """
 
     version: Literal[1] = 1
@@ -117,6 +118,13 @@ class ImagesFile(Frozen):
     left_out: dict[str, str]  # why, by name
     copies: tuple[tuple[str, ...], ...]  # exact and near copies of one image; they stand on one side of every split
     sealed: tuple[str, ...]  # tested once in the end; in no fold, and neither trained on nor validated with
+    digests: dict[str, str] = Field(default={})  # an earlier version has written neither these
+    asked: tuple[str, int | None, int | None] | None = None  # nor path, seed and number of test images
+
+    @property
+    def tested(self) -> set[str]:
+        """Return the digests of the test images."""
+        return {self.digests[name] for name in self.sealed if self.digests}
 
     @classmethod
     def read(cls, file: Path) -> Self:

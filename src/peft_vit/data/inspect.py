@@ -46,7 +46,7 @@ from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
-from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names
+from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
     REMEDY,
@@ -443,7 +443,9 @@ def inspect_images(
     )
 
 
-def images_file(inspection: Inspection, seed: int | None = 0, test_images: int | None = None) -> dict[str, Any]:
+def images_file(
+    inspection: Inspection, seed: int | None = 0, test_images: int | None = None, earlier: ImagesFile | None = None
+) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is set aside for the test.
 
     The test set is the folder's own test split, or else a fifth of the different images, at most 2,000, each class with
@@ -453,6 +455,7 @@ def images_file(inspection: Inspection, seed: int | None = 0, test_images: int |
         inspection: the folder.
         seed: of this choice; None: only the folder's own test split is the test set.
         test_images: instead of a fifth.
+        earlier: of the same images before some were added or removed; what tested there and is here tests again.
 
     Raises:
         UserError: if a file can't be read any more, or the images are too few for a test.
@@ -473,20 +476,43 @@ def images_file(inspection: Inspection, seed: int | None = 0, test_images: int |
         if count + len(inspection.class_names) > len(first):
             reason = f"{count} test images are too many: there are {len(first)} different images"
             raise UserError(f"{reason}; ask for fewer, or add images", file=inspection.path)
-        strata = inspection.task.strata(inspection.labels)
-        drawn = stratified_sample(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
+        drawn = _drawn(inspection, np.sort(first), count, numpy_generator(seed, "sealed"), earlier)
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
             left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, a test image"
     used = np.array([name not in left_out for name in inspection.names], dtype=bool)
+    hashed = inspection.images.tree.hashed(names[used].tolist())
     content = ImagesFile(
-        sha256=inspection.images.tree.hashed(names[used].tolist()).sha256,
+        sha256=hashed.sha256,
+        digests={name: hashed.each[name][:DIGEST_LETTERS] for name in names[used]},
         left_out=left_out,
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
         sealed=tuple(names[holdout].tolist()),
     )
     return content.model_dump(mode="json")
+
+
+def _drawn(
+    inspection: Inspection, first: np.ndarray, count: int, generator: np.random.Generator, earlier: ImagesFile | None
+) -> np.ndarray:
+    """Return positions of test images: those that tested earlier, then a share of new ones, by content.
+
+    Where these leave a class without, all are drawn anew.
+    """
+    groups, strata = inspection.groups, inspection.task.strata(inspection.labels)
+    if earlier is not None:
+        hashed = inspection.images.tree.hashed(list(inspection.names)).each
+        digests = [hashed[name][:DIGEST_LETTERS] for name in inspection.names]
+        tested, known = (np.isin(digests, list(some)) for some in (earlier.tested, earlier.digests.values()))
+        kept = np.flatnonzero(tested)[np.unique(groups[tested], return_index=True)[1]]
+        rest = first[~np.isin(groups[first], groups[kept])]
+        new, more = rest[~known[rest]], max(0, count - len(kept))
+        added = stratified_sample(new if len(new) >= more else rest, strata, more, generator)
+        drawn = np.sort(np.concatenate([kept, added]))
+        if inspection.task.counts(inspection.labels[drawn], len(inspection.class_names)).all():
+            return drawn
+    return stratified_sample(first, strata, count, generator)
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     if weights is None and os.path.isfile(folder / RECORD_FILE):  # unlike Path.is_file, False for an impossible name
         run = restore_run(folder)
         return torch_classifier(run.model, run.card, run.reference)
-    if folder != path or os.path.exists(path / LATEST):
+    if folder != path or path.name == LATEST or os.path.exists(path / LATEST):
         finished_record(folder)  # says what is missing
     return open_exported(path, weights)
 

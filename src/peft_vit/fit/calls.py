@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from peft_vit.base.files import checkpoint_folders, make_folder, read_bytes, wri
 from peft_vit.core.records import RunRecord
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.records.progress import (
-    End,
     RunStatus,
     StudyLock,
     owner_of,
@@ -120,6 +120,11 @@ class TrainRun:
         return study.runs[0] if study is not None and study.runs else self.asked.request.run_name
 
     @property
+    def date(self) -> str:
+        """Return when it was given, in local time."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(os.path.getmtime(self.folder / REQUEST_FILE)))
+
+    @property
     def step(self) -> int:
         """Return the step from which it continues."""
         return max(checkpoint_folders(self.folder / self.run), default=0)
@@ -160,14 +165,8 @@ class TrainRun:
         return self.status().state == "done" and delivered
 
     def seconds(self) -> float:
-        """Return what all that it has done took: of its stages, or of its runs if an earlier version did them."""
-        if self._fit is not None:
-            return sum(self._fit.seconds.values())
-        taken = 0.0
-        for file in self.folder.rglob(RECORD_FILE):
-            with suppress(ValidationError):
-                taken += End.model_validate_json(read_bytes(file)).seconds
-        return taken
+        """Return what all of its stages took."""
+        return 0.0 if self._fit is None else sum(self._fit.seconds.values())
 
     def forget(self, *files: Path) -> None:
         """Remove what was written before anything was trained."""
@@ -182,7 +181,7 @@ class TrainRun:
 def train_runs(output: Path) -> list[TrainRun]:
     """Return the calls whose folders lie in a directory, in their order; what is none of them is passed over."""
     runs = {}
-    for folder in output.iterdir():
+    for folder in output.iterdir() if output.is_dir() else ():
         if (match := _NUMBERED.fullmatch(folder.name)) is not None and not folder.is_symlink():
             with suppress(OSError, ValidationError):
                 asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE))
@@ -197,8 +196,7 @@ def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
         The call, or None: this is another one; and then, where only images, weights or the adapter differ from an
         earlier call's, a line that says how.
     """
-    output = asked.request.output
-    alike = [run for run in train_runs(output) if run.asked.asks_for_the_same(asked)] if output.is_dir() else []
+    alike = [run for run in train_runs(asked.request.output) if run.asked.asks_for_the_same(asked)]
     for run in reversed(alike):
         if not asked.changes_since(run.asked):
             return run, ""

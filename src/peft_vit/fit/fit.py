@@ -159,6 +159,7 @@ class FitFile(BaseModel):
         decisions: see there.
         recipes: all that were tried.
         seconds: of each stage, of all calls together.
+        finished: the most minutes of a call of `tune` that came to its end.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -169,6 +170,7 @@ class FitFile(BaseModel):
     decisions: Decisions = Decisions()
     recipes: list[Recipe] = []
     seconds: dict[str, float] = {}
+    finished: float = 0.0
 
     @classmethod
     def read(cls, place: Path) -> FitFile | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,7 @@ class LabelledSet:
         index: of the images that are used.
         asked: the metric that was asked for; None: the images say which one decides.
         store: holds what was decoded.
+        split_of: folder of an earlier call, of other images on the same path, whose test images test again.
     """
 
     inspection: Inspection
@@ -58,6 +60,7 @@ class LabelledSet:
     index: ImageIndex
     asked: DecidingMetric | None
     store: PixelStore | None = None
+    split_of: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -111,6 +114,11 @@ class LabelledSet:
         labels = self.index.labels[self.dev]
         return fewest_groups(self.task.strata(labels), self.index.groups[self.dev])
 
+    @property
+    def shots(self) -> float:
+        """Return likewise of classes, of which an image has one; infinite of other tasks."""
+        return self.rarest if self.task.one_class else math.inf
+
     @cached_property
     def alike(self) -> float:
         """Return by what share of images the metric would be known as well if all counted the same."""
@@ -138,7 +146,8 @@ class LabelledSet:
         except (OSError, ValueError) as error:
             raise UserError(f"can't be read ({error}); choose another --output", file=self.file) from None
         now = self.content.model_dump(mode="json")
-        if changed := [name for name in now if name != "left_out" and kept.get(name) != now[name]]:
+        untold = "left_out", "asked", "digests"
+        if changed := [name for name in now if name not in untold and kept.get(name) != now[name]]:
             what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
             place = self.file.parent
             message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
@@ -187,10 +196,27 @@ def take_in(
     asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
-    sealed = images_file(inspection, request.split_seed, request.test_images)
+    of_split = os.path.realpath(images.path), request.split_seed, request.test_images
+    folder, earlier = _earlier_split(request, of_split)
+    sealed = images_file(inspection, *of_split[1:], earlier) | {"asked": of_split}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
-    return LabelledSet(inspection, content, file, index, asked, store)
+    keeps = earlier and content.tested & earlier.tested and content.digests != earlier.digests
+    return LabelledSet(inspection, content, file, index, asked, store, folder if keeps else None)
+
+
+def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
+    """Return the folder of the last call that was to split the same images alike, and how it did.
+
+    That is of `train` in this output, or of `tune` beside it.
+    """
+    outputs = request.output if request.main_study else request.output.absolute().parent
+    files = (file for file in outputs.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
+    for file in sorted(files, key=os.path.getmtime, reverse=True):
+        with suppress(UserError):  # damaged: it is as if it were not there
+            if (content := ImagesFile.read(file)).asked == asked:
+                return file.parent, content
+    return None, None
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:

@@ -292,7 +292,7 @@ class TrainRequest(ImagesRequest):
     validates: ClassVar[bool] = True
     last_share: ClassVar[float] = 0.7
     folds_share: ClassVar[float] = 0.2
-    least_of_a_class: ClassVar[tuple[int | None, int | None]] = (3, 2)
+    least_of_a_class: ClassVar[tuple[int | None, int | None]] = (2, 2)
     split_seed: ClassVar[int] = 0
     executor: ClassVar[ExecutorName] = "local"
     # Limits of `tune`.

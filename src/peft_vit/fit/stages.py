@@ -93,10 +93,10 @@ def look(fit: Fit) -> None:
         split = "the folder's own test split"
     elif request.test_images is not None:
         split = "as you asked"
+    elif images.split_of is not None:
+        split = f"those that tested in {images.split_of} among them"
     validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
-    fit.tell(
-        f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split}), which are read at the end"
-    )
+    fit.tell(f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split})")
 
 
 def _read(fit: Fit, done: int, count: int) -> None:
@@ -303,7 +303,8 @@ def _memory_fault(fit: Fit, recipe: Recipe) -> UserError | None:
 def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult]:
     """Fit a regression at every size that fits its share of the time, the smallest first; earlier calls' are known.
 
-    There is one in any case, unless nothing is to be learned from it: of made-up images, and of an imported adapter.
+    There is one in any case, unless nothing is to be learned from it: of made-up images, of an imported adapter, and of
+    a class of one image.
 
     Raises:
         UserError: see `regress`.
@@ -311,7 +312,7 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
     request, costs, clock = fit.request, fit.costs, fit.limit.clock
     every = sorted((Recipe(model, size) for model, own in allowed.items() for size in own), key=costs.image_s)
     results, too_large, ends_at = list[SizeResult](), set[str](), clock() + SIZES_SHARE * 60 * request.minutes
-    if request.smoke or request.init_adapter is not None:
+    if request.smoke or request.init_adapter is not None or fit.images.shots < 2:
         return [SizeResult(one.model, one.image_size, None, 0) for one in every]
     compared = costs.compared_images(every)
     for probe in every:
@@ -472,7 +473,7 @@ def best_linear_probe(fit: Fit, sizes: Sequence[SizeResult]) -> SizeResult:
     """Return the size whose linear probe is expected to be the best of those that can be delivered in time."""
     tried = [size for size in sizes if size.score is not None] or list(sizes)
     ending = [size for size in tried if fit.ends_in_time(size.probe)] or tried[:1]
-    return max(ending, key=lambda size: size.expected)
+    return max(ending, key=lambda size: (size.expected, size.image_size if size.score is None else 0))
 
 
 def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
@@ -483,7 +484,8 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
     """
     if fit.decisions.first is None:
         request, given = fit.request, fit.request.steps_for(fit.num_train)
-        fitting = [size for size in sizes if size.steps and _memory_fault(fit, size.probe) is None]
+        too_few = given is None and fit.images.shots < 3  # folds leave two
+        fitting = [one for one in sizes if not too_few and one.steps and _memory_fault(fit, one.probe) is None]
         best_probe, best = best_linear_probe(fit, sizes), None
         if fitting:
             promising = max(fitting, key=lambda size: (size.promise, size.image_size if size.score is None else 0))
@@ -494,7 +496,8 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
             chosen = best, promising.longer
         else:
             why = "a linear probe promises more than the trainings that fit" if best else "no time to train"
-            fit.tell(f"  {why}; give more --minutes")
+            probes = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
+            fit.tell(f"  {probes if too_few else f'{why}; give more --minutes'}")
             chosen = best_probe.probe, 1.0
         fit.decisions.first = chosen
         fit.save()

@@ -13,7 +13,7 @@ from peft_vit.fit.decide import temperature_before, worth_training
 from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import named_files, refuse_among_images
-from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, meaning_on, with_meaning
+from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, meaning_on, pooled, with_meaning
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.records.storage import RECORD_FILE, link_latest, read_record, write_record
@@ -68,7 +68,6 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
         if not begun:  # refused, or interrupted before anything is trained: nothing of it stays
             run.forget(fit.file_path, fit.images.file)
         raise
-    link_latest(run.folder)
     fit.load_earlier()
     try:
         with fit.stage("first"):
@@ -76,7 +75,7 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
     except EveryRunFailedError:  # its record says why
         return
     known = recipe
-    if not (fit.num_validation or fit.request.smoke):
+    if not (fit.num_validation or fit.request.smoke or fit.images.shots < 2):
         probe = stages.best_linear_probe(fit, sizes)
         beside = recipe if probe.score is None else probe.probe
         with fit.stage("folds"):
@@ -97,9 +96,12 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Ou
     usual = None if validated else temperature_before(fit, recipe, known, longer)
     if (meaning := meaning_on(folds, outcome.learned, usual)) is not None:
         results_dir = fit.results_dir(outcome.folder.parts[-3])
-        write_record(results_dir, with_meaning(record, meaning, folds, outcome.learned))
+        record = with_meaning(record, meaning, folds, outcome.learned)
+        on_folds = outcome.learned.predictions(*pooled(folds, outcome.learned), decision=record.decision)
+        write_record(results_dir, record.model_copy(update={"on_folds": on_folds}))
     if outcome.folder.parents[1] != run.folder:
         fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)
     fit.decisions.delivered = recipe, fit.longest_done(recipe)
     fit.save()
+    link_latest(run.folder)

@@ -27,12 +27,16 @@ from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import TuneRequest
 from peft_vit.fit.stages import NO_TIME, SizeResult
 from peft_vit.runs.records.progress import study_lock
+from peft_vit.runs.records.storage import tuned_model
 
 
-def tune(request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None) -> Tuning:
+def tune(request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None) -> Tuning | None:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
     Once the first training is done, there is a model in the output, and what is found later only replaces it.
+
+    Returns:
+        What was chosen, and by what; None: the same call came to its end before, and its model lies in the output.
 
     Raises:
         UserError: for bad input, before anything is trained; see `stages`, `check_output` and `Fit.enter`. Also if
@@ -50,11 +54,14 @@ def tune(request: TuneRequest, emit: Emit = print_event, environment: Environmen
             return _carry_out(fit, request)
 
 
-def _carry_out(fit: Fit, request: TuneRequest) -> Tuning:
+def _carry_out(fit: Fit, request: TuneRequest) -> Tuning | None:
     was_there = (fit.folder / stages.IMAGES_FILE).exists()
     with fit.stage("look"):
         stages.look(fit)
         stages.keep_images(fit)
+    if fit.file.finished >= request.minutes and (model := tuned_model(fit.folder)) is not None:
+        fit.tell(f"This call was done before, its model is {model}. With more --minutes it tries more.")
+        return None
     try:
         allowed = stages.allowed_sizes(fit)
         fit.begun = True
@@ -115,7 +122,8 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     if decision is not None or folds:  # else it is written already
         _write(fit, done)
         fit.decisions.delivered = recipe, longer
-        fit.save()
+    fit.file.finished = request.minutes
+    fit.save()
     return done
 
 

@@ -66,10 +66,15 @@ def init_head(
         is_probe = spec.experiment.is_probe
         if of_validation is None and (len(strengths) > 1 or not is_probe):
             groups = data.groups[data.train.positions]  # copies are left out together
-            if not can_hold_out(data.task.strata(data.train.labels), groups):
+            strata = data.task.strata(data.train.labels)
+            if not can_hold_out(strata, groups):
                 groups = np.arange(len(groups))
-            settings: Any = {"class_weights": class_weights, "l2": strengths, "seed": spec.seed}
-            chosen, held_out = held_out_fit(of_training, groups, metric, **settings)
+            if is_probe and not can_hold_out(strata, groups):  # a class of one image
+                chosen = max(strengths)
+            else:
+                chosen, held_out = held_out_fit(
+                    of_training, groups, metric, class_weights=class_weights, l2=strengths, seed=spec.seed
+                )
             strengths = (chosen,)
         probe = fit_probe(of_training, of_validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
         if is_probe:

@@ -19,6 +19,7 @@ from peft_vit.data import files as files_module
 from peft_vit.data import images_file, inspect_images, load_data, make_splits, open_index
 from peft_vit.data import inspect as inspect_module
 from peft_vit.data import pixels as pixels_module
+from peft_vit.data.index import ImagesFile
 from peft_vit.data.pixels import cached_pixels, decode_image
 
 
@@ -118,6 +119,24 @@ def test_the_own_test_split_is_the_holdout_and_what_training_copies_of_it_is_lef
     assert np.array_equal(index.official_test, [name.startswith("test/") for name in index.names])
     splits = make_splits(index, config(own, folds=5), 3)
     assert not index.official_test[np.concatenate([splits.train, splits.validation, splits.test])].any()
+
+
+@pytest.mark.parametrize(
+    ("added", "test_images", "more"),
+    [({}, None, 0), ({"cat": 20}, None, 4), ({"elk": 10}, None, 2), ({"cat": 4, "dog": 4}, 8, 4)],
+)
+def test_what_tested_tests_again_where_images_are_added(root, added, test_images, more) -> None:
+    earlier = ImagesFile.model_validate_json(json.dumps(images_file(inspect_images(root))))
+    first = (root / earlier.sealed[0]).rename((root / earlier.sealed[0]).with_stem("0"))  # known by its content
+    for name, count in added.items():
+        (root / name).mkdir(exist_ok=True)
+        for i in range(count):
+            save(root / name / f"new {i}.png", textured(5000 + len(name) * 100 + i + (name == "dog") * 50))
+    sealed = images_file(inspect_images(root), 0, test_images, earlier)["sealed"]
+    kept = {str(first.relative_to(root)), *earlier.sealed[1:]}
+    assert kept <= set(sealed)
+    assert len(set(sealed) - kept) == more
+    assert all("new" in name for name in set(sealed) - kept)
 
 
 def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, tmp_path):

@@ -163,7 +163,7 @@ def test_seeds_draw_other_shots_and_leave_the_rest_as_it_is(begun) -> None:
 def test_an_own_test_split_takes_nothing_from_what_trains_nor_does_a_part_of_it(begun, photos) -> None:
     fill(photos, 50, tested=40)
     fit = begun()
-    shares = "16 to train, 4 to validate, 80 to test (the folder's own test split), which are read at the end"
+    shares = "16 to train, 4 to validate, 80 to test (the folder's own test split)"
     assert f"  {shares}" in fit.told
     whole, asked_for = study_of(fit).data, study_of(begun(test_images=20)).data
     index, every = open_index(whole), make_splits(open_index(whole), whole, 0)
@@ -192,17 +192,17 @@ def test_images_that_can_not_be_used_are_left_out_and_named(begun, photos) -> No
 @pytest.mark.parametrize(
     ("tested", "said"),
     [
-        (0, "s that can be used, and each class needs 3; 1 more class has too few"),
+        (0, " that can be used, and each class needs 2; 1 more class has too few"),
         (1, " that can be used beside the test split, and each class needs 2;"),
     ],
 )
 def test_each_class_has_images_to_train_on_and_to_leave_out(begun, photos, tested, said) -> None:
-    fill(photos, 2, tested)
+    fill(photos, 1 + tested, tested)
     for place in range(20):  # of other classes there are enough
         for part in (photos / "train", photos / "test") if tested else (photos,):
             (part / "elk").mkdir(exist_ok=True)
             Image.new("RGB", (20, 20), (place, 7, len(part.name))).save(part / "elk" / f"{place}.png")
-    with pytest.raises(UserError, match=rf"class 'cat' has {2 - tested} different image{said}"):
+    with pytest.raises(UserError, match=rf"class 'cat' has 1 different image{said}"):
         begun()
     fill(photos, 3, tested)
     assert begun().num_validation >= 3

@@ -20,7 +20,7 @@ from peft_vit.core.records import BenchRow
 from peft_vit.deploy import ExportMetadata, merge, open_exported, save_low_bit
 from peft_vit.deploy.measures.timing import Calls, export_random, time_alone
 from peft_vit.deploy.restore import restore_run
-from peft_vit.runs.records.storage import RECORD_FILE, single_run
+from peft_vit.runs.records.storage import RECORD_FILE, single_run, tuned_model
 from peft_vit.runs.this_machine.machine import cpu_count, processor_name
 
 RANDOM_FLOAT32 = "float32 made here"
@@ -99,9 +99,10 @@ def _opened(path: Path, folder: Path) -> _Model:
     """Open a model as `predict` does, which checks its hash, and merge a run's."""
     if exported_format(path) == "peft":
         raise UserError("is an adapter without its base; name its run's folder, whose merged model is timed", file=path)
-    if not os.path.isfile(single_run(path) / RECORD_FILE):
-        card = open_exported(path).card
-        return _Model(str(path), path, card, card.run)
+    model = tuned_model(path) or path
+    if not os.path.isfile(single_run(model) / RECORD_FILE):
+        card = open_exported(model).card
+        return _Model(str(path), model, card, card.run)
     run = restore_run(path)
     file = folder / f"{len(os.listdir(folder))}.safetensors"
     save_low_bit(merge(run.model, run.card).model, file, run.card, run.reference)

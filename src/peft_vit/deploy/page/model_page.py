@@ -21,7 +21,7 @@ from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
-from peft_vit.deploy.page.trained import beside_the_probe, test_score
+from peft_vit.deploy.page.trained import beside_the_probe, best_known, test_score
 
 CARD_FILE = "card.md"
 BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
@@ -198,12 +198,12 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
 
 def accuracy_card(summary: ModelSummary) -> Card:
     """Return what decides, with its interval."""
-    metric, value = summary.metric, summary.value
+    metric, (value, where) = summary.metric, best_known(summary.record)
     words = metric.words[0].upper() + metric.words[1:]
     one = "answer" if summary.quality is None else "class"
     constant = f"always the same {one}: {value_of(metric, summary.constant)}"
     bounds = f"95 %: {bounds_of(metric, value)}{' %' if metric.is_share else ''}"
-    return Card(words, f"on {count(value.n)} test images", value_of(metric, value.estimate), (bounds, constant))
+    return Card(words, f"on {count(value.n)} {where}", value_of(metric, value.estimate), (bounds, constant))
 
 
 def labels_card(record: RunRecord) -> Card:

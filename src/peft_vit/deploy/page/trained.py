@@ -8,28 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.base.statistics import Interval
-from peft_vit.core.records import RunRecord
+from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, value_of
 from peft_vit.deploy.page.tables import Column, table
 
-_FEWEST_TESTED = 5  # images; fewer say next to nothing
+_FEWEST_TESTED, _FEW_TESTED = 5, 20  # images; fewer say next to nothing, and less than folds
 
 
 def test_score(record: RunRecord) -> Interval:
     """Return what decides in a finished run, on the test images, with its interval."""
-    predictions = record.predictions
-    assert predictions is not None
+    assert record.predictions is not None
+    return _score_on(record.predictions, record)
+
+
+def _score_on(predictions: Predictions, record: RunRecord) -> Interval:
     return metric_of(record.spec).interval(
         rows_of(predictions.labels), rows_of(predictions.predicted), thresholds_of(record.decision)
     )
 
 
+def best_known(record: RunRecord) -> tuple[Interval, str]:
+    """Return what decides, on test images, or on more images of folds where few tested, and on what."""
+    score, on_folds = test_score(record), record.on_folds
+    if on_folds is None or score.n >= min(_FEW_TESTED, len(on_folds.images)):
+        return score, "test images"
+    return _score_on(on_folds, record), "images that trainings like it left out in turn"
+
+
 def test_line(record: RunRecord) -> str:
     """Return the test of a finished run in a line; where too few images tested, its validation."""
     score, metric, validation = test_score(record), metric_of(record.spec), record.validation
-    words = metric.words
+    words, (known, where) = metric.words, best_known(record)
+    if known.n > score.n:
+        head = f"{words.capitalize()} {_score(metric, known)}, on {known.n} {where}"
+        return f"{head}; {score.n} images tested it alone, with {value_of(metric, score.estimate)}."
     if score.n < _FEWEST_TESTED and validation is not None:
         value = value_of(metric, metric.of(validation))
         return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
@@ -102,9 +116,9 @@ def train_row(
     if record is not None and record.spec.experiment.method != method:
         method = "linear probe"  # which was better than what was trained
     row: dict[str, Raw] = {"run": folder.name, "method": method, "settings": settings, "state": state}
-    row |= dict.fromkeys(("metric", "test", "low", "high", "test_images", "minutes"))
+    row |= dict.fromkeys(("classes", "metric", "test", "low", "high", "test_images", "minutes"))
     if record is not None:
-        row["minutes"] = seconds / 60
+        row |= {"minutes": seconds / 60, "classes": len(record.class_names) or None}
     if record is not None and record.test is not None:  # what decides, with its 95 % interval
         score = test_score(record)
         row |= {"metric": metric_of(record.spec).name, "test": score.estimate, "test_images": score.n}
@@ -128,6 +142,9 @@ def train_runs_table(rows: Sequence[dict[str, Raw]]) -> Table:
         rows,
         [
             "run",
+            "date",
+            "images",
+            "classes",
             "method",
             Column("settings", "settings", lambda settings: settings or "defaults"),
             Column("test", test),

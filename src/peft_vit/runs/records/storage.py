@@ -23,7 +23,7 @@ HTML_FILE = "report.html"
 DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
 FOLDS_STUDY = "folds"  # begins names of studies there: trainings like its run without a fold of the images each
 MODEL_FOLDER, STUDIES_FOLDER = "model", "studies"  # in the output of `peft-vit tune`
-LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
+LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call that finished
 
 
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:
@@ -59,19 +59,22 @@ def link_latest(folder: Path) -> None:
 def single_run(path: Path) -> Path:
     """Return the folder of a run: the path itself, or that of the one run in it, as `peft-vit train` makes it.
 
-    Where a call of `train` has made two, a file says which of them is its model.
+    Where a call of `train` has made two, a file says which of them is its model. In an output of `tune` it is `model`.
     """
     path = resolve_latest(path)
     if (delivered := delivered_run(path)) is not None:
         return delivered
+    if os.path.isfile(path / MODEL_FOLDER / RECORD_FILE):
+        return path / MODEL_FOLDER
     study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
     return path if study is None or len(study.runs) != 1 else folder_below(path, study.runs[0])
 
 
-def tuned_model(output: Path) -> Path | None:
-    """Return the file of the model that `peft-vit tune` has left in its output; None: there is none."""
-    files = (output / MODEL_FOLDER / f"model{ending}" for ending in (".onnx", ".xml"))
-    return next((file for file in files if file.is_file()), None)
+def tuned_model(path: Path) -> Path | None:
+    """Return the file of the model in an output of `peft-vit tune`, or in the folder `model` there; None: none."""
+    folder = path if path.name == MODEL_FOLDER else path / MODEL_FOLDER
+    files = (folder / f"model{ending}" for ending in (".onnx", ".xml") if os.path.isfile(folder / RECORD_FILE))
+    return next((file for file in files if os.path.isfile(file)), None)
 
 
 def delivered_run(call: Path) -> Path | None:
