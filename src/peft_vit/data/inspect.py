@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
@@ -41,12 +43,13 @@ from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import stratified_sample
+from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
 from peft_vit.core.config import Interpolation
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
+from peft_vit.core.training import fewest_groups
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
-from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names
+from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
     REMEDY,
@@ -64,7 +67,7 @@ from peft_vit.data.pixels import (
 from peft_vit.data.sources.folders import Images, find_images, is_image
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
-_VERSION = 3  # raise when what counts as equal or nearly equal changes
+_VERSION = 4  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
@@ -241,6 +244,9 @@ _LEAST, _LEAST_BESIDE_HOLDOUT = 10, 8  # different images of a class, for traini
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 _LISTED = 30  # files, a line each
+_LEAST_GROUPS = 3  # of a class, where images are to stay together: one tests
+# Of thumbnails of neighbours by name: correlation, the share of such pairs, and how much more often than of others.
+_LEAST_ALIKE, _MANY_ALIKE, _BY_CHANCE = 0.9, 0.25, 4
 
 
 @dataclass(frozen=True)
@@ -254,11 +260,13 @@ class Inspection:
         labels: class of each, (N,) int64, or as the images' task says.
         copies: equal numbers for exact copies, (N,) int64.
         groups: equal numbers for exact and near copies, (N,) int64.
+        together: likewise for what stays on one side of every split: these, and what was said to.
         holdout: the folder's own test split, (N,) bool; None if it has none.
         sides: shorter and longer side of each, pixels, (N, 2) int64.
         left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
         unreadable: those of them that are called as images are and can't be read.
         animated: names of those of several frames, of which the first one is taken.
+        neighbours: pairs of names that follow each other and whose images look alike, see `_neighbours`.
     """
 
     images: Images
@@ -267,10 +275,12 @@ class Inspection:
     labels: np.ndarray
     copies: np.ndarray
     groups: np.ndarray
+    together: np.ndarray
     holdout: np.ndarray | None
     sides: np.ndarray
     left_out: Mapping[str, str]
     animated: tuple[str, ...]
+    neighbours: Sequence[Sequence[str]] = ()
 
     @property
     def path(self) -> Path:
@@ -324,7 +334,8 @@ class Inspection:
 
     def _of_images(self) -> Iterator[str]:
         counts = self.task.counts(self.labels, len(self.class_names))  # (K,)
-        each = f"{counts.min():,} to {counts.max():,} of each"
+        few, many = (f"{counts[at]:,} of {self.class_names[at]}" for at in (counts.argmin(), counts.argmax()))
+        each = f"{few} to {many}" if counts.min() < counts.max() else f"{counts.min():,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
         what = self.task.images_of(len(self.names), self.class_names)
@@ -333,6 +344,14 @@ class Inspection:
         smallest, largest = self.sides.min(), self.sides.max()
         between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
+        deeper = [
+            (name, self.class_names[k])
+            for name, k in zip(self.names if self.images.dataset == "image-folder" else (), self.labels, strict=False)
+            if name.split("/")[-2] != self.class_names[k]
+        ]
+        if deeper:
+            name, of_class = deeper[0]
+            yield f"{_are(len(deeper), 'image')} in folders below those of the classes, such as {name} of {of_class}"
         if self.holdout is not None:
             yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
         if self.left_out:
@@ -341,6 +360,20 @@ class Inspection:
             yield f"{_files_are(self.left_out)} left out: {', '.join(reasons[:_NAMED])}{more}"
 
     def _of_repeated(self) -> Iterator[str]:
+        written = {name.casefold(): name for name in self.class_names}
+        for name in self.class_names:
+            if (other := written[name.casefold()]) != name:
+                yield f"classes '{name}' and '{other}' differ in capitals alone; if they are one, give it one name"
+        if self.images.together is not None:
+            yield f"{len(np.unique(self.together)):,} groups; each is on one side of every split"
+        sides = dict(zip(self.names, (self.together if self.holdout is None else self.holdout).tolist(), strict=True))
+        apart = [(a, b) for a, b in self.neighbours if a in sides and b in sides and sides[a] != sides[b]]
+        if apart:
+            yield (
+                f"{_are(len(apart), 'image')} like the one before by name, such as {apart[0][0]} and {apart[0][1]}: if "
+                "they show one thing, as frames of a video do, accuracy is too high for new ones; keep them together "
+                "with --group"
+            )
         if self.animated:
             yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is used"
         every = np.arange(len(self.names))
@@ -416,7 +449,8 @@ def inspect_images(
         decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
         copies, groups = decoded.copies, decoded.groups
         left_out = dict(images.left_out) | decoded.faults
-        left_out |= _contradictions(names, task.label_ids(labels), copies, groups, holdout)
+        together = groups if images.together is None else _linked(groups, [images.together[name] for name in names])
+        left_out |= _contradictions(names, task.label_ids(labels), copies, groups, together, holdout)
         if strict and left_out:
             them = "it" if len(left_out) == 1 else "them"
             message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
@@ -429,7 +463,10 @@ def inspect_images(
             raise UserError(message, details="\n".join(_listed(faults)))
         used = np.array([name not in left_out for name in names], dtype=bool)
         labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
+        together = together[used]
         refuse_few(labels, groups, holdout)
+        if images.together is not None:
+            _refuse_few(task, class_names, _LEAST_GROUPS, labels, together, holdout, "group")
     return Inspection(
         images=images,
         class_names=class_names,
@@ -437,18 +474,30 @@ def inspect_images(
         labels=labels,
         copies=copies[used],
         groups=groups,
+        together=together,
         holdout=holdout,
         sides=decoded.sides[used],
         left_out=left_out,
         animated=decoded.animated,
+        neighbours=decoded.neighbours,
     )
+
+
+def _linked(groups: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    """Return equal numbers for images that a chain of equal groups and keys links, (N,); of group -1 is -1."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    known, key = np.flatnonzero(groups >= 0), numbered(keys)[1] + groups.max() + 1
+    links = coo_array((np.ones(len(known), dtype=bool), (groups[known], key[known])), shape=2 * (key.max() + 1,))
+    return np.where(groups < 0, -1, connected_components(links, directed=False)[1][groups])
 
 
 def images_file(inspection: Inspection, seed: int | None = 0, test_images: int | None = None) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is set aside for the test.
 
     The test set is the folder's own test split, or else a fifth of the different images, at most 2,000, each class with
-    its own, by `seed`: of a group of copies one, whose others are left out.
+    its own, by `seed`: of a group of copies one, whose others are left out. Of what stays together all are tested.
 
     Args:
         inspection: the folder.
@@ -475,16 +524,21 @@ def images_file(inspection: Inspection, seed: int | None = 0, test_images: int |
             reason = f"{count} test images are too many: there are {len(first)} different images"
             raise UserError(f"{reason}; ask for fewer, or add images", file=inspection.path)
         strata = inspection.task.strata(inspection.labels)
-        drawn = stratified_sample(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
-        holdout = np.isin(np.arange(len(names)), drawn)
-        of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
-        for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
-            left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, a test image"
+        generator = numpy_generator(seed, "sealed")
+        if inspection.images.together is not None:
+            parts = min(max(2, round(len(first) / count)), fewest_groups(strata, inspection.together))
+            holdout = assign_folds(strata, inspection.together, parts, generator) == 0
+        else:
+            drawn = stratified_sample(np.sort(first), strata, count, generator)
+            holdout = np.isin(np.arange(len(names)), drawn)
+            of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
+            for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
+                left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, a test image"
     used = np.array([name not in left_out for name in inspection.names], dtype=bool)
     content = ImagesFile(
         sha256=inspection.images.tree.hashed(names[used].tolist()).sha256,
         left_out=left_out,
-        copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
+        copies=tuple(tuple(names[used][some]) for some in _several(inspection.together[used])),
         sealed=tuple(names[holdout].tolist()),
     )
     return content.model_dump(mode="json")
@@ -500,8 +554,9 @@ def _refuse_few(
     labels: np.ndarray,
     groups: np.ndarray,
     holdout: np.ndarray | None,
+    what: str = "different image",
 ) -> None:
-    """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
+    """Raise UserError if a class has too few different images or groups, beside an own test split, or none in that."""
     chosen_on = np.ones(len(labels), dtype=bool) if holdout is None else ~holdout
     members = partial(task.members, labels)
     counts = np.array([len(np.unique(groups[chosen_on & members(k)])) for k in range(len(class_names))])
@@ -510,9 +565,9 @@ def _refuse_few(
         few = np.count_nonzero(counts < least) - 1
         more = f"; {few} more class{'es have' if few > 1 else ' has'} too few" if few else ""
         beside = "" if holdout is None else " beside the test split"
-        if np.count_nonzero(members(scarce)[chosen_on]) > counts[scarce]:
+        if what != "group" and np.count_nonzero(members(scarce)[chosen_on]) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
-        images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
+        images = f"{counts[scarce]} {what}{'' if counts[scarce] == 1 else 's'}"
         raise UserError(
             f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
             f"needs {least}{more}; add images, or remove the class"
@@ -523,7 +578,12 @@ def _refuse_few(
 
 
 def _contradictions(
-    names: np.ndarray, labels: np.ndarray, copies: np.ndarray, groups: np.ndarray, holdout: np.ndarray | None
+    names: np.ndarray,
+    labels: np.ndarray,
+    copies: np.ndarray,
+    groups: np.ndarray,
+    together: np.ndarray,
+    holdout: np.ndarray | None,
 ) -> dict[str, str]:
     """Tell, by name, equal images of two classes, of which both can't be right, and copies of the own test split."""
     why: dict[str, str] = {}
@@ -532,11 +592,13 @@ def _contradictions(
             other = next(k for k in some if labels[k] != labels[i])
             why[names[i]] = f"equal to {names[other]}, of another class"
     if holdout is not None:
-        for some in _several(groups):
+        for some in _several(together):
             tested = [i for i in some if holdout[i] and names[i] not in why]
             for i in some if tested else ():
                 if not holdout[i]:
-                    why.setdefault(names[i], f"a copy of {names[tested[0]]}, of the test split")
+                    other = next((k for k in tested if groups[k] == groups[i]), None)
+                    what = f"in a group with {names[tested[0]]}" if other is None else f"a copy of {names[other]}"
+                    why.setdefault(names[i], f"{what}, of the test split")
     return dict(sorted(why.items()))
 
 
@@ -614,6 +676,7 @@ class _Decoded(NamedTuple):
     sides: np.ndarray
     faults: dict[str, str]
     animated: tuple[str, ...]
+    neighbours: Sequence[Sequence[str]]
 
 
 class _One(NamedTuple):
@@ -634,7 +697,7 @@ def _decoded_once(
     def read(saved: dict[str, Any]) -> _Decoded:
         copies, groups = (_numbers(saved[name], count) for name in ("copies", "groups"))
         sides = _numbers(saved["sides"], count, 2)
-        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]))
+        return _Decoded(copies, groups, sides, saved["faults"], tuple(saved["animated"]), saved["neighbours"])
 
     return _cached("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
 
@@ -678,6 +741,34 @@ def _decoded(
                 store.add(name, one.pixels)
             if on_progress is not None:
                 on_progress(done + 1, len(names))
+    neighbours: Sequence[Sequence[str]] = ()
     if different:
-        groups = np.where(copies < 0, -1, near_groups(np.stack(different))[copies])
-    return _Decoded(copies, groups, sides, faults, tuple(animated))
+        thumbnails = np.stack(different)
+        groups = np.where(copies < 0, -1, near_groups(thumbnails)[copies])
+        neighbours = _neighbours(names, thumbnails[copies])
+    return _Decoded(copies, groups, sides, faults, tuple(animated), neighbours)
+
+
+def _neighbours(names: Sequence[str], thumbnails: np.ndarray) -> list[tuple[str, str]]:
+    """Return pairs of names that follow each other by number and look alike, if far more do than of other pairs.
+
+    Args:
+        names: of N files; those that can't be read look like anything, and are used nowhere.
+        thumbnails: of each, (N, 256), see `grey_thumbnails`.
+    """
+    numbered_names = sorted(
+        (match[1], match[3], int(match[2]), i)
+        for i, name in enumerate(names)
+        if (match := re.fullmatch(r"(.*?)(\d{1,18})(\D*)", name))
+    )
+    pairs = [(a[3], b[3]) for a, b in pairwise(numbered_names) if a[:2] == b[:2]]
+    if not pairs:
+        return []
+    first, second = np.array(pairs).T  # (P,) each
+    alike, by_chance = (
+        (thumbnails[first] * thumbnails[other]).sum(1) >= _LEAST_ALIKE
+        for other in (second, np.roll(second, len(pairs) // 2))
+    )
+    if alike.mean() < _MANY_ALIKE or alike.sum() < _BY_CHANCE * by_chance.sum():
+        return []
+    return [(names[a], names[b]) for a, b in np.array(pairs)[alike]]
