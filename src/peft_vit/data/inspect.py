@@ -24,13 +24,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
@@ -67,7 +65,7 @@ from peft_vit.data.pixels import (
 from peft_vit.data.sources.folders import Images, find_images, is_image
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
-_VERSION = 4  # raise when what counts as equal or nearly equal changes
+_VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
@@ -245,8 +243,6 @@ _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, an
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 _LISTED = 30  # files, a line each
 _LEAST_GROUPS = 3  # of a class, where images are to stay together: one tests
-# Of thumbnails of neighbours by name: correlation, the share of such pairs, and how much more often than of others.
-_LEAST_ALIKE, _MANY_ALIKE, _BY_CHANCE = 0.9, 0.25, 4
 
 
 @dataclass(frozen=True)
@@ -266,7 +262,6 @@ class Inspection:
         left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
         unreadable: those of them that are called as images are and can't be read.
         animated: names of those of several frames, of which the first one is taken.
-        neighbours: pairs of names that follow each other and whose images look alike, see `_neighbours`.
     """
 
     images: Images
@@ -280,7 +275,6 @@ class Inspection:
     sides: np.ndarray
     left_out: Mapping[str, str]
     animated: tuple[str, ...]
-    neighbours: Sequence[Sequence[str]] = ()
 
     @property
     def path(self) -> Path:
@@ -334,8 +328,7 @@ class Inspection:
 
     def _of_images(self) -> Iterator[str]:
         counts = self.task.counts(self.labels, len(self.class_names))  # (K,)
-        few, many = (f"{counts[at]:,} of {self.class_names[at]}" for at in (counts.argmin(), counts.argmax()))
-        each = f"{few} to {many}" if counts.min() < counts.max() else f"{counts.min():,} of each"
+        each = f"{counts.min():,} ({self.class_names[counts.argmin()]}) to {counts.max():,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
         what = self.task.images_of(len(self.names), self.class_names)
@@ -344,14 +337,6 @@ class Inspection:
         smallest, largest = self.sides.min(), self.sides.max()
         between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
-        deeper = [
-            (name, self.class_names[k])
-            for name, k in zip(self.names if self.images.dataset == "image-folder" else (), self.labels, strict=False)
-            if name.split("/")[-2] != self.class_names[k]
-        ]
-        if deeper:
-            name, of_class = deeper[0]
-            yield f"{_are(len(deeper), 'image')} in folders below those of the classes, such as {name} of {of_class}"
         if self.holdout is not None:
             yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
         if self.left_out:
@@ -366,14 +351,6 @@ class Inspection:
                 yield f"classes '{name}' and '{other}' differ in capitals alone; if they are one, give it one name"
         if self.images.together is not None:
             yield f"{len(np.unique(self.together)):,} groups; each is on one side of every split"
-        sides = dict(zip(self.names, (self.together if self.holdout is None else self.holdout).tolist(), strict=True))
-        apart = [(a, b) for a, b in self.neighbours if a in sides and b in sides and sides[a] != sides[b]]
-        if apart:
-            yield (
-                f"{_are(len(apart), 'image')} like the one before by name, such as {apart[0][0]} and {apart[0][1]}: if "
-                "they show one thing, as frames of a video do, accuracy is too high for new ones; keep them together "
-                "with --group"
-            )
         if self.animated:
             yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is used"
         every = np.arange(len(self.names))
@@ -450,7 +427,8 @@ def inspect_images(
         copies, groups = decoded.copies, decoded.groups
         left_out = dict(images.left_out) | decoded.faults
         together = groups if images.together is None else _linked(groups, [images.together[name] for name in names])
-        left_out |= _contradictions(names, task.label_ids(labels), copies, groups, together, holdout)
+        what = "a copy of" if images.together is None else "in a group with"
+        left_out |= _contradictions(names, task.label_ids(labels), copies, together, holdout, what)
         if strict and left_out:
             them = "it" if len(left_out) == 1 else "them"
             message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
@@ -479,7 +457,6 @@ def inspect_images(
         sides=decoded.sides[used],
         left_out=left_out,
         animated=decoded.animated,
-        neighbours=decoded.neighbours,
     )
 
 
@@ -581,11 +558,11 @@ def _contradictions(
     names: np.ndarray,
     labels: np.ndarray,
     copies: np.ndarray,
-    groups: np.ndarray,
     together: np.ndarray,
     holdout: np.ndarray | None,
+    what: str,
 ) -> dict[str, str]:
-    """Tell, by name, equal images of two classes, of which both can't be right, and copies of the own test split."""
+    """Tell, by name, equal images of two classes, of which both can't be right, and what belongs to the test split."""
     why: dict[str, str] = {}
     for some in _several(copies):
         for i in some if len(np.unique(labels[some])) > 1 else ():
@@ -596,9 +573,7 @@ def _contradictions(
             tested = [i for i in some if holdout[i] and names[i] not in why]
             for i in some if tested else ():
                 if not holdout[i]:
-                    other = next((k for k in tested if groups[k] == groups[i]), None)
-                    what = f"in a group with {names[tested[0]]}" if other is None else f"a copy of {names[other]}"
-                    why.setdefault(names[i], f"{what}, of the test split")
+                    why.setdefault(names[i], f"{what} {names[tested[0]]}, of the test split")
     return dict(sorted(why.items()))
 
 
@@ -676,7 +651,6 @@ class _Decoded(NamedTuple):
     sides: np.ndarray
     faults: dict[str, str]
     animated: tuple[str, ...]
-    neighbours: Sequence[Sequence[str]]
 
 
 class _One(NamedTuple):
@@ -697,7 +671,7 @@ def _decoded_once(
     def read(saved: dict[str, Any]) -> _Decoded:
         copies, groups = (_numbers(saved[name], count) for name in ("copies", "groups"))
         sides = _numbers(saved["sides"], count, 2)
-        return _Decoded(copies, groups, sides, saved["faults"], tuple(saved["animated"]), saved["neighbours"])
+        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]))
 
     return _cached("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
 
@@ -741,34 +715,6 @@ def _decoded(
                 store.add(name, one.pixels)
             if on_progress is not None:
                 on_progress(done + 1, len(names))
-    neighbours: Sequence[Sequence[str]] = ()
     if different:
-        thumbnails = np.stack(different)
-        groups = np.where(copies < 0, -1, near_groups(thumbnails)[copies])
-        neighbours = _neighbours(names, thumbnails[copies])
-    return _Decoded(copies, groups, sides, faults, tuple(animated), neighbours)
-
-
-def _neighbours(names: Sequence[str], thumbnails: np.ndarray) -> list[tuple[str, str]]:
-    """Return pairs of names that follow each other by number and look alike, if far more do than of other pairs.
-
-    Args:
-        names: of N files; those that can't be read look like anything, and are used nowhere.
-        thumbnails: of each, (N, 256), see `grey_thumbnails`.
-    """
-    numbered_names = sorted(
-        (match[1], match[3], int(match[2]), i)
-        for i, name in enumerate(names)
-        if (match := re.fullmatch(r"(.*?)(\d{1,18})(\D*)", name))
-    )
-    pairs = [(a[3], b[3]) for a, b in pairwise(numbered_names) if a[:2] == b[:2]]
-    if not pairs:
-        return []
-    first, second = np.array(pairs).T  # (P,) each
-    alike, by_chance = (
-        (thumbnails[first] * thumbnails[other]).sum(1) >= _LEAST_ALIKE
-        for other in (second, np.roll(second, len(pairs) // 2))
-    )
-    if alike.mean() < _MANY_ALIKE or alike.sum() < _BY_CHANCE * by_chance.sum():
-        return []
-    return [(names[a], names[b]) for a, b in np.array(pairs)[alike]]
+        groups = np.where(copies < 0, -1, near_groups(np.stack(different))[copies])
+    return _Decoded(copies, groups, sides, faults, tuple(animated))

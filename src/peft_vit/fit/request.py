@@ -46,7 +46,6 @@ from peft_vit.runs.executors import ExecutorName
 if TYPE_CHECKING:
     from peft_vit.core.tasks import DecidingMetric
     from peft_vit.data import Images
-    from peft_vit.data.sources.folders import ClassFiles
 
 DEFAULT_OUTPUT = Path("peft-vit-runs")
 DIGITS = "digits"  # as images: those of scikit-learn, unless a file is called so
@@ -74,8 +73,8 @@ IMAGES = (
 )
 TASK = f"What to learn from a table: {TASKS_SAID}. Without it, what its columns look like."
 GROUP = (
-    "Keep together what shows one thing, such as the frames of a video: on one side of every split. A column of the "
-    "table, or folder: images of one subfolder, or a pattern of names whose first group is equal, such as '(.+)_[0-9]+'."
+    "Keep together, on one side of every split, what shows one thing, as frames of a video. A column of the "
+    "table, or folder: images of one subfolder, or a pattern of names, such as '(.+)_[0-9]+': its first group is equal."
 )
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
 HEAD_BLOCKS = (
@@ -121,7 +120,9 @@ class ImagesRequest(Request):
         from peft_vit.data.sources.packaged import digits_folder
 
         folder = digits_folder()
-        return find_images(folder, group=self.group)._replace(taken=f"Using the 1,797 digits that come with scikit-learn, in {folder}.")
+        return find_images(folder, group=self.group)._replace(
+            taken=f"Using the 1,797 digits that come with scikit-learn, in {folder}."
+        )
 
     # How a fit differs between the two, see `fit.Fit`.
     fit_file: ClassVar[str]  # of its folder, in which it goes on
@@ -544,11 +545,16 @@ def check_images(request: FitRequest) -> None:
         if request.metric != "auto":
             files.task.metric(request.metric)
         if request.test_images is not None and request.test_images + len(names) > len(labels):
-            message = f"{request.test_images:,} are too many: there are {len(labels):,} images, and others have to train"
+            message = (
+                f"{request.test_images:,} are too many: there are {len(labels):,} images, and others have to train"
+            )
             raise UserError(f"{message}; ask for fewer, or add images", field="test_images")
         if request.shots is not None:
-            files.task.need_one_class("shots_per_class")
             counts = files.task.counts(labels, len(names))
             if request.shots >= counts.min():
-                message = f"{request.shots:,} are too many: class '{names[counts.argmin()]}' has {counts.min():,} images"
-                raise UserError(f"{message}, and some have to test; ask for fewer, or add images", field="shots_per_class")
+                message = (
+                    f"{request.shots:,} are too many: class '{names[counts.argmin()]}' has {counts.min():,} images"
+                )
+                raise UserError(
+                    f"{message}, and some have to test; ask for fewer, or add images", field="shots_per_class"
+                )

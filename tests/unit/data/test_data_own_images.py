@@ -187,10 +187,10 @@ def half(root):
     ("make", "said"),
     [
         (flat, r"holds 12 images and no class folders; make one folder for each class, .* or list them in images\.csv"),
-        (two_splits, r"holds 12 images and no class folders beside each other \(images lie in test/кот, val/кот"),
+        (two_splits, r"holds 12 images and no class folders; make one"),
         (flat_splits, "holds 12 images and no class folders"),
         (lambda root: None, r"holds no image \(\.png "),
-        (broken_table, r"images\.csv:3: label: a\.png is 'b' here and 'a' before"),
+        (broken_table, r"images\.csv:3: label: a\.png is 'b' in train here and 'a' in train before"),
         (no_table, r"images\.parquet: is not a readable Parquet file"),
         (half, r"5 of 8 images can't be used; repair or replace them, or choose another folder$"),
     ],
@@ -199,6 +199,54 @@ def test_what_can_not_be_meant_is_one_line_with_a_hint(tmp_path, make, said):
     with pytest.raises(UserError, match=said) as caught:
         inspect_images(make(tmp_path) or tmp_path, least=1)
     assert caught.value.details.count("is not an image of a known format") == (5 if make is half else 0)
+
+
+# --- what stays together ----------------------------------------------------------------------------------------------
+
+
+def clips(root, pattern="{}/clip{}_{:02}.png"):
+    """Write 6 clips of 5 frames of two classes, frames that differ by noise which no copy has."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for clip in range(12):
+        for frame in range(5):
+            noise = rng.normal(0, 12, (48, 48, 3))
+            name = pattern.format("ab"[clip % 2], clip, frame)
+            save(root / name, np.clip(textured(clip) + noise, 0, 255).astype(np.uint8))
+            rows.append((name, "ab"[clip % 2], f"clip {clip}"))
+    pd.DataFrame(rows, columns=["filename", "Class", "clip"]).to_csv(root / "all.tsv", sep="\t", index=False)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("group", "place", "pattern"),
+    [("(.+)_", "", "{}/clip{}_{:02}.png"), ("folder", "", "{}/{}/{:02}.png"), ("clip", "all.tsv", "{}/{} {}.png")],
+)
+def test_a_group_is_on_one_side_of_every_split(tmp_path, group, place, pattern):
+    root = clips(tmp_path, pattern)
+    seen = inspect_images(find_images(root / place, group=group), least=1)
+    assert "12 groups; each is on one side of every split" in seen.lines()
+    file = tmp_path / "images.json"
+    file.write_text(json.dumps(images_file(seen)))
+    config = DataConfig(
+        dataset=seen.images.dataset, path=str(root / place), images_file=str(file), image_size=14, validation_images=0,
+        folds=5,
+    )  # fmt: skip
+    index = open_index(config)
+    clip = index.labels + 2 * (np.arange(60) // 10 if place else np.arange(60) % 30 // 5)
+    tested = index.official_test
+    assert set(index.labels[tested]) == {0, 1}
+    for rows in (np.flatnonzero(tested), *make_splits(index, config, 0).parts[::2]):
+        assert np.unique(clip[rows], return_counts=True)[1].tolist() == [5] * (len(rows) // 5)
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [("folder", r": class 'a' has 1 group that"), (".+_", "--group: '.+_' is no"), ("(", "is no col")],
+)
+def test_a_group_that_can_not_be_meant(tmp_path, group, said):
+    with pytest.raises(UserError, match=said):
+        inspect_images(find_images(clips(tmp_path), group=group), least=1)
 
 
 # --- what is left out -------------------------------------------------------------------------------------------------

@@ -97,10 +97,16 @@ CASES = {
         (row("x" * 300 + ".png,x"), r"can't be read \(File name too long"),
         (lambda f: os.mkfifo(f / "p.png") or row("p.png,x")(f), r"p\.png: can't be read \(a pipe"),
         (row(f"./{IMAGE},cat\ntrain/class_0/003.png,dog"), r"images\.csv:3: train/.* occurs twice; the first row is"),
-        (row(f"./{IMAGE},cat,test", "path,label,split", f"{IMAGE},cat,train"), r"csv:3: split: .* is of test here and of"),
+        (
+            row(f"./{IMAGE},cat,test", "path,label,split", f"{IMAGE},cat,train"),
+            r"csv:3: label: .* is 'cat' in test here and 'cat' in train",
+        ),
         (row(",dog"), r"csv:3: expected a path and a label, one value a column; 1 of 2 rows can't be used"),
-        *((row(f"{p}b.png,x", first=f"{p}a.png,y"), r"csv: path: none of 2 paths exists, such") for p in ("C:\\", "https://")),
-        (row(f"./{IMAGE},x"), r"images\.csv:3: label: .* is 'x' here and 'cat' before"),
+        *(
+            (row(f"{p}b.png,x", first=f"{p}a.png,y"), r"csv: path: none of 2 paths exists, such")
+            for p in ("C:\\", "https://")
+        ),
+        (row(f"./{IMAGE},x"), r"csv:3: label: .* is 'x' in train here and 'cat' in train"),
         *((row(f"train/class_0/003.png{end}"), r"csv:3: expected a path and a label") for end in ("", ",", ",x,y")),
         (row('train/class_0/003.png,"x'), r"images\.csv:3: is not a valid CSV"),
         (row("", "picture,label"), r"images\.csv:1: has the columns picture, label; expected path, label"),
@@ -108,7 +114,10 @@ CASES = {
         (text("images.csv", "path, Path,label\n"), r"images\.csv:1: has the columns path, Path, label"),
         (text("images.csv", "path,label\n"), r"images\.csv: names no image"),
         (text("images.csv", "\n"), r"images\.csv:1: has the columns"),
-        (row("train/class_0/003.png,x,dev", "path,label,split", f"{IMAGE},cat,train"), r"split: expected train, val or"),
+        (
+            row("train/class_0/003.png,x,dev", "path,label,split", f"{IMAGE},cat,train"),
+            r"split: expected train, val or",
+        ),
         (row("train/class_0/003.png,cat"), r"data\.path: holds 1 classes \(cat\)"),
         (lambda f: f, r"data\.path: is not a file"),
         (named(IMAGE), r"000\.png: is not UTF-8 text"),

@@ -46,8 +46,8 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 )
 _TESTED = ("test", "val")  # the first that is there is the test split
 _OTHER_NAMES = {  # of columns
-    "path": ("filename", "file_name", "filepath", "file_path", "file", "image", "image_path"),
-    "label": ("class", "class_name", "category"),
+    "path": ("filename", "file_name", "filepath", "file", "image"),
+    "label": ("class", "category"),
 }
 
 
@@ -188,15 +188,13 @@ def find_images(path: Path, task: TaskName | None = None, group: str | None = No
 
 
 def _together(names: Sequence[str], group: str) -> dict[str, str]:
-    if group == "folder":
-        return {name: str(PurePosixPath(name).parent) for name in names}
     with suppress(re.error):
-        pattern = re.compile(group)
+        pattern = re.compile("(.*)/" if group == "folder" else group)
         matches = {name: match[1] for name in names if pattern.groups and (match := pattern.search(name))}
         if matches:
             return {name: matches.get(name) or name for name in names}
-    message = f"{group!r} is no column, and as a pattern it has no group, or matches none of the names, such as {names[0]}"
-    raise UserError(f"{message}; give a column of your table, folder, or a pattern as in '(.+)_[0-9]+'", field="--group")
+    message = f"{group!r} is no column, and as a pattern has no group, or matches none, such as {names[0]}"
+    raise UserError(f"{message}; give a column, folder, or a pattern as in '(.+)_[0-9]+'", field="--group")
 
 
 def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
@@ -298,8 +296,6 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     if not images:
         raise UserError(_NO_IMAGE, file=path, field="data.path")
     where = f"one class alone, '{min(classes).name}'" if len(classes) == 1 else "no class folders"
-    if len(classes) > 1:
-        where += f" beside each other (images lie in {_shown(map(str, classes))})"
     raise UserError(
         f"holds {images} images and {where}; make one folder for each class, at least two, or list them in "
         "images.csv with the columns path,label",
@@ -326,7 +322,10 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
     together: dict[str, str] = {}
     unused: dict[str, str] = {}  # why, by row
     for where, row in rows:
-        name, split = _path_here(root, row["path"]), _split(row.get("split") or "train")
+        typed, split = row["path"], _split(row.get("split") or "train")
+        if not os.path.exists(root / typed):  # it may have been written on Windows
+            typed = typed.replace("\\", "/")
+        name = PurePosixPath(typed).as_posix()
         label = "|".join(row[column] for column in columns)
         if split is None:
             raise UserError(f"expected train, val or test, got {row['split']!r}", file=where, field="split")
@@ -335,17 +334,13 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
             raise UserError(fault, file=where)
         if fault:
             unused[where] = fault
-        elif labels.setdefault(name, label) != label:
-            message = f"{name} is '{label}' here and '{labels[name]}' before; an image has one label, keep one"
-            raise UserError(message, file=where, field="label")
-        elif name not in splits:
-            splits[name] = split
-            together[name] = row.get(group or "") or name
-        elif splits[name] == split:
+        elif name not in labels:
+            labels[name], splits[name], together[name] = label, split, row.get(group or "") or name
+        elif (labels[name], splits[name]) == (label, split):
             unused[where] = f"{name} occurs twice; the first row is used"
         else:
-            message = f"{name} is of {split} here and of {splits[name]} before; keep one"
-            raise UserError(message, file=where, field="split")
+            message = f"{name} is '{label}' in {split} here and '{labels[name]}' in {splits[name]} before; keep one"
+            raise UserError(message, file=where, field="label")
     if 2 * len(unused) >= len(rows):
         where, fault = next(iter(unused.items()))
         raise UserError(f"{fault}; {len(unused):,} of {len(rows):,} rows can't be used", file=where)
@@ -370,12 +365,6 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
     of_column = together if group in rows[0][1] else None
     return Images("csv", path, tree, files.without(left_out), left_out, together=of_column)
-
-
-def _path_here(root: Path, path: str) -> str:
-    """Return a path with this system's separators, if it was written with those of Windows."""
-    is_foreign = "\\" in path and not os.path.exists(root / path)
-    return PurePosixPath(path.replace("\\", "/") if is_foreign else path).as_posix()
 
 
 def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Task:

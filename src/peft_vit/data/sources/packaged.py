@@ -20,7 +20,16 @@ from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular
 from peft_vit.base.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
 from peft_vit.core.config import IMAGE_SIZES, DataConfig
-from peft_vit.data.files import FETCH_AGAIN, decode_text, downloaded, existing, hashes, new_in_cache, open_tree, unpacked
+from peft_vit.data.files import (
+    FETCH_AGAIN,
+    decode_text,
+    downloaded,
+    existing,
+    hashes,
+    new_in_cache,
+    open_tree,
+    unpacked,
+)
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.pixels import decode_image
 
