@@ -114,8 +114,8 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
     train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
-    them may be written in capitals, and as training/ and testing/. An image is of the class of its highest folder there,
-    however deep it lies. Links to folders that are read elsewhere are reported.
+    them may be written in capitals, and as training/ and testing/. An image is of the class of its highest folder
+    there, however deep it lies. Links to folders that are read elsewhere are reported.
 
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
     which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
