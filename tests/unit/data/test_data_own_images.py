@@ -242,7 +242,7 @@ def test_a_group_is_on_one_side_of_every_split(tmp_path, group, place, pattern):
 
 @pytest.mark.parametrize(
     ("group", "said"),
-    [("folder", r": class 'a' has 1 group that"), (".+_", "--group: '.+_' is no"), ("(", "is no col")],
+    [("folder", r": class 'a' has 1 group that"), (".+_", "--group: '.+_' is no"), ("(", "is not a col")],
 )
 def test_a_group_that_can_not_be_meant(tmp_path, group, said):
     with pytest.raises(UserError, match=said):

@@ -16,7 +16,7 @@ from peft_vit.fit.request import TrainRequest, check_images
         ({"test_images": 11}, "--test-images", "11 are too many: there are 12 images"),
         ({"output": "x" * 300}, None, "can't be a folder (File name too long); choose another --output"),
         ({"images": "nowhere"}, None, "does not exist"),
-        ({"group": "(x)"}, "--group", "'(x)' is no column"),
+        ({"group": "(x)"}, "--group", "'(x)' is not a column"),
     ],
 )
 def test_refused_before_an_image_is_opened(tmp_path, asked, field, message):

@@ -193,7 +193,7 @@ def _together(names: Sequence[str], group: str) -> dict[str, str]:
         matches = {name: match[1] for name in names if pattern.groups and (match := pattern.search(name))}
         if matches:
             return {name: matches.get(name) or name for name in names}
-    message = f"{group!r} is no column, and as a pattern has no group, or matches none, such as {names[0]}"
+    message = f"{group!r} is not a column, and as a pattern has no group, or matches none, such as {names[0]}"
     raise UserError(f"{message}; give a column, folder, or a pattern as in '(.+)_[0-9]+'", field="--group")
 
 
