@@ -275,6 +275,7 @@ def tune(
     labels: Sequence[Any] | None = None,
     margin: float = 1.0,
     task: TaskName | None = None,
+    group: str | None = None,
     metric: MetricOfTask = "auto",
     max_bytes: str | int | None = None,
     max_adapter_bytes: str | int | None = None,
@@ -306,6 +307,7 @@ def tune(
         margin: what a smaller model may lose compared with the best one found: points of the metric; of errors of
             numbers percent of the numbers' standard deviation.
         task: classification, multilabel or regression; None: what the columns of a table look like.
+        group: a column, folder, or a pattern of names: images that are equal in it stay on one side of every split.
         metric: what decides; auto: the metric of the task, of classes by how uneven they are.
         max_bytes: the largest that the model's file may be, such as "16MB".
         max_adapter_bytes: the most that the updates of all layers may take in a file, such as "8kB".
@@ -341,11 +343,12 @@ def tune(
     require_extra("tune", "tune")
     from peft_vit.data.sources.in_memory import held_folder
     from peft_vit.fit import events
-    from peft_vit.fit.request import TuneRequest
+    from peft_vit.fit.request import TuneRequest, check_images
     from peft_vit.fit.tune import tune as find
 
     with named_as_parameters(TuneRequest, held_folder()):
         request = _asked(TuneRequest, given)
+        check_images(request)
         choice = find(request, events.telling(tell) if tell else events.print_event)
     return TrainedModel(request.output, choice)
 
@@ -357,6 +360,7 @@ def train(
     *,
     labels: Sequence[Any] | None = None,
     task: TaskName | None = None,
+    group: str | None = None,
     shots: int | None = None,
     test_images: int | None = None,
     model: str = DEFAULT_MODEL,
@@ -400,6 +404,7 @@ def train(
         method: linear, lora, adalora, qa_lora, ...: all are listed in docs/explanation/methods.md.
         labels: one for each image, if these are not files and hold none.
         task: classification, multilabel or regression; None: what the columns of a table look like.
+        group: a column, folder, or a pattern of names: images that are equal in it stay on one side of every split.
         shots: training images per class; None: all that remain.
         test_images: how many images test; None: a fifth, at most 2,000, or the folder's own test split, and of these
             as many, drawn at random, as a sixth of the minutes reads.
@@ -444,11 +449,12 @@ def train(
     """
     given = locals()
     from peft_vit.data.sources.in_memory import held_folder
-    from peft_vit.fit.request import TrainRequest
+    from peft_vit.fit.request import TrainRequest, check_images
 
     with named_as_parameters(TrainRequest, held_folder()):
         request = _asked(TrainRequest, given)
-        print(f"Reading the images in {request.images}.", flush=True)  # before torch is loaded, which takes seconds
+        print(f"Reading the images in {request.images}.", flush=True)
+        check_images(request)  # before torch is loaded, which takes seconds
         from peft_vit.fit.train import train as fit_one
 
         run = fit_one(request)

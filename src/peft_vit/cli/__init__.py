@@ -28,6 +28,7 @@ _RENAMED = {
     "--max-latency-ms": "it is --max-latency now, as in 50ms",
     "--max-seconds": "it is --max-step-time now, as in 200ms",
     "--batch": "it is --batch-size now",
+    "--resume": "the same command continues where it was stopped",
 }
 
 

@@ -20,7 +20,7 @@ from peft_vit.base.errors import NothingDoneError, UserError
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import INTERRUPTED, OVERWRITE, ROWS_FILE, app, command
 from peft_vit.core.config import Number, Size, Time
-from peft_vit.fit.request import DEFAULT_OUTPUT, TrainRequest, TuneRequest
+from peft_vit.fit.request import DEFAULT_OUTPUT, TrainRequest, TuneRequest, check_images
 from peft_vit.lab.request import RunRequest, StudiesRequest
 
 if TYPE_CHECKING:
@@ -203,7 +203,8 @@ def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent],
 
     try:
         with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
-            shown.say(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
+            shown.say(f"Reading the images in {request.images}.")
+            check_images(request)  # before torch is loaded, which takes seconds
             yield emit
     except KeyboardInterrupt:
         if "step" not in advanced:

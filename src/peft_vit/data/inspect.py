@@ -41,12 +41,13 @@ from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
-from peft_vit.base.statistics.drawing import stratified_sample
+from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
 from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
+from peft_vit.core.training import fewest_groups
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
-from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names
+from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
     REMEDY,
@@ -241,6 +242,7 @@ _LEAST, _LEAST_BESIDE_HOLDOUT = 10, 8  # different images of a class, for traini
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 _LISTED = 30  # files, a line each
+_LEAST_GROUPS = 3  # of a class, where images are to stay together: one tests
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,7 @@ class Inspection:
         labels: class of each, (N,) int64, or as the images' task says.
         copies: equal numbers for exact copies, (N,) int64.
         groups: equal numbers for exact and near copies, (N,) int64.
+        together: likewise for what stays on one side of every split: these, and what was said to.
         holdout: the folder's own test split, (N,) bool; None if it has none.
         sides: shorter and longer side of each, pixels, (N, 2) int64.
         left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
@@ -267,6 +270,7 @@ class Inspection:
     labels: np.ndarray
     copies: np.ndarray
     groups: np.ndarray
+    together: np.ndarray
     holdout: np.ndarray | None
     sides: np.ndarray
     left_out: Mapping[str, str]
@@ -340,6 +344,12 @@ class Inspection:
             yield f"{_files_are(self.left_out)} left out: {', '.join(reasons[:_NAMED])}{more}"
 
     def _of_repeated(self) -> Iterator[str]:
+        written = {name.casefold(): name for name in self.class_names}
+        for name in self.class_names:
+            if (other := written[name.casefold()]) != name:
+                yield f"classes '{name}' and '{other}' differ in capitals alone; if they are one, give it one name"
+        if self.images.together is not None:
+            yield f"{len(np.unique(self.together)):,} groups; each is on one side of every split"
         if self.animated:
             yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is used"
         every = np.arange(len(self.names))
@@ -415,7 +425,9 @@ def inspect_images(
         decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
         copies, groups = decoded.copies, decoded.groups
         left_out = dict(images.left_out) | decoded.faults
-        left_out |= _contradictions(names, task.label_ids(labels), copies, groups, holdout)
+        together = groups if images.together is None else _linked(groups, [images.together[name] for name in names])
+        what = "a copy of" if images.together is None else "in a group with"
+        left_out |= _contradictions(names, task.label_ids(labels), copies, together, holdout, what)
         if strict and left_out:
             them = "it" if len(left_out) == 1 else "them"
             message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
@@ -428,7 +440,10 @@ def inspect_images(
             raise UserError(message, details="\n".join(_listed(faults)))
         used = np.array([name not in left_out for name in names], dtype=bool)
         labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
+        together = together[used]
         refuse_few(labels, groups, holdout)
+        if images.together is not None:
+            _refuse_few(task, class_names, _LEAST_GROUPS, labels, together, holdout, "group")
     return Inspection(
         images=images,
         class_names=class_names,
@@ -436,11 +451,22 @@ def inspect_images(
         labels=labels,
         copies=copies[used],
         groups=groups,
+        together=together,
         holdout=holdout,
         sides=decoded.sides[used],
         left_out=left_out,
         animated=decoded.animated,
     )
+
+
+def _linked(groups: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    """Return equal numbers for images that a chain of equal groups and keys links, (N,); of group -1 is -1."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    known, key = np.flatnonzero(groups >= 0), numbered(keys)[1] + groups.max() + 1
+    links = coo_array((np.ones(len(known), dtype=bool), (groups[known], key[known])), shape=2 * (key.max() + 1,))
+    return np.where(groups < 0, -1, connected_components(links, directed=False)[1][groups])
 
 
 def images_file(
@@ -449,7 +475,7 @@ def images_file(
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is set aside for the test.
 
     The test set is the folder's own test split, or else a fifth of the different images, at most 2,000, each class with
-    its own, by `seed`: of a group of copies one, whose others are left out.
+    its own, by `seed`: of a group of copies one, whose others are left out. Of what stays together all are tested.
 
     Args:
         inspection: the folder.
@@ -476,18 +502,23 @@ def images_file(
         if count + len(inspection.class_names) > len(first):
             reason = f"{count} test images are too many: there are {len(first)} different images"
             raise UserError(f"{reason}; ask for fewer, or add images", file=inspection.path)
-        drawn = _drawn(inspection, np.sort(first), count, numpy_generator(seed, "sealed"), earlier)
-        holdout = np.isin(np.arange(len(names)), drawn)
-        of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
-        for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
-            left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, a test image"
+        if inspection.images.together is not None:
+            strata = inspection.task.strata(inspection.labels)
+            parts = min(max(2, round(len(first) / count)), fewest_groups(strata, inspection.together))
+            holdout = assign_folds(strata, inspection.together, parts, numpy_generator(seed, "sealed")) == 0
+        else:
+            drawn = _drawn(inspection, np.sort(first), count, numpy_generator(seed, "sealed"), earlier)
+            holdout = np.isin(np.arange(len(names)), drawn)
+            of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
+            for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
+                left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, a test image"
     used = np.array([name not in left_out for name in inspection.names], dtype=bool)
     hashed = inspection.images.tree.hashed(names[used].tolist())
     content = ImagesFile(
         sha256=hashed.sha256,
         digests={name: hashed.each[name][:DIGEST_LETTERS] for name in names[used]},
         left_out=left_out,
-        copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
+        copies=tuple(tuple(names[used][some]) for some in _several(inspection.together[used])),
         sealed=tuple(names[holdout].tolist()),
     )
     return content.model_dump(mode="json")
@@ -525,8 +556,9 @@ def _refuse_few(
     labels: np.ndarray,
     groups: np.ndarray,
     holdout: np.ndarray | None,
+    what: str = "different image",
 ) -> None:
-    """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
+    """Raise UserError if a class has too few different images or groups, beside an own test split, or none in that."""
     chosen_on = np.ones(len(labels), dtype=bool) if holdout is None else ~holdout
     members = partial(task.members, labels)
     counts = np.array([len(np.unique(groups[chosen_on & members(k)])) for k in range(len(class_names))])
@@ -535,9 +567,9 @@ def _refuse_few(
         few = np.count_nonzero(counts < least) - 1
         more = f"; {few} more class{'es have' if few > 1 else ' has'} too few" if few else ""
         beside = "" if holdout is None else " beside the test split"
-        if np.count_nonzero(members(scarce)[chosen_on]) > counts[scarce]:
+        if what != "group" and np.count_nonzero(members(scarce)[chosen_on]) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
-        images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
+        images = f"{counts[scarce]} {what}{'' if counts[scarce] == 1 else 's'}"
         raise UserError(
             f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
             f"needs {least}{more}; add images, or remove the class"
@@ -548,20 +580,25 @@ def _refuse_few(
 
 
 def _contradictions(
-    names: np.ndarray, labels: np.ndarray, copies: np.ndarray, groups: np.ndarray, holdout: np.ndarray | None
+    names: np.ndarray,
+    labels: np.ndarray,
+    copies: np.ndarray,
+    together: np.ndarray,
+    holdout: np.ndarray | None,
+    what: str,
 ) -> dict[str, str]:
-    """Tell, by name, equal images of two classes, of which both can't be right, and copies of the own test split."""
+    """Tell, by name, equal images of two classes, of which both can't be right, and what belongs to the test split."""
     why: dict[str, str] = {}
     for some in _several(copies):
         for i in some if len(np.unique(labels[some])) > 1 else ():
             other = next(k for k in some if labels[k] != labels[i])
             why[names[i]] = f"equal to {names[other]}, of another class"
     if holdout is not None:
-        for some in _several(groups):
+        for some in _several(together):
             tested = [i for i in some if holdout[i] and names[i] not in why]
             for i in some if tested else ():
                 if not holdout[i]:
-                    why.setdefault(names[i], f"a copy of {names[tested[0]]}, of the test split")
+                    why.setdefault(names[i], f"{what} {names[tested[0]]}, of the test split")
     return dict(sorted(why.items()))
 
 

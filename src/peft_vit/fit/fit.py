@@ -310,7 +310,7 @@ class Fit:
     def num_validation(self) -> int:
         """Return how many images validate the last training; 0: folds of all of them tell how good it is."""
         request, images = self.request, self.images
-        if not request.validates:
+        if not request.validates or (request.group is not None and not request.smoke):
             return 0
         fifth = max(len(images.index.class_names), min(images.num_dev // 5, _MOST_VALIDATION))
         return fifth if fifth >= FEWEST_VALIDATION or request.shots is not None or request.smoke else 0

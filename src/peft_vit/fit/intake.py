@@ -191,7 +191,7 @@ def take_in(
         on_progress: gets how many images were read, and of how many.
 
     Raises:
-        UserError: see `inspect_images`; and before that, if the metric is of another task.
+        UserError: see `inspect_images`.
     """
     asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]

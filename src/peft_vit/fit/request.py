@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
+from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.settings import OnlyWith, Option, Request, refuse
 from peft_vit.core.config import (
     DEFAULT_MODEL,
@@ -38,14 +42,17 @@ from peft_vit.core.config import (
     WrittenSize,
     bytes_of,
     micro_batch_fault,
+    named_as_typed,
     several,
 )
 from peft_vit.runs.executors import ExecutorName
 
 if TYPE_CHECKING:
     from peft_vit.core.tasks import DecidingMetric
+    from peft_vit.data import Images
 
 DEFAULT_OUTPUT = Path("peft-vit-runs")
+DIGITS = "digits"  # as images: those of scikit-learn, unless a file is called so
 TUNE_FILE = "tune.json"
 SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
 
@@ -69,6 +76,10 @@ IMAGES = (
     "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers."
 )
 TASK = f"What to learn from a table: {TASKS_SAID}. Without it, what its columns look like."
+GROUP = (
+    "Keep together, on one side of every split, what shows one thing, as frames of a video. A column of the "
+    "table, or folder: images of one subfolder, or a pattern of names, such as '(.+)_[0-9]+': its first group is equal."
+)
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
 HEAD_BLOCKS = (
     "Let the head read the class tokens of so many of the last blocks. Without it, of 4 where a linear probe on these "
@@ -100,6 +111,9 @@ class ImagesRequest(Request):
 
     images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
     task: TaskName | None = Field(default=None, description=TASK)
+    group: Annotated[
+        str | None, OnlyWith(shots=None, remedy="leave one of the two out: groups are validated in folds")
+    ] = Field(default=None, description=GROUP)
     weights: WrittenWeights = Field(default=None, description=AUTO_WEIGHTS)
     head_blocks: Annotated[HeadBlocks | None, Option(typed=int, metavar="1|4", keys=("head_blocks",))] = Field(
         default=None, description=HEAD_BLOCKS
@@ -111,6 +125,20 @@ class ImagesRequest(Request):
     compute: ComputeSetting = Field(default="auto", description=COMPUTE)
     device: Device = Field(default="auto", description=DEVICE)
     threads: int | None = Field(default=None, ge=1, description=THREADS)
+
+    @cached_property
+    def found(self) -> Images:
+        """Return the images, of which none is opened yet; see `find_images`."""
+        from peft_vit.data import existing, find_images
+
+        if str(self.images) != DIGITS or self.images.exists():
+            return find_images(existing(str(self.images)), self.task, self.group)
+        from peft_vit.data.sources.packaged import digits_folder
+
+        folder = digits_folder()
+        return find_images(folder, group=self.group)._replace(
+            taken=f"Using the 1,797 digits that come with scikit-learn, in {folder}."
+        )
 
     # How a fit differs between the two, see `fit.Fit`.
     fit_file: ClassVar[str]  # of its folder, in which it goes on
@@ -520,3 +548,33 @@ class TuneRequest(ImagesRequest):
 
 
 FitRequest = TrainRequest | TuneRequest  # what makes a model from somebody's images
+
+
+def check_images(request: FitRequest) -> None:
+    """Check what is asked for with the names and labels of the images, before torch is loaded and an image is opened.
+
+    Raises:
+        UserError: see `find_images`; and for a metric of another task, more images than there are of a class, or an
+            output that can't be a folder.
+    """
+    with os_fault("can't be a folder", request.output, remedy="choose another --output"), suppress(FileNotFoundError):
+        os.listdir(request.output)
+    with named_as_typed(type(request)):
+        files = request.found.files
+        names, labels = files.read()
+        if request.metric != "auto":
+            files.task.metric(request.metric)
+        if request.test_images is not None and request.test_images + len(names) > len(labels):
+            message = (
+                f"{request.test_images:,} are too many: there are {len(labels):,} images, and others have to train"
+            )
+            raise UserError(f"{message}; ask for fewer, or add images", field="test_images")
+        if request.shots is not None:
+            counts = files.task.counts(labels, len(names))
+            if request.shots >= counts.min():
+                message = (
+                    f"{request.shots:,} are too many: class '{names[counts.argmin()]}' has {counts.min():,} images"
+                )
+                raise UserError(
+                    f"{message}, and some have to test; ask for fewer, or add images", field="shots_per_class"
+                )

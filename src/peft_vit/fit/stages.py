@@ -45,7 +45,6 @@ from peft_vit.core.backbones import architecture_of, supports_head_blocks
 from peft_vit.core.config import Flips, HeadBlocks, QuantizationType, study_from_mapping, type_of_bits
 from peft_vit.core.methods import METHODS
 from peft_vit.core.tasks import expected_gain
-from peft_vit.data import existing, find_images
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.costs import LEAST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import (
@@ -80,7 +79,7 @@ def look(fit: Fit) -> None:
         UserError: see `inspect_images`.
     """
     request = fit.request
-    found = find_images(existing(str(request.images)), request.task)
+    found = request.found
     pixels = fit.opened.enter_context(pixel_store(request, found))
     images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
     if images.inspection.images.taken:

@@ -58,8 +58,12 @@ def deeper(root):
 
 
 def at_two_depths(root):
-    fill(root / "cat", 3, ("",))
-    fill(root / "more")
+    fill(root)
+    (root / "кот" / "2023" / "may").mkdir(parents=True)
+    os.rename(root / "кот" / "bild 0.png", root / "кот" / "2023" / "may" / "bild 0.png")
+    (root / "hund mit hut").rename(root / "2024")
+    (root / "hund mit hut").mkdir()
+    (root / "2024").rename(root / "hund mit hut" / "2024")
 
 
 def zipped(root):
@@ -114,7 +118,7 @@ def parquet(root):
 
 FOUND = {
     deeper: "Using the images in {root}/dataset, where the class folders are.",
-    at_two_depths: "Using the images in {root}/more, where the class folders are.",
+    at_two_depths: None,
     zipped: "Using the images in {root}/packed.zip/icons/deep, where the class folders are.",
     split_deeper: "Using the images in {root}/set, where the class folders are.",
     only_train: "Using the images in {root}/train, where the class folders are.",
@@ -132,8 +136,7 @@ def test_images_are_found_as_people_have_them_and_a_study_finds_them_again(tmp_p
     seen = inspect_images(images, least=1)
     assert seen.class_names == ("hund mit hut", "кот")
     of_test = 2 if make is split_deeper else 0
-    outside = {"../cat/": "its images (3) lie outside more, where class folders are"}
-    assert images.left_out == (outside if make is at_two_depths else {})
+    assert images.left_out == {}
     assert len(seen.names) == 12  # of split_deeper the 2 test images are copies of 2 that train, which are left out
     assert len(seen.left_out) == of_test + len(images.left_out)
     file = tmp_path / "images.json"
@@ -149,16 +152,6 @@ def test_images_are_found_as_people_have_them_and_a_study_finds_them_again(tmp_p
     assert (len(data.test), len(data.train), data.left_out) == (2, 8, index.left_out)
 
 
-def several(root):
-    for month in ("march", "april"):
-        fill(root / month)
-
-
-def never_two_beside_each_other(root):
-    fill(root / "cat", 6, ("",))
-    fill(root / "more", 6, ("dog",))
-
-
 def flat(root):
     fill(root / "all")
     for file in sorted((root / "all").rglob("*.*")):
@@ -168,6 +161,10 @@ def flat(root):
 
 def flat_splits(root):
     fill(root, classes=("train", "test"))
+
+
+def two_splits(root):
+    fill(root, classes=("test/кот", "val/кот"))
 
 
 def broken_table(root):
@@ -189,12 +186,11 @@ def half(root):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (several, r"data\.path: holds class folders in 2 folders \(april, march\); name one of them$"),
         (flat, r"holds 12 images and no class folders; make one folder for each class, .* or list them in images\.csv"),
-        (never_two_beside_each_other, r"holds 12 images and no class folders beside each other \(images lie in cat"),
+        (two_splits, r"holds 12 images and no class folders; make one"),
         (flat_splits, "holds 12 images and no class folders"),
         (lambda root: None, r"holds no image \(\.png "),
-        (broken_table, r"images\.csv:3: label: a\.png is 'b' here and 'a' before"),
+        (broken_table, r"images\.csv:3: label: a\.png is 'b' in train here and 'a' in train before"),
         (no_table, r"images\.parquet: is not a readable Parquet file"),
         (half, r"5 of 8 images can't be used; repair or replace them, or choose another folder$"),
     ],
@@ -203,6 +199,54 @@ def test_what_can_not_be_meant_is_one_line_with_a_hint(tmp_path, make, said):
     with pytest.raises(UserError, match=said) as caught:
         inspect_images(make(tmp_path) or tmp_path, least=1)
     assert caught.value.details.count("is not an image of a known format") == (5 if make is half else 0)
+
+
+# --- what stays together ----------------------------------------------------------------------------------------------
+
+
+def clips(root, pattern="{}/clip{}_{:02}.png"):
+    """Write 6 clips of 5 frames of two classes, frames that differ by noise which no copy has."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for clip in range(12):
+        for frame in range(5):
+            noise = rng.normal(0, 12, (48, 48, 3))
+            name = pattern.format("ab"[clip % 2], clip, frame)
+            save(root / name, np.clip(textured(clip) + noise, 0, 255).astype(np.uint8))
+            rows.append((name, "ab"[clip % 2], f"clip {clip}"))
+    pd.DataFrame(rows, columns=["filename", "Class", "clip"]).to_csv(root / "all.tsv", sep="\t", index=False)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("group", "place", "pattern"),
+    [("(.+)_", "", "{}/clip{}_{:02}.png"), ("folder", "", "{}/{}/{:02}.png"), ("clip", "all.tsv", "{}/{} {}.png")],
+)
+def test_a_group_is_on_one_side_of_every_split(tmp_path, group, place, pattern):
+    root = clips(tmp_path, pattern)
+    seen = inspect_images(find_images(root / place, group=group), least=1)
+    assert "12 groups; each is on one side of every split" in seen.lines()
+    file = tmp_path / "images.json"
+    file.write_text(json.dumps(images_file(seen)))
+    config = DataConfig(
+        dataset=seen.images.dataset, path=str(root / place), images_file=str(file), image_size=14, validation_images=0,
+        folds=5,
+    )  # fmt: skip
+    index = open_index(config)
+    clip = index.labels + 2 * (np.arange(60) // 10 if place else np.arange(60) % 30 // 5)
+    tested = index.official_test
+    assert set(index.labels[tested]) == {0, 1}
+    for rows in (np.flatnonzero(tested), *make_splits(index, config, 0).parts[::2]):
+        assert np.unique(clip[rows], return_counts=True)[1].tolist() == [5] * (len(rows) // 5)
+
+
+@pytest.mark.parametrize(
+    ("group", "said"),
+    [("folder", r": class 'a' has 1 group that"), (".+_", "--group: '.+_' is no"), ("(", "is not a col")],
+)
+def test_a_group_that_can_not_be_meant(tmp_path, group, said):
+    with pytest.raises(UserError, match=said):
+        inspect_images(find_images(clips(tmp_path), group=group), least=1)
 
 
 # --- what is left out -------------------------------------------------------------------------------------------------
@@ -218,7 +262,6 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
         "hund mit hut/zero.webp": b"",
         "hund mit hut/notes.txt": b"x",
         "beside.png": whole,
-        "hund mit hut/more/below.png": whole,
     }.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(content)
@@ -236,12 +279,11 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
         "hund mit hut/notes.txt": "is not an image file",
         "hund mit hut/float.tiff": "has pixels of mode F",
         "beside.png": "is in no class folder",
-        "hund mit hut/more/below.png": "is deeper than the class folders",
     }
     lines = seen.remarks()
-    assert lines[0] == "10 files are left out:"
+    assert lines[0] == "9 files are left out:"
     assert lines[1:] == [f"  {name}: {why}" for name, why in sorted(seen.left_out.items())]
-    with pytest.raises(UserError, match=r"--strict: 10 files are unusable") as caught:
+    with pytest.raises(UserError, match=r"--strict: 9 files are unusable") as caught:
         inspect_images(root, least=1, strict=True)
     assert caught.value.details.splitlines() == lines[1:]
     for i in range(40):
@@ -250,25 +292,22 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
     for i in range(40):
         save(root / f"class {i}" / "whole.png", textured(1000 + i))
         (root / f"class {i}" / "text.txt").write_text("x")
-    assert inspect_images(root, least=1).remarks()[-1] == "  and 21 more"
+    assert inspect_images(root, least=1).remarks()[-1] == "  and 20 more"
 
 
-def test_a_class_without_images_and_links_to_what_is_there_are_told_by_train_and_by_a_study(tmp_path):
+def test_links_to_what_is_there_are_told_by_train_and_by_a_study(tmp_path):
     root = fill(tmp_path / "images")
-    (root / "лес").mkdir()
-    (root / "лес" / ".DS_Store").touch()
     (root / "кот" / "deeper").mkdir()  # says nothing of a class
     (root / "кот" / "all").symlink_to(root / "hund mit hut")
     (root / "katze").symlink_to("кот")
     said = {
         "katze/": "leads to the images of кот/, which are used there",
         "кот/all/": "leads to the images of hund mit hut/, which are used there",
-        "лес/": "is an empty folder, so it is not a class",
     }
     seen = inspect_images(root, least=1)
     assert (len(seen.names), seen.class_names, seen.left_out) == (12, ("hund mit hut", "кот"), said)
-    assert seen.remarks()[0] == "3 items are left out:"
-    with pytest.raises(UserError, match=r"--strict: 3 items are unusable"):
+    assert seen.remarks()[0] == "2 items are left out:"
+    with pytest.raises(UserError, match=r"--strict: 2 items are unusable"):
         inspect_images(root, least=1, strict=True)
     config = DataConfig(
         dataset="image-folder", path=str(root), image_size=14, train_images=None, validation_images=2, test_images=2

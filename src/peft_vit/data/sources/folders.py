@@ -9,8 +9,10 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import compress
@@ -32,14 +34,21 @@ _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _JUNK = ("/thumbs.db", "/desktop.ini")
 _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
-TABLES = (".csv", ".parquet")
+TABLES = (".csv", ".tsv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
 _INCOMPLETE = "expected a path and a label, one value a column"
 _CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
 _NAMED = 5  # folders in a line
 _ROWS_AT_ONCE, _LEAST_BYTES = 256, 10  # of a Parquet file; what a row counts beside its texts
-_TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("val", "valid", "validation"), "val"
+)
+_TESTED = ("test", "val")  # the first that is there is the test split
+_OTHER_NAMES = {  # of columns
+    "path": ("filename", "file_name", "filepath", "file", "image"),
+    "label": ("class", "category"),
+}
 
 
 def _index(
@@ -105,7 +114,8 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
     train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
-    them may be written in capitals. Empty folders, and links to folders that are read elsewhere, are reported.
+    them may be written in capitals, and as training/ and testing/. An image is of the class of its highest folder
+    there, however deep it lies. Links to folders that are read elsewhere are reported.
 
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
     which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
@@ -147,7 +157,7 @@ class Images(NamedTuple):
     """Images with labels as people have them.
 
     `taken` is a line on where they were found, if that is not where they were said to be; `left_out` says of files that
-    are not to be opened, by name, why.
+    are not to be opened, by name, why. Those whose text in `together` is equal stay on one side of every split.
     """
 
     dataset: Literal["image-folder", "csv"]
@@ -156,26 +166,45 @@ class Images(NamedTuple):
     files: ClassFiles
     left_out: dict[str, str]
     taken: str | None = None
+    together: Mapping[str, str] | None = None  # by name
 
 
-def find_images(path: Path, task: TaskName | None = None) -> Images:
+def find_images(path: Path, task: TaskName | None = None, group: str | None = None) -> Images:
     """Find the images of a folder or zip, or of a table of paths and labels, without opening one.
 
-    What is learned of a table's is the given task, or else what its labels look like.
+    What is learned of a table's is the given task, or else what its labels look like. What stays together is said by
+    `group`: a column of the table; "folder", in which an image lies; or a pattern of names, by its first group.
 
     Class folders may lie deeper, links are followed, and what is not an image or has no place in the layout of
     `read_image_folder` is left out. A folder without class folders may hold a table, images.csv or labels.csv.
 
     Raises:
-        UserError: if there are none, or in several places; and for a layout or table that can't be right.
+        UserError: if there are none; and for a class folder without images, and a layout or table that can't be right.
     """
+    images = _found(path, task, group)
+    if group is None or images.together is not None:
+        return images
+    return images._replace(together=_together(list(images.files.classes), group))
+
+
+def _together(names: Sequence[str], group: str) -> dict[str, str]:
+    with suppress(re.error):
+        pattern = re.compile("(.*)/" if group == "folder" else group)
+        matches = {name: match[1] for name in names if pattern.groups and (match := pattern.search(name))}
+        if matches:
+            return {name: matches.get(name) or name for name in names}
+    message = f"{group!r} is not a column, and as a pattern has no group, or matches none, such as {names[0]}"
+    raise UserError(f"{message}; give a column, folder, or a pattern as in '(.+)_[0-9]+'", field="--group")
+
+
+def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
     if path.suffix.lower() in TABLES and path.is_file():
-        return _listed(path, task)
+        return _listed(path, task, group)
     tree = open_tree(path)
     root = _class_root(tree, path)
     if root is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
-        return _listed(table, task)._replace(taken=f"Using the images and labels that {table} lists.")
+        return _listed(table, task, group)._replace(taken=f"Using the images and labels that {table} lists.")
     if task is not None and not TASKS[task].one_class:
         message = (
             f"has a folder for each class, which is not {task}; list the images and their labels in a CSV, or "
@@ -189,8 +218,8 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
         f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
         for folder, count in outside.items()  # none, if the root is ""
     }
-    test = _test_folder(filter(is_image, tree.names))
-    depth = 2 if test is None else 3
+    test = _test_split(filter(is_image, tree.names))
+    at = 0 if test is None else 1  # of the class among a name's folders
     classes: dict[str, str] = {}
     is_test = []
     classes_of: dict[str | None, set[str]] = {}  # by split
@@ -200,26 +229,31 @@ def find_images(path: Path, task: TaskName | None = None) -> Images:
         folders = name.split("/")[:-1]
         if not is_image(name):
             left_out[name] = "is not an image file"
-        elif len(folders) != depth - 1:
-            deeper = len(folders) >= depth
-            left_out[name] = "is deeper than the class folders" if deeper else "is in no class folder"
+        elif len(folders) <= at:
+            left_out[name] = "is in no class folder"
         else:
             if (split := None if test is None else _split(folders[0])) is None and test is not None:
                 message = "is beside train/; expected only train, val or valid, and test"
                 raise UserError(message, file=path / folders[0])
-            classes_of.setdefault(split, set()).add(folders[-1])  # also of what can't be read: it stays a class
+            classes_of.setdefault(split, set()).add(folders[at])  # also of what can't be read: it stays a class
             if fault := tree.fault(name):
                 left_out[name] = fault
             else:
-                classes[name] = folders[-1]
+                classes[name] = folders[at]
                 is_test.append(split == test)
     if not classes:
         raise UserError(_NO_IMAGE, file=path, field="data.path")
-    for name, place in tree.unused.items():
-        if place:
-            left_out[name] = f"leads to the images of {place}, which are used there"
-        elif name.count("/") == depth - 1:
-            left_out[name] = "is an empty folder, so it is not a class"
+    left_out |= {
+        name: f"leads to the images of {place}, which are used there" for name, place in tree.unused.items() if place
+    }
+    every = [*tree.names, *(name for name, place in tree.unused.items() if not place)]
+    holding, folders_there = (
+        {"/".join(name.split("/")[: at + 1]) for name in names if name.count("/") > at}
+        for names in (filter(is_image, tree.names), every)
+    )
+    if empty := folders_there - holding:
+        message = f"has class folders without an image ({_shown(empty)}); add images, or remove them"
+        raise UserError(message, file=path / root, field="data.path")
     for split, names in sorted(classes_of.items()) if test is not None else ():
         if odd := sorted(names ^ classes_of["train"]):
             message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
@@ -241,31 +275,27 @@ def _hashed_as_used(tree: FileTree, images: int, used: list[str]) -> Hashes:
 def _class_root(tree: FileTree, path: Path) -> str | None:
     """Return the folder that class folders lie in, the highest one; None: they are listed in a table beside them.
 
-    It is the one with two folders of images at least, or with train/ and a test split that have such folders.
+    It is the one in which two folders at least hold images, at any depth; or train/, if no other one there has folders.
     """
     classes = {PurePosixPath(name).parent for name in tree.names if is_image(name)} - {PurePosixPath()}
-    inside: dict[PurePosixPath, set[str]] = {}  # of a folder: those in it that hold images
-    for folder in classes:
-        inside.setdefault(folder.parent, set()).add(folder.name)
-    splits = {folder: _split(folder.name) for folder in inside}
-    roots = {folder for folder, names in inside.items() if len(names) > 1 and not all(map(_split, names))}
-    divided = {folder.parent for folder, split in splits.items() if split in _TEST_FOLDERS}
-    roots |= {folder.parent for folder in roots if splits[folder] == "train"} & divided
-    highest = min((len(folder.parts) for folder in roots), default=0)
-    found = sorted(str(folder) for folder in roots if len(folder.parts) == highest)
-    if len(found) == 1:
-        return "" if found[0] == "." else found[0]
-    if found:
-        message = f"holds class folders in {len(found)} folders ({_shown(found)}); name one of them"
-        raise UserError(message, file=path, field="data.path")
+    root = PurePosixPath()
+    while True:
+        below = [folder.relative_to(root).parts for folder in classes if root in folder.parents]
+        inside, deep = {parts[0] for parts in below}, {parts[0] for parts in below if len(parts) > 1}
+        divided = {_split(name) for name in deep} & {"train", *_TESTED}
+        only = deep if [_split(name) for name in deep] == ["train"] else inside
+        if len(only) == 1 and only == deep:
+            root /= only.pop()
+        elif len(inside) > 1 and ("train" in divided or not all(map(_split, inside))):
+            return "" if root == PurePosixPath() else str(root)
+        else:
+            break
     if path.is_dir() and any(name in tree.names for name in _TABLES_BESIDE):
         return None
     images = sum(map(is_image, tree.names))
     if not images:
         raise UserError(_NO_IMAGE, file=path, field="data.path")
     where = f"one class alone, '{min(classes).name}'" if len(classes) == 1 else "no class folders"
-    if len(classes) > 1:
-        where += f" beside each other (images lie in {_shown(map(str, classes))})"
     raise UserError(
         f"holds {images} images and {where}; make one folder for each class, at least two, or list them in "
         "images.csv with the columns path,label",
@@ -279,32 +309,43 @@ def _shown(folders: Iterable[str]) -> str:
     return f"{', '.join(names[:_NAMED])}{' and more' if len(names) > _NAMED else ''}"
 
 
-def _listed(path: Path, task_name: TaskName | None) -> Images:
+def _listed(path: Path, task_name: TaskName | None, group: str | None = None) -> Images:
     """Return the images that a table names, those of which can't be read left out."""
     root = path.parent.resolve()
-    rows = list(_rows(path))
+    rows = list(_rows(path, group))
     if not rows:
         raise UserError("names no image; add rows", file=path)
-    columns = tuple(name for name in rows[0][1] if name not in ("path", "split"))
+    columns = tuple(name for name in rows[0][1] if name not in ("path", "split", group))
     task = TASKS[task_name] if task_name else _task_of(path, columns, [row for _, row in rows])
     labels: dict[str, str] = {}
-    is_test = []
+    splits: dict[str, str] = {}
+    together: dict[str, str] = {}
+    unused: dict[str, str] = {}  # why, by row
     for where, row in rows:
-        name, split = PurePosixPath(row["path"]).as_posix(), row.get("split", "").lower()
-        if fault := task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE:
-            raise UserError(fault, file=where)
+        typed, split = row["path"], _split(row.get("split") or "train")
+        if not os.path.exists(root / typed):  # it may have been written on Windows
+            typed = typed.replace("\\", "/")
+        name = PurePosixPath(typed).as_posix()
         label = "|".join(row[column] for column in columns)
-        if (earlier := labels.get(name)) == label:
-            message = f"{name} occurs twice, it could land in train and test; remove one"
-            raise UserError(message, file=where, field="path")
-        if earlier is not None:
-            message = f"{name} is '{label}' here and '{earlier}' before; an image has one label, keep one"
+        if split is None:
+            raise UserError(f"expected train, val or test, got {row['split']!r}", file=where, field="split")
+        fault = task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE
+        if fault and row["path"] and label.strip("|"):
+            raise UserError(fault, file=where)
+        if fault:
+            unused[where] = fault
+        elif name not in labels:
+            labels[name], splits[name], together[name] = label, split, row.get(group or "") or name
+        elif (labels[name], splits[name]) == (label, split):
+            unused[where] = f"{name} occurs twice; the first row is used"
+        else:
+            message = f"{name} is '{label}' in {split} here and '{labels[name]}' in {splits[name]} before; keep one"
             raise UserError(message, file=where, field="label")
-        if split not in ("", "train", "test"):
-            message = f"expected train or test, got {split!r}; validation images are chosen from train"
-            raise UserError(message, file=where, field="split")
-        labels[name] = label
-        is_test.append(split == "test")
+    if 2 * len(unused) >= len(rows):
+        where, fault = next(iter(unused.items()))
+        raise UserError(f"{fault}; {len(unused):,} of {len(rows):,} rows can't be used", file=where)
+    test = next((split for split in _TESTED if split in splits.values()), None)
+    is_test = [split == test for split in splits.values()]
     places = {name: root / name for name in labels}
     tested = {name for name, is_tested in zip(labels, is_test, strict=True) if is_tested}
     header = "" if columns == _CLASSES else "\0".join(columns) + "\n"
@@ -317,8 +358,13 @@ def _listed(path: Path, task_name: TaskName | None) -> Images:
 
     tree = FileTree(root, tuple(labels), lambda name: read_bytes(places[name]), hashed)
     left_out = {name: fault for name in labels if (fault := tree.fault(name)) is not None}
+    if len(left_out) == len(labels) and not any(map(os.path.lexists, places.values())):
+        message = f"none of {len(labels):,} paths exists, such as {rows[0][1]['path']}"
+        raise UserError(f"{message}; they begin at {root}, or are whole", file=path, field="path")
+    left_out |= {str(Path(where).relative_to(path.parent)): fault for where, fault in unused.items()}
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
-    return Images("csv", path, tree, files.without(left_out), left_out)
+    of_column = together if group in rows[0][1] else None
+    return Images("csv", path, tree, files.without(left_out), left_out, together=of_column)
 
 
 def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Task:
@@ -367,15 +413,15 @@ class ClassFiles(NamedTuple):
         return self._replace(classes=dict(compress(self.classes.items(), used)), is_test=is_test)
 
 
-def _test_folder(names: Iterable[str]) -> str | None:
-    """Return which of the folders beside train/ is the test split; None: these files are not divided."""
-    splits = {_split(parts[0]) for name in names if len(parts := name.split("/")) == 3}
-    return next((folder for folder in _TEST_FOLDERS if {"train", folder} <= splits), None)
+def _test_split(names: Iterable[str]) -> str | None:
+    """Return which split beside train/ is the test split; None: these files are not divided."""
+    splits = {_split(parts[0]) for name in names if len(parts := name.split("/")) > 2}
+    return next((split for split in _TESTED if {"train", split} <= splits), None)
 
 
-def _split(folder: str) -> str | None:
-    """Return which split a folder is called as, in small or capital letters."""
-    return name if (name := folder.lower()) in ("train", *_TEST_FOLDERS) else None
+def _split(name: str) -> str | None:
+    """Return which split a folder or a row is called as, in small or capital letters: train, test or val."""
+    return _SPLITS.get(name.lower())
 
 
 def is_image(name: str) -> bool:
@@ -390,8 +436,8 @@ def read_csv(config: DataConfig) -> ImageIndex:
     """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
 
     Instead of label there may be a column a class, with 0, 1 or nothing, or columns of numbers. Paths are relative to
-    the file's folder. Without a value in split an image is not a test image. A CSV's delimiter is a comma, a semicolon
-    or a tab, as in its first line.
+    the file's folder. Without a value in split an image is not a test image; val is to test as in `read_image_folder`.
+    A CSV's delimiter is a comma, a semicolon or a tab, as in its first line.
     """
     path = existing(str(config.path))
     if not path.is_file():
@@ -399,7 +445,7 @@ def read_csv(config: DataConfig) -> ImageIndex:
     return _read(config, _listed(path, config.task))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(path: Path, group: str | None) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the rows of a table and where each stands, nothing as ""."""
     with os_fault("can't be read", path, field="data.path"):
         content = read_bytes(path)
@@ -409,7 +455,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
         with foreign_fault("is not a readable Parquet file", path):
             table = parquet.ParquetFile(io.BytesIO(content))
-            places = _places(table.schema_arrow.names, path)
+            places = _places(table.schema_arrow.names, path, group)
             number = unpacked = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE):  # of a small file there may be any number
                 columns = [batch.column(place).to_pylist() for place in places.values()]
@@ -427,7 +473,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         header = next(rows, [])
-        places = _places(header, f"{path}:1")
+        places = _places(header, f"{path}:1", group)
         for row in filter(None, rows):
             if len(row) != len(header):
                 raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
@@ -443,16 +489,20 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
 
 
-def _places(header: Sequence[str], file: str | Path) -> dict[str, int]:
+def _places(header: Sequence[str], file: str | Path, group: str | None) -> dict[str, int]:
     """Return where the columns stand that are read, whatever the capitals and the spaces around their names.
 
-    These are path, split, and label, or without this one all others.
+    These are path, split, that of groups, and label, or without this one all others.
     """
     names = [name.strip() for name in header]
-    known = {name.lower(): name.lower() for name in ("path", "label", "split")}
+    lower = [name.lower() for name in names]
+    known = {name: name for name in ("path", "label", "split")}
+    for column, others in _OTHER_NAMES.items():
+        if column not in lower:
+            known |= {name: column for name in others if name in lower}
     columns = [known.get(name.lower(), name) for name in names]
-    read = [name for name in columns if name and (name in known or "label" not in columns)]
-    if "path" not in read or not set(read) - {"path", "split"} or len(set(read)) < len(read):
+    read = [name for name in columns if name and (name in known or name == group or "label" not in columns)]
+    if "path" not in read or not set(read) - {"path", "split", group} or len(set(read)) < len(read):
         message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
         raise UserError(message, file=file)
     return {name: columns.index(name) for name in ("path", *read)}

@@ -19,8 +19,17 @@ from PIL import Image
 from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular
 from peft_vit.base.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
-from peft_vit.core.config import DataConfig
-from peft_vit.data.files import FETCH_AGAIN, decode_text, downloaded, existing, hashes, open_tree, unpacked
+from peft_vit.core.config import IMAGE_SIZES, DataConfig
+from peft_vit.data.files import (
+    FETCH_AGAIN,
+    decode_text,
+    downloaded,
+    existing,
+    hashes,
+    new_in_cache,
+    open_tree,
+    unpacked,
+)
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.pixels import decode_image
 
@@ -86,6 +95,19 @@ def read_digits(config: DataConfig) -> ImageIndex:
         sha256=hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest(),
         read=lambda i: Image.fromarray(pixels[i]),
     )
+
+
+def digits_folder() -> Path:
+    """Return a folder of the digits in the cache, as somebody's own would be; it is written if it is not there."""
+    folder = cache_dir() / "digits"
+    if not folder.is_dir():
+        index = read_digits(DataConfig(dataset="digits", image_size=IMAGE_SIZES[0], validation_images=0))
+        with new_in_cache(folder) as made:
+            for label, name in enumerate(index.class_names):
+                (made / name).mkdir(parents=True)
+                for i in np.flatnonzero(index.labels == label).tolist():
+                    index.read(i).save(made / name / f"{i:04}.png")
+    return folder
 
 
 # --- Fashion-MNIST: idx files, Debian's or downloaded -----------------------------------------------------------------
