@@ -197,7 +197,7 @@ def take_in(
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
     of_split = os.path.realpath(images.path), request.split_seed, request.test_images
-    folder, earlier = _earlier_split(request, of_split)
+    folder, earlier = (None, None) if images.together is not None else _earlier_split(request, of_split)
     sealed = images_file(inspection, *of_split[1:], earlier) | {"asked": of_split}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)

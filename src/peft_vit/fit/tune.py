@@ -77,17 +77,9 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     with fit.stage("sizes"):
         sizes = stages.with_lengths(fit, stages.try_sizes(fit, allowed))
         first, longer = stages.choose_first(fit, sizes)
-    probe, form = stages.best_linear_probe(fit, sizes).probe, stages.within_limits(fit, first)
-    with fit.stage("first"):
-        try:
-            final = stages.train_last(fit, form, longer)
-        except EveryRunFailedError as error:
-            if first.is_probe:
-                raise
-            fit.tell(f"  {first.title} failed: {error.message}")
-            fit.failed.add(first)
-            first, form, longer = probe, stages.within_limits(fit, probe), 1.0
-            final = stages.train_last(fit, form, longer)
+    probe = stages.best_linear_probe(fit, sizes).probe
+    first, longer, final = _first_model(fit, first, longer, probe)
+    form = stages.within_limits(fit, first)
     if fit.decisions.delivered is None:
         usual = temperature_before(fit, form, form, longer)
         _write(fit, Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer, usual=usual))
@@ -125,6 +117,21 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     fit.file.finished = request.minutes
     fit.save()
     return done
+
+
+def _first_model(
+    fit: Fit, first: Recipe, longer: float, probe: Recipe
+) -> tuple[Recipe, float, tuple[Outcome, Outcome]]:
+    """Train the first model, or a linear probe if that fails; return what was trained, see `train_last`."""
+    with fit.stage("first"):
+        try:
+            return first, longer, stages.train_last(fit, stages.within_limits(fit, first), longer)
+        except EveryRunFailedError as error:
+            if first.is_probe:
+                raise
+            fit.tell(f"  {first.title} failed: {error.message}")
+            fit.failed.add(first)
+            return probe, 1.0, stages.train_last(fit, stages.within_limits(fit, probe), 1.0)
 
 
 def _write(fit: Fit, tuning: Tuning) -> None:
