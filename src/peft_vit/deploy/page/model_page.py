@@ -21,7 +21,8 @@ from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
-from peft_vit.deploy.page.trained import beside_the_probe, test_score
+from peft_vit.deploy.page.trained import beside_the_probe, later_lines, test_score
+from peft_vit.deploy.testing import ImagesTest
 
 CARD_FILE = "card.md"
 BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
@@ -74,22 +75,9 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         pictures: makes pictures of images by their positions; None: there are none.
     """
     record, quality = summary.record, summary.quality
-    sections: dict[str, tuple[Block, ...]] = {}
-    if quality is None:
-        sections |= {
-            "How good it is": tuple(output_blocks(record)),
-            "Where it is wrong": tuple(shown_blocks(record, pictures)),
-        }
-    else:
-        examples = example_gallery(quality, pictures)
-        sections = {
-            "Test images and what it says of them": () if examples is None else (examples,),
-            "Classes": tuple(class_blocks(quality)),
-            "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
-            BELIEF: tuple(_reliability(record, quality)),
-        }
     learning = learning_curves(record, summary.metric)
-    sections |= {
+    sections = {
+        **_tested(record, quality, pictures),
         "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(record))),),
@@ -107,6 +95,41 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         kind="model",
         web=summary.web,
     )
+
+
+def later_document(tested: ImagesTest, images: str, pictures: Pictures | None) -> StudyDocument:
+    """Return the page of a model's test on later images, which have a name; pictures as in `model_document`."""
+    size = Card("Images", "with labels", count(tested.value.n), (f"{count(len(tested.unreadable))} can't be read",))
+    return StudyDocument(
+        label=f"A model on {images}",
+        slug="test",
+        alerts=(),
+        warnings=tuple(plain(str(error)) for error in tested.unreadable),
+        cards=(accuracy_card(tested), size),
+        came_out=tuple(map(plain, later_lines(tested))),
+        sections=_tested(tested, tested.quality, pictures),
+        not_shown=("Whether some of these images trained the model: then it is worse than this says.",),
+        runs=(),
+        kind="model",
+    )
+
+
+def _tested(
+    record: RunRecord | ImagesTest, quality: ModelQuality | None, pictures: Pictures | None
+) -> dict[str, tuple[Block, ...]]:
+    """Return the sections on what a model says of labelled images."""
+    if quality is None:
+        return {
+            "How good it is": tuple(output_blocks(record)),
+            "Where it is wrong": tuple(shown_blocks(record, pictures)),
+        }
+    examples = example_gallery(quality, pictures)
+    return {
+        "Test images and what it says of them": () if examples is None else (examples,),
+        "Classes": tuple(class_blocks(quality)),
+        "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
+        BELIEF: tuple(_reliability(record, quality)),
+    }
 
 
 def card_text(document: StudyDocument, head: str, use: str) -> str:
@@ -193,7 +216,7 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
     yield labels_card(record)
 
 
-def accuracy_card(summary: ModelSummary) -> Card:
+def accuracy_card(summary: ModelSummary | ImagesTest) -> Card:
     """Return what decides, with its interval."""
     metric, value = summary.metric, summary.value
     words = metric.words[0].upper() + metric.words[1:]
@@ -257,7 +280,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 # --- sections ---
 
 
-def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
+def _reliability(record: RunRecord | ImagesTest, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     sentence = f"It says {percent(sure)} on average and is right on {percent(right)}"
@@ -279,7 +302,7 @@ def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     yield from _calibration(record)
 
 
-def _calibration(record: RunRecord) -> Iterator[Block]:
+def _calibration(record: RunRecord | ImagesTest) -> Iterator[Block]:
     """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
     calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
