@@ -1,4 +1,4 @@
-"""`export` writes what was trained as files; `predict` and `test` ask them."""
+"""`export` writes what was trained as files; `predict`, `test` and `embed` ask them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from peft_vit.base.files import refuse_existing
 from peft_vit.base.settings import Option, Request, refuse
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.core.config import (
+    DEFAULT_MODEL,
     EXPORTS,
     OnlyWith,
     Rounding,
@@ -36,7 +37,7 @@ from peft_vit.core.config import (
     named_as_typed,
     type_of_bits,
 )
-from peft_vit.fit.request import BITS, IMAGES, WEIGHTS
+from peft_vit.fit.request import BITS, IMAGES, MODEL, WEIGHTS
 
 if TYPE_CHECKING:
     from peft_vit.core.records import RunRecord
@@ -604,3 +605,69 @@ def _record_of(model: Path, run: str) -> RunRecord | None:
     files = [folder / RECORD_FILE for folder in (single_run(model), model.parent)]
     records = [read_record(file) for file in files if os.path.isfile(file)]
     return next((record for record in records if record.spec.run_id == run), None)
+
+
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+class EmbedRequest(Request):
+    """Images, whose features they get, and the file."""
+
+    images: Annotated[list[Path], Option(is_argument=True)] = Field(description=GIVEN_IMAGES)
+    output: Path = Field(
+        description="The file to write: .npy, a row for each image, with the names of the images beside it in a .csv "
+        "file; or .parquet, with the columns file, 0, 1, ..."
+    )
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        min_length=1,
+        description="Whose features: a trained model's, by the folder of a run or of tune or a .safetensors file, or a "
+        f"pretrained one's. {MODEL}",
+    )
+    weights: Annotated[str | None, Option(keys=("file", "sha256"))] = Field(default=None, description=WEIGHTS)
+    image_size: int | None = Field(
+        default=None,
+        ge=14,
+        le=1024,
+        description="The side of a pretrained model's square input, in pixels. Without it, 224, or less of a model for "
+        "smaller images. A trained model has its own.",
+    )
+    overwrite: bool = Field(default=False, description=OVERWRITE)
+
+
+@command(EmbedRequest)
+@named_as_typed(EmbedRequest)
+def embed(request: EmbedRequest) -> None:
+    """Write the features of images: what the head of a trained or pretrained model sees.
+
+    Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
+    """
+    from peft_vit.deploy import image_files
+    from peft_vit.deploy.page.printed import check_rows_file
+
+    output = request.output
+    check_rows_file(output, (".npy", ".parquet"), overwrite=request.overwrite)
+    if output.suffix.lower() == ".parquet":
+        require_extra("parquet", file=output)
+    else:
+        check_rows_file(output.with_suffix(".csv"), overwrite=request.overwrite)
+    images, trained = image_files(request.images), Path(request.model)
+    with progress(f"opening {request.model}", sys.stderr):
+        from peft_vit.api import TrainedModel
+        from peft_vit.deploy.features import embed_images, open_pretrained, write_features
+
+        if exported_format(trained) is None and ((trained / "config.json").is_file() or not trained.exists()):
+            model, card = open_pretrained(request.model, request.weights, request.image_size)
+        elif request.image_size is not None:
+            raise UserError("has no effect here: a trained model has its own; leave it out", field="--image-size")
+        else:
+            opened = TrainedModel(trained, weights=request.weights)
+            model, card = opened.model, opened.classifier.card
+    with progress("embedding", sys.stderr) as on_progress:
+        files, features, unreadable = embed_images(model, card, images, on_progress)
+    for error in unreadable:
+        print(f"error: {error}", file=sys.stderr)
+    write_features(files, features, output)
+    print(f"{len(files):,} images, {features.shape[1]:,} features each: {output}")
+    if unreadable:
+        raise typer.Exit(1)
