@@ -41,7 +41,7 @@ def test_a_model_is_scored_beside_its_own_test(command, here: Path) -> None:
     files = [file for file in sorted(Path("new").rglob("*.png")) if file != Path("new/class_1/00.png")]
     right = [said.class_name == file.parent.name for file, said in zip(files, trained.predict(files), strict=True)]
     assert f"ccuracy {100 * np.mean(right):.1f} % " in said.out.partition("\n")[0]
-    assert Path("peft-vit-test/report.html").read_text().count("data:image/png") > 10
+    assert Path("peft-vit-test/report.html").read_text().count("data:image/png") >= 8
 
 
 REFUSED = (
