@@ -28,7 +28,7 @@ def open_pretrained(model: str, weights: str | None, image_size: int | None) -> 
     """Return a pretrained model by its name, as `train --model` takes it, and how it takes images.
 
     Raises:
-        UserError: if it is not known, can't be had, or takes no images of this size.
+        UserError: if it is not known, can't be loaded, or takes no images of this size.
     """
     config = named_backbone(model, weights)
     architecture = architecture_of(config)

@@ -15,6 +15,7 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
 from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
+from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.lines import draw_reliability, learning_curves
 from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
 from peft_vit.deploy.page.model_quality import ModelQuality
@@ -22,7 +23,6 @@ from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, sh
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
 from peft_vit.deploy.page.trained import beside_the_probe, later_lines, test_score
-from peft_vit.deploy.testing import ImagesTest
 
 CARD_FILE = "card.md"
 BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections

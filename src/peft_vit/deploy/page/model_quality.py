@@ -13,8 +13,8 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.deploy.page.formatting import plain
+from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.presentation import Counts
-from peft_vit.deploy.testing import ImagesTest
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
 _LEAST_BINS = 3

@@ -13,9 +13,9 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, or_dash, value_of
+from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.tables import Column, table
 from peft_vit.deploy.presentation import PRESENTED
-from peft_vit.deploy.testing import ImagesTest
 
 _FEWEST_TESTED = 5  # images; fewer say next to nothing
 
