@@ -3,6 +3,7 @@
     pip install fastapi uvicorn
     MODEL=peft-vit-tune/model/model.onnx uvicorn --factory --app-dir examples serve:app
     curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/predict
+    curl --form file=@photo.jpg http://127.0.0.1:8000/predict
 
 The model is read once. With an ONNX or OpenVINO file no PyTorch is loaded.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from email import message_from_bytes
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ def answer(classifier: Classifier, content: bytes) -> dict[str, Any]:
     return {"class": said.class_name, "probability": said.probability, "top": dict(said.top), "unlike": said.unlike}
 
 
+def image_of(content: bytes, content_type: str) -> bytes:
+    """Return the first file of a form (multipart/form-data); a body of another type is the image itself."""
+    if not content_type.startswith("multipart/form-data"):
+        return content
+    form = message_from_bytes(f"Content-Type: {content_type}\r\n\r\n".encode() + content)
+    files = [part.get_payload(decode=True) for part in form.walk() if part.get_filename()]
+    return bytes(files[0]) if files else b""
+
+
 def app() -> Any:
     """Return the service for the model that the environment variable MODEL names."""
     from fastapi import FastAPI, HTTPException, Request
@@ -42,9 +53,10 @@ def app() -> Any:
             content += part
             if len(content) > _LARGEST:
                 raise HTTPException(413, f"send at most {_LARGEST} bytes")
+        image = image_of(bytes(content), request.headers.get("content-type", ""))
         try:
             async with turn:  # OpenVINO answers one at a time; in a thread, or the next request would not even be read
-                return await asyncio.to_thread(answer, classifier, bytes(content))
+                return await asyncio.to_thread(answer, classifier, image)
         except UserError as error:
             raise HTTPException(422, str(error)) from None
 

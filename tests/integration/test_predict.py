@@ -9,12 +9,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
 from golden import check_golden
 from no_posix import run_without_posix
+from PIL import Image
 from tiny_models import CARD, random_model
 
 from peft_vit.base import console
@@ -133,8 +135,42 @@ def test_a_coverage_is_named_as_it_was_typed_with_what_the_model_can_tell(comman
     assert "The set at 90 % holds the true class of about 90 in 100 images, if they are like those of training" in held
 
 
-def test_an_onnx_file_predicts_without_torch_and_without_anything_of_posix(here: Path) -> None:
-    export_onnx(random_model("test_vit").eval(), here / "model.onnx", CARD)
+@pytest.fixture(scope="module")
+def onnx_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export a model of colour images whose probabilities are calibrated."""
+    names = ("class_0", "class_1", "the third", "4", "5")
+    calibrated = Calibrated(images=40, temperature=0.5, coverages=(), thresholds=())
+    card = CARD.model_copy(update={"class_names": names, "channels": 3, "calibrated": calibrated})
+    file = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(random_model("test_vit").eval(), file, card)
+    return file
+
+
+def test_the_documented_program_says_what_predict_says(here: Path, onnx_model: Path, command, capsys) -> None:
+    shutil.copy(onnx_model, "model.onnx")
+    exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 256, (30, 50, 4), np.uint8)
+    exif[0x0112] = 6  # turned
+    Image.fromarray(pixels).save("photo.png", exif=exif)
+    (row,) = json.loads(command("predict", "model.onnx", "photo.png", "--format", "json").out)
+    text = (Path(__file__).parents[2] / "docs/how_to/serve.md").read_text()
+    (program,) = re.findall(r"^```\n(import json\n.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(program, "serve.md", "exec"), {})
+    name, probability = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert (name, float(probability)) == (row["class"], pytest.approx(row["probability"], rel=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("call", "stated"),
+    [
+        ("predict model.onnx photos/class_0", r"^photos/class_0/00\.png\t\w+\t0\.\d"),
+        ("test model.onnx photos", r"^Accuracy \d+\.0 % .*on 4 images\.\n[^!]*^Page: peft-vit-test/report\.html"),
+    ],
+)
+def test_an_onnx_file_needs_neither_torch_nor_anything_of_posix(
+    here: Path, onnx_model: Path, call: str, stated: str
+) -> None:
+    shutil.copy(onnx_model, "model.onnx")
     imports = "import multiprocessing, onnxruntime, rich.console, subprocess, tempfile"
-    said = run_without_posix("predict", "model.onnx", "photos/class_0", imports=imports, absent=["torch", "timm"])
-    assert re.search(r"^photos/class_0/00\.png\t\w+\t0\.\d", said, re.MULTILINE), said
+    absent = ["torch", "torchvision", "timm", "transformers", "huggingface_hub"]
+    said = run_without_posix(*call.split(), imports=imports, absent=absent)
+    assert re.search(stated, said, re.MULTILINE), said

@@ -85,7 +85,7 @@ def predict(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Callable
     monkeypatch.setenv("MODEL", "model.onnx")
     monkeypatch.setattr(peft_vit, "load", lambda path: SimpleNamespace(classifier=classifier))
 
-    def called(parts: Iterator[bytes]) -> Any:
+    def called(parts: Iterator[bytes], content_type: str = "image/png") -> Any:
         async def stream() -> AsyncIterator[bytes]:
             for part in parts:
                 yield part
@@ -93,7 +93,9 @@ def predict(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Callable
         async def body() -> bytes:
             return b"".join(parts)
 
-        return asyncio.run(app().at["/predict"](SimpleNamespace(stream=stream, body=body)))
+        return asyncio.run(
+            app().at["/predict"](SimpleNamespace(stream=stream, body=body, headers={"content-type": content_type}))
+        )
 
     return called
 
@@ -123,6 +125,20 @@ def test_the_service_answers(predict: Callable[[Iterator[bytes]], Any], classifi
     assert predict(iter([photo.read_bytes()])) == answer(classifier, photo.read_bytes())
     with pytest.raises(RefusedError) as caught:
         predict(iter([b"no image"]))
+    assert caught.value.status == 422
+
+
+def test_a_form_with_a_file_is_answered_as_its_image(
+    predict: Callable[..., Any], classifier: Classifier, photo: Path
+) -> None:
+    from serve import answer
+
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="p.png"\r\nContent-Type: image/png\r\n\r\n'
+    field = b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\nmine\r\n'
+    form = field + head + photo.read_bytes() + b"\r\n--x--\r\n"
+    assert predict(iter([form]), "multipart/form-data; boundary=x") == answer(classifier, photo.read_bytes())
+    with pytest.raises(RefusedError) as caught:
+        predict(iter([field + b"--x--\r\n"]), "multipart/form-data; boundary=x")
     assert caught.value.status == 422
 
 

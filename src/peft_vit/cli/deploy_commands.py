@@ -1,4 +1,4 @@
-"""`export` writes what was trained as files, `predict` asks them."""
+"""`export` writes what was trained as files; `predict`, `test` and `embed` ask them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import typer
 from pydantic import Field, field_validator, model_validator
 
+from peft_vit.base import console
 from peft_vit.base.console import OnProgress, progress
 from peft_vit.base.errors import UserError, named, printable
-from peft_vit.base.extras import require_extra
+from peft_vit.base.extras import missing_packages, require_extra
 from peft_vit.base.files import refuse_existing
 from peft_vit.base.settings import Option, Request, refuse
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.core.config import (
+    DEFAULT_MODEL,
     EXPORTS,
     OnlyWith,
     Rounding,
@@ -34,9 +37,10 @@ from peft_vit.core.config import (
     named_as_typed,
     type_of_bits,
 )
-from peft_vit.fit.request import BITS, WEIGHTS
+from peft_vit.fit.request import BITS, IMAGES, MODEL, WEIGHTS
 
 if TYPE_CHECKING:
+    from peft_vit.core.records import RunRecord
     from peft_vit.deploy import Classifier, ImageFile
     from peft_vit.deploy.export import Exported
 
@@ -48,6 +52,7 @@ _MERGED = {
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
     "codes": "No groups, so weights and updates were quantized again: not exact, see the accuracy.",
 }
+GIVEN_IMAGES = "The images: files, folders of them, or a zip."
 _ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
 
 
@@ -311,15 +316,12 @@ def _print_next(model: Path, options: str = "", page: Path | None = None) -> Non
 # --- predict ----------------------------------------------------------------------------------------------------------
 
 
-class PredictRequest(Request):
-    """A model, images, and what is to be said of them."""
+class _ModelRequest(Request):
+    """A trained model."""
 
     model: Annotated[Path, Option(is_argument=True)] = Field(
         description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder, a bundle), or the folder of a "
         "run, such as peft-vit-runs/latest, or the output of tune."
-    )
-    images: Annotated[list[Path], Option(is_argument=True)] = Field(
-        description="The images: files, folders of them, or a zip."
     )
     weights: Annotated[str | None, Option(keys=("file", "sha256"))] = Field(
         default=None,
@@ -328,6 +330,12 @@ class PredictRequest(Request):
     adapter: str | None = Field(
         default=None, description="Use this adapter of a folder that export --bundle wrote. Without it, the only one."
     )
+
+
+class PredictRequest(_ModelRequest):
+    """A model, images, and what is to be said of them."""
+
+    images: Annotated[list[Path], Option(is_argument=True)] = Field(description=GIVEN_IMAGES)
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
         default=None,
@@ -431,16 +439,22 @@ def predict(request: PredictRequest) -> None:
 
 
 def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Classifier]:
+    started = time.monotonic()
     with progress(f"opening {request.model}", sys.stderr):
         from peft_vit.api import open_classifier
         from peft_vit.deploy import image_files
 
-        _refuse_swapped(request.model, request.images[0])
+        _refuse_swapped(request.model, request.images[0], "predict")
         images = image_files(request.images)
-        return images, open_classifier(request.model, request.weights, request.adapter)
+        classifier = open_classifier(request.model, request.weights, request.adapter)
+    seconds = time.monotonic() - started
+    if seconds > 2 * console.FIRST_S and classifier.module is not None and exported_format(request.model) is None:
+        faster = f"peft-vit export {shlex.quote(str(request.model))}"
+        print(f"Opening took {seconds:.0f} s, since it loads PyTorch. A file opens faster: {faster}", file=sys.stderr)
+    return images, classifier
 
 
-def _refuse_swapped(model: Path, images: Path) -> None:
+def _refuse_swapped(model: Path, images: Path, command: str) -> None:
     from peft_vit.runs.records.storage import RECORD_FILE, single_run
 
     def is_model(path: Path) -> bool:
@@ -448,7 +462,7 @@ def _refuse_swapped(model: Path, images: Path) -> None:
 
     if not is_model(model) and is_model(images):
         places = f"{shlex.quote(str(images))} {shlex.quote(str(model))}"
-        raise UserError(f"is not a model, and the model comes first: peft-vit predict {places}", file=model)
+        raise UserError(f"is not a model, and the model comes first: peft-vit {command} {places}", file=model)
 
 
 def _printable(cell: Any) -> Any:
@@ -526,3 +540,145 @@ class _Table(_Rows):
 
 
 _PRINTED: dict[str, Callable[..., _Rows]] = {"table": _Table, "csv": _Csv, "json": _Json}
+
+
+# --- test -------------------------------------------------------------------------------------------------------------
+
+
+class LabelledRequest(_ModelRequest):
+    """A model, labelled images, and where the page on them goes."""
+
+    images: Annotated[Path, Option(is_argument=True)] = Field(description=IMAGES)
+    output: Path = Field(
+        default=Path("peft-vit-test"), description="The folder of the page. That of an earlier test there is replaced."
+    )
+
+
+@command(LabelledRequest)
+@named_as_typed(LabelledRequest)
+def test(request: LabelledRequest) -> None:
+    """Test a trained model on new labelled images: its score, the change to its own test, and a page.
+
+    Where the images have a test split of their own, these are used. Exit codes: 0 done, 1 an image can't be read and is
+    named, 2 bad input.
+    """
+    _refuse_swapped(request.model, request.images, "test")
+    from peft_vit.api import open_classifier
+    from peft_vit.data import decode_image, find_images
+    from peft_vit.data.pixels import thumbnail
+    from peft_vit.deploy.page.trained import later_lines
+    from peft_vit.deploy.testing import score_images
+    from peft_vit.runs.records.storage import tuned_model
+
+    images, file = find_images(request.images), tuned_model(request.model) or request.model
+    with progress(f"opening {request.model}", sys.stderr):
+        classifier = open_classifier(file, request.weights, request.adapter)
+    card = classifier.card
+    if images.files.task.name != card.task:
+        images = find_images(request.images, card.task)
+    record = _record_of(file, card.run)
+    trained_on = None if record is None else record.spec.data.path
+    if images.files.is_test is None and trained_on and Path(trained_on).resolve() == images.path.resolve():
+        reason = "holds the images that the model was trained on; name others. Its page has its own test"
+        raise UserError(reason, file=request.images)
+    with progress("testing", sys.stderr) as on_progress:
+        tested = score_images(classifier, images, record, on_progress)
+    for error in tested.unreadable:
+        print(f"error: {error}", file=sys.stderr)
+    print("\n".join(map(printable, later_lines(tested))))
+    if missing_packages("report"):
+        print("No page: that takes packages; run: pip install 'peft-vit[report]'")
+    else:
+        from peft_vit.deploy.page.files import write_report
+        from peft_vit.deploy.page.model_page import CARD_FILE, card_text, later_document
+
+        names = dict(zip(tested.predictions.images, tested.predictions.files or (), strict=True))
+
+        def picture(name: str) -> bytes:
+            return thumbnail(decode_image(lambda: images.tree.read(name), name), card.channels)
+
+        def pictures(positions: Sequence[int]) -> list[bytes]:
+            return [picture(names[position]) for position in positions]
+
+        with progress("writing the page", sys.stderr):
+            document = later_document(tested, printable(images.path.resolve().stem), pictures)
+            use = f"```\npeft-vit predict {shlex.quote(str(request.model))} IMAGES\n```"
+            written = write_report([document], {CARD_FILE: card_text(document, "", use).lstrip()}, request.output)
+        print(f"Page: {written.html}")
+    if tested.unreadable:
+        raise typer.Exit(1)
+
+
+def _record_of(model: Path, run: str) -> RunRecord | None:
+    """Return the record of the run that made a model, in its folder or beside its file; None: it is not there."""
+    from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
+
+    files = [folder / RECORD_FILE for folder in (single_run(model), model.parent)]
+    records = [read_record(file) for file in files if os.path.isfile(file)]
+    return next((record for record in records if record.spec.run_id == run), None)
+
+
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+class EmbedRequest(Request):
+    """Images, whose features they get, and the file."""
+
+    images: Annotated[list[Path], Option(is_argument=True)] = Field(description=GIVEN_IMAGES)
+    output: Path = Field(
+        description="The file to write: .npy, a row for each image, with the names of the images beside it in a .csv "
+        "file; or .parquet, with the columns file, 0, 1, ..."
+    )
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        min_length=1,
+        description="Whose features: a trained model's, by the folder of a run or of tune or a .safetensors file, or a "
+        f"pretrained one's. {MODEL}",
+    )
+    weights: Annotated[str | None, Option(keys=("file", "sha256"))] = Field(default=None, description=WEIGHTS)
+    image_size: int | None = Field(
+        default=None,
+        ge=14,
+        le=1024,
+        description="The side of a pretrained model's square input, in pixels. Without it, 224, or less of a model for "
+        "smaller images. A trained model has its own.",
+    )
+    overwrite: bool = Field(default=False, description=OVERWRITE)
+
+
+@command(EmbedRequest)
+@named_as_typed(EmbedRequest)
+def embed(request: EmbedRequest) -> None:
+    """Write the features of images: what the head of a trained or pretrained model sees.
+
+    Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
+    """
+    from peft_vit.deploy import image_files
+    from peft_vit.deploy.page.printed import check_rows_file
+
+    output = request.output
+    check_rows_file(output, (".npy", ".parquet"), overwrite=request.overwrite)
+    if output.suffix.lower() == ".parquet":
+        require_extra("parquet", file=output)
+    else:
+        check_rows_file(output.with_suffix(".csv"), overwrite=request.overwrite)
+    images, trained = image_files(request.images), Path(request.model)
+    with progress(f"opening {request.model}", sys.stderr):
+        from peft_vit.api import TrainedModel
+        from peft_vit.deploy.features import embed_images, open_pretrained, write_features
+
+        if exported_format(trained) is None and ((trained / "config.json").is_file() or not trained.exists()):
+            model, card = open_pretrained(request.model, request.weights, request.image_size)
+        elif request.image_size is not None:
+            raise UserError("has no effect here: a trained model has its own; leave it out", field="--image-size")
+        else:
+            opened = TrainedModel(trained, weights=request.weights)
+            model, card = opened.model, opened.classifier.card
+    with progress("embedding", sys.stderr) as on_progress:
+        files, features, unreadable = embed_images(model, card, images, on_progress)
+    for error in unreadable:
+        print(f"error: {error}", file=sys.stderr)
+    write_features(files, features, output)
+    print(f"{len(files):,} images, {features.shape[1]:,} features each: {output}")
+    if unreadable:
+        raise typer.Exit(1)

@@ -559,6 +559,11 @@ class RunRecord(_Value):
     optimizer_sha256: str | None = None  # of its state after the last step; None in older records
 
     @property
+    def task(self) -> TaskName:
+        """Return what was learned."""
+        return self.spec.task
+
+    @property
     def is_measured_in_integers(self) -> bool:
         """Return whether test and validation went through products of integers, as they did in older records.
 

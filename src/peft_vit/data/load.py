@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -19,11 +18,10 @@ from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data, HoldoutImages, LabelledImages
 from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.inspect import image_warnings
-from peft_vit.data.pixels import on_white, split_pixels
+from peft_vit.data.pixels import split_pixels, thumbnail
 from peft_vit.data.splits import make_splits
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
-_THUMBNAIL_SIDE = 96  # pixels
 
 
 def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool = True) -> Data:
@@ -131,9 +129,7 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
 
 
 def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
-    """Return a few images of a run as PNG, the longer side 96 pixels; smaller ones are enlarged without smoothing.
-
-    Nothing is downloaded for them.
+    """Return a `thumbnail` each of a few images of a run; nothing is downloaded for them.
 
     Args:
         record: of the run.
@@ -148,13 +144,4 @@ def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
     if index.sha256 != sha256 or not all(0 <= position < len(index.labels) for position in positions):
         message = f"the images of {index.name} on this machine are not those of the run"
         raise UserError(message, field="data")
-    pictures = []
-    for position in positions:
-        plain = on_white(index.read(position)).convert("L" if index.channels == 1 else "RGB")
-        scale = _THUMBNAIL_SIDE / max(plain.size)
-        size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
-        file = io.BytesIO()
-        resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
-        plain.resize(size, resampling).save(file, format="PNG", optimize=True)
-        pictures.append(file.getvalue())
-    return pictures
+    return [thumbnail(index.read(position), index.channels) for position in positions]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from peft_vit.base.statistics import Neighbours
 
-_BATCH = 32
+BATCH = 32
 
 
 class ImageFile(NamedTuple):
@@ -145,8 +145,19 @@ def predict_files(
     Raises:
         UserError: as `image_files`.
     """
+    for image, computed in outputs_of(classifier, images):
+        if isinstance(computed, UserError):
+            yield computed
+        else:
+            yield prediction_of(image, computed[0], classifier.card, coverage, top, computed[1])
+
+
+def outputs_of(
+    classifier: Classifier, images: Iterable[GivenImage]
+) -> Iterator[tuple[GivenImage, tuple[FloatArray, float | None] | UserError]]:
+    """Yield each image with its logits (classes,) and its distance to the nearest training image, or what is wrong."""
     card, remaining = classifier.card, _each(images)
-    while chunk := list(islice(remaining, _BATCH)):
+    while chunk := list(islice(remaining, BATCH)):
         read = [_prepared_or_error(image, card) for image in chunk]
         rows: Iterator[tuple[FloatArray, float | None]] = iter(())
         if arrays := [array for array in read if isinstance(array, np.ndarray)]:
@@ -157,11 +168,7 @@ def predict_files(
                 logits, distances = classifier.with_distances(batch)
                 rows = zip(logits, distances.tolist(), strict=True)
         for image, array in zip(chunk, read, strict=True):
-            if isinstance(array, UserError):
-                yield array
-            else:
-                logits_of_image, distance = next(rows)
-                yield prediction_of(image, logits_of_image, card, coverage, top, distance)
+            yield image, array if isinstance(array, UserError) else next(rows)
 
 
 def _each(images: Iterable[GivenImage]) -> Iterator[GivenImage]:
@@ -211,6 +218,14 @@ def prepared(image: GivenImage, card: ExportMetadata) -> FloatArray:
     Raises:
         UserError: if it can't be read.
     """
+    pixels = pixels_of(image, card)  # (S, S, C), C of 1 or 3
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
+    values = pixels.transpose(2, 0, 1).astype(np.float32)  # (C, S, S)
+    return np.ascontiguousarray((values / np.float32(255) - mean) / std)
+
+
+def pixels_of(image: GivenImage, card: ExportMetadata) -> NDArray[np.uint8]:
+    """Return an image at a model's size, (S, S, C) uint8; raises UserError if it can't be read."""
     if isinstance(image, UserError):
         raise image
     if isinstance(image, Path):
@@ -227,10 +242,7 @@ def prepared(image: GivenImage, card: ExportMetadata) -> FloatArray:
     else:
         got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
-    pixels = to_pixels(decoded, card.image_size, card.channels, card.interpolation, card.resize)  # (S, S, C)
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
-    values = pixels.transpose(2, 0, 1).astype(np.float32)  # (C, S, S)
-    return np.ascontiguousarray((values / np.float32(255) - mean) / std)
+    return to_pixels(decoded, card.image_size, card.channels, card.interpolation, card.resize)
 
 
 def _prepared_or_error(image: GivenImage, card: ExportMetadata) -> FloatArray | UserError:

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_vit.base.statistics import mean_interval, mean_of_proportions, paired_proportions
+from peft_vit.base.statistics import (
+    difference_interval,
+    mean_interval,
+    mean_of_proportions,
+    paired_proportions,
+    proportion_interval,
+)
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -14,6 +20,14 @@ def test_one_seed_has_no_interval() -> None:
 def test_what_has_no_interval_is_refused(values) -> None:
     with pytest.raises(ValueError, match="finite"):
         mean_interval(values)
+
+
+def test_a_difference_of_two_samples_is_as_published() -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table II, example (a), method 10: 56 of 70 less 48 of 80."""
+    interval = difference_interval(proportion_interval(48, 80), proportion_interval(56, 70))
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert interval.n == 150
+    assert difference_interval(mean_interval([0.5]), interval).low is None
 
 
 def test_paired_proportions_are_the_published_formula() -> None:

@@ -20,6 +20,7 @@ from peft_vit.base.statistics.descriptive import spearman
 from peft_vit.base.statistics.intervals import (
     Interval,
     bootstrap_interval,
+    difference_interval,
     mean_interval,
     mean_of_proportions,
     paired_proportions,

@@ -215,6 +215,22 @@ def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
     return Interval(mean, low, high, int(n.sum()), CONFIDENCE)
 
 
+def difference_interval(before: Interval, after: Interval) -> Interval:
+    """Return after less before, each of cases of its own, from their intervals; of two shares it is Newcombe's.
+
+    The interval describes what other cases of both would change. No interval where one of the two has none.
+
+    Assumption: both are independent. Source: Zou & Donner, Statistics in Medicine 27 (2008), square-and-add (MOVER);
+    with Wilson's intervals: Newcombe, Statistics in Medicine 17 (1998), method 10.
+    """
+    difference, n = after.estimate - before.estimate, before.n + after.n
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return Interval(difference, None, None, n, CONFIDENCE, before.reason or after.reason)
+    down = math.hypot(after.estimate - after.low, before.high - before.estimate)
+    up = math.hypot(after.high - after.estimate, before.estimate - before.low)
+    return Interval(difference, difference - down, difference + up, n, CONFIDENCE)
+
+
 def paired_proportions(losses: ArrayLike, gains: ArrayLike, n: ArrayLike) -> Interval:
     """Return how much lower a share is after than before, both over the same n cases, with an adjusted Wald interval.
 

@@ -15,13 +15,14 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
 from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
+from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.lines import draw_reliability, learning_curves
 from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
 from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
-from peft_vit.deploy.page.trained import beside_the_probe, best_known, test_score
+from peft_vit.deploy.page.trained import beside_the_probe, best_known, later_lines, test_score
 
 CARD_FILE = "card.md"
 BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
@@ -76,22 +77,9 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         pictures: makes pictures of images by their positions; None: there are none.
     """
     record, quality = summary.record, summary.quality
-    sections: dict[str, tuple[Block, ...]] = {}
-    if quality is None:
-        sections |= {
-            "How good it is": tuple(output_blocks(record)),
-            "Where it is wrong": tuple(shown_blocks(record, pictures)),
-        }
-    else:
-        examples = example_gallery(quality, pictures)
-        sections = {
-            "Test images and what it says of them": () if examples is None else (examples,),
-            "Classes": tuple(class_blocks(quality)),
-            "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
-            BELIEF: tuple(_reliability(record, quality)),
-        }
     learning = learning_curves(record, summary.metric)
-    sections |= {
+    sections = {
+        **_tested(record, quality, pictures),
         "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(summary))),),
@@ -110,6 +98,41 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         kind="model",
         web=summary.web,
     )
+
+
+def later_document(tested: ImagesTest, images: str, pictures: Pictures | None) -> StudyDocument:
+    """Return the page of a model's test on later images, which have a name; pictures as in `model_document`."""
+    size = Card("Images", "with labels", count(tested.value.n), (f"{count(len(tested.unreadable))} can't be read",))
+    return StudyDocument(
+        label=f"A model on {images}",
+        slug="test",
+        alerts=(),
+        warnings=tuple(plain(str(error)) for error in tested.unreadable),
+        cards=(accuracy_card(tested), size),
+        came_out=tuple(map(plain, later_lines(tested))),
+        sections=_tested(tested, tested.quality, pictures),
+        not_shown=("Whether some of these images trained the model: then it is worse than this says.",),
+        runs=(),
+        kind="model",
+    )
+
+
+def _tested(
+    record: RunRecord | ImagesTest, quality: ModelQuality | None, pictures: Pictures | None
+) -> dict[str, tuple[Block, ...]]:
+    """Return the sections on what a model says of labelled images."""
+    if quality is None:
+        return {
+            "How good it is": tuple(output_blocks(record)),
+            "Where it is wrong": tuple(shown_blocks(record, pictures)),
+        }
+    examples = example_gallery(quality, pictures)
+    return {
+        "Test images and what it says of them": () if examples is None else (examples,),
+        "Classes": tuple(class_blocks(quality)),
+        "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
+        BELIEF: tuple(_reliability(record, quality)),
+    }
 
 
 def card_text(document: StudyDocument, head: str, use: str) -> str:
@@ -196,9 +219,11 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
     yield labels_card(record)
 
 
-def accuracy_card(summary: ModelSummary) -> Card:
+def accuracy_card(summary: ModelSummary | ImagesTest) -> Card:
     """Return what decides, with its interval."""
-    metric, (value, where) = summary.metric, best_known(summary.record)
+    metric, value, where = summary.metric, summary.value, "images"
+    if isinstance(summary, ModelSummary):
+        value, where = best_known(summary.record)
     words = metric.words[0].upper() + metric.words[1:]
     one = "answer" if summary.quality is None else "class"
     constant = f"always the same {one}: {value_of(metric, summary.constant)}"
@@ -249,7 +274,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 # --- sections ---
 
 
-def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
+def _reliability(record: RunRecord | ImagesTest, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     bins, verdict = quality.reliability(), "so its probabilities hold"
@@ -268,7 +293,7 @@ def _reliability(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     yield from _calibration(record, quality.accuracy.n)
 
 
-def _calibration(record: RunRecord, n: int) -> Iterator[Block]:
+def _calibration(record: RunRecord | ImagesTest, n: int) -> Iterator[Block]:
     """Yield what was done so that probabilities hold, and how often prediction sets of n test images hold the class."""
     calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:

@@ -13,6 +13,7 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.deploy.page.formatting import plain
+from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.presentation import Counts
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
@@ -104,15 +105,15 @@ class ModelQuality:
         return [candidates[place] for place in sorted(place for _, _, place in sorted(turns)[:most])]
 
 
-def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> ModelQuality | None:
+def model_quality(record: RunRecord | ImagesTest, probability: ArrayLike | None = None) -> ModelQuality | None:
     """Return what a run's model is worth on its test images; None if the record holds no predictions of classes.
 
     Args:
-        record: of a finished run.
+        record: of a finished run, or a test on later images.
         probability: of what is predicted of each image, (n,), where it is another than the record's, as calibrated.
     """
     predictions = record.predictions
-    if predictions is None or not predictions.labels or not TASKS[record.spec.task].one_class:
+    if predictions is None or not predictions.labels or not TASKS[record.task].one_class:
         return None
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
     k = max(len(record.class_names), int(labels.max()) + 1, int(predicted.max()) + 1)

@@ -15,6 +15,7 @@ from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, gallery
 from peft_vit.deploy.page.document import Block, Drawing, Gallery, Raw, Table
 from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MUTED, Canvas, draw, quiet_grid
 from peft_vit.deploy.page.formatting import count, or_dash, percent, plain
+from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.tables import Column, table
 from peft_vit.deploy.presentation import PRESENTED, Counts, Errors, LabelledOutputs
 
@@ -28,9 +29,9 @@ def short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def output_blocks(record: RunRecord) -> Iterator[Block]:
+def output_blocks(record: RunRecord | ImagesTest) -> Iterator[Block]:
     """Yield measures of each output, and what a task's outputs have beside them."""
-    presentation, outputs = PRESENTED[record.spec.task], _labelled_outputs(record)
+    presentation, outputs = PRESENTED[record.task], _labelled_outputs(record)
     labels, predicted, names, _ = outputs
     errors = presentation.errors(outputs)
     if errors is not None:
@@ -48,18 +49,18 @@ def output_blocks(record: RunRecord) -> Iterator[Block]:
     yield from coverage_table(record, short)
 
 
-def _labelled_outputs(record: RunRecord) -> LabelledOutputs:
+def _labelled_outputs(record: RunRecord | ImagesTest) -> LabelledOutputs:
     assert record.predictions is not None
     labels, predicted = map(rows_of, (record.predictions.labels, record.predictions.predicted))
     return LabelledOutputs(labels, predicted, [plain(name) for name in record.class_names], record.decision)
 
 
-def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iterator[Table]:
+def coverage_table(record: RunRecord | ImagesTest, show_size: Callable[[float], str]) -> Iterator[Table]:
     """Yield how often sets or intervals hold the truth on test images, where that was measured."""
     tested = record.tested_calibration
     if tested is None or not tested.covered:
         return
-    title, held, size, note = PRESENTED[record.spec.task].promise
+    title, held, size, note = PRESENTED[record.task].promise
     folds = tested.covered_on_folds
     rows = [
         {"asked": c, "held": share, "folds": folds.get(c), "size": tested.set_size[c]}
@@ -74,11 +75,11 @@ def coverage_table(record: RunRecord, show_size: Callable[[float], str]) -> Iter
     yield table("coverage", title, rows, columns, note)
 
 
-def _measures(record: RunRecord, labels: Labels, predicted: Labels) -> Table:
+def _measures(record: RunRecord | ImagesTest, labels: Labels, predicted: Labels) -> Table:
     assert record.test is not None
     measures = []
     for name, value in record.test.more.items():
-        metric = TASKS[record.spec.task].metrics.get(name)
+        metric = TASKS[record.task].metrics.get(name)
         words, bounds = name.replace("_", " "), None
         if metric is not None:
             interval = metric.interval(labels, predicted, thresholds_of(record.decision))
@@ -218,12 +219,12 @@ def _together(names: Sequence[str], true: Counts, predicted: Counts) -> Drawing:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def shown_blocks(record: RunRecord, pictures: Pictures | None) -> Iterator[Block]:
+def shown_blocks(record: RunRecord | ImagesTest, pictures: Pictures | None) -> Iterator[Block]:
     """Yield the test images that a task shows: as pictures, or as a table where there are none."""
     predictions = record.predictions
     assert predictions is not None
     files = predictions.files or [f"image {position}" for position in predictions.images]
-    for shown in PRESENTED[record.spec.task].image_selections(_labelled_outputs(record)):
+    for shown in PRESENTED[record.task].image_selections(_labelled_outputs(record)):
         groups = [
             (title, [(predictions.images[place], (plain(files[place]), *lines)) for place, lines in images])
             for title, images in shown.groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 from peft_vit.deploy.page.document import Raw, Table
-from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, value_of
+from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, or_dash, value_of
+from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.tables import Column, table
 
 _FEWEST_TESTED, _FEW_TESTED = 5, 20  # images; fewer say next to nothing, and less than folds
@@ -48,6 +50,26 @@ def test_line(record: RunRecord) -> str:
         value = value_of(metric, metric.of(validation))
         return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
     return f"Test {words} {_score(metric, score)}, on {score.n} images that training has not seen."
+
+
+def later_lines(tested: ImagesTest) -> list[str]:
+    """Return a test on later images in lines: the score, how it differs from the model's own test, what is confused."""
+    metric, value, change, quality = tested.metric, tested.value, tested.change, tested.quality
+    lines = [f"{metric.words.capitalize()} {_score(metric, value)}, on {count(value.n)} images."]
+    if tested.own is None or change is None:
+        lines.append("Its own test is not known: the record of its run is not beside the file.")
+    else:
+        ends = f"{or_dash(change.low, partial(gain_of, metric))} to {or_dash(change.high, partial(gain_of, metric))}"
+        points = " points" if metric.is_share else ""
+        own = f"its own test: {value_of(metric, tested.own.estimate)} on {count(tested.own.n)} images"
+        lines.append(f"{gain_of(metric, change.estimate)}{points} ({ends}) compared with {own}.")
+        if change.low is None or change.high is None or change.low <= 0 <= change.high:
+            lines.append("That may be chance: these are other images.")
+    if quality is not None and quality.confusions:
+        most = quality.confusions[0]
+        confused = f"{most.truth} predicted as {most.taken_for} ({most.images} of {most.of} images)"
+        lines.append(f"Its most frequent mistake: {confused}.")
+    return lines
 
 
 def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | None = None) -> list[str]:
