@@ -18,7 +18,7 @@ from peft_vit.base.files import folder_below
 from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.base.statistics.odds import FoldMeans, means_of_images
 from peft_vit.core.config import study_from_mapping
-from peft_vit.core.records import Calibrated, Decision, RunRecord
+from peft_vit.core.records import Calibrated, Decision, RunRecord, RunSpec
 from peft_vit.core.tasks import (
     CLASSIFICATION,
     OF_FOLDS,
@@ -300,16 +300,25 @@ class StudyRunner:
         if isinstance(event, Notice):
             fit.tell(f"  {event.text}")
         elif isinstance(event, RunProgress):
-            fit.emit(Advanced(f"{event.run.spec.name}, step", event.progress.step, event.progress.total_steps))
+            fit.emit(Advanced(f"{self._titled(event.run.spec)}, step", event.progress.step, event.progress.total_steps))
         elif isinstance(event, RunRetried):
             fit.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
         elif isinstance(event, RunEnded):
-            name, record, metric = event.run.spec.name, event.record, fit.images.metric
+            name, record, metric = self._titled(event.run.spec), event.record, fit.images.metric
             if record.status == "failed" or record.test is None:
                 fit.tell(f"  {name} failed: {record.error}")
             else:
                 value = metric.text(metric.of(record.test))
                 fit.tell(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
+
+
+    def _titled(self, spec: RunSpec) -> str:
+        """Return what a run is, for people."""
+        fit, size = self.fit, spec.data.image_size
+        of_folds = {fit.name_of(own): own for own in fit.file.recipes if spec.data.folds and own.image_size == size}
+        if (recipe := of_folds.get(spec.experiment.name)) is None:
+            return spec.name
+        return f"{', '.join(filter(None, (recipe.title, recipe.settings)))}, fold {spec.seed % FOLDS + 1}"
 
 
 def with_meaning(
