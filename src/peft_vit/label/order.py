@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.base.statistics import Interval, proportion_interval
+from peft_vit.base.statistics import Interval, TemperaturePrior, fit_temperature, proportion_interval
 from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.core.tasks import CLASSIFICATION
@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 _COVERED = 3000  # images at most that are covered, and chosen from, at a time
 _COPY = 1e-5  # squared distance of unit vectors up to which two images are copies
 _L2 = 0.03  # of the regression
+_FOLDS, _PRIOR = 5, TemperaturePrior(median=2.0, spread=0.7)  # it separates few images, and is too sure of others
 _SURE, _FEWEST_OF_WALL, _SIZE_OF_WALL = 0.9, 8, 20  # share of a wall that is expected to be right, and its images
 
 
@@ -36,10 +37,10 @@ def herding(
 
         sum_n U(x_n) max(0, k(x_n, x) - max_y k(x_n, y)),    k(a, b) = exp(-|a - b|^2 / s^2),
 
-    over available images n, y those that are labelled or chosen before, on features of length 1. U is 1 less the
-    difference of the two largest probabilities; s is the smallest distance of two labelled images, copies apart. So few
-    labels choose what is typical, many choose what is uncertain. Source: Bae, Oliveira and Sutherland 2025, arXiv
-    2412.20644, uncertainty herding with margins and an adaptive radius.
+    over available images n, y those that are labelled or chosen before, on standardized features of length 1. U is 1
+    less the difference of the two largest probabilities; s is the median distance of a labelled image to the nearest
+    other one, copies apart. So few labels choose what is typical, many choose what is uncertain. Source: Bae, Oliveira
+    and Sutherland 2025, arXiv 2412.20644, with margins; its s is the smallest distance, which two like images decide.
 
     Args:
         features: (N, D).
@@ -51,10 +52,11 @@ def herding(
     pool, known = np.flatnonzero(available), np.flatnonzero(labelled >= 0)
     if len(pool) > _COVERED:  # another sample with each label, so that no image is left out for ever
         pool = np.random.default_rng([0, len(known)]).choice(pool, _COVERED, replace=False)
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    of_pool, of_known = unit[pool], unit[known]  # (P, D), (L, D)
+    centre, spread = _centre_and_spread(features)
+    of_pool, of_known = (_unit((features[rows] - centre) / spread) for rows in (pool, known))  # (P, D), (L, D)
     between = _squared_distances(of_known, of_known)  # (L, L)
-    scale = between.min(initial=1.0, where=between > _COPY)
+    nearest = between.min(1, initial=np.inf, where=between > _COPY)  # (L,)
+    scale = np.median(nearest[np.isfinite(nearest)]) if np.isfinite(nearest).any() else 1.0
     unsure = np.ones(len(pool), np.float32)
     if probabilities is not None:
         second, first = np.partition(probabilities[pool], -2, axis=1)[:, -2:].T
@@ -156,7 +158,7 @@ def expected_accuracy(features: Features, labelled: Ints, tested: Ints, num_clas
 
 @dataclass(frozen=True)
 class _Regression:
-    """A logistic regression on standardized features."""
+    """A logistic regression on standardized features, with a temperature."""
 
     weight: Floats  # (K, D)
     bias: Floats  # (K,); -inf of a class that no image is of
@@ -167,14 +169,13 @@ class _Regression:
         classes, labels = np.unique(labelled[labelled >= 0], return_inverse=True)
         if len(classes) < 2:
             return None
-        centre, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)  # (D,)
-        spread[spread <= 1e-6 * np.abs(centre) + 1e-12] = 1.0  # a constant feature tells nothing, and must not divide
+        centre, spread = _centre_and_spread(features)
         z = (features[labelled >= 0] - centre) / spread  # (L, D)
         basis = np.linalg.qr(z.T)[0] if len(z) < z.shape[1] else np.eye(z.shape[1])  # (D, min(L, D)); W lies in it
-        ((W, b),) = CLASSIFICATION.linear_heads(z @ basis, labels, [_L2], np.ones(len(z)))
+        (W, b), temperature = _head(z @ basis, labels), _temperature(z @ basis, labels)
         weight, bias = np.zeros((num_classes, len(centre))), np.full(num_classes, -np.inf)
-        weight[classes] = W @ basis.T / spread
-        bias[classes] = b - weight[classes] @ centre
+        weight[classes] = W @ basis.T / spread / temperature
+        bias[classes] = b / temperature - weight[classes] @ centre
         return cls(weight, bias)
 
     def logits(self, features: Features) -> Floats:
@@ -184,6 +185,42 @@ class _Regression:
     def probabilities(self, features: Features) -> Floats:
         """Return probabilities (N, K)."""
         return np.exp(log_softmax(self.logits(features)))
+
+
+def _head(z: Floats, labels: Ints) -> tuple[Floats, Floats]:
+    """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
+    (head,) = CLASSIFICATION.linear_heads(z, labels, [_L2], np.ones(len(z)))
+    return head
+
+
+def _temperature(z: Floats, labels: Ints) -> float:
+    """Return what divides logits, by images (L, D) that are left out of the fit in folds.
+
+    An image that is the only one of its class says nothing.
+    """
+    rows = np.flatnonzero(np.bincount(labels)[labels] > 1)
+    classes, labels = np.unique(labels[rows], return_inverse=True)
+    if len(classes) < 2:
+        return _PRIOR.median
+    fold_of = assign_folds(labels, rows, _FOLDS, np.random.default_rng(0))
+    logits = np.empty((len(rows), len(classes)))
+    for fold in np.unique(fold_of):
+        fitted = fold_of != fold
+        W, b = _head(z[rows[fitted]], labels[fitted])
+        logits[~fitted] = z[rows[~fitted]] @ W.T + b
+    return fit_temperature(logits, labels, _PRIOR)
+
+
+def _centre_and_spread(features: Features) -> tuple[Floats, Floats]:
+    """Return mean and standard deviation of features (N, D), (D,) each, to divide by: 1 of a constant one."""
+    centre, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    spread[spread <= 1e-6 * np.abs(centre) + 1e-12] = 1.0
+    return centre, spread
+
+
+def _unit(vectors: Floats) -> Features:
+    """Return vectors (M, D) of length 1."""
+    return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
 def _squared_distances(a: Features, b: Features) -> Features:
