@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from peft_vit.base.statistics import Interval, TemperaturePrior, fit_temperature, proportion_interval
 from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.base.statistics.more_labels import gain_of_doubling
-from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.tasks.classification import log_softmax
+from peft_vit.core.tasks.task import logistic_regressions
 
 Features = NDArray[np.float32]  # (N, D)
 Ints = NDArray[np.int64]
@@ -23,8 +23,9 @@ Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 _COVERED = 3000  # images at most that are covered, and chosen from, at a time
 _COPY = 1e-5  # squared distance of unit vectors up to which two images are copies
-_L2 = 0.03  # of the regression
-_FOLDS, _PRIOR = 5, TemperaturePrior(median=2.0, spread=0.7)  # it separates few images, and is too sure of others
+_L2, _TOLERANCE = 0.03, 1e-3  # of the regression; at the second, probabilities are right to a few hundredths
+_FOLDS, _HELD_OUT = 5, 200  # images are held out in folds until these are so many
+_PRIOR = TemperaturePrior(median=2.0, spread=0.7)  # a regression separates few images, and is too sure of others
 _SURE, _FEWEST_OF_WALL, _SIZE_OF_WALL = 0.9, 8, 20  # share of a wall that is expected to be right, and its images
 
 
@@ -170,9 +171,10 @@ class _Regression:
         if len(classes) < 2:
             return None
         centre, spread = _centre_and_spread(features)
-        z = (features[labelled >= 0] - centre) / spread  # (L, D)
+        z = ((features[labelled >= 0] - centre) / spread).astype(np.float32)  # (L, D)
         basis = np.linalg.qr(z.T)[0] if len(z) < z.shape[1] else np.eye(z.shape[1])  # (D, min(L, D)); W lies in it
-        (W, b), temperature = _head(z @ basis, labels), _temperature(z @ basis, labels)
+        projected = (z @ basis).astype(np.float32)
+        (W, b), temperature = _head(projected, labels), _temperature(projected, labels)
         weight, bias = np.zeros((num_classes, len(centre))), np.full(num_classes, -np.inf)
         weight[classes] = W @ basis.T / spread / temperature
         bias[classes] = b / temperature - weight[classes] @ centre
@@ -189,8 +191,9 @@ class _Regression:
 
 def _head(z: Floats, labels: Ints) -> tuple[Floats, Floats]:
     """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
-    (head,) = CLASSIFICATION.linear_heads(z, labels, [_L2], np.ones(len(z)))
-    return head
+    (fit,), two = logistic_regressions(1, _TOLERANCE), labels.max() == 1
+    W, b = fit(z, labels, np.ones(len(z)), (2.0 if two else 1.0) / (_L2 * len(z)))
+    return (np.concatenate([-W, W]) / 2, np.concatenate([-b, b]) / 2) if two else (W, b)  # (1, D) of two classes
 
 
 def _temperature(z: Floats, labels: Ints) -> float:
@@ -203,12 +206,13 @@ def _temperature(z: Floats, labels: Ints) -> float:
     if len(classes) < 2:
         return _PRIOR.median
     fold_of = assign_folds(labels, rows, _FOLDS, np.random.default_rng(0))
-    logits = np.empty((len(rows), len(classes)))
-    for fold in np.unique(fold_of):
+    logits = np.full((len(rows), len(classes)), np.nan)
+    for fold in np.unique(fold_of)[: max(1, _FOLDS * _HELD_OUT // len(rows))]:
         fitted = fold_of != fold
         W, b = _head(z[rows[fitted]], labels[fitted])
         logits[~fitted] = z[rows[~fitted]] @ W.T + b
-    return fit_temperature(logits, labels, _PRIOR)
+    known = np.isfinite(logits[:, 0])
+    return fit_temperature(logits[known], labels[known], _PRIOR)
 
 
 def _centre_and_spread(features: Features) -> tuple[Floats, Floats]:
