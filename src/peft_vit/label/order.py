@@ -15,12 +15,10 @@ from peft_vit.base.statistics import Interval, TemperaturePrior, fit_temperature
 from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.core.tasks.classification import log_softmax
+from peft_vit.core.tasks.metric import Flags, Floats, Ints
 from peft_vit.core.tasks.task import logistic_regressions
 
 Features = NDArray[np.float32]  # (N, D)
-Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 _COVERED = 3000  # images at most that are covered, and chosen from, at a time
 _COPY = 1e-5  # squared distance of unit vectors up to which two images are copies
 _L2, _TOLERANCE = 0.03, 1e-3  # of the regression; at the second, probabilities are right to a few hundredths
@@ -53,8 +51,9 @@ def herding(
     pool, known = np.flatnonzero(available), np.flatnonzero(labelled >= 0)
     if len(pool) > _COVERED:  # another sample with each label, so that no image is left out for ever
         pool = np.random.default_rng([0, len(known)]).choice(pool, _COVERED, replace=False)
-    centre, spread = _centre_and_spread(features)
-    of_pool, of_known = (_unit((features[rows] - centre) / spread) for rows in (pool, known))  # (P, D), (L, D)
+    z = _standardized(features)
+    unit = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    of_pool, of_known = unit[pool], unit[known]  # (P, D), (L, D)
     between = _squared_distances(of_known, of_known)  # (L, L)
     nearest = between.min(1, initial=np.inf, where=between > _COPY)  # (L,)
     scale = np.median(nearest[np.isfinite(nearest)]) if np.isfinite(nearest).any() else 1.0
@@ -84,8 +83,11 @@ def propose(features: Features, labelled: Ints, num_classes: int) -> Floats:
 
     A class without a labelled image has none; with fewer than two such classes all are equally probable.
     """
-    model = _Regression.fit(features, labelled, num_classes)
-    return np.full((len(features), num_classes), 1 / num_classes) if model is None else model.probabilities(features)
+    z, known = _standardized(features), labelled >= 0
+    logits = _logits(z, labelled, num_classes)
+    if logits is None:
+        return np.full((len(features), num_classes), 1 / num_classes)
+    return np.exp(log_softmax(logits / _temperature(z[known], labelled[known])))
 
 
 def wall(
@@ -135,68 +137,47 @@ def expected_accuracy(features: Features, labelled: Ints, tested: Ints, num_clas
         tested: class of each test image that is labelled, (N,); -1: of the others.
         num_classes: K.
     """
-    rows = np.flatnonzero(tested >= 0)
+    z, is_test, known = _standardized(features), tested >= 0, np.flatnonzero(labelled >= 0)
 
     def wrong(labels: Ints) -> Floats | None:
-        model = _Regression.fit(features, labels, num_classes)
-        return None if model is None else (model.logits(features[rows]).argmax(1) != tested[rows]).astype(float)
+        logits = _logits(z, labels, num_classes)
+        return None if logits is None else (logits.argmax(1) != tested)[is_test].astype(float)
 
     of_all = wrong(labelled)
-    if of_all is None or not len(rows):
+    if of_all is None or not is_test.any():
         return None
-    now, known = proportion_interval(float((1 - of_all).sum()), len(rows)), np.flatnonzero(labelled >= 0)
-    half = assign_folds(labelled[known], known, 2, np.random.default_rng(0))
-    of_halves = []
-    for number in range(2):
-        labels = np.full_like(labelled, -1)
-        labels[known[half == number]] = labelled[known[half == number]]
-        of_halves.append(wrong(labels))
-    first, second = of_halves
+    now = proportion_interval(len(of_all) - of_all.sum(), len(of_all))
+    half = np.full(len(labelled), -1)
+    half[known] = assign_folds(labelled[known], known, 2, np.random.default_rng(0))
+    first, second = (wrong(np.where(half == number, labelled, -1)) for number in range(2))
     if first is None or second is None:
         return Accuracy(now, None)
     return Accuracy(now, gain_of_doubling((first + second) / 2, of_all, share=1.0))
 
 
-@dataclass(frozen=True)
-class _Regression:
-    """A logistic regression on standardized features, with a temperature."""
+def _logits(z: Features, labelled: Ints, num_classes: int) -> Floats | None:
+    """Return logits (N, K) by a regression on the images that are labelled; None: these are of fewer than two classes.
 
-    weight: Floats  # (K, D)
-    bias: Floats  # (K,); -inf of a class that no image is of
-
-    @classmethod
-    def fit(cls, features: Features, labelled: Ints, num_classes: int) -> _Regression | None:
-        """Fit it to the images that have a class, (N,) of 0 and above; None: these are of fewer than two."""
-        classes, labels = np.unique(labelled[labelled >= 0], return_inverse=True)
-        if len(classes) < 2:
-            return None
-        centre, spread = _centre_and_spread(features)
-        z = ((features[labelled >= 0] - centre) / spread).astype(np.float32)  # (L, D)
-        basis = np.linalg.qr(z.T)[0] if len(z) < z.shape[1] else np.eye(z.shape[1])  # (D, min(L, D)); W lies in it
-        projected = (z @ basis).astype(np.float32)
-        (W, b), temperature = _head(projected, labels), _temperature(projected, labels)
-        weight, bias = np.zeros((num_classes, len(centre))), np.full(num_classes, -np.inf)
-        weight[classes] = W @ basis.T / spread / temperature
-        bias[classes] = b / temperature - weight[classes] @ centre
-        return cls(weight, bias)
-
-    def logits(self, features: Features) -> Floats:
-        """Return logits (N, K)."""
-        return features @ self.weight.T + self.bias
-
-    def probabilities(self, features: Features) -> Floats:
-        """Return probabilities (N, K)."""
-        return np.exp(log_softmax(self.logits(features)))
+    Those of a class without an image are -inf.
+    """
+    known = labelled >= 0
+    classes, labels = np.unique(labelled[known], return_inverse=True)
+    if len(classes) < 2:
+        return None
+    W, b = _head(z[known], labels)
+    logits = np.full((len(z), num_classes), -np.inf)
+    logits[:, classes] = z @ W.T + b
+    return logits
 
 
-def _head(z: Floats, labels: Ints) -> tuple[Floats, Floats]:
+def _head(z: Features, labels: Ints) -> tuple[Floats, Floats]:
     """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
     (fit,), two = logistic_regressions(1, _TOLERANCE), labels.max() == 1
     W, b = fit(z, labels, np.ones(len(z)), (2.0 if two else 1.0) / (_L2 * len(z)))
     return (np.concatenate([-W, W]) / 2, np.concatenate([-b, b]) / 2) if two else (W, b)  # (1, D) of two classes
 
 
-def _temperature(z: Floats, labels: Ints) -> float:
+def _temperature(z: Features, labels: Ints) -> float:
     """Return what divides logits, by images (L, D) that are left out of the fit in folds.
 
     An image that is the only one of its class says nothing.
@@ -215,16 +196,11 @@ def _temperature(z: Floats, labels: Ints) -> float:
     return fit_temperature(logits[known], labels[known], _PRIOR)
 
 
-def _centre_and_spread(features: Features) -> tuple[Floats, Floats]:
-    """Return mean and standard deviation of features (N, D), (D,) each, to divide by: 1 of a constant one."""
-    centre, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    spread[spread <= 1e-6 * np.abs(centre) + 1e-12] = 1.0
-    return centre, spread
-
-
-def _unit(vectors: Floats) -> Features:
-    """Return vectors (M, D) of length 1."""
-    return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+def _standardized(features: Features) -> Features:
+    """Return features (N, D) less their means, in standard deviations."""
+    centre, spread = features.mean(0), features.std(0)  # (D,)
+    spread[spread <= 1e-6 * np.abs(centre)] = 1.0  # a constant feature tells nothing, and must not divide
+    return (features - centre) / spread
 
 
 def _squared_distances(a: Features, b: Features) -> Features:
