@@ -7,6 +7,7 @@ test, and those that are skipped, are neither labelled nor available here; `expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,7 +171,7 @@ def _logits(z: Features, labelled: Ints, num_classes: int) -> Floats | None:
     return logits
 
 
-def _head(z: Features, labels: Ints) -> tuple[Floats, Floats]:
+def _head(z: NDArray[Any], labels: Ints) -> tuple[Floats, Floats]:
     """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
     (fit,), two = logistic_regressions(1, _TOLERANCE), labels.max() == 1
     W, b = fit(z, labels, np.ones(len(z)), (2.0 if two else 1.0) / (_L2 * len(z)))
