@@ -26,6 +26,7 @@ _L2, _TOLERANCE = 0.03, 1e-3  # of the regression; at the second, probabilities 
 _FOLDS, _HELD_OUT = 5, 200  # images are held out in folds until these are so many
 _PRIOR = TemperaturePrior(median=2.0, spread=0.7)  # a regression separates few images, and is too sure of others
 _SURE, _FEWEST_OF_WALL, _SIZE_OF_WALL = 0.9, 8, 20  # share of a wall that is expected to be right, and its images
+_FEWEST_OF_CLASS = 3  # labels, in the mean, before there is a wall
 
 
 def herding(
@@ -97,7 +98,7 @@ def wall(
     """Return a class and the available images that are surest of it, the surest first; None: no class has enough.
 
     There are as many as nine in ten are expected to be right of, so that whoever looks at all of them has few to take
-    out. Of several such classes it is the one with the fewest labels.
+    out. With fewer than three labels a class that is not known well enough.
 
     Args:
         probabilities: (N, K), see `propose`.
@@ -105,15 +106,17 @@ def wall(
         labelled: class of each image, (N,); -1: it has none.
         size: images at most.
     """
-    counts, predicted = np.bincount(labelled[labelled >= 0], minlength=probabilities.shape[1]), probabilities.argmax(1)
-    for label in np.argsort(counts, kind="stable").tolist():
+    predicted, walls = probabilities.argmax(1), []
+    if (labelled >= 0).sum() < _FEWEST_OF_CLASS * probabilities.shape[1]:
+        return None
+    for label in range(probabilities.shape[1]):
         own = np.flatnonzero(available & (predicted == label))
         surest = own[np.argsort(-probabilities[own, label], kind="stable")][:size]
         expected = np.cumsum(probabilities[surest, label]) / np.arange(1, len(surest) + 1)  # falls
         enough = int((expected >= _SURE).sum())
         if enough >= _FEWEST_OF_WALL:
-            return label, surest[:enough].tolist()
-    return None
+            walls.append((expected[enough - 1], label, surest[:enough].tolist()))
+    return max(walls)[1:] if walls else None
 
 
 @dataclass(frozen=True)

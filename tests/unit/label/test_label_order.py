@@ -104,21 +104,25 @@ def test_nothing_is_proposed_before_there_are_two_classes() -> None:
     assert (propose(features, labelled, 4) == 0.25).all()
 
 
-def test_a_wall_is_of_the_class_with_the_fewest_labels_that_has_enough_sure_images() -> None:
-    sure = np.concatenate([np.full(30, 0.95), np.linspace(0.99, 0.5, 30), np.full(6, 0.99)])
+def test_a_wall_is_of_the_surest_class_that_has_enough_images() -> None:
+    sure = np.concatenate([np.full(30, 0.91), np.linspace(0.99, 0.7, 30), np.full(6, 0.99)])
     classes = np.repeat([0, 1, 2], [30, 30, 6])
     probabilities = np.repeat((1 - sure)[:, None] / 2, 3, axis=1)
     probabilities[np.arange(66), classes] = sure
     available, labelled = np.ones(66, dtype=bool), np.full(66, -1)
-    available[30], labelled[31] = False, 0
-    shown = wall(probabilities, available, labelled)
-    assert shown is not None
-    label, images = shown
-    assert label == 1  # class 0 has a label, class 2 too few images
-    assert images == list(range(31, 31 + len(images)))
+    labelled[[*range(3), *range(30, 33), *range(60, 63)]] = 0
+    available[labelled >= 0] = False
+    assert wall(probabilities, available, labelled) == (0, list(range(3, 23)))  # of class 1 they are less sure
+    available[:20] = False
+    shown = wall(probabilities, available, labelled, size=30)
+    assert shown == (0, list(range(20, 30)))
+    label, images = wall(probabilities, available & (classes > 0), labelled) or (0, [])
+    assert label == 1  # class 2 has too few
+    assert images == list(range(33, 33 + len(images)))
     assert sure[images].mean() >= 0.9 > sure[[*images, images[-1] + 1]].mean()
     assert wall(probabilities, available & (classes == 2), labelled) is None
-    assert wall(probabilities, available, np.where(np.arange(66) == 31, 1, -1)) == (0, list(range(20)))
+    labelled[0] = -1  # with eight labels of three classes
+    assert wall(probabilities, available, labelled) is None
 
 
 def test_the_accuracy_is_of_test_images_and_more_labels_bring_what_halves_say() -> None:
