@@ -34,6 +34,7 @@ _JUNK = ("/thumbs.db", "/desktop.ini")
 _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
 TABLES = (".csv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
+UNSURE = "unsure"  # in a table's column split: of an image whose label nobody could tell
 _INCOMPLETE = "expected a path and a label, one value a column"
 _CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
@@ -282,7 +283,8 @@ def _shown(folders: Iterable[str]) -> str:
 def _listed(path: Path, task_name: TaskName | None) -> Images:
     """Return the images that a table names, those of which can't be read left out."""
     root = path.parent.resolve()
-    rows = list(_rows(path))
+    listed = list(table_rows(path))
+    rows = [(where, row) for where, row in listed if row.get("split", "").lower() != UNSURE]
     if not rows:
         raise UserError("names no image; add rows", file=path)
     columns = tuple(name for name in rows[0][1] if name not in ("path", "split"))
@@ -301,7 +303,7 @@ def _listed(path: Path, task_name: TaskName | None) -> Images:
             message = f"{name} is '{label}' here and '{earlier}' before; an image has one label, keep one"
             raise UserError(message, file=where, field="label")
         if split not in ("", "train", "test"):
-            message = f"expected train or test, got {split!r}; validation images are chosen from train"
+            message = f"expected train, test or {UNSURE}, got {split!r}; validation images are chosen from train"
             raise UserError(message, file=where, field="split")
         labels[name] = label
         is_test.append(split == "test")
@@ -317,6 +319,7 @@ def _listed(path: Path, task_name: TaskName | None) -> Images:
 
     tree = FileTree(root, tuple(labels), lambda name: read_bytes(places[name]), hashed)
     left_out = {name: fault for name in labels if (fault := tree.fault(name)) is not None}
+    left_out |= {row["path"]: f"is marked {UNSURE}" for _, row in listed if row.get("split", "").lower() == UNSURE}
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
     return Images("csv", path, tree, files.without(left_out), left_out)
 
@@ -399,8 +402,8 @@ def read_csv(config: DataConfig) -> ImageIndex:
     return _read(config, _listed(path, config.task))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a table and where each stands, nothing as ""."""
+def table_rows(path: Path, every: bool = False) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a table and where each stands, nothing as ""; of every column, or of those that are read."""
     with os_fault("can't be read", path, field="data.path"):
         content = read_bytes(path)
     if path.suffix.lower() == ".parquet":
@@ -409,7 +412,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
         with foreign_fault("is not a readable Parquet file", path):
             table = parquet.ParquetFile(io.BytesIO(content))
-            places = _places(table.schema_arrow.names, path)
+            places = _places(table.schema_arrow.names, path, every)
             number = unpacked = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE):  # of a small file there may be any number
                 columns = [batch.column(place).to_pylist() for place in places.values()]
@@ -427,7 +430,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         header = next(rows, [])
-        places = _places(header, f"{path}:1")
+        places = _places(header, f"{path}:1", every)
         for row in filter(None, rows):
             if len(row) != len(header):
                 raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
@@ -443,16 +446,17 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
 
 
-def _places(header: Sequence[str], file: str | Path) -> dict[str, int]:
+def _places(header: Sequence[str], file: str | Path, every: bool) -> dict[str, int]:
     """Return where the columns stand that are read, whatever the capitals and the spaces around their names.
 
-    These are path, split, and label, or without this one all others.
+    These are path, split, and label, or without this one all others but comment.
     """
     names = [name.strip() for name in header]
-    known = {name.lower(): name.lower() for name in ("path", "label", "split")}
+    known = {name.lower(): name.lower() for name in ("path", "label", "split", "comment")}
     columns = [known.get(name.lower(), name) for name in names]
-    read = [name for name in columns if name and (name in known or "label" not in columns)]
-    if "path" not in read or not set(read) - {"path", "split"} or len(set(read)) < len(read):
+    labels = {"label"} if "label" in columns else {*columns} - {"", "comment"}
+    read = [name for name in columns if name and (every or name in labels | {"path", "split"})]
+    if "path" not in read or not labels - {"path", "split"} or len(set(read)) < len(read):
         message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
         raise UserError(message, file=file)
     return {name: columns.index(name) for name in ("path", *read)}

@@ -1,0 +1,1 @@
+"""Labels in: which image to label next, and a page to click through."""
