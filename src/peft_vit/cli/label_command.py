@@ -29,7 +29,7 @@ class LabelRequest(Request):
     task: TaskName = Field(default="classification", description=f"What to say of an image: {TASKS_SAID}.")
     order: Literal["herding", "random", "files"] = Field(
         default="herding",
-        description="Which image comes next. herding: those that a model gains most from. random: any. files: the next.",
+        description="Which image comes next. herding: one that a model gains much from. random: any. files: the next.",
     )
     host: str = Field(
         default="127.0.0.1",
@@ -43,7 +43,7 @@ class LabelRequest(Request):
         default=None, description="Make class folders of what is labelled, of links or on Windows of copies, and end."
     )
     to_label_studio: Path | None = Field(default=None, description="Write Label Studio's JSON to this file, and end.")
-    from_label_studio: Path | None = Field(default=None, description="Take over labels of Label Studio's JSON, and end.")
+    from_label_studio: Path | None = Field(default=None, description="Take labels from Label Studio's JSON, and end.")
 
 
 @command(LabelRequest)
@@ -76,9 +76,8 @@ def label(request: LabelRequest) -> None:
 
 
 def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> None:
-    from peft_vit.label.features import FolderFeatures
     from peft_vit.label.server import LabelServer
-    from peft_vit.label.session import Session
+    from peft_vit.label.session import FolderFeatures, Session
 
     known: list[str] = []
 

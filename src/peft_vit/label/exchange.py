@@ -78,7 +78,10 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
     for name in store.classes:
         known.append(class_name(name, known, store.task))
     used: set[str] = set()
-    with into_empty(output, "--to-folders"), os_fault("can't be written", output, remedy="make room, or choose another"):
+    with (
+        into_empty(output, "--to-folders"),
+        os_fault("can't be written", output, remedy="make room, or choose another"),
+    ):
         for name, row in store.rows.items():
             if row.split == UNSURE or name not in images.number:
                 continue
@@ -135,7 +138,8 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
     changes = {name: row for name, row in changes.items() if name not in store.rows}
     store.change(changes, {})
     left = len(given) - len(changes)
-    return f"{len(changes):,} labels taken; {left:,} left: no label, not one class, labelled here, or no image of that name"
+    reasons = "no label, not one class, labelled here, or no image of that name"
+    return f"{len(changes):,} labels taken, {left:,} left ({reasons})."
 
 
 def _labels(task: Any) -> list[str] | None:

@@ -140,7 +140,7 @@ def _column(task: TaskName) -> str:
 def _rows_of(file: Path, task: TaskName) -> Iterator[tuple[str, Row]]:
     column = _column(task)
     for where, cells in table_rows(file, every=True):
-        if column not in cells or (other := cells.keys() - {"path", column, "split", "comment"}):
+        if column not in cells or cells.keys() - {"path", column, "split", "comment"}:
             fault = f"has the columns {', '.join(cells)}; expected path, {column}, split and comment"
             remedy = "take the others out" if column in cells else "see --task"
             raise UserError(f"{fault}, and others would be lost here; {remedy}, or rename the file", file=file)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hmac
-import json
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
@@ -237,7 +236,7 @@ def _guarded(app: Any, refusal: Callable[[Request], Response | None]) -> Any:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    if host in ("0.0.0.0", "::", ""):  # noqa: S104 - refused
+    if host in ("0.0.0.0", "::", ""):
         message = "names no address, and anybody's page could reach you by any name"
         raise UserError(f"{message}; give this machine's own, {_own_address()}", field="--host")
     try:

@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Interval
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.label.features import FeatureFile, FeatureProcess
 from peft_vit.label.images import TEST_SHARE, ImageFolder
 from peft_vit.label.labels import LabelStore, Row, class_name
-from peft_vit.label.order import Proposals, expected_accuracy, herding, wall
+from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
 
 Order = Literal["herding", "random", "files"]
 LARGE, SMALL = 1024, 256  # pixels a side of an image alone, and of one on a wall
@@ -55,19 +56,23 @@ class Fitted(NamedTuple):
         ids: their numbers, (M,) int64.
         classes: K names.
         probabilities: (M, K) float.
+        labelled: class of each that is learned from, (M,) int64; -1: of the others.
         accuracy: on the labelled test images, see `expected_accuracy`.
     """
 
     ids: np.ndarray
     classes: Sequence[str]
     probabilities: np.ndarray
-    accuracy: Any
+    labelled: np.ndarray
+    accuracy: Accuracy | None
 
 
 class Features(Protocol):
-    """What is computed of the images meanwhile; `fault` is why nothing more is, or ""."""
+    """What is computed of the images meanwhile."""
 
-    fault: str
+    @property
+    def fault(self) -> str:
+        """Return why nothing more is computed, or ""."""
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the features that are there, (M, D) float32, and of which images, (M,) int64."""
@@ -112,13 +117,7 @@ class Session:
         order: how the next image is chosen.
     """
 
-    def __init__(
-        self,
-        store: LabelStore,
-        images: ImageFolder,
-        features: Features,
-        order: Order = "herding",
-    ) -> None:
+    def __init__(self, store: LabelStore, images: ImageFolder, features: Features, order: Order = "herding") -> None:
         self.store, self.images, self.features, self.order = store, images, features, order
         self.changed = threading.Event()
         self._lock = threading.RLock()
@@ -159,7 +158,7 @@ class Session:
                 "tested": sum(row.split == "test" for row in labelled),
                 "images": len(self.images.names) - len(self.images.left_out),
                 "ready": self._ready,
-                "accuracy": fitted and fitted.accuracy,
+                "accuracy": _in_words(fitted and fitted.accuracy),
                 "left_out": [f"{name} {why}" for name, why in self.images.left_out.items()],
                 "gone": sum(name not in self.images.number for name in rows),
                 "undoable": bool(self._history),
@@ -251,18 +250,17 @@ class Session:
                 labels[place] = number[row.labels[0]] if self.store.task == "classification" else 0
         available &= ~is_test
         train = np.where(is_test, _OPEN, labels)
-        fitted = None
+        fitted, probabilities = None, None
         counts = np.bincount(train[train >= 0], minlength=1)
         if self.store.task == "classification" and (counts >= _FEWEST_OF_A_CLASS).sum() >= _FEWEST_CLASSES:
-            probabilities = Proposals().fit(features, train, len(classes))
-            tested = is_test & (labels >= 0)
-            accuracy = expected_accuracy(probabilities[tested], labels[tested], int((train >= 0).sum()))
-            fitted = Fitted(ids, classes, probabilities, accuracy)
+            probabilities = propose(features, train, len(classes))  # (M, K)
+            accuracy = expected_accuracy(features, train, np.where(is_test, labels, _OPEN), len(classes))
+            fitted = Fitted(ids, classes, probabilities, train, accuracy)
         with self._lock:
             count = _AHEAD + self._labelled_since
-        order = herding(features, train, available, count) if self.order == "herding" else []
+        order = herding(features, train, available, count, probabilities) if self.order == "herding" else []
         with self._lock:
-            self._fitted, self._chosen = fitted, deque(int(ids[place]) for place in order)
+            self._fitted, self._chosen = fitted, deque(ids[order].tolist())
 
     def work(self, stop: threading.Event) -> None:
         """Fit again and again, whenever there are other labels or features, until asked to stop."""
@@ -335,11 +333,25 @@ class Session:
     def _wall(self) -> Shown | None:
         if self._fitted is None:
             return None
-        ids, classes, probabilities, _ = self._fitted
+        ids, classes, probabilities, labelled, _ = self._fitted
         available = np.array([self._is_open(i) and not self.images.is_test(i) for i in ids.tolist()], dtype=bool)
-        offered = wall(probabilities, available)
+        offered = wall(probabilities, available, labelled)
         if offered is None:
             return None
         number, places = offered
         sound = tuple(i for i in ids[places].tolist() if self.images.is_sound(i, SMALL))
         return Shown(sound, is_wall=True, proposed=classes[number]) if sound else None
+
+
+def _in_words(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return ""
+    now, gain = accuracy.now, accuracy.gain
+    text = f"Right on {now.estimate:.0%} of {now.n} labelled test images{_range(now)}."
+    if gain is None:
+        return text
+    return f"{text} As many labels again are expected to bring {gain.estimate:.0%} more{_range(gain)}."
+
+
+def _range(interval: Interval) -> str:
+    return "" if interval.low is None else f" ({interval.low:.0%} to {interval.high:.0%})"
