@@ -1,0 +1,198 @@
+"""Features of a pretrained model, computed in a process of its own while a person labels.
+
+What reads them needs no torch. The process appends a record an image to a file of the user's cache, in an order that is
+random: the first hundred show all of a folder. A record holds the SHA-256 of the image's file and its features, so
+images may be renamed, added and removed, and a process that was killed continues. The first record holds the weights'
+SHA-256; with other weights a file is begun again. Of an image that can't be read the features are NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.base.errors import UserError
+from peft_vit.base.files import make_folder, read_bytes
+from peft_vit.core.config import DEFAULT_MODEL, BackboneConfig
+from peft_vit.data.files import cache_fault, in_threads
+from peft_vit.data.pixels import FORMAT_VERSION, decode_image, decoders, to_pixels
+from peft_vit.runs.this_machine.cache import cache_file
+
+_SIZE, _BATCH = 112, 16  # pixels a side, images
+
+
+class FeatureFile:
+    """Features of N images, as many as are there; `update` reads what has been added.
+
+    Attributes:
+        values: (N, D), NaN where there are none; D is 0 until the first are there.
+        done: which images were looked at, (N,).
+    """
+
+    def __init__(self, file: Path, digests: Sequence[str]) -> None:
+        self._file, self._read = file, 0  # records
+        self.values = np.empty((len(digests), 0), np.float32)
+        self.done = np.zeros(len(digests), dtype=bool)
+        self._places: dict[bytes, list[int]] = {}
+        for place, digest in enumerate(digests):
+            self._places.setdefault(digest.encode(), []).append(place)
+
+    @property
+    def ready(self) -> NDArray[np.bool_]:
+        """Return which images have features, (N,); those that are done and have none can't be read."""
+        return self.done & np.isfinite(self.values).all(1)
+
+    def update(self) -> None:
+        """Read what has been added."""
+        with suppress(FileNotFoundError), self._file.open("rb") as opened:
+            dtype = _dtype(opened)
+            opened.seek(self._read * dtype.itemsize, os.SEEK_CUR)
+            records = np.fromfile(opened, dtype)  # whole ones
+            self._read += len(records)
+            width = records["values"].shape[1]
+            if self.values.shape[1] != width:
+                self.values = np.full((len(self.done), width), np.nan, np.float32)
+            for digest, values in zip(records["digest"].tolist(), records["values"], strict=True):
+                places = self._places.get(digest, [])
+                self.values[places], self.done[places] = values, True
+
+
+def _dtype(opened: BinaryIO) -> np.dtype[Any]:
+    """Return the type of a file's records, which begin where it has been read to; it has the header of .npy files."""
+    np.lib.format.read_magic(opened)
+    return np.lib.format.read_array_header_1_0(opened)[2]
+
+
+class FeatureProcess:
+    """The process that computes features of images.
+
+    Args:
+        folder: of the images.
+        names: of their files, relative to it.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        depends_on = {"folder": str(folder.resolve()), "model": DEFAULT_MODEL, "image_size": _SIZE}
+        self.file = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        command = [sys.executable, "-m", __name__, str(self.file), str(folder)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._errors, text=True)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as pipe:
+            pipe.write("\0".join(names))
+
+    @property
+    def running(self) -> bool:
+        """Return whether it is at work."""
+        return self._process.poll() is None
+
+    @property
+    def fault(self) -> str | None:
+        """Return why it has ended too early, in a line; None if it has not."""
+        if not self._process.poll():
+            return None
+        self._errors.seek(0)
+        return self._errors.read().strip().rpartition("\n")[2] or "the process that computes features was killed"
+
+    def stop(self) -> None:
+        """End it; the features that are there are kept."""
+        self._process.terminate()
+        self._process.wait()
+
+
+def compute_features(folder: Path, names: Sequence[str], file: Path) -> None:
+    """Append the features of the images that are not in a file, and end early if the process that wanted them has.
+
+    Args:
+        folder: of the images.
+        names: of their files, relative to it.
+        file: where to.
+
+    Raises:
+        UserError: if weights can't be loaded, or the file can't be written.
+    """
+    import torch
+
+    from peft_vit.core.backbones import Backbone, default_weights_source, interpolation_of, load_backbone
+    from peft_vit.core.training.images import normalised
+    from peft_vit.runs.this_machine.machine import resolve_device
+
+    parent, device = os.getppid(), resolve_device("auto")
+    weights, _ = default_weights_source(DEFAULT_MODEL)
+    config = BackboneConfig(model=DEFAULT_MODEL, weights=weights, head_blocks=4)
+    loaded = load_backbone(config, image_size=_SIZE, num_classes=2, seed=0)
+    backbone, interpolation = Backbone(loaded.model.eval().to(device)), interpolation_of(loaded.architecture)
+    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (backbone.head.in_features,))])
+    with cache_fault(file):
+        known = _begun(file, dtype, (loaded.weights_sha256 or "").encode())
+
+    def prepared(name: str) -> tuple[bytes, NDArray[np.uint8] | None]:
+        """Return the SHA-256 of an image's file, empty if there is none, and its pixels."""
+        try:
+            content = read_bytes(folder / name)
+        except OSError:
+            return b"", None
+        digest = hashlib.sha256(content).hexdigest().encode()
+        if digest in known:
+            return digest, None
+        try:
+            image = decode_image(lambda: content, name, enough=_SIZE)
+        except UserError:
+            return digest, None
+        return digest, to_pixels(image, _SIZE, 3, interpolation)
+
+    order = np.random.default_rng(0).permutation(len(names)).tolist()
+    for start in range(0, len(order), _BATCH):
+        if os.getppid() != parent:
+            return
+        by_digest = dict(in_threads(prepared, [names[place] for place in order[start : start + _BATCH]]))
+        new = {digest: pixels for digest, pixels in by_digest.items() if digest and digest not in known}
+        records = np.zeros(len(new), dtype)
+        records["digest"], records["values"] = list(new), np.nan
+        readable = {place: pixels for place, pixels in enumerate(new.values()) if pixels is not None}
+        if readable:
+            batch = torch.from_numpy(np.stack(list(readable.values())))  # (B, S, S, 3)
+            images = normalised(batch.permute(0, 3, 1, 2), loaded.mean, loaded.std).to(device)  # (B, 3, S, S)
+            with torch.inference_mode():
+                records["values"][list(readable)] = backbone.features(images).float().cpu().numpy()  # (B, D)
+        with cache_fault(file), file.open("ab") as opened:
+            opened.write(records.tobytes())
+        known.update(new)
+
+
+def _begun(file: Path, dtype: np.dtype[Any], weights: bytes) -> set[bytes]:
+    """Return the digests that a file holds, which is begun if it isn't there, or is of another model or weights."""
+    make_folder(file.parent)
+    with suppress(OSError, ValueError), file.open("r+b") as opened:
+        stored, start = _dtype(opened), opened.tell()
+        records = np.fromfile(opened, stored)
+        if stored == dtype and len(records) and records["digest"][0] == weights:
+            opened.truncate(start + records.nbytes)  # what a killed process has left of a record
+            return set(records["digest"].tolist())
+    with file.open("wb") as opened:
+        np.lib.format.write_array_header_1_0(opened, {"descr": dtype.descr, "fortran_order": False, "shape": ()})
+        opened.write(np.array([(weights, np.nan)], dtype).tobytes())
+    return {weights}
+
+
+def main() -> None:
+    """Compute the features of the images whose names stand in the input, with a zero byte between them."""
+    file, folder = map(Path, sys.argv[1:])
+    try:
+        compute_features(folder, sys.stdin.read().split("\0"), file)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
