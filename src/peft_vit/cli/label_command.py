@@ -34,7 +34,7 @@ class LabelRequest(Request):
     host: str = Field(
         default="127.0.0.1",
         description="This machine's address in your network, to label on a phone there. The connection is plain http: "
-        "whoever can read your network sees images and labels.",
+        "all who can read your network see images and labels.",
     )
     port: int = Field(default=0, ge=0, le=65535, description="The page's port. Without it, any that is free.")
     no_browser: bool = Field(default=False, description="Print the page's address, and open no browser.")
@@ -94,7 +94,7 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
     session = Session(store, images, features, request.order)
     server = LabelServer(session, request.host, request.port, on_address)
     if request.host not in ("127.0.0.1", "localhost"):
-        print("The connection is plain http: whoever can read your network sees images and labels.", file=sys.stderr)
+        print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
     stop = threading.Event()
     threading.Thread(target=session.work, args=(stop,), daemon=True).start()
     try:

@@ -57,7 +57,7 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
     rows: dict[str, Row] = {}
     for place, (name, label) in enumerate(there.files.classes.items()):
         labels = label.split("|") if store.task == "multilabel" else [label]
-        known = [class_name(text, [], store.task) for text in labels] if store.task != "regression" else labels
+        known = [class_name(text, []) for text in labels] if store.task != "regression" else labels
         split: Any = "" if is_test is None else "test" if is_test[place] else "train"
         rows[PurePosixPath(start, name).as_posix()] = Row(tuple(known), split)
     names = ", ".join(list(dict.fromkeys(label for row in rows.values() for label in row.labels))[:5])
@@ -74,9 +74,11 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
     """
     if store.task != "classification":
         raise UserError("needs one class an image; labels.csv can be read as it is", field="--to-folders")
+    if output.resolve().is_relative_to(images.root):
+        raise UserError("lies among your images; choose a folder elsewhere", file=output, field="--to-folders")
     known: list[str] = []
     for name in store.classes:
-        known.append(class_name(name, known, store.task))
+        known.append(class_name(name, known))
     used: set[str] = set()
     with (
         into_empty(output, "--to-folders"),
@@ -132,7 +134,7 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
         name = next((name for name in _names(address, images, only) if name), None)
         if name is None or labels is None or (store.task == "classification" and len(labels) != 1):
             continue
-        kept = labels if store.task == "regression" else [class_name(label, classes, store.task) for label in labels]
+        kept = labels if store.task == "regression" else [class_name(label, classes) for label in labels]
         classes += [label for label in kept if label not in classes]
         changes[name] = Row(tuple(kept), "test" if images.is_test(images.number[name]) else "train")
     changes = {name: row for name, row in changes.items() if name not in store.rows}

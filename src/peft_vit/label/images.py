@@ -32,7 +32,7 @@ class ImageFolder:
     Attributes:
         names: of the N images, sorted.
         left_out: why, by name, of what is called as an image is, and can't be labelled.
-        shuffled: their numbers in an order that is fixed, (N,).
+        shuffled: their numbers in an order that is fixed.
 
     Raises:
         UserError: if it holds no image.
@@ -58,7 +58,7 @@ class ImageFolder:
             reason = f": {next(iter(self.left_out))} {self.left_out[next(iter(self.left_out))]}" if self.names else ""
             raise UserError(f"holds no image that can be read{reason}; name the folder of your images", file=root)
         self.number = {name: i for i, name in enumerate(self.names)}
-        self.shuffled = np.random.default_rng(0).permutation(len(self.names))
+        self.shuffled: list[int] = np.random.default_rng(0).permutation(len(self.names)).tolist()
         self.copies: dict[str, list[int]] = {}  # by content, of what was hashed so far
         self._digests: list[str | None] = [None] * len(self.names)
         self._decoding = BoundedSemaphore(_AT_ONCE)
@@ -78,7 +78,7 @@ class ImageFolder:
     def is_test(self, i: int) -> bool:
         """Return whether an image is for the test: a fifth is, drawn by content alone.
 
-        So images that come later move none, and copies stand on one side.
+        So images that come later move none, and copies are on one side.
         """
         drawn = hashlib.sha256(f"peft-vit test {self.digest(i)}".encode()).digest()
         return int.from_bytes(drawn[:8]) % TEST_SHARE == 0

@@ -1,6 +1,6 @@
 """Labels of a folder's images: in labels.csv beside them, on disk before anything else happens.
 
-The file is what `train` and `tune` read. Its rows stand in the order in which they were labelled. Another program may
+The file is what `train` and `tune` read. Its rows are in the order in which they were labelled. Another program may
 change it, or another page on the same folder: it is read again whenever it is not as this one has left it.
 """
 
@@ -107,7 +107,7 @@ class LabelStore:
             self.rows, self._read_as = rows, _state(self.file)
 
 
-def class_name(text: str, known: list[str], task: TaskName) -> str:
+def class_name(text: str, known: list[str]) -> str:
     """Return a class's name as it is kept.
 
     Raises:

@@ -69,7 +69,10 @@ def test_folders_are_made_that_train_reads(tmp_path) -> None:
     made = sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
     assert len({name.casefold() for name in made}) == 5
     assert all((output / name).read_bytes() for name in made)
-    assert made[0] == "test/cat/a_d001.png" or made[0].startswith("test/")
+    found = find_images(output).files  # as `train` does
+    assert (len(found.classes), sum(found.is_test or [])) == (5, 2)
+    with pytest.raises(UserError, match="among your images"):
+        to_folders(store, images, images_at / "out")
     with pytest.raises(UserError, match="holds files already"):
         to_folders(store, images, output)
     store.change({images.names[0]: Row(("../up",), "train")}, {})
@@ -132,4 +135,6 @@ def test_the_command_hands_over_and_refuses_in_a_line(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["label", str(tmp_path / "nothing")])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/nothing: is not a folder; name the one that your images lie in\n"
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path}/nothing: is not a folder; name the one that your images lie in\n"
+    )

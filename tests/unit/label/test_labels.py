@@ -114,11 +114,11 @@ def test_a_table_of_others_is_refused(text, fault, tmp_path) -> None:
 )
 def test_a_class_that_can_be_no_folder_is_refused(name, fault) -> None:
     with pytest.raises(UserError, match=fault.replace("|", r"\|").replace(".", r"\.")):
-        class_name(name, ["cat"], "classification")
+        class_name(name, ["cat"])
 
 
 def test_a_class_is_taken_without_spaces_around_it() -> None:
-    assert class_name("  big   cat ", ["cat"], "classification") == "big cat"
+    assert class_name("  big   cat ", ["cat"]) == "big cat"
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch) -> None:

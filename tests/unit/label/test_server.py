@@ -43,7 +43,7 @@ def client(server) -> TestClient:
 
 def sent(client: TestClient, path: str = "/label", answer: Any = None, **headers: str | None) -> Any:
     """Post as the page does, but for some headers."""
-    token = client.get("/").text.partition('name="token" content="')[2].partition('"')[0]
+    token = client.get("/state").json()["token"]
     usual = {"origin": str(client.base_url).rstrip("/"), "x-token": token, "content-type": "application/json"}
     given = {name: value for name, value in {**usual, **headers}.items() if value is not None}
     content = {"ids": [1], "labels": ["cat"]} if answer is None else answer

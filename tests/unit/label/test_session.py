@@ -19,10 +19,11 @@ def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
     shown = []
     while (state := session.state())["ids"]:
         shown.append(state)
-        if state["wall"]:
-            right = [i for i, name in zip(state["ids"], state["names"], strict=True) if truth[name] == state["proposed"]]
-            session.record(right, [state["proposed"]])
-            session.doubt([i for i in state["ids"] if i not in right])
+        if state["is_wall"]:
+            wrong = [
+                i for i, name in zip(state["ids"], state["names"], strict=True) if truth[name] != state["proposed"]
+            ]
+            session.record(state["ids"], [state["proposed"]], wrong=wrong)
         else:
             session.record(state["ids"], [truth[state["names"][0]]])
         session.fit()
@@ -31,22 +32,22 @@ def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
 
 @pytest.mark.parametrize("order", ["herding", "random", "files"])
 def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path) -> None:
-    truth = write_digits(tmp_path, 90, classes=3)
+    truth = write_digits(tmp_path, 45, classes=2)
     session = session_of(tmp_path, order=order)
     shown = label_all(session, truth)
     rows = LabelStore(tmp_path).rows
     assert {name: row.labels[0] for name, row in rows.items()} == truth
     tested = {name for name, row in rows.items() if row.split == "test"}
-    assert {name for state in shown for name in state["names"] if state["test"]} == tested
-    assert all(state["proposed"] is None for state in shown if state["test"])
-    assert not any(tested & set(state["names"]) for state in shown if state["wall"])
-    early = [state for state in shown if state["labelled"] < 40]
+    assert {name for state in shown for name in state["names"] if state["is_test"]} == tested
+    assert all(state["proposed"] is None for state in shown if state["is_test"])
+    assert not any(tested & set(state["names"]) for state in shown if state["is_wall"])
+    early = [state for state in shown if state["labelled"] < 25]
     for state in early:
         assert state["tested"] <= state["labelled"] // 5 + 1
     assert any(state["proposed"] for state in early)
     assert "labelled test images" in session.state()["accuracy"]
     if order == "files":
-        alone = [state["names"][0] for state in shown if not state["wall"] and not state["test"]]
+        alone = [state["names"][0] for state in shown if not state["is_wall"] and not state["is_test"]]
         assert alone[:5] == sorted(alone[:5])
 
 
@@ -125,7 +126,7 @@ def test_skipped_images_come_last_and_unsure_ones_not_again(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("task", "labels", "fault"),
     [
-        ("classification", ["a", "b"], "one class"),
+        ("classification", ["a", "b"], "expected one"),
         ("regression", ["ten"], "expected a number"),
         ("regression", ["nan"], "expected a number"),
         ("multilabel", ["a/b"], "holds '/'"),

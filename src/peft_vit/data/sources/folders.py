@@ -269,7 +269,7 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
         where += f" beside each other (images lie in {_shown(map(str, classes))})"
     raise UserError(
         f"holds {images} images and {where}; make one folder for each class, at least two, or list them in "
-        "images.csv with the columns path,label",
+        "images.csv with the columns path,label, or label them: peft-vit label",
         file=path,
         field="data.path",
     )

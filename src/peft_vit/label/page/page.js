@@ -2,7 +2,6 @@
 import { keyOf, listen } from "./keys.js";
 
 const $ = (id) => document.getElementById(id);
-const token = document.querySelector("meta[name=token]").content;
 const TINY = 128; // pixels a side, of images that are shown with their pixels
 const EVERY_MS = 2000;
 let state = { ids: [], classes: [] };
@@ -13,7 +12,7 @@ let wrong = new Set(); // images of a wall
 async function ask(path, answer) {
   const options = answer && {
     method: "POST",
-    headers: { "Content-Type": "application/json", "X-Token": token },
+    headers: { "Content-Type": "application/json", "X-Token": state.token },
     body: JSON.stringify(answer),
   };
   try {
@@ -40,7 +39,7 @@ function label(labels, more = {}) {
 
 function pick(place) {
   const name = state.classes[place];
-  if (name === undefined || state.wall || !state.ids.length) return;
+  if (name === undefined || state.is_wall || !state.ids.length) return;
   if (state.task === "classification") return label([name]);
   picked.has(name) ? picked.delete(name) : picked.add(name);
   drawClasses();
@@ -50,7 +49,7 @@ function take() {
   const typed = $("new").value.trim();
   if (state.task === "regression") return label([typed]);
   if (state.task === "multilabel") return label(typed ? [...picked, typed] : [...picked]);
-  if (typed && !state.wall) return label([typed]);
+  if (typed && !state.is_wall) return label([typed]);
   if (state.proposed !== null) return label([state.proposed]);
 }
 
@@ -71,27 +70,27 @@ function show(told) {
     $("comment").value = told.former?.comment ?? "";
   }
   draw();
-  $(state.task === "regression" && !state.wall && state.ids.length ? "new" : "main").focus({ preventScroll: true });
+  $(state.task === "regression" && !state.is_wall && state.ids.length ? "new" : "main").focus({ preventScroll: true });
   for (const i of state.ahead) new Image().src = `images/${i}/large`;
 }
 
 function draw() {
-  const one = !state.wall && state.ids.length === 1;
-  $("question").textContent = state.wall
+  const one = !state.is_wall && state.ids.length === 1;
+  $("question").textContent = state.is_wall
     ? `All ${state.proposed}? Click those that are not.`
     : one ? state.names[0] : "All images are labelled.";
-  $("note").textContent = state.test && one ? "For the test: without a proposal." : "";
+  $("note").textContent = state.is_test && one ? "For the test: without a proposal." : "";
   $("image").hidden = !one;
   if (one) Object.assign($("image"), { src: `images/${state.ids[0]}/large`, alt: `the image ${state.names[0]}` });
-  $("wall").hidden = !state.wall;
-  $("wall").replaceChildren(...(state.wall ? state.ids.map(thumbnail) : []));
+  $("wall").hidden = !state.is_wall;
+  $("wall").replaceChildren(...(state.is_wall ? state.ids.map(thumbnail) : []));
   drawClasses();
   $("answer").hidden = !one;
   $("typed").firstChild.textContent = state.task === "regression" ? "number " : "new class ";
   $("new").inputMode = state.task === "regression" ? "decimal" : "text";
   $("unsure").hidden = !one;
   $("skip").hidden = !state.ids.length;
-  $("skip").lastElementChild.textContent = state.wall ? "one by one" : "skip";
+  $("skip").lastElementChild.textContent = state.is_wall ? "one by one" : "skip";
   $("undo").disabled = !state.undoable;
   drawTake();
   drawProgress();
@@ -115,7 +114,7 @@ function sized(image) {
 }
 
 function drawClasses() {
-  $("classes").hidden = state.wall || !state.ids.length;
+  $("classes").hidden = state.is_wall || !state.ids.length;
   $("classes").replaceChildren(...state.classes.map((name, place) => {
     const button = element("button", `${name} `, { type: "button" });
     if (keyOf(place)) button.prepend(element("kbd", keyOf(place)), " ");
@@ -130,9 +129,11 @@ function drawClasses() {
 
 function drawTake() {
   const several = state.ids.length - wrong.size;
-  const words = state.wall ? (several ? `takes ${several} as ${state.proposed}` : "takes none") : state.proposed ?? "takes it";
+  const typed = $("new").value.trim();
+  const ofWall = several ? `takes ${several} as ${state.proposed}` : "takes none";
+  const words = state.is_wall ? ofWall : typed || state.proposed || "takes it";
   $("take").lastElementChild.textContent = words;
-  $("take").hidden = !state.ids.length || (state.task === "classification" && state.proposed === null && !$("new").value);
+  $("take").hidden = !state.ids.length || (state.task === "classification" && state.proposed === null && !typed);
 }
 
 function drawProgress() {
@@ -160,7 +161,7 @@ async function follow() {
   }
 }
 
-listen(pick, () => state.wall);
+listen(pick, () => state.is_wall);
 sized($("image"));
 $("take").addEventListener("click", take);
 $("undo").addEventListener("click", () => send("undo"));
