@@ -129,13 +129,13 @@ def test_back_skip_comment_unsure_and_hostile_names(browser, tmp_path) -> None:
         page.keyboard.press("n")
         page.keyboard.type("a/b")
         page.keyboard.press("Enter")
-        page.locator("#fault", has_text="holds '/'").wait_for()
-        page.fill("#new", "&lt;b&gt;")
+        page.locator("#fault", has_text="expected 1 to 80 letters").wait_for()
+        page.fill("#new", "b &lt;b&gt;")
         press(page, "Enter", 1)
         other.locator("#counted", has_text=re.compile("^1 of")).wait_for()  # without being asked
-        assert "&lt;b&gt;" in other.inner_text("#classes")
+        assert "b &lt;b&gt;" in other.inner_text("#classes")
     row = LabelStore(tmp_path).rows[second]
-    assert (row.labels, row.comment) == (("&lt;b&gt;",), HOSTILE)
+    assert (row.labels, row.comment) == (("b &lt;b&gt;",), HOSTILE)
 
 
 @pytest.mark.parametrize(

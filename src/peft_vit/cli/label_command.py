@@ -38,7 +38,7 @@ class LabelRequest(Request):
     )
     port: int = Field(default=0, ge=0, le=65535, description="The page's port. Without it, any that is free.")
     no_browser: bool = Field(default=False, description="Print the page's address, and open no browser.")
-    ignore_folders: bool = Field(default=False, description="Folders are no classes; begin without labels.")
+    ignore_folders: bool = Field(default=False, description="Don't take folders as classes; begin without labels.")
     to_folders: Path | None = Field(
         default=None, description="Make class folders of what is labelled, of links or on Windows of copies, and end."
     )

@@ -28,7 +28,7 @@ def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str |
     Args:
         store: what is labelled; where it has labels, only the marks are added.
         images: of the folder.
-        ignore_folders: whether folders are no classes.
+        ignore_folders: whether folders aren't taken as classes.
 
     Returns:
         What was taken, in a line.
@@ -62,7 +62,7 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
         rows[PurePosixPath(start, name).as_posix()] = Row(tuple(known), split)
     names = ", ".join(list(dict.fromkeys(label for row in rows.values() for label in row.labels))[:5])
     source = there.path.name if there.dataset == "csv" else "their folders"
-    remedy = "" if there.dataset == "csv" else " If folders are no classes: --ignore-folders, and remove labels.csv."
+    remedy = "" if there.dataset == "csv" else " If folders aren't classes: remove labels.csv, and say --ignore-folders."
     return rows, f"{len(rows):,} images have labels by {source}: {names}.{remedy}"
 
 
@@ -120,7 +120,7 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
     No address is opened: an image is found among those of the folder by its path, or else by its file's name.
 
     Raises:
-        UserError: if it is no such file, or a class's name can't be one.
+        UserError: if it is another file, or a class's name can't be one.
     """
     problem, remedy = "is not Label Studio's JSON", "export it as JSON"
     with foreign_fault(problem, file, remedy=remedy):

@@ -55,8 +55,8 @@ class ImageFolder:
             if fault:
                 self.left_out[name] = fault
         if len(self.left_out) == len(self.names):
-            reason = f": {next(iter(self.left_out))} {self.left_out[next(iter(self.left_out))]}" if self.names else ""
-            raise UserError(f"holds no image that can be read{reason}; name the folder of your images", file=root)
+            details = "\n".join(f"{name} {fault}" for name, fault in self.left_out.items())
+            raise UserError("holds no image that can be read; name the folder of your images", file=root, details=details)
         self.number = {name: i for i, name in enumerate(self.names)}
         self.shuffled: list[int] = np.random.default_rng(0).permutation(len(self.names)).tolist()
         self.copies: dict[str, list[int]] = {}  # by content, of what was hashed so far

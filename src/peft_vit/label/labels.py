@@ -29,7 +29,8 @@ except ImportError:  # on Windows two servers that write in the same millisecond
 LABELS_FILE = "labels.csv"
 _COMPUTED = ("=", "+", "-", "@", "\t", "\r", "'")  # how a cell begins that a spreadsheet computes
 _LONGEST = 80  # letters of a class name, which may become a folder's
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no names of files on Windows
+# What can be a folder, on Windows too, and nothing that a spreadsheet computes.
+_NAME = re.compile(r'(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))\w([^/\\:*?"<>|]*[^/\\:*?"<>|.])?', re.IGNORECASE)
 
 
 class Row(NamedTuple):
@@ -116,19 +117,12 @@ def class_name(text: str, known: list[str]) -> str:
     name = " ".join(text.split())
     if name in known:
         return name
-    fault = ""
-    if not name or len(name) > _LONGEST:
-        fault = f"has {len(name)} letters; give it 1 to {_LONGEST}"
-    elif found := re.search(r'[/\\:*?"<>|]', name):
-        fault = f"holds {found[0]!r}, which names of folders can't; leave it out"
-    elif name.startswith((".", *_COMPUTED)):
-        fault = f"begins with {name[0]!r}; begin with a letter or a digit"
-    elif name.endswith(".") or _RESERVED.fullmatch(name):
-        fault = "can't be the name of a folder on Windows; choose another"
-    elif twin := next((other for other in known if other.casefold() == name.casefold()), None):
-        fault = f"differs from {twin!r} in capitals only; take that one, or choose another"
-    if fault:
-        raise UserError(fault, field=f"class {name!r}")
+    twin = next((other for other in known if other.casefold() == name.casefold()), name)
+    if twin != name:
+        raise UserError(f"differs from {twin!r} in capitals only; take that one", field=f"class {name!r}")
+    if not (_NAME.fullmatch(name) and len(name) <= _LONGEST):
+        expected = f'1 to {_LONGEST} letters, first a letter or a digit, none of / \\ : * ? " < > |, no dot at the end'
+        raise UserError(f"expected {expected}, and no device of Windows such as con", field=f"class {name!r}")
     check_class_names([name], None)
     return name
 

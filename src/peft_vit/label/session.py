@@ -159,7 +159,7 @@ class Session:
 
         Raises:
             ConflictError: if another page has labelled one meanwhile.
-            UserError: if this is no label, or the disk doesn't take it; then nothing is labelled.
+            UserError: if this can't be a label, or the disk doesn't take it; then nothing is labelled.
         """
         with self._lock:
             self.store.refresh()

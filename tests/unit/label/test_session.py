@@ -129,7 +129,7 @@ def test_skipped_images_come_last_and_unsure_ones_not_again(tmp_path) -> None:
         ("classification", ["a", "b"], "expected one"),
         ("regression", ["ten"], "expected a number"),
         ("regression", ["nan"], "expected a number"),
-        ("multilabel", ["a/b"], "holds '/'"),
+        ("multilabel", ["a/b"], "expected 1 to 80 letters"),
     ],
 )
 def test_what_is_no_label_is_refused_and_nothing_written(task, labels, fault, tmp_path) -> None:

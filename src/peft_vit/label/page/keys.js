@@ -13,10 +13,12 @@ export function listen(pick, isWall) {
     const pressed = event.key.toLowerCase();
     if (pressed === "escape" && typing) return document.getElementById("main").focus();
     if (pressed === "enter") {
-      const native = typing || ["BUTTON", "SUMMARY"].includes(focused.tagName);
-      if (native && !(isWall() && focused.closest("#wall"))) return;
+      const isOnButton = ["BUTTON", "SUMMARY"].includes(focused.tagName);
+      if (isOnButton && !(isWall() && focused.closest("#wall"))) return;
       event.preventDefault();
-      if (!event.repeat) document.getElementById("take").click();
+      const take = document.getElementById("take");
+      if (take.hidden) document.getElementById("main").focus();
+      else if (!event.repeat) take.click();
       return;
     }
     if (typing || event.repeat) return;

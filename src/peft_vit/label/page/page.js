@@ -79,7 +79,8 @@ function draw() {
   $("question").textContent = state.is_wall
     ? `All ${state.proposed}? Click those that are not.`
     : one ? state.names[0] : "All images are labelled.";
-  $("note").textContent = state.is_test && one ? "For the test: without a proposal." : "";
+  const first = state.classes.length || state.task === "regression" ? "" : "Type what this image shows, then Enter.";
+  $("note").textContent = state.is_test && one ? "For the test: without a proposal." : first;
   $("image").hidden = !one;
   if (one) Object.assign($("image"), { src: `images/${state.ids[0]}/large`, alt: `the image ${state.names[0]}` });
   $("wall").hidden = !state.is_wall;
@@ -168,10 +169,5 @@ $("undo").addEventListener("click", () => send("undo"));
 $("skip").addEventListener("click", () => send("refuse"));
 $("unsure").addEventListener("click", () => label([], { unsure: true }));
 $("new").addEventListener("input", drawTake);
-$("answer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  if ($("new").value.trim()) take();
-  else $("main").focus();
-});
 await follow();
 setInterval(follow, EVERY_MS);
