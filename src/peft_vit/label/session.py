@@ -29,6 +29,7 @@ _FEWEST = 2  # classes, and labels of each, before anything is proposed
 _AHEAD = 5  # images chosen at once, and as many more as were labelled while they were chosen
 _AFTER_REFUSAL = 10  # labels until a wall is offered again
 _MORE = 1.1  # times as many features, before the order is computed again
+_FEWEST_TESTED = 20  # images, before it is said what more labels bring
 _NO_CLASS = -1
 
 
@@ -297,6 +298,6 @@ def _in_words(accuracy: Accuracy | None) -> str:
     if accuracy is None:
         return ""
     text = f"Right on {percent_interval(accuracy.now)} of {accuracy.now.n} labelled test images."
-    if accuracy.gain is None:
+    if accuracy.gain is None or accuracy.now.n < _FEWEST_TESTED:
         return text
     return f"{text} As many labels again are expected to bring {points_interval(accuracy.gain)} points."
