@@ -4,7 +4,7 @@ import { keyOf, listen } from "./keys.js";
 const $ = (id) => document.getElementById(id);
 const TINY = 128; // pixels a side, of images that are shown with their pixels
 const EVERY_MS = 2000;
-let state = { ids: [], classes: [] };
+let state = { ids: null }; // as the server sent it last
 let busy = false;
 let picked = new Set(); // classes of an image with several labels
 let wrong = new Set(); // images of a wall
