@@ -121,6 +121,9 @@ def compute_features(folder: Path, names: Sequence[str], file: Path) -> None:
     Raises:
         UserError: if weights can't be loaded, or the file can't be written.
     """
+    with cache_fault(file):
+        make_folder(file.parent)
+
     import torch
 
     from peft_vit.core.backbones import Backbone, default_weights_source, interpolation_of, load_backbone
@@ -172,7 +175,6 @@ def compute_features(folder: Path, names: Sequence[str], file: Path) -> None:
 
 def _begun(file: Path, dtype: np.dtype[Any], weights: bytes) -> set[bytes]:
     """Return the digests that a file holds, which is begun if it isn't there, or is of another model or weights."""
-    make_folder(file.parent)
     with suppress(OSError, ValueError), file.open("r+b") as opened:
         stored, start = _dtype(opened), opened.tell()
         records = np.fromfile(opened, stored)

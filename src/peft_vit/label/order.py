@@ -7,24 +7,26 @@ test, and those that are skipped, are neither labelled nor available here; `expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.base.statistics import Interval, proportion_interval
+from peft_vit.base.statistics import Interval, TemperaturePrior, fit_temperature, proportion_interval
 from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.base.statistics.more_labels import gain_of_doubling
-from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.tasks.classification import log_softmax
+from peft_vit.core.tasks.metric import Flags, Floats, Ints
+from peft_vit.core.tasks.task import logistic_regressions
 
 Features = NDArray[np.float32]  # (N, D)
-Ints = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 _COVERED = 3000  # images at most that are covered, and chosen from, at a time
 _COPY = 1e-5  # squared distance of unit vectors up to which two images are copies
-_L2 = 0.03  # of the regression
+_L2, _TOLERANCE = 0.03, 1e-3  # of the regression; at the second, probabilities are right to a few hundredths
+_FOLDS, _HELD_OUT = 5, 200  # images are held out in folds until these are so many
+_PRIOR = TemperaturePrior(median=2.0, spread=0.7)  # a regression separates few images, and is too sure of others
 _SURE, _FEWEST_OF_WALL, _SIZE_OF_WALL = 0.9, 8, 20  # share of a wall that is expected to be right, and its images
+_FEWEST_OF_CLASS = 3  # labels, in the mean, before there is a wall
 
 
 def herding(
@@ -36,10 +38,10 @@ def herding(
 
         sum_n U(x_n) max(0, k(x_n, x) - max_y k(x_n, y)),    k(a, b) = exp(-|a - b|^2 / s^2),
 
-    over available images n, y those that are labelled or chosen before, on features of length 1. U is 1 less the
-    difference of the two largest probabilities; s is the smallest distance of two labelled images, copies apart. So few
-    labels choose what is typical, many choose what is uncertain. Source: Bae, Oliveira and Sutherland 2025, arXiv
-    2412.20644, uncertainty herding with margins and an adaptive radius.
+    over available images n, y those that are labelled or chosen before, on standardized features of length 1. U is 1
+    less the difference of the two largest probabilities; s is the median distance of a labelled image to the nearest
+    other one, copies apart. So few labels choose what is typical, many choose what is uncertain. Source: Bae, Oliveira
+    and Sutherland 2025, arXiv 2412.20644, with margins; its s is the smallest distance, which two like images decide.
 
     Args:
         features: (N, D).
@@ -51,10 +53,12 @@ def herding(
     pool, known = np.flatnonzero(available), np.flatnonzero(labelled >= 0)
     if len(pool) > _COVERED:  # another sample with each label, so that no image is left out for ever
         pool = np.random.default_rng([0, len(known)]).choice(pool, _COVERED, replace=False)
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    z = _standardized(features)
+    unit = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
     of_pool, of_known = unit[pool], unit[known]  # (P, D), (L, D)
     between = _squared_distances(of_known, of_known)  # (L, L)
-    scale = between.min(initial=1.0, where=between > _COPY)
+    nearest = between.min(1, initial=np.inf, where=between > _COPY)  # (L,)
+    scale = np.median(nearest[np.isfinite(nearest)]) if np.isfinite(nearest).any() else 1.0
     unsure = np.ones(len(pool), np.float32)
     if probabilities is not None:
         second, first = np.partition(probabilities[pool], -2, axis=1)[:, -2:].T
@@ -81,8 +85,11 @@ def propose(features: Features, labelled: Ints, num_classes: int) -> Floats:
 
     A class without a labelled image has none; with fewer than two such classes all are equally probable.
     """
-    model = _Regression.fit(features, labelled, num_classes)
-    return np.full((len(features), num_classes), 1 / num_classes) if model is None else model.probabilities(features)
+    z, known = _standardized(features), labelled >= 0
+    logits = _logits(z, labelled, num_classes)
+    if logits is None:
+        return np.full((len(features), num_classes), 1 / num_classes)
+    return np.exp(log_softmax(logits / _temperature(z[known], labelled[known])))
 
 
 def wall(
@@ -91,7 +98,7 @@ def wall(
     """Return a class and the available images that are surest of it, the surest first; None: no class has enough.
 
     There are as many as nine in ten are expected to be right of, so that whoever looks at all of them has few to take
-    out. Of several such classes it is the one with the fewest labels.
+    out. With fewer than three labels a class that is not known well enough.
 
     Args:
         probabilities: (N, K), see `propose`.
@@ -99,15 +106,17 @@ def wall(
         labelled: class of each image, (N,); -1: it has none.
         size: images at most.
     """
-    counts, predicted = np.bincount(labelled[labelled >= 0], minlength=probabilities.shape[1]), probabilities.argmax(1)
-    for label in np.argsort(counts, kind="stable").tolist():
+    predicted, walls = probabilities.argmax(1), []
+    if (labelled >= 0).sum() < _FEWEST_OF_CLASS * probabilities.shape[1]:
+        return None
+    for label in range(probabilities.shape[1]):
         own = np.flatnonzero(available & (predicted == label))
         surest = own[np.argsort(-probabilities[own, label], kind="stable")][:size]
         expected = np.cumsum(probabilities[surest, label]) / np.arange(1, len(surest) + 1)  # falls
         enough = int((expected >= _SURE).sum())
         if enough >= _FEWEST_OF_WALL:
-            return label, surest[:enough].tolist()
-    return None
+            walls.append((expected[enough - 1], label, surest[:enough].tolist()))
+    return max(walls)[1:] if walls else None
 
 
 @dataclass(frozen=True)
@@ -132,58 +141,70 @@ def expected_accuracy(features: Features, labelled: Ints, tested: Ints, num_clas
         tested: class of each test image that is labelled, (N,); -1: of the others.
         num_classes: K.
     """
-    rows = np.flatnonzero(tested >= 0)
+    z, is_test, known = _standardized(features), tested >= 0, np.flatnonzero(labelled >= 0)
 
     def wrong(labels: Ints) -> Floats | None:
-        model = _Regression.fit(features, labels, num_classes)
-        return None if model is None else (model.logits(features[rows]).argmax(1) != tested[rows]).astype(float)
+        logits = _logits(z, labels, num_classes)
+        return None if logits is None else (logits.argmax(1) != tested)[is_test].astype(float)
 
     of_all = wrong(labelled)
-    if of_all is None or not len(rows):
+    if of_all is None or not is_test.any():
         return None
-    now, known = proportion_interval(float((1 - of_all).sum()), len(rows)), np.flatnonzero(labelled >= 0)
-    half = assign_folds(labelled[known], known, 2, np.random.default_rng(0))
-    of_halves = []
-    for number in range(2):
-        labels = np.full_like(labelled, -1)
-        labels[known[half == number]] = labelled[known[half == number]]
-        of_halves.append(wrong(labels))
-    first, second = of_halves
+    now = proportion_interval(len(of_all) - of_all.sum(), len(of_all))
+    half = np.full(len(labelled), -1)
+    half[known] = assign_folds(labelled[known], known, 2, np.random.default_rng(0))
+    first, second = (wrong(np.where(half == number, labelled, -1)) for number in range(2))
     if first is None or second is None:
         return Accuracy(now, None)
     return Accuracy(now, gain_of_doubling((first + second) / 2, of_all, share=1.0))
 
 
-@dataclass(frozen=True)
-class _Regression:
-    """A logistic regression on standardized features."""
+def _logits(z: Features, labelled: Ints, num_classes: int) -> Floats | None:
+    """Return logits (N, K) by a regression on the images that are labelled; None: these are of fewer than two classes.
 
-    weight: Floats  # (K, D)
-    bias: Floats  # (K,); -inf of a class that no image is of
+    Those of a class without an image are -inf.
+    """
+    known = labelled >= 0
+    classes, labels = np.unique(labelled[known], return_inverse=True)
+    if len(classes) < 2:
+        return None
+    W, b = _head(z[known], labels)
+    logits = np.full((len(z), num_classes), -np.inf)
+    logits[:, classes] = z @ W.T + b
+    return logits
 
-    @classmethod
-    def fit(cls, features: Features, labelled: Ints, num_classes: int) -> _Regression | None:
-        """Fit it to the images that have a class, (N,) of 0 and above; None: these are of fewer than two."""
-        classes, labels = np.unique(labelled[labelled >= 0], return_inverse=True)
-        if len(classes) < 2:
-            return None
-        centre, spread = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)  # (D,)
-        spread[spread <= 1e-6 * np.abs(centre) + 1e-12] = 1.0  # a constant feature tells nothing, and must not divide
-        z = (features[labelled >= 0] - centre) / spread  # (L, D)
-        basis = np.linalg.qr(z.T)[0] if len(z) < z.shape[1] else np.eye(z.shape[1])  # (D, min(L, D)); W lies in it
-        ((W, b),) = CLASSIFICATION.linear_heads(z @ basis, labels, [_L2], np.ones(len(z)))
-        weight, bias = np.zeros((num_classes, len(centre))), np.full(num_classes, -np.inf)
-        weight[classes] = W @ basis.T / spread
-        bias[classes] = b - weight[classes] @ centre
-        return cls(weight, bias)
 
-    def logits(self, features: Features) -> Floats:
-        """Return logits (N, K)."""
-        return features @ self.weight.T + self.bias
+def _head(z: NDArray[Any], labels: Ints) -> tuple[Floats, Floats]:
+    """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
+    (fit,), two = logistic_regressions(1, _TOLERANCE), labels.max() == 1
+    W, b = fit(z, labels, np.ones(len(z)), (2.0 if two else 1.0) / (_L2 * len(z)))
+    return (np.concatenate([-W, W]) / 2, np.concatenate([-b, b]) / 2) if two else (W, b)  # (1, D) of two classes
 
-    def probabilities(self, features: Features) -> Floats:
-        """Return probabilities (N, K)."""
-        return np.exp(log_softmax(self.logits(features)))
+
+def _temperature(z: Features, labels: Ints) -> float:
+    """Return what divides logits, by images (L, D) that are left out of the fit in folds.
+
+    An image that is the only one of its class says nothing.
+    """
+    rows = np.flatnonzero(np.bincount(labels)[labels] > 1)
+    classes, labels = np.unique(labels[rows], return_inverse=True)
+    if len(classes) < 2:
+        return _PRIOR.median
+    fold_of = assign_folds(labels, rows, _FOLDS, np.random.default_rng(0))
+    logits = np.full((len(rows), len(classes)), np.nan)
+    for fold in np.unique(fold_of)[: max(1, _FOLDS * _HELD_OUT // len(rows))]:
+        fitted = fold_of != fold
+        W, b = _head(z[rows[fitted]], labels[fitted])
+        logits[~fitted] = z[rows[~fitted]] @ W.T + b
+    known = np.isfinite(logits[:, 0])
+    return fit_temperature(logits[known], labels[known], _PRIOR)
+
+
+def _standardized(features: Features) -> Features:
+    """Return features (N, D) less their means, in standard deviations."""
+    centre, spread = features.mean(0), features.std(0)  # (D,)
+    spread[spread <= 1e-6 * np.abs(centre)] = 1.0  # a constant feature tells nothing, and must not divide
+    return (features - centre) / spread
 
 
 def _squared_distances(a: Features, b: Features) -> Features:

@@ -382,9 +382,11 @@ def measured_coverage(meaning: Calibrated | Decision, held_and_size: Callable[[f
     return held, sizes
 
 
-def logistic_regressions(count: int) -> list[Callable[[Floats, Labels, Floats, float], tuple[Floats, Floats]]]:
+def logistic_regressions(
+    count: int, tolerance: float = _LARGEST_GRADIENT
+) -> list[Callable[[Floats, Labels, Floats, float], tuple[Floats, Floats]]]:
     """Return logistic regressions of scikit-learn with warm starts: (z (N, D), labels (N,), weights (N,), C) ->
-    coefficients and intercepts.
+    coefficients and intercepts, at which no gradient is larger than the tolerance.
     """
     from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
     from threadpoolctl import ThreadpoolController
@@ -397,5 +399,5 @@ def logistic_regressions(count: int) -> list[Callable[[Floats, Labels, Floats, f
             model.fit(z, labels, sample_weight=weights)
         return model.coef_, model.intercept_
 
-    settings: dict[str, Any] = {"tol": _LARGEST_GRADIENT, "max_iter": _MOST_ITERATIONS, "warm_start": True}
+    settings: dict[str, Any] = {"tol": tolerance, "max_iter": _MOST_ITERATIONS, "warm_start": True}
     return [partial(fit, LogisticRegression(**settings)) for _ in range(count)]
