@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chromium import axe_violations, context_of, fits_the_screen, needs_chromium
-from labelling import session_of, write_digits
+from label_sessions import session_of, write_digits
 
 from peft_vit.data.sources.folders import find_images
 from peft_vit.label.labels import LabelStore

@@ -213,6 +213,8 @@ class Session:
             rows, classes = dict(self.store.rows), list(self.classes)
             open_ids = {i for i in ids.tolist() if self._is_open(i)}
             self._ready, self._labelled_since = len(ids), 0
+        if not len(ids):
+            return
         is_test = np.array([self.images.is_test(i) for i in ids.tolist()], dtype=bool)  # (M,)
         available = np.array([i in open_ids for i in ids.tolist()], dtype=bool) & ~is_test
         labels = np.full(len(ids), _NO_CLASS)

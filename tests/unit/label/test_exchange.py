@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from labelling import write_digits
+from label_sessions import write_digits
 
 from peft_vit.base.errors import UserError
 from peft_vit.cli import main

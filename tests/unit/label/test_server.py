@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from labelling import session_of, write_digits
+from label_sessions import session_of, write_digits
 from PIL import Image
 
 from peft_vit.base.errors import UserError
