@@ -62,9 +62,7 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
         rows[PurePosixPath(start, name).as_posix()] = Row(tuple(known), split)
     names = ", ".join(list(dict.fromkeys(label for row in rows.values() for label in row.labels))[:5])
     source = there.path.name if there.dataset == "csv" else "their folders"
-    remedy = (
-        "" if there.dataset == "csv" else " If folders aren't classes: remove labels.csv, and say --ignore-folders."
-    )
+    remedy = "" if there.dataset == "csv" else " If folders aren't classes: remove labels.csv, and --ignore-folders."
     return rows, f"{len(rows):,} images have labels by {source}: {names}.{remedy}"
 
 

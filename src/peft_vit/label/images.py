@@ -56,9 +56,7 @@ class ImageFolder:
                 self.left_out[name] = fault
         if len(self.left_out) == len(self.names):
             details = "\n".join(f"{name} {fault}" for name, fault in self.left_out.items())
-            raise UserError(
-                "holds no image that can be read; name the folder of your images", file=root, details=details
-            )
+            raise UserError("holds no image that can be read; name another folder", file=root, details=details)
         self.number = {name: i for i, name in enumerate(self.names)}
         self.shuffled: list[int] = np.random.default_rng(0).permutation(len(self.names)).tolist()
         self.copies: dict[str, list[int]] = {}  # by content, of what was hashed so far
