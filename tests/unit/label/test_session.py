@@ -1,7 +1,9 @@
 """A session: what comes next, what the test fifth never shows, and what can be taken back."""
 
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ from label_sessions import session_of, write_digits
 from PIL import Image
 
 from peft_vit.base.errors import UserError
+from peft_vit.label.features import _begun
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import ConflictError, LabelStore
-from peft_vit.label.session import Session
+from peft_vit.label.session import FolderFeatures, Session
 
 
 def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
@@ -166,3 +169,41 @@ def test_herding_reads_no_test_image(tmp_path, monkeypatch) -> None:
     is_test = np.array([session.images.is_test(i) for i in range(40)])
     assert len(seen) > 5
     assert not (np.array(seen) & is_test).any()
+
+
+def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypatch) -> None:
+    write_digits(tmp_path, 3)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = ImageFolder(tmp_path)
+    file = tmp_path / "features.npy"
+    process = SimpleNamespace(file=file, fault=None, stop=lambda: None)
+    monkeypatch.setattr("peft_vit.label.session.FeatureProcess", lambda *_: process)
+    features = FolderFeatures(images)
+    assert [len(part) for part in features.read()] == [0, 0]
+    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (2,))])
+    _begun(file, dtype, b"weights")
+    place = images.number["d001.png"]
+    rows = [(images.digest(place).encode(), (1, 2)), (images.digest(0).encode(), (np.nan, np.nan))]
+    with file.open("ab") as opened:
+        opened.write(np.array(rows, dtype).tobytes())
+    values, ids = features.read()
+    assert (values.tolist(), ids.tolist()) == ([[1, 2]], [place])
+    assert list(images.left_out) == ["broken.png"]
+    process.fault = "weights can't be loaded"
+    assert features.fault == process.fault
+
+
+def test_what_cannot_be_computed_is_said_and_labelling_continues(tmp_path, monkeypatch) -> None:
+    write_digits(tmp_path, 5)
+    session, stop = session_of(tmp_path), threading.Event()
+
+    def fail() -> None:
+        stop.set()
+        raise ValueError("no header")
+
+    monkeypatch.setattr(session.features, "read", fail)
+    session.work(stop)
+    state = session.state()
+    assert state["trouble"] == "ValueError: no header"
+    session.record(state["ids"], ["cat"])
+    assert session.state()["labelled"] == 1
