@@ -118,6 +118,7 @@ class LabelServer:
             ws="none",
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=75,  # seconds; a page on a busy machine may be slow to ask again
             timeout_graceful_shutdown=1,
         )
         uvicorn.Server(config).run(sockets=[self._socket])
