@@ -30,6 +30,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "transformers": {"transformers": "5"},
     "ray": {"ray": "2.40"},
     "heic": {"pillow_heif": "1"},
+    "label": {"starlette": "0.40", "uvicorn": "0.30"},
 }
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import typer
 
 from peft_vit.base.errors import UserError
-from peft_vit.cli import deploy_commands, model_commands, study_commands
+from peft_vit.cli import deploy_commands, label_command, model_commands, study_commands
 from peft_vit.cli.app import INTERRUPTED, app
 
 __all__ = ["app", "main", "user_errors"]
 
 GROUPS = {  # of --help, in its order
-    "Your images": ("train", "tune", "predict", "test", "embed", "export", "bench", "runs"),
+    "Your images": ("label", "train", "tune", "predict", "test", "embed", "export", "bench", "runs"),
     "Studies": ("run", "plan", "status", "report", "recommend", "compare"),
     "Help": ("doctor", "models", "datasets", "check", "example"),
 }

@@ -311,7 +311,6 @@ class StudyRunner:
                 value = metric.text(metric.of(record.test))
                 fit.tell(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
 
-
     def _titled(self, spec: RunSpec) -> str:
         """Return what a run is, for people."""
         fit, size = self.fit, spec.data.image_size

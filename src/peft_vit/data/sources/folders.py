@@ -36,6 +36,7 @@ _JUNK = ("/thumbs.db", "/desktop.ini")
 _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
 TABLES = (".csv", ".tsv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
+UNSURE = "unsure"  # in a table's column split: of an image whose label nobody could tell
 _INCOMPLETE = "expected a path and a label, one value a column"
 _CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
@@ -298,7 +299,7 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     where = f"one class alone, '{min(classes).name}'" if len(classes) == 1 else "no class folders"
     raise UserError(
         f"holds {images} images and {where}; make one folder for each class, at least two, or list them in "
-        "images.csv with the columns path,label",
+        "images.csv with the columns path,label, or label them: peft-vit label",
         file=path,
         field="data.path",
     )
@@ -312,7 +313,8 @@ def _shown(folders: Iterable[str]) -> str:
 def _listed(path: Path, task_name: TaskName | None, group: str | None = None) -> Images:
     """Return the images that a table names, those of which can't be read left out."""
     root = path.parent.resolve()
-    rows = list(_rows(path, group))
+    listed = list(table_rows(path, group))
+    rows = [(where, row) for where, row in listed if row.get("split", "").lower() != UNSURE]
     if not rows:
         raise UserError("names no image; add rows", file=path)
     columns = tuple(name for name in rows[0][1] if name not in ("path", "split", group))
@@ -362,6 +364,7 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
         message = f"none of {len(labels):,} paths exists, such as {rows[0][1]['path']}"
         raise UserError(f"{message}; they begin at {root}, or are whole", file=path, field="path")
     left_out |= {str(Path(where).relative_to(path.parent)): fault for where, fault in unused.items()}
+    left_out |= {row["path"]: f"is marked {UNSURE}" for _, row in listed if row.get("split", "").lower() == UNSURE}
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
     of_column = together if group in rows[0][1] else None
     return Images("csv", path, tree, files.without(left_out), left_out, together=of_column)
@@ -445,8 +448,8 @@ def read_csv(config: DataConfig) -> ImageIndex:
     return _read(config, _listed(path, config.task))
 
 
-def _rows(path: Path, group: str | None) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a table and where each stands, nothing as ""."""
+def table_rows(path: Path, group: str | None = None, *, every: bool = False) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a table and where each stands, nothing as ""; of every column, or of those that are read."""
     with os_fault("can't be read", path, field="data.path"):
         content = read_bytes(path)
     if path.suffix.lower() == ".parquet":
@@ -455,7 +458,7 @@ def _rows(path: Path, group: str | None) -> Iterator[tuple[str, dict[str, str]]]
 
         with foreign_fault("is not a readable Parquet file", path):
             table = parquet.ParquetFile(io.BytesIO(content))
-            places = _places(table.schema_arrow.names, path, group)
+            places = _places(table.schema_arrow.names, path, group, every)
             number = unpacked = 0
             for batch in table.iter_batches(_ROWS_AT_ONCE):  # of a small file there may be any number
                 columns = [batch.column(place).to_pylist() for place in places.values()]
@@ -473,7 +476,7 @@ def _rows(path: Path, group: str | None) -> Iterator[tuple[str, dict[str, str]]]
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         header = next(rows, [])
-        places = _places(header, f"{path}:1", group)
+        places = _places(header, f"{path}:1", group, every)
         for row in filter(None, rows):
             if len(row) != len(header):
                 raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
@@ -489,20 +492,22 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
 
 
-def _places(header: Sequence[str], file: str | Path, group: str | None) -> dict[str, int]:
+def _places(header: Sequence[str], file: str | Path, group: str | None, every: bool) -> dict[str, int]:
     """Return where the columns stand that are read, whatever the capitals and the spaces around their names.
 
-    These are path, split, that of groups, and label, or without this one all others.
+    These are path, split, that of groups, and label, or without this one all others but comment.
     """
     names = [name.strip() for name in header]
     lower = [name.lower() for name in names]
-    known = {name: name for name in ("path", "label", "split")}
+    known = {name: name for name in ("path", "label", "split", "comment")}
     for column, others in _OTHER_NAMES.items():
         if column not in lower:
             known |= {name: column for name in others if name in lower}
     columns = [known.get(name.lower(), name) for name in names]
-    read = [name for name in columns if name and (name in known or name == group or "label" not in columns)]
-    if "path" not in read or not set(read) - {"path", "split", group} or len(set(read)) < len(read):
+    beside = {"path", "split", group}
+    labels = {"label"} if "label" in columns else {*columns} - {"", "comment"} - beside
+    read = [name for name in columns if name and (every or name in labels | beside)]
+    if "path" not in read or not labels or len(set(read)) < len(read):
         message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
         raise UserError(message, file=file)
     return {name: columns.index(name) for name in ("path", *read)}

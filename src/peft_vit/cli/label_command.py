@@ -1,0 +1,115 @@
+"""`label` opens the page in which a person labels images."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from peft_vit.base.extras import require_extra
+from peft_vit.base.settings import Option, Request
+from peft_vit.cli.app import command
+from peft_vit.core.config import TASKS_SAID, TaskName, named_as_typed
+
+if TYPE_CHECKING:
+    from peft_vit.label.images import ImageFolder
+    from peft_vit.label.labels import LabelStore
+
+
+class LabelRequest(Request):
+    """A folder of images, and how its page is served."""
+
+    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(
+        description="The folder of your images. Labels go into labels.csv there, which train and tune take."
+    )
+    task: TaskName = Field(default="classification", description=f"What to say of an image: {TASKS_SAID}.")
+    order: Literal["herding", "random", "files"] = Field(
+        default="herding",
+        description="Which image comes next. herding: one that a model gains much from. random: any. files: the next.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        description="This machine's address in your network, to label on a phone there. The connection is plain http: "
+        "all who can read your network see images and labels.",
+    )
+    port: int = Field(default=0, ge=0, le=65535, description="The page's port. Without it, any that is free.")
+    no_browser: bool = Field(default=False, description="Print the page's address, and open no browser.")
+    ignore_folders: bool = Field(default=False, description="Don't take folders as classes; begin without labels.")
+    to_folders: Path | None = Field(
+        default=None, description="Make class folders of what is labelled, of links or on Windows of copies, and end."
+    )
+    to_label_studio: Path | None = Field(default=None, description="Write Label Studio's JSON to this file, and end.")
+    from_label_studio: Path | None = Field(default=None, description="Take labels from Label Studio's JSON, and end.")
+
+
+@command(LabelRequest)
+@named_as_typed(LabelRequest)
+def label(request: LabelRequest) -> None:
+    """Label a folder of images in your browser, those first that a model gains most from.
+
+    Each label is in labels.csv beside the images before the next image is shown, so you can stop at any time, and the
+    same command continues. Every fifth image is kept for the test. Nothing leaves this machine. Exit codes: 0 done,
+    2 bad input.
+    """
+    require_extra("label", "The page")
+    from peft_vit.label.exchange import adopt, from_label_studio, to_folders, to_label_studio
+    from peft_vit.label.images import ImageFolder
+    from peft_vit.label.labels import LabelStore
+
+    images = ImageFolder(request.images)
+    store = LabelStore(images.root, request.task)
+    if taken := adopt(store, images, request.ignore_folders):
+        print(taken)
+    if request.from_label_studio is not None:
+        print(from_label_studio(store, images, request.from_label_studio))
+    elif request.to_label_studio is not None:
+        to_label_studio(store, request.to_label_studio)
+        print(f"{len(store.rows):,} images: {request.to_label_studio}")
+    elif request.to_folders is not None:
+        print(f"{to_folders(store, images, request.to_folders):,} images: {request.to_folders}")
+    else:
+        _serve(request, store, images)
+
+
+def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> None:
+    from peft_vit.label.server import LabelServer
+    from peft_vit.label.session import FolderFeatures, Session
+
+    known: list[str] = []
+
+    def on_address(address: str) -> None:
+        known.append(address)
+        if len(known) > 1:
+            print(f"To open it in one more browser: {address}", flush=True)
+            return
+        print(f"Label at {address}", "Ctrl-C ends it.", sep="\n", flush=True)
+        if not request.no_browser:
+            threading.Thread(target=_open, args=(address,), daemon=True).start()
+
+    features = FolderFeatures(images)
+    session = Session(store, images, features, request.order)
+    server = LabelServer(session, request.host, request.port, on_address)
+    if request.host not in ("127.0.0.1", "localhost"):
+        print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
+    stop = threading.Event()
+    threading.Thread(target=session.work, args=(stop,), daemon=True).start()
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop.set()
+        features.stop()
+    if store.rows:
+        print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {shlex.quote(str(store.file))}")
+
+
+def _open(address: str) -> None:
+    import webbrowser
+
+    if not webbrowser.open(address):
+        print("No browser could be opened; open that address in yours.", flush=True)

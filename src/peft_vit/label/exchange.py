@@ -1,0 +1,163 @@
+"""Labels of elsewhere: class folders and tables that are there, Label Studio's JSON, and folders made of labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from peft_vit.base.errors import UserError, foreign_fault, os_fault
+from peft_vit.base.files import into_empty, read_bytes, write_whole
+from peft_vit.data.sources.folders import UNSURE, find_images
+from peft_vit.label.images import ImageFolder
+from peft_vit.label.labels import LabelStore, Row, class_name
+
+_UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # how Label Studio calls a file that was uploaded
+_LOCAL = "/data/local-files/?d="
+
+
+def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str | None:
+    """Take over the labels that class folders or a table beside the images give, and mark the fifth that tests.
+
+    Args:
+        store: what is labelled; where it has labels, only the marks are added.
+        images: of the folder.
+        ignore_folders: whether folders aren't taken as classes.
+
+    Returns:
+        What was taken, in a line.
+    """
+    found, line = dict[str, Row](), None
+    if not store.rows and not ignore_folders:
+        found, line = _found(images, store)
+    rows = {**store.rows, **found}
+    changes: dict[str, Row | None] = {
+        name: row._replace(split="test" if images.is_test(images.number[name]) else "train")
+        for name, row in rows.items()
+        if row.split == "" and name in images.number
+    }
+    if changes := {**found, **changes}:
+        store.change(changes, {})
+    return line
+
+
+def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None]:
+    try:
+        there = find_images(images.root, store.task)
+    except UserError:  # no class folders, nor a table: nothing is labelled
+        return {}, None
+    start = os.path.relpath(there.tree.location, images.root)
+    is_test = there.files.is_test
+    rows: dict[str, Row] = {}
+    for place, (name, label) in enumerate(there.files.classes.items()):
+        labels = label.split("|") if store.task == "multilabel" else [label]
+        known = [class_name(text, []) for text in labels] if store.task != "regression" else labels
+        split: Any = "" if is_test is None else "test" if is_test[place] else "train"
+        rows[PurePosixPath(start, name).as_posix()] = Row(tuple(known), split)
+    names = ", ".join(list(dict.fromkeys(label for row in rows.values() for label in row.labels))[:5])
+    source = there.path.name if there.dataset == "csv" else "their folders"
+    remedy = "" if there.dataset == "csv" else " If folders aren't classes: remove labels.csv, and --ignore-folders."
+    return rows, f"{len(rows):,} images have labels by {source}: {names}.{remedy}"
+
+
+def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
+    """Make train/CLASS and test/CLASS folders of links to the images, or on Windows of copies; return their number.
+
+    Raises:
+        UserError: if the output holds files, can't be written, or a class can't be a folder.
+    """
+    if store.task != "classification":
+        raise UserError("needs one class an image; labels.csv can be read as it is", field="--to-folders")
+    if output.resolve().is_relative_to(images.root):
+        raise UserError("lies among your images; choose a folder elsewhere", file=output, field="--to-folders")
+    known: list[str] = []
+    for name in store.classes:
+        known.append(class_name(name, known))
+    used: set[str] = set()
+    with (
+        into_empty(output, "--to-folders"),
+        os_fault("can't be written", output, remedy="make room, or choose another"),
+    ):
+        for name, row in store.rows.items():
+            if row.split == UNSURE or name not in images.number:
+                continue
+            flat = PurePosixPath(name.replace("/", "_"))
+            place = os.path.join(row.split, row.labels[0], flat.name)
+            if place.casefold() in used:  # two files that differ in capitals only
+                place = os.path.join(row.split, row.labels[0], f"{flat.stem}-{images.number[name]}{flat.suffix}")
+            used.add(place.casefold())
+            target = output / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if os.name == "nt":
+                shutil.copyfile(images.root / name, target)
+            else:
+                target.symlink_to(os.path.relpath(images.root / name, os.path.realpath(target.parent)))
+    return len(used)
+
+
+def to_label_studio(store: LabelStore, output: Path) -> None:
+    """Write Label Studio's JSON; its local files are to be served from the folder of the images."""
+    kind = "number" if store.task == "regression" else "choices"
+    tasks = []
+    for name, row in store.rows.items():
+        value = {"number": float(row.labels[0])} if kind == "number" and row.labels else {"choices": row.labels}
+        result = [{"type": kind, "from_name": "label", "to_name": "image", "value": value}] if row.labels else []
+        annotation = {"result": result, "was_cancelled": row.split == UNSURE}
+        data = {"image": _LOCAL + quote(name), "split": row.split, "comment": row.comment}
+        tasks.append({"data": data, "annotations": [annotation]})
+    write_whole(output, json.dumps(tasks, indent=1, ensure_ascii=False).encode())
+
+
+def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str:
+    """Take over the labels of Label Studio's JSON, and return how many, in a line.
+
+    No address is opened: an image is found among those of the folder by its path, or else by its file's name.
+
+    Raises:
+        UserError: if it is another file, or a class's name can't be one.
+    """
+    problem, remedy = "is not Label Studio's JSON", "export it as JSON"
+    with foreign_fault(problem, file, remedy=remedy):
+        tasks = json.loads(read_bytes(file))
+        given = [(str(task["data"].get("image", "")), _labels(task)) for task in tasks]
+    by_name = Counter(PurePosixPath(name).name for name in images.names)
+    only = {PurePosixPath(name).name: name for name in images.names if by_name[PurePosixPath(name).name] == 1}
+    changes: dict[str, Row | None] = {}
+    classes = list(store.classes)
+    for address, labels in given:
+        name = next((name for name in _names(address, images, only) if name), None)
+        if name is None or labels is None or (store.task == "classification" and len(labels) != 1):
+            continue
+        kept = labels if store.task == "regression" else [class_name(label, classes) for label in labels]
+        classes += [label for label in kept if label not in classes]
+        changes[name] = Row(tuple(kept), "test" if images.is_test(images.number[name]) else "train")
+    changes = {name: row for name, row in changes.items() if name not in store.rows}
+    store.change(changes, {})
+    left = len(given) - len(changes)
+    reasons = "no label, not one class, labelled here, or no image of that name"
+    return f"{len(changes):,} labels taken, {left:,} left ({reasons})."
+
+
+def _labels(task: Any) -> list[str] | None:
+    """Return the labels of the first annotation that was not cancelled; None: there is none."""
+    for annotation in task.get("annotations") or ():
+        if not annotation.get("was_cancelled"):
+            values = [result["value"] for result in annotation["result"]]
+            return [str(text) for value in values for text in value.get("choices", [value.get("number")])]
+    return None
+
+
+def _names(address: str, images: ImageFolder, only: dict[str, str]) -> Iterator[str | None]:
+    parts = urlsplit(address)
+    path = parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
+    yield path if path in images.number else None
+    file = PurePosixPath(path).name
+    yield only.get(file)
+    uploaded = _UPLOADED.fullmatch(file)
+    yield only.get(uploaded[1]) if uploaded else None

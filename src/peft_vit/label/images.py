@@ -1,0 +1,113 @@
+"""The images of a folder by their numbers: what each holds, which are for the test, and how a browser gets one."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from functools import lru_cache
+from pathlib import Path
+from threading import BoundedSemaphore
+
+import numpy as np
+
+from peft_vit.base.errors import UserError
+from peft_vit.base.files import read_bytes, sha256_of
+from peft_vit.data.files import open_tree
+from peft_vit.data.pixels import decode_image, on_white
+from peft_vit.data.sources.folders import is_image
+
+TEST_SHARE = 5  # every so-manieth image is for the test
+_KEPT = 64  # encoded images
+_AT_ONCE = 4  # images that are decoded: an image may take a gigabyte
+_LOSSLESS = 256  # pixels a side
+
+
+class ImageFolder:
+    """The images below a folder; what leads out of it is left out.
+
+    Args:
+        root: the folder.
+
+    Attributes:
+        names: of the N images, sorted.
+        left_out: why, by name, of what is called as an image is, and can't be labelled.
+        shuffled: their numbers in an order that is fixed.
+
+    Raises:
+        UserError: if it holds no image.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError("is not a folder; name the one that your images lie in", file=root)
+        tree = open_tree(root)
+        self.root = tree.location
+        self.names = [name for name in tree.names if is_image(name)]
+        self.left_out: dict[str, str] = {}
+        inside: dict[str, bool] = {}
+        for name in self.names:
+            place = os.path.join(self.root, name)
+            folder = place if os.path.islink(place) else os.path.dirname(place)
+            if folder not in inside:
+                inside[folder] = Path(os.path.realpath(folder)).is_relative_to(self.root)
+            fault = tree.fault(name) if inside[folder] else "lies outside of the folder, where a link leads"
+            if fault:
+                self.left_out[name] = fault
+        if len(self.left_out) == len(self.names):
+            details = "\n".join(f"{name} {fault}" for name, fault in self.left_out.items())
+            raise UserError("holds no image that can be read; name another folder", file=root, details=details)
+        self.number = {name: i for i, name in enumerate(self.names)}
+        self.shuffled: list[int] = np.random.default_rng(0).permutation(len(self.names)).tolist()
+        self.copies: dict[str, list[int]] = {}  # by content, of what was hashed so far
+        self._digests: list[str | None] = [None] * len(self.names)
+        self._decoding = BoundedSemaphore(_AT_ONCE)
+        self.encoded = lru_cache(_KEPT)(self._encoded)
+
+    def digest(self, i: int) -> str:
+        """Return the SHA-256 of a file's content, which is read once; of what can't be read, which is left out, ""."""
+        if (known := self._digests[i]) is None:
+            try:
+                known = sha256_of(self._inside(i))
+                self.copies.setdefault(known, []).append(i)
+            except OSError as error:
+                self.left_out[self.names[i]], known = f"can't be read ({error.strerror})", ""
+            self._digests[i] = known
+        return known
+
+    def is_test(self, i: int) -> bool:
+        """Return whether an image is for the test: a fifth is, drawn by content alone.
+
+        So images that come later move none, and copies are on one side.
+        """
+        drawn = hashlib.sha256(f"peft-vit test {self.digest(i)}".encode()).digest()
+        return int.from_bytes(drawn[:8]) % TEST_SHARE == 0
+
+    def is_sound(self, i: int, side: int) -> bool:
+        """Return whether an image can be shown; one that can't is left out from here on."""
+        try:
+            self.encoded(i, side)
+        except (UserError, OSError) as error:
+            self.left_out[self.names[i]] = getattr(error, "message", str(error))
+        return self.names[i] not in self.left_out
+
+    def _encoded(self, i: int, side: int) -> tuple[bytes, str]:
+        """Return an image as PNG or JPEG of at most so many pixels a side, and which of the two.
+
+        Its own bytes are never handed out: they may hold a place, or what a browser runs.
+        """
+        with self._decoding:
+            path = self._inside(i)
+            image = on_white(decode_image(lambda: read_bytes(path), self.names[i], enough=side)).convert("RGB")
+            image.thumbnail((side, side))
+        kind = "png" if max(image.size) <= _LOSSLESS else "jpeg"
+        content = io.BytesIO()
+        image.save(content, kind, quality=90)
+        return content.getvalue(), f"image/{kind}"
+
+    def _inside(self, i: int) -> Path:
+        """Return where an image is; raises OSError if it isn't below the folder, to which a link may have come."""
+        path = Path(os.path.realpath(self.root / self.names[i]))
+        if not path.is_relative_to(self.root):
+            raise PermissionError(1, "leads out of the folder", str(path))
+        return path

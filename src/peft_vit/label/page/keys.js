@@ -1,0 +1,32 @@
+// Keys: 1 to 9 and letters are classes, in the order of their buttons; the others are those of ACTIONS.
+const ACTIONS = { z: "undo", s: "skip", u: "unsure", n: "new", c: "comment" };
+const CLASSES = [..."123456789abdefghijklmopqrtvwxy"];
+
+export const keyOf = (place) => (CLASSES[place] ?? "").toUpperCase();
+
+// Calls pick(place) for the key of a class. Those of actions click their button, or go to their field.
+export function listen(pick, isWall) {
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const focused = document.activeElement;
+    const typing = focused.tagName === "INPUT";
+    const pressed = event.key.toLowerCase();
+    if (pressed === "escape" && typing) return document.getElementById("main").focus();
+    if (pressed === "enter") {
+      const isOnButton = ["BUTTON", "SUMMARY"].includes(focused.tagName);
+      if (isOnButton && !(isWall() && focused.closest("#wall"))) return;
+      event.preventDefault();
+      const take = document.getElementById("take");
+      if (take.hidden) document.getElementById("main").focus();
+      else if (!event.repeat) take.click();
+      return;
+    }
+    if (typing || event.repeat) return;
+    const target = document.getElementById(ACTIONS[pressed]);
+    const place = CLASSES.indexOf(pressed);
+    if (target) target.matches("input") ? target.focus() : target.click();
+    else if (place >= 0) pick(place);
+    else return;
+    event.preventDefault();
+  });
+}

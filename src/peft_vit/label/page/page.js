@@ -1,0 +1,173 @@
+// Shows what the server asks, and sends what is answered. The next image is shown when the label is on disk.
+import { keyOf, listen } from "./keys.js";
+
+const $ = (id) => document.getElementById(id);
+const TINY = 128; // pixels a side, of images that are shown with their pixels
+const EVERY_MS = 2000;
+let state = { ids: null }; // as the server sent it last
+let busy = false;
+let picked = new Set(); // classes of an image with several labels
+let wrong = new Set(); // images of a wall
+
+async function ask(path, answer) {
+  const options = answer && {
+    method: "POST",
+    headers: { "Content-Type": "application/json", "X-Token": state.token },
+    body: JSON.stringify(answer),
+  };
+  try {
+    const response = await fetch(path, options);
+    if (!response.headers.get("content-type").startsWith("application/json")) throw new Error(await response.text());
+    return await response.json();
+  } catch (error) {
+    const ended = "peft-vit label has ended. What you labelled is in labels.csv; start it again to continue.";
+    return { fault: error instanceof TypeError ? ended : error.message };
+  }
+}
+
+async function send(path, answer = {}) {
+  if (busy) return;
+  busy = true;
+  const told = await ask(path, { ids: state.ids, ...answer });
+  busy = false;
+  show(told);
+}
+
+function label(labels, more = {}) {
+  return send("label", { labels, comment: $("comment").value, wrong: [...wrong], ...more });
+}
+
+function pick(place) {
+  const name = state.classes[place];
+  if (name === undefined || state.is_wall || !state.ids.length) return;
+  if (state.task === "classification") return label([name]);
+  picked.has(name) ? picked.delete(name) : picked.add(name);
+  drawClasses();
+}
+
+function take() {
+  const typed = $("new").value.trim();
+  if (state.task === "regression") return label([typed]);
+  if (state.task === "multilabel") return label(typed ? [...picked, typed] : [...picked]);
+  if (typed && !state.is_wall) return label([typed]);
+  if (state.proposed !== null) return label([state.proposed]);
+}
+
+function element(tag, text, properties = {}) {
+  return Object.assign(document.createElement(tag), { textContent: text, ...properties });
+}
+
+function show(told) {
+  $("fault").hidden = !told.fault;
+  $("fault").textContent = told.fault ?? "";
+  if (!told.ids) return;
+  const isOther = `${told.ids}` !== `${state.ids}`;
+  state = told;
+  if (isOther || !told.fault) {
+    picked = new Set(told.former?.labels);
+    wrong = new Set();
+    $("new").value = told.task === "regression" ? [...picked].join("") : "";
+    $("comment").value = told.former?.comment ?? "";
+  }
+  draw();
+  $(state.task === "regression" && !state.is_wall && state.ids.length ? "new" : "main").focus({ preventScroll: true });
+  for (const i of state.ahead) new Image().src = `images/${i}/large`;
+}
+
+function draw() {
+  const one = !state.is_wall && state.ids.length === 1;
+  $("question").textContent = state.is_wall
+    ? `All ${state.proposed}? Click those that are not.`
+    : one ? state.names[0] : "All images are labelled.";
+  const first = state.classes.length || state.task === "regression" ? "" : "Type what this image shows, then Enter.";
+  $("note").textContent = state.is_test && one ? "For the test: without a proposal." : first;
+  $("image").hidden = !one;
+  if (one) Object.assign($("image"), { src: `images/${state.ids[0]}/large`, alt: `the image ${state.names[0]}` });
+  $("wall").hidden = !state.is_wall;
+  $("wall").replaceChildren(...(state.is_wall ? state.ids.map(thumbnail) : []));
+  drawClasses();
+  $("answer").hidden = !one;
+  $("typed").firstChild.textContent = state.task === "regression" ? "number " : "new class ";
+  $("new").inputMode = state.task === "regression" ? "decimal" : "text";
+  $("unsure").hidden = !one;
+  $("skip").hidden = !state.ids.length;
+  $("skip").lastElementChild.textContent = state.is_wall ? "one by one" : "skip";
+  $("undo").disabled = !state.undoable;
+  drawTake();
+  drawProgress();
+}
+
+function thumbnail(i, place) {
+  const button = element("button", "", { type: "button", ariaPressed: "false" });
+  button.append(sized(element("img", "", { src: `images/${i}/small`, alt: state.names[place] })));
+  button.addEventListener("click", (event) => {
+    wrong.has(i) ? wrong.delete(i) : wrong.add(i);
+    button.ariaPressed = String(wrong.has(i));
+    drawTake();
+    if (event.detail) $("main").focus({ preventScroll: true }); // by hand: Enter takes the others
+  });
+  return button;
+}
+
+function sized(image) {
+  image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth <= TINY));
+  return image;
+}
+
+function drawClasses() {
+  $("classes").hidden = state.is_wall || !state.ids.length;
+  $("classes").replaceChildren(...state.classes.map((name, place) => {
+    const button = element("button", `${name} `, { type: "button" });
+    if (keyOf(place)) button.prepend(element("kbd", keyOf(place)), " ");
+    button.append(element("small", state.counts[name] ?? 0));
+    button.classList.toggle("proposed", name === state.proposed);
+    if (state.task === "multilabel") button.ariaPressed = String(picked.has(name));
+    button.addEventListener("click", () => pick(place));
+    return button;
+  }));
+  $("known").replaceChildren(...state.classes.map((name) => element("option", "", { value: name })));
+}
+
+function drawTake() {
+  const several = state.ids.length - wrong.size;
+  const typed = $("new").value.trim();
+  const ofWall = several ? `takes ${several} as ${state.proposed}` : "takes none";
+  const words = state.is_wall ? ofWall : typed || state.proposed || "takes it";
+  $("take").lastElementChild.textContent = words;
+  $("take").hidden = !state.ids.length || (state.task === "classification" && state.proposed === null && !typed);
+}
+
+function drawProgress() {
+  const { labelled, images, tested, ready, gone, left_out: missing, trouble } = state;
+  const away = gone ? `; ${gone} of them no longer there` : "";
+  $("counted").textContent = `${labelled} of ${images} labelled, ${tested} of them for the test${away}`;
+  $("computing").hidden = ready >= images;
+  Object.assign($("ready"), { max: images, value: ready, title: `${ready} of ${images}` });
+  $("computing").firstChild.textContent = trouble ? `${trouble} ` : `${ready} of ${images} images read by the model `;
+  $("accuracy").textContent = state.accuracy ?? "";
+  $("command").textContent = state.command;
+  $("missing").hidden = !missing.length;
+  $("missing").firstElementChild.textContent = `${missing.length} can't be labelled`;
+  $("missing").lastElementChild.replaceChildren(...missing.map((line) => element("li", line)));
+}
+
+async function follow() {
+  if (!busy) {
+    const told = await ask("state");
+    if (busy) return;
+    if (told.ids && `${told.ids}` === `${state.ids}`) {
+      state = told;
+      drawProgress();
+    } else show(told);
+  }
+}
+
+listen(pick, () => state.is_wall);
+sized($("image"));
+$("take").addEventListener("click", take);
+$("undo").addEventListener("click", () => send("undo"));
+$("skip").addEventListener("click", () => send("refuse"));
+$("unsure").addEventListener("click", () => label([], { unsure: true }));
+$("new").addEventListener("input", drawTake);
+await follow();
+setInterval(follow, EVERY_MS);

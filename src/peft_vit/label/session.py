@@ -1,0 +1,305 @@
+"""What the page asks for: the next image or a wall of them, what was said of it, and how far one is.
+
+Every fifth image is for the test, drawn by content before anything was chosen. It is labelled without a proposal, and
+neither the order nor a proposal or a wall reads it: accuracy on images that a model has chosen says nothing of others.
+"""
+
+from __future__ import annotations
+
+import shlex
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from peft_vit.base.errors import UserError, first_line
+from peft_vit.core.tasks import TASKS
+from peft_vit.data.sources.folders import UNSURE
+from peft_vit.deploy.page.formatting import percent_interval, points_interval
+from peft_vit.label.features import FeatureFile, FeatureProcess
+from peft_vit.label.images import TEST_SHARE, ImageFolder
+from peft_vit.label.labels import LabelStore, Row, class_name
+from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
+
+Order = Literal["herding", "random", "files"]
+LARGE, SMALL = 1024, 256  # pixels a side of an image alone, and of one on a wall
+_FEWEST = 2  # classes, and labels of each, before anything is proposed
+_AHEAD = 5  # images chosen at once, and as many more as were labelled while they were chosen
+_AFTER_REFUSAL = 10  # labels until a wall is offered again
+_MORE = 1.1  # times as many features, before the order is computed again
+_FEWEST_TESTED = 20  # images, before it is said what more labels bring
+_NO_CLASS = -1
+
+
+class Shown(NamedTuple):
+    """What the page shows: one image, several that may all be of one class, or none, as all are labelled."""
+
+    ids: tuple[int, ...] = ()
+    is_wall: bool = False
+    is_test: bool = False
+    proposed: str | None = None
+    former: Row | None = None  # what was taken back
+
+
+class Features(Protocol):
+    """What is computed of the images meanwhile."""
+
+    @property
+    def fault(self) -> str:
+        """Return why nothing more is computed, or ""."""
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the features that are there, (M, D) float32, and of which images, (M,) int64."""
+
+
+class FolderFeatures:
+    """Those of a folder, which a process computes."""
+
+    def __init__(self, images: ImageFolder) -> None:
+        self._images, self._process = images, FeatureProcess(images.root, images.names)
+        self._file: FeatureFile | None = None
+        self.stop = self._process.stop
+
+    @property
+    def fault(self) -> str:
+        """Return why the process has ended too early, or ""."""
+        return self._process.fault or ""
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return what is there; the first call reads all images, to know which features are whose."""
+        if self._file is None:
+            digests = [self._images.digest(i) for i in range(len(self._images.names))]
+            self._file = FeatureFile(self._process.file, digests)
+        self._file.update()
+        for i in np.flatnonzero(self._file.done & ~self._file.ready).tolist():
+            self._images.is_sound(i, SMALL)  # which says why not
+        ids = np.flatnonzero(self._file.ready)
+        return self._file.values[ids], ids
+
+
+class Session:
+    """A folder that is being labelled; its methods may be called from any thread.
+
+    Args:
+        store: what is labelled.
+        images: of the folder.
+        features: of the images.
+        order: how the next image is chosen.
+    """
+
+    def __init__(self, store: LabelStore, images: ImageFolder, features: Features, order: Order = "herding") -> None:
+        self.store, self.images, self.features, self.order = store, images, features, order
+        self._lock, self._changed = threading.RLock(), threading.Event()
+        self._classes: list[str] = []
+        self._history: list[tuple[Sequence[int], dict[str, Row | None], dict[str, Row | None]]] = []  # before, after
+        self._shown: Shown | None = None
+        self._skipped: set[int] = set()
+        self._doubted: list[int] = []  # on walls
+        self._no_wall_before = 0  # labels
+        self._trouble = ""
+        # What the last fit has found:
+        self._ready = self._labelled_since = 0
+        self._chosen: list[int] = []
+        self._proposals: dict[int, str] = {}
+        self._offered: Shown | None = None
+        self._accuracy: Accuracy | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        """Return the names of the classes in the order of their buttons, also of those that no image has any more."""
+        self._classes += [name for name in self.store.classes if name not in self._classes]
+        return self._classes
+
+    # --- what the page asks and says ----------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what is shown, and how far one is, as JSON."""
+        with self._lock:
+            self.store.refresh()
+            if self._shown is None or not self._shown.ids or not all(map(self._is_open, self._shown.ids)):
+                self._shown = self._choose()
+            labelled = [row for row in self.store.rows.values() if row.split != UNSURE]
+            return {
+                **self._shown._asdict(),
+                "former": self._shown.former and self._shown.former._asdict(),
+                "names": [self.images.names[i] for i in self._shown.ids],
+                "ahead": [i for i in self._chosen if self._is_open(i)][:3],
+                "task": self.store.task,
+                "classes": self.classes,
+                "counts": Counter(label for row in labelled for label in row.labels),
+                "labelled": len(labelled),
+                "tested": sum(row.split == "test" for row in labelled),
+                "images": len(self.images.names) - len(self.images.left_out),
+                "ready": self._ready,
+                "accuracy": _in_words(self._accuracy),
+                "left_out": [f"{name} {why}" for name, why in self.images.left_out.items()],
+                "gone": len(self.store.rows.keys() - self.images.number.keys()),
+                "undoable": bool(self._history),
+                "trouble": self.features.fault or self._trouble,
+                "command": f"peft-vit tune {shlex.quote(str(self.store.file))}",
+            }
+
+    def record(
+        self,
+        ids: Sequence[int],
+        labels: Sequence[str],
+        comment: str = "",
+        unsure: bool = False,
+        wrong: Sequence[int] = (),
+    ) -> None:
+        """Label images, and their copies; what was said is on disk when this returns.
+
+        Args:
+            ids: of the images.
+            labels: of each, a class, several classes or none, or a number.
+            comment: on each.
+            unsure: nobody can tell; then there are no labels.
+            wrong: those of the images that these are not the labels of; they are shown next, alone.
+
+        Raises:
+            ConflictError: if another page has labelled one meanwhile.
+            UserError: if this can't be a label, or the disk doesn't take it; then nothing is labelled.
+        """
+        with self._lock:
+            self.store.refresh()
+            given = () if unsure else self._checked(labels)
+            right = [i for i in ids if i not in wrong]
+            after: dict[str, Row | None] = {}
+            for i in right:
+                split: Any = UNSURE if unsure else "test" if self.images.is_test(i) else "train"
+                for copy in self.images.copies.get(self.images.digest(i), [i]):
+                    after[self.images.names[copy]] = Row(given, split, " ".join(comment.split()))
+            if after:
+                before = {name: self.store.rows.get(name) for name in after}
+                self.store.change(after, {self.images.names[i]: None for i in right})
+                self._history.append((right, before, after))
+            self._labelled_since += len(right)
+            self._doubted += wrong
+            self._go_on()
+
+    def refuse(self, ids: Sequence[int]) -> None:
+        """Show images later, or no wall for a while."""
+        with self._lock:
+            if self._shown is not None and self._shown.is_wall:
+                self._no_wall_before = len(self.store.rows) + _AFTER_REFUSAL
+            else:
+                self._skipped.update(ids)
+            self._go_on()
+
+    def undo(self) -> None:
+        """Take back what was said last, and show its image again.
+
+        Raises:
+            ConflictError: if another page has said something else of it meanwhile.
+        """
+        with self._lock:
+            if not self._history:
+                raise UserError("nothing to take back since this page was started")
+            ids, before, after = self._history.pop()
+            self.store.change(before, after)
+            self._go_on()
+            if len(ids) == 1:
+                former = after[self.images.names[ids[0]]]
+                self._shown = Shown(tuple(ids), is_test=self.images.is_test(ids[0]), former=former)
+
+    # --- what is computed meanwhile -----------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Fit a model to what is labelled, and choose the next images by it; the page is answered meanwhile."""
+        features, ids = self.features.read()  # (M, D), (M,)
+        with self._lock:
+            rows, classes = dict(self.store.rows), list(self.classes)
+            open_ids = {i for i in ids.tolist() if self._is_open(i)}
+            self._ready, self._labelled_since = len(ids), 0
+        if not len(ids):
+            return
+        is_test = np.array([self.images.is_test(i) for i in ids.tolist()], dtype=bool)  # (M,)
+        available = np.array([i in open_ids for i in ids.tolist()], dtype=bool) & ~is_test
+        labels = np.full(len(ids), _NO_CLASS)
+        for place, i in enumerate(ids.tolist()):
+            row = rows.get(self.images.names[i])
+            if row is not None and row.labels:
+                labels[place] = classes.index(row.labels[0]) if self.store.task == "classification" else 0
+        train, test = np.where(is_test, _NO_CLASS, labels), np.where(is_test, labels, _NO_CLASS)
+        probabilities, proposals, offered, accuracy = None, {}, None, None
+        if (np.bincount(train[train >= 0], minlength=1) >= _FEWEST).sum() >= _FEWEST:
+            probabilities = propose(features, train, len(classes))  # (M, K)
+            proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
+            accuracy = expected_accuracy(features, train, test, len(classes))
+            if found := wall(probabilities, available, train):
+                offered = Shown(tuple(ids[found[1]].tolist()), is_wall=True, proposed=classes[found[0]])
+        with self._lock:
+            count = _AHEAD + self._labelled_since
+        chosen = herding(features, train, available, count, probabilities) if self.order == "herding" else []
+        with self._lock:
+            self._chosen, self._proposals = ids[chosen].tolist(), proposals
+            self._offered, self._accuracy = offered, accuracy
+
+    def work(self, stop: threading.Event) -> None:
+        """Fit again and again, whenever there are other labels or features, until asked to stop."""
+        while not stop.is_set():
+            is_waiting = self._ready < len(self.images.names) - len(self.images.left_out)
+            try:
+                if self._changed.wait(1.0) or (is_waiting and len(self.features.read()[1]) > _MORE * self._ready):
+                    self._changed.clear()
+                    self.fit()
+                    self._trouble = ""
+            except Exception as error:  # images come in any order then, and what is labelled stays
+                self._trouble = first_line(error)
+
+    # --- inner --------------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        if self._shown is not None and self._shown.is_wall:
+            self._offered = None
+        self._shown = None
+        self._changed.set()
+
+    def _checked(self, labels: Sequence[str]) -> tuple[str, ...]:
+        if self.store.task != "multilabel" and len(labels) != 1:
+            raise UserError(f"expected one, got {len(labels)}", field="label")
+        if self.store.task == "regression":
+            number = labels[0].strip().replace(",", ".")
+            if TASKS[self.store.task].fault({"value": number}):
+                raise UserError(f"expected a number such as 12.5, got {number!r}", field="label")
+            return (number,)
+        return tuple(dict.fromkeys(class_name(label, self.classes) for label in labels))
+
+    def _is_open(self, i: int) -> bool:
+        name = self.images.names[i]
+        return name not in self.store.rows and name not in self.images.left_out and i not in self._skipped
+
+    def _choose(self) -> Shown:
+        splits = Counter(row.split for row in self.store.rows.values())
+        is_owed = splits["train"] + splits["test"] + 1 >= TEST_SHARE * (splits["test"] + 1)
+        found = self._next(for_test=True) if is_owed else None
+        found = found or self._wall() or self._next(for_test=False) or self._next(for_test=True)
+        if found is None and self._skipped:
+            self._skipped.clear()
+            return self._choose()
+        return found or Shown()
+
+    def _next(self, for_test: bool) -> Shown | None:
+        in_turn = range(len(self.images.names)) if self.order == "files" else self.images.shuffled
+        first = () if for_test else (*self._doubted, *self._chosen)
+        for i in (*first, *in_turn):
+            if self._is_open(i) and self.images.is_test(i) == for_test and self.images.is_sound(i, LARGE):
+                return Shown((i,), is_test=for_test, proposed=None if for_test else self._proposals.get(i))
+        return None
+
+    def _wall(self) -> Shown | None:
+        if self._offered is None or len(self.store.rows) < self._no_wall_before:
+            return None
+        ids = tuple(i for i in self._offered.ids if self._is_open(i) and self.images.is_sound(i, SMALL))
+        return self._offered._replace(ids=ids) if ids else None
+
+
+def _in_words(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return ""
+    text = f"Right on {percent_interval(accuracy.now)} of {accuracy.now.n} labelled test images."
+    if accuracy.gain is None or accuracy.now.n < _FEWEST_TESTED:
+        return text
+    return f"{text} As many labels again are expected to bring {points_interval(accuracy.gain)} points."

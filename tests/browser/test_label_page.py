@@ -1,0 +1,157 @@
+"""The page of `peft-vit label`, in Chromium: a whole labelling by keys and on walls, in light and dark."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import axe_violations, context_of, fits_the_screen, needs_chromium
+from label_sessions import session_of, write_digits
+
+from peft_vit.data.sources.folders import find_images
+from peft_vit.label.labels import LabelStore
+
+pytest.importorskip("uvicorn")
+from peft_vit.label.server import LabelServer
+
+pytestmark = [pytest.mark.slow, needs_chromium]
+HOSTILE = "'<img src=x onerror=alert(1)>'"
+
+
+@contextmanager
+def serving(folder: Path, **options: Any) -> Iterator[LabelServer]:
+    """Serve a folder with a session that fits meanwhile."""
+    session, stop = session_of(folder, **options), threading.Event()
+    server = LabelServer(session, "127.0.0.1", 0, lambda address: None)
+    for work in (server.serve, lambda: session.work(stop)):
+        threading.Thread(target=work, daemon=True).start()
+    yield server
+    stop.set()
+
+
+@contextmanager
+def opened(browser: Any, server: LabelServer, **options: Any) -> Iterator[Any]:
+    """Open the page; afterwards it has asked nobody else, nothing was refused, and no script has failed."""
+    faults: list[str] = []
+    context = context_of(browser, **options)
+    page = context.new_page()
+    ours = (f"http://127.0.0.1:{server.port}/", "data:")
+    page.on("request", lambda request: None if request.url.startswith(ours) else faults.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))
+    page.on("console", lambda message: faults.append(message.text) if "Security" in message.text else None)
+    page.goto(server.address)
+    page.locator("#question", has_text=re.compile(".")).wait_for()
+    assert "key" not in page.url
+    yield page
+    context.close()
+    assert faults == []
+
+
+def press(page: Any, key: str, then: int) -> None:
+    """Press a key, after which so many images are labelled."""
+    page.keyboard.press(key)
+    page.locator("#counted", has_text=re.compile(f"^{then} of")).wait_for()
+
+
+def look(page: Any, picture: Path) -> None:
+    """Look at a view in light and dark, wide and on a phone: it fits, and axe finds nothing."""
+    page.reload()
+    page.locator("#question", has_text=re.compile(".")).wait_for()
+    for scheme, width in (("light", 1200), ("dark", 390)):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 844})
+        page.screenshot(path=f"{picture}_{scheme}.png")
+        assert fits_the_screen(page)
+        assert axe_violations(page) == []
+
+
+def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path) -> None:
+    images, pictures = tmp_path / "images", tmp_path / "pictures"
+    images.mkdir()
+    truth = write_digits(images, 120, classes=4)
+    by_hand, seen = 0, set()
+    with serving(images) as server, opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
+        while (question := page.inner_text("#question")) != "All images are labelled.":
+            done = int(page.inner_text("#counted").split()[0])
+            kind = "wall" if page.is_visible("#wall") else "proposed" if page.is_visible("#take") else "image"
+            if kind not in seen and done >= 3:
+                look(viewer, pictures / kind)
+                seen.add(kind)
+            by_hand += 1
+            if kind == "wall":
+                names = page.eval_on_selector_all("#wall img", "images => images.map(image => image.alt)")
+                said = question.removeprefix("All ").partition("?")[0]
+                wrong = [place for place, name in enumerate(names) if truth[name] != said]
+                for place in wrong:
+                    page.click(f"#wall button:nth-child({place + 1})")
+                by_hand += len(wrong)
+                press(page, "Enter", done + len(names) - len(wrong))
+                continue
+            says = truth[question]
+            if kind == "proposed" and says in page.inner_text("#take"):
+                press(page, "Enter", done + 1)
+            elif says in page.inner_text("#classes"):
+                names = page.eval_on_selector_all("#known option", "options => options.map(option => option.value)")
+                press(page, str(names.index(says) + 1), done + 1)
+            else:
+                page.keyboard.press("n")
+                page.keyboard.type(says)
+                press(page, "Enter", done + 1)
+        look(viewer, pictures / "done")
+        assert "Right on" in page.inner_text("#accuracy")
+    assert seen == {"image", "proposed", "wall"}
+    assert by_hand < 90  # keys and clicks
+    found = find_images(images / "labels.csv").files  # as `train` does
+    assert found.classes == truth
+    assert found.is_test is not None
+    assert 12 < sum(found.is_test) < 36
+
+
+def test_back_skip_comment_unsure_and_hostile_names(browser, tmp_path) -> None:
+    write_digits(tmp_path, 12)
+    with serving(tmp_path) as server, opened(browser, server) as page, opened(browser, server) as other:
+        first = page.inner_text("#question")
+        page.keyboard.press("s")
+        page.locator("#question", has_not_text=first).wait_for()
+        second = page.inner_text("#question")
+        page.keyboard.press("c")
+        page.keyboard.type(HOSTILE)
+        page.keyboard.press("Escape")
+        page.keyboard.press("u")
+        page.locator("#question", has_not_text=second).wait_for()
+        page.keyboard.press("z")
+        page.locator("#question", has_text=second).wait_for()
+        assert page.input_value("#comment") == HOSTILE
+        page.keyboard.press("n")
+        page.keyboard.type("a/b")
+        page.keyboard.press("Enter")
+        page.locator("#fault", has_text="expected 1 to 80 letters").wait_for()
+        page.fill("#new", "b &lt;b&gt;")
+        press(page, "Enter", 1)
+        other.locator("#counted", has_text=re.compile("^1 of")).wait_for()  # without being asked
+        assert "b &lt;b&gt;" in other.inner_text("#classes")
+    row = LabelStore(tmp_path).rows[second]
+    assert (row.labels, row.comment) == (("b &lt;b&gt;",), HOSTILE)
+
+
+@pytest.mark.parametrize(
+    ("task", "typed", "kept"),
+    [("multilabel", ["red", "blue", None], ("red", "blue")), ("regression", ["1.5", "2", "-3"], ("-3",))],
+)
+def test_several_labels_and_numbers(task, typed, kept, browser, tmp_path) -> None:
+    write_digits(tmp_path, 12)
+    with serving(tmp_path, task=task) as server, opened(browser, server) as page:
+        for done, text in enumerate(typed):
+            name = page.inner_text("#question")
+            if text is None:
+                page.keyboard.press("1")
+                page.keyboard.press("2")
+            else:
+                page.fill("#new", text)
+            press(page, "Enter", done + 1)
+    assert LabelStore(tmp_path, task).rows[name].labels == kept
+    assert find_images(tmp_path / "labels.csv").files.task.name == task

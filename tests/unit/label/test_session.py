@@ -1,0 +1,209 @@
+"""A session: what comes next, what the test fifth never shows, and what can be taken back."""
+
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from label_sessions import session_of, write_digits
+from PIL import Image
+
+from peft_vit.base.errors import UserError
+from peft_vit.label.features import _begun
+from peft_vit.label.images import ImageFolder
+from peft_vit.label.labels import ConflictError, LabelStore
+from peft_vit.label.session import FolderFeatures, Session
+
+
+def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
+    """Label everything as it is shown, with a fit after each answer, and return what was shown."""
+    shown = []
+    while (state := session.state())["ids"]:
+        shown.append(state)
+        if state["is_wall"]:
+            wrong = [
+                i for i, name in zip(state["ids"], state["names"], strict=True) if truth[name] != state["proposed"]
+            ]
+            session.record(state["ids"], [state["proposed"]], wrong=wrong)
+        else:
+            session.record(state["ids"], [truth[state["names"][0]]])
+        session.fit()
+    return shown
+
+
+@pytest.mark.parametrize("order", ["herding", "random", "files"])
+def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path) -> None:
+    truth = write_digits(tmp_path, 45, classes=2)
+    session = session_of(tmp_path, order=order)
+    shown = label_all(session, truth)
+    rows = LabelStore(tmp_path).rows
+    assert {name: row.labels[0] for name, row in rows.items()} == truth
+    tested = {name for name, row in rows.items() if row.split == "test"}
+    assert {name for state in shown for name in state["names"] if state["is_test"]} == tested
+    assert all(state["proposed"] is None for state in shown if state["is_test"])
+    assert not any(tested & set(state["names"]) for state in shown if state["is_wall"])
+    early = [state for state in shown if state["labelled"] < 25]
+    for state in early:
+        assert state["tested"] <= state["labelled"] // 5 + 1
+    assert any(state["proposed"] for state in early)
+    assert "labelled test images" in session.state()["accuracy"]
+    if order == "files":
+        alone = [state["names"][0] for state in shown if not state["is_wall"] and not state["is_test"]]
+        assert alone[:5] == sorted(alone[:5])
+
+
+def test_the_test_fifth_follows_from_content_and_takes_copies_along(tmp_path) -> None:
+    write_digits(tmp_path, 60)
+    before = ImageFolder(tmp_path)
+    drawn = {name: before.is_test(i) for i, name in enumerate(before.names)}
+    (tmp_path / "more").mkdir()
+    for name in before.names:
+        shutil.copy(tmp_path / name, tmp_path / "more" / f"copy_{name}")
+    Image.new("L", (8, 8)).save(tmp_path / "a_new_one.png")
+    after = ImageFolder(tmp_path)
+    for i, name in enumerate(after.names):
+        if name != "a_new_one.png":
+            assert after.is_test(i) == drawn[Path(name).name.removeprefix("copy_")]
+    session = session_of(tmp_path)
+    session.fit()
+    shown = session.state()
+    session.record(shown["ids"], ["cat"])
+    assert len(session.store.rows) == 2  # with its copy
+    session.undo()
+    assert session.state()["names"] == shown["names"]
+    assert session.state()["former"]["labels"] == ("cat",)
+    assert LabelStore(tmp_path).rows == {}
+
+
+def test_what_cannot_be_shown_is_skipped_and_listed(tmp_path) -> None:
+    truth = write_digits(tmp_path, 10)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "text.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    outside = tmp_path.parent / "outside.png"
+    Image.new("L", (9, 9)).save(outside)
+    (tmp_path / "link.png").symlink_to(outside)
+    session = session_of(tmp_path, order="random")
+    while (state := session.state())["ids"]:
+        session.record(state["ids"], [truth[state["names"][0]]])
+    assert len(session.store.rows) == 10
+    left_out = session.images.left_out
+    assert set(left_out) == {"broken.png", "text.png", "gone.png", "link.png"}
+    assert left_out["link.png"].startswith("lies outside")
+    assert not session.images.is_sound(session.images.number["link.png"], 64)
+
+
+def test_what_another_page_labelled_is_told(tmp_path) -> None:
+    write_digits(tmp_path, 10)
+    one, other = session_of(tmp_path, order="files"), session_of(tmp_path, order="files")
+    ids = one.state()["ids"]
+    assert other.state()["ids"] == ids
+    one.record(ids, ["cat"])
+    with pytest.raises(ConflictError, match="is 'cat' by now"):
+        other.record(ids, ["dog"])
+    assert other.state()["ids"] != ids
+    assert other.state()["classes"] == ["cat"]
+
+
+def test_skipped_images_come_last_and_unsure_ones_not_again(tmp_path) -> None:
+    write_digits(tmp_path, 6)
+    session = session_of(tmp_path, order="random")
+    skipped = session.state()["ids"]
+    session.refuse(skipped)
+    unsure = session.state()["ids"]
+    session.record(unsure, [], "too dark", unsure=True)
+    rest = []
+    while (ids := session.state()["ids"]) != skipped:
+        rest.append(ids)
+        session.record(ids, ["cat"])
+    session.record(skipped, ["cat"])
+    assert session.state()["ids"] == ()
+    assert len(rest) == 4
+    assert unsure not in rest
+    state = session.state()
+    assert (state["labelled"], state["counts"]) == (5, {"cat": 5})
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "fault"),
+    [
+        ("classification", ["a", "b"], "expected one"),
+        ("regression", ["ten"], "expected a number"),
+        ("regression", ["nan"], "expected a number"),
+        ("multilabel", ["a/b"], "expected 1 to 80 letters"),
+    ],
+)
+def test_what_is_no_label_is_refused_and_nothing_written(task, labels, fault, tmp_path) -> None:
+    write_digits(tmp_path, 6)
+    session = session_of(tmp_path, task=task)
+    with pytest.raises(UserError, match=fault):
+        session.record(session.state()["ids"], labels)
+    assert not (tmp_path / "labels.csv").exists()
+    with pytest.raises(UserError, match="nothing to take back"):
+        session.undo()
+
+
+@pytest.mark.parametrize("files", [[], ["a.txt"], ["broken.png"]])
+def test_a_folder_without_images_is_refused(files, tmp_path) -> None:
+    for name in files:
+        (tmp_path / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match="holds no image"):
+        ImageFolder(tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        ImageFolder(tmp_path / "other")
+
+
+def test_herding_reads_no_test_image(tmp_path, monkeypatch) -> None:
+    truth = write_digits(tmp_path, 40, classes=2)
+    session = session_of(tmp_path)
+    seen = []
+
+    def herding(features, labelled, available, count, probabilities) -> list[int]:
+        seen.append((labelled >= 0) | available)
+        return np.flatnonzero(available)[:count].tolist()
+
+    monkeypatch.setattr("peft_vit.label.session.herding", herding)
+    label_all(session, truth)
+    is_test = np.array([session.images.is_test(i) for i in range(40)])
+    assert len(seen) > 5
+    assert not (np.array(seen) & is_test).any()
+
+
+def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypatch) -> None:
+    write_digits(tmp_path, 3)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = ImageFolder(tmp_path)
+    file = tmp_path / "features.npy"
+    process = SimpleNamespace(file=file, fault=None, stop=lambda: None)
+    monkeypatch.setattr("peft_vit.label.session.FeatureProcess", lambda *_: process)
+    features = FolderFeatures(images)
+    assert [len(part) for part in features.read()] == [0, 0]
+    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (2,))])
+    _begun(file, dtype, b"weights")
+    place = images.number["d001.png"]
+    rows = [(images.digest(place).encode(), (1, 2)), (images.digest(0).encode(), (np.nan, np.nan))]
+    with file.open("ab") as opened:
+        opened.write(np.array(rows, dtype).tobytes())
+    values, ids = features.read()
+    assert (values.tolist(), ids.tolist()) == ([[1, 2]], [place])
+    assert list(images.left_out) == ["broken.png"]
+    process.fault = "weights can't be loaded"
+    assert features.fault == process.fault
+
+
+def test_what_cannot_be_computed_is_said_and_labelling_continues(tmp_path, monkeypatch) -> None:
+    write_digits(tmp_path, 5)
+    session, stop = session_of(tmp_path), threading.Event()
+
+    def fail() -> None:
+        stop.set()
+        raise ValueError("no header")
+
+    monkeypatch.setattr(session.features, "read", fail)
+    session.work(stop)
+    state = session.state()
+    assert state["trouble"] == "ValueError: no header"
+    session.record(state["ids"], ["cat"])
+    assert session.state()["labelled"] == 1
