@@ -81,7 +81,7 @@ def test_a_killed_process_has_lost_no_label_that_it_told_of(tmp_path) -> None:
     ("text", "fault"),
     [
         ("path,label,author\na.png,cat,me\n", "others would be lost"),
-        ("file,class\na.png,cat\n", "expected path, label"),
+        ("photo,kind\na.png,cat\n", "expected path, label"),
         ("path,cat,dog\na.png,1,0\n", "see --task"),
         ("path,label,split\na.png,cat,val\n", "unsure or nothing as split"),
         ("path,label\na.png,\n", "expected a path, a label"),

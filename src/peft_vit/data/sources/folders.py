@@ -319,30 +319,7 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
         raise UserError("names no image; add rows", file=path)
     columns = tuple(name for name in rows[0][1] if name not in ("path", "split", group))
     task = TASKS[task_name] if task_name else _task_of(path, columns, [row for _, row in rows])
-    labels: dict[str, str] = {}
-    splits: dict[str, str] = {}
-    together: dict[str, str] = {}
-    unused: dict[str, str] = {}  # why, by row
-    for where, row in rows:
-        typed, split = row["path"], _split(row.get("split") or "train")
-        if not os.path.exists(root / typed):  # it may have been written on Windows
-            typed = typed.replace("\\", "/")
-        name = PurePosixPath(typed).as_posix()
-        label = "|".join(row[column] for column in columns)
-        if split is None:
-            raise UserError(f"expected train, val or test, got {row['split']!r}", file=where, field="split")
-        fault = task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE
-        if fault and row["path"] and label.strip("|"):
-            raise UserError(fault, file=where)
-        if fault:
-            unused[where] = fault
-        elif name not in labels:
-            labels[name], splits[name], together[name] = label, split, row.get(group or "") or name
-        elif (labels[name], splits[name]) == (label, split):
-            unused[where] = f"{name} occurs twice; the first row is used"
-        else:
-            message = f"{name} is '{label}' in {split} here and '{labels[name]}' in {splits[name]} before; keep one"
-            raise UserError(message, file=where, field="label")
+    labels, splits, together, unused = _by_name(rows, columns, task, root, group)
     if 2 * len(unused) >= len(rows):
         where, fault = next(iter(unused.items()))
         raise UserError(f"{fault}; {len(unused):,} of {len(rows):,} rows can't be used", file=where)
@@ -368,6 +345,37 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
     of_column = together if group in rows[0][1] else None
     return Images("csv", path, tree, files.without(left_out), left_out, together=of_column)
+
+
+def _by_name(
+    rows: Sequence[tuple[str, Mapping[str, str]]], columns: Sequence[str], task: Task, root: Path, group: str | None
+) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str]]:
+    """Return labels, splits and groups of images by name, and why rows are not used, by where they stand."""
+    labels: dict[str, str] = {}
+    splits: dict[str, str] = {}
+    together: dict[str, str] = {}
+    unused: dict[str, str] = {}  # why, by row
+    for where, row in rows:
+        typed, split = row["path"], _split(row.get("split") or "train")
+        if not os.path.exists(root / typed):  # it may have been written on Windows
+            typed = typed.replace("\\", "/")
+        name = PurePosixPath(typed).as_posix()
+        label = "|".join(row[column] for column in columns)
+        if split is None:
+            raise UserError(f"expected train, val or test, got {row['split']!r}", file=where, field="split")
+        fault = task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE
+        if fault and row["path"] and label.strip("|"):
+            raise UserError(fault, file=where)
+        if fault:
+            unused[where] = fault
+        elif name not in labels:
+            labels[name], splits[name], together[name] = label, split, row.get(group or "") or name
+        elif (labels[name], splits[name]) == (label, split):
+            unused[where] = f"{name} occurs twice; the first row is used"
+        else:
+            message = f"{name} is '{label}' in {split} here and '{labels[name]}' in {splits[name]} before; keep one"
+            raise UserError(message, file=where, field="label")
+    return labels, splits, together, unused
 
 
 def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Task:
