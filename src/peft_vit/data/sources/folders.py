@@ -336,7 +336,7 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
         return Hashes(hashlib.sha256(f"{header}{lines}{contents.sha256}".encode()).hexdigest(), contents.each)
 
     tree = FileTree(root, tuple(labels), lambda name: read_bytes(places[name]), hashed)
-    left_out = {name: fault for name in labels if (fault := tree.fault(name)) is not None}
+    left_out = {name: unread for name in labels if (unread := tree.fault(name)) is not None}
     if len(left_out) == len(labels) and not any(map(os.path.lexists, places.values())):
         message = f"none of {len(labels):,} paths exists, such as {rows[0][1]['path']}"
         raise UserError(f"{message}; they begin at {root}, or are whole", file=path, field="path")
