@@ -54,7 +54,9 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
 
     with pytest.raises(UserError, match=r"0002-full-.*: DivergedError: the loss is nan at step"):
         peft_vit.train(images, "full", **asked, steps=20, learning_rate=1e30)
-    assert peft_vit.load_results(tmp_path / "latest").runs["state"].tolist() == ["failed"]
+    (failed,) = tmp_path.glob("0002-*")
+    assert peft_vit.load_results(failed).runs["state"].tolist() == ["failed"]
+    assert peft_vit.load(tmp_path / "latest").record == trained.record  # the last that finished
 
 
 @pytest.mark.usefixtures("in_this_process", "cache")
@@ -162,7 +164,7 @@ def test_arguments_are_the_options_of_the_command(function, request_type: type[R
 
 def test_the_classifier_has_what_train_has() -> None:
     ours, others = (set(inspect.signature(f).parameters) for f in (peft_vit.ViTClassifier, peft_vit.train))
-    assert others - ours == {"images", "labels", "seed", "task", "loss", "strict", "smoke"}
+    assert others - ours == {"images", "labels", "group", "seed", "task", "loss", "strict", "smoke"}
     assert ours - others == {"random_state", "verbose"}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import check_golden
+from PIL import Image
 from planted_runs import PlantedRuns
 from safetensors.torch import save_file
 from written_runs import run_and_write
@@ -179,6 +180,9 @@ def test_what_can_not_be_asked_for_is_one_line_and_leaves_all_as_it_was(
     shutil.copytree(finished, "out")
     for folder in ("empty", "other", "damaged/tiny", "several/latest"):
         Path(folder).mkdir(parents=True)
+    for name in ("a", "b"):  # no model, no results: images
+        Path("empty", name).mkdir()
+        Image.new("RGB", (8, 8)).save(f"empty/{name}/0.png")
     Path("damaged/tiny/study.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, "base.safetensors")
     assert not old or STUDY.count(old) == 1
