@@ -18,7 +18,7 @@ from peft_vit.cli.app import INTERRUPTED, app
 __all__ = ["app", "main", "user_errors"]
 
 GROUPS = {  # of --help, in its order
-    "Your images": ("train", "tune", "predict", "test", "embed", "export", "bench", "runs"),
+    "Your images": ("train", "tune", "review", "predict", "test", "embed", "similar", "export", "bench", "runs"),
     "Studies": ("run", "plan", "status", "report", "recommend", "compare"),
     "Help": ("doctor", "models", "datasets", "check", "example"),
 }
