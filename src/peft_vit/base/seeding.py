@@ -32,6 +32,7 @@ Purpose = Literal[
     "rand_augment",
     "mixing",
     "features",
+    "review",
 ]
 
 

@@ -18,7 +18,19 @@ from peft_vit.cli.app import INTERRUPTED, app
 __all__ = ["app", "main", "user_errors"]
 
 GROUPS = {  # of --help, in its order
-    "Your images": ("label", "train", "tune", "predict", "test", "embed", "export", "bench", "runs"),
+    "Your images": (
+        "label",
+        "review",
+        "train",
+        "tune",
+        "predict",
+        "test",
+        "embed",
+        "similar",
+        "export",
+        "bench",
+        "runs",
+    ),
     "Studies": ("run", "plan", "status", "report", "recommend", "compare"),
     "Help": ("doctor", "models", "datasets", "check", "example"),
 }

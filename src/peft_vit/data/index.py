@@ -80,6 +80,12 @@ class ImageIndex:
         return self.task.counts(self.labels[rows], len(self.class_names))
 
     @property
+    def dev(self) -> np.ndarray:
+        """Return which images are not of the data set's own test split, (N,) bool."""
+        test = self.official_test
+        return np.ones(len(self.labels), dtype=bool) if test is None else ~test
+
+    @property
     def groups(self) -> np.ndarray:
         """Equal numbers for copies, (N,) int64; where nobody looked for copies every image is one of its own."""
         return np.arange(len(self.labels)) if self.contents is None else self.contents

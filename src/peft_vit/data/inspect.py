@@ -322,8 +322,8 @@ class Inspection:
 
     def remarks(self) -> list[str]:
         """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""
-        listed = [f"{_files_are(self.left_out)} left out:", *_listed(self.left_out)] if self.left_out else []
-        return [*self._of_repeated(), *listed]
+        left_out = [f"{_files_are(self.left_out)} left out:", *listed(self.left_out)] if self.left_out else []
+        return [*self._of_repeated(), *left_out]
 
     def _of_images(self) -> Iterator[str]:
         counts = self.task.counts(self.labels, len(self.class_names))  # (K,)
@@ -366,7 +366,7 @@ class Inspection:
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
 
 
-def _listed(left_out: Mapping[str, str]) -> list[str]:
+def listed(left_out: Mapping[str, str]) -> list[str]:
     """Return files with their reasons, a line each, or a line for several of a folder with the same reason."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, why in sorted(left_out.items()):
@@ -431,13 +431,13 @@ def inspect_images(
         if strict and left_out:
             them = "it" if len(left_out) == 1 else "them"
             message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
-            raise UserError(message, field="--strict", details="\n".join(_listed(left_out)))
+            raise UserError(message, field="--strict", details="\n".join(listed(left_out)))
         faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
         count = len(names) + len(faults.keys() - decoded.faults.keys())
         if len(faults) > count / 2:
             remedy = "repair or replace them, or choose another folder"
             message = f"{len(faults):,} of {count:,} images can't be used; {remedy}"
-            raise UserError(message, details="\n".join(_listed(faults)))
+            raise UserError(message, details="\n".join(listed(faults)))
         used = np.array([name not in left_out for name in names], dtype=bool)
         labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
         together = together[used]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
 from peft_vit.core.methods import METHODS
 from peft_vit.core.methods.quantized import packing_of
-from peft_vit.core.records import Calibrated, Decision
+from peft_vit.core.records import Calibrated, Decision, RunRecord, RunSpec
 from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.deploy import (
@@ -354,6 +355,26 @@ def compare(run: RestoredRun, exported: Classifier, images: LabelledImages, spli
     return _compared(run, was, now, truth, exported.card.decision, split)
 
 
+def fold_records(run_dir: Path, spec: RunSpec, studies: Sequence[Path] = ()) -> Iterator[tuple[Path, RunRecord]]:
+    """Yield records of trainings like a run's without a fold of its images each, with their logits on that fold.
+
+    Args:
+        run_dir: of the run.
+        spec: of it.
+        studies: where to look, beside the run's own place.
+    """
+    images = {"image_size", "images_file", "path"}
+    # Beside a call's first run; one folder above its linear probe, which is a study of its own.
+    places = (*run_dir.parents[1:3], *studies)
+    of_folds = f"{FOLDS_STUDY}*/{spec.experiment.name}/*/{RECORD_FILE}"
+    for file in sorted(file for place in places for file in place.glob(of_folds)):
+        record = read_record(file)
+        alike = record.spec.data.model_dump(include=images) == spec.data.model_dump(include=images)
+        done = alike and record.spec.data.folds is not None and record.status == "done"
+        if done and record.predictions is not None and record.predictions.logits is not None:
+            yield file, record
+
+
 def _compare_on_folds(
     run: RestoredRun, run_dir: Path, bits: QuantizationType, rounding: Rounding | None, on_progress: OnProgress
 ) -> Comparison | None:
@@ -362,19 +383,13 @@ def _compare_on_folds(
     None: there are none, as `train` makes them where nothing validates.
     """
     task, parts = TASKS[run.card.task].restored(run.card.decision), []
-    spec, of_folds = run.record.spec, f"{FOLDS_STUDY}*/{run.record.spec.experiment.name}/*/{RECORD_FILE}"
-    images = {"image_size", "images_file", "path"}
-    # Beside a call's first run; one folder above its linear probe, which is a study of its own.
-    files = sorted(file for place in run_dir.parents[1:3] for file in place.glob(of_folds))
-    for number, file in enumerate(files):
-        on_progress(number, len(files), "rounding the models of folds")
-        record = read_record(file)
-        alike = record.spec.data.model_dump(include=images) == spec.data.model_dump(include=images)
-        done = alike and record.spec.data.folds is not None and record.status == "done"
-        if done and record.predictions is not None and record.predictions.logits is not None:
-            fold_task = TASKS[record.spec.task].restored(record.decision)
-            pair = np.asarray(record.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
-            parts.append((*(task.aligned(one, fold_task) for one in pair), rows_of(record.predictions.labels)))
+    folds = list(fold_records(run_dir, run.record.spec))
+    for number, (file, record) in enumerate(folds):
+        on_progress(number, len(folds), "rounding the models of folds")
+        assert record.predictions is not None
+        fold_task = TASKS[record.spec.task].restored(record.decision)
+        pair = np.asarray(record.predictions.logits), logits_by_type(file.parent, [bits], rounding)[bits]
+        parts.append((*(task.aligned(one, fold_task) for one in pair), rows_of(record.predictions.labels)))
     if not parts:
         return None
     was, now, labels = map(np.concatenate, zip(*parts, strict=True))

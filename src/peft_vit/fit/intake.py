@@ -75,8 +75,7 @@ class LabelledSet:
     @cached_property
     def dev(self) -> np.ndarray:
         """Return which images are not of the test set, (N,) bool."""
-        test = self.index.official_test
-        return np.ones(len(self.index.labels), dtype=bool) if test is None else ~test
+        return self.index.dev
 
     @cached_property
     def num_dev(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 from torch import nn
 
-from peft_vit.base.files import read_bytes
 from peft_vit.core.backbones import Head
 from peft_vit.core.records import Decision, Metrics, Provenance, RunSpec
 from peft_vit.core.tasks import CLASSIFICATION, Task
@@ -35,11 +31,9 @@ from peft_vit.core.training import (
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION, decoders
 from peft_vit.runs.measures.held_out import PRIOR
-from peft_vit.runs.this_machine.cache import cache_file, write_cached
+from peft_vit.runs.this_machine.cache import cache_file, cached_rows
 from peft_vit.runs.this_machine.machine import instruction_limits
 
-_log = logging.getLogger(__name__)
-_LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept
 _WAYS = 4  # in which an image can be flipped; a place in the cache is 4 * image + way
 _BATCH = 32
 
@@ -130,33 +124,13 @@ class SharedFeatures:
         return Features(self._values(images, 0, ()), images.labels, self._task)
 
     def _values(self, images: LabelledImages, way: int, axes: tuple[int, ...]) -> NDArray[np.float32]:
-        wanted = _WAYS * images.positions + way
-        places, values = self._cached()  # (M,), (M, D)
-        missing = ~np.isin(wanted, places)
-        if missing.any():
-            new = images.chosen(np.flatnonzero(missing))
-            computed = head_inputs(self._model, new, self._runtime, _BATCH, axes, self._on_progress)
+        def compute(missing: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+            images_left = images.chosen(missing)
+            computed = head_inputs(self._model, images_left, self._runtime, _BATCH, axes, self._on_progress)
             self.computed += len(computed)
-            places = np.concatenate([places, wanted[missing]])  # (M + new,)
-            values = np.concatenate([values, computed]) if len(values) else computed  # (M + new, D)
-            if self._file is not None and values.nbytes <= _LARGEST_BYTES:
-                write_cached(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
-        order = np.argsort(places)
-        return values[order[np.searchsorted(places, wanted, sorter=order)]]  # (N, D)
+            return missing, computed
 
-    def _cached(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        if self._file is not None:
-            try:
-                content = load(read_bytes(self._file, None))
-                places, values = content["places"], content["values"]
-                if len(places) != len(values) or values.dtype != np.float32 or not np.isfinite(values).all():
-                    raise ValueError("places and values do not fit")
-                return places, values
-            except FileNotFoundError:
-                pass
-            except (OSError, ValueError, LookupError, SafetensorError) as error:
-                _log.warning("%s can't be used (%s); features are computed again", self._file, error)
-        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        return cached_rows(self._file, _WAYS * images.positions + way, compute)[1]  # (N, D)
 
 
 def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from peft_vit.base.errors import UserError, named
@@ -248,8 +247,7 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
         task.need_one_class("measures.removal_images")
     if task is not TASKS[study.data.task or USUAL_TASK]:
         study = study.model_copy(update={"data": study.data.model_copy(update={"task": task.name})})
-    chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
-    metric = task.deciding(index.class_counts(chosen_on)).name
+    metric = task.deciding(index.class_counts(index.dev)).name
 
     def settle(place: int, experiment: ExperimentConfig) -> TrainingConfig:
         training = experiment.training

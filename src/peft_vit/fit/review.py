@@ -1,0 +1,180 @@
+"""A person's labels looked at again: which of them is least believed by models that were not trained on its image.
+
+An image of label y has probabilities p of a model that was fitted to others. Its margin is p[y] less the largest of the
+other ones (Northcutt et al. 2021, "Confident Learning"). The lower it is, the less the label is believed. Test images
+are never ranked: who corrects only the labels that a model doubts makes the test easier for models like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from peft_vit.base.console import OnProgress
+from peft_vit.base.errors import UserError
+from peft_vit.base.seeding import numpy_generator
+from peft_vit.base.statistics import probabilities
+from peft_vit.core.training import Features, can_hold_out, held_out_fit
+from peft_vit.data import ImageIndex, ImagesFile, index_inspected
+from peft_vit.data.inspect import listed
+from peft_vit.deploy.export import fold_records
+from peft_vit.deploy.features import cached_features
+from peft_vit.deploy.formats.header import ExportMetadata
+from peft_vit.deploy.page.document import Block, StudyDocument, Table
+from peft_vit.deploy.page.formatting import percent, plain
+from peft_vit.deploy.page.tables import Column, table
+from peft_vit.deploy.restore import finished_record
+from peft_vit.fit.intake import IMAGES_FILE, take_in
+from peft_vit.fit.outcomes import Outcome, pooled
+from peft_vit.fit.request import TrainRequest
+from peft_vit.runs.records.storage import STUDIES_FOLDER, single_run
+
+if TYPE_CHECKING:
+    from peft_vit.deploy.page.class_blocks import Pictures
+
+Predicted = tuple[
+    ImageIndex, NDArray[np.int64], NDArray[np.float64]
+]  # images, positions of some (n,), logits of each (n, K)
+_PREDICTED = "Models that were not trained on an image predicted it. The label that is least believed comes first."
+_AT_RANDOM = "Test labels are drawn at random, never by what a model doubts: or the test favours models like it."
+_TOGETHER = "They stay on one side of every split. If one will do, remove the others."
+
+
+class Review(NamedTuple):
+    """What came of looking at labels again."""
+
+    images: ImageIndex
+    came_out: list[str]  # sentences
+    shown: list[tuple[Table, list[int]]]  # what to look at, and the positions of these images
+
+
+def by_regression(
+    asked: TrainRequest, opened: Callable[[], tuple[nn.Module, ExportMetadata]], on_progress: OnProgress
+) -> Predicted:
+    """Predict images that do not test by regressions on the frozen features of others.
+
+    Args:
+        asked: says which images, and which of them `train` would set aside for the test.
+        opened: returns the model that has the features, and how it takes images.
+        on_progress: gets how many images are read, and then embedded.
+
+    Raises:
+        UserError: see `take_in`; if a class has one image alone beside the test images.
+    """
+    index = take_in(asked, asked.found, Path(IMAGES_FILE), on_progress=on_progress).index
+    dev = np.flatnonzero(index.dev)
+    labels, groups = index.labels[dev], index.groups[dev]
+    if not can_hold_out(labels, groups):
+        reason = "has one image alone of a class, beside those of the test, and no other one predicts it"
+        raise UserError(f"{reason}; add images, or remove the class", file=asked.images)
+    names = [index.title(place) for place in dev.tolist()]
+    model, card = opened()
+    _, features, faults = cached_features(model, card, asked.found.tree, names, partial(on_progress, what="embedding"))
+    if faults:  # since they were read
+        raise faults[0]
+    metric = index.task.deciding(np.bincount(labels))
+    return index, dev, held_out_fit(Features(features, labels), groups, metric)[1]
+
+
+def by_folds(asked: TrainRequest, run: Path) -> Predicted:
+    """Return what a call's trainings on folds have said of the images that these left out.
+
+    Args:
+        asked: says which images.
+        run: the folder of the call.
+
+    Raises:
+        UserError: if there are no such trainings, or images or labels have changed.
+    """
+    record, folder = finished_record(run), single_run(run)
+    folds = fold_records(folder, record.spec, (folder.parent / STUDIES_FOLDER,))
+    outcomes = [Outcome.of(fold, file.parent) for file, fold in folds]
+    if not outcomes or record.spec.data.images_file is None:
+        reason = "has kept no predictions of images that were left out of training, since others validated it"
+        raise UserError(f"{reason}; leave --model out", file=run, field="--model")
+    file = Path(record.spec.data.images_file)
+    index = index_inspected(asked.found, ImagesFile.read(file), file)
+    logits, labels, positions = pooled(outcomes, index.task)
+    if [*index.class_names] != [*record.class_names] or (index.labels[positions] != labels).any():
+        reason = f"has other labels than {run} was trained on; train again, or leave --model out"
+        raise UserError(reason, file=asked.images)
+    return index, positions, logits
+
+
+def review_labels(predicted: Predicted, shown: int) -> Review:
+    """Rank labels by what was predicted of the images; if several times of one, the first counts.
+
+    Args:
+        predicted: images and logits.
+        shown: how many doubted labels are shown at most.
+    """
+    index, positions, logits = predicted
+    places, first = np.unique(positions, return_index=True)  # (images,)
+    labels, rows, outputs = index.labels[places], np.arange(len(places)), logits[first]  # (images, K)
+    p = probabilities(outputs, index.task.temperature(torch.from_numpy(outputs), torch.from_numpy(labels)))
+    others = p.copy()
+    others[rows, labels] = -1
+    margin = p[rows, labels] - others.max(1)
+
+    def described(place: int, **more: Any) -> dict[str, Any]:
+        return {"position": place, "file": index.title(place), "label": index.label(place), **more}
+
+    ranked = [
+        described(int(places[k]), believed=index.class_names[p[k].argmax()], sure=float(p[k].max()), margin=margin[k])
+        for k in np.argsort(margin, kind="stable")
+    ]
+    num_doubted = int((margin < 0).sum())
+    doubted, test = ranked[: min(shown, num_doubted)], np.flatnonzero(~index.dev)
+    checked = [*map(described, numpy_generator(0, "review").permutation(test)[: len(doubted)].tolist())]
+    groups = np.where(np.bincount(index.groups)[index.groups] > 1, index.groups, -1)  # of copies
+    copies = [
+        described(place, group=groups[place]) for place in np.argsort(groups, kind="stable") if groups[place] >= 0
+    ]
+    named = [Column("File", "file"), Column("Label", "label")]
+    believed = [*named, Column("Believed", "believed"), Column("How sure", "sure", percent)]
+    parts = [
+        (doubted, table("labels", "Labels to check", doubted, believed, _PREDICTED, data=ranked)),
+        (checked, table("test_labels", "Test labels to check", checked, named, _AT_RANDOM)),
+        (copies, table("copies", "Near copies", copies, [*named, Column("Group", "group")], _TOGETHER)),
+    ]
+    came_out = [f"{num_doubted:,} of {len(ranked):,} labels are less probable than another class."]
+    if missing := len(index.labels) - len(test) - len(ranked):
+        came_out.append(f"{missing:,} images have no prediction: the training for it is not done.")
+    if checked:
+        came_out.append(f"Check {len(checked):,} of the {len(test):,} test images, too. {_AT_RANDOM}")
+    if index.left_out:
+        came_out += ["Left out, in training, too:", *listed(index.left_out)]
+    return Review(index, came_out, [(made, [row["position"] for row in rows]) for rows, made in parts if rows])
+
+
+def review_document(review: Review, images: str, pictures: Pictures | None) -> StudyDocument:
+    """Return the page of a review of images that have a name; pictures as in `model_document`."""
+    from peft_vit.deploy.page.class_blocks import gallery  # with matplotlib
+
+    sections: dict[str, tuple[Block, ...]] = {}
+    for shown, places in review.shown:
+        lines = [tuple(plain(": ".join(cell)) for cell in zip(shown.columns, row, strict=True)) for row in shown.rows]
+        made = gallery(
+            f"{shown.slug}_pictures", "", shown.note, [("", list(zip(places, lines, strict=True)))], pictures
+        )
+        sections[shown.title] = (replace(shown, folded=True), *([] if isinstance(made, str) else [made]))
+    return StudyDocument(
+        label=f"The labels of {images}",
+        slug="review",
+        alerts=(),
+        warnings=(),
+        cards=(),
+        came_out=tuple(map(plain, review.came_out)),
+        sections=sections,
+        not_shown=("Which of these labels are wrong: you decide that.",),
+        runs=(),
+        kind="model",
+    )
