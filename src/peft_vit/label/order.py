@@ -97,8 +97,8 @@ def wall(
 ) -> tuple[int, list[int]] | None:
     """Return a class and the available images that are surest of it, the surest first; None: no class has enough.
 
-    There are as many as nine in ten are expected to be right of, so that anyone who looks at all of them has few to take
-    out. With fewer than three labels a class that is not known well enough.
+    There are as many as nine in ten are expected to be right of, so that who looks at all of them has few to take out.
+    With fewer than three labels a class that is not known well enough.
 
     Args:
         probabilities: (N, K), see `propose`.
