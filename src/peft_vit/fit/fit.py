@@ -499,7 +499,7 @@ class Fit:
         if not recipe.is_probe:
             training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
             training["head_start"] = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
-            if request.augment == "light":
+            if (request.augment or ("light" if self.images.task.smooths else "flip")) == "light":
                 training["augmentation"] += [change.model_dump(mode="json") for change in LIGHT_AUGMENTATION]
             training |= {"label_smoothing": LABEL_SMOOTHING} if self.images.task.smooths else {}
             training |= request.training_settings

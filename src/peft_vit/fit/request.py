@@ -88,13 +88,9 @@ HEAD_BLOCKS = (
 AUGMENT = (
     "How training images are changed. none: not at all. flip: mirrored, in the ways in which a linear probe is best. "
     "light: also cut to 70 to 100 % of their area, with up to 20 % more or less brightness and contrast. Without it, "
-    "flip."
+    "light where classes are learned, else flip, since a cut may leave out what several labels or numbers are of."
 )
-WrittenAugment = Annotated[
-    Augment | None,
-    AfterValidator(lambda written: None if written == "flip" else written),
-    Option(keys=("augmentation",)),
-]
+WrittenAugment = Annotated[Augment | None, Option(keys=("augmentation",))]
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
 COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
 DEVICE = "Where to train. auto: on a GPU if there is one."
