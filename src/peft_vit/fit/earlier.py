@@ -1,4 +1,4 @@
-"""The call of `train` that `--from` names: what the next one takes over from it, and what changes on its test images."""
+"""The call of `train` that `--from` names: what the next one takes over, and what changes on its test images."""
 
 from __future__ import annotations
 
@@ -53,16 +53,15 @@ class EarlierRun:
             asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE)).request
         record, images = finished_record(folder), ImagesFile.read(folder / IMAGES_FILE)
         method, task = record.spec.experiment.method, record.spec.task
-        faults = {
-            f"was trained with {method}, and only lora and linear can be started from": method
-            not in ("lora", "linear"),
-            f"learned {task}, and only {USUAL_TASK} can be started from": task != USUAL_TASK,
-            "was trained with --adapter-bytes, which can't be started from": asked.adapter_bytes is not None,
-            "was split with --group, which can't be kept": asked.group is not None,
-            "was trained with --smoke": asked.smoke,
-            "is of an earlier version, which kept no contents of images": not images.digests,
-        }
-        for reason, is_so in faults.items():
+        faults = (
+            (method not in ("lora", "linear"), f"was trained with {method}, and --from takes lora and linear"),
+            (task != USUAL_TASK, f"learned {task}, and --from takes {USUAL_TASK}"),
+            (asked.adapter_bytes is not None, "was trained with --adapter-bytes, which --from does not take"),
+            (asked.group is not None, "was split with --group, which --from does not keep"),
+            (asked.smoke, "was trained with --smoke"),
+            (not images.digests, "is of an earlier version, which did not note the contents of images"),
+        )
+        for is_so, reason in faults:
             if is_so:
                 raise UserError(f"{reason}; {_REMEDY}", file=place, field="--from")
         return cls(folder, asked, record, images)

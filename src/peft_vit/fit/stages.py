@@ -302,8 +302,8 @@ def _memory_fault(fit: Fit, recipe: Recipe) -> UserError | None:
 def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult]:
     """Fit a regression at every size that fits its share of the time, the smallest first; earlier calls' are known.
 
-    There is one in any case, unless nothing is to be learned from it: of made-up images, of an adapter to start from, and
-    of a class of one image.
+    There is one in any case, unless nothing is to be learned from it: of made-up images, of an adapter that is there
+    already, and of a class of one image.
 
     Raises:
         UserError: see `regress`.
