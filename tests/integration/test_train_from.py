@@ -16,7 +16,7 @@ from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache", "in_this_process")]
 
-SHORT = ("--steps", "2", "--threads", "1", "--minutes", "5")
+SHORT = ("--steps", "12", "--threads", "1", "--minutes", "5")
 COLORS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "elk": (40, 40, 200)}
 
 
@@ -60,10 +60,11 @@ def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) 
     assert (record.class_names, record.split_sizes["validation"]) == (["cat", "dog", "elk"], 0)
     assert record.spec.data.image_size == 32
     assert record.spec.experiment.lora.start == str(single_run(first) / "adapter.safetensors")
+    assert record.probe_test is None  # what it starts from is no linear probe
     assert record.rank_history[0].ranks == start.ranks
     trained = load_file(run / "adapter.safetensors")
-    for name, tensor in start.tensors.items():  # two steps lead it not far away; a head of a probe would be elsewhere
-        assert trained[name][: len(tensor)].sub(tensor).abs().max() < 0.01
+    for name, tensor in start.tensors.items():  # few steps lead it not far away; a probe is elsewhere
+        assert trained[name][: len(tensor)].sub(tensor).abs().max() < 0.03
     assert restore_run(second).record.status == "done"
     again = command("train", tmp_path / "photos", "--from", first, *SHORT, "--output", tmp_path / "out")
     assert "This call was done before" in again.out

@@ -19,7 +19,7 @@ from peft_vit.fit.intake import IMAGES_FILE
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.records.storage import resolve_latest
 
-_REMEDY = "leave out --from, and train anew"
+_REMEDY = "leave --from out"
 
 
 @dataclass(frozen=True)

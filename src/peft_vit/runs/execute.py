@@ -403,7 +403,7 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     if (is_probe or training.head_start == "probe") and not attempt.is_resumed:
         probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
-        if not is_probe:
+        if not is_probe and spec.experiment.start is None:  # else it is no linear probe
             images = data.test.open()
             with attempt.overhead.of("features"), float_matmul(model):
                 values = in_float.of(images).values
