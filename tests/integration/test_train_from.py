@@ -48,7 +48,18 @@ def first(photos, weights, tmp_path, command) -> Path:
 
 
 def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) -> None:
-    said = command("train", tmp_path / "photos", "--from", first, *SHORT, "--output", tmp_path / "out")
+    call = (
+        "train",
+        tmp_path / "photos",
+        "--from",
+        first,
+        *SHORT,
+        "--learning-rate",
+        "1e-6",
+        "--output",
+        tmp_path / "out",
+    )
+    said = command(*call)
     (second,) = (tmp_path / "out").glob("0002-*")
     assert "The 6 images that tested 0001-" in said.out
     assert "points (95 % interval)." in said.out
@@ -63,11 +74,10 @@ def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) 
     assert record.probe_test is None  # what it starts from is no linear probe
     assert record.rank_history[0].ranks == start.ranks
     trained = load_file(run / "adapter.safetensors")
-    for name, tensor in start.tensors.items():  # few steps lead it not far away; a probe is elsewhere
-        assert trained[name][: len(tensor)].sub(tensor).abs().max() < 0.03
+    for name, tensor in start.tensors.items():  # so slowly it hardly moves; a probe is elsewhere
+        assert trained[name][: len(tensor)].sub(tensor).abs().max() < 1e-3
     assert restore_run(second).record.status == "done"
-    again = command("train", tmp_path / "photos", "--from", first, *SHORT, "--output", tmp_path / "out")
-    assert "This call was done before" in again.out
+    assert "This call was done before" in command(*call).out
 
 
 def without_dogs(first: Path, images: Path) -> None:
