@@ -102,7 +102,7 @@ def test_what_can_not_be_started_from_is_refused_in_a_line(first, tmp_path, comm
         (("--from", first, "--image-size", "48"), None, "--image-size: 48 is asked for"),
         (("--from", first, "--method", "linear"), None, "--method: linear is asked for"),
         (("--from", first, "--method", "adalora"), None, "--from: has no effect with --method adalora"),
-        (("--from", first, "--rank", "4"), None, "--from: has no effect with --rank 4"),
+        (("--from", first, "--rank", "4"), None, "--from: has no effect with --rank"),
         (("--from", single_run(first)), None, "is not the folder of a call of `train`"),
         (("--from", tmp_path / "model.onnx"), None, "is not the folder of a call of `train`"),
         (("--from", first), with_groups, "was split with --group"),

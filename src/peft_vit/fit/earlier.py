@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from peft_vit.base.errors import UserError, checked
 from peft_vit.base.files import read_bytes
 from peft_vit.base.statistics.intervals import paired_proportions
@@ -117,5 +119,6 @@ def _tested(record: RunRecord, images: ImagesFile) -> dict[str, tuple[str, str]]
     """Return what a run said of its test images, and what they are, by their contents."""
     names, found = record.class_names, record.predictions
     assert found is not None
-    rows = zip(found.files or (), found.predicted, found.labels, strict=True)
+    of_classes = (np.asarray(column, np.int64) for column in (found.predicted, found.labels))
+    rows = zip(found.files or (), *of_classes, strict=True)
     return {images.digests[file]: (names[said], names[label]) for file, said, label in rows}

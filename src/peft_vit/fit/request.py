@@ -144,7 +144,6 @@ class ImagesRequest(Request):
     # How a fit differs between the two, see `fit.Fit`.
     fit_file: ClassVar[str]  # of its folder, in which it goes on
     main_study: ClassVar[bool]  # its folder is that of a study with one run
-    validates: ClassVar[bool]  # images may validate, if they are many
     last_share: ClassVar[float]  # of the minutes after image sizes, for the first model's training
     folds_share: ClassVar[float]  # likewise, for its folds
     least_of_a_class: ClassVar[tuple[int | None, int | None]]  # different images, without and with an own test split

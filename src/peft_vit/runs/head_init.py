@@ -96,6 +96,7 @@ def init_head(
         probe.set_head(head, temperature)
         if spec.experiment.start is not None and (start := Path(spec.experiment.start)).is_file():
             load_head_rows(features.named_head, start, data.class_names)
+            return probe, 1.0, metrics, meaning  # the head is as sure as training has left it
         return probe, probe.training_temperature(of_training, temperature), metrics, meaning
 
 
