@@ -214,6 +214,7 @@ def images_of(images: int, **changes: Any) -> Any:
         "scores": Scores(),
         "rarest": math.inf,
         "alike": 1.0,
+        "shots": math.inf,
         "side": 300.0,
     }
     known["inspection"] = SimpleNamespace(path=Path("images"))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from peft_vit.core.records import RunRecord
     from peft_vit.deploy import Classifier, Prediction
+    from peft_vit.deploy.explain import Explanation
     from peft_vit.fit.tune import Tuning
     from peft_vit.lab.report.result_tables import ResultTables
     from peft_vit.runs.executors import ExecutorName
@@ -195,6 +196,21 @@ class TrainedModel:
         if isinstance(images, np.ndarray) and (images.ndim == 2 or images.shape[2:] in ((1,), (3,), (4,))):
             images = [images]
         return predict_images(self.classifier, (image for image, _ in held_images(images)), coverage, top)
+
+    def explain(self, image: Any) -> Explanation:
+        """Return where the model looked in an image: the class that it says, a map, and a picture of it.
+
+        Args:
+            image: a path, a PIL image or an array.
+
+        Raises:
+            UserError: if it can't be read, or the model does not say one class an image.
+        """
+        from peft_vit.data.sources.in_memory import held_images
+        from peft_vit.deploy.explain import explain
+
+        ((one, _),) = held_images([image])
+        return explain(self.classifier, one)
 
     def predict_proba(self, images: Images) -> NDArray[np.float64]:
         """Return the probabilities of all classes, (N, K); arguments and errors as `predict`'s."""
@@ -385,6 +401,7 @@ def train(
     adapter_bytes: str | None = None,
     bits: int | str | None = None,
     init_adapter: str | Path | None = None,
+    from_run: str | Path | None = None,
     precision: PrecisionSetting = "auto",
     compute: ComputeSetting = "auto",
     device: Device = "auto",
@@ -431,6 +448,7 @@ def train(
         adapter_bytes: with lora and qa_lora instead of rank: the most bytes of all updates in a file, such as "8kB".
         bits: of frozen weights with qa_lora, qa_linear and qa_adalora: 8, 4, 3, 2, or a number format; None: 4.
         init_adapter: folder of a PEFT LoRA adapter to continue from.
+        from_run: folder of an earlier call to start from, when images or a class came or labels changed.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.

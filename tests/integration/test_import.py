@@ -15,7 +15,7 @@ from written_runs import run_and_write
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import site_adapters
-from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
+from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, start_sha256
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
@@ -102,7 +102,7 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
     record = read_record(run / "imported" / "seed_0" / "record.json")
     assert (record.status, record.warnings) == ("done", [])
     assert record.spec.data.shots_per_class == 4
-    assert record.provenance.start_sha256 == peft_sha256(adapter)
+    assert record.provenance.start_sha256 == start_sha256(adapter)
     assert record.spec.experiment.lora.start == str(adapter)
     assert [(s.name, s.matrix) for s in record.sites[:2]] == [("blocks.0.attn.qkv", "qkv"), ("blocks.0.mlp.fc1", "fc1")]
     assert set(record.rank_history[0].ranks.values()) == {3}

@@ -174,3 +174,12 @@ def test_an_onnx_file_needs_neither_torch_nor_anything_of_posix(
     absent = ["torch", "torchvision", "timm", "transformers", "huggingface_hub"]
     said = run_without_posix(*call.split(), imports=imports, absent=absent)
     assert re.search(stated, said, re.MULTILINE), said
+
+
+def test_pictures_of_where_the_model_looked_go_into_an_empty_folder(command) -> None:
+    command("predict", "model.safetensors", "photos", "flat", "--explain", "looked", code=1)  # one is no image
+    names = ["0001-00.png", "0002-01.png", "0003-00.png", "0004-01.png", "0005-00.png"]
+    assert sorted(file.name for file in Path("looked").iterdir()) == names
+    said = command("predict", "model.safetensors", "photos", "--explain", "looked", code=2)
+    assert said.err == "error: looked: --explain: holds files already; choose another folder\n"
+    assert said.out == ""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -195,7 +196,8 @@ class Request(Settings):
     @classmethod
     def parameter(cls, field: str) -> str:
         """Return how a field is called in Python: as its option is, max_latency for --max-latency."""
-        return cls.option(field).name.lstrip("-").replace("-", "_").lower()
+        name = cls.option(field).name.lstrip("-").replace("-", "_").lower()
+        return field if iskeyword(name) else name
 
     @classmethod
     def spelled(cls, field: str, *values: Any) -> str:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -22,7 +22,7 @@ from peft_vit.base import console
 from peft_vit.base.console import OnProgress, progress
 from peft_vit.base.errors import UserError, named, printable
 from peft_vit.base.extras import missing_packages, require_extra
-from peft_vit.base.files import refuse_existing
+from peft_vit.base.files import into_empty, refuse_existing
 from peft_vit.base.settings import Option, Request, refuse
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.core.config import (
@@ -354,6 +354,11 @@ class PredictRequest(_ModelRequest):
     )
     output: Path | None = Field(default=None, description="Write to this .csv or .json file instead of printing.")
     overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
+    explain: Path | None = Field(
+        default=None,
+        description="Write into this folder a picture of each image in which the parts are bright that made the model "
+        "say its class. The folder must be empty. It asks the model up to 65 times an image.",
+    )
 
     @field_validator("coverage")
     @classmethod
@@ -391,21 +396,21 @@ def predict(request: PredictRequest) -> None:
     from peft_vit.deploy.predicting import columns_of
     from peft_vit.deploy.presentation import PRESENTED
 
-    classes = classifier.card.class_names
+    card, classes = classifier.card, classifier.card.class_names
     if request.coverage is not None:
         with named(request.model):
-            check_coverage(classifier.card, request.coverage)
+            check_coverage(card, request.coverage)
     files = [image for image in images if not isinstance(image, UserError)]
-    card = classifier.card
     shown, with_sets, meaning = PRESENTED[card.task], request.coverage is not None, card.meaning
     is_labelled = (
         shown.task.one_class and len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
     )
-    columns = ["file", *columns_of(card, request.coverage, request.top)]
-    columns += [] if card.unlike is None else ["unlike"]
+    columns = ["file", *columns_of(card, request.coverage, request.top), *([] if card.unlike is None else ["unlike"])]
     if card.unlike is None and meaning is not None and meaning.images < FEWEST_HELD_OUT:
         reason = f"that takes {FEWEST_HELD_OUT} images that trained or validated the model, and their features"
         print(f"images unlike those of training are not marked: {reason}", file=sys.stderr)
+    if request.explain is not None:
+        _write_pictures(request.explain, files, classifier)
     to_file = request.output is not None
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
     predicted = right = unlike = 0
@@ -440,6 +445,19 @@ def predict(request: PredictRequest) -> None:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):
         raise typer.Exit(1)
+
+
+def _write_pictures(folder: Path, images: Sequence[ImageFile], classifier: Classifier) -> None:
+    """Write a picture of each image that can be read, with its place among them, so that names differ."""
+    from peft_vit.deploy.explain import check_explainable, explain
+
+    check_explainable(classifier.card)
+    with into_empty(folder, "--explain"), progress("explaining", sys.stderr) as on_progress:
+        for done, image in enumerate(images, start=1):
+            with suppress(UserError):  # which the predictions tell
+                picture = explain(classifier, image).picture
+                picture.save(folder / f"{done:04d}-{printable(image.file.stem)}.png")
+            on_progress(done, len(images))
 
 
 def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Classifier]:

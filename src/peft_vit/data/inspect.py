@@ -470,7 +470,12 @@ def _linked(groups: np.ndarray, keys: Sequence[str]) -> np.ndarray:
 
 
 def images_file(
-    inspection: Inspection, seed: int | None = 0, test_images: int | None = None, earlier: ImagesFile | None = None
+    inspection: Inspection,
+    seed: int | None = 0,
+    test_images: int | None = None,
+    earlier: ImagesFile | None = None,
+    *,
+    starts: bool = False,
 ) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is set aside for the test.
 
@@ -482,6 +487,7 @@ def images_file(
         seed: of this choice; None: only the folder's own test split is the test set.
         test_images: instead of a fifth.
         earlier: of the same images before some were added or removed; what tested there and is here tests again.
+        starts: from the model that `earlier` trained: what tested there tests, and nothing else of it, nor a copy.
 
     Raises:
         UserError: if a file can't be read any more, or the images are too few for a test.
@@ -491,6 +497,11 @@ def images_file(
     holdout = inspection.holdout
     if holdout is None and seed is None:
         holdout = np.zeros(len(names), dtype=bool)
+    elif holdout is not None and starts:
+        assert earlier is not None
+        trained = holdout & _split_before(inspection, earlier)[1]
+        left_out |= dict.fromkeys(names[trained], "in the test split, and it or a copy has trained the earlier model")
+        holdout = holdout & ~trained
     elif holdout is None:
         assert seed is not None
         first = np.unique(inspection.groups, return_index=True)[1]
@@ -507,7 +518,7 @@ def images_file(
             parts = min(max(2, round(len(first) / count)), fewest_groups(strata, inspection.together))
             holdout = assign_folds(strata, inspection.together, parts, numpy_generator(seed, "sealed")) == 0
         else:
-            drawn = _drawn(inspection, np.sort(first), count, numpy_generator(seed, "sealed"), earlier)
+            drawn = _drawn(inspection, np.sort(first), count, numpy_generator(seed, "sealed"), earlier, starts)
             holdout = np.isin(np.arange(len(names)), drawn)
             of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
             for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
@@ -525,25 +536,43 @@ def images_file(
 
 
 def _drawn(
-    inspection: Inspection, first: np.ndarray, count: int, generator: np.random.Generator, earlier: ImagesFile | None
+    inspection: Inspection,
+    first: np.ndarray,
+    count: int,
+    generator: np.random.Generator,
+    earlier: ImagesFile | None,
+    starts: bool,
 ) -> np.ndarray:
     """Return positions of test images: those that tested earlier, then a share of new ones, by content.
 
-    Where these leave a class without, all are drawn anew.
+    Where these leave a class without, all are drawn anew; or none can be, see `images_file`.
     """
     groups, strata = inspection.groups, inspection.task.strata(inspection.labels)
     if earlier is not None:
-        hashed = inspection.images.tree.hashed(list(inspection.names)).each
-        digests = [hashed[name][:DIGEST_LETTERS] for name in inspection.names]
-        tested, known = (np.isin(digests, list(some)) for some in (earlier.tested, earlier.digests.values()))
+        tested, trained = _split_before(inspection, earlier)
+        tested = tested & ~trained if starts else tested
         kept = np.flatnonzero(tested)[np.unique(groups[tested], return_index=True)[1]]
         rest = first[~np.isin(groups[first], groups[kept])]
-        new, more = rest[~known[rest]], max(0, count - len(kept))
+        new, more = rest[~trained[rest]], max(0, count - len(kept))
+        more = min(more, len(new)) if starts else more
         added = stratified_sample(new if len(new) >= more else rest, strata, more, generator)
         drawn = np.sort(np.concatenate([kept, added]))
-        if inspection.task.counts(inspection.labels[drawn], len(inspection.class_names)).all():
+        counts = inspection.task.counts(inspection.labels[drawn], len(inspection.class_names))
+        if counts.all():
             return drawn
+        if starts:
+            lacking = f"no image of class '{inspection.class_names[int(counts.argmin())]}' is left to test"
+            reason = f"{lacking}: the others have trained the earlier model; add some, or leave out --from"
+            raise UserError(reason, file=inspection.path)
     return stratified_sample(first, strata, count, generator)
+
+
+def _split_before(inspection: Inspection, earlier: ImagesFile) -> tuple[np.ndarray, np.ndarray]:
+    """Return which images tested earlier, by content, and which trained or validated, with their copies, (N,) bool."""
+    hashed = inspection.images.tree.hashed(list(inspection.names)).each
+    digests = [hashed[name][:DIGEST_LETTERS] for name in inspection.names]
+    tested, known = (np.isin(digests, list(some)) for some in (earlier.tested, earlier.digests.values()))
+    return tested, np.isin(inspection.groups, inspection.groups[known & ~tested])
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from peft_vit.base.errors import UserError, agreeing_with, os_fault
 from peft_vit.base.files import sha256_of
 from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import adapted_modules, load_trained, read_adapter_file
-from peft_vit.core.adapters.peft_format import attach_fused
+from peft_vit.core.adapters.peft_format import attach_named
 from peft_vit.core.adapters.peft_tuner import saved_module_ranks
 from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_backbone
 from peft_vit.core.config import DATASETS, ExperimentConfig, QaLoraConfig
@@ -127,7 +127,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
             total_steps = spec.experiment.total_steps(record.split_sizes["train"])
             prepare_as_saved(backbone.model, spec.experiment, file, total_steps=total_steps, seed=spec.seed)
         else:  # the adapter that it went on from need not be there any more: its scales stand in the file
-            attach_fused(backbone.model, read_adapter_file(file).scales, seed=spec.seed)
+            attach_named(backbone.model, read_adapter_file(file).scales, seed=spec.seed)
         load_trained(backbone.model, file)
     choose_attention(backbone.model, torch.device("cpu"), spec.precision)  # as in the run: equal to the last bit
     for _, module in adapted_modules(backbone.model):

@@ -507,8 +507,8 @@ class Fit:
                 del training["steps"]
             if last and self.num_validation:
                 training |= self._validated(recipe) if "epochs" not in training else {"keep": "last"}
-        if request.init_adapter is not None and not recipe.is_probe:
-            sections: dict[str, Any] = {"lora": {"start": str(request.init_adapter)}}
+        if request.start is not None and not recipe.is_probe:
+            sections: dict[str, Any] = {"lora": {"start": str(request.start)}}
         else:
             sections = recipe.sections(self.shape(recipe.model, recipe.image_size), **request.adapter_options)
         experiment = {"name": self.name_of(recipe), "method": recipe.method, "training": training, **sections}

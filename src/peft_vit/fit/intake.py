@@ -16,7 +16,7 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
-from peft_vit.core.adapters.peft_format import peft_sha256
+from peft_vit.core.adapters.peft_format import start_sha256
 from peft_vit.core.backbones import architecture_of, check_weights, interpolation_of
 from peft_vit.core.config import StudyConfig, named_backbone
 from peft_vit.core.tasks import DecidingMetric, Scores, Task
@@ -35,6 +35,7 @@ from peft_vit.data import (
 )
 from peft_vit.fit.regressions import sizes_to_try
 from peft_vit.fit.request import FitRequest, TrainRequest
+from peft_vit.runs.records.storage import ADAPTER_FILE, resolve_latest, single_run
 
 IMAGES_FILE = "images.json"  # which images are used, which test, and which are copies
 _MOST_KEPT = 1 << 30  # bytes of decoded images
@@ -197,18 +198,22 @@ def take_in(
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
     of_split = os.path.realpath(images.path), request.split_seed, request.test_images
     folder, earlier = (None, None) if images.together is not None else _earlier_split(request, of_split)
-    sealed = images_file(inspection, *of_split[1:], earlier) | {"asked": of_split}
+    starts = request.from_run is not None
+    sealed = images_file(inspection, *of_split[1:], earlier, starts=starts) | {"asked": of_split}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
-    keeps = earlier and content.tested & earlier.tested and content.digests != earlier.digests
+    keeps = earlier and content.tested & earlier.tested and (starts or content.digests != earlier.digests)
     return LabelledSet(inspection, content, file, index, asked, store, folder if keeps else None)
 
 
 def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
     """Return the folder of the last call that was to split the same images alike, and how it did.
 
-    That is of `train` in this output, or of `tune` beside it.
+    That is of `train` in this output, or of `tune` beside it; or what was named, whatever its images.
     """
+    if request.from_run is not None:
+        folder = resolve_latest(request.from_run)
+        return folder, ImagesFile.read(folder / IMAGES_FILE)
     outputs = request.output if request.main_study else request.output.absolute().parent
     files = (file for file in outputs.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
     for file in sorted(files, key=os.path.getmtime, reverse=True):
@@ -230,9 +235,11 @@ def named_files(request: TrainRequest) -> dict[str, str]:
         with _typed(request.option(option).name):
             hashes = check_weights(backbone), architecture_of(backbone).config_sha256
         files[request.spelled(option, getattr(request, option))] = " ".join(filter(None, hashes))
-    if request.init_adapter is not None:
-        with _typed("--init-adapter"):
-            files[request.spelled("init_adapter", request.init_adapter)] = peft_sha256(request.init_adapter)
+    earlier = None if request.from_run is None else single_run(request.from_run) / ADAPTER_FILE
+    for option, place in {"init_adapter": request.init_adapter, "from_run": earlier}.items():
+        if place is not None:
+            with _typed(request.option(option).name):
+                files[request.spelled(option, getattr(request, option))] = start_sha256(place)
     return files
 
 

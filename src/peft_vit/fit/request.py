@@ -46,6 +46,7 @@ from peft_vit.core.config import (
     several,
 )
 from peft_vit.runs.executors import ExecutorName
+from peft_vit.runs.records.storage import ADAPTER_FILE, single_run
 
 if TYPE_CHECKING:
     from peft_vit.core.tasks import DecidingMetric
@@ -139,7 +140,6 @@ class ImagesRequest(Request):
     # How a fit differs between the two, see `fit.Fit`.
     fit_file: ClassVar[str]  # of its folder, in which it goes on
     main_study: ClassVar[bool]  # its folder is that of a study with one run
-    validates: ClassVar[bool]  # images may validate, if they are many
     last_share: ClassVar[float]  # of the minutes after image sizes, for the first model's training
     folds_share: ClassVar[float]  # likewise, for its folds
     least_of_a_class: ClassVar[tuple[int | None, int | None]]  # different images, without and with an own test split
@@ -295,6 +295,17 @@ class TrainRequest(ImagesRequest):
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
         default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."
     )
+    from_run: Annotated[
+        Path | None,
+        Option("--from"),
+        OnlyWith(method=("lora", "linear")),
+        *(OnlyWith(**{name: None}) for name in ("init_adapter", "rank", "budget", "adapter_bytes", "shots", "group")),
+        OnlyWith(smoke=False, remedy="remove one of the two"),
+    ] = Field(
+        default=None,
+        description="Start from the model of this folder of an earlier call, when images or a class came or labels "
+        "changed. What tested it tests again, and what trained or validated it never does.",
+    )
     seed: int = Field(
         default=0,
         ge=0,
@@ -313,7 +324,6 @@ class TrainRequest(ImagesRequest):
 
     fit_file: ClassVar[str] = "fit.json"
     main_study: ClassVar[bool] = True
-    validates: ClassVar[bool] = True
     last_share: ClassVar[float] = 0.7
     folds_share: ClassVar[float] = 0.2
     least_of_a_class: ClassVar[tuple[int | None, int | None]] = (2, 2)
@@ -355,6 +365,18 @@ class TrainRequest(ImagesRequest):
     def is_probe(self) -> bool:
         """Return whether only a head is fitted."""
         return METHOD_KINDS[self.method].trains == "head"
+
+    @property
+    def start(self) -> Path | None:
+        """Return what updates start from: a folder of PEFT, or the file of an earlier run."""
+        if self.from_run is None or self.is_probe:
+            return self.init_adapter
+        return (single_run(self.from_run) / ADAPTER_FILE).absolute()
+
+    @property
+    def validates(self) -> bool:
+        """Return whether images may be left out of training: not where an earlier one has seen them already."""
+        return self.from_run is None or self.is_probe
 
     @property
     def experiment(self) -> str:
@@ -411,6 +433,7 @@ class TrainRequest(ImagesRequest):
             "augment": "augment {}",
             "shots": "{} shots",
             "init_adapter": "from {0.name}",
+            "from_run": "from {0.name}",
             "steps": "{} steps",
             "epochs": "{} epochs",
             "minutes": "{:g} min",
@@ -506,6 +529,8 @@ class TuneRequest(ImagesRequest):
     shots: ClassVar[None] = None
     test_images: ClassVar[None] = None
     init_adapter: ClassVar[None] = None
+    from_run: ClassVar[None] = None
+    start: ClassVar[None] = None
     learning_rate: ClassVar[None] = None
     batch_size: ClassVar[int] = 32
     strict: ClassVar[bool] = False

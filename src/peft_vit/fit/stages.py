@@ -302,8 +302,8 @@ def _memory_fault(fit: Fit, recipe: Recipe) -> UserError | None:
 def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult]:
     """Fit a regression at every size that fits its share of the time, the smallest first; earlier calls' are known.
 
-    There is one in any case, unless nothing is to be learned from it: of made-up images, of an imported adapter, and of
-    a class of one image.
+    There is one in any case, unless nothing is to be learned from it: of made-up images, of an adapter that is there
+    already, and of a class of one image.
 
     Raises:
         UserError: see `regress`.
@@ -311,7 +311,7 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
     request, costs, clock = fit.request, fit.costs, fit.limit.clock
     every = sorted((Recipe(model, size) for model, own in allowed.items() for size in own), key=costs.image_s)
     results, too_large, ends_at = list[SizeResult](), set[str](), clock() + SIZES_SHARE * 60 * request.minutes
-    if request.smoke or request.init_adapter is not None or fit.images.shots < 2:
+    if request.smoke or request.start is not None or fit.images.shots < 2:
         return [SizeResult(one.model, one.image_size, None, 0) for one in every]
     compared = costs.compared_images(every)
     for probe in every:

@@ -10,6 +10,7 @@ from peft_vit.core.config import named_as_typed
 from peft_vit.fit import stages
 from peft_vit.fit.calls import RequestFile, TrainRun, call_folder, earlier_call, write_request
 from peft_vit.fit.decide import temperature_before, worth_training
+from peft_vit.fit.earlier import EarlierRun
 from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import named_files, refuse_among_images
@@ -31,6 +32,8 @@ def train(request: TrainRequest, emit: Emit = print_event, environment: Environm
         KeyboardInterrupt: after Ctrl-C; the same request continues.
     """
     refuse_among_images(request.images, request.output)
+    earlier = None if request.from_run is None else EarlierRun.read(request.from_run)
+    request = request if earlier is None else earlier.taken_over(request)
     fit = Fit(request, emit, environment or Environment())
     with named_as_typed(TrainRequest), fit.opened:
         files = named_files(request)
@@ -49,7 +52,11 @@ def train(request: TrainRequest, emit: Emit = print_event, environment: Environm
             fit.enter(lock.folder, lock)
             where = f"from step {run.step} in" if run.step else "in"
             fit.tell(f"{'Continues' if fit.begun else 'Starts'} {where} {run.folder}")
+            if earlier is not None:
+                fit.decisions.flips = earlier.record.spec.experiment.training.flips
             _carry_out(fit, run)
+            if earlier is not None and run.is_done:
+                fit.tell(earlier.change_to(run))
         return run
 
 
@@ -75,7 +82,7 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
     except EveryRunFailedError:  # its record says why
         return
     known = recipe
-    if not (fit.num_validation or fit.request.smoke or fit.images.shots < 2):
+    if fit.request.validates and not (fit.num_validation or fit.request.smoke or fit.images.shots < 2):
         probe = stages.best_linear_probe(fit, sizes)
         beside = recipe if probe.score is None else probe.probe
         with fit.stage("folds"):
@@ -97,8 +104,10 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Ou
     if (meaning := meaning_on(folds, outcome.learned, usual)) is not None:
         results_dir = fit.results_dir(outcome.folder.parts[-3])
         record = with_meaning(record, meaning, folds, outcome.learned)
-        on_folds = outcome.learned.predictions(*pooled(folds, outcome.learned), decision=record.decision)
-        write_record(results_dir, record.model_copy(update={"on_folds": on_folds}))
+        if folds:
+            on_folds = outcome.learned.predictions(*pooled(folds, outcome.learned), decision=record.decision)
+            record = record.model_copy(update={"on_folds": on_folds})
+        write_record(results_dir, record)
     if outcome.folder.parents[1] != run.folder:
         fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)

@@ -47,7 +47,7 @@ from peft_vit.core.adapters.footprint import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.core.adapters.peft_format import base_mismatches, peft_sha256
+from peft_vit.core.adapters.peft_format import base_mismatches, start_sha256
 from peft_vit.core.adapters.peft_tuner import load_peft
 from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.core.config import QaLoraConfig
@@ -403,7 +403,7 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     if (is_probe or training.head_start == "probe") and not attempt.is_resumed:
         probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
-        if not is_probe:
+        if not is_probe and spec.experiment.start is None:  # else it is no linear probe
             images = data.test.open()
             with attempt.overhead.of("features"), float_matmul(model):
                 values = in_float.of(images).values
@@ -493,7 +493,7 @@ def provenance_of(loaded: Loaded, product: Int8Matmul | None) -> Provenance:
         split_sha256=data.split_sha256,
         head_init_sha256=hash_arrays(backbone.backbone.head.parameters()),
         data_order_sha256=hash_arrays(data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1)),
-        start_sha256=None if start is None else peft_sha256(Path(start)),
+        start_sha256=None if start is None else start_sha256(Path(start)),
         integer_bits=None if product is None else product.bits,
         product=None if product is None else product.name,
     )

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from peft_vit.core.adapters.adapter_file import load_head_rows
+from peft_vit.core.adapters.peft_format import named_head_parameters
 from peft_vit.core.backbones import Head
 from peft_vit.core.records import Decision, Metrics, Provenance, RunSpec
 from peft_vit.core.tasks import CLASSIFICATION, Task
@@ -86,6 +88,9 @@ def init_head(
             temperature = data.task.temperature(torch.from_numpy(held_out), torch.from_numpy(data.train.labels))
             meaning = data.task.decide(held_out / temperature, data.train.labels, PRIOR)
         probe.set_head(head, temperature)
+        if spec.experiment.start is not None and (start := Path(spec.experiment.start)).is_file():
+            load_head_rows(features.named_head, start, data.class_names)
+            return probe, 1.0, metrics, meaning  # the head is as sure as training has left it
         return probe, probe.training_temperature(of_training, temperature), metrics, meaning
 
 
@@ -112,6 +117,11 @@ class SharedFeatures:
         self._ways = FLIP_AXES[spec.experiment.training.flips]
         self._file, self._on_progress = _place(spec, provenance, hooks), on_progress
         self.computed = 0  # features, not found in the cache
+
+    @property
+    def named_head(self) -> dict[str, nn.Parameter]:
+        """Return weights and biases of the model's head, by their names in it."""
+        return named_head_parameters(self._model)
 
     def of_training(self, images: LabelledImages) -> Features:
         """Return the features of images in every way in which training shows them, one after the other."""

@@ -139,6 +139,45 @@ def test_what_tested_tests_again_where_images_are_added(root, added, test_images
     assert all("new" in name for name in set(sealed) - kept)
 
 
+@pytest.mark.parametrize("own_split", [False, True])
+def test_what_trained_an_earlier_model_never_tests_the_one_that_starts_from_it(root, own_split) -> None:
+    first = inspect_images(root)
+    earlier = ImagesFile.model_validate_json(json.dumps(images_file(first)))
+    trained = [name for name in earlier.digests if name not in earlier.sealed and name.startswith("cat/")]
+    place = root
+    if own_split:  # where trained images have come into the test
+        place = root / "own"
+        for name in ("cat", "dog"):
+            (place / "train").mkdir(parents=True, exist_ok=True)
+            os.rename(root / name, place / "train" / name)
+            save(place / "test" / name / "new.png", textured(700 + len(name) + (name == "dog")))
+        os.rename(place / "train" / trained[0], place / "test" / "cat" / "trained.png")
+    else:
+        for i in range(8):  # copies of trained images by the dozen, in front of them; three new ones
+            save(root / "cat" / f"0{i}.bmp", Image.open(root / trained[i % len(trained)]))
+        for i in range(3):
+            save(root / "dog" / f"new {i}.png", textured(900 + i))
+    seen = inspect_images(place)
+    content = images_file(seen, None if own_split else 0, None, earlier, starts=True)
+    tested, groups = set(content["sealed"]), dict(zip(seen.names, seen.groups.tolist(), strict=True))
+    if own_split:
+        assert tested == {"test/cat/new.png", "test/dog/new.png"}
+        assert "has trained the earlier model" in content["left_out"]["test/cat/trained.png"]
+    else:
+        assert set(earlier.sealed) <= tested
+        assert {name for name in tested - set(earlier.sealed) if "new" not in name} == set()
+        assert not {groups[name] for name in trained} & {groups[name] for name in tested}
+
+
+def test_a_class_that_has_only_trained_has_to_get_images_that_can_test(root) -> None:
+    earlier = ImagesFile.model_validate_json(json.dumps(images_file(inspect_images(root))))
+    for name in (*earlier.sealed, *earlier.left_out):
+        if name.startswith("cat/"):
+            (root / name).unlink()
+    with pytest.raises(UserError, match="no image of class 'cat' is left to test: the others have trained"):
+        images_file(inspect_images(root, least=2), 0, None, earlier, starts=True)
+
+
 def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, tmp_path):
     seen = inspect_images(root)
     held_out_somewhere, hashes = set(), {open_index(config(root, test_images=4)).sha256}

@@ -331,7 +331,8 @@ def test_options_reach_the_study(begun, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("augment", "chosen", "changes"),
     [
-        (None, "both", ["flip"]),
+        (None, "both", ["flip", "random_resized_crop", "color_jitter"]),
+        ("flip", "both", ["flip"]),
         ("flip", "none", []),
         ("none", None, []),
         ("light", "none", ["random_resized_crop", "color_jitter"]),

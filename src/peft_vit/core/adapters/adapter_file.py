@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,8 +57,13 @@ def _form(model: nn.Module) -> dict[str, Any]:
     return values[0] if values and all(value == values[0] for value in values) else forms
 
 
-def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
+def load_trained(model: nn.Module, file: Path, *, keep: Collection[str] = ()) -> dict[str, Any]:
     """Load an adapter file into a model that carries adapters on the same sites, at any rank.
+
+    Args:
+        model: changed in place.
+        file: of its adapters and head.
+        keep: names of parameters that stay the model's own.
 
     Returns:
         The metadata that was saved with it.
@@ -79,8 +84,26 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
             )
             raise UserError(message, file=file)
     set_ranks(model, saved.ranks, file=file)
-    restore_trained(model, saved.tensors, file=file)
+    own = {name: parameter for name, parameter in model.named_parameters() if name in keep}
+    restore_trained(model, saved.tensors | own, file=file)
     return saved.metadata
+
+
+@torch.no_grad()
+def load_head_rows(head: Mapping[str, nn.Parameter], file: Path, class_names: Sequence[str]) -> None:
+    """Give classes that an adapter file knows by name the rows of its head; the others keep theirs.
+
+    Args:
+        head: weights and biases by their names in the model, (classes, ...); changed in place.
+        file: of adapters and head.
+        class_names: of the model's rows.
+    """
+    saved = read_adapter_file(file)
+    names = saved.metadata["class_names"]
+    known = [row for row, name in enumerate(class_names) if name in names]
+    rows = [names.index(class_names[row]) for row in known]
+    for name, parameter in head.items():
+        parameter[known] = saved.tensors[name][rows].to(parameter.device)  # (known classes, ...)
 
 
 class AdapterFile(NamedTuple):

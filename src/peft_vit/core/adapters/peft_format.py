@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from peft_vit.base.errors import SilentNoEffectWarning, UserError, os_fault
 from peft_vit.base.files import into_empty, read_bytes, write_atomically
 from peft_vit.core.adapters.adapted_model import AdaptedLinear, adapted_modules, site_adapters
-from peft_vit.core.adapters.adapter_file import read_safetensors, trained_tensors
+from peft_vit.core.adapters.adapter_file import read_adapter_file, read_safetensors, trained_tensors
 from peft_vit.core.adapters.attach import attach_adapters
 from peft_vit.core.adapters.peft_layers import PREFIX, check_plain, is_plain, peft_factors, peft_layers, tuner_layers
 from peft_vit.core.adapters.peft_tuner import tuner_export
@@ -73,7 +73,7 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
             "PEFT can't load a head that reads several blocks (backbone.head_blocks); use --format safetensors, onnx "
             "or openvino"
         )
-    head = _head_parameters(model)
+    head = named_head_parameters(model)
     if Backbone(model).prepare():
         _warn(
             "timm adds this model's bias of query, key and value past PEFT's layers: set qkv_bias_separate = True on "
@@ -172,7 +172,7 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
     """
     if site_adapters(model):
         raise UserError("the model already carries adapters; import into a plain one", field="model")
-    head = _head_parameters(model)
+    head = named_head_parameters(model)
     sites = fused_sites(find_sites(model))
     for name in sites:
         if not isinstance(model.get_submodule(name), nn.Linear):
@@ -203,13 +203,14 @@ def _warn(text: str) -> None:
     warnings.warn(SilentNoEffectWarning(text), stacklevel=3)
 
 
-def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0) -> None:
-    """Freeze the backbone and put an adapter of rank 0 on whole modules, as `import_peft` does, for `load_trained`."""
-    sites = {site.name: site for site in fused_sites(find_sites(model)).values()}
+def attach_named(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0) -> None:
+    """Freeze the backbone and put an adapter of rank 0 on sites or whole modules, by name, for `load_trained`."""
+    plain = find_sites(model)
+    sites = {site.name: site for site in (*plain, *fused_sites(plain).values())}
     attach_adapters(model, [sites[name] for name in scales], 0, scale=scales, seed=seed)
 
 
-def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return weight and bias of the head, or of each of several, by their names in the model."""
     backbone = Backbone(model)
     _ = backbone.head  # there is one
@@ -300,12 +301,12 @@ def read_peft(
     return PeftAdapter(updates, {name.removeprefix(PREFIX): tensors[name] for name in of_head}, config.lora_dropout)
 
 
-def peft_sha256(folder: Path) -> str:
-    """Return the SHA-256 over adapter_config.json and adapter_model.safetensors, one after the other."""
+def start_sha256(start: Path) -> str:
+    """Return the SHA-256 of an adapter file, or over PEFT's adapter_config.json and adapter_model.safetensors."""
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        with os_fault("can't be read", folder / name, remedy="name a folder that PEFT has saved, or `export`"):
-            digest.update(read_bytes(folder / name, None))
+    for file in [start] if start.is_file() else [start / CONFIG_FILE, start / TENSORS_FILE]:
+        with os_fault("can't be read", file, remedy="name a folder that PEFT has saved, or `export`"):
+            digest.update(read_bytes(file, None))
     return digest.hexdigest()
 
 
@@ -317,13 +318,15 @@ def base_mismatches(
     PEFT's files hold no hash of the base's weights; ours beside them, if this package wrote the adapter, do.
     """
     doubts = []
-    named = _read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if folder.is_file():  # of a run, whose head is taken over by the names of classes
+        base, named = {**read_adapter_file(folder).metadata, "class_names": None}, None
+    else:
+        base, named = _read_base(folder / BASE_FILE), _read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if named and _architecture(str(named)) != _architecture(model):
         doubts.append(
             f"the adapter of {folder} names the base model {short(named)} and this run adapts {model}; PEFT's "
             "files do not say whether the weights agree, and with other weights the adapter is useless"
         )
-    base = _read_base(folder / BASE_FILE)
     if "weights_sha256" in base and base["weights_sha256"] != weights_sha256:
         doubts.append(
             f"the adapter of {folder} was trained on {short(base.get('weights_name'))} (SHA-256 "

@@ -248,7 +248,8 @@ class LoraConfig(StoredAdapterConfig):
 
     rank: Count | None = Field(default=None, description="The rank of every update")
     start: Text | None = Field(
-        default=None, description="Instead of rank: start from the PEFT LoRA adapter in this folder"
+        default=None,
+        description="Instead of rank: start from the PEFT LoRA adapter in this folder, or a run's adapter.safetensors",
     )
 
     @model_validator(mode="after")

@@ -15,7 +15,8 @@ from torch import nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import attach_adapters, freeze_backbone, store_in_bits
-from peft_vit.core.adapters.peft_format import import_peft, read_peft
+from peft_vit.core.adapters.adapter_file import load_trained, read_adapter_file
+from peft_vit.core.adapters.peft_format import attach_named, import_peft, named_head_parameters, read_peft
 from peft_vit.core.allocation import (
     AdaLoRAController,
     bounds_for,
@@ -51,11 +52,20 @@ FULL = Method(
 def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     settings = experiment.need(LoraConfig)
     if settings.start is not None:
-        import_peft(model, Path(settings.start), seed=context.seed, fresh_head=True)
+        _start_from(model, Path(settings.start), seed=context.seed)
         return []
     sites = find_sites(model, settings.targets)
     attach_adapters(model, sites, settings.rank or 0, scale=settings.scale, seed=context.seed)
     return stored_adapters(model, settings, Adapters("lora", 1, settings.adapter_bits), sites)
+
+
+def _start_from(model: nn.Module, start: Path, *, seed: int) -> None:
+    """Attach the adapters of a run's file, whose head comes later, or of a folder of PEFT, with its head if it fits."""
+    if not start.is_file():
+        import_peft(model, start, seed=seed, fresh_head=True)
+        return
+    attach_named(model, read_adapter_file(start).scales, seed=seed)
+    load_trained(model, start, keep=named_head_parameters(model))
 
 
 def stored_adapters(
@@ -75,7 +85,10 @@ def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps:
     check_ranks_of(settings, Adapters("lora", 1, settings.adapter_bits), shape)
     if settings.start is not None:
         try:
-            read_peft(Path(settings.start), fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)
+            if (start := Path(settings.start)).is_file():
+                read_adapter_file(start)
+            else:
+                read_peft(start, fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)
         except UserError as error:
             raise UserError(str(error), field="lora.start") from None
 

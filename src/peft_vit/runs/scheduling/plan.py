@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from peft_vit.base.errors import UserError, named
-from peft_vit.core.adapters.peft_format import peft_sha256
+from peft_vit.core.adapters.peft_format import start_sha256
 from peft_vit.core.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.core.config import (
     USUAL_TASK,
@@ -357,7 +357,7 @@ def _finished(results_dir: Path, spec: RunSpec, data_sha256: str) -> FinishedCos
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start
-    if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
+    if start and record.provenance is not None and record.provenance.start_sha256 != start_sha256(Path(start)):
         raise UserError("was made with another adapter under the same path; choose another --output", file=file)
     return FinishedCost.of(record)
 

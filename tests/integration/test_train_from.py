@@ -1,0 +1,121 @@
+"""`train --from`: a model, its test images and its settings are where another call starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from peft_vit.core.adapters.adapter_file import read_adapter_file
+from peft_vit.data import ImagesFile
+from peft_vit.deploy.restore import restore_run
+from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
+
+pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache", "in_this_process")]
+
+SHORT = ("--steps", "12", "--threads", "1", "--minutes", "5")
+COLORS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "elk": (40, 40, 200)}
+
+
+def add(folder: Path, name: str, images: range) -> None:
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for i in images:
+        noise = np.random.default_rng([i, len(name), ord(name[0])]).integers(-40, 40, (24, 24, 3))
+        Image.fromarray(np.uint8(np.clip(np.array(COLORS[name]) + noise, 0, 255))).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("from") / "photos"
+    for name in ("cat", "dog"):
+        add(folder, name, range(15))
+    return folder
+
+
+@pytest.fixture
+def first(photos, weights, tmp_path, command) -> Path:
+    """Return the folder of a call of `train`, after which images and a class have come."""
+    images = tmp_path / "photos"
+    shutil.copytree(photos, images)
+    model = ("--model", "test_vit", "--weights", weights, "--image-size", "32", "--augment", "none")
+    command("train", images, *model, *SHORT, "--output", tmp_path / "out")
+    add(images, "cat", range(15, 25))
+    add(images, "elk", range(15))
+    return next((tmp_path / "out").glob("0001-*"))
+
+
+def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) -> None:
+    call = (
+        "train",
+        tmp_path / "photos",
+        "--from",
+        first,
+        *SHORT,
+        "--learning-rate",
+        "1e-6",
+        "--output",
+        tmp_path / "out",
+    )
+    said = command(*call)
+    (second,) = (tmp_path / "out").glob("0002-*")
+    assert "The 6 images that tested 0001-" in said.out
+    assert "points (95 % interval)." in said.out
+    earlier, images = (ImagesFile.read(run / "images.json") for run in (first, second))
+    assert earlier.tested <= images.tested
+    assert not images.tested & (set(earlier.digests.values()) - earlier.tested)
+    run, start = single_run(second), read_adapter_file(single_run(first) / "adapter.safetensors")
+    record = read_record(run / RECORD_FILE)
+    assert (record.class_names, record.split_sizes["validation"]) == (["cat", "dog", "elk"], 0)
+    assert record.spec.data.image_size == 32
+    assert record.spec.experiment.lora.start == str(single_run(first) / "adapter.safetensors")
+    assert record.probe_test is None  # what it starts from is no linear probe
+    assert record.rank_history[0].ranks == start.ranks
+    trained = load_file(run / "adapter.safetensors")
+    for name, tensor in start.tensors.items():  # so slowly it hardly moves; a probe is elsewhere
+        assert trained[name][: len(tensor)].sub(tensor).abs().max() < 1e-3
+    assert restore_run(second).record.status == "done"
+    assert "This call was done before" in command(*call).out
+
+
+def without_dogs(first: Path, images: Path) -> None:
+    shutil.rmtree(images / "dog")
+
+
+def of_earlier_version(first: Path, images: Path) -> None:
+    content = json.loads((first / "images.json").read_text())
+    (first / "images.json").write_text(json.dumps(content | {"digests": {}}))
+
+
+def with_groups(first: Path, images: Path) -> None:
+    content = json.loads((first / "request.json").read_text())
+    content["request"]["group"] = "folder"
+    (first / "request.json").write_text(json.dumps(content))
+
+
+def test_what_can_not_be_started_from_is_refused_in_a_line(first, tmp_path, command) -> None:
+    images = tmp_path / "photos"
+    refused = (
+        (("--from", first, "--model", "other"), None, "--model: other is asked for"),
+        (("--from", first, "--image-size", "48"), None, "--image-size: 48 is asked for"),
+        (("--from", first, "--method", "linear"), None, "--method: linear is asked for"),
+        (("--from", first, "--method", "adalora"), None, "--from: has no effect with --method adalora"),
+        (("--from", first, "--rank", "4"), None, "--from: has no effect with --rank"),
+        (("--from", single_run(first)), None, "is not the folder of a call of `train`"),
+        (("--from", tmp_path / "model.onnx"), None, "is not the folder of a call of `train`"),
+        (("--from", first), with_groups, "was split with --group"),
+        (("--from", first), of_earlier_version, "is of an earlier version"),
+        (("--from", first), without_dogs, "knows class 'dog', of which no image is here"),
+    )
+    kept = {name: (first / name).read_text() for name in ("images.json", "request.json")}
+    for options, change, line in refused:
+        if change is not None:
+            change(first, images)
+        said = command("train", images, *options, "--output", tmp_path / "refused", code=2)
+        assert line in said.err, line
+        assert len(said.err.strip().splitlines()) == 1
+        for name, text in kept.items():
+            (first / name).write_text(text)
+    assert not (tmp_path / "refused").exists()
