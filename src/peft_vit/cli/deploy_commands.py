@@ -223,9 +223,11 @@ def export(request: ExportRequest) -> None:
         _print_export(done, request.number_format, output)
         if (format, request.runtime, request.number_format) == ("onnx", None, "nf4"):
             print("nf4 weights stay packed in memory, which is slower than float32; --runtime fast is as fast.")
-        _print_next(output, page=page)
         if page is not None and (size := done.bytes_in_4_bits):
-            print(f"Smaller: about {size / 1e6:.0f} MB with --bits 4")
+            from peft_vit.deploy.page.formatting import megabytes
+
+            print(f"Smaller: about {megabytes(size)} with --bits 4")
+        _print_next(output, page=page)
 
 
 def _export_bundle(request: ExportRequest, folder: Path) -> None:
