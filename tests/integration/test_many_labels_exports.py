@@ -127,7 +127,7 @@ def test_products_in_8_bits_that_lose_too_much_of_what_decides_are_refused(
     monkeypatch.setattr(export, "compare", worse)
     words = ["export", run_on("numbers"), "--activations", "int8", "--output", tmp_path / "m.onnx"]
     err = command(*words, code=2).err
-    assert "int8 loses" in err
+    assert "int8 lost" in err
     assert "hundredths of a standard deviation in mean absolute error" in err
     assert not (tmp_path / "m.onnx").exists()
 

@@ -215,8 +215,8 @@ def test_an_unforeseen_error_of_a_resumed_run_names_its_checkpoint(spec_of, tmp_
 
 
 def test_what_no_record_can_hold_is_a_failure_and_ends_no_worker(spec_of, monkeypatch) -> None:
-    monkeypatch.setattr(run_module, "_majority", lambda _: {"test": 2.0})
+    monkeypatch.setattr(run_module, "_class_counts", lambda _: {"test": [2.5]})
     finished = run_one(spec_of("full"))
     assert finished.record.status == "failed"
-    assert "majority_accuracy" in finished.record.error
+    assert "class_counts" in finished.record.error
     assert finished.adapter is None
