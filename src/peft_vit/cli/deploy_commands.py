@@ -588,6 +588,7 @@ def test(request: LabelledRequest) -> None:
     """
     _refuse_swapped(request.model, request.images, "test")
     from peft_vit.api import open_classifier
+    from peft_vit.core.tasks import TASKS
     from peft_vit.data import decode_image, find_images
     from peft_vit.data.pixels import thumbnail
     from peft_vit.deploy.page.trained import later_lines
@@ -598,7 +599,7 @@ def test(request: LabelledRequest) -> None:
     with progress(f"opening {request.model}", sys.stderr):
         classifier = open_classifier(file, request.weights, request.adapter)
     card = classifier.card
-    if images.files.task.name != card.task:
+    if images.files.task is not TASKS[card.task]:
         images = find_images(request.images, card.task)
     record = _record_of(file, card.run)
     trained_on = None if record is None else record.spec.data.path

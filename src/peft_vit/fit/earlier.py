@@ -13,6 +13,7 @@ from peft_vit.base.files import read_bytes
 from peft_vit.base.statistics.intervals import paired_proportions
 from peft_vit.core.config import USUAL_TASK
 from peft_vit.core.records import RunRecord
+from peft_vit.core.tasks import TASKS
 from peft_vit.data import ImagesFile
 from peft_vit.deploy.page.formatting import percent, points_interval
 from peft_vit.deploy.restore import finished_record
@@ -75,7 +76,7 @@ class EarlierRun:
             UserError: if it asks for others, or its images are of another task or lack a class.
         """
         files, spec = request.found.files, self.record.spec
-        if files.task.name != spec.task:
+        if files.task is not TASKS[spec.task]:
             reason = f"learned {spec.task}, and these images have {files.task.name}; {_REMEDY}"
             raise UserError(reason, file=self.folder, field="--from")
         if missing := [name for name in self.record.class_names if name not in files.read()[0]]:

@@ -178,7 +178,7 @@ class DataConfig(Settings):
     interpolation: Interpolation | None = Field(
         default=None, description="How images are resized. Without it, as in the model's pretraining, bicubic for most"
     )
-    resize: WrittenResize = Field(default=None, description=RESIZE)
+    resize: WrittenResize = Field(default=None, description=RESIZE, exclude_if=lambda resize: resize is None)
     train_images: Annotated[int | None, OnlyWith(shots_per_class=None)] = Field(
         default=None, ge=2, description="Train on this many images. Without it, on all that remain"
     )
