@@ -334,20 +334,23 @@ def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
 def test_images_are_flipped_in_the_way_that_regressions_prefer(tuning: Tuning) -> None:
     plain = planted()
 
+    def flipped(experiment: Mapping[str, Any]) -> bool:
+        return any("flip" in change for change in experiment["training"]["augmentation"])
+
     def truth(experiment: Mapping[str, Any], size: int) -> float:
-        return plain(experiment, size) + (0.05 if not experiment["training"]["augmentation"] else 0.0)
+        return plain(experiment, size) + (0.0 if flipped(experiment) else 0.05)
 
     lines: list[str] = []
-    seen: set[int] = set()
+    seen: set[bool] = set()
     runner = stand_ins(truth=truth)
 
     def call(mapping: Mapping[str, Any], *more: Any) -> Any:
-        seen.update(len(experiment["training"]["augmentation"]) for experiment in mapping["experiments"])
+        seen.update(map(flipped, mapping["experiments"]))
         return runner(mapping, *more)
 
     tuning(environment=replace(environment_of(runner), make_runner=lambda *_: call), tell=lines.append)
     assert any("training images as they are: " in line for line in lines)
-    assert seen == {0}
+    assert seen == {False}
 
 
 @pytest.mark.parametrize(
