@@ -228,7 +228,7 @@ class FitCosts:
                 steps = fits.steps
                 break
         if not steps:
-            last = fitting(request.last_share + (0 if fit.num_validation else request.folds_share))
+            last = fitting(request.last_share + request.folds_share)
             steps = max(least, round(last * each)) if last else 0
         return Lengths(steps, last / max(1, steps) * each if steps else 1.0)
 
