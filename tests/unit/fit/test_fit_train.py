@@ -439,7 +439,7 @@ def test_lengths_keep_to_their_shares_of_the_minutes(begun, pace, monkeypatch, i
             continue
         last_s = fit.costs.features_s(recipe) + fit.costs.last_s(recipe, last)
         has_folds = not validated and last_s <= share * seconds
-        limit_s = (share if validated or has_folds else share + of_folds) * seconds
+        limit_s = (share if has_folds else share + of_folds) * seconds
         assert last_s <= limit_s
         assert not has_folds or (FEWEST_FOLDS - 1) * fit.costs.run_s(own) <= of_folds * seconds
         longer_s = fit.costs.features_s(recipe) + fit.costs.last_s(recipe, last + 8)
