@@ -771,6 +771,8 @@ def similar(request: SimilarRequest) -> None:
             raise faults[0]
         images = [*filter(is_image, tree.names)]
         names, features, unreadable = cached_features(model, card, tree, images, partial(on_progress, what="embedding"))
+        if not names and unreadable:
+            raise unreadable[0]
     for error in unreadable:
         print(f"error: {error}", file=sys.stderr)
     found = zip((tree.location / name for name in names), cosines(features, query[0]).tolist(), strict=True)

@@ -128,11 +128,17 @@ class ImagesFile(Frozen):
     sealed: tuple[str, ...]  # tested once in the end; in no fold, and neither trained on nor validated with
     digests: dict[str, str] = Field(default={})  # an earlier version has written neither these
     asked: tuple[str, int | None, int | None] | None = None  # nor path, seed and number of test images
+    trained: tuple[str, ...] = ()  # digests of what the earlier models of a call with --from have learned from
 
     @property
     def tested(self) -> set[str]:
         """Return the digests of the test images."""
         return {self.digests[name] for name in self.sealed if self.digests}
+
+    @property
+    def learned_from(self) -> set[str]:
+        """Return the digests of what trained or validated, also in the calls that this one started from."""
+        return {*self.digests.values(), *self.trained} - self.tested
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -167,7 +173,9 @@ class ImagesFile(Frozen):
         except LookupError:
             raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
         counts = self.model_copy(update={"left_out": {}})  # what is not read makes no other images
-        content = hashlib.sha256(f"{index.sha256}\0{counts.model_dump_json()}".encode()).hexdigest()
+        later = {"digests", "asked", "trained"}  # which say nothing of what is used
+        said = counts.model_dump_json(exclude=later)
+        content = hashlib.sha256(f"{index.sha256}\0{said}".encode()).hexdigest()
         own_test = holdout if holdout.any() else None
         return replace(
             index, contents=groups, official_test=own_test, sha256=content, inspected=True, left_out=self.left_out

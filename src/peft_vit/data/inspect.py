@@ -62,7 +62,7 @@ from peft_vit.data.pixels import (
     split_pixels,
     to_pixels,
 )
-from peft_vit.data.sources.folders import Images, find_images, is_image
+from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, is_image
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
@@ -428,11 +428,13 @@ def inspect_images(
         together = groups if images.together is None else _linked(groups, [images.together[name] for name in names])
         what = "a copy of" if images.together is None else "in a group with"
         left_out |= _contradictions(names, task.label_ids(labels), copies, together, holdout, what)
-        if strict and left_out:
+        unsure = {name for name, why in images.left_out.items() if why == IS_UNSURE}
+        if strict and left_out.keys() - unsure:
             them = "it" if len(left_out) == 1 else "them"
             message = f"{_files_are(left_out)} unusable; repair or remove {them}, or leave --strict out"
             raise UserError(message, field="--strict", details="\n".join(listed(left_out)))
-        faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
+        others = {name: why for name, why in images.left_out.items() if is_image(name) and name not in unsure}
+        faults = decoded.faults | others
         count = len(names) + len(faults.keys() - decoded.faults.keys())
         if len(faults) > count / 2:
             remedy = "repair or replace them, or choose another folder"
@@ -532,6 +534,9 @@ def images_file(
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.together[used])),
         sealed=tuple(names[holdout].tolist()),
     )
+    if starts:
+        assert earlier is not None
+        content = content.model_copy(update={"trained": tuple(sorted(earlier.learned_from))})
     return content.model_dump(mode="json")
 
 
@@ -571,8 +576,8 @@ def _split_before(inspection: Inspection, earlier: ImagesFile) -> tuple[np.ndarr
     """Return which images tested earlier, by content, and which trained or validated, with their copies, (N,) bool."""
     hashed = inspection.images.tree.hashed(list(inspection.names)).each
     digests = [hashed[name][:DIGEST_LETTERS] for name in inspection.names]
-    tested, known = (np.isin(digests, list(some)) for some in (earlier.tested, earlier.digests.values()))
-    return tested, np.isin(inspection.groups, inspection.groups[known & ~tested])
+    tested, trained = (np.isin(digests, list(some)) for some in (earlier.tested, earlier.learned_from))
+    return tested, np.isin(inspection.groups, inspection.groups[trained])
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ Predicted = tuple[
 ]  # images, positions of some (n,), logits of each (n, K)
 _PREDICTED = "Models that were not trained on an image predicted it. The label that is least believed comes first."
 _AT_RANDOM = "Test labels are drawn at random, never by what a model doubts: or the test favours models like it."
-_TOGETHER = "They stay on one side of every split. If one will do, remove the others."
+_TOGETHER = "They stay on one side of every split. Of copies one will do; groups are as --group says."
 
 
 class Review(NamedTuple):

@@ -91,7 +91,7 @@ def look(fit: Fit) -> None:
     if images.inspection.holdout is not None:
         split = "the folder's own test split"
     elif request.test_images is not None:
-        split = "as you asked"
+        split = "as you asked" if request.group is None else "about as you asked: groups stay whole"
     elif images.split_of is not None:
         split = f"those that tested in {images.split_of} among them"
     validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
@@ -483,7 +483,10 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
     """
     if fit.decisions.first is None:
         request, given = fit.request, fit.request.steps_for(fit.num_train)
-        too_few = given is None and fit.images.shots < 3  # folds leave two
+        least = 3 if request.start is None else 2  # folds leave two; a training that starts from a run has none
+        if given is not None and fit.images.shots < 2 and not request.is_probe:
+            raise UserError("a class has a single image beside the test; add images", file=request.images)
+        too_few = given is None and fit.images.shots < least
         fitting = [one for one in sizes if not too_few and one.steps and _memory_fault(fit, one.probe) is None]
         best_probe, best = best_linear_probe(fit, sizes), None
         if fitting:

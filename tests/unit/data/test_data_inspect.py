@@ -16,7 +16,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.data import files as files_module
-from peft_vit.data import images_file, inspect_images, load_data, make_splits, open_index
+from peft_vit.data import find_images, images_file, index_inspected, inspect_images, load_data, make_splits, open_index
 from peft_vit.data import inspect as inspect_module
 from peft_vit.data import pixels as pixels_module
 from peft_vit.data.index import ImagesFile
@@ -163,10 +163,33 @@ def test_what_trained_an_earlier_model_never_tests_the_one_that_starts_from_it(r
     if own_split:
         assert tested == {"test/cat/new.png", "test/dog/new.png"}
         assert "has trained the earlier model" in content["left_out"]["test/cat/trained.png"]
+        middle = ImagesFile.model_validate_json(
+            json.dumps(content)
+        )  # left out there, it has trained what that one started from
+        again = images_file(seen, None, None, middle, starts=True)
+        assert again["sealed"] == content["sealed"]
+        assert set(earlier.learned_from) <= set(again["trained"])
     else:
         assert set(earlier.sealed) <= tested
         assert {name for name in tested - set(earlier.sealed) if "new" not in name} == set()
         assert not {groups[name] for name in trained} & {groups[name] for name in tested}
+
+
+def test_unsure_images_are_no_fault_and_what_came_later_in_the_file_makes_no_other_images(root) -> None:
+    first, *others = (path.relative_to(root).as_posix() for path in sorted(root.glob("*/*.png")))
+    rows = [f"{name},{name.partition('/')[0]},{'train' if i % 3 else 'unsure'}" for i, name in enumerate(others)]
+    (root / "labels.csv").write_text("path,label,split\n" + "\n".join([f"{first},,unsure", *rows]))
+    inspection = inspect_images(find_images(root / "labels.csv"), least=3, strict=True)
+    assert {inspection.left_out[name] for name in inspection.left_out} == {"is marked unsure"}
+    content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, test_images=6)))
+    older = content.model_copy(update={"digests": {}, "asked": ("elsewhere", 0, 9), "trained": ("0",)})
+    hashed = [index_inspected(inspection.images, own, root).sha256 for own in (content, older)]
+    assert hashed[0] == hashed[1]
+    (root / "labels.csv").write_text("path,label,split\n" + "\n".join(rows * 2))  # said twice
+    assert inspect_images(find_images(root / "labels.csv"), least=3).names == inspection.names
+    (root / "labels.csv").write_text("path,weight,who\n" + "\n".join(f"{name},{i},7" for i, name in enumerate(others)))
+    with pytest.raises(UserError, match="only beside a column label"):
+        find_images(root / "labels.csv", group="who")
 
 
 def test_a_class_that_has_only_trained_has_to_get_images_that_can_test(root) -> None:

@@ -37,6 +37,8 @@ _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept st
 TABLES = (".csv", ".tsv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
 UNSURE = "unsure"  # in a table's column split: of an image whose label nobody could tell
+IS_UNSURE = f"is marked {UNSURE}"
+_REPEATED = "occurs twice; the first row is used"
 _INCOMPLETE = "expected a path and a label, one value a column"
 _CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
@@ -318,11 +320,14 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
     if not rows:
         raise UserError("names no image; add rows", file=path)
     columns = tuple(name for name in rows[0][1] if name not in ("path", "split", group))
+    if group in rows[0][1] and columns != _CLASSES:  # runs, which know no groups, would take it for a label
+        raise UserError("--group can be a column only beside a column label; give a pattern of names", file=path)
     task = TASKS[task_name] if task_name else _task_of(path, columns, [row for _, row in rows])
     labels, splits, together, unused = _by_name(rows, columns, task, root, group)
-    if 2 * len(unused) >= len(rows):
-        where, fault = next(iter(unused.items()))
-        raise UserError(f"{fault}; {len(unused):,} of {len(rows):,} rows can't be used", file=where)
+    faults = {where: fault for where, fault in unused.items() if not fault.endswith(_REPEATED)}
+    if 2 * len(faults) >= len(rows):
+        where, fault = next(iter(faults.items()))
+        raise UserError(f"{fault}; {len(faults):,} of {len(rows):,} rows can't be used", file=where)
     test = next((split for split in _TESTED if split in splits.values()), None)
     is_test = [split == test for split in splits.values()]
     places = {name: root / name for name in labels}
@@ -341,7 +346,7 @@ def _listed(path: Path, task_name: TaskName | None, group: str | None = None) ->
         message = f"none of {len(labels):,} paths exists, such as {rows[0][1]['path']}"
         raise UserError(f"{message}; they begin at {root}, or are whole", file=path, field="path")
     left_out |= {str(Path(where).relative_to(path.parent)): fault for where, fault in unused.items()}
-    left_out |= {row["path"]: f"is marked {UNSURE}" for _, row in listed if row.get("split", "").lower() == UNSURE}
+    left_out |= {row["path"]: IS_UNSURE for _, row in listed if row.get("split", "").lower() == UNSURE}
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
     of_column = together if group in rows[0][1] else None
     return Images("csv", path, tree, files.without(left_out), left_out, together=of_column)
@@ -371,7 +376,7 @@ def _by_name(
         elif name not in labels:
             labels[name], splits[name], together[name] = label, split, row.get(group or "") or name
         elif (labels[name], splits[name]) == (label, split):
-            unused[where] = f"{name} occurs twice; the first row is used"
+            unused[where] = f"{name} {_REPEATED}"
         else:
             message = f"{name} is '{label}' in {split} here and '{labels[name]}' in {splits[name]} before; keep one"
             raise UserError(message, file=where, field="label")

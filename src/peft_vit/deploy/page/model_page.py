@@ -303,7 +303,10 @@ def _calibration(record: RunRecord | ImagesTest, n: int) -> Iterator[Block]:
         by = f"on {count(calibrated.images)} images not trained on"
     yield Paragraph(f"All probabilities here are calibrated, {by}.")
     yield from coverage_table(record, fixed)
-    if tested.unlike is not None:
+    if tested.unlike is not None and isinstance(record, ImagesTest):
+        unlike = f"{count(tested.unlike)} of {count(n)} images"
+        yield Paragraph(f"`predict` flags {unlike} as unlike all that the model was trained on.")
+    elif tested.unlike is not None:
         yield Paragraph(
             "`predict` flags images that are unlike all that the model was trained on. It also flagged "
             f"{count(tested.unlike)} of {count(n)} ordinary test images: {percent(tested.unlike / n)} false alarms."
