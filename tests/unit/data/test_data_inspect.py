@@ -163,9 +163,7 @@ def test_what_trained_an_earlier_model_never_tests_the_one_that_starts_from_it(r
     if own_split:
         assert tested == {"test/cat/new.png", "test/dog/new.png"}
         assert "has trained the earlier model" in content["left_out"]["test/cat/trained.png"]
-        middle = ImagesFile.model_validate_json(
-            json.dumps(content)
-        )  # left out there, it has trained what that one started from
+        middle = ImagesFile.model_validate_json(json.dumps(content))  # where it is left out
         again = images_file(seen, None, None, middle, starts=True)
         assert again["sealed"] == content["sealed"]
         assert set(earlier.learned_from) <= set(again["trained"])
