@@ -164,13 +164,14 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
 
 
 def _labels(task: Any) -> list[str] | None:
-    """Return the labels of the first annotation that was not cancelled; None: there is none."""
+    """Return the labels of the first annotation that was not cancelled; None: there is none, or only boxes and such."""
     for annotation in task.get("annotations") or ():
         if not annotation.get("was_cancelled"):
-            values = [result.get("value", {}) for result in annotation["result"]]  # also of boxes and texts
-            numbers = [[value["number"]] if value.get("number") is not None else [] for value in values]
-            found = [value.get("choices", number) for value, number in zip(values, numbers, strict=True)]
-            return [str(text) for texts in found for text in texts]
+            values = [result.get("value", {}) for result in annotation["result"]]
+            usable = [value for value in values if "choices" in value or value.get("number") is not None]
+            if values and not usable:
+                return None
+            return [str(text) for value in usable for text in value.get("choices", [value.get("number")])]
     return None
 
 

@@ -20,7 +20,7 @@ from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FeatureFile, FeatureProcess
 from peft_vit.label.images import TEST_SHARE, ImageFolder
-from peft_vit.label.labels import LabelStore, Row, class_name
+from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
 from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
 
 Order = Literal["herding", "random", "files"]

@@ -129,6 +129,7 @@ def test_label_studio_names_only_images_of_the_folder(address, is_taken, tmp_pat
         ("regression", {"text": ["1"]}, 0),
         ("regression", {"number": 0}, 1),
         ("multilabel", {"choices": ["cat", "dog"]}, 1),
+        ("multilabel", {"rectanglelabels": ["cat"]}, 0),
     ],
 )
 def test_only_what_can_be_a_label_is_taken_of_label_studio(task, value, taken, tmp_path) -> None:

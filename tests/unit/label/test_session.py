@@ -256,8 +256,12 @@ def test_what_cannot_be_taken_back_now_can_be_later(tmp_path, monkeypatch) -> No
     write_digits(tmp_path, 4)
     session = session_of(tmp_path, order="files")
     session.record([0], ["cat"])
+
+    def fail(*_: object) -> None:
+        raise UserError("no space")
+
     with monkeypatch.context() as full:
-        full.setattr(session.store, "change", lambda *_: (_ for _ in ()).throw(UserError("no space")))
+        full.setattr(session.store, "change", fail)
         with pytest.raises(UserError, match="no space"):
             session.undo()
     session.undo()
