@@ -96,8 +96,9 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
     if request.host not in ("127.0.0.1", "localhost"):
         print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
     stop = threading.Event()
-    threading.Thread(target=session.work, args=(stop,), daemon=True).start()
     try:
+        features.start()
+        threading.Thread(target=session.work, args=(stop,), daemon=True).start()
         server.serve()
     except KeyboardInterrupt:
         pass

@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
-from peft_vit.base.files import into_empty, read_bytes, write_whole
-from peft_vit.data.sources.folders import UNSURE, find_images
+from peft_vit.base.files import into_empty, read_bytes, refuse_existing, write_whole
+from peft_vit.data.sources.folders import TABLES, UNSURE, find_images
 from peft_vit.label.images import ImageFolder
-from peft_vit.label.labels import LabelStore, Row, class_name
+from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name, is_number
 
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # how Label Studio calls a file that was uploaded
 _LOCAL = "/data/local-files/?d="
@@ -50,8 +50,11 @@ def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str |
 def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None]:
     try:
         there = find_images(images.root, store.task)
-    except UserError:  # no class folders, nor a table: nothing is labelled
-        return {}, None
+    except UserError as error:
+        tables = [path for path in images.root.iterdir() if path.suffix.lower() in TABLES and path.name != LABELS_FILE]
+        folders = {name.partition("/")[0] for name in images.names if "/" in name}
+        looks_labelled = bool(tables) or len(folders) > 1
+        return {}, f"No labels were taken: {error}" if looks_labelled else None
     start = os.path.relpath(there.tree.location, images.root)
     is_test = there.files.is_test
     rows: dict[str, Row] = {}
@@ -80,13 +83,19 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
     for name in store.classes:
         known.append(class_name(name, known))
     used: set[str] = set()
+    rows = {name: row for name, row in store.rows.items() if row.split != UNSURE and name in images.number}
+    of_test, of_train = (
+        {row.labels[0] for row in rows.values() if (row.split == "test") is test} for test in (True, False)
+    )
+    if of_test and (one_sided := sorted(of_test ^ of_train)):
+        side = "test" if one_sided[0] in of_test else "train"
+        fault = f"class {one_sided[0]!r} is in {side} only; label more, or train by {LABELS_FILE}"
+        raise UserError(fault, field="--to-folders")
     with (
         into_empty(output, "--to-folders"),
         os_fault("can't be written", output, remedy="make room, or choose another"),
     ):
-        for name, row in store.rows.items():
-            if row.split == UNSURE or name not in images.number:
-                continue
+        for name, row in rows.items():
             flat = PurePosixPath(name.replace("/", "_"))
             place = os.path.join(row.split, row.labels[0], flat.name)
             if place.casefold() in used:  # two files that differ in capitals only
@@ -102,7 +111,15 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
 
 
 def to_label_studio(store: LabelStore, output: Path) -> None:
-    """Write Label Studio's JSON; its local files are to be served from the folder of the images."""
+    """Write Label Studio's JSON; its local files are to be served from the folder of the images.
+
+    Raises:
+        UserError: if the file is there already, or can't be written.
+    """
+    try:
+        refuse_existing(output)
+    except UserError:
+        raise UserError("exists already; give another name", file=output, field="--to-label-studio") from None
     kind = "number" if store.task == "regression" else "choices"
     tasks = []
     for name, row in store.rows.items():
@@ -132,7 +149,9 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
     classes = list(store.classes)
     for address, labels in given:
         name = next((name for name in _names(address, images, only) if name), None)
-        if name is None or labels is None or (store.task == "classification" and len(labels) != 1):
+        if name is None or labels is None or (store.task != "multilabel" and len(labels) != 1):
+            continue
+        if store.task == "regression" and not is_number(labels[0]):
             continue
         kept = labels if store.task == "regression" else [class_name(label, classes) for label in labels]
         classes += [label for label in kept if label not in classes]
@@ -140,22 +159,28 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
     changes = {name: row for name, row in changes.items() if name not in store.rows}
     store.change(changes, {})
     left = len(given) - len(changes)
-    reasons = "no label, not one class, labelled here, or no image of that name"
+    reasons = "no label, not one class or number, labelled here, or no image of that name"
     return f"{len(changes):,} labels taken, {left:,} left ({reasons})."
 
 
 def _labels(task: Any) -> list[str] | None:
-    """Return the labels of the first annotation that was not cancelled; None: there is none."""
+    """Return the labels of the first annotation that was not cancelled; None: there is none, or only boxes and such."""
     for annotation in task.get("annotations") or ():
         if not annotation.get("was_cancelled"):
-            values = [result["value"] for result in annotation["result"]]
-            return [str(text) for value in values for text in value.get("choices", [value.get("number")])]
+            values = [result.get("value", {}) for result in annotation["result"]]
+            usable = [value for value in values if "choices" in value or value.get("number") is not None]
+            if values and not usable:
+                return None
+            return [str(text) for value in usable for text in value.get("choices", [value.get("number")])]
     return None
 
 
 def _names(address: str, images: ImageFolder, only: dict[str, str]) -> Iterator[str | None]:
-    parts = urlsplit(address)
-    path = parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
+    try:
+        parts = urlsplit(address)
+        path = parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
+    except ValueError:  # it is no address
+        return
     yield path if path in images.number else None
     file = PurePosixPath(path).name
     yield only.get(file)

@@ -85,8 +85,8 @@ class FeatureProcess:
         depends_on = {"folder": str(folder.resolve()), "model": DEFAULT_MODEL, "image_size": _SIZE}
         self.file = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
-        command = [sys.executable, "-m", __name__, str(self.file), str(folder)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._errors, text=True)
+        command = [sys.executable, "-m", __name__, str(self.file), str(folder), str(os.getpid())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._errors, encoding="utf-8")
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write("\0".join(names))
@@ -110,13 +110,14 @@ class FeatureProcess:
         self._process.wait()
 
 
-def compute_features(folder: Path, names: Sequence[str], file: Path) -> None:
+def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int | None = None) -> None:
     """Append the features of the images that are not in a file, and end early if the process that wanted them has.
 
     Args:
         folder: of the images.
         names: of their files, relative to it.
         file: where to.
+        parent: the process that wants them; without it, the one that started this one.
 
     Raises:
         UserError: if weights can't be loaded, or the file can't be written.
@@ -130,7 +131,9 @@ def compute_features(folder: Path, names: Sequence[str], file: Path) -> None:
     from peft_vit.core.training.images import normalised
     from peft_vit.runs.this_machine.machine import resolve_device
 
-    parent, device = os.getppid(), resolve_device("auto")
+    if parent is None or os.name == "nt":  # on Windows an environment's Python is started by a process between
+        parent = os.getppid()
+    device = resolve_device("auto")
     weights, _ = default_weights_source(DEFAULT_MODEL)
     config = BackboneConfig(model=DEFAULT_MODEL, weights=weights, head_blocks=4)
     loaded = load_backbone(config, image_size=_SIZE, num_classes=2, seed=0)
@@ -189,9 +192,9 @@ def _begun(file: Path, dtype: np.dtype[Any], weights: bytes) -> set[bytes]:
 
 def main() -> None:
     """Compute the features of the images whose names stand in the input, with a zero byte between them."""
-    file, folder = map(Path, sys.argv[1:])
+    file, folder, parent = sys.argv[1:]
     try:
-        compute_features(folder, sys.stdin.read().split("\0"), file)
+        compute_features(Path(folder), sys.stdin.buffer.read().decode().split("\0"), Path(file), int(parent))
     except UserError as error:
         sys.exit(str(error))
 

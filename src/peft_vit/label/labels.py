@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -127,12 +128,21 @@ def class_name(text: str, known: list[str]) -> str:
     return name
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _column(task: TaskName) -> str:
     return "value" if task == "regression" else "label"
 
 
 def _rows_of(file: Path, task: TaskName) -> Iterator[tuple[str, Row]]:
     column = _column(task)
+    seen: dict[str, Row] = {}
     for where, cells in table_rows(file, every=True):
         if column not in cells or cells.keys() - {"path", column, "split", "comment"}:
             fault = f"has the columns {', '.join(cells)}; expected path, {column}, split and comment"
@@ -141,10 +151,28 @@ def _rows_of(file: Path, task: TaskName) -> Iterator[tuple[str, Row]]:
         cell, split = cells[column], cells.get("split", "").lower()
         if not cells["path"] or split not in ("train", "test", UNSURE, "") or not (cell or split == UNSURE):
             raise UserError(f"expected a path, a {column}, and train, test, {UNSURE} or nothing as split", file=where)
+        if task == "classification" and "|" in cell:
+            raise UserError("holds several labels an image; see --task multilabel", file=where)
+        if task == "regression" and cell and not is_number(cell):
+            raise UserError(f"expected a number such as 12.5, got {cell!r}", file=where)
         labels = tuple(filter(None, cell.split("|"))) if task == "multilabel" else (cell,) if cell else ()
         comment = cells.get("comment", "")
         comment = comment[1:] if comment.startswith("'") else comment
-        yield PurePosixPath(cells["path"]).as_posix(), Row(labels, split, comment)  # type: ignore[arg-type]
+        name, row = _name_of(cells["path"], file.parent), Row(labels, split, comment)  # type: ignore[arg-type]
+        if seen.setdefault(name, row) != row:
+            raise UserError(f"{name} stands there twice; keep one", file=where)
+        yield name, row
+
+
+def _name_of(typed: str, folder: Path) -> str:
+    """Return an image's path relative to the folder, as a table of another program may not have it."""
+    if "\\" in typed and not os.path.lexists(folder / typed):
+        typed = typed.replace("\\", "/")
+    if os.path.isabs(typed):
+        for start in (folder.absolute(), folder.resolve()):
+            if Path(typed).is_relative_to(start):
+                return Path(typed).relative_to(start).as_posix()
+    return PurePosixPath(typed).as_posix()
 
 
 def _text_of(rows: Mapping[str, Row], task: TaskName) -> str:

@@ -138,8 +138,9 @@ class LabelServer:
 
     def _refusal(self, request: Request) -> Response | None:
         """Return why a request is not answered; None: it is."""
-        host = request.headers.get("host", "")
-        if host.rpartition(":")[0] not in ("127.0.0.1", "localhost", self.host):
+        host = request.headers.get("host", "").lower()
+        name, _, _ = host.partition(":")  # without a port where that is 80
+        if name not in ("127.0.0.1", "localhost", self.host.lower()):
             return PlainTextResponse("This is another name than that which peft-vit label prints.", 421)
         key = request.query_params.get("key")
         if key is not None:
@@ -147,7 +148,7 @@ class LabelServer:
         if not _equal(request.cookies.get(self._cookie_name, ""), self._cookie):
             return PlainTextResponse(_CLOSED, 403)
         if request.method not in ("GET", "HEAD"):
-            is_ours = request.headers.get("origin") == f"http://{host}"
+            is_ours = request.headers.get("origin", "").lower() == f"http://{host}"
             if not is_ours or not _equal(request.headers.get("x-token", ""), self._token):
                 return PlainTextResponse("This does not come from the page.", 403)
             if request.headers.get("content-type") != "application/json":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FeatureFile, FeatureProcess
 from peft_vit.label.images import TEST_SHARE, ImageFolder
-from peft_vit.label.labels import LabelStore, Row, class_name
+from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
 from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
 
 Order = Literal["herding", "random", "files"]
@@ -58,23 +58,34 @@ class FolderFeatures:
     """Those of a folder, which a process computes."""
 
     def __init__(self, images: ImageFolder) -> None:
-        self._images, self._process = images, FeatureProcess(images.root, images.names)
+        self._images = images
+        self._process: FeatureProcess | None = None
         self._file: FeatureFile | None = None
-        self.stop = self._process.stop
+
+    def start(self) -> None:
+        """Start the process; before that there is nothing to read."""
+        self._process = FeatureProcess(self._images.root, self._images.names)
+
+    def stop(self) -> None:
+        """End the process, if it was started."""
+        if self._process is not None:
+            self._process.stop()
 
     @property
     def fault(self) -> str:
         """Return why the process has ended too early, or ""."""
-        return self._process.fault or ""
+        return "" if self._process is None else self._process.fault or ""
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return what is there; the first call reads all images, to know which features are whose."""
         if self._file is None:
+            assert self._process is not None
             digests = [self._images.digest(i) for i in range(len(self._images.names))]
             self._file = FeatureFile(self._process.file, digests)
         self._file.update()
         for i in np.flatnonzero(self._file.done & ~self._file.ready).tolist():
-            self._images.is_sound(i, SMALL)  # which says why not
+            if self._images.names[i] not in self._images.left_out:
+                self._images.is_sound(i, SMALL)  # which says why not
         ids = np.flatnonzero(self._file.ready)
         return self._file.values[ids], ids
 
@@ -134,7 +145,7 @@ class Session:
                 "images": len(self.images.names) - len(self.images.left_out),
                 "ready": self._ready,
                 "accuracy": _in_words(self._accuracy),
-                "left_out": [f"{name} {why}" for name, why in self.images.left_out.items()],
+                "left_out": [f"{name} {why}" for name, why in dict(self.images.left_out).items()],
                 "gone": len(self.store.rows.keys() - self.images.number.keys()),
                 "undoable": bool(self._history),
                 "trouble": self.features.fault or self._trouble,
@@ -149,7 +160,7 @@ class Session:
         unsure: bool = False,
         wrong: Sequence[int] = (),
     ) -> None:
-        """Label images, and their copies; what was said is on disk when this returns.
+        """Label images, and their copies that have no label; what was said is on disk when this returns.
 
         Args:
             ids: of the images.
@@ -168,9 +179,11 @@ class Session:
             right = [i for i in ids if i not in wrong]
             after: dict[str, Row | None] = {}
             for i in right:
-                split: Any = UNSURE if unsure else "test" if self.images.is_test(i) else "train"
-                for copy in self.images.copies.get(self.images.digest(i), [i]):
-                    after[self.images.names[copy]] = Row(given, split, " ".join(comment.split()))
+                split: Any = UNSURE if unsure else "test" if self._is_test(i, self.store.rows) else "train"
+                for copy in self._copies(i):
+                    name = self.images.names[copy]
+                    if copy == i or (copy not in wrong and name not in self.store.rows):
+                        after[name] = Row(given, split, " ".join(comment.split()))
             if after:
                 before = {name: self.store.rows.get(name) for name in after}
                 self.store.change(after, {self.images.names[i]: None for i in right})
@@ -197,12 +210,17 @@ class Session:
         with self._lock:
             if not self._history:
                 raise UserError("nothing to take back since this page was started")
-            ids, before, after = self._history.pop()
-            self.store.change(before, after)
+            ids, before, after = self._history[-1]
+            try:
+                self.store.change(before, after)
+            except ConflictError:  # it can't be taken back any more, and what was said before it can
+                self._history.pop()
+                raise
+            self._history.pop()
             self._go_on()
             if len(ids) == 1:
                 former = after[self.images.names[ids[0]]]
-                self._shown = Shown(tuple(ids), is_test=self.images.is_test(ids[0]), former=former)
+                self._shown = Shown(tuple(ids), is_test=self._is_test(ids[0], self.store.rows), former=former)
 
     # --- what is computed meanwhile -----------------------------------------------------------------------------------
 
@@ -211,16 +229,17 @@ class Session:
         features, ids = self.features.read()  # (M, D), (M,)
         with self._lock:
             rows, classes = dict(self.store.rows), list(self.classes)
+            doubted = list(self._doubted)
             open_ids = {i for i in ids.tolist() if self._is_open(i)}
             self._ready, self._labelled_since = len(ids), 0
         if not len(ids):
             return
-        is_test = np.array([self.images.is_test(i) for i in ids.tolist()], dtype=bool)  # (M,)
+        is_test = np.array([self._is_test(i, rows) for i in ids.tolist()], dtype=bool)  # (M,)
         available = np.array([i in open_ids for i in ids.tolist()], dtype=bool) & ~is_test
         labels = np.full(len(ids), _NO_CLASS)
         for place, i in enumerate(ids.tolist()):
             row = rows.get(self.images.names[i])
-            if row is not None and row.labels:
+            if row is not None and row.labels and row.split != UNSURE:
                 labels[place] = classes.index(row.labels[0]) if self.store.task == "classification" else 0
         train, test = np.where(is_test, _NO_CLASS, labels), np.where(is_test, labels, _NO_CLASS)
         probabilities, proposals, offered, accuracy = None, {}, None, None
@@ -228,7 +247,7 @@ class Session:
             probabilities = propose(features, train, len(classes))  # (M, K)
             proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
             accuracy = expected_accuracy(features, train, test, len(classes))
-            if found := wall(probabilities, available, train):
+            if found := wall(probabilities, available & ~np.isin(ids, doubted), train):
                 offered = Shown(tuple(ids[found[1]].tolist()), is_wall=True, proposed=classes[found[0]])
         with self._lock:
             count = _AHEAD + self._labelled_since
@@ -271,10 +290,21 @@ class Session:
         name = self.images.names[i]
         return name not in self.store.rows and name not in self.images.left_out and i not in self._skipped
 
+    def _copies(self, i: int) -> list[int]:
+        return self.images.copies.get(self.images.digest(i), [i])
+
+    def _is_test(self, i: int, rows: Mapping[str, Row]) -> bool:
+        """Return whether an image is for the test: as is written down of it or of a copy, or else as is drawn."""
+        written = (rows.get(self.images.names[copy]) for copy in (i, *self._copies(i)))
+        split = next((row.split for row in written if row is not None and row.split in ("train", "test")), None)
+        return self.images.is_test(i) if split is None else split == "test"
+
     def _choose(self) -> Shown:
         splits = Counter(row.split for row in self.store.rows.values())
         is_owed = splits["train"] + splits["test"] + 1 >= TEST_SHARE * (splits["test"] + 1)
         found = self._next(for_test=True) if is_owed else None
+        if found is None and any(map(self._is_open, self._doubted)):
+            found = self._next(for_test=False)
         found = found or self._wall() or self._next(for_test=False) or self._next(for_test=True)
         if found is None and self._skipped:
             self._skipped.clear()
@@ -285,14 +315,15 @@ class Session:
         in_turn = range(len(self.images.names)) if self.order == "files" else self.images.shuffled
         first = () if for_test else (*self._doubted, *self._chosen)
         for i in (*first, *in_turn):
-            if self._is_open(i) and self.images.is_test(i) == for_test and self.images.is_sound(i, LARGE):
+            if self._is_open(i) and self._is_test(i, self.store.rows) == for_test and self.images.is_sound(i, LARGE):
                 return Shown((i,), is_test=for_test, proposed=None if for_test else self._proposals.get(i))
         return None
 
     def _wall(self) -> Shown | None:
         if self._offered is None or len(self.store.rows) < self._no_wall_before:
             return None
-        ids = tuple(i for i in self._offered.ids if self._is_open(i) and self.images.is_sound(i, SMALL))
+        ids = tuple(i for i in self._offered.ids if i not in self._doubted and self._is_open(i))
+        ids = tuple(i for i in ids if self.images.is_sound(i, SMALL))
         return self._offered._replace(ids=ids) if ids else None
 
 

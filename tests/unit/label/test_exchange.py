@@ -103,6 +103,7 @@ def test_label_studio_gets_and_gives_the_same(task, tmp_path) -> None:
         ("/data/upload/3/0a1b2c3d-d000.png", True),
         ("http://169.254.169.254/latest/other.png", False),
         ("file:///etc/passwd", False),
+        ("http://[d000.png", False),
         ("/data/local-files/?d=../outside.png", False),
     ],
 )
@@ -117,6 +118,46 @@ def test_label_studio_names_only_images_of_the_folder(address, is_taken, tmp_pat
     store, images = opened(images_at)
     assert from_label_studio(store, images, tmp_path / "t.json").startswith(f"{int(is_taken)} labels taken")
     assert list(store.rows) == ["d000.png"] * is_taken
+
+
+@pytest.mark.parametrize(
+    ("task", "value", "taken"),
+    [
+        ("classification", {"rectanglelabels": ["cat"]}, 0),
+        ("classification", {"choices": ["cat", "dog"]}, 0),
+        ("regression", {"choices": ["many"]}, 0),
+        ("regression", {"text": ["1"]}, 0),
+        ("regression", {"number": 0}, 1),
+        ("multilabel", {"choices": ["cat", "dog"]}, 1),
+        ("multilabel", {"rectanglelabels": ["cat"]}, 0),
+    ],
+)
+def test_only_what_can_be_a_label_is_taken_of_label_studio(task, value, taken, tmp_path) -> None:
+    write_digits(tmp_path, 1)
+    annotations = [{"result": [{"type": "relation"}, {"value": value}]}]
+    (tmp_path / "t.json").write_text(json.dumps([{"data": {"image": "d000.png"}, "annotations": annotations}]))
+    store, images = LabelStore(tmp_path, task), ImageFolder(tmp_path)
+    assert from_label_studio(store, images, tmp_path / "t.json").startswith(f"{taken} labels taken")
+    with pytest.raises(UserError, match="exists already; give another name"):
+        to_label_studio(store, tmp_path / "t.json")
+
+
+def test_a_class_that_is_not_tested_makes_no_folders(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    write_digits(tmp_path / "images", 3)
+    store, images = opened(tmp_path / "images")
+    labels = [Row(("cat",), "train"), Row(("cat",), "test"), Row(("dog",), "train")]
+    store.change(dict(zip(images.names, labels, strict=True)), {})
+    with pytest.raises(UserError, match="class 'dog' is in train only; label more") as error:
+        to_folders(store, images, tmp_path / "out")
+    assert error.value.field == "--to-folders"
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_cannot_be_taken_are_told(tmp_path) -> None:
+    write_digits(tmp_path, 3)
+    (tmp_path / "images.csv").write_text("path,label\nd000.png\n")
+    assert str(adopt(*opened(tmp_path), False)).startswith("No labels were taken: ")
 
 
 def test_a_file_of_others_is_refused(tmp_path) -> None:

@@ -88,3 +88,11 @@ def test_a_process_that_can_not_write_says_so_in_a_line(images: Path, monkeypatc
     assert process.fault is not None
     assert "set PEFT_VIT_CACHE to another folder" in process.fault
     assert "\n" not in process.fault
+
+
+def test_a_process_whose_parent_has_ended_computes_nothing(images: Path) -> None:
+    file = images / "features.npy"
+    compute_features(images, NAMES, file, parent=-1)
+    read = FeatureFile(file, digests(images, NAMES))
+    read.update()
+    assert not read.done.any()

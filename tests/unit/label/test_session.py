@@ -13,8 +13,8 @@ from PIL import Image
 from peft_vit.base.errors import UserError
 from peft_vit.label.features import _begun
 from peft_vit.label.images import ImageFolder
-from peft_vit.label.labels import ConflictError, LabelStore
-from peft_vit.label.session import FolderFeatures, Session
+from peft_vit.label.labels import ConflictError, LabelStore, Row
+from peft_vit.label.session import FolderFeatures, Session, Shown
 
 
 def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
@@ -179,6 +179,8 @@ def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypat
     process = SimpleNamespace(file=file, fault=None, stop=lambda: None)
     monkeypatch.setattr("peft_vit.label.session.FeatureProcess", lambda *_: process)
     features = FolderFeatures(images)
+    assert features.fault == ""
+    features.start()
     assert [len(part) for part in features.read()] == [0, 0]
     dtype = np.dtype([("digest", "S64"), ("values", "<f4", (2,))])
     _begun(file, dtype, b"weights")
@@ -207,3 +209,60 @@ def test_what_cannot_be_computed_is_said_and_labelling_continues(tmp_path, monke
     assert state["trouble"] == "ValueError: no header"
     session.record(state["ids"], ["cat"])
     assert session.state()["labelled"] == 1
+
+
+def test_images_clicked_wrong_come_alone_and_on_no_other_wall(tmp_path, monkeypatch) -> None:
+    write_digits(tmp_path, 40, classes=2)
+    session = session_of(tmp_path)
+    free = [i for i in range(40) if not session.images.is_test(i)]
+    available = []
+
+    def wall(probabilities, is_available, labelled) -> None:
+        available.append(is_available)
+
+    monkeypatch.setattr("peft_vit.label.session.wall", wall)
+    session.record(free[:4], ["a"], wrong=free[2:3])
+    session.record(free[4:6], ["b"])
+    session._offered = Shown((free[2], free[6]), is_wall=True, proposed="a")
+    assert session._wall() == Shown((free[6],), is_wall=True, proposed="a")
+    while (state := session.state())["is_test"]:
+        session.record(state["ids"], ["a"])
+    assert state["ids"] == (free[2],)
+    session.fit()
+    assert available[0].any()
+    assert not available[0][free[2]]
+
+
+def test_a_split_that_is_written_down_is_kept_to(tmp_path) -> None:
+    write_digits(tmp_path, 30)
+    for name in ("d000.png", "d001.png"):
+        shutil.copy(tmp_path / name, tmp_path / f"copy_{name}")
+    images = ImageFolder(tmp_path)
+    is_test = {name: images.is_test(i) for i, name in enumerate(images.names)}
+    other = {name: "train" if is_test[name] else "test" for name in ("d000.png", "d001.png")}
+    LabelStore(tmp_path).change({name: Row(("cat",), other[name], "mine") for name in other}, {})
+    session = session_of(tmp_path, order="files")
+    session.fit()
+    number = session.images.number
+    session.record([number["copy_d000.png"], number["copy_d001.png"]], ["dog"], wrong=[number["copy_d001.png"]])
+    assert session.store.rows == {
+        "d000.png": Row(("cat",), other["d000.png"], "mine"),
+        "d001.png": Row(("cat",), other["d001.png"], "mine"),
+        "copy_d000.png": Row(("dog",), other["d000.png"]),
+    }
+
+
+def test_what_cannot_be_taken_back_now_can_be_later(tmp_path, monkeypatch) -> None:
+    write_digits(tmp_path, 4)
+    session = session_of(tmp_path, order="files")
+    session.record([0], ["cat"])
+
+    def fail(*_: object) -> None:
+        raise UserError("no space")
+
+    with monkeypatch.context() as full:
+        full.setattr(session.store, "change", fail)
+        with pytest.raises(UserError, match="no space"):
+            session.undo()
+    session.undo()
+    assert session.store.rows == {}

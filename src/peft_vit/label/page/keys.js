@@ -7,6 +7,7 @@ export const keyOf = (place) => (CLASSES[place] ?? "").toUpperCase();
 // Calls pick(place) for the key of a class. Those of actions click their button, or go to their field.
 export function listen(pick, isWall) {
   document.addEventListener("keydown", (event) => {
+    if (event.isComposing || event.keyCode === 229) return; // a letter that is put together of several keys
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const focused = document.activeElement;
     const typing = focused.tagName === "INPUT";

@@ -28,9 +28,12 @@ async function ask(path, answer) {
 async function send(path, answer = {}) {
   if (busy) return;
   busy = true;
-  const told = await ask(path, { ids: state.ids, ...answer });
-  busy = false;
-  show(told);
+  try {
+    show(await ask(path, { ids: state.ids, ...answer }));
+    if (!$("image").hidden) await $("image").decode().catch(() => {}); // no key answers what is not seen yet
+  } finally {
+    busy = false;
+  }
 }
 
 function label(labels, more = {}) {
