@@ -51,10 +51,16 @@ def opened(browser: Any, server: LabelServer, **options: Any) -> Iterator[Any]:
     assert faults == []
 
 
+def tap(page: Any, key: str) -> None:
+    """Press a key once the image is seen: before, none answers."""
+    page.locator("#main:not([aria-busy=true])").wait_for()
+    page.keyboard.press(key)
+
+
 def press(page: Any, key: str, then: int) -> None:
     """Press a key, after which so many images are labelled."""
-    page.keyboard.press(key)
-    page.locator("#counted", has_text=re.compile(f"^{then} of")).wait_for()
+    tap(page, key)
+    page.locator("#counted", has_text=re.compile(f"^{then} of")).wait_for(timeout=20_000)
 
 
 def look(page: Any, picture: Path) -> None:
@@ -98,7 +104,7 @@ def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path) -> None:
                 names = page.eval_on_selector_all("#known option", "options => options.map(option => option.value)")
                 press(page, str(names.index(says) + 1), done + 1)
             else:
-                page.keyboard.press("n")
+                tap(page, "n")
                 page.keyboard.type(says)
                 press(page, "Enter", done + 1)
         look(viewer, pictures / "done")
@@ -115,20 +121,20 @@ def test_back_skip_comment_unsure_and_hostile_names(browser, tmp_path) -> None:
     write_digits(tmp_path, 12)
     with serving(tmp_path) as server, opened(browser, server) as page, opened(browser, server) as other:
         first = page.inner_text("#question")
-        page.keyboard.press("s")
+        tap(page, "s")
         page.locator("#question", has_not_text=first).wait_for()
         second = page.inner_text("#question")
-        page.keyboard.press("c")
+        tap(page, "c")
         page.keyboard.type(HOSTILE)
-        page.keyboard.press("Escape")
-        page.keyboard.press("u")
+        tap(page, "Escape")
+        tap(page, "u")
         page.locator("#question", has_not_text=second).wait_for()
-        page.keyboard.press("z")
+        tap(page, "z")
         page.locator("#question", has_text=second).wait_for()
         assert page.input_value("#comment") == HOSTILE
-        page.keyboard.press("n")
+        tap(page, "n")
         page.keyboard.type("a/b")
-        page.keyboard.press("Enter")
+        tap(page, "Enter")
         page.locator("#fault", has_text="expected 1 to 80 letters").wait_for()
         page.fill("#new", "b &lt;b&gt;")
         press(page, "Enter", 1)
@@ -148,8 +154,8 @@ def test_several_labels_and_numbers(task, typed, kept, browser, tmp_path) -> Non
         for done, text in enumerate(typed):
             name = page.inner_text("#question")
             if text is None:
-                page.keyboard.press("1")
-                page.keyboard.press("2")
+                tap(page, "1")
+                tap(page, "2")
             else:
                 page.fill("#new", text)
             press(page, "Enter", done + 1)

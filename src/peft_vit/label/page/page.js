@@ -28,11 +28,13 @@ async function ask(path, answer) {
 async function send(path, answer = {}) {
   if (busy) return;
   busy = true;
+  $("main").ariaBusy = "true";
   try {
     show(await ask(path, { ids: state.ids, ...answer }));
     if (!$("image").hidden) await $("image").decode().catch(() => {}); // no key answers what is not seen yet
   } finally {
     busy = false;
+    $("main").ariaBusy = "false";
   }
 }
 
