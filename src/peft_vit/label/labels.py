@@ -160,7 +160,7 @@ def _rows_of(file: Path, task: TaskName) -> Iterator[tuple[str, Row]]:
         comment = comment[1:] if comment.startswith("'") else comment
         name, row = _name_of(cells["path"], file.parent), Row(labels, split, comment)  # type: ignore[arg-type]
         if seen.setdefault(name, row) != row:
-            raise UserError(f"{name} stands there twice; keep one", file=where)
+            raise UserError(f"{name} is there twice; keep one", file=where)
         yield name, row
 
 

@@ -87,7 +87,7 @@ def test_a_killed_process_has_lost_no_label_that_it_told_of(tmp_path) -> None:
         ("path,label\na.png,\n", "expected a path, a label"),
         ("path,label\na.png\n", "one value a column"),
         ("path,label\na.png,cat|dog\n", "see --task multilabel"),
-        ("path,label\na.png,cat\n./a.png,dog\n", "a.png stands there twice; keep one"),
+        ("path,label\na.png,cat\n./a.png,dog\n", "a.png is there twice; keep one"),
     ],
 )
 def test_a_table_of_others_is_refused(text, fault, tmp_path) -> None:
