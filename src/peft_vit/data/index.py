@@ -122,9 +122,7 @@ class ImagesFile(Frozen):
     version: Literal[1] = 1
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     left_out: dict[str, str]  # why, by name
-    copies: tuple[
-        tuple[str, ...], ...
-    ]  # exact and near copies, and what is to stay together: on one side of every split
+    copies: tuple[tuple[str, ...], ...]  # and what else is to stay together: on one side of every split
     sealed: tuple[str, ...]  # tested once in the end; in no fold, and neither trained on nor validated with
     digests: dict[str, str] = Field(default={})  # an earlier version has written neither these
     asked: tuple[str, int | None, int | None] | None = None  # nor path, seed and number of test images

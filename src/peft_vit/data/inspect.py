@@ -533,10 +533,8 @@ def images_file(
         left_out=left_out,
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.together[used])),
         sealed=tuple(names[holdout].tolist()),
+        trained=tuple(sorted(earlier.learned_from)) if starts and earlier is not None else (),
     )
-    if starts:
-        assert earlier is not None
-        content = content.model_copy(update={"trained": tuple(sorted(earlier.learned_from))})
     return content.model_dump(mode="json")
 
 
