@@ -288,7 +288,8 @@ def rows_of(record: RunRecord, run_dir: Path, ways: Sequence[After]) -> list[dic
         return [base]
     shape = describe(record.spec.backbone, record.spec.data.image_size)
     assert record.predictions is not None
-    labels, classes, settings = record.predictions.labels, len(record.class_names), record.spec.experiment.qa_lora
+    labels, settings = record.predictions.labels, record.spec.experiment.qa_lora
+    values = shape.parameters + len(record.class_names) * (shape.head_inputs + 1)
 
     def row(name: str, logits: np.ndarray, packing: Mapping[str, Any] | None, seconds: float) -> dict[str, object]:
         predicted = logits.argmax(1)
@@ -296,7 +297,7 @@ def rows_of(record: RunRecord, run_dir: Path, ways: Sequence[After]) -> list[dic
             "experiment": name,
             "test_accuracy": float(np.mean(predicted == labels)),
             **evidence.right(labels, predicted),
-            "merged_bytes": file_bytes(shape, packing, classes),
+            "merged_bytes": file_bytes(shape.sites, values, packing),
             "scoring_seconds": round(seconds, 1),
         }
         return base | own
