@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from peft_vit.base.errors import UserError
-from peft_vit.cli import deploy_commands, label_command, model_commands, study_commands
+from peft_vit.cli import deploy_commands, image_commands, label_command, model_commands, study_commands
 from peft_vit.cli.app import INTERRUPTED, app
 
 __all__ = ["app", "main", "user_errors"]
