@@ -16,19 +16,27 @@ product of the thumbnails of both sides.
 
 A folder is inspected before there are splits (`inspect_images`). Every image is decoded once, JPEGs at a fraction of
 their size unless their pixels are kept for training (`PixelStore`), and the answer is kept in the cache too; near
-copies are also what a chain of such pairs links. What no comparison of pixels shows, nobody sees here: photographs of
-one object one after the other, crops, mirrored images.
+copies are also what a chain of such pairs links. Of crops and mirrored images nothing is seen here.
+
+Frames of one clip are known by their names: images of a folder whose names differ in their last number alone. If half
+of these neighbours have the next one among the two that their thumbnails correlate with most, of all images, a line
+says so (`neighbours_alike`). Of digits, solar cells and emoji, all of them or 300, 4 to 21 % do; of stamps fewer than a
+tenth have such names. Of clips in which the camera moves by 2, 5 and 10 % of the picture from frame to frame it is 100,
+95 and 71 %; where it moves by 20 %, 33 %: these are not found.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
@@ -62,10 +70,10 @@ from peft_vit.data.pixels import (
     split_pixels,
     to_pixels,
 )
-from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, is_image
+from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
-_VERSION = 3  # raise when what counts as equal or nearly equal changes
+_VERSION = 4  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
@@ -262,6 +270,7 @@ class Inspection:
         left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
         unreadable: those of them that are called as images are and can't be read.
         animated: names of those of several frames, of which the first one is taken.
+        alike: names of neighbours that look as if they were frames of one clip, in pairs; see `neighbours_alike`.
     """
 
     images: Images
@@ -275,6 +284,7 @@ class Inspection:
     sides: np.ndarray
     left_out: Mapping[str, str]
     animated: tuple[str, ...]
+    alike: tuple[tuple[str, str], ...] = ()
 
     @property
     def path(self) -> Path:
@@ -364,6 +374,61 @@ class Inspection:
             a_title, b_title = (f"{self.names[i]} ('{self.task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
+        if (pair := self._across()) is not None:
+            yield (
+                f"neighbours by name look alike, such as {' and '.join(pair)}; if they show one thing, as frames of a "
+                "clip do, accuracy is too high for new images unless they stay on one side of every split: "
+                f"--group {self._group_of(*pair)}"
+            )
+
+    def _across(self) -> tuple[str, str] | None:
+        """Return names of neighbours that look alike and may be on two sides of a split; None: there are none."""
+        place = {name: at for at, name in enumerate(self.names)}
+        for pair in self.alike if self.images.together is None else ():
+            at = [place[name] for name in pair if name in place]
+            if len(set(self.groups[at])) == 2 and (self.holdout is None or self.holdout[at].sum() == 1):
+                return pair
+        return None
+
+    def _group_of(self, name: str, other: str) -> str:
+        """Return what --group takes to keep two images together, and leaves each class several groups."""
+        match = _NUMBERED.fullmatch(name)
+        assert match is not None
+        start, sign = match[2], re.escape(match[3])
+        of_names = f"(.+){sign}[0-9]+" if sign else "(.+?)[0-9]+[.]"
+        for group in (*([of_names] if start else []), "folder"):
+            with suppress(UserError):
+                together = groups_by_name(self.names, group)
+                numbers = numbered([together[name] for name in self.names])[1]
+                members = (self.task.members(self.labels, k) for k in range(len(self.class_names)))
+                several = all(len(np.unique(numbers[some])) >= _LEAST_GROUPS for some in members)
+                if several and together[name] == together[other]:
+                    return shlex.quote(group)
+        return "COLUMN, of a table that says what each image shows"
+
+
+_NUMBERED = re.compile(r"((?:.*/)?)([^/]*?)([^0-9A-Za-z/]*)([0-9]+)[.][^./]*")  # folder, start, sign, number
+_LEAST_NEIGHBOURS, _NEIGHBOURS_SHARE, _MOST_NEIGHBOURS = 20, 0.1, 512  # pairs; of the images; that are looked at
+
+
+def neighbours_alike(names: Sequence[str], thumbnails: np.ndarray) -> list[tuple[str, str]]:
+    """Return neighbours by name that are nearest each other, if at least half of all neighbours are; else none.
+
+    Args:
+        names: of N images, relative to the folder.
+        thumbnails: of `grey_thumbnails`, (N, 256).
+    """
+    matches = ((_NUMBERED.fullmatch(name), at) for at, name in enumerate(names) if thumbnails[at].any())
+    ordered = sorted((m[1], m[2] + m[3], int(m[4]), at) for m, at in matches if m is not None)
+    pairs = [(a[3], b[3]) for a, b in pairwise(ordered) if a[:2] == b[:2]]
+    if len(pairs) < max(_LEAST_NEIGHBOURS, _NEIGHBOURS_SHARE * len(names)):
+        return []
+    first, second = np.array(pairs[:: -(-len(pairs) // _MOST_NEIGHBOURS)]).T  # (M,) each
+    with_all = thumbnails[first] @ thumbnails.T  # (M, N)
+    with_all[np.arange(len(first)), first] = -1
+    near = (with_all > with_all[np.arange(len(first)), second, None]).sum(1) < 2  # (M,)
+    chosen = np.flatnonzero(near) if 2 * near.sum() >= len(near) else []
+    return [(names[first[at]], names[second[at]]) for at in chosen]
 
 
 def listed(left_out: Mapping[str, str]) -> list[str]:
@@ -458,6 +523,7 @@ def inspect_images(
         sides=decoded.sides[used],
         left_out=left_out,
         animated=decoded.animated,
+        alike=decoded.alike,
     )
 
 
@@ -711,6 +777,7 @@ class _Decoded(NamedTuple):
     sides: np.ndarray
     faults: dict[str, str]
     animated: tuple[str, ...]
+    alike: tuple[tuple[str, str], ...]
 
 
 class _One(NamedTuple):
@@ -731,7 +798,8 @@ def _decoded_once(
     def read(saved: dict[str, Any]) -> _Decoded:
         copies, groups = (_numbers(saved[name], count) for name in ("copies", "groups"))
         sides = _numbers(saved["sides"], count, 2)
-        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]))
+        alike = tuple((a, b) for a, b in saved["alike"])
+        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]), alike)
 
     return _cached("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
 
@@ -775,6 +843,10 @@ def _decoded(
                 store.add(name, one.pixels)
             if on_progress is not None:
                 on_progress(done + 1, len(names))
+    alike: list[tuple[str, str]] = []
     if different:
-        groups = np.where(copies < 0, -1, near_groups(np.stack(different))[copies])
-    return _Decoded(copies, groups, sides, faults, tuple(animated))
+        thumbnails = np.stack(different)
+        groups = np.where(copies < 0, -1, near_groups(thumbnails)[copies])
+        read = np.flatnonzero(copies >= 0)
+        alike = neighbours_alike([names[at] for at in read], thumbnails[copies[read]])
+    return _Decoded(copies, groups, sides, faults, tuple(animated), tuple(alike))

@@ -187,10 +187,11 @@ def find_images(path: Path, task: TaskName | None = None, group: str | None = No
     images = _found(path, task, group)
     if group is None or images.together is not None:
         return images
-    return images._replace(together=_together(list(images.files.classes), group))
+    return images._replace(together=groups_by_name(list(images.files.classes), group))
 
 
-def _together(names: Sequence[str], group: str) -> dict[str, str]:
+def groups_by_name(names: Sequence[str], group: str) -> dict[str, str]:
+    """Return the group of each image by its name; raises UserError if it is no such pattern. See `find_images`."""
     with suppress(re.error):
         pattern = re.compile("(.*)/" if group == "folder" else group)
         matches = {name: match[1] for name in names if pattern.groups and (match := pattern.search(name))}
