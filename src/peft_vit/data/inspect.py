@@ -374,11 +374,11 @@ class Inspection:
             a_title, b_title = (f"{self.names[i]} ('{self.task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
-        if (pair := self._across()) is not None:
+        if (across := self._across()) is not None:
             yield (
-                f"neighbours by name look alike, such as {' and '.join(pair)}; if they show one thing, as frames of a "
+                f"neighbours by name look alike, such as {' and '.join(across)}; if they show one thing, as frames of a "
                 "clip do, accuracy is too high for new images unless they stay on one side of every split: "
-                f"--group {self._group_of(*pair)}"
+                f"--group {self._group_of(*across)}"
             )
 
     def _across(self) -> tuple[str, str] | None:
@@ -427,8 +427,9 @@ def neighbours_alike(names: Sequence[str], thumbnails: np.ndarray) -> list[tuple
     with_all = thumbnails[first] @ thumbnails.T  # (M, N)
     with_all[np.arange(len(first)), first] = -1
     near = (with_all > with_all[np.arange(len(first)), second, None]).sum(1) < 2  # (M,)
-    chosen = np.flatnonzero(near) if 2 * near.sum() >= len(near) else []
-    return [(names[first[at]], names[second[at]]) for at in chosen]
+    if 2 * near.sum() < len(near):
+        return []
+    return [(names[a], names[b]) for a, b in zip(first[near], second[near], strict=True)]
 
 
 def listed(left_out: Mapping[str, str]) -> list[str]:
