@@ -376,8 +376,8 @@ class Inspection:
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
         if (across := self._across()) is not None:
             yield (
-                f"neighbours by name look alike, such as {' and '.join(across)}; if they show one thing, as frames of a "
-                "clip do, accuracy is too high for new images unless they stay on one side of every split: "
+                f"neighbours by name look alike, such as {' and '.join(across)}; if they show one thing, as frames of "
+                "a clip do, accuracy is too high for new images unless they stay on one side of every split: "
                 f"--group {self._group_of(*across)}"
             )
 

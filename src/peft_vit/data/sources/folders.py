@@ -191,7 +191,7 @@ def find_images(path: Path, task: TaskName | None = None, group: str | None = No
 
 
 def groups_by_name(names: Sequence[str], group: str) -> dict[str, str]:
-    """Return the group of each image by its name; raises UserError if it is no such pattern. See `find_images`."""
+    """Return the group of each image by its name; raises UserError if no name matches. See `find_images`."""
     with suppress(re.error):
         pattern = re.compile("(.*)/" if group == "folder" else group)
         matches = {name: match[1] for name in names if pattern.groups and (match := pattern.search(name))}
