@@ -179,7 +179,7 @@ def _only_model(
     place = shlex.quote(str(results_dir if call else folder))
     commands = {"To predict": f"peft-vit predict {place} PHOTO.jpg"}
     if (sizes := record.bytes) is not None and (in_4_bits := sizes.in_4_bits_bytes) is not None:
-        commands[f"As a file, in 4 bits: {megabytes(in_4_bits)}"] = f"peft-vit export {place} --bits 4"
+        commands[f"As a file in 4 bits, {megabytes(in_4_bits)}"] = f"peft-vit export {place} --bits 4"
     if page is None:
         bits = " --bits 4" if record.quantization is None else ""
         commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
