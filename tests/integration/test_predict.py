@@ -182,7 +182,8 @@ def test_an_onnx_file_needs_neither_torch_nor_anything_of_posix(
     assert re.search(stated, said, re.MULTILINE), said
 
 
-LEAN = ("numpy", "onnx", "onnxruntime", "pillow", "pydantic", "pyyaml", "scipy", "typer")  # as docs/how_to/deploy.md says
+# As docs/how_to/deploy.md says.
+LEAN = ("numpy", "onnx", "onnxruntime", "pillow", "pydantic", "pyyaml", "scipy", "typer")
 
 
 def distributions(names: Iterable[str]) -> set[str]:
