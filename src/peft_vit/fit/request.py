@@ -46,7 +46,6 @@ from peft_vit.core.config import (
     several,
 )
 from peft_vit.runs.executors import ExecutorName
-from peft_vit.runs.records.storage import ADAPTER_FILE, single_run
 
 if TYPE_CHECKING:
     from peft_vit.core.tasks import DecidingMetric
@@ -371,6 +370,8 @@ class TrainRequest(ImagesRequest):
         """Return what updates start from: a folder of PEFT, or the file of an earlier run."""
         if self.from_run is None or self.is_probe:
             return self.init_adapter
+        from peft_vit.runs.records.storage import ADAPTER_FILE, single_run
+
         return (single_run(self.from_run) / ADAPTER_FILE).absolute()
 
     @property
