@@ -42,6 +42,7 @@ class Grouped(TyperGroup):
     """A command line whose help lists commands by what they are for."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one section for each group, in the order of GROUPS."""
         for group, names in GROUPS.items():
             with formatter.section(group):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in names])
