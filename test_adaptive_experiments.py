@@ -81,8 +81,8 @@ def main(arguments: list[str]) -> int:
     processes = [] if any(argument.startswith("-n") for argument in arguments) else ["-n", "2", "--dist", "worksteal"]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many threads as processes, on two cores
     folders = [str(ROOT / name) for name in ("tests", "experiments")]
-    marked = ["-c", str(ROOT / "pyproject.toml"), "-p", Path(__file__).stem, "-m", f"part{'' if slow else ' and not slow'}"]
-    code = pytest.main([*marked, *processes, *folders, *arguments], [counter])
+    marked = ["-p", Path(__file__).stem, "-m", "part" if slow else "part and not slow"]
+    code = pytest.main(["-c", str(ROOT / "pyproject.toml"), *marked, *processes, *folders, *arguments], [counter])
     passed, failed = counter.passed, counter.failed
     print(f"\n{'part':<24}{'passed':>8}{'failed':>8}")
     for part in [*PARTS, *sorted({*passed, *failed} - set(PARTS))]:
