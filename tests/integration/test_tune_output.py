@@ -30,11 +30,10 @@ from peft_vit.deploy import open_exported
 from peft_vit.deploy.measures import fastest
 from peft_vit.deploy.measures.bench import _opened
 from peft_vit.deploy.restore import restore_run
-from peft_vit.fit import events
+from peft_vit.fit import request as events
 from peft_vit.fit.outcomes import Outcome, with_meaning
-from peft_vit.fit.output import _how_sure, write_output
+from peft_vit.fit.output import Tuning, _how_sure, what_more_buys, write_output
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.tune import Tuning, what_more_buys
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
 
@@ -188,14 +187,14 @@ def test_models_of_earlier_calls_that_read_the_sealed_images_are_counted(choice,
         (folder / name / "seed_0").mkdir(parents=True)
         (folder / name / "seed_0" / "record.json").touch()
     later = replace(choice, final=replace(choice.final, folder=folder / "lora_2" / "seed_0"))
-    summary = SimpleNamespace(choice=later, exports=SimpleNamespace(int8_loss=None))
-    assert "read by 2 models, each when it was written" in " ".join(_how_sure(summary))
+    said = " ".join(_how_sure(later, SimpleNamespace(int8_loss=None)))
+    assert "read by 2 models, each when it was written" in said
 
 
 def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tmp_path) -> None:
     final = replace(choice.final, folder=tmp_path / "studies" / "final-test_vit-32" / "lora_1" / "seed_0")
     shorter = replace(choice, final=final, longer=0.5)
-    said = list(_how_sure(SimpleNamespace(choice=shorter, exports=SimpleNamespace(int8_loss=None))))
+    said = list(_how_sure(shorter, SimpleNamespace(int8_loss=None)))
     assert (
         "The last training has 0.5 times the steps of those on folds, since time was short; the odds, probabilities "
         "and sets of classes are from the longer ones."

@@ -21,7 +21,6 @@ from peft_vit.core.methods.quantized import usual_rounding
 from peft_vit.core.training import FLIP_AXES
 from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
-from peft_vit.fit.regressions import images_to_compare
 from peft_vit.runs.costs.estimate import Throughput, activation_values
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, first_that_fits, images_to_test, validate_every
 from peft_vit.runs.measures.held_out import MAX_REFERENCE_IMAGES
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # on folds; more only where they are shown to gain
 MOST_LAST_STEPS = 768  # of the first model
 SIZES_SHARE = 0.15  # of the minutes
+_FEWEST, _FEW = 300, 1500  # images by which sizes can be compared; up to which folds are worth their fits
 _FOLD_STEPS = 0.8  # of those of the last training, at most: as many epochs
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
 _LEAST_FIT_S, _FIT_S = 0.02, 4e-8  # of one, and for each of its values: images x features x classes
@@ -39,7 +39,16 @@ _PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nea
 _GPTQ_S, _GPTQ_PASSES = 2.5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
 _COMPARED = 128  # images on which a written form is compared
 _FORMS, _TIMINGS, _CALLS = 4, 3, 23  # with a limit of latency: forms, processes of each that is timed, calls in each
+_FASTEST = 0.5  # of the planned time: what takes less may have been lucky
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
+
+
+def images_to_compare(images: int, rarest: float, fitting: float) -> int:
+    """Return by how many of some images sizes are compared, if regressions on so many are worth their time.
+
+    There are three images of the rarest class among them, or its folds could not be made.
+    """
+    return min(images, max(_FEWEST, min(_FEW, int(fitting)), math.ceil(3 * images / max(1, rarest))))
 
 
 class Lengths(NamedTuple):
@@ -192,11 +201,12 @@ class FitCosts:
         timed = (_TIMINGS * (forms + 1) if folds else 1) * (machine.process_s + _CALLS * image_s)
         return rounded + written + measured + timed
 
-    def ending_s(self, recipe: Recipe, longer: float = 1.0, pace: float = 1.0) -> float:
-        """Return the seconds of the last training, so many times longer than on folds, and of the output, at a pace.
+    def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
+        """Return the seconds of the last training, so many times longer than on folds, and of the output.
 
-        Without the test, which comes on top.
+        At this call's pace, and without the test, which comes on top.
         """
+        pace = max(_FASTEST, self.fit.pace.factor)
         return pace * self.last_s(recipe, self.last_steps(recipe, longer)) + max(1.0, pace) * self.written_s(recipe)
 
     def lengths(self, recipe: Recipe, left_s: float) -> Lengths:

@@ -14,10 +14,11 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval, TemperaturePrior
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.base.statistics.odds import ModelEstimate, choose_model
-from peft_vit.core.tasks import GAIN_SD, expected_gain
+from peft_vit.core.records import Calibrated, Decision
+from peft_vit.core.tasks import GAIN_SD, Task, expected_gain
 from peft_vit.core.tasks.calibration import usual_temperature
 from peft_vit.fit.costs import MOST_STEPS
-from peft_vit.fit.outcomes import FoldResults
+from peft_vit.fit.outcomes import FoldResults, meaning_on
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, first_that_fits
 
@@ -118,7 +119,7 @@ def times_longer(fit: Fit, recipe: Recipe) -> float:
         times for times in longer if gains_by_steps(fit.frame, recipe) and times > max(usual, _WORTH_AGAIN * done)
     ]
     options += [] if done else [usual, *(times for times in LENGTHS if times < usual)]
-    fitting = first_that_fits(options, partial(fit.ending_s, recipe), fit.limit.left_s)
+    fitting = first_that_fits(options, partial(fit.costs.ending_s, recipe), fit.limit.left_s)
     return fitting or done or (SHORTEST if fit.ends_in_time(recipe, SHORTEST) else min(usual, SHORTEST))
 
 
@@ -184,6 +185,13 @@ def temperature_before(fit: Fit, recipe: Recipe, known: Recipe, longer: float) -
     accuracy += expected_gain(last_steps) - expected_gain(steps)
     alike = last_steps <= _ALIKE * fit.costs.last_steps(known)
     return usual_temperature(accuracy, fit.images.num_outputs, math.inf if alike else _IMAGES_OF_SHORT)
+
+
+def meaning_of_last(
+    fit: Fit, recipe: Recipe, known: Recipe, longer: float, learned: Task
+) -> Calibrated | Decision | None:
+    """Return what outputs of a last training mean, by folds of `known` and what is known before, see above."""
+    return meaning_on(fit.frame.of(known), learned, temperature_before(fit, recipe, known, longer))
 
 
 def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:

@@ -7,17 +7,24 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.adapters.peft_format import start_sha256
-from peft_vit.core.backbones import architecture_of, check_weights, interpolation_of
+from peft_vit.core.backbones import (
+    Architecture,
+    architecture_of,
+    check_weights,
+    interpolation_of,
+    native_size,
+    size_step_of,
+)
 from peft_vit.core.config import StudyConfig, named_backbone
 from peft_vit.core.tasks import DecidingMetric, Scores, Task
 from peft_vit.core.training import fewest_groups
@@ -33,12 +40,16 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
-from peft_vit.fit.regressions import sizes_to_try
-from peft_vit.fit.request import FitRequest, TrainRequest
+from peft_vit.fit.request import Advanced, FitRequest, TrainRequest
 from peft_vit.runs.records.storage import ADAPTER_FILE, resolve_latest, single_run
+
+if TYPE_CHECKING:
+    from peft_vit.fit.fit import Fit
 
 IMAGES_FILE = "images.json"  # which images are used, which test, and which are copies
 _MOST_KEPT = 1 << 30  # bytes of decoded images
+_SMALLEST, _LARGEST = 56, 640  # pixels, of images that are tried
+_SURE_S = 10.0  # of reading, until it is known how long it takes
 
 
 @dataclass(frozen=True)
@@ -160,6 +171,66 @@ class LabelledSet:
             if index.interpolation != self.store.interpolation:  # of another model than the first
                 return
             self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
+
+
+def look(fit: Fit) -> None:
+    """Look at the images, and set some aside for the test; nothing is written.
+
+    Raises:
+        UserError: see `inspect_images`.
+    """
+    request = fit.request
+    found = request.found
+    pixels = fit.opened.enter_context(pixel_store(request, found))
+    images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
+    if images.inspection.images.taken:
+        fit.tell(images.inspection.images.taken)
+    for line in images.inspection.lines(images.asked):
+        fit.tell(f"  {line}")
+    fit.begin(images)
+    split = "a fifth of them"
+    if images.inspection.holdout is not None:
+        split = "the folder's own test split"
+    elif request.test_images is not None:
+        split = "as you asked" if request.group is None else "about as you asked: groups stay whole"
+    elif images.split_of is not None:
+        split = f"those that tested in {images.split_of} among them"
+    validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
+    fit.tell(f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split})")
+
+
+def _read(fit: Fit, done: int, count: int) -> None:
+    """Say how many images are read, and refuse so many that reading them takes all the minutes."""
+    fit.emit(Advanced("reading images", done, count))
+    spent_s = fit.limit.clock() - fit.limit.started
+    if spent_s > _SURE_S and (whole_s := spent_s * count / done) > 60 * fit.request.minutes:
+        about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes here"
+        raise UserError(f"{about}; give more than {math.ceil(whole_s / 60)}", field="--minutes")
+
+
+def keep_images(fit: Fit) -> None:
+    """Write which images are used in the fit's folder, or refuse others than it was begun with.
+
+    Raises:
+        UserError: if the folder has other images than when the fit was begun; and if the file is there already and
+            holds something else.
+    """
+    fit.images = images = replace(fit.images, file=(fit.folder / IMAGES_FILE).absolute())
+    if fit.begun:
+        images.refuse_others()
+    if fit.begun or not images.file.exists():
+        images.write()
+    elif read_bytes(images.file) != images.content.model_dump_json(indent=1).encode():
+        raise UserError("exists already, of other images; move it away, or choose another --output", file=images.file)
+
+
+def sizes_to_try(architecture: Architecture) -> list[int]:
+    """Return image sizes that a model takes, rising by about the square root of 2 up to its own, which is the last."""
+    step, native = size_step_of(architecture), native_size(architecture)
+    smallest = max(_SMALLEST, 2 * step)
+    wished = [smallest * 2 ** (power / 2) for power in range(12)]
+    sizes = {round(side / step) * step for side in wished if side < min(native, _LARGEST) / 1.1}
+    return sorted({*sizes, *([native] if native <= _LARGEST else [])}) or [native]
 
 
 def pixel_store(request: FitRequest, images: Images) -> PixelStore:

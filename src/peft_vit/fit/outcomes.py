@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,15 +31,15 @@ from peft_vit.core.tasks import (
     thresholds_of,
 )
 from peft_vit.core.tasks.calibration import calibrate
-from peft_vit.fit.events import Advanced
 from peft_vit.fit.recipe import Recipe
+from peft_vit.fit.request import Advanced
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 from peft_vit.runs.executors import Notice, RunEnded, RunProgress, RunRetried, StudyEvent, open_executor
 from peft_vit.runs.records.progress import StudyLock, study_lock
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.deadline import Deadline
 from peft_vit.runs.scheduling.display import plan_notes
-from peft_vit.runs.scheduling.plan import Plan, plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_step
 from peft_vit.runs.scheduling.scheduler import drive
 
@@ -76,6 +76,10 @@ class Outcome:
         images, logits = np.asarray(predictions.images, np.int64), np.asarray(predictions.logits, np.float64)
         task = TASKS[record.spec.task].restored(record.decision)
         return cls(images, rows_of(predictions.labels), logits, record.seconds, folder, task)
+
+    def with_logits(self, logits: Any) -> Self:
+        """Return what another form of the run's model came to on the same images."""
+        return replace(self, logits=np.asarray(logits, dtype=np.float64))
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -147,6 +151,10 @@ class FoldResults:
     def seeds(self, recipe: Recipe) -> list[int]:
         """Return the seeds of which a recipe has an outcome, rising."""
         return sorted(self.rows.get(recipe, {}))
+
+    def of(self, recipe: Recipe) -> list[Outcome]:
+        """Return what a recipe came to, seed after seed."""
+        return [self.rows[recipe][seed] for seed in self.seeds(recipe)]
 
     def missing(self, recipe: Recipe, seeds: Sequence[int]) -> list[int]:
         """Return those of some seeds of which it has none."""
@@ -222,21 +230,9 @@ class EveryRunFailedError(UserError):
     """No run of a study has come to its end, and some have failed."""
 
 
-Only = tuple[Sequence[str], Sequence[int]]
 Outcomes = dict[tuple[str, int], Outcome]  # by name of the experiment, and seed
-
-
-# Does the runs of a study that are not done, as far as there is time, of some names and seeds or all; returns all that
-# are done.
-Runner = Callable[[Mapping[str, Any], Limit, Only | None], Outcomes]
-
-
-def finished_runs(plan: Plan, results_dir: Path) -> Iterator[tuple[RunRecord, Path]]:
-    """Yield the record and the folder of each run of a plan that is done."""
-    for run in plan.runs:
-        folder = run_folder(results_dir, run.spec)
-        if (folder / RECORD_FILE).exists() and (record := read_record(folder / RECORD_FILE)).status == "done":
-            yield record, folder
+# Does the runs of a study that are not done, as far as there is time, and returns all that are; None: it does none.
+Runner = Callable[[Mapping[str, Any], Limit | None], Outcomes]
 
 
 @dataclass(frozen=True)
@@ -245,42 +241,40 @@ class StudyRunner:
 
     fit: Fit
 
-    def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
+    def __call__(self, mapping: Mapping[str, Any], limit: Limit | None) -> Outcomes:
         """Do a study's runs, and return what came of all that are done.
 
         Args:
             mapping: of the shape of a configuration file.
-            limit: when what runs is stopped.
-            only: names and seeds that are done now; None: all.
+            limit: when what runs is stopped; None: nothing is done, what is there is read.
 
         Raises:
             UserError: for what planning refuses.
             EveryRunFailedError: if nothing is done, and something failed.
             KeyboardInterrupt: after Ctrl-C.
         """
-        fit, name = self.fit, str(mapping["name"])
-        results_dir, executor = fit.results_dir(name), fit.request.executor
-        file = results_dir / name
+        fit, smoke, executor = self.fit, self.fit.request.smoke, self.fit.request.executor
+        results_dir = fit.results_dir(str(mapping["name"]))
+        file = results_dir / str(mapping["name"])
         study = study_from_mapping(dict(mapping), file=file)
         with self._lock(file) as lock:
             measure = partial(measure_step, log=fit.tell)
-            smoke = fit.request.smoke
-            whole = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
-            names = [one.name for one in whole.study.experiments if only is None or one.name in only[0]]
-            seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]
-            plan, failed = whole.only(names, seeds, by_seed=True), {}
-            if plan.pending:
-                for line in plan_notes(whole) if fit.lock is lock else ():
+            plan = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
+            plan = plan.only([one.name for one in plan.study.experiments], plan.study.seeds, by_seed=True)
+            failed = {}
+            if limit is not None and plan.pending:
+                for line in plan_notes(plan) if fit.lock is lock else ():
                     fit.tell(f"  {line}")
                 if not smoke:
-                    fit.images.keep_pixels(whole.study)
+                    fit.images.keep_pixels(plan.study)
                 make_executor = partial(open_executor, executor, plan, results_dir)
                 deadline = Deadline(plan, results_dir, limit, executor)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
-        done = {
-            (record.spec.experiment.name, record.spec.seed): Outcome.of(record, folder)
-            for record, folder in finished_runs(whole, results_dir)
-        }
+        done = Outcomes()
+        for run in plan.runs:
+            folder = run_folder(results_dir, run.spec)
+            if (folder / RECORD_FILE).exists() and (record := read_record(folder / RECORD_FILE)).status == "done":
+                done[run.spec.experiment.name, run.spec.seed] = Outcome.of(record, folder)
         if failed and not done:
             problem = f"every run failed: {next(iter(failed.values()))}; the same command tries again"
             raise EveryRunFailedError(problem, file=file)

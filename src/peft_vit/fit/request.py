@@ -1,18 +1,19 @@
-"""What `train` and `tune` are asked for; the command line and Python are made of it."""
+"""What `train` and `tune` are asked for, of which the command line and Python are made, and what they say meanwhile."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
+from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.settings import OnlyWith, Option, Request, refuse
 from peft_vit.core.config import (
@@ -599,3 +600,51 @@ def check_images(request: FitRequest) -> None:
                 raise UserError(
                     f"{message}, and some have to test; ask for fewer, or add images", field="shots_per_class"
                 )
+
+
+# --- what is said meanwhile -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageBegan:
+    """A stage begins, with so many seconds left of the call's minutes."""
+
+    title: str
+    left_s: float
+
+    def __str__(self) -> str:
+        return f"{self.title}: {duration(max(0.0, self.left_s))} left"
+
+
+@dataclass(frozen=True)
+class Message:
+    """What was found or decided, in a line."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many of the things that a stage goes through are done: images, steps of a run."""
+
+    what: str
+    done: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.done:,} of {self.count:,}"
+
+
+FitEvent = StageBegan | Message | Advanced
+Emit = Callable[[FitEvent], None]
+
+
+def telling(say: Callable[[str], None]) -> Emit:
+    """Return what says everything but how far something is, a line each."""
+    return lambda event: None if isinstance(event, Advanced) else say(str(event))
+
+
+print_event = telling(partial(print, flush=True))

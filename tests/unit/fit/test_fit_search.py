@@ -25,7 +25,8 @@ from peft_vit.fit.decide import (
 from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import FoldResults, Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_sizes
+from peft_vit.fit.sizes import SizeResult, try_sizes
+from peft_vit.fit.tune import RATES, candidate_recipes
 from peft_vit.runs.costs.time_limit import Limit
 
 LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
