@@ -159,8 +159,7 @@ def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
 
 def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(choice) -> None:
     calibrated = choice.meaning
-    outputs = choice.final.logits.astype(np.float32)
-    record = with_meaning(final(choice), calibrated, [], choice.final.learned, outputs)
+    record = with_meaning(final(choice), calibrated, [], choice.final)
     truth, logits = choice.final.labels, choice.final.logits
     assert record.predictions.predicted == logits.argmax(1).tolist()
     assert record.predictions.files == final(choice).predictions.files
@@ -223,15 +222,14 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     lines: list[str] = []
     peft_vit.tune("photos", output=output, tell=lines.append)
     request, emit = asked.pop()
-    emit(events.Message("found"))
+    emit("found")
     assert (request, lines) == (TuneRequest(images=Path("photos"), output=output), ["found"])
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     tuned = peft_vit.load(choice.request.output)
     assert isinstance(tuned, TrainedModel)
-    outputs, learned = choice.final.logits.astype(np.float32), choice.final.learned
-    assert tuned.record == with_meaning(final(choice), choice.meaning, choice.folds, learned, outputs)
+    assert tuned.record == with_meaning(final(choice), choice.meaning, choice.folds, choice.final)
     assert tuned.record.predictions.predicted == choice.final.logits.argmax(1).tolist()  # of 4 bits, as delivered
     assert isinstance(tuned.model, nn.Module)  # of the run: the file is for onnxruntime
     with pytest.raises(UserError, match="runs without PyTorch and holds no module of it"):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from peft_vit.base.console import duration
 from peft_vit.core.adapters.footprint import available_memory_bytes
@@ -49,13 +49,6 @@ def images_to_compare(images: int, rarest: float, fitting: float) -> int:
     There are three images of the rarest class among them, or its folds could not be made.
     """
     return min(images, max(_FEWEST, min(_FEW, int(fitting)), math.ceil(3 * images / max(1, rarest))))
-
-
-class Lengths(NamedTuple):
-    """Steps of a training that fit: on a fold, and times as many as follow from these in the last one; 0: none do."""
-
-    steps: int
-    longer: float
 
 
 @dataclass(frozen=True)
@@ -209,8 +202,10 @@ class FitCosts:
         pace = max(_FASTEST, self.fit.pace.factor)
         return pace * self.last_s(recipe, self.last_steps(recipe, longer)) + max(1.0, pace) * self.written_s(recipe)
 
-    def lengths(self, recipe: Recipe, left_s: float) -> Lengths:
-        """Return the steps of a first model at a recipe's size, by shares of the seconds that are left.
+    def lengths(self, recipe: Recipe, left_s: float) -> tuple[int, float]:
+        """Return the steps of a first model at a recipe's size that fit: on a fold, and times as many in the last one.
+
+        By shares of the seconds that are left; 0: none do.
 
         Where folds leave no time for `LEAST_STEPS` on three of them, or on two, all of it goes to the last training.
         """
@@ -240,7 +235,7 @@ class FitCosts:
         if not steps:
             last = fitting(request.last_share + request.folds_share)
             steps = max(least, round(last * each)) if last else 0
-        return Lengths(steps, last / max(1, steps) * each if steps else 1.0)
+        return steps, last / max(1, steps) * each if steps else 1.0
 
     def fits_memory(self, recipe: Recipe) -> bool:
         """Tell whether a step of a recipe fits half of the memory that is free."""

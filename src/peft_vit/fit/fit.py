@@ -57,7 +57,7 @@ from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.intake import LabelledSet
 from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcome, Outcomes, Runner, StudyRunner
 from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.request import Emit, FitRequest, Message, StageBegan
+from peft_vit.fit.request import Emit, FitRequest, StageBegan
 from peft_vit.runs.costs.estimate import Throughput, product_throughputs
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, validate_every
 from peft_vit.runs.records.progress import StudyLock
@@ -232,7 +232,7 @@ class Fit:
         Raises:
             UserError: if it was begun with something else asked for, with the difference; or if it can't be read.
         """
-        self.folder, self.lock, asked = folder, lock, self.request.unchangeable()
+        self.folder, self.lock, asked = folder, lock, self.request.unchangeable
         kept = FitFile.read(self.file_path)
         if kept is None:
             self.file.asked = asked
@@ -259,10 +259,6 @@ class Fit:
     def decisions(self) -> Decisions:
         """Return what was decided."""
         return self.file.decisions
-
-    def tell(self, text: str) -> None:
-        """Say something."""
-        self.emit(Message(text))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -359,7 +355,7 @@ class Fit:
             except UserError as error:
                 fault = error
                 if len(self.request.models) > 1:
-                    self.tell(f"  {name} can't be loaded: {error.message}")
+                    self.emit(f"  {name} can't be loaded: {error.message}")
             else:
                 found[name] = backbone
         if not found:
@@ -376,7 +372,7 @@ class Fit:
         def source() -> str:
             found, line = default_weights_source(backbone.model)
             if line:
-                self.tell(f"  {line}")
+                self.emit(f"  {line}")
             return found
 
         return self.once(self.decisions.weights, model, source)
@@ -392,18 +388,17 @@ class Fit:
         shape = self.shape(name, 8 * size_step_of(architecture_of(backbone)))
         return product_throughputs(self.decisions.compute or asked, shape, device, precision, self.file.threads)
 
-    @cached_property
+    @property
     def compute(self) -> Compute:
         """Return how frozen layers multiply in all runs, decided once."""
-        if self.decisions.compute is not None or self.request.compute == "float":
-            return self.decisions.compute or "float"
-        chosen = next(iter(self._rates))
-        if chosen == "int8" and "float" in self._rates:
-            gain = self._rates["int8"] / self._rates["float"]
-            self.tell(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
-        self.decisions.compute = chosen
-        self.save()
-        return chosen
+        if self.decisions.compute is None and self.request.compute != "float":
+            chosen, rates = next(iter(self._rates)), self._rates
+            if chosen == "int8" and "float" in rates:
+                gain = rates["int8"] / rates["float"]
+                self.emit(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
+            self.decisions.compute = chosen
+            self.save()
+        return self.decisions.compute or "float"
 
     @cached_property
     def costs(self) -> FitCosts:
@@ -479,7 +474,7 @@ class Fit:
             "batch_size": self.request.batch_size,
             "augmentation": [change.model_dump(mode="json") for change in changes],
             "metric": metric.name,
-            "class_weights": self.request.class_weights_for(metric),
+            "class_weights": self.request.class_weights or ("balanced" if metric.equal_classes else "none"),
             "compute": self.compute,
         }
 
@@ -535,10 +530,10 @@ class Fit:
 
         def decide() -> dict[str, Any]:
             study = study_from_mapping(self.study("memory", recipe, [0], [limited]), file=self.request.images)
-            measure = partial(measure_step, log=lambda text: self.tell(f"  {text}"))
+            measure = partial(measure_step, log=lambda text: self.emit(f"  {text}"))
             plan = plan_study(study, self.studies, file=None, measure_step=measure)
             for line in plan.memory:
-                self.tell(f"  {line}")
+                self.emit(f"  {line}")
             settings = {"activation_checkpointing", "recomputed_blocks", "micro_batch_size"}
             training = plan.study.experiments[0].training
             return {**limit, **training.model_dump(include=settings, exclude_none=True)}
@@ -579,7 +574,7 @@ class Fit:
             except EveryRunFailedError as error:
                 if first.is_probe and not self.request.main_study:  # without it there is no answer
                     raise
-                self.tell(f"  {joined([one.title for one in alike])}, left out: {error.message}")
+                self.emit(f"  {joined([one.title for one in alike])}, left out: {error.message}")
                 self.failed.update(alike)
             for recipe in alike:
                 name, known = self.name_of(recipe), self.frame.rows.setdefault(recipe, {})

@@ -146,24 +146,6 @@ class LabelledSet:
         """Write the file that studies name as `data.images_file`."""
         write_whole(self.file, self.content.model_dump_json(indent=1).encode())
 
-    def refuse_others(self) -> None:
-        """Refuse to continue with other images than those of the file.
-
-        Raises:
-            UserError: naming what changed.
-        """
-        try:
-            kept = json.loads(read_bytes(self.file))
-        except (OSError, ValueError) as error:
-            raise UserError(f"can't be read ({error}); choose another --output", file=self.file) from None
-        now = self.content.model_dump(mode="json")
-        untold = "left_out", "asked", "digests"
-        if changed := [name for name in now if name not in untold and kept.get(name) != now[name]]:
-            what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
-            place = self.file.parent
-            message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
-            raise UserError(f"{message} --output", file=self.inspection.path)
-
     def keep_pixels(self, study: StudyConfig) -> None:
         """Put what was decoded where the study's runs find it."""
         if self.store is not None and study.data.image_size in self.store.sizes:
@@ -184,9 +166,9 @@ def look(fit: Fit) -> None:
     pixels = fit.opened.enter_context(pixel_store(request, found))
     images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
     if images.inspection.images.taken:
-        fit.tell(images.inspection.images.taken)
+        fit.emit(images.inspection.images.taken)
     for line in images.inspection.lines(images.asked):
-        fit.tell(f"  {line}")
+        fit.emit(f"  {line}")
     fit.begin(images)
     split = "a fifth of them"
     if images.inspection.holdout is not None:
@@ -196,7 +178,7 @@ def look(fit: Fit) -> None:
     elif images.split_of is not None:
         split = f"those that tested in {images.split_of} among them"
     validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
-    fit.tell(f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split})")
+    fit.emit(f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split})")
 
 
 def _read(fit: Fit, done: int, count: int) -> None:
@@ -212,16 +194,29 @@ def keep_images(fit: Fit) -> None:
     """Write which images are used in the fit's folder, or refuse others than it was begun with.
 
     Raises:
-        UserError: if the folder has other images than when the fit was begun; and if the file is there already and
-            holds something else.
+        UserError: if the folder has other images than when the fit was begun, naming what changed; and if the file is
+            there already and holds something else.
     """
     fit.images = images = replace(fit.images, file=(fit.folder / IMAGES_FILE).absolute())
     if fit.begun:
-        images.refuse_others()
+        _refuse_others(images)
     if fit.begun or not images.file.exists():
         images.write()
     elif read_bytes(images.file) != images.content.model_dump_json(indent=1).encode():
         raise UserError("exists already, of other images; move it away, or choose another --output", file=images.file)
+
+
+def _refuse_others(images: LabelledSet) -> None:
+    try:
+        kept = json.loads(read_bytes(images.file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't be read ({error}); choose another --output", file=images.file) from None
+    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests"})
+    if changed := [name for name in now if kept.get(name) != now[name]]:
+        what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
+        place = images.file.parent
+        message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
+        raise UserError(f"{message} --output", file=images.inspection.path)
 
 
 def sizes_to_try(architecture: Architecture) -> list[int]:

@@ -258,13 +258,13 @@ class StudyRunner:
         file = results_dir / str(mapping["name"])
         study = study_from_mapping(dict(mapping), file=file)
         with self._lock(file) as lock:
-            measure = partial(measure_step, log=fit.tell)
+            measure = partial(measure_step, log=fit.emit)
             plan = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
             plan = plan.only([one.name for one in plan.study.experiments], plan.study.seeds, by_seed=True)
             failed = {}
             if limit is not None and plan.pending:
                 for line in plan_notes(plan) if fit.lock is lock else ():
-                    fit.tell(f"  {line}")
+                    fit.emit(f"  {line}")
                 if not smoke:
                     fit.images.keep_pixels(plan.study)
                 make_executor = partial(open_executor, executor, plan, results_dir)
@@ -292,18 +292,18 @@ class StudyRunner:
     def _say(self, event: StudyEvent) -> None:
         fit = self.fit
         if isinstance(event, Notice):
-            fit.tell(f"  {event.text}")
+            fit.emit(f"  {event.text}")
         elif isinstance(event, RunProgress):
             fit.emit(Advanced(f"{self._titled(event.run.spec)}, step", event.progress.step, event.progress.total_steps))
         elif isinstance(event, RunRetried):
-            fit.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
+            fit.emit(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
         elif isinstance(event, RunEnded):
             name, record, metric = self._titled(event.run.spec), event.record, fit.images.metric
             if record.status == "failed" or record.test is None:
-                fit.tell(f"  {name} failed: {record.error}")
+                fit.emit(f"  {name} failed: {record.error}")
             else:
                 value = metric.text(metric.of(record.test))
-                fit.tell(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
+                fit.emit(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
 
     def _titled(self, spec: RunSpec) -> str:
         """Return what a run is, for people."""
@@ -315,27 +315,21 @@ class StudyRunner:
 
 
 def with_meaning(
-    record: RunRecord,
-    meaning: Calibrated | Decision | None,
-    outcomes: Sequence[Outcome],
-    task: Task,
-    logits: NDArray[np.float32] | None = None,
+    record: RunRecord, meaning: Calibrated | Decision | None, folds: Sequence[Outcome], outcome: Outcome
 ) -> RunRecord:
     """Return a run's record with what its outputs mean, and what that comes to on its test images.
 
     Args:
         record: of the run.
         meaning: of its outputs; None: it is what the run found.
-        outcomes: of like runs on folds, by which that is known.
-        task: as the run learned it.
-        logits: (N, K) of its test images in another form of the model, such as with rounded weights; None: its own.
+        folds: what like runs came to, by which that is known.
+        outcome: of the run, maybe of another form of its model, such as with rounded weights.
     """
-    meaning = meaning or record.decision or record.calibrated
+    meaning, task = meaning or record.decision or record.calibrated, outcome.learned
     tested, found = record.predictions, meaning_fields(meaning)
     assert tested is not None
-    own, labels = np.asarray(tested.logits, np.float32), rows_of(tested.labels)
-    is_own = logits is None or np.array_equal(own, logits)
-    logits, decision = own if logits is None else logits, found["decision"]
+    logits, labels, decision = outcome.logits.astype(np.float32), rows_of(tested.labels), found["decision"]
+    is_own = np.array_equal(np.asarray(tested.logits, np.float32), logits)
     if decision is not None or not is_own:
         images = np.asarray(tested.images)
         again = task.predictions(logits, labels, images, keep_logits=True, decision=decision)
@@ -345,5 +339,5 @@ def with_meaning(
         # Of another form nobody has counted which images are unlike those of training.
         flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
         held = task.tested(meaning, logits, labels, flagged)
-        found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
+        found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(folds, task)})
     return record.model_copy(update=found)

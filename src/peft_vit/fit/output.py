@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
@@ -135,8 +133,7 @@ def write_output(choice: Tuning, directory: Path, tell: Callable[[str], None] = 
 
 def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None:
     run_dir, recipe, model_folder = choice.final.folder, choice.recipe, directory / MODEL_FOLDER
-    record, logits = read_record(run_dir / RECORD_FILE), choice.final.logits.astype(np.float32)
-    record = with_meaning(record, choice.meaning, choice.folds, choice.final.learned, logits)
+    record = with_meaning(read_record(run_dir / RECORD_FILE), choice.meaning, choice.folds, choice.final)
     exports = export_fastest(
         run_dir,
         model_folder,

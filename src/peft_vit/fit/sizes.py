@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,9 +120,7 @@ def allowed_sizes(fit: Fit) -> dict[str, list[int]]:
     for model, own in sizes.items():
         _refuse_what_fails(fit, model, own[0])
     if request.max_bytes is not None:
-        probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
-        forms = [form for probe in probes for form in (probe, *map(probe.rounded, ROUNDED))]
-        sizes = within_bytes(fit, {form: costs.bytes_of(form) for form in forms})
+        sizes = within_bytes(fit, sizes)
     if request.max_latency is not None:
         sizes = _within_latency(fit, sizes, request.max_latency)
     smallest = min((Recipe(model, own[0]) for model, own in sizes.items()), key=costs.image_s)
@@ -147,27 +144,27 @@ def _refuse_what_fails(fit: Fit, model: str, image_size: int) -> None:
         plan_study(study_from_mapping(study, file=request.images), fit.studies, file=None, smoke=request.smoke)
 
 
-def within_bytes(fit: Fit, forms: Mapping[Recipe, int]) -> dict[str, list[int]]:
+def within_bytes(fit: Fit, sizes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Return the sizes of each model at which some form keeps within the limit; 2 bits alone do if no size has more.
 
     Raises:
         UserError: if none does, with the least that would do.
     """
-    limit = fit.request.max_bytes or math.inf
-    best, found = defaultdict[str, dict[int, int]](dict), dict[str, list[int]]()
-    for form, size in forms.items():  # sizes in pixels by what keeps within: nothing, 2 bits alone, more
-        own = 0 if size > limit else 1 if form.bits == "int2" else 2
-        best[form.model][form.image_size] = max(own, best[form.model].get(form.image_size, 0))
-    for model, by_size in best.items():
-        if kept := [size for size, own in by_size.items() if own == max(by_size.values()) > 0]:
+    costs, found = fit.costs, dict[str, list[int]]()
+    for model, own in sizes.items():
+        bits = {size: costs.allowed_bits(Recipe(model, size)) for size in own}
+        kept = [size for size in own if bits[size] not in ([], ["int2"])] or [size for size in own if bits[size]]
+        if kept:
             found[model] = kept
-        if left := [f"{size} px" for size in by_size if size not in kept]:
-            fit.tell(f"  {model} at {joined(left)}: left out, more than --max-bytes, but for 2 bits at most")
+        if left := [f"{size} px" for size in own if size not in kept]:
+            fit.emit(f"  {model} at {joined(left)}: left out, more than --max-bytes, but for 2 bits at most")
     if not found:
-        least = min(forms, key=forms.__getitem__)
+        probes = (Recipe(model, size) for model, own in sizes.items() for size in own)
+        least = min((form for one in probes for form in (one, *map(one.rounded, ROUNDED))), key=costs.bytes_of)
         raise UserError(
-            f"{round(limit / 1e5) / 10:g} MB is less than any model here takes; the least that would do is "
-            f"{math.ceil(forms[least] / 1e5) / 10:g} MB, {least.bits or 'float'} weights of {least.model}",
+            f"{round((fit.request.max_bytes or 0) / 1e5) / 10:g} MB is less than any model here takes; the least that "
+            f"would do is {math.ceil(costs.bytes_of(least) / 1e5) / 10:g} MB, {least.bits or 'float'} weights of "
+            f"{least.model}",
             field="--max-bytes",
         )
     return found
@@ -193,7 +190,7 @@ def _within_latency(fit: Fit, sizes: Mapping[str, list[int]], limit_s: float) ->
             names = fit.images.index.class_names
             time_it = partial(fit.environment.time_export, architecture, size, names, cpu_count())  # as what is left is
             seconds = fit.once(fit.decisions.latency_s, f"{model} {size}", time_it)
-            fit.tell(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
+            fit.emit(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
             timed.append((seconds, model, size))
             pace = seconds / products
             if seconds <= limit_s:
@@ -216,7 +213,7 @@ def within_memory(fit: Fit, probe: Recipe) -> bool:
     except UserError as error:
         if error.field != MEMORY_OPTION:
             raise
-        fit.tell(f"  {probe.model} at {probe.image_size} px: {error}")
+        fit.emit(f"  {probe.model} at {probe.image_size} px: {error}")
         return False
     return True
 
@@ -255,7 +252,7 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
                     why[probe] = "it needs more memory than is free"
         if probe.place in scores:
             tried[probe] = scores[probe.place]
-            fit.tell(f"  linear probe at {probe.image_size} px: {fit.images.scores.text(tried[probe])}")
+            fit.emit(f"  linear probe at {probe.image_size} px: {fit.images.scores.text(tried[probe])}")
     expected = dict[Recipe, float]()
     for model in {probe.model for probe in tried}:
         observed = {probe.image_size: score for probe, score in tried.items() if probe.model == model}
@@ -305,7 +302,7 @@ def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> Non
     if len(found) > 1:
         best = max((way for way in _FLIPPED if way in found), key=found.__getitem__)  # of equal ones the first
         shown = ", ".join(f"{_FLIPPED[way]} {scores.text(score)}" for way, score in found.items())
-        fit.tell(f"  training images {_FLIPPED[best]}: {shown} at {probe.image_size} px")
+        fit.emit(f"  training images {_FLIPPED[best]}: {shown} at {probe.image_size} px")
     fit.decisions.flips = best
 
 
@@ -338,7 +335,7 @@ def _choose_head_blocks(fit: Fit, every: Sequence[Recipe], taken_s: float, left_
     fit.decisions.head_blocks = 4 if better else 1
     fit.save()
     shown = " against ".join(map(scores.text, sorted((score, of_last), reverse=True)))
-    fit.tell(f"  the head reads the last {'4 blocks' if better else 'block'}: {shown} at {probe.image_size} px")
+    fit.emit(f"  the head reads the last {'4 blocks' if better else 'block'}: {shown} at {probe.image_size} px")
 
 
 def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:

@@ -71,20 +71,20 @@ def train(request: TrainRequest, emit: Emit = print_event, environment: Environm
         run, changes = earlier_call(asked)
         if run is not None and run.is_done:
             link_latest(run.folder)
-            fit.tell(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
+            fit.emit(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
             return run
         if changes:
-            fit.tell(changes)
+            fit.emit(changes)
         with call_folder(request.output, request.label, None if run is None else run.folder) as lock:
             run = TrainRun(lock.folder, asked)
             fit.enter(lock.folder, lock)
             where = f"from step {run.step} in" if run.step else "in"
-            fit.tell(f"{'Continues' if fit.begun else 'Starts'} {where} {run.folder}")
+            fit.emit(f"{'Continues' if fit.begun else 'Starts'} {where} {run.folder}")
             if earlier is not None:
                 fit.decisions.flips = earlier.record.spec.experiment.training.flips
             _carry_out(fit, run)
             if earlier is not None and run.is_done:
-                fit.tell(earlier.change_to(run))
+                fit.emit(earlier.change_to(run))
         return run
 
 
@@ -121,17 +121,17 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
 
 def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Outcome, longer: float) -> None:
     """Write into the record of a run what its outputs mean, as folds of `known` tell, and say that it is the model."""
-    folds, record = fit.frame.of(known), read_record(outcome.folder / RECORD_FILE)
+    folds, record, task = fit.frame.of(known), read_record(outcome.folder / RECORD_FILE), outcome.learned
     validated = record.decision or record.calibrated
-    meaning = meaning_of_last(fit, recipe, known, longer, outcome.learned) if folds or not validated else None
+    meaning = meaning_of_last(fit, recipe, known, longer, task) if folds or not validated else None
     if meaning is not None:
-        record = with_meaning(record, meaning, folds, outcome.learned)
+        record = with_meaning(record, meaning, folds, outcome)
         if folds:
-            on_folds = outcome.learned.predictions(*pooled(folds, outcome.learned), decision=record.decision)
+            on_folds = task.predictions(*pooled(folds, task), decision=record.decision)
             record = record.model_copy(update={"on_folds": on_folds})
         write_record(fit.results_dir(outcome.folder.parts[-3]), record)
     if outcome.folder.parents[1] != run.folder:
-        fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
+        fit.emit(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)
     fit.decisions.delivered = recipe, fit.longest_done(recipe)
     fit.save()
@@ -162,9 +162,9 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
     steps = fit.costs.last_steps(recipe, longer)
     about_s = fit.costs.features_s(recipe) + fit.costs.last_s(recipe, steps)
     length = "" if recipe.is_probe else f", {'up to ' if fit.num_validation else ''}{steps:,} steps"
-    fit.tell(f"  to train: {recipe.title}{length}, about {duration(about_s)}")
+    fit.emit(f"  to train: {recipe.title}{length}, about {duration(about_s)}")
     if about_s > fit.limit.left_s + fit.over_s:
-        fit.tell(f"  that is more than is left of --minutes {fit.request.minutes:g}")
+        fit.emit(f"  that is more than is left of --minutes {fit.request.minutes:g}")
     return recipe, longer
 
 
@@ -183,7 +183,7 @@ def _most_promising(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, floa
             return usual_recipe(fit, best.model, best.image_size, best.steps), best.longer
     why = "a linear probe promises more than the trainings that fit" if fitting else "no time to train"
     probes = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
-    fit.tell(f"  {probes if too_few else f'{why}; give more --minutes'}")
+    fit.emit(f"  {probes if too_few else f'{why}; give more --minutes'}")
     return best_probe.probe, 1.0
 
 
@@ -224,7 +224,7 @@ def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcom
     steps, is_done = costs.last_steps(recipe, longer), (recipe.trained, longer) in decisions.trained
     tested = fit.once(decisions.tested_images, recipe.place, lambda: costs.tested_images(recipe))
     if not is_done:
-        fit.tell(costs.test_line(recipe, tested))
+        fit.emit(costs.test_line(recipe, tested))
     data = {"validation_images": 0 if recipe.is_probe and not request.is_probe else fit.num_validation}
     if tested < fit.images.num_test:
         data["tested_images"] = tested

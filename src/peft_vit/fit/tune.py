@@ -76,7 +76,7 @@ def _carry_out(fit: Fit, request: TuneRequest) -> Tuning | None:
         look(fit)
         keep_images(fit)
     if fit.file.finished >= request.minutes and (model := tuned_model(fit.folder)) is not None:
-        fit.tell(f"This call was done before, its model is {model}. With more --minutes it tries more.")
+        fit.emit(f"This call was done before, its model is {model}. With more --minutes it tries more.")
         return None
     try:
         allowed = allowed_sizes(fit)
@@ -112,7 +112,7 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     meaning = meaning_of_last(fit, done.recipe, on_folds, done.longer, done.final.learned)
     done = replace(done, folds=tuple(fit.frame.of(on_folds)), meaning=meaning)
     for sentence in done.more:
-        fit.tell(f"  {sentence}")
+        fit.emit(f"  {sentence}")
     if done.decision is not None or done.folds:  # else it is written already
         _write(fit, done)
     fit.file.finished = request.minutes
@@ -130,7 +130,7 @@ def _first_model(
         except EveryRunFailedError as error:
             if first.is_probe:
                 raise
-            fit.tell(f"  {first.title} failed: {error.message}")
+            fit.emit(f"  {first.title} failed: {error.message}")
             fit.failed.add(first)
             return probe, 1.0, train_last(fit, within_limits(fit, probe), 1.0)
 
@@ -142,7 +142,7 @@ def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tunin
         untried = look_further(fit, done.sizes, first, probe)
         decision = decide_model(fit)
         recipe = decision.taken.recipe
-        fit.tell(f"  chosen of {len(decision.candidates)} models: {recipe.title}")
+        fit.emit(f"  chosen of {len(decision.candidates)} models: {recipe.title}")
     longer, steps = times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
     with fit.stage("final"):
         final, before_rounding = train_last(fit, recipe, longer)
@@ -155,7 +155,7 @@ def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tunin
 def _write(fit: Fit, tuning: Tuning) -> None:
     with fit.stage("output"):
         tuning = replace(tuning, stages=tuple(fit.file.seconds.items()))
-        (fit.environment.write_output or write_output)(tuning, fit.folder, fit.tell)
+        (fit.environment.write_output or write_output)(tuning, fit.folder, fit.emit)
     fit.decisions.delivered = tuning.recipe, tuning.longer
 
 
@@ -217,7 +217,7 @@ def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Re
         count += 1
     tried, left = recipes[:count], recipes[count:]
     if len(tried) > 1:
-        fit.tell(f"  {len(tried)} recipes of LoRA by successive halving over folds")
+        fit.emit(f"  {len(tried)} recipes of LoRA by successive halving over folds")
         _successive_halving(fit, tried, limit)
     best = best_of(frame, tried)
     while (further := _extend_grid(fit, best, tried)) is not None:
@@ -225,7 +225,7 @@ def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Re
         if not seeds or fit.seconds(further, seeds) > limit.left_s:
             left.insert(0, further)
             break
-        fit.tell(f"  the best so far has {best.settings}, at the end of what was tried; next are {further.settings}")
+        fit.emit(f"  the best so far has {best.settings}, at the end of what was tried; next are {further.settings}")
         fit.run([further], seeds, limit)
         tried.append(further)
         best = best_of(frame, [best, further])
