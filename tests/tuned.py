@@ -78,6 +78,11 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     )
 
 
+def right_of(outcome: Outcome) -> np.ndarray:
+    """Return where it is right, (n,)."""
+    return outcome.learned.right(outcome.logits, outcome.labels)
+
+
 def _rounded(outcome: Outcome) -> Outcome:
     logits = logits_by_type(outcome.folder, ["nf4"])["nf4"]
     return Outcome(outcome.images, outcome.labels, logits.astype(np.float64), outcome.seconds, outcome.folder)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from simulated_tunings import SIZES, StandIns
 from tiny_models import TINY_EVAS, TINY_FAMILIES
+from tuned import right_of
 from written_runs import tiny_study
 
 from peft_vit.base.errors import UserError
@@ -214,7 +215,8 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     assert len(choice.folds) >= 5
     assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
     assert len(set(json.loads((tmp_path / "images.json").read_text())["sealed"])) == 10  # a fifth of 48
-    right, sealed = 100 * choice.final.right.mean(), len(choice.final.right)
+    right = right_of(choice.final)
+    right, sealed = 100 * right.mean(), len(right)
     said = answer(choice)
     assert said.startswith("LoRA, 4 bits (nf4), 64 px, 0.")
     assert f": {right:.1f} % right on new images (" in said

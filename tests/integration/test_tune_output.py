@@ -15,7 +15,7 @@ from golden import check_golden
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
-from tuned import choice_of, write_images
+from tuned import choice_of, right_of, write_images
 from written_runs import run_and_write
 
 import peft_vit
@@ -124,7 +124,7 @@ def test_the_card_is_one_of_the_hub(choice, left) -> None:
     card = ModelCard(left[0].card.read_text())
     assert card.data.pipeline_tag == "image-classification"
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    right, labels = choice.final.right, choice.final.labels
+    right, labels = right_of(choice.final), choice.final.labels
     balanced = np.mean([right[labels == label].mean() for label in np.unique(labels)])
     assert values == {"accuracy": round(right.mean(), 4), "balanced_accuracy": round(balanced, 4)}
 
@@ -149,7 +149,7 @@ def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None
 def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
     page = left[0].report.read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
-    wrong = int((~choice.final.right).sum())
+    wrong = int((~right_of(choice.final)).sum())
     assert wrong > 0
     strip = min(wrong, 6) + min(len(choice.final.labels) - wrong, 8)
     assert page.count("<img ") == wrong + strip
@@ -163,7 +163,7 @@ def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(ch
     truth, logits = choice.final.labels, choice.final.logits
     assert record.predictions.predicted == logits.argmax(1).tolist()
     assert record.predictions.files == final(choice).predictions.files
-    assert record.test.accuracy == choice.final.right.mean()
+    assert record.test.accuracy == right_of(choice.final).mean()
     weights = np.exp(logits / calibrated.temperature)
     p = weights / weights.sum(1, keepdims=True)
     rows = np.arange(len(truth))
@@ -171,7 +171,7 @@ def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(ch
     for asked, share in record.tested_calibration.covered.items():
         inside = (1 - p <= calibrated.threshold(asked)) | (logits == logits.max(1, keepdims=True))
         assert share == pytest.approx(inside[rows, truth].mean())
-    losses, gains = (int((one.right & ~two.right).sum()) for one, two in _both_ways(choice))
+    losses, gains = (int((right_of(one) & ~right_of(two)).sum()) for one, two in _both_ways(choice))
     assert choice.changed_by_rounding == paired_proportions(gains, losses, len(truth))
     assert replace(choice, before_rounding=choice.final).changed_by_rounding is None
 

@@ -113,8 +113,8 @@ class TrainRun:
     @property
     def run(self) -> str:
         """Return the name of the call's first run in the folder."""
-        study = read_study_file(self.folder)
-        return study.runs[0] if study is not None and study.runs else self.asked.request.run_name
+        study, asked = read_study_file(self.folder), self.asked.request
+        return study.runs[0] if study is not None and study.runs else f"{asked.experiment}/seed_{asked.seed}"
 
     @property
     def date(self) -> str:

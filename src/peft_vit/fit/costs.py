@@ -211,31 +211,29 @@ class FitCosts:
         """
         fit, request = self.fit, self.fit.request
         given = request.steps_for(fit.num_train)
-        written_s = self.written_s(self.longest_form(recipe))
 
         def fitting(share: float) -> int:
-            if given is not None:
-                return given
             options = range(MOST_LAST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
-            limit_s = share * left_s - self.features_s(recipe) - written_s
-            return first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
+            limit_s = share * left_s - self.features_s(recipe) - self.written_s(self.longest_form(recipe))
+            return given or first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
+
+        def folds_s(steps: int, folds: int) -> float:
+            return folds * self.run_s(replace(recipe, steps=steps))
 
         least = min(given or 1, LEAST_STEPS)  # schedules and moving ranks need some
         each = fit.fold_train_images / fit.num_train  # as many epochs
-        last, steps = fitting(request.last_share), 0
-        for folds in (FEWEST_FOLDS, FEWEST_FOLDS - 1) if not fit.num_validation else ():
+        last, fits = fitting(request.last_share), None
+        if last and not fit.num_validation:
+            most = min(max(least, round(last * min(each, _FOLD_STEPS))), MOST_STEPS)
+            options = [most] if given else range(most, LEAST_STEPS - 1, -_STEPS_APART)
             limit_s = request.folds_share * left_s - self.machine.process_s
-            most = max(least, round(last * min(each, _FOLD_STEPS)))
-            options = [min(most, MOST_STEPS)] if given else range(min(most, MOST_STEPS), LEAST_STEPS - 1, -_STEPS_APART)
-            at = (replace(recipe, steps=some) for some in options)
-            fits = first_that_fits(at, lambda one, folds=folds: folds * self.run_s(one), limit_s)  # type: ignore[misc]
-            if fits is not None and last:
-                steps = fits.steps
-                break
-        if not steps:
+            fits = first_that_fits(options, partial(folds_s, folds=FEWEST_FOLDS), limit_s) or first_that_fits(
+                options, partial(folds_s, folds=FEWEST_FOLDS - 1), limit_s
+            )
+        if not fits:
             last = fitting(request.last_share + request.folds_share)
-            steps = max(least, round(last * each)) if last else 0
-        return steps, last / max(1, steps) * each if steps else 1.0
+        steps = fits or (max(least, round(last * each)) if last else 0)
+        return steps, last / steps * each if steps else 1.0
 
     def fits_memory(self, recipe: Recipe) -> bool:
         """Tell whether a step of a recipe fits half of the memory that is free."""
@@ -273,7 +271,3 @@ class FitCosts:
         every, about = self.fit.images.num_test, duration(images * self._test_image_s(recipe))
         of = f"{images:,} images" if images == every else f"{images:,} of {every:,} images, drawn at random,"
         return f"  testing {of} takes about {about}, on top of the minutes"
-
-    def least_minutes(self, smallest: Recipe) -> float:
-        """Return the minutes in which not more than the regression on the smallest images is made."""
-        return (self.features_s(smallest) + self.ending_s(smallest)) / 60

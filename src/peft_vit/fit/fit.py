@@ -235,17 +235,14 @@ class Fit:
         self.folder, self.lock, asked = folder, lock, self.request.unchangeable
         kept = FitFile.read(self.file_path)
         if kept is None:
-            self.file.asked = asked
+            self.file.asked = dict(asked)
             return
         begun_with = {**kept.asked, "threads": kept.threads}
         for option, value in asked.items():
-            if begun_with.get(option) != value:
-                raise UserError(
-                    f"was begun with {_said(begun_with.get(option))}, and {_said(value)} is asked for now; set it "
-                    "back, or choose another --output",
-                    file=self.file_path,
-                    field=f"--{option}" if option != "images" else "IMAGES",
-                )
+            if (before := begun_with.get(option)) != value:
+                reason = f"was begun with {_said(before)}, and {_said(value)} is asked for now; set it back, or choose"
+                field = "IMAGES" if option == "images" else f"--{option}"
+                raise UserError(f"{reason} another --output", file=self.file_path, field=field)
         self.file, self.begun = kept, True
 
     # --- what is decided, and the time ---

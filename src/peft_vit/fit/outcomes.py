@@ -81,18 +81,16 @@ class Outcome:
         """Return what another form of the run's model came to on the same images."""
         return replace(self, logits=np.asarray(logits, dtype=np.float64))
 
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """Return where it is right, (n,)."""
-        return self.learned.right(self.logits, self.labels)
-
     def predictions(self, calibration: Calibrated | Decision | None) -> tuple[Labels, tuple[float, ...]]:
         """Return what is predicted of the images, and from which probabilities on, as metrics take it."""
         decision = meaning_fields(calibration)["decision"]
         return self.learned.predicted(self.logits, decision), thresholds_of(decision)
 
 
-def pooled(outcomes: Iterable[Outcome], task: Task) -> tuple[NDArray[np.float64], Labels, NDArray[np.int64]]:
+Pooled = tuple[NDArray[np.float64], Labels, NDArray[np.int64]]  # logits (N, K), labels N, positions (N,)
+
+
+def pooled(outcomes: Iterable[Outcome], task: Task) -> Pooled:
     """Return logits (N, K) as a task has them, labels (N,) and positions (N,) of several runs' images together."""
     runs = list(outcomes)
     logits = np.concatenate([np.asarray(task.aligned(own.logits, own.learned), np.float64) for own in runs])
@@ -160,7 +158,7 @@ class FoldResults:
         """Return those of some seeds of which it has none."""
         return [seed for seed in seeds if seed not in self.rows.get(recipe, {})]
 
-    def pooled(self, recipe: Recipe, seeds: Sequence[int]) -> tuple[NDArray[np.float64], Labels, NDArray[np.int64]]:
+    def pooled(self, recipe: Recipe, seeds: Sequence[int]) -> Pooled:
         """Return logits, labels and positions of the images of some folds, see `pooled`."""
         return pooled([self.rows[recipe][seed] for seed in seeds], self.scores.task)
 
@@ -215,9 +213,8 @@ class FoldResults:
             folds[repetitions.index(seed // FOLDS), at] = seed % FOLDS
             if classes is not None:
                 classes[at] = outcome.labels
-        for place, own in enumerate(folds):  # folds that nobody has done
-            left = [fold for fold in range(FOLDS) if fold not in own]
-            folds[place, own < 0] = left[0] if left else 0
+        for own in folds:  # folds that nobody has done
+            own[own < 0] = next((fold for fold in range(FOLDS) if fold not in own), 0)
         for number, recipe in enumerate(recipes):
             for row, repetition in enumerate(repetitions):  # all of one together: of few images a metric may be nothing
                 if seeds := [seed for seed in self.seeds(recipe) if seed // FOLDS == repetition]:

@@ -381,11 +381,6 @@ class TrainRequest(ImagesRequest, _OfTrain):
         return self.method if self.init_adapter is None else "imported"
 
     @property
-    def run_name(self) -> str:
-        """Return the name of its run in its study."""
-        return f"{self.experiment}/seed_{self.seed}"
-
-    @property
     def adapter_options(self) -> dict[str, Any]:
         """Return the limits of the updates, as `TrainOptions` has them."""
         budget = {} if self.budget is None else {"budget": self.budget.number, "budget_unit": self.budget.unit}

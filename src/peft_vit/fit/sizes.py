@@ -124,7 +124,8 @@ def allowed_sizes(fit: Fit) -> dict[str, list[int]]:
     if request.max_latency is not None:
         sizes = _within_latency(fit, sizes, request.max_latency)
     smallest = min((Recipe(model, own[0]) for model, own in sizes.items()), key=costs.image_s)
-    if not fit.begun and not request.smoke and (least := costs.least_minutes(smallest)) > 1.5 * request.minutes:
+    least = (costs.features_s(smallest) + costs.ending_s(smallest)) / 60  # minutes of its regression alone
+    if not fit.begun and not request.smoke and least > 1.5 * request.minutes:
         problem = f"{request.minutes:g} are too few for a single model on this machine, even of the smallest images"
         raise UserError(f"{problem}; give at least {math.ceil(least)}", field="--minutes")
     return sizes

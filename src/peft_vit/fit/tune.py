@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from peft_vit.base.extras import require_extra
 from peft_vit.core.config import QuantizationType, named_as_typed
 from peft_vit.fit.costs import LEAST_STEPS
 from peft_vit.fit.decide import (
@@ -61,7 +60,6 @@ def tune(request: TuneRequest, emit: Emit = print_event, environment: Environmen
             if another command works on the same output.
         KeyboardInterrupt: after Ctrl-C; the same request continues.
     """
-    require_extra("tune", "tune")
     check_output(request)
     with named_as_typed(TuneRequest), study_lock(request.output):
         fit = Fit(request, emit, environment or Environment())
@@ -288,7 +286,7 @@ def look_further(fit: Fit, sizes: Sequence[SizeResult], first: Recipe, probe: Re
     trained = [] if first.is_probe or first.bits is not None else worth_search(fit, sizes, first)
     untried, ranked = list[Recipe](), list[Recipe]()
     if trained:
-        reserved_s = fit.costs.ending_s(costs.longest_form(first), fit.longest_done(first))
+        reserved_s = costs.ending_s(costs.longest_form(first), fit.longest_done(first))
         ranked, untried = search(fit, trained, fit.until(reserved_s))
     untried += _compare(fit, probe, ranked or ([] if first.is_probe else [first]))
     return [recipe for recipe in untried if not fit.frame.seeds(recipe)]
@@ -303,7 +301,7 @@ def _compare(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
         ranked: of LoRA, the best first; none: there is no time to train.
     """
     best, costs, frame = ranked[0] if ranked else probe, fit.costs, fit.frame
-    again_s = 0.0 if fit.longest_done(best) else fit.costs.ending_s(costs.longest_form(best))
+    again_s = 0.0 if fit.longest_done(best) else costs.ending_s(costs.longest_form(best))
     limit = fit.until(again_s or costs.written_s(costs.longest_form(best)))
     _do(fit, best, _FEWEST, limit)
     forms = costs.allowed_bits(probe)
@@ -313,16 +311,16 @@ def _compare(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
     if ranked and fit.seconds(best.half, _HALVED) <= limit.left_s:
         fit.run([best.half], _HALVED, limit)
     if (times := times_longer(fit, best)) > fit.longest_done(best) and not clearly_better(frame, probe, best):
-        limit = fit.until(fit.costs.ending_s(costs.longest_form(best), times))
+        limit = fit.until(costs.ending_s(costs.longest_form(best), times))
     left = [
         recipe
         for recipe in _in_turn(fit, probe, ranked)
         if not any(_done_in_time(fit, [recipe], seeds, limit) for seeds in (_FIRST, _FEWEST))
     ]
-    decision = decide_model(fit)
-    again = list(dict.fromkeys((decision.taken.recipe.trained, decision.reference)))
     if not left:
-        _done_in_time(fit, again, _SECOND, limit)
+        decision = decide_model(fit)
+        again = dict.fromkeys((decision.taken.recipe.trained, decision.reference))
+        _done_in_time(fit, list(again), _SECOND, limit)
     return left
 
 
