@@ -212,9 +212,9 @@ def images_of(images: int, **changes: Any) -> Any:
         "task": CLASSIFICATION,
         "scores": Scores(),
         "rarest": math.inf,
-        "alike": 1.0,
+        "effective_share": 1.0,
         "shots": math.inf,
-        "side": 300.0,
+        "median_side": 300.0,
     }
     known["inspection"] = SimpleNamespace(path=Path("images"))
     data = {"dataset": "image-folder", "path": "images", "images_file": "images.json"}

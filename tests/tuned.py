@@ -74,7 +74,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
         before_rounding=final,
         longer=2.0,
         more=what_more_buys(labels, 0.284, steps, 2.0, sizes, [lora(MODEL, 32, 16)], 20.0),
-        stages=(("look", 1.0), ("folds", 70.0), ("final", 130.0)),
+        stage_seconds=(("look", 1.0), ("folds", 70.0), ("final", 130.0)),
     )
 
 

@@ -61,18 +61,18 @@ class LabelledSet:
         content: of the file that says which images are used and which are the test set.
         file: where that is, as studies name it in `data.images_file`.
         index: of the images that are used.
-        asked: the metric that was asked for; None: the images say which one decides.
+        requested_metric: None: the images say which one decides.
         store: holds what was decoded.
-        split_of: folder of an earlier call, of other images on the same path, whose test images test again.
+        earlier_split: folder of an earlier call, of other images on the same path, whose test images test again.
     """
 
     inspection: Inspection
     content: ImagesFile
     file: Path
     index: ImageIndex
-    asked: DecidingMetric | None
+    requested_metric: DecidingMetric | None
     store: PixelStore | None = None
-    split_of: Path | None = None
+    earlier_split: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -82,7 +82,7 @@ class LabelledSet:
     @cached_property
     def metric(self) -> DecidingMetric:
         """Return what decides."""
-        return self.asked or self.inspection.metric
+        return self.requested_metric or self.inspection.metric
 
     @cached_property
     def dev(self) -> np.ndarray:
@@ -110,7 +110,7 @@ class LabelledSet:
         return self.task.head_width(self.index.class_names)
 
     @property
-    def side(self) -> float:
+    def median_side(self) -> float:
         """Return the median of the images' shorter sides, pixels."""
         return self.inspection.shorter_side
 
@@ -131,7 +131,7 @@ class LabelledSet:
         return self.rarest if self.task.one_class else math.inf
 
     @cached_property
-    def alike(self) -> float:
+    def effective_share(self) -> float:
         """Return by what share of images the metric would be known as well if all counted the same."""
         return self.metric.images_alike(self.index.labels[self.dev]) / self.num_dev
 
@@ -167,7 +167,7 @@ def look(fit: Fit) -> None:
     images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
     if images.inspection.images.taken:
         fit.emit(images.inspection.images.taken)
-    for line in images.inspection.lines(images.asked):
+    for line in images.inspection.lines(images.requested_metric):
         fit.emit(f"  {line}")
     fit.begin(images)
     split = "a fifth of them"
@@ -175,8 +175,8 @@ def look(fit: Fit) -> None:
         split = "the folder's own test split"
     elif request.test_images is not None:
         split = "as you asked" if request.group is None else "about as you asked: groups stay whole"
-    elif images.split_of is not None:
-        split = f"those that tested in {images.split_of} among them"
+    elif images.earlier_split is not None:
+        split = f"those that tested in {images.earlier_split} among them"
     validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
     fit.emit(f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split})")
 
@@ -259,20 +259,20 @@ def take_in(
     Raises:
         UserError: see `inspect_images`.
     """
-    asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
+    metric = None if request.metric == "auto" else images.files.task.metric(request.metric)
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
-    of_split = os.path.realpath(images.path), request.split_seed, request.test_images
-    folder, earlier = (None, None) if images.together is not None else _earlier_split(request, of_split)
+    split_by = os.path.realpath(images.path), request.split_seed, request.test_images
+    folder, earlier = (None, None) if images.together is not None else _earlier_split(request, split_by)
     starts = request.from_run is not None
-    sealed = images_file(inspection, *of_split[1:], earlier, starts=starts) | {"asked": of_split}
+    sealed = images_file(inspection, *split_by[1:], earlier, starts=starts) | {"asked": split_by}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
     keeps = earlier and content.tested & earlier.tested and (starts or content.digests != earlier.digests)
-    return LabelledSet(inspection, content, file, index, asked, store, folder if keeps else None)
+    return LabelledSet(inspection, content, file, index, metric, store, folder if keeps else None)
 
 
-def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
+def _earlier_split(request: FitRequest, split_by: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
     """Return the folder of the last call that was to split the same images alike, and how it did.
 
     That is of `train` in this output, or of `tune` beside it; or what was named, whatever its images.
@@ -284,7 +284,7 @@ def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, I
     files = (file for file in outputs.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
     for file in sorted(files, key=os.path.getmtime, reverse=True):
         with suppress(UserError):  # damaged: it is as if it were not there
-            if (content := ImagesFile.read(file)).asked == asked:
+            if (content := ImagesFile.read(file)).asked == split_by:
                 return file.parent, content
     return None, None
 

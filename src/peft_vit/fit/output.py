@@ -81,7 +81,7 @@ class Tuning:
     folds: tuple[Outcome, ...] = ()  # of the chosen recipe, in the form that was taken
     longer: float = 1.0  # times the steps that follow from the folds, of the last training
     more: tuple[str, ...] = ()  # what more labels and more minutes would buy, sentences
-    stages: tuple[tuple[str, float], ...] = ()  # name and seconds of each stage, of all calls together
+    stage_seconds: tuple[tuple[str, float], ...] = ()  # by name, of all calls together
     meaning: Calibrated | Meaning | None = None  # of the outputs, from what runs on folds said of their test images
 
     @property
@@ -314,8 +314,8 @@ def _facts(choice: Tuning) -> Iterator[tuple[str, str]]:
     of = "" if choice.metric.has_unit else f" of {choice.metric.words}"
     yield "Margin", choice.scores.hundredths(request.margin_share) + of
     yield "Limits", joined(limits) or "none"
-    stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stages)
-    yield "Time", f"{duration(sum(dict(choice.stages).values()))} in all calls, before this page: {stages}"
+    stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stage_seconds)
+    yield "Time", f"{duration(sum(dict(choice.stage_seconds).values()))} in all calls, before this page: {stages}"
     yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
 
 

@@ -257,7 +257,7 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
     expected = dict[Recipe, float]()
     for model in {probe.model for probe in tried}:
         observed = {probe.image_size: score for probe, score in tried.items() if probe.model == model}
-        posterior = posterior_by_size(observed, fit.images.alike * compared, fit.images.side)
+        posterior = posterior_by_size(observed, fit.images.effective_share * compared, fit.images.median_side)
         expected |= {Recipe(model, size): score for size, score in posterior.items()}
     return [
         SizeResult(one.model, one.image_size, tried.get(one), 0, why=why.get(one, ""), expected=expected.get(one, 0.0))

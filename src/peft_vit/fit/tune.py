@@ -152,7 +152,7 @@ def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tunin
 
 def _write(fit: Fit, tuning: Tuning) -> None:
     with fit.stage("output"):
-        tuning = replace(tuning, stages=tuple(fit.file.seconds.items()))
+        tuning = replace(tuning, stage_seconds=tuple(fit.file.seconds.items()))
         (fit.environment.write_output or write_output)(tuning, fit.folder, fit.emit)
     fit.decisions.delivered = tuning.recipe, tuning.longer
 
