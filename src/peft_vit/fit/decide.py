@@ -281,8 +281,8 @@ def decide_model(fit: Fit) -> ModelDecision:
             reason = "half of the steps, to see what they gain" if recipe in halves else "not clearly better"
             if clearly_better(frame, recipe, model.recipe.trained):
                 reason = "no time for more"
-            why = f"{folds} of {FOLDS} folds: {reason}"
-            candidates.append(Candidate(recipe, costs.bytes_of(recipe), folds, None, why))
+            dropped = f"{folds} of {FOLDS} folds: {reason}"
+            candidates.append(Candidate(recipe, costs.bytes_of(recipe), folds, None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
     return ModelDecision(ordered, model, taken, recipes[choice.reference])
 

@@ -143,11 +143,11 @@ def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tunin
         fit.emit(f"  chosen of {len(decision.candidates)} models: {recipe.title}")
     longer, steps = times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
     with fit.stage("final"):
-        final, before_rounding = train_last(fit, recipe, longer)
+        final, before = train_last(fit, recipe, longer)
     error, unit = done.scores.best - decision.odds.score.estimate, done.scores.unit
     more = what_more_buys(labels, error, steps, longer, done.sizes, untried, done.request.minutes, unit)
-    trained = {"recipe": recipe, "final": final, "before_rounding": before_rounding, "longer": longer}
-    return replace(done, decision=decision, more=more, **trained)
+    done = replace(done, recipe=recipe, decision=decision, longer=longer, more=more)
+    return replace(done, final=final, before_rounding=before)
 
 
 def _write(fit: Fit, tuning: Tuning) -> None:
