@@ -506,7 +506,7 @@ def images_file(
         holdout = holdout & ~trained
     elif holdout is None:
         assert seed is not None
-        first = np.unique(inspection.groups, return_index=True)[1]
+        first = _of_rarest(inspection.groups, inspection.task.strata(inspection.labels))
         fifth = max(len(inspection.class_names), min(round(_HOLDOUT_SHARE * len(first)), _MOST_TEST))
         count = test_images or fifth
         if count < _FEWEST_TEST:
@@ -518,9 +518,16 @@ def images_file(
         if inspection.images.together is not None:
             strata = inspection.task.strata(inspection.labels)
             parts = min(max(2, round(len(first) / count)), fewest_groups(strata, inspection.together))
-            holdout = assign_folds(strata, inspection.together, parts, numpy_generator(seed, "sealed")) == 0
+            part_of = assign_folds(strata, inspection.together, parts, numpy_generator(seed, "sealed"))
+
+            def classes_of(part: int) -> int:
+                """Return how many classes are tested, and how many others can be learned, in sum."""
+                sides = (inspection.labels[part_of == part], inspection.labels[part_of != part])
+                return sum(np.count_nonzero(inspection.task.counts(of, len(inspection.class_names))) for of in sides)
+
+            holdout = part_of == max(range(parts), key=classes_of)  # groups of several classes may leave one out
         else:
-            drawn = _drawn(inspection, np.sort(first), count, numpy_generator(seed, "sealed"), earlier, starts)
+            drawn = _drawn(inspection, first, count, numpy_generator(seed, "sealed"), earlier, starts)
             holdout = np.isin(np.arange(len(names)), drawn)
             of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
             for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
@@ -536,6 +543,13 @@ def images_file(
         trained=tuple(sorted(earlier.learned_from)) if starts and earlier is not None else (),
     )
     return content.model_dump(mode="json")
+
+
+def _of_rarest(groups: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Return the first image of each group (N,) that is of the rarest of its strata, sorted: that one may test."""
+    _, which, counts = np.unique(strata, axis=0, return_inverse=True, return_counts=True)
+    rarest_first = np.argsort(counts[which.reshape(-1)], kind="stable")
+    return np.sort(rarest_first[np.unique(groups[rarest_first], return_index=True)[1]])
 
 
 def _drawn(

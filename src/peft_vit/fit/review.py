@@ -7,6 +7,8 @@ are never ranked: who corrects only the labels that a model doubts makes the tes
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,7 +25,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics import probabilities
 from peft_vit.core.training import Features, can_hold_out, held_out_fit
-from peft_vit.data import ImageIndex, ImagesFile, index_inspected
+from peft_vit.data import ImageIndex, ImagesFile, images_file, index_inspected, inspect_images
 from peft_vit.data.inspect import listed
 from peft_vit.deploy.export import fold_records
 from peft_vit.deploy.features import cached_features
@@ -32,7 +34,7 @@ from peft_vit.deploy.page.document import Block, StudyDocument, Table
 from peft_vit.deploy.page.formatting import percent, plain
 from peft_vit.deploy.page.tables import Column, table
 from peft_vit.deploy.restore import finished_record
-from peft_vit.fit.intake import IMAGES_FILE, take_in
+from peft_vit.fit.intake import earlier_calls
 from peft_vit.fit.outcomes import Outcome, pooled
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.records.storage import STUDIES_FOLDER, single_run
@@ -54,22 +56,36 @@ class Review(NamedTuple):
     images: ImageIndex
     came_out: list[str]  # sentences
     shown: list[tuple[Table, list[int]]]  # what to look at, and the positions of these images
+    doubts: list[dict[str, Any]]  # labels to check: name, label, is_test, and what is believed how surely, see `label`
 
 
 def by_regression(
-    asked: TrainRequest, opened: Callable[[], tuple[nn.Module, ExportMetadata]], on_progress: OnProgress
+    asked: TrainRequest,
+    seed: int | None,
+    opened: Callable[[], tuple[nn.Module, ExportMetadata]],
+    on_progress: OnProgress,
 ) -> Predicted:
     """Predict images that do not test by regressions on the frozen features of others.
 
+    The test images are those of the last call of `train` or `tune` on the same images, of the folders where these write
+    by default, that had this seed; or else those that such a call would set aside.
+
     Args:
-        asked: says which images, and which of them `train` would set aside for the test.
+        asked: says which images.
+        seed: that drew the test images; None: any.
         opened: returns the model that has the features, and how it takes images.
         on_progress: gets how many images are read, and then embedded.
 
     Raises:
-        UserError: see `take_in`; if a class has one image alone beside the test images.
+        UserError: see `inspect_images`; if a class has one image alone beside the test images.
     """
-    index = take_in(asked, asked.found, Path(IMAGES_FILE), on_progress=on_progress).index
+    inspection = inspect_images(asked.found, least=2, on_progress=on_progress)
+    place = os.path.realpath(asked.found.path)
+    calls = (content for _, content in earlier_calls(asked.output, Path()) if content.asked is not None)
+    earlier = next((one for one in calls if one.asked[0] == place and seed in (None, one.asked[1])), None)  # type: ignore[index]
+    drawn = (seed or 0, None) if earlier is None or earlier.asked is None else earlier.asked[1:]
+    content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, *drawn, earlier)))
+    index = index_inspected(asked.found, content, asked.images)
     dev = np.flatnonzero(index.dev)
     labels, groups = index.labels[dev], index.groups[dev]
     if not can_hold_out(labels, groups):
@@ -109,6 +125,13 @@ def by_folds(asked: TrainRequest, run: Path) -> Predicted:
     return index, positions, logits
 
 
+def margins(p: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the probability of each label less that of the most probable other class, (n,), of (n, K) and (n,)."""
+    others = p.copy()
+    others[np.arange(len(p)), labels] = -1
+    return p[np.arange(len(p)), labels] - others.max(1)
+
+
 def review_labels(predicted: Predicted, shown: int) -> Review:
     """Rank labels by what was predicted of the images; if several times of one, the first counts.
 
@@ -118,11 +141,9 @@ def review_labels(predicted: Predicted, shown: int) -> Review:
     """
     index, positions, logits = predicted
     places, first = np.unique(positions, return_index=True)  # (images,)
-    labels, rows, outputs = index.labels[places], np.arange(len(places)), logits[first]  # (images, K)
+    labels, outputs = index.labels[places], logits[first]  # (images,), (images, K)
     p = probabilities(outputs, index.task.temperature(torch.from_numpy(outputs), torch.from_numpy(labels)))
-    others = p.copy()
-    others[rows, labels] = -1
-    margin = p[rows, labels] - others.max(1)
+    margin = margins(p, labels)
 
     def described(place: int, **more: Any) -> dict[str, Any]:
         return {"position": place, "file": index.title(place), "label": index.label(place), **more}
@@ -152,7 +173,12 @@ def review_labels(predicted: Predicted, shown: int) -> Review:
         came_out.append(f"Check {len(checked):,} of the {len(test):,} test images, too. {_AT_RANDOM}")
     if index.left_out:
         came_out += ["Left out, in training, too:", *listed(index.left_out)]
-    return Review(index, came_out, [(made, [row["position"] for row in rows]) for rows, made in parts if rows])
+    doubts = [
+        {"name": row["file"], "label": row["label"], "is_test": "sure" not in row}
+        | {key: row[key] for key in ("believed", "sure") if key in row}
+        for row in [*doubted, *checked]
+    ]
+    return Review(index, came_out, [(made, [row["position"] for row in rows]) for rows, made in parts if rows], doubts)
 
 
 def review_document(review: Review, images: str, pictures: Pictures | None) -> StudyDocument:

@@ -64,6 +64,11 @@ class ImageFolder:
         self._decoding = BoundedSemaphore(_AT_ONCE)
         self.encoded = lru_cache(_KEPT)(self._encoded)
 
+    def rename(self, i: int, name: str) -> None:
+        """Call an image by the name that its file has by now."""
+        del self.number[self.names[i]]
+        self.names[i], self.number[name] = name, i
+
     def digest(self, i: int) -> str:
         """Return the SHA-256 of a file's content, which is read once; of what can't be read, which is left out, ""."""
         if (known := self._digests[i]) is None:
