@@ -1,4 +1,4 @@
-"""Wrong labels that are planted: how many of the first twenty are listed, and what it brings to correct the first tenth.
+"""Wrong labels that are planted: how many are among the first twenty, and what correcting the first tenth brings.
 
 60 images of each class of a set (of fewer three quarters) get wrong labels in one of three ways: 5 % or 10 % of them
 one of the other classes, or 10 % the class that a regression on the true labels confuses theirs with most. Then each is
@@ -26,6 +26,7 @@ from cleanlab.filter import find_label_issues
 from common import RESULTS, append_row, parser, rows_of
 from few_labels import images_of
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from peft_vit.base.statistics import probabilities
 from peft_vit.core.config import DEFAULT_MODEL
@@ -34,7 +35,6 @@ from peft_vit.core.tasks.classification import ACCURACY, log_softmax
 from peft_vit.core.training import Features, fit_probe, held_out_fit
 from peft_vit.deploy.features import embed_images, open_pretrained
 from peft_vit.deploy.formats.header import FloatArray
-from peft_vit.fit.review import margins
 from peft_vit.runs.this_machine.machine import git_state
 
 Ints = NDArray[np.int64]
@@ -58,7 +58,7 @@ class Taken(NamedTuple):
 
 def taken_of(name: str, image_size: int, work: Path) -> Taken:
     """Return images of a set; which ones follows from it alone."""
-    file = work / f"{name}-{image_size}.npz"
+    file = work / f"{name}-{image_size}.safetensors"
     if not file.exists():
         pictures: dict[str, list[NDArray[np.uint8]]] = {}
         for class_name, picture in images_of(name):
@@ -73,9 +73,8 @@ def taken_of(name: str, image_size: int, work: Path) -> Taken:
         model, card = open_pretrained(DEFAULT_MODEL, None, image_size)
         parts = [embed_images(model, card, [picture for picture, _ in part])[1] for part in (some, tested)]
         labels = [np.array([label for _, label in part]) for part in (some, tested)]
-        np.savez(file, features=parts[0], labels=labels[0], test_features=parts[1], test_labels=labels[1])
-    with np.load(file) as content:
-        return Taken(**content)
+        save_file(dict(zip(Taken._fields, (parts[0], labels[0], parts[1], labels[1]), strict=True)), file)
+    return Taken(**load_file(file))
 
 
 def planted(labels: Ints, share: float, confused: Ints | None, rng: np.random.Generator) -> Ints:
@@ -98,7 +97,8 @@ def measured(taken: Taken, given: Ints, rng: np.random.Generator) -> dict[str, A
     """Return what there is to know of a planting."""
     strength, logits = held_out_fit(Features(taken.features, given), np.arange(len(given)), ACCURACY)
     p = probabilities(logits, CLASSIFICATION.temperature(torch.from_numpy(logits), torch.from_numpy(given)))
-    wrong, order = given != taken.labels, np.argsort(margins(p, given), kind="stable")
+    order = np.argsort(p[np.arange(len(given)), given], kind="stable")  # as `review_labels` does
+    wrong = given != taken.labels
 
     def accuracy(looked_at: Ints) -> float:
         labels = given.copy()

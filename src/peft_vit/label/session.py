@@ -241,6 +241,7 @@ class Session:
     def fit(self) -> None:
         """Fit a model to what is labelled, and choose the next images by it; the page is answered meanwhile."""
         features, ids = self.features.read()  # (M, D), (M,)
+        self.images.find_copies()
         with self._lock:
             rows, classes = dict(self.store.rows), list(self.classes)
             doubted = list(self._doubted)
@@ -309,7 +310,7 @@ class Session:
 
     def _is_test(self, i: int, rows: Mapping[str, Row]) -> bool:
         """Return whether an image is for the test: as is written down of it or of a copy, or else as is drawn."""
-        written = (rows.get(self.images.names[copy]) for copy in (i, *self._copies(i)))
+        written = (rows.get(self.images.names[copy]) for copy in self.images.alike(i))
         split = next((row.split for row in written if row is not None and row.split in ("train", "test")), None)
         return self.images.is_test(i) if split is None else split == "test"
 

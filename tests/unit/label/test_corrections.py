@@ -117,7 +117,7 @@ def test_what_changed_meanwhile_is_not_overwritten(folders, table) -> None:
         of_table.record("d001.png", "a", "b", is_test=False)
     assert not (folders / CORRECTIONS_FILE).exists()
     table.write_text("path;Class;Split;note\nd001.png;a\n")
-    with pytest.raises(UserError, match="labels.csv:2"):
+    with pytest.raises(UserError, match=r"labels\.csv:2"):
         of_table.record("d001.png", "a", "b", is_test=False)
     assert table.read_text() == "path;Class;Split;note\nd001.png;a\n"
 
