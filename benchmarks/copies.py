@@ -1,7 +1,7 @@
 """Copies that are planted among the images of a set: how many are found, and what is taken for one that is none.
 
-120 images of a set are mirrored, cropped to 90 to 97 % of their sides, saved as JPEG of quality 50, and shifted by up to
-4 pixels (2 of images below 64 pixels, 1 below 24). They stand among all images, at most 2,000, and are found if they
+60 images of a set are mirrored, cropped to 90 to 97 % of their sides, saved as JPEG of quality 50, and shifted by up to
+4 pixels (2 of images below 64 pixels, 1 below 24). They stand among all images, at most 1,000, and are found if they
 are in a group with their own. The other groups are shown in `--sheet`, for a person to count what is no copy.
 
     python benchmarks/copies.py digits fashion-mnist elpv stamps emoji --sheet FOLDER
@@ -33,7 +33,7 @@ from peft_vit.deploy.features import embed_images, open_pretrained
 from peft_vit.runs.this_machine.machine import git_state
 
 _COLUMNS = ("set", "what", "images", "value", "commit")
-_MOST, _PLANTED, _FIGURES, _OTHERS, _FRAMES, _SIDE = 2000, 120, 120, 300, 8, 96
+_MOST, _PLANTED, _FIGURES, _OTHERS, _FRAMES, _SIDE = 1000, 60, 120, 300, 8, 96
 
 
 def groups_among(pictures: list[Image.Image]) -> np.ndarray:
@@ -77,9 +77,10 @@ def of_set(name: str, sheet: Path | None) -> dict[str, float]:
         print(name, f"{len(some)} groups:", sheet / f"copies-{name}.png")
     own = rng.permutation(len(pictures))[:_PLANTED]
     copies = [planted(pictures[i], rng) for i in own]
-    for what in copies[0]:
-        among = groups_among([*pictures, *(copy[what] for copy in copies)])
-        found[what] = float((among[own] == among[len(pictures) :]).mean())
+    every = [copy[what] for what in copies[0] for copy in copies]
+    among = groups_among([*pictures, *every])
+    for what, of_copies in zip(copies[0], np.split(among[len(pictures) :], len(copies[0])), strict=True):
+        found[what] = float((among[own] == of_copies).mean())
     return found | {"images": len(pictures)}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tuned import choice_of, write_images
 
@@ -80,8 +81,11 @@ def test_the_order_is_cleanlabs_of_self_confidence() -> None:
     p, labels = rng.dirichlet(np.ones(4), 50), rng.integers(0, 4, 50)
     index = ImageIndex(labels, tuple("abcd"), None, "", lambda _: Image.new("L", (1, 1)))
     (table, _), *_ = review_labels((index, np.arange(50), np.log(p)), 5).shown
-    quality = rank.get_label_quality_scores(labels, p, method="self_confidence")
+    calibrated = p ** (1 / index.task.temperature(torch.from_numpy(np.log(p)), torch.from_numpy(labels)))
+    calibrated /= calibrated.sum(1, keepdims=True)
+    quality = rank.get_label_quality_scores(labels, calibrated, method="self_confidence")
     assert [row["position"] for row in table.data] == np.argsort(quality).tolist()
+    assert [row["probability"] for row in table.data] == pytest.approx(np.sort(quality).tolist())
 
 
 def test_the_test_images_are_those_of_the_call_with_the_seed(command, labelled: Path) -> None:

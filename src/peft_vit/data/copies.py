@@ -114,7 +114,7 @@ def _aligned(first: Floats, second: Floats, p: Floats, steps: int) -> tuple[Floa
     return p, (t * w).sum(1) / share[:, 0]
 
 
-def _warped(images: tuple[Floats, ...], p: Floats, x: Floats, y: Floats) -> tuple[list[Floats], Floats]:
+def _warped(images: tuple[Any, ...], p: Floats, x: Floats, y: Floats) -> tuple[list[Floats], Floats]:
     """Return images (B, S, S) at moved places, (B, P) each, and which of these lie inside, as 0 and 1."""
     side = images[0].shape[1]
     a, b, shift_x, shift_y = p.T[..., None]  # (B, 1)

@@ -538,7 +538,9 @@ def images_file(
             def classes_of(part: int) -> int:
                 """Return how many classes are tested, and how many others can be learned, in sum."""
                 sides = (inspection.labels[part_of == part], inspection.labels[part_of != part])
-                return sum(np.count_nonzero(inspection.task.counts(of, len(inspection.class_names))) for of in sides)
+                return sum(
+                    int(np.count_nonzero(inspection.task.counts(of, len(inspection.class_names)))) for of in sides
+                )
 
             holdout = part_of == max(range(parts), key=classes_of)  # groups of several classes may leave one out
         else:

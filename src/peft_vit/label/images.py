@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import BoundedSemaphore
 
@@ -92,7 +92,7 @@ class ImageFolder:
         for i, name in enumerate(self.names):
             with suppress(UserError, OSError):
                 path = self._inside(i)
-                image = decode_image(lambda path=path: read_bytes(path), name, enough=_COMPARED)
+                image = decode_image(partial(read_bytes, path), name, enough=_COMPARED)
                 thumbnails.append(grey_thumbnail(to_pixels(on_white(image).convert("RGB"), _COMPARED, 3)))
                 places.append(i)
         if not places:
