@@ -1,4 +1,4 @@
-"""Crops, mirrored images and frames are found among images that only look alike, and stay on one side of every split."""
+"""Crops, mirrored images and frames are found among images that look alike, and stay on one side of every split."""
 
 import io
 from pathlib import Path
