@@ -86,8 +86,8 @@ class Corrections:
                 state = "gone" if label is None else f"'{label}' by now"
                 raise ConflictError(f"is {state}; look at it again", file=name)
             digest = sha256_of(self.root / name)
-            said = Answer(sha256=digest, name=name, renamed=name, is_test=is_test, **_said(before, after))
-            self._change(name, after, said)
+            said = {"sha256": digest, "name": name, "renamed": name, "is_test": is_test, **_said(before, after)}
+            self._change(name, after, Answer.model_validate(said))
             return self.answers()[-1].renamed
 
     def undo(self) -> Answer:
