@@ -27,7 +27,7 @@ from PIL import Image
 from peft_vit.core.config import DEFAULT_MODEL
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.core.training import Features, fit_probe, held_out_fit
-from peft_vit.data.copies import copy_pairs, grey_thumbnail, groups_of
+from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.deploy.features import embed_images, open_pretrained
 from peft_vit.runs.this_machine.machine import git_state
@@ -38,7 +38,7 @@ _MOST, _PLANTED, _FIGURES, _OTHERS, _FRAMES, _SIDE = 1000, 60, 120, 300, 8, 96
 
 def groups_among(pictures: list[Image.Image]) -> np.ndarray:
     """Return groups of copies, (N,)."""
-    thumbnails = np.stack([grey_thumbnail(to_pixels(picture, 64, 3)) for picture in pictures])
+    thumbnails = np.stack([compared_thumbnail(to_pixels(picture, 64, 3)) for picture in pictures])
     return groups_of(np.arange(len(pictures)), copy_pairs(thumbnails))
 
 

@@ -1,9 +1,10 @@
 """Copies that are not equal: saved again, cropped, mirrored, shifted, and frames of one film that differ by little.
 
-Images are compared as grey thumbnails of 32 x 32 pixels. Of each the images with the most similar blurred thumbnail, as
-they are or mirrored, are candidates. A candidate is moved, scaled and turned a little until it correlates with the
-other one (Evangelidis and Psarakis 2008, "Parametric Image Alignment Using Enhanced Correlation Coefficient
-Maximization", by Gauss-Newton steps). If what is finer than a blur then correlates as well, the two are copies.
+Images are compared as thumbnails of 32 x 32 pixels: by their mean colors, and in grey. Of each the images with the most
+similar blurred thumbnail, as they are or mirrored, are candidates. A candidate is moved, scaled and turned a little
+until it correlates with the other one (Evangelidis and Psarakis 2008, "Parametric Image Alignment Using Enhanced
+Correlation Coefficient Maximization", by Gauss-Newton steps). If what is finer than
+a blur then correlates as well, the two are copies.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Floats = NDArray[np.floating[Any]]
 SIDE = 32  # pixels of a thumbnail
 _NEIGHBOURS, _LEAST_BLURRED = 8, 0.8  # candidates of an image, and how well they correlate at least
 _LEAST, _LEAST_DETAIL = 0.98, 4.0  # correlation of copies; grey levels by which what is flat deviates at most
+_MOST_COLOR = 8.0  # levels by which mean colors differ beside brightness
 _LARGEST = np.array([0.15, 0.12, 0.35, 0.35], np.float32)  # scale, turn in radians, shifts in half sides
 _LEAST_COARSE = 0.93  # correlation of blurred images once they are aligned
 _BLOCK = 1024  # images or pairs
@@ -28,15 +30,21 @@ def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
     """Return pairs of images that are copies, (M, 2), the lower number first.
 
     Args:
-        thumbnails: grey, (N, 32, 32), 0 to 255.
+        thumbnails: (N, 32, 32, 3), 0 to 255.
     """
-    count = len(thumbnails)
+    count, grey = len(thumbnails), thumbnails.mean(3)
+    colors = thumbnails.mean((1, 2)) - grey.mean((1, 2))[:, None]  # (N, 3)
+    thumbnails = grey  # (N, 32, 32)
     blurred = _normalised(_blur(thumbnails, 2.0)[:, ::2, ::2].reshape(count, -1))  # (N, 256)
-    detailed = _fine(thumbnails).std((1, 2)) >= _LEAST_DETAIL
+    fine = _fine(thumbnails)
+    lines = fine.mean(1, keepdims=True) + fine.mean(2, keepdims=True)  # from side to side, as of a grid
+    detailed = (fine - lines).std((1, 2)) >= _LEAST_DETAIL
     found = []
     for is_mirrored in (False, True):
         others = blurred.reshape(-1, SIDE // 2, SIDE // 2)[:, :, ::-1].reshape(count, -1) if is_mirrored else blurred
-        for pairs in _candidates(blurred, others, detailed):
+        for candidates in _candidates(blurred, others, detailed):
+            differ = np.abs(colors[candidates[:, 0]] - colors[candidates[:, 1]]).max(1)
+            pairs = candidates[differ <= _MOST_COLOR]
             second = thumbnails[pairs[:, 1]]
             alike = _alignment(thumbnails[pairs[:, 0]], second[:, :, ::-1] if is_mirrored else second)
             found.append(pairs[alike >= _LEAST])
@@ -54,10 +62,9 @@ def groups_of(groups: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np
     return joined
 
 
-def grey_thumbnail(pixels: NDArray[np.uint8]) -> Floats:
-    """Return the grey thumbnail (32, 32) of an image (64, 64, C)."""
-    grey = pixels.astype(np.float32).mean(2)
-    thumbnail: Floats = grey.reshape(SIDE, 2, SIDE, 2).mean((1, 3))  # (64, 64) -> (32, 32)
+def compared_thumbnail(pixels: NDArray[np.uint8]) -> Floats:
+    """Return the thumbnail (32, 32, 3) of an image (64, 64, 3)."""
+    thumbnail: Floats = pixels.astype(np.float32).reshape(SIDE, 2, SIDE, 2, -1).mean((1, 3))
     return thumbnail
 
 
@@ -81,6 +88,8 @@ def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> Ite
 
 def _alignment(first: Floats, second: Floats) -> Floats:
     """Return how well details correlate once the second image is aligned to the first, (B,), of (B, 32, 32) both."""
+    if not len(first):
+        return np.zeros(0, np.float32)
     p = np.zeros((len(first), 4), np.float32)  # scale, turn, shifts
     result = np.zeros(len(first), np.float32)
     p, alike = _aligned(_blur(first, 2.0)[:, ::2, ::2], _blur(second, 2.0)[:, ::2, ::2], p, 5)

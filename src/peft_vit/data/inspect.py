@@ -47,7 +47,7 @@ from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.core.training import fewest_groups
-from peft_vit.data.copies import copy_pairs, grey_thumbnail, groups_of
+from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
 from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
@@ -67,7 +67,7 @@ from peft_vit.data.pixels import (
 from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, is_image
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
-_VERSION = 4  # raise when what counts as equal or nearly equal changes
+_VERSION = 5  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
@@ -808,7 +808,7 @@ def _decoded(
                 if one.digest not in number:
                     number[one.digest] = len(number)
                     different.append(grey_thumbnails(one.compared[None], np.arange(1))[0])
-                    aligned.append(grey_thumbnail(one.compared))
+                    aligned.append(compared_thumbnail(one.compared))
                     first.append(done)
                 sides[done], copies[done] = one.facts[:2], number[one.digest]
                 store.add(name, one.pixels)

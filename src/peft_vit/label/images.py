@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, sha256_of
-from peft_vit.data.copies import copy_pairs, grey_thumbnail, groups_of
+from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.files import open_tree
 from peft_vit.data.pixels import decode_image, on_white, to_pixels
 from peft_vit.data.sources.folders import is_image
@@ -93,7 +93,7 @@ class ImageFolder:
             with suppress(UserError, OSError):
                 path = self._inside(i)
                 image = decode_image(partial(read_bytes, path), name, enough=_COMPARED)
-                thumbnails.append(grey_thumbnail(to_pixels(on_white(image).convert("RGB"), _COMPARED, 3)))
+                thumbnails.append(compared_thumbnail(to_pixels(on_white(image).convert("RGB"), _COMPARED, 3)))
                 places.append(i)
         if not places:
             return

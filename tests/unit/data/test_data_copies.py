@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from peft_vit.data import ImagesFile, images_file, inspect_images
-from peft_vit.data.copies import copy_pairs, grey_thumbnail
+from peft_vit.data.copies import compared_thumbnail, copy_pairs
 from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.data.sources.folders import find_images
 from peft_vit.label.exchange import adopt
@@ -53,7 +53,7 @@ def turned(picture: Image.Image) -> Image.Image:
 def test_copies_are_found_and_nothing_else(made) -> None:
     pictures = [texture(seed) for seed in range(30)]
     every = [*pictures, *map(made, pictures[:10])]
-    thumbnails = np.stack([grey_thumbnail(to_pixels(picture, 64, 3)) for picture in every])
+    thumbnails = np.stack([compared_thumbnail(to_pixels(picture, 64, 3)) for picture in every])
     found, planted = {*map(tuple, copy_pairs(thumbnails).tolist())}, {(k, 30 + k) for k in range(10)}
     assert found <= planted
     assert len(found) >= 9
