@@ -19,7 +19,7 @@ from peft_vit.base.extras import missing_packages, require_extra
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.cli.deploy_commands import GIVEN_IMAGES, PRINTED, ModelRequest, refuse_swapped
-from peft_vit.core.config import DEFAULT_MODEL, exported_format, named_as_typed
+from peft_vit.core.config import DEFAULT_MODEL, SEEDS, exported_format, named_as_typed
 from peft_vit.fit.request import GROUP, IMAGES, MODEL, WEIGHTS
 
 if TYPE_CHECKING:
@@ -252,6 +252,11 @@ def similar(request: SimilarRequest) -> None:
 # --- review -----------------------------------------------------------------------------------------------------------
 
 
+_FOLLOW = (
+    "Files move to other class folders, or rows of the CSV change. What was done is written to corrections.jsonl there."
+)
+
+
 class ReviewRequest(_FeaturesRequest):
     """Labelled images, what predicts them, and where the page on them goes."""
 
@@ -268,14 +273,23 @@ class ReviewRequest(_FeaturesRequest):
         default=Path("peft-vit-review"),
         description="The folder of the page and of its tables. Those of an earlier review there are replaced.",
     )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=SEEDS.stop,
+        description="The test images are those of train or tune with this seed. Without it, of their last call.",
+    )
+    page: bool = Field(default=False, description=f"Then confirm or correct these labels in your browser. {_FOLLOW}")
+    undo: bool = Field(default=False, description="Take back what was corrected last, and end.")
 
 
 @command(ReviewRequest)
 @named_as_typed(ReviewRequest)
 def review(request: ReviewRequest) -> None:
-    """List images whose label is probably wrong, those believed least first. Nothing of yours is changed.
+    """List images whose label is probably wrong, those believed least first.
 
-    Models predict images that they were not trained on. Exit codes: 0 done, 2 bad input.
+    Models predict images that they were not trained on. Nothing of yours is changed without --page or --undo. Exit
+    codes: 0 done, 2 bad input.
     """
     from peft_vit.data.pixels import thumbnail
     from peft_vit.deploy.page.printed import print_blocks
@@ -287,6 +301,17 @@ def review(request: ReviewRequest) -> None:
     asked = TrainRequest.of(images=request.images, group=request.group)
     if not asked.found.files.task.one_class:
         raise UserError("has several labels an image, or numbers; review takes one class each", file=request.images)
+    if request.page or request.undo:
+        from peft_vit.label.corrections import Checking, Corrections, Doubt
+        from peft_vit.label.images import ImageFolder
+
+        corrections = Corrections(asked.found)
+    if request.undo:
+        answer = corrections.undo()
+        print(printable(f"{answer.renamed}: '{answer.before}' is '{answer.after}' again"))
+        return
+    if request.page:
+        require_extra("label", "The page")
     if request.is_trained:
         if request.image_size is not None or request.weights is not None:
             reason = "have no effect with what was trained; leave them out"
@@ -294,7 +319,7 @@ def review(request: ReviewRequest) -> None:
         predicted = by_folds(asked, Path(request.model))
     else:
         with progress("reading images", sys.stderr) as on_progress:
-            predicted = by_regression(asked, request.opened, on_progress)
+            predicted = by_regression(asked, request.seed, request.opened, on_progress)
     reviewed = review_labels(predicted, request.top)
     print("\n".join(map(printable, reviewed.came_out)))
     print_blocks(table for table, _ in reviewed.shown)
@@ -306,3 +331,10 @@ def review(request: ReviewRequest) -> None:
     _write_images_page(document, f"peft-vit train {shlex.quote(str(request.images))}", request.output)
     if not missing_packages("report"):
         print(f"All labels, in this order: {request.output / 'tables' / 'review_labels.csv'}")
+    if request.page:
+        from peft_vit.cli.label_command import serve_page
+
+        doubts = [Doubt(**row) for row in reviewed.doubts]
+        train = f"peft-vit train {shlex.quote(str(request.images))}"
+        names = reviewed.images.class_names
+        serve_page(Checking(corrections, ImageFolder(corrections.root), doubts, names, train))

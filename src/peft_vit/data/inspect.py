@@ -16,13 +16,15 @@ product of the thumbnails of both sides.
 
 A folder is inspected before there are splits (`inspect_images`). Every image is decoded once, JPEGs at a fraction of
 their size unless their pixels are kept for training (`PixelStore`), and the answer is kept in the cache too; near
-copies are also what a chain of such pairs links. Of crops and mirrored images nothing is seen here.
+copies are also what a chain of such pairs links. Crops, mirrored images and frames of one film, see `copy_pairs`, are
+linked too where they have one label. What no comparison of pixels shows, nobody sees here: photographs of one object
+from another side.
 
-Frames of one clip are known by their names: images of a folder whose names differ in their last number alone. If half
-of these neighbours have the next one among the two that their thumbnails correlate with most, of all images, a line
-says so (`neighbours_alike`). Of digits, solar cells and emoji, all of them or 300, 4 to 21 % do; of stamps fewer than a
-tenth have such names. Of made-up clips, windows that move over four photographs by 2, 5 and 10 % of their side from
-frame to frame, it is 100, 95 and 71 %; by 20 %, 33 %: these are not found. The rule was chosen on these same sets.
+Frames that differ more are known by their names: images of a folder whose names differ in their last number alone. If
+half of these neighbours have the next one among the two that their thumbnails correlate with most, of all images, a
+line says so (`neighbours_alike`). Of digits, solar cells and emoji, all of them or 300, 4 to 21 % do; of stamps fewer
+than a tenth have such names. Of made-up clips, windows that move over four photographs by 2, 5 and 10 % of their side
+from frame to frame, it is 100, 95 and 71 %; by 20 %, 33 %: these are not found. The rule was chosen on these same sets.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.core.training import fewest_groups
+from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
 from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
@@ -73,7 +76,7 @@ from peft_vit.data.pixels import (
 from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
-_VERSION = 4  # raise when what counts as equal or nearly equal changes
+_VERSION = 6  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
@@ -207,11 +210,7 @@ def near_groups(thumbnails: np.ndarray, start: int = 0) -> np.ndarray:
                 norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
                 pairs = pairs[(a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * norms]
                 if len(pairs):  # which are few sets' images: the libraries take memory in every worker
-                    from scipy.sparse import coo_array
-                    from scipy.sparse.csgraph import connected_components
-
-                    links = coo_array((np.ones(len(pairs), dtype=bool), groups[pairs].T), shape=(count, count))
-                    groups = connected_components(links, directed=False)[1][groups].astype(np.int64)
+                    groups = groups_of(groups, pairs)
     return groups
 
 
@@ -271,6 +270,7 @@ class Inspection:
         unreadable: those of them that are called as images are and can't be read.
         animated: names of those of several frames, of which the first one is taken.
         alike: names of neighbours that look as if they were frames of one clip, in pairs; see `neighbours_alike`.
+        unlinked: how many crops, mirrored images and frames are in no group, since too few would be left of a class.
     """
 
     images: Images
@@ -285,6 +285,7 @@ class Inspection:
     left_out: Mapping[str, str]
     animated: tuple[str, ...]
     alike: tuple[tuple[str, str], ...] = ()
+    unlinked: int = 0
 
     @property
     def path(self) -> Path:
@@ -369,6 +370,9 @@ class Inspection:
                 a, b = count_crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
+        if self.unlinked:
+            reason = "of a class, and nothing keeps them together; say what belongs together by --group"
+            yield f"{_are(self.unlinked, 'image')} so much like others that hardly any different ones are left {reason}"
         count, pair = count_crossing(self.groups, self.task.label_ids(self.labels))
         if count:
             a_title, b_title = (f"{self.names[i]} ('{self.task.text(self.labels[i], self.class_names)}')" for i in pair)
@@ -489,11 +493,22 @@ def inspect_images(
         refuse_few(labels, np.arange(len(labels)), holdout)  # before anything is decoded
         names = np.array(list(files.classes), dtype=object)
         decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
-        copies, groups = decoded.copies, decoded.groups
+        copies, groups, strata = decoded.copies, decoded.groups, task.strata(labels)
+        marks, links = task.label_ids(labels), decoded.links
+        links = links[marks[links[:, 0]] == marks[links[:, 1]]] if task.one_class else links
+        joined = np.where(groups < 0, -1, groups_of(groups, links))
+        dev = (groups >= 0) & ~(np.zeros(len(labels), dtype=bool) if holdout is None else holdout)
+        is_enough = fewest_groups(strata[dev], joined[dev]) >= max(least, _LEAST_GROUPS)
+        unlinked = 0 if is_enough else len(np.unique(groups)) - len(np.unique(joined))
+        groups = joined if is_enough else groups
         left_out = dict(images.left_out) | decoded.faults
         together = groups if images.together is None else _linked(groups, [images.together[name] for name in names])
         what = "a copy of" if images.together is None else "in a group with"
-        left_out |= _contradictions(names, task.label_ids(labels), copies, together, holdout, what)
+        left_out |= _contradictions(names, marks, copies, together, holdout, what)
+        for some in [] if holdout is None else _several(np.where(holdout, groups, -1)):
+            left_out |= {
+                names[i]: f"a copy of {names[some[0]]}, of the test split" for i in some[1:] if names[i] not in left_out
+            }
         unsure = {name for name, why in images.left_out.items() if why == IS_UNSURE}
         if strict and left_out.keys() - unsure:
             them = "it" if len(left_out) == 1 else "them"
@@ -525,6 +540,7 @@ def inspect_images(
         left_out=left_out,
         animated=decoded.animated,
         alike=decoded.alike,
+        unlinked=unlinked,
     )
 
 
@@ -573,7 +589,7 @@ def images_file(
         holdout = holdout & ~trained
     elif holdout is None:
         assert seed is not None
-        first = np.unique(inspection.groups, return_index=True)[1]
+        first = _of_rarest(inspection.groups, inspection.task.strata(inspection.labels))
         fifth = max(len(inspection.class_names), min(round(_HOLDOUT_SHARE * len(first)), _MOST_TEST))
         count = test_images or fifth
         if count < _FEWEST_TEST:
@@ -585,9 +601,18 @@ def images_file(
         if inspection.images.together is not None:
             strata = inspection.task.strata(inspection.labels)
             parts = min(max(2, round(len(first) / count)), fewest_groups(strata, inspection.together))
-            holdout = assign_folds(strata, inspection.together, parts, numpy_generator(seed, "sealed")) == 0
+            part_of = assign_folds(strata, inspection.together, parts, numpy_generator(seed, "sealed"))
+
+            def classes_of(part: int) -> int:
+                """Return how many classes are tested, and how many others can be learned, in sum."""
+                sides = (inspection.labels[part_of == part], inspection.labels[part_of != part])
+                return sum(
+                    int(np.count_nonzero(inspection.task.counts(of, len(inspection.class_names)))) for of in sides
+                )
+
+            holdout = part_of == max(range(parts), key=classes_of)  # groups of several classes may leave one out
         else:
-            drawn = _drawn(inspection, np.sort(first), count, numpy_generator(seed, "sealed"), earlier, starts)
+            drawn = _drawn(inspection, first, count, numpy_generator(seed, "sealed"), earlier, starts)
             holdout = np.isin(np.arange(len(names)), drawn)
             of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
             for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
@@ -603,6 +628,13 @@ def images_file(
         trained=tuple(sorted(earlier.learned_from)) if starts and earlier is not None else (),
     )
     return content.model_dump(mode="json")
+
+
+def _of_rarest(groups: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Return the first image of each group (N,) that is of the rarest of its strata, sorted: that one may test."""
+    _, which, counts = np.unique(strata, axis=0, return_inverse=True, return_counts=True)
+    rarest_first = np.argsort(counts[which.reshape(-1)], kind="stable")
+    return np.sort(rarest_first[np.unique(groups[rarest_first], return_index=True)[1]])
 
 
 def _drawn(
@@ -770,6 +802,8 @@ class PixelStore:
 class _Decoded(NamedTuple):
     """Of N files: equal numbers for exact copies (N,), for near ones too (N,), sides (N, 2), faults by name.
 
+    And pairs (M, 2) of crops, mirrored images and frames, see `copy_pairs`.
+
     Of a file that can't be read the numbers are -1.
     """
 
@@ -778,6 +812,7 @@ class _Decoded(NamedTuple):
     sides: np.ndarray
     faults: dict[str, str]
     animated: tuple[str, ...]
+    links: np.ndarray
     alike: tuple[tuple[str, str], ...]
 
 
@@ -799,8 +834,9 @@ def _decoded_once(
     def read(saved: dict[str, Any]) -> _Decoded:
         copies, groups = (_numbers(saved[name], count) for name in ("copies", "groups"))
         sides = _numbers(saved["sides"], count, 2)
+        links = _numbers(saved["links"], -1, 2)
         alike = tuple((a, b) for a, b in saved["alike"])
-        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]), alike)
+        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]), links, alike)
 
     return _cached("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
 
@@ -809,11 +845,13 @@ def _decoded(
     tree: FileTree, names: list[str], store: PixelStore, on_progress: Callable[[int, int], None] | None
 ) -> _Decoded:
     copies, groups = np.full((2, len(names)), -1, dtype=np.int64)
-    sides = np.zeros((len(names), 2), dtype=np.int64)
+    sides, links = np.zeros((len(names), 2), dtype=np.int64), np.empty((0, 2), np.int64)
     number: dict[bytes, int] = {}  # of each set of exact copies
     faults: dict[str, str] = {}
     animated: list[str] = []
     different: list[np.ndarray] = []  # thumbnails of one image of each set, (256,) each
+    aligned: list[np.ndarray] = []  # likewise, (32, 32) each
+    first: list[int] = []  # where that image stands
 
     def decode(name: str) -> _One | str:
         try:
@@ -840,6 +878,8 @@ def _decoded(
                 if one.digest not in number:
                     number[one.digest] = len(number)
                     different.append(grey_thumbnails(one.compared[None], np.arange(1))[0])
+                    aligned.append(compared_thumbnail(one.compared))
+                    first.append(done)
                 sides[done], copies[done] = one.facts[:2], number[one.digest]
                 store.add(name, one.pixels)
             if on_progress is not None:
@@ -848,6 +888,7 @@ def _decoded(
     if different:
         thumbnails = np.stack(different)
         groups = np.where(copies < 0, -1, near_groups(thumbnails)[copies])
+        links = np.array(first)[copy_pairs(np.stack(aligned))]
         read = np.flatnonzero(copies >= 0)
         alike = neighbours_alike([names[at] for at in read], thumbnails[copies[read]])
-    return _Decoded(copies, groups, sides, faults, tuple(animated), tuple(alike))
+    return _Decoded(copies, groups, sides, faults, tuple(animated), links, tuple(alike))

@@ -281,12 +281,15 @@ def _earlier_split(request: FitRequest, split_by: tuple[Any, ...]) -> tuple[Path
         folder = resolve_latest(request.from_run)
         return folder, ImagesFile.read(folder / IMAGES_FILE)
     outputs = request.output if request.main_study else request.output.absolute().parent
-    files = (file for file in outputs.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
+    return next((call for call in earlier_calls(outputs) if call[1].asked == split_by), (None, None))
+
+
+def earlier_calls(*outputs: Path) -> Iterator[tuple[Path, ImagesFile]]:
+    """Yield the folders of calls in some outputs, and which images they used, the last first."""
+    files = (file for folder in outputs for file in folder.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
     for file in sorted(files, key=os.path.getmtime, reverse=True):
         with suppress(UserError):  # damaged: it is as if it were not there
-            if (content := ImagesFile.read(file)).asked == split_by:
-                return file.parent, content
-    return None, None
+            yield file.parent, ImagesFile.read(file)
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:
