@@ -78,6 +78,7 @@ from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refu
 
 _VERSION = 6  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
+_MOST_BY_CHANCE = 0.1  # of pairs that look like copies, the share that are none, above which no pair counts
 _Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
 _BLOCK, _BATCH = 4096, 64  # images
@@ -457,6 +458,19 @@ def _are(count: int, what: str) -> str:
     return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
 
 
+def links_of_one_label(links: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return those of the pairs (M, 2) whose images have one label; none where many pairs are alike by chance.
+
+    Copies have one label; images that only look alike have two as often as chance gives two, 1 - sum of p squared. So
+    the share of pairs with two labels over that is the share that are no copies. Of 446 pairs among 1,000 solar cells
+    it is 37 %, of those among stamps, emoji and Fashion-MNIST 0.
+    """
+    is_one = labels[links[:, 0]] == labels[links[:, 1]]
+    by_chance = 1 - float((np.bincount(np.unique(labels, return_inverse=True)[1]) ** 2).sum()) / len(labels) ** 2
+    two = len(links) - np.count_nonzero(is_one)
+    return links[:0] if two >= 2 and two > _MOST_BY_CHANCE * by_chance * len(links) else links[is_one]
+
+
 def inspect_images(
     path: str | Path | Images,
     *,
@@ -495,9 +509,10 @@ def inspect_images(
         decoded = _decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
         copies, groups, strata = decoded.copies, decoded.groups, task.strata(labels)
         marks, links = task.label_ids(labels), decoded.links
-        links = links[marks[links[:, 0]] == marks[links[:, 1]]] if task.one_class else links
+        links = links_of_one_label(links, marks) if task.one_class else links
         joined = np.where(groups < 0, -1, groups_of(groups, links))
-        dev = (groups >= 0) & ~(np.zeros(len(labels), dtype=bool) if holdout is None else holdout)
+        tests = np.zeros(len(labels), dtype=bool) if holdout is None else holdout
+        dev = (groups >= 0) & ~np.isin(joined, joined[tests])
         is_enough = fewest_groups(strata[dev], joined[dev]) >= max(least, _LEAST_GROUPS)
         unlinked = 0 if is_enough else len(np.unique(groups)) - len(np.unique(joined))
         groups = joined if is_enough else groups

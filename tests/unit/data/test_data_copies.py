@@ -9,6 +9,7 @@ from PIL import Image
 
 from peft_vit.data import ImagesFile, images_file, inspect_images
 from peft_vit.data.copies import compared_thumbnail, copy_pairs
+from peft_vit.data.inspect import links_of_one_label
 from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.data.sources.folders import find_images
 from peft_vit.label.exchange import adopt
@@ -83,6 +84,19 @@ def test_copies_of_one_label_stay_together_and_of_a_test_split_one_counts(tmp_pa
     left_out = inspect_images(tmp_path / "split").left_out
     assert left_out["train/a/00.png"] == "a copy of test/a/00.png, of the test split"
     assert left_out["test/a/new_frame.png"].startswith("a copy of test/a/new0.png")
+
+
+def test_pairs_that_have_two_labels_as_often_as_chance_gives_are_no_copies() -> None:
+    labels = np.arange(400) % 4
+    rng = np.random.default_rng(0)
+    copies = np.stack([np.arange(0, 200), np.arange(200, 400)], 1)  # 200 is a multiple of 4: of one label all
+    np.testing.assert_array_equal(links_of_one_label(copies, labels), copies)
+    one_wrong = np.concatenate([copies, [[0, 1]]])
+    np.testing.assert_array_equal(links_of_one_label(one_wrong, labels), copies)
+    by_chance = rng.integers(0, 400, (200, 2))
+    assert len(links_of_one_label(by_chance, labels)) == 0
+    mixed = np.concatenate([copies, by_chance[:10]])  # 5 % by chance, some of them of one label
+    assert {tuple(pair) for pair in copies} <= {tuple(pair) for pair in links_of_one_label(mixed, labels)}
 
 
 def test_films_that_leave_too_few_of_a_class_are_told_and_not_joined(tmp_path) -> None:
