@@ -187,8 +187,8 @@ class _Pool:
     def is_sound(self, i: int, side: int) -> bool:
         return True
 
-    def read(self) -> tuple[Features, Labels]:
-        return self.features, np.arange(len(self.names))
+    def read(self) -> session.Computed:
+        return session.Computed(self.features, np.arange(len(self.names)))
 
 
 def by_hand(features: Features, labels: Labels, draw: int, walls: bool) -> Iterator[dict[str, object]]:
