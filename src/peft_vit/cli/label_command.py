@@ -59,10 +59,10 @@ class LabelRequest(Request):
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Return those that the model knows; there are none without one.
+        """Return those that the model knows; without one none.
 
         Raises:
-            UserError: if it is no run, has learned another task, or can't do what the order needs.
+            UserError: if it isn't a run, has learned another task, or can't do what the order needs.
         """
         if self.model is None:
             if self.order == "unlike":
@@ -72,7 +72,9 @@ class LabelRequest(Request):
 
         file = single_run(self.model) / RECORD_FILE
         if not file.is_file():
-            raise UserError("is no run; name the folder that train or tune has made", file=self.model, field="--model")
+            raise UserError(
+                "isn't a run; name the folder that train or tune has made", file=self.model, field="--model"
+            )
         record = read_record(file)
         if record.spec.task != self.task:
             raise UserError(f"learned {record.spec.task}; give --task {record.spec.task}", file=self.model)

@@ -1,4 +1,4 @@
-"""A call of `train` or `tune` on the labels, in a process that goes on when the page's server ends.
+"""A call of `train` or `tune` on the labels, in a process that continues when the page's server ends.
 
 What it says goes to a file in the user's cache, one for each labels.csv. The process holds a lock on it: so a server
 that was started again shows the same call, and two servers don't start two.
