@@ -119,9 +119,8 @@ class _Model(NamedTuple):
     """What makes of B images, (B, C, S, S) uint8, (B, width) values."""
 
     values: Callable[[Tensor], NDArray[np.float32]]
-    width: int
     sha256: str
-    taken: tuple[Any, ...]  # how `to_pixels` makes its input
+    taken: tuple[Any, ...]  # side, channels and so on: how `to_pixels` makes its input
     enough: int | None = None  # pixels, see `decode_image`
 
 
@@ -142,13 +141,13 @@ def _pretrained() -> _Model:
         return features
 
     taken = (_SIZE, 3, interpolation_of(loaded.architecture))
-    return _Model(values, backbone.head.in_features, loaded.weights_sha256 or "", taken, enough=_SIZE)
+    return _Model(values, loaded.weights_sha256 or "", taken, enough=_SIZE)
 
 
 def _trained(run: Path) -> _Model:
     """Return a run's model, whose values are features, a class's probabilities, and what `predict` calls distance."""
+    from peft_vit.base.statistics import probabilities
     from peft_vit.core.backbones import Backbone
-    from peft_vit.core.tasks.classification import log_softmax
     from peft_vit.core.training.images import normalised
     from peft_vit.deploy.formats.torch_files import torch_classifier
     from peft_vit.deploy.restore import restore_run
@@ -156,21 +155,19 @@ def _trained(run: Path) -> _Model:
     restored = restore_run(run)
     card, backbone = restored.card, Backbone(restored.model)
     classifier = torch_classifier(restored.model, card, restored.reference)
-    temperature, classes = getattr(card.meaning, "temperature", 1.0), card.class_names
-    num_classes = len(classes) if card.task == "classification" else 0
+    compute = classifier.with_distances or (lambda images: (classifier.logits(images), np.zeros(len(images))))
+    temperature = getattr(card.meaning, "temperature", 1.0)
+    num_classes = len(card.class_names) if card.task == "classification" else 0
 
     def values(pixels: Tensor) -> NDArray[np.float32]:
         images = normalised(pixels, card.mean, card.std)  # (B, 3, S, S)
-        logits, distances = classifier.logits(images.numpy()), np.zeros(len(images))
-        if classifier.with_distances is not None:
-            distances = classifier.with_distances(images.numpy())[1]
-        probabilities = np.exp(log_softmax(logits / temperature))[:, :num_classes]  # (B, K)
-        parts = [backbone.features(images).numpy(), probabilities, distances[:, None]]
+        logits, distances = compute(images.numpy())
+        of_classes = probabilities(logits, temperature)[:, :num_classes]  # (B, K), or (B, 0)
+        parts = [backbone.features(images).numpy(), of_classes, distances[:, None]]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     taken = (card.image_size, card.channels, card.interpolation, card.resize)
-    width = backbone.head.in_features + num_classes + 1
-    return _Model(values, width, restored.record.adapter_sha256 or "", taken)
+    return _Model(values, restored.record.adapter_sha256 or "", taken)
 
 
 def compute_features(
@@ -197,7 +194,10 @@ def compute_features(
     if parent is None or os.name == "nt":  # on Windows an environment's Python is started by a process between
         parent = os.getppid()
     model = _pretrained() if run is None else _trained(run)
-    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (model.width,))])
+    side, channels, *_ = model.taken
+    with torch.inference_mode():
+        width = model.values(torch.zeros(1, channels, side, side, dtype=torch.uint8)).shape[1]
+    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (width,))])
     with cache_fault(file):
         known = _begun(file, dtype, model.sha256.encode())
 

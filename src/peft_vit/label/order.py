@@ -77,12 +77,6 @@ def herding(
     return pool[chosen].tolist()
 
 
-def at_random(available: Flags, count: int, seed: int) -> list[int]:
-    """Return so many of the available images (N,), in an order that follows from the seed and from N alone."""
-    order = np.random.default_rng([seed, len(available)]).permutation(len(available))
-    return order[available[order]][:count].tolist()
-
-
 def propose(features: Features, labelled: Ints, num_classes: int) -> Floats:
     """Return probabilities of each image and class, (N, K), by a regression on the images that are labelled.
 

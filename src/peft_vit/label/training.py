@@ -6,11 +6,12 @@ that was started again shows the same call, and two servers don't start two.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, Literal
 
 from peft_vit.base.errors import UserError, os_fault, printable
@@ -20,7 +21,7 @@ from peft_vit.runs.this_machine.cache import cache_file
 
 _COMMAND = [sys.executable, "-m", "peft_vit.cli"]
 _FEWEST = 2  # classes, and labels for training of each, as `train` needs them
-_LINES, _BYTES = 12, 4096  # of what was said last
+_LINES = 12  # of what was said last
 
 
 class Training:
@@ -43,19 +44,14 @@ class Training:
         """
         if self.is_running:
             raise UserError("one is running; wait for its end", field=command)
-        if self._store.task == "classification":
-            rows = [row for row in self._store.rows.values() if row.split in ("train", "test")]
-            of_train = Counter(label for row in rows if row.split == "train" for label in row.labels)
-            counts = {label: of_train[label] for row in rows for label in row.labels}
-            rare = min(counts, key=counts.__getitem__, default="")
-            if len(counts) < _FEWEST or counts[rare] < _FEWEST:
-                said = f"; '{rare}' has {counts[rare]}" if rare else ""
-                needed = "needs 2 classes, and of each 2 labelled images that are not for the test"
-                raise UserError(f"{needed}{said}; label more", field=command)
-        output = Path("peft-vit-runs").absolute()
-        call = [command, str(self._store.file), "--output", str(output)]
-        remedy = f"run peft-vit {shlex.join(call)}"
-        with os_fault("can't be written", self._file, remedy=remedy):
+        of_train = Counter(label for row in self._store.rows.values() if row.split == "train" for label in row.labels)
+        classes = self._store.classes
+        rare = min(classes, key=of_train.__getitem__, default="")
+        if self._store.task == "classification" and (len(classes) < _FEWEST or of_train[rare] < _FEWEST):
+            said = f"'{rare}' has {of_train[rare]}; label more" if rare else "label more"
+            raise UserError(f"needs 2 classes, and of each 2 images that are not for the test; {said}", field=command)
+        call = [command, str(self._store.file), "--output", os.path.abspath("peft-vit-runs")]
+        with os_fault("can't be written", self._file, remedy=f"run peft-vit {shlex.join(call)}"):
             make_folder(self._file.parent)
             with self._file.open("ab") as said_in:
                 if fcntl is not None:
@@ -88,10 +84,8 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Return whether it is running, and its last lines, of which one names the model's page, as JSON."""
         running, lines = self.is_running, list[str]()
-        if self._file.exists():
-            with self._file.open("rb") as said_in:
-                said_in.seek(max(0, self._file.stat().st_size - _BYTES))
-                lines = [printable(line) for line in said_in.read().decode(errors="replace").splitlines() if line]
+        with suppress(FileNotFoundError):
+            lines = [*map(printable, self._file.read_text("utf-8", "replace").splitlines())]
         if lines and not running and not any(line.startswith("Model: ") for line in lines):
             lines.append("It has ended without a model; the button starts it again, and it continues.")
         return {"running": running, "lines": lines[-_LINES:]}
