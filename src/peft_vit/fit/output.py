@@ -15,8 +15,9 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.records import RunRecord
 from peft_vit.data import thumbnails_of
+from peft_vit.deploy.explain import explained_images
 from peft_vit.deploy.measures.fastest import Exports, Form, export_fastest
-from peft_vit.deploy.page.class_blocks import Pictures, fonts_for, no_font
+from peft_vit.deploy.page.class_blocks import Maps, Pictures, fonts_for, no_font
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument, Table
 from peft_vit.deploy.page.files import write_report
 from peft_vit.deploy.page.formatting import (
@@ -108,7 +109,7 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
     write_whole(config, configuration(choice, record).encode())
     library = "openvino" if exports.model.suffix == ".xml" else "onnx"
     head = card_head(model_summary(summary), library, choice.request.images.name or "images")
-    document = tuning_document(summary, partial(thumbnails_of, record))
+    document = tuning_document(summary, partial(thumbnails_of, record), partial(explained_images, run_dir, record))
     write_report([document], {CARD_FILE: card_text(document, head, _use(summary))}, directory)
     if missing := fonts_for(record.class_names)[1]:
         tell(f"  {no_font(missing)}")
@@ -162,10 +163,10 @@ def model_summary(summary: TuningSummary) -> ModelSummary:
     return ModelSummary(summary.record, summary.quality, use, said=said)
 
 
-def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
-    """Return the document; without `pictures`, which makes them of test images, it has none."""
+def tuning_document(summary: TuningSummary, pictures: Pictures | None, maps: Maps | None = None) -> StudyDocument:
+    """Return the document; without `pictures`, which makes them of test images, it has none, nor maps without `maps`."""
     choice = summary.choice
-    page = model_document(model_summary(summary), pictures)
+    page = model_document(model_summary(summary), pictures, maps)
     (made,) = page.sections[MADE]
     assert isinstance(made, Facts)
     asked = dict(_facts(choice))
@@ -218,8 +219,9 @@ def _cards(summary: TuningSummary) -> Iterator[Card]:
     against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
     yield Card("Time for an image", summary.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
     if summary.quality is not None and tested is not None and _AT in tested.covered:
-        said = f"hold {percent(tested.covered[_AT])} of the test images' classes"
-        yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(tested.set_size[_AT], 2), (said,))
+        said = f"these hold the true class of {percent(tested.covered[_AT])} of test images"
+        where = f"that an image may be of, on average, by --coverage {_AT:g}"
+        yield Card("Classes in a set", where, fixed(tested.set_size[_AT], 2), (said,))
     yield labels_card(summary.record)
 
 

@@ -21,6 +21,7 @@ from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, 
 from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import images_name
 from peft_vit.deploy.page.web_page import PAGE_FILE
+from peft_vit.deploy.presentation import Explanation
 from peft_vit.lab.analysis import Analysis, Results, analyze, read_results
 from peft_vit.lab.analysis.comparison import validation_means
 from peft_vit.lab.report import method_tables, summary
@@ -36,6 +37,7 @@ MAPS = 6
 _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 # From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
 Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
+RunMaps = Callable[[Path, RunRecord, Sequence[int]], list[Explanation]]
 
 
 def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
@@ -127,6 +129,7 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
+    maps: RunMaps | None = None,
     call: str = "",
     seconds: float | None = None,
 ) -> ReportFiles:
@@ -140,6 +143,7 @@ def build_report(
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets test images for the page of a model, from where they lie; None: no pictures.
+        maps: likewise gets where it looked, by the folder of the run.
         call: the command whose folder it is, if it is one of `train`.
         seconds: that it took.
 
@@ -151,7 +155,11 @@ def build_report(
     model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
-        documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
+        documents: tuple[StudyDocument, ...] = (
+            model_document(
+                model, pictures, None if maps is None else partial(maps, _run_folder(results), model.record)
+            ),
+        )
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
     else:
@@ -159,6 +167,10 @@ def build_report(
         markdown = {MARKDOWN_FILE: write_markdown(documents)}
     written = write_report(documents, markdown, output_dir, page=page, publication=publication)
     return ReportFiles(**vars(written), results=results)
+
+
+def _run_folder(results: Results) -> Path:
+    return next(results.directory.rglob(RECORD_FILE)).parent
 
 
 def _only_model(
@@ -173,7 +185,7 @@ def _only_model(
     quality = model_quality(record, None if tested is None else tested.probability)
     if quality is None and not (record.test is not None and record.test.more):
         return None
-    folder = next(results.directory.rglob(RECORD_FILE)).parent
+    folder = _run_folder(results)
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
     place = shlex.quote(str(results_dir if call else folder))
