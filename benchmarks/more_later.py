@@ -9,8 +9,8 @@ the last class, where there are more than two. Then all training images are ther
 
     python benchmarks/more_later.py digits stamps elpv --draws 1 2 --minutes 1 --image-size 56
 
-adds a row for each to `benchmarks/results/more_later.csv`: the score on the draw's test images (balanced, if classes are
-uneven in training), that of images of the class that came, and seconds of the call. What is there is passed over.
+adds a row for each to `benchmarks/results/more_later.csv`: the score on the draw's test images (balanced, if classes
+are uneven in training), that of images of the class that came, and seconds of the call. What is there is passed over.
 
 The rows there are of one thread beside other work: their minutes and seconds are the processor's, by the clock that
 `PYTHONPATH=benchmarks/processor_clock` sets.

@@ -7,11 +7,10 @@ import os
 import resource
 import time
 
-_largest = 0.0
+_largest = [0.0]
 
 
 def _processor_seconds() -> float:
-    global _largest
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = time.process_time() + ended.ru_utime + ended.ru_stime
     for thread in os.listdir("/proc/self/task"):
@@ -20,8 +19,8 @@ def _processor_seconds() -> float:
                 seconds += sum(time.clock_gettime((~int(child) << 3) | 2) for child in file.read().split())
         except OSError:  # the thread or the child has ended
             continue
-    _largest = max(_largest, seconds)
-    return _largest
+    _largest[0] = max(_largest[0], seconds)  # what has ended counts in full, what runs as far as it is told
+    return _largest[0]
 
 
 time.monotonic = time.perf_counter = _processor_seconds

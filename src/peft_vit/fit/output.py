@@ -164,7 +164,7 @@ def model_summary(summary: TuningSummary) -> ModelSummary:
 
 
 def tuning_document(summary: TuningSummary, pictures: Pictures | None, maps: Maps | None = None) -> StudyDocument:
-    """Return the document; without `pictures`, which makes them of test images, it has none, nor maps without `maps`."""
+    """Return the document; pictures and maps as in `model_document`."""
     choice = summary.choice
     page = model_document(model_summary(summary), pictures, maps)
     (made,) = page.sections[MADE]

@@ -21,8 +21,8 @@ from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw,
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
 from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality, PredictedImage
-from peft_vit.deploy.page.tables import Column, own_interval_columns, table
 from peft_vit.deploy.page.shortcuts import shortcut
+from peft_vit.deploy.page.tables import Column, own_interval_columns, table
 from peft_vit.deploy.presentation import Counts, Explanation
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
@@ -272,7 +272,7 @@ def map_blocks(quality: ModelQuality, maps: Maps | None) -> tuple[tuple[Block, .
     for image in right:
         by_class[image.truth].append(by_position[image.position].weights)
     warned = [
-        f"What it says of {name} may rest on a shortcut: {place} in most of {len(weights)} test images. See where it looked."
+        f"It may know {name} by a shortcut: {place} in most of {len(weights)} test images. See where it looked."
         for name, weights in by_class.items()
         if (place := shortcut(weights))
     ]

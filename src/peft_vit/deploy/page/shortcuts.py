@@ -12,7 +12,7 @@ _FEWEST, _CORNER, _EDGE = 4, 0.6, 0.9  # maps, and the share of them that is too
 
 
 def shortcut(maps: Sequence[NDArray[np.floating[Any]]]) -> str:
-    """Return where the largest value of too many maps, (side, side) each, lies: in one corner, on the edge; "": nowhere.
+    """Return where the largest value of too many maps, (side, side) each, lies: in a corner, on the edge; "": nowhere.
 
     A corner is a quarter of the side wide and high, and the edge one cell wide.
     """

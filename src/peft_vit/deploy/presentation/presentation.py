@@ -44,8 +44,8 @@ class Explanation:
 
     Attributes:
         class_name: that it said.
-        weights: (cells, cells): of patches, see `attended`; or by how much the log-probability of this class falls where
-            the image is covered.
+        weights: (cells, cells): of patches, see `attended`; or by how much the log-probability of this class falls
+            where the image is covered.
         picture: the image as the model gets it; what matters most is bright.
         by: how it was made.
     """

@@ -155,11 +155,8 @@ def build_report(
     model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
-        documents: tuple[StudyDocument, ...] = (
-            model_document(
-                model, pictures, None if maps is None else partial(maps, _run_folder(results), model.record)
-            ),
-        )
+        looked = None if maps is None else partial(maps, _run_folder(results), model.record)
+        documents: tuple[StudyDocument, ...] = (model_document(model, pictures, looked),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
     else:
