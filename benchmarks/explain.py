@@ -1,6 +1,6 @@
 """Which map of where a model looked tells most, and whether a shortcut is found, on models that are trained here.
 
-    python benchmarks/explain.py curves SET RUN IMAGES [--images 12]
+    python benchmarks/explain.py curves SET RUN IMAGES [--images 12] [--maps random center]
     python benchmarks/explain.py marks SET FOLDER [--images 12]
 
 `curves`: patches go from an image, or come into its mean color, the largest of a map first. The row has the mean
@@ -21,7 +21,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -128,14 +128,15 @@ class Maps:
         return float(shares[:STEPS].mean()), float(shares[STEPS:].mean())
 
 
-def curve_rows(run: Path, folder: Path, most: int) -> Iterator[dict[str, Any]]:
+def curve_rows(run: Path, folder: Path, most: int, names: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     """Yield a row of each map."""
     classifier = open_classifier(run)
     maps, files = Maps(classifier), image_files([folder])
     chosen = np.random.default_rng(1).permutation(len(files))[:most]
     images = [prepared(files[i], classifier.card) for i in chosen]
     said = [int(classifier.logits(image[None])[0].argmax()) for image in images]
-    for name, compute in maps.by_name().items():
+    for name in names or maps.by_name():
+        compute = maps.by_name()[name]
         started = time.process_time()
         orders = [np.argsort(-compute(image), kind="stable") for image in images]
         seconds = (time.process_time() - started) / len(images)
@@ -199,13 +200,13 @@ def main() -> None:
     asked.add_argument("set")
     asked.add_argument("folders", type=Path, nargs="+")
     asked.add_argument("--images", type=int, default=12)
+    asked.add_argument("--maps", nargs="+", help="of these alone")
     options = asked.parse_args()
     torch.set_num_threads(1)
-    rows = (
-        curve_rows(*options.folders, options.images)
-        if options.what == "curves"
-        else mark_rows(*options.folders, options.images)
-    )
+    if options.what == "curves":
+        rows = curve_rows(*options.folders, options.images, options.maps)
+    else:
+        rows = mark_rows(*options.folders, options.images)
     for row in rows:
         same = {"what": options.what, "set": options.set, "commit": git_state()[0][:8], "instructions": _instructions()}
         append_row(RESULTS / "explain.csv", _COLUMNS, same | row)
