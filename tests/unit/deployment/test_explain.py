@@ -104,8 +104,9 @@ def maps_with_largest(places: list[tuple[int, int]], side: int = 8) -> list[np.n
     [
         ([(0, 0), (1, 1), (0, 1), (4, 4)], "it looks at the upper left corner"),
         ([(7, 0), (6, 1), (7, 7), (7, 1)], "it looks at the lower left corner"),
-        ([(0, 0), (0, 7), (7, 0), (7, 7)], "it looks at the edge"),
-        ([(0, 0), (0, 7), (7, 0), (3, 3)], ""),
+        ([(0, 0), (0, 7), (7, 0), (7, 7)] * 2, "it looks at the edge"),
+        ([(0, 0), (0, 7), (7, 0), (7, 7)], ""),  # 28 of 64 patches are on the edge: that may be chance
+        ([(0, 0), (0, 7), (7, 0), (3, 3)] * 2, ""),
         ([(2, 2), (3, 4), (4, 3), (5, 5)], ""),
         ([(0, 0), (0, 0), (0, 0)], ""),  # too few to tell
     ],

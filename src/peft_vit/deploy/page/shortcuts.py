@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FEWEST, _CORNER, _EDGE = 4, 0.6, 0.9  # maps, and the share of them that is too many
+_CHANCE = 0.01  # of all maps on the edge, which of few patches is most, if any patch were as likely
 
 
 def shortcut(maps: Sequence[NDArray[np.floating[Any]]]) -> str:
@@ -26,4 +27,5 @@ def shortcut(maps: Sequence[NDArray[np.floating[Any]]]) -> str:
             if (in_rows & in_columns).mean() >= _CORNER:
                 return f"it looks at the {vertical} {horizontal} corner"
     on_edge = np.isin(rows, (0, side - 1)) | np.isin(columns, (0, side - 1))
-    return "it looks at the edge" if on_edge.mean() >= _EDGE else ""
+    is_chance = (4 * (side - 1) / side**2) ** len(maps) > _CHANCE
+    return "it looks at the edge" if on_edge.mean() >= _EDGE and not is_chance else ""
