@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
@@ -169,7 +169,7 @@ class TrainedModel:
         from peft_vit.lab.report import build_report
 
         report = self.path / "report"
-        page = build_report(self.path, report, thumbnails=thumbnails_of, maps=explained_images).html
+        page = build_report(self.path, report, thumbnails=thumbnails_of, maps=partial(explained_images, self.path)).html
         assert page is not None
         return Report(page)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -114,7 +115,7 @@ def _page_of(folder: Path) -> Path | None:
     try:
         with progress("writing the page"):
             return build_report(
-                folder, file.parent, thumbnails=_thumbnails, maps=explained_images, **_call_of(folder)
+                folder, file.parent, thumbnails=_thumbnails, maps=partial(explained_images, folder), **_call_of(folder)
             ).html
     except UserError:  # the model is there all the same
         return None
@@ -275,7 +276,7 @@ def report(
             page=page,
             publication=publication,
             thumbnails=_thumbnails if page and examples else None,
-            maps=explained_images if page and examples else None,
+            maps=partial(explained_images, results_dir) if page and examples else None,
             **_call_of(results_dir),
         )
     if page:

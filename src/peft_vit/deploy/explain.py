@@ -80,7 +80,7 @@ def _picture(pixels: np.ndarray, weights: FloatArray) -> Image.Image:
 
 
 def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) -> list[Explanation]:
-    """Return maps of a few images of a run, by their positions in its data set.
+    """Return maps of a few images of a run in a folder, by their positions in its data set.
 
     Raises:
         UserError: if its model or the images are not on this machine.

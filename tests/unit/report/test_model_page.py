@@ -171,8 +171,7 @@ def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
 def test_the_page_shows_where_the_model_looked_and_warns_of_the_class_known_by_a_corner(tmp_path: Path) -> None:
     record = record_of()
 
-    def maps(folder: Path, of: RunRecord, positions: Any) -> list[Explanation]:
-        assert (folder / "record.json").is_file()
+    def maps(of: RunRecord, positions: Any) -> list[Explanation]:
         assert record.predictions is not None
         for_cracks = np.eye(8, dtype=np.float32)[0][:, None] * np.eye(8, dtype=np.float32)[7]  # the upper right
         middle = np.roll(for_cracks, (3, -4), (0, 1))

@@ -37,7 +37,6 @@ MAPS = 6
 _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 # From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
 Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
-RunMaps = Callable[[Path, RunRecord, Sequence[int]], list[Explanation]]
 
 
 def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
@@ -129,7 +128,7 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
-    maps: RunMaps | None = None,
+    maps: Callable[[RunRecord, Sequence[int]], list[Explanation]] | None = None,
     call: str = "",
     seconds: float | None = None,
 ) -> ReportFiles:
@@ -143,7 +142,7 @@ def build_report(
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets test images for the page of a model, from where they lie; None: no pictures.
-        maps: likewise gets where it looked, by the folder of the run.
+        maps: likewise gets where it looked.
         call: the command whose folder it is, if it is one of `train`.
         seconds: that it took.
 
@@ -155,7 +154,7 @@ def build_report(
     model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
-        looked = None if maps is None else partial(maps, _run_folder(results), model.record)
+        looked = None if maps is None else partial(maps, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures, looked),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
@@ -164,10 +163,6 @@ def build_report(
         markdown = {MARKDOWN_FILE: write_markdown(documents)}
     written = write_report(documents, markdown, output_dir, page=page, publication=publication)
     return ReportFiles(**vars(written), results=results)
-
-
-def _run_folder(results: Results) -> Path:
-    return next(results.directory.rglob(RECORD_FILE)).parent
 
 
 def _only_model(
@@ -182,7 +177,7 @@ def _only_model(
     quality = model_quality(record, None if tested is None else tested.probability)
     if quality is None and not (record.test is not None and record.test.more):
         return None
-    folder = _run_folder(results)
+    folder = next(results.directory.rglob(RECORD_FILE)).parent
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
     place = shlex.quote(str(results_dir if call else folder))
