@@ -358,8 +358,8 @@ class PredictRequest(_ModelRequest):
     overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
     explain: Path | None = Field(
         default=None,
-        description="Write into this folder a picture of each image in which the parts are bright that made the model "
-        "say its class. The folder must be empty.",
+        description="Write into this folder a picture of each image in which the parts are clear that made the model "
+        "say its class, and a grey veil lies over the others. The folder must be empty.",
     )
 
     @field_validator("coverage")

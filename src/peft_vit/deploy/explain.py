@@ -22,7 +22,7 @@ from peft_vit.deploy.predicting import GivenImage, pixels_of, prepared
 from peft_vit.deploy.presentation import Explanation
 
 _CELL, _MOST_CELLS = 14, 8  # pixels, about, and cells on a side, at most
-_DIM = 0.25  # of the light of what does not matter
+_CLEAR, _VEIL = 0.25, 110  # share of an image that is seen where nothing matters, and the grey that lies over it
 _SHOWN = 224  # pixels, at least
 
 
@@ -70,13 +70,13 @@ def _drops(classifier: Classifier, plain: FloatArray, said: float, best: int) ->
 
 
 def _picture(pixels: np.ndarray, weights: FloatArray) -> Image.Image:
-    """Return an image (S, S, C) with its light as a map says (cells, cells); what makes a class likelier is at 1."""
+    """Return an image (S, S, C) with a veil as a map says (cells, cells): none over what makes a class likeliest."""
     side = max(_SHOWN, len(pixels))
-    light = np.clip(weights, 0, None) / max(float(weights.max()), 1e-6)
-    resized = Image.fromarray(light).resize((side, side), Image.Resampling.BILINEAR)
+    clear = np.clip(weights, 0, None) / max(float(weights.max()), 1e-6)
+    resized = Image.fromarray(clear).resize((side, side), Image.Resampling.BILINEAR)
     shown = Image.fromarray(pixels.squeeze()).convert("RGB").resize((side, side))
-    lit = np.asarray(shown) * (_DIM + (1 - _DIM) * np.asarray(resized)[:, :, None])  # (side, side, 3)
-    return Image.fromarray(lit.astype(np.uint8))
+    seen = _CLEAR + (1 - _CLEAR) * np.asarray(resized)[:, :, None]  # (side, side, 1)
+    return Image.fromarray((np.asarray(shown) * seen + _VEIL * (1 - seen)).astype(np.uint8))
 
 
 def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) -> list[Explanation]:

@@ -41,10 +41,10 @@ def test_a_map_is_largest_where_the_model_looks(size, cells) -> None:
     assert picture[-1, -1].min() > 250
 
 
-def test_where_nothing_matters_all_is_dark_and_grey_images_are_shown_too() -> None:
+def test_where_nothing_matters_a_veil_lies_over_all_and_grey_images_are_shown_too() -> None:
     looked = explain(looking_at(28, 0), np.full((28, 28), 100, np.uint8))
     assert not looked.weights.any()
-    assert set(np.unique(looked.picture)) == {25}  # a quarter of the light
+    assert set(np.unique(looked.picture)) == {107}  # a quarter of 100, and the grey of the veil
 
 
 def test_a_model_without_one_class_an_image_is_refused() -> None:

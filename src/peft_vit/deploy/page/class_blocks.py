@@ -267,7 +267,7 @@ def map_blocks(quality: ModelQuality, maps: Maps | None) -> tuple[tuple[Block, .
         for title, images in (("Right", quality.sample_images(True, SHOWN_RIGHT)), ("Wrong", wrong))
         if images
     ]
-    caption = f"The images above as the model gets them. Bright is what its answer rests on, {_MADE_BY[found[0].by]}."
+    caption = f"The images above as the model gets them. Clear is what its answer rests on, {_MADE_BY[found[0].by]}."
     by_class: dict[str, list[Any]] = defaultdict(list)
     for image in right:
         by_class[image.truth].append(by_position[image.position].weights)

@@ -46,7 +46,7 @@ class Explanation:
         class_name: that it said.
         weights: (cells, cells): of patches, see `attended`; or by how much the log-probability of this class falls
             where the image is covered.
-        picture: the image as the model gets it; what matters most is bright.
+        picture: the image as the model gets it, under a grey veil where little matters.
         by: how it was made.
     """
 

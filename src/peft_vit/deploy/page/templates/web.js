@@ -202,7 +202,7 @@
 
   // --- where it looked: how much less sure of its class it is with each part in the mean color (arXiv 1311.2901) ---
 
-  const CELLS = 4, SHOWN = 224, DIM = 0.75;
+  const CELLS = 4, SHOWN = 224, VEIL = 110, MOST = 0.75; // grey, and how much of it lies over what does not matter
 
   async function drops(images, run) {
     const { size } = facts, area = size * size, end = (k) => Math.round((k * size) / CELLS), found = [];
@@ -225,18 +225,18 @@
     return found;
   }
 
-  // The image as the model gets it, dark where nothing mattered.
+  // The image as the model gets it, under a grey veil where nothing mattered.
   function lit(bitmap, found) {
     const given = [bitmap.width, bitmap.height], scale = SHOWN / facts.size, most = Math.max(...found, 1e-6);
     const [width, height] = given.map((side) => SIDES[facts.resize](side, given));
-    const [canvas, dark] = [SHOWN, CELLS].map((side) => Object.assign(document.createElement("canvas"), { width: side, height: side }));
-    const alphas = found.flatMap((drop) => [0, 0, 0, 255 * DIM * (1 - Math.max(drop, 0) / most)]);
-    dark.getContext("2d").putImageData(new ImageData(Uint8ClampedArray.from(alphas), CELLS), 0, 0);
+    const [canvas, veil] = [SHOWN, CELLS].map((side) => Object.assign(document.createElement("canvas"), { width: side, height: side }));
+    const alphas = found.flatMap((drop) => [VEIL, VEIL, VEIL, 255 * MOST * (1 - Math.max(drop, 0) / most)]);
+    veil.getContext("2d").putImageData(new ImageData(Uint8ClampedArray.from(alphas), CELLS), 0, 0);
     const context = canvas.getContext("2d"), [left, top] = [width, height].map((side) => scale * start(facts.size - side));
     context.fillStyle = "white";
     context.fillRect(0, 0, SHOWN, SHOWN);
     context.drawImage(bitmap, left, top, scale * width, scale * height);
-    context.drawImage(dark, 0, 0, SHOWN, SHOWN);
+    context.drawImage(veil, 0, 0, SHOWN, SHOWN);
     return canvas;
   }
 
@@ -246,10 +246,10 @@
     const canvas = lit(bitmap, await drops(prepared(bitmap), run));
     bitmap.close();
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", "The image, bright where the model looked");
+    canvas.setAttribute("aria-label", "The image, clear where the model looked");
     item.querySelector(".where").replaceWith(canvas);
     item.querySelector(".looked").textContent =
-      `Bright parts made it say this class: each of ${CELLS * CELLS} was covered (occlusion), in ${Math.round(performance.now() - started)} ms`;
+      `Clear parts made it say this class: each of ${CELLS * CELLS} was covered (occlusion), in ${Math.round(performance.now() - started)} ms`;
   }
 
   async function look(file, item, model) {
