@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from peft_vit.core.records import RunRecord
@@ -21,7 +22,6 @@ from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, 
 from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import images_name
 from peft_vit.deploy.page.web_page import PAGE_FILE
-from peft_vit.deploy.presentation import Explanation
 from peft_vit.lab.analysis import Analysis, Results, analyze, read_results
 from peft_vit.lab.analysis.comparison import validation_means
 from peft_vit.lab.report import method_tables, summary
@@ -128,7 +128,7 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
-    maps: Callable[[RunRecord, Sequence[int]], list[Explanation]] | None = None,
+    maps: Callable[..., Any] | None = None,
     call: str = "",
     seconds: float | None = None,
 ) -> ReportFiles:
@@ -153,8 +153,8 @@ def build_report(
     results = read_results(run if os.path.isfile(run / RECORD_FILE) else results_dir)
     model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
-        pictures = None if thumbnails is None else partial(thumbnails, model.record)
-        looked = None if maps is None else partial(maps, model.record)
+        pictures = thumbnails and partial(thumbnails, model.record)
+        looked = maps and partial(maps, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures, looked),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
