@@ -113,7 +113,8 @@ class Maps:
         return self._resized((said.max() - found).reshape(4, 4).astype(np.float32))
 
     def _resized(self, drops: np.ndarray) -> np.ndarray:
-        return np.ravel(Image.fromarray(drops).resize((self.side, self.side), Image.Resampling.BILINEAR))
+        resized = Image.fromarray(drops).resize((self.side, self.side), Image.Resampling.BILINEAR)
+        return np.asarray(resized).ravel()
 
     def curves(self, image: np.ndarray, order: np.ndarray, said: int) -> tuple[float, float]:
         """Return the mean probability of a class while patches go, and while they come, in an order."""
@@ -204,9 +205,10 @@ def main() -> None:
     options = asked.parse_args()
     torch.set_num_threads(1)
     if options.what == "curves":
-        rows = curve_rows(*options.folders, options.images, options.maps)
+        run, folder = options.folders
+        rows = curve_rows(run, folder, options.images, options.maps)
     else:
-        rows = mark_rows(*options.folders, options.images)
+        rows = mark_rows(options.folders[0], options.images)
     for row in rows:
         same = {"what": options.what, "set": options.set, "commit": git_state()[0][:8], "instructions": _instructions()}
         append_row(RESULTS / "explain.csv", _COLUMNS, same | row)

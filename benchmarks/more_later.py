@@ -7,13 +7,12 @@ the last class, where there are more than two. Then all training images are ther
 - `anew` starts from the pretrained model;
 - `anew, a third` has a third of the minutes, too.
 
-    python benchmarks/more_later.py digits stamps elpv --draws 1 2 --minutes 1 --image-size 56
+    python benchmarks/more_later.py digits stamps elpv --draws 1 2 --minutes 2 --image-size 56
 
 adds a row for each to `benchmarks/results/more_later.csv`: the score on the draw's test images (balanced, if classes
 are uneven in training), that of images of the class that came, and seconds of the call. What is there is passed over.
 
-The rows there are of one thread beside other work: their minutes and seconds are the processor's, by the clock that
-`PYTHONPATH=benchmarks/processor_clock` sets.
+On a machine that others use too, `PYTHONPATH=benchmarks/processor_clock` makes minutes and seconds the processor's.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("sets", nargs="+", choices=_IMAGES)
     asked.add_argument("--draws", type=int, nargs="+", default=[1, 2])
-    asked.add_argument("--minutes", type=float, default=1)
+    asked.add_argument("--minutes", type=float, default=2)
     asked.add_argument("--by", nargs="+", choices=_WAYS, default=["first", "from", "anew"])
     asked.add_argument("--image-size", type=int, default=56)
     asked.add_argument("--threads", type=int, default=1)

@@ -494,8 +494,12 @@ def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
             best = usual_recipe(fit, promising.model, promising.image_size, promising.steps)
         if request.is_probe:
             chosen = usual_recipe(fit, best_probe.model, best_probe.image_size, 0), 1.0
-        elif best is not None and (given is not None or promising.promise >= best_probe.expected):
+        elif best is not None and (given or request.from_run or promising.promise >= best_probe.expected):
             chosen = best, promising.longer
+        elif request.from_run is not None:  # whose model is better than a probe from the start
+            raise UserError(
+                f"no training from {request.from_run} fits; give more, or keep its model", field="--minutes"
+            )
         else:
             why = "a linear probe promises more than the trainings that fit" if best else "no time to train"
             probes = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
