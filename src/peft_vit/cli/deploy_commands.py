@@ -455,7 +455,7 @@ def _write_pictures(folder: Path, images: Sequence[ImageFile], classifier: Class
 
     check_explainable(classifier.card)
     if classifier.module is None:
-        print("This file tells no attention: the pictures are by occlusion, up to 65 passes each", file=sys.stderr)
+        print("This file has no gradients: the pictures are by occlusion, up to 65 passes each", file=sys.stderr)
     with into_empty(folder, "--explain"), progress("explaining", sys.stderr) as on_progress:
         for done, image in enumerate(images, start=1):
             with suppress(UserError):  # which the predictions tell
