@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from peft_vit.core.records import RunRecord
     from peft_vit.deploy import Classifier, Prediction
     from peft_vit.deploy.presentation import Explanation
-    from peft_vit.fit.tune import Tuning
+    from peft_vit.fit.output import Tuning
     from peft_vit.lab.report.result_tables import ResultTables
     from peft_vit.runs.executors import ExecutorName
 
@@ -360,14 +360,13 @@ def tune(
 
     require_extra("tune", "tune")
     from peft_vit.data.sources.in_memory import held_folder
-    from peft_vit.fit import events
-    from peft_vit.fit.request import TuneRequest, check_images
+    from peft_vit.fit.request import TuneRequest, check_images, print_event, telling
     from peft_vit.fit.tune import tune as find
 
     with named_as_parameters(TuneRequest, held_folder()):
         request = _asked(TuneRequest, given)
         check_images(request)
-        choice = find(request, events.telling(tell) if tell else events.print_event)
+        choice = find(request, telling(tell) if tell else print_event)
     return TrainedModel(request.output, choice)
 
 

@@ -12,6 +12,8 @@ from chromium import axe_violations, context_of, fits_the_screen, needs_chromium
 from label_sessions import session_of, write_digits
 
 from peft_vit.data.sources.folders import find_images
+from peft_vit.label.corrections import Checking, Corrections, Doubt
+from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LabelStore
 
 pytest.importorskip("uvicorn")
@@ -161,3 +163,45 @@ def test_several_labels_and_numbers(task, typed, kept, browser, tmp_path) -> Non
             press(page, "Enter", done + 1)
     assert LabelStore(tmp_path, task).rows[name].labels == kept
     assert find_images(tmp_path / "labels.csv").files.task.name == task
+
+
+def test_doubted_labels_are_kept_or_corrected_by_a_key_and_undone(browser, tmp_path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, label in write_digits(images, 12, classes=2).items():
+        (images / label).mkdir(exist_ok=True)
+        (images / name).rename(images / label / name)
+    of_0, of_1 = (sorted(file.name for file in (images / f"digit {k}").iterdir()) for k in range(2))
+    doubts = [
+        Doubt(f"digit 0/{of_0[0]}", "digit 0", is_test=False, believed="digit 1", sure=0.97),
+        Doubt(f"digit 1/{of_1[0]}", "digit 1", is_test=False, believed="digit 0", sure=0.6),
+        Doubt(f"digit 0/{of_0[1]}", "digit 0", is_test=True),
+    ]
+    folder, train = ImageFolder(images), f"peft-vit train {images}"
+    checking = Checking(Corrections(find_images(images)), folder, doubts, ["digit 0", "digit 1"], train)
+    server = LabelServer(checking, "127.0.0.1", 0, lambda address: None)
+    threading.Thread(target=server.serve, daemon=True).start()
+
+    def then(page: Any, to_check: int) -> None:
+        page.locator("#counted", has_text=re.compile(f"^{to_check} to check")).wait_for(timeout=20_000)
+
+    with opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
+        look(viewer, tmp_path / "pictures" / "check")
+        assert "'digit 1' (97%)" in page.inner_text("#note")
+        tap(page, "2")
+        then(page, 2)
+        assert not (images / "digit 0" / of_0[0]).exists()
+        assert (images / "digit 1" / of_0[0]).exists()
+        tap(page, "z")
+        then(page, 3)
+        assert (images / "digit 0" / of_0[0]).exists()
+        tap(page, "2")
+        then(page, 2)
+        tap(page, "Enter")
+        then(page, 1)
+        assert (images / "digit 1" / of_1[0]).exists()
+        assert "no model was asked" in page.inner_text("#note")
+        tap(page, "Enter")
+        then(page, 0)
+        assert page.inner_text("#question") == "All of these labels are checked."
+        assert "Checked: 1. Wrong before: 0; now: 0." in page.inner_text("#about")

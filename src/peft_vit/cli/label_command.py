@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,8 +18,10 @@ from peft_vit.cli.app import command
 from peft_vit.core.config import TASKS_SAID, TaskName, named_as_typed
 
 if TYPE_CHECKING:
+    from peft_vit.label.corrections import Checking
     from peft_vit.label.images import ImageFolder
     from peft_vit.label.labels import LabelStore
+    from peft_vit.label.session import Session
 
 
 class LabelRequest(Request):
@@ -76,8 +80,43 @@ def label(request: LabelRequest) -> None:
 
 
 def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> None:
-    from peft_vit.label.server import LabelServer
     from peft_vit.label.session import FolderFeatures, Session
+
+    features = FolderFeatures(images)
+    session = Session(store, images, features, request.order)
+    stop = threading.Event()
+
+    def start() -> None:
+        features.start()
+        threading.Thread(target=session.work, args=(stop,), daemon=True).start()
+
+    try:
+        serve_page(session, request.host, request.port, in_browser=not request.no_browser, on_listening=start)
+    finally:
+        stop.set()
+        features.stop()
+    if store.rows:
+        print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {shlex.quote(str(store.file))}")
+
+
+def serve_page(
+    session: Session | Checking,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    in_browser: bool = True,
+    on_listening: Callable[[], None] = lambda: None,
+) -> None:
+    """Print the address of a session's page, open a browser there, and answer until Ctrl-C.
+
+    Args:
+        session: that the page asks.
+        host: see `LabelRequest`.
+        port: likewise.
+        in_browser: whether a browser is opened.
+        on_listening: called once the port is known to be free.
+    """
+    from peft_vit.label.server import LabelServer
 
     known: list[str] = []
 
@@ -87,26 +126,15 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
             print(f"To open it in one more browser: {address}", flush=True)
             return
         print(f"Label at {address}", "Ctrl-C ends it.", sep="\n", flush=True)
-        if not request.no_browser:
+        if in_browser:
             threading.Thread(target=_open, args=(address,), daemon=True).start()
 
-    features = FolderFeatures(images)
-    session = Session(store, images, features, request.order)
-    server = LabelServer(session, request.host, request.port, on_address)
-    if request.host not in ("127.0.0.1", "localhost"):
+    server = LabelServer(session, host, port, on_address)
+    if host not in ("127.0.0.1", "localhost"):
         print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
-    stop = threading.Event()
-    try:
-        features.start()
-        threading.Thread(target=session.work, args=(stop,), daemon=True).start()
+    with suppress(KeyboardInterrupt):
+        on_listening()
         server.serve()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        stop.set()
-        features.stop()
-    if store.rows:
-        print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {shlex.quote(str(store.file))}")
 
 
 def _open(address: str) -> None:

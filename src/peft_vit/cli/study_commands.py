@@ -26,7 +26,7 @@ from peft_vit.lab.request import RunRequest, StudiesRequest
 
 if TYPE_CHECKING:
     from peft_vit.core.records import RunRecord
-    from peft_vit.fit.events import FitEvent
+    from peft_vit.fit.request import FitEvent
 
 _RESULTS = "The folder of results, which --output named, or a study in it."
 RowsFile = Annotated[Path | None, typer.Option(help=ROWS_FILE, show_default=False)]
@@ -185,7 +185,7 @@ def tune(request: TuneRequest) -> None:
 @contextmanager
 def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent], None]]:
     """Show what a fit says, and how far it is."""
-    from peft_vit.fit.events import Advanced, StageBegan
+    from peft_vit.fit.request import Advanced, StageBegan
 
     started, stage, advanced = time.monotonic(), "your images", ""
 

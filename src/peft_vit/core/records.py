@@ -467,6 +467,7 @@ class ByteCounts(_Value):
     trainable_bytes: _Count
     optimizer_bytes: _Count
     adapter_file_bytes: _Count  # without packed weights, which count as frozen
+    in_4_bits_bytes: _Count | None = _UNLESS_GIVEN  # of the file of a float model that is rounded to 4 bits
 
 
 class Provenance(_Value):

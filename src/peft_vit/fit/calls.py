@@ -62,17 +62,14 @@ class RequestFile(BaseModel):
             name: hashlib.sha256(f"{index.label(i)}\0{digest}".encode()).hexdigest()[:16]
             for i, (name, digest) in enumerate(zip(index.names or (), index.digests or (), strict=True))
         }
-        place = Path(os.path.abspath(request.images.expanduser()))  # also of a call from another directory
+        place = Path(os.path.abspath(request.images))  # also of a call from another directory
         request = request.model_copy(update={"images": place})
         return cls(request=request, data_sha256=index.sha256, images=images, files=files)
 
     def asks_for_the_same(self, other: RequestFile) -> bool:
         """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
         ours, theirs = (
-            (
-                file.request.model_dump(exclude={"images", "output", "strict"}),
-                os.path.realpath(file.request.images.expanduser()),
-            )
+            (file.request.model_dump(exclude={"images", "output", "strict"}), os.path.realpath(file.request.images))
             for file in (self, other)
         )
         return ours == theirs
@@ -116,8 +113,8 @@ class TrainRun:
     @property
     def run(self) -> str:
         """Return the name of the call's first run in the folder."""
-        study = read_study_file(self.folder)
-        return study.runs[0] if study is not None and study.runs else self.asked.request.run_name
+        study, asked = read_study_file(self.folder), self.asked.request
+        return study.runs[0] if study is not None and study.runs else f"{asked.experiment}/seed_{asked.seed}"
 
     @property
     def date(self) -> str:

@@ -31,6 +31,10 @@ _AFTER_REFUSAL = 10  # labels until a wall is offered again
 _MORE = 1.1  # times as many features, before the order is computed again
 _FEWEST_TESTED = 20  # images, before it is said what more labels bring
 _NO_CLASS = -1
+_ABOUT = (
+    "Every fifth image is for the test. It is drawn by chance and comes without a proposal: accuracy on images that a "
+    "model has chosen says nothing of others."
+)
 
 
 class Shown(NamedTuple):
@@ -132,6 +136,12 @@ class Session:
             if self._shown is None or not self._shown.ids or not all(map(self._is_open, self._shown.ids)):
                 self._shown = self._choose()
             labelled = [row for row in self.store.rows.values() if row.split != UNSURE]
+            tested, images = (
+                sum(row.split == "test" for row in labelled),
+                len(self.images.names) - len(self.images.left_out),
+            )
+            gone = len(self.store.rows.keys() - self.images.number.keys())
+            away = f"; {gone} of them no longer there" if gone else ""
             return {
                 **self._shown._asdict(),
                 "former": self._shown.former and self._shown.former._asdict(),
@@ -140,13 +150,17 @@ class Session:
                 "task": self.store.task,
                 "classes": self.classes,
                 "counts": Counter(label for row in labelled for label in row.labels),
+                "title": "Label images",
+                "note": "For the test: without a proposal." if self._shown.is_test else "",
+                "finished": "All images are labelled.",
+                "counted": f"{len(labelled)} of {images} labelled, {tested} of them for the test{away}",
+                "about": _ABOUT,
                 "labelled": len(labelled),
-                "tested": sum(row.split == "test" for row in labelled),
-                "images": len(self.images.names) - len(self.images.left_out),
+                "tested": tested,
+                "images": images,
                 "ready": self._ready,
                 "accuracy": _in_words(self._accuracy),
                 "left_out": [f"{name} {why}" for name, why in dict(self.images.left_out).items()],
-                "gone": len(self.store.rows.keys() - self.images.number.keys()),
                 "undoable": bool(self._history),
                 "trouble": self.features.fault or self._trouble,
                 "command": f"peft-vit tune {shlex.quote(str(self.store.file))}",
@@ -227,6 +241,7 @@ class Session:
     def fit(self) -> None:
         """Fit a model to what is labelled, and choose the next images by it; the page is answered meanwhile."""
         features, ids = self.features.read()  # (M, D), (M,)
+        self.images.find_copies()
         with self._lock:
             rows, classes = dict(self.store.rows), list(self.classes)
             doubted = list(self._doubted)
@@ -295,7 +310,7 @@ class Session:
 
     def _is_test(self, i: int, rows: Mapping[str, Row]) -> bool:
         """Return whether an image is for the test: as is written down of it or of a copy, or else as is drawn."""
-        written = (rows.get(self.images.names[copy]) for copy in (i, *self._copies(i)))
+        written = (rows.get(self.images.names[copy]) for copy in self.images.alike(i))
         split = next((row.split for row in written if row is not None and row.split in ("train", "test")), None)
         return self.images.is_test(i) if split is None else split == "test"
 

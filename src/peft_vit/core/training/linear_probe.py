@@ -35,12 +35,14 @@ from peft_vit.core.config import PROBE_L2
 from peft_vit.core.records import Evaluation, HeadFit, StepRow
 from peft_vit.core.tasks import CLASSIFICATION, DecidingMetric, Task
 from peft_vit.core.tasks.metric import Floats, Labels
+from peft_vit.core.tasks.task import CONVERGED
 from peft_vit.core.training.halves import forward_in_halves
 from peft_vit.core.training.hooks import RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import autocast
 
 _FOLDS = 5
+_HELD_OUT_CONVERGED = 1e-5  # of heads that choose a strength: by 300 images the same as 1e-7, in half of the time
 # The axes of each of the equally likely ways in which an image is shown in training.
 FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
@@ -182,7 +184,7 @@ def _held_out_logits(
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
         fit_features = Features(train.values[fitted], train.labels[fitted], task)  # in every way
         fold_values = train.values[:images][fold_of == fold].astype(np.float64)  # (images of the fold, D)
-        fits = _fits(fit_features, strengths, class_weights)
+        fits = _fits(fit_features, strengths, class_weights, _HELD_OUT_CONVERGED)
         for of_strength, (weight, bias, *_) in zip(logits, fits, strict=True):
             of_strength.append(fold_values @ weight.T + bias)  # (images of the fold, classes)
     order = np.argsort(np.argsort(fold_of, kind="stable"))  # (n,)
@@ -293,13 +295,14 @@ def _standardized(train: Features, class_weights: Floats | None) -> tuple[Floats
 
 
 def _fits(
-    train: Features, strengths: Sequence[float], class_weights: Floats | None
+    train: Features, strengths: Sequence[float], class_weights: Floats | None, tolerance: float = CONVERGED
 ) -> Iterator[tuple[Floats, Floats, float, float, float]]:
     """Yield W (classes, D), b (classes,), mean loss, norm of the objective's gradient and seconds, by strength."""
     z, centre, spread, weights = _standardized(train, class_weights)
     task = train.task
     started = time.perf_counter()
-    for l2, (weight, bias) in zip(strengths, task.linear_heads(z, train.labels, strengths, weights), strict=True):
+    heads = task.linear_heads(z, train.labels, strengths, weights, tolerance)
+    for l2, (weight, bias) in zip(strengths, heads, strict=True):
         # Without the penalty the mean weighted loss, with it the gradient.
         W, b = (torch.from_numpy(array).double().requires_grad_() for array in (weight, bias))
         losses = task.losses(torch.from_numpy(z) @ W.T + b, torch.from_numpy(train.labels))  # (N, classes) -> (N,)

@@ -16,7 +16,7 @@ from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.deploy.page.figure import leading
 from peft_vit.deploy.page.files import WrittenFiles, write_report
-from peft_vit.deploy.page.formatting import plain
+from peft_vit.deploy.page.formatting import megabytes, plain
 from peft_vit.deploy.page.markdown import write_markdown
 from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
 from peft_vit.deploy.page.model_quality import model_quality
@@ -182,6 +182,8 @@ def _only_model(
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
     place = shlex.quote(str(results_dir if call else folder))
     commands = {"To predict": f"peft-vit predict {place} PHOTO.jpg"}
+    if (sizes := record.bytes) is not None and (in_4_bits := sizes.in_4_bits_bytes) is not None:
+        commands[f"As a file in 4 bits, {megabytes(in_4_bits)}"] = f"peft-vit export {place} --bits 4"
     if page is None:
         bits = " --bits 4" if record.quantization is None else ""
         commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
