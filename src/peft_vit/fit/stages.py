@@ -64,7 +64,7 @@ from peft_vit.fit.recipe import DEFAULT_RATE, ROUNDED, Recipe, lora, peak_of, ra
 from peft_vit.fit.regressions import Regression, regress, sizes_to_try
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, first_that_fits
 from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.this_machine.machine import cpu_count
+from peft_vit.runs.this_machine.machine import check_devices, cpu_count
 
 # --- look -------------------------------------------------------------------------------------------------------------
 
@@ -76,9 +76,11 @@ def look(fit: Fit) -> None:
     """Look at the images, and set some aside for the test; nothing is written.
 
     Raises:
-        UserError: see `inspect_images`.
+        UserError: see `inspect_images`; and for more devices than there are here.
     """
     request = fit.request
+    if request.devices > 1 and request.executor == "local":
+        check_devices(request.devices, request.device)
     found = request.found
     pixels = fit.opened.enter_context(pixel_store(request, found))
     images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))

@@ -30,6 +30,7 @@ from peft_vit.core.backbones.passes import replaced_forwards
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.training.hooks import Hook, Overhead, call_each
 from peft_vit.core.training.images import Data
+from peft_vit.core.training.processes import sum_gradients
 
 _WARMUP_STEPS = 20  # of warmup_stable_decay, or a tenth of the run
 _ONE_CYCLE_SHARE = 0.3  # of the steps, for the way up
@@ -66,11 +67,14 @@ def optimization_step(
 ) -> StepOutcome:
     """Do backward, hooks, penalties, clipping, the optimiser's step and zero_grad.
 
+    Where several processes train the model, hooks and all that follows get the sums of their gradients.
+
     Args:
         model: trained model.
         optimizer: holds its trainable parameters.
-        loss: scalar task loss with its graph; of a batch in micro-batches the part of each, which add up to the
-            batch's loss. A part is asked for once the backward pass of the one before is done, so one graph is held.
+        loss: scalar task loss with its graph; of a batch in micro-batches, or in several processes, the part of
+            each, which add up to the batch's loss. A part is asked for once the backward pass of the one before is
+            done, so one graph is held.
         step: number of this step, from 1.
         hooks: called in order, once a step, on the gradient of the whole batch; one that scores gradients stands
             before one that scales them.
@@ -85,9 +89,10 @@ def optimization_step(
     value = 0.0
     for part in [loss] if isinstance(loss, Tensor) else loss:
         value += float(part.detach())
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
         part.backward()
+    value = sum_gradients(model.parameters(), value)
+    if not math.isfinite(value):
+        raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
     call_each(hooks, "after_backward", overhead, model, step)
     terms = call_each(hooks, "penalties", overhead, model)
     penalties: dict[str, Tensor] = {name: term for of_hook in terms for name, term in of_hook.items()}

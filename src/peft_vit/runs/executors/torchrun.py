@@ -1,0 +1,96 @@
+"""One run by the processes of `torchrun ... -m peft_vit.cli`: the first is the command, the others wait for its runs.
+
+They meet in torchrun's store. The first, or a worker that it starts, writes there what a run is; the others do it with
+it, again and again, until the command ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from peft_vit.core.records import RunSpec
+
+if TYPE_CHECKING:  # the first process may refuse what was typed before it loads torch
+    from torch.distributed import TCPStore
+
+    from peft_vit.core.training import Member
+
+_NUMBER, _ORDER = "peft_vit/runs", "peft_vit/run/{}"
+_ENDLESS = timedelta(days=365)  # torchrun ends a process that waits in vain
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun has told a process in its environment."""
+
+    rank: int
+    count: int
+    local_rank: int
+    local_count: int
+    host: str
+    port: int
+
+    def store(self) -> TCPStore:
+        """Return torchrun's store."""
+        from torch.distributed import TCPStore
+
+        return TCPStore(self.host, self.port, is_master=False)
+
+    def member(self, number: int) -> Member:
+        """Return this process's place in a run."""
+        from peft_vit.core.training import Member
+
+        place = (self.rank, self.count, self.local_rank, self.local_count, self.host, self.port)
+        return Member(*place, f"peft_vit/meeting/{number}")
+
+
+def launch() -> Launch | None:
+    """Return how torchrun has started this process, or the one that it works for; None: it was not, or alone."""
+    told = os.environ
+    if "TORCHELASTIC_RUN_ID" not in told or told.get("WORLD_SIZE", "1") == "1":
+        return None
+    numbers = (int(told[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return Launch(*numbers, told["MASTER_ADDR"], int(told["MASTER_PORT"]))
+
+
+def announce(launched: Launch, spec: RunSpec | None) -> Member:
+    """Tell the others of a run, or with None that none follows; return the first process's place in it."""
+    store = launched.store()
+    number = store.add(_NUMBER, 1)
+    store.set(_ORDER.format(number), "" if spec is None else spec.model_dump_json())
+    return launched.member(number)
+
+
+@contextmanager
+def leading(launched: Launch) -> Iterator[None]:
+    """Be the command, and let the others end with it."""
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # torchrun is gone
+            announce(launched, None)
+
+
+def help_first(launched: Launch) -> None:
+    """Do the runs of the command with it, until it ends; what fails is told by the first process, if it can."""
+    from peft_vit.core.training import Helped, Interrupted
+    from peft_vit.runs.execute import run_one
+    from peft_vit.runs.executors.local import prepare_process
+
+    prepare_process()
+    store, number = launched.store(), 0
+    while True:
+        number += 1
+        store.wait([_ORDER.format(number)], _ENDLESS)
+        if not (order := store.get(_ORDER.format(number))):
+            return
+        with suppress(Helped, Interrupted):
+            record = run_one(RunSpec.model_validate_json(order), member=launched.member(number)).record
+            if record.failure in ("out_of_memory", "io"):
+                print(f"error: process {launched.rank} of {launched.count}: {record.error}", file=sys.stderr)
