@@ -70,7 +70,7 @@ class RequestFile(BaseModel):
         """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
         ours, theirs = (
             (
-                file.request.model_dump(exclude={"images", "output", "strict", "devices"}),
+                file.request.model_dump(exclude={"images", "output", "strict", "devices", "executor"}),
                 os.path.realpath(file.request.images.expanduser()),
             )
             for file in (self, other)

@@ -127,6 +127,7 @@ class ImagesRequest(Request):
     device: Device = Field(default="auto", description=DEVICE)
     threads: int | None = Field(default=None, ge=1, description=THREADS)
     devices: int = Field(default=1, ge=1, le=1024, exclude_if=lambda devices: devices == 1, description=DEVICES)
+    executor: ExecutorName = Field(default="local", exclude_if=lambda name: name == "local", description=EXECUTOR)
 
     @cached_property
     def found(self) -> Images:
@@ -333,7 +334,6 @@ class TrainRequest(ImagesRequest):
     folds_share: ClassVar[float] = 0.2
     least_of_a_class: ClassVar[tuple[int | None, int | None]] = (2, 2)
     split_seed: ClassVar[int] = 0
-    executor: ClassVar[ExecutorName] = "local"
     # Limits of `tune`.
     max_bytes: ClassVar[None] = None
     max_adapter_bytes: ClassVar[None] = None
@@ -519,7 +519,6 @@ class TuneRequest(ImagesRequest):
         description="The number for all random choices: which images are kept for the test, how the others are "
         "divided, how training starts.",
     )
-    executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
         default=Path("peft-vit-tune"), description="The folder for results, where the same command continues."
     )

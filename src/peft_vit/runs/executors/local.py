@@ -1,7 +1,7 @@
 """Runs on this machine, several at a time, each in worker processes of its own: one, or as many as it has devices.
 
 Started by torchrun, a run has one worker here, the first; the other processes of torchrun are those of the run too, and
-are told of it by torchrun's store.
+read in torchrun's store what it is.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _ENDLESS = timedelta(days=365)  # torchrun ends a process that waits in vain
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun has told a process in its environment."""
+    """What torchrun says to a process in its environment."""
 
     rank: int
     count: int
@@ -52,11 +52,11 @@ class Launch:
 
 def launch() -> Launch | None:
     """Return how torchrun has started this process, or the one that it works for; None: it was not, or alone."""
-    told = os.environ
-    if "TORCHELASTIC_RUN_ID" not in told or told.get("WORLD_SIZE", "1") == "1":
+    given = os.environ
+    if "TORCHELASTIC_RUN_ID" not in given or given.get("WORLD_SIZE", "1") == "1":
         return None
-    numbers = (int(told[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    return Launch(*numbers, told["MASTER_ADDR"], int(told["MASTER_PORT"]))
+    numbers = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return Launch(*numbers, given["MASTER_ADDR"], int(given["MASTER_PORT"]))
 
 
 def announce(launched: Launch, spec: RunSpec | None) -> Member:
@@ -78,7 +78,7 @@ def leading(launched: Launch) -> Iterator[None]:
 
 
 def help_first(launched: Launch) -> None:
-    """Do the runs of the command with it, until it ends; what fails is told by the first process, if it can."""
+    """Do the runs of the command with it, until it ends; the first process reports what fails, if it can."""
     from peft_vit.core.training import Helped, Interrupted
     from peft_vit.runs.execute import run_one
     from peft_vit.runs.executors.local import prepare_process
