@@ -185,22 +185,29 @@ def resumed(folder: Path, stop_at: int | None) -> dict[str, Any] | None:
 
 
 def together(
-    work: Callable[..., Any], count: int, folder: Path, *arguments: Any, survivors: int | None = None
+    work: Callable[..., Any],
+    count: int,
+    folder: Path,
+    *arguments: Any,
+    survivors: int | None = None,
+    limit_s: float = PATIENCE_S,
 ) -> list[Any]:
-    """Return what a function of a module returns in each of several processes that have met, the first ones survive."""
+    """Return what a function of a module returns in each of several processes that have met, of the first survivors."""
     survivors = count if survivors is None else survivors
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     files = [folder / f"{rank}.pt" for rank in range(count)]
-    members = [Member(rank, count, rank, count, "127.0.0.1", store.port, "run") for rank in range(count)]
+    members = [Member(rank, count, rank, count, "127.0.0.1", store.port, "run", limit_s) for rank in range(count)]
     started = [
         context.Process(target=_work, args=(member, file, work, arguments), daemon=True)
         for member, file in zip(members, files, strict=True)
     ]
     for process in started:
         process.start()
-    for process in started:
+    for process in started[:survivors]:
         process.join(PATIENCE_S)
+    for process in started[survivors:]:
+        process.kill()
     assert [process.exitcode for process in started[:survivors]] == [0] * survivors
     return [torch.load(file, weights_only=False) for file in files[:survivors]]
 

@@ -76,7 +76,7 @@ def test_what_two_have_begun_one_continues_and_back(study, tmp_path) -> None:
 def test_one_that_is_killed_ends_all_in_one_line(study, tmp_path, rank) -> None:
     (run,) = planned(study("lora"), tmp_path).runs
     with at_work(LocalExecutor(1, tmp_path, 0, devices=2), run) as executor:
-        events_of(executor, lambda events: of(events, RunProgress))
+        events_of(executor, lambda events: any(event.progress.step > 1 for event in of(events, RunProgress)))
         pids = [worker.process.pid for worker in sorted(executor._workers, key=lambda worker: worker.rank)]
         os.kill(pids[rank], signal.SIGKILL)
         (ended,) = of(events_of(executor, lambda events: of(events, RunEnded)), RunEnded)
@@ -119,7 +119,7 @@ def test_a_process_that_differs_is_refused_everywhere(study, tmp_path, monkeypat
     other = own.model_copy(update=change)
     monkeypatch.setattr(processes, "gathered", lambda value: [value, (other, "elsewhere")])
     with pytest.raises(
-        UserError, match=f"process 1 on elsewhere has {'torch' if 'packages' in change else [*change][0]}"
+        UserError, match=f"process 1 on elsewhere has {'torch' if 'packages' in change else next(iter(change))}"
     ):
         execute._same_everywhere(own)
     monkeypatch.setattr(processes, "gathered", lambda value: [value, (own, "elsewhere"), value])
@@ -144,7 +144,8 @@ def test_torchrun_is_seen_in_the_environment(study, tmp_path, monkeypatch) -> No
 @pytest.mark.slow
 def test_torchrun_starts_a_command_whose_other_processes_help(cache, tmp_path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "peft_vit.cli"]
-    call = [*run, "train", "digits", "--smoke", "--output", str(tmp_path), "--device", "cpu", "--threads", "1"]
+    settings = ["--smoke", "--device", "cpu", "--threads", "1", "--steps", "6", "--minutes", "60"]
+    call = [*run, "train", "digits", *settings, "--output", str(tmp_path)]
     done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("0001-*/*/seed_0/record.json")

@@ -237,6 +237,8 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
     devices = execution.devices
     if launched is None:
         check_devices(devices * execution.workers if devices > 1 else 1, plan.study.device)
+    elif launched.rank > 0:
+        raise UserError("torchrun starts the command, `-m peft_vit.cli`, and no script that calls peft_vit")
     elif devices not in (1, launched.count):
         raise UserError(f"torchrun has started {launched.count} processes, not {devices}", field="execution.devices")
     return LocalExecutor(execution.workers, results_dir, execution.checkpoint_every_s, devices, launched)

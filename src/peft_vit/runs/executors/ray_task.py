@@ -152,9 +152,8 @@ def carry_out_together(resources: dict[str, float], count: int, *attempt: Any) -
     Raises:
         LostProcessError: if one of them is lost. Ray repeats nothing: the driver does, from the last checkpoint.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from peft_vit.core.training.processes import LIMIT_S, LostProcessError
 

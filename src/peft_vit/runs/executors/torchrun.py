@@ -7,11 +7,12 @@ it, again and again, until the command ends.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from peft_vit.core.records import RunSpec
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # the first process may refuse what was typed before it loads
     from peft_vit.core.training import Member
 
 _NUMBER, _ORDER = "peft_vit/runs", "peft_vit/run/{}"
-_ENDLESS = timedelta(days=365)  # torchrun ends a process that waits in vain
+_LOOK_S = 0.2  # how often a process looks for the next run
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,32 @@ def leading(launched: Launch) -> Iterator[None]:
 
 
 def help_first(launched: Launch) -> None:
-    """Do the runs of the command with it, until it ends; the first process reports what fails, if it can."""
+    """Do the runs of the command with it, until it ends; the first process reports what fails, if it can.
+
+    A signal to end stops a run in all processes, after a checkpoint.
+    """
     from peft_vit.core.training import Helped, Interrupted
     from peft_vit.runs.execute import run_one
     from peft_vit.runs.executors.local import prepare_process
 
     prepare_process()
-    store, number = launched.store(), 0
-    while True:
-        number += 1
-        store.wait([_ORDER.format(number)], _ENDLESS)
-        if not (order := store.get(_ORDER.format(number))):
+    store, number, signals = launched.store(), 1, list[int]()
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda received, _: signals.append(received))
+    while not signals:
+        with suppress(RuntimeError):
+            if not store.check([_ORDER.format(number)]):
+                time.sleep(_LOOK_S)
+                continue
+        try:
+            order = store.get(_ORDER.format(number))
+        except RuntimeError:  # torchrun is gone
             return
+        if not order:
+            return
+        member, number = launched.member(number), number + 1
         with suppress(Helped, Interrupted):
-            record = run_one(RunSpec.model_validate_json(order), member=launched.member(number)).record
+            spec = RunSpec.model_validate_json(order)
+            record = run_one(spec, should_stop=lambda: bool(signals), member=member).record
             if record.failure in ("out_of_memory", "io"):
                 print(f"error: process {launched.rank} of {launched.count}: {record.error}", file=sys.stderr)
