@@ -82,20 +82,20 @@ def images_of(train_images: int, validation: int = 21) -> Data:
 
 @contextmanager
 def rounded_rows() -> Iterator[list[torch.Tensor]]:
-    """Yield the codes of all rows that are rounded to 8 bits meanwhile."""
+    """Yield the codes of all activations that are rounded to 8 bits meanwhile, (rows, width) of a product each."""
     codes: list[torch.Tensor] = []
-    usual = integer_product.quantize_rows
+    usual = integer_product._quantize_in_parts
 
-    def noted(*given: Any) -> Any:
-        result = usual(*given)
+    def noted(*given: Any, **named: Any) -> Any:
+        result = usual(*given, **named)
         codes.append(result[0].clone())
         return result
 
-    integer_product.quantize_rows = noted
+    integer_product._quantize_in_parts = noted
     try:
         yield codes
     finally:
-        integer_product.quantize_rows = usual
+        integer_product._quantize_in_parts = usual
 
 
 def trained(
@@ -157,7 +157,7 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 def first_codes() -> list[torch.Tensor]:
-    """Return the codes of the first step's products of integers: of activations, later of gradients, by row."""
+    """Return the codes of the activations of the first step, (rows, width) of a product each."""
 
     def stop(step: int, _: Any) -> None:
         if step == 1:

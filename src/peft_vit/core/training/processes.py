@@ -22,6 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
+from peft_vit.core.adapters.resizing import resizing_together
 
 LIMIT_S = 600.0  # of waiting for the others in a step
 _LONG_S = 86_400.0  # of waiting for the first process, which alone fits heads and reads checkpoints
@@ -109,7 +110,8 @@ def patiently(local_count: int = 1) -> Iterator[None]:
         _meeting.patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=_LONG_S))
     _meeting.local_count = local_count
     try:
-        yield
+        with resizing_together():
+            yield
     finally:
         _meeting.patient, _meeting.local_count = None, 1
 
