@@ -85,7 +85,7 @@ def rates_table(tried: Sequence[tuple[tuple[str, ...], pd.DataFrame, float | Non
 
     columns = {
         **{title: lambda row, place=place: row[0][place] for place, title in enumerate(titles)},
-        **{f"{rate:g}": lambda row, rate=rate: cell(*row[1:], rate) for rate in rates},
+        **{f"{rate:g}": lambda row, rate=rate: cell(row[1], row[2], rate) for rate in rates},
     }
     return evidence.table(tried, columns, left=len(titles))
 

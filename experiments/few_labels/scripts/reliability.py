@@ -25,7 +25,6 @@ from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Neighbours, conformal_quantile, fit_temperature, probabilities
 from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
 from peft_vit.core.config import DataConfig
-from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.images import LabelledImages, normalised
 from peft_vit.core.training.metrics import predict_with_middle
 from peft_vit.data import open_index, to_pixels
@@ -101,7 +100,7 @@ def row(folder: Path, icons: Path | None) -> dict[str, object]:
         "few_alone": fit_temperature(held[few], held_labels[few]),
         "test": fit_temperature(tested, labels),
     }
-    known = Neighbours.of(outputs(reference_images(data.train, spec.seed, CLASSIFICATION))[2])
+    known = Neighbours.of(outputs(reference_images(data, spec.seed))[2])
     threshold = conformal_quantile(known.distances(held_middle), UNLIKE_COVERAGE)
 
     def flagged(features: NDArray[np.float32]) -> float:

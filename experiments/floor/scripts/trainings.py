@@ -188,7 +188,7 @@ def train_once(draw: Draw, start: Start, steps: int, fold: int | None) -> None:
 def predicted(model: Any, images: LabelledImages, runtime: RuntimeConfig) -> NDArray[np.float32]:
     """Return logits (N, classes)."""
     batches = images.ordered_batches(32, runtime.mean, runtime.std)
-    return predict(model, batches, device=CPU, precision=runtime.precision)[0]
+    return predict(model, batches, precision=runtime.precision)[0]
 
 
 def _detached(value: Any) -> Any:

@@ -505,7 +505,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = asked.output or configs.CONFIGS
     with cli.user_errors():
         if asked.what == "study":
-            chosen = picks(read(*(asked.paths or [SCREENING_ROWS]), _OF_SCREENING))
+            chosen = picks(read(asked.paths[0] if asked.paths else SCREENING_ROWS, _OF_SCREENING))
             write_studies(chosen, output, sentences(read(ROWS, _OF_STUDY)) if ROWS.is_file() else [])
         elif asked.what == "length":
             for folder in asked.paths:

@@ -124,8 +124,8 @@ def _sentences(task: str, suffix: str, runs: pd.DataFrame) -> Iterator[Sentence]
             lead = _negative(repeated_interval(course.looks[-1], stopping.level)) if course.looks else None
             shown, state = course.superiority == "refuted", ENDS[course.stopped]
         (rule, _, ranks), (control, _, _) = own.rpartition("_"), name.rpartition("_")
-        both = (_reached(runs[runs.experiment == one]) for one in (own, name))
-        yield Sentence(task, int(ranks), rule, control, *both, lead, shown, state)
+        reached, beside = (_reached(runs[runs.experiment == one]) for one in (own, name))
+        yield Sentence(task, int(ranks), rule, control, reached, beside, lead, shown, state)
 
 
 def _reached(runs: pd.DataFrame) -> Reached:
