@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from at_work import PATIENCE_S, alive, at_work, events_of, of
+from small_methods import EXPERIMENTS, study_mapping
 from written_runs import planned
 
 from peft_vit.base.errors import UserError
@@ -19,6 +21,7 @@ from peft_vit.fit.request import TrainRequest
 from peft_vit.runs import execute, run_one
 from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, torchrun
 from peft_vit.runs.executors.local import LocalExecutor
+from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import run_folder
 from peft_vit.runs.this_machine import machine
 
@@ -143,14 +146,15 @@ def test_torchrun_is_seen_in_the_environment(study, tmp_path, monkeypatch) -> No
 
 @pytest.mark.slow
 def test_torchrun_starts_a_command_whose_other_processes_help(cache, tmp_path) -> None:
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
+    study = study_mapping([{"name": name, "training": training, **EXPERIMENTS[name]} for name in ("lora", "adaptive")])
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "peft_vit.cli"]
-    settings = ["--smoke", "--device", "cpu", "--threads", "1", "--steps", "6", "--minutes", "60"]
-    call = [*run, "train", "digits", *settings, "--output", str(tmp_path)]
+    call = [*run, "run", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
-    (record,) = tmp_path.glob("0001-*/*/seed_0/record.json")
-    assert '"devices":2' in record.read_text().replace(" ", "")
-    assert done.stdout.count("Reading the images") == 1
+    records = read_records(tmp_path / "out")
+    assert [record.provenance.devices for record in records] == [2, 2]
 
 
 @pytest.mark.slow
