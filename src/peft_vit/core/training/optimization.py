@@ -11,7 +11,7 @@ also keep the most.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycle
 from torch.utils.checkpoint import checkpoint
 
 from peft_vit.base.errors import DivergedError, UserError
+from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.adapted_product import saving_first
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.backbones.passes import replaced_forwards
@@ -90,7 +91,7 @@ def optimization_step(
     for part in [loss] if isinstance(loss, Tensor) else loss:
         value += float(part.detach())
         part.backward()
-    value = sum_gradients(model.parameters(), value)
+    value = sum_gradients(_leaves(model), value)
     if not math.isfinite(value):
         raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
     call_each(hooks, "after_backward", overhead, model, step)
@@ -113,6 +114,14 @@ def optimization_step(
     call_each(hooks, "after_step", overhead, model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
+
+
+def _leaves(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all that a backward pass may give gradients to: parameters, and probes, which are none."""
+    yield from model.parameters()
+    for adapter in site_adapters(model).values():
+        if adapter.probe is not None:
+            yield adapter.probe.lambdas
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.resizing import resizing_together
@@ -144,10 +145,12 @@ def own_rows(number: int, *, mirrored: bool = False) -> NDArray[np.int64]:
     return np.unique(np.concatenate([half, number - 1 - half]))
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter], loss: float) -> float:
-    """Sum the gradients of parameters over all processes, in place, and return the sum of their losses."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if count() == 1 or not gradients:
+def sum_gradients(leaves: Iterable[Tensor], loss: float) -> float:
+    """Sum the gradients of parameters and the like over all processes, in place; return the sum of their losses."""
+    if count() == 1:
+        return loss
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    if not gradients:
         return loss
     last = torch.tensor([loss], dtype=gradients[0].dtype, device=gradients[0].device)
     flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), last])  # (values + 1,)
