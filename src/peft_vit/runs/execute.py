@@ -252,11 +252,24 @@ class Loaded:
     def made_ready(self) -> Provenance:
         """Let the model, which its method has prepared, multiply as was asked for; return what the run is made of."""
         model = self.backbone.model.to(self.device)  # what is packed comes packed
-        training, product = self.spec.experiment.training, None
-        if training.compute == "int8":
-            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
-            product = use_int8_matmul(model, choice.usable(self.device))
+        product = self.product()
+        if product is not None:
+            product = use_int8_matmul(model, product)
         return provenance_of(self, product)
+
+    def product(self) -> Int8Matmul | None:
+        """Return what multiplies integers here, None in float: of several processes what the first has found fastest."""
+        training = self.spec.experiment.training
+        if training.compute != "int8":
+            return None
+
+        def find() -> Int8Matmul | None:
+            if processes.rank() > 0:
+                return None
+            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
+            return choice.usable(self.device)
+
+        return processes.of_first(processes.in_each(find))
 
     def float_weights(self) -> dict[str, Tensor]:
         """Load the weights again, as they were."""
