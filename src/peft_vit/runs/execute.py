@@ -258,7 +258,7 @@ class Loaded:
         return provenance_of(self, product)
 
     def product(self) -> Int8Matmul | None:
-        """Return what multiplies integers here, None in float: of several processes what the first has found fastest."""
+        """Return what multiplies integers here, as the first process has found it fastest; None in float."""
         training = self.spec.experiment.training
         if training.compute != "int8":
             return None
