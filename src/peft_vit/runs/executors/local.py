@@ -236,7 +236,8 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
     execution, launched = plan.study.execution, launch()
     devices = execution.devices
     if launched is None:
-        check_devices(devices * execution.workers if devices > 1 else 1, plan.study.device)
+        if devices > 1:
+            check_devices(devices * execution.workers, plan.study.device)
     elif launched.rank > 0:
         raise UserError("torchrun starts the command, `-m peft_vit.cli`, and no script that calls peft_vit")
     elif devices not in (1, launched.count):
