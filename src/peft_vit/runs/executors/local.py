@@ -324,8 +324,9 @@ def _serve(pipe: Connection, parent: int) -> None:
         (spec, checkpoints, member), stopping = order, False
         on_progress = reply if member is None or member.rank == 0 else None
         try:
-            named = {"on_progress": on_progress, "checkpoints": checkpoints, "should_stop": should_stop}
-            reply(run_one(spec, **named, member=member))
+            reply(
+                run_one(spec, on_progress=on_progress, checkpoints=checkpoints, should_stop=should_stop, member=member)
+            )
         except Interrupted as interrupted:
             reply(interrupted if on_progress else None)
         except Helped:
