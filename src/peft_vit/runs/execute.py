@@ -646,7 +646,9 @@ class Attempt:
         for field in _MUST_MATCH:
             if (was := getattr(first, field)) != (now := getattr(provenance, field)):
                 raise self._mismatch(field, f"{was} when the run began, {now} now")
-        old_tools, new_tools = ({**p.packages, **p.model_dump(include=set(_MAY_DIFFER))} for p in (first, provenance))
+        old_tools, new_tools = (
+            {**p.packages, **{name: getattr(p, name) for name in _MAY_DIFFER}} for p in (first, provenance)
+        )
         changes = [
             f"{name} {new_tools.get(name)} instead of {old_tools.get(name)}"
             for name in {**old_tools, **new_tools}

@@ -55,9 +55,9 @@ def launch() -> Launch | None:
     given = os.environ
     if "TORCHELASTIC_RUN_ID" not in given or given.get("WORLD_SIZE", "1") == "1":
         return None
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, count, local_rank, local_count = (int(given[name]) for name in names)
-    return Launch(rank, count, local_rank, local_count, given["MASTER_ADDR"], int(given["MASTER_PORT"]))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    rank, count, local_rank, local_count, port = (int(given[name]) for name in names)
+    return Launch(rank, count, local_rank, local_count, given["MASTER_ADDR"], port)
 
 
 def announce(launched: Launch, spec: RunSpec | None) -> Member:
