@@ -186,7 +186,6 @@ class _OfTrain:
     folds_share = 0.2  # likewise, for its folds
     least_of_a_class: ClassVar[tuple[int | None, int | None]] = 2, 2  # different ones, without and with a test split
     unchangeable: ClassVar[Mapping[str, Any]] = {}  # when its folder continues: request.json has said it already
-    executor: ClassVar[ExecutorName] = "local"
     split_seed = 0
     margin_share = 0.01
     max_bytes = None
