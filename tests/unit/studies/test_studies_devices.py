@@ -1,5 +1,6 @@
 """Runs by two processes: as by one, stopped and continued with another number, killed; and what can't be asked for."""
 
+import json
 import os
 import platform
 import signal
@@ -8,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from at_work import PATIENCE_S, alive, at_work, events_of, of
 from small_methods import EXPERIMENTS, study_mapping
 from written_runs import planned
@@ -139,6 +139,9 @@ def test_torchrun_is_seen_in_the_environment(study, tmp_path, monkeypatch) -> No
     assert torchrun.launch() == torchrun.Launch(3, 4, 1, 2, "here", 29500)
     config = study("lora")
     config = config.model_copy(update={"execution": config.execution.model_copy(update={"devices": 2})})
+    with pytest.raises(UserError, match="torchrun"):  # a script that calls peft_vit is no command
+        local.open_executor(planned(config, tmp_path), tmp_path, None)
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError) as refused:
         local.open_executor(planned(config, tmp_path), tmp_path, None)
     assert refused.value.field == "execution.devices"
@@ -148,7 +151,7 @@ def test_torchrun_is_seen_in_the_environment(study, tmp_path, monkeypatch) -> No
 def test_torchrun_starts_a_command_whose_other_processes_help(cache, tmp_path) -> None:
     training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
     study = study_mapping([{"name": name, "training": training, **EXPERIMENTS[name]} for name in ("lora", "adaptive")])
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "peft_vit.cli"]
     call = [*run, "run", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
