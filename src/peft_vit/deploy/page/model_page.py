@@ -12,7 +12,7 @@ from peft_vit.base.errors import DataWarning
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
-from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
+from peft_vit.deploy.page.class_blocks import Maps, Pictures, class_blocks, example_gallery, map_blocks, mistakes_block
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
 from peft_vit.deploy.page.images_test import ImagesTest
@@ -69,17 +69,19 @@ class ModelSummary:
         return self.metric.interval(labels, TASKS[self.record.spec.task].constant(labels)).estimate
 
 
-def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
+def model_document(summary: ModelSummary, pictures: Pictures | None = None, maps: Maps | None = None) -> StudyDocument:
     """Return the page of a model.
 
     Args:
         summary: what is shown.
         pictures: makes pictures of images by their positions; None: there are none.
+        maps: likewise of where the model looked.
     """
     record, quality = summary.record, summary.quality
+    looked, shortcuts = ((), []) if quality is None else map_blocks(quality, maps)
     learning = learning_curves(record, summary.metric)
     sections = {
-        **_tested(record, quality, pictures),
+        **_tested(record, quality, pictures, looked),
         "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(summary))),),
@@ -87,7 +89,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     return StudyDocument(
         label=f"A model for {images_name(record.spec.data)}",
         slug="model",
-        alerts=tuple(_alerts(summary)),
+        alerts=(*_alerts(summary), *shortcuts),
         warnings=tuple(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX)),
         cards=tuple(_cards(summary)),
         came_out=tuple(_answer(summary)),
@@ -118,7 +120,10 @@ def later_document(tested: ImagesTest, images: str, pictures: Pictures | None) -
 
 
 def _tested(
-    record: RunRecord | ImagesTest, quality: ModelQuality | None, pictures: Pictures | None
+    record: RunRecord | ImagesTest,
+    quality: ModelQuality | None,
+    pictures: Pictures | None,
+    looked: tuple[Block, ...] = (),
 ) -> dict[str, tuple[Block, ...]]:
     """Return the sections on what a model says of labelled images."""
     if quality is None:
@@ -128,7 +133,7 @@ def _tested(
         }
     examples = example_gallery(quality, pictures)
     return {
-        "Test images and what it says of them": () if examples is None else (examples,),
+        "Test images and what it says of them": () if examples is None else (examples, *looked),
         "Classes": tuple(class_blocks(quality)),
         "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
         BELIEF: tuple(_reliability(record, quality)),
