@@ -16,12 +16,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from peft_vit.base.errors import UserError, first_line
-from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FeatureFile, FeatureProcess
 from peft_vit.label.images import TEST_SHARE, ImageFolder
-from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
+from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name, is_number
 from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
 from peft_vit.label.training import Training
 
@@ -341,7 +340,7 @@ class Session:
             raise UserError(f"expected one, got {len(labels)}", field="label")
         if self.store.task == "regression":
             number = labels[0].strip().replace(",", ".")
-            if TASKS[self.store.task].fault({"value": number}):
+            if not is_number(number):
                 raise UserError(f"expected a number such as 12.5, got {number!r}", field="label")
             return (number,)
         return tuple(dict.fromkeys(class_name(label, self.classes) for label in labels))
