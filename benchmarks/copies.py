@@ -2,7 +2,8 @@
 
 60 images of a set are mirrored, cropped to 90 to 97 % of their sides, saved as JPEG of quality 50, and shifted by up to
 4 pixels (2 of images below 64 pixels, 1 below 24). They stand among all images, at most 1,000, and are found if they
-are in a group with their own, as labels let them be. The other groups are shown in `--sheet`, for a person to count what is no copy.
+are in a group with their own, as labels let them be. The other groups are shown in `--sheet`, for a person to count
+what is no copy.
 
     python benchmarks/copies.py digits fashion-mnist elpv stamps emoji --sheet FOLDER
     python benchmarks/copies.py --frames
