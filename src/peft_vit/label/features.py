@@ -155,7 +155,7 @@ def _trained(run: Path) -> _Model:
     restored = restore_run(run)
     card, backbone = restored.card, Backbone(restored.model)
     classifier = torch_classifier(restored.model, card, restored.reference)
-    compute = classifier.with_distances or (lambda images: (classifier.logits(images), np.zeros(len(images))))
+    compute = classifier.with_distances or (lambda images: (classifier.logits(images), np.zeros(len(images), np.float32)))
     temperature = getattr(card.meaning, "temperature", 1.0)
     num_classes = len(card.class_names) if card.task == "classification" else 0
 
