@@ -100,8 +100,8 @@ def test_a_session_tells_of_it(tmp_path, monkeypatch) -> None:
     write_digits(tmp_path, 12)
     session = session_of(tmp_path)
     with pytest.raises(UserError):
-        session.train("train")
+        session.training.start("train")
     labelled(tmp_path)  # by another page
     saying(monkeypatch, "Model: somewhere")
-    session.train("train")
+    session.training.start("train")
     until(lambda: session.state()["training"]["lines"][-1:] == ["Model: somewhere"])
