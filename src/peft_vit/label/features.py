@@ -154,7 +154,8 @@ def _trained(run: Path) -> _Model:
     restored = restore_run(run)
     card, backbone = restored.card, Backbone(restored.model)
     classifier = torch_classifier(restored.model, card, restored.reference)
-    compute = classifier.with_distances or (lambda images: (classifier.logits(images), np.zeros(len(images), np.float32)))
+    nowhere = np.zeros(1, np.float32)  # where no features of training images are at hand
+    compute = classifier.with_distances or (lambda images: (classifier.logits(images), nowhere.repeat(len(images))))
     temperature = getattr(card.meaning, "temperature", 1.0)
     num_classes = len(card.class_names) if card.task == "classification" else 0
 
