@@ -298,7 +298,7 @@ class Session:
                 offered = Shown(tuple(ids[found[1]].tolist()), is_wall=True, proposed=classes[found[0]])
         with self._lock:
             count = _AHEAD + self._labelled_since
-        chosen: list[int] = []
+        chosen = list[int]()
         if self.order == "herding":
             chosen = herding(features, train, available, count, probabilities)
         elif self.order == "unlike" and distances is not None:

@@ -34,7 +34,8 @@ def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
 
 
 @pytest.mark.parametrize("order", ["herding", "random", "files"])
-def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path) -> None:
+def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.label.order._FEWEST_OF_CLASS", 3)
     truth = write_digits(tmp_path, 45, classes=2)
     session = session_of(tmp_path, order=order)
     shown = label_all(session, truth)
