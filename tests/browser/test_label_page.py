@@ -20,7 +20,7 @@ from peft_vit.label.labels import LabelStore, Row
 pytest.importorskip("uvicorn")
 from peft_vit.label.server import LabelServer
 
-pytestmark = [pytest.mark.slow, needs_chromium]
+pytestmark = [pytest.mark.slow, needs_chromium, pytest.mark.usefixtures("cache")]
 HOSTILE = "'<img src=x onerror=alert(1)>'"
 
 

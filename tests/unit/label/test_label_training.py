@@ -12,6 +12,8 @@ from peft_vit.label import training
 from peft_vit.label.labels import LabelStore, Row
 from peft_vit.label.training import Training
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 def until(is_so: Callable[[], object]) -> None:
     """Wait for what another process does."""
