@@ -154,17 +154,15 @@ def _trained(run: Path) -> _Model:
     restored = restore_run(run)
     card, backbone = restored.card, Backbone(restored.model)
     classifier = torch_classifier(restored.model, card, restored.reference)
-    compute = classifier.with_distances or (
-        lambda images: (classifier.logits(images), np.zeros(len(images), np.float32))
-    )
+    nowhere = np.zeros(1, np.float32)  # where no features of training images are at hand
+    compute = classifier.with_distances or (lambda images: (classifier.logits(images), nowhere.repeat(len(images))))
+    temperature = getattr(card.meaning, "temperature", 1.0)
     num_classes = len(card.class_names) if card.task == "classification" else 0
 
     def values(pixels: Tensor) -> Any:
         images = normalised(pixels, card.mean, card.std)  # (B, 3, S, S)
         logits, distances = compute(images.numpy())
-        of_classes = probabilities(logits, getattr(card.meaning, "temperature", 1.0))[
-            :, :num_classes
-        ]  # (B, K), or (B, 0)
+        of_classes = probabilities(logits, temperature)[:, :num_classes]  # (B, K), or (B, 0)
         return np.concatenate([backbone.features(images), of_classes, distances[:, None]], axis=1)
 
     taken = (card.image_size, card.channels, card.interpolation, card.resize)
