@@ -311,6 +311,7 @@ def tune(
     device: Device = "auto",
     seed: int = 0,
     threads: int | None = None,
+    devices: int = 1,
     executor: ExecutorName = "local",
     output: str | Path = "peft-vit-tune",
     tell: Callable[[str], None] | None = None,
@@ -344,6 +345,7 @@ def tune(
         device: auto, cpu or cuda.
         seed: the number for all random choices of test images, folds and runs.
         threads: threads of a run; None: as many as there are processors.
+        devices: processes that train a model together, see "On a GPU".
         executor: local, or ray for a cluster.
         output: the folder for everything.
         tell: gets what is done, a line each; None: it is printed.
@@ -408,6 +410,8 @@ def train(
     device: Device = "auto",
     seed: int = 0,
     threads: int | None = None,
+    devices: int = 1,
+    executor: ExecutorName = "local",
     strict: bool = False,
     output: str | Path = "peft-vit-runs",
     smoke: bool = False,
@@ -455,6 +459,8 @@ def train(
         device: auto, cpu or cuda.
         seed: the number for all random choices.
         threads: processor threads; None: as many as there are processors.
+        devices: processes that train the model together, see "On a GPU".
+        executor: local, or ray for a cluster.
         strict: refuse a folder with files that would be left out.
         output: the folder in which the call makes its own.
         smoke: random weights, made-up images, a few steps.

@@ -181,18 +181,55 @@ def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypat
     features = FolderFeatures(images)
     assert features.fault == ""
     features.start()
-    assert [len(part) for part in features.read()] == [0, 0]
+    assert [len(part) for part in features.read()[:2]] == [0, 0]
     dtype = np.dtype([("digest", "S64"), ("values", "<f4", (2,))])
     _begun(file, dtype, b"weights")
     place = images.number["d001.png"]
     rows = [(images.digest(place).encode(), (1, 2)), (images.digest(0).encode(), (np.nan, np.nan))]
     with file.open("ab") as opened:
         opened.write(np.array(rows, dtype).tobytes())
-    values, ids = features.read()
+    values, ids, *of_model = features.read()
+    assert of_model == [None, None]
     assert (values.tolist(), ids.tolist()) == ([[1, 2]], [place])
     assert list(images.left_out) == ["broken.png"]
+    trained = FolderFeatures(images, tmp_path, classes=1)  # a feature of two values is a probability and a distance
+    trained.start()
+    assert [part.tolist() for part in trained.read()] == [[[]], [place], [[1]], [2]]
     process.fault = "weights can't be loaded"
     assert features.fault == process.fault
+
+
+def modelled(folder: Path, order: str) -> Session:
+    """Return a session of a model that knows 0 and 1, of which image it is surer the later it comes."""
+    session = session_of(folder, order=order)
+    computed = session.features.read()
+    probabilities = np.stack([np.linspace(0.9, 0.1, 20), np.linspace(0.1, 0.9, 20)], 1)
+    known = computed._replace(probabilities=probabilities, distances=np.arange(20.0) % 7)
+    features = SimpleNamespace(fault="", read=lambda: known)
+    return Session(session.store, session.images, features, order, ("digit 0", "digit 1"))
+
+
+def test_a_model_proposes_until_it_does_not_know_a_class(tmp_path) -> None:
+    write_digits(tmp_path, 20)
+    session = modelled(tmp_path, "files")
+    session.fit()
+    state = session.state()
+    while state["is_test"]:
+        session.record(state["ids"], ["digit 1"])
+        state = session.state()
+    assert state["classes"] == ["digit 0", "digit 1"]
+    assert state["proposed"] == "digit 0"
+    session.record(state["ids"], ["digit 2"])
+    session.fit()
+    assert session._proposals == {}  # one label is too few for another model
+
+
+def test_unlike_images_come_first_and_those_for_the_test_are_not_chosen(tmp_path) -> None:
+    write_digits(tmp_path, 20)
+    session = modelled(tmp_path, "unlike")
+    session.fit()
+    free = [i for i in range(20) if not session.images.is_test(i)]
+    assert session._chosen == sorted(free, key=lambda i: -(i % 7))[:5]
 
 
 def test_what_cannot_be_computed_is_said_and_labelling_continues(tmp_path, monkeypatch) -> None:
