@@ -83,7 +83,7 @@ def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) 
     """Return maps of a few images of a run in a folder, by their positions in its data set.
 
     Raises:
-        UserError: if its model or the images are not on this machine, or its attention tells no map: occlusion takes
+        UserError: if its model or the images are not on this machine, or no map is made of its attention: occlusion takes
             seconds an image.
     """
     try:
@@ -96,5 +96,5 @@ def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) 
     for image in images:
         found.append(explain(classifier, image))
         if found[0].by != "attention":
-            raise UserError("its attention tells no map", file=folder)
+            raise UserError("no map is made of this model's attention", file=folder)
     return found
