@@ -2,7 +2,8 @@
 
 60 images of a set are mirrored, cropped to 90 to 97 % of their sides, saved as JPEG of quality 50, and shifted by up to
 4 pixels (2 of images below 64 pixels, 1 below 24). They stand among all images, at most 1,000, and are found if they
-are in a group with their own. The other groups are shown in `--sheet`, for a person to count what is no copy.
+are in a group with their own, as labels let them be. The other groups are shown in `--sheet`, for a person to count
+what is no copy.
 
     python benchmarks/copies.py digits fashion-mnist elpv stamps emoji --sheet FOLDER
     python benchmarks/copies.py --frames
@@ -28,6 +29,7 @@ from peft_vit.core.config import DEFAULT_MODEL
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.core.training import Features, fit_probe, held_out_fit
 from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
+from peft_vit.data.inspect import links_of_one_label
 from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.deploy.features import embed_images, open_pretrained
 from peft_vit.runs.this_machine.machine import git_state
@@ -36,10 +38,10 @@ _COLUMNS = ("set", "what", "images", "value", "commit")
 _MOST, _PLANTED, _FIGURES, _OTHERS, _FRAMES, _SIDE = 1000, 60, 120, 300, 8, 96
 
 
-def groups_among(pictures: list[Image.Image]) -> np.ndarray:
-    """Return groups of copies, (N,)."""
-    thumbnails = np.stack([compared_thumbnail(to_pixels(picture, 64, 3)) for picture in pictures])
-    return groups_of(np.arange(len(pictures)), copy_pairs(thumbnails))
+def groups_among(pictures: list[Image.Image], labels: np.ndarray) -> np.ndarray:
+    """Return groups of copies, (N,), by labels (N,)."""
+    pairs = copy_pairs(np.stack([compared_thumbnail(to_pixels(picture, 64, 3)) for picture in pictures]))
+    return groups_of(np.arange(len(pictures)), links_of_one_label(pairs, labels))
 
 
 def planted(picture: Image.Image, rng: np.random.Generator) -> dict[str, Image.Image]:
@@ -61,10 +63,11 @@ def planted(picture: Image.Image, rng: np.random.Generator) -> dict[str, Image.I
 
 def of_set(name: str, sheet: Path | None) -> dict[str, float]:
     """Return the share of images in groups, and of planted copies that are found."""
-    pictures = [picture.convert("RGB") for _, picture in images_of(name)]
+    pairs = [*images_of(name)]
     rng = np.random.default_rng(0)
-    pictures = [pictures[k] for k in rng.permutation(len(pictures))[:_MOST]]
-    groups = groups_among(pictures)
+    pairs = [pairs[k] for k in rng.permutation(len(pairs))[:_MOST]]
+    pictures, labels = [picture.convert("RGB") for _, picture in pairs], np.array([label for label, _ in pairs])
+    groups = groups_among(pictures, labels)
     sizes = np.bincount(groups)
     found = {"in groups": float((sizes[groups] > 1).mean())}
     if sheet is not None:
@@ -78,7 +81,7 @@ def of_set(name: str, sheet: Path | None) -> dict[str, float]:
     own = rng.permutation(len(pictures))[:_PLANTED]
     copies = [planted(pictures[i], rng) for i in own]
     every = [copy[what] for what in copies[0] for copy in copies]
-    among = groups_among([*pictures, *every])
+    among = groups_among([*pictures, *every], np.concatenate([labels, *[labels[own]] * len(copies[0])]))
     for what, of_copies in zip(copies[0], np.split(among[len(pictures) :], len(copies[0])), strict=True):
         found[what] = float((among[own] == of_copies).mean())
     return found | {"images": len(pictures)}
@@ -102,11 +105,8 @@ def of_frames() -> dict[str, float]:
     labels, true = (np.array([kinds[pairs[i][0]] for i in some]) for some in np.split(order, [_FIGURES]))
     model, card = open_pretrained(DEFAULT_MODEL, None, 56)
     features, of_others = (embed_images(model, card, [*map(np.asarray, some)])[1] for some in (films, others))
-    train, film, groups = (
-        Features(features, labels.repeat(_FRAMES)),
-        np.arange(_FIGURES).repeat(_FRAMES),
-        groups_among(films),
-    )
+    train, film = Features(features, labels.repeat(_FRAMES)), np.arange(_FIGURES).repeat(_FRAMES)
+    groups = groups_among(films, train.labels)
     result = {"images": len(films), "groups": len(np.unique(groups))}
     of_one = [len(np.unique(film[groups == group])) == 1 for group in np.unique(groups)]
     result |= {"groups of one film": float(np.mean(of_one))}

@@ -130,6 +130,8 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
     finally:
         stop.set()
         features.stop()
+    if session.training.is_running:
+        print("The training continues; the same command shows it again.")
     if store.rows:
         print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {shlex.quote(str(store.file))}")
 

@@ -83,8 +83,8 @@ def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) 
     """Return maps of a few images of a run in a folder, by their positions in its data set.
 
     Raises:
-        UserError: if its model or the images are not on this machine, or no map is made of its attention: occlusion takes
-            seconds an image.
+        UserError: if its model or the images are not on this machine, or no map is made of its attention: occlusion
+            takes seconds an image.
     """
     try:
         from peft_vit.data import images_of

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import folder_below
-from peft_vit.base.statistics import TemperaturePrior
+from peft_vit.base.statistics import TemperaturePrior, probabilities
 from peft_vit.base.statistics.odds import FoldMeans, means_of_images
 from peft_vit.core.config import study_from_mapping
-from peft_vit.core.records import Calibrated, Decision, RunRecord, RunSpec
+from peft_vit.core.records import Calibrated, Decision, Predictions, RunRecord, RunSpec
 from peft_vit.core.tasks import (
     CLASSIFICATION,
     OF_FOLDS,
@@ -31,6 +31,7 @@ from peft_vit.core.tasks import (
     thresholds_of,
 )
 from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.data import ImageIndex
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Advanced
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
@@ -95,6 +96,25 @@ def pooled(outcomes: Iterable[Outcome], task: Task) -> Pooled:
     runs = list(outcomes)
     logits = np.concatenate([np.asarray(task.aligned(own.logits, own.learned), np.float64) for own in runs])
     return logits, np.concatenate([own.labels for own in runs]), np.concatenate([own.images for own in runs])
+
+
+def predictions_on(
+    outcomes: Sequence[Outcome], task: Task, meaning: Calibrated | Decision | None, index: ImageIndex
+) -> Predictions | None:
+    """Return what models on folds predicted of images of an index, as a record has it; None: there are none.
+
+    Where outputs are calibrated, with how probable they find the label.
+    """
+    if not outcomes:
+        return None
+    logits, labels, images = pooled(outcomes, task)
+    fields = meaning_fields(meaning)
+    made = task.predictions(logits, labels, images, decision=fields["decision"])
+    more: dict[str, list[Any]] = {"files": [index.title(image) for image in images.tolist()]}
+    if fields["calibrated"] is not None:
+        p = probabilities(logits, fields["calibrated"].temperature)  # (N, K)
+        more |= {"probability": p.max(1).tolist(), "label_probability": p[np.arange(len(p)), labels].tolist()}
+    return made.model_copy(update=more)
 
 
 def meaning_on(

@@ -55,7 +55,7 @@ from peft_vit.deploy.page.tables import Column, own_interval_columns, table
 from peft_vit.fit.decide import ModelDecision
 from peft_vit.fit.fit import TITLES
 from peft_vit.fit.intake import LabelledSet, refuse_among_images
-from peft_vit.fit.outcomes import Outcome, with_meaning
+from peft_vit.fit.outcomes import Outcome, predictions_on, with_meaning
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import TUNE_FILE, TuneRequest
 from peft_vit.fit.sizes import NO_TIME, SizeResult
@@ -148,7 +148,8 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
     tested = record.tested_calibration
     quality = model_quality(record, None if tested is None else tested.probability)
     use = {"To predict": f"peft-vit predict {shlex.quote(str(exports.model))} PHOTO.jpg"}
-    model = ModelSummary(record, quality, use, said=answer(choice, exports.taken.bytes))
+    on_folds = predictions_on(choice.folds, choice.final.learned, choice.meaning, choice.images.index)
+    model = ModelSummary(record, quality, use, answer(choice, exports.taken.bytes), on_folds=on_folds)
     adapter, config = model_folder / ADAPTER_FILE, directory / STUDY_COPY
     for name in (ADAPTER_FILE, *([] if record.features_sha256 is None else [FEATURES_FILE])):
         write_whole(model_folder / name, read_bytes(run_dir / name, limit_bytes=None))

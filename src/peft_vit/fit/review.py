@@ -33,6 +33,7 @@ from peft_vit.deploy.features import cached_features
 from peft_vit.deploy.formats.header import ExportMetadata
 from peft_vit.deploy.page.document import Block, StudyDocument, Table
 from peft_vit.deploy.page.formatting import percent, plain
+from peft_vit.deploy.page.model_quality import PREDICTED, TOGETHER
 from peft_vit.deploy.page.tables import Column, table
 from peft_vit.deploy.restore import finished_record
 from peft_vit.fit.intake import earlier_calls
@@ -46,9 +47,7 @@ if TYPE_CHECKING:
 Predicted = tuple[
     ImageIndex, NDArray[np.int64], NDArray[np.float64]
 ]  # images, positions of some (n,), logits of each (n, K)
-_PREDICTED = "Models that were not trained on an image predicted it. The label that is least believed comes first."
 _AT_RANDOM = "Test labels are drawn at random, never by what a model doubts: or the test favours models like it."
-_TOGETHER = "They stay on one side of every split. Of copies one will do; groups are as --group says."
 
 
 class Review(NamedTuple):
@@ -161,9 +160,9 @@ def review_labels(predicted: Predicted, shown: int) -> Review:
     named = [Column("File", "file"), Column("Label", "label")]
     believed = [*named, Column("Believed", "believed"), Column("How sure", "sure", percent)]
     parts = [
-        (doubted, table("labels", "Labels to check", doubted, believed, _PREDICTED, data=ranked)),
+        (doubted, table("labels", "Labels to check", doubted, believed, PREDICTED, data=ranked)),
         (checked, table("test_labels", "Test labels to check", checked, named, _AT_RANDOM)),
-        (copies, table("copies", "Near copies", copies, [*named, Column("Group", "group")], _TOGETHER)),
+        (copies, table("copies", "Near copies", copies, [*named, Column("Group", "group")], TOGETHER)),
     ]
     came_out = [f"{len(every):,} of {len(ranked):,} labels are less probable than another class."]
     if missing := len(index.labels) - len(test) - len(ranked):

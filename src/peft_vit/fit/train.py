@@ -29,7 +29,7 @@ from peft_vit.fit.decide import meaning_of_last, worth_training
 from peft_vit.fit.earlier import EarlierRun
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import keep_images, look, named_files, refuse_among_images
-from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, pooled, with_meaning
+from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, predictions_on, with_meaning
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Emit, TrainRequest, print_event
 from peft_vit.fit.sizes import (
@@ -126,9 +126,8 @@ def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Ou
     meaning = meaning_of_last(fit, recipe, known, longer, task) if folds or not validated else None
     if meaning is not None:
         record = with_meaning(record, meaning, folds, outcome)
-        if folds:
-            on_folds = task.predictions(*pooled(folds, task), decision=record.decision)
-            record = record.model_copy(update={"on_folds": on_folds})
+        on_folds = predictions_on(folds, task, meaning, fit.images.index)
+        record = record.model_copy(update={"on_folds": on_folds})
         write_record(fit.results_dir(outcome.folder.parts[-3]), record)
     if outcome.folder.parents[1] != run.folder:
         fit.emit(f"The model is the linear probe at {recipe.image_size} px.")

@@ -118,7 +118,7 @@ class FeatureProcess:
 class _Model(NamedTuple):
     """What makes of B images, (B, C, S, S) uint8, (B, width) values."""
 
-    values: Callable[[Tensor], NDArray[np.float32]]
+    values: Callable[[Tensor], Any]
     sha256: str
     taken: tuple[Any, ...]  # side, channels and so on: how `to_pixels` makes its input
     enough: int | None = None  # pixels, see `decode_image`
@@ -135,10 +135,9 @@ def _pretrained() -> _Model:
     loaded = load_backbone(config, image_size=_SIZE, num_classes=2, seed=0)
     backbone = Backbone(loaded.model.eval().to(device))
 
-    def values(pixels: Tensor) -> NDArray[np.float32]:
+    def values(pixels: Tensor) -> Any:
         images = normalised(pixels, loaded.mean, loaded.std).to(device)  # (B, 3, S, S)
-        features: NDArray[np.float32] = backbone.features(images).float().cpu().numpy()
-        return features
+        return backbone.features(images).float().cpu().numpy()  # (B, D)
 
     taken = (_SIZE, 3, interpolation_of(loaded.architecture))
     return _Model(values, loaded.weights_sha256 or "", taken, enough=_SIZE)
@@ -155,16 +154,16 @@ def _trained(run: Path) -> _Model:
     restored = restore_run(run)
     card, backbone = restored.card, Backbone(restored.model)
     classifier = torch_classifier(restored.model, card, restored.reference)
-    compute = classifier.with_distances or (lambda images: (classifier.logits(images), np.zeros(len(images))))
+    nowhere = np.zeros(1, np.float32)  # where no features of training images are at hand
+    compute = classifier.with_distances or (lambda images: (classifier.logits(images), nowhere.repeat(len(images))))
     temperature = getattr(card.meaning, "temperature", 1.0)
     num_classes = len(card.class_names) if card.task == "classification" else 0
 
-    def values(pixels: Tensor) -> NDArray[np.float32]:
+    def values(pixels: Tensor) -> Any:
         images = normalised(pixels, card.mean, card.std)  # (B, 3, S, S)
         logits, distances = compute(images.numpy())
         of_classes = probabilities(logits, temperature)[:, :num_classes]  # (B, K), or (B, 0)
-        parts = [backbone.features(images).numpy(), of_classes, distances[:, None]]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        return np.concatenate([backbone.features(images), of_classes, distances[:, None]], axis=1)
 
     taken = (card.image_size, card.channels, card.interpolation, card.resize)
     return _Model(values, restored.record.adapter_sha256 or "", taken)

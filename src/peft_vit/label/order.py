@@ -89,9 +89,7 @@ def propose(features: Features, labelled: Ints, num_classes: int) -> Floats:
     return np.exp(log_softmax(logits / _temperature(z[known], labelled[known])))
 
 
-def wall(
-    probabilities: Floats, available: Flags, labelled: Ints, size: int = _SIZE_OF_WALL
-) -> tuple[int, list[int]] | None:
+def wall(probabilities: Floats, available: Flags, labelled: Ints) -> tuple[int, list[int]] | None:
     """Return a class and the available images that are surest of it, the surest first; None: no class has enough.
 
     There are as many as nine in ten are expected to be right of, so that who looks at all of them has few to take out.
@@ -101,14 +99,13 @@ def wall(
         probabilities: (N, K), see `propose`.
         available: which images may be shown, (N,).
         labelled: class of each image, (N,); -1: it has none.
-        size: images at most.
     """
     predicted, walls = probabilities.argmax(1), []
     if (labelled >= 0).sum() < _FEWEST_OF_CLASS * probabilities.shape[1]:
         return None
     for label in range(probabilities.shape[1]):
         own = np.flatnonzero(available & (predicted == label))
-        surest = own[np.argsort(-probabilities[own, label], kind="stable")][:size]
+        surest = own[np.argsort(-probabilities[own, label], kind="stable")][:_SIZE_OF_WALL]
         expected = np.cumsum(probabilities[surest, label]) / np.arange(1, len(surest) + 1)  # falls
         enough = int((expected >= _SURE).sum())
         if enough >= _FEWEST_OF_WALL:

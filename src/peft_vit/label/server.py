@@ -14,7 +14,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, ValidationError
 from starlette.applications import Starlette
@@ -70,10 +70,10 @@ _CHANGES: dict[str, Callable[[Session | Checking, _Answer], None]] = {
 }
 
 
-def _started(session: Session | Checking, command: Literal["train", "tune"]) -> None:
+def _started(session: Session | Checking, command: str) -> None:
     if not isinstance(session, Session):
         raise UserError("give the command in a terminal", field=command)
-    session.train(command)
+    session.training.start(command)
 
 
 class LabelServer:

@@ -16,12 +16,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from peft_vit.base.errors import UserError, first_line
-from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FeatureFile, FeatureProcess
 from peft_vit.label.images import TEST_SHARE, ImageFolder
-from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
+from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name, is_number
 from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
 from peft_vit.label.training import Training
 
@@ -108,11 +107,10 @@ class FolderFeatures:
             if self._images.names[i] not in self._images.left_out:
                 self._images.is_sound(i, SMALL)  # which says why not
         ids = np.flatnonzero(self._file.ready)
-        values = self._file.values[ids]  # (M, D), or of a trained model (M, D + classes + 1)
+        values, first = self._file.values[ids], -1 - self._classes  # (M, D), of a trained model (M, D + classes + 1)
         if self._model is None or not len(ids):
             return Computed(values, ids)
-        width = values.shape[1] - self._classes - 1
-        return Computed(values[:, :width], ids, values[:, width:-1], values[:, -1])
+        return Computed(values[:, :first], ids, values[:, first:-1], values[:, -1])
 
 
 class Session:
@@ -267,12 +265,6 @@ class Session:
                 former = after[self.images.names[ids[0]]]
                 self._shown = Shown(tuple(ids), is_test=self._is_test(ids[0], self.store.rows), former=former)
 
-    def train(self, command: Literal["train", "tune"]) -> None:
-        """Start a call of `train` or `tune` on what is labelled; see `Training.start`."""
-        with self._lock:
-            self.store.refresh()
-            self.training.start(command)
-
     # --- what is computed meanwhile -----------------------------------------------------------------------------------
 
     def fit(self) -> None:
@@ -298,7 +290,7 @@ class Session:
         if (np.bincount(train[train >= 0], minlength=1) >= _FEWEST).sum() >= _FEWEST:
             probabilities = propose(features, train, len(classes))  # (M, K)
             accuracy = expected_accuracy(features, train, test, len(classes))
-        if self._num_known and known is not None and train.max(initial=_NO_CLASS) < self._num_known:
+        if known is not None and train.max(initial=0) < self._num_known:
             probabilities = np.pad(known, ((0, 0), (0, len(classes) - self._num_known)))  # the model knows all of them
         if probabilities is not None:
             proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
@@ -306,7 +298,7 @@ class Session:
                 offered = Shown(tuple(ids[found[1]].tolist()), is_wall=True, proposed=classes[found[0]])
         with self._lock:
             count = _AHEAD + self._labelled_since
-        chosen: list[int] = []
+        chosen = list[int]()
         if self.order == "herding":
             chosen = herding(features, train, available, count, probabilities)
         elif self.order == "unlike" and distances is not None:
@@ -341,7 +333,7 @@ class Session:
             raise UserError(f"expected one, got {len(labels)}", field="label")
         if self.store.task == "regression":
             number = labels[0].strip().replace(",", ".")
-            if TASKS[self.store.task].fault({"value": number}):
+            if not is_number(number):
                 raise UserError(f"expected a number such as 12.5, got {number!r}", field="label")
             return (number,)
         return tuple(dict.fromkeys(class_name(label, self.classes) for label in labels))

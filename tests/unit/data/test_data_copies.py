@@ -99,6 +99,16 @@ def test_pairs_that_have_two_labels_as_often_as_chance_gives_are_no_copies() -> 
     assert {tuple(pair) for pair in copies} <= {tuple(pair) for pair in links_of_one_label(mixed, labels)}
 
 
+def test_two_films_that_are_alike_have_more_pairs_than_each_and_do_not_outvote_the_others() -> None:
+    film = np.arange(320) // 8
+    first, second = np.triu_indices(320, 1)
+    in_one = film[first] == film[second]
+    alike = (film[first] // 2 == film[second] // 2) & (film[first] < 4) & ~in_one  # films 0 and 1, 2 and 3
+    pairs = np.stack([first, second], 1)
+    found = links_of_one_label(pairs[in_one | alike], film % 4)
+    np.testing.assert_array_equal(found, pairs[in_one])
+
+
 def test_films_that_leave_too_few_of_a_class_are_told_and_not_joined(tmp_path) -> None:
     write_classes(tmp_path, 2)
     for name, start in (("a", 0), ("b", 100)):

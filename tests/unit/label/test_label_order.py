@@ -106,7 +106,7 @@ def test_a_wall_is_of_the_surest_class_that_has_enough_images(monkeypatch: pytes
     available[labelled >= 0] = False
     assert wall(probabilities, available, labelled) == (0, list(range(3, 23)))  # of class 1 they are less sure
     available[:20] = False
-    shown = wall(probabilities, available, labelled, size=30)
+    shown = wall(probabilities, available, labelled)
     assert shown == (0, list(range(20, 30)))
     label, images = wall(probabilities, available & (classes > 0), labelled) or (0, [])
     assert label == 1  # class 2 has too few

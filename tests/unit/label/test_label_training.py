@@ -12,6 +12,8 @@ from peft_vit.label import training
 from peft_vit.label.labels import LabelStore, Row
 from peft_vit.label.training import Training
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 def until(is_so: Callable[[], object]) -> None:
     """Wait for what another process does."""
@@ -100,8 +102,8 @@ def test_a_session_tells_of_it(tmp_path, monkeypatch) -> None:
     write_digits(tmp_path, 12)
     session = session_of(tmp_path)
     with pytest.raises(UserError):
-        session.train("train")
+        session.training.start("train")
     labelled(tmp_path)  # by another page
     saying(monkeypatch, "Model: somewhere")
-    session.train("train")
+    session.training.start("train")
     until(lambda: session.state()["training"]["lines"][-1:] == ["Model: somewhere"])

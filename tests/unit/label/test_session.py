@@ -34,7 +34,8 @@ def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
 
 
 @pytest.mark.parametrize("order", ["herding", "random", "files"])
-def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path) -> None:
+def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.label.order._FEWEST_OF_CLASS", 3)
     truth = write_digits(tmp_path, 45, classes=2)
     session = session_of(tmp_path, order=order)
     shown = label_all(session, truth)
@@ -169,6 +170,40 @@ def test_herding_reads_no_test_image(tmp_path, monkeypatch) -> None:
     is_test = np.array([session.images.is_test(i) for i in range(40)])
     assert len(seen) > 5
     assert not (np.array(seen) & is_test).any()
+
+
+def test_an_image_that_is_renamed_or_deleted_meanwhile_costs_no_label(tmp_path) -> None:
+    write_digits(tmp_path, 6)
+    session = session_of(tmp_path, order="files")
+    session.record([0, 1], ["cat"])
+    names = session.images.names
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[1]).rename(tmp_path / "other.png")
+    (tmp_path / names[2]).unlink()  # has no label yet
+    left = []
+    while (ids := session.state()["ids"]) != ():
+        left += ids
+        session.record(ids, ["dog"])
+    assert sorted(left) == [3, 4, 5]
+    assert list(session.images.left_out) == [names[2]]
+    later = session_of(tmp_path)
+    assert "2 of them no longer there" in later.state()["counted"]
+    assert later.state()["names"] == ["other.png"]
+    assert later.store.rows == session.store.rows
+    assert [later.store.rows[names[i]].labels for i in (0, 1, 3)] == [("cat",), ("cat",), ("dog",)]
+
+
+def test_two_files_that_differ_in_capitals_have_a_label_each(tmp_path) -> None:
+    Image.new("L", (9, 9), 1).save(tmp_path / "A.png")
+    Image.new("L", (9, 9), 2).save(tmp_path / "a.png")
+    if len(list(tmp_path.iterdir())) == 2:  # not so on macOS and Windows
+        session = session_of(tmp_path, order="files")
+        session.record([0], ["cat"])
+        session.record([1], ["dog"])
+        assert {name: row.labels for name, row in LabelStore(tmp_path).rows.items()} == {
+            "A.png": ("cat",),
+            "a.png": ("dog",),
+        }
 
 
 def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypatch) -> None:

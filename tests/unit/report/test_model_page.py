@@ -1,5 +1,6 @@
 """The page of one model: its whole text once, what it warns of, and what is left out where there is nothing."""
 
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -90,10 +91,25 @@ def test_the_whole_page(tmp_path: Path) -> None:
         asked.append(list(positions))
         return [PNG] * len(positions)
 
-    results = planted.write(tmp_path / "runs", [record_of(warnings=["Images: 2 files are left out as copies"])])
+    on_folds = Predictions(
+        images=[90, 91, 92, 93, 92],
+        labels=[0, 1, 2, 0, 2],
+        predicted=[1, 1, 0, 1, 2],
+        probability=[0.6, 0.9, 0.7, 0.9, 0.9],
+        files=[f"{name}.jpg" for name in "abcdc"],
+        label_probability=[0.3, 0.9, 0.1, 0.2, 0.9],  # the second time c is right
+    )
+    record = record_of(warnings=["Images: 2 files are left out as copies"], on_folds=on_folds)
+    content = {"sha256": 64 * "0", "left_out": {}, "copies": [["b.jpg", "d.jpg"], ["z.jpg", "c.jpg"]], "sealed": []}
+    content["digests"] = dict.fromkeys(("a.jpg", "b.jpg", "c.jpg", "d.jpg", "z.jpg"), 16 * "0")
+    (tmp_path / "images.json").write_text(json.dumps(content))
+    data = record.spec.data.model_copy(update={"images_file": str(tmp_path / "images.json")})
+    record = record.model_copy(update={"spec": record.spec.model_copy(update={"data": data})})
+    results = planted.write(tmp_path / "runs", [record])
     page = page_of(results, thumbnails=thumbnails)
     assert page == results / "report" / "report.html"
-    assert page.read_text().count("<img ") == sum(map(len, asked)) == 8 + 6 + 10
+    assert page.read_text().count("<img ") == sum(map(len, asked)) == 8 + 6 + 10 + 3 + 4
+    assert asked[3:] == [[92, 93, 90], [1, 3, 4, 2]]
     assert (page.parent / "card.md").read_text().startswith("---\n")
     assert re.search('<code tabindex="0">peft-vit predict [^<]* PHOTO.jpg</code>', page.read_text())  # on one line
     assert page.read_text().count('data-key="crack, predicted as dirt"') == 2 + 4  # a cell's examples and mistakes

@@ -20,8 +20,10 @@ LABELS = {
     "cli/label_command.py",
     "label/corrections.py",
     "label/exchange.py",
+    "label/features.py",
     "label/labels.py",
     "label/session.py",
+    "label/training.py",
     "label/page/page.js",
 }
 NAMES_THEM = {"core/config/training.py", *LABELS - {"label/page/page.js"}}

@@ -188,5 +188,11 @@ def _only_model(
         bits = " --bits 4" if record.quantization is None else ""
         commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
     return ModelSummary(
-        record, quality, commands, web="" if page is None else quote(Path(page).as_posix()), call=call, seconds=seconds
+        record,
+        quality,
+        commands,
+        on_folds=record.on_folds,
+        web="" if page is None else quote(Path(page).as_posix()),
+        call=call,
+        seconds=seconds,
     )

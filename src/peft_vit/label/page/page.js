@@ -125,7 +125,8 @@ function drawClasses() {
   $("classes").hidden = state.is_wall || !state.ids.length;
   $("classes").replaceChildren(...state.classes.map((name, place) => {
     const button = element("button", `${name} `, { type: "button" });
-    if (keyOf(place)) button.prepend(element("kbd", keyOf(place)), " ");
+    const key = keyOf(place, state.classes);
+    if (key) button.prepend(element("kbd", key), " ");
     if (state.counts) button.append(element("small", state.counts[name] ?? 0));
     button.classList.toggle("proposed", name === (state.believed ?? state.proposed));
     if (state.task === "multilabel") button.ariaPressed = String(picked.has(name));
@@ -176,7 +177,7 @@ async function follow() {
   }
 }
 
-listen(pick, () => state.is_wall);
+listen(pick, () => state.is_wall, () => state.classes);
 sized($("image"));
 $("take").addEventListener("click", take);
 $("undo").addEventListener("click", () => send("undo"));
