@@ -92,7 +92,7 @@ def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) 
     except ImportError as error:
         raise UserError(f"the model can't be opened here ({error})") from None
     images, classifier = images_of(record, positions), open_model(folder)
-    found: list[Explanation] = []
+    found = []
     for image in images:
         found.append(explain(classifier, image))
         if found[0].by != "attention":
