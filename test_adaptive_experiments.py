@@ -1,13 +1,16 @@
-"""Validate the project's parts: run every test marked `part(...)`, count by part, print the sums.
+"""Validate the project's parts: run the tests marked `part(...)` in two processes, count by part, print the sums.
 
     .venv/bin/python test_adaptive_experiments.py
+    .venv/bin/python test_adaptive_experiments.py --slow
 
-Exit code 0 only if no test failed and every part has a passing one. Arguments are handed on to pytest. The plain
+The first leaves out tests that wait long, such as whole kills. Each failure is named as it happens. Exit code 0 only if
+no test failed and every part has a passing one. Other arguments are handed on to pytest, -n among them. The plain
 `pytest` does not collect this file: it looks below tests/.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +19,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("controller", "trainer", "configuration", "importance analysis", "quantization", "runner", "analyzer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Note in each test which part it validates, so that its reports say so, also those of other processes."""
+    for item in items:
+        mark = item.get_closest_marker("part")
+        if mark is not None:
+            item.user_properties.append(("part", mark.args[0]))
 
 
 class PartCounter:
@@ -27,22 +38,17 @@ class PartCounter:
         self._passed: set[str] = set()
         self.uncollected: list[str] = []  # files that could not be imported
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Note which part each test validates."""
-        for item in items:
-            mark = item.get_closest_marker("part")
-            if mark is not None:
-                self._part_of[item.nodeid] = mark.args[0]
-
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Note files whose tests could not even be read."""
-        if report.failed:
+        if report.failed and report.nodeid not in self.uncollected:
             self.uncollected.append(report.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take in one phase of one test."""
+        self._part_of[report.nodeid] = dict(report.user_properties).get("part", "no part")
         if report.failed:
             self._failed.add(report.nodeid)
+            print(f"\nfailed: {report.nodeid}", flush=True)
         elif report.when == "call" and report.passed:
             self._passed.add(report.nodeid)
 
@@ -70,8 +76,13 @@ def faults(counter: PartCounter) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run the marked tests and return the exit code."""
     counter = PartCounter()
+    slow = "--slow" in arguments
+    arguments = [argument for argument in arguments if argument != "--slow"]
+    processes = [] if any(argument.startswith("-n") for argument in arguments) else ["-n", "2", "--dist", "worksteal"]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many threads as processes, on two cores
     folders = [str(ROOT / name) for name in ("tests", "experiments")]
-    code = pytest.main(["-c", str(ROOT / "pyproject.toml"), "-m", "part", *folders, *arguments], [counter])
+    marked = ["-p", Path(__file__).stem, "-m", "part" if slow else "part and not slow"]
+    code = pytest.main(["-c", str(ROOT / "pyproject.toml"), *marked, *processes, *folders, *arguments], [counter])
     passed, failed = counter.passed, counter.failed
     print(f"\n{'part':<24}{'passed':>8}{'failed':>8}")
     for part in [*PARTS, *sorted({*passed, *failed} - set(PARTS))]:

@@ -31,10 +31,10 @@ from peft_vit.core.tasks import CLASSIFICATION, Scores
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.fit.decide import ModelDecision
 from peft_vit.fit.fit import Environment, Fit
-from peft_vit.fit.outcomes import Only, Outcome, Outcomes
+from peft_vit.fit.outcomes import Outcome, Outcomes
 from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.regressions import Regression
 from peft_vit.fit.request import TuneRequest
+from peft_vit.fit.sizes import Regression
 from peft_vit.fit.tune import fitted
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
@@ -76,14 +76,13 @@ class StandIns:
     done: dict[tuple[str, str, int], Outcome] = field(default_factory=dict)
     accuracy: dict[tuple[str, str], float] = field(default_factory=dict)  # by study and name
 
-    def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
+    def __call__(self, mapping: Mapping[str, Any], limit: Limit | None) -> Outcomes:
         """Return what came of a study's runs, as far as there is time."""
         study, size = mapping["name"], mapping["data"]["image_size"]
         experiments = {experiment["name"]: experiment for experiment in mapping["experiments"]}
-        names = [name for name in experiments if only is None or name in only[0]]
-        for seed in [seed for seed in mapping["seeds"] if only is None or seed in only[1]]:
-            for name in names:
-                steps = experiments[name]["training"].get("steps", 0) * (size / SIZES[-1]) ** 2
+        for seed in [] if limit is None else mapping["seeds"]:
+            for name, experiment in experiments.items():
+                steps = experiment["training"].get("steps", 0) * (size / SIZES[-1]) ** 2
                 seconds = self.start_s + self.step_s * steps
                 if (study, name, seed) in self.done or limit.left_s < seconds:
                     continue
@@ -91,7 +90,7 @@ class StandIns:
                     raise KeyboardInterrupt
                 self.now += seconds
                 self.carried_out.append((study, name, seed))
-                self.accuracy[study, name] = self.truth(experiments[name], size)
+                self.accuracy[study, name] = self.truth(experiment, size)
                 tested = self._tested(seed) if mapping["data"]["folds"] else self._sealed()
                 self.done[study, name, seed] = self._outcome((study, name, seed), tested, seconds)
         wanted = [(name, seed) for name in experiments for seed in mapping["seeds"]]
@@ -106,7 +105,7 @@ class StandIns:
         of_half = self._right(f"linear {size}", images, accuracy - 0.03, 1) if half else None
         labels = self._labels(images)
         metrics = CLASSIFICATION.measure(self._logits(labels, right), labels)
-        return Regression(metrics, ACCURACY, 1.0, labels, right, of_half)
+        return Regression(metrics, labels, right, of_half)
 
     def round_run(self, folder: Path, bits: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Return logits of a run's images with rounded weights."""
@@ -213,9 +212,9 @@ def images_of(images: int, **changes: Any) -> Any:
         "task": CLASSIFICATION,
         "scores": Scores(),
         "rarest": math.inf,
-        "alike": 1.0,
+        "effective_share": 1.0,
         "shots": math.inf,
-        "side": 300.0,
+        "median_side": 300.0,
     }
     known["inspection"] = SimpleNamespace(path=Path("images"))
     data = {"dataset": "image-folder", "path": "images", "images_file": "images.json"}

@@ -341,6 +341,7 @@ def record(
             trainable_bytes=4 * final,
             optimizer_bytes=8 * final,
             adapter_file_bytes=4 * final + 4000,
+            in_4_bits_bytes=None if quantization else 14_000_000,
         ),
         "seconds_per_step": 0.3 if experiment.method == "linear" else 0.7,
         "overhead_s": {"evaluation": 3.0},

@@ -16,7 +16,7 @@ from peft_vit.base.statistics import TemperaturePrior
 from peft_vit.core.records import Decision, Metrics
 from peft_vit.core.tasks.classification import log_softmax
 from peft_vit.core.tasks.metric import DecidingMetric, Floats, Labels, bootstrapped
-from peft_vit.core.tasks.task import Task
+from peft_vit.core.tasks.task import CONVERGED, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +86,7 @@ class _Shares(Task):
         return -(outputs.log_softmax(1) * labels.to(outputs.dtype)).sum(1)
 
     def linear_heads(
-        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
+        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats, tolerance: float = CONVERGED
     ) -> Iterator[tuple[Floats, Floats]]:
         """Yield least squares fits of the logarithms."""
         targets = np.log(labels + 0.01)

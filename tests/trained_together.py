@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import prepared_methods
@@ -112,9 +113,9 @@ def trained(
 
     69 images make batches of 32, 32 and 5.
     """
-    prepared_methods.STEPS = STEPS
     model = model_of(double=False)
-    hooks = [FirstGradients(), *prepared_methods.METHODS[method](model)]
+    with patch.object(prepared_methods, "STEPS", STEPS):
+        hooks = [FirstGradients(), *prepared_methods.METHODS[method](model)]
     if double:
         model.double()
         model.register_forward_pre_hook(lambda _, given: (given[0].double(),))

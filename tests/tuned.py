@@ -14,11 +14,11 @@ from peft_vit.data import find_images
 from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.decide import Candidate, ModelDecision
 from peft_vit.fit.intake import take_in
-from peft_vit.fit.outcomes import Outcome
+from peft_vit.fit.outcomes import Outcome, meaning_on
+from peft_vit.fit.output import Tuning, what_more_buys
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.stages import SizeResult
-from peft_vit.fit.tune import Tuning, what_more_buys
+from peft_vit.fit.sizes import SizeResult
 
 FOLDS = 2
 MODEL = "tiny_pool"
@@ -61,19 +61,26 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Tuning:
     )
     sizes = (SizeResult(MODEL, 32, 0.7, 8), SizeResult(MODEL, 64, None, 0, why="no time for it"))
     labels, steps = Interval(0.07, 0.0, 0.14, 38, 0.95), Interval(0.01, 0.0, 0.03, 38, 0.95)
+    folds = tuple(map(_rounded, on_folds))
     return Tuning(
         request=request,
         images=labelled,
         sizes=sizes,
         recipe=ROUNDED,
         decision=ModelDecision(candidates, taken, worth, TRAINED),
-        folds=tuple(map(_rounded, on_folds)),
+        folds=folds,
+        meaning=meaning_on(folds, final.learned),
         final=_rounded(final),
         before_rounding=final,
         longer=2.0,
         more=what_more_buys(labels, 0.284, steps, 2.0, sizes, [lora(MODEL, 32, 16)], 20.0),
-        stages=(("look", 1.0), ("folds", 70.0), ("final", 130.0)),
+        stage_seconds=(("look", 1.0), ("folds", 70.0), ("final", 130.0)),
     )
+
+
+def right_of(outcome: Outcome) -> np.ndarray:
+    """Return where it is right, (n,)."""
+    return outcome.learned.right(outcome.logits, outcome.labels)
 
 
 def _rounded(outcome: Outcome) -> Outcome:

@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "the experiments of that method",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--minutes", type=float, help="stop after so many; the same command does what is left")
     parser.add_argument("--smoke", action="store_true", help="random weights, synthetic images, a few steps; marked so")
     parser.add_argument(
         "--output-dir",
@@ -51,8 +52,9 @@ def command(asked: argparse.Namespace) -> list[str]:
     files = {"all": [BASELINES, ADALORA, QA_LORA], "adalora": [ADALORA], "qa_lora": [QA_LORA]}[asked.method]
     output_dir = asked.output_dir or OUTPUTS / ("adaptive_smoke" if asked.smoke else "adaptive")
     flags = [flag for flag, on in (("--dry-run", asked.dry_run), ("--smoke", asked.smoke)) if on]
+    minutes = [] if asked.minutes is None else ["--minutes", str(asked.minutes)]
     only = [] if asked.method == "all" else ["--method", asked.method]
-    return ["run", *map(str, asked.config or files), "--output", str(output_dir), *flags, *only]
+    return ["run", *map(str, asked.config or files), "--output", str(output_dir), *flags, *minutes, *only]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -263,5 +263,27 @@ def test_the_validation_counts_and_fails_when_it_should(
     import test_adaptive_experiments as validation
 
     monkeypatch.setattr(validation, "ROOT", tmp_path)
-    assert validation.main(["-p", "no:cacheprovider"]) == code
+    assert validation.main(["-n", "0", "-p", "no:cacheprovider"]) == code
     assert printed in capfd.readouterr().out
+
+
+def test_the_validation_counts_over_processes_names_failures_and_leaves_out_slow_tests(
+    tmp_path: Path, monkeypatch, capfd
+) -> None:
+    marks = "markers = ['part(name): a part', 'slow: waits long']"
+    (tmp_path / "pyproject.toml").write_text(f"[tool.pytest.ini_options]\n{marks}\n")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "tests").mkdir()
+    parts = ["controller", "trainer", "configuration", "importance analysis", "quantization", "runner", "analyzer"]
+    tests = [f"@pytest.mark.part({part!r})\ndef test_{place}(): pass\n" for place, part in enumerate(parts)]
+    tests.append("@pytest.mark.part('runner')\ndef test_fails(): assert 0\n")
+    tests.append("@pytest.mark.slow\n@pytest.mark.part('runner')\ndef test_waits(): assert 0\n")
+    (tmp_path / "tests" / f"test_{tmp_path.name}.py").write_text("import pytest\n\n" + "\n".join(tests))
+    monkeypatch.syspath_prepend(ROOT)
+    import test_adaptive_experiments as validation
+
+    monkeypatch.setattr(validation, "ROOT", tmp_path)
+    assert validation.main(["-p", "no:cacheprovider"]) == 1
+    printed = capfd.readouterr().out
+    assert "::test_fails" in printed.split("failed: ")[1].splitlines()[0]
+    assert printed.endswith("Passed: 7\nFailed: 1\nTotal: 8\n")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     )
     from peft_vit.core.records import RunRecord
     from peft_vit.deploy import Classifier, Prediction
-    from peft_vit.deploy.explain import Explanation
-    from peft_vit.fit.tune import Tuning
+    from peft_vit.deploy.presentation import Explanation
+    from peft_vit.fit.output import Tuning
     from peft_vit.lab.report.result_tables import ResultTables
     from peft_vit.runs.executors import ExecutorName
 
@@ -165,9 +165,11 @@ class TrainedModel:
         if self._run is None:
             raise UserError("is an exported model, without a report; load its run", file=self.path)
         from peft_vit.data import thumbnails_of
+        from peft_vit.deploy.explain import explained_images
         from peft_vit.lab.report import build_report
 
-        page = build_report(self.path, self.path / "report", thumbnails=thumbnails_of).html
+        report = self.path / "report"
+        page = build_report(self.path, report, thumbnails=thumbnails_of, maps=partial(explained_images, self.path)).html
         assert page is not None
         return Report(page)
 
@@ -360,14 +362,13 @@ def tune(
 
     require_extra("tune", "tune")
     from peft_vit.data.sources.in_memory import held_folder
-    from peft_vit.fit import events
-    from peft_vit.fit.request import TuneRequest, check_images
+    from peft_vit.fit.request import TuneRequest, check_images, print_event, telling
     from peft_vit.fit.tune import tune as find
 
     with named_as_parameters(TuneRequest, held_folder()):
         request = _asked(TuneRequest, given)
         check_images(request)
-        choice = find(request, events.telling(tell) if tell else events.print_event)
+        choice = find(request, telling(tell) if tell else print_event)
     return TrainedModel(request.output, choice)
 
 

@@ -1,6 +1,7 @@
 """The page of `peft-vit label`, in Chromium: a whole labelling by keys and on walls, in light and dark."""
 
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from chromium import axe_violations, context_of, fits_the_screen, needs_chromium
 from label_sessions import session_of, write_digits
 
 from peft_vit.data.sources.folders import find_images
-from peft_vit.label.labels import LabelStore
+from peft_vit.label.corrections import Checking, Corrections, Doubt
+from peft_vit.label.images import ImageFolder
+from peft_vit.label.labels import LabelStore, Row
 
 pytest.importorskip("uvicorn")
 from peft_vit.label.server import LabelServer
@@ -75,7 +78,8 @@ def look(page: Any, picture: Path) -> None:
         assert axe_violations(page) == []
 
 
-def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path) -> None:
+def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.label.order._FEWEST_OF_CLASS", 3)
     images, pictures = tmp_path / "images", tmp_path / "pictures"
     images.mkdir()
     truth = write_digits(images, 120, classes=4)
@@ -161,3 +165,70 @@ def test_several_labels_and_numbers(task, typed, kept, browser, tmp_path) -> Non
             press(page, "Enter", done + 1)
     assert LabelStore(tmp_path, task).rows[name].labels == kept
     assert find_images(tmp_path / "labels.csv").files.task.name == task
+
+
+def test_a_button_trains_and_the_page_says_what_it_says(browser, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "images"
+    images.mkdir()
+    truth = write_digits(images, 12, classes=2)
+    wait = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)\n"
+    lines = f"print('epoch 1', flush=True)\n{wait}print('Model: <b>m</b>\\nPage: m/report.html')"
+    monkeypatch.setattr("peft_vit.label.training._COMMAND", [sys.executable, "-c", lines])
+    with serving(images) as server, opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
+        page.click("#train")
+        page.locator("#fault", has_text="needs 2 classes").wait_for()
+        rows = {name: Row((label,), "train") for name, label in list(truth.items())[:10]}
+        LabelStore(images).change(rows, {})
+        page.locator("#counted", has_text=re.compile("^10 of")).wait_for()
+        page.click("#tune")
+        page.locator("#said", has_text="epoch 1").wait_for()
+        assert page.is_disabled("#train")
+        look(viewer, tmp_path / "pictures" / "training")
+        (tmp_path / "go").touch()
+        page.locator("#said", has_text="Page: m/report.html").wait_for()
+        assert "<b>m</b>" in page.inner_text("#said")
+        page.locator("#train:enabled").wait_for()
+
+
+def test_doubted_labels_are_kept_or_corrected_by_a_key_and_undone(browser, tmp_path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, label in write_digits(images, 12, classes=2).items():
+        digit = label.removeprefix("digit ")
+        (images / digit).mkdir(exist_ok=True)
+        (images / name).rename(images / digit / name)
+    of_0, of_1 = (sorted(file.name for file in (images / str(k)).iterdir()) for k in range(2))
+    doubts = [
+        Doubt(f"0/{of_0[0]}", "0", is_test=False, believed="1", sure=0.97),
+        Doubt(f"1/{of_1[0]}", "1", is_test=False, believed="0", sure=0.6),
+        Doubt(f"0/{of_0[1]}", "0", is_test=True),
+    ]
+    folder, train = ImageFolder(images), f"peft-vit train {images}"
+    checking = Checking(Corrections(find_images(images)), folder, doubts, ["0", "1"], train)
+    server = LabelServer(checking, "127.0.0.1", 0, lambda address: None)
+    threading.Thread(target=server.serve, daemon=True).start()
+
+    def then(page: Any, to_check: int) -> None:
+        page.locator("#counted", has_text=re.compile(f"^{to_check} to check")).wait_for(timeout=20_000)
+
+    with opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
+        look(viewer, tmp_path / "pictures" / "check")
+        assert "'1' (97%)" in page.inner_text("#note")
+        tap(page, "1")  # the class of that name
+        then(page, 2)
+        assert not (images / "0" / of_0[0]).exists()
+        assert (images / "1" / of_0[0]).exists()
+        tap(page, "z")
+        then(page, 3)
+        assert (images / "0" / of_0[0]).exists()
+        tap(page, "1")  # the class of that name
+        then(page, 2)
+        tap(page, "Enter")
+        then(page, 1)
+        assert (images / "1" / of_1[0]).exists()
+        assert "no model was asked" in page.inner_text("#note")
+        tap(page, "Enter")
+        then(page, 0)
+        assert page.inner_text("#question") == "All of these labels are checked."
+        assert "Checked: 1. Wrong before: 0; now: 0." in page.inner_text("#about")

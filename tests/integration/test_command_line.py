@@ -137,7 +137,6 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     ((*RUN, "--minutes", "0"), "", STUDY, ("--minutes: ", "greater than 0")),
     ((*RUN, "--minutes", "nan"), "", STUDY, ("--minutes: ", "finite")),
     ((*RUN, "--dry-run", "--minutes", "0"), "", STUDY, ("--minutes: ",)),
-    ((*RUN, "study.yaml", "--minutes", "9"), "", STUDY, ("--minutes: is of one study",)),
     (("report", "missing"), "", "", ("missing: does not exist",)),
     (("report", "empty", "--format", "md"), "", "", ("empty: holds no record.json",)),
     (("status", "empty"), "", "", ("holds no study",)),
@@ -349,6 +348,25 @@ def runs_of_a_minute(monkeypatch) -> PlantedRuns:
     monkeypatch.setattr(run_studies, "Limit", executor.limit)
     monkeypatch.setattr("peft_vit.runs.executors.local.LocalExecutor", lambda *_, **__: executor)
     return executor
+
+
+@pytest.mark.part("runner")
+def test_minutes_are_shared_by_studies_and_the_plan_ends_with_what_they_leave_out(
+    tmp_path, command, runs_of_a_minute
+) -> None:
+    head, _, _ = STUDY.partition("  - name: adaptive")
+    files = [write(tmp_path, head)]
+    files.append(files[0].with_name("second.yaml"))
+    files[1].write_text(head.replace("name: tiny", "name: second", 1))
+    run, out = ("run", *files, "--output", tmp_path / "out"), tmp_path / "out"
+    planned = command(*run, "--dry-run", "--minutes", "0.01").out.splitlines()[-1]
+    assert planned.endswith("--minutes 0.01 does about 0 of 4 runs, and the same command does the other 4 later.")
+    assert command(*run, "--dry-run").out.splitlines()[-1].startswith("All of it takes about ")
+    assert "Left: 1 of 4 runs; the same command" in command(*run, "--minutes", "3.5").out
+    assert runs_of_a_minute.done[:3] == ["probe/seed_0", "low_rank/seed_0", "probe/seed_0"]
+    command(*run, "--minutes", "3.5")
+    assert "tiny: 2 planned = 2 done" in (said := command("status", out).out)
+    assert "second: 2 planned = 2 done" in said
 
 
 @pytest.mark.part("runner")

@@ -19,7 +19,7 @@ from peft_vit.core.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.restore import restore_run
-from peft_vit.fit import stages
+from peft_vit.fit import intake, sizes
 from peft_vit.fit.fit import Fit
 from peft_vit.fit.request import TrainRequest
 from peft_vit.runs.planned import PlannedRun
@@ -74,10 +74,10 @@ def planned(adapter: Path, images: Path, weights: Path, out: Path) -> PlannedRun
     request = TrainRequest(images=images, method="lora", seed=0, init_adapter=adapter, **settings, **length)
     fit = Fit(request, lambda _: None)
     with fit.opened:
-        stages.look(fit)
+        intake.look(fit)
         fit.folder = out.with_suffix(".fit")
-        stages.keep_images(fit)
-        recipe = stages.usual_recipe(fit, "test_vit", 32, 20)
+        intake.keep_images(fit)
+        recipe = sizes.usual_recipe(fit, "test_vit", 32, 20)
         mapping = fit.study("own-images", recipe, [0], [fit.experiment(recipe)], folds=None)
     (run,) = plan_study(study_from_mapping(mapping, file=images), out, file=images).runs
     return run

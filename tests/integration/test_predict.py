@@ -6,7 +6,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,8 @@ import timm
 import torch
 from golden import check_golden
 from no_posix import run_without_posix
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from tiny_models import CARD, random_model
 
@@ -70,6 +76,7 @@ def test_what_predict_says(command, here, monkeypatch) -> None:
         document += [f"$ predict {call}", said.out, *(f"! {line}" for line in said.err.splitlines())]
     monkeypatch.setattr(console, "FIRST_S", 0.0)
     monkeypatch.setattr(console, "EVERY_S", 0.0)
+    monkeypatch.setattr(console, "SELDOM_S", 0.0)
     slow = command("predict", "model.safetensors", "flat", code=1).err.splitlines()
     document += ["$ predict flat, ten seconds an image", *(line for line in slow if not line.startswith("opening "))]
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
@@ -174,6 +181,55 @@ def test_an_onnx_file_needs_neither_torch_nor_anything_of_posix(
     absent = ["torch", "torchvision", "timm", "transformers", "huggingface_hub"]
     said = run_without_posix(*call.split(), imports=imports, absent=absent)
     assert re.search(stated, said, re.MULTILINE), said
+
+
+# As docs/how_to/deploy.md says.
+LEAN = ("numpy", "onnx", "onnxruntime", "pillow", "pydantic", "pyyaml", "scipy", "typer")
+
+
+def distributions(names: Iterable[str]) -> set[str]:
+    """Return distributions with all that they require, as `pip install` brings them."""
+    found: set[str] = set()
+    waiting = [*names]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in found and any(metadata.distributions(name=name)):
+            found.add(name)
+            needs = [Requirement(text) for text in metadata.requires(name) or ()]
+            waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("call", "stated"),
+    [("predict", r"^photos/class_0/00\.png\t\w+\t0\.\d"), ("test", r"^Accuracy \d+\.0 % .*on 4 images\.\n")],
+)
+def test_an_onnx_file_is_asked_where_nothing_but_eight_packages_is(onnx_model: Path, call: str, stated: str) -> None:
+    """In a process in which no module of another distribution can be imported."""
+    shutil.copy(onnx_model, "model.onnx")
+    lean = distributions(LEAN) | {"peft-vit"}
+    modules = metadata.packages_distributions().items()
+    missing = [module for module, of in modules if not lean & {canonicalize_name(name) for name in of}]
+    assert {"torch", "timm", "transformers", "peft", "sklearn", "matplotlib"} <= {*missing}
+    code = f"import sys; sys.modules |= dict.fromkeys({missing!r}); from peft_vit.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, call, "model.onnx", "photos"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(stated, done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_an_onnx_file_is_asked_in_an_environment_of_its_own(onnx_model: Path) -> None:
+    shutil.copy(onnx_model, "model.onnx")
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
+    run([sys.executable, "-m", "venv", "lean"])
+    run(["lean/bin/pip", "install", *LEAN])
+    run(["lean/bin/pip", "install", "--no-deps", str(Path(__file__).parents[2])])
+    assert "torch" not in run(["lean/bin/pip", "list"]).stdout
+    for call, stated in (("predict", "photos/class_0/00.png\t"), ("test", "Accuracy ")):
+        assert stated in run(["lean/bin/peft-vit", call, "model.onnx", "photos"]).stdout
 
 
 def test_pictures_of_where_the_model_looked_go_into_an_empty_folder(command) -> None:

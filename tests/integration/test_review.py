@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tuned import choice_of, write_images
 
-from peft_vit.data import ImageIndex
+from peft_vit.data import ImageIndex, images_file, inspect_images
 from peft_vit.fit.review import review_labels
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -42,10 +43,10 @@ def test_the_wrong_label_comes_first_and_no_test_label_is_ranked(command, labell
     ranked, checked = rows_of("review_labels.csv"), rows_of("review_test_labels.csv")
     assert ranked[0]["file"] == "class_1/wrong.png"
     assert ranked[0]["believed"] == "class_0"
-    margins = [float(row["margin"]) for row in ranked]
-    assert margins == sorted(margins)
+    probabilities = [float(row["probability"]) for row in ranked]
+    assert probabilities == sorted(probabilities)
     assert not {row["file"] for row in ranked} & {row["file"] for row in checked}
-    doubted = sum(margin < 0 for margin in margins)
+    doubted = sum(row["believed"] != row["label"] for row in ranked)
     assert len(checked) == min(3, doubted)
     assert said.out.startswith(f"{doubted} of {len(ranked)} labels are less probable than another class.\n")
     assert "  class_2/broken.png: is not an image of a known format" in said.out
@@ -54,7 +55,7 @@ def test_the_wrong_label_comes_first_and_no_test_label_is_ranked(command, labell
     assert page.count("<figure><img") == min(3, doubted) + len(checked) + 2
 
 
-def test_margins_are_those_of_a_loop_over_images() -> None:
+def test_probabilities_are_those_of_a_loop_over_images() -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 3, (30, 4)), rng.integers(0, 4, 40)
     test = np.arange(40) >= 30
@@ -68,12 +69,37 @@ def test_margins_are_those_of_a_loop_over_images() -> None:
     temperatures = np.geomspace(0.1, 100, 4000)
     nll = [sum(-math.log(shares(i, t)[labels[i]]) for i in range(30)) for t in temperatures]
     best = temperatures[int(np.argmin(nll))]
-    margins = []
-    for i in range(30):
-        p = shares(i, best)
-        margins.append(p[labels[i]] - max(p[k] for k in range(4) if k != labels[i]))
-    assert positions == sorted(range(30), key=margins.__getitem__)[:5]
-    assert [row["margin"] for row in table.data] == pytest.approx(sorted(margins), abs=0.01)
+    of_labels = [shares(i, best)[labels[i]] for i in range(30)]
+    order = sorted(range(30), key=of_labels.__getitem__)
+    assert positions == [i for i in order if logits[i].argmax() != labels[i]][:5]
+    assert [row["probability"] for row in table.data] == pytest.approx(sorted(of_labels), abs=0.01)
+
+
+def test_the_order_is_cleanlabs_of_self_confidence() -> None:
+    rank = pytest.importorskip("cleanlab.rank")
+    rng = np.random.default_rng(1)
+    p, labels = rng.dirichlet(np.ones(4), 50), rng.integers(0, 4, 50)
+    index = ImageIndex(labels, tuple("abcd"), None, "", lambda _: Image.new("L", (1, 1)))
+    (table, _), *_ = review_labels((index, np.arange(50), np.log(p)), 5).shown
+    calibrated = p ** (1 / index.task.temperature(torch.from_numpy(np.log(p)), torch.from_numpy(labels)))
+    calibrated /= calibrated.sum(1, keepdims=True)
+    quality = rank.get_label_quality_scores(labels, calibrated, method="self_confidence")
+    assert [row["position"] for row in table.data] == np.argsort(quality).tolist()
+    assert [row["probability"] for row in table.data] == pytest.approx(np.sort(quality).tolist())
+
+
+def test_the_test_images_are_those_of_the_call_with_the_seed(command, labelled: Path) -> None:
+    content = images_file(inspect_images(labelled, least=2), 1, 6) | {"asked": (str(labelled.resolve()), 1, 6)}
+    sealed = {*content["sealed"]}
+    Path("peft-vit-tune").mkdir()  # as that call leaves it
+    Path("peft-vit-tune/images.json").write_text(json.dumps(content))
+
+    def ranked(*options: Any) -> set[str]:
+        command("review", labelled, *MODEL, *options)
+        return {row["file"] for row in rows_of("review_labels.csv")}
+
+    assert not ranked() & sealed
+    assert ranked("--seed", 0) & sealed
 
 
 def test_trainings_on_folds_predict_what_they_left_out(command, refused, tmp_path: Path, monkeypatch) -> None:
@@ -118,6 +144,8 @@ def test_similar_images_are_those_of_the_largest_cosine(command, labelled: Path,
         ("review photos --output photos/review", "photos/review: --output: "),
         ("review numbers.csv", "numbers.csv: "),
         ("review few", "few: class 'b' has 1 "),
+        ("review photos --undo", "photos/corrections.jsonl: holds nothing to undo"),
+        ("review packed.zip --page", "packed.zip: can't be changed here"),
         ("review two --image-size 32 --model test_vit --weights random", "two: has one image alone of a class"),
         ("review photos --model run", "--model: has kept no predictions"),
         ("review photos --model run --image-size 32", "--image-size, --weights: have no effect"),
@@ -128,6 +156,7 @@ def test_similar_images_are_those_of_the_largest_cosine(command, labelled: Path,
 )
 def test_bad_input_is_refused(refused, run_of, labelled: Path, call: str, stated: str) -> None:
     Path("run").symlink_to(run_of("linear"))
+    shutil.make_archive("packed", "zip", labelled)
     Path("numbers.csv").write_text("path,size\n" + "".join(f"photos/class_0/0{k}.png,{k}.5\n" for k in range(9)))
     for folder, counts in {"few": (9, 1), "two": (4, 2)}.items():
         for name, count in zip("ab", counts, strict=True):

@@ -26,7 +26,7 @@ def trained(images, tmp_path, command, monkeypatch, in_this_process, cache):
     """Train with some options, again and again; image sizes are 32 and 64 px unless one is asked for."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 30)
-    monkeypatch.setattr("peft_vit.fit.stages.sizes_to_try", lambda _: [32, 64])
+    monkeypatch.setattr("peft_vit.fit.sizes.sizes_to_try", lambda _: [32, 64])
 
     def call(options: str = "", source: str | Path = images, code: int = 0) -> str:
         return command("train", source, *f"{ASKED} {options}".split(), code=code).out
@@ -150,7 +150,7 @@ def test_a_linear_probe_that_is_better_is_delivered_with_folds_of_its_own(traine
 
 @pytest.mark.usefixtures("no_page")
 def test_where_no_training_fits_a_linear_probe_is_the_model(trained, command, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.stages.with_lengths", lambda _, sizes: sizes)  # with none
+    monkeypatch.setattr("peft_vit.fit.train.with_lengths", lambda _, sizes: sizes)  # with none
     said = trained()
     run, kept = only_call()
     size = kept.decisions.first[0].image_size
@@ -170,7 +170,7 @@ def test_a_call_that_ends_within_its_folds_goes_on_there(trained, command, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.fit.stages.know_by_folds", press)
+        patch.setattr("peft_vit.fit.train.know_by_folds", press)
         trained(options, code=130)
     run, _ = only_call()
     assert not run.is_done

@@ -30,7 +30,7 @@ class StoppedByHand:
 
     stop_at: int | None = None
 
-    def __init__(self, workers: int, results_dir: Path, checkpoint_every_s: float) -> None:
+    def __init__(self, workers: int, results_dir: Path, checkpoint_every_s: float, *_) -> None:
         self._results_dir = results_dir
         self._events: deque[Event] = deque()
         self._pressed = False
@@ -177,7 +177,7 @@ def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.fit.stages.regress", press)
+        patch.setattr("peft_vit.fit.sizes.regress", press)
         command(*words.split(), code=130)
     assert not out.exists()
     killed.rename(out)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from simulated_tunings import SIZES, StandIns
 from tiny_models import TINY_EVAS, TINY_FAMILIES
+from tuned import right_of
 from written_runs import tiny_study
 
 from peft_vit.base.errors import UserError
@@ -23,17 +24,17 @@ from peft_vit.core.backbones import describe
 from peft_vit.core.config import BackboneConfig, study_from_mapping
 from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.tasks import expected_gain
+from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.data import load_data
-from peft_vit.fit import stages
+from peft_vit.fit import intake, sizes
 from peft_vit.fit.costs import MOST_STEPS, FitCosts
-from peft_vit.fit.events import Advanced
 from peft_vit.fit.fit import TITLES, Environment, Fit
 from peft_vit.fit.outcomes import EveryRunFailedError
+from peft_vit.fit.output import Tuning, answer
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.regressions import regress
-from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.stages import within_bytes
-from peft_vit.fit.tune import Tuning, answer, tune
+from peft_vit.fit.request import Advanced, TuneRequest
+from peft_vit.fit.sizes import regress, within_bytes
+from peft_vit.fit.tune import tune
 from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.records.storage import read_record
@@ -214,7 +215,8 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     assert len(choice.folds) >= 5
     assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
     assert len(set(json.loads((tmp_path / "images.json").read_text())["sealed"])) == 10  # a fifth of 48
-    right, sealed = 100 * choice.final.right.mean(), len(choice.final.right)
+    right = right_of(choice.final)
+    right, sealed = 100 * right.mean(), len(right)
     said = answer(choice)
     assert said.startswith("LoRA, 4 bits (nf4), 64 px, 0.")
     assert f": {right:.1f} % right on new images (" in said
@@ -387,7 +389,7 @@ def test_heads_read_four_blocks_where_a_regression_on_these_is_better(
         trained.add(reads)
         return runner(mapping, *given)
 
-    monkeypatch.setattr(stages, "regress", regressed)
+    monkeypatch.setattr(sizes, "regress", regressed)
     environment = replace(environment_of(runner), make_runner=lambda *_: call, regress=None)
     tuning(environment=environment, tell=lines.append, **more)
     tried = "shallow_vit" not in more.get("models", ()) and "minutes" not in more
@@ -569,20 +571,18 @@ def test_within_bytes_of_an_adapter_all_that_is_trained_fits(tuning: Tuning) -> 
 
 def test_a_size_at_which_2_bits_alone_fit_is_left_out_unless_none_has_room_for_more() -> None:
     lines: list[str] = []
-    fit: Any = SimpleNamespace(request=SimpleNamespace(max_bytes=None), tell=lines.append)
-    takes = {None: 86, "nf4": 14, "int2": 9}
+    fit: Any = SimpleNamespace(request=SimpleNamespace(max_bytes=None), emit=lines.append)
+    takes = {None: 86, "int8": 24, "nf4": 14, "int2": 9}
+
+    class Costs(FitCosts):
+        def bytes_of(self, recipe: Recipe) -> int:
+            return {"a": 1, "b": 3}[recipe.model] * takes[recipe.bits] + recipe.image_size // 100
+
+    fit.costs = Costs(fit, Throughput.estimated(1e9))
 
     def fitting(limit: int | None) -> dict[str, list[int]]:
         fit.request.max_bytes = limit
-        return within_bytes(
-            fit,
-            {
-                Recipe(model, size, bits=bits): times * own + size // 100
-                for model, times in (("a", 1), ("b", 3))
-                for size in (112, 224)
-                for bits, own in takes.items()
-            },
-        )
+        return within_bytes(fit, {"a": [112, 224], "b": [112, 224]})
 
     assert fitting(None) == {"a": [112, 224], "b": [112, 224]}
     assert not lines
@@ -599,7 +599,7 @@ def test_sizes_are_compared_by_more_images_where_a_class_is_rare(
     tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_FEWEST", "_FEW"):
-        monkeypatch.setattr(f"peft_vit.fit.regressions.{name}", 20)
+        monkeypatch.setattr(f"peft_vit.fit.costs.{name}", 20)
     folder, runner, drawn = tmp_path / "uneven", stand_ins(), list[tuple[int, ...]]()
     for number, file in enumerate(sorted(images.rglob("*.png")) * 5):
         own = folder / ("rare" if number % 12 == 0 else "usual") / f"{number}.png"
@@ -672,7 +672,7 @@ def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: py
 
     monkeypatch.setattr("peft_vit.deploy.export_onnx", lambda *_: None)
     monkeypatch.setattr("peft_vit.deploy.measures.timing.time_alone", time_alone)
-    monkeypatch.setattr("peft_vit.fit.stages.cpu_count", lambda: 7)
+    monkeypatch.setattr("peft_vit.fit.sizes.cpu_count", lambda: 7)
     tuning(max_latency=0.05)
     assert timed == [7]
 
@@ -782,11 +782,11 @@ def test_images_that_take_all_the_minutes_to_read_are_refused(images: Path, tmp_
     fit = Fit(request_of(images, tmp_path, minutes=16.0), events.append, Environment(clock=lambda: now[0]))
     for done in (1, 10):
         now[0] = float(done)
-        stages._read(fit, done, 1000)
+        intake._read(fit, done, 1000)
     assert [(event.done, event.count) for event in events] == [(1, 1000), (10, 1000)]
     now[0] = 11.0
     with pytest.raises(UserError, match=r"reading 1,000 images takes .* here; give more than 17") as raised:
-        stages._read(fit, 11, 1000)
+        intake._read(fit, 11, 1000)
     assert raised.value.field == "--minutes"
 
 
@@ -798,7 +798,7 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
     study = tiny_study("linear", data={**data, "validation_images": 0, "test_images": 12})
     regression = regress(study, tmp_path, half=True)
     assert len(regression.labels) == len(regression.by_image) == 36  # the test images are not read
-    assert regression.metric.of(regression.metrics) == regression.by_image.mean() > 0.5
+    assert ACCURACY.of(regression.metrics) == regression.by_image.mean() > 0.5
     assert regression.by_image_of_half is not None
     assert regression.by_image_of_half.mean() > 0.4
     assert regress(study, tmp_path, half=False).by_image_of_half is None
@@ -809,9 +809,9 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.stages.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.fit.tune.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
-    monkeypatch.setattr("peft_vit.fit.stages._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
+    monkeypatch.setattr("peft_vit.fit.tune._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
     request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=500_000)
     done: list[str] = []
     for kill_at in (3, 8, None):  # a run of the regression, of LoRA

@@ -12,8 +12,9 @@ import pytest
 from peft_vit import load
 from peft_vit.deploy.measures import fastest
 from peft_vit.fit.fit import Environment
+from peft_vit.fit.output import answer
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.tune import answer, tune
+from peft_vit.fit.tune import tune
 from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.records.scan import read_records
 
@@ -25,7 +26,7 @@ def tuned(images, tmp_path, monkeypatch):
     """Return what tunes on a table of 48 images of three colours, and the lines that it tells."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(images, "images")
-    monkeypatch.setattr("peft_vit.fit.stages.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.fit.tune.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
     row = SimpleNamespace(median_s=0.01, low_s=0.01, high_s=0.01, processor="one")
     monkeypatch.setattr(fastest, "bench", lambda files, **_: [SimpleNamespace(**vars(row), file=str(f)) for f in files])

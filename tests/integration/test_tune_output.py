@@ -15,7 +15,7 @@ from golden import check_golden
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
-from tuned import choice_of, write_images
+from tuned import choice_of, right_of, write_images
 from written_runs import run_and_write
 
 import peft_vit
@@ -30,11 +30,10 @@ from peft_vit.deploy import open_exported
 from peft_vit.deploy.measures import fastest
 from peft_vit.deploy.measures.bench import _opened
 from peft_vit.deploy.restore import restore_run
-from peft_vit.fit import events
+from peft_vit.fit import request as events
 from peft_vit.fit.outcomes import Outcome, with_meaning
-from peft_vit.fit.output import _how_sure, write_output
+from peft_vit.fit.output import Tuning, _how_sure, what_more_buys, write_output
 from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.tune import Tuning, what_more_buys
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.scheduling.plan import plan_study
 
@@ -125,7 +124,7 @@ def test_the_card_is_one_of_the_hub(choice, left) -> None:
     card = ModelCard(left[0].card.read_text())
     assert card.data.pipeline_tag == "image-classification"
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    right, labels = choice.final.right, choice.final.labels
+    right, labels = right_of(choice.final), choice.final.labels
     balanced = np.mean([right[labels == label].mean() for label in np.unique(labels)])
     assert values == {"accuracy": round(right.mean(), 4), "balanced_accuracy": round(balanced, 4)}
 
@@ -150,22 +149,21 @@ def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None
 def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
     page = left[0].report.read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
-    wrong = int((~choice.final.right).sum())
+    wrong = int((~right_of(choice.final)).sum())
     assert wrong > 0
     strip = min(wrong, 6) + min(len(choice.final.labels) - wrong, 8)
-    assert page.count("<img ") == wrong + strip
+    assert page.count("<img ") == wrong + 2 * strip  # and where it looked at each of the strip
     sections = ("Compared with", "What more would bring", "Files and speed")
     assert all(words in page.replace("<wbr>", "") for words in sections)
 
 
 def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(choice) -> None:
     calibrated = choice.meaning
-    outputs = choice.final.logits.astype(np.float32)
-    record = with_meaning(final(choice), calibrated, [], choice.final.learned, outputs)
+    record = with_meaning(final(choice), calibrated, [], choice.final)
     truth, logits = choice.final.labels, choice.final.logits
     assert record.predictions.predicted == logits.argmax(1).tolist()
     assert record.predictions.files == final(choice).predictions.files
-    assert record.test.accuracy == choice.final.right.mean()
+    assert record.test.accuracy == right_of(choice.final).mean()
     weights = np.exp(logits / calibrated.temperature)
     p = weights / weights.sum(1, keepdims=True)
     rows = np.arange(len(truth))
@@ -173,7 +171,7 @@ def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(ch
     for asked, share in record.tested_calibration.covered.items():
         inside = (1 - p <= calibrated.threshold(asked)) | (logits == logits.max(1, keepdims=True))
         assert share == pytest.approx(inside[rows, truth].mean())
-    losses, gains = (int((one.right & ~two.right).sum()) for one, two in _both_ways(choice))
+    losses, gains = (int((right_of(one) & ~right_of(two)).sum()) for one, two in _both_ways(choice))
     assert choice.changed_by_rounding == paired_proportions(gains, losses, len(truth))
     assert replace(choice, before_rounding=choice.final).changed_by_rounding is None
 
@@ -188,14 +186,14 @@ def test_models_of_earlier_calls_that_read_the_sealed_images_are_counted(choice,
         (folder / name / "seed_0").mkdir(parents=True)
         (folder / name / "seed_0" / "record.json").touch()
     later = replace(choice, final=replace(choice.final, folder=folder / "lora_2" / "seed_0"))
-    summary = SimpleNamespace(choice=later, exports=SimpleNamespace(int8_loss=None))
-    assert "read by 2 models, each when it was written" in " ".join(_how_sure(summary))
+    said = " ".join(_how_sure(later, SimpleNamespace(int8_loss=None)))
+    assert "read by 2 models, each when it was written" in said
 
 
 def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tmp_path) -> None:
     final = replace(choice.final, folder=tmp_path / "studies" / "final-test_vit-32" / "lora_1" / "seed_0")
     shorter = replace(choice, final=final, longer=0.5)
-    said = list(_how_sure(SimpleNamespace(choice=shorter, exports=SimpleNamespace(int8_loss=None))))
+    said = list(_how_sure(shorter, SimpleNamespace(int8_loss=None)))
     assert (
         "The last training has 0.5 times the steps of those on folds, since time was short; the odds, probabilities "
         "and sets of classes are from the longer ones."
@@ -224,15 +222,14 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     lines: list[str] = []
     peft_vit.tune("photos", output=output, tell=lines.append)
     request, emit = asked.pop()
-    emit(events.Message("found"))
+    emit("found")
     assert (request, lines) == (TuneRequest(images=Path("photos"), output=output), ["found"])
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     tuned = peft_vit.load(choice.request.output)
     assert isinstance(tuned, TrainedModel)
-    outputs, learned = choice.final.logits.astype(np.float32), choice.final.learned
-    assert tuned.record == with_meaning(final(choice), choice.meaning, choice.folds, learned, outputs)
+    assert tuned.record == with_meaning(final(choice), choice.meaning, choice.folds, choice.final)
     assert tuned.record.predictions.predicted == choice.final.logits.argmax(1).tolist()  # of 4 bits, as delivered
     assert isinstance(tuned.model, nn.Module)  # of the run: the file is for onnxruntime
     with pytest.raises(UserError, match="runs without PyTorch and holds no module of it"):

@@ -1,4 +1,4 @@
-"""What a command shows while it works: a bar on a terminal, elsewhere a line when nothing was said for ten seconds."""
+"""What a command shows while it works: a bar on a terminal, one line in a notebook, lines now and then in a pipe."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
     from rich.text import Text
 
-FIRST_S, EVERY_S = 1.5, 10.0  # of silence, before the first line and between lines
+FIRST_S, EVERY_S, SELDOM_S = 1.5, 10.0, 60.0  # of silence: before the first line, then between lines, and at last
+_LONGER = 0.1  # silence over what has passed: in twenty minutes some forty lines
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 _BAR_WIDTH = 24
 
@@ -71,9 +72,11 @@ class ProgressDisplay:
     ) -> None:
         self._view, self._line = view, line
         self.console = open_console() if console is None else console
-        self._printed_at = time.monotonic() - EVERY_S + FIRST_S
+        self._began = time.monotonic()
+        self._printed_at = self._began - EVERY_S + FIRST_S
         self._finished, self._lock = threading.Event(), threading.RLock()
         self._live: Live | None = None
+        self._in_notebook: Any = None  # the line that is rewritten
 
     @property
     def is_drawn(self) -> bool:
@@ -105,8 +108,24 @@ class ProgressDisplay:
     def tick(self) -> None:
         """Say how far it is, where no terminal shows it and nothing was said for long."""
         with self._lock:
-            if self._live is None and time.monotonic() - self._printed_at >= EVERY_S and (line := self._line()):
-                self.say(line)
+            now = time.monotonic()
+            silence_s = min(max(EVERY_S, _LONGER * (now - self._began)), SELDOM_S)
+            if self._live is None and now - self._printed_at >= silence_s and (line := self._line()):
+                self._printed_at = now
+                if self.console.is_jupyter:
+                    self._rewrite(line)
+                else:
+                    print_lines([line], self.console)
+
+    def _rewrite(self, line: str) -> None:
+        """Show a line in the place of the one before."""
+        from IPython.display import display
+
+        shown = {"text/plain": line}
+        if self._in_notebook is None:
+            self._in_notebook = display(shown, raw=True, display_id=True)
+        else:
+            self._in_notebook.update(shown, raw=True)
 
     def say(self, line: str | Text) -> None:
         """Print a line as it is."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Collection, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,8 @@ def _fault(name: str, oldest: str) -> str | None:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:  # without origin it is a folder of this name where Python was started
         return ""
+    from importlib import metadata
+
     from packaging.version import Version
 
     try:

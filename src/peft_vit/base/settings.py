@@ -38,7 +38,7 @@ SITE_MATRICES: tuple[str, ...] = ("qkv", *MATRICES)
 class Frozen(BaseModel):
     """Values that nothing changes; unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
 
 AS_WRITTEN = "what a person wrote: a setting equal to its default was still meant to do something"

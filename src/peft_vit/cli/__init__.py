@@ -12,29 +12,12 @@ from typing import Any
 import typer
 
 from peft_vit.base.errors import UserError
-from peft_vit.cli import deploy_commands, label_command, model_commands, study_commands
-from peft_vit.cli.app import INTERRUPTED, app
+from peft_vit.cli import deploy_commands, image_commands, label_command, model_commands, study_commands
+from peft_vit.cli.app import GROUPS, INTERRUPTED, app
 from peft_vit.runs.executors.torchrun import help_first, launch, leading
 
 __all__ = ["app", "main", "user_errors"]
 
-GROUPS = {  # of --help, in its order
-    "Your images": (
-        "label",
-        "review",
-        "train",
-        "tune",
-        "predict",
-        "test",
-        "embed",
-        "similar",
-        "export",
-        "bench",
-        "runs",
-    ),
-    "Studies": ("run", "plan", "status", "report", "recommend", "compare"),
-    "Help": ("doctor", "models", "datasets", "check", "example"),
-}
 _UNREAD = 141  # what shells report for SIGPIPE
 _RENAMED = {
     "--library": "--model takes names of timm and of the hub, org/name",
@@ -46,14 +29,13 @@ _RENAMED = {
 
 
 def _group() -> None:
-    group_of = {name: group for group, names in GROUPS.items() for name in names}
     commands = {info.callback.__name__: info for info in app.registered_commands if info.callback is not None}
-    assert commands.keys() == group_of.keys()
-    app.registered_commands[:] = [commands[name] for name in group_of]
-    for name, group in group_of.items():
-        paragraphs = inspect.cleandoc(commands[name].callback.__doc__ or "").replace("Exit codes:", "\n\nExit codes:")
-        commands[name].help = "\n\n".join(" ".join(text.split()) for text in paragraphs.split("\n\n"))
-        commands[name].rich_help_panel = group
+    names = [name for group in GROUPS.values() for name in group]
+    assert commands.keys() == set(names)
+    app.registered_commands[:] = [commands[name] for name in names]
+    for command in commands.values():
+        paragraphs = inspect.cleandoc(command.callback.__doc__ or "").replace("Exit codes:", "\n\nExit codes:")
+        command.help = "\n\n".join(" ".join(text.split()) for text in paragraphs.split("\n\n"))
 
 
 _group()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from peft_vit.lab.request import RunRequest, StudiesRequest
 
 if TYPE_CHECKING:
     from peft_vit.core.records import RunRecord
-    from peft_vit.fit.events import FitEvent
+    from peft_vit.fit.request import FitEvent
 
 _RESULTS = "The folder of results, which --output named, or a study in it."
 RowsFile = Annotated[Path | None, typer.Option(help=ROWS_FILE, show_default=False)]
@@ -108,11 +109,14 @@ def _page_of(folder: Path) -> Path | None:
         return file
     if missing_packages("report"):
         return None
+    from peft_vit.deploy.explain import explained_images
     from peft_vit.lab.report import build_report
 
     try:
         with progress("writing the page"):
-            return build_report(folder, file.parent, thumbnails=_thumbnails, **_call_of(folder)).html
+            return build_report(
+                folder, file.parent, thumbnails=_thumbnails, maps=partial(explained_images, folder), **_call_of(folder)
+            ).html
     except UserError:  # the model is there all the same
         return None
 
@@ -181,7 +185,7 @@ def tune(request: TuneRequest) -> None:
 @contextmanager
 def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent], None]]:
     """Show what a fit says, and how far it is."""
-    from peft_vit.fit.events import Advanced, StageBegan
+    from peft_vit.fit.request import Advanced, StageBegan
 
     started, stage, advanced = time.monotonic(), "your images", ""
 
@@ -261,6 +265,7 @@ def report(
     run is done, or a file that may be a result was left out and is named, 2 bad input.
     """
     with progress("writing the report", sys.stderr):
+        from peft_vit.deploy.explain import explained_images
         from peft_vit.lab.report import build_report
         from peft_vit.runs.records.storage import resolve_latest
 
@@ -271,6 +276,7 @@ def report(
             page=page,
             publication=publication,
             thumbnails=_thumbnails if page and examples else None,
+            maps=partial(explained_images, results_dir) if page and examples else None,
             **_call_of(results_dir),
         )
     if page:

@@ -336,6 +336,7 @@ class Predictions(_Value):
     probability: list[_Share]  # of the predicted class; empty where there is not one
     # Names of somebody's own files, relative to their folder; left out for published sets, and in older records.
     files: list[str] | None = _UNLESS_GIVEN
+    label_probability: list[_Share] | None = _UNLESS_GIVEN  # of folds: low where the label may be wrong
     # (images, classes); with measures.logits. Left out where they were not asked for: outcomes have digests.
     logits: list[list[FiniteFloat]] | None = _UNLESS_GIVEN
 
@@ -467,6 +468,7 @@ class ByteCounts(_Value):
     trainable_bytes: _Count
     optimizer_bytes: _Count
     adapter_file_bytes: _Count  # without packed weights, which count as frozen
+    in_4_bits_bytes: _Count | None = _UNLESS_GIVEN  # of the file of a float model that is rounded to 4 bits
 
 
 class Provenance(_Value):

@@ -21,10 +21,9 @@ from peft_vit.base.statistics import Interval, Neighbours
 from peft_vit.core.adapters import packed_weights
 from peft_vit.core.adapters.footprint import storage_bytes
 from peft_vit.core.adapters.peft_format import export_peft
-from peft_vit.core.backbones import Backbone
 from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
 from peft_vit.core.methods import METHODS
-from peft_vit.core.methods.quantized import packing_of
+from peft_vit.core.methods.quantized import bytes_in_4_bits
 from peft_vit.core.records import Calibrated, Decision, RunRecord, RunSpec
 from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.core.training.images import Data, LabelledImages
@@ -40,7 +39,7 @@ from peft_vit.deploy import (
     writer_of,
 )
 from peft_vit.deploy.formats.header import write_exported
-from peft_vit.deploy.post_training import file_bytes, logits_by_type, merge_float, pack_after_training
+from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
 from peft_vit.deploy.restore import RestoredRun, finished_record, restore_run
 from peft_vit.runs.measures.neighbours import neighbours_bytes
 from peft_vit.runs.records.storage import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, read_record, single_run
@@ -108,10 +107,7 @@ class Exported:
     def bytes_in_4_bits(self) -> int | None:
         """Return what the file would take with --bits 4; None: its weights are packed already."""
         model = self.merged.model
-        if packed_weights(model):
-            return None
-        sites = Backbone.within(model).sites
-        return file_bytes(sites, sum(p.numel() for p in model.parameters()), packing_of(sites, "nf4"))
+        return bytes_in_4_bits(model, sum(p.numel() for p in model.parameters()))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, packed_weights
-from peft_vit.core.backbones import Backbone, Site, fused_sites
+from peft_vit.core.backbones import Backbone, fused_sites
 from peft_vit.core.config import BITS_OF_TYPE, IMAGES_ROUNDED_BY, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.methods.quantized import packing_of
 from peft_vit.core.tasks import meaning_fields
@@ -29,7 +29,6 @@ from peft_vit.deploy.restore import RestoredRun, restore_run
 from peft_vit.runs.measures.held_out import PRIOR, Outputs, fit_neighbours, reference_images
 
 _CPU = torch.device("cpu")
-_SCALE_BYTES = 2  # of a group's scale, and of its offset
 
 
 def merge_float(run: RestoredRun) -> Merged:
@@ -43,29 +42,6 @@ def merge_float(run: RestoredRun) -> Merged:
         types = " and ".join(sorted({weight.format.type for weight in packed_weights(run.model).values()}))
         raise UserError(f"has no effect on this run, whose weights are {types} already; leave it out", field="--bits")
     return merged
-
-
-def file_bytes(sites: Sequence[Site], values: int, packing: Mapping[str, Any] | None) -> int:
-    """Return what a merged model's file takes, without its header: packed matrices, everything else in float32.
-
-    A packed matrix (rows, columns) has rows x columns codes, and a scale for each row, or for each of its groups; with
-    an adapter that sums its inputs by groups, an offset beside each scale, since the update goes there.
-
-    Args:
-        sites: all matrices of the blocks.
-        values: of all parameters, the head's included.
-        packing: as a section `qa_lora`; None: float weights.
-    """
-    if packing is None:
-        return 4 * values
-    total = 0
-    for site in fused_sites(sites).values():
-        weights = site.in_features * site.out_features
-        groups = site.out_features * (site.in_features // packing["group_size"] if packing.get("group_size") else 1)
-        offset = packing.get("quantization_offset", packing["use_group_quantization"])
-        total += weights * packing["quantization_bits"] // 8 + groups * _SCALE_BYTES * (2 if offset else 1)
-        values -= weights
-    return total + 4 * values
 
 
 def round_weights(

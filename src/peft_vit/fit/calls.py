@@ -62,7 +62,7 @@ class RequestFile(BaseModel):
             name: hashlib.sha256(f"{index.label(i)}\0{digest}".encode()).hexdigest()[:16]
             for i, (name, digest) in enumerate(zip(index.names or (), index.digests or (), strict=True))
         }
-        place = Path(os.path.abspath(request.images.expanduser()))  # also of a call from another directory
+        place = Path(os.path.abspath(request.images))  # also of a call from another directory
         request = request.model_copy(update={"images": place})
         return cls(request=request, data_sha256=index.sha256, images=images, files=files)
 
@@ -71,7 +71,7 @@ class RequestFile(BaseModel):
         ours, theirs = (
             (
                 file.request.model_dump(exclude={"images", "output", "strict", "devices", "executor"}),
-                os.path.realpath(file.request.images.expanduser()),
+                os.path.realpath(file.request.images),
             )
             for file in (self, other)
         )
@@ -116,8 +116,8 @@ class TrainRun:
     @property
     def run(self) -> str:
         """Return the name of the call's first run in the folder."""
-        study = read_study_file(self.folder)
-        return study.runs[0] if study is not None and study.runs else self.asked.request.run_name
+        study, asked = read_study_file(self.folder), self.asked.request
+        return study.runs[0] if study is not None and study.runs else f"{asked.experiment}/seed_{asked.seed}"
 
     @property
     def date(self) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from peft_vit.base.console import duration
 from peft_vit.core.adapters.footprint import available_memory_bytes
@@ -21,7 +21,6 @@ from peft_vit.core.methods.quantized import usual_rounding
 from peft_vit.core.training import FLIP_AXES
 from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
-from peft_vit.fit.regressions import images_to_compare
 from peft_vit.runs.costs.estimate import Throughput, activation_values
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, first_that_fits, images_to_test, validate_every
 from peft_vit.runs.measures.held_out import MAX_REFERENCE_IMAGES
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # on folds; more only where they are shown to gain
 MOST_LAST_STEPS = 768  # of the first model
 SIZES_SHARE = 0.15  # of the minutes
+_FEWEST, _FEW = 300, 1500  # images by which sizes can be compared; up to which folds are worth their fits
 _FOLD_STEPS = 0.8  # of those of the last training, at most: as many epochs
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
 _LEAST_FIT_S, _FIT_S = 0.02, 4e-8  # of one, and for each of its values: images x features x classes
@@ -39,14 +39,16 @@ _PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nea
 _GPTQ_S, _GPTQ_PASSES = 2.5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
 _COMPARED = 128  # images on which a written form is compared
 _FORMS, _TIMINGS, _CALLS = 4, 3, 23  # with a limit of latency: forms, processes of each that is timed, calls in each
+_FASTEST = 0.5  # of the planned time: what takes less may have been lucky
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
 
-class Lengths(NamedTuple):
-    """Steps of a training that fit: on a fold, and times as many as follow from these in the last one; 0: none do."""
+def images_to_compare(images: int, rarest: float, fitting: float) -> int:
+    """Return by how many of some images sizes are compared, if regressions on so many are worth their time.
 
-    steps: int
-    longer: float
+    There are three images of the rarest class among them, or its folds could not be made.
+    """
+    return min(images, max(_FEWEST, min(_FEW, int(fitting)), math.ceil(3 * images / max(1, rarest))))
 
 
 @dataclass(frozen=True)
@@ -192,45 +194,46 @@ class FitCosts:
         timed = (_TIMINGS * (forms + 1) if folds else 1) * (machine.process_s + _CALLS * image_s)
         return rounded + written + measured + timed
 
-    def ending_s(self, recipe: Recipe, longer: float = 1.0, pace: float = 1.0) -> float:
-        """Return the seconds of the last training, so many times longer than on folds, and of the output, at a pace.
+    def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
+        """Return the seconds of the last training, so many times longer than on folds, and of the output.
 
-        Without the test, which comes on top.
+        At this call's pace, and without the test, which comes on top.
         """
+        pace = max(_FASTEST, self.fit.pace.factor)
         return pace * self.last_s(recipe, self.last_steps(recipe, longer)) + max(1.0, pace) * self.written_s(recipe)
 
-    def lengths(self, recipe: Recipe, left_s: float) -> Lengths:
-        """Return the steps of a first model at a recipe's size, by shares of the seconds that are left.
+    def lengths(self, recipe: Recipe, left_s: float) -> tuple[int, float]:
+        """Return the steps of a first model at a recipe's size that fit: on a fold, and times as many in the last one.
+
+        By shares of the seconds that are left; 0: none do.
 
         Where folds leave no time for `LEAST_STEPS` on three of them, or on two, all of it goes to the last training.
         """
         fit, request = self.fit, self.fit.request
         given = request.steps_for(fit.num_train)
-        written_s = self.written_s(self.longest_form(recipe))
 
         def fitting(share: float) -> int:
-            if given is not None:
-                return given
             options = range(MOST_LAST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
-            limit_s = share * left_s - self.features_s(recipe) - written_s
-            return first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
+            limit_s = share * left_s - self.features_s(recipe) - self.written_s(self.longest_form(recipe))
+            return given or first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
+
+        def folds_s(steps: int, folds: int) -> float:
+            return folds * self.run_s(replace(recipe, steps=steps))
 
         least = min(given or 1, LEAST_STEPS)  # schedules and moving ranks need some
         each = fit.fold_train_images / fit.num_train  # as many epochs
-        last, steps = fitting(request.last_share), 0
-        for folds in (FEWEST_FOLDS, FEWEST_FOLDS - 1) if not fit.num_validation else ():
+        last, fits = fitting(request.last_share), None
+        if last and not fit.num_validation:
+            most = min(max(least, round(last * min(each, _FOLD_STEPS))), MOST_STEPS)
+            options = [most] if given else range(most, LEAST_STEPS - 1, -_STEPS_APART)
             limit_s = request.folds_share * left_s - self.machine.process_s
-            most = max(least, round(last * min(each, _FOLD_STEPS)))
-            options = [min(most, MOST_STEPS)] if given else range(min(most, MOST_STEPS), LEAST_STEPS - 1, -_STEPS_APART)
-            at = (replace(recipe, steps=some) for some in options)
-            fits = first_that_fits(at, lambda one, folds=folds: folds * self.run_s(one), limit_s)  # type: ignore[misc]
-            if fits is not None and last:
-                steps = fits.steps
-                break
-        if not steps:
+            fits = first_that_fits(options, partial(folds_s, folds=FEWEST_FOLDS), limit_s) or first_that_fits(
+                options, partial(folds_s, folds=FEWEST_FOLDS - 1), limit_s
+            )
+        if not fits:
             last = fitting(request.last_share + request.folds_share)
-            steps = max(least, round(last * each)) if last else 0
-        return Lengths(steps, last / max(1, steps) * each if steps else 1.0)
+        steps = fits or (max(least, round(last * each)) if last else 0)
+        return steps, last / steps * each if steps else 1.0
 
     def fits_memory(self, recipe: Recipe) -> bool:
         """Tell whether a step of a recipe fits half of the memory that is free."""
@@ -268,7 +271,3 @@ class FitCosts:
         every, about = self.fit.images.num_test, duration(images * self._test_image_s(recipe))
         of = f"{images:,} images" if images == every else f"{images:,} of {every:,} images, drawn at random,"
         return f"  testing {of} takes about {about}, on top of the minutes"
-
-    def least_minutes(self, smallest: Recipe) -> float:
-        """Return the minutes in which not more than the regression on the smallest images is made."""
-        return (self.features_s(smallest) + self.ending_s(smallest)) / 60

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Interval, TemperaturePrior
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.base.statistics.odds import ModelEstimate, choose_model
-from peft_vit.core.tasks import GAIN_SD, expected_gain
+from peft_vit.core.records import Calibrated, Decision
+from peft_vit.core.tasks import GAIN_SD, Task, expected_gain
 from peft_vit.core.tasks.calibration import usual_temperature
 from peft_vit.fit.costs import MOST_STEPS
-from peft_vit.fit.outcomes import FoldResults
+from peft_vit.fit.outcomes import FoldResults, meaning_on
 from peft_vit.fit.recipe import Recipe
 from peft_vit.runs.costs.time_limit import ENOUGH_STEPS, FEWEST_FOLDS, FOLDS, first_that_fits
 
@@ -34,7 +34,6 @@ _WORTH_AGAIN = 1.5  # times the steps that were trained, from where another trai
 _ALIKE = 1.5  # times the steps of folds that a last training has, whose temperature is as these say
 _IMAGES_OF_SHORT = 50  # of folds that count for a longer one: its ln T differs by about a quarter from theirs
 LEAST_FOLDS = 1  # that decide of a training if time is short
-NO_MODEL = "ended before a single model; give more, and the same command continues"
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
@@ -118,7 +117,7 @@ def times_longer(fit: Fit, recipe: Recipe) -> float:
         times for times in longer if gains_by_steps(fit.frame, recipe) and times > max(usual, _WORTH_AGAIN * done)
     ]
     options += [] if done else [usual, *(times for times in LENGTHS if times < usual)]
-    fitting = first_that_fits(options, partial(fit.ending_s, recipe), fit.limit.left_s)
+    fitting = first_that_fits(options, partial(fit.costs.ending_s, recipe), fit.limit.left_s)
     return fitting or done or (SHORTEST if fit.ends_in_time(recipe, SHORTEST) else min(usual, SHORTEST))
 
 
@@ -156,9 +155,9 @@ def worth_training(fit: Fit, recipe: Recipe, last_steps: int, probe: Recipe) -> 
     if seeds:
         own, of_probe = (scores.text(fit.frame.score(one, seeds)) for one in (recipe, probe))
         said = f"{recipe.title}: {own}; linear probe, {probe.image_size} px: {of_probe}"
-        fit.tell(f"  on images of {len(seeds)} folds, which training has left out: {said}")
+        fit.emit(f"  on images of {len(seeds)} folds, which training has left out: {said}")
         expected = f"{100 * abs(gain):.1f} {scores.unit} {'better' if gain > 0 else 'worse'} than the linear probe"
-        fit.tell(f"  so the model that is trained on all of them is expected to be {expected}")
+        fit.emit(f"  so the model that is trained on all of them is expected to be {expected}")
     return gain > 0
 
 
@@ -184,6 +183,13 @@ def temperature_before(fit: Fit, recipe: Recipe, known: Recipe, longer: float) -
     accuracy += expected_gain(last_steps) - expected_gain(steps)
     alike = last_steps <= _ALIKE * fit.costs.last_steps(known)
     return usual_temperature(accuracy, fit.images.num_outputs, math.inf if alike else _IMAGES_OF_SHORT)
+
+
+def meaning_of_last(
+    fit: Fit, recipe: Recipe, known: Recipe, longer: float, learned: Task
+) -> Calibrated | Decision | None:
+    """Return what outputs of a last training mean, by folds of `known` and what is known before, see above."""
+    return meaning_on(fit.frame.of(known), learned, temperature_before(fit, recipe, known, longer))
 
 
 def gain_of_steps(frame: FoldResults, recipe: Recipe) -> Interval | None:
@@ -229,48 +235,29 @@ class ModelDecision:
     reference: Recipe
 
 
-def _gain_of_last(fit: Fit, recipe: Recipe) -> float:
-    """Return what a recipe's last training usually has more than those on folds, which have fewer steps, a share."""
-    return expected_gain(fit.costs.last_steps(recipe, times_longer(fit, recipe))) - expected_gain(recipe.steps)
-
-
 def decide_model(fit: Fit) -> ModelDecision:
     """Return which model is taken, as `statistics.odds.choose_model` does, of all that have enough folds.
 
-    Raises:
-        UserError: if nothing has a fold.
+    Args:
+        fit: the fit, in which some recipe has a fold.
     """
-    frame, costs, request = fit.frame, fit.costs, fit.request
-    least = min(FEWEST_FOLDS, max(map(len, frame.rows.values()), default=0))
-    if not least:
-        raise UserError(NO_MODEL, field="--minutes")
-    most, margin, unit = request.max_bytes, request.margin_share, frame.scores.unit
+    frame, costs, most, unit = fit.frame, fit.costs, fit.request.max_bytes, fit.frame.scores.unit
+    done = {recipe: len(outcomes) for recipe, outcomes in frame.rows.items()}
+    least = min(FEWEST_FOLDS, max(done.values()))
     # Where steps took longer than planned, no training may have more than two folds: no reason for a regression.
-    trained = min(least, max([LEAST_FOLDS, *(len(done) for own, done in frame.rows.items() if not own.is_probe)]))
-    enough = {recipe: least if recipe.is_probe else trained for recipe in frame.rows}
-    recipes = [recipe for recipe, done in frame.rows.items() if len(done) >= enough[recipe]]
-    longest = {
-        recipe: max(own.steps for own in recipes if own == replace(recipe, steps=own.steps)) for recipe in recipes
-    }
-    recipes = [recipe for recipe in recipes if recipe.steps == longest[recipe]]  # others say what more steps gain
+    trained = min(least, max([LEAST_FOLDS, *(folds for recipe, folds in done.items() if not recipe.is_probe)]))
+    enough = [recipe for recipe, folds in done.items() if folds >= (least if recipe.is_probe else trained)]
+    recipes = [  # of several lengths the longest: the others say what more steps gain
+        recipe
+        for recipe in enough
+        if not any(own.steps > recipe.steps and own == replace(recipe, steps=own.steps) for own in enough)
+    ]
     sizes = [costs.bytes_of(recipe) for recipe in recipes]
-    within_bytes = [number for number, size in enumerate(sizes) if most is None or size <= most]
-    can_finish, can_finish_half = (
-        [n for n in within_bytes if fit.ends_in_time(recipes[n], longer)] for longer in (1.0, SHORTEST)
-    )
-    trains = any(not recipes[number].is_probe for number in can_finish)
-    fitting = can_finish if trains else can_finish_half or within_bytes
-    plain = [own for own in frame.rows if not own.is_probe and own.bits is None and frame.seeds(own)]
-    best = max(plain, key=lambda own: standing(frame, own), default=None)
-    if best is not None and trains:  # a regression is taken only if it is expected to be better
-        last = costs.last_steps(best, max(1.0, fit.longest_done(best)))
-        worse = {own for own in recipes if own.is_probe and gain_of_training(fit, best, last, own.trained) > 0}
-        fitting = [number for number in fitting if recipes[number] not in worse] or fitting
+    fitting = _deliverable(fit, recipes, sizes)
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     measured = frame.means(recipes)
-    more = [0.0 if own.is_probe else _gain_of_last(fit, own.trained) for own in recipes]
-    measured = replace(measured, means=measured.means + more)
-    choice = choose_model(measured, sizes, fitting or range(len(recipes)), floats, margin)
+    measured = replace(measured, means=measured.means + [_gain_of_last(fit, recipe.trained) for recipe in recipes])
+    choice = choose_model(measured, sizes, fitting or range(len(recipes)), floats, fit.request.margin_share)
     taken = choice.estimates[choice.chosen]
 
     def why(number: int) -> str:
@@ -278,22 +265,52 @@ def decide_model(fit: Fit) -> ModelDecision:
         if number == choice.chosen:
             return ""
         if number not in fitting:
-            return "no time to finish it" if number in within_bytes else "larger than the limit"
+            return "no time to finish it" if most is None or sizes[number] <= most else "larger than the limit"
         if size < 0:
             return f"expected to be {-gain:.1f} {unit} worse" if gain <= -0.05 else "smaller, but less sure"
         larger = "larger" if size > 0 else "as large"
         return f"{larger}, and {gain:.1f} {unit} better" if gain >= 0.05 else f"{larger}, and not better"
 
     candidates = [
-        Candidate(recipe, sizes[number], len(frame.seeds(recipe)), choice.estimates[number], why(number))
+        Candidate(recipe, sizes[number], done[recipe], choice.estimates[number], why(number))
         for number, recipe in enumerate(recipes)
     ]
-    halves = {recipe.half for recipe in frame.rows}
-    for recipe, done in frame.rows.items():
-        if 0 < len(done) < enough[recipe]:
-            better = clearly_better(frame, recipe, recipes[choice.chosen].trained)
+    model, halves = candidates[choice.chosen], {recipe.half for recipe in done}
+    for recipe, folds in done.items():
+        if folds and recipe not in enough:
             reason = "half of the steps, to see what they gain" if recipe in halves else "not clearly better"
-            dropped = f"{len(done)} of {FOLDS} folds: {'no time for more' if better else reason}"
-            candidates.append(Candidate(recipe, costs.bytes_of(recipe), len(done), None, dropped))
+            if clearly_better(frame, recipe, model.recipe.trained):
+                reason = "no time for more"
+            dropped = f"{folds} of {FOLDS} folds: {reason}"
+            candidates.append(Candidate(recipe, costs.bytes_of(recipe), folds, None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
-    return ModelDecision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])
+    return ModelDecision(ordered, model, taken, recipes[choice.reference])
+
+
+def _gain_of_last(fit: Fit, recipe: Recipe) -> float:
+    """Return what a recipe's last training usually has more than those on folds, which have fewer steps, a share."""
+    if recipe.is_probe:
+        return 0.0
+    return expected_gain(fit.costs.last_steps(recipe, times_longer(fit, recipe))) - expected_gain(recipe.steps)
+
+
+def _deliverable(fit: Fit, recipes: Sequence[Recipe], sizes: Sequence[int]) -> list[int]:
+    """Return the places of the recipes, of files of so many bytes, that may be taken: none if nothing fits."""
+    most, frame = fit.request.max_bytes, fit.frame
+    within_bytes = [number for number, size in enumerate(sizes) if most is None or size <= most]
+    can_finish, can_finish_half = (
+        [number for number in within_bytes if fit.ends_in_time(recipes[number], longer)] for longer in (1.0, SHORTEST)
+    )
+    if all(recipes[number].is_probe for number in can_finish):
+        return can_finish_half or within_bytes
+    plain = [own for own in frame.rows if not own.is_probe and own.bits is None and frame.seeds(own)]
+    if not plain:
+        return can_finish
+    best = max(plain, key=lambda own: standing(frame, own))
+    last = fit.costs.last_steps(best, max(1.0, fit.longest_done(best)))
+    better = [  # a regression is taken only if it is expected to be better
+        number
+        for number in can_finish
+        if not recipes[number].is_probe or gain_of_training(fit, best, last, recipes[number].trained) <= 0
+    ]
+    return better or can_finish

@@ -11,10 +11,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,12 +54,10 @@ from peft_vit.deploy.measures.timing import time_random
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.costs import FitCosts
-from peft_vit.fit.events import Emit, Message, StageBegan
 from peft_vit.fit.intake import LabelledSet
-from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Only, Outcome, Runner, StudyRunner
+from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcome, Outcomes, Runner, StudyRunner
 from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.regressions import Regression
-from peft_vit.fit.request import FitRequest
+from peft_vit.fit.request import Emit, FitRequest, StageBegan
 from peft_vit.runs.costs.estimate import Throughput, product_throughputs
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, validate_every
 from peft_vit.runs.records.progress import StudyLock
@@ -67,6 +65,9 @@ from peft_vit.runs.records.storage import STUDIES_FOLDER
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_step
 from peft_vit.runs.this_machine.machine import choose_precision, cpu_count, resolve_device
+
+if TYPE_CHECKING:
+    from peft_vit.fit.sizes import Regression
 
 TITLES = {
     "look": "your images",
@@ -83,7 +84,6 @@ FEWEST_VALIDATION, _MOST_VALIDATION = 200, 500  # images; fewer tell too little:
 # steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
 _OVER = 0.1  # of the minutes, by which they may be exceeded
-_FASTEST = 0.5  # of the planned time: what takes less may have been lucky
 _Of = TypeVar("_Of")
 
 
@@ -94,7 +94,7 @@ class Environment:
     Attributes:
         make_runner: gives what does the runs of a study, see `StudyRunner`.
         time_export: see `time_random`.
-        regress: None: see `regressions.regress`.
+        regress: None: see `sizes.regress`.
         round_run: gives logits of a run's test images with rounded weights, see `logits_by_type`.
         write_output: writes model, card and page of a tuning; None: see `output.write_output`.
         throughput: of the machine; None: it follows from large products.
@@ -232,20 +232,17 @@ class Fit:
         Raises:
             UserError: if it was begun with something else asked for, with the difference; or if it can't be read.
         """
-        self.folder, self.lock, asked = folder, lock, self.request.unchangeable()
+        self.folder, self.lock, asked = folder, lock, self.request.unchangeable
         kept = FitFile.read(self.file_path)
         if kept is None:
-            self.file.asked = asked
+            self.file.asked = dict(asked)
             return
         begun_with = {**kept.asked, "threads": kept.threads}
         for option, value in asked.items():
-            if begun_with.get(option) != value:
-                raise UserError(
-                    f"was begun with {_said(begun_with.get(option))}, and {_said(value)} is asked for now; set it "
-                    "back, or choose another --output",
-                    file=self.file_path,
-                    field=f"--{option}" if option != "images" else "IMAGES",
-                )
+            if (before := begun_with.get(option)) != value:
+                reason = f"was begun with {_said(before)}, and {_said(value)} is asked for now; set it back, or choose"
+                field = "IMAGES" if option == "images" else f"--{option}"
+                raise UserError(f"{reason} another --output", file=self.file_path, field=field)
         self.file, self.begun = kept, True
 
     # --- what is decided, and the time ---
@@ -259,10 +256,6 @@ class Fit:
     def decisions(self) -> Decisions:
         """Return what was decided."""
         return self.file.decisions
-
-    def tell(self, text: str) -> None:
-        """Say something."""
-        self.emit(Message(text))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -300,11 +293,12 @@ class Fit:
 
     images: LabelledSet = field(init=False)
     frame: FoldResults = field(init=False)
+    carry_out: Runner = field(init=False)
 
     def begin(self, images: LabelledSet) -> None:
         """Take in the images that everything is fitted to."""
         self.images, self.frame = images, FoldResults(images.scores)
-        self._run = self.environment.make_runner(self)
+        self.carry_out = self.environment.make_runner(self)
 
     @cached_property
     def num_validation(self) -> int:
@@ -358,7 +352,7 @@ class Fit:
             except UserError as error:
                 fault = error
                 if len(self.request.models) > 1:
-                    self.tell(f"  {name} can't be loaded: {error.message}")
+                    self.emit(f"  {name} can't be loaded: {error.message}")
             else:
                 found[name] = backbone
         if not found:
@@ -375,7 +369,7 @@ class Fit:
         def source() -> str:
             found, line = default_weights_source(backbone.model)
             if line:
-                self.tell(f"  {line}")
+                self.emit(f"  {line}")
             return found
 
         return self.once(self.decisions.weights, model, source)
@@ -391,18 +385,17 @@ class Fit:
         shape = self.shape(name, 8 * size_step_of(architecture_of(backbone)))
         return product_throughputs(self.decisions.compute or asked, shape, device, precision, self.file.threads)
 
-    @cached_property
+    @property
     def compute(self) -> Compute:
         """Return how frozen layers multiply in all runs, decided once."""
-        if self.decisions.compute is not None or self.request.compute == "float":
-            return self.decisions.compute or "float"
-        chosen = next(iter(self._rates))
-        if chosen == "int8" and "float" in self._rates:
-            gain = self._rates["int8"] / self._rates["float"]
-            self.tell(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
-        self.decisions.compute = chosen
-        self.save()
-        return chosen
+        if self.decisions.compute is None and self.request.compute != "float":
+            chosen, rates = next(iter(self._rates)), self._rates
+            if chosen == "int8" and "float" in rates:
+                gain = rates["int8"] / rates["float"]
+                self.emit(f"  frozen layers multiply 8-bit integers, which is {gain:.1f} times as fast here")
+            self.decisions.compute = chosen
+            self.save()
+        return self.decisions.compute or "float"
 
     @cached_property
     def costs(self) -> FitCosts:
@@ -479,7 +472,7 @@ class Fit:
             "batch_size": self.request.batch_size,
             "augmentation": [change.model_dump(mode="json") for change in changes],
             "metric": metric.name,
-            "class_weights": self.request.class_weights_for(metric),
+            "class_weights": self.request.class_weights or ("balanced" if metric.equal_classes else "none"),
             "compute": self.compute,
         }
 
@@ -535,10 +528,10 @@ class Fit:
 
         def decide() -> dict[str, Any]:
             study = study_from_mapping(self.study("memory", recipe, [0], [limited]), file=self.request.images)
-            measure = partial(measure_step, log=lambda text: self.tell(f"  {text}"))
+            measure = partial(measure_step, log=lambda text: self.emit(f"  {text}"))
             plan = plan_study(study, self.studies, file=None, measure_step=measure)
             for line in plan.memory:
-                self.tell(f"  {line}")
+                self.emit(f"  {line}")
             settings = {"activation_checkpointing", "recomputed_blocks", "micro_batch_size"}
             training = plan.study.experiments[0].training
             return {**limit, **training.model_dump(include=settings, exclude_none=True)}
@@ -554,49 +547,40 @@ class Fit:
 
     def load_earlier(self) -> None:
         """Read what earlier calls have done."""
-        earlier = [recipe for recipe in self.file.recipes if recipe.model in self.backbones]
-        for place in dict.fromkeys(recipe.place for recipe in earlier):
-            alike = [recipe for recipe in earlier if recipe.place == place]
-            self._take(alike, range(FOLDS * 2), self.limit, only=((), ()))
+        for alike in _by_place([recipe for recipe in self.file.recipes if recipe.model in self.backbones]):
+            self.run(alike, range(FOLDS * 2), None)
             for recipe in alike:
                 for seed, outcome in self.frame.rows[recipe].items():
                     self._add_rounded(recipe, seed, outcome, self._kept_logits(outcome.folder))
 
-    def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit) -> None:
-        """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time."""
-        going = [recipe for recipe in recipes if recipe not in self.failed]
-        for place in dict.fromkeys(recipe.place for recipe in going):
-            alike = [recipe for recipe in going if recipe.place == place]
+    def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit | None) -> None:
+        """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time.
+
+        Args:
+            recipes: of which some may have failed before: they are left out.
+            seeds: of the runs.
+            limit: None: nothing is done, what is there is read.
+        """
+        for alike in _by_place([recipe for recipe in recipes if recipe not in self.failed]):
+            first, done = alike[0], Outcomes()
             if new := [recipe for recipe in alike if recipe not in self.file.recipes]:
                 self.file.recipes += new
                 self.save()
-            done = {recipe: set(self.frame.seeds(recipe)) for recipe in alike}
-            self._take(alike, seeds, limit)
+            study = self.study(f"folds-{first.place}", first, seeds, [*map(self.experiment, alike)])
+            try:
+                done = self.carry_out(study, limit)
+            except EveryRunFailedError as error:
+                if first.is_probe and not self.request.main_study:  # without it there is no answer
+                    raise
+                self.emit(f"  {joined([one.title for one in alike])}, left out: {error.message}")
+                self.failed.update(alike)
             for recipe in alike:
-                for seed in set(self.frame.seeds(recipe)) - done[recipe]:
-                    if not recipe.is_probe:
-                        self.pace.add(self.frame.rows[recipe][seed].seconds, self.costs.run_s(recipe))
-
-    def _take(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit, only: Only | None = None) -> None:
-        first = recipes[0]
-        study = self.study(f"folds-{first.place}", first, seeds, [*map(self.experiment, recipes)])
-        try:
-            done = self._run(study, limit, only)
-        except EveryRunFailedError as error:
-            if first.is_probe and not self.request.main_study:  # without it there is no answer
-                raise
-            self.tell(f"  {joined([one.title for one in recipes])}, left out: {error.message}")
-            self.failed.update(recipes)
-            done = {}
-        for recipe in recipes:
-            name = self.name_of(recipe)
-            outcomes = {seed: done[name, seed] for seed in seeds if (name, seed) in done}
-            self.frame.rows.setdefault(recipe, {}).update(outcomes)
-
-    def run_alone(self, study: Mapping[str, Any], limit: Limit) -> Outcome:
-        """Do the only run of a study, and return what it came to."""
-        (outcome,) = self._run(study, limit, None).values()
-        return outcome
+                name, known = self.name_of(recipe), self.frame.rows.setdefault(recipe, {})
+                for seed in (seed for seed in seeds if (name, seed) in done):
+                    outcome = done[name, seed]
+                    if limit is not None and seed not in known and not recipe.is_probe:
+                        self.pace.add(outcome.seconds, self.costs.run_s(recipe))
+                    known[seed] = outcome
 
     def seconds(self, recipe: Recipe, seeds: Sequence[int]) -> float:
         """Return what its missing runs will take: as those that are done, or as planned, at this call's pace."""
@@ -607,18 +591,10 @@ class Fit:
         planned = self.costs.run_s(recipe) * (1.0 if recipe.is_probe else self.pace.factor)
         return self.costs.machine.process_s + missing * (statistics.median(taken) if taken else planned)
 
-    def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
-        """Return what the last training and the output will take, at this call's pace."""
-        return self.costs.ending_s(recipe, longer, max(_FASTEST, self.pace.factor))
-
     def ends_in_time(self, recipe: Recipe, longer: float = 1.0) -> bool:
         """Tell whether a recipe's last training is done, or fits what is left, with the output and a tenth more."""
         left_s = self.limit.left_s + self.over_s
-        return longer <= self.longest_done(recipe) or self.ending_s(recipe, longer) <= left_s
-
-    def final_recipe(self, recipe: Recipe, longer: float) -> Recipe:
-        """Return what the last training trains, so many times longer than on folds."""
-        return replace(recipe.trained, steps=self.costs.last_steps(recipe, longer))
+        return longer <= self.longest_done(recipe) or self.costs.ending_s(recipe, longer) <= left_s
 
     def longest_done(self, recipe: Recipe, most: float = math.inf) -> float:
         """Return how many times longer than on folds a last training was that is done, at most; 0: none is."""
@@ -636,8 +612,7 @@ class Fit:
 
     def _add_rounded(self, recipe: Recipe, seed: int, outcome: Outcome, by_type: Mapping[Any, Any]) -> None:
         for bits, logits in by_type.items():
-            own = self.frame.rows.setdefault(recipe.rounded(bits), {})
-            own[seed] = replace(outcome, logits=np.asarray(logits, dtype=np.float64))
+            self.frame.rows.setdefault(recipe.rounded(bits), {})[seed] = outcome.with_logits(logits)
 
     def rounded_logits(self, folder: Path, bits: Sequence[QuantizationType]) -> dict[QuantizationType, Any]:
         """Return what a run's model says of its test images with rounded weights; each is computed once, and kept."""
@@ -657,6 +632,11 @@ class Fit:
         with suppress(OSError, ValueError, SafetensorError):  # none, or damaged: they are computed again
             return dict(load(read_bytes(self._logits_file(folder), None)))
         return {}
+
+
+def _by_place(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
+    for place in dict.fromkeys(recipe.place for recipe in recipes):
+        yield [recipe for recipe in recipes if recipe.place == place]
 
 
 def _said(value: Any) -> str:

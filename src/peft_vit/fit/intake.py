@@ -7,17 +7,24 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.adapters.peft_format import start_sha256
-from peft_vit.core.backbones import architecture_of, check_weights, interpolation_of
+from peft_vit.core.backbones import (
+    Architecture,
+    architecture_of,
+    check_weights,
+    interpolation_of,
+    native_size,
+    size_step_of,
+)
 from peft_vit.core.config import StudyConfig, named_backbone
 from peft_vit.core.tasks import DecidingMetric, Scores, Task
 from peft_vit.core.training import fewest_groups
@@ -33,12 +40,17 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
-from peft_vit.fit.regressions import sizes_to_try
-from peft_vit.fit.request import FitRequest, TrainRequest
+from peft_vit.fit.request import Advanced, FitRequest, TrainRequest
 from peft_vit.runs.records.storage import ADAPTER_FILE, resolve_latest, single_run
+from peft_vit.runs.this_machine.machine import check_devices
+
+if TYPE_CHECKING:
+    from peft_vit.fit.fit import Fit
 
 IMAGES_FILE = "images.json"  # which images are used, which test, and which are copies
 _MOST_KEPT = 1 << 30  # bytes of decoded images
+_SMALLEST, _LARGEST = 56, 640  # pixels, of images that are tried
+_SURE_S = 10.0  # of reading, until it is known how long it takes
 
 
 @dataclass(frozen=True)
@@ -50,18 +62,18 @@ class LabelledSet:
         content: of the file that says which images are used and which are the test set.
         file: where that is, as studies name it in `data.images_file`.
         index: of the images that are used.
-        asked: the metric that was asked for; None: the images say which one decides.
+        requested_metric: None: the images say which one decides.
         store: holds what was decoded.
-        split_of: folder of an earlier call, of other images on the same path, whose test images test again.
+        earlier_split: folder of an earlier call, of other images on the same path, whose test images test again.
     """
 
     inspection: Inspection
     content: ImagesFile
     file: Path
     index: ImageIndex
-    asked: DecidingMetric | None
+    requested_metric: DecidingMetric | None
     store: PixelStore | None = None
-    split_of: Path | None = None
+    earlier_split: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -71,7 +83,7 @@ class LabelledSet:
     @cached_property
     def metric(self) -> DecidingMetric:
         """Return what decides."""
-        return self.asked or self.inspection.metric
+        return self.requested_metric or self.inspection.metric
 
     @cached_property
     def dev(self) -> np.ndarray:
@@ -99,7 +111,7 @@ class LabelledSet:
         return self.task.head_width(self.index.class_names)
 
     @property
-    def side(self) -> float:
+    def median_side(self) -> float:
         """Return the median of the images' shorter sides, pixels."""
         return self.inspection.shorter_side
 
@@ -120,7 +132,7 @@ class LabelledSet:
         return self.rarest if self.task.one_class else math.inf
 
     @cached_property
-    def alike(self) -> float:
+    def effective_share(self) -> float:
         """Return by what share of images the metric would be known as well if all counted the same."""
         return self.metric.images_alike(self.index.labels[self.dev]) / self.num_dev
 
@@ -135,24 +147,6 @@ class LabelledSet:
         """Write the file that studies name as `data.images_file`."""
         write_whole(self.file, self.content.model_dump_json(indent=1).encode())
 
-    def refuse_others(self) -> None:
-        """Refuse to continue with other images than those of the file.
-
-        Raises:
-            UserError: naming what changed.
-        """
-        try:
-            kept = json.loads(read_bytes(self.file))
-        except (OSError, ValueError) as error:
-            raise UserError(f"can't be read ({error}); choose another --output", file=self.file) from None
-        now = self.content.model_dump(mode="json")
-        untold = "left_out", "asked", "digests"
-        if changed := [name for name in now if name not in untold and kept.get(name) != now[name]]:
-            what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
-            place = self.file.parent
-            message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
-            raise UserError(f"{message} --output", file=self.inspection.path)
-
     def keep_pixels(self, study: StudyConfig) -> None:
         """Put what was decoded where the study's runs find it."""
         if self.store is not None and study.data.image_size in self.store.sizes:
@@ -160,6 +154,81 @@ class LabelledSet:
             if index.interpolation != self.store.interpolation:  # of another model than the first
                 return
             self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
+
+
+def look(fit: Fit) -> None:
+    """Look at the images, and set some aside for the test; nothing is written.
+
+    Raises:
+        UserError: see `inspect_images`; and for more devices than there are here.
+    """
+    request = fit.request
+    if request.devices > 1 and request.executor == "local":
+        check_devices(request.devices, request.device)
+    found = request.found
+    pixels = fit.opened.enter_context(pixel_store(request, found))
+    images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
+    if images.inspection.images.taken:
+        fit.emit(images.inspection.images.taken)
+    for line in images.inspection.lines(images.requested_metric):
+        fit.emit(f"  {line}")
+    fit.begin(images)
+    split = "a fifth of them"
+    if images.inspection.holdout is not None:
+        split = "the folder's own test split"
+    elif request.test_images is not None:
+        split = "as you asked" if request.group is None else "about as you asked: groups stay whole"
+    elif images.earlier_split is not None:
+        split = f"those that tested in {images.earlier_split} among them"
+    validate = f", {fit.num_validation:,} to validate" if fit.num_validation else ""
+    fit.emit(f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split})")
+
+
+def _read(fit: Fit, done: int, count: int) -> None:
+    """Say how many images are read, and refuse so many that reading them takes all the minutes."""
+    fit.emit(Advanced("reading images", done, count))
+    spent_s = fit.limit.clock() - fit.limit.started
+    if spent_s > _SURE_S and (whole_s := spent_s * count / done) > 60 * fit.request.minutes:
+        about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes here"
+        raise UserError(f"{about}; give more than {math.ceil(whole_s / 60)}", field="--minutes")
+
+
+def keep_images(fit: Fit) -> None:
+    """Write which images are used in the fit's folder, or refuse others than it was begun with.
+
+    Raises:
+        UserError: if the folder has other images than when the fit was begun, naming what changed; and if the file is
+            there already and holds something else.
+    """
+    fit.images = images = replace(fit.images, file=(fit.folder / IMAGES_FILE).absolute())
+    if fit.begun:
+        _refuse_others(images)
+    if fit.begun or not images.file.exists():
+        images.write()
+    elif read_bytes(images.file) != images.content.model_dump_json(indent=1).encode():
+        raise UserError("exists already, of other images; move it away, or choose another --output", file=images.file)
+
+
+def _refuse_others(images: LabelledSet) -> None:
+    try:
+        kept = json.loads(read_bytes(images.file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't be read ({error}); choose another --output", file=images.file) from None
+    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests"})
+    if changed := [name for name in now if kept.get(name) != now[name]]:
+        what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
+        place = images.file.parent
+        message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
+        raise UserError(f"{message} --output", file=images.inspection.path)
+
+
+def sizes_to_try(architecture: Architecture) -> list[int]:
+    """Return image sizes that a model takes, rising by about the square root of 2 up to its own, which is the last."""
+    step, native = size_step_of(architecture), native_size(architecture)
+    smallest = max(_SMALLEST, 2 * step)
+    wished = [smallest * 2 ** (power / 2) for power in range(12)]
+    sizes = {round(side / step) * step for side in wished if side < min(native, _LARGEST) / 1.1}
+    return sorted({*sizes, *([native] if native <= _LARGEST else [])}) or [native]
 
 
 def pixel_store(request: FitRequest, images: Images) -> PixelStore:
@@ -193,20 +262,20 @@ def take_in(
     Raises:
         UserError: see `inspect_images`.
     """
-    asked = None if request.metric == "auto" else images.files.task.metric(request.metric)
+    metric = None if request.metric == "auto" else images.files.task.metric(request.metric)
     least = request.least_of_a_class[0 if images.files.is_test is None else 1]
     inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
-    of_split = os.path.realpath(images.path), request.split_seed, request.test_images
-    folder, earlier = (None, None) if images.together is not None else _earlier_split(request, of_split)
+    split_by = os.path.realpath(images.path), request.split_seed, request.test_images
+    folder, earlier = (None, None) if images.together is not None else _earlier_split(request, split_by)
     starts = request.from_run is not None
-    sealed = images_file(inspection, *of_split[1:], earlier, starts=starts) | {"asked": of_split}
+    sealed = images_file(inspection, *split_by[1:], earlier, starts=starts) | {"asked": split_by}
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
     keeps = earlier and content.tested & earlier.tested and (starts or content.digests != earlier.digests)
-    return LabelledSet(inspection, content, file, index, asked, store, folder if keeps else None)
+    return LabelledSet(inspection, content, file, index, metric, store, folder if keeps else None)
 
 
-def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
+def _earlier_split(request: FitRequest, split_by: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
     """Return the folder of the last call that was to split the same images alike, and how it did.
 
     That is of `train` in this output, or of `tune` beside it; or what was named, whatever its images.
@@ -215,12 +284,15 @@ def _earlier_split(request: FitRequest, asked: tuple[Any, ...]) -> tuple[Path, I
         folder = resolve_latest(request.from_run)
         return folder, ImagesFile.read(folder / IMAGES_FILE)
     outputs = request.output if request.main_study else request.output.absolute().parent
-    files = (file for file in outputs.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
+    return next((call for call in earlier_calls(outputs) if call[1].asked == split_by), (None, None))
+
+
+def earlier_calls(*outputs: Path) -> Iterator[tuple[Path, ImagesFile]]:
+    """Yield the folders of calls in some outputs, and which images they used, the last first."""
+    files = (file for folder in outputs for file in folder.glob(f"*/{IMAGES_FILE}") if not file.parent.is_symlink())
     for file in sorted(files, key=os.path.getmtime, reverse=True):
         with suppress(UserError):  # damaged: it is as if it were not there
-            if (content := ImagesFile.read(file)).asked == asked:
-                return file.parent, content
-    return None, None
+            yield file.parent, ImagesFile.read(file)
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:

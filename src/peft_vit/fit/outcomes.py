@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import folder_below
-from peft_vit.base.statistics import TemperaturePrior
+from peft_vit.base.statistics import TemperaturePrior, probabilities
 from peft_vit.base.statistics.odds import FoldMeans, means_of_images
 from peft_vit.core.config import study_from_mapping
-from peft_vit.core.records import Calibrated, Decision, RunRecord, RunSpec
+from peft_vit.core.records import Calibrated, Decision, Predictions, RunRecord, RunSpec
 from peft_vit.core.tasks import (
     CLASSIFICATION,
     OF_FOLDS,
@@ -31,15 +31,16 @@ from peft_vit.core.tasks import (
     thresholds_of,
 )
 from peft_vit.core.tasks.calibration import calibrate
-from peft_vit.fit.events import Advanced
+from peft_vit.data import ImageIndex
 from peft_vit.fit.recipe import Recipe
+from peft_vit.fit.request import Advanced
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 from peft_vit.runs.executors import Notice, RunEnded, RunProgress, RunRetried, StudyEvent, open_executor
 from peft_vit.runs.records.progress import StudyLock, study_lock
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.deadline import Deadline
 from peft_vit.runs.scheduling.display import plan_notes
-from peft_vit.runs.scheduling.plan import Plan, plan_study
+from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.profiling import measure_step
 from peft_vit.runs.scheduling.scheduler import drive
 
@@ -77,10 +78,9 @@ class Outcome:
         task = TASKS[record.spec.task].restored(record.decision)
         return cls(images, rows_of(predictions.labels), logits, record.seconds, folder, task)
 
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """Return where it is right, (n,)."""
-        return self.learned.right(self.logits, self.labels)
+    def with_logits(self, logits: Any) -> Self:
+        """Return what another form of the run's model came to on the same images."""
+        return replace(self, logits=np.asarray(logits, dtype=np.float64))
 
     def predictions(self, calibration: Calibrated | Decision | None) -> tuple[Labels, tuple[float, ...]]:
         """Return what is predicted of the images, and from which probabilities on, as metrics take it."""
@@ -88,11 +88,32 @@ class Outcome:
         return self.learned.predicted(self.logits, decision), thresholds_of(decision)
 
 
-def pooled(outcomes: Iterable[Outcome], task: Task) -> tuple[NDArray[np.float64], Labels, NDArray[np.int64]]:
+Pooled = tuple[NDArray[np.float64], Labels, NDArray[np.int64]]  # logits (N, K), labels N, positions (N,)
+
+
+def pooled(outcomes: Iterable[Outcome], task: Task) -> Pooled:
     """Return logits (N, K) as a task has them, labels (N,) and positions (N,) of several runs' images together."""
     runs = list(outcomes)
     logits = np.concatenate([np.asarray(task.aligned(own.logits, own.learned), np.float64) for own in runs])
     return logits, np.concatenate([own.labels for own in runs]), np.concatenate([own.images for own in runs])
+
+
+def predictions_on(
+    outcomes: Sequence[Outcome], task: Task, meaning: Calibrated | Decision | None, index: ImageIndex
+) -> Predictions | None:
+    """Return what models on folds predicted of images of an index, as a record has it; None: there are none.
+
+    Where outputs are calibrated, with how probable they find the label.
+    """
+    if not outcomes:
+        return None
+    logits, labels, images = pooled(outcomes, task)
+    made = task.predictions(logits, labels, images, decision=meaning_fields(meaning)["decision"])
+    more: dict[str, list[Any]] = {"files": [index.title(image) for image in images.tolist()]}
+    if isinstance(meaning, Calibrated):
+        p = probabilities(logits, meaning.temperature)  # (N, K)
+        more |= {"probability": p.max(1).tolist(), "label_probability": p[np.arange(len(p)), labels].tolist()}
+    return made.model_copy(update=more)
 
 
 def meaning_on(
@@ -148,11 +169,15 @@ class FoldResults:
         """Return the seeds of which a recipe has an outcome, rising."""
         return sorted(self.rows.get(recipe, {}))
 
+    def of(self, recipe: Recipe) -> list[Outcome]:
+        """Return what a recipe came to, seed after seed."""
+        return [self.rows[recipe][seed] for seed in self.seeds(recipe)]
+
     def missing(self, recipe: Recipe, seeds: Sequence[int]) -> list[int]:
         """Return those of some seeds of which it has none."""
         return [seed for seed in seeds if seed not in self.rows.get(recipe, {})]
 
-    def pooled(self, recipe: Recipe, seeds: Sequence[int]) -> tuple[NDArray[np.float64], Labels, NDArray[np.int64]]:
+    def pooled(self, recipe: Recipe, seeds: Sequence[int]) -> Pooled:
         """Return logits, labels and positions of the images of some folds, see `pooled`."""
         return pooled([self.rows[recipe][seed] for seed in seeds], self.scores.task)
 
@@ -207,9 +232,8 @@ class FoldResults:
             folds[repetitions.index(seed // FOLDS), at] = seed % FOLDS
             if classes is not None:
                 classes[at] = outcome.labels
-        for place, own in enumerate(folds):  # folds that nobody has done
-            left = [fold for fold in range(FOLDS) if fold not in own]
-            folds[place, own < 0] = left[0] if left else 0
+        for own in folds:  # folds that nobody has done
+            own[own < 0] = next((fold for fold in range(FOLDS) if fold not in own), 0)
         for number, recipe in enumerate(recipes):
             for row, repetition in enumerate(repetitions):  # all of one together: of few images a metric may be nothing
                 if seeds := [seed for seed in self.seeds(recipe) if seed // FOLDS == repetition]:
@@ -222,21 +246,9 @@ class EveryRunFailedError(UserError):
     """No run of a study has come to its end, and some have failed."""
 
 
-Only = tuple[Sequence[str], Sequence[int]]
 Outcomes = dict[tuple[str, int], Outcome]  # by name of the experiment, and seed
-
-
-# Does the runs of a study that are not done, as far as there is time, of some names and seeds or all; returns all that
-# are done.
-Runner = Callable[[Mapping[str, Any], Limit, Only | None], Outcomes]
-
-
-def finished_runs(plan: Plan, results_dir: Path) -> Iterator[tuple[RunRecord, Path]]:
-    """Yield the record and the folder of each run of a plan that is done."""
-    for run in plan.runs:
-        folder = run_folder(results_dir, run.spec)
-        if (folder / RECORD_FILE).exists() and (record := read_record(folder / RECORD_FILE)).status == "done":
-            yield record, folder
+# Does the runs of a study that are not done, as far as there is time, and returns all that are; None: it does none.
+Runner = Callable[[Mapping[str, Any], Limit | None], Outcomes]
 
 
 @dataclass(frozen=True)
@@ -245,42 +257,40 @@ class StudyRunner:
 
     fit: Fit
 
-    def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
+    def __call__(self, mapping: Mapping[str, Any], limit: Limit | None) -> Outcomes:
         """Do a study's runs, and return what came of all that are done.
 
         Args:
             mapping: of the shape of a configuration file.
-            limit: when what runs is stopped.
-            only: names and seeds that are done now; None: all.
+            limit: when what runs is stopped; None: nothing is done, what is there is read.
 
         Raises:
             UserError: for what planning refuses.
             EveryRunFailedError: if nothing is done, and something failed.
             KeyboardInterrupt: after Ctrl-C.
         """
-        fit, name = self.fit, str(mapping["name"])
-        results_dir, executor = fit.results_dir(name), fit.request.executor
-        file = results_dir / name
+        fit, smoke, executor = self.fit, self.fit.request.smoke, self.fit.request.executor
+        results_dir = fit.results_dir(str(mapping["name"]))
+        file = results_dir / str(mapping["name"])
         study = study_from_mapping(dict(mapping), file=file)
         with self._lock(file) as lock:
-            measure = partial(measure_step, log=fit.tell)
-            smoke = fit.request.smoke
-            whole = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
-            names = [one.name for one in whole.study.experiments if only is None or one.name in only[0]]
-            seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]
-            plan, failed = whole.only(names, seeds, by_seed=True), {}
-            if plan.pending:
-                for line in plan_notes(whole) if fit.lock is lock else ():
-                    fit.tell(f"  {line}")
+            measure = partial(measure_step, log=fit.emit)
+            plan = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
+            plan = plan.only([one.name for one in plan.study.experiments], plan.study.seeds, by_seed=True)
+            failed = {}
+            if limit is not None and plan.pending:
+                for line in plan_notes(plan) if fit.lock is lock else ():
+                    fit.emit(f"  {line}")
                 if not smoke:
-                    fit.images.keep_pixels(whole.study)
+                    fit.images.keep_pixels(plan.study)
                 make_executor = partial(open_executor, executor, plan, results_dir)
                 deadline = Deadline(plan, results_dir, limit, executor)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
-        done = {
-            (record.spec.experiment.name, record.spec.seed): Outcome.of(record, folder)
-            for record, folder in finished_runs(whole, results_dir)
-        }
+        done = Outcomes()
+        for run in plan.runs:
+            folder = run_folder(results_dir, run.spec)
+            if (folder / RECORD_FILE).exists() and (record := read_record(folder / RECORD_FILE)).status == "done":
+                done[run.spec.experiment.name, run.spec.seed] = Outcome.of(record, folder)
         if failed and not done:
             problem = f"every run failed: {next(iter(failed.values()))}; the same command tries again"
             raise EveryRunFailedError(problem, file=file)
@@ -298,18 +308,18 @@ class StudyRunner:
     def _say(self, event: StudyEvent) -> None:
         fit = self.fit
         if isinstance(event, Notice):
-            fit.tell(f"  {event.text}")
+            fit.emit(f"  {event.text}")
         elif isinstance(event, RunProgress):
             fit.emit(Advanced(f"{self._titled(event.run.spec)}, step", event.progress.step, event.progress.total_steps))
         elif isinstance(event, RunRetried):
-            fit.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
+            fit.emit(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
         elif isinstance(event, RunEnded):
             name, record, metric = self._titled(event.run.spec), event.record, fit.images.metric
             if record.status == "failed" or record.test is None:
-                fit.tell(f"  {name} failed: {record.error}")
+                fit.emit(f"  {name} failed: {record.error}")
             else:
                 value = metric.text(metric.of(record.test))
-                fit.tell(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
+                fit.emit(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")
 
     def _titled(self, spec: RunSpec) -> str:
         """Return what a run is, for people."""
@@ -321,27 +331,21 @@ class StudyRunner:
 
 
 def with_meaning(
-    record: RunRecord,
-    meaning: Calibrated | Decision | None,
-    outcomes: Sequence[Outcome],
-    task: Task,
-    logits: NDArray[np.float32] | None = None,
+    record: RunRecord, meaning: Calibrated | Decision | None, folds: Sequence[Outcome], outcome: Outcome
 ) -> RunRecord:
     """Return a run's record with what its outputs mean, and what that comes to on its test images.
 
     Args:
         record: of the run.
         meaning: of its outputs; None: it is what the run found.
-        outcomes: of like runs on folds, by which that is known.
-        task: as the run learned it.
-        logits: (N, K) of its test images in another form of the model, such as with rounded weights; None: its own.
+        folds: what like runs came to, by which that is known.
+        outcome: of the run, maybe of another form of its model, such as with rounded weights.
     """
-    meaning = meaning or record.decision or record.calibrated
+    meaning, task = meaning or record.decision or record.calibrated, outcome.learned
     tested, found = record.predictions, meaning_fields(meaning)
     assert tested is not None
-    own, labels = np.asarray(tested.logits, np.float32), rows_of(tested.labels)
-    is_own = logits is None or np.array_equal(own, logits)
-    logits, decision = own if logits is None else logits, found["decision"]
+    logits, labels, decision = outcome.logits.astype(np.float32), rows_of(tested.labels), found["decision"]
+    is_own = np.array_equal(np.asarray(tested.logits, np.float32), logits)
     if decision is not None or not is_own:
         images = np.asarray(tested.images)
         again = task.predictions(logits, labels, images, keep_logits=True, decision=decision)
@@ -351,5 +355,5 @@ def with_meaning(
         # Of another form nobody has counted which images are unlike those of training.
         flagged = record.tested_calibration.unlike if is_own and record.tested_calibration else None
         held = task.tested(meaning, logits, labels, flagged)
-        found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(outcomes, task)})
+        found["tested_calibration"] = held.model_copy(update={"covered_on_folds": covered_on_folds(folds, task)})
     return record.model_copy(update=found)

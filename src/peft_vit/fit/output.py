@@ -1,25 +1,28 @@
-"""What a tuning leaves: the chosen model in its fastest form, what trains it again, a card and a report."""
+"""What a tuning came to, and what it leaves: the model in its fastest form, what trains it again, a card, a report."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
-from peft_vit.core.records import RunRecord
+from peft_vit.base.statistics import Interval
+from peft_vit.core.records import Calibrated, RunRecord
+from peft_vit.core.records import Decision as Meaning
+from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.data import thumbnails_of
+from peft_vit.deploy.explain import explained_images
 from peft_vit.deploy.measures.fastest import Exports, Form, export_fastest
-from peft_vit.deploy.page.class_blocks import Pictures, fonts_for, no_font
+from peft_vit.deploy.page.class_blocks import Maps, Pictures, fonts_for, no_font
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument, Table
 from peft_vit.deploy.page.files import write_report
 from peft_vit.deploy.page.formatting import (
+    bounds_of,
     fixed,
     joined,
     megabytes,
@@ -28,9 +31,11 @@ from peft_vit.deploy.page.formatting import (
     plain,
     points,
     points_interval,
+    scaled,
     score_interval,
     score_of,
     signed,
+    value_of,
 )
 from peft_vit.deploy.page.model_page import (
     BELIEF,
@@ -44,19 +49,63 @@ from peft_vit.deploy.page.model_page import (
     labels_card,
     model_document,
 )
-from peft_vit.deploy.page.model_quality import ModelQuality, model_quality
+from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import run_provenance
 from peft_vit.deploy.page.tables import Column, own_interval_columns, table
 from peft_vit.fit.decide import ModelDecision
 from peft_vit.fit.fit import TITLES
-from peft_vit.fit.intake import refuse_among_images
-from peft_vit.fit.outcomes import with_meaning
+from peft_vit.fit.intake import LabelledSet, refuse_among_images
+from peft_vit.fit.outcomes import Outcome, predictions_on, with_meaning
+from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import TUNE_FILE, TuneRequest
-from peft_vit.fit.tune import Tuning, answer
+from peft_vit.fit.sizes import NO_TIME, SizeResult
 from peft_vit.runs.records.storage import ADAPTER_FILE, FEATURES_FILE, HTML_FILE, MODEL_FOLDER, RECORD_FILE, read_record
 from peft_vit.runs.records.study_yaml import study_yaml
 
 STUDY_COPY = "config.yaml"
+
+
+_NAMED = 4  # recipes that are named in a sentence
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A model that a tuning writes, and what it was chosen by."""
+
+    request: TuneRequest  # what was asked for
+    images: LabelledSet  # that it was fitted to
+    sizes: tuple[SizeResult, ...]  # every model and image size
+    recipe: Recipe  # what was taken
+    final: Outcome  # of its last training, on the sealed images, in that form
+    before_rounding: Outcome  # the same run in float; where nothing was rounded after training, the same as `final`
+    decision: ModelDecision | None = None  # what was compared, and the odds; None: nothing was yet
+    folds: tuple[Outcome, ...] = ()  # of the chosen recipe, in the form that was taken
+    longer: float = 1.0  # times the steps that follow from the folds, of the last training
+    more: tuple[str, ...] = ()  # what more labels and more minutes would buy, sentences
+    stage_seconds: tuple[tuple[str, float], ...] = ()  # by name, of all calls together
+    meaning: Calibrated | Meaning | None = None  # of the outputs, from what runs on folds said of their test images
+
+    @property
+    def metric(self) -> DecidingMetric:
+        """Return what decides."""
+        return self.images.metric
+
+    @property
+    def scores(self) -> Scores:
+        """Return by what models were compared."""
+        return self.images.scores
+
+    @property
+    def score(self) -> Interval:
+        """Return what decides, on the test images."""
+        return self.metric.interval(self.final.labels, *self.final.predictions(self.meaning))
+
+    @property
+    def changed_by_rounding(self) -> Interval | None:
+        """Return what rounding changed of that; None: nothing was rounded after training."""
+        (before, least), (after, _) = (own.predictions(self.meaning) for own in (self.before_rounding, self.final))
+        rounded = self.before_rounding is not self.final
+        return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
 
 
 def check_output(request: TuneRequest) -> None:
@@ -84,12 +133,8 @@ def write_output(choice: Tuning, directory: Path, tell: Callable[[str], None] = 
 
 
 def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None:
-    run_dir, recipe = choice.final.folder, choice.recipe
-    record, logits = read_record(run_dir / RECORD_FILE), choice.final.logits.astype(np.float32)
-    record = with_meaning(record, choice.meaning, choice.folds, choice.final.learned, logits)
-    tested = record.tested_calibration
-    quality = model_quality(record, None if tested is None else tested.probability)
-    model_folder = directory / MODEL_FOLDER
+    run_dir, recipe, model_folder = choice.final.folder, choice.recipe, directory / MODEL_FOLDER
+    record = with_meaning(read_record(run_dir / RECORD_FILE), choice.meaning, choice.folds, choice.final)
     exports = export_fastest(
         run_dir,
         model_folder,
@@ -100,16 +145,21 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
-    summary = TuningSummary(choice, record, quality, exports)
+    tested = record.tested_calibration
+    quality = model_quality(record, None if tested is None else tested.probability)
+    use = {"To predict": f"peft-vit predict {shlex.quote(str(exports.model))} PHOTO.jpg"}
+    on_folds = predictions_on(choice.folds, choice.final.learned, choice.meaning, choice.images.index)
+    model = ModelSummary(record, quality, use, answer(choice, exports.taken.bytes), on_folds=on_folds)
     adapter, config = model_folder / ADAPTER_FILE, directory / STUDY_COPY
     for name in (ADAPTER_FILE, *([] if record.features_sha256 is None else [FEATURES_FILE])):
         write_whole(model_folder / name, read_bytes(run_dir / name, limit_bytes=None))
     write_whole(model_folder / RECORD_FILE, (record.model_dump_json(indent=1) + "\n").encode())
     write_whole(config, configuration(choice, record).encode())
     library = "openvino" if exports.model.suffix == ".xml" else "onnx"
-    head = card_head(model_summary(summary), library, choice.request.images.name or "images")
-    document = tuning_document(summary, partial(thumbnails_of, record))
-    write_report([document], {CARD_FILE: card_text(document, head, _use(summary))}, directory)
+    head = card_head(model, library, choice.request.images.name or "images")
+    pictures, maps = partial(thumbnails_of, record), partial(explained_images, run_dir, record)
+    document = tuning_document(choice, model, exports, pictures, maps)
+    write_report([document], {CARD_FILE: card_text(document, head, _use(choice, record, exports))}, directory)
     if missing := fonts_for(record.class_names)[1]:
         tell(f"  {no_font(missing)}")
     for sentence in (*document.results, *exports.missed):
@@ -136,10 +186,10 @@ def _again(choice: Tuning, record: RunRecord) -> list[str]:
     return commands
 
 
-def _use(summary: TuningSummary) -> str:
-    again = "\n".join(_again(summary.choice, summary.record))
-    model = f"model/{summary.exports.model.name}"
-    sets = " --coverage 0.9" if summary.record.calibrated and summary.record.calibrated.coverages else ""
+def _use(choice: Tuning, record: RunRecord, exports: Exports) -> str:
+    again = "\n".join(_again(choice, record))
+    model = f"model/{exports.model.name}"
+    sets = " --coverage 0.9" if record.calibrated and record.calibrated.coverages else ""
     return (
         f"```\npeft-vit predict {model} IMAGES...{sets}\n\n# trains it again\n{again}\n"
         f'```\n\n```python\nimport peft_vit\n\nprint(peft_vit.load("{model}").predict("photo.jpg"))\n```\n\nThe '
@@ -149,23 +199,89 @@ def _use(summary: TuningSummary) -> str:
     )
 
 
+# --- how good it is, and what more would bring ---
+
+
+def answer(choice: Tuning, written: int | None = None) -> str:
+    """Return what was taken, what it has on the test images, and its odds: a line; `written` is the file's bytes."""
+    decision, metric, score = choice.decision, choice.metric, choice.score
+    right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
+    by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
+    size = written or (0 if decision is None else decision.taken.bytes)
+    head = f"{choice.recipe.title}{f', {megabytes(size)}' if size else ''}: {value} {right} on new images ({by})."
+    if decision is None:
+        return f"{head} It is the first model; nothing else was compared with it."
+    odds = decision.odds
+    if choice.recipe == decision.reference:
+        return f"{head} It is the best float model found."
+    scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
+    amount, better = fixed(100 * abs(odds.loss), 1), "better" if odds.loss > 0 else "worse"
+    gap = f"{amount} {scores.unit} {better}" if float(amount) else "as good"
+    than = f"The best float model found ({decision.reference.title}) is expected to be {gap}"
+    chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
+    shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
+    return f"{head} {than}; the chance that it is more than {margin} better is {chance}.{shown}"
+
+
+def what_more_buys(
+    labels: Interval | None,
+    error: float,
+    steps: Interval | None,
+    longer: float,
+    sizes: Sequence[SizeResult],
+    untried: Sequence[Recipe],
+    minutes: float,
+    unit: str = "points",
+) -> tuple[str, ...]:
+    """Return what more labels and more minutes would bring, in sentences.
+
+    Args:
+        labels: by what share of its error twice as many lower the regression's; None: unknown.
+        error: that is expected of what was taken, a share.
+        steps: by how much twice as many lower that, a share; None: unknown.
+        longer: times as many steps the last training has had.
+        sizes, untried: sizes, and recipes that there was no time for.
+        minutes: of this call.
+        unit: of a hundredth of a share, see `Scores`.
+    """
+    sentences = []
+    if labels is None:
+        sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
+    else:
+        learns = "if errors fall as the regression's do with half and with all of them"
+        sentences.append(f"Twice as many labels: {_gain(scaled(labels, error), unit)}, {learns}.")
+    if steps is not None:
+        learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
+        had = f" The last training has had {longer:.2g} times the steps of the folds." if longer != 1 else ""
+        sentences.append(f"Twice the steps of the folds: {_gain(steps, unit)}, {learns}.{had}")
+    left = ["all steps of the last training"] if longer < 1 else []
+    left += [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
+    left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
+    if left:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        sentences.append(
+            f"Not tried for lack of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
+            f"{2 * minutes:g} tries some of it, and keeps what was done."
+        )
+    return tuple(sentences)
+
+
+def _gain(expected: Interval, unit: str) -> str:
+    low, high = (points(end or 0.0) for end in (expected.low, expected.high))
+    return f"about {points(expected.estimate)} {unit} ({low} to {high})"
+
+
 # --- the page: that of any model, what it was compared with, its files, and what more would bring ---------------------
 
 _AT = 0.9  # coverage that stands at the top
 COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bring"
 
 
-def model_summary(summary: TuningSummary) -> ModelSummary:
-    """Return what the page of any model says of the chosen one."""
-    use = {"To predict": f"peft-vit predict {shlex.quote(str(summary.exports.model))} PHOTO.jpg"}
-    said = answer(summary.choice, summary.exports.taken.bytes)
-    return ModelSummary(summary.record, summary.quality, use, said=said)
-
-
-def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
-    """Return the document; without `pictures`, which makes them of test images, it has none."""
-    choice = summary.choice
-    page = model_document(model_summary(summary), pictures)
+def tuning_document(
+    choice: Tuning, model: ModelSummary, exports: Exports, pictures: Pictures | None, maps: Maps | None = None
+) -> StudyDocument:
+    """Return the document; pictures and maps as in `model_document`."""
+    page = model_document(model, pictures, maps)
     (made,) = page.sections[MADE]
     assert isinstance(made, Facts)
     asked = dict(_facts(choice))
@@ -174,7 +290,7 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
         if title == (BELIEF if BELIEF in page.sections else IMAGES):
             sections[COMPARED] = tuple(compared_blocks(choice, choice.decision))
             sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
-            sections[FORMS] = (forms_table(summary),)
+            sections[FORMS] = (forms_table(exports),)
         sections[title] = blocks
     asked_for = None if choice.request.metric == "auto" else choice.metric
     sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.images.inspection.lines(asked_for))
@@ -182,12 +298,12 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
     return replace(
         page,
         label=f"A model for {plain(choice.request.images.name)}",
-        alerts=(*summary.exports.missed, *page.alerts),
-        cards=tuple(_cards(summary)),
-        how_sure=tuple(_how_sure(summary)),
+        alerts=(*exports.missed, *page.alerts),
+        cards=tuple(_cards(model, exports)),
+        how_sure=tuple(_how_sure(choice, exports)),
         sections=sections,
-        not_shown=tuple(_not_shown(summary)),
-        runs=(run_provenance(summary.record)._replace(title=choice.recipe.title),),
+        not_shown=tuple(_not_shown(model)),
+        runs=(run_provenance(model.record)._replace(title=choice.recipe.title),),
     )
 
 
@@ -203,28 +319,29 @@ def _facts(choice: Tuning) -> Iterator[tuple[str, str]]:
     of = "" if choice.metric.has_unit else f" of {choice.metric.words}"
     yield "Margin", choice.scores.hundredths(request.margin_share) + of
     yield "Limits", joined(limits) or "none"
-    stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stages)
-    yield "Time", f"{duration(sum(dict(choice.stages).values()))} in all calls, before this page: {stages}"
+    stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stage_seconds)
+    yield "Time", f"{duration(sum(dict(choice.stage_seconds).values()))} in all calls, before this page: {stages}"
     yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"
 
 
-def _cards(summary: TuningSummary) -> Iterator[Card]:
-    tested, taken = summary.record.tested_calibration, summary.exports.taken
-    yield accuracy_card(model_summary(summary))
+def _cards(model: ModelSummary, exports: Exports) -> Iterator[Card]:
+    tested, taken = model.record.tested_calibration, exports.taken
+    yield accuracy_card(model)
     assert taken.bytes is not None
-    yield Card("Size", summary.exports.model.name, megabytes(taken.bytes), (taken.name,))
+    yield Card("Size", exports.model.name, megabytes(taken.bytes), (taken.name,))
     assert taken.median_s is not None
-    float32 = summary.exports.float32_s
+    float32 = exports.float32_s
     against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
-    yield Card("Time for an image", summary.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
-    if summary.quality is not None and tested is not None and _AT in tested.covered:
-        said = f"hold {percent(tested.covered[_AT])} of the test images' classes"
-        yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(tested.set_size[_AT], 2), (said,))
-    yield labels_card(summary.record)
+    yield Card("Time for an image", exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
+    if model.quality is not None and tested is not None and _AT in tested.covered:
+        said = f"these hold the true class of {percent(tested.covered[_AT])} of test images"
+        where = f"that an image may be of, on average, by --coverage {_AT:g}"
+        yield Card("Classes in a set", where, fixed(tested.set_size[_AT], 2), (said,))
+    yield labels_card(model.record)
 
 
-def _how_sure(summary: TuningSummary) -> Iterator[str]:
-    choice, changed = summary.choice, summary.choice.changed_by_rounding
+def _how_sure(choice: Tuning, exports: Exports) -> Iterator[str]:
+    changed = choice.changed_by_rounding
     if changed is not None:
         by = f"{points_interval(changed)} points" if choice.metric.is_share else number_interval(changed, 3)
         yield f"Rounding changed {choice.metric.words} on the test images by {by}."
@@ -241,8 +358,8 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
         yield f"{times}, since {why}; the odds, probabilities and sets of classes are from the {others} ones."
     if choice.decision is not None and choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
-    if summary.exports.int8_loss is not None:
-        yield f"Activations in 8 bits lose {signed(100 * summary.exports.int8_loss, 1)} points on images of folds."
+    if exports.int8_loss is not None:
+        yield f"Activations in 8 bits lose {signed(100 * exports.int8_loss, 1)} points on images of folds."
 
 
 def _readers(choice: Tuning) -> int:
@@ -251,21 +368,11 @@ def _readers(choice: Tuning) -> int:
     return len({record.parents[1] for record in studies.glob(f"final-*/*/*/{RECORD_FILE}")})
 
 
-def _not_shown(summary: TuningSummary) -> Iterator[str]:
+def _not_shown(model: ModelSummary) -> Iterator[str]:
     yield "Images of another kind, camera or time than these: nothing here is about them."
     yield "Other backbones and methods than those in the tables."
-    if summary.quality is not None and not (summary.record.calibrated and summary.record.calibrated.coverages):
+    if model.quality is not None and not (model.record.calibrated and model.record.calibrated.coverages):
         yield "Prediction sets: there are too few images for thresholds."
-
-
-@dataclass(frozen=True)
-class TuningSummary:
-    """Everything that is shown of a tuning."""
-
-    choice: Tuning  # what was chosen and what it was chosen by
-    record: RunRecord  # of the last training, in the form that is delivered, on the sealed images
-    quality: ModelQuality | None  # likewise; None of several labels, or of numbers
-    exports: Exports  # what was written
 
 
 def compared_blocks(choice: Tuning, decision: ModelDecision | None) -> Iterator[Block]:
@@ -312,7 +419,7 @@ def _candidates_table(choice: Tuning, decision: ModelDecision) -> Table:
     )
 
 
-def forms_table(summary: TuningSummary) -> Table:
+def forms_table(exports: Exports) -> Table:
     """Return every form that was tried."""
 
     def quartiles(form: Form) -> str | None:
@@ -320,13 +427,13 @@ def forms_table(summary: TuningSummary) -> Table:
             return None
         return f"{fixed(1e3 * form.low_s, 1)} to {fixed(1e3 * form.high_s, 1)}"
 
-    float32 = summary.exports.float32_s
+    float32 = exports.float32_s
     beside = "" if float32 is None else f" The same model in float32 takes {fixed(1e3 * float32, 1)} ms."
-    split = next((form.comparison.split for form in summary.exports.forms if form.comparison is not None), "")
+    split = next((form.comparison.split for form in exports.forms if form.comparison is not None), "")
     return table(
         "forms",
         "Forms of the model",
-        summary.exports.forms,
+        exports.forms,
         [
             Column("Form", "name", data=""),
             Column("File", "bytes", megabytes),
@@ -342,7 +449,7 @@ def forms_table(summary: TuningSummary) -> Table:
             ),
             Column("Outcome", lambda form: plain(form.left_out) or "taken"),
         ],
-        f"A call on one image on {summary.exports.processor}, each form in processes of its own, in turn.{beside} "
+        f"A call on one image on {exports.processor}, each form in processes of its own, in turn.{beside} "
         f"Predicts as trained: share of {split} images on which the file and the "
         "run's model agree.",
     )

@@ -11,8 +11,7 @@ from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.config import BITS_OF_TYPE, METHOD_KINDS, MethodName, QuantizationType
 from peft_vit.core.methods import METHODS, TrainOptions
 from peft_vit.core.methods.method import DEFAULT_RANK
-from peft_vit.core.methods.quantized import packing_of
-from peft_vit.deploy.post_training import file_bytes
+from peft_vit.core.methods.quantized import file_bytes, packing_of
 from peft_vit.runs.measures.held_out import reference_bytes
 
 DEFAULT_RATE = 1e-3  # of LoRA

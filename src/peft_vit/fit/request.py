@@ -1,18 +1,19 @@
-"""What `train` and `tune` are asked for; the command line and Python are made of it."""
+"""What `train` and `tune` are asked for, of which the command line and Python are made, and what they say meanwhile."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
+from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.settings import OnlyWith, Option, Request, refuse
 from peft_vit.core.config import (
@@ -46,10 +47,8 @@ from peft_vit.core.config import (
     several,
 )
 from peft_vit.runs.executors import ExecutorName
-from peft_vit.runs.records.storage import ADAPTER_FILE, single_run
 
 if TYPE_CHECKING:
-    from peft_vit.core.tasks import DecidingMetric
     from peft_vit.data import Images
 
 DEFAULT_OUTPUT = Path("peft-vit-runs")
@@ -143,13 +142,6 @@ class ImagesRequest(Request):
             taken=f"Using the 1,797 digits that come with scikit-learn, in {folder}."
         )
 
-    # How a fit differs between the two, see `fit.Fit`.
-    fit_file: ClassVar[str]  # of its folder, in which it goes on
-    main_study: ClassVar[bool]  # its folder is that of a study with one run
-    last_share: ClassVar[float]  # of the minutes after image sizes, for the first model's training
-    folds_share: ClassVar[float]  # likewise, for its folds
-    least_of_a_class: ClassVar[tuple[int | None, int | None]]  # different images, without and with an own test split
-
 
 _LONGEST_LABEL = 48  # letters; with a number before it, it is a study's name
 _WITH_STEPS = OnlyWith(
@@ -185,7 +177,23 @@ class WrittenBudget:
             raise ValueError(f"{written!r} {reason}") from None
 
 
-class TrainRequest(ImagesRequest):
+class _OfTrain:
+    """How `train` differs from `tune`, whose limits it does not have; see `_OfTune`."""
+
+    fit_file = "fit.json"  # in its folder
+    main_study = True  # its folder is that of a study with one run
+    last_share = 0.7  # of the minutes after image sizes, for the first model's training
+    folds_share = 0.2  # likewise, for its folds
+    least_of_a_class: ClassVar[tuple[int | None, int | None]] = 2, 2  # different ones, without and with a test split
+    unchangeable: ClassVar[Mapping[str, Any]] = {}  # when its folder continues: request.json has said it already
+    split_seed = 0
+    margin_share = 0.01
+    max_bytes = None
+    max_adapter_bytes = None
+    max_latency = None
+
+
+class TrainRequest(ImagesRequest, _OfTrain):
     """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
 
     method: MethodName = Field(
@@ -328,18 +336,6 @@ class TrainRequest(ImagesRequest):
     )
     smoke: bool = Field(default=False, description=SMOKE)
 
-    fit_file: ClassVar[str] = "fit.json"
-    main_study: ClassVar[bool] = True
-    last_share: ClassVar[float] = 0.7
-    folds_share: ClassVar[float] = 0.2
-    least_of_a_class: ClassVar[tuple[int | None, int | None]] = (2, 2)
-    split_seed: ClassVar[int] = 0
-    # Limits of `tune`.
-    max_bytes: ClassVar[None] = None
-    max_adapter_bytes: ClassVar[None] = None
-    max_latency: ClassVar[None] = None
-    margin_share: ClassVar[float] = 0.01
-
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:
         if self.devices > 1 and self.is_probe:
@@ -380,6 +376,8 @@ class TrainRequest(ImagesRequest):
         """Return what updates start from: a folder of PEFT, or the file of an earlier run."""
         if self.from_run is None or self.is_probe:
             return self.init_adapter
+        from peft_vit.runs.records.storage import ADAPTER_FILE, single_run
+
         return (single_run(self.from_run) / ADAPTER_FILE).absolute()
 
     @property
@@ -393,11 +391,6 @@ class TrainRequest(ImagesRequest):
         return self.method if self.init_adapter is None else "imported"
 
     @property
-    def run_name(self) -> str:
-        """Return the name of its run in its study."""
-        return f"{self.experiment}/seed_{self.seed}"
-
-    @property
     def adapter_options(self) -> dict[str, Any]:
         """Return the limits of the updates, as `TrainOptions` has them."""
         budget = {} if self.budget is None else {"budget": self.budget.number, "budget_unit": self.budget.unit}
@@ -408,14 +401,6 @@ class TrainRequest(ImagesRequest):
         """Return the given settings of a section `training` that steps need, but for their number and rate."""
         names = ("micro_batch_size", "loss", "activation_checkpointing", "epochs")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def class_weights_for(self, _: DecidingMetric) -> ClassWeights:
-        """Return the weights of classes in the loss."""
-        return self.class_weights
-
-    def unchangeable(self) -> dict[str, Any]:
-        """Return what may not change when a folder continues: request.json has said it already."""
-        return {}
 
     def steps_for(self, train_images: int) -> int | None:
         """Return the given number of steps, outright or in epochs of so many images; None: as the minutes allow."""
@@ -462,7 +447,34 @@ def _or_default(models: Any) -> Any:
     return models or (DEFAULT_MODEL,)
 
 
-class TuneRequest(ImagesRequest):
+class _OfTune:
+    """How `tune` differs from `train`, see `_OfTrain`; it chooses what a person sets there."""
+
+    fit_file = TUNE_FILE
+    main_study = False
+    last_share = 0.5
+    folds_share = 0.25
+    least_of_a_class: ClassVar[tuple[int | None, int | None]] = None, None
+    validates = False
+    method: ClassVar[MethodName] = "lora"
+    is_probe = False
+    experiment = ""  # each recipe has a name of its own
+    batch_size = 32
+    training_settings: ClassVar[Mapping[str, Any]] = {}
+    class_weights = None
+    rank = None
+    bits = None
+    shots = None
+    test_images = None
+    init_adapter = None
+    from_run = None
+    start = None
+    learning_rate = None
+    strict = False
+    smoke = False
+
+
+class TuneRequest(ImagesRequest, _OfTune):
     """Images, limits of the model, and the time; None: no limit."""
 
     margin: float = Field(
@@ -523,29 +535,6 @@ class TuneRequest(ImagesRequest):
         default=Path("peft-vit-tune"), description="The folder for results, where the same command continues."
     )
 
-    fit_file: ClassVar[str] = TUNE_FILE
-    main_study: ClassVar[bool] = False
-    validates: ClassVar[bool] = False
-    last_share: ClassVar[float] = 0.5
-    folds_share: ClassVar[float] = 0.25
-    least_of_a_class: ClassVar[tuple[int | None, int | None]] = (None, None)
-    # What a person sets in `train`.
-    method: ClassVar[MethodName] = "lora"
-    is_probe: ClassVar[bool] = False
-    rank: ClassVar[None] = None
-    bits: ClassVar[None] = None
-    shots: ClassVar[None] = None
-    test_images: ClassVar[None] = None
-    init_adapter: ClassVar[None] = None
-    from_run: ClassVar[None] = None
-    start: ClassVar[None] = None
-    learning_rate: ClassVar[None] = None
-    batch_size: ClassVar[int] = 32
-    strict: ClassVar[bool] = False
-    smoke: ClassVar[bool] = False
-    experiment: ClassVar[str] = ""  # each recipe has a name of its own
-    training_settings: ClassVar[Mapping[str, Any]] = {}
-
     @property
     def margin_share(self) -> float:
         """Return the margin as a share, see `tasks.Scores`."""
@@ -561,14 +550,11 @@ class TuneRequest(ImagesRequest):
         """Return the limits of the updates, as `TrainOptions` has them."""
         return {"adapter_bytes": self.max_adapter_bytes}
 
-    def class_weights_for(self, metric: DecidingMetric) -> ClassWeights:
-        """Return the weights of classes in the loss, as the metric weighs them."""
-        return "balanced" if metric.equal_classes else "none"
-
     def steps_for(self, _: int) -> None:
         """Return that the number of steps follows from the minutes."""
 
-    def unchangeable(self) -> dict[str, Any]:
+    @property
+    def unchangeable(self) -> Mapping[str, Any]:
         """Return what may not change when the same output continues, by option."""
         left_out = {"output", "minutes", "executor", "devices", *(["threads"] if self.threads is None else [])}
         values = self.model_dump(mode="json", exclude=left_out)
@@ -607,3 +593,41 @@ def check_images(request: FitRequest) -> None:
                 raise UserError(
                     f"{message}, and some have to test; ask for fewer, or add images", field="shots_per_class"
                 )
+
+
+# --- what is said meanwhile -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageBegan:
+    """A stage begins, with so many seconds left of the call's minutes."""
+
+    title: str
+    left_s: float
+
+    def __str__(self) -> str:
+        return f"{self.title}: {duration(max(0.0, self.left_s))} left"
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """So many of the things that a stage goes through are done: images, steps of a run."""
+
+    what: str
+    done: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.done:,} of {self.count:,}"
+
+
+FitEvent = StageBegan | Advanced | str  # a line on what was found or decided
+Emit = Callable[[FitEvent], None]
+
+
+def telling(say: Callable[[str], None]) -> Emit:
+    """Return what says everything but how far something is, a line each."""
+    return lambda event: None if isinstance(event, Advanced) else say(str(event))
+
+
+print_event = telling(partial(print, flush=True))

@@ -1,23 +1,51 @@
 """`peft-vit train`: image sizes, one training, and what folds say of it; the better of it and of a linear probe.
 
 What was not said is chosen after images and time. Each call is a study of one run in a folder of its own, where the
-same call continues.
+same call continues. Its stages, with which `tune` begins, too, each take the `Fit`, say what they find, and can be
+killed:
+
+- look: a fifth of the images, or the folder's own test split, is set aside for the test; the others make five folds.
+- sizes: see there.
+- first: one training where regressions, and what training usually adds in the steps that fit, promise the most. It is
+  a model that can be delivered; all else looks for a better one.
+- folds: the same without a fold of the images each, beside the best regression: how good it is, what its outputs
+  mean, and whether the regression is better.
+- final: the recipe that was taken, if it is another one than was trained first, on all images that are not for the
+  test. It ends as on folds, at the last of so many steps, as many times more as there are more images to train on;
+  where more steps gain on folds, up to twice as many, four times if they were few.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from peft_vit.base.console import duration
+from peft_vit.base.errors import UserError
 from peft_vit.core.config import named_as_typed
-from peft_vit.fit import stages
 from peft_vit.fit.calls import RequestFile, TrainRun, call_folder, earlier_call, write_request
-from peft_vit.fit.decide import temperature_before, worth_training
+from peft_vit.fit.decide import meaning_of_last, worth_training
 from peft_vit.fit.earlier import EarlierRun
-from peft_vit.fit.events import Emit, print_event
 from peft_vit.fit.fit import Environment, Fit
-from peft_vit.fit.intake import named_files, refuse_among_images
-from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, meaning_on, pooled, with_meaning
+from peft_vit.fit.intake import keep_images, look, named_files, refuse_among_images
+from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, predictions_on, with_meaning
 from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.request import Emit, TrainRequest, print_event
+from peft_vit.fit.sizes import (
+    SizeResult,
+    allowed_sizes,
+    best_linear_probe,
+    try_sizes,
+    usual_recipe,
+    with_lengths,
+    within_memory,
+)
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, Limit, first_that_fits
 from peft_vit.runs.records.storage import RECORD_FILE, link_latest, read_record, write_record
+
+_LEAST_ON_FOLDS = 16  # steps: temperatures of so short trainings fit a longer one
+_ENDLESS_S = 1e8
 
 
 def train(request: TrainRequest, emit: Emit = print_event, environment: Environment | None = None) -> TrainRun:
@@ -38,25 +66,25 @@ def train(request: TrainRequest, emit: Emit = print_event, environment: Environm
     with named_as_typed(TrainRequest), fit.opened:
         files = named_files(request)
         with fit.stage("look"):
-            stages.look(fit)
+            look(fit)
         asked = RequestFile.of(request, fit.images.index, files)
         run, changes = earlier_call(asked)
         if run is not None and run.is_done:
             link_latest(run.folder)
-            fit.tell(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
+            fit.emit(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
             return run
         if changes:
-            fit.tell(changes)
+            fit.emit(changes)
         with call_folder(request.output, request.label, None if run is None else run.folder) as lock:
             run = TrainRun(lock.folder, asked)
             fit.enter(lock.folder, lock)
             where = f"from step {run.step} in" if run.step else "in"
-            fit.tell(f"{'Continues' if fit.begun else 'Starts'} {where} {run.folder}")
+            fit.emit(f"{'Continues' if fit.begun else 'Starts'} {where} {run.folder}")
             if earlier is not None:
                 fit.decisions.flips = earlier.record.spec.experiment.training.flips
             _carry_out(fit, run)
             if earlier is not None and run.is_done:
-                fit.tell(earlier.change_to(run))
+                fit.emit(earlier.change_to(run))
         return run
 
 
@@ -65,52 +93,157 @@ def _carry_out(fit: Fit, run: TrainRun) -> None:
     begun = fit.begun
     try:
         write_request(run.folder, run.asked)
-        stages.keep_images(fit)
+        keep_images(fit)
         fit.begun = True
-        allowed = stages.allowed_sizes(fit)
-        with fit.stage("sizes"):
-            sizes = stages.with_lengths(fit, stages.try_sizes(fit, allowed))
-        recipe, longer = stages.choose_first(fit, sizes)
+        sizes, recipe, longer = begin(fit, allowed_sizes(fit))
     except BaseException:
         if not begun:  # refused, or interrupted before anything is trained: nothing of it stays
             run.forget(fit.file_path, fit.images.file)
         raise
-    fit.load_earlier()
     try:
         with fit.stage("first"):
-            outcome, _ = stages.train_last(fit, recipe, longer)
+            outcome, _ = train_last(fit, recipe, longer)
     except EveryRunFailedError:  # its record says why
         return
     known = recipe
     if fit.request.validates and not (fit.num_validation or fit.request.smoke or fit.images.shots < 2):
-        probe = stages.best_linear_probe(fit, sizes)
+        probe = best_linear_probe(fit, sizes)
         beside = recipe if probe.score is None else probe.probe
         with fit.stage("folds"):
-            known = stages.know_by_folds(fit, recipe, beside, fit.until(-fit.over_s))
+            known = know_by_folds(fit, recipe, beside, fit.until(-fit.over_s))
         last = fit.costs.last_steps(recipe, longer)
         if not recipe.is_probe and beside.is_probe and not worth_training(fit, known, last, beside):
             with fit.stage("final"):
                 recipe, known, longer = beside, beside, 1.0
-                outcome, _ = stages.train_last(fit, recipe, longer)
+                outcome, _ = train_last(fit, recipe, longer)
     _deliver(fit, run, recipe, known, outcome, longer)
 
 
 def _deliver(fit: Fit, run: TrainRun, recipe: Recipe, known: Recipe, outcome: Outcome, longer: float) -> None:
     """Write into the record of a run what its outputs mean, as folds of `known` tell, and say that it is the model."""
-    folds = [own for _, own in sorted(fit.frame.rows.get(known, {}).items())]
-    record = read_record(outcome.folder / RECORD_FILE)
+    folds, record, task = fit.frame.of(known), read_record(outcome.folder / RECORD_FILE), outcome.learned
     validated = record.decision or record.calibrated
-    usual = None if validated else temperature_before(fit, recipe, known, longer)
-    if (meaning := meaning_on(folds, outcome.learned, usual)) is not None:
-        results_dir = fit.results_dir(outcome.folder.parts[-3])
-        record = with_meaning(record, meaning, folds, outcome.learned)
-        if folds:
-            on_folds = outcome.learned.predictions(*pooled(folds, outcome.learned), decision=record.decision)
-            record = record.model_copy(update={"on_folds": on_folds})
-        write_record(results_dir, record)
+    meaning = meaning_of_last(fit, recipe, known, longer, task) if folds or not validated else None
+    if meaning is not None:
+        record = with_meaning(record, meaning, folds, outcome)
+        on_folds = predictions_on(folds, task, meaning, fit.images.index)
+        record = record.model_copy(update={"on_folds": on_folds})
+        write_record(fit.results_dir(outcome.folder.parts[-3]), record)
     if outcome.folder.parents[1] != run.folder:
-        fit.tell(f"The model is the linear probe at {recipe.image_size} px.")
+        fit.emit(f"The model is the linear probe at {recipe.image_size} px.")
         run.deliver(outcome.folder)
     fit.decisions.delivered = recipe, fit.longest_done(recipe)
     fit.save()
     link_latest(run.folder)
+
+
+# --- what `tune` does, too --------------------------------------------------------------------------------------------
+
+
+def begin(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> tuple[list[SizeResult], Recipe, float]:
+    """Compare the image sizes that are allowed by model, and return them with what is trained first, see there."""
+    fit.load_earlier()
+    with fit.stage("sizes"):
+        sizes = with_lengths(fit, try_sizes(fit, allowed))
+        return sizes, *choose_first(fit, sizes)
+
+
+def choose_first(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
+    """Return what is trained first, and how many times longer than on folds; decided once.
+
+    That is the training or the regression that promises the most. What was asked for is trained, however little it
+    promises, if it fits.
+    """
+    if fit.decisions.first is None:
+        fit.decisions.first = _most_promising(fit, sizes)
+        fit.save()
+    recipe, longer = fit.decisions.first
+    steps = fit.costs.last_steps(recipe, longer)
+    about_s = fit.costs.features_s(recipe) + fit.costs.last_s(recipe, steps)
+    length = "" if recipe.is_probe else f", {'up to ' if fit.num_validation else ''}{steps:,} steps"
+    fit.emit(f"  to train: {recipe.title}{length}, about {duration(about_s)}")
+    if about_s > fit.limit.left_s + fit.over_s:
+        fit.emit(f"  that is more than is left of --minutes {fit.request.minutes:g}")
+    return recipe, longer
+
+
+def _most_promising(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, float]:
+    request, given, best_probe = fit.request, fit.request.steps_for(fit.num_train), best_linear_probe(fit, sizes)
+    if request.is_probe:
+        return usual_recipe(fit, best_probe.model, best_probe.image_size), 1.0
+    least = 3 if request.start is None else 2  # folds leave two; a training that starts from a run has none
+    if (given is not None or request.from_run is not None) and fit.images.shots < 2:
+        raise UserError("a class has a single image beside the test; add images", file=request.images)
+    too_few = given is None and fit.images.shots < least
+    fitting = [one for one in sizes if not too_few and one.steps and within_memory(fit, one.probe)]
+    if fitting:
+        best = max(fitting, key=lambda size: (size.promise, size.image_size if size.score is None else 0))
+        if given is not None or request.from_run is not None or best.promise >= best_probe.expected:
+            return usual_recipe(fit, best.model, best.image_size, best.steps), best.longer
+    if request.from_run is not None:  # whose model is better than a probe from the start
+        raise UserError(f"no training from {request.from_run} fits; give more, or keep its model", field="--minutes")
+    why = "a linear probe promises more than the trainings that fit" if fitting else "no time to train"
+    probes = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
+    fit.emit(f"  {probes if too_few else f'{why}; give more --minutes'}")
+    return best_probe.probe, 1.0
+
+
+def know_by_folds(fit: Fit, recipe: Recipe, probe: Recipe, limit: Limit) -> Recipe:
+    """Train a recipe without a fold of the images each, beside a regression, as far as there is time.
+
+    Returns:
+        What was trained: the recipe, with as many fewer steps as three folds need to fit, or two.
+    """
+    options = [recipe]
+    if not fit.request.steps_for(fit.num_train):
+        options += [replace(recipe, steps=fewer) for fewer in range(recipe.steps - 8, _LEAST_ON_FOLDS - 1, -8)]
+    options = [own for own in options if fit.frame.seeds(own)] or options
+    for count in (FEWEST_FOLDS, FEWEST_FOLDS - 1):
+        folds = range(min(count, fit.images.num_different))
+        beside_s = 0.0 if probe == recipe else fit.seconds(probe, folds)
+        trained = first_that_fits(options, partial(fit.seconds, seeds=folds), limit.left_s - beside_s)
+        if trained is not None:
+            fit.run(list(dict.fromkeys((trained, probe))), folds, limit)
+            return trained
+    return recipe
+
+
+def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
+    """Train a recipe on everything that is not for the test, so many times longer than on folds.
+
+    The test comes on top of the minutes, on images drawn at random where not all of them fit their share. Once for a
+    size, since its other models are read on the same images; a call with more minutes reads no others.
+
+    Returns:
+        What it came to on the test images, and what the same run came to before its weights were rounded; where
+        nothing is rounded after training, twice the same.
+
+    Raises:
+        EveryRunFailedError: if it failed.
+    """
+    request, decisions, costs = fit.request, fit.decisions, fit.costs
+    steps, is_done = costs.last_steps(recipe, longer), (recipe.trained, longer) in decisions.trained
+    tested = fit.once(decisions.tested_images, recipe.place, lambda: costs.tested_images(recipe))
+    if not is_done:
+        fit.emit(costs.test_line(recipe, tested))
+    data = {"validation_images": 0 if recipe.is_probe and not request.is_probe else fit.num_validation}
+    if tested < fit.images.num_test:
+        data["tested_images"] = tested
+    if request.shots is None and (count := costs.trained_images(recipe)) < fit.num_train:
+        data["train_images"] = fit.once(decisions.trained_images, recipe.place, lambda: count)
+    name = f"final-{recipe.place}"
+    if request.main_study:
+        is_first = decisions.first is not None and recipe == decisions.first[0]
+        name = fit.folder.name if is_first else f"{fit.folder.name[:46]}-probe-{recipe.image_size}px"
+    experiment = fit.experiment(replace(recipe.trained, steps=steps), last=True)
+    study = fit.study(name, recipe, [request.seed], [experiment], folds=None, **data)
+    study["measures"] |= {"features": True, "latency_batches": [1] if request.main_study else []}
+    (outcome,) = fit.carry_out(study, fit.until(-_ENDLESS_S)).values()  # it has to be brought to its end
+    if not is_done:
+        decisions.trained.append((recipe.trained, longer))
+        if not recipe.is_probe:
+            fit.pace.add(outcome.seconds, costs.last_s(recipe, steps))
+        fit.save()
+    if recipe.when != "after" or recipe.bits is None:
+        return outcome, outcome
+    return outcome.with_logits(fit.rounded_logits(outcome.folder, [recipe.bits])[recipe.bits]), outcome

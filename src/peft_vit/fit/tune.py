@@ -1,4 +1,15 @@
-"""`peft-vit tune`: from images and limits to the smallest model that is shown to be good enough, see `stages`.
+"""`peft-vit tune`: from images and limits to the smallest model that is shown to be good enough.
+
+It begins as `train` does, see there, and continues while there is time:
+
+- search: LoRA over sizes, rates and steps by successive halving over folds (arXiv 1502.07943). The default, the usual
+  rate with the most steps at the most promising size, always continues, and what may have been lucky does not displace
+  it. Where the best has the highest or the lowest rate of all, or the most steps, what lies beyond is tried. Folds of
+  the best also give its forms rounded after training, and half of its steps, by which it is known whether a longer last
+  training gains. What is left goes to its other folds, to the second-best LoRA, AdaLoRA, a rank of 2 and QA-LoRA, and
+  to other folds for what was taken and what it is compared with. Where only 2 bits are small enough, QA-LoRA takes
+  LoRA's place from the beginning.
+- final: the last training of what was taken.
 
 What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
 rates, steps and candidates. Only the test images, the folds, flips and how products are computed stay.
@@ -6,26 +17,32 @@ rates, steps and candidates. Only the test images, the folds, flips and how prod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from itertools import islice
 
-from peft_vit.base.extras import require_extra
-from peft_vit.base.statistics import Interval, TemperaturePrior
-from peft_vit.core.config import named_as_typed
-from peft_vit.core.records import Calibrated
-from peft_vit.core.records import Decision as Meaning
-from peft_vit.core.tasks import DecidingMetric, Scores
-from peft_vit.deploy.page.formatting import bounds_of, fixed, joined, megabytes, points, scaled, value_of
-from peft_vit.fit import stages
-from peft_vit.fit.decide import ModelDecision, decide_model, gain_of_steps, temperature_before
-from peft_vit.fit.events import Emit, print_event
+from peft_vit.core.config import QuantizationType, named_as_typed
+from peft_vit.fit.costs import LEAST_STEPS
+from peft_vit.fit.decide import (
+    best_of,
+    clearly_better,
+    decide_model,
+    gain_of_steps,
+    gains_by_steps,
+    meaning_of_last,
+    standing,
+    times_longer,
+)
 from peft_vit.fit.fit import Environment, Fit
-from peft_vit.fit.intake import LabelledSet
-from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, meaning_on
-from peft_vit.fit.recipe import Recipe
-from peft_vit.fit.request import TuneRequest
-from peft_vit.fit.stages import NO_TIME, SizeResult
+from peft_vit.fit.intake import IMAGES_FILE, keep_images, look
+from peft_vit.fit.outcomes import EveryRunFailedError, Outcome
+from peft_vit.fit.output import Tuning, check_output, what_more_buys, write_output
+from peft_vit.fit.recipe import DEFAULT_RATE, Recipe, lora, rate_of
+from peft_vit.fit.request import Emit, TuneRequest, print_event
+from peft_vit.fit.sizes import SizeResult, allowed_sizes, best_linear_probe, gain_of_labels, within_memory
+from peft_vit.fit.train import begin, know_by_folds, train_last
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import tuned_model
 
@@ -39,13 +56,10 @@ def tune(request: TuneRequest, emit: Emit = print_event, environment: Environmen
         What was chosen, and by what; None: the same call came to its end before, and its model lies in the output.
 
     Raises:
-        UserError: for bad input, before anything is trained; see `stages`, `check_output` and `Fit.enter`. Also if
-            another command works on the same output.
+        UserError: for bad input, before anything is trained; see `allowed_sizes`, `check_output` and `Fit.enter`. Also
+            if another command works on the same output.
         KeyboardInterrupt: after Ctrl-C; the same request continues.
     """
-    require_extra("tune", "tune")
-    from peft_vit.fit.output import check_output
-
     check_output(request)
     with named_as_typed(TuneRequest), study_lock(request.output):
         fit = Fit(request, emit, environment or Environment())
@@ -55,15 +69,15 @@ def tune(request: TuneRequest, emit: Emit = print_event, environment: Environmen
 
 
 def _carry_out(fit: Fit, request: TuneRequest) -> Tuning | None:
-    was_there = (fit.folder / stages.IMAGES_FILE).exists()
+    was_there = (fit.folder / IMAGES_FILE).exists()
     with fit.stage("look"):
-        stages.look(fit)
-        stages.keep_images(fit)
+        look(fit)
+        keep_images(fit)
     if fit.file.finished >= request.minutes and (model := tuned_model(fit.folder)) is not None:
-        fit.tell(f"This call was done before, its model is {model}. With more --minutes it tries more.")
+        fit.emit(f"This call was done before, its model is {model}. With more --minutes it tries more.")
         return None
     try:
-        allowed = stages.allowed_sizes(fit)
+        allowed = allowed_sizes(fit)
         fit.begun = True
     finally:
         if not (fit.begun or was_there):  # refused: another limit can be asked for
@@ -73,47 +87,32 @@ def _carry_out(fit: Fit, request: TuneRequest) -> Tuning | None:
 
 def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]]) -> Tuning:
     """Do what is not done of a tuning of images that were looked at, at the image sizes that are allowed by model."""
-    fit.load_earlier()
-    with fit.stage("sizes"):
-        sizes = stages.with_lengths(fit, stages.try_sizes(fit, allowed))
-        first, longer = stages.choose_first(fit, sizes)
-    probe = stages.best_linear_probe(fit, sizes).probe
+    sizes, first, longer = begin(fit, allowed)
+    probe = best_linear_probe(fit, sizes).probe
     first, longer, final = _first_model(fit, first, longer, probe)
-    form = stages.within_limits(fit, first)
+    form = within_limits(fit, first)
+    meaning = meaning_of_last(fit, form, form, longer, final[0].learned)
+    done = Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer, meaning=meaning)
     if fit.decisions.delivered is None:
-        usual = temperature_before(fit, form, form, longer)
-        _write(fit, Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer, usual=usual))
-        fit.decisions.delivered = form, longer
+        _write(fit, done)
     with fit.stage("folds"):
         limit = fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
-        known = stages.know_by_folds(fit, first, probe, limit)
+        known = know_by_folds(fit, first, probe, limit)
         if form.when == "after" and form.bits is not None:
             fit.quantize(known, [form.bits], limit)
-    recipe, decision, on_folds = form, None, replace(form, steps=known.steps)
+    on_folds = replace(form, steps=known.steps)
     if fit.frame.seeds(first) and fit.frame.seeds(probe):
-        with fit.stage("search"):
-            labels = stages.gain_of_labels(fit, probe)
-            untried = stages.look_further(fit, sizes, first, probe)
-            decision = decide_model(fit)
-            recipe = on_folds = decision.taken.recipe
-            fit.tell(f"  chosen of {len(decision.candidates)} models: {recipe.title}")
-        longer, steps = stages.times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
-        with fit.stage("final"):
-            final = stages.train_last(fit, recipe, longer)
-        expected = fit.frame.scores.best - decision.odds.score.estimate
-        unit = fit.frame.scores.unit
-        more = what_more_buys(labels, expected, steps, longer, sizes, untried, request.minutes, unit)
+        done = _better_model(fit, done, first, probe)
+        on_folds = done.recipe
     else:
         again = f"The same command with --minutes {2 * request.minutes:g} continues"
-        more = (f"There was no time to compare it with others. {again}.",)
-    folds = tuple(outcome for _, outcome in sorted(fit.frame.rows.get(on_folds, {}).items()))
-    usual = temperature_before(fit, recipe, on_folds, longer)
-    done = Tuning(request, fit.images, tuple(sizes), recipe, *final, decision, folds, longer, more, usual=usual)
-    for sentence in more:
-        fit.tell(f"  {sentence}")
-    if decision is not None or folds:  # else it is written already
+        done = replace(done, more=(f"There was no time to compare it with others. {again}.",))
+    meaning = meaning_of_last(fit, done.recipe, on_folds, done.longer, done.final.learned)
+    done = replace(done, folds=tuple(fit.frame.of(on_folds)), meaning=meaning)
+    for sentence in done.more:
+        fit.emit(f"  {sentence}")
+    if done.decision is not None or done.folds:  # else it is written already
         _write(fit, done)
-        fit.decisions.delivered = recipe, longer
     fit.file.finished = request.minutes
     fit.save()
     return done
@@ -125,135 +124,239 @@ def _first_model(
     """Train the first model, or a linear probe if that fails; return what was trained, see `train_last`."""
     with fit.stage("first"):
         try:
-            return first, longer, stages.train_last(fit, stages.within_limits(fit, first), longer)
+            return first, longer, train_last(fit, within_limits(fit, first), longer)
         except EveryRunFailedError as error:
             if first.is_probe:
                 raise
-            fit.tell(f"  {first.title} failed: {error.message}")
+            fit.emit(f"  {first.title} failed: {error.message}")
             fit.failed.add(first)
-            return probe, 1.0, stages.train_last(fit, stages.within_limits(fit, probe), 1.0)
+            return probe, 1.0, train_last(fit, within_limits(fit, probe), 1.0)
+
+
+def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tuning:
+    """Search for a better model than the first one, and return the tuning with what was decided and trained for it."""
+    with fit.stage("search"):
+        labels = gain_of_labels(fit, probe)
+        untried = look_further(fit, done.sizes, first, probe)
+        decision = decide_model(fit)
+        recipe = decision.taken.recipe
+        fit.emit(f"  chosen of {len(decision.candidates)} models: {recipe.title}")
+    longer, steps = times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
+    with fit.stage("final"):
+        final, before = train_last(fit, recipe, longer)
+    error, unit = done.scores.best - decision.odds.score.estimate, done.scores.unit
+    more = what_more_buys(labels, error, steps, longer, done.sizes, untried, done.request.minutes, unit)
+    done = replace(done, recipe=recipe, decision=decision, longer=longer, more=more)
+    return replace(done, final=final, before_rounding=before)
 
 
 def _write(fit: Fit, tuning: Tuning) -> None:
-    from peft_vit.fit.output import write_output
-
     with fit.stage("output"):
-        tuning = replace(tuning, stages=tuple(fit.file.seconds.items()))
-        (fit.environment.write_output or write_output)(tuning, fit.folder, fit.tell)
+        tuning = replace(tuning, stage_seconds=tuple(fit.file.seconds.items()))
+        (fit.environment.write_output or write_output)(tuning, fit.folder, fit.emit)
+    fit.decisions.delivered = tuning.recipe, tuning.longer
 
 
-_NAMED = 4  # recipes that are named in a sentence
+def within_limits(fit: Fit, recipe: Recipe) -> Recipe:
+    """Return a recipe, rounded after training as little as the limit of bytes asks for."""
+    most = fit.request.max_bytes
+    if most is None or fit.costs.bytes_of(recipe) <= most:
+        return recipe
+    return recipe.rounded((fit.costs.allowed_bits(recipe) or ["int2"])[0])
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """A model that a tuning writes, and what it was chosen by."""
+# --- search -----------------------------------------------------------------------------------------------------------
 
-    request: TuneRequest  # what was asked for
-    images: LabelledSet  # that it was fitted to
-    sizes: tuple[SizeResult, ...]  # every model and image size
-    recipe: Recipe  # what was taken
-    final: Outcome  # of its last training, on the sealed images, in that form
-    before_rounding: Outcome  # the same run in float; where nothing was rounded after training, the same as `final`
-    decision: ModelDecision | None = None  # what was compared, and the odds; None: nothing was yet
-    folds: tuple[Outcome, ...] = ()  # of the chosen recipe, in the form that was taken
-    longer: float = 1.0  # times the steps that follow from the folds, of the last training
-    more: tuple[str, ...] = ()  # what more labels and more minutes would buy, sentences
-    stages: tuple[tuple[str, float], ...] = ()  # name and seconds of each stage, of all calls together
-    usual: TemperaturePrior | None = None  # temperature, before folds' images
-
-    @property
-    def metric(self) -> DecidingMetric:
-        """Return what decides."""
-        return self.images.metric
-
-    @cached_property
-    def scores(self) -> Scores:
-        """Return by what models were compared."""
-        return self.images.scores
-
-    @cached_property
-    def meaning(self) -> Calibrated | Meaning | None:
-        """Return what the model's outputs mean, from what its recipe's runs on folds said of their test images."""
-        return meaning_on(self.folds, self.final.learned, self.usual)
-
-    @property
-    def score(self) -> Interval:
-        """Return what decides, on the test images."""
-        return self.metric.interval(self.final.labels, *self.final.predictions(self.meaning))
-
-    @property
-    def changed_by_rounding(self) -> Interval | None:
-        """Return what rounding changed of that; None: nothing was rounded after training."""
-        (before, least), (after, _) = (own.predictions(self.meaning) for own in (self.before_rounding, self.final))
-        rounded = self.before_rounding is not self.final
-        return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
+RATES = (DEFAULT_RATE, 3 * DEFAULT_RATE, 3e-4)  # in the order in which time goes to them
+_GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-def answer(choice: Tuning, written: int | None = None) -> str:
-    """Return what was taken, what it has on the test images, and its odds: a line; `written` is the file's bytes."""
-    decision, metric, score = choice.decision, choice.metric, choice.score
-    right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
-    by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
-    size = written or (0 if decision is None else decision.taken.bytes)
-    head = f"{choice.recipe.title}{f', {megabytes(size)}' if size else ''}: {value} {right} on new images ({by})."
-    if decision is None:
-        return f"{head} It is the first model; nothing else was compared with it."
-    odds = decision.odds
-    if choice.recipe == decision.reference:
-        return f"{head} It is the best float model found."
-    scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
-    amount, better = fixed(100 * abs(odds.loss), 1), "better" if odds.loss > 0 else "worse"
-    gap = f"{amount} {scores.unit} {better}" if float(amount) else "as good"
-    than = f"The best float model found ({decision.reference.title}) is expected to be {gap}"
-    chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
-    shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
-    return f"{head} {than}; the chance that it is more than {margin} better is {chance}.{shown}"
-
-
-def what_more_buys(
-    labels: Interval | None,
-    error: float,
-    steps: Interval | None,
-    longer: float,
-    sizes: Sequence[SizeResult],
-    untried: Sequence[Recipe],
-    minutes: float,
-    unit: str = "points",
-) -> tuple[str, ...]:
-    """Return what more labels and more minutes would bring, in sentences.
+def candidate_recipes(sizes: Sequence[SizeResult]) -> list[Recipe]:
+    """Return what is worth a try, the likeliest first: the default, then what differs from it in one thing, in two, ...
 
     Args:
-        labels: by what share of its error twice as many lower the regression's; None: unknown.
-        error: that is expected of what was taken, a share.
-        steps: by how much twice as many lower that, a share; None: unknown.
-        longer: times as many steps the last training has had.
-        sizes, untried: sizes, and recipes that there was no time for.
-        minutes: of this call.
-        unit: of a hundredth of a share, see `Scores`.
+        sizes: the most promising first.
     """
-    sentences = []
-    if labels is None:
-        sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
-    else:
-        learns = "if errors fall as the regression's do with half and with all of them"
-        sentences.append(f"Twice as many labels: {_gain(scaled(labels, error), unit)}, {learns}.")
-    if steps is not None:
-        learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
-        had = f" The last training has had {longer:.2g} times the steps of the folds." if longer != 1 else ""
-        sentences.append(f"Twice the steps of the folds: {_gain(steps, unit)}, {learns}.{had}")
-    left = ["all steps of the last training"] if longer < 1 else []
-    left += [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
-    left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
-    if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        sentences.append(
-            f"Not tried for lack of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
-            f"{2 * minutes:g} tries some of it, and keeps what was done."
-        )
-    return tuple(sentences)
+    weights = []
+    for (size, result), (rate, value), half in itertools.product(enumerate(sizes), enumerate(RATES), (False, True)):
+        steps = result.steps // 2 if half else result.steps
+        if steps >= LEAST_STEPS:
+            weights.append((size + 1.5 * rate + half, lora(result.model, result.image_size, steps, value)))
+    return [recipe for _, recipe in sorted(weights, key=lambda pair: pair[0])]  # stable
 
 
-def _gain(expected: Interval, unit: str) -> str:
-    low, high = (points(end or 0.0) for end in (expected.low, expected.high))
-    return f"about {points(expected.estimate)} {unit} ({low} to {high})"
+def worth_search(fit: Fit, sizes: Sequence[SizeResult], first: Recipe) -> list[SizeResult]:
+    """Return the sizes at which LoRA is tried, that of the first training first, then each model's best.
+
+    Args:
+        fit: the fit.
+        sizes: with lengths that fit.
+        first: what was trained first.
+    """
+    fitting = sorted((size for size in sizes if size.score is not None and size.steps), key=lambda size: -size.promise)
+    own = [replace(size, steps=first.steps) for size in fitting if size.probe.place == first.place]
+    best = {size.model: size for size in reversed(fitting)}  # of each model
+    others = sorted((size for size in fitting if size.probe.place != first.place), key=lambda s: s is not best[s.model])
+    possible = (size for size in others if within_memory(fit, size.probe))
+    return [*own, *islice(possible, max(2, len(best)) - len(own))]
+
+
+def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Recipe], list[Recipe]]:
+    """Return what was tried, the best first, and what there was no time for.
+
+    Args:
+        fit: the fit.
+        sizes: at which LoRA is trained, the most promising first, at least one.
+        limit: when the search ends, but for the default on its first fold.
+    """
+    recipes, frame = candidate_recipes(sizes), fit.frame
+    count = 1
+    while count < len(recipes) and _bracket_seconds(fit, recipes[: count + 1]) <= limit.left_s:
+        count += 1
+    tried, left = recipes[:count], recipes[count:]
+    if len(tried) > 1:
+        fit.emit(f"  {len(tried)} recipes of LoRA by successive halving over folds")
+        _successive_halving(fit, tried, limit)
+    best = best_of(frame, tried)
+    while (further := _extend_grid(fit, best, tried)) is not None:
+        seeds = frame.seeds(best)
+        if not seeds or fit.seconds(further, seeds) > limit.left_s:
+            left.insert(0, further)
+            break
+        fit.emit(f"  the best so far has {best.settings}, at the end of what was tried; next are {further.settings}")
+        fit.run([further], seeds, limit)
+        tried.append(further)
+        best = best_of(frame, [best, further])
+    return sorted(tried, key=lambda recipe: (recipe != best, -standing(frame, recipe))), left
+
+
+def _bracket_seconds(fit: Fit, recipes: Sequence[Recipe]) -> float:
+    """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
+    going, seconds = list(recipes), 0.0
+    for seed in range(FOLDS):
+        seconds += sum(fit.seconds(recipe, [seed]) for recipe in going)
+        going = going[: (len(going) + 1) // 2]
+    return seconds
+
+
+def _successive_halving(fit: Fit, recipes: Sequence[Recipe], limit: Limit) -> None:
+    """Give the next fold to the better half of what had the last one, and to the first recipe."""
+    going = list(recipes)
+    for seed in range(FOLDS):
+        if len(going) == 1 or (seed and sum(fit.seconds(recipe, [seed]) for recipe in going) > limit.left_s):
+            return
+        fit.run(going, [seed], limit)
+        values = {recipe: fit.frame.value(recipe, range(seed + 1)) for recipe in going}
+        done = [recipe for recipe in going if values[recipe] is not None]  # others failed, or had no time
+        better = sorted(done, key=lambda recipe: -(values[recipe] or 0.0))[: max(1, len(going) // 2)]
+        going = [recipe for recipe in done if recipe in better or recipe == recipes[0]]
+
+
+def _extend_grid(fit: Fit, best: Recipe, tried: Sequence[Recipe]) -> Recipe | None:
+    """Return what lies beyond the best at an end of what was tried, and is not tried yet; None: nothing."""
+    rates = sorted(recipe.rate for recipe in tried if replace(recipe, rate=best.rate) == best)
+    options = []
+    if best.rate != DEFAULT_RATE and best.rate in (rates[0], rates[-1]):
+        place = _GRID.index(best.rate) + (1 if best.rate == rates[-1] else -1)
+        options += [replace(best, rate=rate) for rate in _GRID[max(0, place) : place + 1]]
+    longer = replace(best, steps=2 * best.steps)
+    needed_s = fit.seconds(longer, range(FOLDS)) + fit.costs.ending_s(longer)
+    if gains_by_steps(fit.frame, best) and needed_s <= fit.limit.left_s:
+        options.append(longer)
+    return next((option for option in options if option not in tried), None)
+
+
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+_FEWEST, _FIRST, _SECOND = range(FEWEST_FOLDS), range(FOLDS), range(2 * FOLDS)  # seeds: a repetition's, of both
+_HALVED = range(2)  # seeds of half of the steps
+_SMALL_RANK = 2
+
+
+def look_further(fit: Fit, sizes: Sequence[SizeResult], first: Recipe, probe: Recipe) -> list[Recipe]:
+    """Try other recipes while there is time to train them for the last time, too; return what it was too short for.
+
+    Args:
+        fit: the fit.
+        sizes: with lengths that fit.
+        first: what was trained first, on folds already, as the regression is.
+        probe: the best regression.
+    """
+    costs = fit.costs
+    trained = [] if first.is_probe or first.bits is not None else worth_search(fit, sizes, first)
+    untried, ranked = list[Recipe](), list[Recipe]()
+    if trained:
+        reserved_s = costs.ending_s(costs.longest_form(first), fit.longest_done(first))
+        ranked, untried = search(fit, trained, fit.until(reserved_s))
+    untried += _compare(fit, probe, ranked or ([] if first.is_probe else [first]))
+    return [recipe for recipe in untried if not fit.frame.seeds(recipe)]
+
+
+def _compare(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
+    """Bring the finalists to folds, and return those that there was no time for.
+
+    Args:
+        fit: the fit.
+        probe: the best regression, on the fewest folds already.
+        ranked: of LoRA, the best first; none: there is no time to train.
+    """
+    best, costs, frame = ranked[0] if ranked else probe, fit.costs, fit.frame
+    again_s = 0.0 if fit.longest_done(best) else costs.ending_s(costs.longest_form(best))
+    limit = fit.until(again_s or costs.written_s(costs.longest_form(best)))
+    _do(fit, best, _FEWEST, limit)
+    forms = costs.allowed_bits(probe)
+    fits = not ranked or FEWEST_FOLDS * costs.rounding_s(probe, forms) <= limit.left_s
+    if fits and not clearly_better(frame, best, probe):
+        fit.quantize(probe, forms, limit)
+    if ranked and fit.seconds(best.half, _HALVED) <= limit.left_s:
+        fit.run([best.half], _HALVED, limit)
+    if (times := times_longer(fit, best)) > fit.longest_done(best) and not clearly_better(frame, probe, best):
+        limit = fit.until(costs.ending_s(costs.longest_form(best), times))
+    left = [
+        recipe
+        for recipe in _in_turn(fit, probe, ranked)
+        if not any(_done_in_time(fit, [recipe], seeds, limit) for seeds in (_FIRST, _FEWEST))
+    ]
+    if not left:
+        decision = decide_model(fit)
+        again = dict.fromkeys((decision.taken.recipe.trained, decision.reference))
+        _done_in_time(fit, list(again), _SECOND, limit)
+    return left
+
+
+def _done_in_time(fit: Fit, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit) -> bool:
+    """Do what is missing of some recipes' runs, if there is time for all, and return whether there was."""
+    needed_s = 0.0
+    for recipe in recipes:
+        forms = _forms(fit, recipe)
+        missing = {seed for form in (recipe, *map(recipe.rounded, forms)) for seed in fit.frame.missing(form, seeds)}
+        needed_s += fit.seconds(recipe, seeds) + len(missing) * fit.costs.rounding_s(recipe, forms)
+    if needed_s > limit.left_s:
+        return False
+    for recipe in recipes:
+        _do(fit, recipe, seeds, limit)
+    return True
+
+
+def _do(fit: Fit, recipe: Recipe, seeds: Sequence[int], limit: Limit) -> None:
+    fit.run([recipe], seeds, limit)
+    fit.quantize(recipe, _forms(fit, recipe), limit)
+
+
+def _forms(fit: Fit, recipe: Recipe) -> list[QuantizationType]:
+    """Return the formats to which a recipe is rounded on its folds; a probe, if it is compared so at all."""
+    allowed = [] if recipe.bits else fit.costs.allowed_bits(recipe)
+    return [bits for bits in allowed if not recipe.is_probe or fit.frame.seeds(recipe.rounded(bits))]
+
+
+def _in_turn(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
+    """Return what goes to all folds, in the order in which time goes to it."""
+    if not ranked:
+        return [probe]
+    best = ranked[0]
+    if best.bits is not None:
+        return [best, probe]
+    ranks = [replace(best, method="adalora", rate=rate_of("adalora", best.rate)), replace(best, rank=_SMALL_RANK)]
+    second = [recipe for recipe in ranked[1:] if recipe != best.half][:1]
+    packed = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), bits="nf4", when="training")
+    return [best, probe, *second, *(ranks if fit.request.max_adapter_bytes is None else ()), packed]

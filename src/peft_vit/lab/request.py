@@ -44,8 +44,8 @@ class RunRequest(StudiesRequest):
     minutes: float | None = Field(
         default=None,
         gt=0,
-        description="Stop after this many minutes. All runs of one seed come before those of the next. The same "
-        "command continues later.",
+        description="Stop after this many minutes, of all studies together. All runs of one seed come before those of "
+        "the next. The same command continues later.",
     )
     skip_failed: bool = Field(
         default=False, description="Leave out runs that failed in an earlier call. Without it, they are tried again."
@@ -62,7 +62,4 @@ class RunRequest(StudiesRequest):
         if self.workers is not None and EXECUTORS[self.executor].is_elastic:
             reason = "where as many runs go at a time as nodes have room for; leave it out"
             refuse(self, {"workers": f"has no effect with {self.spelled('executor', self.executor)}, {reason}"})
-        if self.minutes and len(self.configs) > 1:
-            remedy = f"give one, or leave {self.spelled('minutes')} out"
-            refuse(self, {"minutes": f"is of one study, and {len(self.configs)} are given; {remedy}"})
         return self

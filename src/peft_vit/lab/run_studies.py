@@ -6,11 +6,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vit.base.console import progress
-from peft_vit.base.errors import UserError, named
+from peft_vit.base.console import duration, progress
+from peft_vit.base.errors import NothingDoneError, UserError, named
 from peft_vit.base.files import folder_below
 from peft_vit.core.config import StudyConfig, load_study
 from peft_vit.lab.request import RunRequest
@@ -53,7 +54,7 @@ def run_studies(request: RunRequest) -> dict[str, str]:
     Raises:
         UserError: before any run starts, for anything that would fail later or if another command works on one of
             the studies; later if there is no room for a result.
-        NothingDoneError: if the time is over, and no run of the study is done.
+        NothingDoneError: if the time is over, and no run of any study is done.
         KeyboardInterrupt: see `drive`.
     """
     limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
@@ -66,20 +67,27 @@ def run_studies(request: RunRequest) -> dict[str, str]:
         folders = [folder_below(request.results_dir, requested.study.name) for requested in studies]
         locks = [stack.enter_context(study_lock(folder)) for folder in folders]
         failed: dict[str, str] = {}
+        nothing_done: list[NothingDoneError] = []
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
-            failed |= carry_out(
-                plan,
-                lock,
-                limit,
-                executor=request.executor,
-                ray_address=request.ray_address,
-                skip_failed=request.skip_failed,
-            )
+            try:
+                failed |= carry_out(
+                    plan,
+                    lock,
+                    limit,
+                    executor=request.executor,
+                    ray_address=request.ray_address,
+                    skip_failed=request.skip_failed,
+                )
+            except NothingDoneError as error:
+                nothing_done.append(error)
+        if len(nothing_done) == len(studies):
+            raise nothing_done[0]
         if limit is not None:
-            states = [run.state for run in study_status(locks[0].folder).runs]
+            states = [run.state for lock in locks for run in study_status(lock.folder).runs]
             if left := states.count("pending") + states.count("running"):
+                of = "the study's runs" if len(studies) == 1 else f"{len(states)} runs"
                 more = f"the same command continues, for another {limit.minutes:g} minutes"
-                print(f"Left: {left} of the study's runs; {more}.")
+                print(f"Left: {left} of {of}; {more}.")
         return failed
 
 
@@ -133,4 +141,18 @@ def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = Fal
             plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
     for plan in plans:
         print_plan(plan)
+    if any(plan.pending for plan in plans) and (request.minutes is not None or len(plans) > 1):
+        print(_within(plans, request.minutes))
     return plans
+
+
+def _within(plans: list[Plan], minutes: float | None) -> str:
+    """Return what is done of all plans in some minutes, or in an hour if nobody said how many; in their order."""
+    waiting = [(run.estimate.seconds, plan.study.execution.workers) for plan in plans for run in plan.pending]
+    ends_s = list(accumulate(seconds / workers for seconds, workers in waiting))
+    limit = 60.0 if minutes is None else minutes
+    fitting = sum(until_s <= 60 * limit for until_s in ends_s)
+    if fitting == len(waiting):
+        return f"All of it takes about {duration(ends_s[-1])}."
+    left = f"about {fitting} of {len(waiting)} runs, and the same command does the other {len(waiting) - fitting} later"
+    return f"All of it takes about {duration(ends_s[-1])}; --minutes {limit:g} does {left}."

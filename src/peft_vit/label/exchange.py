@@ -37,6 +37,8 @@ def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str |
     if not store.rows and not ignore_folders:
         found, line = _found(images, store)
     rows = {**store.rows, **found}
+    if any(row.split == "" for row in rows.values()):
+        images.find_copies()
     changes: dict[str, Row | None] = {
         name: row._replace(split="test" if images.is_test(images.number[name]) else "train")
         for name, row in rows.items()

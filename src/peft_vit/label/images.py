@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import BoundedSemaphore
 
@@ -13,14 +14,16 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, sha256_of
+from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.files import open_tree
-from peft_vit.data.pixels import decode_image, on_white
+from peft_vit.data.pixels import decode_image, on_white, to_pixels
 from peft_vit.data.sources.folders import is_image
 
 TEST_SHARE = 5  # every so-manieth image is for the test
 _KEPT = 64  # encoded images
 _AT_ONCE = 4  # images that are decoded: an image may take a gigabyte
 _LOSSLESS = 256  # pixels a side
+_COMPARED = 64  # likewise, of what is compared
 
 
 class ImageFolder:
@@ -60,9 +63,15 @@ class ImageFolder:
         self.number = {name: i for i, name in enumerate(self.names)}
         self.shuffled: list[int] = np.random.default_rng(0).permutation(len(self.names)).tolist()
         self.copies: dict[str, list[int]] = {}  # by content, of what was hashed so far
+        self._alike: dict[int, list[int]] = {}
         self._digests: list[str | None] = [None] * len(self.names)
         self._decoding = BoundedSemaphore(_AT_ONCE)
         self.encoded = lru_cache(_KEPT)(self._encoded)
+
+    def rename(self, i: int, name: str) -> None:
+        """Call an image by the name that its file has by now."""
+        del self.number[self.names[i]]
+        self.names[i], self.number[name] = name, i
 
     def digest(self, i: int) -> str:
         """Return the SHA-256 of a file's content, which is read once; of what can't be read, which is left out, ""."""
@@ -75,12 +84,36 @@ class ImageFolder:
             self._digests[i] = known
         return known
 
-    def is_test(self, i: int) -> bool:
-        """Return whether an image is for the test: a fifth is, drawn by content alone.
+    def find_copies(self) -> None:
+        """Find crops, mirrored images and frames, once; this decodes all images, and nothing is on two sides then."""
+        if self._alike:
+            return
+        places, thumbnails = [], []
+        for i, name in enumerate(self.names):
+            with suppress(UserError, OSError):
+                path = self._inside(i)
+                image = decode_image(partial(read_bytes, path), name, enough=_COMPARED)
+                thumbnails.append(compared_thumbnail(to_pixels(on_white(image).convert("RGB"), _COMPARED, 3)))
+                places.append(i)
+        if not places:
+            return
+        groups = groups_of(np.arange(len(places)), copy_pairs(np.stack(thumbnails)))
+        members: dict[int, list[int]] = {}
+        for i, group in zip(places, groups.tolist(), strict=True):
+            members.setdefault(group, []).append(i)
+        self._alike = {i: of_group for of_group in members.values() for i in of_group}
 
-        So images that come later move none, and copies are on one side.
+    def alike(self, i: int) -> list[int]:
+        """Return an image and its copies, as far as these are found, which are on one side."""
+        return [*dict.fromkeys([i, *self.copies.get(self.digest(i), []), *self._alike.get(i, [])])]
+
+    def is_test(self, i: int) -> bool:
+        """Return whether an image is for the test: a fifth is, drawn by content alone, of copies by that of one.
+
+        So images that come later move none, but for copies that were in no file of labels yet.
         """
-        drawn = hashlib.sha256(f"peft-vit test {self.digest(i)}".encode()).digest()
+        first = min(map(self.digest, self.alike(i)))
+        drawn = hashlib.sha256(f"peft-vit test {first}".encode()).digest()
         return int.from_bytes(drawn[:8]) % TEST_SHARE == 0
 
     def is_sound(self, i: int, side: int) -> bool:

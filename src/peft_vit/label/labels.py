@@ -97,7 +97,7 @@ class LabelStore:
             ConflictError: if one of these has been labelled otherwise meanwhile.
             UserError: if the file can't be read or written; it stays as it was.
         """
-        with _alone(self.file.parent):
+        with alone(self.file.parent):
             self.refresh()
             for name, row in expected.items():
                 if (now := self.rows.get(name)) != row:
@@ -158,13 +158,13 @@ def _rows_of(file: Path, task: TaskName) -> Iterator[tuple[str, Row]]:
         labels = tuple(filter(None, cell.split("|"))) if task == "multilabel" else (cell,) if cell else ()
         comment = cells.get("comment", "")
         comment = comment[1:] if comment.startswith("'") else comment
-        name, row = _name_of(cells["path"], file.parent), Row(labels, split, comment)  # type: ignore[arg-type]
+        name, row = name_of(cells["path"], file.parent), Row(labels, split, comment)  # type: ignore[arg-type]
         if seen.setdefault(name, row) != row:
             raise UserError(f"{name} is there twice; keep one", file=where)
         yield name, row
 
 
-def _name_of(typed: str, folder: Path) -> str:
+def name_of(typed: str, folder: Path) -> str:
     """Return an image's path relative to the folder, as a table of another program may not have it."""
     if "\\" in typed and not os.path.lexists(folder / typed):
         typed = typed.replace("\\", "/")
@@ -199,7 +199,7 @@ def _state(file: Path) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Keep other servers on the same folder from writing meanwhile; the lock is the kernel's, and ends with us."""
     if fcntl is None:
         yield

@@ -26,6 +26,7 @@ from starlette.staticfiles import StaticFiles
 
 from peft_vit.base.errors import UserError, first_fault
 from peft_vit.base.settings import Frozen
+from peft_vit.label.corrections import Checking
 from peft_vit.label.labels import ConflictError
 from peft_vit.label.session import LARGE, SMALL, Session
 
@@ -60,18 +61,26 @@ class _Answer(Frozen):
     wrong: list[_Id] = Field(default=[], max_length=100)
 
 
-_CHANGES: dict[str, Callable[[Session, _Answer], None]] = {
+_CHANGES: dict[str, Callable[[Session | Checking, _Answer], None]] = {
     "label": lambda session, answer: session.record(**answer.model_dump()),
     "refuse": lambda session, answer: session.refuse(answer.ids),
     "undo": lambda session, answer: session.undo(),
+    "train": lambda session, answer: _started(session, "train"),
+    "tune": lambda session, answer: _started(session, "tune"),
 }
+
+
+def _started(session: Session | Checking, command: str) -> None:
+    if not isinstance(session, Session):
+        raise UserError("give the command in a terminal", field=command)
+    session.training.start(command)
 
 
 class LabelServer:
     """The page of a session.
 
     Args:
-        session: what is labelled.
+        session: what is labelled, or checked.
         host: the address that is listened to.
         port: its port; 0: any that is free.
         on_address: gets an address that opens the page in one browser, at once and whenever one was used.
@@ -83,7 +92,7 @@ class LabelServer:
         UserError: if the host is none of this machine, or the port is in use.
     """
 
-    def __init__(self, session: Session, host: str, port: int, on_address: Callable[[str], None]) -> None:
+    def __init__(self, session: Session | Checking, host: str, port: int, on_address: Callable[[str], None]) -> None:
         self.session, self.host, self._on_address = session, host, on_address
         self._socket = _listening(host, port)
         self.port = self._socket.getsockname()[1]

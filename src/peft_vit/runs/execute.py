@@ -52,7 +52,7 @@ from peft_vit.core.adapters.peft_tuner import load_peft
 from peft_vit.core.backbones import LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.methods import METHODS, PrepareContext
-from peft_vit.core.methods.quantized import keeps_codes, packed_at_once
+from peft_vit.core.methods.quantized import bytes_in_4_bits, keeps_codes, packed_at_once
 from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.records import (
     BitAllocation,
@@ -351,6 +351,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         trainable_bytes=trainable_bytes(model),
         optimizer_bytes=result.optimizer_bytes,
         adapter_file_bytes=len(content) - packed_bytes,
+        in_4_bits_bytes=bytes_in_4_bits(model, backbone_total + counts.head),
     )
     by_class = _class_counts(data)
     removal, latency_s = take_measures(backbone, data, spec, runtime, overhead)

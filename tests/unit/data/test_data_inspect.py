@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -376,3 +377,52 @@ def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path)
     assert list(seen.left_out) == ["val/dog/00.png"]
     index = open_index(config(root, write(tmp_path, seen), validation_images=4))
     assert (len(index.labels), int(index.official_test.sum())) == (25, 4)
+
+
+# --- neighbours by name ---
+
+
+def clips(root, place, step=4):
+    """Write three clips of eight frames for each of two classes: windows that move over a smooth picture."""
+    for clip in range(6):
+        noise = np.random.default_rng(clip).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+        picture = np.asarray(Image.fromarray(noise).resize((160, 160), Image.Resampling.BICUBIC))
+        for frame in range(8):
+            at = 8 + step * frame
+            save(root / f"class{clip // 3}" / place.format(clip=clip, frame=frame), picture[at : at + 64, 20:84])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("place", "group"),
+    [
+        ("clip{clip:02}_{frame:04}.png", "'(.+)_[0-9]+'"),
+        ("clip{clip}b - {frame}.png", r"'(.+)\ \-\ [0-9]+'"),
+        ("clip{clip}b{frame}.png", "'(.+?)[0-9]+[.]'"),
+        ("clip{clip}/{frame}.png", "folder"),
+    ],
+)
+def test_frames_that_neighbour_by_name_and_look_alike_are_told_with_what_keeps_them_together(tmp_path, place, group):
+    root = clips(tmp_path / "images", place)
+    (line,) = (line for line in inspect_images(root).lines() if "neighbours by name" in line)
+    assert line.endswith(f"--group {group}")
+    assert line in inspect_images(root).remarks()
+    (pattern,) = shlex.split(group)
+    seen = inspect_images(find_images(root, group=pattern))
+    assert len(np.unique(seen.together)) == 6
+    assert not [line for line in seen.lines() if "neighbours by name" in line]
+
+
+def test_neighbours_are_told_only_where_they_are_on_two_sides_look_alike_and_are_many(tmp_path):
+    def told(root):
+        return [line for line in inspect_images(root, least=2).lines() if "neighbours by name" in line]
+
+    frames = clips(tmp_path / "frames", "frame{clip}{frame}.png")
+    assert "COLUMN" in told(frames)[0]  # of one name, which would keep each class together as a whole
+    assert not told(clips(tmp_path / "far", "clip{clip}_{frame}.png", step=12))
+    for side in ("train", "test"):
+        clips(tmp_path / "split" / side, f"{side}{{clip}}_{{frame}}.png", step=3 + (side == "test"))
+    assert not told(tmp_path / "split")
+    for number in range(40):
+        save(tmp_path / "others" / f"class{number % 2}" / f"img_{number:03}.png", textured(number))
+    assert not told(tmp_path / "others")

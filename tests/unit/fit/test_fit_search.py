@@ -25,7 +25,8 @@ from peft_vit.fit.decide import (
 from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import FoldResults, Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.stages import RATES, SizeResult, candidate_recipes, try_sizes
+from peft_vit.fit.sizes import SizeResult, try_sizes
+from peft_vit.fit.tune import RATES, candidate_recipes
 from peft_vit.runs.costs.time_limit import Limit
 
 LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
@@ -137,7 +138,7 @@ def test_sizes_are_believed_as_far_as_the_images_that_compared_them_tell() -> No
     """Of 10,000 images 300 compared them, whose classes tell as much as 108 alike would."""
     values = {32: 0.80, 48: 0.78, 64: 0.81}
     sizes = {Recipe(MODEL, size).place: value for size, value in values.items()}
-    fit, _ = fit_of(StandIns(lambda *_: 0.5), images_of(10_000, alike=0.36))
+    fit, _ = fit_of(StandIns(lambda *_: 0.5), images_of(10_000, effective_share=0.36))
     fit.file.decisions = Decisions(sizes=sizes, compared_images=300)
     found = try_sizes(fit, {MODEL: list(values)})
     told = posterior_by_size(values, 108, 300.0)

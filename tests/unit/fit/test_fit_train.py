@@ -31,19 +31,17 @@ from peft_vit.core.config import (
 from peft_vit.core.methods import METHODS
 from peft_vit.core.quantization.integers import Int8Matmul
 from peft_vit.core.tasks import CLASSIFICATION, expected_gain
-from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.data import load_data, make_splits, open_index
-from peft_vit.fit import regressions, stages
+from peft_vit.fit import costs, intake, sizes
 from peft_vit.fit.calls import RequestFile, earlier_call, write_request
 from peft_vit.fit.costs import LEAST_STEPS, MOST_LAST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import gain_of_training, posterior_by_size
-from peft_vit.fit.events import Advanced
 from peft_vit.fit.fit import Environment, Fit
 from peft_vit.fit.intake import named_files, refuse_among_images
 from peft_vit.fit.recipe import Recipe, lora
-from peft_vit.fit.regressions import Regression
-from peft_vit.fit.request import TrainRequest
-from peft_vit.fit.stages import SizeResult, know_by_folds
+from peft_vit.fit.request import Advanced, TrainRequest
+from peft_vit.fit.sizes import Regression, SizeResult
+from peft_vit.fit.train import choose_first, know_by_folds
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, Limit
 
 FAST, SLOW, TOO_SLOW = 1e15, 1e8, 1e3  # multiply-adds a second
@@ -92,10 +90,10 @@ def begun(tmp_path, photos) -> Callable[..., Fit]:
             return fit
         if not photos.exists():
             fill(photos, 10)
-        stages.look(fit)
+        intake.look(fit)
         fit.enter(tmp_path)
         (tmp_path / "images.json").unlink(missing_ok=True)
-        stages.keep_images(fit)
+        intake.keep_images(fit)
         return fit
 
     return begin
@@ -110,7 +108,7 @@ def labelled(images: int, classes: int = 2, **changes: Any) -> SimpleNamespace:
 def study_of(fit: Fit, size: int = 32, steps: int = 100) -> StudyConfig:
     """Return the study of the last training of what was asked for."""
     (model,) = fit.backbones
-    recipe = stages.usual_recipe(fit, model, size, fit.request.steps_for(fit.num_train) or steps)
+    recipe = sizes.usual_recipe(fit, model, size, fit.request.steps_for(fit.num_train) or steps)
     experiment = fit.experiment(recipe, last=True)
     seeds, data = [fit.request.seed], {"folds": None, "validation_images": fit.num_validation}
     return study_from_mapping(fit.study("own-images", recipe, seeds, [experiment], **data), file=Path("own-images"))
@@ -124,7 +122,7 @@ def sizes_of(fit: Fit, scores: dict[int, float]) -> list[SizeResult]:
     """Return sizes with such scores, of which all are sure, and lengths that fit."""
     (model,) = fit.backbones
     fit.decisions.sizes = {Recipe(model, size).place: score for size, score in scores.items()}
-    return stages.with_lengths(fit, [SizeResult(model, size, s, 0, expected=s) for size, s in scores.items()])
+    return sizes.with_lengths(fit, [SizeResult(model, size, s, 0, expected=s) for size, s in scores.items()])
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -274,7 +272,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
 def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(begun, asks, said) -> None:
     option = next(name for name in asks if name != "method" or len(asks) == 1)
     with pytest.raises(UserError, match=re.escape(said)) as caught, named_as_typed(TrainRequest):
-        stages.allowed_sizes(begun(**{"image_size": 32, **asks}))
+        sizes.allowed_sizes(begun(**{"image_size": 32, **asks}))
     assert caught.value.field == (option if option == "ranks" else f"--{option.replace('_', '-')}")
 
 
@@ -453,11 +451,11 @@ def test_what_was_asked_for_is_trained_however_long_it_takes(begun, pace, monkey
     pace(TOO_SLOW)
     monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 200)
     for method, asked_for in (("lora", 4), ("adalora", 12)):  # folds have no fewer than planning takes
-        recipe, _ = stages.choose_first(fit := begun(method, steps=asked_for), sizes_of(fit, {64: 0.7}))
+        recipe, _ = choose_first(fit := begun(method, steps=asked_for), sizes_of(fit, {64: 0.7}))
         assert (recipe.steps, fit.costs.last_steps(recipe)) == (asked_for, asked_for)
     for asked_for, steps in (({"steps": 30}, 30), ({"epochs": 3, "batch_size": 2}, 24)):  # of 16 images
         fit = begun(**asked_for)
-        recipe, longer = stages.choose_first(fit, sizes_of(fit, {64: 0.7}))
+        recipe, longer = choose_first(fit, sizes_of(fit, {64: 0.7}))
         assert (recipe.method, fit.costs.last_steps(recipe, longer)) == ("lora", steps)
         assert fit.told[-1] == "  that is more than is left of --minutes 10"
 
@@ -465,40 +463,40 @@ def test_what_was_asked_for_is_trained_however_long_it_takes(begun, pace, monkey
 def test_where_no_training_fits_a_linear_probe_takes_its_place_and_says_so(begun, pace) -> None:
     fit = begun()
     pace(SLOW / 100)
-    recipe, longer = stages.choose_first(fit, sizes_of(fit, {64: 0.7, 80: 0.72}))
+    recipe, longer = choose_first(fit, sizes_of(fit, {64: 0.7, 80: 0.72}))
     assert (recipe.is_probe, longer) == (True, 1.0)
     assert "  no time to train; give more --minutes" in fit.told
     pace(FAST)
-    assert stages.choose_first(fit, sizes_of(fit, {64: 0.7}))[0] == recipe  # it is decided once
+    assert choose_first(fit, sizes_of(fit, {64: 0.7}))[0] == recipe  # it is decided once
 
 
 def test_minutes_that_are_too_few_for_a_probe_are_refused(begun, pace) -> None:
     pace(TOO_SLOW)
     said = r"^--minutes: 10 are too few for a single model on this machine, even of the smallest images; give at least "
     with pytest.raises(UserError, match=said):
-        stages.allowed_sizes(begun())
+        sizes.allowed_sizes(begun())
 
 
 def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(begun, pace) -> None:
     """At 64 px the regression is 1 point better; where too few steps fit there, it is 32 px."""
     scores = {32: 0.70, 64: 0.71}
-    assert stages.choose_first(*(fit := begun(), sizes_of(fit, scores)))[0].image_size == 64
+    assert choose_first(*(fit := begun(), sizes_of(fit, scores)))[0].image_size == 64
     chosen = {}
     for rate in np.geomspace(1e6, 1e9, 13):
         pace(rate)
         fit = begun(minutes=10)
         found = sizes_of(fit, scores)
-        own = chosen[rate] = stages.choose_first(fit, found)[0]
+        own = chosen[rate] = choose_first(fit, found)[0]
         promises = {size.image_size: size.score + expected_gain(size.last_steps) for size in found if size.steps}
         best = max(promises, key=promises.__getitem__, default=None)
         assert own.is_probe or own.image_size == best
         assert own.is_probe == (best is None or promises[best] < 0.71)
     assert {own.image_size for own in chosen.values() if not own.is_probe} == {32, 64}
     fit = begun("linear", minutes=10)
-    assert stages.choose_first(fit, sizes_of(fit, scores))[0] == Recipe("test_vit", 64)
+    assert choose_first(fit, sizes_of(fit, scores))[0] == Recipe("test_vit", 64)
     pace(FAST)
     fit = begun(steps=10)
-    assert stages.choose_first(fit, sizes_of(fit, scores))[0].image_size == 64  # however few were asked for
+    assert choose_first(fit, sizes_of(fit, scores))[0].image_size == 64  # however few were asked for
 
 
 WAYS = [("auto", 3.0, "int8"), ("auto", 0.8, "float"), ("float", 3.0, "float"), ("int8", 0.8, "int8")]
@@ -556,11 +554,11 @@ def tried_on(begun, trial: Callable[[int], float], **asked: Any) -> tuple[Fit, l
         features_s = trial(size)
         now[0] += features_s
         metrics = CLASSIFICATION.measure(np.eye(2)[(np.arange(100) >= size).astype(int)], labels)
-        return Regression(metrics, ACCURACY, 1.0, labels, np.arange(100) < size, features_s=features_s)
+        return Regression(metrics, labels, np.arange(100) < size, features_s=features_s)
 
     fit = begun(images=labelled(100), environment=Environment(regress=regress, clock=lambda: now[0]), **asked)
     fit.decisions.flips = "horizontal"
-    found = stages.try_sizes(fit, {"test_vit": [64, 80, 112, 160]})
+    found = sizes.try_sizes(fit, {"test_vit": [64, 80, 112, 160]})
     return fit, [size.image_size for size in found if size.score is not None]
 
 
@@ -587,19 +585,19 @@ def test_memory_that_runs_out_ends_the_rising_sizes(begun) -> None:
 
     fit, tried = tried_on(begun, trial)
     assert tried == [64, 80]
-    again = stages.try_sizes(fit, {"test_vit": [64, 80]})  # known by now
+    again = sizes.try_sizes(fit, {"test_vit": [64, 80]})  # known by now
     assert [size.score for size in again] == [0.64, 0.8]
 
 
 def test_sizes_that_were_asked_for_are_the_only_ones_and_progress_is_told(begun) -> None:
-    assert stages.allowed_sizes(begun()) == {"test_vit": [64, 80, 112, 160]}
+    assert sizes.allowed_sizes(begun()) == {"test_vit": [64, 80, 112, 160]}
     fit = begun(image_size=48)
-    assert stages.allowed_sizes(fit) == {"test_vit": [48]}
-    stages.try_sizes(fit, {"test_vit": [48]})
+    assert sizes.allowed_sizes(fit) == {"test_vit": [48]}
+    sizes.try_sizes(fit, {"test_vit": [48]})
     features = [event for event in fit.told if isinstance(event, Advanced) and event.what.startswith("features")]
     assert {event.what for event in features} == {"features of images at 48 px"}
     for nothing_learned in ({"smoke": True}, {"init_adapter": "adapter"}):
-        (size,) = stages.try_sizes(begun(images=labelled(10), **nothing_learned), {"test_vit": [48]})
+        (size,) = sizes.try_sizes(begun(images=labelled(10), **nothing_learned), {"test_vit": [48]})
         assert (size.score, size.why) == (None, "")
 
 
@@ -637,10 +635,10 @@ def test_errors_as_large_as_a_standard_deviation_are_not_known_surely() -> None:
 
 def test_sizes_are_compared_by_as_many_images_as_are_worth_their_time() -> None:
     few = [(250, 8, 1e4), (1200, 40, 1e4), (500, 0, 1e4), (1000, float("inf"), 1e4)]  # all; the last have no class
-    assert [regressions.images_to_compare(*own) for own in few] == [250, 1200, 500, 1000]
+    assert [costs.images_to_compare(*own) for own in few] == [250, 1200, 500, 1000]
     many = [(9000, 900, 1e4), (1200, 40, 452.6), (1200, 40, 20.0)]  # of thirty classes what fits twenty minutes
-    assert [regressions.images_to_compare(*own) for own in many] == [1500, 452, 300]
-    assert regressions.images_to_compare(8000, 8, 1e4) == 3000  # three of eight in eight thousand
+    assert [costs.images_to_compare(*own) for own in many] == [1500, 452, 300]
+    assert costs.images_to_compare(8000, 8, 1e4) == 3000  # three of eight in eight thousand
 
 
 # --- a training or a regression ---------------------------------------------------------------------------------------

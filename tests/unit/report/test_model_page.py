@@ -1,5 +1,6 @@
 """The page of one model: its whole text once, what it warns of, and what is left out where there is nothing."""
 
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -12,10 +13,12 @@ import planted
 import pytest
 from chromium import check_page, context_of, needs_chromium, running_chromium
 from golden import check_golden
+from PIL import Image
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import HeadFit, Predictions, ProbeTest, RunRecord
 from peft_vit.deploy.page.trained import result_lines
+from peft_vit.deploy.presentation import Explanation
 from peft_vit.lab.report import build_report
 
 NAMES = ["crack", "dirt", "good"]
@@ -88,10 +91,25 @@ def test_the_whole_page(tmp_path: Path) -> None:
         asked.append(list(positions))
         return [PNG] * len(positions)
 
-    results = planted.write(tmp_path / "runs", [record_of(warnings=["Images: 2 files are left out as copies"])])
+    on_folds = Predictions(
+        images=[90, 91, 92, 93, 92],
+        labels=[0, 1, 2, 0, 2],
+        predicted=[1, 1, 0, 1, 2],
+        probability=[0.6, 0.9, 0.7, 0.9, 0.9],
+        files=[f"{name}.jpg" for name in "abcdc"],
+        label_probability=[0.3, 0.9, 0.1, 0.2, 0.9],  # the second time c is right
+    )
+    record = record_of(warnings=["Images: 2 files are left out as copies"], on_folds=on_folds)
+    content = {"sha256": 64 * "0", "left_out": {}, "copies": [["b.jpg", "d.jpg"], ["z.jpg", "c.jpg"]], "sealed": []}
+    content["digests"] = dict.fromkeys(("a.jpg", "b.jpg", "c.jpg", "d.jpg", "z.jpg"), 16 * "0")
+    (tmp_path / "images.json").write_text(json.dumps(content))
+    data = record.spec.data.model_copy(update={"images_file": str(tmp_path / "images.json")})
+    record = record.model_copy(update={"spec": record.spec.model_copy(update={"data": data})})
+    results = planted.write(tmp_path / "runs", [record])
     page = page_of(results, thumbnails=thumbnails)
     assert page == results / "report" / "report.html"
-    assert page.read_text().count("<img ") == sum(map(len, asked)) == 8 + 6 + 10
+    assert page.read_text().count("<img ") == sum(map(len, asked)) == 8 + 6 + 10 + 3 + 4
+    assert asked[3:] == [[92, 93, 90], [1, 3, 4, 2]]
     assert (page.parent / "card.md").read_text().startswith("---\n")
     assert re.search('<code tabindex="0">peft-vit predict [^<]* PHOTO.jpg</code>', page.read_text())  # on one line
     assert page.read_text().count('data-key="crack, predicted as dirt"') == 2 + 4  # a cell's examples and mistakes
@@ -164,6 +182,25 @@ def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
     page = page_of(planted.write(tmp_path, [record_of()]), thumbnails=absent)
     assert "No pictures: the images are gone." in text_of(page)
     assert "crack/000.jpg" in text_of(page)
+
+
+def test_the_page_shows_where_the_model_looked_and_warns_of_the_class_known_by_a_corner(tmp_path: Path) -> None:
+    record = record_of()
+
+    def maps(of: RunRecord, positions: Any) -> list[Explanation]:
+        assert record.predictions is not None
+        for_cracks = np.eye(8, dtype=np.float32)[0][:, None] * np.eye(8, dtype=np.float32)[7]  # the upper right
+        middle = np.roll(for_cracks, (3, -4), (0, 1))
+        truths = [record.predictions.labels[position] for position in positions]
+        picture = Image.new("RGB", (224, 224))
+        return [Explanation("", middle if truth else for_cracks, picture, "attention") for truth in truths]
+
+    pictures = lambda _, positions: [PNG] * len(positions)  # noqa: E731
+    page = page_of(planted.write(tmp_path, [record]), thumbnails=pictures, maps=maps)
+    assert page.read_text().count("<img ") == 2 * (8 + 6) + 10
+    text = text_of(page)
+    assert re.findall("It may know (.*) by a shortcut: it looks at the upper right corner", text) == ["crack"]
+    assert "Where it looked" in text
 
 
 @pytest.mark.slow

@@ -12,13 +12,13 @@ from peft_vit.core.adapters import packed_weights
 from peft_vit.core.backbones import capturing_inputs
 from peft_vit.core.backbones.catalog import describe
 from peft_vit.core.config import IMAGES_ROUNDED_BY, StudyConfig
-from peft_vit.core.methods.quantized import packing_of
+from peft_vit.core.methods.quantized import file_bytes, packing_of
 from peft_vit.core.quantization import QuantizationFormat, quantize, quantize_with_compensation
 from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.core.training.metrics import predict
 from peft_vit.deploy import load_low_bit, merge, open_exported
 from peft_vit.deploy.export import export_run_to_file
-from peft_vit.deploy.post_training import file_bytes, images_rounded_by, logits_by_type, round_weights
+from peft_vit.deploy.post_training import images_rounded_by, logits_by_type, round_weights
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.measures.held_out import PRIOR
 from peft_vit.runs.records.storage import run_folder
@@ -55,7 +55,7 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
     shape = describe(record.spec.backbone, record.spec.data.image_size)
     stored = sum(tensor.nbytes for tensor in rest.values()) + sum(weight.nbytes for weight in packed.values())
     values = sum(tensor.numel() for tensor in floats.values())
-    assert file_bytes(shape.sites, values, packing_of(shape.sites, "nf4")) == stored
+    assert file_bytes(shape.sites, values, packing_of(shape.sites, "nf4")) == stored == record.bytes.in_4_bits_bytes
     assert done.float_bytes == sum(tensor.nbytes for tensor in floats.values())
 
     data = run.load_data()

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.special import softmax
 
 from peft_vit.base.statistics import conformal_quantile, error_scale
-from peft_vit.core.records import Decision
+from peft_vit.core.records import Calibrated, Decision
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, OF_FOLDS, REGRESSION
 from peft_vit.core.tasks.regression import half_widths
+from peft_vit.data import ImageIndex
 from peft_vit.deploy.presentation.of_numbers import Numbers
-from peft_vit.fit.outcomes import Outcome, covered_on_folds
+from peft_vit.fit.outcomes import Outcome, covered_on_folds, predictions_on
 
 pytestmark = pytest.mark.part("runner")
 RNG = np.random.default_rng(5)
@@ -94,3 +97,17 @@ def test_half_widths_of_an_older_record_are_in_the_numbers_unit() -> None:
     assert half_widths(decision, np.array([[5.0], [50.0]]), 0.9).tolist() == [[3.0], [3.0]]
     prediction = Numbers().prediction(np.zeros(1), ["age"], decision, 0.9, 1)
     assert prediction.numbers["age"] == (20.0, 17.0, 23.0)
+
+
+def test_predictions_on_folds_say_how_probable_the_label_is() -> None:
+    labels = RNG.integers(0, 3, IMAGES)
+    folds = outcomes(CLASSIFICATION, labels, 2 * np.eye(3)[labels])
+    index = ImageIndex(labels, tuple("abc"), None, "", lambda _: Image.new("L", (1, 1)))
+    meaning = Calibrated(images=IMAGES, temperature=1.5, coverages=(), thresholds=())
+    found = predictions_on(folds, CLASSIFICATION, meaning, index)
+    assert found is not None
+    assert found.files == [index.title(k) for own in folds for k in own.images.tolist()]
+    p = softmax(np.concatenate([own.logits for own in folds]) / 1.5, axis=1)
+    assert found.label_probability == pytest.approx([row[labels[k]] for row, k in zip(p, found.images, strict=True)])
+    assert found.probability == pytest.approx(p.max(1).tolist())
+    assert predictions_on([], CLASSIFICATION, meaning, index) is None

@@ -2,8 +2,10 @@
 
 import io
 import re
+import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +50,46 @@ def test_a_time_is_said_as_a_person_says_it(seconds, said) -> None:
     assert (counted(0, "run"), counted(1, "run"), counted(2, "run")) == ("0 runs", "1 run", "2 runs")
 
 
+def test_twenty_minutes_in_a_pipe_are_some_forty_lines_a_minute_apart_at_most(monkeypatch) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now.s)
+    piped = io.StringIO()
+    at = []
+    with progress("training", piped) as on_progress:
+        for done in range(1, 2401):
+            now.s += 0.5
+            on_progress(done, 2400)
+            if piped.getvalue().count("\n") > len(at):
+                at.append(now.s)
+    gaps = [later - earlier for earlier, later in pairwise(at)]
+    assert 30 < len(at) < 45
+    assert sorted(gaps) == gaps
+    assert (gaps[0], gaps[-1]) == (10, 60)
+
+
+def test_in_a_notebook_one_line_is_rewritten(monkeypatch) -> None:
+    now, shown = SimpleNamespace(s=0.0), []
+    monkeypatch.setattr(console.time, "monotonic", lambda: now.s)
+    handle = SimpleNamespace(update=lambda data, raw: shown.append(("rewritten", data["text/plain"])))
+
+    def display(data, raw, display_id):
+        shown.append(("new", data["text/plain"]))
+        return handle
+
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    monkeypatch.setattr(console, "open_console", lambda file=None: in_notebook)
+    in_notebook = in_memory()
+    in_notebook.is_jupyter = True
+    with progress("training", io.StringIO()) as on_progress:
+        for done in range(1, 31):
+            now.s += 1.0
+            on_progress(done, 3000)
+    assert [how for how, _ in shown] == ["new", "rewritten", "rewritten"]
+    assert shown[-1][1].startswith("training: 22 of 3,000")
+    assert in_notebook.file.getvalue() == ""
+
+
 def test_a_count_is_told_soon_then_every_ten_seconds_or_in_a_bar(monkeypatch) -> None:
     now = SimpleNamespace(s=0.0)
     monkeypatch.setattr(console.time, "monotonic", lambda: now.s)
@@ -58,6 +100,7 @@ def test_a_count_is_told_soon_then_every_ten_seconds_or_in_a_bar(monkeypatch) ->
             on_progress(done, 3000)
     said = [f"reading images: {done} of 3,000, about {duration(3000 - done)} left" for done in (2, 12, 22)]
     assert piped.getvalue().splitlines() == said
+
     parts = io.StringIO()
     with progress("getting ready", parts) as on_progress:
         for size, count in ((64, 3000), (112, 6000)):  # the second takes as long an image, from where the first ended

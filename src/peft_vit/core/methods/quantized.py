@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters import freeze_backbone
+from peft_vit.core.adapters import freeze_backbone, packed_weights
 from peft_vit.core.allocation.starting_ranks import Adapters
-from peft_vit.core.backbones import BackboneShape, Site, find_sites
+from peft_vit.core.backbones import Backbone, BackboneShape, Site, find_sites, fused_sites
 from peft_vit.core.config import BITS_OF_TYPE, ExperimentConfig, Frozen, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.core.methods.full_precision import (
     adalora_defaults,
@@ -33,6 +33,7 @@ from peft_vit.core.methods.method import (
 )
 from peft_vit.core.training import Hook, QALoRATrainer, check_bits, check_ranks, end_step
 
+_SCALE_BYTES = 2  # of a group's scale, and of its offset
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
 
@@ -59,6 +60,42 @@ def packing_of(sites: Sequence[Site], type: QuantizationType, offset: bool | Non
     Where it is not said, int2 alone has them: without them int2 has three values, which is too few.
     """
     return {**packed_by_default(sites, type), "quantization_offset": type == "int2" if offset is None else offset}
+
+
+def file_bytes(sites: Sequence[Site], values: int, packing: Mapping[str, Any] | None) -> int:
+    """Return what a merged model's file takes, without its header: packed matrices, everything else in float32.
+
+    A packed matrix (rows, columns) has rows x columns codes, and a scale for each row, or for each of its groups; with
+    an adapter that sums its inputs by groups, an offset beside each scale, since the update goes there.
+
+    Args:
+        sites: all matrices of the blocks.
+        values: of all parameters, the head's included.
+        packing: as a section `qa_lora`; None: float weights.
+    """
+    if packing is None:
+        return 4 * values
+    total = 0
+    for site in fused_sites(sites).values():
+        weights = site.in_features * site.out_features
+        groups = site.out_features * (site.in_features // packing["group_size"] if packing.get("group_size") else 1)
+        offset = packing.get("quantization_offset", packing["use_group_quantization"])
+        total += weights * packing["quantization_bits"] // 8 + groups * _SCALE_BYTES * (2 if offset else 1)
+        values -= weights
+    return total + 4 * values
+
+
+def bytes_in_4_bits(model: nn.Module, values: int) -> int | None:
+    """Return what a model's file takes once it is merged and rounded to 4 bits; None: its weights are packed already.
+
+    Args:
+        model: with adapters, or without.
+        values: of all parameters that are merged, the head's included.
+    """
+    if packed_weights(model):
+        return None
+    sites = Backbone.within(model).sites
+    return file_bytes(sites, values, packing_of(sites, "nf4"))
 
 
 def _trainer(

@@ -26,6 +26,7 @@ from peft_vit.core.records import Calibrated, Decision, Metrics, TestedCalibrati
 from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, area_under_roc
 from peft_vit.core.tasks.task import (
+    CONVERGED,
     LinearHeads,
     Meaning,
     NamedLabels,
@@ -289,13 +290,15 @@ class _Classification(Task):
         """Return the weight of each image's class, (N,)."""
         return weights[labels]
 
-    def linear_heads(self, z: Floats, labels: Classes, strengths: Sequence[float], weights: Floats) -> LinearHeads:
+    def linear_heads(
+        self, z: Floats, labels: Classes, strengths: Sequence[float], weights: Floats, tolerance: float = CONVERGED
+    ) -> LinearHeads:
         """Yield multinomial logistic regressions, by scikit-learn, whose C is 1 / (l2 sum w).
 
         With two classes scikit-learn fits one row for the difference of the logits; W has half of it and its negative
         as rows, whose ||W||_F^2 is half of that row's: C is twice as large.
         """
-        (fit,), two = logistic_regressions(1), len(np.unique(labels)) == 2
+        (fit,), two = logistic_regressions(1, tolerance), len(np.unique(labels)) == 2
         for l2 in strengths:
             c = (2.0 if two else 1.0) / (l2 * weights.sum())
             weight, bias = fit(z, labels, weights, c)  # (classes, D), (classes,); (1, D), (1,) of two

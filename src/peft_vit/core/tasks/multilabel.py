@@ -30,6 +30,7 @@ from peft_vit.core.tasks.metric import (
     unweighted,
 )
 from peft_vit.core.tasks.task import (
+    CONVERGED,
     LOG_TEMPERATURES,
     Coverage,
     LinearHeads,
@@ -243,12 +244,14 @@ class _Multilabel(Task):
         """Return the sum over labels, (N,)."""
         return self._each(outputs, labels).sum(1)
 
-    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
+    def linear_heads(
+        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats, tolerance: float = CONVERGED
+    ) -> LinearHeads:
         """Yield a logistic regression a label, by scikit-learn, on the images of which it is known.
 
         Where all of these agree, it is the constant that says so of one image more of each kind.
         """
-        fits = logistic_regressions(labels.shape[1])
+        fits = logistic_regressions(labels.shape[1], tolerance)
         for l2 in strengths:
             W, b = np.zeros((len(fits), z.shape[1])), np.zeros((len(fits), 1))  # (K, D), (K, 1)
             for k, (fit, truth) in enumerate(zip(fits, labels.T, strict=True)):

@@ -18,7 +18,15 @@ from peft_vit.base.statistics import ErrorScale, TemperaturePrior, conformal_qua
 from peft_vit.core.config import LossName
 from peft_vit.core.records import Decision, Metrics
 from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, bootstrapped, unweighted
-from peft_vit.core.tasks.task import Coverage, LinearHeads, NamedLabels, Task, coverage_thresholds, measured_coverage
+from peft_vit.core.tasks.task import (
+    CONVERGED,
+    Coverage,
+    LinearHeads,
+    NamedLabels,
+    Task,
+    coverage_thresholds,
+    measured_coverage,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +212,9 @@ class _Regression(Task):
         """Return the sum of e^2 / 2 over numbers, (N,), which a linear head makes least."""
         return (self._errors(outputs, labels) ** 2).sum(1) / 2
 
-    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
+    def linear_heads(
+        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats, tolerance: float = CONVERGED
+    ) -> LinearHeads:
         """Yield ridge regressions, in closed form from one singular value decomposition.
 
         With shares r_i^2 = w_i / sum w, and r (z - mean) = U S V', W' = V S / (S^2 + l2) U' r (t - mean).

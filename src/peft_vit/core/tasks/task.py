@@ -35,7 +35,7 @@ LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 COVERAGES = tuple(percent / 100 for percent in range(80, 100))  # for which a model has thresholds
 SHOWN = (0.8, 0.9, 0.95, 0.99)  # that test images measure
 _EFFECTIVE = 0.999  # beta of effective numbers
-_LARGEST_GRADIENT = 1e-7  # at which a linear head has converged; L-BFGS ends there or at its most iterations
+CONVERGED = 1e-7  # at which a linear head has converged; L-BFGS ends there or at its most iterations
 _MOST_ITERATIONS = 10_000
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
 NamedLabels: TypeAlias = tuple[tuple[str, ...], Labels]  # names of the K outputs, and labels of N images
@@ -222,7 +222,9 @@ class Task(Protocol):
         """Return sample weights of a linear fit, (N,), from weights of the loss (K,)."""
         return np.ones(len(labels))
 
-    def linear_heads(self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats) -> LinearHeads:
+    def linear_heads(
+        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats, tolerance: float = CONVERGED
+    ) -> LinearHeads:
         """Yield weight (K, D) and bias (K,) of the linear head with the least penalized loss, one after the other.
 
         Args:
@@ -230,6 +232,7 @@ class Task(Protocol):
             labels: of N images.
             strengths: l2 of ``sum_i w_i loss_i / sum_i w_i + (l2 / 2) ||W||_F^2``.
             weights: w_i (N,).
+            tolerance: the largest gradient at which one has converged, where there is no closed form.
         """
 
     def held_out_outputs(
@@ -383,7 +386,7 @@ def measured_coverage(meaning: Calibrated | Decision, held_and_size: Callable[[f
 
 
 def logistic_regressions(
-    count: int, tolerance: float = _LARGEST_GRADIENT
+    count: int, tolerance: float = CONVERGED
 ) -> list[Callable[[Floats, Labels, Floats, float], tuple[Floats, Floats]]]:
     """Return logistic regressions of scikit-learn with warm starts: (z (N, D), labels (N,), weights (N,), C) ->
     coefficients and intercepts, at which no gradient is larger than the tolerance.

@@ -5,13 +5,14 @@ Studies say exactly where their images are. `find_images` takes them as people h
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -187,10 +188,11 @@ def find_images(path: Path, task: TaskName | None = None, group: str | None = No
     images = _found(path, task, group)
     if group is None or images.together is not None:
         return images
-    return images._replace(together=_together(list(images.files.classes), group))
+    return images._replace(together=groups_by_name(list(images.files.classes), group))
 
 
-def _together(names: Sequence[str], group: str) -> dict[str, str]:
+def groups_by_name(names: Sequence[str], group: str) -> dict[str, str]:
+    """Return the group of each image by its name; raises UserError if no name matches. See `find_images`."""
     with suppress(re.error):
         pattern = re.compile("(.*)/" if group == "folder" else group)
         matches = {name: match[1] for name in names if pattern.groups and (match := pattern.search(name))}
@@ -482,20 +484,49 @@ def table_rows(path: Path, group: str | None = None, *, every: bool = False) -> 
                         raise ValueError(f"more than {LARGEST_BYTES} bytes, unpacked")
                     yield f"{path}: row {number}", texts
         return
-    text = decode_text(content, path)
-    first = text.partition("\n")[0].lower()
-    names = {sign: {name.strip(' "\r') for name in first.split(sign)} for sign in ",;\t"}
+    places, rows = _csv_rows([*io.StringIO(decode_text(content, path), newline="")], path, group, every)[1:]
+    for line, row in rows:
+        if row:
+            yield f"{path}:{line}", {name: row[place].strip() for name, place in places.items()}
+
+
+def _csv_rows(
+    lines: Sequence[str], path: Path, group: str | None = None, every: bool = False
+) -> tuple[str, dict[str, int], Iterator[tuple[int, list[str]]]]:
+    """Return what divides cells, the places of columns, and the rows with the number of their last line."""
+    first = "".join(lines[:1]).lower()
+    names = {sign: {name.strip(' "\r\n') for name in first.split(sign)} for sign in ",;\t"}
     delimiter = max(names, key=lambda sign: (names[sign] >= {"path", "label"}, first.count(sign)))
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    header = next(_sound_rows(reader, path), (1, []))[1]
+    return delimiter, _places(header, f"{path}:1", group, every), _sound_rows(reader, path, len(header))
+
+
+def _sound_rows(reader: Any, path: Path, cells: int | None = None) -> Iterator[tuple[int, list[str]]]:
     try:
-        header = next(rows, [])
-        places = _places(header, f"{path}:1", group, every)
-        for row in filter(None, rows):
-            if len(row) != len(header):
-                raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
-            yield f"{path}:{rows.line_num}", {name: row[place].strip() for name, place in places.items()}
+        for row in reader:
+            if row and cells not in (None, len(row)):
+                raise UserError(_INCOMPLETE, file=f"{path}:{reader.line_num}")
+            yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"is not a valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
+        raise UserError(f"is not a valid CSV ({error})", file=f"{path}:{reader.line_num}") from None
+
+
+def relabelled(path: Path, is_meant: Callable[[str], bool], label: str) -> bytes:
+    """Return the content of a CSV with another label in the rows whose path is meant; all else stays as it was."""
+    content = read_bytes(path)
+    lines = [*io.StringIO(decode_text(content, path), newline="")]
+    delimiter, places, rows = _csv_rows(lines, path)
+    start = 1
+    for end, row in rows:
+        if row and is_meant(row[places["path"]].strip()):
+            row[places["label"]] = label
+            text, line = io.StringIO(), lines[end - 1]
+            csv.writer(text, delimiter=delimiter, lineterminator=line[len(line.rstrip("\r\n")) :]).writerow(row)
+            lines[start:end] = [text.getvalue(), *[""] * (end - start - 1)]
+        start = end
+    mark = codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b""
+    return mark + "".join(lines).encode()
 
 
 def _text(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,17 +17,41 @@ from matplotlib.colors import Normalize
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.tasks.metric import Flags
-from peft_vit.deploy.page.document import Block, Drawing, Gallery, Picture, Raw, Table
+from peft_vit.data.index import ImagesFile
+from peft_vit.deploy.page.document import Block, Drawing, Gallery, Paragraph, Picture, Raw, Table
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
-from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality, PredictedImage
+from peft_vit.deploy.page.model_quality import PREDICTED, TOGETHER, ClassResult, ModelQuality, PredictedImage
+from peft_vit.deploy.page.shortcuts import shortcut
 from peft_vit.deploy.page.tables import Column, own_interval_columns, table
-from peft_vit.deploy.presentation import Counts
+from peft_vit.deploy.presentation import Counts, Explanation
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
 Pictures = Callable[[Sequence[int]], list[bytes]]
+Maps = Callable[[Sequence[int]], Sequence[Explanation]]  # likewise, to where the model looked
 SHOWN_MISTAKES = 36
+_MISTAKES = (
+    "mistakes",
+    "The most confident mistakes",
+    "mistakes",
+    "Sorted by the probability that the model gave to its answer. They test: who corrects labels of these alone makes "
+    "the test easier for models like it; peft-vit review shows others at random.",
+    SHOWN_MISTAKES,
+)
+_DOUBTED = (
+    "doubted",
+    "Labels to check",
+    "labels that are less probable than another class",
+    f"{PREDICTED} To keep or correct them: peft-vit review IMAGES --page.",
+    12,
+)
+_GROUPS, _OF_A_GROUP = 6, 4  # of copies
 SHOWN_RIGHT, SHOWN_WRONG = 8, 6
+MOST_MAPS, _MAP_PX = 64, 128  # of right images, since each takes up to half a second
+_MADE_BY = {
+    "attention": "by its attention and one backward pass (arXiv 2103.15679)",
+    "occlusion": "by occlusion: how much less sure of its class it is with this part covered",
+}
 _PAIRS, _FEW_CLASSES = 12, 8  # rows; up to so many classes the matrix says all
 _WORST, _UNFOLDED = 10, 20  # classes
 MOST_CLASSES = 40  # of a confusion matrix that can be read
@@ -240,35 +266,89 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
     return Gallery("examples", "", caption, tuple(groups), small=True)
 
 
-def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
-    """Return the mistakes of which the model was surest: with pictures, or as a table where there are none."""
-    mistakes = quality.mistakes
-    shown = mistakes[:SHOWN_MISTAKES]
-    rule = "Sorted by the probability that the model gave to its answer. Is the label right?"
-    title, group = "The most confident mistakes", f"{len(shown)} of {len(mistakes)} mistakes"
-    images = [
+def map_blocks(quality: ModelQuality, maps: Maps | None) -> tuple[tuple[Block, ...], list[str]]:
+    """Return where the model looked in the images of `example_gallery`, and a warning of each class with a shortcut.
+
+    Nothing where there are no maps.
+    """
+    right, wrong = quality.sample_images(True, MOST_MAPS), quality.sample_images(False, SHOWN_WRONG)
+    try:
+        found = [] if maps is None else maps([image.position for image in (*right, *wrong)])
+    except UserError:  # the model or the images are not here
+        found = []
+    if not found:
+        return (), []
+    by_position = {image.position: one for image, one in zip((*right, *wrong), found, strict=True)}
+    groups = [
+        (title, tuple(Picture(_png(by_position[image.position]), _said(image), image.right) for image in images))
+        for title, images in (("Right", quality.sample_images(True, SHOWN_RIGHT)), ("Wrong", wrong))
+        if images
+    ]
+    caption = f"The images above as the model gets them. Clear is what its answer rests on, {_MADE_BY[found[0].by]}."
+    by_class: dict[str, list[Any]] = defaultdict(list)
+    for image in right:
+        by_class[image.truth].append(by_position[image.position].weights)
+    warned = [
+        f"It may know {name} by a shortcut: {place} in most of {len(weights)} test images. See where it looked."
+        for name, weights in by_class.items()
+        if (place := shortcut(weights))
+    ]
+    return (Gallery("maps", "Where it looked", caption, tuple(groups), small=True),), warned
+
+
+def _png(explanation: Explanation) -> bytes:
+    made = io.BytesIO()
+    explanation.picture.resize((_MAP_PX, _MAP_PX)).save(made, "PNG")
+    return made.getvalue()
+
+
+def mistakes_block(images: Sequence[PredictedImage], pictures: Pictures | None, *, tested: bool = True) -> Block:
+    """Return what models were wrong about: with pictures, or as a table where there are none.
+
+    Args:
+        images: mistakes on test images, or labels that are doubted; the first are shown.
+        pictures: of them.
+        tested: whether they are test images.
+    """
+    slug, title, what, rule, most = _MISTAKES if tested else _DOUBTED
+    shown = images[:most]
+    group = f"{count(len(shown))} of {count(len(images))} {what}"
+    lines = [
         (
             image.position,
-            (image.file, f"is {image.truth}", f"predicted as {image.predicted}, {percent(image.probability)}"),
-            f"{image.truth}, predicted as {image.predicted}",
+            (image.file, f"label {image.truth}", f"predicted as {image.predicted}, {percent(image.probability)}"),
+            f"{image.truth}, predicted as {image.predicted}" if tested else "",
         )
         for image in shown
     ]
-    block = gallery("mistakes", title, rule, [(group, images)], pictures)
+    block = gallery(slug, title, rule, [(group, lines)], pictures)
     if isinstance(block, Gallery):
         return block
     return table(
-        "mistakes",
+        slug,
         title,
         shown,
         [
             Column("Image", "file", data="image"),
-            Column("Is", "truth", data="class"),
+            Column("Label", "truth", data="class"),
             Column("Predicted", "predicted", data="taken_for"),
             Column("Probability", "probability", percent),
         ],
         f"{group}. {rule}{block}",
     )
+
+
+def copies_block(content: ImagesFile, pictures: Pictures | None) -> Block:
+    """Return groups of images that are not split, of a file that has some: with pictures, or a line."""
+    place = {name: position for position, name in enumerate(content.digests)}
+    shown = [[name for name in names[:_OF_A_GROUP] if name in place] for names in content.copies[:_GROUPS]]
+    groups = [(" ", [(place[name], (plain(name),)) for name in names]) for names in shown]
+    every, images = count(len(content.copies)), count(sum(map(len, content.copies)))
+    text = (
+        f"Groups: {every}, of {images} images in all, such as {plain(' and '.join(content.copies[0][:2]))}. {TOGETHER}"
+    )
+    block = gallery("copies", "Near copies", text, groups, pictures)
+    return block if isinstance(block, Gallery) else Paragraph(text)
 
 
 def gallery(

@@ -7,25 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft_vit.base.errors import DataWarning
 from peft_vit.base.statistics import Interval
-from peft_vit.core.records import RunRecord
+from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
-from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
+from peft_vit.data.index import ImagesFile
+from peft_vit.deploy.page.class_blocks import (
+    Maps,
+    Pictures,
+    class_blocks,
+    copies_block,
+    example_gallery,
+    map_blocks,
+    mistakes_block,
+)
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
 from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.lines import draw_reliability, learning_curves
 from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
-from peft_vit.deploy.page.model_quality import ModelQuality
+from peft_vit.deploy.page.model_quality import ModelQuality, doubted_labels
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
 from peft_vit.deploy.page.trained import beside_the_probe, best_known, later_lines, test_score
 
 CARD_FILE = "card.md"
-BELIEF, IMAGES, MADE = "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
+LOOK, BELIEF, IMAGES, MADE = (
+    "Look at your images",
+    "Can you trust its probabilities?",
+    "The images",
+    "How it was made",
+)  # titles of sections
 _FIRST = 8  # classes that are named
 
 
@@ -41,6 +56,7 @@ class ModelSummary:
         web: the address of a page of it for a browser, if there is one.
         call: the command that made it; empty: another one.
         seconds: that the call took; None: those of the run.
+        on_folds: what models like it predicted of images that each left out; None: there are none.
     """
 
     record: RunRecord
@@ -50,6 +66,7 @@ class ModelSummary:
     web: str = ""
     call: str = ""
     seconds: float | None = None
+    on_folds: Predictions | None = None
 
     @property
     def metric(self) -> DecidingMetric:
@@ -69,17 +86,20 @@ class ModelSummary:
         return self.metric.interval(labels, TASKS[self.record.spec.task].constant(labels)).estimate
 
 
-def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
+def model_document(summary: ModelSummary, pictures: Pictures | None = None, maps: Maps | None = None) -> StudyDocument:
     """Return the page of a model.
 
     Args:
         summary: what is shown.
         pictures: makes pictures of images by their positions; None: there are none.
+        maps: likewise of where the model looked.
     """
     record, quality = summary.record, summary.quality
-    learning = learning_curves(record, summary.metric)
+    looked, shortcuts = ((), []) if quality is None else map_blocks(quality, maps)
+    learning, tested = learning_curves(record, summary.metric), _tested(record, quality, pictures, looked)
+    tested[LOOK] = (*tested.get(LOOK, ()), *_of_training(summary, pictures))
     sections = {
-        **_tested(record, quality, pictures),
+        **tested,
         "How it learned": () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(summary))),),
@@ -87,7 +107,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     return StudyDocument(
         label=f"A model for {images_name(record.spec.data)}",
         slug="model",
-        alerts=tuple(_alerts(summary)),
+        alerts=(*_alerts(summary), *shortcuts),
         warnings=tuple(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX)),
         cards=tuple(_cards(summary)),
         came_out=tuple(_answer(summary)),
@@ -118,7 +138,10 @@ def later_document(tested: ImagesTest, images: str, pictures: Pictures | None) -
 
 
 def _tested(
-    record: RunRecord | ImagesTest, quality: ModelQuality | None, pictures: Pictures | None
+    record: RunRecord | ImagesTest,
+    quality: ModelQuality | None,
+    pictures: Pictures | None,
+    looked: tuple[Block, ...] = (),
 ) -> dict[str, tuple[Block, ...]]:
     """Return the sections on what a model says of labelled images."""
     if quality is None:
@@ -128,11 +151,21 @@ def _tested(
         }
     examples = example_gallery(quality, pictures)
     return {
-        "Test images and what it says of them": () if examples is None else (examples,),
+        "Test images and what it says of them": () if examples is None else (examples, *looked),
         "Classes": tuple(class_blocks(quality)),
-        "Mistakes": (mistakes_block(quality, pictures),) if quality.mistakes else (),
+        LOOK: (mistakes_block(quality.mistakes, pictures),) if quality.mistakes else (),
         BELIEF: tuple(_reliability(record, quality)),
     }
+
+
+def _of_training(summary: ModelSummary, pictures: Pictures | None) -> Iterator[Block]:
+    """Yield labels that models on folds doubt, and copies."""
+    record, on_folds = summary.record, summary.on_folds
+    if on_folds is not None and (doubted := doubted_labels(on_folds, record.class_names)):
+        yield mistakes_block(doubted, pictures, tested=False)
+    file = record.spec.data.images_file
+    if file is not None and Path(file).is_file() and (content := ImagesFile.read(Path(file))).copies:
+        yield copies_block(content, pictures)
 
 
 def card_text(document: StudyDocument, head: str, use: str) -> str:

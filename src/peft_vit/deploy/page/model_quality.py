@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from peft_vit.base.statistics import Interval, proportion_interval
 from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
-from peft_vit.core.records import RunRecord
+from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.deploy.page.formatting import plain
@@ -18,6 +19,8 @@ from peft_vit.deploy.presentation import Counts
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
 _LEAST_BINS = 3
+PREDICTED = "Models that were not trained on an image predicted it. The label that is least believed comes first."
+TOGETHER = "They stay on one side of every split. Of copies one will do; groups are as --group says."
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,21 @@ class ModelQuality:
             rounds[truth] = rounds.get(truth, 0) + 1
             turns.append((rounds[truth], len(turns), place))
         return [candidates[place] for place in sorted(place for _, _, place in sorted(turns)[:most])]
+
+
+def doubted_labels(on_folds: Predictions, class_names: Sequence[str]) -> list[PredictedImage]:
+    """Return images of folds whose label is less probable than another class, the least probable first.
+
+    Of several predictions of an image the first counts. None where it isn't known how probable labels are.
+    """
+    doubted: dict[int, tuple[float, PredictedImage]] = {}
+    probable, names = on_folds.label_probability or (), [plain(name) for name in class_names]
+    columns = probable, on_folds.images, on_folds.files or (), on_folds.labels, on_folds.predicted, on_folds.probability
+    for of_label, position, file, label, answer, sure in zip(*columns, strict=False):
+        image = PredictedImage(position, plain(file), names[label], names[answer], sure, label == answer)
+        doubted.setdefault(position, (of_label, image))
+    ranked = sorted(doubted.values(), key=lambda one: (one[0], one[1].position))
+    return [image for _, image in ranked if not image.right]
 
 
 def model_quality(record: RunRecord | ImagesTest, probability: ArrayLike | None = None) -> ModelQuality | None:

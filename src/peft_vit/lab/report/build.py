@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.deploy.page.figure import leading
 from peft_vit.deploy.page.files import WrittenFiles, write_report
-from peft_vit.deploy.page.formatting import plain
+from peft_vit.deploy.page.formatting import megabytes, plain
 from peft_vit.deploy.page.markdown import write_markdown
 from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
 from peft_vit.deploy.page.model_quality import model_quality
@@ -127,6 +128,7 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
+    maps: Callable[..., Any] | None = None,
     call: str = "",
     seconds: float | None = None,
 ) -> ReportFiles:
@@ -140,6 +142,7 @@ def build_report(
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets test images for the page of a model, from where they lie; None: no pictures.
+        maps: likewise gets where it looked.
         call: the command whose folder it is, if it is one of `train`.
         seconds: that it took.
 
@@ -150,8 +153,9 @@ def build_report(
     results = read_results(run if os.path.isfile(run / RECORD_FILE) else results_dir)
     model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
-        pictures = None if thumbnails is None else partial(thumbnails, model.record)
-        documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
+        pictures = thumbnails and partial(thumbnails, model.record)
+        looked = maps and partial(maps, model.record)
+        documents: tuple[StudyDocument, ...] = (model_document(model, pictures, looked),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
     else:
@@ -178,9 +182,17 @@ def _only_model(
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
     place = shlex.quote(str(results_dir if call else folder))
     commands = {"To predict": f"peft-vit predict {place} PHOTO.jpg"}
+    if (sizes := record.bytes) is not None and (in_4_bits := sizes.in_4_bits_bytes) is not None:
+        commands[f"As a file in 4 bits, {megabytes(in_4_bits)}"] = f"peft-vit export {place} --bits 4"
     if page is None:
         bits = " --bits 4" if record.quantization is None else ""
         commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
     return ModelSummary(
-        record, quality, commands, web="" if page is None else quote(Path(page).as_posix()), call=call, seconds=seconds
+        record,
+        quality,
+        commands,
+        on_folds=record.on_folds,
+        web="" if page is None else quote(Path(page).as_posix()),
+        call=call,
+        seconds=seconds,
     )

@@ -58,6 +58,8 @@ function take() {
   if (state.proposed !== null) return label([state.proposed]);
 }
 
+const checks = () => state.believed !== undefined; // labels that are there
+
 function element(tag, text, properties = {}) {
   return Object.assign(document.createElement(tag), { textContent: text, ...properties });
 }
@@ -83,18 +85,18 @@ function draw() {
   const one = !state.is_wall && state.ids.length === 1;
   $("question").textContent = state.is_wall
     ? `All ${state.proposed}? Click those that are not.`
-    : one ? state.names[0] : "All images are labelled.";
+    : one ? state.names[0] : state.finished;
   const first = state.classes.length || state.task === "regression" ? "" : "Type what this image shows, then Enter.";
-  $("note").textContent = state.is_test && one ? "For the test: without a proposal." : first;
+  $("note").textContent = (one && state.note) || first;
   $("image").hidden = !one;
   if (one) Object.assign($("image"), { src: `images/${state.ids[0]}/large`, alt: `the image ${state.names[0]}` });
   $("wall").hidden = !state.is_wall;
   $("wall").replaceChildren(...(state.is_wall ? state.ids.map(thumbnail) : []));
   drawClasses();
-  $("answer").hidden = !one;
+  $("answer").hidden = !one || checks();
   $("typed").firstChild.textContent = state.task === "regression" ? "number " : "new class ";
   $("new").inputMode = state.task === "regression" ? "decimal" : "text";
-  $("unsure").hidden = !one;
+  $("unsure").hidden = !one || checks();
   $("skip").hidden = !state.ids.length;
   $("skip").lastElementChild.textContent = state.is_wall ? "one by one" : "skip";
   $("undo").disabled = !state.undoable;
@@ -123,9 +125,10 @@ function drawClasses() {
   $("classes").hidden = state.is_wall || !state.ids.length;
   $("classes").replaceChildren(...state.classes.map((name, place) => {
     const button = element("button", `${name} `, { type: "button" });
-    if (keyOf(place)) button.prepend(element("kbd", keyOf(place)), " ");
-    button.append(element("small", state.counts[name] ?? 0));
-    button.classList.toggle("proposed", name === state.proposed);
+    const key = keyOf(place, state.classes);
+    if (key) button.prepend(element("kbd", key), " ");
+    if (state.counts) button.append(element("small", state.counts[name] ?? 0));
+    button.classList.toggle("proposed", name === (state.believed ?? state.proposed));
     if (state.task === "multilabel") button.ariaPressed = String(picked.has(name));
     button.addEventListener("click", () => pick(place));
     return button;
@@ -137,20 +140,27 @@ function drawTake() {
   const several = state.ids.length - wrong.size;
   const typed = $("new").value.trim();
   const ofWall = several ? `takes ${several} as ${state.proposed}` : "takes none";
-  const words = state.is_wall ? ofWall : typed || state.proposed || "takes it";
+  const kept = checks() ? `keeps ${state.proposed}` : state.proposed;
+  const words = state.is_wall ? ofWall : typed || kept || "takes it";
   $("take").lastElementChild.textContent = words;
   $("take").hidden = !state.ids.length || (state.task === "classification" && state.proposed === null && !typed);
 }
 
 function drawProgress() {
-  const { labelled, images, tested, ready, gone, left_out: missing, trouble } = state;
-  const away = gone ? `; ${gone} of them no longer there` : "";
-  $("counted").textContent = `${labelled} of ${images} labelled, ${tested} of them for the test${away}`;
+  const { images, ready, left_out: missing, trouble } = state;
+  document.title = $("title").textContent = state.title;
+  $("counted").textContent = state.counted;
+  $("about").textContent = state.about;
   $("computing").hidden = ready >= images;
   Object.assign($("ready"), { max: images, value: ready, title: `${ready} of ${images}` });
   $("computing").firstChild.textContent = trouble ? `${trouble} ` : `${ready} of ${images} images read by the model `;
   $("accuracy").textContent = state.accuracy ?? "";
   $("command").textContent = state.command;
+  const { running, lines } = state.training ?? {};
+  $("training").hidden = !state.training;
+  $("train").disabled = $("tune").disabled = running;
+  $("said").hidden = !lines?.length;
+  $("said").textContent = lines?.join("\n");
   $("missing").hidden = !missing.length;
   $("missing").firstElementChild.textContent = `${missing.length} can't be labelled`;
   $("missing").lastElementChild.replaceChildren(...missing.map((line) => element("li", line)));
@@ -167,12 +177,13 @@ async function follow() {
   }
 }
 
-listen(pick, () => state.is_wall);
+listen(pick, () => state.is_wall, () => state.classes);
 sized($("image"));
 $("take").addEventListener("click", take);
 $("undo").addEventListener("click", () => send("undo"));
 $("skip").addEventListener("click", () => send("refuse"));
 $("unsure").addEventListener("click", () => label([], { unsure: true }));
+for (const id of ["train", "tune"]) $(id).addEventListener("click", () => send(id));
 $("new").addEventListener("input", drawTake);
 await follow();
 setInterval(follow, EVERY_MS);

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from peft_vit.base.extras import require_extra
-from peft_vit.core.records import Failure, RunRecord
-from peft_vit.runs.records.progress import utc_now
 
-if TYPE_CHECKING:  # a driver needs no torch
+if TYPE_CHECKING:  # a driver needs no torch, and who asks for help no records
+    from peft_vit.core.records import Failure, RunRecord
     from peft_vit.core.training import Progress
     from peft_vit.runs.planned import Plan, PlannedRun
 
@@ -133,6 +132,9 @@ def failed_attempt(
         failure: its kind.
         traceback: of what ended it, if it is known.
     """
+    from peft_vit.core.records import RunRecord
+    from peft_vit.runs.records.progress import utc_now
+
     record = RunRecord(
         spec=run.spec,
         spec_digest=run.spec.digest(),

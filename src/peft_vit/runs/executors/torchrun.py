@@ -15,11 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from peft_vit.core.records import RunSpec
-
 if TYPE_CHECKING:  # the first process may refuse what was typed before it loads torch
     from torch.distributed import TCPStore
 
+    from peft_vit.core.records import RunSpec
     from peft_vit.core.training import Member
 
 _NUMBER, _ORDER = "peft_vit/runs", "peft_vit/run/{}"
@@ -84,6 +83,7 @@ def help_first(launched: Launch) -> None:
 
     A signal to end stops a run in all processes, after a checkpoint.
     """
+    from peft_vit.core.records import RunSpec
     from peft_vit.core.training import Helped, Interrupted
     from peft_vit.runs.execute import run_one
     from peft_vit.runs.executors.local import prepare_process

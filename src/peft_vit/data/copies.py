@@ -1,0 +1,168 @@
+"""Copies that are not equal: saved again, cropped, mirrored, shifted, and frames of one film that differ by little.
+
+Images are compared as thumbnails of 32 x 32 pixels: by their mean colors, and in grey. Of each the images with the most
+similar blurred thumbnail, as they are or mirrored, are candidates. A candidate is moved, scaled and turned a little
+until it correlates with the other one (Evangelidis and Psarakis 2008, "Parametric Image Alignment Using Enhanced
+Correlation Coefficient Maximization", by Gauss-Newton steps). If what is finer than
+a blur then correlates as well, the two are copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+SIDE = 32  # pixels of a thumbnail
+_NEIGHBOURS, _LEAST_BLURRED = 8, 0.8  # candidates of an image, and how well they correlate at least
+_LEAST, _LEAST_DETAIL = 0.98, 4.0  # correlation of copies; grey levels by which what is flat deviates at most
+_MOST_COLOR = 8.0  # levels by which mean colors differ beside brightness
+_LARGEST = np.array([0.15, 0.12, 0.35, 0.35], np.float32)  # scale, turn in radians, shifts in half sides
+_LEAST_COARSE = 0.93  # correlation of blurred images once they are aligned
+_BLOCK = 1024  # images or pairs
+
+
+def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
+    """Return pairs of images that are copies, (M, 2), the lower number first.
+
+    Args:
+        thumbnails: (N, 32, 32, 3), 0 to 255.
+    """
+    count, grey = len(thumbnails), thumbnails.mean(3)
+    colors = thumbnails.mean((1, 2)) - grey.mean((1, 2))[:, None]  # (N, 3)
+    thumbnails = grey  # (N, 32, 32)
+    blurred = _normalised(_blur(thumbnails, 2.0)[:, ::2, ::2].reshape(count, -1))  # (N, 256)
+    fine = _fine(thumbnails)
+    lines = fine.mean(1, keepdims=True) + fine.mean(2, keepdims=True)  # from side to side, as of a grid
+    detailed = (fine - lines).std((1, 2)) >= _LEAST_DETAIL
+    found = []
+    for is_mirrored in (False, True):
+        others = blurred.reshape(-1, SIDE // 2, SIDE // 2)[:, :, ::-1].reshape(count, -1) if is_mirrored else blurred
+        for candidates in _candidates(blurred, others, detailed):
+            differ = np.abs(colors[candidates[:, 0]] - colors[candidates[:, 1]]).max(1)
+            pairs = candidates[differ <= _MOST_COLOR]
+            second = thumbnails[pairs[:, 1]]
+            alike = _alignment(thumbnails[pairs[:, 0]], second[:, :, ::-1] if is_mirrored else second)
+            found.append(pairs[alike >= _LEAST])
+    return np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), np.int64)
+
+
+def groups_of(groups: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return groups (N,) once those are one that a chain of pairs (M, 2) links."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count = groups.max(initial=0) + 1
+    links = coo_array((np.ones(len(pairs), dtype=bool), groups[pairs].T), shape=(count, count))
+    joined: NDArray[np.int64] = connected_components(links, directed=False)[1][groups].astype(np.int64)
+    return joined
+
+
+def compared_thumbnail(pixels: NDArray[np.uint8]) -> Floats:
+    """Return the thumbnail (32, 32, 3) of an image (64, 64, 3)."""
+    thumbnail: Floats = pixels.astype(np.float32).reshape(SIDE, 2, SIDE, 2, -1).mean((1, 3))
+    return thumbnail
+
+
+def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
+    """Yield pairs (B, 2) of each image with those that correlate most with it, of unit vectors (N, D) both."""
+    count = len(first)
+    most = min(_NEIGHBOURS, count)
+    for start in range(0, count, _BLOCK):
+        alike = first[start : start + _BLOCK] @ second.T  # (B, N)
+        rows = np.arange(len(alike))
+        alike[rows, start + rows] = -1
+        alike[:, ~usable] = -1
+        alike[~usable[start : start + _BLOCK]] = -1
+        nearest = np.argpartition(-alike, most - 1, axis=1)[:, :most]
+        row, place = np.nonzero(np.take_along_axis(alike, nearest, 1) >= _LEAST_BLURRED)
+        pairs = np.sort(np.stack([start + row, nearest[row, place]], 1), axis=1)
+        pairs = np.unique(pairs, axis=0)
+        if len(pairs):
+            yield from np.array_split(pairs, len(pairs) // _BLOCK + 1)
+
+
+def _alignment(first: Floats, second: Floats) -> Floats:
+    """Return how well details correlate once the second image is aligned to the first, (B,), of (B, 32, 32) both."""
+    if not len(first):
+        return np.zeros(0, np.float32)
+    p = np.zeros((len(first), 4), np.float32)  # scale, turn, shifts
+    result = np.zeros(len(first), np.float32)
+    p, alike = _aligned(_blur(first, 2.0)[:, ::2, ::2], _blur(second, 2.0)[:, ::2, ::2], p, 5)
+    near = np.flatnonzero(alike >= _LEAST_COARSE)
+    if len(near):
+        p, _ = _aligned(_blur(first[near], 0.8), _blur(second[near], 0.8), p[near], 4)
+        result[near] = _aligned(_fine(first[near]), _fine(second[near]), p, 0)[1]
+    return result
+
+
+def _aligned(first: Floats, second: Floats, p: Floats, steps: int) -> tuple[Floats, Floats]:
+    """Return p after Gauss-Newton steps, (B, 4), and the correlation where images (B, S, S) overlap by it, (B,)."""
+    side = first.shape[1]
+    at = np.linspace(-1, 1, side, dtype=np.float32)
+    y, x = (grid.ravel() for grid in np.meshgrid(at, at, indexing="ij"))  # (P,)
+    dy, dx = np.gradient(second, 2 / (side - 1), axis=(1, 2))  # (B, S, S)
+    target = first.reshape(len(first), -1)  # (B, P)
+    for step in range(steps + 1):
+        (w, gx, gy), inside = _warped((second, dx, dy), p, x, y)  # (B, P)
+        share = inside.sum(1)[:, None]  # (B, 1)
+        w, scale = _standardized(w, inside, share)
+        t, _ = _standardized(target, inside, share)
+        if step == steps:
+            break
+        jacobian = np.stack([gx * x + gy * y, gy * x - gx * y, gx, gy], 1) * (inside / scale)[:, None]  # (B, 4, P)
+        jacobian -= (jacobian.sum(2) / share)[..., None] * inside[:, None]
+        along = (jacobian @ w[..., None]) / share[..., None]  # (B, 4, 1)
+        jacobian -= along * w[:, None]
+        normal = jacobian @ jacobian.transpose(0, 2, 1) + np.float32(1e-3) * np.eye(4, dtype=np.float32)
+        p = np.clip(p + np.linalg.solve(normal, jacobian @ (t - w)[..., None])[..., 0], -_LARGEST, _LARGEST)
+    return p, (t * w).sum(1) / share[:, 0]
+
+
+def _warped(images: tuple[Any, ...], p: Floats, x: Floats, y: Floats) -> tuple[list[Floats], Floats]:
+    """Return images (B, S, S) at moved places, (B, P) each, and which of these lie inside, as 0 and 1."""
+    side = images[0].shape[1]
+    a, b, shift_x, shift_y = p.T[..., None]  # (B, 1)
+    column = ((1 + a) * x - b * y + shift_x + 1) * (side - 1) / 2  # (B, P)
+    row = (b * x + (1 + a) * y + shift_y + 1) * (side - 1) / 2
+    inside = ((column >= 0) & (column <= side - 1) & (row >= 0) & (row <= side - 1)).astype(np.float32)
+    left, top = (np.clip(place.astype(np.int32), 0, side - 2) for place in (column, row))
+    u, v = np.clip(column - left, 0, 1), np.clip(row - top, 0, 1)
+    at = (np.arange(len(p))[:, None] * side + top) * side + left
+    moved = []
+    for image in images:
+        flat = image.ravel()
+        upper = flat[at] * (1 - u) + flat[at + 1] * u
+        moved.append(upper * (1 - v) + (flat[at + side] * (1 - u) + flat[at + side + 1] * u) * v)
+    return moved, inside
+
+
+def _standardized(values: Floats, inside: Floats, share: Floats) -> tuple[Floats, Floats]:
+    """Return values (B, P) less their mean inside, in standard deviations, 0 outside; and these deviations (B, 1)."""
+    centred = (values - (values * inside).sum(1, keepdims=True) / share) * inside
+    scale = np.sqrt((centred**2).sum(1, keepdims=True) / share) + np.float32(1e-6)
+    return centred / scale, scale
+
+
+def _blur(images: Floats, pixels: float) -> Floats:
+    """Return images (N, 32, 32) after a Gaussian of so many pixels."""
+    at = np.arange(SIDE)
+    kernel = np.exp(-((at[:, None] - at) ** 2) / (2 * pixels**2)).astype(np.float32)
+    kernel /= kernel.sum(1, keepdims=True)
+    blurred: Floats = kernel @ images @ kernel.T
+    return blurred
+
+
+def _fine(images: Floats) -> Floats:
+    """Return what of images (N, 32, 32) is finer than a blur, and coarser than noise."""
+    return _blur(images, 0.6) - _blur(images, 2.5)
+
+
+def _normalised(rows: Floats) -> Floats:
+    rows = rows - rows.mean(1, keepdims=True)
+    normalised: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+    return normalised

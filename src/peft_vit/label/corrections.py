@@ -1,0 +1,268 @@
+"""Labels that are corrected after a review: in class folders a file moves, in a table its row changes.
+
+Each answer is a line of corrections.jsonl beside the labels, written before anything changes: the SHA-256 of an image,
+its name and label before and after. Lines are only added. Content says which image it was, so an answer can be undone
+after files were moved or renamed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from peft_vit.base.errors import UserError, checked
+from peft_vit.base.files import make_folder, read_bytes, sha256_of, write_whole
+from peft_vit.base.settings import Frozen
+from peft_vit.data.files import files_below
+from peft_vit.data.sources.folders import Images, is_image, relabelled, table_rows
+from peft_vit.label.images import ImageFolder
+from peft_vit.label.labels import ConflictError, alone, name_of
+from peft_vit.label.session import LARGE, Shown
+
+CORRECTIONS_FILE = "corrections.jsonl"
+_OF_TEST = "It tests, and was drawn at random: no model was asked."
+_ABOUT_TEST = "Test labels are drawn at random, never by what a model doubts: or the test favours models like it."
+
+
+class Answer(Frozen):
+    """What a person said of a label; the same label before and after: it is right."""
+
+    at: str  # when, in UTC
+    sha256: str
+    name: str
+    renamed: str  # in class folders, to here
+    before: str
+    after: str
+    is_test: bool
+    undoes: int | None = None  # the line, counted from 0, that this one takes back
+
+
+class Corrections:
+    """The labels of images, one class each, and what was corrected of them.
+
+    Args:
+        found: the images.
+
+    Raises:
+        UserError: if labels can't be changed there.
+    """
+
+    def __init__(self, found: Images) -> None:
+        self.root, self._table = found.tree.location, found.files.file
+        self._at = 0 if found.files.is_test is None else 1  # of the class among a name's folders
+        if not self.root.is_dir() or (self._table is not None and self._table.suffix.lower() == ".parquet"):
+            raise UserError("can't be changed here; unpack a zip, and write a table as CSV", file=found.path)
+
+    def answers(self) -> list[Answer]:
+        """Return what was said, in its order; raises UserError if the file was damaged."""
+        file = self.root / CORRECTIONS_FILE
+        lines = read_bytes(file).splitlines() if file.exists() else []
+        with checked(file, "take out the line that is none"):
+            return [Answer.model_validate_json(line) for line in lines]
+
+    def standing(self) -> dict[int, Answer]:
+        """Return what was not taken back, by its line."""
+        answers = self.answers()
+        undone = {answer.undoes for answer in answers}
+        return {k: answer for k, answer in enumerate(answers) if answer.undoes is None and k not in undone}
+
+    def record(self, name: str, before: str, after: str, is_test: bool) -> str:
+        """Correct the label of an image, or confirm it, and return the image's name from now on.
+
+        Args:
+            name: of the image, relative to the root.
+            before: the label that the person saw.
+            after: the label that is right.
+            is_test: whether it tests.
+
+        Raises:
+            ConflictError: if it has another label by now, or is gone.
+            UserError: if the last image would leave a class folder, or the disk doesn't take it.
+        """
+        with alone(self.root):
+            if (label := self._label(name)) != before:
+                state = "gone" if label is None else f"'{label}' by now"
+                raise ConflictError(f"is {state}; look at it again", file=name)
+            digest = sha256_of(self.root / name)
+            said = {"sha256": digest, "name": name, "renamed": name, "is_test": is_test, **_said(before, after)}
+            self._change(name, after, Answer.model_validate(said))
+            return self.answers()[-1].renamed
+
+    def undo(self) -> Answer:
+        """Take back what was said last, and return that.
+
+        Raises:
+            ConflictError: if its image is gone, or was labelled otherwise since. Then it counts as taken back.
+            UserError: if there is nothing to take back.
+        """
+        with alone(self.root):
+            line, last = max(self.standing().items(), default=(0, None))
+            if last is None:
+                raise UserError("holds nothing to undo", file=self.root / CORRECTIONS_FILE)
+            names = [name for name in (last.renamed, *files_below(self.root)) if self._is(name, last.sha256)]
+            name = next((name for name in names if self._label(name) == last.after), None)
+            taken_back = last.model_copy(update={"undoes": line, **_said(last.after, last.before)})
+            if name is None:
+                state = f"is '{self._label(names[0])}' by now" if names else "is gone"
+                self._add(taken_back)
+                raise ConflictError(
+                    f"{state}, so '{last.after}' can't be undone; what came before can", file=last.renamed
+                )
+            self._change(name, last.before, taken_back, last.name if name == last.renamed else None)
+            return self.answers()[-1]
+
+    def _is(self, name: str, sha256: str) -> bool:
+        return is_image(name) and (self.root / name).is_file() and sha256_of(self.root / name) == sha256
+
+    def _label(self, name: str) -> str | None:
+        """Return the label of an image; None: it has none, or is gone."""
+        if not (self.root / name).is_file():
+            return None
+        if self._table is None:
+            return name.split("/")[self._at]
+        rows = (row for _, row in table_rows(self._table) if name_of(row["path"], self.root) == name)
+        return next((row["label"] for row in rows), None)
+
+    def _change(self, name: str, label: str, answer: Answer, to: str | None = None) -> None:
+        """Write an answer down, and then give an image the label."""
+        answer = answer.model_copy(update={"name": name, "renamed": name})
+        if label == self._label(name):
+            self._add(answer)
+        elif self._table is None:
+            folders = name.split("/")
+            class_folder = "/".join(folders[: self._at + 1])
+            if sum(map(is_image, files_below(self.root / class_folder))) < 2:
+                reason = "is the last image of its class folder, which can't be empty; add one, or remove the class"
+                raise UserError(reason, file=name)
+            folders[self._at] = label
+            wanted = self.root / (to or "/".join(folders))
+            names = (wanted.with_stem(f"{wanted.stem}{end}") for end in ("", *(f"-{k}" for k in range(2, 10_000))))
+            target = next(file for file in names if not file.is_symlink() and not file.exists())
+            make_folder(target.parent)
+            self._add(answer.model_copy(update={"renamed": target.relative_to(self.root).as_posix()}))
+            (self.root / name).rename(target)
+        else:
+            content = relabelled(self._table, lambda typed: name_of(typed, self.root) == name, label)
+            self._add(answer)
+            write_whole(self._table, content)
+
+    def _add(self, answer: Answer) -> None:
+        file = self.root / CORRECTIONS_FILE
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(answer.model_dump_json() + "\n")
+
+
+def _said(before: str, after: str) -> dict[str, str]:
+    """Return of an answer what an undoing has in reverse."""
+    return {"at": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "after": after}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Doubt(NamedTuple):
+    """A label to look at, and what is believed instead how surely; of a test image, drawn at random, nothing."""
+
+    name: str
+    label: str
+    is_test: bool
+    believed: str | None = None
+    sure: float = 0.0
+
+
+class Checking:
+    """Labels that are looked at one after the other; what the page shows of them is as of a `Session`.
+
+    Args:
+        corrections: of the images.
+        images: of the same folder.
+        doubts: the labels, in their order; those that were confirmed before are passed over.
+        classes: names of all of them.
+        command: that trains on the images.
+    """
+
+    def __init__(
+        self,
+        corrections: Corrections,
+        images: ImageFolder,
+        doubts: Sequence[Doubt],
+        classes: Sequence[str],
+        command: str,
+    ) -> None:
+        self.images, self._corrections, self._classes, self._command = images, corrections, list(classes), command
+        known = {(answer.sha256, answer.after) for answer in corrections.standing().values()}
+        shown = [doubt for doubt in doubts if doubt.name in images.number]
+        self._queue = [one for one in shown if (images.digest(images.number[one.name]), one.label) not in known]
+        self._doubts = {images.digest(images.number[doubt.name]): doubt for doubt in shown}
+        self._lock = threading.RLock()
+
+    def state(self) -> dict[str, Any]:
+        """Return what is shown, and how far one is, as JSON."""
+        with self._lock:
+            while self._queue and not self.images.is_sound(self.images.number[self._queue[0].name], LARGE):
+                self._queue.pop(0)
+            ids = [self.images.number[doubt.name] for doubt in self._queue[:4]]
+            standing = [*self._corrections.standing().values()]
+            tested = [answer for answer in standing if answer.is_test]
+            wrong, of_test = (sum(one.before != one.after for one in some) for some in (standing, tested))
+            shown = self._queue[0] if self._queue else Doubt("", "", is_test=False)
+            why = (
+                f"Models that were not trained on it say '{shown.believed}' ({shown.sure:.0%})."
+                if shown.believed
+                else ""
+            )
+            return {
+                **Shown(tuple(ids[:1]), is_test=shown.is_test, proposed=shown.label or None)._asdict(),
+                "believed": shown.believed or shown.label,
+                "title": "Check labels",
+                "note": f"Its label is '{shown.label}'. {_OF_TEST if shown.is_test else why}" if ids else "",
+                "finished": "All of these labels are checked.",
+                "counted": f"{len(self._queue):,} to check, {len(standing):,} checked, {wrong:,} of them corrected",
+                "about": f"{_ABOUT_TEST} Checked: {len(tested):,}. Wrong before: {of_test:,}; now: 0.",
+                "names": [doubt.name for doubt in self._queue[:1]],
+                "ahead": ids[1:],
+                "images": 0,
+                "ready": 0,
+                "task": "classification",
+                "classes": self._classes,
+                "left_out": [f"{name} {why}" for name, why in dict(self.images.left_out).items()],
+                "undoable": bool(standing),
+                "command": self._command,
+            }
+
+    def record(self, ids: Sequence[int], labels: Sequence[str], **_: Any) -> None:
+        """Correct or confirm the label of the image that is shown; it is on disk when this returns.
+
+        Raises:
+            ConflictError: if it has another label by now, or is gone; then it is shown no more.
+            UserError: if it is another image or class, or the disk doesn't take it.
+        """
+        with self._lock:
+            shown = [doubt for doubt in self._queue[:1] if [self.images.number[doubt.name]] == list(ids)]
+            if not shown or len(labels) != 1 or labels[0] not in self._classes:
+                raise UserError("expected one of the classes, of the image that is shown", field="label")
+            (doubt,) = shown
+            try:
+                renamed = self._corrections.record(doubt.name, doubt.label, labels[0], doubt.is_test)
+            except ConflictError:
+                self._queue.pop(0)
+                raise
+            self._queue.pop(0)
+            self.images.rename(ids[0], renamed)
+
+    def refuse(self, ids: Sequence[int]) -> None:
+        """Show an image later."""
+        with self._lock:
+            later = [doubt for doubt in self._queue if self.images.number[doubt.name] in ids]
+            self._queue = [doubt for doubt in self._queue if doubt not in later] + later
+
+    def undo(self) -> None:
+        """Take back what was said last, also before this page was started, and show its image; see `Corrections`."""
+        with self._lock:
+            answer = self._corrections.undo()
+            if (i := self.images.number.get(answer.name)) is not None:
+                self.images.rename(i, answer.renamed)
+                doubt = self._doubts.get(answer.sha256, Doubt("", answer.after, answer.is_test))
+                self._queue.insert(0, doubt._replace(name=answer.renamed))
