@@ -83,7 +83,8 @@ def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) 
     """Return maps of a few images of a run in a folder, by their positions in its data set.
 
     Raises:
-        UserError: if its model or the images are not on this machine.
+        UserError: if its model or the images are not on this machine, or no map is made of its attention: occlusion
+            takes seconds an image.
     """
     try:
         from peft_vit.data import images_of
@@ -91,4 +92,9 @@ def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) 
     except ImportError as error:
         raise UserError(f"the model can't be opened here ({error})") from None
     images, classifier = images_of(record, positions), open_model(folder)
-    return [explain(classifier, image) for image in images]
+    found = []
+    for image in images:
+        found.append(explain(classifier, image))
+        if found[0].by != "attention":
+            raise UserError("no map is made of this model's attention", file=folder)
+    return found

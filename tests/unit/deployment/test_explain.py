@@ -113,3 +113,7 @@ def maps_with_largest(places: list[tuple[int, int]], side: int = 8) -> list[np.n
 )
 def test_most_maps_of_a_class_in_one_corner_or_on_the_edge_are_a_shortcut(places, said) -> None:
     assert shortcut(maps_with_largest(places)) == said
+
+
+def test_maps_of_few_cells_have_no_corner() -> None:
+    assert shortcut(maps_with_largest([(0, 0)] * 20, side=3)) == ""

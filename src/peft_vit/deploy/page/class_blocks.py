@@ -48,10 +48,6 @@ _DOUBTED = (
 _GROUPS, _OF_A_GROUP = 6, 4  # of copies
 SHOWN_RIGHT, SHOWN_WRONG = 8, 6
 MOST_MAPS, _MAP_PX = 64, 128  # of right images, since each takes up to half a second
-_MADE_BY = {
-    "attention": "by its attention and one backward pass (arXiv 2103.15679)",
-    "occlusion": "by occlusion: how much less sure of its class it is with this part covered",
-}
 _PAIRS, _FEW_CLASSES = 12, 8  # rows; up to so many classes the matrix says all
 _WORST, _UNFOLDED = 10, 20  # classes
 MOST_CLASSES = 40  # of a confusion matrix that can be read
@@ -284,7 +280,8 @@ def map_blocks(quality: ModelQuality, maps: Maps | None) -> tuple[tuple[Block, .
         for title, images in (("Right", quality.sample_images(True, SHOWN_RIGHT)), ("Wrong", wrong))
         if images
     ]
-    caption = f"The images above as the model gets them. Clear is what its answer rests on, {_MADE_BY[found[0].by]}."
+    by = "by its attention and one backward pass (arXiv 2103.15679)"
+    caption = f"The images above as the model gets them. Clear is what its answer rests on, {by}."
     by_class: dict[str, list[Any]] = defaultdict(list)
     for image in right:
         by_class[image.truth].append(by_position[image.position].weights)

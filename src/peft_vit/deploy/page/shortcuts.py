@@ -15,12 +15,11 @@ _CHANCE = 0.01  # of all maps on the edge, which of few patches is most, if any 
 def shortcut(maps: Sequence[NDArray[np.floating[Any]]]) -> str:
     """Return where the largest value of too many maps, (side, side) each, lies: in a corner, on the edge; "": nowhere.
 
-    A corner is a quarter of the side wide and high, and the edge one cell wide.
+    A corner is a quarter of the side wide and high, and the edge one cell wide; maps of 2 or 3 cells have none.
     """
-    if len(maps) < _FEWEST:
+    if len(maps) < _FEWEST or (side := len(maps[0])) < 4:
         return ""
-    side = len(maps[0])
-    width = max(1, round(side / 4))
+    width = round(side / 4)
     rows, columns = np.array([divmod(int(one.argmax()), side) for one in maps]).T  # (N,) each
     for vertical, in_rows in (("upper", rows < width), ("lower", rows >= side - width)):
         for horizontal, in_columns in (("left", columns < width), ("right", columns >= side - width)):
