@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from peft_vit.core.config import TaskName
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LabelStore
-from peft_vit.label.session import Order, Session
+from peft_vit.label.session import Computed, Order, Session
 
 
 class PixelFeatures:
@@ -20,10 +20,10 @@ class PixelFeatures:
     def __init__(self, images: ImageFolder) -> None:
         self.fault, self._images = "", images
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
+    def read(self) -> Computed:
         names = self._images.names
         values = [np.asarray(Image.open(self._images.root / name).convert("L")).ravel() / 255 for name in names]
-        return np.array(values, dtype=np.float32), np.arange(len(names))
+        return Computed(np.array(values, dtype=np.float32), np.arange(len(names)))
 
 
 def write_digits(folder: Path, count: int, classes: int = 10) -> dict[str, str]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, TypeVar
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from peft_vit.core.records import RunRecord
     from peft_vit.deploy import Classifier, Prediction
-    from peft_vit.deploy.explain import Explanation
+    from peft_vit.deploy.presentation import Explanation
     from peft_vit.fit.output import Tuning
     from peft_vit.lab.report.result_tables import ResultTables
     from peft_vit.runs.executors import ExecutorName
@@ -165,9 +165,11 @@ class TrainedModel:
         if self._run is None:
             raise UserError("is an exported model, without a report; load its run", file=self.path)
         from peft_vit.data import thumbnails_of
+        from peft_vit.deploy.explain import explained_images
         from peft_vit.lab.report import build_report
 
-        page = build_report(self.path, self.path / "report", thumbnails=thumbnails_of).html
+        report = self.path / "report"
+        page = build_report(self.path, report, thumbnails=thumbnails_of, maps=partial(explained_images, self.path)).html
         assert page is not None
         return Report(page)
 
@@ -309,6 +311,7 @@ def tune(
     device: Device = "auto",
     seed: int = 0,
     threads: int | None = None,
+    devices: int = 1,
     executor: ExecutorName = "local",
     output: str | Path = "peft-vit-tune",
     tell: Callable[[str], None] | None = None,
@@ -342,6 +345,7 @@ def tune(
         device: auto, cpu or cuda.
         seed: the number for all random choices of test images, folds and runs.
         threads: threads of a run; None: as many as there are processors.
+        devices: processes that train a model together, see "On a GPU".
         executor: local, or ray for a cluster.
         output: the folder for everything.
         tell: gets what is done, a line each; None: it is printed.
@@ -406,6 +410,8 @@ def train(
     device: Device = "auto",
     seed: int = 0,
     threads: int | None = None,
+    devices: int = 1,
+    executor: ExecutorName = "local",
     strict: bool = False,
     output: str | Path = "peft-vit-runs",
     smoke: bool = False,
@@ -453,6 +459,8 @@ def train(
         device: auto, cpu or cuda.
         seed: the number for all random choices.
         threads: processor threads; None: as many as there are processors.
+        devices: processes that train the model together, see "On a GPU".
+        executor: local, or ray for a cluster.
         strict: refuse a folder with files that would be left out.
         output: the folder in which the call makes its own.
         smoke: random weights, made-up images, a few steps.

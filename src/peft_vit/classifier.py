@@ -97,6 +97,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         compute: ComputeSetting = "auto",
         device: Device = "auto",
         threads: int | None = None,
+        devices: int = 1,
         output: str | Path = "peft-vit-runs",
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,

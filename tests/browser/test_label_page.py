@@ -1,6 +1,7 @@
 """The page of `peft-vit label`, in Chromium: a whole labelling by keys and on walls, in light and dark."""
 
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,12 @@ from label_sessions import session_of, write_digits
 from peft_vit.data.sources.folders import find_images
 from peft_vit.label.corrections import Checking, Corrections, Doubt
 from peft_vit.label.images import ImageFolder
-from peft_vit.label.labels import LabelStore
+from peft_vit.label.labels import LabelStore, Row
 
 pytest.importorskip("uvicorn")
 from peft_vit.label.server import LabelServer
 
-pytestmark = [pytest.mark.slow, needs_chromium]
+pytestmark = [pytest.mark.slow, needs_chromium, pytest.mark.usefixtures("cache")]
 HOSTILE = "'<img src=x onerror=alert(1)>'"
 
 
@@ -77,7 +78,8 @@ def look(page: Any, picture: Path) -> None:
         assert axe_violations(page) == []
 
 
-def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path) -> None:
+def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.label.order._FEWEST_OF_CLASS", 3)
     images, pictures = tmp_path / "images", tmp_path / "pictures"
     images.mkdir()
     truth = write_digits(images, 120, classes=4)
@@ -163,6 +165,30 @@ def test_several_labels_and_numbers(task, typed, kept, browser, tmp_path) -> Non
             press(page, "Enter", done + 1)
     assert LabelStore(tmp_path, task).rows[name].labels == kept
     assert find_images(tmp_path / "labels.csv").files.task.name == task
+
+
+def test_a_button_trains_and_the_page_says_what_it_says(browser, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "images"
+    images.mkdir()
+    truth = write_digits(images, 12, classes=2)
+    wait = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)\n"
+    lines = f"print('epoch 1', flush=True)\n{wait}print('Model: <b>m</b>\\nPage: m/report.html')"
+    monkeypatch.setattr("peft_vit.label.training._COMMAND", [sys.executable, "-c", lines])
+    with serving(images) as server, opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
+        page.click("#train")
+        page.locator("#fault", has_text="needs 2 classes").wait_for()
+        rows = {name: Row((label,), "train") for name, label in list(truth.items())[:10]}
+        LabelStore(images).change(rows, {})
+        page.locator("#counted", has_text=re.compile("^10 of")).wait_for()
+        page.click("#tune")
+        page.locator("#said", has_text="epoch 1").wait_for()
+        assert page.is_disabled("#train")
+        look(viewer, tmp_path / "pictures" / "training")
+        (tmp_path / "go").touch()
+        page.locator("#said", has_text="Page: m/report.html").wait_for()
+        assert "<b>m</b>" in page.inner_text("#said")
+        page.locator("#train:enabled").wait_for()
 
 
 def test_doubted_labels_are_kept_or_corrected_by_a_key_and_undone(browser, tmp_path) -> None:

@@ -252,3 +252,13 @@ def test_the_public_copy_is_fetched_by_its_hash_and_what_is_missing_is_said(
     alone.get_by_text("a file that belongs beside this page is missing: copy the whole folder").wait_for()
     unfit = open_page(write_web_page(tmp_path / "b.html", b"no model", CARD, runtime), may_fail=True)
     unfit.get_by_text("The model can't run in this browser: ").wait_for()
+
+
+def test_it_shows_where_the_model_looked_when_it_is_asked_to(runtime, open_page, model, tmp_path) -> None:
+    page = open_page(write_web_page(tmp_path / "page.html", model, CARD, runtime))
+    asked(page, photos(tmp_path, 1))
+    page.get_by_text("Where did it look?").click()
+    page.get_by_text("each of 16 was covered").wait_for()
+    read = "[...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 224, 224).data]"
+    shown = np.reshape(page.evaluate(read), (224, 224, 4))[..., :3]
+    assert shown.std() > 0

@@ -164,7 +164,8 @@ def test_arguments_are_the_options_of_the_command(function, request_type: type[R
 
 def test_the_classifier_has_what_train_has() -> None:
     ours, others = (set(inspect.signature(f).parameters) for f in (peft_vit.ViTClassifier, peft_vit.train))
-    assert others - ours == {"images", "labels", "group", "from_run", "seed", "task", "loss", "strict", "smoke"}
+    of_train = {"images", "labels", "group", "from_run", "seed", "task", "loss", "strict", "smoke", "executor"}
+    assert others - ours == of_train
     assert ours - others == {"random_state", "verbose"}
 
 

@@ -76,6 +76,7 @@ def test_what_predict_says(command, here, monkeypatch) -> None:
         document += [f"$ predict {call}", said.out, *(f"! {line}" for line in said.err.splitlines())]
     monkeypatch.setattr(console, "FIRST_S", 0.0)
     monkeypatch.setattr(console, "EVERY_S", 0.0)
+    monkeypatch.setattr(console, "SELDOM_S", 0.0)
     slow = command("predict", "model.safetensors", "flat", code=1).err.splitlines()
     document += ["$ predict flat, ten seconds an image", *(line for line in slow if not line.startswith("opening "))]
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)

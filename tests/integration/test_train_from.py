@@ -119,3 +119,10 @@ def test_what_can_not_be_started_from_is_refused_in_a_line(first, tmp_path, comm
         for name, text in kept.items():
             (first / name).write_text(text)
     assert not (tmp_path / "refused").exists()
+
+
+def test_where_no_training_from_a_run_fits_no_probe_takes_its_place(first, tmp_path, command) -> None:
+    options = ("--from", first, "--minutes", "0.1", "--threads", "1", "--output", tmp_path / "out")
+    said = command("train", tmp_path / "photos", *map(str, options), code=2)
+    assert "--minutes: no training from" in said.err
+    assert not list((tmp_path / "out").glob("0002-*"))

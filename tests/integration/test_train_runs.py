@@ -30,7 +30,7 @@ class StoppedByHand:
 
     stop_at: int | None = None
 
-    def __init__(self, workers: int, results_dir: Path, checkpoint_every_s: float) -> None:
+    def __init__(self, workers: int, results_dir: Path, checkpoint_every_s: float, *_) -> None:
         self._results_dir = results_dir
         self._events: deque[Event] = deque()
         self._pressed = False

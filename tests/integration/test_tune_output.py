@@ -152,7 +152,9 @@ def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
     wrong = int((~right_of(choice.final)).sum())
     assert wrong > 0
     strip = min(wrong, 6) + min(len(choice.final.labels) - wrong, 8)
-    assert page.count("<img ") == wrong + strip
+    doubted = page.count("<img ") - (wrong + 2 * strip)  # and where it looked at each of the strip
+    assert 0 < doubted <= 12
+    assert "Labels to check" in page
     sections = ("Compared with", "What more would bring", "Files and speed")
     assert all(words in page.replace("<wbr>", "") for words in sections)
 

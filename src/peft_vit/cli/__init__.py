@@ -14,6 +14,7 @@ import typer
 from peft_vit.base.errors import UserError
 from peft_vit.cli import deploy_commands, image_commands, label_command, model_commands, study_commands
 from peft_vit.cli.app import GROUPS, INTERRUPTED, app
+from peft_vit.runs.executors.torchrun import help_first, launch, leading
 
 __all__ = ["app", "main", "user_errors"]
 
@@ -75,6 +76,20 @@ def _while_read() -> Iterator[None]:
         raise SystemExit(_UNREAD) from None
 
 
+@contextmanager
+def _by_torchrun() -> Iterator[None]:
+    """Let the first of torchrun's processes be the command, and the others help with its runs."""
+    launched = launch()
+    if launched is None:
+        yield
+    elif launched.rank == 0:
+        with leading(launched):
+            yield
+    else:
+        help_first(launched)
+        raise SystemExit(0)
+
+
 def _in_our_words(error: Any) -> UserError:
     """Return what Typer has refused: the argument or option as it is typed, what is wrong, and what to do."""
     context, name = error.ctx, getattr(error, "option_name", None)
@@ -100,7 +115,7 @@ def _in_our_words(error: Any) -> UserError:
 
 def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) -> None:
     """Run the command line."""
-    with _while_read(), user_errors():
+    with _while_read(), user_errors(), _by_torchrun():
         try:
             code = command(arguments, standalone_mode=False)
         except Exception as error:

@@ -352,8 +352,8 @@ class PredictRequest(ModelRequest):
     overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
     explain: Path | None = Field(
         default=None,
-        description="Write into this folder a picture of each image in which the parts are bright that made the model "
-        "say its class. The folder must be empty. It asks the model up to 65 times an image.",
+        description="Write into this folder a picture of each image in which the parts are clear that made the model "
+        "say its class, and a grey veil lies over the others. The folder must be empty.",
     )
 
     @field_validator("coverage")
@@ -448,6 +448,8 @@ def _write_pictures(folder: Path, images: Sequence[ImageFile], classifier: Class
     from peft_vit.deploy.explain import check_explainable, explain
 
     check_explainable(classifier.card)
+    if classifier.module is None:
+        print("This file has no gradients: the pictures are by occlusion, up to 65 passes each", file=sys.stderr)
     with into_empty(folder, "--explain"), progress("explaining", sys.stderr) as on_progress:
         for done, image in enumerate(images, start=1):
             with suppress(UserError):  # which the predictions tell

@@ -7,11 +7,13 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import command
@@ -31,9 +33,15 @@ class LabelRequest(Request):
         description="The folder of your images. Labels go into labels.csv there, which train and tune take."
     )
     task: TaskName = Field(default="classification", description=f"What to say of an image: {TASKS_SAID}.")
-    order: Literal["herding", "random", "files"] = Field(
+    model: Path | None = Field(
+        default=None,
+        description="The folder of a run whose model proposes, and whose features choose, as long as you name no class "
+        "that it doesn't know; then its features alone.",
+    )
+    order: Literal["herding", "random", "files", "unlike"] = Field(
         default="herding",
-        description="Which image comes next. herding: one that a model gains much from. random: any. files: the next.",
+        description="Which image comes next. herding: one that a model gains much from. random: any. files: the next. "
+        "unlike, with --model: the one that is least like all that it was trained on.",
     )
     host: str = Field(
         default="127.0.0.1",
@@ -48,6 +56,31 @@ class LabelRequest(Request):
     )
     to_label_studio: Path | None = Field(default=None, description="Write Label Studio's JSON to this file, and end.")
     from_label_studio: Path | None = Field(default=None, description="Take labels from Label Studio's JSON, and end.")
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Return those that the model knows; without one none.
+
+        Raises:
+            UserError: if it isn't a run, has learned another task, or can't do what the order needs.
+        """
+        if self.model is None:
+            if self.order == "unlike":
+                raise UserError("unlike needs --model, the folder of a run", field="--order")
+            return ()
+        from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
+
+        file = single_run(self.model) / RECORD_FILE
+        if not file.is_file():
+            raise UserError(
+                "isn't a run; name the folder that train or tune has made", file=self.model, field="--model"
+            )
+        record = read_record(file)
+        if record.spec.task != self.task:
+            raise UserError(f"learned {record.spec.task}; give --task {record.spec.task}", file=self.model)
+        if self.order == "unlike" and record.unlike is None:
+            raise UserError("unlike needs a model that was trained on more images", field="--order")
+        return tuple(record.class_names) if self.task == "classification" else ()
 
 
 @command(LabelRequest)
@@ -64,6 +97,7 @@ def label(request: LabelRequest) -> None:
     from peft_vit.label.images import ImageFolder
     from peft_vit.label.labels import LabelStore
 
+    request.classes  # noqa: B018 - refuses a model that can't be used, before anything is read
     images = ImageFolder(request.images)
     store = LabelStore(images.root, request.task)
     if taken := adopt(store, images, request.ignore_folders):
@@ -82,8 +116,9 @@ def label(request: LabelRequest) -> None:
 def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> None:
     from peft_vit.label.session import FolderFeatures, Session
 
-    features = FolderFeatures(images)
-    session = Session(store, images, features, request.order)
+    classes = request.classes
+    features = FolderFeatures(images, request.model, len(classes))
+    session = Session(store, images, features, request.order, classes)
     stop = threading.Event()
 
     def start() -> None:
@@ -95,6 +130,8 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
     finally:
         stop.set()
         features.stop()
+    if session.training.is_running:
+        print("The training continues; the same command shows it again.")
     if store.rows:
         print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {shlex.quote(str(store.file))}")
 

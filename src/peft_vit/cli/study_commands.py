@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -108,11 +109,14 @@ def _page_of(folder: Path) -> Path | None:
         return file
     if missing_packages("report"):
         return None
+    from peft_vit.deploy.explain import explained_images
     from peft_vit.lab.report import build_report
 
     try:
         with progress("writing the page"):
-            return build_report(folder, file.parent, thumbnails=_thumbnails, **_call_of(folder)).html
+            return build_report(
+                folder, file.parent, thumbnails=_thumbnails, maps=partial(explained_images, folder), **_call_of(folder)
+            ).html
     except UserError:  # the model is there all the same
         return None
 
@@ -261,6 +265,7 @@ def report(
     run is done, or a file that may be a result was left out and is named, 2 bad input.
     """
     with progress("writing the report", sys.stderr):
+        from peft_vit.deploy.explain import explained_images
         from peft_vit.lab.report import build_report
         from peft_vit.runs.records.storage import resolve_latest
 
@@ -271,6 +276,7 @@ def report(
             page=page,
             publication=publication,
             thumbnails=_thumbnails if page and examples else None,
+            maps=partial(explained_images, results_dir) if page and examples else None,
             **_call_of(results_dir),
         )
     if page:

@@ -480,7 +480,7 @@ class Provenance(_Value):
     processor: str
     cpu_count: int
     device: str
-    threads: int
+    threads: int  # of each process
     git_hash: str | None
     git_dirty: bool | None
     weights_name: str
@@ -497,6 +497,8 @@ class Provenance(_Value):
     # What multiplied them. Then training alone does so, and what is measured is measured in float; None in older
     # records, whose measures are those of the forward pass in integers.
     product: Literal["int_mm", "qlinear"] | None = _UNLESS_GIVEN
+    devices: int = Field(default=1, exclude_if=lambda devices: devices == 1)  # processes that trained together
+    nodes: int = Field(default=1, exclude_if=lambda nodes: nodes == 1)  # machines that they ran on
 
 
 class RunRecord(_Value):

@@ -10,12 +10,12 @@ from peft_vit.data.sources.folders import Images, find_images, index_inspected
 
 if TYPE_CHECKING:
     from peft_vit.data.inspect import Inspection, PixelStore, image_warnings, images_file, inspect_images
-    from peft_vit.data.load import load_data, open_index, smoke_config, thumbnails_of
+    from peft_vit.data.load import images_of, load_data, open_index, smoke_config, thumbnails_of
     from peft_vit.data.splits import Splits, class_gaps, make_splits
 
 _WITH_TORCH = {
     "inspect": ("Inspection", "PixelStore", "image_warnings", "images_file", "inspect_images"),
-    "load": ("load_data", "open_index", "smoke_config", "thumbnails_of"),
+    "load": ("images_of", "load_data", "open_index", "smoke_config", "thumbnails_of"),
     "splits": ("Splits", "class_gaps", "make_splits"),
 }
 

@@ -465,7 +465,7 @@ def links_of_one_label(links: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return those of the pairs (M, 2) whose images have one label; none where many pairs are alike by chance.
 
     Copies have one label; images that only look alike have two as often as chance gives two, 1 - sum of p squared. So
-    the share of pairs with two labels over that is the share that are no copies. It is the mean over the images that
+    the share of pairs with two labels over that is the share that only look alike. It is the mean over the images that
     have pairs, since two films that are alike have more pairs than each has. Of 446 pairs among 1,000 solar cells it is
     43 %, of 995 among the frames of 120 films (`benchmarks/copies.py`) 5 %, of those among stamps, emoji and
     Fashion-MNIST 0. The bound was chosen on these same sets.

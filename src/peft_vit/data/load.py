@@ -129,7 +129,13 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
 
 
 def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
-    """Return a `thumbnail` each of a few images of a run; nothing is downloaded for them.
+    """Return a `thumbnail` each of a few images of a run; see `images_of`."""
+    channels = DATASETS[record.spec.data.dataset].channels
+    return [thumbnail(image, channels) for image in images_of(record, positions)]
+
+
+def images_of(record: RunRecord, positions: Sequence[int]) -> list[Image.Image]:
+    """Return a few images of a run; nothing is downloaded for them.
 
     Args:
         record: of the run.
@@ -144,4 +150,4 @@ def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
     if index.sha256 != sha256 or not all(0 <= position < len(index.labels) for position in positions):
         message = f"the images of {index.name} on this machine are not those of the run"
         raise UserError(message, field="data")
-    return [thumbnail(index.read(position), index.channels) for position in positions]
+    return [index.read(position) for position in positions]

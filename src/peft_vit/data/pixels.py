@@ -54,7 +54,7 @@ _MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb by default; a quarter o
 _MAX_SIDE = 1 << 16  # resizing a longer line takes gigabytes
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF 6.0
 _WHITE_IS_ZERO, _IN_PLANES = 0, 2  # values of the last two
-_THUMBNAIL_SIDE = 96  # pixels
+_THUMBNAIL_SIDE = 128  # pixels
 REMEDY = "replace it or remove it"
 LETTERBOX_COLOUR = "#7c7468"  # ImageNet's mean
 _TRANSPARENT_COLOUR_IS_LOST = ("RGB;16B", "I;16B", "L;2", "L;4")  # of PNGs, whose values Pillow spreads or cuts
@@ -183,7 +183,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def thumbnail(image: Image.Image, channels: int) -> bytes:
-    """Return an image as PNG, the longer side 96 pixels; a smaller one is enlarged without smoothing."""
+    """Return an image as PNG, the longer side 128 pixels; a smaller one is enlarged without smoothing."""
     plain = on_white(image).convert("L" if channels == 1 else "RGB")
     scale = _THUMBNAIL_SIDE / max(plain.size)
     size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))

@@ -1,40 +1,29 @@
-"""Where a classifier looked: how much less sure of its class it is with each part of an image covered.
+"""Where a classifier looked: what its class rests on by attention, or how much less sure it is with parts covered.
 
-This is occlusion (Zeiler and Fergus, arXiv 1311.2901). It asks the model alone, so it works in every format.
+The second is occlusion (Zeiler and Fergus, arXiv 1311.2901). It asks the model alone, so it works in every format.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import scipy.special
 from PIL import Image
 
 from peft_vit.base.errors import UserError
+from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.deploy.formats.header import Classifier, ExportMetadata, FloatArray
 from peft_vit.deploy.predicting import GivenImage, pixels_of, prepared
+from peft_vit.deploy.presentation import Explanation
 
 _CELL, _MOST_CELLS = 14, 8  # pixels, about, and cells on a side, at most
-_DIM = 0.25  # of the light of what does not matter
+_CLEAR, _VEIL = 0.25, 110  # share of an image that is seen where nothing matters, and the grey that lies over it
 _SHOWN = 224  # pixels, at least
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A map of an image.
-
-    Attributes:
-        class_name: that the model said.
-        drops: (cells, cells): by how much the log-probability of this class falls where the image is covered.
-        picture: the image as the model gets it; what matters most is bright.
-    """
-
-    class_name: str
-    drops: FloatArray
-    picture: Image.Image
 
 
 def check_explainable(card: ExportMetadata) -> None:
@@ -48,32 +37,58 @@ def check_explainable(card: ExportMetadata) -> None:
 
 
 def explain(classifier: Classifier, image: GivenImage) -> Explanation:
-    """Cover an image part by part with its mean color, and ask for its class each time.
+    """Return where a model looked in an image: by its attention, if PyTorch computes it, else by occlusion.
 
     Raises:
-        UserError: if it can't be read, or the model does not say one class an image.
+        UserError: if the image can't be read, or the model does not say one class an image.
     """
     card = classifier.card
     check_explainable(card)
     plain = prepared(image, card)  # (3, S, S)
-    cells = min(_MOST_CELLS, max(2, card.image_size // _CELL))
-    parts = [slice(*ends) for ends in pairwise(np.linspace(0, card.image_size, cells + 1).astype(int))]
     said = scipy.special.log_softmax(classifier.logits(plain[None])[0])  # (classes,)
-    best = int(said.argmax())
+    best, weights = int(said.argmax()), None
+    if classifier.module is not None:
+        from peft_vit.deploy.attended import attended  # with torch, which a file for another runtime does not need
+
+        weights = attended(classifier.module, plain)
+    by: Literal["attention", "occlusion"] = "occlusion" if weights is None else "attention"
+    weights = _drops(classifier, plain, said[best], best) if weights is None else weights
+    return Explanation(card.class_names[best], weights, _picture(pixels_of(image, card), weights), by)
+
+
+def _drops(classifier: Classifier, plain: FloatArray, said: float, best: int) -> FloatArray:
+    """Cover an image (3, S, S) part by part with its mean color, and ask for its class each time."""
+    cells = min(_MOST_CELLS, max(2, classifier.card.image_size // _CELL))
+    parts = [slice(*ends) for ends in pairwise(np.linspace(0, classifier.card.image_size, cells + 1).astype(int))]
     drops = np.empty((cells, cells), np.float32)
     for row, of_height in enumerate(parts):
         covered = np.repeat(plain[None], cells, axis=0)  # (cells, 3, S, S)
         for place, of_width in enumerate(parts):
             covered[place, :, of_height, of_width] = plain.mean((1, 2))[:, None, None]
-        drops[row] = said[best] - scipy.special.log_softmax(classifier.logits(covered), axis=1)[:, best]
-    return Explanation(card.class_names[best], drops, _picture(pixels_of(image, card), drops))
+        drops[row] = said - scipy.special.log_softmax(classifier.logits(covered), axis=1)[:, best]
+    return drops
 
 
-def _picture(pixels: np.ndarray, drops: FloatArray) -> Image.Image:
-    """Return an image (S, S, C) with its light as a map says (cells, cells); what makes a class likelier is at 1."""
+def _picture(pixels: np.ndarray, weights: FloatArray) -> Image.Image:
+    """Return an image (S, S, C) with a veil as a map says (cells, cells): none over what makes a class likeliest."""
     side = max(_SHOWN, len(pixels))
-    light = np.clip(drops, 0, None) / max(float(drops.max()), 1e-6)
-    resized = Image.fromarray(light).resize((side, side), Image.Resampling.BILINEAR)
+    clear = np.clip(weights, 0, None) / max(float(weights.max()), 1e-6)
+    resized = Image.fromarray(clear).resize((side, side), Image.Resampling.BILINEAR)
     shown = Image.fromarray(pixels.squeeze()).convert("RGB").resize((side, side))
-    lit = np.asarray(shown) * (_DIM + (1 - _DIM) * np.asarray(resized)[:, :, None])  # (side, side, 3)
-    return Image.fromarray(lit.astype(np.uint8))
+    seen = _CLEAR + (1 - _CLEAR) * np.asarray(resized)[:, :, None]  # (side, side, 1)
+    return Image.fromarray((np.asarray(shown) * seen + _VEIL * (1 - seen)).astype(np.uint8))
+
+
+def explained_images(folder: Path, record: RunRecord, positions: Sequence[int]) -> list[Explanation]:
+    """Return maps of a few images of a run in a folder, by their positions in its data set.
+
+    Raises:
+        UserError: if its model or the images are not on this machine.
+    """
+    try:
+        from peft_vit.data import images_of
+        from peft_vit.deploy.restore import open_model
+    except ImportError as error:
+        raise UserError(f"the model can't be opened here ({error})") from None
+    images, classifier = images_of(record, positions), open_model(folder)
+    return [explain(classifier, image) for image in images]

@@ -38,7 +38,7 @@ class ImageFile(NamedTuple):
     read: Callable[[], bytes]
 
 
-GivenImage: TypeAlias = Path | ImageFile | NDArray[np.uint8] | UserError
+GivenImage: TypeAlias = Path | ImageFile | Image.Image | NDArray[np.uint8] | UserError
 
 
 def _function(place: str) -> Any:
@@ -230,7 +230,9 @@ def pixels_of(image: GivenImage, card: ExportMetadata) -> NDArray[np.uint8]:
         raise image
     if isinstance(image, Path):
         image = _on_disk(image)
-    if isinstance(image, ImageFile):
+    if isinstance(image, Image.Image):
+        decoded = image
+    elif isinstance(image, ImageFile):
         decoded = decode_image(image.read, str(image.file))
     elif (
         isinstance(image, np.ndarray)

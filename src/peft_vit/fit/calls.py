@@ -69,7 +69,10 @@ class RequestFile(BaseModel):
     def asks_for_the_same(self, other: RequestFile) -> bool:
         """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
         ours, theirs = (
-            (file.request.model_dump(exclude={"images", "output", "strict"}), os.path.realpath(file.request.images))
+            (
+                file.request.model_dump(exclude={"images", "output", "strict", "devices", "executor"}),
+                os.path.realpath(file.request.images),
+            )
             for file in (self, other)
         )
         return ours == theirs

@@ -457,6 +457,7 @@ class Fit:
             "threads": self.file.threads,
             "precision": request.precision,
             "device": request.device,
+            **({"execution": {"devices": request.devices}} if request.devices > 1 else {}),
             "backbone": self.backbone(recipe.model).model_dump(exclude_unset=True),
             "data": own | data,
             "experiments": list(experiments),

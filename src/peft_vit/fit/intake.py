@@ -42,6 +42,7 @@ from peft_vit.data import (
 )
 from peft_vit.fit.request import Advanced, FitRequest, TrainRequest
 from peft_vit.runs.records.storage import ADAPTER_FILE, resolve_latest, single_run
+from peft_vit.runs.this_machine.machine import check_devices
 
 if TYPE_CHECKING:
     from peft_vit.fit.fit import Fit
@@ -159,9 +160,11 @@ def look(fit: Fit) -> None:
     """Look at the images, and set some aside for the test; nothing is written.
 
     Raises:
-        UserError: see `inspect_images`.
+        UserError: see `inspect_images`; and for more devices than there are here.
     """
     request = fit.request
+    if request.devices > 1 and request.executor == "local":
+        check_devices(request.devices, request.device)
     found = request.found
     pixels = fit.opened.enter_context(pixel_store(request, found))
     images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))

@@ -108,10 +108,11 @@ def predictions_on(
     if not outcomes:
         return None
     logits, labels, images = pooled(outcomes, task)
-    made = task.predictions(logits, labels, images, decision=meaning_fields(meaning)["decision"])
+    fields = meaning_fields(meaning)
+    made = task.predictions(logits, labels, images, decision=fields["decision"])
     more: dict[str, list[Any]] = {"files": [index.title(image) for image in images.tolist()]}
-    if isinstance(meaning, Calibrated):
-        p = probabilities(logits, meaning.temperature)  # (N, K)
+    if fields["calibrated"] is not None:
+        p = probabilities(logits, fields["calibrated"].temperature)  # (N, K)
         more |= {"probability": p.max(1).tolist(), "label_probability": p[np.arange(len(p)), labels].tolist()}
     return made.model_copy(update=more)
 

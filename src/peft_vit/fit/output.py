@@ -16,8 +16,9 @@ from peft_vit.core.records import Calibrated, RunRecord
 from peft_vit.core.records import Decision as Meaning
 from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.data import thumbnails_of
+from peft_vit.deploy.explain import explained_images
 from peft_vit.deploy.measures.fastest import Exports, Form, export_fastest
-from peft_vit.deploy.page.class_blocks import Pictures, fonts_for, no_font
+from peft_vit.deploy.page.class_blocks import Maps, Pictures, fonts_for, no_font
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument, Table
 from peft_vit.deploy.page.files import write_report
 from peft_vit.deploy.page.formatting import (
@@ -156,7 +157,8 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
     write_whole(config, configuration(choice, record).encode())
     library = "openvino" if exports.model.suffix == ".xml" else "onnx"
     head = card_head(model, library, choice.request.images.name or "images")
-    document = tuning_document(choice, model, exports, partial(thumbnails_of, record))
+    pictures, maps = partial(thumbnails_of, record), partial(explained_images, run_dir, record)
+    document = tuning_document(choice, model, exports, pictures, maps)
     write_report([document], {CARD_FILE: card_text(document, head, _use(choice, record, exports))}, directory)
     if missing := fonts_for(record.class_names)[1]:
         tell(f"  {no_font(missing)}")
@@ -275,9 +277,11 @@ _AT = 0.9  # coverage that stands at the top
 COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bring"
 
 
-def tuning_document(choice: Tuning, model: ModelSummary, exports: Exports, pictures: Pictures | None) -> StudyDocument:
-    """Return the document; without `pictures`, which makes them of test images, it has none."""
-    page = model_document(model, pictures)
+def tuning_document(
+    choice: Tuning, model: ModelSummary, exports: Exports, pictures: Pictures | None, maps: Maps | None = None
+) -> StudyDocument:
+    """Return the document; pictures and maps as in `model_document`."""
+    page = model_document(model, pictures, maps)
     (made,) = page.sections[MADE]
     assert isinstance(made, Facts)
     asked = dict(_facts(choice))
@@ -330,8 +334,9 @@ def _cards(model: ModelSummary, exports: Exports) -> Iterator[Card]:
     against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
     yield Card("Time for an image", exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
     if model.quality is not None and tested is not None and _AT in tested.covered:
-        said = f"hold {percent(tested.covered[_AT])} of the test images' classes"
-        yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(tested.set_size[_AT], 2), (said,))
+        said = f"these hold the true class of {percent(tested.covered[_AT])} of test images"
+        where = f"that an image may be of, on average, by --coverage {_AT:g}"
+        yield Card("Classes in a set", where, fixed(tested.set_size[_AT], 2), (said,))
     yield labels_card(model.record)
 
 

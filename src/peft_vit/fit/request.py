@@ -96,6 +96,10 @@ COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where
 DEVICE = "Where to train. auto: on a GPU if there is one."
 BITS = f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}."
 THREADS = "Use this many processor threads. Without it, as many as there are processors."
+DEVICES = (
+    "Train with this many processes, each on a GPU of its own, or on a share of the processors. Batches are divided, "
+    "and the model is the same but for rounding."
+)
 EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
 SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
 
@@ -121,6 +125,8 @@ class ImagesRequest(Request):
     compute: ComputeSetting = Field(default="auto", description=COMPUTE)
     device: Device = Field(default="auto", description=DEVICE)
     threads: int | None = Field(default=None, ge=1, description=THREADS)
+    devices: int = Field(default=1, ge=1, le=1024, exclude_if=lambda devices: devices == 1, description=DEVICES)
+    executor: ExecutorName = Field(default="local", exclude_if=lambda name: name == "local", description=EXECUTOR)
 
     @cached_property
     def found(self) -> Images:
@@ -180,7 +186,6 @@ class _OfTrain:
     folds_share = 0.2  # likewise, for its folds
     least_of_a_class: ClassVar[tuple[int | None, int | None]] = 2, 2  # different ones, without and with a test split
     unchangeable: ClassVar[Mapping[str, Any]] = {}  # when its folder continues: request.json has said it already
-    executor: ClassVar[ExecutorName] = "local"
     split_seed = 0
     margin_share = 0.01
     max_bytes = None
@@ -333,6 +338,10 @@ class TrainRequest(ImagesRequest, _OfTrain):
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:
+        if self.devices > 1 and self.is_probe:
+            refuse(self, {"devices": f"has no effect with --method {self.method}, which takes no steps; leave it out"})
+        if self.devices > self.batch_size:
+            refuse(self, {"devices": f"{self.devices} are more than the --batch-size {self.batch_size}; lower it"})
         if fault := micro_batch_fault(self.micro_batch_size, self.batch_size):
             refuse(self, {"micro_batch_size": fault})
         if self.compute == "int8" and (reason := METHOD_KINDS[self.method].without_integers):
@@ -522,7 +531,6 @@ class TuneRequest(ImagesRequest, _OfTune):
         description="The number for all random choices: which images are kept for the test, how the others are "
         "divided, how training starts.",
     )
-    executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
         default=Path("peft-vit-tune"), description="The folder for results, where the same command continues."
     )
@@ -548,7 +556,7 @@ class TuneRequest(ImagesRequest, _OfTune):
     @property
     def unchangeable(self) -> Mapping[str, Any]:
         """Return what may not change when the same output continues, by option."""
-        left_out = {"output", "minutes", "executor", *(["threads"] if self.threads is None else [])}
+        left_out = {"output", "minutes", "executor", "devices", *(["threads"] if self.threads is None else [])}
         values = self.model_dump(mode="json", exclude=left_out)
         values["images"] = str(self.images.absolute())
         return {self.option(field).name.lstrip("-").lower(): value for field, value in values.items()}

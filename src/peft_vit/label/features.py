@@ -1,4 +1,4 @@
-"""Features of a pretrained model, computed in a process of its own while a person labels.
+"""Features of a pretrained or trained model, computed in a process of its own while a person labels.
 
 What reads them needs no torch. The process appends a record an image to a file of the user's cache, in an order that is
 random: the first hundred show all of a folder. A record holds the SHA-256 of the image's file and its features, so
@@ -13,10 +13,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from peft_vit.core.config import DEFAULT_MODEL, BackboneConfig
 from peft_vit.data.files import cache_fault, in_threads
 from peft_vit.data.pixels import FORMAT_VERSION, decode_image, decoders, to_pixels
 from peft_vit.runs.this_machine.cache import cache_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SIZE, _BATCH = 112, 16  # pixels a side, images
 
@@ -79,13 +82,15 @@ class FeatureProcess:
     Args:
         folder: of the images.
         names: of their files, relative to it.
+        model: see `compute_features`.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        depends_on = {"folder": str(folder.resolve()), "model": DEFAULT_MODEL, "image_size": _SIZE}
+    def __init__(self, folder: Path, names: Sequence[str], model: Path | None = None) -> None:
+        trained = "" if model is None else str(model.resolve())
+        depends_on = {"folder": str(folder.resolve()), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
         self.file = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
-        command = [sys.executable, "-m", __name__, str(self.file), str(folder), str(os.getpid())]
+        command = [sys.executable, "-m", __name__, str(self.file), str(folder), str(os.getpid()), trained]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._errors, encoding="utf-8")
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as pipe:
@@ -110,7 +115,63 @@ class FeatureProcess:
         self._process.wait()
 
 
-def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int | None = None) -> None:
+class _Model(NamedTuple):
+    """What makes of B images, (B, C, S, S) uint8, (B, width) values."""
+
+    values: Callable[[Tensor], Any]
+    sha256: str
+    taken: tuple[Any, ...]  # side, channels and so on: how `to_pixels` makes its input
+    enough: int | None = None  # pixels, see `decode_image`
+
+
+def _pretrained() -> _Model:
+    from peft_vit.core.backbones import Backbone, default_weights_source, interpolation_of, load_backbone
+    from peft_vit.core.training.images import normalised
+    from peft_vit.runs.this_machine.machine import resolve_device
+
+    device = resolve_device("auto")
+    weights, _ = default_weights_source(DEFAULT_MODEL)
+    config = BackboneConfig(model=DEFAULT_MODEL, weights=weights, head_blocks=4)
+    loaded = load_backbone(config, image_size=_SIZE, num_classes=2, seed=0)
+    backbone = Backbone(loaded.model.eval().to(device))
+
+    def values(pixels: Tensor) -> Any:
+        images = normalised(pixels, loaded.mean, loaded.std).to(device)  # (B, 3, S, S)
+        return backbone.features(images).float().cpu().numpy()  # (B, D)
+
+    taken = (_SIZE, 3, interpolation_of(loaded.architecture))
+    return _Model(values, loaded.weights_sha256 or "", taken, enough=_SIZE)
+
+
+def _trained(run: Path) -> _Model:
+    """Return a run's model, whose values are features, a class's probabilities, and what `predict` calls distance."""
+    from peft_vit.base.statistics import probabilities
+    from peft_vit.core.backbones import Backbone
+    from peft_vit.core.training.images import normalised
+    from peft_vit.deploy.formats.torch_files import torch_classifier
+    from peft_vit.deploy.restore import restore_run
+
+    restored = restore_run(run)
+    card, backbone = restored.card, Backbone(restored.model)
+    classifier = torch_classifier(restored.model, card, restored.reference)
+    nowhere = np.zeros(1, np.float32)  # where no features of training images are at hand
+    compute = classifier.with_distances or (lambda images: (classifier.logits(images), nowhere.repeat(len(images))))
+    temperature = getattr(card.meaning, "temperature", 1.0)
+    num_classes = len(card.class_names) if card.task == "classification" else 0
+
+    def values(pixels: Tensor) -> Any:
+        images = normalised(pixels, card.mean, card.std)  # (B, 3, S, S)
+        logits, distances = compute(images.numpy())
+        of_classes = probabilities(logits, temperature)[:, :num_classes]  # (B, K), or (B, 0)
+        return np.concatenate([backbone.features(images), of_classes, distances[:, None]], axis=1)
+
+    taken = (card.image_size, card.channels, card.interpolation, card.resize)
+    return _Model(values, restored.record.adapter_sha256 or "", taken)
+
+
+def compute_features(
+    folder: Path, names: Sequence[str], file: Path, parent: int | None = None, run: Path | None = None
+) -> None:
     """Append the features of the images that are not in a file, and end early if the process that wanted them has.
 
     Args:
@@ -118,6 +179,8 @@ def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int
         names: of their files, relative to it.
         file: where to.
         parent: the process that wants them; without it, the one that started this one.
+        run: folder of a run, of whose model they are, followed by its probabilities and its distance to the nearest
+            image that it was trained on; None: the default model's.
 
     Raises:
         UserError: if weights can't be loaded, or the file can't be written.
@@ -127,20 +190,15 @@ def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int
 
     import torch
 
-    from peft_vit.core.backbones import Backbone, default_weights_source, interpolation_of, load_backbone
-    from peft_vit.core.training.images import normalised
-    from peft_vit.runs.this_machine.machine import resolve_device
-
     if parent is None or os.name == "nt":  # on Windows an environment's Python is started by a process between
         parent = os.getppid()
-    device = resolve_device("auto")
-    weights, _ = default_weights_source(DEFAULT_MODEL)
-    config = BackboneConfig(model=DEFAULT_MODEL, weights=weights, head_blocks=4)
-    loaded = load_backbone(config, image_size=_SIZE, num_classes=2, seed=0)
-    backbone, interpolation = Backbone(loaded.model.eval().to(device)), interpolation_of(loaded.architecture)
-    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (backbone.head.in_features,))])
+    model = _pretrained() if run is None else _trained(run)
+    side, channels, *_ = model.taken
+    with torch.inference_mode():
+        width = model.values(torch.zeros(1, channels, side, side, dtype=torch.uint8)).shape[1]
+    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (width,))])
     with cache_fault(file):
-        known = _begun(file, dtype, (loaded.weights_sha256 or "").encode())
+        known = _begun(file, dtype, model.sha256.encode())
 
     def prepared(name: str) -> tuple[bytes, NDArray[np.uint8] | None]:
         """Return the SHA-256 of an image's file, empty if there is none, and its pixels."""
@@ -152,10 +210,10 @@ def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int
         if digest in known:
             return digest, None
         try:
-            image = decode_image(lambda: content, name, enough=_SIZE)
+            image = decode_image(lambda: content, name, enough=model.enough)
         except UserError:
             return digest, None
-        return digest, to_pixels(image, _SIZE, 3, interpolation)
+        return digest, to_pixels(image, *model.taken)
 
     order = np.random.default_rng(0).permutation(len(names)).tolist()
     for start in range(0, len(order), _BATCH):
@@ -167,10 +225,9 @@ def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int
         records["digest"], records["values"] = list(new), np.nan
         readable = {place: pixels for place, pixels in enumerate(new.values()) if pixels is not None}
         if readable:
-            batch = torch.from_numpy(np.stack(list(readable.values())))  # (B, S, S, 3)
-            images = normalised(batch.permute(0, 3, 1, 2), loaded.mean, loaded.std).to(device)  # (B, 3, S, S)
+            batch = torch.from_numpy(np.stack(list(readable.values())))  # (B, S, S, C)
             with torch.inference_mode():
-                records["values"][list(readable)] = backbone.features(images).float().cpu().numpy()  # (B, D)
+                records["values"][list(readable)] = model.values(batch.permute(0, 3, 1, 2))  # (B, width)
         with cache_fault(file), file.open("ab") as opened:
             opened.write(records.tobytes())
         known.update(new)
@@ -192,9 +249,10 @@ def _begun(file: Path, dtype: np.dtype[Any], weights: bytes) -> set[bytes]:
 
 def main() -> None:
     """Compute the features of the images whose names stand in the input, with a zero byte between them."""
-    file, folder, parent = sys.argv[1:]
+    file, folder, parent, run = sys.argv[1:]
+    names = sys.stdin.buffer.read().decode().split("\0")
     try:
-        compute_features(Path(folder), sys.stdin.buffer.read().decode().split("\0"), Path(file), int(parent))
+        compute_features(Path(folder), names, Path(file), int(parent), Path(run) if run else None)
     except UserError as error:
         sys.exit(str(error))
 

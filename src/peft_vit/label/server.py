@@ -65,7 +65,15 @@ _CHANGES: dict[str, Callable[[Session | Checking, _Answer], None]] = {
     "label": lambda session, answer: session.record(**answer.model_dump()),
     "refuse": lambda session, answer: session.refuse(answer.ids),
     "undo": lambda session, answer: session.undo(),
+    "train": lambda session, answer: _started(session, "train"),
+    "tune": lambda session, answer: _started(session, "tune"),
 }
+
+
+def _started(session: Session | Checking, command: str) -> None:
+    if not isinstance(session, Session):
+        raise UserError("give the command in a terminal", field=command)
+    session.training.start(command)
 
 
 class LabelServer:

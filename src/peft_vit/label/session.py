@@ -10,20 +10,21 @@ import shlex
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from peft_vit.base.errors import UserError, first_line
-from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FeatureFile, FeatureProcess
 from peft_vit.label.images import TEST_SHARE, ImageFolder
-from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
+from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name, is_number
 from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
+from peft_vit.label.training import Training
 
-Order = Literal["herding", "random", "files"]
+Order = Literal["herding", "random", "files", "unlike"]
 LARGE, SMALL = 1024, 256  # pixels a side of an image alone, and of one on a wall
 _FEWEST = 2  # classes, and labels of each, before anything is proposed
 _AHEAD = 5  # images chosen at once, and as many more as were labelled while they were chosen
@@ -47,6 +48,15 @@ class Shown(NamedTuple):
     former: Row | None = None  # what was taken back
 
 
+class Computed(NamedTuple):
+    """What is there of M images; the last two say what a trained model makes of them."""
+
+    features: np.ndarray  # (M, D) float32
+    ids: np.ndarray  # (M,) int64
+    probabilities: np.ndarray | None = None  # (M, classes)
+    distances: np.ndarray | None = None  # (M,), to the nearest image that it was trained on
+
+
 class Features(Protocol):
     """What is computed of the images meanwhile."""
 
@@ -54,21 +64,27 @@ class Features(Protocol):
     def fault(self) -> str:
         """Return why nothing more is computed, or ""."""
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the features that are there, (M, D) float32, and of which images, (M,) int64."""
+    def read(self) -> Computed:
+        """Return what is there."""
 
 
 class FolderFeatures:
-    """Those of a folder, which a process computes."""
+    """Those of a folder, which a process computes.
 
-    def __init__(self, images: ImageFolder) -> None:
-        self._images = images
+    Args:
+        images: of the folder.
+        model: a run's folder, whose features they are; None: the default model's, as it was pretrained.
+        classes: number of that run's.
+    """
+
+    def __init__(self, images: ImageFolder, model: Path | None = None, classes: int = 0) -> None:
+        self._images, self._model, self._classes = images, model, classes
         self._process: FeatureProcess | None = None
         self._file: FeatureFile | None = None
 
     def start(self) -> None:
         """Start the process; before that there is nothing to read."""
-        self._process = FeatureProcess(self._images.root, self._images.names)
+        self._process = FeatureProcess(self._images.root, self._images.names, self._model)
 
     def stop(self) -> None:
         """End the process, if it was started."""
@@ -80,7 +96,7 @@ class FolderFeatures:
         """Return why the process has ended too early, or ""."""
         return "" if self._process is None else self._process.fault or ""
 
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
+    def read(self) -> Computed:
         """Return what is there; the first call reads all images, to know which features are whose."""
         if self._file is None:
             assert self._process is not None
@@ -91,7 +107,10 @@ class FolderFeatures:
             if self._images.names[i] not in self._images.left_out:
                 self._images.is_sound(i, SMALL)  # which says why not
         ids = np.flatnonzero(self._file.ready)
-        return self._file.values[ids], ids
+        values, first = self._file.values[ids], -1 - self._classes  # (M, D), of a trained model (M, D + classes + 1)
+        if self._model is None or not len(ids):
+            return Computed(values, ids)
+        return Computed(values[:, :first], ids, values[:, first:-1], values[:, -1])
 
 
 class Session:
@@ -102,12 +121,21 @@ class Session:
         images: of the folder.
         features: of the images.
         order: how the next image is chosen.
+        classes: those of the model that proposes.
     """
 
-    def __init__(self, store: LabelStore, images: ImageFolder, features: Features, order: Order = "herding") -> None:
+    def __init__(
+        self,
+        store: LabelStore,
+        images: ImageFolder,
+        features: Features,
+        order: Order = "herding",
+        classes: Sequence[str] = (),
+    ) -> None:
         self.store, self.images, self.features, self.order = store, images, features, order
+        self.training = Training(store)
         self._lock, self._changed = threading.RLock(), threading.Event()
-        self._classes: list[str] = []
+        self._classes, self._num_known = list(classes), len(classes)
         self._history: list[tuple[Sequence[int], dict[str, Row | None], dict[str, Row | None]]] = []  # before, after
         self._shown: Shown | None = None
         self._skipped: set[int] = set()
@@ -164,6 +192,7 @@ class Session:
                 "undoable": bool(self._history),
                 "trouble": self.features.fault or self._trouble,
                 "command": f"peft-vit tune {shlex.quote(str(self.store.file))}",
+                "training": self.training.state(),
             }
 
     def record(
@@ -240,7 +269,7 @@ class Session:
 
     def fit(self) -> None:
         """Fit a model to what is labelled, and choose the next images by it; the page is answered meanwhile."""
-        features, ids = self.features.read()  # (M, D), (M,)
+        features, ids, known, distances = self.features.read()
         self.images.find_copies()
         with self._lock:
             rows, classes = dict(self.store.rows), list(self.classes)
@@ -260,13 +289,21 @@ class Session:
         probabilities, proposals, offered, accuracy = None, {}, None, None
         if (np.bincount(train[train >= 0], minlength=1) >= _FEWEST).sum() >= _FEWEST:
             probabilities = propose(features, train, len(classes))  # (M, K)
-            proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
             accuracy = expected_accuracy(features, train, test, len(classes))
+        if known is not None and train.max(initial=0) < self._num_known:
+            probabilities = np.pad(known, ((0, 0), (0, len(classes) - self._num_known)))  # the model knows all of them
+        if probabilities is not None:
+            proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
             if found := wall(probabilities, available & ~np.isin(ids, doubted), train):
                 offered = Shown(tuple(ids[found[1]].tolist()), is_wall=True, proposed=classes[found[0]])
         with self._lock:
             count = _AHEAD + self._labelled_since
-        chosen = herding(features, train, available, count, probabilities) if self.order == "herding" else []
+        chosen = list[int]()
+        if self.order == "herding":
+            chosen = herding(features, train, available, count, probabilities)
+        elif self.order == "unlike" and distances is not None:
+            farthest = np.argsort(-distances, kind="stable")
+            chosen = farthest[available[farthest]][:count].tolist()
         with self._lock:
             self._chosen, self._proposals = ids[chosen].tolist(), proposals
             self._offered, self._accuracy = offered, accuracy
@@ -296,7 +333,7 @@ class Session:
             raise UserError(f"expected one, got {len(labels)}", field="label")
         if self.store.task == "regression":
             number = labels[0].strip().replace(",", ".")
-            if TASKS[self.store.task].fault({"value": number}):
+            if not is_number(number):
                 raise UserError(f"expected a number such as 12.5, got {number!r}", field="label")
             return (number,)
         return tuple(dict.fromkeys(class_name(label, self.classes) for label in labels))

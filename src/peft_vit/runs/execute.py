@@ -75,9 +75,12 @@ from peft_vit.core.training import (
     Checkpoints,
     CheckpointWarning,
     ChosenBits,
+    Helped,
     Hook,
     HookContext,
     Interrupted,
+    LostProcessError,
+    Member,
     Overhead,
     Progress,
     RuntimeConfig,
@@ -86,6 +89,7 @@ from peft_vit.core.training import (
     allocate_bits,
     head_logits,
     loss_weights,
+    processes,
     train,
 )
 from peft_vit.core.training.images import Data, LabelledImages
@@ -120,7 +124,7 @@ _MUST_MATCH = (
     "start_sha256",
 )
 # What carried it out: with another one the numbers may round otherwise.
-_MAY_DIFFER = ("python", "processor", "device", "integer_bits", "git_hash")  # and the packages' versions
+_MAY_DIFFER = ("python", "processor", "device", "devices", "integer_bits", "git_hash")  # and the packages' versions
 
 
 @dataclass(frozen=True)
@@ -144,28 +148,36 @@ def run_one(
     on_progress: OnProgress | None = None,
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
+    member: Member | None = None,
 ) -> Finished:
     """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
+
+    Several processes do it together if each calls this. The first reads and writes checkpoints, fits the head before
+    training and tests after it.
 
     Args:
         spec: what to do.
         on_progress: called after each step.
         checkpoints: where to keep what the run needs to continue; None: nothing is written at all.
         should_stop: asked after each step.
+        member: the place of this process among several; None: it is alone, or they have met already.
 
     Raises:
-        Interrupted: if it should stop; a checkpoint was written then.
+        Interrupted: if it should stop, here or in another process; a checkpoint was written then.
+        Helped: in all processes but the first, when training is over.
     """
     with warnings.catch_warnings(record=True) as caught:
         for category in _RECORDED:
             warnings.simplefilter("always", category)
-        attempt = Attempt(spec, checkpoints, should_stop, caught)
+        first = (processes.rank() if member is None else member.rank) == 0
+        attempt = Attempt(spec, checkpoints if first else None, should_stop, caught)
         try:
-            finished = _execute(spec, attempt, on_progress)
-        except Interrupted:
+            with nullcontext() if member is None else member.joined():
+                finished = _execute(spec, attempt, on_progress)
+        except (Interrupted, Helped):
             raise
         except Exception as error:
-            plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
+            plain = isinstance(error, UserError | LostProcessError) and not isinstance(error, DivergedError)
             kind = _failure_of(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
             if kind == "error" and attempt.has_resumed_training:
@@ -191,6 +203,8 @@ def _failure_of(error: Exception) -> Failure:
     """Return what kind of failure an exception is."""
     if isinstance(error, DivergedError):
         return "diverged"
+    if isinstance(error, LostProcessError):
+        return "killed"
     if is_out_of_memory(error):
         return "out_of_memory"
     if isinstance(error, OSError):
@@ -224,7 +238,7 @@ class Loaded:
         Raises:
             UserError: as `load_data`, `load_run_backbone`.
         """
-        torch.set_num_threads(spec.threads)
+        torch.set_num_threads(max(1, spec.threads // processes.local_count()))
         device = resolve_device(spec.device)
         data = load_data(spec.data, spec.seed, smoke=spec.smoke, test=test)
         packed_targets = packed_at_once(spec.experiment)
@@ -238,11 +252,24 @@ class Loaded:
     def made_ready(self) -> Provenance:
         """Let the model, which its method has prepared, multiply as was asked for; return what the run is made of."""
         model = self.backbone.model.to(self.device)  # what is packed comes packed
-        training, product = self.spec.experiment.training, None
-        if training.compute == "int8":
-            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
-            product = use_int8_matmul(model, choice.usable(self.device))
+        product = self.product()
+        if product is not None:
+            product = use_int8_matmul(model, product)
         return provenance_of(self, product)
+
+    def product(self) -> Int8Matmul | None:
+        """Return what multiplies integers here, as the first process has found it fastest; None in float."""
+        training = self.spec.experiment.training
+        if training.compute != "int8":
+            return None
+
+        def find() -> Int8Matmul | None:
+            if processes.rank() > 0:
+                return None
+            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
+            return choice.usable(self.device)
+
+        return processes.of_first(processes.in_each(find))
 
     def float_weights(self) -> dict[str, Tensor]:
         """Load the weights again, as they were."""
@@ -267,7 +294,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         load_peft()
     attempt.memory = memory = MemoryWatch()  # before anything of the run is read, after the libraries that it needs
     overhead = attempt.read()
-    loaded = Loaded.of(spec)
+    loaded = processes.in_each(lambda: Loaded.of(spec))
     data, backbone, runtime, model = loaded.data, loaded.backbone, loaded.runtime, loaded.backbone.model
     for text in data.warnings:
         warnings.warn(DataWarning(text), stacklevel=2)
@@ -275,7 +302,9 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     calibration = Calibration(data, runtime, spec.seed)
 
     hooks = _prepare(model, spec, attempt, calibration, experiment.total_steps(len(data.train)))
-    provenance = attempt.begin(loaded.made_ready())  # now that the head is the one that training starts from
+    provenance = attempt.begin(
+        _same_everywhere(processes.in_each(loaded.made_ready))
+    )  # now that the head is the one that training starts from
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
         for doubt in base_mismatches(Path(start), spec.backbone.model, *weights, data.class_names):
@@ -367,10 +396,11 @@ def _prepare(
     config, overhead = spec.experiment.section(QaLoraConfig), attempt.overhead
     bits: ChosenBits | None = None
     if config is not None and config.adaptive_bits is not None:
-        if attempt.known.bit_allocation is None:  # or an earlier attempt has chosen
+        if attempt.known.bit_allocation is None and processes.rank() == 0:  # or an earlier attempt has chosen
             with overhead.of("bit_allocation"):
                 batch = calibration.batch(config.adaptive_bits.calibration_images)
                 attempt.known.bit_allocation = allocate_bits(model, config, *batch, seed=spec.seed).record
+        attempt.known.bit_allocation = processes.of_first(attempt.known.bit_allocation)
         bits = ChosenBits.of_record(attempt.known.bit_allocation, config)
     with overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
         context = PrepareContext(
@@ -401,7 +431,7 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     if spec.multiplies_integers:
         provenance = provenance.model_copy(update={"integer_bits": None})
         in_float = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
-    if (is_probe or training.head_start == "probe") and not attempt.is_resumed:
+    if (is_probe or training.head_start == "probe") and not attempt.is_resumed and processes.rank() == 0:
         probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
         if not is_probe and spec.experiment.start is None:  # else it is no linear probe
@@ -439,6 +469,8 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
             probe=probed,
             temperature=temperature,
         )
+    if processes.rank() > 0:
+        raise Helped
 
     def outputs(of: LabelledImages) -> Outputs:
         batches = of.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
@@ -466,6 +498,27 @@ def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_prog
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)
     predicted = predicted.model_copy(update={"files": data.test_files})
     return _Tested(result, data.task.measure(test.logits, test.labels, decision), predicted, believed)
+
+
+def _same_everywhere(own: Provenance) -> Provenance:
+    """Return what a run is made of, with the numbers of processes and machines, if it is so in every process.
+
+    Raises:
+        UserError: in each of them, if it is not.
+    """
+    every = processes.gathered((own, platform.node()))
+
+    def facts(one: Provenance) -> dict[str, Any]:
+        fields = {*_MUST_MATCH, "python", "git_hash", "integer_bits", *(["processor"] if one.device == "cpu" else [])}
+        return {**one.packages, **one.model_dump(include=fields)}
+
+    expected = facts(every[0][0])
+    for number, (other, node) in enumerate(every):
+        for name, value in facts(other).items():
+            if value != expected.get(name):
+                reason = f"process {number} on {node} has {name} {value}, the first one {expected.get(name)}"
+                raise UserError(f"{reason}; give all the same images, versions and kind of processor", field="devices")
+    return own.model_copy(update={"devices": len(every), "nodes": len({node for _, node in every})})
 
 
 def provenance_of(loaded: Loaded, product: Int8Matmul | None) -> Provenance:
@@ -593,7 +646,9 @@ class Attempt:
         for field in _MUST_MATCH:
             if (was := getattr(first, field)) != (now := getattr(provenance, field)):
                 raise self._mismatch(field, f"{was} when the run began, {now} now")
-        old_tools, new_tools = ({**p.packages, **p.model_dump(include=set(_MAY_DIFFER))} for p in (first, provenance))
+        old_tools, new_tools = (
+            {**p.packages, **{name: getattr(p, name) for name in _MAY_DIFFER}} for p in (first, provenance)
+        )
         changes = [
             f"{name} {new_tools.get(name)} instead of {old_tools.get(name)}"
             for name in {**old_tools, **new_tools}
@@ -641,7 +696,7 @@ class Attempt:
             Interrupted: if it is to stop.
             OSError: if the checkpoint can't be written.
         """
-        stops = self._should_stop is not None and self._should_stop()
+        stops = processes.any_of(self._should_stop is not None and self._should_stop())
         if self._keeper is not None and step > 0 and (stops or self._keeper.is_due()):
             with self.overhead.of("checkpoints"):
                 run = self.update().model_dump(mode="json")

@@ -21,8 +21,8 @@ def test_small_images_are_enlarged_without_smoothing() -> None:
     files = thumbnails_of(record_of(DIGITS, SHA256), [7, 3])
     for file, position in zip(files, (7, 3), strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(file)))
-        assert pixels.shape == (96, 96)
-        assert np.array_equal(pixels[6::12, 6::12], np.rint(load_digits().images[position] * 255 / 16))
+        assert pixels.shape == (128, 128)
+        assert np.array_equal(pixels[8::16, 8::16], np.rint(load_digits().images[position] * 255 / 16))
     assert files == thumbnails_of(record_of(DIGITS, SHA256), [7, 3])
 
 

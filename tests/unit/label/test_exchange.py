@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 from label_sessions import write_digits
 
 from peft_vit.base.errors import UserError
-from peft_vit.cli import main
+from peft_vit.cli import label_command, main
 from peft_vit.data.sources.folders import find_images
 from peft_vit.label.exchange import adopt, from_label_studio, to_folders, to_label_studio
 from peft_vit.label.images import ImageFolder
@@ -179,3 +180,19 @@ def test_the_command_hands_over_and_refuses_in_a_line(tmp_path, capsys) -> None:
     assert (
         capsys.readouterr().err == f"error: {tmp_path}/nothing: is not a folder; name the one that your images lie in\n"
     )
+
+
+def test_a_port_in_use_is_refused_in_a_line(tmp_path, capsys) -> None:
+    write_digits(tmp_path, 3)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as ended:
+        main(["label", str(tmp_path), "--no-browser", "--port", str(taken.getsockname()[1])])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--port: " in line
+    assert not (tmp_path / "labels.csv").exists()
+
+
+def test_without_a_browser_the_address_is_told(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    label_command._open("http://127.0.0.1:1/?key=x")
+    assert "No browser" in capsys.readouterr().out

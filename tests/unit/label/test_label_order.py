@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from peft_vit.label import order
-from peft_vit.label.order import at_random, expected_accuracy, herding, propose, wall
+from peft_vit.label.order import expected_accuracy, herding, propose, wall
 
 
 def drawn(images: int, classes: int = 3, noise: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,15 +62,6 @@ def test_herding_covers_a_sample_of_many_images_another_one_with_each_label(monk
     assert len(herding(features, labelled, labelled < 0, 100)) == 10
 
 
-def test_a_random_order_is_the_same_whatever_was_taken_of_it() -> None:
-    available = np.arange(50) % 3 != 0
-    whole = at_random(available, 100, seed=1)
-    assert sorted(whole) == np.flatnonzero(available).tolist() != whole
-    available[whole[:4]] = False
-    assert at_random(available, 5, seed=1) == whole[4:9]
-    assert at_random(available, 5, seed=2) != whole[4:9]
-
-
 @pytest.mark.parametrize("known", [8, 150])  # fewer than features, and more
 def test_proposals_are_those_of_a_logistic_regression(known: int) -> None:
     features, labels = drawn(200)
@@ -104,7 +95,8 @@ def test_nothing_is_proposed_before_there_are_two_classes() -> None:
     assert (propose(features, labelled, 4) == 0.25).all()
 
 
-def test_a_wall_is_of_the_surest_class_that_has_enough_images() -> None:
+def test_a_wall_is_of_the_surest_class_that_has_enough_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "_FEWEST_OF_CLASS", 3)
     sure = np.concatenate([np.full(30, 0.91), np.linspace(0.99, 0.7, 30), np.full(6, 0.99)])
     classes = np.repeat([0, 1, 2], [30, 30, 6])
     probabilities = np.repeat((1 - sure)[:, None] / 2, 3, axis=1)
@@ -114,7 +106,7 @@ def test_a_wall_is_of_the_surest_class_that_has_enough_images() -> None:
     available[labelled >= 0] = False
     assert wall(probabilities, available, labelled) == (0, list(range(3, 23)))  # of class 1 they are less sure
     available[:20] = False
-    shown = wall(probabilities, available, labelled, size=30)
+    shown = wall(probabilities, available, labelled)
     assert shown == (0, list(range(20, 30)))
     label, images = wall(probabilities, available & (classes > 0), labelled) or (0, [])
     assert label == 1  # class 2 has too few

@@ -3,12 +3,14 @@
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from label_sessions import session_of, write_digits
 from PIL import Image
 
 from peft_vit.base.errors import UserError
+from peft_vit.label.corrections import Checking
 from peft_vit.label.labels import LabelStore
 
 pytest.importorskip("starlette")
@@ -101,9 +103,21 @@ def test_nothing_is_told_without_the_cookie(path, server) -> None:
     ],
 )
 def test_nobody_else_changes_anything(headers, status, client, tmp_path) -> None:
-    assert sent(client, **headers).status_code == status
+    for path in ("/label", "/train", "/tune"):
+        assert sent(client, path, **headers).status_code == status
     assert client.get("/label").status_code in (404, 405)
     assert LabelStore(tmp_path).rows == {}
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_nothing_is_trained_on_too_few_labels(command, client, server) -> None:
+    told = sent(client, f"/{command}", {})
+    assert told.status_code == 422
+    assert "needs 2 classes" in told.json()["fault"]
+    assert not told.json()["training"]["running"]
+    server.session.__class__ = Checking  # which has none
+    with patch.object(Checking, "state", lambda self: {}):
+        assert server._changed(command, b"{}").status_code == 422
 
 
 @pytest.mark.parametrize(

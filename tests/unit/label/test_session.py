@@ -34,7 +34,8 @@ def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
 
 
 @pytest.mark.parametrize("order", ["herding", "random", "files"])
-def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path) -> None:
+def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.label.order._FEWEST_OF_CLASS", 3)
     truth = write_digits(tmp_path, 45, classes=2)
     session = session_of(tmp_path, order=order)
     shown = label_all(session, truth)
@@ -171,6 +172,40 @@ def test_herding_reads_no_test_image(tmp_path, monkeypatch) -> None:
     assert not (np.array(seen) & is_test).any()
 
 
+def test_an_image_that_is_renamed_or_deleted_meanwhile_costs_no_label(tmp_path) -> None:
+    write_digits(tmp_path, 6)
+    session = session_of(tmp_path, order="files")
+    session.record([0, 1], ["cat"])
+    names = session.images.names
+    (tmp_path / names[0]).unlink()
+    (tmp_path / names[1]).rename(tmp_path / "other.png")
+    (tmp_path / names[2]).unlink()  # has no label yet
+    left = []
+    while (ids := session.state()["ids"]) != ():
+        left += ids
+        session.record(ids, ["dog"])
+    assert sorted(left) == [3, 4, 5]
+    assert list(session.images.left_out) == [names[2]]
+    later = session_of(tmp_path)
+    assert "2 of them no longer there" in later.state()["counted"]
+    assert later.state()["names"] == ["other.png"]
+    assert later.store.rows == session.store.rows
+    assert [later.store.rows[names[i]].labels for i in (0, 1, 3)] == [("cat",), ("cat",), ("dog",)]
+
+
+def test_two_files_that_differ_in_capitals_have_a_label_each(tmp_path) -> None:
+    Image.new("L", (9, 9), 1).save(tmp_path / "A.png")
+    Image.new("L", (9, 9), 2).save(tmp_path / "a.png")
+    if len(list(tmp_path.iterdir())) == 2:  # not so on macOS and Windows
+        session = session_of(tmp_path, order="files")
+        session.record([0], ["cat"])
+        session.record([1], ["dog"])
+        assert {name: row.labels for name, row in LabelStore(tmp_path).rows.items()} == {
+            "A.png": ("cat",),
+            "a.png": ("dog",),
+        }
+
+
 def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypatch) -> None:
     write_digits(tmp_path, 3)
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -181,18 +216,55 @@ def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypat
     features = FolderFeatures(images)
     assert features.fault == ""
     features.start()
-    assert [len(part) for part in features.read()] == [0, 0]
+    assert [len(part) for part in features.read()[:2]] == [0, 0]
     dtype = np.dtype([("digest", "S64"), ("values", "<f4", (2,))])
     _begun(file, dtype, b"weights")
     place = images.number["d001.png"]
     rows = [(images.digest(place).encode(), (1, 2)), (images.digest(0).encode(), (np.nan, np.nan))]
     with file.open("ab") as opened:
         opened.write(np.array(rows, dtype).tobytes())
-    values, ids = features.read()
+    values, ids, *of_model = features.read()
+    assert of_model == [None, None]
     assert (values.tolist(), ids.tolist()) == ([[1, 2]], [place])
     assert list(images.left_out) == ["broken.png"]
+    trained = FolderFeatures(images, tmp_path, classes=1)  # a feature of two values is a probability and a distance
+    trained.start()
+    assert [part.tolist() for part in trained.read()] == [[[]], [place], [[1]], [2]]
     process.fault = "weights can't be loaded"
     assert features.fault == process.fault
+
+
+def modelled(folder: Path, order: str) -> Session:
+    """Return a session of a model that knows 0 and 1, of which image it is surer the later it comes."""
+    session = session_of(folder, order=order)
+    computed = session.features.read()
+    probabilities = np.stack([np.linspace(0.9, 0.1, 20), np.linspace(0.1, 0.9, 20)], 1)
+    known = computed._replace(probabilities=probabilities, distances=np.arange(20.0) % 7)
+    features = SimpleNamespace(fault="", read=lambda: known)
+    return Session(session.store, session.images, features, order, ("digit 0", "digit 1"))
+
+
+def test_a_model_proposes_until_it_does_not_know_a_class(tmp_path) -> None:
+    write_digits(tmp_path, 20)
+    session = modelled(tmp_path, "files")
+    session.fit()
+    state = session.state()
+    while state["is_test"]:
+        session.record(state["ids"], ["digit 1"])
+        state = session.state()
+    assert state["classes"] == ["digit 0", "digit 1"]
+    assert state["proposed"] == "digit 0"
+    session.record(state["ids"], ["digit 2"])
+    session.fit()
+    assert session._proposals == {}  # one label is too few for another model
+
+
+def test_unlike_images_come_first_and_those_for_the_test_are_not_chosen(tmp_path) -> None:
+    write_digits(tmp_path, 20)
+    session = modelled(tmp_path, "unlike")
+    session.fit()
+    free = [i for i in range(20) if not session.images.is_test(i)]
+    assert session._chosen == sorted(free, key=lambda i: -(i % 7))[:5]
 
 
 def test_what_cannot_be_computed_is_said_and_labelling_continues(tmp_path, monkeypatch) -> None:

@@ -13,10 +13,12 @@ import planted
 import pytest
 from chromium import check_page, context_of, needs_chromium, running_chromium
 from golden import check_golden
+from PIL import Image
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import HeadFit, Predictions, ProbeTest, RunRecord
 from peft_vit.deploy.page.trained import result_lines
+from peft_vit.deploy.presentation import Explanation
 from peft_vit.lab.report import build_report
 
 NAMES = ["crack", "dirt", "good"]
@@ -180,6 +182,25 @@ def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
     page = page_of(planted.write(tmp_path, [record_of()]), thumbnails=absent)
     assert "No pictures: the images are gone." in text_of(page)
     assert "crack/000.jpg" in text_of(page)
+
+
+def test_the_page_shows_where_the_model_looked_and_warns_of_the_class_known_by_a_corner(tmp_path: Path) -> None:
+    record = record_of()
+
+    def maps(of: RunRecord, positions: Any) -> list[Explanation]:
+        assert record.predictions is not None
+        for_cracks = np.eye(8, dtype=np.float32)[0][:, None] * np.eye(8, dtype=np.float32)[7]  # the upper right
+        middle = np.roll(for_cracks, (3, -4), (0, 1))
+        truths = [record.predictions.labels[position] for position in positions]
+        picture = Image.new("RGB", (224, 224))
+        return [Explanation("", middle if truth else for_cracks, picture, "attention") for truth in truths]
+
+    pictures = lambda _, positions: [PNG] * len(positions)  # noqa: E731
+    page = page_of(planted.write(tmp_path, [record]), thumbnails=pictures, maps=maps)
+    assert page.read_text().count("<img ") == 2 * (8 + 6) + 10
+    text = text_of(page)
+    assert re.findall("It may know (.*) by a shortcut: it looks at the upper right corner", text) == ["crack"]
+    assert "Where it looked" in text
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from peft_vit.lab.report.build import slug_of
         (plain, {"a\nb\x00\u202ec\t d": "a b c d"}),
         (escaped, {"lora_r8": "lora_r8"}),
         (escaped, {"_a_ *b* <c> | `d` [e](f) [1, 2]": r"\_a\_ \*b\* &lt;c&gt; \| \`d\` [e\](f) [1, 2]"}),
-        (soft, {"<b>lora_r8</b> 80.3 % (n = 2)": "&lt;b&gt;lora_<wbr>r8&lt;/b&gt; 80.3\u00a0% (n\u00a0=\u00a02)"}),
+        (soft, {"<b>lora_r8</b> 80.3 % (n = 2)": "&lt;b&gt;lora_<wbr>r8&lt;/<wbr>b&gt; 80.3\u00a0% (n\u00a0=\u00a02)"}),
         (slug_of, {"Quick Start": "quick_start", "../../etc": "etc", "<>": "study", "é": "study"}),
     ],
 )

@@ -16,7 +16,16 @@ pytestmark = pytest.mark.part("trainer")
 PACKAGE = Path(peft_vit.__file__).parent
 OBJECTS = {name.upper() for name in TASKS}
 # What configurations may say, and a page that asks for labels without torch, which tasks need.
-LABELS = {"cli/label_command.py", "label/exchange.py", "label/labels.py", "label/session.py", "label/page/page.js"}
+LABELS = {
+    "cli/label_command.py",
+    "label/corrections.py",
+    "label/exchange.py",
+    "label/features.py",
+    "label/labels.py",
+    "label/session.py",
+    "label/training.py",
+    "label/page/page.js",
+}
 NAMES_THEM = {"core/config/training.py", *LABELS - {"label/page/page.js"}}
 PASSED_ON = ("CLASSIFICATION",)  # the task of a value that says no other; never asked for
 

@@ -6,7 +6,9 @@ A change of rank replaces parameters. What would continue with the old ones, or 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +125,19 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+_TOGETHER = ContextVar("together", default=False)
+
+
+@contextmanager
+def resizing_together() -> Iterator[None]:
+    """Let ranks change although several processes train: within, all step by the same sums, and decide alike."""
+    token = _TOGETHER.set(True)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
+
+
 def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse what can't follow a change of rank.
 
@@ -150,6 +165,8 @@ def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             )
             raise UserError(message, field=name or "model")
     distributed = torch.distributed
+    if _TOGETHER.get():
+        return
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         # A trainer may wrap the model out of our sight; the wrapped one is then not what we were given.
         raise UserError(

@@ -369,6 +369,14 @@ class ExecutionConfig(Frozen):
     checkpoint_every_s: float = Field(
         default=CHECKPOINT_EVERY_S, ge=0, description="Write a checkpoint every so many seconds; 0: after every step"
     )
+    devices: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        exclude_if=lambda devices: devices == 1,
+        description="Train a run with this many processes, each on a GPU of its own, or on a share of the threads. "
+        "Batches are divided",
+    )
     gpus: float = Field(default=0.0, ge=0, description="GPUs of a run on a Ray cluster, beside `threads` CPUs")
     memory_gb: Positive | None = Field(default=None, description="Memory of a run on a Ray cluster, in GB")
 
@@ -428,6 +436,16 @@ class StudyConfig(Frozen):
             if names.count(name) > 1:
                 raise ValueError(f"experiment name '{name}' occurs twice; rename one")
         return experiments
+
+    @model_validator(mode="after")
+    def _an_image_for_each_device(self) -> Self:
+        for one in self.experiments:
+            if not one.is_probe and one.training.batch_size < self.execution.devices:
+                devices, batch = self.execution.devices, one.training.batch_size
+                raise ValueError(
+                    f"execution.devices: {devices} are more than the batch_size {batch} of '{one.name}'; lower it"
+                )
+        return self
 
     @model_validator(mode="after")
     def _what_is_measured_is_there(self) -> Self:

@@ -16,6 +16,7 @@ from peft_vit.core.training.linear_probe import (
 )
 from peft_vit.core.training.loop import Progress, TrainingResult, train
 from peft_vit.core.training.optimization import loss_weights, optimization_step
+from peft_vit.core.training.processes import Helped, LostProcessError, Member
 from peft_vit.core.training.qa_lora import QALoRATrainer, end_step
 from peft_vit.core.training.quantized_layers import check_ranks
 from peft_vit.core.training.rank_hooks import AllocationHook, PeftAdaLoraHook, StartingRanks, last_update

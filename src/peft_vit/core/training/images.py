@@ -28,6 +28,7 @@ from peft_vit.core.config import (
     Rotate90,
 )
 from peft_vit.core.tasks import CLASSIFICATION, Task
+from peft_vit.core.training.processes import own_rows
 
 _Change = Callable[[Tensor, np.ndarray], Tensor]  # of images (B, C, S, S) uint8, by their rows (B,) in the training set
 
@@ -91,6 +92,9 @@ class LabelledImages:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images once, in the order and with the changes that follow from (seed, epoch) alone.
 
+        Of several processes each yields its images of every batch. One that has none yields the batch's first, which
+        counts nothing there, see `own_share`.
+
         What happens to an image depends neither on the batch size nor on its place in the order. The last batch may be
         smaller.
 
@@ -110,10 +114,17 @@ class LabelledImages:
         order = self.order(seed, epoch)
         for start in range(skip * batch_size, len(self), batch_size):
             rows = order[start : start + batch_size]
+            own = own_rows(len(rows), mirrored=any(entry.mixes for entry in augmentation))
+            rows = rows[own] if len(own) else rows[:1]
             images = self._channels_first(rows)
             for change in changes:
                 images = change(images, rows)
             yield normalised(images, mean, std), torch.from_numpy(self.labels[rows])
+
+    def own_share(self, batch_size: int, batch: int, augmentation: Sequence[Augmentation]) -> float:
+        """Return which share of a batch of `shuffled_batches`, counted from 0, is this process's."""
+        images = min(batch_size, len(self) - batch * batch_size)
+        return len(own_rows(images, mirrored=any(entry.mixes for entry in augmentation))) / images
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the data order of an epoch, (N,) int64."""

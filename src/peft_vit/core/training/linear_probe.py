@@ -42,6 +42,9 @@ from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import autocast
 
 _FOLDS = 5
+_WORSE = (
+    3  # strengths in turn that are no better than the best one, after which no weaker one is tried; they take longest
+)
 _HELD_OUT_CONVERGED = 1e-5  # of heads that choose a strength: by 300 images the same as 1e-7, in half of the time
 # The axes of each of the equally likely ways in which an image is shown in training.
 FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -161,16 +164,22 @@ def held_out_fit(
     if in_closed_form is None:
         held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
     else:
-        held_out = [outputs[: len(groups)] for outputs in in_closed_form]
-    quality = [metric.quality(train.task.measure(logits, labels)) for logits in held_out]
-    best = max(range(len(ordered)), key=quality.__getitem__)  # of equal ones the first, the strongest
-    return ordered[best], held_out[best]
+        held_out = (outputs[: len(groups)] for outputs in in_closed_form)
+    quality: list[Any] = []
+    for logits in held_out:
+        quality.append(metric.quality(train.task.measure(logits, labels)))
+        best = max(range(len(quality)), key=quality.__getitem__)  # of equal ones the first, the strongest
+        if best == len(quality) - 1:
+            chosen = logits
+        elif len(quality) - best > _WORSE:
+            break
+    return ordered[best], chosen
 
 
 def _held_out_logits(
     train: Features, groups: NDArray[np.int64], strengths: Sequence[float], class_weights: Floats | None, seed: int
-) -> list[Floats]:
-    """Return logits (n, classes) of images by heads that were not fitted to them, for each strength.
+) -> Iterator[Floats]:
+    """Yield logits (n, classes) of images by heads that were not fitted to them, for each strength.
 
     A head is fitted to the images outside of each of five folds, fewer if a class has fewer images, in every way in
     which training shows them, and predicts the fold's as they are.
@@ -179,16 +188,17 @@ def _held_out_logits(
     strata = task.strata(train.labels[:images])
     folds = min(_FOLDS, fewest_groups(strata, groups))
     fold_of = assign_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
-    logits: list[list[Floats]] = [[] for _ in strengths]
-    for fold in range(folds):
+
+    def heads(fold: int) -> Iterator[tuple[Floats, Floats, float, float, float]]:
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
         fit_features = Features(train.values[fitted], train.labels[fitted], task)  # in every way
-        fold_values = train.values[:images][fold_of == fold].astype(np.float64)  # (images of the fold, D)
-        fits = _fits(fit_features, strengths, class_weights, _HELD_OUT_CONVERGED)
-        for of_strength, (weight, bias, *_) in zip(logits, fits, strict=True):
-            of_strength.append(fold_values @ weight.T + bias)  # (images of the fold, classes)
-    order = np.argsort(np.argsort(fold_of, kind="stable"))  # (n,)
-    return [np.concatenate(of_strength)[order] for of_strength in logits]
+        return _fits(fit_features, strengths, class_weights, _HELD_OUT_CONVERGED)
+
+    for of_folds in zip(*map(heads, range(folds)), strict=True):  # of one strength
+        logits = np.empty((images, len(of_folds[0][1])))  # (n, classes)
+        for fold, (weight, bias, *_) in enumerate(of_folds):
+            logits[fold_of == fold] = train.values[:images][fold_of == fold].astype(np.float64) @ weight.T + bias
+        yield logits
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ from peft_vit.core.backbones import Backbone, apply_temperature
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics, StepRow
 from peft_vit.core.tasks import DecidingMetric, expected_gain
+from peft_vit.core.training import processes
 from peft_vit.core.training.checkpoint import (
     State,
     generators_state,
@@ -107,6 +108,9 @@ def train(
     touched. With `probe` the model as it is before the first step, with its updates left out, is the first that may be
     chosen: the best is never below that on validation, however a forward pass would round.
 
+    Of several processes, see `processes`, the first begins or continues, and hands its state to the others. All take
+    the same steps and reach the same state.
+
     Args:
         model: with adapters attached, on the runtime's device.
         data: images and labels.
@@ -127,9 +131,12 @@ def train(
         UserError: if the state to continue from is of a model with other target modules or shapes.
     """
     overhead = Overhead() if overhead is None else overhead
-    engine, fresh = StepEngine(model, data, config, runtime), resume is None
+    engine, first = StepEngine(model, data, config, runtime), processes.rank() == 0
+    fresh = resume is None and first
     if fresh:
         engine.begin(hooks, seed, overhead)
+    if not first:
+        resume = processes.of_first(resume)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
 
@@ -145,10 +152,12 @@ def train(
         if probe is not None:
             training.offer(probe)
         apply_temperature(Backbone(model).head, temperature)
+    if first and processes.count() > 1:
+        processes.of_first(training.state_dict())
     engine.train_mode()
     between()
-    for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
-        training.step(engine, images, labels)
+    for images, labels, share in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
+        training.step(engine, images, labels, share)
         report()
         if training.validates and (training.ended or training.steps in training.validated_at):
             training.validate()
@@ -202,8 +211,8 @@ class TrainingState:
         """Return whether no step is left."""
         return self.steps >= self.end
 
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a batch for each step that is left, in the order of the seed.
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield this process's part of a batch for each step that is left, in the order of the seed, and its share.
 
         Images are (B, 3, S, S), labels (B,), or shares of each class (B, classes) where batches are mixed.
         """
@@ -220,12 +229,17 @@ class TrainingState:
                 skip=self.steps % self._epoch_steps,
             )
             for images, labels in epoch:
-                yield mixed(images, labels, augmentation, task=task, width=width, seed=seed, step=self.steps + 1)
+                of_epoch = self.steps % self._epoch_steps
+                share = self._data.train.own_share(self._config.batch_size, of_epoch, augmentation)
+                yield (
+                    *mixed(images, labels, augmentation, task=task, width=width, seed=seed, step=self.steps + 1),
+                    share,
+                )
                 if self.ended:
                     break
 
-    def step(self, engine: StepEngine, images: Tensor, labels: Tensor) -> None:
-        """Do one step on a batch, images (B, 3, S, S) and labels (B,) or shares of each class (B, classes)."""
+    def step(self, engine: StepEngine, images: Tensor, labels: Tensor, share: float) -> None:
+        """Do one step on this process's share of a batch, images (B, 3, S, S) and labels (B,) or (B, classes)."""
         started = time.perf_counter()
         learning_rate = self._optimizer.param_groups[0]["lr"]
         notes = {name: value for hook in self._hooks for name, value in hook.notes().items()}
@@ -233,7 +247,7 @@ class TrainingState:
         outcome = optimization_step(
             self.model,
             self._optimizer,
-            engine.losses(images, labels),
+            engine.losses(images, labels, share),
             number,
             hooks=self._hooks,
             clip_norm=self._config.clip_norm,
@@ -260,11 +274,15 @@ class TrainingState:
         runtime, steps = self._runtime, self.steps
         with self.result.overhead_s.of("evaluation"):
             # No larger than in training, or a method that keeps few activations would have its largest memory here.
-            batches = self._data.validation.ordered_batches(self._config.images_at_once, runtime.mean, runtime.std)
-            logits, labels = predict(self.model, batches, precision=runtime.precision)
+            images, logits = self._data.validation, None
+            if len(own := processes.own_rows(len(images))):
+                part = images if len(own) == len(images) else images.chosen(own)
+                batches = part.ordered_batches(self._config.images_at_once, runtime.mean, runtime.std)
+                logits, _ = predict(self.model, batches, precision=runtime.precision)
+            logits = processes.of_all(logits)  # (N, classes)
             if not np.isfinite(logits).all():
                 raise DivergedError(f"predictions after step {steps} are not finite; lower the learning rate")
-            self.offer(self._data.task.measure(logits, labels))
+            self.offer(self._data.task.measure(logits, images.labels))
         stale = evaluations_since_best(self.result.evaluations, self._metric)
         if self._config.patience is not None and stale >= self._config.patience:
             self.end = self.steps if self._decay is None else self._decay.bring_down(self.steps)

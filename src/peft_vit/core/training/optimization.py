@@ -11,7 +11,7 @@ also keep the most.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +24,14 @@ from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycle
 from torch.utils.checkpoint import checkpoint
 
 from peft_vit.base.errors import DivergedError, UserError
+from peft_vit.core.adapters import site_adapters
 from peft_vit.core.adapters.adapted_product import saving_first
 from peft_vit.core.backbones import Backbone
 from peft_vit.core.backbones.passes import replaced_forwards
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.training.hooks import Hook, Overhead, call_each
 from peft_vit.core.training.images import Data
+from peft_vit.core.training.processes import sum_gradients
 
 _WARMUP_STEPS = 20  # of warmup_stable_decay, or a tenth of the run
 _ONE_CYCLE_SHARE = 0.3  # of the steps, for the way up
@@ -66,11 +68,14 @@ def optimization_step(
 ) -> StepOutcome:
     """Do backward, hooks, penalties, clipping, the optimiser's step and zero_grad.
 
+    Where several processes train the model, hooks and all that follows get the sums of their gradients.
+
     Args:
         model: trained model.
         optimizer: holds its trainable parameters.
-        loss: scalar task loss with its graph; of a batch in micro-batches the part of each, which add up to the
-            batch's loss. A part is asked for once the backward pass of the one before is done, so one graph is held.
+        loss: scalar task loss with its graph; of a batch in micro-batches, or in several processes, the part of
+            each, which add up to the batch's loss. A part is asked for once the backward pass of the one before is
+            done, so one graph is held.
         step: number of this step, from 1.
         hooks: called in order, once a step, on the gradient of the whole batch; one that scores gradients stands
             before one that scales them.
@@ -85,9 +90,10 @@ def optimization_step(
     value = 0.0
     for part in [loss] if isinstance(loss, Tensor) else loss:
         value += float(part.detach())
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
         part.backward()
+    value = sum_gradients(_leaves(model), value)
+    if not math.isfinite(value):
+        raise DivergedError(f"the loss is {value} at step {step}; lower the learning rate")
     call_each(hooks, "after_backward", overhead, model, step)
     terms = call_each(hooks, "penalties", overhead, model)
     penalties: dict[str, Tensor] = {name: term for of_hook in terms for name, term in of_hook.items()}
@@ -108,6 +114,14 @@ def optimization_step(
     call_each(hooks, "after_step", overhead, model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
+
+
+def _leaves(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all that a backward pass may give gradients to: parameters, and probes, which are none."""
+    yield from model.parameters()
+    for adapter in site_adapters(model).values():
+        if adapter.probe is not None:
+            yield adapter.probe.lambdas
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:

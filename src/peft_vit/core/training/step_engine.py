@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
@@ -62,22 +63,23 @@ class StepEngine:
         self._model.train()
         freeze_batch_norm(self._model)
 
-    def losses(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times M / B.
+    def losses(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Iterator[Tensor]:
+        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times share * M / B.
 
         The last batch of an epoch may be smaller, and its last micro-batch too.
 
         Args:
             images: (B, 3, S, S).
             labels: (B,), or shares of each class (B, classes).
+            share: of these images in a batch that several processes have.
         """
         device, at_once = self._runtime.device, self._config.images_at_once
 
         def loss_of(x: Tensor, targets: Tensor) -> Tensor:
             with autocast(device, self._runtime.precision):
                 logits = self._model(x.to(device))  # (M, classes)
-            mean = self._loss(logits.float(), targets.to(device))
-            return mean * (len(x) / len(images))
+            mean = self._loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.to(device))
+            return mean * (share * len(x) / len(images))
 
         for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
             with class_token_alone(self._model), recomputed(self._recomputed):

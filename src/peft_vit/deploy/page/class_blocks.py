@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,11 +22,13 @@ from peft_vit.deploy.page.document import Block, Drawing, Gallery, Paragraph, Pi
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
 from peft_vit.deploy.page.model_quality import PREDICTED, TOGETHER, ClassResult, ModelQuality, PredictedImage
+from peft_vit.deploy.page.shortcuts import shortcut
 from peft_vit.deploy.page.tables import Column, own_interval_columns, table
-from peft_vit.deploy.presentation import Counts
+from peft_vit.deploy.presentation import Counts, Explanation
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
 Pictures = Callable[[Sequence[int]], list[bytes]]
+Maps = Callable[[Sequence[int]], Sequence[Explanation]]  # likewise, to where the model looked
 SHOWN_MISTAKES = 36
 _MISTAKES = (
     "mistakes",
@@ -43,6 +47,11 @@ _DOUBTED = (
 )
 _GROUPS, _OF_A_GROUP = 6, 4  # of copies
 SHOWN_RIGHT, SHOWN_WRONG = 8, 6
+MOST_MAPS, _MAP_PX = 64, 128  # of right images, since each takes up to half a second
+_MADE_BY = {
+    "attention": "by its attention and one backward pass (arXiv 2103.15679)",
+    "occlusion": "by occlusion: how much less sure of its class it is with this part covered",
+}
 _PAIRS, _FEW_CLASSES = 12, 8  # rows; up to so many classes the matrix says all
 _WORST, _UNFOLDED = 10, 20  # classes
 MOST_CLASSES = 40  # of a confusion matrix that can be read
@@ -257,6 +266,42 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
     return Gallery("examples", "", caption, tuple(groups), small=True)
 
 
+def map_blocks(quality: ModelQuality, maps: Maps | None) -> tuple[tuple[Block, ...], list[str]]:
+    """Return where the model looked in the images of `example_gallery`, and a warning of each class with a shortcut.
+
+    Nothing where there are no maps.
+    """
+    right, wrong = quality.sample_images(True, MOST_MAPS), quality.sample_images(False, SHOWN_WRONG)
+    try:
+        found = [] if maps is None else maps([image.position for image in (*right, *wrong)])
+    except UserError:  # the model or the images are not here
+        found = []
+    if not found:
+        return (), []
+    by_position = {image.position: one for image, one in zip((*right, *wrong), found, strict=True)}
+    groups = [
+        (title, tuple(Picture(_png(by_position[image.position]), _said(image), image.right) for image in images))
+        for title, images in (("Right", quality.sample_images(True, SHOWN_RIGHT)), ("Wrong", wrong))
+        if images
+    ]
+    caption = f"The images above as the model gets them. Clear is what its answer rests on, {_MADE_BY[found[0].by]}."
+    by_class: dict[str, list[Any]] = defaultdict(list)
+    for image in right:
+        by_class[image.truth].append(by_position[image.position].weights)
+    warned = [
+        f"It may know {name} by a shortcut: {place} in most of {len(weights)} test images. See where it looked."
+        for name, weights in by_class.items()
+        if (place := shortcut(weights))
+    ]
+    return (Gallery("maps", "Where it looked", caption, tuple(groups), small=True),), warned
+
+
+def _png(explanation: Explanation) -> bytes:
+    made = io.BytesIO()
+    explanation.picture.resize((_MAP_PX, _MAP_PX)).save(made, "PNG")
+    return made.getvalue()
+
+
 def mistakes_block(images: Sequence[PredictedImage], pictures: Pictures | None, *, tested: bool = True) -> Block:
     """Return what models were wrong about: with pictures, or as a table where there are none.
 
@@ -300,8 +345,9 @@ def copies_block(content: ImagesFile, pictures: Pictures | None) -> Block:
     groups = [
         (f"Group {k}", [(place[name], (plain(name),)) for name in names]) for k, names in enumerate(shown, start=1)
     ]
-    every, images = len(content.copies), count(sum(map(len, content.copies)))
-    text = f"{count(every)} group{'s' * (every > 1)}, {images} images in all, such as {plain(' and '.join(content.copies[0][:2]))}. {TOGETHER}"
+    first, every = content.copies[0], len(content.copies)
+    size = f"{count(every)} group{'s' * (every > 1)}, {count(sum(map(len, content.copies)))} images in all"
+    text = f"{size}, such as {plain(' and '.join(first[:2]))}. {TOGETHER}"
     block = gallery("copies", "Near copies", text, groups, pictures)
     return block if isinstance(block, Gallery) else Paragraph(text)
 

@@ -76,8 +76,8 @@ def script_hash(script: str) -> str:
 
 
 def soft(text: str) -> Markup:
-    """Return escaped text whose backticks mark code; it may break after _, and not between a number and its unit."""
-    safe = re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text)).replace("_", "_<wbr>"))
+    """Return escaped text whose backticks mark code; it may break after _ and /, not between a number and its unit."""
+    safe = re.sub("`([^`]+)`", r"<code>\1</code>", re.sub("([_/])", r"\1<wbr>", str(escape(text))))
     return Markup(re.sub(r"n = (\d)", "n\u00a0=\u00a0\\1", re.sub(r"(?<=\d) %", "\u00a0%", safe)))
 
 

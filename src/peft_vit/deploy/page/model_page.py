@@ -14,7 +14,15 @@ from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
 from peft_vit.data.index import ImagesFile
-from peft_vit.deploy.page.class_blocks import Pictures, class_blocks, copies_block, example_gallery, mistakes_block
+from peft_vit.deploy.page.class_blocks import (
+    Maps,
+    Pictures,
+    class_blocks,
+    copies_block,
+    example_gallery,
+    map_blocks,
+    mistakes_block,
+)
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
 from peft_vit.deploy.page.images_test import ImagesTest
@@ -27,7 +35,12 @@ from peft_vit.deploy.page.tables import table
 from peft_vit.deploy.page.trained import beside_the_probe, best_known, later_lines, test_score
 
 CARD_FILE = "card.md"
-LOOK, BELIEF, IMAGES, MADE = "Look at your images", "Can you trust its probabilities?", "The images", "How it was made"  # titles of sections
+LOOK, BELIEF, IMAGES, MADE = (
+    "Look at your images",
+    "Can you trust its probabilities?",
+    "The images",
+    "How it was made",
+)  # titles of sections
 _FIRST = 8  # classes that are named
 
 
@@ -73,15 +86,17 @@ class ModelSummary:
         return self.metric.interval(labels, TASKS[self.record.spec.task].constant(labels)).estimate
 
 
-def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
+def model_document(summary: ModelSummary, pictures: Pictures | None = None, maps: Maps | None = None) -> StudyDocument:
     """Return the page of a model.
 
     Args:
         summary: what is shown.
         pictures: makes pictures of images by their positions; None: there are none.
+        maps: likewise of where the model looked.
     """
     record, quality = summary.record, summary.quality
-    learning, tested = learning_curves(record, summary.metric), _tested(record, quality, pictures)
+    looked, shortcuts = ((), []) if quality is None else map_blocks(quality, maps)
+    learning, tested = learning_curves(record, summary.metric), _tested(record, quality, pictures, looked)
     tested[LOOK] = (*tested.get(LOOK, ()), *_of_training(summary, pictures))
     sections = {
         **tested,
@@ -92,7 +107,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
     return StudyDocument(
         label=f"A model for {images_name(record.spec.data)}",
         slug="model",
-        alerts=tuple(_alerts(summary)),
+        alerts=(*_alerts(summary), *shortcuts),
         warnings=tuple(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX)),
         cards=tuple(_cards(summary)),
         came_out=tuple(_answer(summary)),
@@ -123,7 +138,10 @@ def later_document(tested: ImagesTest, images: str, pictures: Pictures | None) -
 
 
 def _tested(
-    record: RunRecord | ImagesTest, quality: ModelQuality | None, pictures: Pictures | None
+    record: RunRecord | ImagesTest,
+    quality: ModelQuality | None,
+    pictures: Pictures | None,
+    looked: tuple[Block, ...] = (),
 ) -> dict[str, tuple[Block, ...]]:
     """Return the sections on what a model says of labelled images."""
     if quality is None:
@@ -133,7 +151,7 @@ def _tested(
         }
     examples = example_gallery(quality, pictures)
     return {
-        "Test images and what it says of them": () if examples is None else (examples,),
+        "Test images and what it says of them": () if examples is None else (examples, *looked),
         "Classes": tuple(class_blocks(quality)),
         LOOK: (mistakes_block(quality.mistakes, pictures),) if quality.mistakes else (),
         BELIEF: tuple(_reliability(record, quality)),

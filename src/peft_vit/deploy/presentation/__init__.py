@@ -9,6 +9,7 @@ from peft_vit.deploy.presentation.of_numbers import Numbers
 from peft_vit.deploy.presentation.presentation import (
     Counts,
     Errors,
+    Explanation,
     ImageSelection,
     LabelledOutputs,
     Prediction,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from peft_vit.core.records import Decision
 from peft_vit.core.tasks import Labels, Meaning, Task
 from peft_vit.core.tasks.metric import Flags, Floats, Outputs
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
 Counts: TypeAlias = NDArray[np.int64]
@@ -33,6 +36,24 @@ class Prediction:
     distance: float | None = None  # to the nearest of them
     labels: Named = ()  # of a model of several labels: those above their thresholds
     numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by name: number, and its interval's ends
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a model looked in an image.
+
+    Attributes:
+        class_name: that it said.
+        weights: (cells, cells): of patches, see `attended`; or by how much the log-probability of this class falls
+            where the image is covered.
+        picture: the image as the model gets it, under a grey veil where little matters.
+        by: how it was made.
+    """
+
+    class_name: str
+    weights: NDArray[np.float32]
+    picture: Image.Image
+    by: Literal["attention", "occlusion"]
 
 
 class Errors(NamedTuple):

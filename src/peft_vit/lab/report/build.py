@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from peft_vit.core.records import RunRecord
@@ -127,6 +128,7 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
+    maps: Callable[..., Any] | None = None,
     call: str = "",
     seconds: float | None = None,
 ) -> ReportFiles:
@@ -140,6 +142,7 @@ def build_report(
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets test images for the page of a model, from where they lie; None: no pictures.
+        maps: likewise gets where it looked.
         call: the command whose folder it is, if it is one of `train`.
         seconds: that it took.
 
@@ -150,8 +153,9 @@ def build_report(
     results = read_results(run if os.path.isfile(run / RECORD_FILE) else results_dir)
     model = _only_model(results, results_dir, output_dir, call, seconds)
     if model is not None:
-        pictures = None if thumbnails is None else partial(thumbnails, model.record)
-        documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
+        pictures = thumbnails and partial(thumbnails, model.record)
+        looked = maps and partial(maps, model.record)
+        documents: tuple[StudyDocument, ...] = (model_document(model, pictures, looked),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
     else:
@@ -184,5 +188,11 @@ def _only_model(
         bits = " --bits 4" if record.quantization is None else ""
         commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
     return ModelSummary(
-        record, quality, commands, on_folds=record.on_folds, web="" if page is None else quote(Path(page).as_posix()), call=call, seconds=seconds
+        record,
+        quality,
+        commands,
+        on_folds=record.on_folds,
+        web="" if page is None else quote(Path(page).as_posix()),
+        call=call,
+        seconds=seconds,
     )

@@ -1,4 +1,8 @@
-"""Runs on this machine, several at a time, each in a worker process of its own."""
+"""Runs on this machine, several at a time, each in worker processes of its own: one, or as many as it has devices.
+
+Started by torchrun, a run has one worker here, the first; the other processes of torchrun are those of the run too, and
+read in torchrun's store what it is.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,19 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.adapters.footprint import peak_memory_of
 from peft_vit.core.records import RunSpec
-from peft_vit.core.training import Checkpoints, Interrupted, Progress
+from peft_vit.core.training import Checkpoints, Helped, Interrupted, Member, Progress
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, failed_attempt
+from peft_vit.runs.executors.torchrun import Launch, announce, launch
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import run_folder
-from peft_vit.runs.this_machine.machine import loaded_git_state
+from peft_vit.runs.this_machine.machine import check_devices, loaded_git_state
 
 # glibc returns freed memory to the system by default and pays for it with page faults in every step.
 ALLOCATOR = {
@@ -44,7 +50,10 @@ ALLOCATOR = {
 # On Intel's processors MKL adds in an order that follows where memory lies, unless it is told before torch is imported.
 SURROUNDINGS = ALLOCATOR | {"MKL_CBWR": "AUTO,STRICT"}
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_Order = tuple[RunSpec, Checkpoints]  # what a worker is asked to do; None in its place asks it to stop what it does
+# What a worker is asked to do; None in its place asks it to stop what it does.
+_Order = tuple[RunSpec, Checkpoints, Member | None]
+# None: its part is done, and the run's first worker tells the rest.
+_Message = Progress | Finished | Interrupted | None
 
 
 @dataclass(eq=False)
@@ -54,6 +63,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     run: PlannedRun | None = None  # what it works on
+    rank: int = 0  # among the workers of that run
     since: float = 0.0  # time.monotonic()
     stepped: bool = False  # it has told of a step of this attempt
 
@@ -65,13 +75,26 @@ class LocalExecutor:
     them. Images should be in the cache before (`decode_images`), or workers decode them, each for itself.
 
     Args:
-        workers: processes, started as there are runs for them.
+        workers: runs at a time.
         results_dir: a run's folder with its checkpoints lies below it.
         checkpoint_every_s: see `Checkpoints`.
+        devices: processes of a run that takes steps, started as there are runs for them.
+        launched: by torchrun, with all of them but the first.
     """
 
-    def __init__(self, workers: int, results_dir: Path, checkpoint_every_s: float) -> None:
-        self._count = workers
+    def __init__(
+        self,
+        workers: int,
+        results_dir: Path,
+        checkpoint_every_s: float,
+        devices: int = 1,
+        launched: Launch | None = None,
+    ) -> None:
+        self._devices = 1 if launched is not None else devices  # that are started here
+        self._launched = launched
+        self._store: dist.TCPStore | None = None  # where the workers of a run meet
+        self._met = 0  # runs in which some have
+        self._count = workers * self._devices
         self._results_dir = results_dir
         self._checkpoint_every_s = checkpoint_every_s
         self._waiting: deque[PlannedRun] = deque()
@@ -106,16 +129,15 @@ class LocalExecutor:
         An attempt that has made no step has nothing to keep: its worker, which may still be starting, is ended.
         """
         self._waiting.clear()
-        for worker in list(self._workers):
-            if worker.run is None:
+        for first in [worker for worker in self._workers if worker.run is not None and worker.rank == 0]:
+            assert first.run is not None
+            if first.stepped:
+                for worker in self._workers_of(first.run):
+                    _send(worker, None)
                 continue
-            if worker.stepped:
-                _send(worker, None)
-                continue
-            worker.process.kill()
-            self._remove(worker)
-            steps = checkpoint_folders(run_folder(self._results_dir, worker.run.spec))  # of earlier attempts
-            self._events.append(RunInterrupted(worker.run, max(steps, default=0)))
+            self._kill_workers_of(first.run)
+            steps = checkpoint_folders(run_folder(self._results_dir, first.run.spec))  # of earlier attempts
+            self._events.append(RunInterrupted(first.run, max(steps, default=0)))
 
     def close(self) -> None:
         """End at once, whatever runs; leave no process behind."""
@@ -131,27 +153,50 @@ class LocalExecutor:
         for idle in [worker for worker in self._workers if worker.run is None]:
             if idle.pipe.poll():  # without a run it has nothing to say: it is dead, and would cost the next run
                 self._read(idle)
-        while self._waiting and (worker := self._free_worker()) is not None:
+        while self._waiting and (workers := self._free_workers(self._waiting[0])):
             run = self._waiting.popleft()
-            worker.run, worker.since, worker.stepped = run, time.monotonic(), False
-            self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
+            members = self._members(run, len(workers))
+            also = f", with {len(workers) - 1} more" if len(workers) > 1 else ""
+            self._events.append(RunStarted(run, f"process {workers[0].process.pid} on {platform.node()}{also}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
-            _send(worker, (run.spec, checkpoints))
+            for rank, (worker, member) in enumerate(zip(workers, members, strict=True)):
+                worker.run, worker.rank, worker.since, worker.stepped = run, rank, time.monotonic(), False
+                _send(worker, (run.spec, checkpoints, member))
 
-    def _free_worker(self) -> _Worker | None:
-        """Return a worker without a run, started if there may be one more; None: others may yet take what waits."""
-        free = next((worker for worker in self._workers if worker.run is None), None)
-        if free is None and len(self._workers) < self._count:
+    def _free_workers(self, run: PlannedRun) -> list[_Worker]:
+        """Return workers without a run, started if there may be more; none: others may yet take what waits."""
+        count = 1 if run.spec.experiment.is_probe else self._devices
+        free = [worker for worker in self._workers if worker.run is None]
+        while len(free) < count and len(self._workers) < self._count:
             try:
-                free = _start_worker()
+                free.append(_start_worker())
             except OSError as error:  # no further process now
-                if not self._workers:
+                if len(free) == len(self._workers):
                     reason = f"no worker process can be started ({error.strerror or error})"
                     remedy = "free processes or memory, or raise the limits (ulimit); the same command continues"
                     raise UserError(f"{reason}; {remedy}", field="execution.workers") from None
-            else:
-                self._workers.append(free)
-        return free
+                break
+            self._workers.append(free[-1])
+        return free[:count] if len(free) >= count else []
+
+    def _members(self, run: PlannedRun, count: int) -> list[Member | None]:
+        """Return the places of a run's workers among its processes; None: it has one process."""
+        if self._launched is not None and not run.spec.experiment.is_probe:
+            return [announce(self._launched, run.spec)]
+        if count == 1:
+            return [None]
+        self._met += 1
+        self._store = self._store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = ("127.0.0.1", self._store.port, f"run-{self._met}")
+        return [Member(rank, count, rank, count, *place) for rank in range(count)]
+
+    def _workers_of(self, run: PlannedRun) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.run is run]
+
+    def _kill_workers_of(self, run: PlannedRun) -> None:
+        for worker in self._workers_of(run):
+            worker.process.kill()
+            self._remove(worker)
 
     def _read(self, worker: _Worker) -> None:
         try:
@@ -161,13 +206,18 @@ class LocalExecutor:
             if worker.run is not None:
                 reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
                 self._events.append(failed_attempt(worker.run, reason, time.monotonic() - worker.since))
+                self._kill_workers_of(worker.run)
             return
         assert worker.run is not None
-        self._events.append(event_of(worker.run, message))
+        failed = isinstance(message, Finished) and message.record.status == "failed"
+        if message is not None and (worker.rank == 0 or failed):
+            self._events.append(event_of(worker.run, message))
         if isinstance(message, Progress):
             worker.stepped = True
-        else:
-            worker.run = None
+            return
+        run, worker.run = worker.run, None
+        if failed:  # the others wait for it
+            self._kill_workers_of(run)
 
     def _remove(self, worker: _Worker) -> None:
         worker.process.join()
@@ -183,8 +233,16 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
     """
     if ray_address is not None:
         raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
-    execution = plan.study.execution
-    return LocalExecutor(execution.workers, results_dir, execution.checkpoint_every_s)
+    execution, launched = plan.study.execution, launch()
+    devices = execution.devices
+    if launched is None:
+        if devices > 1:
+            check_devices(devices * execution.workers, plan.study.device)
+    elif launched.rank > 0:
+        raise UserError("torchrun starts the command, `-m peft_vit.cli`, and no script that calls peft_vit")
+    elif devices not in (1, launched.count):
+        raise UserError(f"torchrun has started {launched.count} processes, not {devices}", field="execution.devices")
+    return LocalExecutor(execution.workers, results_dir, execution.checkpoint_every_s, devices, launched)
 
 
 def _how_it_ended(exitcode: int | None) -> str:
@@ -254,7 +312,7 @@ def _serve(pipe: Connection, parent: int) -> None:
         stopping = stopping or (pipe.poll() and receive() is None)
         return stopping
 
-    def reply(message: Progress | Finished | Interrupted) -> None:
+    def reply(message: _Message) -> None:
         try:
             pipe.send(message)
         except OSError:
@@ -263,11 +321,16 @@ def _serve(pipe: Connection, parent: int) -> None:
     while True:
         while (order := receive()) is None:  # a request to stop that came after the end of the run before is void
             pass
-        (spec, checkpoints), stopping = order, False
+        (spec, checkpoints, member), stopping = order, False
+        on_progress = reply if member is None or member.rank == 0 else None
         try:
-            reply(run_one(spec, on_progress=reply, checkpoints=checkpoints, should_stop=should_stop))
+            reply(
+                run_one(spec, on_progress=on_progress, checkpoints=checkpoints, should_stop=should_stop, member=member)
+            )
         except Interrupted as interrupted:
-            reply(interrupted)
+            reply(interrupted if on_progress else None)
+        except Helped:
+            reply(None)
 
 
 def _end_with(parent: int) -> None:

@@ -27,10 +27,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import Failure
-from peft_vit.core.training import Checkpoints, Progress
+from peft_vit.core.training import Checkpoints, LostProcessError, Progress
 from peft_vit.runs.executors import Event, Executor, RunStarted, failed_attempt
 from peft_vit.runs.executors.local import SURROUNDINGS, environment, event_of
-from peft_vit.runs.executors.ray_task import Channel, Place, carry_out
+from peft_vit.runs.executors.ray_task import Channel, Place, carry_out, carry_out_together
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.progress import LOCK_FILE
 from peft_vit.runs.records.storage import run_folder
@@ -47,11 +47,19 @@ _OWN_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_ti
 
 @dataclass(frozen=True)
 class Need:
-    """What a run asks of the one node that it runs on."""
+    """What a run asks of the one node that it runs on; of several processes each, wherever there is room.
+
+    Attributes:
+        cpus: of a process.
+        gpus: of a process.
+        memory_gb: of a process.
+        devices: processes of a run.
+    """
 
     cpus: int
     gpus: float = 0.0
     memory_gb: float | None = None
+    devices: int = 1
 
     @property
     def resources(self) -> dict[str, float]:
@@ -74,7 +82,12 @@ class Need:
 
         biggest = min(nodes, key=lambda node: (lacks(node), -node.get("CPU", 0), -node.get("memory", 0)))
         if not lacks(biggest):
-            return None
+            room = sum(
+                min(int(node.get(name, 0.0) // amount) for name, amount in wanted.items() if amount) for node in nodes
+            )
+            if room >= self.devices:
+                return None
+            return f"a run asks for {self.devices} times {needed}, for which the cluster has room {room} times"
         there = _in_words({name: biggest.get(name, 0) for name in wanted})
         return f"a run asks for {needed}; the biggest node of the cluster ({len(nodes)} in all) has {there}"
 
@@ -135,13 +148,11 @@ class RayExecutor:
         self._channel: Any = channel.remote()  # of a type that Ray makes up
         self._answer: ray.ObjectRef | None = None
         variables = SURROUNDINGS | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
-        self._task = ray.remote(carry_out).options(
-            num_cpus=need.cpus,
-            num_gpus=need.gpus,
-            memory=need.resources["memory"],
-            max_retries=0,
-            runtime_env={"env_vars": variables},
+        options = {"max_retries": 0, "runtime_env": {"env_vars": variables}}
+        self._task: Any = ray.remote(carry_out).options(
+            num_cpus=need.cpus, num_gpus=need.gpus, memory=need.resources["memory"], **options
         )
+        self._together: Any = ray.remote(carry_out_together).options(num_cpus=0, **options)  # it only waits
 
     def submit(self, run: PlannedRun) -> None:
         """Take an attempt on, to be started when a node has room for it."""
@@ -149,7 +160,11 @@ class RayExecutor:
         checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
         lock = self._results_dir / run.spec.study / LOCK_FILE
         place = Place(os.getcwd(), lock, lock.read_bytes() if lock.exists() else None)
-        task = self._task.remote(self._channel, self._submitted, run.spec, checkpoints, place)
+        attempt = (self._channel, self._submitted, run.spec, checkpoints, place)
+        if self._need.devices > 1 and not run.spec.experiment.is_probe:
+            task = self._together.remote(self._need.resources, self._need.devices, *attempt)
+        else:
+            task = self._task.remote(*attempt)
         self._attempts[self._submitted] = _Attempt(run, task, time.monotonic())
 
     def next_event(self, timeout_s: float) -> Event | None:
@@ -220,6 +235,9 @@ class RayExecutor:
         try:
             result = ray.get(attempt.task)
         except RayTaskError as error:
+            if isinstance(error.cause, LostProcessError):
+                self._lose(attempt, str(error.cause), "killed")
+                return
             self._lose(attempt, f"the task failed outside of the run: {error.cause!r}", "error", str(error))
         except OutOfMemoryError as error:
             self._lose(attempt, f"Ray ended the task, since its node was out of memory: {error}", "out_of_memory")
@@ -255,7 +273,7 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
     if study.device == "cuda" and execution.gpus == 0:
         reason = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for example"
         raise UserError(reason, field="execution.gpus")
-    need = Need(study.threads, execution.gpus, execution.memory_gb)
+    need = Need(study.threads, execution.gpus, execution.memory_gb, execution.devices)
     return RayExecutor(ray_address, need, results_dir, execution.checkpoint_every_s)
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,15 @@ class Channel:
         self._bundles: list[tuple[int, str]] = []
         self._arrived = asyncio.Event()
         self._stopping = False
+        self._results: dict[int, Any] = {}
+
+    async def keep(self, number: int, result: Any) -> None:
+        """Keep what came of an attempt by several processes, from the first of them."""
+        self._results[number] = result
+
+    async def result(self, number: int) -> Any:
+        """Return it, once."""
+        return self._results.pop(number)
 
     async def report(self, number: int, bundle: str) -> bool:
         """Take what an attempt sends, which is not opened here; return whether it should stop."""
@@ -101,18 +111,27 @@ class _Line:
 
 def carry_out(
     channel: Any, number: int, spec: RunSpec, checkpoints: Checkpoints, place: Place
-) -> Finished | Interrupted:
-    """Do a run in one of Ray's worker processes, which may have done others of the study before."""
-    from peft_vit.core.training import Interrupted
+) -> Finished | Interrupted | None:
+    """Do a run in one of Ray's worker processes, which may have done others of the study before.
+
+    Returns:
+        What came of it; None: this is not the first of its processes.
+    """
+    from peft_vit.core.training import Helped, Interrupted, processes
     from peft_vit.runs.execute import run_one
     from peft_vit.runs.executors.local import prepare_process
 
     prepare_process()
     if os.path.isdir(place.folder):
         os.chdir(place.folder)
+    if processes.rank() > 0:
+        with contextlib.suppress(Helped, Interrupted):
+            run_one(spec)
+        return None
     line = _Line(channel, number)
     node = ray.get_runtime_context().get_node_id()
-    line.report(f"process {os.getpid()} on {platform.node()}, Ray's node {node[:12]}")
+    also = f", with {processes.count() - 1} more" if processes.count() > 1 else ""
+    line.report(f"process {os.getpid()} on {platform.node()}, Ray's node {node[:12]}{also}")
     try:
         return run_one(
             spec,
@@ -125,3 +144,47 @@ def carry_out(
     finally:
         for _ in range(2):  # the answer to the last bundle, and to what has gathered meanwhile
             line.exchange(wait=True)
+
+
+def carry_out_together(resources: dict[str, float], count: int, *attempt: Any) -> Finished | Interrupted:
+    """Do a run with several of Ray's processes, wherever there is room for them; see `carry_out`.
+
+    Raises:
+        LostProcessError: if one of them is lost. Ray repeats nothing: the driver does, from the last checkpoint.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from peft_vit.core.training.processes import LIMIT_S, LostProcessError
+
+    on_gpus = resources["GPU"] > 0
+    with tempfile.TemporaryDirectory() as folder:  # where Ray keeps what our checkpoints are not among
+        trainer = TorchTrainer(
+            _take_part,
+            train_loop_config={"attempt": attempt},
+            scaling_config=ScalingConfig(num_workers=count, use_gpu=on_gpus, resources_per_worker=resources),
+            torch_config=TorchConfig("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout_s=int(LIMIT_S)),
+            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise LostProcessError(" ".join(str(error).split())) from None
+    channel, number, *_ = attempt
+    result: Finished | Interrupted = ray.get(channel.result.remote(number))
+    return result
+
+
+def _take_part(config: dict[str, Any]) -> None:
+    import torch
+    from ray.train.torch import get_device
+
+    from peft_vit.core.training import processes
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_device())
+    channel, number, *_ = config["attempt"]
+    with processes.patiently():
+        result = carry_out(*config["attempt"])
+    if result is not None:
+        ray.get(channel.keep.remote(number, result))

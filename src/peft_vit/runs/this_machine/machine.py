@@ -81,6 +81,20 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_devices(count: int, device: str) -> None:
+    """Refuse more processes at a time than there are GPUs, or processors where a configuration's device is a CPU.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    kind = resolve_device(device).type
+    there = torch.cuda.device_count() if kind == "cuda" else cpu_count()
+    if count > max(1, there):
+        what = "GPUs" if kind == "cuda" else "processors"
+        reason = f"{count} are more than the {there} {what} of this machine"
+        raise UserError(f"{reason}; lower it, or start the command by torchrun on several machines", field="devices")
+
+
 def choose_precision(
     requested: PrecisionSetting, begun: PrecisionSetting | None, device: torch.device
 ) -> ChosenPrecision:

@@ -200,6 +200,58 @@
     item.querySelector(".warn").hidden = !(facts.unlike !== null && distance > facts.unlike);
   }
 
+  // --- where it looked: how much less sure of its class it is with each part in the mean color (arXiv 1311.2901) ---
+
+  const CELLS = 4, SHOWN = 224, VEIL = 110, MOST = 0.75; // grey, and how much of it lies over what does not matter
+
+  async function drops(images, run) {
+    const { size } = facts, area = size * size, end = (k) => Math.round((k * size) / CELLS), found = [];
+    const means = [0, 1, 2].map((channel) => images.subarray(channel * area, (channel + 1) * area).reduce((a, b) => a + b) / area);
+    const outputs = Array.from((await run(images)).logits.data), best = outputs.indexOf(Math.max(...outputs));
+    const sure = (logits) => {
+      const largest = Math.max(...logits);
+      return logits[best] - largest - Math.log(logits.reduce((sum, z) => sum + Math.exp(z - largest), 0));
+    };
+    for (let k = 0; k < CELLS * CELLS; k++) {
+      const covered = images.slice(), row = Math.floor(k / CELLS), column = k % CELLS;
+      for (let channel = 0; channel < 3; channel++) {
+        for (let y = end(row); y < end(row + 1); y++) {
+          const line = channel * area + y * size;
+          covered.fill(means[channel], line + end(column), line + end(column + 1));
+        }
+      }
+      found.push(sure(outputs) - sure(Array.from((await run(covered)).logits.data)));
+    }
+    return found;
+  }
+
+  // The image as the model gets it, under a grey veil where nothing mattered.
+  function lit(bitmap, found) {
+    const given = [bitmap.width, bitmap.height], scale = SHOWN / facts.size, most = Math.max(...found, 1e-6);
+    const [width, height] = given.map((side) => SIDES[facts.resize](side, given));
+    const [canvas, veil] = [SHOWN, CELLS].map((side) => Object.assign(document.createElement("canvas"), { width: side, height: side }));
+    const alphas = found.flatMap((drop) => [VEIL, VEIL, VEIL, 255 * MOST * (1 - Math.max(drop, 0) / most)]);
+    veil.getContext("2d").putImageData(new ImageData(Uint8ClampedArray.from(alphas), CELLS), 0, 0);
+    const context = canvas.getContext("2d"), [left, top] = [width, height].map((side) => scale * start(facts.size - side));
+    context.fillStyle = "white";
+    context.fillRect(0, 0, SHOWN, SHOWN);
+    context.drawImage(bitmap, left, top, scale * width, scale * height);
+    context.drawImage(veil, 0, 0, SHOWN, SHOWN);
+    return canvas;
+  }
+
+  async function explain(file, item, model) {
+    const started = performance.now(), run = await model;
+    const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" });
+    const canvas = lit(bitmap, await drops(prepared(bitmap), run));
+    bitmap.close();
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", "The image, clear where the model looked");
+    item.querySelector(".where").replaceWith(canvas);
+    item.querySelector(".looked").textContent =
+      `Clear parts made it say this class: each of ${CELLS * CELLS} was covered (occlusion), in ${Math.round(performance.now() - started)} ms`;
+  }
+
   async function look(file, item, model) {
     const name = file.name || "image";
     let bitmap, run;
@@ -222,6 +274,14 @@
       const { logits, distance } = await run(images);
       const answer = KINDS[facts.kind](logits.data);
       show(item, answer, distance?.data[0]);
+      const where = item.querySelector(".where");
+      where.hidden = facts.kind !== "classes";
+      where.addEventListener("click", () => {
+        where.disabled = true;
+        last = last.then(() => explain(file, item, model)).catch((error) => {
+          status.textContent = `${name} could not be explained: ${error.message}`;
+        });
+      });
       const done = performance.now(), [preparing, running] = [ready - started, done - ready].map(Math.round);
       item.querySelector(".took").textContent =
         `${bitmap.width} x ${bitmap.height} pixels, read in ${preparing} ms; the model took ${running} ms`;

@@ -1,0 +1,111 @@
+"""One run by the processes of `torchrun ... -m peft_vit.cli`: the first is the command, the others wait for its runs.
+
+They meet in torchrun's store. The first, or a worker that it starts, writes there what a run is; the others do it with
+it, again and again, until the command ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the first process may refuse what was typed before it loads torch
+    from torch.distributed import TCPStore
+
+    from peft_vit.core.records import RunSpec
+    from peft_vit.core.training import Member
+
+_NUMBER, _ORDER = "peft_vit/runs", "peft_vit/run/{}"
+_LOOK_S = 0.2  # how often a process looks for the next run
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun says to a process in its environment."""
+
+    rank: int
+    count: int
+    local_rank: int
+    local_count: int
+    host: str
+    port: int
+
+    def store(self) -> TCPStore:
+        """Return torchrun's store."""
+        from torch.distributed import TCPStore
+
+        return TCPStore(self.host, self.port, is_master=False)
+
+    def member(self, number: int) -> Member:
+        """Return this process's place in a run."""
+        from peft_vit.core.training import Member
+
+        place = (self.rank, self.count, self.local_rank, self.local_count, self.host, self.port)
+        return Member(*place, f"peft_vit/meeting/{number}")
+
+
+def launch() -> Launch | None:
+    """Return how torchrun has started this process, or the one that it works for; None: it was not, or alone."""
+    given = os.environ
+    if "TORCHELASTIC_RUN_ID" not in given or given.get("WORLD_SIZE", "1") == "1":
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    rank, count, local_rank, local_count, port = (int(given[name]) for name in names)
+    return Launch(rank, count, local_rank, local_count, given["MASTER_ADDR"], port)
+
+
+def announce(launched: Launch, spec: RunSpec | None) -> Member:
+    """Tell the others of a run, or with None that none follows; return the first process's place in it."""
+    store = launched.store()
+    number = store.add(_NUMBER, 1)
+    store.set(_ORDER.format(number), "" if spec is None else spec.model_dump_json())
+    return launched.member(number)
+
+
+@contextmanager
+def leading(launched: Launch) -> Iterator[None]:
+    """Be the command, and let the others end with it."""
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # torchrun is gone
+            announce(launched, None)
+
+
+def help_first(launched: Launch) -> None:
+    """Do the runs of the command with it, until it ends; the first process reports what fails, if it can.
+
+    A signal to end stops a run in all processes, after a checkpoint.
+    """
+    from peft_vit.core.records import RunSpec
+    from peft_vit.core.training import Helped, Interrupted
+    from peft_vit.runs.execute import run_one
+    from peft_vit.runs.executors.local import prepare_process
+
+    prepare_process()
+    store, number, signals = launched.store(), 1, list[int]()
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda received, _: signals.append(received))
+    while not signals:
+        with suppress(RuntimeError):
+            if not store.check([_ORDER.format(number)]):
+                time.sleep(_LOOK_S)
+                continue
+        try:
+            order = store.get(_ORDER.format(number))
+        except RuntimeError:  # torchrun is gone
+            return
+        if not order:
+            return
+        member, number = launched.member(number), number + 1
+        with suppress(Helped, Interrupted):
+            spec = RunSpec.model_validate_json(order)
+            record = run_one(spec, should_stop=lambda: bool(signals), member=member).record
+            if record.failure in ("out_of_memory", "io"):
+                print(f"error: process {launched.rank} of {launched.count}: {record.error}", file=sys.stderr)
