@@ -48,6 +48,8 @@ def first(photos, weights, tmp_path, command) -> Path:
 
 
 def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) -> None:
+    corrected = next(name for name in ImagesFile.read(first / "images.json").sealed if name.startswith("dog/"))
+    (tmp_path / "photos" / corrected).rename(tmp_path / "photos" / "cat" / "corrected.png")
     call = (
         "train",
         tmp_path / "photos",
@@ -62,7 +64,12 @@ def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) 
     said = command(*call)
     (second,) = (tmp_path / "out").glob("0002-*")
     assert "The 6 images that tested 0001-" in said.out
-    assert "points (95 % interval)." in said.out
+    found = read_record(single_run(first) / RECORD_FILE).predictions
+    then = 100 * np.mean([a == b for a, b in zip(found.predicted, found.labels, strict=True)])
+    of_then = (
+        f"points (95 % interval). 1 of their labels changed since; by those of then {then:.1f} % were right before."
+    )
+    assert of_then in said.out
     earlier, images = (ImagesFile.read(run / "images.json") for run in (first, second))
     assert earlier.tested <= images.tested
     assert not images.tested & (set(earlier.digests.values()) - earlier.tested)

@@ -102,18 +102,22 @@ class EarlierRun:
         assert later is not None
         before = _tested(self.record, self.images)
         after = _tested(later, ImagesFile.read(run.folder / IMAGES_FILE))
-        pairs = [  # right before, right now, by the labels of now
-            (before[image][0] == label, said == label)
-            for image, (said, label) in after.items()
-            if image in before and label in self.record.class_names
+        both = [
+            (*before[image], *of_now)
+            for image, of_now in after.items()
+            if image in before and of_now[1] in self.record.class_names
         ]
+        pairs = [(earlier == label, said == label) for earlier, _, said, label in both]  # by the labels of now
         if not pairs:
             return f"No image that tested {self.folder} tests here, so what changed for its classes is not known."
         lost, gained = (pairs.count(change) for change in ((True, False), (False, True)))
         shares = (percent(sum(right) / len(pairs)) for right in zip(*pairs, strict=True))
         change = points_interval(paired_proportions(gained, lost, len(pairs)))
         images = f"The {len(pairs):,} images that tested {self.folder.name}: {' right before, '.join(shares)} now"
-        return f"{images}, {change} points (95 % interval)."
+        changed = sum(label != now for _, label, _, now in both)
+        then = percent(sum(earlier == label for earlier, label, *_ in both) / len(both))
+        corrected = f" {changed:,} of their labels changed since; by those of then {then} were right before."
+        return f"{images}, {change} points (95 % interval).{corrected if changed else ''}"
 
 
 def _tested(record: RunRecord, images: ImagesFile) -> dict[str, tuple[str, str]]:

@@ -118,7 +118,23 @@ def test_films_that_leave_too_few_of_a_class_are_told_and_not_joined(tmp_path) -
                 picture.rotate(2 * frame, Image.Resampling.BICUBIC).save(tmp_path / name / f"{k}-{frame}.png")
     found = inspect_images(tmp_path)
     assert found.unlinked > 10
-    assert any("--group" in line for line in found.lines())
+    assert sum("--group" in line for line in found.lines()) == 1
+
+
+@pytest.mark.parametrize(("step", "lines"), [(2, 0), (16, 1)])
+def test_neighbours_by_name_are_told_where_they_are_in_no_group(step, lines, tmp_path) -> None:
+    for name, start in (("a", 0), ("b", 100)):
+        (tmp_path / name).mkdir()
+        for k in range(12):
+            large = texture(start + k).resize((192, 192), Image.Resampling.BICUBIC)
+            for frame in range(4):
+                box = (step * frame // 2, 0, step * frame // 2 + 96, 96)
+                large.crop(box).save(tmp_path / name / f"{k:02}-{frame}.png")
+    found = inspect_images(tmp_path)
+    assert sum("neighbours by name" in line for line in found.lines()) == lines
+    split = [len({found.groups[found.names.index(name)] for name in pair}) == 2 for pair in found.alike]
+    assert len(split) > 60
+    assert (sum(split) > len(split) / 10) == bool(lines)
 
 
 def test_groups_of_mixed_classes_leave_no_class_out_of_the_test(tmp_path) -> None:

@@ -339,11 +339,12 @@ def copies_block(content: ImagesFile, pictures: Pictures | None) -> Block:
     """Return groups of images that are not split, of a file that has some: with pictures, or a line."""
     place = {name: position for position, name in enumerate(content.digests)}
     shown = [[name for name in names[:_OF_A_GROUP] if name in place] for names in content.copies[:_GROUPS]]
-    groups = [(" ", [(place[name], (plain(name),)) for name in names]) for names in shown]
-    every, images = count(len(content.copies)), count(sum(map(len, content.copies)))
-    text = (
-        f"Groups: {every}, of {images} images in all, such as {plain(' and '.join(content.copies[0][:2]))}. {TOGETHER}"
-    )
+    groups = [
+        (f"Group {k}", [(place[name], (plain(name),)) for name in names]) for k, names in enumerate(shown, start=1)
+    ]
+    first, every = content.copies[0], len(content.copies)
+    size = f"{count(every)} group{'s' * (every > 1)}, {count(sum(map(len, content.copies)))} images in all"
+    text = f"{size}, such as {plain(' and '.join(first[:2]))}. {TOGETHER}"
     block = gallery("copies", "Near copies", text, groups, pictures)
     return block if isinstance(block, Gallery) else Paragraph(text)
 
