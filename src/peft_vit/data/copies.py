@@ -2,14 +2,13 @@
 
 Images are compared as thumbnails of 32 x 32 pixels: by their mean colors, and in grey. Of each the images with the most
 similar blurred thumbnail, as they are or mirrored, are candidates. A candidate is moved, scaled and turned a little
-until it correlates with the other one (Evangelidis and Psarakis 2008, "Parametric Image Alignment Using Enhanced
-Correlation Coefficient Maximization", by Gauss-Newton steps). If what is finer than
-a blur then correlates as well, the two are copies.
+until it correlates with the other one, by Gauss-Newton steps (Evangelidis and Psarakis 2008, "Parametric Image
+Alignment Using Enhanced Correlation Coefficient Maximization"). If what is finer than a blur then correlates as well,
+the two are copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ _LEAST, _LEAST_DETAIL = 0.98, 4.0  # correlation of copies; grey levels by which
 _MOST_COLOR = 8.0  # levels by which mean colors differ beside brightness
 _LARGEST = np.array([0.15, 0.12, 0.35, 0.35], np.float32)  # scale, turn in radians, shifts in half sides
 _LEAST_COARSE = 0.93  # correlation of blurred images once they are aligned
-_BLOCK = 1024  # images or pairs
+_BLOCK, _PAIRS = 1024, 128  # images whose candidates are looked for at once, and pairs that are aligned, in the cache
 
 
 def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
@@ -32,23 +31,23 @@ def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
     Args:
         thumbnails: (N, 32, 32, 3), 0 to 255.
     """
-    count, grey = len(thumbnails), thumbnails.mean(3)
+    count, grey = len(thumbnails), thumbnails.mean(3)  # (N, 32, 32)
     colors = thumbnails.mean((1, 2)) - grey.mean((1, 2))[:, None]  # (N, 3)
-    thumbnails = grey  # (N, 32, 32)
-    blurred = _normalised(_blur(thumbnails, 2.0)[:, ::2, ::2].reshape(count, -1))  # (N, 256)
-    fine = _fine(thumbnails)
+    blurred = _normalised(_blur(grey, 2.0)[:, ::2, ::2].reshape(count, -1))  # (N, 256)
+    fine = _fine(grey)
     lines = fine.mean(1, keepdims=True) + fine.mean(2, keepdims=True)  # from side to side, as of a grid
     detailed = (fine - lines).std((1, 2)) >= _LEAST_DETAIL
-    found = []
+    found = [np.empty((0, 2), np.int64)]
     for is_mirrored in (False, True):
         others = blurred.reshape(-1, SIDE // 2, SIDE // 2)[:, :, ::-1].reshape(count, -1) if is_mirrored else blurred
-        for candidates in _candidates(blurred, others, detailed):
-            differ = np.abs(colors[candidates[:, 0]] - colors[candidates[:, 1]]).max(1)
-            pairs = candidates[differ <= _MOST_COLOR]
-            second = thumbnails[pairs[:, 1]]
-            alike = _alignment(thumbnails[pairs[:, 0]], second[:, :, ::-1] if is_mirrored else second)
+        candidates = _candidates(blurred, others, detailed)
+        candidates = candidates[np.abs(colors[candidates[:, 0]] - colors[candidates[:, 1]]).max(1) <= _MOST_COLOR]
+        for start in range(0, len(candidates), _PAIRS):
+            pairs = candidates[start : start + _PAIRS]
+            second = grey[pairs[:, 1]]
+            alike = _alignment(grey[pairs[:, 0]], second[:, :, ::-1] if is_mirrored else second)
             found.append(pairs[alike >= _LEAST])
-    return np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), np.int64)
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def groups_of(groups: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -68,9 +67,9 @@ def compared_thumbnail(pixels: NDArray[np.uint8]) -> Floats:
     return thumbnail
 
 
-def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
-    """Yield pairs (B, 2) of each image with those that correlate most with it, of unit vectors (N, D) both."""
-    count = len(first)
+def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return pairs (P, 2) of each image with those that correlate most with it, of unit vectors (N, D) both."""
+    count, found = len(first), [np.empty((0, 2), np.int64)]
     most = min(_NEIGHBOURS, count)
     for start in range(0, count, _BLOCK):
         alike = first[start : start + _BLOCK] @ second.T  # (B, N)
@@ -80,52 +79,61 @@ def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> Ite
         alike[~usable[start : start + _BLOCK]] = -1
         nearest = np.argpartition(-alike, most - 1, axis=1)[:, :most]
         row, place = np.nonzero(np.take_along_axis(alike, nearest, 1) >= _LEAST_BLURRED)
-        pairs = np.sort(np.stack([start + row, nearest[row, place]], 1), axis=1)
-        pairs = np.unique(pairs, axis=0)
-        if len(pairs):
-            yield from np.array_split(pairs, len(pairs) // _BLOCK + 1)
+        found.append(np.sort(np.stack([start + row, nearest[row, place]], 1), axis=1))
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def _alignment(first: Floats, second: Floats) -> Floats:
     """Return how well details correlate once the second image is aligned to the first, (B,), of (B, 32, 32) both."""
-    if not len(first):
-        return np.zeros(0, np.float32)
     p = np.zeros((len(first), 4), np.float32)  # scale, turn, shifts
     result = np.zeros(len(first), np.float32)
-    p, alike = _aligned(_blur(first, 2.0)[:, ::2, ::2], _blur(second, 2.0)[:, ::2, ::2], p, 5)
-    near = np.flatnonzero(alike >= _LEAST_COARSE)
+    coarse = _blur(first, 2.0)[:, ::2, ::2], _blur(second, 2.0)[:, ::2, ::2]
+    p = _aligned(*coarse, p, 5)
+    near = np.flatnonzero(_correlation(*coarse, p) >= _LEAST_COARSE)
     if len(near):
-        p, _ = _aligned(_blur(first[near], 0.8), _blur(second[near], 0.8), p[near], 4)
-        result[near] = _aligned(_fine(first[near]), _fine(second[near]), p, 0)[1]
+        p = _aligned(_blur(first[near], 0.8), _blur(second[near], 0.8), p[near], 4)
+        result[near] = _correlation(_fine(first[near]), _fine(second[near]), p)
     return result
 
 
-def _aligned(first: Floats, second: Floats, p: Floats, steps: int) -> tuple[Floats, Floats]:
-    """Return p after Gauss-Newton steps, (B, 4), and the correlation where images (B, S, S) overlap by it, (B,)."""
+def _correlation(first: Floats, second: Floats, p: Floats) -> Floats:
+    """Return it where images (B, S, S) overlap once the second ones are moved by p (B, 4), (B,)."""
+    (w,), inside = _warped((second,), p)  # (B, S * S)
+    share = inside.sum(1)[:, None]  # (B, 1)
+    alike: Floats = _standardized(first.reshape(len(first), -1), inside, share)[0] * _standardized(w, inside, share)[0]
+    return alike.sum(1) / share[:, 0]
+
+
+def _aligned(first: Floats, second: Floats, p: Floats, steps: int) -> Floats:
+    """Return p (B, 4) after Gauss-Newton steps that let images (B, S, S) correlate more."""
     side = first.shape[1]
-    at = np.linspace(-1, 1, side, dtype=np.float32)
-    y, x = (grid.ravel() for grid in np.meshgrid(at, at, indexing="ij"))  # (P,)
+    y, x = _grid(side)  # (P,)
     dy, dx = np.gradient(second, 2 / (side - 1), axis=(1, 2))  # (B, S, S)
     target = first.reshape(len(first), -1)  # (B, P)
-    for step in range(steps + 1):
-        (w, gx, gy), inside = _warped((second, dx, dy), p, x, y)  # (B, P)
+    for _ in range(steps):
+        (w, gx, gy), inside = _warped((second, dx, dy), p)  # (B, P)
         share = inside.sum(1)[:, None]  # (B, 1)
         w, scale = _standardized(w, inside, share)
         t, _ = _standardized(target, inside, share)
-        if step == steps:
-            break
         jacobian = np.stack([gx * x + gy * y, gy * x - gx * y, gx, gy], 1) * (inside / scale)[:, None]  # (B, 4, P)
         jacobian -= (jacobian.sum(2) / share)[..., None] * inside[:, None]
         along = (jacobian @ w[..., None]) / share[..., None]  # (B, 4, 1)
         jacobian -= along * w[:, None]
         normal = jacobian @ jacobian.transpose(0, 2, 1) + np.float32(1e-3) * np.eye(4, dtype=np.float32)
         p = np.clip(p + np.linalg.solve(normal, jacobian @ (t - w)[..., None])[..., 0], -_LARGEST, _LARGEST)
-    return p, (t * w).sum(1) / share[:, 0]
+    return p
 
 
-def _warped(images: tuple[Any, ...], p: Floats, x: Floats, y: Floats) -> tuple[list[Floats], Floats]:
+def _grid(side: int) -> list[Floats]:
+    """Return y and x of all pixels of a square, (side * side,) each, from -1 to 1."""
+    at = np.linspace(-1, 1, side, dtype=np.float32)
+    return [places.ravel() for places in np.meshgrid(at, at, indexing="ij")]
+
+
+def _warped(images: tuple[Any, ...], p: Floats) -> tuple[list[Floats], Floats]:
     """Return images (B, S, S) at moved places, (B, P) each, and which of these lie inside, as 0 and 1."""
     side = images[0].shape[1]
+    y, x = _grid(side)  # (P,)
     a, b, shift_x, shift_y = p.T[..., None]  # (B, 1)
     column = ((1 + a) * x - b * y + shift_x + 1) * (side - 1) / 2  # (B, P)
     row = (b * x + (1 + a) * y + shift_y + 1) * (side - 1) / 2
@@ -136,8 +144,8 @@ def _warped(images: tuple[Any, ...], p: Floats, x: Floats, y: Floats) -> tuple[l
     moved = []
     for image in images:
         flat = image.ravel()
-        upper = flat[at] * (1 - u) + flat[at + 1] * u
-        moved.append(upper * (1 - v) + (flat[at + side] * (1 - u) + flat[at + side + 1] * u) * v)
+        upper = flat.take(at) * (1 - u) + flat.take(at + 1) * u
+        moved.append(upper * (1 - v) + (flat.take(at + side) * (1 - u) + flat.take(at + side + 1) * u) * v)
     return moved, inside
 
 

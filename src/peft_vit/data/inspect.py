@@ -871,7 +871,7 @@ def _decoded(
     faults: dict[str, str] = {}
     animated: list[str] = []
     different: list[np.ndarray] = []  # thumbnails of one image of each set, (256,) each
-    aligned: list[np.ndarray] = []  # likewise, (32, 32) each
+    aligned: list[np.ndarray] = []  # likewise, (32, 32, 3) each
     first: list[int] = []  # where that image stands
 
     def decode(name: str) -> _One | str:
