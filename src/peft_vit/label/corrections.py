@@ -87,8 +87,7 @@ class Corrections:
                 raise ConflictError(f"is {state}; look at it again", file=name)
             digest = sha256_of(self.root / name)
             said = {"sha256": digest, "name": name, "renamed": name, "is_test": is_test, **_said(before, after)}
-            self._change(name, after, Answer.model_validate(said))
-            return self.answers()[-1].renamed
+            return self._change(name, after, Answer.model_validate(said)).renamed
 
     def undo(self) -> Answer:
         """Take back what was said last, and return that.
@@ -101,17 +100,20 @@ class Corrections:
             line, last = max(self.standing().items(), default=(0, None))
             if last is None:
                 raise UserError("holds nothing to undo", file=self.root / CORRECTIONS_FILE)
-            names = [name for name in (last.renamed, *files_below(self.root)) if self._is(name, last.sha256)]
-            name = next((name for name in names if self._label(name) == last.after), None)
+            labels = {}  # of files with its content, up to the one that has what was said
+            for name in (last.renamed, *files_below(self.root)):
+                if self._is(name, last.sha256):
+                    labels[name] = self._label(name)
+                    if labels[name] == last.after:
+                        break
             taken_back = last.model_copy(update={"undoes": line, **_said(last.after, last.before)})
-            if name is None:
-                state = f"is '{self._label(names[0])}' by now" if names else "is gone"
+            if last.after not in labels.values():
+                state = f"is '{next(iter(labels.values()))}' by now" if labels else "is gone"
                 self._add(taken_back)
                 raise ConflictError(
                     f"{state}, so '{last.after}' can't be undone; what came before can", file=last.renamed
                 )
-            self._change(name, last.before, taken_back, last.name if name == last.renamed else None)
-            return self.answers()[-1]
+            return self._change(name, last.before, taken_back, last.name if name == last.renamed else None)
 
     def _is(self, name: str, sha256: str) -> bool:
         return is_image(name) and (self.root / name).is_file() and sha256_of(self.root / name) == sha256
@@ -125,8 +127,8 @@ class Corrections:
         rows = (row for _, row in table_rows(self._table) if name_of(row["path"], self.root) == name)
         return next((row["label"] for row in rows), None)
 
-    def _change(self, name: str, label: str, answer: Answer, to: str | None = None) -> None:
-        """Write an answer down, and then give an image the label."""
+    def _change(self, name: str, label: str, answer: Answer, to: str | None = None) -> Answer:
+        """Write an answer down, then give an image the label; return what was written."""
         answer = answer.model_copy(update={"name": name, "renamed": name})
         if label == self._label(name):
             self._add(answer)
@@ -141,12 +143,14 @@ class Corrections:
             names = (wanted.with_stem(f"{wanted.stem}{end}") for end in ("", *(f"-{k}" for k in range(2, 10_000))))
             target = next(file for file in names if not file.is_symlink() and not file.exists())
             make_folder(target.parent)
-            self._add(answer.model_copy(update={"renamed": target.relative_to(self.root).as_posix()}))
+            answer = answer.model_copy(update={"renamed": target.relative_to(self.root).as_posix()})
+            self._add(answer)
             (self.root / name).rename(target)
         else:
             content = relabelled(self._table, lambda typed: name_of(typed, self.root) == name, label)
             self._add(answer)
             write_whole(self._table, content)
+        return answer
 
     def _add(self, answer: Answer) -> None:
         file = self.root / CORRECTIONS_FILE

@@ -302,9 +302,8 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     calibration = Calibration(data, runtime, spec.seed)
 
     hooks = _prepare(model, spec, attempt, calibration, experiment.total_steps(len(data.train)))
-    provenance = attempt.begin(
-        _same_everywhere(processes.in_each(loaded.made_ready))
-    )  # now that the head is the one that training starts from
+    # Now that the head is the one that training starts from.
+    provenance = attempt.begin(_same_everywhere(processes.in_each(loaded.made_ready)))
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
         for doubt in base_mismatches(Path(start), spec.backbone.model, *weights, data.class_names):

@@ -42,9 +42,7 @@ from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import autocast
 
 _FOLDS = 5
-_WORSE = (
-    3  # strengths in turn that are no better than the best one, after which no weaker one is tried; they take longest
-)
+_WORSE = 3  # strengths in turn that are no better than the best one: then no weaker one is tried, which take longest
 _HELD_OUT_CONVERGED = 1e-5  # of heads that choose a strength: by 300 images the same as 1e-7, in half of the time
 # The axes of each of the equally likely ways in which an image is shown in training.
 FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -188,6 +186,7 @@ def _held_out_logits(
     strata = task.strata(train.labels[:images])
     folds = min(_FOLDS, fewest_groups(strata, groups))
     fold_of = assign_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
+    of_fold = [train.values[:images][fold_of == fold].astype(np.float64) for fold in range(folds)]  # (images, D) each
 
     def heads(fold: int) -> Iterator[tuple[Floats, Floats, float, float, float]]:
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
@@ -197,7 +196,7 @@ def _held_out_logits(
     for of_folds in zip(*map(heads, range(folds)), strict=True):  # of one strength
         logits = np.empty((images, len(of_folds[0][1])))  # (n, classes)
         for fold, (weight, bias, *_) in enumerate(of_folds):
-            logits[fold_of == fold] = train.values[:images][fold_of == fold].astype(np.float64) @ weight.T + bias
+            logits[fold_of == fold] = of_fold[fold] @ weight.T + bias
         yield logits
 
 
