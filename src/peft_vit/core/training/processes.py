@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.place import ProcessPlace
 from peft_vit.core.adapters.resizing import resizing_together
 
 LIMIT_S = 600.0  # of waiting for the others in a step
@@ -39,26 +40,14 @@ class LostProcessError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Member:
-    """The place of a process among those of a run.
+class Member(ProcessPlace):
+    """A process's place among those of a run.
 
     Attributes:
-        rank: of all, from 0.
-        count: of all.
-        local_rank: of those on its machine, which is also the number of its GPU.
-        local_count: of those on its machine.
-        host: where they meet.
-        port: of torch's TCPStore there.
-        name: of the run in that store.
+        name: of the run in torch's store.
         limit_s: seconds that a step waits for the others.
     """
 
-    rank: int
-    count: int
-    local_rank: int
-    local_count: int
-    host: str
-    port: int
     name: str
     limit_s: float = LIMIT_S
 

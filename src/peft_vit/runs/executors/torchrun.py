@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
+
+from peft_vit.base.place import ProcessPlace
 
 if TYPE_CHECKING:  # the first process may refuse what was typed before it loads torch
     from torch.distributed import TCPStore
@@ -25,16 +27,8 @@ _NUMBER, _ORDER = "peft_vit/runs", "peft_vit/run/{}"
 _LOOK_S = 0.2  # how often a process looks for the next run
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(ProcessPlace):
     """What torchrun says to a process in its environment."""
-
-    rank: int
-    count: int
-    local_rank: int
-    local_count: int
-    host: str
-    port: int
 
     def store(self) -> TCPStore:
         """Return torchrun's store."""
@@ -46,8 +40,7 @@ class Launch:
         """Return this process's place in a run."""
         from peft_vit.core.training import Member
 
-        place = (self.rank, self.count, self.local_rank, self.local_count, self.host, self.port)
-        return Member(*place, f"peft_vit/meeting/{number}")
+        return Member(**asdict(self), name=f"peft_vit/meeting/{number}")
 
 
 def launch() -> Launch | None:
