@@ -405,6 +405,64 @@ def test_heads_read_four_blocks_where_a_regression_on_these_is_better(
     )
 
 
+@pytest.mark.parametrize(
+    ("longer", "gain", "more", "chosen"),
+    [
+        (2.0, 0.1, {}, "letterbox"),
+        (2.0, -0.1, {}, "squash"),
+        (2.0, 0.1, {"resize": "crop"}, None),  # as asked
+        (2.0, 0.1, {"resize": "squash"}, None),
+        (1.1, 0.1, {}, None),  # nearly square
+        (2.0, 0.1, {"minutes": 0.3}, None),  # no time for it
+    ],
+)
+def test_images_that_are_not_square_become_so_as_regressions_choose(
+    tuning: Tuning, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    longer: float, gain: float, more: dict[str, Any], chosen: str | None,
+) -> None:  # fmt: skip
+    """At the first size alone; whatever is trained after that, and regressions at other sizes, resize alike."""
+    photos = copied(images, tmp_path / "photos")
+    for file in photos.rglob("*.png"):
+        with Image.open(file) as image:
+            image.resize((round(40 * longer), 40)).save(file)
+    runner, regressed, trained, lines = stand_ins(), list[tuple[int, str]](), set[str](), list[str]()
+
+    def regress(study: Mapping[str, Any], folder: Path, half: bool, *_: Any) -> Any:
+        way = study["data"]["resize"] or "squash"
+        regressed.append((study["data"]["image_size"], way))
+        found = runner.regress(study, folder, half)
+        return replace(found, by_image=found.by_image.astype(float) + gain) if way == "letterbox" else found
+
+    def call(mapping: Mapping[str, Any], *given: Any) -> Any:
+        trained.add(mapping["data"]["resize"] or "squash")
+        return runner(mapping, *given)
+
+    monkeypatch.setattr(sizes, "regress", regress)
+    environment = replace(environment_of(runner), make_runner=lambda *_: call, regress=None)
+    output = tmp_path / "tuned"
+    tuning(environment=environment, photos=photos, output=output, tell=lines.append, head_blocks=1, **more)
+    asked = more.get("resize", "squash")
+    assert trained == {chosen or asked}
+    first = min(size for size, _ in regressed)
+    tried = {"squash", "letterbox", "crop"} if chosen else {asked}
+    assert {way for size, way in regressed if size == first} == tried
+    assert {way for size, way in regressed if size != first} <= trained
+    assert [line for line in lines if "become square" in line][:1] == [
+        line for line in lines if f"become square by {chosen}: squash" in line
+    ]
+
+
+@pytest.mark.parametrize(("gain", "augment"), [(0.08, None), (-0.08, "flip")])
+def test_augmentation_by_flips_alone_is_taken_where_folds_say_so(tuning: Tuning, gain: float, augment: str) -> None:
+    plain = planted()
+
+    def truth(experiment: Mapping[str, Any], size: int) -> float:
+        crops = any("random_resized_crop" in change for change in experiment["training"].get("augmentation", ()))
+        return plain(experiment, size) + gain * crops
+
+    assert tuning(stand_ins(truth=truth)).recipe.augment == augment
+
+
 # --- killed, and called again ---
 
 

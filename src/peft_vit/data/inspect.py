@@ -777,7 +777,7 @@ class PixelStore:
     """
 
     def __init__(
-        self, sizes: Sequence[int], interpolation: Interpolation = "bicubic", resize: Resize | None = None
+        self, sizes: Sequence[int], interpolation: Interpolation = "bicubic", resize: Resize = "squash"
     ) -> None:
         self.sizes, self.interpolation, self.resize = tuple(sizes), interpolation, resize
         self._places: dict[str, int] = {}  # by name

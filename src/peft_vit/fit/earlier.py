@@ -87,7 +87,7 @@ class EarlierRun:
             "model": self.asked.model,
             "weights": self.asked.weights,
             "image_size": spec.data.image_size,
-            "resize": self.asked.resize,
+            "resize": spec.data.resize,
             "head_blocks": spec.backbone.head_blocks,
         }
         for name, value in own.items():

@@ -40,11 +40,13 @@ from peft_vit.core.config import (
     LIGHT_AUGMENTATION,
     METHOD_KINDS,
     USUAL_TASK,
+    Augment,
     BackboneConfig,
     Compute,
     Flips,
     HeadBlocks,
     QuantizationType,
+    Resize,
     WeightsSource,
     named_backbone,
     study_from_mapping,
@@ -120,6 +122,7 @@ class Decisions(BaseModel):
         compute: how frozen layers multiply, which all runs share.
         flips: how training images are flipped, which all runs share.
         head_blocks: of how many of the last blocks heads read the class tokens, likewise; None: of the last alone.
+        resize: how images become square, likewise; None: it was not decided, they are squashed.
         compared_images: by how many images sizes are compared.
         latency_s: of an exported image, by model and size.
         memory: settings of training within the limit, by model and size.
@@ -138,6 +141,7 @@ class Decisions(BaseModel):
     compute: Compute | None = None
     flips: Flips | None = None
     head_blocks: HeadBlocks | None = None
+    resize: Resize | None = None
     compared_images: int | None = None
     latency_s: dict[str, float] = {}
     memory: dict[str, dict[str, Any]] = {}
@@ -336,6 +340,11 @@ class Fit:
         """Return how training images are flipped: as regressions have chosen, left-right until then."""
         return "none" if self.request.augment == "none" else self.decisions.flips or "horizontal"
 
+    @property
+    def usual_augment(self) -> Augment:
+        """Return how training images are changed where nobody says how."""
+        return "light" if self.images.task.smooths else "flip"
+
     @cached_property
     def backbones(self) -> dict[str, BackboneConfig]:
         """Return the models that can be loaded, by name; others are reported.
@@ -443,8 +452,8 @@ class Fit:
             data: beside what all have; `folds: null` trains on all that is not for the test, which tests.
         """
         request, images = self.request, self.images
-        own = {**images.data(recipe.image_size), "folds": FOLDS, "validation_images": 0, "resize": request.resize}
-        own["split_seed"] = request.split_seed
+        own = {**images.data(recipe.image_size), "folds": FOLDS, "validation_images": 0}
+        own |= {"resize": request.resize or self.decisions.resize, "split_seed": request.split_seed}
         if request.task is not None or images.task is not TASKS[USUAL_TASK]:  # also of made-up images
             own["task"] = images.task.name
         if request.shots is not None:
@@ -493,7 +502,7 @@ class Fit:
         if not recipe.is_probe:
             training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
             training["head_start"] = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
-            if (request.augment or ("light" if self.images.task.smooths else "flip")) == "light":
+            if (request.augment or recipe.augment or self.usual_augment) == "light":
                 training["augmentation"] += [change.model_dump(mode="json") for change in LIGHT_AUGMENTATION]
             training |= {"label_smoothing": LABEL_SMOOTHING} if self.images.task.smooths else {}
             training |= request.training_settings

@@ -151,7 +151,8 @@ class LabelledSet:
         """Put what was decoded where the study's runs find it."""
         if self.store is not None and study.data.image_size in self.store.sizes:
             index = open_index(study.data)
-            if index.interpolation != self.store.interpolation:  # of another model than the first
+            # of another model than the first, or of images that become square in another way
+            if (index.interpolation, index.resize or "squash") != (self.store.interpolation, self.store.resize):
                 return
             self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
 
@@ -240,7 +241,7 @@ def pixel_store(request: FitRequest, images: Images) -> PixelStore:
     architecture = architecture_of(named_backbone(request.models[0], request.weights))
     sizes = [] if request.smoke else list(request.image_sizes) or sizes_to_try(architecture)
     taken = 3 * len(images.files.classes) * sum(size**2 for size in sizes)
-    return PixelStore(sizes if taken <= _MOST_KEPT else [], interpolation_of(architecture), request.resize)
+    return PixelStore(sizes if taken <= _MOST_KEPT else [], interpolation_of(architecture), request.resize or "squash")
 
 
 def take_in(

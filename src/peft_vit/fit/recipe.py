@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from peft_vit.core.backbones import BackboneShape
-from peft_vit.core.config import BITS_OF_TYPE, METHOD_KINDS, MethodName, QuantizationType
+from peft_vit.core.config import BITS_OF_TYPE, METHOD_KINDS, Augment, MethodName, QuantizationType
 from peft_vit.core.methods import METHODS, TrainOptions
 from peft_vit.core.methods.method import DEFAULT_RANK
 from peft_vit.core.methods.quantized import file_bytes, packing_of
@@ -32,6 +32,7 @@ class Recipe:
     bits: QuantizationType | None = None  # number format of the blocks' matrices; None: float
     # they are rounded: never, while training (QA-LoRA), or after it
     when: Literal["never", "training", "after"] = "never"
+    augment: Augment | None = None  # how training images are changed; None: as usual for the task
 
     @property
     def is_probe(self) -> bool:
@@ -47,7 +48,7 @@ class Recipe:
     def plain(self) -> Self:
         """Return LoRA of the usual rank with as many steps, by which it is known whether more of them gain."""
         rate = float(f"{self.rate / rate_of(self.method, 1.0):.3g}")
-        return replace(self, method="lora", rank=0, rate=rate, bits=None, when="never")
+        return replace(self, method="lora", rank=0, rate=rate, bits=None, when="never", augment=None)
 
     @property
     def half(self) -> Self:
@@ -64,7 +65,8 @@ class Recipe:
         if self.is_probe:
             return "linear"
         bits = f"_{self.bits}" if self.when == "training" else ""
-        return f"{self.method}{bits}_r{self.rank or DEFAULT_RANK}_{self.rate:g}_{self.steps}".replace(".", "-")
+        augment = f"_{self.augment}" if self.augment else ""
+        return f"{self.method}{bits}_r{self.rank or DEFAULT_RANK}_{self.rate:g}_{self.steps}{augment}".replace(".", "-")
 
     @property
     def place(self) -> str:
@@ -79,7 +81,9 @@ class Recipe:
         """Return what it is, for people."""
         rank = f" of rank {self.rank}" if self.rank else ""
         bits = [] if self.bits is None else [f"{BITS_OF_TYPE[self.bits]} bits ({self.bits})"]
-        return ", ".join([f"{METHOD_KINDS[self.method].title.partition(',')[0]}{rank}", *bits, f"{self.image_size} px"])
+        augment = [f"augment {self.augment}"] if self.augment else []
+        method = METHOD_KINDS[self.method].title.partition(",")[0]
+        return ", ".join([f"{method}{rank}", *bits, *augment, f"{self.image_size} px"])
 
     @property
     def settings(self) -> str:

@@ -35,11 +35,11 @@ from peft_vit.core.config import (
     MethodName,
     MetricOfTask,
     PrecisionSetting,
+    Resize,
     Size,
     TaskName,
     Time,
     WrittenBits,
-    WrittenResize,
     WrittenSize,
     bytes_of,
     micro_batch_fault,
@@ -88,7 +88,8 @@ HEAD_BLOCKS = (
 AUGMENT = (
     "How training images are changed. none: not at all. flip: mirrored, in the ways in which a linear probe is best. "
     "light: also cut to 70 to 100 % of their area, with up to 20 % more or less brightness and contrast. Without it, "
-    "light where classes are learned, else flip, since a cut may leave out what several labels or numbers are of."
+    "light where classes are learned, else flip, since a cut may leave out what several labels or numbers are of; tune "
+    "tries the other on folds."
 )
 WrittenAugment = Annotated[Augment | None, Option(keys=("augmentation",))]
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
@@ -118,7 +119,7 @@ class ImagesRequest(Request):
     head_blocks: Annotated[HeadBlocks | None, Option(typed=int, metavar="1|4", keys=("head_blocks",))] = Field(
         default=None, description=HEAD_BLOCKS
     )
-    resize: WrittenResize = Field(default=None, description=f"{RESIZE}.")
+    resize: Resize | None = Field(default=None, description=f"{RESIZE}; tune tries them all.")
     augment: WrittenAugment = Field(default=None, description=AUGMENT)
     memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
     precision: PrecisionSetting = Field(default="auto", description=PRECISION)

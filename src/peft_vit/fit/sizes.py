@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.core.backbones import architecture_of, supports_head_blocks
-from peft_vit.core.config import Flips, HeadBlocks, study_from_mapping, type_of_bits
+from peft_vit.core.config import Flips, HeadBlocks, Resize, study_from_mapping, type_of_bits
 from peft_vit.core.methods import METHODS
 from peft_vit.core.records import Metrics
 from peft_vit.core.tasks import Labels, Scores, expected_gain, metric_of
@@ -35,7 +35,7 @@ from peft_vit.fit.decide import posterior_by_size
 from peft_vit.fit.fit import MEMORY_OPTION, Fit
 from peft_vit.fit.intake import sizes_to_try
 from peft_vit.fit.recipe import ROUNDED, Recipe, peak_of
-from peft_vit.fit.request import Advanced
+from peft_vit.fit.request import Advanced, TuneRequest
 from peft_vit.runs.costs.time_limit import FOLDS
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
@@ -46,6 +46,8 @@ NO_TIME = "no time for it"
 _SLOWER = 2  # times, of a regression on four blocks
 _FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
 _OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
+_OBLONG = 1.2  # times as long as short, from which on it matters how an image becomes square
+_OBLONG_SHARE = 0.1  # of images
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
 
 
@@ -278,10 +280,46 @@ def _score(fit: Fit, probe: Recipe, every: Sequence[Recipe], ends_at: float) -> 
     decisions.sizes[probe.place] = fit.images.scores.of(found.metrics)
     fit.save()
     taken_s = clock() - began_at
+    if len(decisions.sizes) == 1 and isinstance(fit.request, TuneRequest):
+        _choose_resize(fit, probe, found, taken_s, (ends_at - clock()) / 2)
     if decisions.flips is None and fit.request.augment != "none":
         _choose_flips(fit, probe, taken_s, (ends_at - clock()) / 2)
     if len(decisions.sizes) == 1:
         _choose_head_blocks(fit, every, taken_s, (ends_at - clock()) / 2)
+
+
+def _choose_resize(fit: Fit, probe: Recipe, squashed: Regression, taken_s: float, left_s: float) -> None:
+    """Choose how images that are not square become so, by regressions, as far as there is time; else they are squashed.
+
+    Another way has to be better by more than the standard error of the paired difference.
+
+    Args:
+        fit: the fit.
+        probe: a regression at the first size.
+        squashed: what it has.
+        taken_s: that it took.
+        left_s: for the others.
+    """
+    scores, sides = fit.images.scores, fit.images.inspection.sides
+    if fit.request.resize is not None or np.mean(sides[:, 1] > _OBLONG * sides[:, 0]) < _OBLONG_SHARE:
+        return
+    found: dict[Resize, Regression] = {"squash": squashed}
+    for way in get_args(Resize):
+        left_s -= taken_s
+        if way not in found and left_s >= 0:
+            found[way] = _regress(fit, probe, "none", resize=way)
+    if len(found) == 1:
+        return
+
+    def lower_end(way: Resize) -> float:
+        gains = found[way].by_image.astype(float) - squashed.by_image  # (N,)
+        return float(gains.mean() - gains.std() / math.sqrt(len(gains)))
+
+    best = max(found, key=lower_end)  # of equal ones the first
+    shown = ", ".join(f"{way} {scores.text(scores.of(one.metrics))}" for way, one in found.items())
+    fit.emit(f"  images become square by {best}: {shown} at {probe.image_size} px")
+    fit.decisions.resize, fit.decisions.sizes[probe.place] = best, scores.of(found[best].metrics)
+    fit.save()
 
 
 def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> None:
@@ -356,7 +394,13 @@ def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:
 
 
 def _regress(
-    fit: Fit, probe: Recipe, flips: Flips, *, half: bool = False, head_blocks: HeadBlocks | None = None
+    fit: Fit,
+    probe: Recipe,
+    flips: Flips,
+    *,
+    half: bool = False,
+    head_blocks: HeadBlocks | None = None,
+    resize: Resize | None = None,
 ) -> Regression:
     compared = fit.decisions.compared_images or fit.images.num_dev
     experiment = {"name": "linear", "method": "linear", "training": fit.training(flips)}
@@ -364,6 +408,8 @@ def _regress(
     study = fit.study("sizes", probe, [fit.request.seed], [experiment], folds=None, **some)
     if head_blocks is not None:
         study["backbone"]["head_blocks"] = head_blocks
+    if resize is not None:
+        study["data"]["resize"] = resize
     if fit.environment.regress is not None:
         return fit.environment.regress(study, fit.studies, half)
     fit.images.keep_pixels(study_from_mapping(study, file=fit.request.images))

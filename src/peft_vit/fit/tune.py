@@ -6,13 +6,14 @@ It begins as `train` does, see there, and continues while there is time:
   rate with the most steps at the most promising size, always continues, and what may have been lucky does not displace
   it. Where the best has the highest or the lowest rate of all, or the most steps, what lies beyond is tried. Folds of
   the best also give its forms rounded after training, and half of its steps, by which it is known whether a longer last
-  training gains. What is left goes to its other folds, to the second-best LoRA, AdaLoRA, a rank of 2 and QA-LoRA, and
-  to other folds for what was taken and what it is compared with. Where only 2 bits are small enough, QA-LoRA takes
-  LoRA's place from the beginning.
+  training gains. What is left goes to its other folds, to the second-best LoRA, one with the other `--augment`,
+  AdaLoRA, a rank of 2 and QA-LoRA, and to other folds for what was taken and what it is compared with. Where only 2
+  bits are small enough, QA-LoRA takes LoRA's place from the beginning.
 - final: the last training of what was taken.
 
 What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
-rates, steps and candidates. Only the test images, the folds, flips and how products are computed stay.
+rates, steps and candidates. Only the test images, the folds, flips, how images become square and how products are
+computed stay.
 """
 
 from __future__ import annotations
@@ -359,4 +360,6 @@ def _in_turn(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
     ranks = [replace(best, method="adalora", rate=rate_of("adalora", best.rate)), replace(best, rank=_SMALL_RANK)]
     second = [recipe for recipe in ranked[1:] if recipe != best.half][:1]
     packed = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), bits="nf4", when="training")
+    if fit.request.augment is None:
+        second.append(replace(best, augment="flip" if fit.usual_augment == "light" else "light"))
     return [best, probe, *second, *(ranks if fit.request.max_adapter_bytes is None else ()), packed]
