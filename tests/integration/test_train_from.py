@@ -100,7 +100,7 @@ def test_the_model_of_tune_goes_on(photos, weights, tmp_path, command, monkeypat
     model = ("--model", "test_vit", "--weights", weights, "--image-size", "32", "--augment", "none", "--threads", "1")
     command("tune", images, *model, "--minutes", "8", "--output", tuned, code=130)
     add(images, "elk", range(15))
-    said = command("train", images, "--from", tuned, *SHORT[-4:], "--output", tmp_path / "out")
+    said = command("train", images, "--from", tuned, *SHORT, "--output", tmp_path / "out")
     assert "The 6 images that tested tuned: " in said.out
     (run,) = (tmp_path / "out").glob("0001-*")
     earlier, later = (ImagesFile.read(folder / "images.json") for folder in (tuned, run))
