@@ -60,9 +60,9 @@ class EarlierRun:
         elif tuned.decisions.delivered is None:
             raise UserError("is not done; give its command again to continue", file=place, field="--from")
         else:
-            options = {name: tuned.asked.get(name) for name in ("weights", "resize", "group")}
-            limits = {"adapter_bytes": tuned.asked["max-adapter-bytes"], "model": tuned.decisions.delivered[0].model}
-            asked = TrainRequest(images=tuned.asked["images"], **options, **limits)
+            values = {name: tuned.asked.get(name) for name in ("images", "weights", "resize", "group")}
+            values["adapter_bytes"] = tuned.asked["max-adapter-bytes"]
+            asked = TrainRequest.model_validate({**values, "model": tuned.decisions.delivered[0].model})
         record, images = finished_record(folder), ImagesFile.read(folder / IMAGES_FILE)
         method, task = record.spec.experiment.method, record.spec.task
         faults = (
