@@ -453,7 +453,7 @@ def train(
         adapter_bytes: with lora and qa_lora instead of rank: the most bytes of all updates in a file, such as "8kB".
         bits: of frozen weights with qa_lora, qa_linear and qa_adalora: 8, 4, 3, 2, or a number format; None: 4.
         init_adapter: folder of a PEFT LoRA adapter to continue from.
-        from_run: folder of an earlier call to start from, when images or a class came or labels changed.
+        from_run: folder of `train` or `tune` to start from, when images or a class came or labels changed.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.

@@ -1,4 +1,4 @@
-"""`train --from`: a model, its test images and its settings are where another call starts."""
+"""`train --from`: a model of `train` or `tune`, its test images and its settings are where another call starts."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from peft_vit.core.adapters.adapter_file import read_adapter_file
 from peft_vit.data import ImagesFile
 from peft_vit.deploy.restore import restore_run
+from peft_vit.fit.fit import FitFile
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, single_run
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache", "in_this_process")]
@@ -85,6 +86,42 @@ def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) 
         assert trained[name][: len(tensor)].sub(tensor).abs().max() < 1e-3
     assert restore_run(second).record.status == "done"
     assert "This call was done before" in command(*call).out
+
+
+@pytest.mark.slow  # it tunes
+def test_the_model_of_tune_goes_on(photos, weights, tmp_path, command, monkeypatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt  # its first model is written
+
+    monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
+    monkeypatch.setattr("peft_vit.fit.tune.know_by_folds", stop)
+    images, tuned = tmp_path / "photos", tmp_path / "tuned"
+    shutil.copytree(photos, images)
+    model = ("--model", "test_vit", "--weights", weights, "--image-size", "32", "--augment", "none", "--threads", "1")
+    command("tune", images, *model, "--minutes", "8", "--output", tuned, code=130)
+    add(images, "elk", range(15))
+    said = command("train", images, "--from", tuned, *SHORT, "--output", tmp_path / "out")
+    assert "The 6 images that tested tuned: " in said.out
+    (run,) = (tmp_path / "out").glob("0001-*")
+    earlier, later = (ImagesFile.read(folder / "images.json") for folder in (tuned, run))
+    assert earlier.tested < later.tested
+    assert not later.tested & (set(earlier.digests.values()) - earlier.tested)
+    before, after = (read_record(single_run(folder) / RECORD_FILE) for folder in (tuned, run))
+    assert after.class_names == ["cat", "dog", "elk"]
+    assert after.spec.experiment.method == before.spec.experiment.method
+    assert after.spec.backbone == before.spec.backbone
+    if before.spec.experiment.method == "lora":
+        assert after.spec.experiment.lora.start == str(tuned / "model" / "adapter.safetensors")
+
+
+def test_a_tuning_that_has_no_model_yet_is_refused(first, tmp_path, command) -> None:
+    (first / "tune.json").write_text(FitFile().model_dump_json())
+    said = command("train", tmp_path / "photos", "--from", first, "--output", tmp_path / "refused", code=2)
+    assert "--from" in said.err
+    assert "is not done" in said.err
+    said = command("tune", tmp_path / "photos", "--from", first, "--output", tmp_path / "refused", code=2)
+    assert "--from: no such option of peft-vit tune; train takes it" in said.err
+    assert not (tmp_path / "refused").exists()
 
 
 def without_dogs(first: Path, images: Path) -> None:

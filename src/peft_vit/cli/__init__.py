@@ -24,6 +24,7 @@ _RENAMED = {
     "--max-latency-ms": "it is --max-latency now, as in 50ms",
     "--max-seconds": "it is --max-step-time now, as in 200ms",
     "--batch": "it is --batch-size now",
+    "--from": "train takes it, with the output of train or tune",
     "--resume": "the same command continues where it was stopped",
 }
 

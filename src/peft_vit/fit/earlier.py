@@ -1,4 +1,4 @@
-"""The call of `train` that `--from` names: what the next one takes over, and what changes on its test images."""
+"""The call of `train` or `tune` that `--from` names: what the next one takes over, and what changes on its tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from peft_vit.data import ImagesFile
 from peft_vit.deploy.page.formatting import percent, points_interval
 from peft_vit.deploy.restore import finished_record
 from peft_vit.fit.calls import REQUEST_FILE, RequestFile, TrainRun
+from peft_vit.fit.fit import FitFile
 from peft_vit.fit.intake import IMAGES_FILE
-from peft_vit.fit.request import TrainRequest
+from peft_vit.fit.request import TUNE_FILE, TrainRequest
 from peft_vit.runs.records.storage import resolve_latest
 
 _REMEDY = "leave --from out"
@@ -27,11 +28,11 @@ _REMEDY = "leave --from out"
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A call of `train` that is done.
+    """A call of `train` or `tune` that is done.
 
     Attributes:
         folder: of the call.
-        asked: what it was asked for.
+        asked: what it was asked for; of `tune` what would train its model.
         record: of the run that is its model.
         images: that it had.
     """
@@ -49,11 +50,19 @@ class EarlierRun:
             UserError: if that is not such a folder, or its run can't be started from.
         """
         folder = resolve_latest(place)
-        if not all(os.path.isfile(folder / name) for name in (REQUEST_FILE, IMAGES_FILE)):
-            reason = "is not the folder of a call of `train`, with its model and which images tested it"
+        tuned = FitFile.read(folder / TUNE_FILE)
+        if not os.path.isfile(folder / IMAGES_FILE) or not (tuned or os.path.isfile(folder / REQUEST_FILE)):
+            reason = "is not the folder of a call of `train` or `tune`, with its model and which images tested it"
             raise UserError(f"{reason}; name one, as peft-vit-runs/0001-lora", file=place, field="--from")
-        with checked(folder / REQUEST_FILE, _REMEDY):
-            asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE)).request
+        if tuned is None:
+            with checked(folder / REQUEST_FILE, _REMEDY):
+                asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE)).request
+        elif tuned.decisions.delivered is None:
+            raise UserError("is not done; give its command again to continue", file=place, field="--from")
+        else:
+            values = {name: tuned.asked.get(name) for name in ("images", "weights", "resize", "group")}
+            values["adapter_bytes"] = tuned.asked["max-adapter-bytes"]
+            asked = TrainRequest.model_validate({**values, "model": tuned.decisions.delivered[0].model})
         record, images = finished_record(folder), ImagesFile.read(folder / IMAGES_FILE)
         method, task = record.spec.experiment.method, record.spec.task
         faults = (

@@ -318,7 +318,7 @@ class TrainRequest(ImagesRequest, _OfTrain):
         OnlyWith(smoke=False, remedy="remove one of the two"),
     ] = Field(
         default=None,
-        description="Start from the model of this folder of an earlier call, when images or a class came or labels "
+        description="Start from the model of this folder, of train or tune, when images or a class came or labels "
         "changed. What tested it tests again, and what trained or validated it never does.",
     )
     seed: int = Field(
