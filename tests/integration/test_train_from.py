@@ -48,9 +48,31 @@ def first(photos, weights, tmp_path, command) -> Path:
     return next((tmp_path / "out").glob("0001-*"))
 
 
+def correct_a_test_label(first: Path, images: Path) -> float:
+    """Return how many percent of its test images a model was right on by the labels of then."""
+    wrong = next(name for name in ImagesFile.read(first / "images.json").sealed if name.startswith("dog/"))
+    (images / wrong).rename(images / "cat" / "corrected.png")
+    found = read_record(single_run(first) / RECORD_FILE).predictions
+    return 100 * np.mean([a == b for a, b in zip(found.predicted, found.labels, strict=True)])
+
+
+def test_after_a_test_label_is_corrected_the_earlier_model_is_counted_by_both(
+    first, weights, tmp_path, command
+) -> None:
+    images = tmp_path / "photos"
+    options = ("--method", "linear", "--model", "test_vit", "--weights", weights, "--image-size", "32")
+    call = ("train", images, *options, "--minutes", "5", "--threads", "1", "--output", tmp_path / "out")
+    assert "changed since" not in command(*call).out  # there are more images, of the same labels
+    shutil.rmtree(next((tmp_path / "out").glob("0002-*")))
+    then = correct_a_test_label(first, images)
+    said = command(*call).out
+    assert f"1 test label was changed since {first}" in said
+    assert f"Of 6 test images its model is right on {then:.1f} % by the labels of then, " in said
+    assert "changed since" not in command(*call, "--seed", "1").out  # its test images are others
+
+
 def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) -> None:
-    corrected = next(name for name in ImagesFile.read(first / "images.json").sealed if name.startswith("dog/"))
-    (tmp_path / "photos" / corrected).rename(tmp_path / "photos" / "cat" / "corrected.png")
+    then = correct_a_test_label(first, tmp_path / "photos")
     call = (
         "train",
         tmp_path / "photos",
@@ -65,12 +87,7 @@ def test_a_model_goes_on_with_more_images_and_a_class(first, tmp_path, command) 
     said = command(*call)
     (second,) = (tmp_path / "out").glob("0002-*")
     assert "The 6 images that tested 0001-" in said.out
-    found = read_record(single_run(first) / RECORD_FILE).predictions
-    then = 100 * np.mean([a == b for a, b in zip(found.predicted, found.labels, strict=True)])
-    of_then = (
-        f"points (95 % interval). 1 of their labels changed since; by those of then {then:.1f} % were right before."
-    )
-    assert of_then in said.out
+    assert f"right on {then:.1f} % by the labels of then" in said.out
     earlier, images = (ImagesFile.read(run / "images.json") for run in (first, second))
     assert earlier.tested <= images.tested
     assert not images.tested & (set(earlier.digests.values()) - earlier.tested)

@@ -21,7 +21,8 @@ _NEIGHBOURS, _LEAST_BLURRED = 8, 0.8  # candidates of an image, and how well the
 _LEAST, _LEAST_DETAIL = 0.98, 4.0  # correlation of copies; grey levels by which what is flat deviates at most
 _MOST_COLOR = 8.0  # levels by which mean colors differ beside brightness
 _LARGEST = np.array([0.15, 0.12, 0.35, 0.35], np.float32)  # scale, turn in radians, shifts in half sides
-_LEAST_COARSE = 0.93  # correlation of blurred images once they are aligned
+_LEAST_COARSE = 0.93  # correlation of blurred images once they are aligned, also after two of five steps
+_LEAST_LIKELY = 0.8  # of details then; of planted copies of stamps, emoji and digits that are found 0.87 or more
 _BLOCK, _PAIRS = 1024, 128  # images whose candidates are looked for at once, and pairs that are aligned, in the cache
 
 
@@ -88,11 +89,15 @@ def _alignment(first: Floats, second: Floats) -> Floats:
     p = np.zeros((len(first), 4), np.float32)  # scale, turn, shifts
     result = np.zeros(len(first), np.float32)
     coarse = _blur(first, 2.0)[:, ::2, ::2], _blur(second, 2.0)[:, ::2, ::2]
-    p = _aligned(*coarse, p, 5)
-    near = np.flatnonzero(_correlation(*coarse, p) >= _LEAST_COARSE)
-    if len(near):
-        p = _aligned(_blur(first[near], 0.8), _blur(second[near], 0.8), p[near], 4)
-        result[near] = _correlation(_fine(first[near]), _fine(second[near]), p)
+    near = np.arange(len(first))
+    for steps in (2, 3):
+        p[near] = _aligned(coarse[0][near], coarse[1][near], p[near], steps)
+        near = near[_correlation(coarse[0][near], coarse[1][near], p[near]) >= _LEAST_COARSE]
+    first, second = first[near], second[near]
+    likely = _correlation(_fine(first), _fine(second), p[near]) >= _LEAST_LIKELY
+    near, first, second = near[likely], first[likely], second[likely]
+    moved = _aligned(_blur(first, 0.8), _blur(second, 0.8), p[near], 4)
+    result[near] = _correlation(_fine(first), _fine(second), moved)
     return result
 
 
@@ -100,7 +105,10 @@ def _correlation(first: Floats, second: Floats, p: Floats) -> Floats:
     """Return it where images (B, S, S) overlap once the second ones are moved by p (B, 4), (B,)."""
     (w,), inside = _warped((second,), p)  # (B, S * S)
     share = inside.sum(1)[:, None]  # (B, 1)
-    alike: Floats = _standardized(first.reshape(len(first), -1), inside, share)[0] * _standardized(w, inside, share)[0]
+    alike: Floats = (
+        _standardized(first.reshape(len(first), np.prod(first.shape[1:])), inside, share)[0]
+        * _standardized(w, inside, share)[0]
+    )
     return alike.sum(1) / share[:, 0]
 
 
@@ -109,7 +117,7 @@ def _aligned(first: Floats, second: Floats, p: Floats, steps: int) -> Floats:
     side = first.shape[1]
     y, x = _grid(side)  # (P,)
     dy, dx = np.gradient(second, 2 / (side - 1), axis=(1, 2))  # (B, S, S)
-    target = first.reshape(len(first), -1)  # (B, P)
+    target = first.reshape(len(first), np.prod(first.shape[1:]))  # (B, P)
     for _ in range(steps):
         (w, gx, gy), inside = _warped((second, dx, dy), p)  # (B, P)
         share = inside.sum(1)[:, None]  # (B, 1)

@@ -1,8 +1,10 @@
-"""The call of `train` or `tune` that `--from` names: what the next one takes over, and what changes on its tests."""
+"""An earlier call of `train` or `tune`: what `--from` takes over, what changes on test images, and in their labels."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from peft_vit.deploy.page.formatting import percent, points_interval
 from peft_vit.deploy.restore import finished_record
 from peft_vit.fit.calls import REQUEST_FILE, RequestFile, TrainRun
 from peft_vit.fit.fit import FitFile
-from peft_vit.fit.intake import IMAGES_FILE
+from peft_vit.fit.intake import IMAGES_FILE, LabelledSet
 from peft_vit.fit.request import TUNE_FILE, TrainRequest
 from peft_vit.runs.records.storage import resolve_latest
 
@@ -123,10 +125,35 @@ class EarlierRun:
         shares = (percent(sum(right) / len(pairs)) for right in zip(*pairs, strict=True))
         change = points_interval(paired_proportions(gained, lost, len(pairs)))
         images = f"The {len(pairs):,} images that tested {self.folder.name}: {' right before, '.join(shares)} now"
-        changed = sum(label != now for _, label, _, now in both)
-        then = percent(sum(earlier == label for earlier, label, *_ in both) / len(both))
-        corrected = f" {changed:,} of their labels changed since; by those of then {then} were right before."
-        return f"{images}, {change} points (95 % interval).{corrected if changed else ''}"
+        return f"{images}, {change} points (95 % interval)."
+
+
+def corrected_since(images: LabelledSet, folders: Iterable[Path]) -> str:
+    """Say how many test labels changed since the first call of some that is done, and what its model scores by both.
+
+    Args:
+        images: of now.
+        folders: of the calls.
+
+    Returns:
+        A line; empty if none changed.
+    """
+    index, digests = images.index, images.content.digests
+    now = {digests[index.title(i)]: index.label(i) for i in np.flatnonzero(~index.dev).tolist()}
+    for folder in folders:
+        with suppress(UserError):  # not done, or damaged
+            record = finished_record(folder)
+            if record.spec.smoke or not record.spec.task == images.task.name == USUAL_TASK:
+                continue
+            tested = _tested(record, ImagesFile.read(folder / IMAGES_FILE))
+            both = [(*tested[image], label) for image, label in now.items() if image in tested]
+            if not (changed := sum(then != label for _, then, label in both)):
+                return ""
+            right = (percent(sum(said == labels[k] for said, *labels in both) / len(both)) for k in (0, 1))
+            counted = f"{changed:,} test label{' was' if changed == 1 else 's were'} changed since {folder}"
+            scores = " by the labels of then, ".join(right)
+            return f"{counted}. Of {len(both):,} test images its model is right on {scores} by those of now."
+    return ""
 
 
 def _tested(record: RunRecord, images: ImagesFile) -> dict[str, tuple[str, str]]:

@@ -26,9 +26,9 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.config import named_as_typed
 from peft_vit.fit.calls import RequestFile, TrainRun, call_folder, earlier_call, write_request
 from peft_vit.fit.decide import meaning_of_last, worth_training
-from peft_vit.fit.earlier import EarlierRun
+from peft_vit.fit.earlier import EarlierRun, corrected_since
 from peft_vit.fit.fit import Environment, Fit
-from peft_vit.fit.intake import keep_images, look, named_files, refuse_among_images
+from peft_vit.fit.intake import earlier_calls, keep_images, look, named_files, refuse_among_images
 from peft_vit.fit.outcomes import EveryRunFailedError, Outcome, predictions_on, with_meaning
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Emit, TrainRequest, print_event
@@ -75,6 +75,10 @@ def train(request: TrainRequest, emit: Emit = print_event, environment: Environm
             return run
         if changes:
             fit.emit(changes)
+        split_by = fit.images.content.asked
+        calls = (folder for folder, images in earlier_calls(request.output) if images.asked == split_by)
+        if corrected := corrected_since(fit.images, calls if earlier is None else [earlier.folder]):
+            fit.emit(corrected)
         with call_folder(request.output, request.label, None if run is None else run.folder) as lock:
             run = TrainRun(lock.folder, asked)
             fit.enter(lock.folder, lock)
