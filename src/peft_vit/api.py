@@ -367,8 +367,9 @@ def tune(
 
     with named_as_parameters(TuneRequest, held_folder()):
         request = _asked(TuneRequest, given)
-        check_images(request)
-        choice = find(request, telling(tell) if tell else print_event)
+        emit = telling(tell) if tell else print_event
+        check_images(request, emit)
+        choice = find(request, emit)
     return TrainedModel(request.output, choice)
 
 
@@ -478,8 +479,7 @@ def train(
 
     with named_as_parameters(TrainRequest, held_folder()):
         request = _asked(TrainRequest, given)
-        print(f"Reading the images in {request.images}.", flush=True)
-        check_images(request)  # before torch is loaded, which takes seconds
+        check_images(request, partial(print, flush=True))  # before torch is loaded, which takes seconds
         from peft_vit.fit.train import train as fit_one
 
         run = fit_one(request)

@@ -207,8 +207,7 @@ def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent],
 
     try:
         with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
-            shown.say(f"Reading the images in {request.images}.")
-            check_images(request)  # before torch is loaded, which takes seconds
+            check_images(request, shown.say)  # before torch is loaded, which takes seconds
             yield emit
     except KeyboardInterrupt:
         if "step" not in advanced:

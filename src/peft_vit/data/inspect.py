@@ -340,7 +340,8 @@ class Inspection:
 
     def _of_images(self) -> Iterator[str]:
         counts = self.task.counts(self.labels, len(self.class_names))  # (K,)
-        each = f"{counts.min():,} to {counts.max():,} of each"
+        fewest, most = counts.min(), counts.max()
+        each = f"{most:,} of each" if fewest == most else f"{fewest:,} to {most:,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
         what = self.task.images_of(len(self.names), self.class_names)

@@ -566,8 +566,12 @@ class TuneRequest(ImagesRequest, _OfTune):
 FitRequest = TrainRequest | TuneRequest  # what makes a model from somebody's images
 
 
-def check_images(request: FitRequest) -> None:
+def check_images(request: FitRequest, emit: Callable[[str], object]) -> None:
     """Check what is asked for with the names and labels of the images, before torch is loaded and an image is opened.
+
+    Args:
+        request: of the command, or in Python.
+        emit: hears that images are read, which may take a while; unless nothing is there.
 
     Raises:
         UserError: see `find_images`; and for a metric of another task, more images than there are of a class, or an
@@ -576,6 +580,11 @@ def check_images(request: FitRequest) -> None:
     with os_fault("can't be a folder", request.output, remedy="choose another --output"), suppress(FileNotFoundError):
         os.listdir(request.output)
     with named_as_typed(type(request)):
+        if str(request.images) != DIGITS:
+            from peft_vit.data import existing
+
+            existing(str(request.images))
+        emit(f"Reading the images in {request.images}.")
         files = request.found.files
         names, labels = files.read()
         if request.metric != "auto":

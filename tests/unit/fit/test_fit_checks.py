@@ -24,7 +24,7 @@ def test_refused_before_an_image_is_opened(tmp_path, asked, field, message):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         (tmp_path / "ab"[i % 2] / f"{i}.png").write_bytes(b"not opened")
     with pytest.raises(UserError) as refused, named_as_typed(TrainRequest):
-        check_images(TrainRequest.of(**{"images": tmp_path, **asked}))
+        check_images(TrainRequest.of(**{"images": tmp_path, **asked}), str)
     assert (refused.value.field, refused.value.message.startswith(message)) == (field, True)
 
 
