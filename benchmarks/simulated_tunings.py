@@ -216,7 +216,7 @@ def images_of(images: int, **changes: Any) -> Any:
         "shots": math.inf,
         "median_side": 300.0,
     }
-    known["inspection"] = SimpleNamespace(path=Path("images"))
+    known["inspection"] = SimpleNamespace(path=Path("images"), sides=np.ones((1, 2), int))
     data = {"dataset": "image-folder", "path": "images", "images_file": "images.json"}
     return SimpleNamespace(**known | {"data": lambda size: {**data, "image_size": size}} | changes)
 

@@ -22,7 +22,7 @@ from peft_vit.core.training import FLIP_AXES
 from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
 from peft_vit.runs.costs.estimate import Throughput, activation_values
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, first_that_fits, images_to_test, validate_every
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Pace, first_that_fits, images_to_test, validate_every
 from peft_vit.runs.measures.held_out import MAX_REFERENCE_IMAGES
 
 if TYPE_CHECKING:
@@ -80,7 +80,13 @@ class FitCosts:
 
     def image_s(self, recipe: Recipe) -> float:
         """Return the seconds of a forward pass for each of its images."""
-        return self.fit.image_pace.factor * self.machine.image_s(self.shape(recipe))
+        return self.image_pace(recipe) * self.machine.image_s(self.shape(recipe))
+
+    def image_pace(self, recipe: Recipe) -> float:
+        """Return how many times longer an image takes than was reckoned: at a recipe's size, or at all sizes."""
+        paces = self.fit.image_paces
+        together = Pace(*(sum(getattr(pace, name) for pace in paces.values()) for name in ("taken_s", "planned_s")))
+        return paces.get(recipe.place, together).factor
 
     @property
     def _ways(self) -> int:
@@ -133,7 +139,7 @@ class FitCosts:
 
     def step_s(self, recipe: Recipe) -> float:
         """Return the seconds of a step; 0 of a probe."""
-        shape, pace = self.shape(recipe), self.fit.image_pace.factor
+        shape, pace = self.shape(recipe), self.image_pace(recipe)
         if recipe.is_probe:
             return 0.0
         return pace * self.machine.step_s(shape, recipe.method, self.fit.batch_size, self._recomputed(shape))

@@ -204,7 +204,7 @@ class Fit:
         file: what is kept.
         begun: nothing stands in the way any more; before, nothing is kept, so that another limit can be asked for.
         pace: of this call's runs with steps.
-        image_pace: of this call's passes of images.
+        image_paces: of this call's passes of images, by `Recipe.place`.
         fit_pace: of this call's fits of regressions.
         failed: recipes of which every run failed in this call.
         opened: what is closed at the end of the call.
@@ -219,7 +219,7 @@ class Fit:
     file: FitFile = field(default_factory=FitFile)
     begun: bool = False
     pace: Pace = field(default_factory=Pace)
-    image_pace: Pace = field(default_factory=Pace)
+    image_paces: dict[str, Pace] = field(default_factory=dict)
     fit_pace: Pace = field(default_factory=Pace)
     failed: set[Recipe] = field(default_factory=set)
     opened: ExitStack = field(default_factory=ExitStack)

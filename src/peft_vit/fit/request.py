@@ -453,8 +453,8 @@ class _OfTune:
 
     fit_file = TUNE_FILE
     main_study = False
-    last_share = 0.5
-    folds_share = 0.25
+    last_share = 0.6
+    folds_share = 0.2
     least_of_a_class: ClassVar[tuple[int | None, int | None]] = None, None
     validates = False
     method: ClassVar[MethodName] = "lora"

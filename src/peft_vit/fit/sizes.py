@@ -36,7 +36,7 @@ from peft_vit.fit.fit import MEMORY_OPTION, Fit
 from peft_vit.fit.intake import sizes_to_try
 from peft_vit.fit.recipe import ROUNDED, Recipe, peak_of
 from peft_vit.fit.request import Advanced, TuneRequest
-from peft_vit.runs.costs.time_limit import FOLDS
+from peft_vit.runs.costs.time_limit import FOLDS, Pace
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
 from peft_vit.runs.scheduling.plan import plan_study
@@ -274,7 +274,8 @@ def _score(fit: Fit, probe: Recipe, every: Sequence[Recipe], ends_at: float) -> 
     features_s, fits_s = compared * costs.image_s(probe), costs.fits_s(probe, compared, ways=1)
     found = _regress(fit, probe, "none")
     if found.features_s:
-        fit.image_pace.add(found.features_s, features_s / fit.image_pace.factor)
+        factor = costs.image_pace(probe)
+        fit.image_paces.setdefault(probe.place, Pace()).add(found.features_s, features_s / factor)
     if found.fit_s:
         fit.fit_pace.add(found.fit_s, fits_s / fit.fit_pace.factor)
     decisions.sizes[probe.place] = fit.images.scores.of(found.metrics)

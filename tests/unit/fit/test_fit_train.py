@@ -571,10 +571,23 @@ def test_sizes_rise_as_far_as_their_share_and_the_pace_of_the_first_ones_allow(b
     minutes = 1.1 * (planned[64] + planned[80] + planned[112]) / SIZES_SHARE / 60
     fit, tried = tried_on(begun, lambda size: factor * planned[size], minutes=minutes)
     assert tried[-1] == last
-    assert fit.image_pace.factor == pytest.approx(factor, rel=0.01)
+    assert fit.costs.image_pace(Recipe("test_vit", 160)) == pytest.approx(factor, rel=0.01)
     assert f"  linear probe at 64 px: {fit.images.scores.text(0.64)}" in fit.told
     after, before = (one.step_s(lora("test_vit", 64, 48)) for one in (fit.costs, costs))
     assert after == pytest.approx(factor * before, rel=0.01)  # a training is planned at that pace
+
+
+def test_a_training_is_planned_at_the_pace_of_images_of_its_size(begun, pace) -> None:
+    pace(SLOW)
+    costs = begun(images=labelled(100)).costs
+    own = [Recipe("test_vit", size) for size in (64, 80, 112, 160)]
+    planned = {one.image_size: 100 * costs.image_s(one) for one in own}
+    minutes = 3 * sum(planned.values()) / SIZES_SHARE / 60
+    fit, tried = tried_on(begun, lambda size: (2.5 if size == 160 else 1.0) * planned[size], minutes=minutes)
+    assert 160 in tried
+    paces = [fit.costs.image_pace(one) for one in (*own, Recipe("test_vit", 224))]
+    assert paces[:4] == pytest.approx([1.0, 1.0, 1.0, 2.5], rel=0.01)
+    assert 1.0 < paces[4] < 2.5  # nothing is known of it but what all took
 
 
 def test_memory_that_runs_out_ends_the_rising_sizes(begun) -> None:
