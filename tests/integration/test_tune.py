@@ -56,6 +56,8 @@ def planted(
         lost = slope * abs(math.log(training["learning_rate"] / best_rate))
         if experiment["method"] in ("qa_lora", "adalora") or experiment.get("lora", {}).get("rank") == 2:
             lost += 0.03
+        if len(training.get("augmentation", ())) < 2:  # flips alone
+            lost += 0.03
         return accuracy + gain * (1 - math.exp(-training["steps"] / 60)) - lost
 
     return truth
@@ -552,7 +554,7 @@ def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, t
         runner = stand_ins(truth=truth, step_s=0.3)
         choice = tuning(environment=paced(runner), minutes=60.0, image_sizes=(64,), output=tmp_path / f"{gain}")
         last = (name for study, name, _ in runner.carried_out if study.startswith("final"))
-        return max(int(name.split("_")[-1]) for name in last), choice
+        return max(int(name.removesuffix("_flip").split("_")[-1]) for name in last), choice
 
     (most, longer), (least, shorter) = steps_of(0.05), steps_of(-0.05)
     assert most > 1.5 * least
