@@ -98,7 +98,7 @@ class EarlierRun:
             "model": self.asked.model,
             "weights": self.asked.weights,
             "image_size": spec.data.image_size,
-            "resize": spec.data.resize,
+            "resize": spec.data.resize or "squash",
             "head_blocks": spec.backbone.head_blocks,
         }
         for name, value in own.items():
