@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -439,21 +440,27 @@ def fetched_shards(address: str) -> Path:
         scheme = address.partition(":")[0]
         if scheme in _PACKAGE_OF:
             require_extra("remote", packages=[_PACKAGE_OF[scheme]], file=address)
-        root = _MAGIC.split(address)[0].rpartition("/")[0] + "/"
+        root = f"{_place(_MAGIC.split(address)[0].rpartition('/')[0])}/"
         remedy = "check address, network and credentials; what is here stays"
-        with foreign_fault("can't be fetched", address, remedy=remedy, field="data.path"):
+        fault = partial(foreign_fault, "can't be fetched", address, remedy=remedy, field="data.path")
+        with fault():
             from fsspec.core import url_to_fs
 
-            for pattern in expanded_braces(address):
-                system, place = url_to_fs(pattern)
-                for remote in system.glob(place) if "*" in place else [place]:
-                    name = PurePosixPath(system.unstrip_protocol(remote).removeprefix(root).partition("?")[0])
-                    file = folder / name
-                    if name.is_absolute() or ".." in name.parts or not name.name.endswith(".tar"):
-                        raise UserError("is not the name of a .tar below it", file=remote)
-                    if not file.is_file():
-                        with new_in_cache(file) as temporary:
-                            system.get_file(remote, str(temporary))
+            found = [url_to_fs(pattern) for pattern in expanded_braces(address)]
+            listed = [(fs, one) for fs, place in found for one in (fs.glob(place) if "*" in place else [place])]
+        if not listed:
+            raise UserError("matches no shard; correct it", file=address, field="data.path")
+        for fs, one in listed:
+            name = PurePosixPath(_place(fs.unstrip_protocol(one)).removeprefix(root).partition("?")[0])
+            if name.is_absolute() or ".." in name.parts or name.suffix != ".tar":
+                raise UserError("is not the name of a .tar below it", file=one)
+            if not (folder / name).is_file():
+                with new_in_cache(folder / name) as temporary, fault():
+                    fs.get_file(one, str(temporary))
         with cache_fault(folder):
             write_atomically(folder / _FETCHED, b"")
     return folder / "**" / "*.tar"
+
+
+def _place(address: str) -> str:
+    return re.sub("^[a-z0-9]+:/+", "", address)

@@ -142,30 +142,31 @@ def _sample(key: str, members: list[tuple[str, int, int]], read: Callable[[int, 
     fault = partial(_Sample, key, name)
     if size > LARGEST_BYTES:
         return fault(fault=f"is larger than {LARGEST_BYTES} bytes")
-    label, kind = "", ""
+    said: tuple[str, str] | None = None
     for suffix in _LABELS:
         for other, at, length in members:
-            if not label and other.lower().endswith(suffix):
+            if said is None and other.lower().endswith(suffix):
                 try:
                     if length > _MOST_TEXT:
                         raise ValueError
-                    label, kind = _label(suffix, read(at, length).decode("utf-8-sig"))
+                    said = _label(suffix, read(at, length).decode("utf-8-sig"))
                 except ValueError:
                     return fault(fault=f"has a {suffix} that can't be read")
-    if not label:
+    if said is None:
         return fault(fault=f"has no label ({' '.join(_LABELS)})")
-    return _Sample(key, name, offset, size, hashlib.sha256(read(offset, size)).hexdigest(), label, kind)
+    return _Sample(key, name, offset, size, hashlib.sha256(read(offset, size)).hexdigest(), *said)
 
 
-def _label(suffix: str, text: str) -> tuple[str, str]:
-    """Return a label as a table has it and how it is written; "": there is none."""
+def _label(suffix: str, text: str) -> tuple[str, str] | None:
+    """Return a label as a table has it and how it is written; None: there is none."""
     if suffix != ".json":
         text = text.strip()
-        return text, suffix if suffix == ".txt" else f"{suffix} with a {'number' if text.isdecimal() else 'name'}"
+        kind = suffix if suffix == ".txt" else f"{suffix} with a {'number' if text.isdecimal() else 'name'}"
+        return (text, kind) if text else None
     content: Any = json.loads(text)
     value = next((content[key] for key in _KEYS if key in content), None) if isinstance(content, dict) else None
     if isinstance(value, list):
         return "|".join(map(str, value)), ".json with a list"
     if isinstance(value, str):
         return value.strip(), ".json with a name"
-    return (str(value), ".json with a number") if isinstance(value, int | float) else ("", "")
+    return (str(value), ".json with a number") if isinstance(value, int | float) else None

@@ -161,8 +161,8 @@ class DataConfig(Settings):
     )
     images_file: Annotated[Text | None, OnlyWith(dataset=("image-folder", "csv", "webdataset"))] = Field(
         default=None,
-        description="With image-folder, csv and webdataset: a JSON file of images to leave out, copies and test images, "
-        "as `train` and `tune` write it",
+        description="With image-folder, csv and webdataset: a JSON file of images to leave out, copies and test "
+        "images, as `train` and `tune` write it",
     )
     image_column: _OfHub = Field(
         default=None, description="With hf: the column of images. Without it, the one that holds images"
