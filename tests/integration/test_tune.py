@@ -874,7 +874,7 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
     monkeypatch.setattr("peft_vit.fit.tune._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
     request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=500_000)
     done: list[str] = []
-    for kill_at in (3, 8, None):  # a run of the regression, of LoRA
+    for kill_at in (3, 6, None):
 
         def tell(event: object, kill_at: int | None = kill_at) -> None:
             if "/seed_" in (line := str(event)) and not isinstance(event, Advanced):
@@ -888,7 +888,6 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
             with pytest.raises(KeyboardInterrupt):
                 tune(request, tell, environment_of(None))
     assert len(done) == len(set(done))
-    assert {recipe.method for recipe in (Recipe("test_vit", 32), lora("test_vit", 32, 24))} == {"linear", "lora"}
     compared = {(candidate.recipe.method, candidate.recipe.bits) for candidate in choice.decision.candidates}
     assert {("linear", None), ("lora", None), ("lora", "nf4")} <= compared
     assert choice.decision.taken.bytes <= 500_000
