@@ -31,7 +31,7 @@ from peft_vit.fit.costs import MOST_STEPS, FitCosts
 from peft_vit.fit.fit import TITLES, Environment, Fit
 from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.output import Tuning, answer
-from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Advanced, TuneRequest
 from peft_vit.fit.sizes import regress, within_bytes
 from peft_vit.fit.tune import tune

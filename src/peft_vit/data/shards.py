@@ -1,8 +1,8 @@
 """Shards: tar files in webdataset's layout, of which any image is one seek and one read away.
 
 Files of a sample lie in one tar and share a name up to its first dot, such as `0001.jpg` and `0001.cls`. A tar is read
-through once; where its images begin, their hashes and their labels are then remembered in the cache, some 200 bytes an
-image. Nothing is unpacked, and memory stays flat. A stream of shards would be shuffled in a buffer, and repeats or
+through once; where its images begin, their hashes and their labels are then remembered in the cache. Nothing is
+unpacked, and names and places alone stay in memory. A stream of shards would be shuffled in a buffer, and repeats or
 drops images where processes get shards of different lengths; with places, an epoch is one permutation of all images.
 """
 
@@ -98,7 +98,7 @@ def read_shards(path: Path) -> Shards:
 
 def _samples(file: Path) -> list[_Sample]:
     def compute() -> str:
-        with foreign_fault("is no tar that can be read", file, remedy=_REMEDY), file.open("rb") as content:
+        with foreign_fault("is not a tar that can be read", file, remedy=_REMEDY), file.open("rb") as content:
             return json.dumps(list(_found_in(content, file)))
 
     return remembered("hashes", {"samples": file}, compute, lambda text: [_Sample(*one) for one in json.loads(text)])

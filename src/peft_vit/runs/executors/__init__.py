@@ -150,7 +150,7 @@ def failed_attempt(
 
 
 def runs_at_once(name: ExecutorName, cpus: int, devices: int) -> AbstractContextManager[Callable[[], int]]:
-    """Be where runs are carried out, one at a time here; yield what tells how many go at a time.
+    """Be where runs are carried out, one at a time here; yield a function that returns how many go at a time.
 
     Args:
         name: of the executor.

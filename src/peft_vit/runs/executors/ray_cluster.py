@@ -280,7 +280,7 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Belong to a cluster, see `RayExecutor`; whoever uses Ray already keeps his connection.
+    """Belong to a cluster, see `RayExecutor`; a connection that is there stays as it is.
 
     Raises:
         UserError: if no cluster answers.
@@ -297,7 +297,7 @@ def connected(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def runs_at_once(cpus: int, devices: int) -> Iterator[Callable[[], int]]:
-    """Yield what tells how many runs a cluster has room for, see `runs.executors.runs_at_once`."""
+    """Yield a function that returns how many runs a cluster has room for, see `runs.executors.runs_at_once`."""
     with connected(None):
         yield lambda: Need(cpus, devices=devices).room(_nodes())
 
