@@ -343,11 +343,13 @@ def _listed(path: Path, task: TaskName | None, group: str | None = None) -> Imag
 def _sharded(path: Path, task: TaskName | None) -> Images:
     """Return the images of shards, of which samples without one image and one label are left out."""
     shards = read_shards(path)
-    words = {shard: re.split(r"[\W_]+", shard) for _, _, shard in shards.rows}
-    splits = {shard: [word for word in some if _split(word)][-1:] for shard, some in words.items()}
-    trains = any(not words or _split(*words) == "train" for words in splits.values())
+    splits = {
+        shard: next(filter(_split, reversed(re.split(r"[\W_]+", shard))), "train")
+        for shard in {shard for _, _, shard in shards.rows}
+    }
+    trains = any(_split(word) == "train" for word in splits.values())
     rows = [
-        (shards.tree.file(name), {"path": name, "label": label, "split": "".join(splits[shard]) if trains else ""})
+        (shards.tree.file(name), {"path": name, "label": label, "split": splits[shard] if trains else "train"})
         for name, label, shard in shards.rows
     ]
     return _of_rows("webdataset", path, rows, shards.tree, shards.left_out, task)
