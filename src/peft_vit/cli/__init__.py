@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -23,10 +25,14 @@ _RENAMED = {
     "--library": "--model takes names of timm and of the hub, org/name",
     "--max-latency-ms": "it is --max-latency now, as in 50ms",
     "--max-seconds": "it is --max-step-time now, as in 200ms",
-    "--batch": "it is --batch-size now",
+    "--batch": "it is --batch-size",
     "--from": "train takes it, with the output of train or tune",
     "--resume": "the same command continues where it was stopped",
 }
+
+
+_OTHER_TOOLS = {"fit": "train", "classify": "train", "val": "test", "evaluate": "test", "benchmark": "bench"}
+_AS_VALUES = re.compile(r"([a-z_]+)=(.*)")  # how other tools take options
 
 
 def _group() -> None:
@@ -111,6 +117,8 @@ def _in_our_words(error: Any) -> UserError:
         hint = _RENAMED.get(name) or (f"did you mean {likely}?" if likely else see)
         return UserError(f"no such option of {command}; {hint}", field=name)
     message = error.format_message().rstrip(".")
+    if (found := re.search(r"No such command '(\w+)'", message)) and (likely := _OTHER_TOOLS.get(found[1])):
+        return UserError(f"no command {found[1]}; it is peft-vit {likely}", file="command line")
     return UserError(message if message.endswith("?") else f"{message}; {see}", file="command line")
 
 
@@ -118,6 +126,10 @@ def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) 
     """Run the command line."""
     with _while_read(), user_errors(), _by_torchrun():
         try:
+            for before, given in pairwise(sys.argv[1:] if arguments is None else arguments):
+                if (option := _AS_VALUES.fullmatch(given)) and before[:2] != "--" and not os.path.exists(given):
+                    name, value = option.groups()
+                    raise UserError(f"options are written as --{name.replace('_', '-')} {value}", field=given)
             code = command(arguments, standalone_mode=False)
         except Exception as error:
             # Typer's own errors (an unknown option, a value out of range) share no public class, only this method.

@@ -74,7 +74,7 @@ from peft_vit.data.pixels import (
     split_pixels,
     to_pixels,
 )
-from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image
+from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image, split_of
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
 _VERSION = 6  # raise when what counts as equal or nearly equal changes
@@ -352,10 +352,18 @@ class Inspection:
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
         if self.holdout is not None:
             yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
+            validate = np.array([split_of(name) == "val" for name in self.names])
+            if count := np.count_nonzero(validate & ~self.holdout):
+                yield f"{count:,} of its validation split join those to train, of which some validate"
         if self.left_out:
-            reasons = [f"{name} ({why.split('; ')[0]})" for name, why in self.left_out.items()]
-            more = f" and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
-            yield f"{_files_are(self.left_out)} left out: {', '.join(reasons[:_NAMED])}{more}"
+            alike: dict[str, list[str]] = {}
+            for name, why in self.left_out.items():
+                alike.setdefault(why if "pip install" in why else why.split("; ")[0], []).append(name)
+            named = sorted(alike.items(), key=lambda reason: -len(reason[1]))[:_NAMED]
+            unnamed = len(self.left_out) - sum(len(names) for _, names in named)
+            parts = [f"{n[0]}{f' and {len(n) - 1:,} more' if n[1:] else ''} ({why})" for why, n in named]
+            more = f" and {unnamed:,} more" if unnamed else ""
+            yield f"{_files_are(self.left_out)} left out: {', '.join(parts)}{more}"
 
     def _of_repeated(self) -> Iterator[str]:
         written = {name.casefold(): name for name in self.class_names}

@@ -249,6 +249,13 @@ class FitCosts:
         steps = fits or (max(least, round(last * each)) if last else 0)
         return steps, last / steps * each if steps else 1.0
 
+    def least_minutes(self, recipe: Recipe) -> int:
+        """Return the minutes, about, in which a recipe is trained for as few steps as are worth it."""
+        least_s = self.features_s(recipe) + self.last_s(recipe, LEAST_STEPS) + self.written_s(self.longest_form(recipe))
+        share = (1 - SIZES_SHARE) * (self.fit.request.last_share + self.fit.request.folds_share)
+        looked_s = self.fit.file.seconds.get("look", 0.0)
+        return max(math.ceil(self.fit.request.minutes) + 1, math.ceil((looked_s + least_s / share) / 60))
+
     def fits_memory(self, recipe: Recipe) -> bool:
         """Tell whether a step of a recipe fits half of the memory that is free."""
         request, shape = self.fit.request, self.shape(recipe)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -209,6 +209,7 @@ class Fit:
         fit_pace: of this call's fits of regressions.
         failed: recipes of which every run failed in this call.
         opened: what is closed at the end of the call.
+        started: when it was called, on the clock; None: now.
     """
 
     request: FitRequest
@@ -224,11 +225,12 @@ class Fit:
     fit_pace: Pace = field(default_factory=Pace)
     failed: set[Recipe] = field(default_factory=set)
     opened: ExitStack = field(default_factory=ExitStack)
+    started: InitVar[float | None] = None
     _room: Callable[[], int] | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, started: float | None) -> None:
         clock = self.environment.clock
-        self.limit = Limit(self.request.minutes, clock(), clock)
+        self.limit = Limit(self.request.minutes, clock() if started is None else started, clock)
         self.folder = self.request.output
         self.file.threads = self.request.threads or cpu_count()
 

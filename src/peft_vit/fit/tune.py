@@ -48,10 +48,18 @@ from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import tuned_model
 
 
-def tune(request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None) -> Tuning | None:
+def tune(
+    request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None, started: float | None = None
+) -> Tuning | None:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
     Once the first training is done, there is a model in the output, and what is found later only replaces it.
+
+    Args:
+        request: what was asked for.
+        emit: gets what happens.
+        environment: how the outside world is asked.
+        started: when it was called, by `time.monotonic`, from when its minutes count; None: now.
 
     Returns:
         What was chosen, and by what; None: the same call came to its end before, and its model lies in the output.
@@ -63,7 +71,7 @@ def tune(request: TuneRequest, emit: Emit = print_event, environment: Environmen
     """
     check_output(request)
     with named_as_typed(TuneRequest), study_lock(request.output):
-        fit = Fit(request, emit, environment or Environment())
+        fit = Fit(request, emit, environment or Environment(), started=started)
         fit.enter(request.output)
         with fit.opened:
             return _carry_out(fit, request)

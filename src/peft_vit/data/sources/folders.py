@@ -486,8 +486,14 @@ class ClassFiles(NamedTuple):
 
 def _test_split(names: Iterable[str]) -> str | None:
     """Return which split beside train/ is the test split; None: these files are not divided."""
-    splits = {_split(parts[0]) for name in names if len(parts := name.split("/")) > 2}
+    splits = set(map(split_of, names))
     return next((split for split in _TESTED if {"train", split} <= splits), None)
+
+
+def split_of(file: str) -> str | None:
+    """Return which split the folder is called as that a file's class folder lies in; None: in none."""
+    folder, *below = file.split("/")
+    return _split(folder) if len(below) > 1 else None
 
 
 def _split(name: str) -> str | None:
