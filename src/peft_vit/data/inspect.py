@@ -893,7 +893,7 @@ def compared_rows(count: int) -> np.ndarray:
     return np.floor((runs + 1) * share) > np.floor(runs * share)
 
 
-def _heads(tree: FileTree, names: Sequence[str]) -> dict[str, list[int]]:
+def read_heads(tree: FileTree, names: Sequence[str]) -> dict[str, list[int]]:
     """Return the facts of files by their heads, by name; without those that have to be decoded to be sure."""
 
     def head(read: Callable[[], bytes]) -> str:
@@ -917,7 +917,7 @@ def _decoded(
 ) -> _Decoded:
     is_compared, heads = compared_rows(len(names)), dict[str, list[int]]()
     if not (all_compared := bool(is_compared.all())):
-        store, heads = PixelStore(()), _heads(tree, names)
+        store, heads = PixelStore(()), read_heads(tree, names)
     to_decode = [at for at, name in enumerate(names) if is_compared[at] or name not in heads]
     faults: dict[str, str] = {}
     first: dict[bytes, int] = {}  # where the first one of images with the same pixels stands
