@@ -433,7 +433,7 @@ def test_time_that_is_over_before_a_run_is_done_is_no_success(tmp_path, command,
         assert "Next: " not in said.out
         (line,) = command("report", out, "--format", "md", code=1).err.splitlines()
         assert line.startswith(f"error: {out}: no run is done, so the report has no result; `peft-vit run STUDY.yaml`")
-        assert "No run of this study has finished." in (out / "analysis" / "analysis_summary.md").read_text()
+        assert "No run is done yet" in (out / "analysis" / "analysis_summary.md").read_text()
     monkeypatch.setattr(run_studies, "Limit", runs_of_a_minute.limit)
     command(*arguments, 1.5)  # one run is done
     with monkeypatch.context() as patch:

@@ -31,7 +31,7 @@ from peft_vit.fit.costs import MOST_STEPS, FitCosts
 from peft_vit.fit.fit import TITLES, Environment, Fit
 from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.output import Tuning, answer
-from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Advanced, TuneRequest
 from peft_vit.fit.sizes import regress, within_bytes
 from peft_vit.fit.tune import tune
@@ -861,7 +861,9 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
     assert ACCURACY.of(regression.metrics) == regression.by_image.mean() > 0.5
     assert regression.by_image_of_half is not None
     assert regression.by_image_of_half.mean() > 0.4
-    assert regress(study, tmp_path, half=False).by_image_of_half is None
+    again = regress(study, tmp_path, half=False)  # whose features are in the cache
+    assert again.by_image_of_half is None
+    assert again.features_s > 0
     few = {**data, "train_images": 6, "validation_images": 0, "test_images": 12}
     assert regress(tiny_study("linear", data=few), tmp_path, half=True).by_image_of_half is None
 
@@ -874,7 +876,7 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
     monkeypatch.setattr("peft_vit.fit.tune._in_turn", lambda _, probe, ranked: [*ranked[:1], probe])
     request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=500_000)
     done: list[str] = []
-    for kill_at in (3, 8, None):  # a run of the regression, of LoRA
+    for kill_at in (3, 6, None):
 
         def tell(event: object, kill_at: int | None = kill_at) -> None:
             if "/seed_" in (line := str(event)) and not isinstance(event, Advanced):
@@ -888,7 +890,6 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
             with pytest.raises(KeyboardInterrupt):
                 tune(request, tell, environment_of(None))
     assert len(done) == len(set(done))
-    assert {recipe.method for recipe in (Recipe("test_vit", 32), lora("test_vit", 32, 24))} == {"linear", "lora"}
     compared = {(candidate.recipe.method, candidate.recipe.bits) for candidate in choice.decision.candidates}
     assert {("linear", None), ("lora", None), ("lora", "nf4")} <= compared
     assert choice.decision.taken.bytes <= 500_000

@@ -125,7 +125,7 @@ def _call_of(folder: Path) -> dict[str, Any]:
     """Return the command of `train` that made a folder, and its seconds; nothing if none did."""
     from peft_vit.fit.calls import train_runs
 
-    calls = (call for call in train_runs(folder.parent) if call.folder == folder)
+    calls = (call for call in train_runs(folder.parent) if call.folder.resolve() == folder.resolve())  # or `latest`
     return next(({"call": call.command, "seconds": call.seconds()} for call in calls), {})
 
 

@@ -229,7 +229,7 @@ class FitCosts:
         least = min(given or 1, LEAST_STEPS)  # schedules and moving ranks need some
         each = fit.fold_train_images / fit.num_train  # as many epochs
         last, fits = fitting(request.last_share), None
-        if last and not fit.num_validation:
+        if last and not fit.num_validation and request.from_run is None:
             most = min(max(least, round(last * min(each, _FOLD_STEPS))), MOST_STEPS)
             options = [most] if given else range(most, LEAST_STEPS - 1, -_STEPS_APART)
             limit_s = request.folds_share * left_s - self.machine.process_s
@@ -237,7 +237,7 @@ class FitCosts:
                 options, partial(folds_s, folds=FEWEST_FOLDS - 1), limit_s
             )
         if not fits:
-            last = fitting(request.last_share + request.folds_share)
+            last = fitting(request.last_share + request.folds_share if request.from_run is None else 1.0)
         steps = fits or (max(least, round(last * each)) if last else 0)
         return steps, last / steps * each if steps else 1.0
 

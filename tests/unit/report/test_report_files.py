@@ -274,6 +274,16 @@ def test_a_study_that_is_not_done_says_what_was_planned_and_how_to_go_on(name: s
         assert all("    x = &lt;b&gt;1&lt;/b&gt; [2J\nMemoryError</pre>" in details for details in folded)
 
 
+def test_a_call_of_train_without_a_run_has_one_card_that_says_how_to_continue(tmp_path: Path) -> None:
+    results = unfinished.planned(tmp_path / "out", [], {})
+    files = build_report(results, tmp_path / "report", call="peft-vit train 'my images' --minutes 5")
+    assert files.markdown.read_text().count("peft-vit train 'my images' --minutes 5") == 1
+    page = files.html.read_text()
+    assert page.count("<section") == 1
+    assert "<table" not in page
+    assert "peft-vit train &#39;my images&#39; --minutes 5</code>" in page
+
+
 @pytest.mark.parametrize(
     ("results", "output", "names"),
     [("empty", "out", "empty"), ("nowhere", "out", "nowhere")]

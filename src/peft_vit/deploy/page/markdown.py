@@ -66,7 +66,7 @@ def summary_parts(document: StudyDocument) -> list[str]:
         f"**Results**\n\n{_bullets(document.results)}",
         *([f"**How sure**\n\n{_bullets(document.how_sure)}"] if document.how_sure else []),
         *(block_text(block, document) for block in document.progress),
-        f"**What this does not show**\n\n{_bullets(document.not_shown)}",
+        *([f"**What this does not show**\n\n{_bullets(document.not_shown)}"] if document.not_shown else []),
     ]
 
 

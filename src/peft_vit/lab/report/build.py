@@ -39,11 +39,17 @@ _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
 
 
-def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
-    """Return one document a study, each with a slug of its own."""
+def study_documents(analyses: Sequence[Analysis], call: str = "") -> tuple[StudyDocument, ...]:
+    """Return one document a study, each with a slug of its own; of a call of `train` without a run how to continue.
+
+    Args:
+        analyses: of the studies.
+        call: the command whose folder it is, if it is one of `train`.
+    """
     documents: dict[str, StudyDocument] = {}
     for analysis in analyses:
         study = analysis.study
+        waits = bool(call and not (study.runs or study.failed))
         base = slug = slug_of(study.label)
         number = 2
         while slug in documents:
@@ -52,12 +58,13 @@ def study_documents(analyses: Sequence[Analysis]) -> tuple[StudyDocument, ...]:
             label=plain(study.label),
             slug=slug,
             alerts=tuple(map(plain, filter(None, [study.disclaimer]))),
-            warnings=tuple(plain(notice) for notice in study.notices if notice != study.disclaimer),
-            facts=summary.facts(study),
+            warnings=() if waits else tuple(plain(notice) for notice in study.notices if notice != study.disclaimer),
+            facts=() if waits else summary.facts(study),
             cards=summary.cards(analysis.methods),
             came_out=summary.came_out(analysis),
             how_sure=summary.how_sure(analysis),
-            progress=summary.progress(study),
+            progress=() if waits else summary.progress(study),
+            commands=(("To continue", call),) if call else (),
             sections=_sections(analysis) if study.runs else dict.fromkeys(SECTION_TITLES, ()),
             not_shown=summary.not_shown(study),
             runs=summary.run_details(study),
@@ -159,7 +166,7 @@ def build_report(
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{next(iter(model.commands.values()))}\n```")}
     else:
-        documents = study_documents([analyze(study) for study in results.studies])
+        documents = study_documents([analyze(study) for study in results.studies], call)
         markdown = {MARKDOWN_FILE: write_markdown(documents)}
     written = write_report(documents, markdown, output_dir, page=page, publication=publication)
     return ReportFiles(**vars(written), results=results)

@@ -90,7 +90,7 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     """Return computed sentences: the best on validation and its differences, the claims that were decided."""
     methods = analysis.methods
     if not methods:
-        return ("No run of this study has finished.",)
+        return ("No run is done yet, so there is no result.",)
     best = best_on_validation(methods)
     scores = analysis.study.scores
     if best is None or best.validation_accuracy is None:
@@ -131,7 +131,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     """Return how much of this is decided, and what limits it."""
     study = analysis.study
     if not study.runs:
-        return ("No run has finished, so nothing can be computed.",)
+        return ()
     if study.untested:
         decided = f"Nothing is decided: {study.untested}."
     else:
@@ -167,7 +167,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
 def not_shown(study: Study) -> tuple[str, ...]:
     """Return what a reader might wrongly take away."""
     if not study.runs:
-        return ("Anything about a method: this report only says how far the study is.",)
+        return ()
     records = [run.record for run in study.runs]
     if study.images_tested_by_seed:  # splits overlap, so they spread less than new samples: Nadeau & Bengio 2003
         images = (
