@@ -1,8 +1,8 @@
 """Seconds of an epoch and of decoding by images and GPUs: the table of docs/how_to/laptop_to_cluster.md, checked.
 
 A step is of 32 images on each GPU and takes what is assumed; then each of N processes sends 2 (N - 1) / N of the
-trained values once (ring all-reduce, Patarasu and Yuan 2009), and no faster than the network. Every process decodes all images
-once, with eight cores. Of this only the rates of decoding were measured; `--rates` measures them again.
+trained values once (ring all-reduce, Patarasu and Yuan 2009), and no faster than the network. Every process decodes all
+images once, with eight cores. Of this only the rates of decoding were measured; `--rates` measures them again.
 
     python benchmarks/cluster_arithmetic.py
     python benchmarks/cluster_arithmetic.py --rates

@@ -894,21 +894,20 @@ def compared_rows(count: int) -> np.ndarray:
 
 
 def read_heads(tree: FileTree, names: Sequence[str]) -> dict[str, list[int]]:
-    """Return the facts of files by their heads, by name; without those that have to be decoded to be sure."""
+    """Return the facts of a folder's files by their heads, without those that have to be decoded to be sure.
 
-    def head(read: Callable[[], bytes]) -> str:
-        try:
-            facts = facts_of_complete(read())
-        except Exception:  # who decodes it says why
-            facts = None
-        return "" if facts is None else " ".join(map(str, map(int, facts)))
+    Of a zip these are all.
+    """
+    if not tree.location.is_dir():
+        return {}
 
-    if tree.location.is_dir():
-        places = {name: tree.location / name for name in names}
-        kind = f"heads-{hashlib.sha256(f'{decoders()} {formats()}'.encode()).hexdigest()[:16]}"
-        known = read_once(kind, places, lambda place: head(partial(read_bytes, place)), r"[0-9]+ [0-9]+ [01]")
-    else:
-        known = dict(zip(names, in_threads(lambda name: head(partial(tree.read, name)), names), strict=True))
+    def head(place: Path) -> str:
+        with suppress(Exception):  # who decodes it says why
+            return " ".join(map(str, map(int, facts_of_complete(read_bytes(place)) or ())))
+        return ""
+
+    kind = f"heads-{hashlib.sha256(f'{decoders()} {formats()}'.encode()).hexdigest()[:16]}"
+    known = read_once(kind, {name: tree.location / name for name in names}, head, r"[0-9]+ [0-9]+ [01]")
     return {name: [*map(int, text.split())] for name, text in known.items() if text}
 
 
