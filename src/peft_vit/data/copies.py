@@ -80,9 +80,9 @@ def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> NDA
         alike[:, ~usable] = -1
         alike[~usable[start : start + _BLOCK]] = -1
         few = alike >= _LEAST_BLURRED
-        for row in np.flatnonzero(few.sum(1) > most):
-            few[row] = False
-            few[row, np.argpartition(-alike[row], most - 1)[:most]] = True
+        for crowded in np.flatnonzero(few.sum(1) > most):
+            few[crowded] = False
+            few[crowded, np.argpartition(-alike[crowded], most - 1)[:most]] = True
         row, place = np.nonzero(few)
         found.append(np.sort(np.stack([start + row, place], 1), axis=1))
     return np.unique(np.concatenate(found), axis=0)
