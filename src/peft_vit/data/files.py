@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import json
 import os
 import re
 import tarfile
@@ -17,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
 from peft_vit.base.extras import require_extra
@@ -270,7 +271,16 @@ def files_below(
                     unused[prefix] = at
                 continue
             read_at[place] = prefix
-            entries = sorted(entry.name for entry in os.scandir(folder) if not HIDDEN.match(entry.name))
+            with os.scandir(folder) as found:  # which says without another call what is a folder, but for links
+                entries = sorted(
+                    (
+                        entry.name,
+                        os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(),
+                        entry.is_symlink(),
+                    )
+                    for entry in found
+                    if not HIDDEN.match(entry.name)
+                )
         except OSError as error:
             message = f"can't be read ({error.strerror}); make it readable, or remove it"
             fault = UserError(message, file=error.filename)
@@ -280,14 +290,13 @@ def files_below(
             continue
         if name and not entries and unused is not None:
             unused[prefix] = ""
-        for entry in entries:
-            path = os.path.join(folder, entry)
+        for entry, is_folder, is_link in entries:
             if closed is None and any("\ud800" <= character <= "\udfff" for character in entry):  # no record holds it
-                raise UserError("has a name that is not UTF-8; rename it", file=path)
-            if not os.path.isdir(path):
+                raise UserError("has a name that is not UTF-8; rename it", file=os.path.join(folder, entry))
+            if not is_folder:
                 names.append(prefix + entry)
             else:
-                (links if os.path.islink(path) else folders).append(prefix + entry)
+                (links if is_link else folders).append(prefix + entry)
     return tuple(sorted(names))
 
 
@@ -297,15 +306,70 @@ def files_below(
 def hashes(files: Mapping[str, Path]) -> Hashes:
     """Hash files by their names.
 
-    Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache, see `cached_hashes`.
+    Hashing a large folder takes as long as reading it, so each file's hash is remembered, see `read_once`.
     """
-    ordered = dict(sorted(files.items()))
-    digests = cached_hashes(ordered, len(ordered), lambda: list(in_threads(sha256_of, list(ordered.values()))))
-    each = dict(zip(ordered, digests, strict=True))
+    each = read_once("hashes", dict(sorted(files.items())), sha256_of, r"[0-9a-f]{64}")
     if len(each) == 1:
-        return Hashes(digests[0], each)
+        return Hashes(*each.values(), each)
     lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
     return Hashes(hashlib.sha256(lines.encode()).hexdigest(), each)
+
+
+def read_once(kind: str, files: Mapping[str, Path], read: Callable[[Path], str], pattern: str) -> dict[str, str]:
+    """Return what reading each of some files gives, by name; those that are as they were are not opened again.
+
+    What is known of all files below the folder that these share is one file of the cache.
+
+    Args:
+        kind: of what is read; a folder of the cache.
+        files: by name.
+        read: what it says of a file.
+        pattern: that this matches.
+
+    Raises:
+        UserError: if a file can't be read, or the cache not written.
+    """
+    if not files:
+        return {}
+    places = {name: os.path.abspath(path) for name, path in files.items()}
+    shared = os.path.commonpath([min(places.values()), max(places.values())])
+    memo = cache_dir() / kind / hashlib.sha256(os.fsencode(shared)).hexdigest()
+    kept: dict[str, Any] = {}
+    with suppress(OSError, ValueError, TypeError):  # none, or damaged
+        kept = dict(json.loads(memo.read_bytes()))
+    try:
+        stamps = {name: _stamp(place) for name, place in places.items()}
+        known = {name: _kept(kept.get(place[len(shared) :]), stamps[name]) for name, place in places.items()}
+        missing = [name for name, value in known.items() if not re.fullmatch(pattern, value)]
+        known |= zip(missing, in_threads(read, [files[name] for name in missing]), strict=True)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
+    if missing:
+        kept |= {places[name][len(shared) :]: [stamps[name], known[name]] for name in missing}
+        with cache_fault(memo):
+            write_atomically(memo, json.dumps(kept, separators=(",", ":")).encode())
+    return known
+
+
+def _stamp(place: str | Path) -> str:
+    """Return what the system says of a file: size, inode, and times of modification and of change.
+
+    A copy may bring the first time along (`cp -p`, `rsync -t`), the second one is the system's own.
+
+    Raises:
+        OSError: if it is not there, or not a regular file.
+    """
+    status = os.stat(place)
+    require_regular(status, place)
+    return f"{status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _kept(row: Any, stamp: str) -> str:
+    """Return what was read of a file that has not changed since; else nothing."""
+    match row:
+        case [str(before), str(value)] if before == stamp:
+            return value
+    return ""
 
 
 def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
@@ -348,10 +412,7 @@ def remembered(
     stamp = hashlib.sha256()
     try:
         for name, path in files.items():
-            status = path.stat()
-            require_regular(status, path)
-            times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
-            line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{times}\n"
+            line = f"{name}\0{os.path.abspath(path)}\0{_stamp(path)}\n"
             stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
         memo = cache_dir() / kind / stamp.hexdigest()
         with suppress(Exception):  # whatever is in its place, it is not this package's file

@@ -231,9 +231,11 @@ def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
             "leave it out"
         )
         raise UserError(message, file=path, field="data.task")
-    outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
-    tree = tree.below(root)
-    outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
+    outside = Counter[str]()
+    if root:
+        outside += Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
+        tree = tree.below(root)
+        outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
     left_out = {
         f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
         for folder, count in outside.items()  # none, if the root is ""
@@ -297,7 +299,8 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
 
     It is the one in which two folders at least hold images, at any depth; or train/, if no other one there has folders.
     """
-    classes = {PurePosixPath(name).parent for name in tree.names if is_image(name)} - {PurePosixPath()}
+    folders = {name.rpartition("/")[0] for name in tree.names if is_image(name)}
+    classes = {PurePosixPath(folder) for folder in folders if folder}
     root = PurePosixPath()
     while True:
         below = [folder.relative_to(root).parts for folder in classes if root in folder.parents]
