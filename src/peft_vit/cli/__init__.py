@@ -117,8 +117,8 @@ def _in_our_words(error: Any) -> UserError:
         hint = _RENAMED.get(name) or (f"did you mean {likely}?" if likely else see)
         return UserError(f"no such option of {command}; {hint}", field=name)
     message = error.format_message().rstrip(".")
-    if (found := re.search(r"No such command '(\w+)'", message)) and (likely := _OTHER_TOOLS.get(found[1])):
-        return UserError(f"no command {found[1]}; it is peft-vit {likely}", file="command line")
+    if (found := re.search(r"No such command '(\w+)'", message)) and found[1] in _OTHER_TOOLS:
+        return UserError(f"no command {found[1]}; it is peft-vit {_OTHER_TOOLS[found[1]]}", file="command line")
     return UserError(message if message.endswith("?") else f"{message}; {see}", file="command line")
 
 

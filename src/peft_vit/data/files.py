@@ -310,7 +310,7 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
     """
     each = read_once("hashes", dict(sorted(files.items())), sha256_of, r"[0-9a-f]{64}")
     if len(each) == 1:
-        return Hashes(*each.values(), each)
+        return Hashes(next(iter(each.values())), each)
     lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
     return Hashes(hashlib.sha256(lines.encode()).hexdigest(), each)
 

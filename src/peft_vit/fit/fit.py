@@ -226,6 +226,7 @@ class Fit:
     failed: set[Recipe] = field(default_factory=set)
     opened: ExitStack = field(default_factory=ExitStack)
     started: InitVar[float | None] = None
+    _counted_until: float | None = None
     _room: Callable[[], int] | None = field(default=None, init=False)
 
     def __post_init__(self, started: float | None) -> None:
@@ -267,13 +268,14 @@ class Fit:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Say that a stage begins, and count its seconds, however it ends."""
+        """Say that a stage begins, and count the seconds since the last one, or the call, however it ends."""
         self.emit(StageBegan(TITLES[name], self.limit.left_s))
-        started, seconds = self.limit.clock(), self.file.seconds
+        started, seconds = self._counted_until or self.limit.started, self.file.seconds
         try:
             yield
         finally:
-            seconds[name] = seconds.get(name, 0.0) + self.limit.clock() - started
+            self._counted_until = self.limit.clock()
+            seconds[name] = seconds.get(name, 0.0) + self._counted_until - started
             self.save()
 
     @property

@@ -221,8 +221,7 @@ def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
     tree = open_tree(path)
     if path.is_dir() and any(name.endswith(".tar") for name in tree.names) and not any(map(is_image, tree.names)):
         return _sharded(path / "**" / "*.tar", task)
-    root = _class_root(tree, path)
-    if root is None:
+    if (root := _class_root(tree, path)) is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
         return _listed(table, task, group)._replace(taken=f"Using the images and labels that {table} lists.")
     if task is not None and not TASKS[task].one_class:
