@@ -1,0 +1,50 @@
+"""From a folder to labels and to a model, where nothing of POSIX is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from label_sessions import write_digits
+from no_posix import run_without_posix, without_posix
+
+from peft_vit.runs.records.storage import RECORD_FILE, read_record
+
+pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
+SMALL = "--weights random --model test_vit --image-size 32 --steps 20 --threads 1 --device cpu --head-blocks 1"
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_shown_exported_and_predicts(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = f"train {images} --smoke {SMALL} --precision fp32 --compute float --output runs"
+    use = ("predict runs/latest {0}/class_0/00.png", "export runs/latest --output model.onnx", "report runs")
+    calls = (train, "runs runs", "status runs", *(call.format(images) for call in use))
+    run_without_posix(tmp_path, *calls, imports="import torch, timm, onnxscript")
+    (record,) = Path("runs").rglob(RECORD_FILE)
+    assert (read_record(record).peak_memory_bytes or 0) > 0
+    assert (Path("runs") / Path("runs/latest").read_text().strip()) in record.parents
+    assert Path("model.onnx").is_file()
+    assert not [*Path("runs").rglob("lock"), *Path("runs").rglob("checkpoint-*")]
+
+
+def test_class_folders_are_copies(tmp_path) -> None:
+    names = [*write_digits(tmp_path, 3)]
+    (tmp_path / "labels.csv").write_text("path,label,split\n" + "".join(f"{name},a,train\n" for name in names))
+    (tmp_path / "site").mkdir()
+    run_without_posix(tmp_path / "site", f"label {tmp_path} --to-folders {tmp_path / 'site' / 'classes'}")
+    for name in names:
+        made = tmp_path / "site" / "classes" / "train" / "a" / name
+        assert not made.is_symlink()
+        assert made.read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_page_takes_a_label(tmp_path) -> None:
+    write_digits(tmp_path, 3)
+    (tmp_path / "site").mkdir()
+    browser = [sys.executable, str(Path(__file__).parents[2] / ".ci/label.py")]
+    command = [*browser, sys.executable, "-m", "peft_vit.cli", str(tmp_path)]
+    ended = subprocess.run(command, check=False, capture_output=True, env=without_posix(tmp_path / "site"))
+    assert not ended.returncode, ended.stderr.decode()
+    assert (tmp_path / "labels.csv").read_text().startswith("path,label,split,comment\nd000.png,cat,t")
