@@ -19,7 +19,7 @@ class Windows(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Windows())
 
 def begin():
-    import asyncio, ctypes, fcntl, multiprocessing.popen_spawn_posix, psutil, subprocess, tempfile, uuid, zipfile
+    import asyncio, ctypes, fcntl, multiprocessing.popen_spawn_posix, numpy, psutil, subprocess, tempfile, uuid, zipfile
     {imports}
     warnings.filterwarnings("error", category=EncodingWarning, module=r"peft_vit\.")
     real = vars(os).copy()
@@ -59,7 +59,7 @@ def begin():
         sys.modules[module.__name__] = left
     leave(os, "O_ACCMODE O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK fork getuid killpg mkfifo pread pwrite "
           "sched_getaffinity setsid symlink uname".split(), name="nt", open=open_file, fsync=fsync)
-    leave(signal, "SIGALRM SIGHUP SIGKILL SIGPIPE SIGUSR1 pthread_sigmask".split())
+    leave(signal, "SIGALRM SIGHUP SIGPIPE SIGUSR1 pthread_sigmask".split())
     for name in ("fcntl", "grp", "pwd", "resource", "syslog", "termios"):
         sys.modules[name] = None
     sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)

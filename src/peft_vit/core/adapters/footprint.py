@@ -121,7 +121,7 @@ def reset_peak_memory() -> None:
     release_memory()
     if sys.platform == "linux":
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+            Path("/proc/self/clear_refs").write_bytes(b"5")  # resets VmHWM, see proc(5)
         except OSError:
             return
 
