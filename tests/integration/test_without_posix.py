@@ -29,14 +29,14 @@ def test_a_model_is_trained_shown_exported_and_predicts(images, tmp_path, monkey
 
 
 def test_class_folders_are_copies(tmp_path) -> None:
-    names = [*write_digits(tmp_path, 3)]
-    (tmp_path / "labels.csv").write_text("path,label,split\n" + "".join(f"{name},a,train\n" for name in names))
-    (tmp_path / "site").mkdir()
-    run_without_posix(tmp_path / "site", f"label {tmp_path} --to-folders {tmp_path / 'site' / 'classes'}")
+    photos, made = tmp_path / "photos", tmp_path / "classes"
+    photos.mkdir()
+    names = [*write_digits(photos, 3)]
+    (photos / "labels.csv").write_text("path,label,split\n" + "".join(f"{name},a,train\n" for name in names))
+    run_without_posix(tmp_path, f"label {photos} --to-folders {made}")
     for name in names:
-        made = tmp_path / "site" / "classes" / "train" / "a" / name
-        assert not made.is_symlink()
-        assert made.read_bytes() == (tmp_path / name).read_bytes()
+        assert not (made / "train" / "a" / name).is_symlink()
+        assert (made / "train" / "a" / name).read_bytes() == (photos / name).read_bytes()
 
 
 @pytest.mark.slow

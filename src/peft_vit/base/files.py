@@ -213,8 +213,8 @@ def write_whole(file: Path, content: bytes) -> None:
     try:
         write_atomically(file, content)
     except OSError as error:
-        reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
-        raise UserError(f"{reason}writable, and the same command continues", file=file) from None
+        reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, make it writable, "
+        raise UserError(f"{reason}or close it elsewhere, and the same command continues", file=file) from None
 
 
 def remove_any(path: Path) -> None:
