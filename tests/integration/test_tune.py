@@ -31,7 +31,7 @@ from peft_vit.fit.costs import MOST_STEPS, FitCosts
 from peft_vit.fit.fit import TITLES, Environment, Fit
 from peft_vit.fit.outcomes import EveryRunFailedError
 from peft_vit.fit.output import Tuning, answer
-from peft_vit.fit.recipe import Recipe, lora
+from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Advanced, TuneRequest
 from peft_vit.fit.sizes import regress, within_bytes
 from peft_vit.fit.tune import tune
@@ -861,7 +861,9 @@ def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path
     assert ACCURACY.of(regression.metrics) == regression.by_image.mean() > 0.5
     assert regression.by_image_of_half is not None
     assert regression.by_image_of_half.mean() > 0.4
-    assert regress(study, tmp_path, half=False).by_image_of_half is None
+    again = regress(study, tmp_path, half=False)  # whose features are in the cache
+    assert again.by_image_of_half is None
+    assert again.features_s > 0
     few = {**data, "train_images": 6, "validation_images": 0, "test_images": 12}
     assert regress(tiny_study("linear", data=few), tmp_path, half=True).by_image_of_half is None
 

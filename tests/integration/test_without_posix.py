@@ -1,5 +1,6 @@
 """From a folder to labels and to a model, where nothing of POSIX is."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,19 @@ import pytest
 from label_sessions import write_digits
 from no_posix import run_without_posix, without_posix
 
+from peft_vit.cli import main
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
 pytestmark = [pytest.mark.part("runner"), pytest.mark.usefixtures("cache")]
 SMALL = "--weights random --model test_vit --image-size 32 --steps 20 --threads 1 --device cpu --head-blocks 1"
+
+
+def test_a_pipe_may_have_few_letters(monkeypatch) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
+    monkeypatch.setattr("sys.stdout", pipe)
+    with pytest.raises(SystemExit):
+        main([], lambda *_, **__: print("\N{MINUS SIGN}1 caf\xe9 \u6f22"))
+    assert pipe.buffer.getvalue() == b"-1 caf\xe9 ?\n"
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""Files as data sets hold them: a folder or zip read in place, content hashes, downloads."""
+"""Files as data sets hold them: a folder or zip read in place, patterns, content hashes, downloads."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -12,20 +13,28 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
+from peft_vit.base.extras import require_extra
 from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular, sha256_of, write_atomically
 from peft_vit.base.packages import cache_dir, check_download
 
-_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # hidden files, and what macOS adds to zips
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".jfif", ".gif", ".avif", ".heic", ".heif")
 _THREADS, _AHEAD = 8, 64  # of `in_threads`: at most, and items that may be done before they are asked for
 _OF_CONTENT = (errno.EFBIG, errno.EINVAL)  # a file that is too large, an archive that names an impossible place
 FETCH_AGAIN = "fetch it again"
+SHARDS = (".tar", ".tar.gz", ".tgz")  # the latter ones are refused
+_ADDRESS = re.compile(r"([a-z][a-z0-9]+):/+(.+)")  # of which pathlib has taken a slash
+_BRACE = re.compile(r"\{(?:(\d+)\.\.(\d{1,6})|([^{}]*,[^{}]*))\}")
+_MAGIC = re.compile(r"[*?\[{]")
+_FETCHED = ".fetched"  # beside shards, of which none is missing
+_PACKAGE_OF = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -48,6 +57,7 @@ class FileTree:
         read: returns the content of the file with a given name.
         hashed: hashes the zip, or the folder's files with the given names, and distinguishes these files.
         unused: folders of which no file is among the names; see `files_below`.
+        base: what names begin at in errors; None: the location.
     """
 
     location: Path
@@ -55,10 +65,11 @@ class FileTree:
     read: Callable[[str], bytes]
     hashed: Callable[[list[str]], Hashes]
     unused: Mapping[str, str] = field(default_factory=dict)
+    base: Path | None = None
 
     def file(self, name: str) -> str:
         """Return what to call a file in an error."""
-        return str(self.location / name)
+        return str((self.base or self.location) / name)
 
     def below(self, folder: str) -> FileTree:
         """Return the part of it below a folder, a relative name; "" is all of it."""
@@ -112,11 +123,40 @@ def decode_text(content: bytes, file: str | Path, remedy: str = "save it as UTF-
 
 
 def existing(path: str) -> Path:
-    """Return the path, `~` expanded; raises UserError if nothing is there."""
+    """Return the path, `~` expanded; of shards elsewhere, where they are fetched to.
+
+    Raises:
+        UserError: if nothing is there.
+    """
     expanded = os.path.expanduser(path)
-    if not os.path.exists(expanded):  # unlike Path.exists, also False for an impossible name
+    if os.path.exists(expanded):  # unlike Path.exists, also False for an impossible name
+        return Path(expanded)
+    if address := _ADDRESS.fullmatch(expanded):
+        return fetched_shards(f"{address[1]}://{address[2]}")
+    if not expanded.lower().endswith(SHARDS) or not matching(Path(expanded)):
         raise UserError("does not exist; correct the path", file=expanded, field="data.path")
     return Path(expanded)
+
+
+def fixed_part(pattern: Path) -> Path:
+    """Return the folder that all files lie below which a pattern matches."""
+    return next(folder for folder in pattern.parents if not _MAGIC.search(str(folder)))
+
+
+def matching(pattern: Path) -> list[Path]:
+    """Return the files that a pattern matches, as in a shell, {00..12} and ** included; or the one it names."""
+    found = {file for text in expanded_braces(str(pattern)) for file in glob.glob(text, recursive=True)}
+    return sorted(map(Path, found or ([str(pattern)] if pattern.is_file() else [])))
+
+
+def expanded_braces(pattern: str) -> list[str]:
+    """Return what a pattern stands for whose braces hold a range, {00..12}, or names, {train,test}."""
+    if (brace := _BRACE.search(pattern)) is None:
+        return [pattern]
+    first, last, names = brace.groups()
+    parts = names.split(",") if names else [f"{k:0{len(first)}}" for k in range(int(first), int(last) + 1)]
+    start, end = pattern[: brace.start()], pattern[brace.end() :]
+    return [text for part in parts for text in expanded_braces(start + part + end)]
 
 
 def open_tree(location: Path) -> FileTree:
@@ -148,7 +188,7 @@ def open_tree(location: Path) -> FileTree:
             fault = "{!r} twice, which could land in train and test"
         if fault:
             raise UserError(f"holds {fault.format(name)}; pack it again", file=location)
-        if not info.is_dir() and not _HIDDEN.search(name):
+        if not info.is_dir() and not HIDDEN.search(name):
             members[name] = info
     return FileTree(
         location,
@@ -230,7 +270,7 @@ def files_below(
                     unused[prefix] = at
                 continue
             read_at[place] = prefix
-            entries = sorted(entry.name for entry in os.scandir(folder) if not _HIDDEN.match(entry.name))
+            entries = sorted(entry.name for entry in os.scandir(folder) if not HIDDEN.match(entry.name))
         except OSError as error:
             message = f"can't be read ({error.strerror}); make it readable, or remove it"
             fault = UserError(message, file=error.filename)
@@ -269,15 +309,38 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
 
 
 def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
-    """Return hashes of what some files hold, from the cache if paths and what the system says of them are as before.
-
-    That is size, inode, and times of modification and of change: a copy may bring the first time along (`cp -p`, `rsync
-    -t`), the second one is the system's own.
+    """Return hashes of what some files hold, see `remembered`.
 
     Args:
         files: by names, which are part of what is remembered.
         count: how many hashes there are.
         compute: them, 64 hexadecimal digits each.
+
+    Raises:
+        UserError: if a file can't be read, or the cache not written.
+    """
+
+    def read(text: str) -> list[str]:
+        if re.fullmatch(r"[0-9a-f]{64}(\n[0-9a-f]{64})*", text) is None or text.count("\n") != count - 1:
+            raise ValueError
+        return text.split("\n")
+
+    return remembered("hashes", files, lambda: "\n".join(compute()), read) if files else compute()
+
+
+def remembered(
+    kind: str, files: Mapping[str, Path], compute: Callable[[], str], read: Callable[[str], _Result]
+) -> _Result:
+    """Return what files hold, read from a text in the cache if paths and what the system says of them are as before.
+
+    That is size, inode, and times of modification and of change: a copy may bring the first time along (`cp -p`, `rsync
+    -t`), the second one is the system's own.
+
+    Args:
+        kind: folder of the cache.
+        files: by names, which are part of what is remembered.
+        compute: the text, of ASCII letters.
+        read: what the text says; raises for one that was damaged.
 
     Raises:
         UserError: if a file can't be read, or the cache not written.
@@ -290,18 +353,15 @@ def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], l
             times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
             line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{times}\n"
             stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
-        memo = cache_dir() / "hashes" / stamp.hexdigest()
-        if files and memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}(\n[0-9a-f]{64})*", known := memo.read_bytes()):
-            digests = known.decode().split("\n")
-            if len(digests) == count:
-                return digests
-        digests = compute()
+        memo = cache_dir() / kind / stamp.hexdigest()
+        with suppress(Exception):  # whatever is in its place, it is not this package's file
+            return read(memo.read_bytes().decode("ascii"))
+        text = compute()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
-    if files:
-        with cache_fault(memo):
-            write_atomically(memo, "\n".join(digests).encode())
-    return digests
+    with cache_fault(memo):
+        write_atomically(memo, text.encode())
+    return read(text)
 
 
 def in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
@@ -366,3 +426,41 @@ def unpacked(archive: Path, sha256: str) -> Path:
         with new_in_cache(folder) as temporary, tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
     return folder
+
+
+def fetched_shards(address: str) -> Path:
+    """Return a pattern of the shards of an address such as s3://bucket/*.tar; each is fetched once, to the cache.
+
+    Raises:
+        UserError: if a package is missing, nothing is there, or it can't be fetched.
+    """
+    folder = cache_dir() / "shards" / hashlib.sha256(address.encode()).hexdigest()[:32]
+    if not (folder / _FETCHED).is_file():
+        check_download(address)
+        scheme = address.partition(":")[0]
+        if scheme in _PACKAGE_OF:
+            require_extra("remote", packages=[_PACKAGE_OF[scheme]], file=address)
+        root = f"{_place(_MAGIC.split(address)[0].rpartition('/')[0])}/"
+        remedy = "check address, network and credentials; what is here stays"
+        fault = partial(foreign_fault, "can't be fetched", address, remedy=remedy, field="data.path")
+        with fault():
+            from fsspec.core import url_to_fs
+
+            found = [url_to_fs(pattern) for pattern in expanded_braces(address)]
+            listed = [(fs, one) for fs, place in found for one in (fs.glob(place) if "*" in place else [place])]
+        if not listed:
+            raise UserError("matches no shard; correct it", file=address, field="data.path")
+        for fs, one in listed:
+            name = PurePosixPath(_place(fs.unstrip_protocol(one)).removeprefix(root).partition("?")[0])
+            if name.is_absolute() or ".." in name.parts or name.suffix != ".tar":
+                raise UserError("is not the name of a .tar below it", file=one)
+            if not (folder / name).is_file():
+                with new_in_cache(folder / name) as temporary, fault():
+                    fs.get_file(one, str(temporary))
+        with cache_fault(folder):
+            write_atomically(folder / _FETCHED, b"")
+    return folder / "**" / "*.tar"
+
+
+def _place(address: str) -> str:
+    return re.sub("^[a-z0-9]+:/+", "", address)

@@ -22,7 +22,15 @@ from peft_vit.core.training import FLIP_AXES
 from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
 from peft_vit.runs.costs.estimate import Throughput, activation_values
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Pace, first_that_fits, images_to_test, validate_every
+from peft_vit.runs.costs.time_limit import (
+    FEWEST_FOLDS,
+    FOLDS,
+    Pace,
+    first_that_fits,
+    images_to_test,
+    makespan,
+    validate_every,
+)
 from peft_vit.runs.measures.held_out import MAX_REFERENCE_IMAGES
 
 if TYPE_CHECKING:
@@ -224,7 +232,7 @@ class FitCosts:
             return given or first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
 
         def folds_s(steps: int, folds: int) -> float:
-            return folds * self.run_s(replace(recipe, steps=steps))
+            return makespan(folds * [self.run_s(replace(recipe, steps=steps))], fit.at_once)
 
         least = min(given or 1, LEAST_STEPS)  # schedules and moving ranks need some
         each = fit.fold_train_images / fit.num_train  # as many epochs

@@ -61,7 +61,8 @@ from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcome, Out
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Emit, FitRequest, StageBegan
 from peft_vit.runs.costs.estimate import Throughput, product_throughputs
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, validate_every
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, makespan, validate_every
+from peft_vit.runs.executors import runs_at_once
 from peft_vit.runs.records.progress import StudyLock
 from peft_vit.runs.records.storage import STUDIES_FOLDER
 from peft_vit.runs.scheduling.plan import plan_study
@@ -223,6 +224,7 @@ class Fit:
     fit_pace: Pace = field(default_factory=Pace)
     failed: set[Recipe] = field(default_factory=set)
     opened: ExitStack = field(default_factory=ExitStack)
+    _room: Callable[[], int] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         clock = self.environment.clock
@@ -591,6 +593,15 @@ class Fit:
                         self.pace.add(outcome.seconds, self.costs.run_s(recipe))
                     known[seed] = outcome
 
+    @property
+    def at_once(self) -> int:
+        """Return how many runs go at a time where they are carried out."""
+        if self._room is None:
+            request = self.request
+            places = runs_at_once(request.executor, self.file.threads, request.devices)
+            self._room = self.opened.enter_context(places)
+        return self._room()
+
     def seconds(self, recipe: Recipe, seeds: Sequence[int]) -> float:
         """Return what its missing runs will take: as those that are done, or as planned, at this call's pace."""
         missing, done = len(self.frame.missing(recipe, seeds)), self.frame.rows.get(recipe, {})
@@ -598,7 +609,8 @@ class Fit:
             return 0.0
         taken = [outcome.seconds for outcome in done.values()]
         planned = self.costs.run_s(recipe) * (1.0 if recipe.is_probe else self.pace.factor)
-        return self.costs.machine.process_s + missing * (statistics.median(taken) if taken else planned)
+        each_s = statistics.median(taken) if taken else planned
+        return self.costs.machine.process_s + makespan(missing * [each_s], self.at_once)
 
     def ends_in_time(self, recipe: Recipe, longer: float = 1.0) -> bool:
         """Tell whether a recipe's last training is done, or fits what is left, with the output and a tenth more."""

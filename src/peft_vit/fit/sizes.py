@@ -18,6 +18,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from peft_vit.base.errors import UserError, is_out_of_memory
 from peft_vit.base.statistics import Interval
@@ -28,7 +29,8 @@ from peft_vit.core.config import Flips, HeadBlocks, Resize, study_from_mapping, 
 from peft_vit.core.methods import METHODS
 from peft_vit.core.records import Metrics
 from peft_vit.core.tasks import Labels, Scores, expected_gain, metric_of
-from peft_vit.core.training import Features, can_hold_out, held_out_fit, loss_weights
+from peft_vit.core.training import Features, RuntimeConfig, can_hold_out, head_inputs, held_out_fit, loss_weights
+from peft_vit.core.training.images import LabelledImages
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.costs import LEAST_STEPS, SIZES_SHARE
 from peft_vit.fit.decide import posterior_by_size
@@ -40,11 +42,12 @@ from peft_vit.runs.costs.time_limit import FOLDS, Pace
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
 from peft_vit.runs.scheduling.plan import plan_study
-from peft_vit.runs.this_machine.machine import cpu_count
+from peft_vit.runs.this_machine.machine import cpu_count, torch_threads
 
 NO_TIME = "no time for it"
 _SLOWER = 2  # times, of a regression on four blocks
 _FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
+_TIMED = 16  # images by which a size's pace is known whose features are in the cache
 _OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
 _OBLONG = 1.2  # times as long as short, from which on it matters how an image becomes square
 _OBLONG_SHARE = 0.1  # of images
@@ -415,7 +418,8 @@ def _regress(
         return fit.environment.regress(study, fit.studies, half)
     fit.images.keep_pixels(study_from_mapping(study, file=fit.request.images))
     what = f"features of images at {probe.image_size} px"
-    return regress(study, fit.studies, half, lambda done, count: fit.emit(Advanced(what, done, count)))
+    with torch_threads(fit.file.threads):  # as runs have
+        return regress(study, fit.studies, half, lambda done, count: fit.emit(Advanced(what, done, count)))
 
 
 @dataclass(frozen=True)
@@ -427,7 +431,7 @@ class Regression:
         labels: of the images, N.
         by_image: per-image terms of the metric that decides, (N,), whose mean it is.
         by_image_of_half: the same terms with half of the images to learn from; None: that was not asked for.
-        features_s: that its features took; 0: they were in the cache.
+        features_s: that its features took, or would if none were in the cache; 0: nobody has looked.
         fit_s: that its fits took, likewise; 0: nobody has looked.
     """
 
@@ -483,9 +487,20 @@ def regress(
             for part in parts:
                 halves[part] = held_out(part)
             by_image_of_half = scores.by_image(halves, labels)
-    features_s = computed - began if shared.computed == len(features.labels) else 0.0
     by_image, fit_s = scores.by_image(logits, labels), time.perf_counter() - computed
+    features_s = computed - began
+    if shared.computed < len(features.labels):  # the others were in the cache
+        features_s = len(features.labels) * _image_s(model, data.train, loaded.runtime)
     return Regression(task.measure(logits, labels), labels, by_image, by_image_of_half, features_s, fit_s)
+
+
+def _image_s(model: nn.Module, images: LabelledImages, runtime: RuntimeConfig) -> float:
+    """Return the seconds of features for each of some images, after a pass that gets ready."""
+    few = images.chosen(np.arange(min(_TIMED, len(images))))
+    head_inputs(model, few.chosen(np.arange(1)), runtime, 1)
+    began = time.perf_counter()
+    head_inputs(model, few, runtime, len(few))
+    return (time.perf_counter() - began) / len(few)
 
 
 # --- what fits the time -----------------------------------------------------------------------------------------------

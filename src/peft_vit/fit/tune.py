@@ -43,7 +43,7 @@ from peft_vit.fit.recipe import DEFAULT_RATE, Recipe, lora, rate_of
 from peft_vit.fit.request import Emit, TuneRequest, print_event
 from peft_vit.fit.sizes import SizeResult, allowed_sizes, best_linear_probe, gain_of_labels, within_memory
 from peft_vit.fit.train import begin, know_by_folds, train_last
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, makespan
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import tuned_model
 
@@ -235,16 +235,20 @@ def _bracket_seconds(fit: Fit, recipes: Sequence[Recipe]) -> float:
     """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
     going, seconds = list(recipes), 0.0
     for seed in range(FOLDS):
-        seconds += sum(fit.seconds(recipe, [seed]) for recipe in going)
+        seconds += _side_by_side_s(fit, going, seed)
         going = going[: (len(going) + 1) // 2]
     return seconds
+
+
+def _side_by_side_s(fit: Fit, recipes: Sequence[Recipe], seed: int) -> float:
+    return makespan([fit.seconds(recipe, [seed]) for recipe in recipes], fit.at_once)
 
 
 def _successive_halving(fit: Fit, recipes: Sequence[Recipe], limit: Limit) -> None:
     """Give the next fold to the better half of what had the last one, and to the first recipe."""
     going = list(recipes)
     for seed in range(FOLDS):
-        if len(going) == 1 or (seed and sum(fit.seconds(recipe, [seed]) for recipe in going) > limit.left_s):
+        if len(going) == 1 or (seed and _side_by_side_s(fit, going, seed) > limit.left_s):
             return
         fit.run(going, [seed], limit)
         values = {recipe: fit.frame.value(recipe, range(seed + 1)) for recipe in going}

@@ -23,7 +23,7 @@ from peft_vit.core.training.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.runs.costs.time_limit import PROCESS_S
 from peft_vit.runs.costs.timing_run import MeasuredCosts, cached_costs
 from peft_vit.runs.this_machine import products
-from peft_vit.runs.this_machine.machine import cpu_count, processor_name
+from peft_vit.runs.this_machine.machine import cpu_count, processor_name, torch_threads
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
@@ -110,8 +110,6 @@ def product_throughput(
         bits: of these, as a study was begun with.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(threads)
     work: Counter[tuple[int, int, int]] = Counter()
     for module in shape.modules:
         work[module.tokens, module.in_features, module.out_features] += module.multiply_adds
@@ -119,12 +117,12 @@ def product_throughput(
     x = torch.ones(32 * tokens, inputs, dtype=dtype, device=device)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
-        begin = time.perf_counter()
-        float((x @ weight.T)[0, 0])
-        times.append(time.perf_counter() - begin)
-    torch.set_num_threads(num_threads)
+    with torch_threads(threads):
+        started = time.perf_counter()
+        while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
+            begin = time.perf_counter()
+            float((x @ weight.T)[0, 0])
+            times.append(time.perf_counter() - begin)
     throughput = x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
     if compute == "float":
         return throughput

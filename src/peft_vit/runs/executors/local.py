@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -36,7 +35,7 @@ from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Checkpoints, Helped, Interrupted, Member, Progress
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, failed_attempt
-from peft_vit.runs.executors.torchrun import Launch, announce, launch
+from peft_vit.runs.executors.torchrun import Launch, announce, at_parents_end, launch
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import run_folder
 from peft_vit.runs.this_machine.machine import check_devices, loaded_git_state
@@ -261,7 +260,7 @@ def _send(worker: _Worker, order: _Order | None) -> None:
 def _start_worker() -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
     try:
         with _surroundings_of_workers():
             process.start()
@@ -303,12 +302,12 @@ def _ctrl_c_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, parent: int) -> None:
     """Do what comes through the pipe, until its other end is closed: without a parent there is nothing left to do."""
-    if sys.platform == "linux":  # it is not to outlive its parent, whatever holds the interpreter
+    if sys.platform == "linux":  # it is not to outlive its parent: at once, elsewhere within a second
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it comes here, too
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    at_parents_end(lambda: os._exit(1), parent)
     prepare_process()
     stopping = False
 
@@ -342,13 +341,6 @@ def _serve(pipe: Connection) -> None:
             reply(interrupted if on_progress else None)
         except Helped:
             reply(None)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 # --- for any executor -------------------------------------------------------------------------------------------------

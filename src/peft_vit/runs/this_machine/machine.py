@@ -16,8 +16,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -206,6 +206,17 @@ def loaded_git_state() -> tuple[str | None, bool | None]:
 def processor_name() -> str:
     """Return the processor's model name."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cpu_count() -> int:
