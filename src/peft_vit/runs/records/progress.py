@@ -115,7 +115,7 @@ def _lock(descriptor: int, *, shared: bool = False) -> None:
         return
     os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
     try:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     except PermissionError:
         raise BlockingIOError from None
 
