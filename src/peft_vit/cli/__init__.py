@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import inspect
+import io
 import os
 import re
 import sys
@@ -46,6 +48,15 @@ def _group() -> None:
 
 
 _group()
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join("-" if letter == "\N{MINUS SIGN}" else "?" for letter in letters), error.end
+
+
+codecs.register_error("peft_vit", _replaced)
 
 
 @contextmanager
@@ -124,6 +135,8 @@ def _in_our_words(error: Any) -> UserError:
 
 def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a pipe on Windows it may have the letters of few languages
+        sys.stdout.reconfigure(errors="peft_vit")
     with _while_read(), user_errors(), _by_torchrun():
         try:
             for before, given in pairwise(sys.argv[1:] if arguments is None else arguments):

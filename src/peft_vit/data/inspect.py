@@ -37,7 +37,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -52,6 +51,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
@@ -438,7 +438,7 @@ class Inspection:
                 members = (self.task.members(self.labels, k) for k in range(len(self.class_names)))
                 several = all(len(np.unique(numbers[some])) >= _LEAST_GROUPS for some in members)
                 if several and together[name] == together[other]:
-                    return shlex.quote(group)
+                    return quoted(group)
         return "COLUMN, of a table that says what each image shows"
 
 

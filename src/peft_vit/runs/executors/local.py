@@ -245,7 +245,7 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
 
 
 def _how_it_ended(exitcode: int | None) -> str:
-    if exitcode == -signal.SIGKILL:
+    if exitcode == -9:  # Windows has no such signal
         return "was killed (SIGKILL: by somebody, or by the system, which was out of memory)"
     if exitcode is not None and exitcode < 0:
         return f"was ended by {signal.Signals(-exitcode).name}"
@@ -281,21 +281,32 @@ def _surroundings_of_workers() -> Iterator[None]:
     of others seldom guard against that.
     """
     main = sys.modules["__main__"]
-    with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}):
-        resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}), _ctrl_c_blocked():
         sys.modules["__main__"] = ModuleType("__main__")
         try:
             yield
         finally:
             sys.modules["__main__"] = main
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    if os.name == "nt":  # where nothing can be blocked
+        yield
+        return
+    resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _serve(pipe: Connection, parent: int) -> None:
     """Do what comes through the pipe, until its other end is closed: without a parent there is nothing left to do."""
     if sys.platform == "linux":  # it is not to outlive its parent: at once, elsewhere within a second
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it comes here, too
     at_parents_end(lambda: os._exit(1), parent)
     prepare_process()
     stopping = False

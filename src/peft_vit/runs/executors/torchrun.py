@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import psutil
+
 from peft_vit.base.errors import UserError
 from peft_vit.base.place import ProcessPlace
 
@@ -67,7 +69,7 @@ def at_parents_end(act: Callable[[], object], parent: int) -> None:
     """Do something in a thread once this process has another parent, since that one has ended."""
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows none takes its place
             time.sleep(_LOOK_S)
         act()
 
