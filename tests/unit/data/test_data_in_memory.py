@@ -95,7 +95,10 @@ def test_grey_images_and_paths() -> None:
         (PIXELS.astype(int) - 9, "integers are 0 to 255"),
         (np.full((1, 4, 5), np.nan), "has values from nan to nan"),
         ([Image.fromarray(np.zeros((4, 4), np.uint16))], "images[0]: has pixels of mode I;16; scale them to 8 bits"),
-        (pd.DataFrame({"a": [1], "b": [2]}), "expected a column image, img, path, file, filename, file_name, filepath, and perhaps label; got a, b"),
+        (
+            pd.DataFrame({"a": [1], "b": [2]}),
+            "expected a column image, img, path, file, filename, file_name, filepath, and perhaps label; got a, b",
+        ),
     ],
 )
 def test_what_is_no_image_is_told_in_a_line(held, said) -> None:
