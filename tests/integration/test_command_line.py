@@ -149,7 +149,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     (("tune", "empty", "--max-latency", "50"), "", "", ("--max-latency: ",)),
     (("tune", "empty", "--max-bytes", "20"), "", "", ("--max-bytes: ",)),
     (("bench", "a.onnx", "--batch-size", "1,x"), "", "", ("--batch-size: ", "got 'x'")),
-    (("bench", "a.onnx", "--batch", "1"), "", "", ("--batch: no such option", "it is --batch-size now")),
+    (("bench", "a.onnx", "--batch", "1"), "", "", ("--batch: no such option", "it is --batch-size")),
     ((*TRAIN, "--library", "timm"), "", "", ("--library: no such option", "--model takes names of timm and ")),
     (("train",), "", "", ("error: IMAGES: is missing; see peft-vit train --help",)),
     ((*TRAIN, "--lr", "1"), "", "", ("error: --lr: no such option of peft-vit train; did you mean --learning-rate?",)),

@@ -840,13 +840,14 @@ def test_bad_images_are_one_line_and_nothing_is_left(tmp_path, refused, files) -
 def test_images_that_take_all_the_minutes_to_read_are_refused(images: Path, tmp_path: Path) -> None:
     now, events = [0.0], list[Any]()
     fit = Fit(request_of(images, tmp_path, minutes=16.0), events.append, Environment(clock=lambda: now[0]))
+    read = intake._reading(fit)
     for done in (1, 10):
         now[0] = float(done)
-        intake._read(fit, done, 1000)
+        read(done, 1000)
     assert [(event.done, event.count) for event in events] == [(1, 1000), (10, 1000)]
     now[0] = 11.0
     with pytest.raises(UserError, match=r"reading 1,000 images takes .* here; give more than 17") as raised:
-        intake._read(fit, 11, 1000)
+        read(11, 1000)
     assert raised.value.field == "--minutes"
 
 

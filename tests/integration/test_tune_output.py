@@ -208,7 +208,7 @@ def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tm
 def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr("peft_vit.fit.request.check_images", lambda *_: None)
-    monkeypatch.setattr("peft_vit.fit.tune.tune", lambda *given: asked.append(given) or choice)
+    monkeypatch.setattr("peft_vit.fit.tune.tune", lambda *given, started: asked.append(given) or choice)
     output = choice.request.output
     limits = {"max_bytes": "16MB", "max_latency": "50ms", "minutes": 5}
     tuned = peft_vit.tune("photos", output=str(output), model=["test_vit"], image_size=28, seed=3, **limits)

@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import psutil
-
 from peft_vit.base.errors import UserError
 from peft_vit.base.place import ProcessPlace
 
@@ -67,6 +65,7 @@ def announce(launched: Launch, spec: RunSpec | None) -> Member:
 
 def at_parents_end(act: Callable[[], object], parent: int) -> None:
     """Do something in a thread once this process has another parent, since that one has ended."""
+    import psutil  # here, since a command on an exported file does without
 
     def watch() -> None:
         while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows none takes its place
