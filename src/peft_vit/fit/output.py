@@ -145,8 +145,7 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
-    tested = record.tested_calibration
-    quality = model_quality(record, None if tested is None else tested.probability)
+    quality = model_quality(record)
     use = {"To predict": f"peft-vit predict {shlex.quote(str(exports.model))} PHOTO.jpg"}
     on_folds = predictions_on(choice.folds, choice.final.learned, choice.meaning, choice.images.index)
     model = ModelSummary(record, quality, use, answer(choice, exports.taken.bytes), on_folds=on_folds)
