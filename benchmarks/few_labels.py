@@ -61,7 +61,11 @@ from peft_vit.data.pixels import decode_image
 
 RESULTS = Path(__file__).parent / "results" / "few_labels.csv"
 _SETS = ("elpv", "digits", "fashion-mnist")
-_SOURCES = {"stamps": Path("/usr/share/tuxpaint/stamps"), "emoji": Path("package")}  # of Debian's and of npm's package
+_SOURCES = {  # of Debian's and of npm's packages
+    "stamps": Path("/usr/share/tuxpaint/stamps"),
+    "emoji": Path("package"),
+    "oxygen": Path("/usr/share/icons/oxygen/base/64x64"),
+}
 _FEWEST_STAMPS = 40
 _TEST_IMAGES = 400
 _SIZES = (112, 154, 224)
@@ -85,7 +89,7 @@ def images_of(name: str) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _files_of(name: str, source: Path) -> Iterator[tuple[str, Path]]:
-    if name == "stamps":
+    if name in ("stamps", "oxygen"):
         for folder in sorted(source.iterdir()):
             files = sorted(folder.rglob("*.png"), key=lambda file: str(file.relative_to(source)).replace("/", "-"))
             yield from ((folder.name, file) for file in files if len(files) >= _FEWEST_STAMPS)

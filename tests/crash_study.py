@@ -20,7 +20,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.runs.records.progress import study_status
 from peft_vit.runs.records.scan import read_records
 
-CALLS = ("write", "fsync", "replace", "pwrite", "ftruncate", "open", "mkdir", "unlink", "rmdir")
+CALLS = ("write", "fsync", "replace", "ftruncate", "open", "mkdir", "unlink", "rmdir")
 STUDY = fake_config(experiments=("a",), seeds=(0, 1))
 KILLED = 9
 
@@ -93,7 +93,7 @@ def die_at(count: int) -> None:
             nonlocal left
             left -= 1
             if left <= 0:
-                if name in ("write", "pwrite"):
+                if name == "write":
                     call(arguments[0], arguments[1][: len(arguments[1]) // 2], *arguments[2:])
                 os._exit(KILLED)
             return call(*arguments, **named)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -357,7 +358,7 @@ def tune(
         UserError: for bad input, in one line, before anything is trained.
         TypeError: for an unknown argument; it names the nearest.
     """
-    given = locals()
+    given, started = locals(), time.monotonic()
     from peft_vit.base.extras import require_extra
 
     require_extra("tune", "tune")
@@ -369,7 +370,7 @@ def tune(
         request = _asked(TuneRequest, given)
         emit = telling(tell) if tell else print_event
         check_images(request, emit)
-        choice = find(request, emit)
+        choice = find(request, emit, started=started)
     return TrainedModel(request.output, choice)
 
 
@@ -473,7 +474,7 @@ def train(
         UserError: for bad input, in one line, or if the run fails.
         TypeError: for an unknown argument; it names the nearest.
     """
-    given = locals()
+    given, started = locals(), time.monotonic()
     from peft_vit.data.sources.in_memory import held_folder
     from peft_vit.fit.request import TrainRequest, check_images
 
@@ -482,7 +483,7 @@ def train(
         check_images(request, partial(print, flush=True))  # before torch is loaded, which takes seconds
         from peft_vit.fit.train import train as fit_one
 
-        run = fit_one(request)
+        run = fit_one(request, started=started)
     record = run.record()
     assert record is not None
     if record.status == "failed":

@@ -98,7 +98,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         device: Device = "auto",
         threads: int | None = None,
         devices: int = 1,
-        output: str | Path = "peft-vit-runs",
+        output: str | Path = "peft-vit-runs/fits",
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
     ) -> None:

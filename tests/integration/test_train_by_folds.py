@@ -154,7 +154,7 @@ def test_where_no_training_fits_a_linear_probe_is_the_model(trained, command, mo
     said = trained()
     run, kept = only_call()
     size = kept.decisions.first[0].image_size
-    assert "  no time to train; give more --minutes" in said
+    assert re.search(r"  no time to train; give about --minutes \d+", said)
     assert f"  to train: Linear probe, {size} px, about " in said
     assert run.record() == read_record(run.folder / "linear/seed_0/record.json")
     assert run.record().calibrated.images >= 3 * 38 // 5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,3 +82,7 @@ def test_readme_has_the_table_of_few_labels() -> None:
     table = list(few_labels.readme(few_labels.rows_of(few_labels.RESULTS)))
     assert len(table) > 5
     assert "\n".join(table) in (ROOT / "README.md").read_text(encoding="utf-8"), "benchmarks/few_labels.py --readme"
+
+
+def test_the_table_of_a_cluster_is_what_its_arithmetic_gives() -> None:
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "cluster_arithmetic.py"], check=True, capture_output=True)

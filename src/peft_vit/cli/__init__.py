@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import inspect
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -25,6 +29,10 @@ _HINTS = {
 }
 
 
+_OTHER_TOOLS = {"fit": "train", "classify": "train", "val": "test", "evaluate": "test", "benchmark": "bench"}
+_AS_VALUES = re.compile(r"([a-z_]+)=(.*)")  # how other tools take options
+
+
 def _group() -> None:
     commands = {info.callback.__name__: info for info in app.registered_commands if info.callback is not None}
     names = [name for group in GROUPS.values() for name in group]
@@ -36,6 +44,15 @@ def _group() -> None:
 
 
 _group()
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    return "".join("-" if letter == "\N{MINUS SIGN}" else "?" for letter in letters), error.end
+
+
+codecs.register_error("peft_vit", _replaced)
 
 
 @contextmanager
@@ -107,13 +124,21 @@ def _in_our_words(error: Any) -> UserError:
         hint = _HINTS.get(name) or (f"did you mean {likely}?" if likely else see)
         return UserError(f"no such option of {command}; {hint}", field=name)
     message = error.format_message().rstrip(".")
+    if (found := re.search(r"No such command '(\w+)'", message)) and found[1] in _OTHER_TOOLS:
+        return UserError(f"no command {found[1]}; it is peft-vit {_OTHER_TOOLS[found[1]]}", file="command line")
     return UserError(message if message.endswith("?") else f"{message}; {see}", file="command line")
 
 
 def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in a pipe on Windows it may have the letters of few languages
+        sys.stdout.reconfigure(errors="peft_vit")
     with _while_read(), user_errors(), _by_torchrun():
         try:
+            for before, given in pairwise(sys.argv[1:] if arguments is None else arguments):
+                if (option := _AS_VALUES.fullmatch(given)) and before[:2] != "--" and not os.path.exists(given):
+                    name, value = option.groups()
+                    raise UserError(f"options are written as --{name.replace('_', '-')} {value}", field=given)
             code = command(arguments, standalone_mode=False)
         except Exception as error:
             # Typer's own errors (an unknown option, a value out of range) share no public class, only this method.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ import typer
 from pydantic import Field, field_validator, model_validator
 
 from peft_vit.base import console
-from peft_vit.base.console import OnProgress, progress
+from peft_vit.base.console import OnProgress, progress, quoted
 from peft_vit.base.errors import UserError, named, printable
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import into_empty, refuse_existing
@@ -239,7 +238,7 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
                 f"{compared.split} images, {compared.values_text()}"
             )
         print(f"{adapter.name}: {adapter.file_bytes / 1e3:.1f} kB; {said}")
-    _print_next(folder, f" --adapter {shlex.quote(done[0].name)}")
+    _print_next(folder, f" --adapter {quoted(done[0].name)}")
 
 
 def _write_file(request: ExportRequest, format: str, output: Path, on_progress: OnProgress) -> tuple[Exported, None]:
@@ -309,8 +308,8 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
 
 def _print_next(model: Path, options: str = "", page: Path | None = None) -> None:
     print(f"{model}: {exported_bytes(model) / 1e6:.1f} MB")
-    predict = f"peft-vit predict {shlex.quote(str(model))} IMAGES{options}"
-    print(f"Next: {predict if page is None else f'open {shlex.quote(str(page))} in a browser'}")
+    predict = f"peft-vit predict {quoted(model)} IMAGES{options}"
+    print(f"Next: {predict if page is None else f'open {quoted(page)} in a browser'}")
 
 
 # --- predict ----------------------------------------------------------------------------------------------------------
@@ -469,7 +468,7 @@ def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Class
         classifier = open_classifier(request.model, request.weights, request.adapter)
     seconds = time.monotonic() - started
     if seconds > 2 * console.FIRST_S and classifier.module is not None and exported_format(request.model) is None:
-        faster = f"peft-vit export {shlex.quote(str(request.model))}"
+        faster = f"peft-vit export {quoted(request.model)}"
         print(f"Opening took {seconds:.0f} s, since it loads PyTorch. A file opens faster: {faster}", file=sys.stderr)
     return images, classifier
 
@@ -482,7 +481,7 @@ def refuse_swapped(model: Path, images: Path, command: str) -> None:
         return exported_format(path) is not None or is_bundle(path) or os.path.isfile(single_run(path) / RECORD_FILE)
 
     if not is_model(model) and is_model(images):
-        places = f"{shlex.quote(str(images))} {shlex.quote(str(model))}"
+        places = f"{quoted(images)} {quoted(model)}"
         raise UserError(f"is not a model, and the model comes first: peft-vit {command} {places}", file=model)
 
 

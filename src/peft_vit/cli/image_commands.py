@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import Field
 
-from peft_vit.base.console import progress
+from peft_vit.base.console import progress, quoted
 from peft_vit.base.errors import UserError, printable
 from peft_vit.base.extras import missing_packages, require_extra
 from peft_vit.base.settings import Option, Request
@@ -86,7 +85,7 @@ def test(request: LabelledRequest) -> None:
 
         return later_document(tested, printable(images.path.resolve().stem), pictures)
 
-    _write_images_page(document, f"peft-vit predict {shlex.quote(str(request.model))} IMAGES", request.output)
+    _write_images_page(document, f"peft-vit predict {quoted(request.model)} IMAGES", request.output)
     if tested.unreadable:
         raise typer.Exit(1)
 
@@ -328,13 +327,13 @@ def review(request: ReviewRequest) -> None:
         return [thumbnail(reviewed.images.read(position), 3) for position in positions]
 
     document = partial(review_document, reviewed, printable(asked.found.path.resolve().stem), pictures)
-    _write_images_page(document, f"peft-vit train {shlex.quote(str(request.images))}", request.output)
+    _write_images_page(document, f"peft-vit train {quoted(request.images)}", request.output)
     if not missing_packages("report"):
         print(f"All labels, in this order: {request.output / 'tables' / 'review_labels.csv'}")
     if request.page:
         from peft_vit.cli.label_command import serve_page
 
         doubts = [Doubt(**row) for row in reviewed.doubts]
-        train = f"peft-vit train {shlex.quote(str(request.images))}"
+        train = f"peft-vit train {quoted(request.images)}"
         names = reviewed.images.class_names
         serve_page(Checking(corrections, ImageFolder(corrections.root), doubts, names, train))

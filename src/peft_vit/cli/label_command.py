@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
 from peft_vit.base.settings import Option, Request
@@ -133,7 +133,7 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
     if session.training.is_running:
         print("The training continues; the same command shows it again.")
     if store.rows:
-        print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {shlex.quote(str(store.file))}")
+        print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {quoted(store.file)}")
 
 
 def serve_page(

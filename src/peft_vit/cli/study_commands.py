@@ -83,10 +83,11 @@ def train(request: TrainRequest) -> None:
     Each call makes a folder of its own, and `latest` beside it leads to the last one that finished. The same call
     continues where it was interrupted. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
-    with _shown(request) as emit:
+    started = time.monotonic()
+    with _shown(request, started) as emit:
         from peft_vit.fit.train import train as fit_one
 
-        run = fit_one(request, emit)
+        run = fit_one(request, emit, started=started)
     record = run.record()
     assert record is not None
     if record.status == "failed":
@@ -176,18 +177,19 @@ def tune(request: TuneRequest) -> None:
     from peft_vit.base.extras import require_extra
 
     require_extra("tune", "tune")  # what is imported below needs some of it
-    with _shown(request) as emit:
+    started = time.monotonic()
+    with _shown(request, started) as emit:
         from peft_vit.fit.tune import tune as run_tune
 
-        run_tune(request, emit)
+        run_tune(request, emit, started=started)
 
 
 @contextmanager
-def _shown(request: TrainRequest | TuneRequest) -> Iterator[Callable[[FitEvent], None]]:
-    """Show what a fit says, and how far it is."""
+def _shown(request: TrainRequest | TuneRequest, started: float) -> Iterator[Callable[[FitEvent], None]]:
+    """Show what a fit says, and how far it is of the minutes since it started."""
     from peft_vit.fit.request import Advanced, StageBegan
 
-    started, stage, advanced = time.monotonic(), "your images", ""
+    stage, advanced = "your images", ""
 
     def left_s() -> float:
         return max(0.0, 60 * request.minutes - (time.monotonic() - started))

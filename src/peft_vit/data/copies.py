@@ -32,8 +32,8 @@ def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
     Args:
         thumbnails: (N, 32, 32, 3), 0 to 255.
     """
-    count, grey = len(thumbnails), thumbnails.mean(3)  # (N, 32, 32)
-    colors = thumbnails.mean((1, 2)) - grey.mean((1, 2))[:, None]  # (N, 3)
+    count, grey = len(thumbnails), thumbnails.mean(3, dtype=np.float32)  # (N, 32, 32)
+    colors = thumbnails.mean((1, 2), dtype=np.float32) - grey.mean((1, 2))[:, None]  # (N, 3)
     blurred = _normalised(_blur(grey, 2.0)[:, ::2, ::2].reshape(count, -1))  # (N, 256)
     fine = _fine(grey)
     lines = fine.mean(1, keepdims=True) + fine.mean(2, keepdims=True)  # from side to side, as of a grid
@@ -63,8 +63,9 @@ def groups_of(groups: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np
 
 
 def compared_thumbnail(pixels: NDArray[np.uint8]) -> Floats:
-    """Return the thumbnail (32, 32, 3) of an image (64, 64, 3)."""
-    thumbnail: Floats = pixels.astype(np.float32).reshape(SIDE, 2, SIDE, 2, -1).mean((1, 3))
+    """Return the thumbnail (32, 32, 3) of an image (64, 64, 3), or thumbnails (N, 32, 32, 3) of several."""
+    halves = pixels.astype(np.float32).reshape(*pixels.shape[:-3], SIDE, 2, SIDE, 2, -1)
+    thumbnail: Floats = halves.mean((-4, -2))  # (..., 32, 2, 32, 2, 3) -> (..., 32, 32, 3)
     return thumbnail
 
 
@@ -78,9 +79,12 @@ def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> NDA
         alike[rows, start + rows] = -1
         alike[:, ~usable] = -1
         alike[~usable[start : start + _BLOCK]] = -1
-        nearest = np.argpartition(-alike, most - 1, axis=1)[:, :most]
-        row, place = np.nonzero(np.take_along_axis(alike, nearest, 1) >= _LEAST_BLURRED)
-        found.append(np.sort(np.stack([start + row, nearest[row, place]], 1), axis=1))
+        few = alike >= _LEAST_BLURRED
+        for crowded in np.flatnonzero(few.sum(1) > most):
+            few[crowded] = False
+            few[crowded, np.argpartition(-alike[crowded], most - 1)[:most]] = True
+        row, place = np.nonzero(few)
+        found.append(np.sort(np.stack([start + row, place], 1), axis=1))
     return np.unique(np.concatenate(found), axis=0)
 
 

@@ -1,9 +1,11 @@
-"""Files as data sets hold them: a folder or zip read in place, content hashes, downloads."""
+"""Files as data sets hold them: a folder or zip read in place, patterns, content hashes, downloads."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
+import json
 import os
 import re
 import tarfile
@@ -12,20 +14,28 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
+from peft_vit.base.extras import require_extra
 from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular, sha256_of, write_atomically
 from peft_vit.base.packages import cache_dir, check_download
 
-_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # hidden files, and what macOS adds to zips
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".jfif", ".gif", ".avif", ".heic", ".heif")
 _THREADS, _AHEAD = 8, 64  # of `in_threads`: at most, and items that may be done before they are asked for
 _OF_CONTENT = (errno.EFBIG, errno.EINVAL)  # a file that is too large, an archive that names an impossible place
 FETCH_AGAIN = "fetch it again"
+SHARDS = (".tar", ".tar.gz", ".tgz")  # the latter ones are refused
+_ADDRESS = re.compile(r"([a-z][a-z0-9]+):/+(.+)")  # of which pathlib has taken a slash
+_BRACE = re.compile(r"\{(?:(\d+)\.\.(\d{1,6})|([^{}]*,[^{}]*))\}")
+_MAGIC = re.compile(r"[*?\[{]")
+_FETCHED = ".fetched"  # beside shards, of which none is missing
+_PACKAGE_OF = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -48,6 +58,7 @@ class FileTree:
         read: returns the content of the file with a given name.
         hashed: hashes the zip, or the folder's files with the given names, and distinguishes these files.
         unused: folders of which no file is among the names; see `files_below`.
+        base: what names begin at in errors; None: the location.
     """
 
     location: Path
@@ -55,10 +66,11 @@ class FileTree:
     read: Callable[[str], bytes]
     hashed: Callable[[list[str]], Hashes]
     unused: Mapping[str, str] = field(default_factory=dict)
+    base: Path | None = None
 
     def file(self, name: str) -> str:
         """Return what to call a file in an error."""
-        return str(self.location / name)
+        return str((self.base or self.location) / name)
 
     def below(self, folder: str) -> FileTree:
         """Return the part of it below a folder, a relative name; "" is all of it."""
@@ -112,11 +124,40 @@ def decode_text(content: bytes, file: str | Path, remedy: str = "save it as UTF-
 
 
 def existing(path: str) -> Path:
-    """Return the path, `~` expanded; raises UserError if nothing is there."""
+    """Return the path, `~` expanded; of shards elsewhere, where they are fetched to.
+
+    Raises:
+        UserError: if nothing is there.
+    """
     expanded = os.path.expanduser(path)
-    if not os.path.exists(expanded):  # unlike Path.exists, also False for an impossible name
+    if os.path.exists(expanded):  # unlike Path.exists, also False for an impossible name
+        return Path(expanded)
+    if address := _ADDRESS.fullmatch(expanded):
+        return fetched_shards(f"{address[1]}://{address[2]}")
+    if not expanded.lower().endswith(SHARDS) or not matching(Path(expanded)):
         raise UserError("does not exist; correct the path", file=expanded, field="data.path")
     return Path(expanded)
+
+
+def fixed_part(pattern: Path) -> Path:
+    """Return the folder that all files lie below which a pattern matches."""
+    return next(folder for folder in pattern.parents if not _MAGIC.search(str(folder)))
+
+
+def matching(pattern: Path) -> list[Path]:
+    """Return the files that a pattern matches, as in a shell, {00..12} and ** included; or the one it names."""
+    found = {file for text in expanded_braces(str(pattern)) for file in glob.glob(text, recursive=True)}
+    return sorted(map(Path, found or ([str(pattern)] if pattern.is_file() else [])))
+
+
+def expanded_braces(pattern: str) -> list[str]:
+    """Return what a pattern stands for whose braces hold a range, {00..12}, or names, {train,test}."""
+    if (brace := _BRACE.search(pattern)) is None:
+        return [pattern]
+    first, last, names = brace.groups()
+    parts = names.split(",") if names else [f"{k:0{len(first)}}" for k in range(int(first), int(last) + 1)]
+    start, end = pattern[: brace.start()], pattern[brace.end() :]
+    return [text for part in parts for text in expanded_braces(start + part + end)]
 
 
 def open_tree(location: Path) -> FileTree:
@@ -148,7 +189,7 @@ def open_tree(location: Path) -> FileTree:
             fault = "{!r} twice, which could land in train and test"
         if fault:
             raise UserError(f"holds {fault.format(name)}; pack it again", file=location)
-        if not info.is_dir() and not _HIDDEN.search(name):
+        if not info.is_dir() and not HIDDEN.search(name):
             members[name] = info
     return FileTree(
         location,
@@ -230,7 +271,16 @@ def files_below(
                     unused[prefix] = at
                 continue
             read_at[place] = prefix
-            entries = sorted(entry.name for entry in os.scandir(folder) if not _HIDDEN.match(entry.name))
+            with os.scandir(folder) as found:  # which says without another call what is a folder, but for links
+                entries = sorted(
+                    (
+                        entry.name,
+                        os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(),
+                        entry.is_symlink(),
+                    )
+                    for entry in found
+                    if not HIDDEN.match(entry.name)
+                )
         except OSError as error:
             message = f"can't be read ({error.strerror}); make it readable, or remove it"
             fault = UserError(message, file=error.filename)
@@ -240,14 +290,13 @@ def files_below(
             continue
         if name and not entries and unused is not None:
             unused[prefix] = ""
-        for entry in entries:
-            path = os.path.join(folder, entry)
+        for entry, is_folder, is_link in entries:
             if closed is None and any("\ud800" <= character <= "\udfff" for character in entry):  # no record holds it
-                raise UserError("has a name that is not UTF-8; rename it", file=path)
-            if not os.path.isdir(path):
+                raise UserError("has a name that is not UTF-8; rename it", file=os.path.join(folder, entry))
+            if not is_folder:
                 names.append(prefix + entry)
             else:
-                (links if os.path.islink(path) else folders).append(prefix + entry)
+                (links if is_link else folders).append(prefix + entry)
     return tuple(sorted(names))
 
 
@@ -257,22 +306,74 @@ def files_below(
 def hashes(files: Mapping[str, Path]) -> Hashes:
     """Hash files by their names.
 
-    Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache, see `cached_hashes`.
+    Hashing a large folder takes as long as reading it, so each file's hash is remembered, see `read_once`.
     """
-    ordered = dict(sorted(files.items()))
-    digests = cached_hashes(ordered, len(ordered), lambda: list(in_threads(sha256_of, list(ordered.values()))))
-    each = dict(zip(ordered, digests, strict=True))
+    each = read_once("hashes", dict(sorted(files.items())), sha256_of, r"[0-9a-f]{64}")
     if len(each) == 1:
-        return Hashes(digests[0], each)
+        return Hashes(next(iter(each.values())), each)
     lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
     return Hashes(hashlib.sha256(lines.encode()).hexdigest(), each)
 
 
-def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
-    """Return hashes of what some files hold, from the cache if paths and what the system says of them are as before.
+def read_once(kind: str, files: Mapping[str, Path], read: Callable[[Path], str], pattern: str) -> dict[str, str]:
+    """Return what reading each of some files gives, by name; those that are as they were are not opened again.
 
-    That is size, inode, and times of modification and of change: a copy may bring the first time along (`cp -p`, `rsync
-    -t`), the second one is the system's own.
+    What is known of all files below the folder that these share is one file of the cache.
+
+    Args:
+        kind: of what is read; a folder of the cache.
+        files: by name.
+        read: what it says of a file.
+        pattern: that this matches.
+
+    Raises:
+        UserError: if a file can't be read, or the cache not written.
+    """
+    if not files:
+        return {}
+    places = {name: os.path.abspath(path) for name, path in files.items()}
+    shared = os.path.commonpath([min(places.values()), max(places.values())])
+    memo = cache_dir() / kind / hashlib.sha256(os.fsencode(shared)).hexdigest()
+    kept: dict[str, Any] = {}
+    with suppress(OSError, ValueError, TypeError):  # none, or damaged
+        kept = dict(json.loads(memo.read_bytes()))
+    try:
+        stamps = {name: _stamp(place) for name, place in places.items()}
+        known = {name: _kept(kept.get(place[len(shared) :]), stamps[name]) for name, place in places.items()}
+        missing = [name for name, value in known.items() if not re.fullmatch(pattern, value)]
+        known |= zip(missing, in_threads(read, [files[name] for name in missing]), strict=True)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
+    if missing:
+        kept |= {places[name][len(shared) :]: [stamps[name], known[name]] for name in missing}
+        with cache_fault(memo):
+            write_atomically(memo, json.dumps(kept, separators=(",", ":")).encode())
+    return known
+
+
+def _stamp(place: str | Path) -> str:
+    """Return what the system says of a file: size, inode, and times of modification and of change.
+
+    A copy may bring the first time along (`cp -p`, `rsync -t`), the second one is the system's own.
+
+    Raises:
+        OSError: if it is not there, or not a regular file.
+    """
+    status = os.stat(place)
+    require_regular(status, place)
+    return f"{status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _kept(row: Any, stamp: str) -> str:
+    """Return what was read of a file that has not changed since; else nothing."""
+    match row:
+        case [str(before), str(value)] if before == stamp:
+            return value
+    return ""
+
+
+def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
+    """Return hashes of what some files hold, see `remembered`.
 
     Args:
         files: by names, which are part of what is remembered.
@@ -282,26 +383,46 @@ def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], l
     Raises:
         UserError: if a file can't be read, or the cache not written.
     """
+
+    def read(text: str) -> list[str]:
+        if re.fullmatch(r"[0-9a-f]{64}(\n[0-9a-f]{64})*", text) is None or text.count("\n") != count - 1:
+            raise ValueError
+        return text.split("\n")
+
+    return remembered("hashes", files, lambda: "\n".join(compute()), read) if files else compute()
+
+
+def remembered(
+    kind: str, files: Mapping[str, Path], compute: Callable[[], str], read: Callable[[str], _Result]
+) -> _Result:
+    """Return what files hold, read from a text in the cache if paths and what the system says of them are as before.
+
+    That is size, inode, and times of modification and of change: a copy may bring the first time along (`cp -p`, `rsync
+    -t`), the second one is the system's own.
+
+    Args:
+        kind: folder of the cache.
+        files: by names, which are part of what is remembered.
+        compute: the text, of ASCII letters.
+        read: what the text says; raises for one that was damaged.
+
+    Raises:
+        UserError: if a file can't be read, or the cache not written.
+    """
     stamp = hashlib.sha256()
     try:
         for name, path in files.items():
-            status = path.stat()
-            require_regular(status, path)
-            times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
-            line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{times}\n"
+            line = f"{name}\0{os.path.abspath(path)}\0{_stamp(path)}\n"
             stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
-        memo = cache_dir() / "hashes" / stamp.hexdigest()
-        if files and memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}(\n[0-9a-f]{64})*", known := memo.read_bytes()):
-            digests = known.decode().split("\n")
-            if len(digests) == count:
-                return digests
-        digests = compute()
+        memo = cache_dir() / kind / stamp.hexdigest()
+        with suppress(Exception):  # whatever is in its place, it is not this package's file
+            return read(memo.read_bytes().decode("ascii"))
+        text = compute()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
-    if files:
-        with cache_fault(memo):
-            write_atomically(memo, "\n".join(digests).encode())
-    return digests
+    with cache_fault(memo):
+        write_atomically(memo, text.encode())
+    return read(text)
 
 
 def in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
@@ -366,3 +487,41 @@ def unpacked(archive: Path, sha256: str) -> Path:
         with new_in_cache(folder) as temporary, tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
     return folder
+
+
+def fetched_shards(address: str) -> Path:
+    """Return a pattern of the shards of an address such as s3://bucket/*.tar; each is fetched once, to the cache.
+
+    Raises:
+        UserError: if a package is missing, nothing is there, or it can't be fetched.
+    """
+    folder = cache_dir() / "shards" / hashlib.sha256(address.encode()).hexdigest()[:32]
+    if not (folder / _FETCHED).is_file():
+        check_download(address)
+        scheme = address.partition(":")[0]
+        if scheme in _PACKAGE_OF:
+            require_extra("remote", packages=[_PACKAGE_OF[scheme]], file=address)
+        root = f"{_place(_MAGIC.split(address)[0].rpartition('/')[0])}/"
+        remedy = "check address, network and credentials; what is here stays"
+        fault = partial(foreign_fault, "can't be fetched", address, remedy=remedy, field="data.path")
+        with fault():
+            from fsspec.core import url_to_fs
+
+            found = [url_to_fs(pattern) for pattern in expanded_braces(address)]
+            listed = [(fs, one) for fs, place in found for one in (fs.glob(place) if "*" in place else [place])]
+        if not listed:
+            raise UserError("matches no shard; correct it", file=address, field="data.path")
+        for fs, one in listed:
+            name = PurePosixPath(_place(fs.unstrip_protocol(one)).removeprefix(root).partition("?")[0])
+            if name.is_absolute() or ".." in name.parts or name.suffix != ".tar":
+                raise UserError("is not the name of a .tar below it", file=one)
+            if not (folder / name).is_file():
+                with new_in_cache(folder / name) as temporary, fault():
+                    fs.get_file(one, str(temporary))
+        with cache_fault(folder):
+            write_atomically(folder / _FETCHED, b"")
+    return folder / "**" / "*.tar"
+
+
+def _place(address: str) -> str:
+    return re.sub("^[a-z0-9]+:/+", "", address)

@@ -42,6 +42,7 @@ class ImageIndex:
         digests: of what each file holds, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
         inspected: copies have been looked for, near ones too, and `contents` holds them all.
+        sampled: likewise, but near ones among some of the images alone.
         own: somebody's own files, of which one on both sides of a split is refused; in published sets it is reported.
         interpolation: of resizing.
         resize: how images become square; None: both sides are resized alike.
@@ -63,6 +64,7 @@ class ImageIndex:
     digests: Sequence[str] | None = None
     contents: np.ndarray | None = None
     inspected: bool = False
+    sampled: bool = False
     own: bool = False
     interpolation: Interpolation = "bicubic"
     resize: Resize | None = None
@@ -127,6 +129,7 @@ class ImagesFile(Frozen):
     digests: dict[str, str] = Field(default={})  # an earlier version has written neither these
     asked: tuple[str, int | None, int | None] | None = None  # nor path, seed and number of test images
     trained: tuple[str, ...] = ()  # digests of what the earlier models of a call with --from have learned from
+    compared: int | None = Field(default=None, exclude_if=lambda count: count is None)  # images; None: all
 
     @property
     def tested(self) -> set[str]:
@@ -176,7 +179,13 @@ class ImagesFile(Frozen):
         content = hashlib.sha256(f"{index.sha256}\0{said}".encode()).hexdigest()
         own_test = holdout if holdout.any() else None
         return replace(
-            index, contents=groups, official_test=own_test, sha256=content, inspected=True, left_out=self.left_out
+            index,
+            contents=groups,
+            official_test=own_test,
+            sha256=content,
+            inspected=True,
+            sampled=self.compared is not None,
+            left_out=self.left_out,
         )
 
 

@@ -20,6 +20,10 @@ copies are also what a chain of such pairs links. Crops, mirrored images and fra
 linked too where they have one label. What no comparison of pixels shows, nobody sees here: photographs of one object
 from another side.
 
+Of more than 20,000 images not all are decoded: about as many are, in runs of neighbours by name, and what has no end.
+Of all others heads are read and contents hashed, so that equal files are found among all, and near copies among those
+that are decoded. A run then compares what it trains on with what tests it (`copy_warnings`).
+
 Frames that differ more are known by their names: images of a folder whose names differ in their last number alone. If
 half of these neighbours have the next one among the two that their thumbnails correlate with most, of all images, a
 line says so (`neighbours_alike`). Of digits, solar cells and emoji, all of them or 300, 4 to 21 % do; of stamps fewer
@@ -33,7 +37,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -48,6 +51,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes, write_atomically
 from peft_vit.base.packages import cache_dir
@@ -58,7 +62,7 @@ from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.core.training import fewest_groups
 from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
-from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient
+from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient, read_once
 from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
@@ -67,6 +71,7 @@ from peft_vit.data.pixels import (
     cached_pixels,
     decode_image,
     decoders,
+    facts_of_complete,
     formats,
     on_white,
     read_facts,
@@ -74,7 +79,7 @@ from peft_vit.data.pixels import (
     split_pixels,
     to_pixels,
 )
-from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image
+from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image, split_of
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 
 _VERSION = 6  # raise when what counts as equal or nearly equal changes
@@ -103,12 +108,18 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
     return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in lines))
 
 
+def copy_warnings(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[str]:
+    """Yield what `image_warnings` leaves out of images of which not all were compared; these have to be decoded."""
+    if index.sampled:
+        yield from (DataWarning.PREFIX + line for line in _of_copies(index, splits, image_size))
+
+
 def _of_copies(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[str]:
     """Tell of copies left out, across and within splits, of two classes, and near ones; one line a kind."""
     rows = np.concatenate(splits.parts)
     sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
     equal, near = _compared(index, splits, rows, image_size)
-    if index.own:
+    if index.own and not index.sampled:
         refuse_copies_across(index, equal, sides, rows)
 
     def such_as(a: int, b: int) -> str:
@@ -251,6 +262,7 @@ _LEAST, _LEAST_BESIDE_HOLDOUT = 10, 8  # different images of a class, for traini
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 _LISTED = 30  # files, a line each
+_MOST_COMPARED, _NEIGHBOURING = 20_000, 16  # images whose pixels are compared, and in turn by name
 _LEAST_GROUPS = 3  # of a class, where images are to stay together: one tests
 
 
@@ -273,6 +285,7 @@ class Inspection:
         animated: names of those of several frames, of which the first one is taken.
         alike: names of neighbours that look as if they were frames of one clip, in pairs; see `neighbours_alike`.
         unlinked: how many crops, mirrored images and frames are in no group, since too few would be left of a class.
+        compared: how many images near copies were looked for among; None: all.
     """
 
     images: Images
@@ -288,6 +301,7 @@ class Inspection:
     animated: tuple[str, ...]
     alike: tuple[tuple[str, str], ...] = ()
     unlinked: int = 0
+    compared: int | None = None
 
     @property
     def path(self) -> Path:
@@ -347,16 +361,29 @@ class Inspection:
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
         if self.holdout is not None:
             yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
+            validate = np.array([split_of(name) == "val" for name in self.names])
+            if count := np.count_nonzero(validate & ~self.holdout):
+                yield f"{count:,} of its validation split join those to train, of which some validate"
         if self.left_out:
-            reasons = [f"{name} ({why.split('; ')[0]})" for name, why in self.left_out.items()]
-            more = f" and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
-            yield f"{_files_are(self.left_out)} left out: {', '.join(reasons[:_NAMED])}{more}"
+            alike: dict[str, list[str]] = {}
+            for name, why in self.left_out.items():
+                alike.setdefault(why if "pip install" in why else why.split("; ")[0], []).append(name)
+            named = sorted(alike.items(), key=lambda reason: -len(reason[1]))[:_NAMED]
+            unnamed = len(self.left_out) - sum(len(names) for _, names in named)
+            parts = [f"{n[0]}{f' and {len(n) - 1:,} more' if n[1:] else ''} ({why})" for why, n in named]
+            more = f" and {unnamed:,} more" if unnamed else ""
+            yield f"{_files_are(self.left_out)} left out: {', '.join(parts)}{more}"
 
     def _of_repeated(self) -> Iterator[str]:
         written = {name.casefold(): name for name in self.class_names}
         for name in self.class_names:
             if (other := written[name.casefold()]) != name:
                 yield f"classes '{name}' and '{other}' differ in capitals alone; if they are one, give it one name"
+        if self.compared is not None:
+            yield (
+                f"near copies were looked for among {self.compared:,} images, equal files among all; a run compares "
+                "what it trains on with what tests it"
+            )
         if self.images.together is not None:
             yield f"{len(np.unique(self.together)):,} groups; each is on one side of every split"
         if self.animated:
@@ -406,7 +433,7 @@ class Inspection:
                 members = (self.task.members(self.labels, k) for k in range(len(self.class_names)))
                 several = all(len(np.unique(numbers[some])) >= _LEAST_GROUPS for some in members)
                 if several and together[name] == together[other]:
-                    return shlex.quote(group)
+                    return quoted(group)
         return "COLUMN, of a table that says what each image shows"
 
 
@@ -481,7 +508,7 @@ def inspect_images(
     store: PixelStore | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Decode every image of a folder once, and say what is there.
+    """Decode every image of a folder once, or 20,000 of more, and say what is there.
 
     Args:
         path: a folder or a zip, a table, or what `find_images` returned of it.
@@ -558,6 +585,7 @@ def inspect_images(
         animated=decoded.animated,
         alike=decoded.alike,
         unlinked=unlinked,
+        compared=decoded.compared,
     )
 
 
@@ -643,6 +671,7 @@ def images_file(
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.together[used])),
         sealed=tuple(names[holdout].tolist()),
         trained=tuple(sorted(earlier.learned_from)) if starts and earlier is not None else (),
+        compared=inspection.compared,
     )
     return content.model_dump(mode="json")
 
@@ -819,7 +848,8 @@ class PixelStore:
 class _Decoded(NamedTuple):
     """Of N files: equal numbers for exact copies (N,), for near ones too (N,), sides (N, 2), faults by name.
 
-    And pairs (M, 2) of crops, mirrored images and frames, see `copy_pairs`.
+    And pairs (M, 2) of crops, mirrored images and frames, see `copy_pairs`; and among how many these were looked for,
+    None: among all.
 
     Of a file that can't be read the numbers are -1.
     """
@@ -831,6 +861,7 @@ class _Decoded(NamedTuple):
     animated: tuple[str, ...]
     links: np.ndarray
     alike: tuple[tuple[str, str], ...]
+    compared: int | None
 
 
 class _One(NamedTuple):
@@ -853,59 +884,126 @@ def _decoded_once(
         sides = _numbers(saved["sides"], count, 2)
         links = _numbers(saved["links"], -1, 2)
         alike = tuple((a, b) for a, b in saved["alike"])
-        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]), links, alike)
+        faults, animated, compared = dict(saved["faults"]), tuple(saved["animated"]), saved.get("compared")
+        return _Decoded(copies, groups, sides, faults, animated, links, alike, compared)
 
     return _cached("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
+
+
+def compared_rows(count: int) -> np.ndarray:
+    """Return which of N images are compared by their pixels, (N,) bool: all, or runs of neighbours in their order."""
+    runs, share = np.arange(count) // _NEIGHBOURING, min(1.0, _MOST_COMPARED / max(1, count))
+    return np.floor((runs + 1) * share) > np.floor(runs * share)
+
+
+def read_heads(tree: FileTree, names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the facts of a folder's files by their heads, without those that have to be decoded to be sure.
+
+    Of a zip these are all.
+    """
+    if not tree.location.is_dir():
+        return {}
+
+    def head(place: Path) -> str:
+        with suppress(Exception):  # who decodes it says why
+            return " ".join(map(str, map(int, facts_of_complete(read_bytes(place)) or ())))
+        return ""
+
+    kind = f"heads-{hashlib.sha256(f'{decoders()} {formats()}'.encode()).hexdigest()[:16]}"
+    known = read_once(kind, {name: tree.location / name for name in names}, head, r"[0-9]+ [0-9]+ [01]")
+    return {name: [*map(int, text.split())] for name, text in known.items() if text}
 
 
 def _decoded(
     tree: FileTree, names: list[str], store: PixelStore, on_progress: Callable[[int, int], None] | None
 ) -> _Decoded:
-    copies, groups = np.full((2, len(names)), -1, dtype=np.int64)
-    sides, links = np.zeros((len(names), 2), dtype=np.int64), np.empty((0, 2), np.int64)
-    number: dict[bytes, int] = {}  # of each set of exact copies
+    is_compared, heads = compared_rows(len(names)), dict[str, list[int]]()
+    if not (all_compared := bool(is_compared.all())):
+        store, heads = PixelStore(()), read_heads(tree, names)
+    to_decode = [at for at, name in enumerate(names) if is_compared[at] or name not in heads]
     faults: dict[str, str] = {}
-    animated: list[str] = []
-    different: list[np.ndarray] = []  # thumbnails of one image of each set, (256,) each
-    aligned: list[np.ndarray] = []  # likewise, (32, 32, 3) each
-    first: list[int] = []  # where that image stands
-
-    def decode(name: str) -> _One | str:
-        try:
-            content = tree.read(name)
-            enough = None if store.sizes else _ENOUGH
-            image = on_white(decode_image(partial(bytes, content), name, enough=enough)).convert("RGB")
-            facts = read_facts(content)
-        except Exception as error:  # a foreign file or archive can fail in any way
-            raise_if_transient(error, tree.file(name))
-            return error.message if isinstance(error, UserError) else f"can't be read ({error})"
-        mark = repr(((facts.short, facts.long), image.size)).encode()
-        digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
-        pixels = [to_pixels(image, size, 3, store.interpolation, store.resize) for size in store.sizes]
-        return _One(facts, digest, to_pixels(image, _COMPARED_SIDE, 3), pixels)
-
+    first: dict[bytes, int] = {}  # where the first one of images with the same pixels stands
+    equal: list[tuple[int, int]] = []  # where two stand that have
+    different = _Thumbnails()  # of one of each
     with warnings.catch_warnings(action="ignore"):  # of Pillow's, see `decode_image`
-        for done, one in enumerate(in_threads(decode, names)):
-            name = names[done]
+        decoded = in_threads(lambda at: _decode(tree, names[at], store), to_decode)
+        for done, (at, one) in enumerate(zip(to_decode, decoded, strict=True), start=1):
             if isinstance(one, str):
-                faults[name] = one.removesuffix(f"; {REMEDY}")
+                faults[names[at]] = one.removesuffix(f"; {REMEDY}")
+                heads.pop(names[at], None)
             else:
-                if one.facts.is_animated:
-                    animated.append(name)
-                if one.digest not in number:
-                    number[one.digest] = len(number)
-                    different.append(grey_thumbnails(one.compared[None], np.arange(1))[0])
-                    aligned.append(compared_thumbnail(one.compared))
-                    first.append(done)
-                sides[done], copies[done] = one.facts[:2], number[one.digest]
-                store.add(name, one.pixels)
+                heads[names[at]] = [*map(int, one.facts)]
+                equal.append((first.setdefault(one.digest, at), at))
+                if first[one.digest] == at and is_compared[at]:
+                    different.add(at, one.compared)
+                store.add(names[at], one.pixels)
             if on_progress is not None:
-                on_progress(done + 1, len(names))
+                on_progress(done, len(to_decode))
+    if not all_compared:
+        contents, holder = tree.hashed(names).each, dict[str, int]()
+        equal += [(holder.setdefault(contents[name], at), at) for at, name in enumerate(names) if name in heads]
+    sides, links = np.zeros((len(names), 2), dtype=np.int64), np.empty((0, 2), np.int64)
+    copies, groups = np.full((2, len(names)), -1, dtype=np.int64)
+    read = np.array([at for at, name in enumerate(names) if name in heads], dtype=np.int64)
     alike: list[tuple[str, str]] = []
-    if different:
-        thumbnails = np.stack(different)
-        groups = np.where(copies < 0, -1, near_groups(thumbnails)[copies])
-        links = np.array(first)[copy_pairs(np.stack(aligned))]
-        read = np.flatnonzero(copies >= 0)
-        alike = neighbours_alike([names[at] for at in read], thumbnails[copies[read]])
-    return _Decoded(copies, groups, sides, faults, tuple(animated), links, tuple(alike))
+    if len(read):
+        sides[read] = [heads[names[at]][:2] for at in read]
+        sets = groups_of(np.arange(len(names)), _numbers(equal, -1, 2))[read]
+        copies[read] = np.unique(sets, return_inverse=True)[1]
+        where, grey, colored = different.taken()
+        _, start, number = np.unique(near_groups(grey), return_index=True, return_inverse=True)
+        near = np.stack([where, where[start[number]]], axis=1)  # (M, 2)
+        groups = np.where(copies < 0, -1, groups_of(copies, near))
+        links = where[copy_pairs(colored)]
+        row = np.full(copies.max() + 1, -1)  # of a set among the thumbnails
+        row[copies[where]] = np.arange(len(where))
+        shown = read[is_compared[read] & (row[copies[read]] >= 0)]
+        alike = neighbours_alike([names[at] for at in shown], grey[row[copies[shown]]])
+    animated = tuple(names[at] for at in read if heads[names[at]][2])
+    compared = None if all_compared else int(is_compared.sum())
+    return _Decoded(copies, groups, sides, faults, animated, links, tuple(alike), compared)
+
+
+def _decode(tree: FileTree, name: str, store: PixelStore) -> _One | str:
+    """Return what is needed of a file's pixels, or why it can't be read."""
+    try:
+        content = tree.read(name)
+        enough = None if store.sizes else _ENOUGH
+        image = on_white(decode_image(partial(bytes, content), name, enough=enough)).convert("RGB")
+        facts = read_facts(content)
+    except Exception as error:  # a foreign file or archive can fail in any way
+        raise_if_transient(error, tree.file(name))
+        return error.message if isinstance(error, UserError) else f"can't be read ({error})"
+    mark = repr(((facts.short, facts.long), image.size)).encode()
+    digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
+    pixels = [to_pixels(image, size, 3, store.interpolation, store.resize) for size in store.sizes]
+    return _One(facts, digest, to_pixels(image, _COMPARED_SIDE, 3), pixels)
+
+
+class _Thumbnails:
+    """Thumbnails of images, made of some at once, which takes a fifth of the time."""
+
+    def __init__(self) -> None:
+        self._at: list[int] = []
+        self._pixels: list[np.ndarray] = []  # (64, 64, 3) each
+        self._made: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, at: int, compared: np.ndarray) -> None:
+        """Add the image that stands there."""
+        self._at.append(at)
+        self._pixels.append(compared)
+        if len(self._pixels) == _BATCH:
+            self._make()
+
+    def _make(self) -> None:
+        some = np.stack(self._pixels)  # (B, 64, 64, 3)
+        colored = compared_thumbnail(some).astype(np.float16)  # means of four values: to the bit
+        self._made.append((grey_thumbnails(some, np.arange(len(some))), colored))
+        self._pixels.clear()
+
+    def taken(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return where the M images stand, (M,), their grey thumbnails (M, 256), and colored ones (M, 32, 32, 3)."""
+        if self._pixels:
+            self._make()
+        grey, colored = (np.concatenate(parts) for parts in zip(*self._made, strict=True))
+        return np.array(self._at), grey, colored

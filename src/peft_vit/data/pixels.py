@@ -26,7 +26,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -92,27 +92,32 @@ def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = N
         UserError: if it cannot be read, is truncated, not an image, too large, or of a kind that is not read right.
     """
     with foreign_fault("is not a readable image", file, remedy=REMEDY), _quiet():
-        content = read()
-        if not content:
-            raise UserError(f"is empty; {REMEDY}", file=file)
-        try:
-            image = Image.open(io.BytesIO(content), formats=formats())  # noqa: TID251 - these alone
-        except UnidentifiedImageError:  # its text holds a memory address
-            if content[4:8] == b"ftyp" and content[8:12] in _HEIC_BRANDS:
-                require_extra("heic", "HEIC", file=file)
-            raise UserError(f"is not an image of a known format; {REMEDY}", file=file) from None
-        width, height = image.size
-        if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
-            raise ValueError(f"{width} x {height} pixels are too many, scale it down")
-        # How pixels lie in the file, in Pillow's words, until it is loaded; empty where a format's library alone knows.
-        arguments: Any = image.tile[0][3] if image.tile else ""
-        raw_mode = str(arguments if isinstance(arguments, str) else arguments[0])
-        if (fault := _fault(image, raw_mode)) is not None:
-            raise UserError(fault, file=file)
+        image, raw_mode = _opened(read(), file)
         if enough is not None:
             image.draft(None, (enough, enough))  # of JPEGs alone; its sides stay at least as long
         image.load()
         return _eight_bits(image, ImageOps.exif_transpose(image), raw_mode)
+
+
+def _opened(content: bytes, file: str) -> tuple[ImageFile.ImageFile, str]:
+    """Open an image file whose head is sound; return it with how pixels lie in it, and raise as `decode_image`."""
+    if not content:
+        raise UserError(f"is empty; {REMEDY}", file=file)
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats())  # noqa: TID251 - these alone
+    except UnidentifiedImageError:  # its text holds a memory address
+        if content[4:8] == b"ftyp" and content[8:12] in _HEIC_BRANDS:
+            require_extra("heic", "HEIC", file=file)
+        raise UserError(f"is not an image of a known format; {REMEDY}", file=file) from None
+    width, height = image.size
+    if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels are too many, scale it down")
+    # In Pillow's words, until it is loaded; empty where a format's library alone knows.
+    arguments: Any = image.tile[0][3] if image.tile else ""
+    raw_mode = str(arguments if isinstance(arguments, str) else arguments[0])
+    if (fault := _fault(image, raw_mode)) is not None:
+        raise UserError(fault, file=file)
+    return image, raw_mode
 
 
 def _quiet() -> AbstractContextManager[object]:
@@ -133,8 +138,26 @@ class Facts(NamedTuple):
 def read_facts(content: bytes) -> Facts:
     """Return what the head of a sound image file says."""
     with Image.open(io.BytesIO(content), formats=formats()) as image:  # noqa: TID251 - these alone
-        is_animated = image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False)
-        return Facts(min(image.size), max(image.size), is_animated)
+        return _facts(image)
+
+
+def _facts(image: Image.Image) -> Facts:
+    is_animated = image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False)
+    return Facts(min(image.size), max(image.size), is_animated)
+
+
+def facts_of_complete(content: bytes) -> Facts | None:
+    """Return what the head of an image file says if the file ends as its format does; None: decode it to be sure."""
+    with suppress(Exception):  # a foreign file can fail in any way
+        image, _ = _opened(content, "")
+        is_complete = {
+            "JPEG": content.endswith(b"\xff\xd9"),  # end of image, ITU-T T.81, B.1.1.3
+            "PNG": content.endswith(b"IEND\xaeB\x60\x82"),  # the last chunk with its checksum
+            "WEBP": int.from_bytes(content[4:8], "little") + 8 <= len(content),  # of RIFF
+        }
+        if is_complete.get(image.format or ""):
+            return _facts(image)
+    return None
 
 
 def _is_grey_of_16_bits(image: Image.Image, raw_mode: str) -> bool:

@@ -19,7 +19,7 @@ from peft_vit.base.files import read_bytes
 from peft_vit.core.config import EXPORTS, exported_format
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
 from peft_vit.data.files import files_below, open_tree
-from peft_vit.data.sources.folders import is_image
+from peft_vit.data.sources.folders import TABLES, is_image
 from peft_vit.deploy.formats.header import Classifier, ExportMetadata, FloatArray
 from peft_vit.deploy.presentation import PRESENTED, Prediction
 
@@ -106,6 +106,8 @@ def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
             ]
         elif path.suffix.lower() == ".zip":
             inside = _in_zip(path)
+        elif path.suffix.lower() in TABLES:
+            raise UserError("is a table; name image files, folders of them, or a zip", file=path)
         else:
             images.append(_on_disk(path))
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import os_fault
 from peft_vit.base.files import checkpoint_folders, make_folder, read_bytes, write_whole
 from peft_vit.core.records import RunRecord
@@ -111,7 +111,7 @@ class TrainRun:
     def command(self) -> str:
         """Return it as it is typed."""
         asked = self.asked.request
-        return f"peft-vit train {shlex.quote(str(asked.images))} --method {asked.method} {asked.settings}".rstrip()
+        return f"peft-vit train {quoted(asked.images)} --method {asked.method} {asked.settings}".rstrip()
 
     @property
     def run(self) -> str:

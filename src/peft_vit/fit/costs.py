@@ -22,7 +22,15 @@ from peft_vit.core.training import FLIP_AXES
 from peft_vit.deploy.post_training import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
 from peft_vit.runs.costs.estimate import Throughput, activation_values
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Pace, first_that_fits, images_to_test, validate_every
+from peft_vit.runs.costs.time_limit import (
+    FEWEST_FOLDS,
+    FOLDS,
+    Pace,
+    first_that_fits,
+    images_to_test,
+    makespan,
+    validate_every,
+)
 from peft_vit.runs.measures.held_out import MAX_REFERENCE_IMAGES
 
 if TYPE_CHECKING:
@@ -224,7 +232,7 @@ class FitCosts:
             return given or first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
 
         def folds_s(steps: int, folds: int) -> float:
-            return folds * self.run_s(replace(recipe, steps=steps))
+            return makespan(folds * [self.run_s(replace(recipe, steps=steps))], fit.at_once)
 
         least = min(given or 1, LEAST_STEPS)  # schedules and moving ranks need some
         each = fit.fold_train_images / fit.num_train  # as many epochs
@@ -240,6 +248,13 @@ class FitCosts:
             last = fitting(request.last_share + request.folds_share if request.from_run is None else 1.0)
         steps = fits or (max(least, round(last * each)) if last else 0)
         return steps, last / steps * each if steps else 1.0
+
+    def least_minutes(self, recipe: Recipe) -> int:
+        """Return the minutes, about, in which a recipe is trained for as few steps as are worth it."""
+        least_s = self.features_s(recipe) + self.last_s(recipe, LEAST_STEPS) + self.written_s(self.longest_form(recipe))
+        share = (1 - SIZES_SHARE) * (self.fit.request.last_share + self.fit.request.folds_share)
+        looked_s = self.fit.file.seconds.get("look", 0.0)
+        return max(math.ceil(self.fit.request.minutes) + 1, math.ceil((looked_s + least_s / share) / 60))
 
     def fits_memory(self, recipe: Recipe) -> bool:
         """Tell whether a step of a recipe fits half of the memory that is free."""

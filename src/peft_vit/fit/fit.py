@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -60,7 +60,8 @@ from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcome, Out
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Emit, FitRequest, StageBegan
 from peft_vit.runs.costs.estimate import Throughput, product_throughputs
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, validate_every
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, Pace, makespan, validate_every
+from peft_vit.runs.executors import runs_at_once
 from peft_vit.runs.records.progress import StudyLock
 from peft_vit.runs.records.storage import STUDIES_FOLDER
 from peft_vit.runs.scheduling.plan import plan_study
@@ -207,6 +208,7 @@ class Fit:
         fit_pace: of this call's fits of regressions.
         failed: recipes of which every run failed in this call.
         opened: what is closed at the end of the call.
+        started: when it was called, on the clock; None: now.
     """
 
     request: FitRequest
@@ -222,10 +224,13 @@ class Fit:
     fit_pace: Pace = field(default_factory=Pace)
     failed: set[Recipe] = field(default_factory=set)
     opened: ExitStack = field(default_factory=ExitStack)
+    started: InitVar[float | None] = None
+    _counted_until: float | None = None
+    _room: Callable[[], int] | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, started: float | None) -> None:
         clock = self.environment.clock
-        self.limit = Limit(self.request.minutes, clock(), clock)
+        self.limit = Limit(self.request.minutes, clock() if started is None else started, clock)
         self.folder = self.request.output
         self.file.threads = self.request.threads or cpu_count()
 
@@ -262,13 +267,14 @@ class Fit:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Say that a stage begins, and count its seconds, however it ends."""
+        """Say that a stage begins, and count the seconds since the last one, or the call, however it ends."""
         self.emit(StageBegan(TITLES[name], self.limit.left_s))
-        started, seconds = self.limit.clock(), self.file.seconds
+        started, seconds = self._counted_until or self.limit.started, self.file.seconds
         try:
             yield
         finally:
-            seconds[name] = seconds.get(name, 0.0) + self.limit.clock() - started
+            self._counted_until = self.limit.clock()
+            seconds[name] = seconds.get(name, 0.0) + self._counted_until - started
             self.save()
 
     @property
@@ -590,6 +596,15 @@ class Fit:
                         self.pace.add(outcome.seconds, self.costs.run_s(recipe))
                     known[seed] = outcome
 
+    @property
+    def at_once(self) -> int:
+        """Return how many runs go at a time where they are carried out."""
+        if self._room is None:
+            request = self.request
+            places = runs_at_once(request.executor, self.file.threads, request.devices)
+            self._room = self.opened.enter_context(places)
+        return self._room()
+
     def seconds(self, recipe: Recipe, seeds: Sequence[int]) -> float:
         """Return what its missing runs will take: as those that are done, or as planned, at this call's pace."""
         missing, done = len(self.frame.missing(recipe, seeds)), self.frame.rows.get(recipe, {})
@@ -597,7 +612,8 @@ class Fit:
             return 0.0
         taken = [outcome.seconds for outcome in done.values()]
         planned = self.costs.run_s(recipe) * (1.0 if recipe.is_probe else self.pace.factor)
-        return self.costs.machine.process_s + missing * (statistics.median(taken) if taken else planned)
+        each_s = statistics.median(taken) if taken else planned
+        return self.costs.machine.process_s + makespan(missing * [each_s], self.at_once)
 
     def ends_in_time(self, recipe: Recipe, longer: float = 1.0) -> bool:
         """Tell whether a recipe's last training is done, or fits what is left, with the output and a tenth more."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,7 @@ def look(fit: Fit) -> None:
         check_devices(request.devices, request.device)
     found = request.found
     pixels = fit.opened.enter_context(pixel_store(request, found))
-    images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, partial(_read, fit))
+    images = take_in(request, found, fit.folder / IMAGES_FILE, pixels, _reading(fit))
     if images.inspection.images.taken:
         fit.emit(images.inspection.images.taken)
     for line in images.inspection.lines(images.requested_metric):
@@ -185,13 +185,19 @@ def look(fit: Fit) -> None:
     fit.emit(f"  {fit.num_train:,} to train{validate}, {images.num_test:,} to test ({split})")
 
 
-def _read(fit: Fit, done: int, count: int) -> None:
-    """Say how many images are read, and refuse so many that reading them takes all the minutes."""
-    fit.emit(Advanced("reading images", done, count))
-    spent_s = fit.limit.clock() - fit.limit.started
-    if spent_s > _SURE_S and (whole_s := spent_s * count / done) > 60 * fit.request.minutes:
-        about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes here"
-        raise UserError(f"{about}; give more than {math.ceil(whole_s / 60)}", field="--minutes")
+def _reading(fit: Fit) -> Callable[[int, int], None]:
+    """Return what says how many images are read, and refuses so many that reading them takes all the minutes."""
+    clock = fit.limit.clock
+    began = clock()
+
+    def read(done: int, count: int) -> None:
+        fit.emit(Advanced("reading images", done, count))
+        spent_s = clock() - began
+        if spent_s > _SURE_S and (whole_s := spent_s * count / done) > 60 * fit.request.minutes:
+            about = f"reading {count:,} images takes about {whole_s / 60:.1f} minutes here"
+            raise UserError(f"{about}; give more than {math.ceil(whole_s / 60)}", field="--minutes")
+
+    return read
 
 
 def keep_images(fit: Fit) -> None:

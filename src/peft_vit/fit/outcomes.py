@@ -285,7 +285,7 @@ class StudyRunner:
                 if not smoke:
                     fit.images.keep_pixels(plan.study)
                 make_executor = partial(open_executor, executor, plan, results_dir)
-                deadline = Deadline(plan, results_dir, limit, executor)
+                deadline = Deadline(plan, results_dir, limit, executor, fit.at_once)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
         done = Outcomes()
         for run in plan.runs:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from peft_vit.base.console import duration
+from peft_vit.base.console import duration, quoted
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.base.statistics import Interval
@@ -135,7 +134,7 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         tell=lambda text: tell(f"  {text}"),
     )
     quality = model_quality(record)
-    use = {"To predict": f"peft-vit predict {shlex.quote(str(exports.model))} PHOTO.jpg"}
+    use = {"To predict": f"peft-vit predict {quoted(exports.model)} PHOTO.jpg"}
     on_folds = predictions_on(choice.folds, choice.final.learned, choice.meaning, choice.images.index)
     model = ModelSummary(record, quality, use, answer(choice, exports.taken.bytes), on_folds=on_folds)
     adapter, config = model_folder / ADAPTER_FILE, directory / STUDY_COPY

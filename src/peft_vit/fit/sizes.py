@@ -47,6 +47,7 @@ from peft_vit.runs.this_machine.machine import cpu_count, torch_threads
 NO_TIME = "no time for it"
 _SLOWER = 2  # times, of a regression on four blocks
 _FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
+_FURTHER = 0.5  # of the rate, where a training goes on with new images; see docs/how_to/more_images.md
 _TIMED = 16  # images by which a size's pace is known whose features are in the cache
 _OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
 _OBLONG = 1.2  # times as long as short, from which on it matters how an image becomes square
@@ -104,7 +105,8 @@ def usual_recipe(fit: Fit, model: str, image_size: int, steps: int = LEAST_STEPS
     if request.learning_rate is not None:
         return replace(recipe, rate=request.learning_rate)
     options = recipe.options(fit.shape(model, image_size), **request.adapter_options)
-    return replace(recipe, rate=peak_of(METHODS[recipe.method].learning_rate_for(options)))
+    rate = peak_of(METHODS[recipe.method].learning_rate_for(options))
+    return replace(recipe, rate=rate if request.from_run is None else _FURTHER * rate)
 
 
 # --- within the limits ------------------------------------------------------------------------------------------------

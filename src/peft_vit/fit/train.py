@@ -48,8 +48,19 @@ _LEAST_ON_FOLDS = 16  # steps: temperatures of so short trainings fit a longer o
 _ENDLESS_S = 1e8
 
 
-def train(request: TrainRequest, emit: Emit = print_event, environment: Environment | None = None) -> TrainRun:
+def train(
+    request: TrainRequest,
+    emit: Emit = print_event,
+    environment: Environment | None = None,
+    started: float | None = None,
+) -> TrainRun:
     """Do one run on somebody's own images, in a folder of its own; the same call continues in its folder.
+
+    Args:
+        request: what was asked for.
+        emit: gets what happens.
+        environment: how the outside world is asked.
+        started: when it was called, by `time.monotonic`, from when its minutes count; None: now.
 
     Returns:
         The call, whose run is done or has failed.
@@ -62,7 +73,7 @@ def train(request: TrainRequest, emit: Emit = print_event, environment: Environm
     refuse_among_images(request.images, request.output)
     earlier = None if request.from_run is None else EarlierRun.read(request.from_run)
     request = request if earlier is None else earlier.taken_over(request)
-    fit = Fit(request, emit, environment or Environment())
+    fit = Fit(request, emit, environment or Environment(), started=started)
     with named_as_typed(TrainRequest), fit.opened:
         files = named_files(request)
         with fit.stage("look"):
@@ -187,8 +198,14 @@ def _most_promising(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, floa
     if request.from_run is not None:  # whose model is better than a probe from the start
         raise UserError(f"no training from {request.from_run} fits; give more, or keep its model", field="--minutes")
     why = "a linear probe promises more than the trainings that fit" if fitting else "no time to train"
-    probes = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
-    fit.emit(f"  {probes if too_few else f'{why}; give more --minutes'}")
+    if too_few:
+        why = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
+    elif fitting:
+        why += "; give more --minutes"
+    else:
+        least = fit.costs.least_minutes(usual_recipe(fit, best_probe.model, sizes[0].image_size))
+        why += f"; give about --minutes {least}"
+    fit.emit(f"  {why}")
     return best_probe.probe, 1.0
 
 

@@ -43,15 +43,23 @@ from peft_vit.fit.recipe import DEFAULT_RATE, Recipe, lora, rate_of
 from peft_vit.fit.request import Emit, TuneRequest, print_event
 from peft_vit.fit.sizes import SizeResult, allowed_sizes, best_linear_probe, gain_of_labels, within_memory
 from peft_vit.fit.train import begin, know_by_folds, train_last
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, makespan
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import tuned_model
 
 
-def tune(request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None) -> Tuning | None:
+def tune(
+    request: TuneRequest, emit: Emit = print_event, environment: Environment | None = None, started: float | None = None
+) -> Tuning | None:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
     Once the first training is done, there is a model in the output, and what is found later only replaces it.
+
+    Args:
+        request: what was asked for.
+        emit: gets what happens.
+        environment: how the outside world is asked.
+        started: when it was called, by `time.monotonic`, from when its minutes count; None: now.
 
     Returns:
         What was chosen, and by what; None: the same call came to its end before, and its model lies in the output.
@@ -63,7 +71,7 @@ def tune(request: TuneRequest, emit: Emit = print_event, environment: Environmen
     """
     check_output(request)
     with named_as_typed(TuneRequest), study_lock(request.output):
-        fit = Fit(request, emit, environment or Environment())
+        fit = Fit(request, emit, environment or Environment(), started=started)
         fit.enter(request.output)
         with fit.opened:
             return _carry_out(fit, request)
@@ -235,16 +243,20 @@ def _bracket_seconds(fit: Fit, recipes: Sequence[Recipe]) -> float:
     """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
     going, seconds = list(recipes), 0.0
     for seed in range(FOLDS):
-        seconds += sum(fit.seconds(recipe, [seed]) for recipe in going)
+        seconds += _side_by_side_s(fit, going, seed)
         going = going[: (len(going) + 1) // 2]
     return seconds
+
+
+def _side_by_side_s(fit: Fit, recipes: Sequence[Recipe], seed: int) -> float:
+    return makespan([fit.seconds(recipe, [seed]) for recipe in recipes], fit.at_once)
 
 
 def _successive_halving(fit: Fit, recipes: Sequence[Recipe], limit: Limit) -> None:
     """Give the next fold to the better half of what had the last one, and to the first recipe."""
     going = list(recipes)
     for seed in range(FOLDS):
-        if len(going) == 1 or (seed and sum(fit.seconds(recipe, [seed]) for recipe in going) > limit.left_s):
+        if len(going) == 1 or (seed and _side_by_side_s(fit, going, seed) > limit.left_s):
             return
         fit.run(going, [seed], limit)
         values = {recipe: fit.frame.value(recipe, range(seed + 1)) for recipe in going}

@@ -57,7 +57,7 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
         folders = {name.partition("/")[0] for name in images.names if "/" in name}
         looks_labelled = bool(tables) or len(folders) > 1
         return {}, f"No labels were taken: {error}" if looks_labelled else None
-    start = os.path.relpath(there.tree.location, images.root)
+    start = Path(os.path.relpath(there.tree.location, images.root))
     is_test = there.files.is_test
     rows: dict[str, Row] = {}
     for place, (name, label) in enumerate(there.files.classes.items()):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
@@ -89,7 +90,7 @@ class FeatureProcess:
         trained = "" if model is None else str(model.resolve())
         depends_on = {"folder": str(folder.resolve()), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
         self.file = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._errors = tempfile.TemporaryFile("w+", encoding="locale")  # noqa: SIM115 - as long as the process
         command = [sys.executable, "-m", __name__, str(self.file), str(folder), str(os.getpid()), trained]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._errors, encoding="utf-8")
         assert self._process.stdin is not None
@@ -190,8 +191,7 @@ def compute_features(
 
     import torch
 
-    if parent is None or os.name == "nt":  # on Windows an environment's Python is started by a process between
-        parent = os.getppid()
+    parent = parent or os.getppid()
     model = _pretrained() if run is None else _trained(run)
     side, channels, *_ = model.taken
     with torch.inference_mode():
@@ -217,7 +217,7 @@ def compute_features(
 
     order = np.random.default_rng(0).permutation(len(names)).tolist()
     for start in range(0, len(order), _BATCH):
-        if os.getppid() != parent:
+        if not psutil.pid_exists(parent):  # on Windows none takes its place
             return
         by_digest = dict(in_threads(prepared, [names[place] for place in order[start : start + _BATCH]]))
         new = {digest: pixels for digest, pixels in by_digest.items() if digest and digest not in known}

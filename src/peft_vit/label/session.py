@@ -6,7 +6,6 @@ neither the order nor a proposal or a wall reads it: accuracy on images that a m
 
 from __future__ import annotations
 
-import shlex
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import UserError, first_line
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
@@ -191,7 +191,7 @@ class Session:
                 "left_out": [f"{name} {why}" for name, why in dict(self.images.left_out).items()],
                 "undoable": bool(self._history),
                 "trouble": self.features.fault or self._trouble,
-                "command": f"peft-vit tune {shlex.quote(str(self.store.file))}",
+                "command": f"peft-vit tune {quoted(self.store.file)}",
                 "training": self.training.state(),
             }
 

@@ -7,19 +7,19 @@ that was started again shows the same call, and two servers don't start two.
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections import Counter
 from contextlib import suppress
 from typing import Any
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import UserError, os_fault, printable
 from peft_vit.base.files import make_folder
 from peft_vit.label.labels import LabelStore, fcntl
 from peft_vit.runs.this_machine.cache import cache_file
 
-_COMMAND = [sys.executable, "-m", "peft_vit.cli"]
+_COMMAND = [sys.executable, "-X", "utf8", "-m", "peft_vit.cli"]
 _FEWEST = 2  # classes, and labels for training of each, as `train` needs them
 _LINES = 12
 
@@ -52,20 +52,21 @@ class Training:
             needed = "needs 2 classes, and of each 2 images that are not for the test"
             raise UserError(f"{needed}; {rare or 'a class'} has {of_train[rare]}: label more", field=command)
         call = [command, str(self._store.file), "--output", os.path.abspath("peft-vit-runs")]
-        with os_fault("can't be written", self._file, remedy=f"run peft-vit {shlex.join(call)}"):
+        with os_fault("can't be written", self._file, remedy=f"run peft-vit {quoted(*call)}"):
             make_folder(self._file.parent)
             with self._file.open("ab") as said_in:
                 if fcntl is not None:
                     fcntl.flock(said_in, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process inherits it
                 said_in.truncate(0)
-                said_in.write(f"peft-vit {shlex.join(call)}\n".encode())
+                said_in.write(f"peft-vit {quoted(*call)}\n".encode())
                 said_in.flush()
                 self._process = subprocess.Popen(
                     [*_COMMAND, *call],
                     stdin=subprocess.DEVNULL,
                     stdout=said_in,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C ends the server alone
+                    start_new_session=True,  # Ctrl-C ends the server alone, on Windows by the flag
+                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
 
     @property

@@ -95,7 +95,10 @@ def test_grey_images_and_paths() -> None:
         (PIXELS.astype(int) - 9, "integers are 0 to 255"),
         (np.full((1, 4, 5), np.nan), "has values from nan to nan"),
         ([Image.fromarray(np.zeros((4, 4), np.uint16))], "images[0]: has pixels of mode I;16; scale them to 8 bits"),
-        (pd.DataFrame({"a": [1], "b": [2]}), "expected a column image, img, path, file, and perhaps label; got a, b"),
+        (
+            pd.DataFrame({"a": [1], "b": [2]}),
+            "expected a column image, img, path, file, filename, file_name, filepath, and perhaps label; got a, b",
+        ),
     ],
 )
 def test_what_is_no_image_is_told_in_a_line(held, said) -> None:
@@ -120,6 +123,12 @@ def test_a_table_names_images_that_are_read_again(tmp_path) -> None:
     assert write_table(held, ["3", "20", "20", "3", "3"])[0] == table
     assert {file: file.stat().st_mtime_ns for file in table.parent.iterdir() if file != table} == before
     assert not [name for name in os.listdir(table.parent) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("filename", "class"), ("filepath", "category")])
+def test_columns_of_a_frame_are_called_as_those_of_a_table(names: tuple[str, str], tmp_path) -> None:
+    rows = pd.DataFrame({"date": ["today"], names[0]: [tmp_path / "a.png"], names[1]: ["cat"]})
+    assert list(held_images(rows)) == [(tmp_path / "a.png", "cat")]
 
 
 @pytest.mark.usefixtures("cache")
@@ -148,6 +157,7 @@ def test_lists_of_names_and_numbers_are_labels_of_their_tasks() -> None:
         (PIXELS, ["a", "b", "", "a"], "labels: '' is empty"),
         (PIXELS, ["a", " b", "a", "a"], "labels: ' b' is empty, or begins or ends with a space"),
         ([], None, "images: are none"),
+        (PIXELS, np.array(["a", float("nan"), "b", None], dtype=object), "labels: 2 of 4 are missing, the first at 1"),
     ],
 )
 def test_labels_that_are_none_are_refused(images, labels, said) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from written_images import save, textured, zip_of
 
 from peft_vit.base.errors import UserError
+from peft_vit.base.files import read_bytes
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.data import files as files_module
@@ -425,3 +427,84 @@ def test_neighbours_are_told_only_where_they_are_on_two_sides_look_alike_and_are
     for number in range(40):
         save(tmp_path / "others" / f"class{number % 2}" / f"img_{number:03}.png", textured(number))
     assert not told(tmp_path / "others")
+
+
+# --- many images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Compare about 8 images at most, and list what is decoded."""
+    names = []
+
+    def counted(read, file, **named):
+        names.append(file)
+        return decode_image(read, file, **named)
+
+    monkeypatch.setattr(inspect_module, "_MOST_COMPARED", 8)
+    monkeypatch.setattr(inspect_module, "_NEIGHBOURING", 2)
+    monkeypatch.setattr(inspect_module, "decode_image", counted)
+    return names
+
+
+def test_of_many_images_some_are_decoded_and_equal_files_are_found_among_all(root, tmp_path, decoded, monkeypatch):
+    (root / "cat" / "copy of 03.bmp").unlink()
+    shutil.copy(root / "dog" / "10.png", root / "dog" / "11.png")
+    content = (root / "cat" / "saved again.jpg").read_bytes()
+    (root / "cat" / "cut off.jpg").write_bytes(content[:-20])
+    seen = inspect_images(root)
+    chosen = inspect_module.compared_rows(24)
+    assert decoded.count("cat/cut off.jpg") == 1
+    assert len(decoded) <= 1 + chosen.sum()
+    assert 4 <= chosen.sum() == seen.compared <= 8
+    assert list(seen.left_out) == ["cat/cut off.jpg"]
+    assert ["dog/10.png", "dog/11.png"] in groups_of(seen)
+    assert sorted(seen.sides[:, 0]) == [*[48] * 22, 96]
+    assert len(seen.names) == 23
+
+    def none_but_the_cache(place, *args):
+        assert "cache" in str(place)
+        return read_bytes(place, *args)
+
+    for module, name in ((inspect_module, "decode_image"), (inspect_module, "read_bytes"), (files_module, "sha256_of")):
+        monkeypatch.setattr(module, name, none_but_the_cache)
+    again = inspect_images(root)
+    assert (again.names, again.compared) == (seen.names, seen.compared)
+    assert np.array_equal(again.groups, seen.groups)
+
+
+def test_of_images_that_were_not_compared_a_run_compares_its_own(root, tmp_path, decoded, monkeypatch):
+    for i in range(4):
+        save(root / "dog" / f"again {i}.jpg", textured(100 + i), quality=95)
+    monkeypatch.setattr(inspect_module, "_MOST_COMPARED", 2)
+    seen = inspect_images(root)
+    file = write(tmp_path, seen, test_images=8)
+    assert json.loads(file.read_text())["compared"] == seen.compared < 3
+    data = load_data(config(root, file, image_size=32), 0)
+    assert [line for line in data.warnings if "nearly equal one of another split" in line]
+    assert "compared" not in json.loads(write(tmp_path, replace(seen, compared=None)).read_text())
+
+
+def test_only_a_file_that_is_new_is_opened_again(root, monkeypatch):
+    names = sorted(str(path.relative_to(root)) for path in root.rglob("*.*"))
+    tree, opened, real = find_images(root).tree, [], files_module.sha256_of
+    monkeypatch.setattr(files_module, "sha256_of", lambda path: opened.append(path.name) or real(path))
+    before = tree.hashed(names).each
+    assert len(opened) == len(names)
+    save(root / "dog" / "new.png", textured(9))
+    (root / "cat" / "00.png").write_bytes((root / "cat" / "01.png").read_bytes())
+    after = tree.hashed([*names, "dog/new.png"]).each
+    assert sorted(opened[len(names) :]) == ["00.png", "new.png"]
+    assert after == {**before, "cat/00.png": before["cat/01.png"], "dog/new.png": after["dog/new.png"]}
+    tree.hashed(names[::5])  # of both classes, so of the same folder
+    assert len(opened) == len(names) + 2
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif"])
+def test_a_file_that_ends_as_its_format_does_need_not_be_decoded(tmp_path, ending):
+    save(tmp_path / f"a.{ending}", textured(1))
+    content = (tmp_path / f"a.{ending}").read_bytes()
+    facts = pixels_module.facts_of_complete(content)
+    assert facts == (None if ending == "gif" else pixels_module.read_facts(content))
+    assert pixels_module.facts_of_complete(content[:-30]) is None
+    assert pixels_module.facts_of_complete(b"") is None

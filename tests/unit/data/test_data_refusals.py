@@ -107,7 +107,8 @@ CASES = {
             for p in ("C:\\", "https://")
         ),
         (row(f"./{IMAGE},x"), r"csv:3: label: .* is 'x' in train here and 'cat' in train"),
-        *((row(f"train/class_0/003.png{end}"), r"csv:3: expected a path and a label") for end in ("", ",", ",x,y")),
+        *((row(f"train/class_0/003.png{end}"), r"csv:3: expected a path and a label") for end in ("", ",x,y")),
+        (row("train/class_0/003.png,"), r"csv:3: has no label"),
         (row('train/class_0/003.png,"x'), r"images\.csv:3: is not a valid CSV"),
         (row("", "picture,label"), r"images\.csv:1: has the columns picture, label; expected path, label"),
         (text("images.csv", "picture;label;weight\n"), r"images\.csv:1: has the columns picture, label, weight"),

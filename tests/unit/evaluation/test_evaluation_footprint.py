@@ -1,5 +1,7 @@
 """Bytes are those of live storages, each counted once; logits come without gradients, in order."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from peft_vit.core.adapters.footprint import (
     head_parameters,
     optimizer_bytes,
     peak_memory_bytes,
+    peak_memory_of,
     reset_peak_memory,
     storage_bytes,
     trainable_bytes,
@@ -66,6 +69,13 @@ def test_peak_memory_follows_an_allocation() -> None:
     before = peak_memory_bytes()
     torch.ones(50_000_000)  # 200 MB, touched and freed
     assert peak_memory_bytes() - before > 150e6
+
+
+def test_windows_tells_the_peak_of_a_process(monkeypatch) -> None:
+    known = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=5))
+    monkeypatch.setattr("psutil.Process", {None: known, 7: known}.__getitem__)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert (peak_memory_bytes(), peak_memory_of(7)) == (5, 5)
     assert available_memory_bytes() > 0
 
 

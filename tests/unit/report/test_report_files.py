@@ -305,9 +305,8 @@ def test_no_results_or_no_place_is_one_line_that_names_it(
 
 
 def test_a_report_needs_neither_torch_nor_anything_of_posix(linear_only: Path, tmp_path: Path) -> None:
-    imports = "import matplotlib.font_manager, multiprocessing, pandas, subprocess, tempfile"
-    command = ("report", str(linear_only), "--output", str(tmp_path / "report"))
-    run_without_posix(*command, imports=imports, absent=["torch", "timm", "matplotlib.pyplot"])
+    command, absent = f"report {linear_only} --output {tmp_path / 'report'}", ["torch", "timm", "matplotlib.pyplot"]
+    run_without_posix(tmp_path, command, imports="import matplotlib.font_manager, pandas", absent=absent)
     assert (tmp_path / "report" / "report.html").exists()
 
 

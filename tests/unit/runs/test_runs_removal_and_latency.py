@@ -104,7 +104,9 @@ def test_the_images_are_the_same_in_every_run_and_each_class_has_its_share() -> 
     drawn, again, other = (removal_images(images, seed, 20) for seed in (4, 4, 5))
     assert drawn.positions.tolist() == again.positions.tolist() != other.positions.tolist()
     assert Counter(drawn.labels.tolist()) == {0: 12, 1: 6, 2: 2}
-    assert (drawn.positions - 500).tolist() == drawn.pixels[:, 0, 0, 0].tolist()
+    assert drawn.pixels is images.pixels  # none is copied
+    ((shown, _),) = drawn.ordered_batches(20, (0, 0, 0), (1, 1, 1))
+    assert (drawn.positions - 500).tolist() == (255 * shown[:, 0, 0, 0]).round().tolist()
     assert (labels[drawn.positions - 500] == drawn.labels).all()
     assert removal_images(images, 4, 1000).positions.tolist() == images.positions.tolist()
 

@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,26 @@ def test_torchrun_starts_a_command_whose_other_processes_help(cache, tmp_path) -
     assert done.returncode == 0, done.stderr
     records = read_records(tmp_path / "out")
     assert [record.provenance.devices for record in records] == [2, 2]
+
+
+@pytest.mark.slow
+def test_all_end_when_torchrun_is_killed_and_can_continue(cache, tmp_path) -> None:
+    training = {"epochs": 3000, "batch_size": 8, "learning_rate": 3e-3}
+    study = study_mapping([{"name": "lora", "training": training, **EXPERIMENTS["lora"]}])
+    study["execution"] = {"checkpoint_every_s": 0}
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "peft_vit.cli"]
+    call = [*run, "run", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out")]
+    started = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + PATIENCE_S
+    while not (steps := list((tmp_path / "out").glob("**/checkpoint-*"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert steps
+    started.kill()
+    told = started.communicate(timeout=PATIENCE_S)[1]  # until the last process that could write has ended
+    assert told.count("error: ") == 1
+    assert "error: torchrun: " in told
+    assert list((tmp_path / "out").glob("**/checkpoint-*"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One process holds a study; the others name it; the dead hold nothing."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from peft_vit.base.errors import UserError
+from peft_vit.runs.records import progress
 from peft_vit.runs.records.progress import LOCK_FILE, Owner, owner_of, study_lock
 
 pytestmark = pytest.mark.part("runner")
@@ -28,6 +31,23 @@ with study_lock(Path(sys.argv[1])):
 """
 
 
+@pytest.fixture(params=["fcntl", "msvcrt"])
+def _locks(request, monkeypatch) -> None:
+    """Lock as POSIX does, or as Windows: by one byte, for one descriptor, and with its own error."""
+
+    def locking(descriptor: int, mode: int, count: int) -> None:
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) > 1 << 20  # others read what lies before
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+    if request.param == "msvcrt":
+        monkeypatch.setattr(progress, "fcntl", None)
+        monkeypatch.setattr(progress, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False)
+
+
+@pytest.mark.usefixtures("_locks")
 def test_the_owner_is_named_and_a_dead_one_holds_nothing(tmp_path) -> None:
     folder = tmp_path / "study"
     owner = subprocess.Popen(
@@ -57,6 +77,7 @@ def test_the_owner_is_named_and_a_dead_one_holds_nothing(tmp_path) -> None:
         owner.stdout.close()
 
 
+@pytest.mark.usefixtures("_locks")
 def test_it_is_free_again_at_the_end_and_an_empty_folder_is_gone(tmp_path) -> None:
     folder = tmp_path / "results" / "study"
     with pytest.raises(RuntimeError), study_lock(folder):
@@ -73,6 +94,7 @@ def test_it_is_free_again_at_the_end_and_an_empty_folder_is_gone(tmp_path) -> No
     assert list((tmp_path / "results" / "other").iterdir()) == []  # a folder that was there stays
 
 
+@pytest.mark.usefixtures("_locks")
 @pytest.mark.parametrize(
     ("content", "owner"),
     [

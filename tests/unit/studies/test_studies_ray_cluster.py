@@ -36,6 +36,15 @@ def test_what_a_run_needs_has_to_be_on_one_node(need, nodes, biggest) -> None:
     assert (refusal is None) if biggest is None else refusal.endswith(biggest)
 
 
+@pytest.mark.parametrize(
+    ("need", "nodes", "room"),
+    [(Need(1), [SMALL, GPU], 10), (Need(2, 0.5), [SMALL, GPU], 2), (Need(1, devices=4), [SMALL, SMALL, SMALL], 1)],
+)
+def test_how_many_runs_a_cluster_holds_at_a_time(need, nodes, room) -> None:
+    assert need.room(nodes) == room
+    assert need.room([]) == 1  # its nodes may come back
+
+
 @pytest.mark.parametrize("named", ["", "by the environment", "ray://head:10001", "head", "127.0.0.1:port"])
 def test_ray_is_not_asked_for_an_address_at_which_nobody_answers_or_of_another_kind(
     tmp_path, monkeypatch, named

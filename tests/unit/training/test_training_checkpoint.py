@@ -345,7 +345,7 @@ CALLS = {
     "tensors": (checkpoint, "save_file"),
     "text": (Path, "write_text"),
     "fsync": (os, "fsync"),
-    "rename": (os, "rename"),
+    "rename": (os, "replace"),
     "open": (os, "open"),
     "chmod": (os, "chmod"),
 }

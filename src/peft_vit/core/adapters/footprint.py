@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-import resource
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -121,7 +121,7 @@ def reset_peak_memory() -> None:
     release_memory()
     if sys.platform == "linux":
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+            Path("/proc/self/clear_refs").write_bytes(b"5")  # resets VmHWM, see proc(5)
         except OSError:
             return
 
@@ -130,13 +130,15 @@ def peak_memory_bytes() -> int:
     """Return the largest resident memory of this process since `reset_peak_memory`, or since its start."""
     if (peak := _memory().get("VmHWM")) is not None:
         return peak
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_memory_of(process: int) -> int:
     """Return the largest resident memory of another process since its start or reset; 0 where the system hides it."""
-    return _memory(str(process)).get("VmHWM", 0)
+    return _memory(process).get("VmHWM", 0)
 
 
 class MemoryWatch:
@@ -174,10 +176,13 @@ class MemoryWatch:
         return max(0, now["VmHWM"] - now["RssFile"] - now["RssShmem"] - self._before)
 
 
-def _memory(process: str = "self") -> dict[str, int]:
-    """Return what Linux says of a process's resident memory in bytes, see proc(5); nothing elsewhere."""
+def _memory(process: int | None = None) -> dict[str, int]:
+    """Return what Linux says of a process's resident memory in bytes, see proc(5); of Windows its peak, or nothing."""
+    if sys.platform == "win32":
+        with suppress(psutil.Error):
+            return {"VmHWM": psutil.Process(process).memory_info().peak_wset}
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = Path(f"/proc/{'self' if process is None else process}/status").read_text("utf-8").splitlines()
     except OSError:
         return {}
     fields = (line.split() for line in lines if line.startswith(("VmHWM:", "Rss")))

@@ -98,6 +98,14 @@ DATASETS: dict[str, DatasetInfo] = {
         module="folders",
         needs_path=True,
     ),
+    "webdataset": DatasetInfo(
+        images="your own images in shards: tar files, a sample's image and label side by side (`0001.jpg`, `0001.cls`)",
+        classes=".cls, .txt, or label or class in .json; shards named test, or else val, are an official test split",
+        licence="your images",
+        origin="data.path (a .tar, a folder, a pattern such as shards/*.tar, or an address of them such as s3://...)",
+        module="folders",
+        needs_path=True,
+    ),
     "hf": DatasetInfo(
         images="a set of Hugging Face's hub, or your own Parquet files or images, by the library datasets",
         classes="labels of one column; split test, or else validation, is an official test split",

@@ -151,16 +151,18 @@ _OfHub = Annotated[Text | None, OnlyWith(dataset="hf")]
 class DataConfig(Settings):
     """Which images, at which size, and how they are split."""
 
-    dataset: DatasetName = Field(description="A set that has a name, or your own images: image-folder, csv or hf")
+    dataset: DatasetName = Field(
+        description="A set that has a name, or your own images: image-folder, csv, webdataset or hf"
+    )
     path: Text | None = Field(
         default=None,
-        description="A folder, archive, CSV or Parquet file; with hf also a name on the hub. Other sets are "
-        "found without it",
+        description="A folder, archive, CSV or Parquet file, or shards; with hf also a name on the hub. Other sets "
+        "are found without it",
     )
-    images_file: Annotated[Text | None, OnlyWith(dataset=("image-folder", "csv"))] = Field(
+    images_file: Annotated[Text | None, OnlyWith(dataset=("image-folder", "csv", "webdataset"))] = Field(
         default=None,
-        description="With image-folder and csv: a JSON file of images to leave out, copies and test images, as "
-        "`train` and `tune` write it",
+        description="With image-folder, csv and webdataset: a JSON file of images to leave out, copies and test "
+        "images, as `train` and `tune` write it",
     )
     image_column: _OfHub = Field(
         default=None, description="With hf: the column of images. Without it, the one that holds images"
@@ -169,8 +171,8 @@ class DataConfig(Settings):
         default=None, description="With hf: the column of labels. Without it, the one that holds classes"
     )
     hub_subset: _OfHub = Field(default=None, description="With hf: the set's configuration, if it has several")
-    task: Annotated[TaskName | None, OnlyWith(dataset=("csv", "hf"))] = Field(
-        default=None, description=f"With csv and hf: {TASKS_SAID}. Without it, what the labels look like"
+    task: Annotated[TaskName | None, OnlyWith(dataset=("csv", "webdataset", "hf"))] = Field(
+        default=None, description=f"With csv, webdataset and hf: {TASKS_SAID}. Without it, what the labels look like"
     )
     image_size: int = Field(
         ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1], description="Resize images to squares of this side, in pixels"

@@ -144,7 +144,7 @@ class _Classification(Task):
 
     def fault(self, cells: Mapping[str, str]) -> str | None:
         """Refuse an image without a class."""
-        return None if "".join(cells.values()) else "expected a path and a label, one value a column"
+        return None if "".join(cells.values()) else "has no label"
 
     def read(self, texts: Sequence[str], columns: Sequence[str]) -> NamedLabels:
         """Return the different texts, sorted, and the place of each among them."""

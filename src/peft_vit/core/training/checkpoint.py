@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peft_vit.base.errors import UserError, is_out_of_memory
-from peft_vit.base.files import checkpoint_folders, flush, make_folder, read_bytes, remove_any, sha256_of
+from peft_vit.base.files import checkpoint_folders, flush, make_folder, read_bytes, remove_any, sha256_of, take_name
 from peft_vit.core.adapters import check_tensors, current_ranks, set_ranks, trained_tensors
 from peft_vit.core.config import CHECKPOINT_EVERY_S
 
@@ -253,7 +253,7 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
             flush(written)
         place = folder / f"checkpoint-{step}"
         remove_any(place)  # a damaged one, or of another process that is about to end
-        os.rename(unfinished, place)
+        take_name(unfinished, place)
         flush(folder)
     except BaseException:
         remove_any(unfinished)

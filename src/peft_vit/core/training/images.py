@@ -59,8 +59,8 @@ class LabelledImages:
         return len(self.labels)
 
     def chosen(self, rows: np.ndarray) -> LabelledImages:
-        """Return some of them, by their rows here, (n,) int64; a row may stand several times."""
-        return LabelledImages(self.pixels[self._places[rows]], self.labels[rows], self.positions[rows])
+        """Return some of them, by their rows here, (n,) int64; a row may stand several times. No pixel is copied."""
+        return LabelledImages(self.pixels, self.labels[rows], self.positions[rows], self._places[rows])
 
     def ordered_batches(
         self, batch_size: int, mean: Sequence[float], std: Sequence[float]

@@ -27,9 +27,20 @@ from peft_vit.base.extras import require_extra
 from peft_vit.base.files import LARGEST_BYTES, read_bytes
 from peft_vit.core.config import DataConfig, TaskName
 from peft_vit.core.tasks import CLASSIFICATION, TASKS, Labels, Task
-from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, Hashes, decode_text, downloaded, existing, hashes, open_tree
+from peft_vit.data.files import (
+    IMAGE_SUFFIXES,
+    SHARDS,
+    FileTree,
+    Hashes,
+    decode_text,
+    downloaded,
+    existing,
+    hashes,
+    open_tree,
+)
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
+from peft_vit.data.shards import read_shards
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -164,7 +175,7 @@ class Images(NamedTuple):
     are not to be opened, by name, why. Those whose text in `together` is equal stay on one side of every split.
     """
 
-    dataset: Literal["image-folder", "csv"]
+    dataset: Literal["image-folder", "csv", "webdataset"]
     path: Path
     tree: FileTree
     files: ClassFiles
@@ -174,7 +185,7 @@ class Images(NamedTuple):
 
 
 def find_images(path: Path, task: TaskName | None = None, group: str | None = None) -> Images:
-    """Find the images of a folder or zip, or of a table of paths and labels, without opening one.
+    """Find the images of a folder or zip, of shards, or of a table of paths and labels, without opening one.
 
     What is learned of a table's is the given task, or else what its labels look like. What stays together is said by
     `group`: a column of the table; "folder", in which an image lies; or a pattern of names, by its first group.
@@ -205,9 +216,12 @@ def groups_by_name(names: Sequence[str], group: str) -> dict[str, str]:
 def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
     if path.suffix.lower() in TABLES and path.is_file():
         return _listed(path, task, group)
+    if path.name.lower().endswith(SHARDS) and not path.is_dir():
+        return _sharded(path, task)
     tree = open_tree(path)
-    root = _class_root(tree, path)
-    if root is None:
+    if path.is_dir() and any(name.endswith(".tar") for name in tree.names) and not any(map(is_image, tree.names)):
+        return _sharded(path / "**" / "*.tar", task)
+    if (root := _class_root(tree, path)) is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
         return _listed(table, task, group)._replace(taken=f"Using the images and labels that {table} lists.")
     if task is not None and not TASKS[task].one_class:
@@ -216,9 +230,11 @@ def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
             "leave it out"
         )
         raise UserError(message, file=path, field="data.task")
-    outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
-    tree = tree.below(root)
-    outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
+    outside = Counter[str]()
+    if root:
+        outside += Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
+        tree = tree.below(root)
+        outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
     left_out = {
         f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
         for folder, count in outside.items()  # none, if the root is ""
@@ -282,7 +298,8 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
 
     It is the one in which two folders at least hold images, at any depth; or train/, if no other one there has folders.
     """
-    classes = {PurePosixPath(name).parent for name in tree.names if is_image(name)} - {PurePosixPath()}
+    folders = {name.rpartition("/")[0] for name in tree.names if is_image(name)}
+    classes = {PurePosixPath(folder) for folder in folders if folder}
     root = PurePosixPath()
     while True:
         below = [folder.relative_to(root).parts for folder in classes if root in folder.parents]
@@ -314,44 +331,82 @@ def _shown(folders: Iterable[str]) -> str:
     return f"{', '.join(names[:_NAMED])}{' and more' if len(names) > _NAMED else ''}"
 
 
-def _listed(path: Path, task_name: TaskName | None, group: str | None = None) -> Images:
+def _listed(path: Path, task: TaskName | None, group: str | None = None) -> Images:
     """Return the images that a table names, those of which can't be read left out."""
     root = path.parent.resolve()
-    listed = list(table_rows(path, group))
+
+    def hashed(used: list[str]) -> Hashes:
+        return hashes({name: root / name for name in used})
+
+    tree = FileTree(root, (), lambda name: read_bytes(root / name), hashed)
+    return _of_rows("csv", path, list(table_rows(path, group)), tree, {}, task, group)
+
+
+def _sharded(path: Path, task: TaskName | None) -> Images:
+    """Return the images of shards, of which samples without one image and one label are left out."""
+    shards = read_shards(path)
+    splits = {
+        shard: next(filter(_split, reversed(re.split(r"[\W_]+", shard))), "train")
+        for shard in {shard for _, _, shard in shards.rows}
+    }
+    trains = any(_split(word) == "train" for word in splits.values())
+    rows = [
+        (shards.tree.file(name), {"path": name, "label": label, "split": splits[shard] if trains else "train"})
+        for name, label, shard in shards.rows
+    ]
+    return _of_rows("webdataset", path, rows, shards.tree, shards.left_out, task)
+
+
+def _of_rows(
+    dataset: Literal["csv", "webdataset"],
+    path: Path,
+    listed: Sequence[tuple[str, Mapping[str, str]]],
+    tree: FileTree,
+    faulty: Mapping[str, str],
+    task_name: TaskName | None,
+    group: str | None = None,
+) -> Images:
+    """Return the images of rows, some of which can't be used, and others are faulty, by name, before they are read."""
     rows = [(where, row) for where, row in listed if row.get("split", "").lower() != UNSURE]
-    if not rows:
+    count = len(rows) + len(faulty)
+    if not count:
         raise UserError("names no image; add rows", file=path)
-    columns = tuple(name for name in rows[0][1] if name not in ("path", "split", group))
-    if group in rows[0][1] and columns != _CLASSES:  # runs, which know no groups, would take it for a label
+    columns = tuple(name for name in rows[0][1] if name not in ("path", "split", group)) if rows else _CLASSES
+    if rows and group in rows[0][1] and columns != _CLASSES:  # runs, which know no groups, would take it for a label
         raise UserError("--group can be a column only beside a column label; give a pattern of names", file=path)
     task = TASKS[task_name] if task_name else _task_of(path, columns, [row for _, row in rows])
-    labels, splits, together, unused = _by_name(rows, columns, task, root, group)
+    labels, splits, together, unused = _by_name(rows, columns, task, tree.location, group)
     faults = {where: fault for where, fault in unused.items() if not fault.endswith(_REPEATED)}
-    if 2 * len(faults) >= len(rows):
+    faults |= {tree.file(name): fault for name, fault in faulty.items()}
+    if 2 * len(faults) >= count:
         where, fault = next(iter(faults.items()))
-        raise UserError(f"{fault}; {len(faults):,} of {len(rows):,} rows can't be used", file=where)
+        raise UserError(
+            f"{fault}; {len(faults):,} of {count:,} {'rows' if dataset == 'csv' else 'samples'} can't be used",
+            file=where,
+        )
     test = next((split for split in _TESTED if split in splits.values()), None)
     is_test = [split == test for split in splits.values()]
-    places = {name: root / name for name in labels}
     tested = {name for name, is_tested in zip(labels, is_test, strict=True) if is_tested}
     header = "" if columns == _CLASSES else "\0".join(columns) + "\n"
 
     def hashed(used: list[str]) -> Hashes:
         """Hash what is used of the table, in its order, and of the images: spaces and other columns are not."""
-        contents = hashes({name: places[name] for name in used})
+        contents = tree.hashed(used)
         lines = "".join(f"{name}\0{labels[name]}\0{name in tested:d}\n" for name in used)
         return Hashes(hashlib.sha256(f"{header}{lines}{contents.sha256}".encode()).hexdigest(), contents.each)
 
-    tree = FileTree(root, tuple(labels), lambda name: read_bytes(places[name]), hashed)
     left_out = {name: unread for name in labels if (unread := tree.fault(name)) is not None}
-    if len(left_out) == len(labels) and not any(map(os.path.lexists, places.values())):
+    if len(left_out) == len(labels) and not any(os.path.lexists(tree.location / name) for name in labels):
         message = f"none of {len(labels):,} paths exists, such as {rows[0][1]['path']}"
-        raise UserError(f"{message}; they begin at {root}, or are whole", file=path, field="path")
-    left_out |= {str(Path(where).relative_to(path.parent)): fault for where, fault in unused.items()}
+        raise UserError(f"{message}; they begin at {tree.location}, or are whole", file=path, field="path")
+    left_out |= {os.path.relpath(where, tree.base or path.parent): fault for where, fault in unused.items()} | dict(
+        faulty
+    )
     left_out |= {row["path"]: IS_UNSURE for _, row in listed if row.get("split", "").lower() == UNSURE}
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
-    of_column = together if group in rows[0][1] else None
-    return Images("csv", path, tree, files.without(left_out), left_out, together=of_column)
+    of_column = together if rows and group in rows[0][1] else None
+    used = replace(tree, names=tuple(labels), hashed=hashed)
+    return Images(dataset, path, used, files.without(left_out), left_out, together=of_column)
 
 
 def _by_name(
@@ -364,7 +419,7 @@ def _by_name(
     unused: dict[str, str] = {}  # why, by row
     for where, row in rows:
         typed, split = row["path"], _split(row.get("split") or "train")
-        if not os.path.exists(root / typed):  # it may have been written on Windows
+        if "\\" in typed and not os.path.exists(root / typed):  # it may have been written on Windows
             typed = typed.replace("\\", "/")
         name = PurePosixPath(typed).as_posix()
         label = "|".join(row[column] for column in columns)
@@ -433,8 +488,14 @@ class ClassFiles(NamedTuple):
 
 def _test_split(names: Iterable[str]) -> str | None:
     """Return which split beside train/ is the test split; None: these files are not divided."""
-    splits = {_split(parts[0]) for name in names if len(parts := name.split("/")) > 2}
+    splits = set(map(split_of, names))
     return next((split for split in _TESTED if {"train", split} <= splits), None)
+
+
+def split_of(file: str) -> str | None:
+    """Return which split the folder is called as that a file's class folder lies in; None: in none."""
+    folder, *below = file.split("/")
+    return _split(folder) if len(below) > 1 else None
 
 
 def _split(name: str) -> str | None:
@@ -557,4 +618,15 @@ def _places(header: Sequence[str], file: str | Path, group: str | None, every: b
     return {name: columns.index(name) for name in ("path", *read)}
 
 
-SOURCES = {"tiny-imagenet": read_tiny_imagenet, "image-folder": read_image_folder, "csv": read_csv}
+def read_webdataset(config: DataConfig) -> ImageIndex:
+    """Index shards, see `read_shards`; those whose name says test, or else val, are the official test split."""
+    path = existing(str(config.path))
+    return _read(config, _sharded(path / "**" / "*.tar" if path.is_dir() else path, config.task))
+
+
+SOURCES = {
+    "tiny-imagenet": read_tiny_imagenet,
+    "image-folder": read_image_folder,
+    "csv": read_csv,
+    "webdataset": read_webdataset,
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,8 @@ from peft_vit.base.packages import cache_dir
 from peft_vit.data.files import cache_fault
 from peft_vit.data.pixels import on_white
 
-_COLUMNS = ("image", "img", "path", "file")
+_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath")
+_LABEL_COLUMNS = ("label", "class", "category")
 _CHANNELS = (1, 3, 4)
 _LARGEST = {"u": 255, "i": 255, "f": 1}  # value, by the kind of a number
 _BATCH = "(N, H, W), (N, H, W, 3) or (N, 3, H, W)"
@@ -42,8 +44,9 @@ def held_images(held: Any) -> Iterator[tuple[HeldImage, Any]]:
 
     Args:
         held: several paths, PIL images or arrays; one array or tensor (N, H, W), (N, H, W, C) or (N, C, H, W); a
-            DataFrame or a Hugging Face Dataset with a column image, img, path or file, and perhaps label; a torch
-            Dataset, or a list, of pairs of image and label. Numbers are integers from 0 to 255 or floats from 0 to 1.
+            DataFrame or a Hugging Face Dataset with a column image, img, path, file or filename, and perhaps label or
+            class; a torch Dataset, or a list, of pairs of image and label. Numbers are integers from 0 to 255 or
+            floats from 0 to 1.
 
     Raises:
         UserError: in one line, if they are none of these.
@@ -75,12 +78,13 @@ def _items(held: Any) -> Iterable[Any]:
 def _pair(item: Any) -> tuple[Any, Any]:
     """Return an image as it is held, and its label."""
     if isinstance(item, Mapping):
-        others = [name for name in item if name != "label"]
+        label = next((name for name in _LABEL_COLUMNS if name in item), "label")
+        others = [name for name in item if name != label]
         name = next((name for name in _COLUMNS if name in item), others[0] if len(others) == 1 else None)
         if name is None:
             message = f"expected a column {', '.join(_COLUMNS)}, and perhaps label; got {', '.join(map(str, item))}"
             raise UserError(message, field="images")
-        return item[name], item.get("label")
+        return item[name], item.get(label)
     return item if isinstance(item, tuple) and len(item) == 2 else (item, None)
 
 
@@ -112,6 +116,10 @@ def _pixels(image: Any, position: int) -> HeldImage:
     return np.rint(array * (255 / largest)).astype(np.uint8)
 
 
+def _is_missing(label: Any) -> bool:
+    return label is None or (isinstance(label, float) and math.isnan(label))
+
+
 def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> tuple[Path, NDArray[Any]]:
     """Write a table of images and labels, as `find_images` reads it, to the cache; equal ones of a class are one row.
 
@@ -132,6 +140,10 @@ def write_table(images: Any, labels: Any = None, *, of_classes: bool = True) -> 
 
     if labels is not None:
         check_consistent_length(images, labels)
+        unknown = [place for place, label in enumerate(labels) if _is_missing(label)] if of_classes else []
+        if unknown:
+            message = f"{len(unknown)} of {len(labels)} are missing, the first at {unknown[0]}; leave those images out"
+            raise UserError(message, field="labels")
         labels = column_or_1d(labels) if of_classes else list(labels)
     rows: list[tuple[str, Any]] = []
     for position, (image, held_label) in enumerate(held_images(images)):

@@ -54,7 +54,7 @@ def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int)
     job = {"file": str(file), "batches": list(batches), "threads": threads, "rounds": rounds}
     # -P: what lies beside this file is not found as modules of its own
     command = [sys.executable, "-P", __file__, json.dumps(job | {"openvino": SETTINGS})]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, encoding="locale", check=False, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
         raise UserError(f"can't be timed with {threads} threads ({reason})", file=file)

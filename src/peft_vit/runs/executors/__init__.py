@@ -6,7 +6,8 @@ attempted, and alone writes what came out. To add one: a module here with an `op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -148,6 +149,27 @@ def failed_attempt(
     return RunEnded(run, record, None)
 
 
+def runs_at_once(name: ExecutorName, cpus: int, devices: int) -> AbstractContextManager[Callable[[], int]]:
+    """Be where runs are carried out, one at a time here; yield a function that returns how many go at a time.
+
+    Args:
+        name: of the executor.
+        cpus: of each process of a run.
+        devices: processes of a run.
+    """
+    if not EXECUTORS[name].is_elastic:
+        return nullcontext(lambda: 1)
+    joined: AbstractContextManager[Callable[[], int]] = _module(name).runs_at_once(cpus, devices)
+    return joined
+
+
+def _module(name: ExecutorName) -> Any:
+    kind = EXECUTORS[name]
+    if kind.extra is not None:
+        require_extra(kind.extra, field=f"--executor {name}")
+    return import_module(f"{__name__}.{kind.module}")
+
+
 def open_executor(name: ExecutorName, plan: Plan, results_dir: Path, ray_address: str | None = None) -> Executor:
     """Make what carries out a plan's pending runs; their images are decoded here, so that workers find them.
 
@@ -160,11 +182,7 @@ def open_executor(name: ExecutorName, plan: Plan, results_dir: Path, ray_address
     Raises:
         UserError: if an image is broken, what runs need is not there, or an option has no effect.
     """
-    kind = EXECUTORS[name]
-    if kind.extra is not None:
-        require_extra(kind.extra, field=f"--executor {name}")
-    module: Any = import_module(f"{__name__}.{kind.module}")
-    executor: Executor = module.open_executor(plan, results_dir, ray_address)
+    executor: Executor = _module(name).open_executor(plan, results_dir, ray_address)
     try:
         decode_images(plan.pending)
     except BaseException:

@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -36,7 +35,7 @@ from peft_vit.core.records import RunSpec
 from peft_vit.core.training import Checkpoints, Helped, Interrupted, Member, Progress
 from peft_vit.runs.execute import Finished, run_one
 from peft_vit.runs.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, failed_attempt
-from peft_vit.runs.executors.torchrun import Launch, announce, launch
+from peft_vit.runs.executors.torchrun import Launch, announce, at_parents_end, launch
 from peft_vit.runs.planned import Plan, PlannedRun
 from peft_vit.runs.records.storage import run_folder
 from peft_vit.runs.this_machine.machine import check_devices, loaded_git_state
@@ -246,7 +245,7 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
 
 
 def _how_it_ended(exitcode: int | None) -> str:
-    if exitcode == -signal.SIGKILL:
+    if exitcode == -9:  # Windows has no such signal
         return "was killed (SIGKILL: by somebody, or by the system, which was out of memory)"
     if exitcode is not None and exitcode < 0:
         return f"was ended by {signal.Signals(-exitcode).name}"
@@ -282,22 +281,33 @@ def _surroundings_of_workers() -> Iterator[None]:
     of others seldom guard against that.
     """
     main = sys.modules["__main__"]
-    with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}):
-        resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}), _ctrl_c_blocked():
         sys.modules["__main__"] = ModuleType("__main__")
         try:
             yield
         finally:
             sys.modules["__main__"] = main
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    if os.name == "nt":  # where nothing can be blocked
+        yield
+        return
+    resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _serve(pipe: Connection, parent: int) -> None:
     """Do what comes through the pipe, until its other end is closed: without a parent there is nothing left to do."""
     if sys.platform == "linux":  # it is not to outlive its parent: at once, elsewhere within a second
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it comes here, too
+    at_parents_end(lambda: os._exit(1), parent)
     prepare_process()
     stopping = False
 
@@ -331,12 +341,6 @@ def _serve(pipe: Connection, parent: int) -> None:
             reply(interrupted if on_progress else None)
         except Helped:
             reply(None)
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 # --- for any executor -------------------------------------------------------------------------------------------------

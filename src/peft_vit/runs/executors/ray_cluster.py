@@ -14,7 +14,8 @@ import textwrap
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,14 +83,19 @@ class Need:
 
         biggest = min(nodes, key=lambda node: (lacks(node), -node.get("CPU", 0), -node.get("memory", 0)))
         if not lacks(biggest):
-            room = sum(
-                min(int(node.get(name, 0.0) // amount) for name, amount in wanted.items() if amount) for node in nodes
-            )
-            if room >= self.devices:
+            if (room := self._processes(nodes)) >= self.devices:
                 return None
             return f"a run asks for {self.devices} times {needed}, for which the cluster has room {room} times"
         there = _in_words({name: biggest.get(name, 0) for name in wanted})
         return f"a run asks for {needed}; the biggest node of the cluster ({len(nodes)} in all) has {there}"
+
+    def room(self, nodes: list[dict[str, float]]) -> int:
+        """Return how many runs such nodes hold at a time, at least one."""
+        return max(1, self._processes(nodes) // self.devices)
+
+    def _processes(self, nodes: list[dict[str, float]]) -> int:
+        wanted = [(name, amount) for name, amount in self.resources.items() if amount]
+        return sum(min(int(node.get(name, 0.0) // amount) for name, amount in wanted) for node in nodes)
 
 
 def _in_words(resources: dict[str, float]) -> str:
@@ -127,9 +133,8 @@ class RayExecutor:
     """
 
     def __init__(self, address: str | None, need: Need, results_dir: Path, checkpoint_every_s: float) -> None:
-        self._connected = not ray.is_initialized()  # whoever uses Ray already keeps his connection
-        if self._connected:
-            _connect(address)
+        self._connection = ExitStack()
+        self._connection.enter_context(connected(address))
         self._need = need
         self._results_dir = Path(os.path.abspath(results_dir))
         self._checkpoint_every_s = checkpoint_every_s
@@ -139,7 +144,7 @@ class RayExecutor:
         self._stopping = False
         self._looked = time.monotonic()
         if refusal := need.refusal(_nodes()):
-            self._disconnect()
+            self._connection.close()
             raise UserError(
                 f"{refusal}; lower threads, execution.gpus or execution.memory_gb, or add a node", field="execution"
             )
@@ -204,12 +209,8 @@ class RayExecutor:
                 for attempt in self._attempts.values():
                     ray.cancel(attempt.task, force=True)
                 ray.kill(self._channel)
-            self._disconnect()
+            self._connection.close()
         self._attempts.clear()
-
-    def _disconnect(self) -> None:
-        if self._connected:
-            ray.shutdown()
 
     def _listen(self) -> None:
         """Take in the answer; what belongs to an attempt that is over is dropped."""
@@ -275,6 +276,30 @@ def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Exe
         raise UserError(reason, field="execution.gpus")
     need = Need(study.threads, execution.gpus, execution.memory_gb, execution.devices)
     return RayExecutor(ray_address, need, results_dir, execution.checkpoint_every_s)
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Belong to a cluster, see `RayExecutor`; a connection that is there stays as it is.
+
+    Raises:
+        UserError: if no cluster answers.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _connect(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def runs_at_once(cpus: int, devices: int) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how many runs a cluster has room for, see `runs.executors.runs_at_once`."""
+    with connected(None):
+        yield lambda: Need(cpus, devices=devices).room(_nodes())
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import psutil
+
+from peft_vit.base.errors import UserError
 from peft_vit.base.place import ProcessPlace
 
 if TYPE_CHECKING:  # the first process may refuse what was typed before it loads torch
@@ -24,7 +28,7 @@ if TYPE_CHECKING:  # the first process may refuse what was typed before it loads
     from peft_vit.core.training import Member
 
 _NUMBER, _ORDER = "peft_vit/runs", "peft_vit/run/{}"
-_LOOK_S = 0.2  # how often a process looks for the next run
+_LOOK_S = 0.2  # how often a process looks for the next run, and for its parent
 
 
 class Launch(ProcessPlace):
@@ -61,14 +65,41 @@ def announce(launched: Launch, spec: RunSpec | None) -> Member:
     return launched.member(number)
 
 
+def at_parents_end(act: Callable[[], object], parent: int) -> None:
+    """Do something in a thread once this process has another parent, since that one has ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows none takes its place
+            time.sleep(_LOOK_S)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def leading(launched: Launch) -> Iterator[None]:
-    """Be the command, and let the others end with it."""
+    """Be the command, and let the others end with it.
+
+    Raises:
+        UserError: if torchrun is gone, which ends the command as Ctrl-C does.
+    """
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts with & ignores it
+    at_parents_end(_interrupt, parent)
     try:
         yield
+    except KeyboardInterrupt:
+        if os.getppid() == parent:
+            raise
+        raise UserError("was killed; the same command does what is left", file="torchrun") from None
     finally:
-        with suppress(RuntimeError):  # torchrun is gone
-            announce(launched, None)
+        if os.getppid() == parent:  # else nobody listens, which takes minutes to find out
+            with suppress(RuntimeError):
+                announce(launched, None)
+
+
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def help_first(launched: Launch) -> None:
@@ -85,6 +116,7 @@ def help_first(launched: Launch) -> None:
     store, number, signals = launched.store(), 1, list[int]()
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda received, _: signals.append(received))
+    at_parents_end(_interrupt, os.getppid())
     while not signals:
         with suppress(RuntimeError):
             if not store.check([_ORDER.format(number)]):

@@ -10,7 +10,6 @@ it is no `filelock`, which is asked by taking it, and makes the file.
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import sys
 import time
@@ -24,15 +23,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import UserError, printable
-from peft_vit.base.files import checkpoint_folders, folder_below, make_folder, read_bytes
+from peft_vit.base.files import checkpoint_folders, flags_here, folder_below, make_folder, read_bytes
 from peft_vit.core.records import StudyFile
 from peft_vit.runs.records.storage import ADAPTER_FILE, LATEST, RECORD_FILE, STUDY_FILE, read_study_file, resolve_latest
 
 try:
     import fcntl
-except ImportError:  # studies run on POSIX systems; elsewhere are copies of them, on which nobody works
+except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
+    import msvcrt
 
 LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
@@ -43,6 +44,8 @@ STATES_OF_STATUS: tuple[RunState, ...] = ("done", "failed", "pending", "running"
 STATES_WITHOUT_RECORD: tuple[RunState, ...] = ("failed", "left out", "running", "pending", "skipped", "missing")
 STATES_TO_COME: tuple[RunState, ...] = ("running", "pending", "skipped")  # the furthest first
 _OWNER_BYTES = 1 << 16  # of a lock file are read
+_LOCKED_BYTE = 1 << 30  # on Windows, far behind them: nobody else can read what is locked there
+_FLAGS = flags_here("O_NONBLOCK", "O_NOFOLLOW")
 _PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
 _Text = Annotated[str, AfterValidator(lambda text: " ".join(text.split())[:500])]
 
@@ -82,14 +85,12 @@ class StudyLock:
 
 def owner_of(folder: Path) -> Owner | None:
     """Return who works on a study at present; None if nobody does. Writes nothing."""
-    if fcntl is None:
-        return None
     try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | _FLAGS)
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _lock(descriptor, shared=True)
         return None
     except BlockingIOError:
         return _owner_in(descriptor)
@@ -101,9 +102,22 @@ def owner_of(folder: Path) -> Owner | None:
 
 def _owner_in(descriptor: int) -> Owner:
     try:
-        return Owner.model_validate_json(os.pread(descriptor, _OWNER_BYTES, 0))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return Owner.model_validate_json(os.read(descriptor, _OWNER_BYTES))
     except ValueError:
         return Owner()
+
+
+def _lock(descriptor: int, *, shared: bool = False) -> None:
+    """Lock an open file until it is closed; raises BlockingIOError if another descriptor has it."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return
+    os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        raise BlockingIOError from None
 
 
 @contextmanager
@@ -128,19 +142,26 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
         with _folder_held(folder):
             yield StudyLock(folder)
     finally:
-        (folder / LOCK_FILE).unlink(missing_ok=True)  # before others can hold it; they look for it again then
+        if fcntl is None:  # Windows removes no open file, so that another one's stays as well
+            os.close(descriptor)
+        with suppress(PermissionError):
+            (folder / LOCK_FILE).unlink(missing_ok=True)  # before others can hold it; they look for it again then
         remove_empty(missing)
-        os.close(descriptor)
+        if fcntl is not None:
+            os.close(descriptor)
 
 
 @contextmanager
 def _folder_held(folder: Path) -> Iterator[None]:
     """Lock the folder as well: somebody may remove the lock's file, and with it what keeps a second process away."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if fcntl is None:  # Windows doesn't remove it
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # NFS locks no folders
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
             except BlockingIOError:
                 raise _taken(folder, f"whose {LOCK_FILE} was removed") from None
         yield
@@ -156,18 +177,19 @@ def _acquire(folder: Path) -> int:
         try:
             make_folder(folder)
             # Not inherited: a worker that outlives this process must not keep its lock.
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
         except FileNotFoundError:  # the owner has just removed the folder that it made
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             with suppress(FileNotFoundError):  # it was just removed
-                if os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
-                    command = printable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+                if fcntl is None or os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
+                    command = printable(quoted(Path(sys.argv[0]).name, *sys.argv[1:]))
                     since = datetime.now(UTC).isoformat(timespec="seconds")
                     owner = Owner(pid=os.getpid(), host=socket.gethostname(), since=since, command=command)
                     os.ftruncate(descriptor, 0)  # the file that others will find is this one
-                    os.pwrite(descriptor, owner.model_dump_json().encode() + b"\n", 0)
+                    os.lseek(descriptor, 0, os.SEEK_SET)
+                    os.write(descriptor, owner.model_dump_json().encode() + b"\n")
                     return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:

@@ -49,10 +49,11 @@ def link_latest(folder: Path) -> None:
     # Where that can't be written any more, or is somebody's own folder, it stays as it is.
     with suppress(OSError), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{LATEST}-") as temporary:
         link = Path(temporary, LATEST)
-        try:
-            link.symlink_to(folder.name, target_is_directory=True)
-        except OSError:
-            link.write_text(f"{folder.name}\n")
+        if os.name != "nt":  # where no link to a folder can be replaced
+            with suppress(OSError):
+                link.symlink_to(folder.name)
+        if not link.is_symlink():
+            link.write_text(f"{folder.name}\n", "utf-8")
         link.replace(place)
 
 

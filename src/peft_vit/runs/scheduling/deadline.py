@@ -143,17 +143,21 @@ class Deadline:
         results_dir: checkpoints lie below it.
         limit: of time.
         executor: of the runs; on a cluster all may run at a time.
+        workers: how many do there; None: it is not known.
 
     Attributes:
         limit: as above.
         under_way: names of the runs that were started and have not ended.
     """
 
-    def __init__(self, plan: Plan, results_dir: Path, limit: Limit, executor: ExecutorName = "local") -> None:
+    def __init__(
+        self, plan: Plan, results_dir: Path, limit: Limit, executor: ExecutorName = "local", workers: int | None = None
+    ) -> None:
         self.limit = limit
         self.under_way: set[str] = set()
         self._runs = plan.pending
-        self._workers = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
+        usual = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
+        self._workers = workers or usual
         self._times = RunTimes(plan.pending, results_dir)
         self._none_fits: bool | None = None  # nothing is expected to end in time: begin it all the same
         self._announced: int | None = None  # how many runs were said to be done in time

@@ -159,7 +159,7 @@ def instruction_sets() -> list[str]:
 def _cpu_info(key: str) -> str:
     """Return what Linux says of the first processor; nothing elsewhere."""
     try:
-        line = re.search(rf"^{key}\s*:(.*)$", _CPUINFO.read_text(), re.MULTILINE)
+        line = re.search(rf"^{key}\s*:(.*)$", _CPUINFO.read_text("utf-8"), re.MULTILINE)
     except OSError:
         return ""
     return "" if line is None else line[1].strip()
@@ -186,7 +186,7 @@ def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(command, cwd=source.parent, capture_output=True, encoding="utf-8", check=True, timeout=10)
         return done.stdout.strip()
 
     try:
@@ -223,7 +223,7 @@ def cpu_count() -> int:
     """Return the number of processors that this process may use, also of a container that limits their time."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # "200000 100000": microseconds in each period; "max 100000": no limit
-        quota, period = map(int, _PROCESSOR_LIMIT.read_text().split())
+        quota, period = map(int, _PROCESSOR_LIMIT.read_text("utf-8").split())
         count = min(count, -(-quota // period))
     return count
 
