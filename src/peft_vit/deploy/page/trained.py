@@ -70,7 +70,7 @@ def later_lines(tested: ImagesTest) -> list[str]:
 
 
 def most_frequent_mistake(quality: ModelQuality | None) -> list[str]:
-    """Return which class is taken for which other one most often; nothing without mistakes, or without classes."""
+    """Return which class is predicted as which other one most often; nothing without mistakes, or without classes."""
     return [
         f"Its most frequent mistake: {one.truth} predicted as {one.taken_for} ({one.images} of {one.of} images)."
         for one in (() if quality is None else quality.confusions[:1])
