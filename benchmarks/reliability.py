@@ -34,8 +34,7 @@ from peft_vit.base.files import checkpoint_folders  # noqa: E402
 from peft_vit.core.config import StudyConfig, study_from_mapping  # noqa: E402
 from peft_vit.core.records import Evaluation, Metrics, RunRecord, StepRow  # noqa: E402
 from peft_vit.core.training import Checkpoints, Progress  # noqa: E402
-from peft_vit.runs import run_one  # noqa: E402
-from peft_vit.runs.execute import Finished  # noqa: E402
+from peft_vit.runs.execute import Finished, run_one  # noqa: E402
 from peft_vit.runs.executors import Event, RunEnded, RunProgress, RunStarted  # noqa: E402
 from peft_vit.runs.records.progress import study_lock  # noqa: E402
 from peft_vit.runs.records.scan import read_records  # noqa: E402

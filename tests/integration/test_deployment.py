@@ -237,7 +237,7 @@ KNOWN = Calibrated(images=60, temperature=3.0, coverages=(0.8, 0.9), thresholds=
 def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, command, refused, format) -> None:
     run = run_of("lora", "tiny_pool")
     file, image = tmp_path / f"model.{format}", images / "class_1" / "00.png"
-    export.export_run_to_file(run, file, format, meaning=KNOWN)
+    export.write_model(export.model_to_write(run), file, format, export.OnnxOptions(), KNOWN)
     assert open_exported(file).card.calibrated == KNOWN
     (said,) = json.loads(command("predict", file, image, "--coverage", "0.9", "--format", "json").out)
     (by_run,) = json.loads(command("predict", run, image, "--format", "json").out)

@@ -13,7 +13,7 @@ from written_runs import planned, tiny_study
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import StudyConfig, study_from_mapping
-from peft_vit.runs import run_one
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, open_executor
 from peft_vit.runs.executors.ray_cluster import Need, RayExecutor
 from peft_vit.runs.records.progress import study_lock

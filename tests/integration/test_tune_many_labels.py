@@ -77,7 +77,7 @@ def test_numbers(tuned, tmp_path) -> None:
     choice, said = tuned("heat", lambda k, _: f"{10 * k + rng.normal():.2f}", metric="rmse", margin=2.0)
     sealed = choice.final.labels
     margin = float(re.search(r"a smaller model may lose 2 % of a standard deviation, which is ([\d.]+)", said)[1])
-    assert margin == pytest.approx(0.02 * choice.scores.deviation, rel=0.01)
+    assert margin == pytest.approx(0.02 * choice.images.scores.deviation, rel=0.01)
     predicted = choice.final.learned.predicted(choice.final.logits)
     error = float(np.sqrt(((predicted - sealed) ** 2).mean()))
     assert choice.score.estimate == pytest.approx(error)

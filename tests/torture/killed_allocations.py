@@ -52,7 +52,7 @@ def attempt(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None = None)
 
 def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, result: Path) -> None:
     from peft_vit.core.training import AllocationHook, CheckpointKeeper, Checkpoints
-    from peft_vit.runs import run_one
+    from peft_vit.runs.execute import run_one
     from peft_vit.runs.records.run_rows import outcome_digest
 
     if kill_at is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
+from statistics import fmean
 
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
@@ -53,8 +54,8 @@ def accuracy_against_bytes(methods: Sequence[MethodResult]) -> Drawing:
             "seed": seed,
             "test_accuracy": value,
             "mean_test_accuracy": method.test_accuracy.estimate,
-            "frozen_bytes": method.frozen_bytes,
-            "adapter_file_bytes": method.adapter_file_bytes,
+            "frozen_bytes": fmean(run.bytes.frozen_bytes for run in method.runs),
+            "adapter_file_bytes": fmean(run.bytes.adapter_file_bytes for run in method.runs),
         }
         for method in methods
         for seed, value in method.by_seed.items()

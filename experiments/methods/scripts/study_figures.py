@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from matplotlib.patches import Patch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -19,7 +20,7 @@ from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, MAIN, M
 from experiments.scripts.evidence import ROOT
 from peft_vit.base.files import write_atomically
 from peft_vit.deploy.page.document import Drawing
-from peft_vit.deploy.page.figure import METHOD_COLORS
+from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, Canvas, draw
 from peft_vit.lab.analysis import Analysis
 from peft_vit.lab.report.accuracy_figures import forests
 
@@ -38,14 +39,32 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[Path, Drawing]]
     for name, analysis in analyses.items():
         if name == DESCRIPTIVE:
             continue
-        if (drawing := forests(analysis, MARGIN).get(REFERENCE)) is not None:
-            yield IMAGES / f"{name}_differences.png", drawing
+        if (drawing := forests(analysis).get(REFERENCE)) is not None:
+            yield IMAGES / f"{name}_differences.png", _with_margin(drawing)
     if (elpv := analyses.get(MAIN)) is not None:
         yield IMAGES / f"{MAIN}_bytes.png", accuracy_against_bytes(elpv.methods)
         shown = [one.experiment.name for one in elpv.allocation if one.experiment.name in _RANKED]
         yield IMAGES / f"{MAIN}_ranks.png", rank_maps(elpv.study, shown)
     if analyses.keys() >= KINDS.keys():
         yield IN_DOCS, accuracy_and_bytes(analyses)
+
+
+def _with_margin(drawing: Drawing) -> Drawing:
+    """Return a figure of differences with a band around 0, within which one does not matter."""
+    points = 100 * MARGIN
+
+    def paint(canvas: Canvas) -> None:
+        drawing.paint(canvas)
+        (axes,), (legend,), band = canvas.figure.axes, canvas.figure.legends, {"color": GRID, "alpha": 0.6, "lw": 0}
+        low, high = axes.get_xlim()
+        axes.axvspan(-points, points, **band, zorder=0)
+        axes.set_xlim(min(low, -points), max(high, points))
+        legend.remove()
+        entries = [*legend.legend_handles, Patch(**band, label=f"margin, {points:g} point")]
+        canvas.legend(entries, (2, 4), handletextpad=0.4)
+
+    rows = [row | {"margin": MARGIN} for row in drawing.data]
+    return draw(drawing.slug, drawing.title, drawing.caption, drawing.height_in, paint, rows)
 
 
 def digest(drawing: Drawing) -> str:

@@ -57,7 +57,7 @@ def predicted(name: str) -> Predicted | None:
         return None
     right = [[np.equal(found[one, seed].labels, found[one, seed].predicted) for seed in seeds] for one in experiments]
     first = [records[one, seeds[0]] for one in experiments]
-    sizes = [float(one.bytes.frozen_bytes + one.bytes.adapter_file_bytes) for one in first if one.bytes is not None]
+    sizes = [float(one.bytes.stored_bytes) for one in first if one.bytes is not None]
     return Predicted(
         np.array(right, dtype=float), sizes, [at for at, size in enumerate(sizes) if size > 0.5 * max(sizes)]
     )

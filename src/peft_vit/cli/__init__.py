@@ -23,11 +23,7 @@ from peft_vit.runs.executors.torchrun import help_first, launch, leading
 __all__ = ["app", "main", "user_errors"]
 
 _UNREAD = 141  # what shells report for SIGPIPE
-_RENAMED = {
-    "--library": "--model takes names of timm and of the hub, org/name",
-    "--max-latency-ms": "it is --max-latency now, as in 50ms",
-    "--max-seconds": "it is --max-step-time now, as in 200ms",
-    "--batch": "it is --batch-size",
+_HINTS = {
     "--from": "train takes it, with the output of train or tune",
     "--resume": "the same command continues where it was stopped",
 }
@@ -125,7 +121,7 @@ def _in_our_words(error: Any) -> UserError:
         options = [option for param in context.command.params for option in param.opts]
         short = [option for option in options if "".join(word[:1] for word in option[2:].split("-")) == name[2:]]
         likely = " or ".join(short or [option for option in error.possibilities or () if option != "--help"])
-        hint = _RENAMED.get(name) or (f"did you mean {likely}?" if likely else see)
+        hint = _HINTS.get(name) or (f"did you mean {likely}?" if likely else see)
         return UserError(f"no such option of {command}; {hint}", field=name)
     message = error.format_message().rstrip(".")
     if (found := re.search(r"No such command '(\w+)'", message)) and found[1] in _OTHER_TOOLS:

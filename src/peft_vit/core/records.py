@@ -470,6 +470,11 @@ class ByteCounts(_Value):
     adapter_file_bytes: _Count  # without packed weights, which count as frozen
     in_4_bits_bytes: _Count | None = _UNLESS_GIVEN  # of the file of a float model that is rounded to 4 bits
 
+    @property
+    def stored_bytes(self) -> int:
+        """Return what a trained model takes to keep: everything frozen, and the adapter file."""
+        return self.frozen_bytes + self.adapter_file_bytes
+
 
 class Provenance(_Value):
     """What a reader needs to repeat the run, and to see that runs were paired."""

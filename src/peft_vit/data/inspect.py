@@ -347,11 +347,6 @@ class Inspection:
             why = f"no class has more than {LARGEST_IMBALANCE:g} times as many images as another"
         return [*known, f"metric: {self.metric.words}, since {why}"]
 
-    def remarks(self) -> list[str]:
-        """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""
-        left_out = [f"{_files_are(self.left_out)} left out:", *listed(self.left_out)] if self.left_out else []
-        return [*self._of_repeated(), *left_out]
-
     def _of_images(self) -> Iterator[str]:
         counts = self.task.counts(self.labels, len(self.class_names))  # (K,)
         fewest, most = counts.min(), counts.max()

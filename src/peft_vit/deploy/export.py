@@ -184,7 +184,6 @@ def export_run_to_file(
     file: Path,
     format: str,
     options: OnnxOptions = OnnxOptions(),
-    meaning: Calibrated | Decision | None = None,
     *,
     bits: QuantizationType | None = None,
     rounding: Rounding | None = None,
@@ -202,7 +201,6 @@ def export_run_to_file(
         file: ends as the format says; of pretrained a folder, new or empty.
         format: of EXPORTS.
         options: of onnx.
-        meaning: what the file says that its outputs mean; None: what the run found.
         bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
         rounding: of these, see `logits_by_type`.
         overwrite: replace what is there; of a folder only of an earlier export.
@@ -220,7 +218,7 @@ def export_run_to_file(
         require_extra(kind.extra, f"--format {format}")
     source = model_to_write(run_dir, bits, rounding, options.runtime, on_progress)
     on_progress(0, 0, "writing the file, and comparing it with the run's model")
-    done = write_model(source, file, format, options, meaning)
+    done = write_model(source, file, format, options)
     if bits is None or done.comparison is None or done.comparison.split != "training":
         return done
     folder = single_run(run_dir).absolute()
@@ -260,7 +258,7 @@ def model_to_write(
 
 
 def write_model(
-    source: ModelToWrite, file: Path, format: str, options: OnnxOptions, meaning: Calibrated | Decision | None
+    source: ModelToWrite, file: Path, format: str, options: OnnxOptions, meaning: Calibrated | Decision | None = None
 ) -> Exported:
     """Write a model, see `export_run_to_file`, which checks that there is room for it; the source stays as it is."""
     model, card, comparison = source.merged.model, source.card, None

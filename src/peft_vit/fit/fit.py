@@ -6,7 +6,6 @@ runs came to in their studies.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -621,10 +620,9 @@ class Fit:
         left_s = self.limit.left_s + self.over_s
         return longer <= self.longest_done(recipe) or self.costs.ending_s(recipe, longer) <= left_s
 
-    def longest_done(self, recipe: Recipe, most: float = math.inf) -> float:
-        """Return how many times longer than on folds a last training was that is done, at most; 0: none is."""
-        done = (longer for own, longer in self.decisions.trained if own == recipe.trained and longer <= most)
-        return max(done, default=0.0)
+    def longest_done(self, recipe: Recipe) -> float:
+        """Return how many times longer than on folds the longest last training was that is done; 0: none is."""
+        return max((longer for own, longer in self.decisions.trained if own == recipe.trained), default=0.0)
 
     def quantize(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
         """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""

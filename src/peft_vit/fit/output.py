@@ -13,7 +13,6 @@ from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Calibrated, RunRecord
 from peft_vit.core.records import Decision as Meaning
-from peft_vit.core.tasks import DecidingMetric, Scores
 from peft_vit.data import thumbnails_of
 from peft_vit.deploy.explain import explained_images
 from peft_vit.deploy.measures.fastest import Exports, Form, export_fastest
@@ -85,26 +84,16 @@ class Tuning:
     meaning: Calibrated | Meaning | None = None  # of the outputs, from what runs on folds said of their test images
 
     @property
-    def metric(self) -> DecidingMetric:
-        """Return what decides."""
-        return self.images.metric
-
-    @property
-    def scores(self) -> Scores:
-        """Return by what models were compared."""
-        return self.images.scores
-
-    @property
     def score(self) -> Interval:
         """Return what decides, on the test images."""
-        return self.metric.interval(self.final.labels, *self.final.predictions(self.meaning))
+        return self.images.metric.interval(self.final.labels, *self.final.predictions(self.meaning))
 
     @property
     def changed_by_rounding(self) -> Interval | None:
         """Return what rounding changed of that; None: nothing was rounded after training."""
         (before, least), (after, _) = (own.predictions(self.meaning) for own in (self.before_rounding, self.final))
         rounded = self.before_rounding is not self.final
-        return self.metric.gain(self.final.labels, before, after, least, least) if rounded else None
+        return self.images.metric.gain(self.final.labels, before, after, least, least) if rounded else None
 
 
 def check_output(request: TuneRequest) -> None:
@@ -144,8 +133,7 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
-    tested = record.tested_calibration
-    quality = model_quality(record, None if tested is None else tested.probability)
+    quality = model_quality(record)
     use = {"To predict": f"peft-vit predict {quoted(exports.model)} PHOTO.jpg"}
     on_folds = predictions_on(choice.folds, choice.final.learned, choice.meaning, choice.images.index)
     model = ModelSummary(record, quality, use, answer(choice, exports.taken.bytes), on_folds=on_folds)
@@ -203,7 +191,7 @@ def _use(choice: Tuning, record: RunRecord, exports: Exports) -> str:
 
 def answer(choice: Tuning, written: int | None = None) -> str:
     """Return what was taken, what it has on the test images, and its odds: a line; `written` is the file's bytes."""
-    decision, metric, score = choice.decision, choice.metric, choice.score
+    decision, metric, score = choice.decision, choice.images.metric, choice.score
     right, value = "right" if metric.name == "accuracy" else metric.words, value_of(metric, score.estimate)
     by = f"{bounds_of(metric, score)}, by {score.n:,} test images"
     size = written or (0 if decision is None else decision.taken.bytes)
@@ -213,7 +201,7 @@ def answer(choice: Tuning, written: int | None = None) -> str:
     odds = decision.odds
     if choice.recipe == decision.reference:
         return f"{head} It is the best float model found."
-    scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
+    scores, margin = choice.images.scores, choice.images.scores.hundredths(choice.request.margin_share)
     amount, better = fixed(100 * abs(odds.loss), 1), "better" if odds.loss > 0 else "worse"
     gap = f"{amount} {scores.unit} {better}" if float(amount) else "as good"
     than = f"The best float model found ({decision.reference.title}) is expected to be {gap}"
@@ -291,7 +279,7 @@ def tuning_document(
             sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
             sections[FORMS] = (forms_table(exports),)
         sections[title] = blocks
-    asked_for = None if choice.request.metric == "auto" else choice.metric
+    asked_for = None if choice.request.metric == "auto" else choice.images.metric
     sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.images.inspection.lines(asked_for))
     sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in (*asked, "Folder")))),)
     return replace(
@@ -315,8 +303,8 @@ def _facts(choice: Tuning) -> Iterator[tuple[str, str]]:
         *([f"{request.memory_limit} of memory in training"] if request.memory_limit is not None else []),
     ]
     yield "Images", str(request.images)
-    of = "" if choice.metric.has_unit else f" of {choice.metric.words}"
-    yield "Margin", choice.scores.hundredths(request.margin_share) + of
+    of = "" if choice.images.metric.has_unit else f" of {choice.images.metric.words}"
+    yield "Margin", choice.images.scores.hundredths(request.margin_share) + of
     yield "Limits", joined(limits) or "none"
     stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stage_seconds)
     yield "Time", f"{duration(sum(dict(choice.stage_seconds).values()))} in all calls, before this page: {stages}"
@@ -342,8 +330,8 @@ def _cards(model: ModelSummary, exports: Exports) -> Iterator[Card]:
 def _how_sure(choice: Tuning, exports: Exports) -> Iterator[str]:
     changed = choice.changed_by_rounding
     if changed is not None:
-        by = f"{points_interval(changed)} points" if choice.metric.is_share else number_interval(changed, 3)
-        yield f"Rounding changed {choice.metric.words} on the test images by {by}."
+        by = f"{points_interval(changed)} points" if choice.images.metric.is_share else number_interval(changed, 3)
+        yield f"Rounding changed {choice.images.metric.words} on the test images by {by}."
     readers = _readers(choice)
     once = "read once, after everything was chosen"
     if readers > 1:
@@ -376,7 +364,7 @@ def _not_shown(model: ModelSummary) -> Iterator[str]:
 
 def compared_blocks(choice: Tuning, decision: ModelDecision | None) -> Iterator[Block]:
     """Yield the models that were compared, and the image sizes that were tried."""
-    scores, words = choice.scores, choice.metric.words
+    scores, words = choice.images.scores, choice.images.metric.words
     if decision is not None:
         yield _candidates_table(choice, decision)
     yield table(
@@ -396,7 +384,7 @@ def compared_blocks(choice: Tuning, decision: ModelDecision | None) -> Iterator[
 
 
 def _candidates_table(choice: Tuning, decision: ModelDecision) -> Table:
-    scores, margin = choice.scores, choice.scores.hundredths(choice.request.margin_share)
+    scores, margin = choice.images.scores, choice.images.scores.hundredths(choice.request.margin_share)
     expected = partial(score_interval, scores), partial(own_interval_columns, "score")
     return table(
         "candidates",
@@ -407,7 +395,7 @@ def _candidates_table(choice: Tuning, decision: ModelDecision) -> Table:
             Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
             Column("File, about", "bytes", megabytes),
             Column("Folds", "folds"),
-            Column(f"{choice.metric.words.capitalize()} expected", "odds.score", *expected),
+            Column(f"{choice.images.metric.words.capitalize()} expected", "odds.score", *expected),
             Column(f"Against the best, {scores.unit}", "odds.loss", lambda loss: points(-loss), "loss"),
             Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
             Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),

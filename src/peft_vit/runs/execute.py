@@ -170,7 +170,7 @@ def run_one(
         for category in _RECORDED:
             warnings.simplefilter("always", category)
         first = (processes.rank() if member is None else member.rank) == 0
-        attempt = Attempt(spec, checkpoints if first else None, should_stop, caught)
+        attempt = ResumableRun(spec, checkpoints if first else None, should_stop, caught)
         try:
             with nullcontext() if member is None else member.joined():
                 finished = _execute(spec, attempt, on_progress)
@@ -287,7 +287,7 @@ class _Tested:
     believed: Reliability
 
 
-def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> Finished:
+def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | None) -> Finished:
     """Do what a run is, from loading to its record."""
     experiment = spec.experiment
     if METHODS[experiment.method].uses_peft:
@@ -389,7 +389,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
 
 
 def _prepare(
-    model: nn.Module, spec: RunSpec, attempt: Attempt, calibration: Calibration, total_steps: int
+    model: nn.Module, spec: RunSpec, attempt: ResumableRun, calibration: Calibration, total_steps: int
 ) -> list[Hook]:
     """Let the method change the model, with the bits and ranks that calibration images choose if that was asked for."""
     config, overhead = spec.experiment.section(QaLoraConfig), attempt.overhead
@@ -412,7 +412,9 @@ def _prepare(
         return METHODS[spec.experiment.method].prepare(model, spec.experiment, context)
 
 
-def _train_and_test(loaded: Loaded, hooks: list[Hook], attempt: Attempt, on_progress: OnProgress | None) -> _Tested:
+def _train_and_test(
+    loaded: Loaded, hooks: list[Hook], attempt: ResumableRun, on_progress: OnProgress | None
+) -> _Tested:
     """Train, and read the test split, once.
 
     With a probe to start from that is before training, while its features are there; training can't reach the images.
@@ -582,7 +584,7 @@ class PartialRecord(BaseModel):
     own_memory_bytes: int | None = 0  # None: the system does not tell
 
 
-class Attempt:
+class ResumableRun:
     """What `run_one` knows of the run's past, and keeps for its future.
 
     A checkpoint's state is {"training": see `TrainingState.state_dict`, "run": see `PartialRecord`}.

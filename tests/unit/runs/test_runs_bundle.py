@@ -34,7 +34,7 @@ def write(model, card, folder, name, bits=32):
     """Write a model's adapter, and its backbone if it is the folder's first."""
     header, tensors = backbone_of(copy.deepcopy(model), card)
     (folder / "backbone.safetensors").write_bytes(save(tensors, metadata={HEADER: header.model_dump_json()}))
-    packed = PackedAdapter.of_model(model, card, header, bits, max(bits, 4))
+    packed = PackedAdapter.of_model(model, card, header, bits)
     (folder / f"{name}.safetensors").write_bytes(packed.content())
     return packed
 

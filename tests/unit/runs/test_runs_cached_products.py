@@ -10,7 +10,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters.products import MatmulTimes
 from peft_vit.core.config import StudyConfig, load_study
 from peft_vit.core.quantization.integers import Int8Matmul
-from peft_vit.runs import run_one
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.storage import write_study_file
 from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.scheduling.scheduler import study_file

@@ -18,9 +18,9 @@ from peft_vit.core.training import Checkpoints, RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
 from peft_vit.data import load_data, make_splits, open_index
-from peft_vit.runs import run_one
 from peft_vit.runs.costs.estimate import EstimateRequest, Workload, estimate_runs
 from peft_vit.runs.costs.timing_run import timing_run
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.measures import removal_and_latency
 from peft_vit.runs.measures.removal_and_latency import removal_images
 from peft_vit.runs.records.run_rows import outcome_digest

@@ -17,8 +17,7 @@ from peft_vit.core.training import Checkpoints, CheckpointWarning, StartingRanks
 from peft_vit.core.training.checkpoint import write_checkpoint
 from peft_vit.data import load_data
 from peft_vit.runs import execute as run_module
-from peft_vit.runs import run_one
-from peft_vit.runs.execute import _MAY_DIFFER, _MUST_MATCH
+from peft_vit.runs.execute import _MAY_DIFFER, _MUST_MATCH, run_one
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.scheduling.plan import plan_study
 

@@ -17,7 +17,8 @@ from peft_vit.lab.analysis.recommendation import recommend
 from peft_vit.lab.analysis.studies import load_studies
 from peft_vit.lab.report import build_report
 from peft_vit.runs import execute as run_module
-from peft_vit.runs import head_init, run_one
+from peft_vit.runs import head_init
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.storage import run_folder
 
 pytestmark = pytest.mark.part("runner")

@@ -8,7 +8,7 @@ import tuning_odds
 from scipy import stats
 
 from peft_vit.base.statistics import odds
-from peft_vit.base.statistics.odds import FoldMeans, choose_model, means_of_images, posterior, resolvable_difference
+from peft_vit.base.statistics.odds import FoldMeans, choose_model, means_of_images, posterior
 
 RIGHT = (0.8, 0.8, 0.6)  # of three candidates; those that fail together do so on the same images
 
@@ -167,14 +167,6 @@ def test_a_share_stays_within_its_bounds_and_an_unstable_recipe_is_known_less_we
     unstable = FoldMeans(certain.means, certain.covariance, np.full(2, 0.03**2), 500.0, 500)
     wide = choose_model(unstable, [2, 1], [0], [0], 0.01).estimates[0].score
     assert wide.high - wide.low > 0.1
-
-
-def test_what_so_many_images_resolve_is_what_simulated_pairs_scatter_by() -> None:
-    rng = np.random.default_rng(7)
-    pairs = rng.choice([-1, 0, 1], size=(4000, 300), p=[0.05, 0.9, 0.05]).mean(1)
-    assert resolvable_difference(300) == pytest.approx(1.96 * pairs.std() * 2.25**0.5, rel=0.05)  # 5 (1 / 5 + 1 / 4)
-    assert resolvable_difference(1200) < 0.55 * resolvable_difference(300)
-    assert resolvable_difference(300, repetitions=3) < resolvable_difference(300)
 
 
 def test_a_model_that_loses_much_is_neither_shown_nor_taken_in_simulated_tunings() -> None:

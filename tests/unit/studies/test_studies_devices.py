@@ -19,7 +19,8 @@ from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import study_from_mapping
 from peft_vit.core.training import processes
 from peft_vit.fit.request import TrainRequest
-from peft_vit.runs import execute, run_one
+from peft_vit.runs import execute
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, torchrun
 from peft_vit.runs.executors.local import LocalExecutor
 from peft_vit.runs.records.scan import read_records

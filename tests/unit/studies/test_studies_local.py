@@ -15,7 +15,7 @@ from PIL import Image
 from written_runs import planned
 
 from peft_vit.base.errors import UserError
-from peft_vit.runs import run_one
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
 from peft_vit.runs.executors.local import LocalExecutor
 from peft_vit.runs.records.run_rows import outcome_digest

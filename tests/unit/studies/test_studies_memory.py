@@ -9,7 +9,7 @@ from small_methods import study_mapping
 from written_runs import planned
 
 from peft_vit.core.config import study_from_mapping
-from peft_vit.runs import run_one
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.executors import RunEnded
 from peft_vit.runs.executors.local import LocalExecutor
 from peft_vit.runs.scheduling.plan import plan_study

@@ -11,8 +11,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.backbones import describe
 from peft_vit.lab.request import RunRequest
 from peft_vit.lab.run_studies import run_studies
-from peft_vit.runs import run_one
 from peft_vit.runs.costs.memory_limit import StepCost, model_bytes
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.records.storage import read_record, read_study_file, write_study_file
 from peft_vit.runs.scheduling import profiling
 from peft_vit.runs.scheduling.plan import plan_study, spec_of

@@ -28,7 +28,6 @@ _AS_SMALL = 1.05  # times the bytes of the smallest: images of other sizes chang
 _QUANTILES = 64  # of what a posterior is a mixture over
 _SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
 _FLOOR = 0.1  # images, squared, in the variance of a candidate's right ones: two that never differed may yet
-_DISAGREEMENT = 0.1  # share of images that one of two models alone has right; adapters on one backbone: 0.02 to 0.14
 _RUNS = 10  # runs that the excess of their scatter is shrunk by
 
 
@@ -240,9 +239,3 @@ def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
     inner = (share * measured.images + 1) / (measured.images + 2)
     images = max(1, round(inner * (1 - inner) / variance))
     return replace(proportion_interval(share * images, images), n=measured.images)
-
-
-def resolvable_difference(images: int, repetitions: int = 1) -> float:
-    """Return by how much, a share, two models have to differ on five folds for chance to be ruled out, unshrunk."""
-    error = math.sqrt(_DISAGREEMENT * (1 / repetitions + 5 / 4) / images)  # as `means_of_images`
-    return critical_z() * error

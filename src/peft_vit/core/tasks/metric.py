@@ -39,7 +39,6 @@ class DecidingMetric:
         is_share: within [0, 1], printed in percent.
         counts_images: a share of images: contributions are 0 or 1.
         has_unit: in the unit of the labels.
-        as_share: name of an equivalent measure from 0 to 1.
     """
 
     name: str
@@ -53,15 +52,10 @@ class DecidingMetric:
     is_share: bool = True
     counts_images: bool = False
     has_unit: bool = False
-    as_share: str = ""
 
     def of(self, metrics: Metrics) -> float:
         """Return its value."""
         return metrics.value(self.name)
-
-    def share_of(self, metrics: Metrics) -> float:
-        """Return a value that rises with quality, to 1 of perfect predictions."""
-        return metrics.value(self.as_share or self.name)
 
     def loss(self, *arguments: Any) -> Interval:
         """Return how much worse a metric becomes; arguments as those of `gain`."""

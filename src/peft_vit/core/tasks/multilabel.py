@@ -143,7 +143,6 @@ class _Multilabel(Task):
     }
     loss_names = ("binary_cross_entropy", "asymmetric")
     outputs = "labels"
-    fifth_of = "each label"
     several = "{:,} images with up to {} labels each (multilabel)"
     gap = "{} mean average precision is the mean over {} of {} classes"
 

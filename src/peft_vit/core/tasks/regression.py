@@ -95,7 +95,7 @@ def _spearman(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     return np.mean([of_number(y, p) for y, p in zip(labels.T, predicted.T, strict=True)], axis=0)
 
 
-_ERROR: dict[str, Any] = {"sign": -1, "is_share": False, "has_unit": True, "as_share": "r2"}
+_ERROR: dict[str, Any] = {"sign": -1, "is_share": False, "has_unit": True}
 METRICS: Mapping[str, DecidingMetric] = {
     metric.name: metric
     for metric in (
@@ -125,7 +125,6 @@ class _Regression(Task):
     mixes = ("mixup",)  # half of a picture beside half of another has neither's number, nor one between
     outputs = "numbers"
     several = "{0:,} images with a number for {2} (regression)"
-    fifth_of = "each part of their range"
     metrics = METRICS
     loss_names = ("huber", "mse", "quantile")
 

@@ -58,7 +58,6 @@ class Task(Protocol):
         smooths: whether label smoothing applies.
         mixes: augmentations whose mixed labels are valid labels.
         weighs: whether class weights apply.
-        fifth_of: what a split takes a fifth of, for messages.
         several: template of the number of images, K and names, for messages.
         gap: template of a split that lacks a class: its name, classes present, K.
         outputs: plural noun of an output.
@@ -74,7 +73,6 @@ class Task(Protocol):
     smooths: bool = False
     mixes: tuple[str, ...] = ("mixup", "cutmix")
     weighs: bool = True
-    fifth_of: str = "each class"
     several: str
     gap: str = ""
     outputs: str = "classes"

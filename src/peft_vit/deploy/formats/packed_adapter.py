@@ -67,29 +67,21 @@ class PackedAdapter:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of_model(
-        cls,
-        model: nn.Module,
-        card: ExportMetadata,
-        base: LowBitHeader,
-        bits: StoredBits,
-        head_bits: StoredBits | None = None,
-    ) -> PackedAdapter:
+    def of_model(cls, model: nn.Module, card: ExportMetadata, base: LowBitHeader, bits: StoredBits) -> PackedAdapter:
         """Return what was trained of a model, without what shows images unlike its own.
 
         Args:
             model: that holds it.
             card: of the model.
             base: header of the backbone's file.
-            bits: of the adapter's values.
-            head_bits: of the head's weight; without them as the adapter's, but at least 8, since 4 lose two points
+            bits: of the adapter's values; the head's weight has at least 8, since 4 lose two points
                 (`calibration/scripts/head_bits.py`).
 
         Raises:
             UserError: if more than adapters and head was trained, or the PEFT library has done it.
         """
         backbone = Backbone(model)
-        head_bits = head_bits or (8 if bits < 8 else bits)
+        head_bits: StoredBits = 8 if bits < 8 else bits
         beside = [name for name in trained_tensors(model) if ".sites." not in name]
         others = sorted(set(beside) - backbone.of_head(beside))
         if others or tuner_layers(model):

@@ -58,7 +58,7 @@ class ImagesTest:
         """Return what it confuses; None of several labels, or of numbers."""
         from peft_vit.deploy.page.model_quality import model_quality
 
-        return model_quality(self, self.tested_calibration.probability)
+        return model_quality(self)
 
     @property
     def change(self) -> Interval | None:

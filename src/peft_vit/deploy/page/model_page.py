@@ -32,7 +32,7 @@ from peft_vit.deploy.page.model_quality import ModelQuality, doubted_labels
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
-from peft_vit.deploy.page.trained import beside_the_probe, best_known, later_lines, test_score
+from peft_vit.deploy.page.trained import beside_the_probe, best_known, later_lines, most_frequent_mistake, test_score
 
 CARD_FILE = "card.md"
 LOOK, BELIEF, IMAGES, MADE = (
@@ -242,9 +242,8 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
     yield accuracy_card(summary)
     yield from _probe_card(summary)
     if record.bytes is not None:
-        adapter = record.bytes.adapter_file_bytes
-        size = megabytes(record.bytes.frozen_bytes + adapter)
-        yield Card("Size", "backbone and what was trained", size, (f"{megabytes(adapter)} were trained",))
+        trained = f"{megabytes(record.bytes.adapter_file_bytes)} were trained"
+        yield Card("Size", "backbone and what was trained", megabytes(record.bytes.stored_bytes), (trained,))
     if record.latency_s:
         batch = min(record.latency_s)
         where = "" if record.provenance is None else plain(record.provenance.processor)
@@ -296,12 +295,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
         expected = f"{bounds_of(metric, summary.value)}{' %' if metric.is_share else ''}"
         yield f"On other images of the same kind expect {expected} ({metric.words}, 95 % interval)."
     yield from beside_the_probe(summary.record)
-    if quality is not None and quality.confusions:
-        most = quality.confusions[0]
-        yield (
-            f"Its most frequent mistake: {most.truth} predicted as {most.taken_for} ({most.images} of "
-            f"{most.of} images)."
-        )
+    yield from most_frequent_mistake(quality)
 
 
 # --- sections ---

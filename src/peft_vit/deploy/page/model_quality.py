@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from peft_vit.base.statistics import Interval, proportion_interval
 from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
@@ -123,14 +122,12 @@ def doubted_labels(on_folds: Predictions, class_names: Sequence[str]) -> list[Pr
     return [image for _, image in ranked if not image.right]
 
 
-def model_quality(record: RunRecord | ImagesTest, probability: ArrayLike | None = None) -> ModelQuality | None:
+def model_quality(record: RunRecord | ImagesTest) -> ModelQuality | None:
     """Return what a run's model is worth on its test images; None if the record holds no predictions of classes.
 
-    Args:
-        record: of a finished run, or a test on later images.
-        probability: of what is predicted of each image, (n,), where it is another than the record's, as calibrated.
+    Probabilities of answers are the calibrated ones, where there are such.
     """
-    predictions = record.predictions
+    predictions, tested = record.predictions, record.tested_calibration
     if predictions is None or not predictions.labels or not TASKS[record.task].one_class:
         return None
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
@@ -139,13 +136,13 @@ def model_quality(record: RunRecord | ImagesTest, probability: ArrayLike | None 
     names += [f"class {place}" for place in range(len(names), k)]
     confusion = np.zeros((k, k), dtype=np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    probabilities = np.asarray(predictions.probability if probability is None else probability, dtype=np.float64)
+    probabilities = predictions.probability if tested is None else tested.probability
     files = [plain(file) for file in predictions.files or ()]
     files = files or [f"image {position}" for position in predictions.images]
     by_class = zip(
         names, np.diag(confusion).tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True
     )
-    by_image = zip(predictions.images, files, labels.tolist(), predicted.tolist(), probabilities.tolist(), strict=True)
+    by_image = zip(predictions.images, files, labels.tolist(), predicted.tolist(), probabilities, strict=True)
     return ModelQuality(
         accuracy=ACCURACY.interval(labels, predicted),
         balanced_accuracy=BALANCED_ACCURACY.interval(labels, predicted),

@@ -72,19 +72,16 @@ ENDINGS = (".csv", ".json")
 
 
 def print_with_rows(
-    blocks: Iterable[Paragraph | Table],
-    rows: Sequence[Mapping[str, Any]],
-    output: Path | None,
-    columns: Sequence[str] = (),
+    blocks: Iterable[Paragraph | Table], rows: Sequence[Mapping[str, Any]], output: Path | None
 ) -> None:
-    """Print blocks; write rows to a .csv or .json file if one is named, with some columns even if there is no row.
+    """Print blocks; write rows to a .csv or .json file if one is named.
 
     Raises:
         UserError: if the file can't be written; see `check_rows_file` for what is refused before.
     """
     print_blocks(blocks)
     if output is not None:
-        write_rows(rows, output, dict.fromkeys(columns))
+        write_rows(rows, output, {})
         print_blocks([Paragraph(f"{len(rows)} rows: {output}")])
 
 

@@ -14,6 +14,7 @@ from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thres
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, or_dash, value_of
 from peft_vit.deploy.page.images_test import ImagesTest
+from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.tables import Column, table
 
 _FEWEST_TESTED, _FEW_TESTED = 5, 20  # images; fewer say next to nothing, and less than folds
@@ -54,7 +55,7 @@ def test_line(record: RunRecord) -> str:
 
 def later_lines(tested: ImagesTest) -> list[str]:
     """Return a test on later images in lines: the score, how it differs from the model's own test, what is confused."""
-    metric, value, change, quality = tested.metric, tested.value, tested.change, tested.quality
+    metric, value, change = tested.metric, tested.value, tested.change
     lines = [f"{metric.words.capitalize()} {_score(metric, value)}, on {count(value.n)} images."]
     if tested.own is None or change is None:
         lines.append("Its own test is not known: the record of its run is not beside the file.")
@@ -65,11 +66,15 @@ def later_lines(tested: ImagesTest) -> list[str]:
         lines.append(f"{gain_of(metric, change.estimate)}{points} ({ends}) compared with {own}.")
         if change.low is None or change.high is None or change.low <= 0 <= change.high:
             lines.append("That may be chance: these are other images.")
-    if quality is not None and quality.confusions:
-        most = quality.confusions[0]
-        confused = f"{most.truth} predicted as {most.taken_for} ({most.images} of {most.of} images)"
-        lines.append(f"Its most frequent mistake: {confused}.")
-    return lines
+    return [*lines, *most_frequent_mistake(tested.quality)]
+
+
+def most_frequent_mistake(quality: ModelQuality | None) -> list[str]:
+    """Return which class is predicted as which other one most often; nothing without mistakes, or without classes."""
+    return [
+        f"Its most frequent mistake: {one.truth} predicted as {one.taken_for} ({one.images} of {one.of} images)."
+        for one in (() if quality is None else quality.confusions[:1])
+    ]
 
 
 def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | None = None) -> list[str]:

@@ -124,20 +124,13 @@ class MethodResult:
     above_majority: Interval
     runs_above_majority: int
     final_parameters: float
-    frozen_bytes: float
-    adapter_file_bytes: float
+    stored_bytes: float
     seconds_per_step: float | None
-    latency_s: float | None  # of a forward pass of one image; None if no run measured it
 
     @property
     def name(self) -> str:
         """Return the experiment's name."""
         return self.experiment.name
-
-    @property
-    def stored_bytes(self) -> float:
-        """Return what a trained model takes to keep: everything frozen, and the adapter file."""
-        return self.frozen_bytes + self.adapter_file_bytes
 
 
 def method_results(study: Study) -> tuple[MethodResult, ...]:
@@ -159,10 +152,8 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
                 above_majority=mean_interval(margins),
                 runs_above_majority=sum(margin > 0 for margin in margins),
                 final_parameters=fmean(run.parameters.final for run in runs),
-                frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
-                adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
+                stored_bytes=fmean(run.bytes.stored_bytes for run in runs),
                 seconds_per_step=recorded_mean(run.record.seconds_per_step for run in runs),
-                latency_s=recorded_mean(run.record.latency_s.get(1) for run in runs),
             )
         )
     return tuple(results)

@@ -50,7 +50,7 @@ def frame(studies: Mapping[str, Study]) -> tuple[Row, ...]:
 
 def _costs(run: Run, batch: int) -> dict[Cost, float | None]:
     return {
-        "stored_bytes": run.bytes.frozen_bytes + run.bytes.adapter_file_bytes,
+        "stored_bytes": run.bytes.stored_bytes,
         "parameters": run.parameters.final,
         "seconds_per_step": run.record.seconds_per_step or None,  # 0 is that of a clock that was set back
         "latency_s": run.record.latency_s.get(batch),

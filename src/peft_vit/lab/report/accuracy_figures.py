@@ -14,24 +14,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
-from matplotlib.patches import Patch
 
 from peft_vit.base.statistics import Interval, Verdict
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.core.tasks import Scores
 from peft_vit.deploy.page.document import Drawing, Raw
-from peft_vit.deploy.page.figure import (
-    DASHED,
-    GRID,
-    INK,
-    METHOD_COLORS,
-    MUTED,
-    PAPER,
-    Canvas,
-    draw,
-    leading,
-    quiet_grid,
-)
+from peft_vit.deploy.page.figure import DASHED, INK, METHOD_COLORS, MUTED, PAPER, Canvas, draw, leading, quiet_grid
 from peft_vit.deploy.page.formatting import (
     better_question,
     counted,
@@ -48,7 +36,6 @@ _ROW_IN = 0.31
 ROWS = 40
 _Style = dict[str, Any]  # of artists, as matplotlib names it
 _INTERVAL: _Style = {"lw": 2.2, "alpha": 0.45}
-_MARGIN: _Style = {"color": GRID, "alpha": 0.6, "lw": 0}
 
 
 class _Unit(NamedTuple):
@@ -90,7 +77,7 @@ def _rows(
     estimates: Sequence[Estimate],
     colors: Mapping[str, str],
     limits: tuple[float, float],
-    legend: Sequence[Line2D | Patch],
+    legend: Sequence[Line2D],
     scores: Scores,
     *,
     paired: bool,
@@ -200,34 +187,26 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
     return draw("accuracy_by_method", title, caption, 1.15 + _ROW_IN * len(drawn), paint, data)
 
 
-def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawing]:
-    """Return one figure for each reference that something could be paired with.
-
-    Args:
-        analysis: of the study.
-        margin: a difference, as a share, below which one does not matter; drawn as a band around 0.
-    """
+def forests(analysis: Analysis) -> dict[str, Drawing]:
+    """Return one figure for each reference that something could be paired with."""
     paired = grouped(
         (estimate.reference, estimate) for estimate in analysis.comparisons if estimate.interval is not None
     )
-    return {reference: _forest(analysis, reference, estimates, margin) for reference, estimates in paired.items()}
+    return {reference: _forest(analysis, reference, estimates) for reference, estimates in paired.items()}
 
 
-def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], margin: float | None) -> Drawing:
+def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate]) -> Drawing:
     scores = analysis.study.scores
     rows, note = leading(estimates, validation_means(analysis.methods), ROWS, lambda estimate: estimate.name)
     colors = {m.name: METHOD_COLORS[m.experiment.method] for m in analysis.methods}
-    legend: list[Line2D | Patch] = [
+    legend = [
         _entry("one pair", marker="o", ms=3.5, mfc=PAPER),
         _entry("mean, decided", marker="s", ms=5.5),
         _entry("mean, not decided", mfc=PAPER, **_MEANS[True]),
         _entry("95 % interval", ls="-", **_INTERVAL),
     ]
-    band = 100 * (margin or 0.0)
-    if margin is not None:
-        legend.append(Patch(**_MARGIN, label=f"margin, {scores.hundredths(margin)}"))
-    # Around zero, the margin and the pairs, and intervals up to that width beside them.
-    inner = [-band, band, *(100 * pair for row in rows for pair in row.by_seed.values())]
+    # Around zero and the pairs, and intervals up to that width beside them.
+    inner = [0.0, *(100 * pair for row in rows for pair in row.by_seed.values())]
     low, high = min(inner), max(inner)
     room = max(0.5, high - low)
     intervals = [row.interval for row in rows if row.interval is not None]
@@ -236,8 +215,6 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.figure.add_subplot()
-        if margin is not None:
-            axes.axvspan(-band, band, **_MARGIN, zorder=0)
         axes.axvline(0, color=INK, lw=1, zorder=1)
         _rows(canvas, axes, rows, colors, (low - 0.05 * room, high + 0.05 * room), legend, scores, paired=True)
         end, words = "\n" if canvas.narrow else " ", scores.metric.words
@@ -246,12 +223,11 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
             end, what = "\n", f"by how much the test {words} is smaller than that of {reference}"
         axes.set_xlabel(f"{what}{end}({'percentage points' if scores.metric.is_share else scores.unit})")
 
-    shown = "" if margin is None else " The band is the margin within which a difference does not matter."
     caption = (
         f"Each run minus the run of {reference} with the same seed. Small circles: single pairs. Square and number: "
         "their mean. Line: 95 % t interval over seeds, with an arrow where it leaves the picture. The intervals "
         "describe and are not corrected for their number; the table's test decides. Filled squares: decided; open "
-        f"squares: not decided.{shown}{note}"
+        f"squares: not decided.{note}"
     )
     data = [
         {
@@ -261,7 +237,6 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
             "difference": value,
             **_interval_values(estimate.interval),
             "verdict": estimate.verdict,
-            "margin": margin,
         }
         for estimate in estimates
         for seed, value in estimate.by_seed.items()

@@ -180,8 +180,7 @@ def _only_model(
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
         return None
     record = runs[0].record
-    tested = record.tested_calibration
-    quality = model_quality(record, None if tested is None else tested.probability)
+    quality = model_quality(record)
     if quality is None and not (record.test is not None and record.test.more):
         return None
     folder = next(results.directory.rglob(RECORD_FILE)).parent

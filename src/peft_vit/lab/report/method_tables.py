@@ -88,10 +88,10 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
             mean_of(
                 "adapter alone", "adapter_parameters", lambda run: run.parameters.final - run.parameters.head, count
             ),
-            Column("frozen", "frozen_bytes", megabytes),
-            Column("adapter file", "adapter_file_bytes", megabytes),
+            mean_of("frozen", "frozen_bytes", lambda run: run.bytes.frozen_bytes, megabytes),
+            mean_of("adapter file", "adapter_file_bytes", lambda run: run.bytes.adapter_file_bytes, megabytes),
             Column("s a step", "seconds_per_step", lambda s: fixed(s, 3)),
-            Column("latency (ms)", "latency_s", lambda s: fixed(1000 * s, 1)),
+            mean_of("latency (ms)", "latency_s", lambda run: run.record.latency_s.get(1), lambda s: fixed(1000 * s, 1)),
             mean_of("memory of a run", "own_memory_bytes", lambda run: run.record.own_memory_bytes, megabytes),
             *only_in_file(n=lambda m: len(m.runs)),
         ],

@@ -106,7 +106,7 @@ def _in_words(resources: dict[str, float]) -> str:
 
 
 @dataclass
-class _Attempt:
+class _Task:
     """A task as the driver sees it."""
 
     run: PlannedRun
@@ -138,7 +138,7 @@ class RayExecutor:
         self._need = need
         self._results_dir = Path(os.path.abspath(results_dir))
         self._checkpoint_every_s = checkpoint_every_s
-        self._attempts: dict[int, _Attempt] = {}
+        self._attempts: dict[int, _Task] = {}
         self._submitted = 0
         self._events: deque[Event] = deque()
         self._stopping = False
@@ -170,7 +170,7 @@ class RayExecutor:
             task = self._together.remote(self._need.resources, self._need.devices, *attempt)
         else:
             task = self._task.remote(*attempt)
-        self._attempts[self._submitted] = _Attempt(run, task, time.monotonic())
+        self._attempts[self._submitted] = _Task(run, task, time.monotonic())
 
     def next_event(self, timeout_s: float) -> Event | None:
         """Return what happened next; None if nothing did within the time."""
@@ -232,7 +232,7 @@ class RayExecutor:
                     attempt.started, attempt.since = True, time.monotonic()
                     self._events.append(RunStarted(attempt.run, message))
 
-    def _end(self, attempt: _Attempt) -> None:
+    def _end(self, attempt: _Task) -> None:
         try:
             result = ray.get(attempt.task)
         except RayTaskError as error:
@@ -247,7 +247,7 @@ class RayExecutor:
         else:
             self._events.append(event_of(attempt.run, result))
 
-    def _lose(self, attempt: _Attempt, reason: str, failure: Failure, traceback: str | None = None) -> None:
+    def _lose(self, attempt: _Task, reason: str, failure: Failure, traceback: str | None = None) -> None:
         reason = textwrap.shorten(reason, _REASON_CHARACTERS)
         self._events.append(failed_attempt(attempt.run, reason, time.monotonic() - attempt.since, failure, traceback))
 

@@ -23,7 +23,6 @@ def carry_out(
     executor: ExecutorName = "local",
     ray_address: str | None = None,
     skip_failed: bool = False,
-    alone: bool = False,
 ) -> dict[str, str]:
     """Do what a plan says is pending, show it, and return why runs have failed, by run id; see `drive`.
 
@@ -34,7 +33,6 @@ def carry_out(
         executor: what does the runs.
         ray_address: of a cluster.
         skip_failed: leave out what failed in an earlier call.
-        alone: the plan has one run, whose steps are shown.
 
     Raises:
         UserError, KeyboardInterrupt: see `drive`.
@@ -47,7 +45,7 @@ def carry_out(
     results_dir = lock.folder.parent
     make_executor = partial(open_executor, executor, plan, results_dir, ray_address)
     deadline = None if limit is None else Deadline(plan, results_dir, limit, executor)
-    with StudyProgress(plan, results_dir, until=None if limit is None else limit.over_at, alone=alone) as watch:
+    with StudyProgress(plan, results_dir, until=None if limit is None else limit.over_at) as watch:
         failed = drive(plan, lock, make_executor, watch.on_event, skip_failed=skip_failed, deadline=deadline)
     if deadline is not None and not failed and all(run.state != "done" for run in study_status(lock.folder).runs):
         reason = f"no run was done in {deadline.limit.minutes:g} minutes: {deadline.shortest()}"

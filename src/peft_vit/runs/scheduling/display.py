@@ -108,21 +108,14 @@ class StudyProgress(ProgressDisplay):
         results_dir: checkpoints lie below it, from which runs continue; None: there are none.
         console: where to show it.
         until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
-        alone: it is one run, whose name and whose end are reported elsewhere.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        results_dir: Path | None = None,
-        *,
-        console: Console | None = None,
-        until: float | None = None,
-        alone: bool = False,
+        self, plan: Plan, results_dir: Path | None = None, *, console: Console | None = None, until: float | None = None
     ) -> None:
         super().__init__(self._shown, self._of_the_quietest, console)
         self._until = math.inf if until is None else until
-        self._alone, self._notices = alone, plan.notices
+        self._notices = plan.notices
         self._since = time.monotonic()
         self._workers = plan.study.execution.workers
         self._waiting = {run.spec.name: run for run in plan.pending}
@@ -135,7 +128,7 @@ class StudyProgress(ProgressDisplay):
         now = time.monotonic()
         running = min(list(self._running.values()), key=lambda running: running.said_at, default=None)
         if running is None:
-            return f"getting ready; {self._left_for_all(now)} left" if self._alone and self._waiting else None
+            return None
         running.said_at = now
         if running.latest is None:
             said = f"getting ready (weights, features of the images) for {duration(now - running.started_at)}"
@@ -149,7 +142,7 @@ class StudyProgress(ProgressDisplay):
         return f"{self._place(running.run)}{said}; {left}"
 
     def _place(self, run: PlannedRun) -> str:
-        return "" if self._alone else f"[{self._ended()}/{self._count}] {run.spec.run_id}: "
+        return f"[{self._ended()}/{self._count}] {run.spec.run_id}: "
 
     def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
@@ -163,7 +156,7 @@ class StudyProgress(ProgressDisplay):
             case RunStarted():
                 self._waiting.pop(name, None)
                 self._running[name] = _Running(run, said_at=now, started_at=now)
-                if not self.is_drawn and not self._alone:
+                if not self.is_drawn:
                     self.say(f"{self._place(run)}started on {event.worker}")
             case RunProgress():
                 if (running := self._running.get(name)) is not None:
@@ -175,9 +168,7 @@ class StudyProgress(ProgressDisplay):
                 for warning in event.record.warnings:
                     if not any(notice.startswith(warning) for notice in self._notices):  # which the plan has said
                         self.say(f"{self._place(run)}warning: {warning}")
-                outcome = self._outcome(run, event.record)
-                if not self._alone:
-                    self.say(f"{self._place(run)}{outcome}")
+                self.say(f"{self._place(run)}{self._outcome(run, event.record)}")
             case RunRetried() | RunInterrupted():
                 self._running.pop(name, None)
                 self._waiting[name] = run
@@ -229,9 +220,8 @@ class StudyProgress(ProgressDisplay):
             cells = [_UNKNOWN] * 5 if latest is None else _cells(latest, running.run)
             table.add_row(name, cells[0], left.get(name, _UNKNOWN), *cells[1:])
         left_s = self._left_s(now)
-        ended = "" if self._alone else f"{self._ended()} of {self._count} runs ended, "
         share = (now - self._since) / max(1.0, now - self._since + left_s)
-        total = bar(share, f"{ended}about {duration(left_s)} left")
+        total = bar(share, f"{self._ended()} of {self._count} runs ended, about {duration(left_s)} left")
         return Group(*([table] if table.row_count else []), total)
 
 

@@ -102,8 +102,8 @@ def drive(
             run for run in plan.pending if not skip_failed or read_run_files(lock.folder, run.spec.name).failure is None
         ]
         if executor is not None:
-            attempts = _Attempts(executor, store, report, plan.study.execution.retries)
-            attempts.carry_out(waiting, deadline)
+            open_runs = _OpenRuns(executor, store, report, plan.study.execution.retries)
+            open_runs.carry_out(waiting, deadline)
         failures = {run.spec.run_id: read_run_files(lock.folder, run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
@@ -112,7 +112,7 @@ def drive(
 
 
 @dataclass
-class _Attempts:
+class _OpenRuns:
     """What of a call is not over yet, and what each event means for it."""
 
     executor: Executor
