@@ -153,7 +153,7 @@ def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tunin
     longer, steps = times_longer(fit, recipe), gain_of_steps(fit.frame, recipe)
     with fit.stage("final"):
         final, before = train_last(fit, recipe, longer)
-    error, unit = done.images.scores.best - decision.odds.score.estimate, done.scores.unit
+    error, unit = done.images.scores.best - decision.odds.score.estimate, done.images.scores.unit
     more = what_more_buys(labels, error, steps, longer, done.sizes, untried, done.request.minutes, unit)
     done = replace(done, recipe=recipe, decision=decision, longer=longer, more=more)
     return replace(done, final=final, before_rounding=before)
