@@ -213,7 +213,8 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     assert runner.carried_out[0][1] == finals[0]  # once, and nothing before it
     steps = round(choice.longer * recipe.steps * 38 / 31)  # of 48 images 10 are sealed
     assert finals[-1] == replace(recipe.trained, steps=steps).name
-    assert len(finals) <= 2  # the second since more steps gain on folds
+    assert finals[0] == "linear"  # a model that is there while the first training takes its minutes
+    assert len(finals) <= 3  # the third since more steps gain on folds
     assert len(choice.folds) >= 5
     assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
     assert len(set(json.loads((tmp_path / "images.json").read_text())["sealed"])) == 10  # a fifth of 48
@@ -590,11 +591,10 @@ def test_a_machine_that_is_slower_than_it_seemed_delivers_its_first_training(tun
     environment = environment_of(runner, throughput=environment.throughput)
     choice = tuning(environment=environment, minutes=20.0, image_sizes=(64,))
     assert not choice.recipe.is_probe
-    assert sum(study.startswith("final") for study, *_ in runner.carried_out) == 1
+    (name,) = (own for study, own, _ in runner.carried_out if study.startswith("final") and own != "linear")
     if step_s < 9:  # then the first training alone takes longer than there is
         assert runner.now <= 1.1 * 20 * 60
-    steps = int(next(name for study, name, _ in runner.carried_out if study.startswith("final")).split("_")[-1])
-    assert steps == round(choice.longer * choice.recipe.steps * 38 / 31)
+    assert int(name.split("_")[-1]) == round(choice.longer * choice.recipe.steps * 38 / 31)
 
 
 def test_a_size_whose_model_takes_longer_to_write_than_there_is_time_is_not_taken(

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # on folds; more only where they are shown to gain
 MOST_LAST_STEPS = 768  # of the first model
 SIZES_SHARE = 0.15  # of the minutes
+LONG_S = 240.0  # of a first training; a linear probe, which takes a minute to be trained and written, comes before it
 _FEWEST, _FEW = 300, 1500  # images by which sizes can be compared; up to which folds are worth their fits
 _FOLD_STEPS = 0.8  # of those of the last training, at most: as many epochs
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 TITLES = {
     "look": "your images",
     "sizes": "image sizes",
+    "probe": "a linear probe",
     "first": "a first model",
     "folds": "how good it is",
     "search": "other recipes",

@@ -32,7 +32,7 @@ from peft_vit.core.tasks import Labels, Scores, expected_gain, metric_of
 from peft_vit.core.training import Features, RuntimeConfig, can_hold_out, head_inputs, held_out_fit, loss_weights
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.deploy.page.formatting import joined
-from peft_vit.fit.costs import LEAST_STEPS, SIZES_SHARE
+from peft_vit.fit.costs import LEAST_STEPS, LONG_S, SIZES_SHARE
 from peft_vit.fit.decide import posterior_by_size
 from peft_vit.fit.fit import MEMORY_OPTION, Fit
 from peft_vit.fit.intake import sizes_to_try
@@ -517,7 +517,10 @@ def _with_length(fit: Fit, size: SizeResult) -> SizeResult:
     recipe = usual_recipe(fit, size.model, size.image_size)
     if size.why or recipe.is_probe or not fit.costs.fits_memory(recipe):
         return size
-    steps, longer = fit.costs.lengths(recipe, fit.limit.left_s)
+    left_s = fit.limit.left_s
+    if not fit.request.main_study and fit.decisions.delivered is None and fit.request.last_share * left_s > LONG_S:
+        left_s -= fit.costs.ending_s(size.probe)  # which is written before
+    steps, longer = fit.costs.lengths(recipe, left_s)
     last = fit.costs.last_steps(replace(recipe, steps=steps), longer) if steps else 0
     return replace(size, steps=steps, longer=longer, last_steps=last)
 

@@ -1,6 +1,7 @@
 """`peft-vit tune`: from images and limits to the smallest model that is shown to be good enough.
 
-It begins as `train` does, see there, and continues while there is time:
+It begins as `train` does, see there, but writes a linear probe before a first training that takes some minutes, so that
+there is a model soon. It continues while there is time:
 
 - search: LoRA over sizes, rates and steps by successive halving over folds (arXiv 1502.07943). The default, the usual
   rate with the most steps at the most promising size, always continues, and what may have been lucky does not displace
@@ -24,7 +25,7 @@ from dataclasses import replace
 from itertools import islice
 
 from peft_vit.core.config import QuantizationType, named_as_typed
-from peft_vit.fit.costs import LEAST_STEPS
+from peft_vit.fit.costs import LEAST_STEPS, LONG_S
 from peft_vit.fit.decide import (
     best_of,
     clearly_better,
@@ -53,7 +54,7 @@ def tune(
 ) -> Tuning | None:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
-    Once the first training is done, there is a model in the output, and what is found later only replaces it.
+    Once the image sizes are compared, there is a model in the output, and what is found later only replaces it.
 
     Args:
         request: what was asked for.
@@ -98,11 +99,15 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     """Do what is not done of a tuning of images that were looked at, at the image sizes that are allowed by model."""
     sizes, first, longer = begin(fit, allowed)
     probe = best_linear_probe(fit, sizes).probe
+    if fit.decisions.delivered is None and not first.is_probe and _takes_long(fit, first, longer):
+        with fit.stage("probe"):
+            early = within_limits(fit, probe)
+            trained = train_last(fit, early, 1.0)
+        _write(fit, _tuning(fit, request, sizes, early, 1.0, trained))
     first, longer, final = _first_model(fit, first, longer, probe)
     form = within_limits(fit, first)
-    meaning = meaning_of_last(fit, form, form, longer, final[0].learned)
-    done = Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer, meaning=meaning)
-    if fit.decisions.delivered is None:
+    done = _tuning(fit, request, sizes, form, longer, final)
+    if fit.decisions.delivered is None or (fit.decisions.delivered[0].is_probe and not form.is_probe):
         _write(fit, done)
     with fit.stage("folds"):
         limit = fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
@@ -125,6 +130,24 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     fit.file.finished = request.minutes
     fit.save()
     return done
+
+
+def _takes_long(fit: Fit, first: Recipe, longer: float) -> bool:
+    """Tell whether a first training takes so long that a linear probe is written before it."""
+    return fit.costs.last_s(first, fit.costs.last_steps(first, longer)) > LONG_S
+
+
+def _tuning(
+    fit: Fit,
+    request: TuneRequest,
+    sizes: Sequence[SizeResult],
+    form: Recipe,
+    longer: float,
+    final: tuple[Outcome, Outcome],
+) -> Tuning:
+    """Return a tuning whose model is the only one so far."""
+    meaning = meaning_of_last(fit, form, form, longer, final[0].learned)
+    return Tuning(request, fit.images, tuple(sizes), form, *final, longer=longer, meaning=meaning)
 
 
 def _first_model(
