@@ -39,7 +39,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from peft_vit.base.statistics import probabilities
-from peft_vit.core.config import DEFAULT_MODEL, LABEL_SMOOTHING, LIGHT_AUGMENTATION, Augmentation, study_from_mapping
+from peft_vit.core.config import (
+    AUGMENTATION_OF_FLIPS,
+    DEFAULT_MODEL,
+    LABEL_SMOOTHING,
+    LIGHT_AUGMENTATION,
+    study_from_mapping,
+)
 from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.tasks.classification import ACCURACY, log_softmax
 from peft_vit.core.training import Features, fit_probe, held_out_fit
@@ -119,7 +125,7 @@ def by_lora(name: str, given: Ints, image_size: int, work: Path) -> FloatArray:
             Image.fromarray(picture).convert("RGB").save(folder / f"{k:05}.png")
     rows = [f"{k:05}.png,{label:03}" for k, label in enumerate(given)]
     table.write_text("\n".join(["path,label", *rows]) + "\n")
-    flips = [] if name == "digits" else [Augmentation(flip="horizontal")]
+    flips = [] if name == "digits" else AUGMENTATION_OF_FLIPS["horizontal"]
     training = {
         "augmentation": [change.model_dump(mode="json") for change in (*flips, *LIGHT_AUGMENTATION)],
         "label_smoothing": LABEL_SMOOTHING,
@@ -187,6 +193,7 @@ def main() -> None:
     options = parser(__doc__, image_size=56, plantings=10)
     options.add_argument("sets", nargs="*")
     options.add_argument("--by", choices=("regression", "lora"), default="regression")
+    options.add_argument("--ways", nargs="+", choices=_WAYS, default=[*_WAYS])
     options.add_argument("--work", type=Path, default=Path())
     asked = options.parse_args()
     file = RESULTS / "label_errors.csv"
@@ -197,7 +204,7 @@ def main() -> None:
         p = np.exp(log_softmax(held_out_fit(Features(*taken[:2]), np.arange(len(taken.labels)), ACCURACY, l2=_L2)[1]))
         p[np.arange(len(p)), taken.labels] = 0
         confused[name] = np.array([p[taken.labels == k].sum(0).argmax() for k in range(p.shape[1])])
-    for planting, way, name in ((k, way, name) for k in range(asked.plantings) for way in _WAYS for name in sets):
+    for planting, way, name in ((k, way, name) for k in range(asked.plantings) for way in asked.ways for name in sets):
         said = way + (_BY_LORA if asked.by == "lora" else "")
         if (name, said, str(planting), str(asked.image_size)) in done:
             continue

@@ -22,6 +22,7 @@ FIRST_S, EVERY_S, SELDOM_S = 1.5, 10.0, 60.0  # of silence: before the first lin
 _LONGER = 0.1  # silence over what has passed: in twenty minutes some forty lines
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 _BAR_WIDTH = 24
+_OF_NOTEBOOK = "JPY_PARENT_PID"  # the environment of commands that a notebook's kernel starts
 
 
 def duration(seconds: float) -> str:
@@ -37,11 +38,14 @@ def quoted(*words: str | Path) -> str:
 
 
 def open_console(file: TextIO | None = None) -> Console:
-    """Return the console of a stream, by default the standard output; in a pipe lines are as wide as a table needs."""
+    """Return the console of a stream, by default the standard output; in a pipe lines are as wide as a table needs.
+
+    `!peft-vit` in a notebook is no terminal, since the notebook's file would keep each state of a bar.
+    """
     from rich.console import Console
 
-    console = Console(file=file)
-    return console if console.is_terminal else Console(file=file, width=_PLAIN_WIDTH)
+    console = Console(file=file, force_terminal=False if _OF_NOTEBOOK in os.environ else None)
+    return console if console.is_terminal else Console(file=file, force_terminal=False, width=_PLAIN_WIDTH)
 
 
 def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> None:

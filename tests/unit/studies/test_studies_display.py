@@ -90,6 +90,13 @@ def test_in_a_notebook_one_line_is_rewritten(monkeypatch) -> None:
     assert in_notebook.file.getvalue() == ""
 
 
+def test_a_command_of_a_notebook_is_no_terminal(monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as IPython's kernel sets it
+    assert console.open_console(io.StringIO()).is_terminal
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    assert not console.open_console(io.StringIO()).is_terminal
+
+
 def test_a_count_is_told_soon_then_every_ten_seconds_or_in_a_bar(monkeypatch) -> None:
     now = SimpleNamespace(s=0.0)
     monkeypatch.setattr(console.time, "monotonic", lambda: now.s)
