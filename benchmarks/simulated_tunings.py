@@ -82,8 +82,8 @@ class StandIns:
         experiments = {experiment["name"]: experiment for experiment in mapping["experiments"]}
         for seed in [] if limit is None else mapping["seeds"]:
             for name, experiment in experiments.items():
-                steps = experiment["training"].get("steps", 0) * (size / SIZES[-1]) ** 2
-                seconds = self.start_s + self.step_s * steps
+                steps = experiment["training"].get("steps", 0)
+                seconds = self.start_s + self.step_s * steps * (size / SIZES[-1]) ** 2
                 if (study, name, seed) in self.done or limit.left_s < seconds:
                     continue
                 if self.kill_after is not None and len(self.carried_out) >= self.kill_after:
@@ -92,7 +92,7 @@ class StandIns:
                 self.carried_out.append((study, name, seed))
                 self.accuracy[study, name] = self.truth(experiment, size)
                 tested = self._tested(seed) if mapping["data"]["folds"] else self._sealed()
-                self.done[study, name, seed] = self._outcome((study, name, seed), tested, seconds)
+                self.done[study, name, seed] = self._outcome((study, name, seed), tested, seconds, steps)
         wanted = [(name, seed) for name in experiments for seed in mapping["seeds"]]
         return {at: self.done[study, *at] for at in wanted if (study, *at) in self.done}
 
@@ -118,11 +118,12 @@ class StandIns:
             logits[one] = self._logits(outcome.labels, right)
         return logits
 
-    def _outcome(self, at: tuple[str, str, int], images: NDArray[np.int64], seconds: float) -> Outcome:
+    def _outcome(self, at: tuple[str, str, int], images: NDArray[np.int64], seconds: float, steps: int) -> Outcome:
         study, name, seed = at
         right = self._right(f"{study} {name}", images, self.accuracy[study, name], seed)
         labels = self._labels(images)
-        return Outcome(images, labels, self._logits(labels, right), seconds, Path(study) / name / f"seed_{seed}")
+        logits, folder = self._logits(labels, right), Path(study) / name / f"seed_{seed}"
+        return Outcome(images, labels, logits, seconds, folder, steps=steps)
 
     def _right(self, recipe: str, images: NDArray[np.int64], accuracy: float, run: int) -> NDArray[np.bool_]:
         def normal(*of: Any) -> NDArray[np.float64]:

@@ -131,6 +131,7 @@ class Decisions(BaseModel):
         more_labels: by what share of its error twice as many labels lower a regression's, by place; None: unknown.
         tested_images: that a model is read on, by place.
         trained_images: that the last training has, by place, where not all fit.
+        last_s: that the steps of a last training may take, by experiment.
         first: the recipe that is trained first, and how many times longer than on folds.
         trained: what was trained for the last time, and how many times longer than on folds.
         delivered: likewise, what was written.
@@ -150,6 +151,7 @@ class Decisions(BaseModel):
     more_labels: dict[str, Interval | None] = {}
     tested_images: dict[str, int] = {}
     trained_images: dict[str, int] = {}
+    last_s: dict[str, float] = {}
     first: tuple[Recipe, float] | None = None
     trained: list[tuple[Recipe, float]] = []
     delivered: tuple[Recipe, float] | None = None

@@ -57,6 +57,7 @@ class Outcome:
         labels: of them, n.
         logits: what it says of them, (n, K), as the task has them that it learned.
         seconds: that the run took.
+        steps: that it trained.
         folder: of its files.
         learned: its task, with what of it follows from its training images.
     """
@@ -67,6 +68,7 @@ class Outcome:
     seconds: float
     folder: Path
     learned: Task = CLASSIFICATION
+    steps: int = 0
 
     @classmethod
     def of(cls, record: RunRecord, folder: Path) -> Self:
@@ -76,7 +78,8 @@ class Outcome:
         assert predictions.logits is not None
         images, logits = np.asarray(predictions.images, np.int64), np.asarray(predictions.logits, np.float64)
         task = TASKS[record.spec.task].restored(record.decision)
-        return cls(images, rows_of(predictions.labels), logits, record.seconds, folder, task)
+        labels, steps = rows_of(predictions.labels), len(record.steps)
+        return cls(images, labels, logits, record.seconds, folder, task, steps)
 
     def with_logits(self, logits: Any) -> Self:
         """Return what another form of the run's model came to on the same images."""

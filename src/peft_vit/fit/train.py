@@ -46,6 +46,7 @@ from peft_vit.runs.records.storage import RECORD_FILE, link_latest, read_record,
 
 _LEAST_ON_FOLDS = 16  # steps: temperatures of so short trainings fit a longer one
 _ENDLESS_S = 1e8
+_LATE, _TUNE_LATE = 1.1, 1.5  # times what steps were planned to take, after which a last training has fewer
 
 
 def train(
@@ -256,14 +257,23 @@ def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcom
     if request.main_study:
         is_first = decisions.first is not None and recipe == decisions.first[0]
         name = fit.folder.name if is_first else f"{fit.folder.name[:46]}-probe-{recipe.image_size}px"
-    experiment = fit.experiment(replace(recipe.trained, steps=steps), last=True)
+    last = replace(recipe.trained, steps=steps)
+    experiment = fit.experiment(last, last=True)
+    if recipe.method in ("lora", "full") and request.steps_for(fit.num_train) is None:
+
+        def most_s() -> float:
+            return (_LATE if request.main_study else _TUNE_LATE) * fit.pace.factor * steps * costs.step_s(recipe)
+
+        experiment["training"]["seconds"] = fit.once(decisions.last_s, f"{recipe.place} {last.name}", most_s)
     study = fit.study(name, recipe, [request.seed], [experiment], folds=None, **data)
     study["measures"] |= {"features": True, "latency_batches": [1] if request.main_study else []}
     (outcome,) = fit.carry_out(study, fit.until(-_ENDLESS_S)).values()  # it has to be brought to its end
     if not is_done:
         decisions.trained.append((recipe.trained, longer))
         if not recipe.is_probe:
-            fit.pace.add(outcome.seconds, costs.last_s(recipe, steps))
+            fit.pace.add(outcome.seconds, costs.last_s(recipe, outcome.steps))
+            if outcome.steps < steps and not fit.num_validation:
+                fit.emit(f"  {outcome.steps} of {steps} steps, since they took longer than before")
         fit.save()
     if recipe.when != "after" or recipe.bits is None:
         return outcome, outcome

@@ -1,5 +1,8 @@
 """The learning rate goes up, stays, and comes down in time for the end or when validation gains nothing more."""
 
+from itertools import accumulate
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,9 @@ from peft_vit.core.backbones import find_sites
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Metrics
 from peft_vit.core.tasks import CLASSIFICATION
-from peft_vit.core.training import train
+from peft_vit.core.training import loop, train
 from peft_vit.core.training.loop import TrainingState
-from peft_vit.core.training.optimization import WarmupStableDecay, build_scheduler
+from peft_vit.core.training.optimization import WarmupStableDecay, build_scheduler, one_cycle
 
 pytestmark = pytest.mark.part("runner")
 
@@ -141,3 +144,27 @@ def test_steps_and_validations_are_those_asked_for(trained, settings, steps, val
     assert (
         [evaluation.step for evaluation in result.evaluations] == validated == config(**settings).validation_steps(18)
     )
+
+
+@pytest.mark.parametrize("schedule", ["one_cycle", "warmup_stable_decay"])
+@pytest.mark.parametrize(("seconds", "steps"), [(None, 40), (100, 40), (60, 30)])
+def test_steps_that_become_slower_are_fewer(trained, monkeypatch, schedule, seconds, steps) -> None:
+    moments = accumulate([1] * 32 + [3] * 48)  # two a step: sixteen steps of a second, then three seconds each
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    result = trained(99, patience=None, schedule=schedule, seconds=seconds)
+    assert len(result.steps) == steps
+    assert [evaluation.step for evaluation in result.evaluations] == [*range(2, steps + 1, 2)]
+    assert rates(result)[-1] < 0.2 < max(rates(result)[:25])
+
+
+def test_a_shorter_cycle_continues_as_if_it_had_always_been_short() -> None:
+    config = TrainingConfig(learning_rate=3e-3, steps=100)
+    short, cut = (torch.optim.AdamW([torch.zeros(1, requires_grad=True)]) for _ in range(2))
+    of_short, of_cut = one_cycle(short, config, 40), one_cycle(cut, config, 100)
+    for done in range(1, 40):
+        for optimizer, scheduler in ((short, of_short), (cut, of_cut)):
+            optimizer.step()
+            scheduler.step()
+        if done == 7:
+            of_cut = one_cycle(cut, config, 40, done)
+        assert (short.param_groups[0]["lr"] == cut.param_groups[0]["lr"]) == (done >= 7)

@@ -189,6 +189,11 @@ class TrainingConfig(Settings):
     steps: int | None = Field(
         default=None, ge=1, le=10_000_000, description="Instead of epochs: train at most this many steps"
     )
+    seconds: Annotated[Positive | None, OnlyWith(schedule=("one_cycle", "warmup_stable_decay"))] = Field(
+        default=None,
+        exclude_if=lambda seconds: seconds is None,
+        description="Train fewer steps, and bring the learning rate down sooner, if steps would take longer than this",
+    )
     validate_every: Count | None = Field(
         default=None, description="Validate every so many steps. Without it, after each epoch"
     )

@@ -39,8 +39,10 @@ from peft_vit.core.training.checkpoint import (
 from peft_vit.core.training.hooks import Hook, Overhead, RuntimeConfig, call_each
 from peft_vit.core.training.images import Data, mixed
 from peft_vit.core.training.metrics import predict
-from peft_vit.core.training.optimization import build_optimizer, build_scheduler, optimization_step
+from peft_vit.core.training.optimization import build_optimizer, build_scheduler, one_cycle, optimization_step
 from peft_vit.core.training.step_engine import StepEngine
+
+_TIMED_STEPS = 8  # by whose pace it is told how many there is time for
 
 
 @dataclass
@@ -265,6 +267,20 @@ class TrainingState:
         self._scheduler.step()
         self.result.steps.append(row)
         self.result.peak_parameters = max(self.result.peak_parameters, trainable_parameters(self.model))
+        if self._config.seconds is not None and number % _TIMED_STEPS == 0 and not self.ended:
+            self._keep_to(self._config.seconds)
+
+    def _keep_to(self, most_s: float) -> None:
+        """Let training end sooner if its steps, at the pace of the latest, would take longer than so many seconds."""
+        seconds, done = [row.seconds for row in self.result.steps], self.steps
+        left = int((most_s - sum(seconds)) * _TIMED_STEPS / sum(seconds[-_TIMED_STEPS:]))
+        end = processes.of_first(done + max(1, left))
+        if end >= self.end:
+            return
+        if self._decay is None:
+            self.end, self._scheduler = end, one_cycle(self._optimizer, self._config, end, done)
+        elif end <= self._decay.least_end(done):
+            self.end = self._decay.bring_down(done)
 
     def validate(self) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far.

@@ -182,11 +182,13 @@ class WarmupStableDecay:
         self.end = total_steps
         self.decay_from = total_steps - max(1, round(total_steps * _DECAY_SHARE / (1 + _DECAY_SHARE)))
 
+    def least_end(self, step: int) -> int:
+        """Return the step that the training ends with if the way down begins after a step, or has begun."""
+        return min(self.end, step + max(1, round(step * _DECAY_SHARE))) if step < self.decay_from else self.end
+
     def bring_down(self, step: int) -> int:
         """Begin the way down after a step, unless it has begun; return the step that the training ends with."""
-        if step < self.decay_from:
-            self.decay_from = step
-            self.end = min(self.end, step + max(1, round(step * _DECAY_SHARE)))
+        self.end, self.decay_from = self.least_end(step), min(step, self.decay_from)
         return self.end
 
     def __call__(self, step: int) -> float:
@@ -194,6 +196,15 @@ class WarmupStableDecay:
         up = (step + 1) / self.warmup_steps
         down = (self.end - step) / (self.end - self.decay_from + 1)
         return max(0.0, min(1.0, up, down))
+
+
+def one_cycle(optimizer: Optimizer, config: TrainingConfig, total_steps: int, done: int = 0) -> OneCycleLR:
+    """Return a cycle of the learning rate, from what follows `done` steps on; there may have been a longer one."""
+    share = _ONE_CYCLE_SHARE if config.warmup_share is None else config.warmup_share
+    peaks = [group.get("max_lr", group["lr"]) for group in optimizer.param_groups]
+    return OneCycleLR(
+        optimizer, peaks, total_steps=total_steps, pct_start=share, cycle_momentum=False, last_epoch=done - 1
+    )
 
 
 def build_scheduler(
@@ -205,9 +216,7 @@ def build_scheduler(
     decays by cosine.
     """
     if config.schedule == "one_cycle":
-        share = _ONE_CYCLE_SHARE if config.warmup_share is None else config.warmup_share
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, peaks, total_steps=total_steps, pct_start=share, cycle_momentum=False), None
+        return one_cycle(optimizer, config, total_steps), None
     if config.schedule == "constant":
         return ConstantLR(optimizer, factor=1.0), None
     decay = WarmupStableDecay(total_steps, config.warmup_share)
