@@ -341,7 +341,7 @@ def _how_sure(choice: Tuning, exports: Exports) -> Iterator[str]:
         why, others = ("time was short", "longer")
         if choice.longer > 1:
             why, others = ("more steps usually gain, and the folds do not contradict it", "shorter")
-        times = f"The last training has {choice.longer:g} times the steps of those on folds"
+        times = f"The last training has {choice.longer:.2g} times the steps of those on folds"
         yield f"{times}, since {why}; the odds, probabilities and sets of classes are from the {others} ones."
     if choice.decision is not None and choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
