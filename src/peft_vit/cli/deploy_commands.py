@@ -284,6 +284,8 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
         print(f"Then the weights of the blocks' matrices were rounded to {bits}: {sizes}.")
     if done.activations == "int8":
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
+    for note in done.notes:
+        print(printable(note))
     compared = done.comparison
     if compared is None:
         print(f"Not compared with the run's model, since its images have changed: {done.not_compared}")

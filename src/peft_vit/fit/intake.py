@@ -221,7 +221,7 @@ def _refuse_others(images: LabelledSet) -> None:
         kept = json.loads(read_bytes(images.file))
     except (OSError, ValueError) as error:
         raise UserError(f"can't be read ({error}); choose another --output", file=images.file) from None
-    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests"})
+    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests", "labels"})
     if changed := [name for name in now if kept.get(name) != now[name]]:
         what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
         place = images.file.parent

@@ -258,6 +258,36 @@ def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path)
         open_index(config(root, tmp_path / "nowhere.json"))
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_where_labels_alone_were_corrected_those_of_then_count(root, tmp_path, table) -> None:
+    place, dataset = root, "image-folder"
+    if table:
+        place, dataset = root / "all.csv", "csv"
+        names = sorted(f"{file.parent.name}/{file.name}" for file in root.glob("*/[0-9]*.png"))
+        place.write_text("path,label\n" + "".join(f"{name},{name[:3]}\n" for name in names))
+    file = write(tmp_path, inspect_images(place))
+
+    def opened():
+        return open_index(config(place, file).model_copy(update={"dataset": dataset}))
+
+    then = opened()
+    pixels = [then.read(i).tobytes() for i in range(len(then.names))]
+    name = next(name for name in then.names if name.startswith("cat/0"))
+    if table:
+        place.write_text(place.read_text().replace(f"{name},cat", f"{name},dog"))
+    else:
+        (root / name).rename(root / "dog" / "corrected.png")
+    now = opened()
+    assert (now.names, now.sha256, now.digests) == ([*then.names], then.sha256, [*then.digests])
+    assert np.array_equal(now.labels, then.labels)
+    assert np.array_equal(now.official_test, then.official_test)
+    assert [now.read(i).tobytes() for i in range(len(now.names))] == pixels
+    assert (len(then.notes), len(now.notes)) == (0, 1)
+    save(root / "dog" / "01.png", textured(901))
+    with pytest.raises(UserError, match="holds other images than when"):
+        opened()
+
+
 def test_a_zip_s_hash_says_which_of_its_images_are_used(root, tmp_path, monkeypatch, own_cache):
     """A reader that is installed later brings an image back, and all that come after it move by one."""
     path = zip_of(root)

@@ -38,7 +38,7 @@ from peft_vit.data.files import (
     hashes,
     open_tree,
 )
-from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
+from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.data.shards import read_shards
 
@@ -141,7 +141,7 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
 def _read(config: DataConfig, images: Images) -> ImageIndex:
     if config.images_file is not None:
         file = Path(config.images_file).expanduser()
-        return index_inspected(images, ImagesFile.read(file), file)
+        return index_inspected(images, ImagesFile.read(file), file, as_then=True)
     if images.dataset != config.dataset or images.taken is not None:
         place = images.path if images.dataset == "csv" else images.tree.location
         message = f"has no class folders; use {place} instead, with dataset: {images.dataset}"
@@ -153,19 +153,45 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
     return replace(_index(images.tree, images.files), notes=notes)
 
 
-def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageIndex:
+def index_inspected(images: Images, inspected: ImagesFile, file: Path, *, as_then: bool = False) -> ImageIndex:
     """Index images that were inspected.
 
     Args:
         images: as they are now.
         inspected: what was found then.
         file: that holds it, named in errors.
+        as_then: where nothing but labels has changed, take those of then, by which the splits were drawn.
 
     Raises:
         UserError: if they are others than those.
     """
-    used = images.files.without(inspected.left_out)
-    return inspected.applied(_index(images.tree, used), images.path, file)
+    index = _index(images.tree, images.files.without(inspected.left_out))
+    if as_then and index.sha256 != inspected.sha256:
+        index = _labelled_then(index, images.files, inspected)
+    return inspected.applied(index, images.path, file)
+
+
+def _labelled_then(index: ImageIndex, files: ClassFiles, inspected: ImagesFile) -> ImageIndex:
+    """Return the index with the labels, names and order of then; as it is, if images came, are gone or changed."""
+    place = {digest[:DIGEST_LETTERS]: i for i, digest in enumerate(index.digests or ())}
+    if place.keys() != {*inspected.digests.values()} or len(inspected.labels) != len(inspected.digests):
+        return index
+    then = dict(zip(inspected.digests, inspected.labels, strict=True))
+    rows = [place[inspected.digests[name]] for name in then]
+    digests = [index.digests[row] for row in rows] if index.digests else []
+    names, labels = ClassFiles(then, None, files.task, files.columns, files.file).read()
+    texts = (files.task.text(label, names) for label in labels)
+    changed = sum(index.label(row) != text for row, text in zip(rows, texts, strict=True))
+    return replace(
+        index,
+        labels=labels,
+        class_names=names,
+        sha256=inspected.sha256,
+        read=lambda i: index.read(rows[i]),
+        names=[*then],
+        digests=digests,
+        notes=(f"{changed:,} labels are others by now; here those of the training count",) if changed else (),
+    )
 
 
 class Images(NamedTuple):
