@@ -232,11 +232,14 @@ def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, 
 
 def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path):
     file = write(tmp_path, inspect_images(root))
-    save(root / "cat" / "new.png", textured(900))
+    before = open_index(config(root, file)).sha256
+    (root / "cat" / "00.png").rename(root / "00.png")
     with pytest.raises(UserError, match=r"other images than when .*\.json was written; put those back, or inspect"):
         open_index(config(root, file))
+    (root / "00.png").rename(root / "cat" / "00.png")
+    save(root / "cat" / "new.png", textured(900))
+    assert open_index(config(root, file)).sha256 == before
     (root / "cat" / "new.png").unlink()
-    before = open_index(config(root, file)).sha256
     for name in ("README", "notes.txt", ".DS_Store", "Thumbs.db", "cat/notes.txt", "cat/Thumbs.db", "cat/.DS_Store"):
         (root / name).write_text("no image")
     assert open_index(config(root, file)).sha256 == before
