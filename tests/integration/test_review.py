@@ -114,7 +114,12 @@ def test_trainings_on_folds_predict_what_they_left_out(command, refused, tmp_pat
         for name, logits in zip(names, predictions["logits"], strict=True):
             expected[name] = f"class_{np.argmax(logits)}"
     assert {row["file"]: row["believed"] for row in rows_of("review_labels.csv")} == expected
-    Path("photos/class_0/00.png").unlink()
+    Path("photos/class_0/00.png").rename("photos/class_1/moved.png")
+    assert "output/images.json" in refused("review", "photos", "--model", final.folder)
+    said = command("export", final.folder, "--bits", 8, "--output", "model.safetensors")
+    assert "1 labels are others by now" in said.out
+    assert "% of predictions equal" in said.out
+    Path("photos/class_1/moved.png").unlink()
     assert "output/images.json" in refused("review", "photos", "--model", final.folder)
 
 

@@ -1,6 +1,7 @@
 """`train --from`: a model of `train` or `tune`, its test images and its settings are where another call starts."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,11 @@ def test_after_a_test_label_is_corrected_the_earlier_model_is_counted_by_both(
     images = tmp_path / "photos"
     options = ("--method", "linear", "--model", "test_vit", "--weights", weights, "--image-size", "32")
     call = ("train", images, *options, "--minutes", "5", "--threads", "1", "--output", tmp_path / "out")
-    assert "changed since" not in command(*call).out  # there are more images, of the same labels
+    said = command(*call).out
+    assert "changed since" not in said  # there are more images, of the same labels
+    assert "the last call's was" not in said
+    assert "the last call's was accuracy;" in command(*call, "--metric", "balanced_accuracy", code=0).out
+    shutil.rmtree(next((tmp_path / "out").glob("0003-*")))
     shutil.rmtree(next((tmp_path / "out").glob("0002-*")))
     then = correct_a_test_label(first, images)
     said = command(*call).out
@@ -185,5 +190,5 @@ def test_what_can_not_be_started_from_is_refused_in_a_line(first, tmp_path, comm
 def test_where_no_training_from_a_run_fits_no_probe_takes_its_place(first, tmp_path, command) -> None:
     options = ("--from", first, "--minutes", "0.1", "--threads", "1", "--output", tmp_path / "out")
     said = command("train", tmp_path / "photos", *map(str, options), code=2)
-    assert "--minutes: no training from" in said.err
+    assert re.search(r"--minutes: no training from .* fits; give about [1-9]\d*, or", said.err)
     assert not list((tmp_path / "out").glob("0002-*"))

@@ -158,6 +158,11 @@ class ExportRequest(Request):
         """Return what --bits asks for."""
         return self.bits and type_of_bits(self.bits)
 
+    @property
+    def is_offline(self) -> bool:
+        """Return whether the page for a browser holds all that it needs."""
+        return self.offline or self.runtime_files is not None
+
     def target(self) -> tuple[str, Path]:
         """Return the format and what is to be written.
 
@@ -220,6 +225,8 @@ def export(request: ExportRequest) -> None:
             from peft_vit.deploy.page.formatting import megabytes
 
             print(f"Smaller: about {megabytes(size)} with --bits 4")
+        if page is not None and not request.is_offline:
+            print("When it is opened, it fetches onnxruntime-web from cdn.jsdelivr.net. --offline puts that into it.")
         _print_next(output, page=page)
 
 
@@ -266,8 +273,7 @@ def _write_page(request: ExportRequest, format: str, output: Path, on_progress: 
 
     is_folder = output.suffix != ".html"
     refuse_existing(output, is_folder=is_folder, overwrite=request.overwrite, marks=(MODEL_FILE,))
-    is_offline = request.offline or request.runtime_files is not None
-    runtime = runtime_files(request.runtime_files) if is_offline else None
+    runtime = runtime_files(request.runtime_files) if request.is_offline else None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
         done, _ = _write_file(request, "onnx", file, on_progress)
@@ -284,6 +290,8 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
         print(f"Then the weights of the blocks' matrices were rounded to {bits}: {sizes}.")
     if done.activations == "int8":
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
+    for note in done.notes:
+        print(printable(note))
     compared = done.comparison
     if compared is None:
         print(f"Not compared with the run's model, since its images have changed: {done.not_compared}")

@@ -127,6 +127,7 @@ class ImagesFile(Frozen):
     copies: tuple[tuple[str, ...], ...]  # and what else is to stay together: on one side of every split
     sealed: tuple[str, ...]  # tested once in the end; in no fold, and neither trained on nor validated with
     digests: dict[str, str] = Field(default={})  # an earlier version has written neither these
+    labels: tuple[str, ...] = ()  # nor these of the same images, as a folder or a table said them
     asked: tuple[str, int | None, int | None] | None = None  # nor path, seed and number of test images
     trained: tuple[str, ...] = ()  # digests of what the earlier models of a call with --from have learned from
     compared: int | None = Field(default=None, exclude_if=lambda count: count is None)  # images; None: all
@@ -174,7 +175,7 @@ class ImagesFile(Frozen):
         except LookupError:
             raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
         counts = self.model_copy(update={"left_out": {}})  # what is not read makes no other images
-        later = {"digests", "asked", "trained"}  # which say nothing of what is used
+        later = {"digests", "labels", "asked", "trained"}  # which say nothing of what is used
         said = counts.model_dump_json(exclude=later)
         content = hashlib.sha256(f"{index.sha256}\0{said}".encode()).hexdigest()
         own_test = holdout if holdout.any() else None

@@ -667,6 +667,7 @@ def images_file(
     content = ImagesFile(
         sha256=hashed.sha256,
         digests={name: hashed.each[name][:DIGEST_LETTERS] for name in names[used]},
+        labels=tuple(inspection.images.files.classes[name] for name in names[used]),
         left_out=left_out,
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.together[used])),
         sealed=tuple(names[holdout].tolist()),
@@ -747,9 +748,10 @@ def _refuse_few(
         if what != "group" and np.count_nonzero(members(scarce)[chosen_on]) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
         images = f"{counts[scarce]} {what}{'' if counts[scarce] == 1 else 's'}"
+        trains = ", or take peft-vit train, which needs 2" if least > 2 <= counts[scarce] and what != "group" else ""
         raise UserError(
             f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
-            f"needs {least}{more}; add images, or remove the class"
+            f"needs {least}{more}; add images, or remove the class{trains}"
         )
     if holdout is not None and not (tested := task.counts(labels[holdout], len(class_names))).all():
         message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"

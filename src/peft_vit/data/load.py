@@ -62,6 +62,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool 
             *(copy_warnings(index, splits, config.image_size) if test else ()),
         ),
         left_out=index.left_out,
+        notes=index.notes,
     )
 
 

@@ -102,6 +102,7 @@ class Exported:
     on_folds: Comparison | None = None  # what bits lose, where nothing validated; None: it isn't known
     activations: Literal["float32", "int8"] = "float32"
     float_bytes: int | None = None  # of the merged model, where it was packed after training
+    notes: tuple[str, ...] = ()  # on the images, each a line
 
     @property
     def bytes_in_4_bits(self) -> int | None:
@@ -279,6 +280,7 @@ def write_model(
         source.merged,
         comparison,
         source.missing,
+        notes=() if source.data is None else source.data.notes,
         activations=options.activations or "float32",
         float_bytes=source.float_bytes,
     )

@@ -253,9 +253,10 @@ class FitCosts:
     def least_minutes(self, recipe: Recipe) -> int:
         """Return the minutes, about, in which a recipe is trained for as few steps as are worth it."""
         least_s = self.features_s(recipe) + self.last_s(recipe, LEAST_STEPS) + self.written_s(self.longest_form(recipe))
-        share = (1 - SIZES_SHARE) * (self.fit.request.last_share + self.fit.request.folds_share)
+        request = self.fit.request
+        share = (1 - SIZES_SHARE) * (request.last_share + request.folds_share if request.from_run is None else 1.0)
         looked_s = self.fit.file.seconds.get("look", 0.0)
-        return max(math.ceil(self.fit.request.minutes) + 1, math.ceil((looked_s + least_s / share) / 60))
+        return max(math.ceil(request.minutes) + 1, math.ceil((looked_s + least_s / share) / 60))
 
     def fits_memory(self, recipe: Recipe) -> bool:
         """Tell whether a step of a recipe fits half of the memory that is free."""

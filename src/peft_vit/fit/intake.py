@@ -26,7 +26,7 @@ from peft_vit.core.backbones import (
     size_step_of,
 )
 from peft_vit.core.config import StudyConfig, named_backbone
-from peft_vit.core.tasks import DecidingMetric, Scores, Task
+from peft_vit.core.tasks import DecidingMetric, Scores, Task, metric_of
 from peft_vit.core.training import fewest_groups
 from peft_vit.data import (
     ImageIndex,
@@ -41,7 +41,7 @@ from peft_vit.data import (
     open_index,
 )
 from peft_vit.fit.request import Advanced, FitRequest, TrainRequest
-from peft_vit.runs.records.storage import ADAPTER_FILE, resolve_latest, single_run
+from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record, resolve_latest, single_run
 from peft_vit.runs.this_machine.machine import check_devices
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class LabelledSet:
         requested_metric: None: the images say which one decides.
         store: holds what was decoded.
         earlier_split: folder of an earlier call, of other images on the same path, whose test images test again.
+        metric_before: what decided in the last call that was to split the same images alike; None: there is none.
     """
 
     inspection: Inspection
@@ -74,6 +75,7 @@ class LabelledSet:
     requested_metric: DecidingMetric | None
     store: PixelStore | None = None
     earlier_split: Path | None = None
+    metric_before: DecidingMetric | None = None
 
     @property
     def task(self) -> Task:
@@ -173,6 +175,8 @@ def look(fit: Fit) -> None:
         fit.emit(images.inspection.images.taken)
     for line in images.inspection.lines(images.requested_metric):
         fit.emit(f"  {line}")
+    if (before := images.metric_before) is not None and before.name != images.metric.name:
+        fit.emit(f"  the last call's was {before.words}; its numbers and these can't be compared")
     fit.begin(images)
     split = "a fifth of them"
     if images.inspection.holdout is not None:
@@ -221,7 +225,7 @@ def _refuse_others(images: LabelledSet) -> None:
         kept = json.loads(read_bytes(images.file))
     except (OSError, ValueError) as error:
         raise UserError(f"can't be read ({error}); choose another --output", file=images.file) from None
-    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests"})
+    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests", "labels"})
     if changed := [name for name in now if kept.get(name) != now[name]]:
         what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
         place = images.file.parent
@@ -279,7 +283,7 @@ def take_in(
     content = ImagesFile.model_validate_json(json.dumps(sealed))
     index = index_inspected(images, content, request.images)
     keeps = earlier and content.tested & earlier.tested and (starts or content.digests != earlier.digests)
-    return LabelledSet(inspection, content, file, index, metric, store, folder if keeps else None)
+    return LabelledSet(inspection, content, file, index, metric, store, folder if keeps else None, _metric_of(folder))
 
 
 def _earlier_split(request: FitRequest, split_by: tuple[Any, ...]) -> tuple[Path, ImagesFile] | tuple[None, None]:
@@ -292,6 +296,12 @@ def _earlier_split(request: FitRequest, split_by: tuple[Any, ...]) -> tuple[Path
         return folder, ImagesFile.read(folder / IMAGES_FILE)
     outputs = request.output if request.main_study else request.output.absolute().parent
     return next((call for call in earlier_calls(outputs) if call[1].asked == split_by), (None, None))
+
+
+def _metric_of(call: Path | None) -> DecidingMetric | None:
+    with suppress(UserError, OSError):  # it is not done
+        return None if call is None else metric_of(read_record(single_run(call) / RECORD_FILE).spec)
+    return None
 
 
 def earlier_calls(*outputs: Path) -> Iterator[tuple[Path, ImagesFile]]:

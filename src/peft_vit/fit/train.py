@@ -187,24 +187,25 @@ def _most_promising(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, floa
     request, given, best_probe = fit.request, fit.request.steps_for(fit.num_train), best_linear_probe(fit, sizes)
     if request.is_probe:
         return usual_recipe(fit, best_probe.model, best_probe.image_size), 1.0
-    least = 3 if request.start is None else 2  # folds leave two; a training that starts from a run has none
+    fewest = 3 if request.start is None else 2  # folds leave two; a training that starts from a run has none
     if (given is not None or request.from_run is not None) and fit.images.shots < 2:
         raise UserError("a class has a single image beside the test; add images", file=request.images)
-    too_few = given is None and fit.images.shots < least
+    too_few = given is None and fit.images.shots < fewest
     fitting = [one for one in sizes if not too_few and one.steps and within_memory(fit, one.probe)]
     if fitting:
         best = max(fitting, key=lambda size: (size.promise, size.image_size if size.score is None else 0))
         if given is not None or request.from_run is not None or best.promise >= best_probe.expected:
             return usual_recipe(fit, best.model, best.image_size, best.steps), best.longer
+    least = fit.costs.least_minutes(usual_recipe(fit, best_probe.model, sizes[0].image_size))
     if request.from_run is not None:  # whose model is better than a probe from the start
-        raise UserError(f"no training from {request.from_run} fits; give more, or keep its model", field="--minutes")
+        reason = f"no training from {request.from_run} fits; give about {least}, or keep its model"
+        raise UserError(reason, field="--minutes")
     why = "a linear probe promises more than the trainings that fit" if fitting else "no time to train"
     if too_few:
         why = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
     elif fitting:
         why += "; give more --minutes"
     else:
-        least = fit.costs.least_minutes(usual_recipe(fit, best_probe.model, sizes[0].image_size))
         why += f"; give about --minutes {least}"
     fit.emit(f"  {why}")
     return best_probe.probe, 1.0

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
 from peft_vit.base.files import into_empty, read_bytes, refuse_existing, write_whole
-from peft_vit.data.sources.folders import TABLES, UNSURE, find_images
+from peft_vit.data.sources.folders import TABLES, UNSURE, find_images, split_of
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name, is_number
 
@@ -26,7 +26,7 @@ def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str |
     """Take over the labels that class folders or a table beside the images give, and mark the fifth that tests.
 
     Args:
-        store: what is labelled; where it has labels, only the marks are added.
+        store: what is labelled; where it has labels, only images in folders that are called as its classes are added.
         images: of the folder.
         ignore_folders: whether folders aren't taken as classes.
 
@@ -34,8 +34,8 @@ def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str |
         What was taken, in a line.
     """
     found, line = dict[str, Row](), None
-    if not store.rows and not ignore_folders:
-        found, line = _found(images, store)
+    if not ignore_folders:
+        found, line = _later(images, store) if store.rows else _found(images, store)
     rows = {**store.rows, **found}
     if any(row.split == "" for row in rows.values()):
         images.find_copies()
@@ -69,6 +69,22 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
     source = there.path.name if there.dataset == "csv" else "their folders"
     remedy = "" if there.dataset == "csv" else " If folders aren't classes: remove labels.csv, and --ignore-folders."
     return rows, f"{len(rows):,} images have labels by {source}: {names}.{remedy}"
+
+
+def _later(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None]:
+    """Return labels of images without one, by folders that are called as a class is."""
+    rows: dict[str, Row] = {}
+    classes, others = {*store.classes}, store.rows.keys() | images.left_out.keys()
+    for name in images.names if store.task == "classification" else ():
+        split, parts = split_of(name), name.split("/")
+        label = parts[0 if split is None else 1]
+        if len(parts) > 1 and label in classes and name not in others:
+            rows[name] = Row((label,), "test" if split == "test" else "train" if split == "train" else "")
+    if not rows:
+        return {}, None
+    names = ", ".join(list(dict.fromkeys(row.labels[0] for row in rows.values()))[:5])
+    remedy = f"If folders aren't classes: take their rows out of {LABELS_FILE}, and --ignore-folders."
+    return rows, f"{len(rows):,} more images have labels by their folders: {names}. {remedy}"
 
 
 def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:

@@ -153,6 +153,33 @@ def test_images_are_found_as_people_have_them_and_a_study_finds_them_again(tmp_p
     assert (len(data.test), len(data.train), data.left_out) == (2, 8, index.left_out)
 
 
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat",)])
+def test_a_table_beside_class_folders_has_to_list_all_of_their_images(tmp_path, classes):
+    fill(tmp_path, classes=classes)
+    fill(tmp_path / "loose", 2, ("later",))
+    for file in (tmp_path / "loose" / "later").iterdir():
+        file.rename(tmp_path / file.name.lower())
+    shutil.rmtree(tmp_path / "loose")
+    table = tmp_path / "labels.csv"
+    rows = [f"{name}/bild {i}.{'PNG' if i % 2 else 'png'},{name}" for name in classes for i in range(6)]
+    rows += ["bild 0.png,dog"]
+    table.write_text("path,label\n" + "\n".join(rows[1:]))
+    with pytest.raises(UserError, match=r"doesn't list 1 of the images in folders .* cat/bild 0.png") as refused:
+        find_images(tmp_path)
+    assert refused.value.file == str(table)
+    assert len(find_images(table).files.classes) == len(rows) - 1
+    table.write_text("path,label\n" + "\n".join(rows))
+    found = find_images(tmp_path)
+    assert (found.path, len(found.files.classes)) == (table, len(rows))
+    if len(classes) > 1:  # a study has said that it means the folders
+        config = DataConfig(dataset="image-folder", path=str(tmp_path), image_size=14, validation_images=0)
+        (tmp_path / "bild 0.png").unlink()
+        (tmp_path / "bild 1.png").unlink()
+        assert len(open_index(config).labels) == 12
+        table.write_text("path,label\nelsewhere.png,cat\n")
+        assert find_images(tmp_path).path == tmp_path
+
+
 def flat(root):
     fill(root / "all")
     for file in sorted((root / "all").rglob("*.*")):

@@ -4,8 +4,10 @@ import json
 import shutil
 import socket
 
+import numpy as np
 import pytest
 from label_sessions import write_digits
+from PIL import Image
 
 from peft_vit.base.errors import UserError
 from peft_vit.cli import label_command, main
@@ -55,6 +57,30 @@ def test_a_table_beside_the_images_is_where_it_goes_on(tmp_path) -> None:
     assert "2 images have labels by images.csv: cat, dog." in str(adopt(store, images, False))
     assert store.rows["d000.png"] == Row(("cat",), "test")
     assert store.rows["d001.png"].split in ("train", "test")
+
+
+def test_images_that_came_later_are_of_the_class_that_their_folder_is_called(tmp_path) -> None:
+    folders_of(tmp_path)
+    adopt(*opened(tmp_path), False)
+    for folder, first in (("digit 0", 0), ("digit 1", 20), ("unsorted", 40)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for i in range(first, first + 15):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 9), np.uint8)).save(
+                tmp_path / folder / f"later{i}.png"
+            )
+    before = dict(LabelStore(tmp_path).rows)
+    store, images = opened(tmp_path)
+    assert adopt(store, images, True) is None
+    line = adopt(store, images, False)
+    assert line is not None
+    assert line.startswith("30 more images have labels by their folders: digit 0, digit 1.")
+    later = {name: row for name, row in store.rows.items() if name not in before}
+    assert {name: store.rows[name] for name in before} == before
+    assert {row.labels[0] for row in later.values()} == {"digit 0", "digit 1"}
+    assert {name: row.split for name, row in later.items()} == {
+        name: "test" if images.is_test(images.number[name]) else "train" for name in later
+    }
+    assert adopt(LabelStore(tmp_path), images, False) is None
 
 
 def test_folders_are_made_that_train_reads(tmp_path) -> None:

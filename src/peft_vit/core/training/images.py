@@ -308,3 +308,4 @@ class Data:
     task: Task = CLASSIFICATION
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
     left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of files that an inspection left out
+    notes: tuple[str, ...] = ()  # see `ImageIndex`

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from peft_vit.base.console import quoted
 from peft_vit.base.errors import UserError, foreign_fault, named, os_fault
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import LARGEST_BYTES, read_bytes
@@ -38,7 +39,7 @@ from peft_vit.data.files import (
     hashes,
     open_tree,
 )
-from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
+from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.data.shards import read_shards
 
@@ -135,13 +136,13 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
     which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
     """
-    return _read(config, find_images(existing(str(config.path))))
+    return _read(config, _found(existing(str(config.path)), is_said=True))
 
 
 def _read(config: DataConfig, images: Images) -> ImageIndex:
     if config.images_file is not None:
         file = Path(config.images_file).expanduser()
-        return index_inspected(images, ImagesFile.read(file), file)
+        return index_inspected(images, ImagesFile.read(file), file, as_then=True)
     if images.dataset != config.dataset or images.taken is not None:
         place = images.path if images.dataset == "csv" else images.tree.location
         message = f"has no class folders; use {place} instead, with dataset: {images.dataset}"
@@ -153,19 +154,45 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
     return replace(_index(images.tree, images.files), notes=notes)
 
 
-def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageIndex:
+def index_inspected(images: Images, inspected: ImagesFile, file: Path, *, as_then: bool = False) -> ImageIndex:
     """Index images that were inspected.
 
     Args:
         images: as they are now.
         inspected: what was found then.
         file: that holds it, named in errors.
+        as_then: where labels have changed or images came, take those of then, by which the splits were drawn.
 
     Raises:
         UserError: if they are others than those.
     """
-    used = images.files.without(inspected.left_out)
-    return inspected.applied(_index(images.tree, used), images.path, file)
+    index = _index(images.tree, images.files.without(inspected.left_out))
+    if as_then and index.sha256 != inspected.sha256:
+        index = _labelled_then(index, images.files, inspected)
+    return inspected.applied(index, images.path, file)
+
+
+def _labelled_then(index: ImageIndex, files: ClassFiles, inspected: ImagesFile) -> ImageIndex:
+    """Return the index with the images, labels, names and order of then; as it is, if one is gone or changed."""
+    place = {digest[:DIGEST_LETTERS]: i for i, digest in enumerate(index.digests or ())}
+    if not place.keys() >= {*inspected.digests.values()} or len(inspected.labels) != len(inspected.digests):
+        return index
+    then = dict(zip(inspected.digests, inspected.labels, strict=True))
+    rows = [place[inspected.digests[name]] for name in then]
+    digests = [index.digests[row] for row in rows] if index.digests else []
+    names, labels = ClassFiles(then, None, files.task, files.columns, files.file).read()
+    texts = (files.task.text(label, names) for label in labels)
+    changed = sum(index.label(row) != text for row, text in zip(rows, texts, strict=True))
+    return replace(
+        index,
+        labels=labels,
+        class_names=names,
+        sha256=inspected.sha256,
+        read=lambda i: index.read(rows[i]),
+        names=[*then],
+        digests=digests,
+        notes=(f"{changed:,} labels are others by now; here those of the training count",) if changed else (),
+    )
 
 
 class Images(NamedTuple):
@@ -191,10 +218,12 @@ def find_images(path: Path, task: TaskName | None = None, group: str | None = No
     `group`: a column of the table; "folder", in which an image lies; or a pattern of names, by its first group.
 
     Class folders may lie deeper, links are followed, and what is not an image or has no place in the layout of
-    `read_image_folder` is left out. A folder without class folders may hold a table, images.csv or labels.csv.
+    `read_image_folder` is left out. A folder may hold a table, images.csv or labels.csv; beside class folders it has to
+    list all of their images.
 
     Raises:
-        UserError: if there are none; and for a class folder without images, and a layout or table that can't be right.
+        UserError: if there are none; for a class folder without images, a layout or table that can't be right, and
+            where a table and class folders say of different images what they are.
     """
     images = _found(path, task, group)
     if group is None or images.together is not None:
@@ -213,7 +242,8 @@ def groups_by_name(names: Sequence[str], group: str) -> dict[str, str]:
     raise UserError(f"{message}; give a column, folder, or a pattern as in '(.+)_[0-9]+'", field="--group")
 
 
-def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
+def _found(path: Path, task: TaskName | None = None, group: str | None = None, *, is_said: bool = False) -> Images:
+    """Find images; `is_said`: of class folders if there are any, whatever table lies beside them."""
     if path.suffix.lower() in TABLES and path.is_file():
         return _listed(path, task, group)
     if path.name.lower().endswith(SHARDS) and not path.is_dir():
@@ -221,8 +251,10 @@ def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
     tree = open_tree(path)
     if path.is_dir() and any(name.endswith(".tar") for name in tree.names) and not any(map(is_image, tree.names)):
         return _sharded(path / "**" / "*.tar", task)
-    if (root := _class_root(tree, path)) is None:
-        table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
+    root = _class_root(tree, path)
+    table = None if is_said and root is not None else _table_beside(tree, path, root)
+    if root is None or table is not None:
+        assert table is not None
         return _listed(table, task, group)._replace(taken=f"Using the images and labels that {table} lists.")
     if task is not None and not TASKS[task].one_class:
         message = (
@@ -230,6 +262,11 @@ def _found(path: Path, task: TaskName | None, group: str | None) -> Images:
             "leave it out"
         )
         raise UserError(message, file=path, field="data.task")
+    return _of_class_folders(tree, path, root)
+
+
+def _of_class_folders(tree: FileTree, path: Path, root: str) -> Images:
+    """Return the images of class folders in a folder of a tree."""
     outside = Counter[str]()
     if root:
         outside += Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
@@ -293,8 +330,41 @@ def _hashed_as_used(tree: FileTree, images: int, used: list[str]) -> Hashes:
     return Hashes(hashlib.sha256(f"{hashed.sha256}\0{names}".encode()).hexdigest(), hashed.each)
 
 
+def _table_beside(tree: FileTree, path: Path, root: str | None) -> Path | None:
+    """Return the table that lists a folder's images; None: there is none, or it lists others.
+
+    Args:
+        tree: of the folder.
+        path: of it.
+        root: see `_class_root`.
+
+    Raises:
+        UserError: if it lacks images that class folders have.
+    """
+    name = next((name for name in _TABLES_BESIDE if name in tree.names), None) if path.is_dir() else None
+    if name is None:
+        return None
+    try:
+        rows = [row for _, row in table_rows(path / name)]
+    except UserError:
+        if root is None:
+            raise
+        return None  # it is about something else
+    places = (tree.location / row["path"].replace("\\", "/") for row in rows)  # also as Windows writes them
+    listed = {os.path.relpath(place, tree.location).replace(os.sep, "/") for place in places}
+    if root is not None and listed.isdisjoint(tree.names):
+        return None
+    classes = {row.get("label") for row in rows}
+    others = (image for image in tree.names if "/" in image and image not in listed and is_image(image))
+    if more := [image for image in others if root is not None or image.split("/")[0] in classes]:
+        add = f"add them by peft-vit label {quoted(path)}" if name == "labels.csv" else "add them"
+        reason = f"doesn't list {len(more):,} of the images in folders beside it, such as {more[0]}"
+        raise UserError(f"{reason}; {add}, or name this file to leave them out, or move it away", file=path / name)
+    return path / name
+
+
 def _class_root(tree: FileTree, path: Path) -> str | None:
-    """Return the folder that class folders lie in, the highest one; None: they are listed in a table beside them.
+    """Return the folder that class folders lie in, the highest one; None: there are none, and a table lies there.
 
     It is the one in which two folders at least hold images, at any depth; or train/, if no other one there has folders.
     """
