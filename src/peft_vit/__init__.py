@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_vit import integrations
-    from peft_vit.api import TrainedModel, load, load_results, train, tune
+    from peft_vit.api import TrainedModel, embed, load, load_results, train, tune
     from peft_vit.classifier import ViTClassifier
     from peft_vit.core.allocation.adalora_controller import AdaLoRAController
     from peft_vit.core.config import AdaLoraConfig, QaLoraConfig
@@ -22,6 +22,7 @@ __all__ = [
     "TrainedModel",
     "ViTClassifier",
     "allocate_bits",
+    "embed",
     "load",
     "load_results",
     "train",
@@ -37,6 +38,7 @@ _HOME = {
     "TrainedModel": "api",
     "ViTClassifier": "classifier",
     "allocate_bits": "core.training.adaptive_bits",
+    "embed": "api",
     "load": "api",
     "load_results": "api",
     "train": "api",

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
         TaskName,
     )
     from peft_vit.core.records import RunRecord
-    from peft_vit.deploy import Classifier, Prediction
+    from peft_vit.deploy import Classifier, ExportMetadata, Prediction
+    from peft_vit.deploy.predicting import GivenImage
     from peft_vit.deploy.presentation import Explanation
     from peft_vit.fit.output import Tuning
     from peft_vit.lab.report.result_tables import ResultTables
@@ -177,8 +178,9 @@ class TrainedModel:
     def predict(self, images: Images, coverage: float | None = None, *, top: int = 1) -> list[Prediction]:
         """Return each image's class and its probability, and whether the image is unlike all training images.
 
-        A model of several labels returns those above their thresholds as `labels`; one of numbers returns these and the
-        ends of their intervals as `numbers`.
+        Files of a folder or zip that can't be read are left out, with one warning that lists them. A model
+        of several labels returns those above their thresholds as `labels`; one of numbers returns these and the ends of
+        their intervals as `numbers`.
 
         Args:
             images: the path of an image, a folder or a zip, a PIL image or an array, or several of these; see
@@ -189,16 +191,11 @@ class TrainedModel:
         Raises:
             UserError: if an image can't be read, or the model has no sets of that coverage.
         """
-        import numpy as np
-
-        from peft_vit.data.sources.in_memory import held_images
         from peft_vit.deploy import check_coverage, predict_images
 
         if coverage is not None:
             check_coverage(self.classifier.card, coverage)
-        if isinstance(images, np.ndarray) and (images.ndim == 2 or images.shape[2:] in ((1,), (3,), (4,))):
-            images = [images]
-        return predict_images(self.classifier, (image for image, _ in held_images(images)), coverage, top)
+        return predict_images(self.classifier, _each_held(images), coverage, top, leave_out=True)
 
     def explain(self, image: Any) -> Explanation:
         """Return where the model looked in an image: the class that it says, a map, and a picture of it.
@@ -216,10 +213,13 @@ class TrainedModel:
         return explain(self.classifier, one)
 
     def predict_proba(self, images: Images) -> NDArray[np.float64]:
-        """Return the probabilities of all classes, (N, K); arguments and errors as `predict`'s."""
+        """Return the probabilities of all classes, (N, K), as `predict`, but of images that can all be read."""
         import numpy as np
 
-        rows = [dict(prediction.top) for prediction in self.predict(images, top=len(self.classes))]
+        from peft_vit.deploy import predict_images
+
+        predictions = predict_images(self.classifier, _each_held(images), top=len(self.classes))
+        rows = [dict(prediction.top) for prediction in predictions]
         if not all(rows):
             raise UserError("predicts numbers, which have no probabilities; use predict", file=self.path)
         return np.array([[row[name] for name in self.classes] for row in rows]).reshape(-1, len(self.classes))
@@ -255,6 +255,16 @@ class TrainedModel:
         return {"path": self.path, "choice": self.choice, "weights": self.weights}  # no open file, no module
 
 
+def _each_held(images: Images) -> Iterator[GivenImage]:
+    import numpy as np
+
+    from peft_vit.data.sources.in_memory import held_images
+
+    if isinstance(images, np.ndarray) and (images.ndim == 2 or images.shape[2:] in ((1,), (3,), (4,))):
+        images = [images]
+    return (image for image, _ in held_images(images))
+
+
 def naming_arguments(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Name the nearest argument in the TypeError for one that a function does not have."""
     names = [name for name in inspect.signature(function).parameters if name != "self"]
@@ -269,6 +279,59 @@ def naming_arguments(function: Callable[_Given, _Result]) -> Callable[_Given, _R
         return function(*args, **given)
 
     return call
+
+
+def is_trained(model: str | Path) -> bool:
+    """Return whether this is a model that was trained, not the name or the folder of a pretrained one."""
+    path = Path(model)
+    return exported_format(path) is not None or (path.exists() and not (path / "config.json").is_file())
+
+
+def open_module(model: str, weights: str | None, image_size: int | None) -> tuple[nn.Module, ExportMetadata]:
+    """Return a trained or a pretrained model in PyTorch, and how it takes images; see `embed`."""
+    from peft_vit.deploy.features import open_pretrained
+
+    if not is_trained(model):
+        return open_pretrained(model, weights, image_size)
+    if image_size is not None:
+        raise UserError("has no effect here: a trained model has its own; leave it out", field="--image-size")
+    trained = TrainedModel(Path(model), weights=weights)
+    return trained.model, trained.classifier.card
+
+
+@naming_arguments
+def embed(
+    images: Images, model: str | Path = DEFAULT_MODEL, *, weights: str | None = None, image_size: int | None = None
+) -> tuple[list[Path | None], NDArray[np.float32]]:
+    """Return the features of images: what the head of a trained or pretrained model sees.
+
+    Files of a folder or zip that can't be read are left out, with one warning that lists them.
+
+    Args:
+        images: as `TrainedModel.predict` takes them.
+        model: the folder of a run, of `train` or of `tune`, or a .safetensors file; or a pretrained one, as in `train`.
+        weights: of a pretrained model, as in `train`.
+        image_size: of a pretrained model, in pixels; None: 224, or less of a model for smaller images.
+
+    Returns:
+        The N files, None for an image that no file holds, and their features (N, D).
+
+    Raises:
+        UserError: if an image can't be read, or the model can't be opened.
+    """
+    from peft_vit.deploy.features import embed_images
+    from peft_vit.deploy.predicting import ImageFile, each_image, is_found, warn_left_out
+
+    held = list(_each_held(images))
+    given = list(each_image(held))
+    places, features, faults = embed_images(*open_module(str(model), weights, image_size), given)
+    named = {str(image) for image in held if isinstance(image, Path)}
+    for fault in faults:
+        if not is_found(fault, named):
+            raise fault
+    warn_left_out(faults, len(places))
+    read = (given[place] for place in places)
+    return [image.file if isinstance(image, ImageFile) else None for image in read], features
 
 
 def load(path: str | Path, *, weights: str | None = None) -> TrainedModel:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import peft_vit
+from peft_vit.base.errors import DataWarning, UserError
 from peft_vit.deploy import predict_images
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -42,6 +45,36 @@ def test_features_are_what_the_head_sees(command, ending: str) -> None:
         logits = head(torch.from_numpy(features)).numpy()
     expected = [said.class_name for said in predict_images(trained.classifier, map(Path, files))]
     assert [trained.classes[k] for k in logits.argmax(1)] == expected
+
+
+def test_python_gets_what_the_command_writes(command, images: Path) -> None:
+    command("embed", "new", "--model", "run", "--output", "x.npy", code=1)
+    with pytest.warns(DataWarning, match=r"1 can't be read and are left out:\nnew/0.png: ") as said:
+        files, features = peft_vit.embed("new", "run")
+    assert (len(said), said[0].filename) == (1, __file__)
+    assert files == sorted(Path("new").glob("[123].png"))
+    assert np.array_equal(features, np.load("x.npy"))
+    array = np.asarray(Image.open(images / "class_0" / "00.png").convert("RGB"))
+    none, of_array = peft_vit.embed(array, "run")
+    assert none == [None]
+    assert of_array == pytest.approx(features[:1], abs=1e-5)
+    with pytest.raises(UserError, match=r"new/0.png"):
+        peft_vit.embed(["new/1.png", "new/0.png"], "run")
+
+
+def test_a_folder_is_predicted_without_what_can_not_be_read() -> None:
+    trained = peft_vit.load("run")
+    with pytest.warns(DataWarning, match=r"1 can't be read and are left out:\nnew/0.png: ") as said:
+        found = trained.predict("new")
+    assert (len(said), said[0].filename) == (1, __file__)
+    assert [prediction.file for prediction in found] == sorted(Path("new").glob("[123].png"))
+    for call in (partial(trained.predict, ["new/1.png", "new/0.png"]), partial(trained.predict_proba, "new")):
+        with pytest.raises(UserError, match=r"new/0.png"):  # or rows would be of other images
+            call()
+    for number in (1, 2, 3):
+        Path(f"new/{number}.png").unlink()
+    with pytest.raises(UserError, match=r"new/0.png"):
+        trained.predict("new")
 
 
 def test_a_pretrained_model_has_features_too(command, images: Path) -> None:

@@ -18,7 +18,7 @@ from peft_vit.base.extras import missing_packages, require_extra
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.cli.deploy_commands import GIVEN_IMAGES, PRINTED, ModelRequest, refuse_swapped
-from peft_vit.core.config import DEFAULT_MODEL, SEEDS, exported_format, named_as_typed
+from peft_vit.core.config import DEFAULT_MODEL, SEEDS, named_as_typed
 from peft_vit.fit.request import GROUP, IMAGES, MODEL, WEIGHTS
 
 if TYPE_CHECKING:
@@ -136,20 +136,15 @@ class _FeaturesRequest(Request):
     @property
     def is_trained(self) -> bool:
         """Return whether the model is one that was trained, not a pretrained one."""
-        path = Path(self.model)
-        return exported_format(path) is not None or (path.exists() and not (path / "config.json").is_file())
+        from peft_vit.api import is_trained
+
+        return is_trained(self.model)
 
     def opened(self) -> tuple[nn.Module, ExportMetadata]:
         """Return the model, and how it takes images."""
-        from peft_vit.api import TrainedModel
-        from peft_vit.deploy.features import open_pretrained
+        from peft_vit.api import open_module
 
-        if not self.is_trained:
-            return open_pretrained(self.model, self.weights, self.image_size)
-        if self.image_size is not None:
-            raise UserError("has no effect here: a trained model has its own; leave it out", field="--image-size")
-        trained = TrainedModel(Path(self.model), weights=self.weights)
-        return trained.model, trained.classifier.card
+        return open_module(self.model, self.weights, self.image_size)
 
 
 class EmbedRequest(_FeaturesRequest):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from itertools import islice, repeat
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from peft_vit.base.errors import UserError, named
+from peft_vit.base.errors import DataWarning, UserError, named
 from peft_vit.base.files import read_bytes
 from peft_vit.core.config import EXPORTS, exported_format
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
@@ -158,7 +159,7 @@ def outputs_of(
     classifier: Classifier, images: Iterable[GivenImage]
 ) -> Iterator[tuple[GivenImage, tuple[FloatArray, float | None] | UserError]]:
     """Yield each image with its logits (classes,) and its distance to the nearest training image, or what is wrong."""
-    card, remaining = classifier.card, _each(images)
+    card, remaining = classifier.card, each_image(images)
     while chunk := list(islice(remaining, BATCH)):
         read = [_prepared_or_error(image, card) for image in chunk]
         rows: Iterator[tuple[FloatArray, float | None]] = iter(())
@@ -173,7 +174,8 @@ def outputs_of(
             yield image, array if isinstance(array, UserError) else next(rows)
 
 
-def _each(images: Iterable[GivenImage]) -> Iterator[GivenImage]:
+def each_image(images: Iterable[GivenImage]) -> Iterator[GivenImage]:
+    """Yield images, and those of each folder and zip; raises UserError as `image_files`."""
     for image in images:
         if isinstance(image, Path):
             yield from image_files([image])
@@ -182,19 +184,52 @@ def _each(images: Iterable[GivenImage]) -> Iterator[GivenImage]:
 
 
 def predict_images(
-    classifier: Classifier, images: Iterable[GivenImage], coverage: float | None = None, top: int = 1
+    classifier: Classifier,
+    images: Iterable[GivenImage],
+    coverage: float | None = None,
+    top: int = 1,
+    *,
+    leave_out: bool = False,
 ) -> list[Prediction]:
     """Return one prediction an image, in their order; arguments as `predict_files`'.
+
+    Args:
+        leave_out: warn of files of folders and zips that can't be read, once, instead of an error.
 
     Raises:
         UserError: for the first image that can't be read, or an array that is none.
     """
-    predictions = []
-    for outcome in predict_files(classifier, images, coverage, top):
-        if isinstance(outcome, UserError):
+    predictions, faults, named = list[Prediction](), list[UserError](), set[str]()
+
+    def noted() -> Iterator[GivenImage]:
+        for image in images:
+            if isinstance(image, Path):
+                named.add(str(image))
+            yield image
+
+    for outcome in predict_files(classifier, noted(), coverage, top):
+        if not isinstance(outcome, UserError):
+            predictions.append(outcome)
+        elif leave_out and is_found(outcome, named):
+            faults.append(outcome)
+        else:
             raise outcome
-        predictions.append(outcome)
+    warn_left_out(faults, len(predictions))
     return predictions
+
+
+def is_found(fault: UserError, named: Container[str]) -> bool:
+    """Tell whether a fault is of a file that a folder or a zip holds, not of one that was named itself."""
+    return fault.file is not None and fault.file not in named
+
+
+def warn_left_out(faults: Sequence[UserError], read: int) -> None:
+    """Warn once of files that can't be read, beside so many that can; raises the first fault if none can."""
+    if faults and not read:
+        raise faults[0]
+    if faults:
+        text = "\n".join([f"{DataWarning.PREFIX}{len(faults):,} can't be read and are left out:", *map(str, faults)])
+        warnings.warn(text, DataWarning, stacklevel=4)
 
 
 def check_coverage(card: ExportMetadata, coverage: float) -> None:
