@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def test_the_wrong_label_comes_first_and_no_test_label_is_ranked(command, labell
     assert not {row["file"] for row in ranked} & {row["file"] for row in checked}
     doubted = sum(row["believed"] != row["label"] for row in ranked)
     assert len(checked) == min(3, doubted)
+    shown = re.findall(r"^ class_\S+ +class_\d +(\d+\.\d) % +class_", said.out, re.MULTILINE)
+    assert shown == [f"{100 * probability:.1f}" for probability in probabilities[: len(shown)]] != []
     assert said.out.startswith(f"{doubted} of {len(ranked)} labels are less probable than another class.\n")
     assert "  class_2/broken.png: is not an image of a known format" in said.out
     assert {row["file"] for row in rows_of("review_copies.csv")} == {"class_2/07.png", "class_2/copy.png"}

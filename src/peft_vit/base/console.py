@@ -167,7 +167,7 @@ def progress(what: str, file: TextIO | None = None) -> Iterator[OnProgress]:
     def status() -> str:
         (done, count), passed_s = counts, time.monotonic() - started_at
         if not done:
-            return f"{part}, {duration(passed_s)}"
+            return f"{part}, {duration(passed_s)} so far"
         return f"{part}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
 
     def view() -> RenderableType:

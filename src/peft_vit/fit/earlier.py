@@ -18,6 +18,7 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.data import ImagesFile
 from peft_vit.deploy.page.formatting import percent, points_interval
+from peft_vit.deploy.page.trained import TOO_FEW
 from peft_vit.deploy.restore import finished_record
 from peft_vit.fit.calls import REQUEST_FILE, RequestFile, TrainRun
 from peft_vit.fit.fit import FitFile
@@ -123,9 +124,10 @@ class EarlierRun:
             return f"No image that tested {self.folder} tests here, so what changed for its classes is not known."
         lost, gained = (pairs.count(change) for change in ((True, False), (False, True)))
         shares = (percent(sum(right) / len(pairs)) for right in zip(*pairs, strict=True))
-        change = points_interval(paired_proportions(gained, lost, len(pairs)))
+        change = paired_proportions(gained, lost, len(pairs))
+        unclear = TOO_FEW if change.may_be_zero else ""
         images = f"The {len(pairs):,} images that tested {self.folder.name}: {' right before, '.join(shares)} now"
-        return f"{images}, {change} points (95 % interval)."
+        return f"{images}, {points_interval(change)} points (95 % interval){unclear}."
 
 
 def corrected_since(images: LabelledSet, folders: Iterable[Path]) -> str:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 Predicted = tuple[
     ImageIndex, NDArray[np.int64], NDArray[np.float64]
 ]  # images, positions of some (n,), logits of each (n, K)
+_SORTED = "They are sorted by the probability of the label."
 _AT_RANDOM = "Test labels are drawn at random, never by what a model doubts: or the test favours models like it."
 
 
@@ -158,9 +159,10 @@ def review_labels(predicted: Predicted, shown: int) -> Review:
         described(place, group=groups[place]) for place in np.argsort(groups, kind="stable") if groups[place] >= 0
     ]
     named = [Column("File", "file"), Column("Label", "label")]
-    believed = [*named, Column("Believed", "believed"), Column("How sure", "sure", percent)]
+    of_label = Column("Its probability", "probability", percent)
+    believed = [*named, of_label, Column("Believed", "believed"), Column("How sure", "sure", percent)]
     parts = [
-        (doubted, table("labels", "Labels to check", doubted, believed, PREDICTED, data=ranked)),
+        (doubted, table("labels", "Labels to check", doubted, believed, f"{PREDICTED} {_SORTED}", data=ranked)),
         (checked, table("test_labels", "Test labels to check", checked, named, _AT_RANDOM)),
         (copies, table("copies", "Near copies", copies, [*named, Column("Group", "group")], TOGETHER)),
     ]

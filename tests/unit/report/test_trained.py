@@ -57,7 +57,12 @@ def test_of_a_handful_of_test_images_nothing_is_claimed() -> None:
     [
         (10, range(30), 5, "20.0 points better here; on other test images +11.4 to +27.8."),
         (30, range(10), 5, "20.0 points worse here; on other test images −27.8 to −11.4."),
-        (10, range(5, 17), 5, "2.0 points better here; on other test images −5.2 to +9.1."),
+        (
+            10,
+            range(5, 17),
+            5,
+            "2.0 points better here; on other test images −5.2 to +9.1: too few to tell which is better.",
+        ),
         (10, range(10), 0, "Training did not improve on it on validation images, so you get the linear probe."),
     ],
 )

@@ -85,6 +85,11 @@ class Interval:
     confidence: float  # nominal coverage, e.g. 0.95
     reason: str | None = None  # why there is no interval, where more than a single value is behind it
 
+    @property
+    def may_be_zero(self) -> bool:
+        """Return whether a difference may as well be none or the other way round, as far as these values can tell."""
+        return self.low is None or self.high is None or self.low <= 0 <= self.high
+
 
 def critical_z() -> float:
     """Return the quantile of the standard normal distribution that a two-sided interval at CONFIDENCE takes, 1.96."""

@@ -17,6 +17,7 @@ from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.tables import Column, table
 
+TOO_FEW = ": too few to tell which is better"  # after an interval of a difference that holds 0, on images
 _FEWEST_TESTED, _FEW_TESTED = 5, 20  # images; fewer say next to nothing, and less than folds
 
 
@@ -64,7 +65,7 @@ def later_lines(tested: ImagesTest) -> list[str]:
         points = " points" if metric.is_share else ""
         own = f"its own test: {value_of(metric, tested.own.estimate)} on {count(tested.own.n)} images"
         lines.append(f"{gain_of(metric, change.estimate)}{points} ({ends}) compared with {own}.")
-        if change.low is None or change.high is None or change.low <= 0 <= change.high:
+        if change.may_be_zero:
             lines.append("That may be chance: these are other images.")
     return [*lines, *most_frequent_mistake(tested.quality)]
 
@@ -119,7 +120,8 @@ def beside_the_probe(record: RunRecord) -> list[str]:
     size = gain_of(metric, abs(better)).removeprefix("+") + (" points" if metric.is_share else "")
     gap = f"{size} {'better' if better > 0 else 'worse'}" if better else "as good"
     bounds = " to ".join(gain_of(metric, end) for end in sorted(ends))
-    return [of_probe, f"You get the trained model, which is {gap} here; on other test images {bounds}."]
+    unclear = TOO_FEW if gain.may_be_zero else ""
+    return [of_probe, f"You get the trained model, which is {gap} here; on other test images {bounds}{unclear}."]
 
 
 def _score(metric: DecidingMetric, interval: Interval, suffix: str = "") -> str:
