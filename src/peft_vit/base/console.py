@@ -40,7 +40,7 @@ def quoted(*words: str | Path) -> str:
 def open_console(file: TextIO | None = None) -> Console:
     """Return the console of a stream, by default the standard output; in a pipe lines are as wide as a table needs.
 
-    `!peft-vit` in a notebook is no terminal, since the notebook's file would keep each state of a bar.
+    `!peft-vit` in a notebook isn't a terminal, since the notebook's file keeps each state of a bar.
     """
     from rich.console import Console
 
