@@ -23,7 +23,7 @@ categories of Debian's `oxygen-icon-theme` with 40 icons of 64 px or more, by wh
 minutes; above draw 3 of `stamps`, and `hour` of digits' draw 3, on an Intel Xeon with AMX). Icons are of such a Xeon,
 too. All other rows are of AMD EPYCs with AVX-512, on one thread, `train` with six minutes, the default here. Of two
 tunings, draw 1 of solar cells and draw 2 of digits, only the accuracy was kept. Rows of `few_labels_avx2.csv` are of a
-machine limited to AVX2 by `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2`.
+machine limited to AVX2 by `ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2`, beside other work.
 
 It adds rows to `benchmarks/results/few_labels.csv`: accuracy (balanced, if classes are uneven in training), NLL and ECE
 of calibrated probabilities (ten bins of equal mass), test images that were called unlike the training images, bytes of
