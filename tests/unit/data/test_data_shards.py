@@ -21,7 +21,7 @@ from peft_vit.data import existing, find_images, load_data, open_index
 from peft_vit.data.files import expanded_braces
 from peft_vit.data.inspect import inspect_images
 
-pytestmark = pytest.mark.part("data")
+pytestmark = pytest.mark.part("runner")
 
 
 def png(number: int) -> bytes:
