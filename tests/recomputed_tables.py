@@ -189,6 +189,7 @@ def quantization(led: Ledger, _: str) -> list[Row]:
             {
                 "experiment": name,
                 **interval("test_accuracy", led.over_seeds(name, on_test)),
+                "difference_to_float": np.mean(led.differences(name, "lora_r8", on_test)[1]),
                 "mean_relative_error": np.mean(list(errors.values())),
                 "worst_relative_error": max(errors.values()),
                 "worst_module": max(errors, key=lambda m: errors[m]),

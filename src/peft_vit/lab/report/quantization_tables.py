@@ -43,6 +43,8 @@ _SETTINGS = [
 
 
 def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    compared = [q.against_unquantized for q in impacts]
+    twins = ", ".join(sorted({c.reference for c in compared if c.interval is not None}))
     float_bytes = mean_of("", "float_backbone_bytes", lambda run: 4 * run.parameters.backbone_total, megabytes)
 
     def quantized_bytes(run: Run) -> float | None:
@@ -69,13 +71,23 @@ def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 percent_interval,
                 partial(interval_columns, "test_accuracy"),
             ),
+            Column(
+                "against float (points)",
+                "against_unquantized",
+                lambda c: points_interval(c.interval),
+                lambda c: {
+                    "difference_to_float": None if c.interval is None else c.interval.estimate,
+                    "float_reference": c.reference,
+                },
+            ),
             Column("relative error", errors, lambda of: f"{fixed(100 * of['mean_relative_error'])} %", dict),
             Column("", lambda q: layers_bits(q.runs), data="bits_per_weight"),
             mean_of("", "quantized_bytes", quantized_bytes),
             mean_of("frozen", "frozen_bytes", lambda run: run.bytes.frozen_bytes, megabytes),
             float_bytes,
         ],
-        "Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. "
+        "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
+        f"{f' ({twins})' if twins else ''}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. "
         "Frozen: everything that is frozen, quantized or not; the float backbone takes "
         f"{float_bytes.text(impacts[0])}. {OVER_SEEDS}",
     )
@@ -101,7 +113,7 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
     settings = [EXPERIMENT, Column("bits", "settings.quantization_bits", data="bits", none="by layer"), *_SETTINGS]
     return table(
         "quantization_against_float",
-        "Low bits minus LoRA of the same rank, scale and targets on float weights, paired by seed",
+        "Low bits minus the same LoRA on float weights, paired by seed",
         impacts,
         [
             *settings,
