@@ -59,7 +59,7 @@ def model_of(double: bool) -> nn.Module:
     """Return a random VisionTransformer of two blocks for 32 px."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 5}
+        sizes: dict[str, Any] = {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "num_classes": 5}
         model = VisionTransformer(img_size=32, patch_size=8, **sizes)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -115,17 +115,18 @@ def trained(
     """
     model = model_of(double=False)
     with patch.object(prepared_methods, "STEPS", STEPS):
-        hooks = [FirstGradients(), *prepared_methods.METHODS[method](model)]
+        hooks: list[Any] = [FirstGradients(), *prepared_methods.METHODS[method](model)]
     if double:
         model.double()
         model.register_forward_pre_hook(lambda _, given: (given[0].double(),))
-    given = {"steps": STEPS, "batch_size": BATCH, "learning_rate": 3e-3, "augmentation": ("flip",), **settings}
+    given: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "learning_rate": 3e-3, "augmentation": ("flip",)}
+    given |= settings
     given["augmentation"] = tuple(given["augmentation"])
     config = TrainingConfig(**given)
     if config.compute == "int8":
         use_int8_matmul(model, EXPORTED_MATMUL)  # exact on any processor, and chosen by no clock
     runtime = RuntimeConfig(torch.device("cpu"), "fp32", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    named = {"hooks": hooks, "resume": resume, "between_steps": between_steps}
+    named: dict[str, Any] = {"hooks": hooks, "resume": resume, "between_steps": between_steps}
     result = train(model, images_of(images), config, runtime, seed=4, **named)
     tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     return {
