@@ -207,7 +207,7 @@ def by_hand(features: Features, labels: Labels, draw: int, fewest: int) -> Itera
     with (
         TemporaryDirectory() as folder,
         patch.object(session, "expected_accuracy", lambda *_: None),
-        patch.object(order, "_FEWEST_OF_CLASS", fewest),
+        patch.object(order, "FEWEST_OF_CLASS", fewest),
     ):
         person = session.Session(LabelStore(Path(folder)), pool, pool)  # type: ignore[arg-type]
         person.fit()
@@ -377,7 +377,7 @@ def main() -> None:
                 elif way == "one by one":
                     rows = one_by_one(features, labels, draw)
                 elif options.hands:
-                    rows = by_hand(features, labels, draw, 3 if "early" in way else order._FEWEST_OF_CLASS)
+                    rows = by_hand(features, labels, draw, 3 if "early" in way else order.FEWEST_OF_CLASS)
                 else:
                     rows = accuracies(features, labels, draw, way)
                 for row in list(rows):

@@ -16,6 +16,7 @@ from peft_vit.data.sources.folders import find_images
 from peft_vit.label.corrections import Checking, Corrections, Doubt
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LabelStore, Row
+from peft_vit.label.session import Shown
 
 pytest.importorskip("uvicorn")
 from peft_vit.label.server import LabelServer
@@ -79,7 +80,7 @@ def look(page: Any, picture: Path) -> None:
 
 
 def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.label.order._FEWEST_OF_CLASS", 3)
+    monkeypatch.setattr("peft_vit.label.order.FEWEST_OF_CLASS", 3)
     images, pictures = tmp_path / "images", tmp_path / "pictures"
     images.mkdir()
     truth = write_digits(images, 120, classes=4)
@@ -108,7 +109,9 @@ def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path, monkeypatc
                 names = page.eval_on_selector_all("#known option", "options => options.map(option => option.value)")
                 press(page, str(names.index(says) + 1), done + 1)
             else:
-                tap(page, "n")
+                if page.inner_text("#classes"):
+                    tap(page, "n")
+                page.locator("#main:not([aria-busy=true])").wait_for()
                 page.keyboard.type(says)
                 press(page, "Enter", done + 1)
         look(viewer, pictures / "done")
@@ -125,18 +128,21 @@ def test_back_skip_comment_unsure_and_hostile_names(browser, tmp_path) -> None:
     write_digits(tmp_path, 12)
     with serving(tmp_path) as server, opened(browser, server) as page, opened(browser, server) as other:
         first = page.inner_text("#question")
+        tap(page, "Escape")  # out of the field, in which one types the first class
         tap(page, "s")
         page.locator("#question", has_not_text=first).wait_for()
         second = page.inner_text("#question")
+        tap(page, "Escape")
         tap(page, "c")
         page.keyboard.type(HOSTILE)
         tap(page, "Escape")
         tap(page, "u")
         page.locator("#question", has_not_text=second).wait_for()
+        tap(page, "Escape")
         tap(page, "z")
         page.locator("#question", has_text=second).wait_for()
         assert page.input_value("#comment") == HOSTILE
-        tap(page, "n")
+        assert "U keeps it" in page.inner_text("#note")
         page.keyboard.type("a/b")
         tap(page, "Enter")
         page.locator("#fault", has_text="expected 1 to 80 letters").wait_for()
@@ -146,6 +152,47 @@ def test_back_skip_comment_unsure_and_hostile_names(browser, tmp_path) -> None:
         assert "b &lt;b&gt;" in other.inner_text("#classes")
     row = LabelStore(tmp_path).rows[second]
     assert (row.labels, row.comment) == (("b &lt;b&gt;",), HOSTILE)
+
+
+def test_back_keeps_the_label_until_another_is_given(browser, tmp_path) -> None:
+    write_digits(tmp_path, 12)
+    with serving(tmp_path, order="files") as server, opened(browser, server) as page:
+        names = []
+        for done, label in enumerate(("fruit", "unripe fruit", "stone"), start=1):  # u and s are letters, not keys
+            names.append(page.inner_text("#question"))
+            if done > 1:
+                tap(page, "n")
+            page.keyboard.type(label)
+            press(page, "Enter", done)
+        last = page.inner_text("#question")
+        for name in names[:0:-1]:
+            tap(page, "z")
+            page.locator("#question", has_text=name).wait_for()
+        assert page.inner_text("#take") == "Enter keeps unripe fruit"
+        press(page, "1", 3)
+        page.locator("#question", has_text=last).wait_for()
+        tap(page, "z")
+        page.locator("#question", has_text=names[2]).wait_for()
+        press(page, "Enter", 3)
+        page.locator("#question", has_text=last).wait_for()
+    rows = LabelStore(tmp_path).rows
+    assert [rows[name].labels for name in names] == [("fruit",), ("fruit",), ("stone",)]
+
+
+def test_enter_takes_a_wall_whatever_is_open(browser, tmp_path) -> None:
+    write_digits(tmp_path, 30, classes=2)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    session = session_of(tmp_path, order="files")
+    session.images.is_sound(session.images.number["broken.png"], 64)
+    free = [i for i, name in enumerate(session.images.names) if not session.images.is_test(i) and name != "broken.png"]
+    session.record(free[:2], ["a"])
+    session._offered = Shown(tuple(free[2:8]), is_wall=True, proposed="a")
+    server = LabelServer(session, "127.0.0.1", 0, lambda address: None)
+    threading.Thread(target=server.serve, daemon=True).start()
+    with opened(browser, server) as page:
+        page.click("#missing summary")
+        assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+        press(page, "Enter", 8)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +228,11 @@ def test_a_button_trains_and_the_page_says_what_it_says(browser, tmp_path, monke
         rows = {name: Row((label,), "train") for name, label in list(truth.items())[:10]}
         LabelStore(images).change(rows, {})
         page.locator("#counted", has_text=re.compile("^10 of")).wait_for()
+        assert "'digit 0', 'digit 1'" in page.inner_text("#untested")
+        look(viewer, tmp_path / "pictures" / "untested")
+        page.click("#tests")
+        page.locator("#untested", has_text="come first").wait_for()
+        assert page.is_hidden("#tests")
         page.click("#tune")
         page.locator("#said", has_text="epoch 1").wait_for()
         assert page.is_disabled("#train")

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -75,6 +76,11 @@ class LabelStore:
         if self.task == "regression":
             return []
         return list(dict.fromkeys(label for row in self.rows.values() for label in row.labels))
+
+    def counts(self, *, test: bool) -> Counter[str]:
+        """Return how many images have each label, of those for the test or of those to train on."""
+        rows = [row for row in self.rows.values() if row.split != UNSURE and (row.split == "test") == test]
+        return Counter(label for row in rows for label in row.labels)
 
     def refresh(self) -> None:
         """Read the file again if it is another one by now."""

@@ -26,10 +26,10 @@ _L2, _TOLERANCE = 0.03, 1e-3  # of the regression; at the second, probabilities 
 _FOLDS, _HELD_OUT = 5, 200  # images are held out in folds until these are so many
 _PRIOR = TemperaturePrior(median=2.0, spread=0.7)  # a regression separates few images, and is too sure of others
 _SURE, _FEWEST_OF_WALL, _SIZE_OF_WALL = 0.9, 8, 20  # share of a wall that is expected to be right, and its images
-# Labels of a class, in the mean, before there is a wall, which tells a model little: of a draw of digits and of
+# Labels to train on of a class, in the mean, before there is a wall, which tells a model little: of a draw of digits and of
 # Fashion-MNIST 85.7 and 67.0 % were right after 186 and 182 keys with walls from 8 labels a class on, without any 89.2
 # and 66.6 % after 150 (benchmarks/labelling.py --hands).
-_FEWEST_OF_CLASS = 15
+FEWEST_OF_CLASS = 15
 
 
 def herding(
@@ -89,7 +89,7 @@ def propose(features: Features, labelled: Ints, num_classes: int) -> Floats:
     return np.exp(log_softmax(logits / _temperature(z[known], labelled[known])))
 
 
-def wall(probabilities: Floats, available: Flags, labelled: Ints) -> tuple[int, list[int]] | None:
+def wall(probabilities: Floats, available: Flags, num_labelled: int) -> tuple[int, list[int]] | None:
     """Return a class and the available images that are surest of it, the surest first; None: no class has enough.
 
     There are as many as nine in ten are expected to be right of, so that who looks at all of them has few to take out.
@@ -98,10 +98,10 @@ def wall(probabilities: Floats, available: Flags, labelled: Ints) -> tuple[int, 
     Args:
         probabilities: (N, K), see `propose`.
         available: which images may be shown, (N,).
-        labelled: class of each image, (N,); -1: it has none.
+        num_labelled: labels to train on.
     """
     predicted, walls = probabilities.argmax(1), []
-    if (labelled >= 0).sum() < _FEWEST_OF_CLASS * probabilities.shape[1]:
+    if num_labelled < FEWEST_OF_CLASS * probabilities.shape[1]:
         return None
     for label in range(probabilities.shape[1]):
         own = np.flatnonzero(available & (predicted == label))

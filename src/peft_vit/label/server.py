@@ -65,15 +65,16 @@ _CHANGES: dict[str, Callable[[Session | Checking, _Answer], None]] = {
     "label": lambda session, answer: session.record(**answer.model_dump()),
     "refuse": lambda session, answer: session.refuse(answer.ids),
     "undo": lambda session, answer: session.undo(),
-    "train": lambda session, answer: _started(session, "train"),
-    "tune": lambda session, answer: _started(session, "tune"),
+    "tests": lambda session, answer: _labelling(session, "tests").ask_tests(),
+    "train": lambda session, answer: _labelling(session, "train").training.start("train"),
+    "tune": lambda session, answer: _labelling(session, "tune").training.start("tune"),
 }
 
 
-def _started(session: Session | Checking, command: str) -> None:
+def _labelling(session: Session | Checking, command: str) -> Session:
     if not isinstance(session, Session):
         raise UserError("give the command in a terminal", field=command)
-    session.training.start(command)
+    return session
 
 
 class LabelServer:

@@ -21,7 +21,7 @@ from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FeatureFile, FeatureProcess
 from peft_vit.label.images import TEST_SHARE, ImageFolder
 from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name, is_number
-from peft_vit.label.order import Accuracy, expected_accuracy, herding, propose, wall
+from peft_vit.label.order import FEWEST_OF_CLASS, Accuracy, expected_accuracy, herding, propose, wall
 from peft_vit.label.training import Training
 
 Order = Literal["herding", "random", "files", "unlike"]
@@ -32,10 +32,12 @@ _AFTER_REFUSAL = 10  # labels until a wall is offered again
 _MORE = 1.1  # times as many features, before the order is computed again
 _FEWEST_TESTED = 20  # images, before it is said what more labels bring
 _NO_CLASS = -1
+_NAMED = 3  # classes
 _ABOUT = (
     "Every fifth image is for the test. It is drawn by chance and comes without a proposal: accuracy on images that a "
-    "model has chosen says nothing of others."
+    "model has chosen says nothing of others. Beside each class are its labels to train on + those for the test."
 )
+_WALLS = f"From {FEWEST_OF_CLASS} to train on, in the mean over classes, walls of images of one class come."
 
 
 class Shown(NamedTuple):
@@ -45,7 +47,7 @@ class Shown(NamedTuple):
     is_wall: bool = False
     is_test: bool = False
     proposed: str | None = None
-    former: Row | None = None  # what was taken back
+    former: Row | None = None  # what was said of it, where one has gone back
 
 
 class Computed(NamedTuple):
@@ -136,11 +138,13 @@ class Session:
         self.training = Training(store)
         self._lock, self._changed = threading.RLock(), threading.Event()
         self._classes, self._num_known = list(classes), len(classes)
-        self._history: list[tuple[Sequence[int], dict[str, Row | None], dict[str, Row | None]]] = []  # before, after
+        self._history: list[tuple[tuple[int, ...], dict[str, Row | None]]] = []  # images, and rows that they came to
+        self._back = 0  # answers that one has gone back
         self._shown: Shown | None = None
         self._skipped: set[int] = set()
         self._doubted: list[int] = []  # on walls
         self._no_wall_before = 0  # labels
+        self._tests_first = False
         self._trouble = ""
         # What the last fit has found:
         self._ready = self._labelled_since = 0
@@ -161,13 +165,12 @@ class Session:
         """Return what is shown, and how far one is, as JSON."""
         with self._lock:
             self.store.refresh()
-            if self._shown is None or not self._shown.ids or not all(map(self._is_open, self._shown.ids)):
+            ids = self._shown.ids if self._shown is not None else ()
+            if self._shown is None or not (ids and (self._back or all(map(self._is_open, ids)))):
                 self._shown = self._choose()
             labelled = [row for row in self.store.rows.values() if row.split != UNSURE]
-            tested, images = (
-                sum(row.split == "test" for row in labelled),
-                len(self.images.names) - len(self.images.left_out),
-            )
+            tested = sum(row.split == "test" for row in labelled)
+            images = len(self.images.names) - len(self.images.left_out)
             gone = len(self.store.rows.keys() - self.images.number.keys())
             away = f"; {gone} of them no longer there" if gone else ""
             return {
@@ -177,19 +180,22 @@ class Session:
                 "ahead": [i for i in self._chosen if self._is_open(i)][:3],
                 "task": self.store.task,
                 "classes": self.classes,
-                "counts": Counter(label for row in labelled for label in row.labels),
+                "counts": self.store.counts(test=False),
+                "counts_of_test": self.store.counts(test=True),
                 "title": "Label images",
-                "note": "For the test: without a proposal." if self._shown.is_test else "",
+                "note": _note(self._shown),
                 "finished": "All images are labelled.",
                 "counted": f"{len(labelled)} of {images} labelled, {tested} of them for the test{away}",
-                "about": _ABOUT,
+                "about": f"{_ABOUT} {_WALLS}" if self.store.task == "classification" else _ABOUT,
+                "untested": _untested(self._lacking(), self._tests_first),
+                "tests_first": self._tests_first,
                 "labelled": len(labelled),
                 "tested": tested,
                 "images": images,
                 "ready": self._ready,
                 "accuracy": _in_words(self._accuracy),
                 "left_out": [f"{name} {why}" for name, why in dict(self.images.left_out).items()],
-                "undoable": bool(self._history),
+                "undoable": self._back < len(self._history),
                 "trouble": self.features.fault or self._trouble,
                 "command": f"peft-vit tune {quoted(self.store.file)}",
                 "training": self.training.state(),
@@ -205,6 +211,8 @@ class Session:
     ) -> None:
         """Label images, and their copies that have no label; what was said is on disk when this returns.
 
+        Where one has gone back, this takes the place of that answer alone.
+
         Args:
             ids: of the images.
             labels: of each, a class, several classes or none, or a number.
@@ -219,51 +227,61 @@ class Session:
         with self._lock:
             self.store.refresh()
             given = () if unsure else self._checked(labels)
-            right = [i for i in ids if i not in wrong]
-            after: dict[str, Row | None] = {}
+            right, former = [i for i in ids if i not in wrong], self._former(ids)
+            rows, after = self.store.rows.keys() - former.keys(), dict[str, Row | None]()
             for i in right:
                 split: Any = UNSURE if unsure else "test" if self._is_test(i, self.store.rows) else "train"
                 for copy in self._copies(i):
                     name = self.images.names[copy]
-                    if copy == i or (copy not in wrong and name not in self.store.rows):
+                    if copy == i or (copy not in wrong and name not in rows):
                         after[name] = Row(given, split, " ".join(comment.split()))
-            if after:
-                before = {name: self.store.rows.get(name) for name in after}
-                self.store.change(after, {self.images.names[i]: None for i in right})
-                self._history.append((right, before, after))
+            self._change(tuple(right), after, former)
             self._labelled_since += len(right)
             self._doubted += wrong
             self._go_on()
 
     def refuse(self, ids: Sequence[int]) -> None:
-        """Show images later, or no wall for a while."""
+        """Show images later, or no wall for a while; where one has gone back, they have no label any more."""
         with self._lock:
+            self._change((), {}, self._former(ids))
             if self._shown is not None and self._shown.is_wall:
                 self._no_wall_before = len(self.store.rows) + _AFTER_REFUSAL
             else:
                 self._skipped.update(ids)
             self._go_on()
 
-    def undo(self) -> None:
-        """Take back what was said last, and show its image again.
+    def ask_tests(self) -> None:
+        """Show images for the test first, until each class that is trained on has one.
 
         Raises:
-            ConflictError: if another page has said something else of it meanwhile.
+            UserError: if none is left.
         """
         with self._lock:
-            if not self._history:
-                raise UserError("nothing to take back since this page was started")
-            ids, before, after = self._history[-1]
-            try:
-                self.store.change(before, after)
-            except ConflictError:  # it can't be taken back any more, and what was said before it can
-                self._history.pop()
-                raise
-            self._history.pop()
+            self.store.refresh()
             self._go_on()
-            if len(ids) == 1:
-                former = after[self.images.names[ids[0]]]
-                self._shown = Shown(tuple(ids), is_test=self._is_test(ids[0], self.store.rows), former=former)
+            if self._next(for_test=True) is None:
+                raise UserError("no image for the test is left; add images", field="tests")
+            self._tests_first = True
+
+    def undo(self) -> None:
+        """Go back an answer, and show its images again; their labels stay until others are given.
+
+        Raises:
+            ConflictError: if another page has said something else of one meanwhile.
+        """
+        with self._lock:
+            self.store.refresh()
+            if self._back == len(self._history):
+                raise UserError("no answer before this one since the page was started")
+            ids, after = self._history[-1 - self._back]
+            if other := [name for name, row in after.items() if self.store.rows.get(name) != row]:
+                del self._history[-1 - self._back]
+                raise ConflictError("was changed since, from another page; go on, or further back", file=other[0])
+            self._back += 1
+            row = after[self.images.names[ids[0]]]
+            assert row is not None
+            proposed = row.labels[0] if self.store.task == "classification" and row.labels else None
+            self._shown = Shown(ids, len(ids) > 1, row.split == "test", proposed, row)
 
     # --- what is computed meanwhile -----------------------------------------------------------------------------------
 
@@ -273,7 +291,7 @@ class Session:
         self.images.find_copies()
         with self._lock:
             rows, classes = dict(self.store.rows), list(self.classes)
-            doubted = list(self._doubted)
+            doubted, num_labelled = list(self._doubted), self.store.counts(test=False).total()
             open_ids = {i for i in ids.tolist() if self._is_open(i)}
             self._ready, self._labelled_since = len(ids), 0
         if not len(ids):
@@ -294,7 +312,7 @@ class Session:
             probabilities = np.pad(known, ((0, 0), (0, len(classes) - self._num_known)))  # the model knows all of them
         if probabilities is not None:
             proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
-            if found := wall(probabilities, available & ~np.isin(ids, doubted), train):
+            if found := wall(probabilities, available & ~np.isin(ids, doubted), num_labelled):
                 offered = Shown(tuple(ids[found[1]].tolist()), is_wall=True, proposed=classes[found[0]])
         with self._lock:
             count = _AHEAD + self._labelled_since
@@ -322,10 +340,28 @@ class Session:
 
     # --- inner --------------------------------------------------------------------------------------------------------
 
+    def _former(self, ids: Sequence[int]) -> dict[str, Row | None]:
+        """Return the rows that an answer came to, if one has gone back to it and these are its images."""
+        shown, rows = self._history[-self._back] if self._back else ((), {})
+        return rows if shown == tuple(ids) else {}
+
+    def _change(self, ids: tuple[int, ...], after: dict[str, Row | None], former: dict[str, Row | None]) -> None:
+        """Write what images came to, in place of a former answer where there is one."""
+        if not (after or former):
+            return
+        place = len(self._history) - (self._back if former else 0)
+        try:
+            self.store.change({**dict.fromkeys(former), **after}, former or dict.fromkeys(after))
+        except ConflictError:  # from another page, so there is no going back to it any more
+            self._history[place : place + bool(former)] = []
+            self._back = 0
+            raise
+        self._history[place : place + bool(former)] = [(ids, after)] if after else []
+
     def _go_on(self) -> None:
         if self._shown is not None and self._shown.is_wall:
             self._offered = None
-        self._shown = None
+        self._shown, self._back = None, 0
         self._changed.set()
 
     def _checked(self, labels: Sequence[str]) -> tuple[str, ...]:
@@ -354,7 +390,8 @@ class Session:
     def _choose(self) -> Shown:
         splits = Counter(row.split for row in self.store.rows.values())
         is_owed = splits["train"] + splits["test"] + 1 >= TEST_SHARE * (splits["test"] + 1)
-        found = self._next(for_test=True) if is_owed else None
+        self._tests_first = self._tests_first and bool(self._lacking())
+        found = self._next(for_test=True) if is_owed or self._tests_first else None
         if found is None and any(map(self._is_open, self._doubted)):
             found = self._next(for_test=False)
         found = found or self._wall() or self._next(for_test=False) or self._next(for_test=True)
@@ -362,6 +399,11 @@ class Session:
             self._skipped.clear()
             return self._choose()
         return found or Shown()
+
+    def _lacking(self) -> list[str]:
+        """Return the classes that training would begin with, and no test image is labelled of."""
+        of_test = self.store.counts(test=True)
+        return [] if self.training.missing() else [name for name in self.store.classes if not of_test[name]]
 
     def _next(self, for_test: bool) -> Shown | None:
         in_turn = range(len(self.images.names)) if self.order == "files" else self.images.shuffled
@@ -377,6 +419,23 @@ class Session:
         ids = tuple(i for i in self._offered.ids if i not in self._doubted and self._is_open(i))
         ids = tuple(i for i in ids if self.images.is_sound(i, SMALL))
         return self._offered._replace(ids=ids) if ids else None
+
+
+def _note(shown: Shown) -> str:
+    if shown.former is None:
+        return "For the test: without a proposal." if shown.is_test else ""
+    is_unsure = shown.former.split == UNSURE
+    said = "can't tell" if is_unsure else ", ".join(shown.former.labels) or "none"
+    return f"You said: {said}. {'U' if is_unsure else 'Enter'} keeps it, another answer changes this one alone."
+
+
+def _untested(classes: Sequence[str], comes_first: bool) -> str:
+    if not classes:
+        return ""
+    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
+    named = ", ".join(f"'{name}'" for name in classes[:_NAMED]) + more
+    then = "Images for the test come first now." if comes_first else "The test would say nothing of it."
+    return f"No test image of {named} is labelled yet. {then}"
 
 
 def _in_words(accuracy: Accuracy | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -45,12 +44,8 @@ class Training:
         self._store.refresh()
         if self.is_running:
             raise UserError("one is running; wait for its end", field=command)
-        of_train = Counter(label for row in self._store.rows.values() if row.split == "train" for label in row.labels)
-        classes = self._store.classes
-        rare = min(classes, key=of_train.__getitem__, default="")
-        if self._store.task == "classification" and (len(classes) < _FEWEST or of_train[rare] < _FEWEST):
-            needed = "needs 2 classes, and of each 2 images that are not for the test"
-            raise UserError(f"{needed}; {rare or 'a class'} has {of_train[rare]}: label more", field=command)
+        if missing := self.missing():
+            raise UserError(missing, field=command)
         call = [command, str(self._store.file), "--output", os.path.abspath("peft-vit-runs")]
         with os_fault("can't be written", self._file, remedy=f"run peft-vit {quoted(*call)}"):
             make_folder(self._file.parent)
@@ -68,6 +63,15 @@ class Training:
                     start_new_session=True,  # Ctrl-C ends the server alone, on Windows by the flag
                     creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
+
+    def missing(self) -> str:
+        """Return what too few images are labelled of to start, or ""."""
+        classes, of_train = self._store.classes, self._store.counts(test=False)
+        rare = min(classes, key=of_train.__getitem__, default="")
+        if self._store.task != "classification" or (len(classes) >= _FEWEST and of_train[rare] >= _FEWEST):
+            return ""
+        needed = "needs 2 classes, and of each 2 images that are not for the test"
+        return f"{needed}; {rare or 'a class'} has {of_train[rare]}: label more"
 
     @property
     def is_running(self) -> bool:
@@ -88,5 +92,7 @@ class Training:
             said = self._file.read_text("utf-8", "replace")
         lines = [*map(printable, said.splitlines())]
         if said and not running and "\nModel: " not in said:
-            lines.append("It has ended without a model; the button starts it again, and it continues.")
+            lines.append(
+                "It ended without a model. A button above trains on the labels so far; if none came, it continues."
+            )
         return {"running": running, "lines": lines[-_LINES:]}

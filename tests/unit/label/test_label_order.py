@@ -96,25 +96,23 @@ def test_nothing_is_proposed_before_there_are_two_classes() -> None:
 
 
 def test_a_wall_is_of_the_surest_class_that_has_enough_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order, "_FEWEST_OF_CLASS", 3)
+    monkeypatch.setattr(order, "FEWEST_OF_CLASS", 3)
     sure = np.concatenate([np.full(30, 0.91), np.linspace(0.99, 0.7, 30), np.full(6, 0.99)])
     classes = np.repeat([0, 1, 2], [30, 30, 6])
     probabilities = np.repeat((1 - sure)[:, None] / 2, 3, axis=1)
     probabilities[np.arange(66), classes] = sure
-    available, labelled = np.ones(66, dtype=bool), np.full(66, -1)
-    labelled[[*range(3), *range(30, 33), *range(60, 63)]] = 0
-    available[labelled >= 0] = False
-    assert wall(probabilities, available, labelled) == (0, list(range(3, 23)))  # of class 1 they are less sure
+    available = np.ones(66, dtype=bool)
+    available[[*range(3), *range(30, 33), *range(60, 63)]] = False
+    assert wall(probabilities, available, 9) == (0, list(range(3, 23)))  # of class 1 they are less sure
     available[:20] = False
-    shown = wall(probabilities, available, labelled)
+    shown = wall(probabilities, available, 9)
     assert shown == (0, list(range(20, 30)))
-    label, images = wall(probabilities, available & (classes > 0), labelled) or (0, [])
+    label, images = wall(probabilities, available & (classes > 0), 9) or (0, [])
     assert label == 1  # class 2 has too few
     assert images == list(range(33, 33 + len(images)))
     assert sure[images].mean() >= 0.9 > sure[[*images, images[-1] + 1]].mean()
-    assert wall(probabilities, available & (classes == 2), labelled) is None
-    labelled[0] = -1  # with eight labels of three classes
-    assert wall(probabilities, available, labelled) is None
+    assert wall(probabilities, available & (classes == 2), 9) is None
+    assert wall(probabilities, available, 8) is None  # labels of three classes
 
 
 def test_the_accuracy_is_of_test_images_and_more_labels_bring_what_halves_say() -> None:

@@ -58,7 +58,8 @@ def test_an_answer_is_on_disk_when_it_is_told(client, tmp_path) -> None:
     told = sent(client)
     assert told.status_code == 200
     assert told.json()["labelled"] == len(LabelStore(tmp_path).rows) == 1
-    assert sent(client, "/undo", {}).json()["labelled"] == 0
+    back = sent(client, "/undo", {}).json()
+    assert (back["labelled"], back["former"]["labels"], back["undoable"]) == (1, ["cat"], False)
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example:80", "", "[::1]:80"])

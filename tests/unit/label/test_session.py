@@ -35,7 +35,7 @@ def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
 
 @pytest.mark.parametrize("order", ["herding", "random", "files"])
 def test_every_fifth_is_for_the_test_and_comes_without_a_proposal(order, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.label.order._FEWEST_OF_CLASS", 3)
+    monkeypatch.setattr("peft_vit.label.order.FEWEST_OF_CLASS", 3)
     truth = write_digits(tmp_path, 45, classes=2)
     session = session_of(tmp_path, order=order)
     shown = label_all(session, truth)
@@ -75,6 +75,10 @@ def test_the_test_fifth_follows_from_content_and_takes_copies_along(tmp_path) ->
     session.undo()
     assert session.state()["names"] == shown["names"]
     assert session.state()["former"]["labels"] == ("cat",)
+    session.record(shown["ids"], ["dog"])
+    assert [row.labels for row in LabelStore(tmp_path).rows.values()] == [("dog",)] * 2
+    session.undo()
+    session.refuse(shown["ids"])
     assert LabelStore(tmp_path).rows == {}
 
 
@@ -124,7 +128,8 @@ def test_skipped_images_come_last_and_unsure_ones_not_again(tmp_path) -> None:
     assert len(rest) == 4
     assert unsure not in rest
     state = session.state()
-    assert (state["labelled"], state["counts"]) == (5, {"cat": 5})
+    of_test = sum(row.split == "test" for row in session.store.rows.values())
+    assert (state["labelled"], state["counts"]["cat"], state["counts_of_test"]["cat"]) == (5, 5 - of_test, of_test)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ def test_what_is_no_label_is_refused_and_nothing_written(task, labels, fault, tm
     with pytest.raises(UserError, match=fault):
         session.record(session.state()["ids"], labels)
     assert not (tmp_path / "labels.csv").exists()
-    with pytest.raises(UserError, match="nothing to take back"):
+    with pytest.raises(UserError, match="no answer before"):
         session.undo()
 
 
@@ -289,7 +294,7 @@ def test_images_clicked_wrong_come_alone_and_on_no_other_wall(tmp_path, monkeypa
     free = [i for i in range(40) if not session.images.is_test(i)]
     available = []
 
-    def wall(probabilities, is_available, labelled) -> None:
+    def wall(probabilities, is_available, num_labelled) -> None:
         available.append(is_available)
 
     monkeypatch.setattr("peft_vit.label.session.wall", wall)
@@ -324,10 +329,78 @@ def test_a_split_that_is_written_down_is_kept_to(tmp_path) -> None:
     }
 
 
-def test_what_cannot_be_taken_back_now_can_be_later(tmp_path, monkeypatch) -> None:
+def test_going_back_changes_that_answer_alone(tmp_path) -> None:
+    write_digits(tmp_path, 12)
+    session = session_of(tmp_path, order="files")
+    for label in ("cat", "dog", "cow"):
+        session.record(session.state()["ids"], [label])
+    names, next_ids = list(session.store.rows), session.state()["ids"]
+    assert session.state()["former"] is None
+    for name, label in zip(names[:0:-1], ("cow", "dog"), strict=True):  # a second time, the one before
+        session.undo()
+        state = session.state()
+        assert (state["names"], state["former"]["labels"], state["proposed"]) == ([name], (label,), label)
+    assert {name: row.labels for name, row in LabelStore(tmp_path).rows.items()} == dict(
+        zip(names, [("cat",), ("dog",), ("cow",)], strict=True)
+    )
+    session.record(state["ids"], ["elk"], "sure")
+    assert {name: row.labels for name, row in LabelStore(tmp_path).rows.items()} == dict(
+        zip(names, [("cat",), ("elk",), ("cow",)], strict=True)
+    )
+    assert session.state()["ids"] == next_ids  # goes on where one was
+    session.undo()
+    assert session.state()["names"] == names[2:]
+    session.undo()
+    assert session.state()["former"]["comment"] == "sure"
+    session.record(session.state()["ids"], [], unsure=True)
+    assert session.store.rows[names[1]].split == "unsure"
+    for _ in range(3):
+        session.undo()
+    assert not session.state()["undoable"]
+    with pytest.raises(UserError):
+        session.undo()
+    session.refuse(session.state()["ids"])
+    assert set(session.store.rows) == set(names[1:])
+
+
+def test_going_back_to_a_wall_takes_images_out_of_it(tmp_path) -> None:
+    write_digits(tmp_path, 12)
+    session = session_of(tmp_path, order="files")
+    free = [i for i in range(12) if not session.images.is_test(i)]
+    session.record(free[:4], ["a"], wrong=free[3:4])
+    session.undo()
+    state = session.state()
+    assert (state["is_wall"], state["ids"], state["proposed"]) == (True, tuple(free[:3]), "a")
+    session.record(free[:3], ["a"], wrong=free[1:2])
+    assert set(session.store.rows) == {session.images.names[i] for i in (free[0], free[2])}
+    session.undo()
+    session.record([free[0], free[2]], ["a"], wrong=[free[0], free[2]])
+    assert session.store.rows == {}
+    assert not session.state()["undoable"]
+
+
+def test_an_answer_that_another_page_changed_is_left_as_it_is(tmp_path) -> None:
+    write_digits(tmp_path, 6)
+    session = session_of(tmp_path, order="files")
+    names = session.images.names
+    for i in range(3):
+        session.record([i], ["cat"])
+    session.undo()
+    LabelStore(tmp_path).change({names[k]: Row(("dog",), "train") for k in (1, 2)}, {})
+    with pytest.raises(ConflictError):
+        session.record([2], ["cow"])
+    with pytest.raises(ConflictError):
+        session.undo()
+    session.undo()
+    assert session.state()["names"] == names[:1]
+    assert [session.store.rows[name].labels for name in names[:3]] == [("cat",), ("dog",), ("dog",)]
+
+
+def test_an_answer_that_the_disk_does_not_take_can_be_given_again(tmp_path, monkeypatch) -> None:
     write_digits(tmp_path, 4)
     session = session_of(tmp_path, order="files")
     session.record([0], ["cat"])
+    session.undo()
 
     def fail(*_: object) -> None:
         raise UserError("no space")
@@ -335,6 +408,54 @@ def test_what_cannot_be_taken_back_now_can_be_later(tmp_path, monkeypatch) -> No
     with monkeypatch.context() as full:
         full.setattr(session.store, "change", fail)
         with pytest.raises(UserError, match="no space"):
-            session.undo()
-    session.undo()
-    assert session.store.rows == {}
+            session.record([0], ["dog"])
+    assert session.state()["former"]["labels"] == ("cat",)
+    session.record([0], ["dog"])
+    assert [row.labels for row in session.store.rows.values()] == [("dog",)]
+
+
+def test_walls_come_from_as_many_labels_to_train_on_as_are_counted(tmp_path, monkeypatch) -> None:
+    truth = write_digits(tmp_path, 100, classes=2)
+    session, seen = session_of(tmp_path), []
+
+    def wall(probabilities, available, num_labelled) -> None:
+        seen.append((num_labelled, session.state()["counts"].total()))
+
+    monkeypatch.setattr("peft_vit.label.session.wall", wall)
+    for _ in range(30):
+        state = session.state()
+        session.record(state["ids"], [truth[state["names"][0]]])
+        session.fit()
+    assert len(seen) > 10
+    assert all(ruled == counted for ruled, counted in seen)
+    assert seen[-1][0] == 30 - session.state()["tested"] < 30
+
+
+def test_a_class_without_a_test_image_is_named_and_test_images_come_first(tmp_path) -> None:
+    truth = write_digits(tmp_path, 60, classes=2)
+    session = session_of(tmp_path, order="files")
+    names = {label: [name for name in session.images.names if truth[name] == label] for label in ("digit 0", "digit 1")}
+    is_test = {name: session.images.is_test(i) for i, name in enumerate(session.images.names)}
+    rows = {name: Row((label,), "train") for label in names for name in [n for n in names[label] if not is_test[n]][:2]}
+    rows |= {name: Row(("digit 0",), "test") for name in names["digit 0"] if is_test[name]}
+    of_train, _, _, *more = [*rows][2:]  # leaves one test image
+    LabelStore(tmp_path).change({name: row for name, row in rows.items() if name != of_train}, {})
+    assert session.state()["untested"] == ""  # training could not begin
+    LabelStore(tmp_path).change({of_train: rows[of_train], **dict.fromkeys(more)}, {})
+    state = session.state()
+    assert "'digit 1'" in state["untested"]
+    assert "digit 0" not in state["untested"]
+    assert not state["tests_first"]
+    session.ask_tests()
+    shown = []
+    while (state := session.state())["tests_first"]:
+        assert (state["is_test"], state["proposed"]) == (True, None)
+        shown.append(truth[state["names"][0]])
+        session.record(state["ids"], shown[-1:])
+    assert shown.count("digit 1") == 1  # the last one
+    assert state["untested"] == ""
+    assert not state["is_test"]
+    LabelStore(tmp_path).change({name: Row((truth[name],), "test") for name in truth if is_test[name]}, {})
+    with pytest.raises(UserError) as nothing_left:
+        session.ask_tests()
+    assert nothing_left.value.field == "tests"

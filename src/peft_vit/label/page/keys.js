@@ -16,8 +16,8 @@ export function listen(pick, isWall, names) {
     const pressed = event.key.toLowerCase();
     if (pressed === "escape" && typing) return document.getElementById("main").focus();
     if (pressed === "enter") {
-      const isOnButton = ["BUTTON", "SUMMARY"].includes(focused.tagName);
-      if (isOnButton && !(isWall() && focused.closest("#wall"))) return;
+      const onWall = isWall(), isButton = focused.tagName === "BUTTON" && !(onWall && focused.closest("#wall"));
+      if (isButton || (focused.tagName === "SUMMARY" && !onWall)) return;
       event.preventDefault();
       const take = document.getElementById("take");
       if (take.hidden) document.getElementById("main").focus();

@@ -77,7 +77,8 @@ function show(told) {
     $("comment").value = told.former?.comment ?? "";
   }
   draw();
-  $(state.task === "regression" && !state.is_wall && state.ids.length ? "new" : "main").focus({ preventScroll: true });
+  const isTyped = state.task === "regression" || !state.classes.length; // no key is a class yet
+  $(isTyped && !$("answer").hidden ? "new" : "main").focus({ preventScroll: true });
   for (const i of state.ahead) new Image().src = `images/${i}/large`;
 }
 
@@ -87,7 +88,7 @@ function draw() {
     ? `All ${state.proposed}? Click those that are not.`
     : one ? state.names[0] : state.finished;
   const first = state.classes.length || state.task === "regression" ? "" : "Type what this image shows, then Enter.";
-  $("note").textContent = (one && state.note) || first;
+  $("note").textContent = state.note || first;
   $("image").hidden = !one;
   if (one) Object.assign($("image"), { src: `images/${state.ids[0]}/large`, alt: `the image ${state.names[0]}` });
   $("wall").hidden = !state.is_wall;
@@ -127,7 +128,7 @@ function drawClasses() {
     const button = element("button", `${name} `, { type: "button" });
     const key = keyOf(place, state.classes);
     if (key) button.prepend(element("kbd", key), " ");
-    if (state.counts) button.append(element("small", state.counts[name] ?? 0));
+    if (state.counts) button.append(element("small", `${state.counts[name] ?? 0} + ${state.counts_of_test[name] ?? 0}`));
     button.classList.toggle("proposed", name === (state.believed ?? state.proposed));
     if (state.task === "multilabel") button.ariaPressed = String(picked.has(name));
     button.addEventListener("click", () => pick(place));
@@ -140,7 +141,7 @@ function drawTake() {
   const several = state.ids.length - wrong.size;
   const typed = $("new").value.trim();
   const ofWall = several ? `takes ${several} as ${state.proposed}` : "takes none";
-  const kept = checks() ? `keeps ${state.proposed}` : state.proposed;
+  const kept = checks() || (state.former && state.proposed !== null) ? `keeps ${state.proposed}` : state.proposed;
   const words = state.is_wall ? ofWall : typed || kept || "takes it";
   $("take").lastElementChild.textContent = words;
   $("take").hidden = !state.ids.length || (state.task === "classification" && state.proposed === null && !typed);
@@ -157,7 +158,10 @@ function drawProgress() {
   $("accuracy").textContent = state.accuracy ?? "";
   $("command").textContent = state.command;
   const { running, lines } = state.training ?? {};
-  $("training").hidden = !state.training;
+  $("here").hidden = $("training").hidden = !state.training;
+  $("untested").hidden = !state.untested;
+  $("untested").firstElementChild.textContent = state.untested ?? "";
+  $("tests").hidden = state.tests_first;
   $("train").disabled = $("tune").disabled = running;
   $("said").hidden = !lines?.length;
   $("said").textContent = lines?.join("\n");
@@ -183,7 +187,7 @@ $("take").addEventListener("click", take);
 $("undo").addEventListener("click", () => send("undo"));
 $("skip").addEventListener("click", () => send("refuse"));
 $("unsure").addEventListener("click", () => label([], { unsure: true }));
-for (const id of ["train", "tune"]) $(id).addEventListener("click", () => send(id));
+for (const id of ["tests", "train", "tune"]) $(id).addEventListener("click", () => send(id));
 $("new").addEventListener("input", drawTake);
 await follow();
 setInterval(follow, EVERY_MS);
