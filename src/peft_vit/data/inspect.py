@@ -754,8 +754,9 @@ def _refuse_few(
             f"needs {least}{more}; add images, or remove the class{trains}"
         )
     if holdout is not None and not (tested := task.counts(labels[holdout], len(class_names))).all():
-        message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
-        raise UserError(message)
+        untested = class_names[int(tested.argmin())]
+        remedy = "label some by peft-vit label, or remove the class"
+        raise UserError(f"no image of class '{untested}' is left in the test split; {remedy}")
 
 
 def _contradictions(

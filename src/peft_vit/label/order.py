@@ -26,9 +26,9 @@ _L2, _TOLERANCE = 0.03, 1e-3  # of the regression; at the second, probabilities 
 _FOLDS, _HELD_OUT = 5, 200  # images are held out in folds until these are so many
 _PRIOR = TemperaturePrior(median=2.0, spread=0.7)  # a regression separates few images, and is too sure of others
 _SURE, _FEWEST_OF_WALL, _SIZE_OF_WALL = 0.9, 8, 20  # share of a wall that is expected to be right, and its images
-# Labels to train on of a class, in the mean, before there is a wall, which tells a model little: of a draw of digits and of
-# Fashion-MNIST 85.7 and 67.0 % were right after 186 and 182 keys with walls from 8 labels a class on, without any 89.2
-# and 66.6 % after 150 (benchmarks/labelling.py --hands).
+# Labels to train on of a class, in the mean, before there is a wall, which tells a model little: of a draw of digits
+# and of Fashion-MNIST 85.7 and 67.0 % were right after 186 and 182 keys with walls from 8 labels a class on, without
+# any 89.2 and 66.6 % after 150 (benchmarks/labelling.py --hands).
 FEWEST_OF_CLASS = 15
 
 

@@ -37,7 +37,7 @@ _ABOUT = (
     "Every fifth image is for the test. It is drawn by chance and comes without a proposal: accuracy on images that a "
     "model has chosen says nothing of others. Beside each class are its labels to train on + those for the test."
 )
-_WALLS = f"From {FEWEST_OF_CLASS} to train on, in the mean over classes, walls of images of one class come."
+_WALLS = f"From {FEWEST_OF_CLASS} to train on, on average over classes, walls of images of one class come."
 
 
 class Shown(NamedTuple):
@@ -211,7 +211,7 @@ class Session:
     ) -> None:
         """Label images, and their copies that have no label; what was said is on disk when this returns.
 
-        Where one has gone back, this takes the place of that answer alone.
+        Where one has gone back, this replaces that answer alone.
 
         Args:
             ids: of the images.
@@ -276,7 +276,7 @@ class Session:
             ids, after = self._history[-1 - self._back]
             if other := [name for name, row in after.items() if self.store.rows.get(name) != row]:
                 del self._history[-1 - self._back]
-                raise ConflictError("was changed since, from another page; go on, or further back", file=other[0])
+                raise ConflictError("was changed since, from another page; continue, or go further back", file=other[0])
             self._back += 1
             row = after[self.images.names[ids[0]]]
             assert row is not None
