@@ -1,4 +1,4 @@
-"""One training by one process and by two of gloo, how far apart: the table of docs/how_to/laptop_to_cluster.md.
+"""One training by one process and by two of gloo, how far apart: the table of docs/how_to/gpu.md.
 
 A random ViT of two blocks learns 69 images of 32 px for twenty steps of 32, 32 and 5 images, in float64 and in float32;
 `tests/unit/training/test_training_processes.py` asserts bounds of the same. Distances are relative, of the summed
