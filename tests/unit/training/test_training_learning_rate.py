@@ -157,6 +157,14 @@ def test_steps_that_become_slower_are_fewer(trained, monkeypatch, schedule, seco
     assert rates(result)[-1] < 0.2 < max(rates(result)[:25])
 
 
+def test_steps_that_become_faster_are_as_many_as_were_planned(trained, monkeypatch) -> None:
+    moments = accumulate([3] * 16 + [1] * 64)  # eight steps of three seconds each, which leave time for twelve more
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    result = trained(99, patience=None, schedule="one_cycle", seconds=60)
+    assert len(result.steps) == 40
+    assert rates(result)[15] < 0.2 < rates(result)[16] > rates(result)[-1]
+
+
 def test_a_shorter_cycle_continues_as_if_it_had_always_been_short() -> None:
     config = TrainingConfig(learning_rate=3e-3, steps=100)
     short, cut = (torch.optim.AdamW([torch.zeros(1, requires_grad=True)]) for _ in range(2))

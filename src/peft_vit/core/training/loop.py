@@ -271,16 +271,19 @@ class TrainingState:
             self._keep_to(self._config.seconds)
 
     def _keep_to(self, most_s: float) -> None:
-        """Let training end sooner if its steps, at the pace of the latest, would take longer than so many seconds."""
+        """Let training end sooner if its steps, at the pace of the latest, would take longer than so many seconds.
+
+        In the first half, a cycle becomes longer again if they are faster by then; first steps are often slow.
+        """
         seconds, done = [row.seconds for row in self.result.steps], self.steps
-        left = int((most_s - sum(seconds)) * _TIMED_STEPS / sum(seconds[-_TIMED_STEPS:]))
-        end = processes.of_first(done + max(1, left))
-        if end >= self.end:
-            return
-        if self._decay is None:
+        total = self._config.total_steps(len(self._data.train))
+        left = int((most_s - sum(seconds)) / statistics.median(seconds[-_TIMED_STEPS:]))
+        end = processes.of_first(min(total, done + max(1, left)))
+        if self._decay is not None:
+            if end <= self._decay.least_end(done):
+                self.end = self._decay.bring_down(done)
+        elif end < self.end or (end > self.end and 2 * done < total):
             self.end, self._scheduler = end, one_cycle(self._optimizer, self._config, end, done)
-        elif end <= self._decay.least_end(done):
-            self.end = self._decay.bring_down(done)
 
     def validate(self) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far.
