@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from peft_vit.base.errors import DataWarning, UserError
 from peft_vit.base.seeding import Purpose, numpy_generator
 from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
 from peft_vit.core.config import DataConfig
+from peft_vit.core.tasks import Task
 from peft_vit.data.index import ImageIndex
 
 _NAMED = 3  # classes in a warning
@@ -169,18 +171,20 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
 
 def class_gaps(index: ImageIndex, splits: Splits) -> list[str]:
     """Return a warning for each split that lacks a class: balanced accuracy is then a mean over the others."""
-    gaps = []
-    for name, rows in (("validation", splits.validation), ("test", splits.test)):
-        counts = index.class_counts(rows)
-        missing = [f"'{index.class_names[label]}'" for label in np.flatnonzero(counts == 0)]
-        if missing and len(rows):
-            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-            named = f"class{'es' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}{more}"
-            gaps.append(
-                f"{DataWarning.PREFIX}no {name} image is of {named}; "
-                f"{index.task.gap.format(name, np.count_nonzero(counts), len(counts))}"
-            )
-    return gaps
+    parts = {name: rows for name, rows in (("validation", splits.validation), ("test", splits.test)) if len(rows)}
+    gaps = (class_gap(name, index.task, index.class_names, index.labels[rows]) for name, rows in parts.items())
+    return [f"{DataWarning.PREFIX}{gap}" for gap in gaps if gap]
+
+
+def class_gap(split: str, task: Task, class_names: Sequence[str], labels: np.ndarray) -> str:
+    """Return which classes a split with these labels lacks, or ""."""
+    counts = task.counts(labels, len(class_names))
+    missing = [f"'{class_names[label]}'" for label in np.flatnonzero(counts == 0).tolist()]
+    if not missing:
+        return ""
+    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    named = f"class{'es' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}{more}"
+    return f"no {split} image is of {named}; {task.gap.format(split, np.count_nonzero(counts), len(counts))}"
 
 
 def count_crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:

@@ -377,7 +377,7 @@ def elks(root):
     [
         (shutil.rmtree, False, "does not exist"),
         (lambda root: shutil.rmtree(root / "dog"), False, "holds 12 images and one class alone, 'cat'"),
-        (lambda root: split(root) or fox(1)(root / "test"), False, "class 'fox' is in only one of train and test"),
+        (lambda root: split(root) or fox(1)(root / "test"), False, "class 'fox' is in test and not in train"),
         (
             fox(2),
             False,

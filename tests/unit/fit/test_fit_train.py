@@ -206,6 +206,16 @@ def test_each_class_has_images_to_train_on_and_to_leave_out(begun, photos, teste
     assert begun().num_validation >= 3
 
 
+def test_a_class_without_a_test_image_is_named_and_learned(begun, photos) -> None:
+    fill(photos, 10, tested=3)
+    for place in range(10):
+        (photos / "train" / "elk").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (place, 7, 5)).save(photos / "train" / "elk" / f"{place}.png")
+    fit = begun()
+    assert sum("no test image is of class 'elk'" in str(event) for event in fit.told) == 1
+    assert (fit.images.num_test, len(fit.images.index.class_names)) == (6, 3)
+
+
 @pytest.mark.parametrize("place", ["", "runs"])
 def test_an_output_among_the_images_is_refused(tmp_path, place) -> None:
     with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):

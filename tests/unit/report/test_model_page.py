@@ -148,7 +148,7 @@ def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_pa
         ({"counts": (9, 9, 9)}, "27 images are too few to tell whether its", "Confidence and accuracy"),
         ({"wrong": 1000}, "most frequent mistake: crack predicted as dirt (1 of 30 images)", "no mistake"),
         ({"counts": (60, 5, 5)}, "balanced accuracy counts", "(accuracy, 95 % interval)"),
-        ({"counts": (60, 0, 5)}, "Nothing is known of dirt", "Mistake about dirt"),
+        ({"counts": (60, 0, 5)}, "- No test image is of dirt:", "Mistake about dirt"),
         ({"wrong": 1}, "It is no better than always naming the most frequent class", "It makes no mistake"),
         ({"warnings": ["Images: 2 images are of two classes; one of the labels is wrong"]}, "> **Images: 2", "x x"),
     ],

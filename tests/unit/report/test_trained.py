@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import planted
 import pytest
@@ -10,7 +11,7 @@ from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Metrics, Predictions, ProbeTest
 from peft_vit.core.tasks import metric_of
 from peft_vit.deploy.page import trained
-from peft_vit.deploy.page.trained import result_lines
+from peft_vit.deploy.page.trained import result_lines, untested
 
 LORA = planted.experiments()["lora_r8"]
 N = 100
@@ -23,11 +24,12 @@ def lines_of(wrong: int, probe_wrong: range | None, chosen_step: int = 5) -> lis
         right = 1 - errors / N
         return Metrics(n=N, accuracy=right, balanced_accuracy=right, auroc=None, nll=0.5, ece=0.1)
 
-    predicted = [int(i < wrong) for i in range(N)]
-    own = Predictions(images=list(range(N)), labels=[0] * N, predicted=predicted, probability=[0.9] * N)
+    labels = [i % 2 for i in range(N)]
+    predicted = [label ^ (i < wrong) for i, label in enumerate(labels)]
+    own = Predictions(images=list(range(N)), labels=labels, predicted=predicted, probability=[0.9] * N)
     changes = {"test": metrics(wrong), "predictions": own, "chosen_step": chosen_step}
     if probe_wrong is not None:
-        said = [int(i in probe_wrong) for i in range(N)]
+        said = [label ^ (i in probe_wrong) for i, label in enumerate(labels)]
         changes["probe_test"] = ProbeTest(metrics=metrics(len(probe_wrong)), predicted=said)
     return result_lines(planted.record(LORA, 0, 0.8, changes=changes), Path("my runs/0003-lora"), 95.4)
 
@@ -40,6 +42,20 @@ def test_the_answer_comes_first_and_commands_can_be_copied() -> None:
         "Page: peft-vit report 'my runs/0003-lora'",
         "To predict: peft-vit predict 'my runs/0003-lora' PHOTO.jpg",
     ]
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_classes_without_a_test_image_are_named(task) -> None:
+    names, labels = ["sound", "crack", "dirt"], [0, 2]
+    if task == "multilabel":
+        labels = [[1, 0, 0], [1, 0, 1]]
+    of_run = SimpleNamespace(class_names=names, task=task, predictions=SimpleNamespace(labels=labels))
+    (line,) = untested(of_run)
+    assert [name in line for name in names] == [False, True, False]
+    of_run.class_names = names[:1]
+    assert untested(of_run) == []
+    of_run.predictions = None
+    assert untested(of_run) == []
 
 
 def test_of_a_handful_of_test_images_nothing_is_claimed() -> None:

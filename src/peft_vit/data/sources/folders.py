@@ -313,8 +313,8 @@ def _of_class_folders(tree: FileTree, path: Path, root: str) -> Images:
         message = f"has class folders without an image ({_shown(empty)}); add images, or remove them"
         raise UserError(message, file=path / root, field="data.path")
     for split, names in sorted(classes_of.items()) if test is not None else ():
-        if odd := sorted(names ^ classes_of["train"]):
-            message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
+        if odd := sorted(names - classes_of["train"]):
+            message = f"class '{odd[0]}' is in {split} and not in train; add images to train on, or remove the class"
             raise UserError(message, file=path)
     tree = replace(tree, hashed=partial(_hashed_as_used, tree, len(classes)))
     taken = f"Using the images in {path / root}, where the class folders are." if root else None

@@ -32,7 +32,14 @@ from peft_vit.deploy.page.model_quality import ModelQuality, doubted_labels
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
-from peft_vit.deploy.page.trained import beside_the_probe, best_known, later_lines, most_frequent_mistake, test_score
+from peft_vit.deploy.page.trained import (
+    beside_the_probe,
+    best_known,
+    later_lines,
+    most_frequent_mistake,
+    test_score,
+    untested,
+)
 
 CARD_FILE = "card.md"
 LOOK, BELIEF, IMAGES, MADE = (
@@ -41,7 +48,7 @@ LOOK, BELIEF, IMAGES, MADE = (
     "The images",
     "How it was made",
 )  # titles of sections
-_FIRST = 8  # classes that are named
+_FIRST = 8  # rows up to which a table is unfolded
 
 
 @dataclass(frozen=True)
@@ -294,6 +301,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
             )
         expected = f"{bounds_of(metric, summary.value)}{' %' if metric.is_share else ''}"
         yield f"On other images of the same kind expect {expected} ({metric.words}, 95 % interval)."
+    yield from untested(summary.record)
     yield from beside_the_probe(summary.record)
     yield from most_frequent_mistake(quality)
 
@@ -341,7 +349,7 @@ def _calibration(record: RunRecord | ImagesTest, n: int) -> Iterator[Block]:
 
 
 def _images(summary: ModelSummary) -> Iterator[Block]:
-    record, quality = summary.record, summary.quality
+    record = summary.record
     if counts := record.class_counts:
         yield table(
             "class_counts",
@@ -354,10 +362,6 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
             "Test images are read once, at the end.",
             folded=len(record.class_names) > _FIRST,
         )
-    classes = () if quality is None else quality.classes
-    if untested := [result.name for result in classes if not result.images]:
-        more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
-        yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
     if left_out := record.left_out:
         what = "item" if any(name.endswith("/") for name in left_out) else "file"  # a folder's name ends so
         yield table(

@@ -12,12 +12,13 @@ from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 from peft_vit.deploy.page.document import Raw, Table
-from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, or_dash, value_of
+from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, joined, or_dash, plain, value_of
 from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.tables import Column, table
 
 TOO_FEW = ": too few to tell which is better"  # after an interval of a difference that holds 0, on images
+_NAMED = 8  # classes
 _FEWEST_TESTED, _FEW_TESTED = 5, 20  # images; fewer say next to nothing, and less than folds
 
 
@@ -52,6 +53,20 @@ def test_line(record: RunRecord) -> str:
         value = value_of(metric, metric.of(validation))
         return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
     return f"Test {words} {_score(metric, score)}, on {score.n} images that training has not seen."
+
+
+def untested(record: RunRecord) -> list[str]:
+    """Return which classes no test image is of, in a line; nothing where each has one."""
+    if record.predictions is None:
+        return []
+    counts = TASKS[record.task].counts(rows_of(record.predictions.labels), len(record.class_names))
+    lacking = [plain(name) for name, images in zip(record.class_names, counts, strict=False) if not images]
+    if not lacking:
+        return []
+    more, of = "", "it" if len(lacking) == 1 else "these classes"
+    if len(lacking) > _NAMED:
+        more = f" and {len(lacking) - _NAMED} more"
+    return [f"No test image is of {joined(lacking[:_NAMED])}{more}: the test says nothing of {of}."]
 
 
 def later_lines(tested: ImagesTest) -> list[str]:
@@ -90,6 +105,7 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
     place = quoted(folder)
     return [
         test_line(record),
+        *untested(record),
         *beside_the_probe(record),
         f"Time: {seconds:.0f} s.",
         f"Model: {folder}",
