@@ -169,6 +169,7 @@ def test_back_keeps_the_label_until_another_is_given(browser, tmp_path) -> None:
             tap(page, "z")
             page.locator("#question", has_text=name).wait_for()
         assert page.inner_text("#take") == "Enter keeps unripe fruit"
+        assert page.inner_text("#skip") == "S label it later"
         press(page, "1", 3)
         page.locator("#question", has_text=last).wait_for()
         tap(page, "z")

@@ -37,7 +37,7 @@ _ABOUT = (
     "Every fifth image is for the test. It is drawn by chance and comes without a proposal: accuracy on images that a "
     "model has chosen says nothing of others. Beside each class are its labels to train on + those for the test."
 )
-_WALLS = f"From {FEWEST_OF_CLASS} to train on, on average over classes, walls of images of one class come."
+_WALLS = f"From {FEWEST_OF_CLASS} to train on per class, on average, images probably of one class come together."
 
 
 class Shown(NamedTuple):
@@ -276,7 +276,7 @@ class Session:
             ids, after = self._history[-1 - self._back]
             if other := [name for name, row in after.items() if self.store.rows.get(name) != row]:
                 del self._history[-1 - self._back]
-                raise ConflictError("was changed since, from another page; continue, or go further back", file=other[0])
+                raise ConflictError("was changed since, from another page; continue, or go back further", file=other[0])
             self._back += 1
             row = after[self.images.names[ids[0]]]
             assert row is not None
@@ -434,7 +434,8 @@ def _untested(classes: Sequence[str], comes_first: bool) -> str:
         return ""
     more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
     named = ", ".join(f"'{name}'" for name in classes[:_NAMED]) + more
-    then = "Images for the test come first now." if comes_first else "The test would say nothing of it."
+    of = "it" if len(classes) == 1 else "these classes"
+    then = "Images for the test come first now." if comes_first else f"The test would say nothing of {of}."
     return f"No test image of {named} is labelled yet. {then}"
 
 

@@ -93,6 +93,6 @@ class Training:
         lines = [*map(printable, said.splitlines())]
         if said and not running and "\nModel: " not in said:
             lines.append(
-                "It ended without a model. A button above trains on the labels so far; if none came, it continues."
+                "It ended without a model. The buttons train on the labels so far; if none came since, it continues."
             )
         return {"running": running, "lines": lines[-_LINES:]}

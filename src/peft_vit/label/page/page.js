@@ -99,7 +99,7 @@ function draw() {
   $("new").inputMode = state.task === "regression" ? "decimal" : "text";
   $("unsure").hidden = !one || checks();
   $("skip").hidden = !state.ids.length;
-  $("skip").lastElementChild.textContent = state.is_wall ? "one by one" : "skip";
+  $("skip").lastElementChild.textContent = state.is_wall ? "one by one" : state.former ? "label it later" : "skip";
   $("undo").disabled = !state.undoable;
   drawTake();
   drawProgress();
