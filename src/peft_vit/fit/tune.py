@@ -54,7 +54,7 @@ def tune(
 ) -> Tuning | None:
     """Find the best model in the given minutes, within limits, and how sure that is.
 
-    Once the image sizes are compared, there is a model in the output, and what is found later only replaces it.
+    Soon after the image sizes are compared, there is a model in the output, and what is found later only replaces it.
 
     Args:
         request: what was asked for.
@@ -101,13 +101,14 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     probe = best_linear_probe(fit, sizes).probe
     if fit.decisions.delivered is None and not first.is_probe and _takes_long(fit, first, longer):
         with fit.stage("probe"):
-            early = within_limits(fit, probe)
-            trained = train_last(fit, early, 1.0)
-        _write(fit, _tuning(fit, request, sizes, early, 1.0, trained))
+            own = within_limits(fit, probe)
+            trained = train_last(fit, own, 1.0)
+        _write(fit, _tuning(fit, request, sizes, own, 1.0, trained))
     first, longer, final = _first_model(fit, first, longer, probe)
     form = within_limits(fit, first)
     done = _tuning(fit, request, sizes, form, longer, final)
-    if fit.decisions.delivered is None or (fit.decisions.delivered[0].is_probe and not form.is_probe):
+    early = fit.decisions.delivered  # a probe that no call has chosen in the end came before this
+    if early is None or (early[0].is_probe and not form.is_probe and not fit.file.finished):
         _write(fit, done)
     with fit.stage("folds"):
         limit = fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)

@@ -26,7 +26,7 @@ from peft_vit.fit.fit import Decisions
 from peft_vit.fit.outcomes import FoldResults, Outcome, meaning_on
 from peft_vit.fit.recipe import Recipe, lora
 from peft_vit.fit.sizes import SizeResult, try_sizes
-from peft_vit.fit.tune import RATES, candidate_recipes
+from peft_vit.fit.tune import RATES, candidate_recipes, fitted
 from peft_vit.runs.costs.time_limit import Limit
 
 LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
@@ -46,6 +46,18 @@ def test_the_default_is_tried_first_then_what_differs_from_it_in_one_thing() -> 
 def decided(truth: Any, minutes: float = 60.0, **changes: Any) -> tuple[StandIns, Any]:
     runner = StandIns(truth, {"nf4": 0.0}, **{"images": 600, **changes})
     return runner, simulated_tunings.one_tuning(runner, minutes)
+
+
+def test_a_linear_probe_that_was_chosen_stays_while_a_later_call_goes_on(tmp_path) -> None:
+    runner = StandIns(lambda experiment, _: 0.9 if experiment["method"] == "linear" else 0.5, images=600)
+    (first, request), (later, _) = (fit_of(runner, output=tmp_path, minutes=minutes) for minutes in (30.0, 60.0))
+    fitted(first, request, {MODEL: list(simulated_tunings.SIZES)})
+    assert first.decisions.delivered[0].is_probe
+    written, later.file = [], first.file  # as it is read from tune.json
+    later.environment = replace(later.environment, write_output=lambda tuning, *_: written.append(tuning.recipe))
+    fitted(later, later.request, {MODEL: list(simulated_tunings.SIZES)})
+    assert later.decisions.delivered[0].is_probe
+    assert all(recipe.is_probe for recipe in written)
 
 
 def test_a_rate_that_is_clearly_better_is_taken() -> None:
