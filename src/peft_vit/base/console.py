@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,11 @@ def duration(seconds: float) -> str:
 def quoted(*words: str | Path) -> str:
     """Return words of a command as this system's shell takes them."""
     return (subprocess.list2cmdline if os.name == "nt" else shlex.join)([*map(str, words)])
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return names as a list in prose, the first of them where there are more: a, b, c and 4 more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def open_console(file: TextIO | None = None) -> Console:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BeforeValidator, Field
 
-from peft_vit.base.console import progress
+from peft_vit.base.console import progress, some_of
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
 from peft_vit.core.config import EXPORTS, OnlyWith, named_as_typed, named_backbone, several
@@ -132,8 +132,7 @@ def check(request: CheckRequest) -> None:
         effect = "acts on all these modules"
         if checked.peft_idle:
             names, fault = list(checked.peft_idle), next(iter(checked.peft_idle.values()))
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            effect = f"has no effect on {', '.join(names[:3])}{more}: {fault}"
+            effect = f"has no effect on {some_of(names)}: {fault}"
         print(f"PEFT's LoRA on the model as {architecture.library} builds it {effect}")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peft_vit.base.console import some_of
 from peft_vit.base.errors import DataWarning, UserError
 from peft_vit.base.seeding import Purpose, numpy_generator
 from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
@@ -15,7 +16,6 @@ from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import Task
 from peft_vit.data.index import ImageIndex
 
-_NAMED = 3  # classes in a warning
 SIDES = ("training", "validation", "test")
 
 
@@ -182,8 +182,7 @@ def class_gap(split: str, task: Task, class_names: Sequence[str], labels: np.nda
     missing = [f"'{class_names[label]}'" for label in np.flatnonzero(counts == 0).tolist()]
     if not missing:
         return ""
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-    named = f"class{'es' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}{more}"
+    named = f"class{'es' if len(missing) > 1 else ''} {some_of(missing)}"
     return f"no {split} image is of {named}; {task.gap.format(split, np.count_nonzero(counts), len(counts))}"
 
 

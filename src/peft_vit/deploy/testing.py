@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, Labels, metric_of, rows_of, thresholds_of
@@ -89,9 +90,8 @@ def _labels_by(card: ExportMetadata, images: Images, cells: Sequence[str]) -> La
         ("lacks {}, which the model has", [] if listed else [name for name in places if name not in names]),
     ):
         if others:
-            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
             known = f"{', '.join(card.class_names[:_NAMED])}{', ...' if len(places) > _NAMED else ''}"
-            message = fault.format(", ".join(map(repr, others[:_NAMED])) + more)
+            message = fault.format(some_of([*map(repr, others)], _NAMED))
             raise UserError(f"{message}; name classes as the model does: {known}", file=images.path)
     by_place = [places[name] for name in names]
     if task.one_class:

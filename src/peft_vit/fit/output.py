@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from peft_vit.base.console import duration, quoted
+from peft_vit.base.console import duration, quoted, some_of
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.base.statistics import Interval
@@ -245,9 +245,8 @@ def what_more_buys(
     left += [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         sentences.append(
-            f"Not tried for lack of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
+            f"Not tried for lack of time: {some_of(left, _NAMED)}. The same command with --minutes "
             f"{2 * minutes:g} tries some of it, and keeps what was done."
         )
     return tuple(sentences)

@@ -23,7 +23,7 @@ from functools import partial
 
 from peft_vit.base.console import duration
 from peft_vit.base.errors import UserError
-from peft_vit.core.config import named_as_typed
+from peft_vit.core.config import METHOD_KINDS, named_as_typed
 from peft_vit.fit.calls import RequestFile, TrainRun, call_folder, earlier_call, write_request
 from peft_vit.fit.decide import meaning_of_last, worth_training
 from peft_vit.fit.earlier import EarlierRun, corrected_since
@@ -260,7 +260,7 @@ def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcom
         name = fit.folder.name if is_first else f"{fit.folder.name[:46]}-probe-{recipe.image_size}px"
     last = replace(recipe.trained, steps=steps)
     experiment = fit.experiment(last, last=True)
-    if recipe.method in ("lora", "full") and request.steps_for(fit.num_train) is None:
+    if METHOD_KINDS[recipe.method].may_end_sooner and request.steps_for(fit.num_train) is None:
 
         def most_s() -> float:
             return (_LATE if request.main_study else _TUNE_LATE) * fit.pace.factor * steps * costs.step_s(recipe)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from peft_vit.base.console import quoted
+from peft_vit.base.console import quoted, some_of
 from peft_vit.base.errors import UserError, first_line
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
@@ -32,7 +32,6 @@ _AFTER_REFUSAL = 10  # labels until a wall is offered again
 _MORE = 1.1  # times as many features, before the order is computed again
 _FEWEST_TESTED = 20  # images, before it is said what more labels bring
 _NO_CLASS = -1
-_NAMED = 3  # classes
 _ABOUT = (
     "Every fifth image is for the test. It is drawn by chance and comes without a proposal: accuracy on images that a "
     "model has chosen says nothing of others. Beside each class are its labels to train on + those for the test."
@@ -432,8 +431,7 @@ def _note(shown: Shown) -> str:
 def _untested(classes: Sequence[str], comes_first: bool) -> str:
     if not classes:
         return ""
-    more = f" and {len(classes) - _NAMED} more" if len(classes) > _NAMED else ""
-    named = ", ".join(f"'{name}'" for name in classes[:_NAMED]) + more
+    named = some_of([f"'{name}'" for name in classes])
     of = "it" if len(classes) == 1 else "these classes"
     then = "Images for the test come first now." if comes_first else f"The test would say nothing of {of}."
     return f"No test image of {named} is labelled yet. {then}"

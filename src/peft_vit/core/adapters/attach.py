@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import torch_generator
 from peft_vit.core.adapters.adapted_model import AdaptedLinear, adapted_sites, site_adapters
@@ -158,8 +159,7 @@ def check_gradients(model: nn.Module) -> None:
     if faults:
         fault = next(iter(faults.values()))
         alike = [name for name, other in faults.items() if other == fault]
-        named = ", ".join(alike[:3]) + (f" and {len(alike) - 3} more" if len(alike) > 3 else "")
-        raise UserError(f"adapters have no effect on {named}: {fault}; leave them out", field="targets")
+        raise UserError(f"adapters have no effect on {some_of(alike)}: {fault}; leave them out", field="targets")
 
 
 def effects(model: nn.Module) -> dict[str, Effect]:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import open_regular, sha256_of, write_atomically
@@ -521,8 +522,7 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
     def refuse(fault: str, names: Iterable[str]) -> None:
         wrong = sorted(names)
         if wrong:
-            named = f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
-            message = f"{fault}: {named}; are these weights of this model?"
+            message = f"{fault}: {some_of(wrong)}; are these weights of this model?"
             raise UserError(message, file=weights.name, field="backbone.model")
 
     def fitted() -> dict[str, Tensor]:

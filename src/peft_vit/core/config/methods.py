@@ -484,6 +484,11 @@ class MethodKind:
     module: str = ""
 
     @property
+    def may_end_sooner(self) -> bool:
+        """Return whether a training may have fewer steps than planned: neither ranks nor bits change by them."""
+        return self.trains != "head" and self.settings.keys() <= {"lora"}
+
+    @property
     def without_integers(self) -> str | None:
         """Return why frozen products can't be made in integers; None if they can."""
         if self.trains == "everything":

@@ -330,7 +330,7 @@ class _Experiment(Frozen):
         other = next((change.name for change in training.augmentation if change.flip is None), None)
         if self.is_probe and other is not None:
             problems["augmentation"] = f"{other} {NO_EFFECT_ON_PROBES}"
-        if training.seconds is not None and (self.is_probe or not self.kind.settings.keys() <= {"lora"}):
+        if training.seconds is not None and not self.kind.may_end_sooner:
             problems["seconds"] = f"has no effect with method: {self.method}; remove it, or train with lora or full"
         if training.layer_decay is not None and self.kind.trains != "everything":
             problems["layer_decay"] = (

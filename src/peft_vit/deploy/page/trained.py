@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_vit.base.console import quoted
+from peft_vit.base.console import quoted, some_of
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Predictions, RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 from peft_vit.deploy.page.document import Raw, Table
-from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, joined, or_dash, plain, value_of
+from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, or_dash, plain, value_of
 from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.model_quality import ModelQuality
 from peft_vit.deploy.page.tables import Column, table
@@ -63,10 +63,8 @@ def untested(record: RunRecord) -> list[str]:
     lacking = [plain(name) for name, images in zip(record.class_names, counts, strict=False) if not images]
     if not lacking:
         return []
-    more, of = "", "it" if len(lacking) == 1 else "these classes"
-    if len(lacking) > _NAMED:
-        more = f" and {len(lacking) - _NAMED} more"
-    return [f"No test image is of {joined(lacking[:_NAMED])}{more}: the test says nothing of {of}."]
+    of = "it" if len(lacking) == 1 else "these classes"
+    return [f"No test image is of {some_of(lacking, _NAMED)}: the test says nothing of {of}."]
 
 
 def later_lines(tested: ImagesTest) -> list[str]:
