@@ -35,9 +35,7 @@ def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
     count, grey = len(thumbnails), thumbnails.mean(3, dtype=np.float32)  # (N, 32, 32)
     colors = thumbnails.mean((1, 2), dtype=np.float32) - grey.mean((1, 2))[:, None]  # (N, 3)
     blurred = _normalised(_blur(grey, 2.0)[:, ::2, ::2].reshape(count, -1))  # (N, 256)
-    fine = _fine(grey)
-    lines = fine.mean(1, keepdims=True) + fine.mean(2, keepdims=True)  # from side to side, as of a grid
-    detailed = (fine - lines).std((1, 2)) >= _LEAST_DETAIL
+    detailed = np.concatenate([_is_detailed(grey[start : start + _BLOCK]) for start in range(0, count, _BLOCK)])
     found = [np.empty((0, 2), np.int64)]
     for is_mirrored in (False, True):
         others = blurred.reshape(-1, SIDE // 2, SIDE // 2)[:, :, ::-1].reshape(count, -1) if is_mirrored else blurred
@@ -180,6 +178,14 @@ def _blur(images: Floats, pixels: float) -> Floats:
 def _fine(images: Floats) -> Floats:
     """Return what of images (N, 32, 32) is finer than a blur, and coarser than noise."""
     return _blur(images, 0.6) - _blur(images, 2.5)
+
+
+def _is_detailed(images: Floats) -> NDArray[np.bool_]:
+    """Return whether images (B, 32, 32) show more than lines from side to side, as of a grid, (B,)."""
+    fine = _fine(images)
+    lines = fine.mean(1, keepdims=True) + fine.mean(2, keepdims=True)
+    detailed: NDArray[np.bool_] = (fine - lines).std((1, 2)) >= _LEAST_DETAIL
+    return detailed
 
 
 def _normalised(rows: Floats) -> Floats:

@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, sha256_of
-from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
+from peft_vit.data.copies import SIDE, compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.files import open_tree
 from peft_vit.data.pixels import decode_image, on_white, to_pixels
 from peft_vit.data.sources.folders import is_image
@@ -88,16 +88,18 @@ class ImageFolder:
         """Find crops, mirrored images and frames, once; this decodes all images, and nothing is on two sides then."""
         if self._alike:
             return
-        places, thumbnails = [], []
+        places = list[int]()
+        thumbnails = np.empty((len(self.names), SIDE, SIDE, 3), np.float16)  # exact: means of four values of 8 bits
         for i, name in enumerate(self.names):
             with suppress(UserError, OSError):
                 path = self._inside(i)
                 image = decode_image(partial(read_bytes, path), name, enough=_COMPARED)
-                thumbnails.append(compared_thumbnail(to_pixels(on_white(image).convert("RGB"), _COMPARED, 3)))
+                pixels = to_pixels(on_white(image).convert("RGB"), _COMPARED, 3)
+                thumbnails[len(places)] = compared_thumbnail(pixels)
                 places.append(i)
         if not places:
             return
-        groups = groups_of(np.arange(len(places)), copy_pairs(np.stack(thumbnails)))
+        groups = groups_of(np.arange(len(places)), copy_pairs(thumbnails[: len(places)]))
         members: dict[int, list[int]] = {}
         for i, group in zip(places, groups.tolist(), strict=True):
             members.setdefault(group, []).append(i)

@@ -287,7 +287,6 @@ class Session:
     def fit(self) -> None:
         """Fit a model to what is labelled, and choose the next images by it; the page is answered meanwhile."""
         features, ids, known, distances = self.features.read()
-        self.images.find_copies()
         with self._lock:
             rows, classes = dict(self.store.rows), list(self.classes)
             doubted, num_labelled = list(self._doubted), self.store.counts(test=False).total()
@@ -326,7 +325,8 @@ class Session:
             self._offered, self._accuracy = offered, accuracy
 
     def work(self, stop: threading.Event) -> None:
-        """Fit again and again, whenever there are other labels or features, until asked to stop."""
+        """Fit again and again, whenever there are other labels, features or copies, until asked to stop."""
+        threading.Thread(target=self._find_copies, daemon=True).start()
         while not stop.is_set():
             is_waiting = self._ready < len(self.images.names) - len(self.images.left_out)
             try:
@@ -338,6 +338,11 @@ class Session:
                 self._trouble = first_line(error)
 
     # --- inner --------------------------------------------------------------------------------------------------------
+
+    def _find_copies(self) -> None:
+        """Find them beside the fits, since with 20,000 images it takes a minute."""
+        self.images.find_copies()
+        self._changed.set()
 
     def _former(self, ids: Sequence[int]) -> dict[str, Row | None]:
         """Return the rows that an answer came to, if one has gone back to it and these are its images."""

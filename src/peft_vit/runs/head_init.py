@@ -85,8 +85,10 @@ def init_head(
             meaning = data.task.decide(logits, of_validation.labels, PRIOR)
         else:
             assert held_out is not None
-            temperature = data.task.temperature(torch.from_numpy(held_out), torch.from_numpy(data.train.labels))
-            meaning = data.task.decide(held_out / temperature, data.train.labels, PRIOR)
+            known = np.isfinite(held_out).all(1)  # where a class has another image
+            logits, labels = held_out[known], data.train.labels[known]
+            temperature = data.task.temperature(torch.from_numpy(logits), torch.from_numpy(labels))
+            meaning = data.task.decide(logits / temperature, labels, PRIOR)
         probe.set_head(head, temperature)
         if spec.experiment.start is not None and (start := Path(spec.experiment.start)).is_file():
             load_head_rows(features.named_head, start, data.class_names)

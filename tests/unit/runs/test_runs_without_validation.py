@@ -100,6 +100,28 @@ def test_copies_are_left_out_together(unseen, tmp_path, monkeypatch, different) 
     assert seen == [23 if different == 23 else 24]
 
 
+def test_a_class_of_one_image_is_learned_and_left_out_of_no_fit(unseen, tmp_path, monkeypatch) -> None:
+    """As a fold of few labels leaves one, if a class has two."""
+    spec, loaded, seen = planned(unseen("lora", head_start="probe"), tmp_path).runs[0].spec, run_module.load_data, []
+
+    def with_one_alone(*arguments, **named):
+        data = loaded(*arguments, **named)
+        data.train.labels = data.train.labels.copy()
+        data.train.labels[np.flatnonzero(data.train.labels == 0)[1:]] = 1
+        return data
+
+    def listening(train, groups, *rest, **named):
+        seen.append((train.labels, held_out_fit(train, groups, *rest, **named)[1]))
+        return named["l2"][0], seen[0][1]
+
+    monkeypatch.setattr(run_module, "load_data", with_one_alone)
+    monkeypatch.setattr(head_init, "held_out_fit", listening)
+    assert run_one(spec).record.error is None
+    ((labels, logits),) = seen
+    assert np.isnan(logits).all(1).tolist() == (labels[: len(logits)] == 0).tolist()
+    assert np.isfinite(logits[labels[: len(logits)] != 0]).all()
+
+
 def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
     """Against scikit-learn's own folds and a grid of temperatures; it divides what is too sure, and leaves the rest."""
     from sklearn.linear_model import LogisticRegression
@@ -131,7 +153,7 @@ def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
     assert temperature > 1.5
     assert temperature_at(1.0) < temperature
     alone = Features(values[:5], np.array([0, 0, 0, 0, 1]))
-    with pytest.raises(UserError, match="needs two training images of each class"):
+    with pytest.raises(UserError, match="needs two training images each of two classes"):
         held_out_fit(alone, np.arange(5), ACCURACY, l2=[0.1])
 
 

@@ -126,6 +126,13 @@ def fewest_groups(strata: NDArray[Any], groups: NDArray[np.int64]) -> int:
     return min((len(np.unique(groups[images])) for images in members), default=0)
 
 
+def _can_be_left_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which images (n,) leave another group to each of their strata, (n,) or (n, S)."""
+    members = strata.T if strata.ndim > 1 else (strata == stratum for stratum in np.unique(strata))
+    alone = [images for images in members if images.any() and len(np.unique(groups[images])) < 2]
+    return ~np.any([np.zeros(len(groups), dtype=bool), *alone], axis=0)
+
+
 def held_out_fit(
     train: Features,
     groups: NDArray[np.int64],
@@ -137,6 +144,8 @@ def held_out_fit(
 ) -> tuple[float, Floats]:
     """Return the strength that is best on images left out of the fit, and the logits of these, (n, classes).
 
+    An image whose class has no other group is in each fit, says nothing of it, and has NaN for logits.
+
     Args:
         train: of n images in each of w ways, one way after the other, (w n, D).
         groups: (n,), of images that are left out together, in all ways: those of equal numbers.
@@ -146,12 +155,14 @@ def held_out_fit(
         seed: of the folds.
 
     Raises:
-        UserError: if a class has one image alone, or one group.
+        UserError: if there are no two classes with two images each, or two groups.
     """
     labels, ordered = train.labels[: len(groups)], sorted(l2, reverse=True)
-    if not can_hold_out(train.task.strata(labels), groups):
+    strata = train.task.strata(labels)
+    held = _can_be_left_out(strata, groups)
+    if not held.all() and len(np.unique(strata[held], axis=0)) < 2:
         message = (
-            "probe needs two training images of each class if there are no validation images; add images, "
+            "probe needs two training images each of two classes if there are no validation images; add images, "
             "or start at random"
         )
         raise UserError(message, field="training.head_start")
@@ -160,12 +171,12 @@ def held_out_fit(
         z, train.labels, np.tile(groups, len(z) // len(groups)), ordered, weights
     )
     if in_closed_form is None:
-        held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
+        held_out = _held_out_logits(train, groups, held, ordered, class_weights, seed)
     else:
-        held_out = (outputs[: len(groups)] for outputs in in_closed_form)
+        held_out = (np.where(held[:, None], outputs[: len(groups)], np.nan) for outputs in in_closed_form)
     quality: list[Any] = []
     for logits in held_out:
-        quality.append(metric.quality(train.task.measure(logits, labels)))
+        quality.append(metric.quality(train.task.measure(logits[held], labels[held])))
         best = max(range(len(quality)), key=quality.__getitem__)  # of equal ones the first, the strongest
         if best == len(quality) - 1:
             chosen = logits
@@ -175,17 +186,22 @@ def held_out_fit(
 
 
 def _held_out_logits(
-    train: Features, groups: NDArray[np.int64], strengths: Sequence[float], class_weights: Floats | None, seed: int
+    train: Features,
+    groups: NDArray[np.int64],
+    held: NDArray[np.bool_],
+    strengths: Sequence[float],
+    class_weights: Floats | None,
+    seed: int,
 ) -> Iterator[Floats]:
-    """Yield logits (n, classes) of images by heads that were not fitted to them, for each strength.
+    """Yield logits (n, classes) of images by heads that were not fitted to them, for each strength; NaN if not held.
 
     A head is fitted to the images outside of each of five folds, fewer if a class has fewer images, in every way in
     which training shows them, and predicts the fold's as they are.
     """
     images, task = len(groups), train.task
-    strata = task.strata(train.labels[:images])
-    folds = min(_FOLDS, fewest_groups(strata, groups))
-    fold_of = assign_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
+    strata, fold_of = task.strata(train.labels[:images])[held], np.full(images, -1)
+    folds = min(_FOLDS, max(2, fewest_groups(strata, groups[held])))
+    fold_of[held] = assign_folds(strata, groups[held], folds, numpy_generator(seed, "held_out"))
     of_fold = [train.values[:images][fold_of == fold].astype(np.float64) for fold in range(folds)]  # (images, D) each
 
     def heads(fold: int) -> Iterator[tuple[Floats, Floats, float, float, float]]:
@@ -194,7 +210,7 @@ def _held_out_logits(
         return _fits(fit_features, strengths, class_weights, _HELD_OUT_CONVERGED)
 
     for of_folds in zip(*map(heads, range(folds)), strict=True):  # of one strength
-        logits = np.empty((images, len(of_folds[0][1])))  # (n, classes)
+        logits = np.full((images, len(of_folds[0][1])), np.nan)  # (n, classes)
         for fold, (weight, bias, *_) in enumerate(of_folds):
             logits[fold_of == fold] = of_fold[fold] @ weight.T + bias
         yield logits
