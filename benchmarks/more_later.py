@@ -37,6 +37,7 @@ from peft_vit.runs.this_machine.machine import git_state
 FILE = RESULTS / "more_later.csv"
 _IMAGES = {"digits": 200, "stamps": 300, "elpv": 512}  # in the end
 _WAYS = {"first": 1.0, "from": 1 / 3, "anew": 1.0, "anew, a third": 1 / 3}  # shares of the minutes
+_KEY = ("set", "draw", "by")
 _COLUMNS = (
     *("set", "draw", "by", "images", "new_class", "test_images", "metric", "score", "of_new_class", "method"),
     *("image_size", "steps", "seconds", "minutes", "threads", "commit"),
@@ -82,19 +83,21 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for draw in options.draws:
         for name in options.sets:
-            folder = options.work / f"{name}-{draw}"
+            folder = options.work / f"{name}-{draw}-{options.minutes:g}-minutes"
             write_draw(name, None, _IMAGES[name], draw, folder)
             classes = ImageFolder(folder / "train").classes
             lacks = classes[-1] if len(classes) > 2 and draw % 2 == 0 else ""
             write_first(folder, lacks)
             first = folder / "runs-first" / "latest"
             for by in options.by:
-                if any((row["set"], row["draw"], row["by"]) == (name, str(draw), by) for row in rows_of(FILE)):
+                minutes = _WAYS[by] * options.minutes
+                key = (name, str(draw), by, f"{minutes:.2f}")
+                if any((*(row[of] for of in _KEY), f"{float(row['minutes']):.2f}") == key for row in rows_of(FILE)):
                     continue
                 images, started = folder / ("first" if by == "first" else "train"), time.monotonic()
                 trained = peft_vit.train(
                     images,
-                    minutes=_WAYS[by] * options.minutes,
+                    minutes=minutes,
                     threads=options.threads,
                     image_size=options.image_size,
                     output=folder / f"runs-{by.replace(', ', '-').replace(' ', '-')}",
@@ -105,10 +108,11 @@ def main() -> None:
                     "set": name, "draw": draw, "by": by, "images": len(ImageFolder(images).samples),
                     "new_class": lacks, "method": record.spec.experiment.method, "seconds": seconds,
                     "image_size": record.spec.data.image_size, "steps": len(record.steps or ()),
-                    "minutes": _WAYS[by] * options.minutes, "threads": options.threads, "commit": git_state()[0][:8],
+                    "minutes": minutes, "threads": options.threads, "commit": git_state()[0][:8],
                 }  # fmt: skip
                 append_row(FILE, _COLUMNS, row)
-    frame = pd.DataFrame(rows_of(FILE)).astype({"score": float, "seconds": float})
+    frame = pd.DataFrame(rows_of(FILE)).astype({"score": float, "seconds": float, "minutes": float})
+    frame = frame[np.isclose(frame["minutes"] / frame["by"].map(_WAYS), options.minutes, rtol=0.01)]
     wide = frame.pivot_table(index=["set", "draw"], columns="by", values=["score", "seconds"])
     gain = 100 * (wide["score"]["from"] - wide["score"]["anew"])
     print(wide.to_string(), gain.to_string(), sep="\n")
