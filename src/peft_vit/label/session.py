@@ -328,9 +328,10 @@ class Session:
         """Fit again and again, whenever there are other labels, features or copies, until asked to stop."""
         threading.Thread(target=self._find_copies, daemon=True).start()
         while not stop.is_set():
-            is_waiting = self._ready < len(self.images.names) - len(self.images.left_out)
+            most = len(self.images.names) - len(self.images.left_out)
+            enough = min(_MORE * self._ready, most - 1)
             try:
-                if self._changed.wait(1.0) or (is_waiting and len(self.features.read()[1]) > _MORE * self._ready):
+                if self._changed.wait(1.0) or (self._ready < most and len(self.features.read()[1]) > enough):
                     self._changed.clear()
                     self.fit()
                     self._trouble = ""

@@ -14,7 +14,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.label.features import _begun
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import ConflictError, LabelStore, Row
-from peft_vit.label.session import FolderFeatures, Session, Shown
+from peft_vit.label.session import Computed, FolderFeatures, Session, Shown
 
 
 def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
@@ -286,6 +286,27 @@ def test_what_cannot_be_computed_is_said_and_labelling_continues(tmp_path, monke
     assert state["trouble"] == "ValueError: no header"
     session.record(state["ids"], ["cat"])
     assert session.state()["labelled"] == 1
+
+
+def test_the_last_features_are_used_though_they_are_few(tmp_path, monkeypatch) -> None:
+    write_digits(tmp_path, 20)
+    session, stop = session_of(tmp_path), threading.Event()
+    ready, fits = [19, 20], []
+
+    def fit() -> None:
+        session._ready = ready.pop(0)
+        fits.append(session._ready)
+        if not ready:
+            stop.set()
+
+    monkeypatch.setattr(session, "fit", fit)
+    monkeypatch.setattr(session, "_find_copies", lambda: None)
+    monkeypatch.setattr(session.features, "read", lambda: Computed(np.zeros((ready[0], 1)), np.arange(ready[0])))
+    ends = threading.Timer(20, stop.set)
+    ends.start()
+    session.work(stop)
+    ends.cancel()
+    assert fits == [19, 20]
 
 
 def test_images_clicked_wrong_come_alone_and_on_no_other_wall(tmp_path, monkeypatch) -> None:
