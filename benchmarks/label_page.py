@@ -105,7 +105,7 @@ class Person:
                 page.keyboard.press("n")
                 self.by_hand += 1
         elif kind != "proposed" or not page.inner_text("#take").endswith(says):
-            key = str(classes.index(says) + 1)
+            key = page.inner_text(f"#classes button:nth-child({classes.index(says) + 1}) kbd").lower()
         if typed:
             page.keyboard.type(typed)
         computing, started = page.is_visible("#computing"), monotonic()
