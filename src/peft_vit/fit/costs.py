@@ -46,6 +46,7 @@ _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds i
 _LEAST_FIT_S, _FIT_S = 0.02, 4e-8  # of one, and for each of its values: images x features x classes
 _PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nearest
 _GPTQ_S, _GPTQ_PASSES = 2.5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
+_LATE, _TUNE_LATE = 1.1, 1.5  # times what steps were planned to take, after which a last training has fewer
 _COMPARED = 128  # images on which a written form is compared
 _FORMS, _TIMINGS, _CALLS = 4, 3, 23  # with a limit of latency: forms, processes of each that is timed, calls in each
 _FASTEST = 0.5  # of the planned time: what takes less may have been lucky
@@ -190,6 +191,21 @@ class FitCosts:
         validations = 2 + steps // validate_every(fit.num_validation, fit.request.batch_size)
         images = min(MAX_REFERENCE_IMAGES, fit.num_train) + validations * fit.num_validation
         return begun_s + self._begun_s(recipe) + steps * self.step_s(recipe) + images * image_s
+
+    def most_steps_s(self, recipe: Recipe, steps: int, is_first: bool) -> float:
+        """Return the seconds that so many steps of a last training may take, before it has fewer.
+
+        A little more than planned; of the first training all that it has of the minutes, as passes of images may be
+        fast where steps are not.
+        """
+        fit, request = self.fit, self.fit.request
+        late_s = (_LATE if request.main_study else _TUNE_LATE) * fit.pace.factor * steps * self.step_s(recipe)
+        if not is_first:
+            return late_s
+        share = request.last_share + (request.folds_share if fit.num_validation else 0.0)
+        share = share if request.from_run is None else 1.0
+        others_s = self.features_s(recipe) + self.last_s(recipe, 0) + self.written_s(self.longest_form(recipe))
+        return max(late_s, share * fit.limit.left_s - others_s)
 
     def written_s(self, recipe: Recipe) -> float:
         """Return the seconds of the files of a tuning's model.

@@ -46,7 +46,6 @@ from peft_vit.runs.records.storage import RECORD_FILE, link_latest, read_record,
 
 _LEAST_ON_FOLDS = 16  # steps: temperatures of so short trainings fit a longer one
 _ENDLESS_S = 1e8
-_LATE, _TUNE_LATE = 1.1, 1.5  # times what steps were planned to take, after which a last training has fewer
 
 
 def train(
@@ -254,16 +253,15 @@ def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcom
         data["tested_images"] = tested
     if request.shots is None and (count := costs.trained_images(recipe)) < fit.num_train:
         data["train_images"] = fit.once(decisions.trained_images, recipe.place, lambda: count)
-    name = f"final-{recipe.place}"
+    name, is_first = f"final-{recipe.place}", decisions.first is not None and recipe == decisions.first[0]
     if request.main_study:
-        is_first = decisions.first is not None and recipe == decisions.first[0]
         name = fit.folder.name if is_first else f"{fit.folder.name[:46]}-probe-{recipe.image_size}px"
     last = replace(recipe.trained, steps=steps)
     experiment = fit.experiment(last, last=True)
     if METHOD_KINDS[recipe.method].may_end_sooner and request.steps_for(fit.num_train) is None:
 
         def most_s() -> float:
-            return (_LATE if request.main_study else _TUNE_LATE) * fit.pace.factor * steps * costs.step_s(recipe)
+            return costs.most_steps_s(recipe, steps, is_first)
 
         experiment["training"]["seconds"] = fit.once(decisions.last_s, f"{recipe.place} {last.name}", most_s)
     study = fit.study(name, recipe, [request.seed], [experiment], folds=None, **data)

@@ -467,6 +467,19 @@ def test_lengths_keep_to_their_shares_of_the_minutes(begun, pace, monkeypatch, i
     assert (lasts[0], lasts[-1]) == (0, MOST_LAST_STEPS)
 
 
+def test_steps_that_are_slower_than_planned_may_take_what_the_training_has_of_the_minutes(begun) -> None:
+    """768 steps are planned to take seconds; if they take minutes, as many as fit are taken."""
+    fit, recipe = begun(images=labelled(300), minutes=10), lora("test_vit", 64, LEAST_STEPS)
+    assert fit.num_validation  # so there are no folds
+    share_s = (fit.request.last_share + fit.request.folds_share) * fit.limit.left_s
+    planned_s = MOST_LAST_STEPS * fit.costs.step_s(recipe)
+    assert 0.9 * share_s > 2 * planned_s
+    assert fit.costs.most_steps_s(recipe, MOST_LAST_STEPS, is_first=True) == pytest.approx(share_s, rel=0.1)
+    assert fit.costs.most_steps_s(recipe, MOST_LAST_STEPS, is_first=False) == pytest.approx(1.1 * planned_s)
+    many = round(2 * share_s / fit.costs.step_s(recipe))
+    assert fit.costs.most_steps_s(recipe, many, is_first=True) == pytest.approx(2.2 * share_s, rel=0.01)
+
+
 def test_what_was_asked_for_is_trained_however_long_it_takes(begun, pace, monkeypatch) -> None:
     pace(TOO_SLOW)
     monkeypatch.setattr("peft_vit.fit.fit.FEWEST_VALIDATION", 200)
