@@ -135,10 +135,10 @@ class Person:
         if not self.pictures:
             return
         self.page.wait_for_timeout(1000)  # images of a wall
-        for width in (1200, 390):
+        for width, height in ((900, 640), (390, 844)):
             for scheme in ("dark", "light"):
                 self.page.emulate_media(color_scheme=scheme)
-                self.page.set_viewport_size({"width": width, "height": 844})
+                self.page.set_viewport_size({"width": width, "height": height})
                 self.page.screenshot(path=self.pictures / f"{name}_{width}_{scheme}.png")
         self.page.set_viewport_size({"width": 1200, "height": 844})
 

@@ -180,6 +180,25 @@ def test_back_keeps_the_label_until_another_is_given(browser, tmp_path) -> None:
     assert [rows[name].labels for name in names] == [("fruit",), ("fruit",), ("stone",)]
 
 
+def test_a_state_from_before_an_answer_is_not_shown_after_it(browser, tmp_path) -> None:
+    write_digits(tmp_path, 12)
+    held = []
+    with serving(tmp_path, order="files") as server, opened(browser, server) as page:
+        first = page.inner_text("#question")
+        page.route("**/state", lambda route: held.append((route, route.fetch())))
+        page.locator("#counted").wait_for()
+        while not held:
+            page.wait_for_timeout(100)
+        page.keyboard.type("a")
+        press(page, "Enter", 1)
+        page.locator("#question", has_not_text=first).wait_for()
+        second = page.inner_text("#question")
+        route, response = held[0]
+        route.fulfill(response=response)
+        page.wait_for_timeout(300)
+        assert page.inner_text("#question") == second
+
+
 def test_enter_takes_a_wall_whatever_is_open(browser, tmp_path) -> None:
     write_digits(tmp_path, 30, classes=2)
     (tmp_path / "broken.png").write_bytes(b"no image")

@@ -6,6 +6,7 @@ const TINY = 128; // pixels a side, of images that are shown with their pixels
 const EVERY_MS = 2000;
 let state = { ids: null }; // as the server sent it last
 let busy = false;
+let sent = 0; // answers
 let picked = new Set(); // classes of an image with several labels
 let wrong = new Set(); // images of a wall
 
@@ -28,6 +29,7 @@ async function ask(path, answer) {
 async function send(path, answer = {}) {
   if (busy) return;
   busy = true;
+  sent += 1;
   $("main").ariaBusy = "true";
   try {
     show(await ask(path, { ids: state.ids, ...answer }));
@@ -172,8 +174,9 @@ function drawProgress() {
 
 async function follow() {
   if (!busy) {
+    const before = sent;
     const told = await ask("state");
-    if (busy) return;
+    if (busy || sent !== before) return; // it may be from before an answer
     if (told.ids && `${told.ids}` === `${state.ids}`) {
       state = told;
       drawProgress();
