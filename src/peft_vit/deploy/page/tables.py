@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -95,26 +95,6 @@ def table(
 def csv_rows(rows: Iterable[Any], columns: Sequence[Column]) -> list[dict[str, Raw]]:
     """Return what the CSV file has of rows."""
     return [{name: value for c in columns for name, value in c.values(row).items()} for row in rows]
-
-
-def cross_table(
-    slug: str,
-    title: str,
-    first: str,
-    columns: Mapping[str, Mapping[Any, str]],
-    note: str,
-    *,
-    keys: Iterable[Hashable] = (),
-    data: Iterable[Mapping[str, Raw]],
-    folded: bool = False,
-) -> Table:
-    """Return a table with a row a key, under `first`, of texts by heading and key; – where a heading lacks it.
-
-    `keys` are those to begin with; the others follow as they occur.
-    """
-    every = dict.fromkeys([*keys, *(key for texts in columns.values() for key in texts)])
-    rows = [{first: str(key)} | {heading: texts.get(key, "–") for heading, texts in columns.items()} for key in every]
-    return table(slug, title, rows, None, note, data=data, folded=folded)
 
 
 def only_in_file(**values: str | Callable[[Any], Any]) -> list[Column]:
