@@ -47,7 +47,6 @@ from peft_vit.deploy.page.model_page import (
     labels_card,
     model_document,
 )
-from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import run_provenance
 from peft_vit.deploy.page.tables import Column, only_in_file, own_interval_columns, table
 from peft_vit.fit.decide import ModelDecision
@@ -133,10 +132,9 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
-    quality = model_quality(record)
     use = {"To predict": f"peft-vit predict {quoted(exports.model)} PHOTO.jpg"}
     on_folds = predictions_on(choice.folds, choice.final.learned, choice.meaning, choice.images.index)
-    model = ModelSummary(record, quality, use, answer(choice, exports.timed.bytes), on_folds=on_folds)
+    model = ModelSummary(record, use, answer(choice, exports.timed.bytes), on_folds=on_folds)
     adapter, config = model_folder / ADAPTER_FILE, directory / STUDY_COPY
     for name in (ADAPTER_FILE, *([] if record.features_sha256 is None else [FEATURES_FILE])):
         write_whole(model_folder / name, read_bytes(run_dir / name, limit_bytes=None))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from peft_vit.base.errors import DataWarning
@@ -27,7 +28,7 @@ from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDo
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
 from peft_vit.deploy.page.lines import draw_reliability, learning_curves
 from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
-from peft_vit.deploy.page.model_quality import ImagesTest, ModelQuality, constant_on, doubted_labels
+from peft_vit.deploy.page.model_quality import ImagesTest, ModelQuality, constant_on, doubted_labels, model_quality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
@@ -56,7 +57,6 @@ class ModelSummary:
 
     Attributes:
         record: of its run, which is finished.
-        quality: on its test images; None of a model of several labels, or of numbers.
         commands: that use it, by what they are for.
         said: how good it is, in a line; empty: that is made of the record.
         web: the address of a page of it for a browser, if there is one.
@@ -66,7 +66,6 @@ class ModelSummary:
     """
 
     record: RunRecord
-    quality: ModelQuality | None
     commands: Mapping[str, str]
     said: str = ""
     web: str = ""
@@ -83,6 +82,11 @@ class ModelSummary:
     def value(self) -> Interval:
         """Return what decides, on test."""
         return test_score(self.record)
+
+    @cached_property
+    def quality(self) -> ModelQuality | None:
+        """Return what it confuses on its test images; None of several labels, or of numbers."""
+        return model_quality(self.record)
 
     @property
     def constant(self) -> float:

@@ -102,13 +102,12 @@ def only_in_file(**values: str | Callable[[Any], Any]) -> list[Column]:
     return [Column("", of, data=name) for name, of in values.items()]
 
 
-def interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
+def interval_columns(name: str, interval: Interval | None, n: str = "n") -> dict[str, Raw]:
     """Return an interval as columns of a CSV file."""
-    if interval is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None, "n": 0}
-    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high, "n": interval.n}
+    values = (None, None, None, 0) if interval is None else (interval.estimate, interval.low, interval.high, interval.n)
+    return dict(zip((name, f"{name}_low", f"{name}_high", n), values, strict=True))
 
 
 def own_interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
     """Return an interval as columns of a CSV file in which several are beside one another: its n is named too."""
-    return {f"{name}_n" if key == "n" else key: value for key, value in interval_columns(name, interval).items()}
+    return interval_columns(name, interval, f"{name}_n")
