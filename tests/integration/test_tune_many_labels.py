@@ -28,7 +28,7 @@ def tuned(images, tmp_path, monkeypatch):
     shutil.copytree(images, "images")
     monkeypatch.setattr("peft_vit.fit.tune.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
-    row = SimpleNamespace(median_s=0.01, low_s=0.01, high_s=0.01, processor="one")
+    row = SimpleNamespace(bytes=300_000, median_s=0.01, low_s=0.01, high_s=0.01, processor="one")
     monkeypatch.setattr(fastest, "bench", lambda files, **_: [SimpleNamespace(**vars(row), file=str(f)) for f in files])
     throughput = replace(Throughput.estimated(1e9), process_s=1.0)
 

@@ -23,7 +23,7 @@ from peft_vit.api import TrainedModel
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_atomically
 from peft_vit.base.statistics import Interval, paired_proportions
-from peft_vit.core.config import load_study
+from peft_vit.core.config import exported_bytes, load_study
 from peft_vit.core.records import Calibrated, RunRecord
 from peft_vit.data import load_data
 from peft_vit.deploy import open_exported
@@ -66,7 +66,8 @@ def left(choice: Tuning, _session_cache: str):
 
 def row(file: Path, seconds: float) -> object:
     """Return what a timing says."""
-    return SimpleNamespace(file=str(file), median_s=seconds, low_s=seconds, high_s=seconds, processor="one")
+    times = dict.fromkeys(("median_s", "low_s", "high_s"), seconds)
+    return SimpleNamespace(file=str(file), bytes=exported_bytes(file), **times, processor="one")
 
 
 def final(choice: Tuning) -> RunRecord:
@@ -326,7 +327,7 @@ def made_up(monkeypatch, run_of):
 def test_the_fastest_within_the_limits_is_taken(made_up, tmp_path, limits, taken, missed) -> None:
     (tmp_path / "model.xml").write_text("of an earlier call")
     found = made_up(tmp_path, **limits)
-    assert found.model.stat().st_size == found.taken.bytes == SIZES_AND_SECONDS[taken][0]
+    assert found.model.stat().st_size == found.timed.bytes == SIZES_AND_SECONDS[taken][0]
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert " ".join(found.missed).startswith(missed)
     assert bool(found.missed) == bool(missed)
@@ -356,7 +357,7 @@ def test_of_forms_that_are_as_fast_the_smallest_is_taken(
 ) -> None:
     monkeypatch.setitem(SIZES_AND_SECONDS, "small", (4_000_000, seconds))
     found = made_up(tmp_path, **limits)
-    assert (found.taken.bytes, found.missed) == (SIZES_AND_SECONDS[taken][0], ())
+    assert (found.timed.bytes, found.missed) == (SIZES_AND_SECONDS[taken][0], ())
 
 
 @pytest.mark.slow
@@ -367,9 +368,9 @@ def test_a_packed_model_is_written_in_every_form_of_onnx(run_of, tmp_path, monke
     run = run_of("int4")
     found = fastest.export_fastest(run, tmp_path, meaning=known, fold_runs=[run], max_latency_s=0.001)
     fast, packed, int8 = found.forms
-    assert packed.bytes < fast.bytes
+    assert packed.timed.bytes < fast.timed.bytes
     assert all(form.comparison.same_predictions > 0.9 for form in (packed, fast))
     assert not packed.left_out  # the smallest of those that are as fast
     assert found.int8_loss is not None
-    assert (int8.bytes is None) == (found.int8_loss > 0.005)
+    assert (int8.timed is None) == (found.int8_loss > 0.005)
     assert open_exported(found.model).card.calibrated == known

@@ -221,7 +221,8 @@ def export(request: ExportRequest) -> None:
         _print_export(done, request.number_format, output)
         if (format, request.runtime, request.number_format) == ("onnx", None, "nf4"):
             print("nf4 weights stay packed in memory, which is slower than float32; --runtime fast is as fast.")
-        if page is not None and (size := done.bytes_in_4_bits):
+        stored = done.source.run.record.bytes
+        if page is not None and request.bits is None and stored is not None and (size := stored.in_4_bits_bytes):
             from peft_vit.deploy.page.formatting import megabytes
 
             print(f"Smaller: about {megabytes(size)} with --bits 4")
@@ -281,22 +282,22 @@ def _write_page(request: ExportRequest, format: str, output: Path, on_progress: 
 
 
 def _print_export(done: Exported, bits: str | None, file: Path) -> None:
-    print(_MERGED[done.merged.how])
-    if errors := done.merged.errors:
+    source, compared = done.source, done.comparison
+    print(_MERGED[source.merged.how])
+    if errors := source.merged.errors:
         worst = max(errors, key=errors.__getitem__)
         print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
-    if done.float_bytes is not None:
-        sizes = f"{done.float_bytes / 1e6:.1f} MB before, {exported_bytes(file) / 1e6:.1f} MB after"
+    if source.float_bytes is not None:
+        sizes = f"{source.float_bytes / 1e6:.1f} MB before, {exported_bytes(file) / 1e6:.1f} MB after"
         print(f"Then the weights of the blocks' matrices were rounded to {bits}: {sizes}.")
     if done.activations == "int8":
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
-    for note in done.notes:
+    for note in () if source.data is None else source.data.notes:
         print(printable(note))
-    compared = done.comparison
     if compared is None:
-        print(f"Not compared with the run's model, since its images have changed: {done.not_compared}")
+        print(f"Not compared with the run's model, since its images have changed: {source.missing}")
         return
-    changed = done.activations == "int8" or done.float_bytes is not None or compared.same_predictions < 1
+    changed = done.activations == "int8" or source.float_bytes is not None or compared.same_predictions < 1
     learned = changed and compared.split == "training" and done.activations != "int8"  # by heart: they hide a loss
     print(
         f"The file against the run's model, {compared.images} {compared.split} images, {done.activations}: "

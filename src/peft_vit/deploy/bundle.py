@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 import tempfile
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from peft_vit.base.errors import UserError, named, os_fault
 from peft_vit.core.adapters import save_memory
@@ -24,16 +27,7 @@ from peft_vit.core.config import BUNDLE_FILE, is_bundle
 from peft_vit.deploy import Classifier, ExportMetadata, Prediction, predict_images
 from peft_vit.deploy.export import Comparison, compare, images_to_compare
 from peft_vit.deploy.formats.header import FloatArray, write_exported
-from peft_vit.deploy.formats.packed_adapter import (
-    Indices,
-    JoinedUpdates,
-    PackedAdapter,
-    StoredBits,
-    Update,
-    backbone_of,
-    summed,
-    trained_bits,
-)
+from peft_vit.deploy.formats.packed_adapter import PackedAdapter, StoredBits, backbone_of, trained_bits
 from peft_vit.deploy.formats.torch_files import LowBitHeader, build_low_bit, read_low_bit, tensor_file
 from peft_vit.deploy.predicting import GivenImage, prediction_of, prepared
 from peft_vit.deploy.restore import RestoredRun, restore_run
@@ -66,7 +60,8 @@ class Bundle:
         self._adapters: dict[str, PackedAdapter] = {}
         self._width = self._backbone.head.in_features
         self._lock = threading.Lock()  # over what one pass adds
-        self._updates: dict[str, Update] | JoinedUpdates | None = None  # of the images in a pass
+        self._updates: list[list[tuple[Tensor, Tensor]]] = []  # of each image in a pass, or of all, by site
+        self._pool = 1  # adjacent inputs that share a column of each A there
         save_memory(model)
         sites = self._backbone.sites
         weights = sum(site.in_features * site.out_features for site in sites)
@@ -75,7 +70,7 @@ class Bundle:
         for place, site in enumerate(sites):
             places.setdefault(site.module, []).append(place)
         for module, of_module in places.items():
-            model.get_submodule(module).register_forward_hook(partial(self._add, module, of_module))
+            model.get_submodule(module).register_forward_hook(partial(self._add, of_module))
         for name, path in {name: Path(path).expanduser() for name, path in adapters.items()}.items():
             self.add(name, _split(restore_run(path), 32, path)[2] if _is_run(path) else PackedAdapter.read(path), path)
 
@@ -113,9 +108,8 @@ class Bundle:
         """Return the logits (classes,) of each image by its own adapter; those of all pass the backbone together.
 
         Each layer multiplies all images with its weight, and each image with the two thin matrices of its adapter.
-        Weights are unpacked piece by piece, and the matrices of several adapters layer by layer. Many images pass in
-        parts of about 192 tokens, one after the other: what is between layers then takes less memory, but each weight
-        is unpacked for each part.
+        Weights are unpacked piece by piece. Many images pass in parts of about 192 tokens, one after the other: what is
+        between layers then takes less memory, but each weight, and each adapter in a part, is unpacked for it.
 
         Args:
             images: (B, 3, S, S), normalised.
@@ -146,33 +140,28 @@ class Bundle:
                 outputs[place] = logits
         return outputs
 
-    def _features(self, images: FloatArray, adapters: Sequence[PackedAdapter], which: Indices) -> Tensor:
-        sites, (numbers, which) = self._backbone.sites, np.unique(which, return_inverse=True)
-        present = [adapters[number] for number in numbers]
-        updates = present[0].updates(sites) if len(present) == 1 else JoinedUpdates(present, which, sites)
+    def _features(self, images: FloatArray, adapters: Sequence[PackedAdapter], which: NDArray[np.int64]) -> Tensor:
+        present = {number: adapters[number] for number in set(which.tolist())}
+        pool = math.gcd(*(one.header.pool for one in present.values() if any(one.header.ranks))) or 1  # 0 of none
+        updates = {number: one.updates(self._backbone.sites, pool) for number, one in present.items()}
         with self._lock, torch.inference_mode():
-            self._updates = updates
+            self._pool = pool
+            self._updates = [updates[number] for number in (which.tolist() if len(updates) > 1 else updates)]
             try:
                 return self._backbone.features(torch.from_numpy(images))  # (B, width)
             finally:
-                self._updates = None
+                self._updates = []
 
-    def _add(
-        self, name: str, places: Sequence[int], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> None:
+    def _add(self, places: Sequence[int], module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Add to a module's outputs, in place, what each adapter adds to its images on the sites at these places."""
-        updates, x = self._updates, inputs[0]
-        if isinstance(updates, JoinedUpdates):
-            x = x.reshape(updates.images, -1, x.shape[-1])  # (B, T, in), windows of an image together
-            y = output.view(*x.shape[:2], -1)  # (B, T, out)
-            pairs = [(place, pair) for place in places if (pair := updates.of_site(place)) is not None]
-            sums = summed(x, updates.pool) if pairs else x  # (B, T, in / pool)
-            for place, (right, left) in pairs:  # (B, R, in / pool), (B, R, out)
-                y[..., self._backbone.sites[place].span].baddbmm_(sums @ right.mT, left)
-        elif updates is not None and name in updates:
-            right, left, pool = updates[name]
-            rows = summed(x.reshape(-1, x.shape[-1]), pool)  # (N, in / pool)
-            output.view(-1, output.shape[-1]).addmm_(rows @ right.T, left)
+        images = len(self._updates)  # or 1, of all
+        x = inputs[0].reshape(images, -1, inputs[0].shape[-1] // self._pool, self._pool).sum(-1)  # (B, T, in / pool)
+        y = output.view(images, -1, output.shape[-1])  # (B, T, out)
+        for place in places:
+            pairs = zip(*(updates[place] for updates in self._updates), strict=True)
+            right, left = (pad_sequence([*factors], batch_first=True) for factors in pairs)  # (B, R, ...)
+            if right.shape[1]:
+                y[..., self._backbone.sites[place].span].baddbmm_(x @ right.mT, left)
 
     def _adapter(self, name: str) -> PackedAdapter:
         if name not in self._adapters:

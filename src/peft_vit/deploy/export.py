@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from torch import nn
 
 from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError, os_fault
@@ -23,7 +22,6 @@ from peft_vit.core.adapters.footprint import storage_bytes
 from peft_vit.core.adapters.peft_format import export_peft
 from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
 from peft_vit.core.methods import METHODS
-from peft_vit.core.methods.quantized import bytes_in_4_bits
 from peft_vit.core.records import Calibrated, Decision, RunRecord, RunSpec
 from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
 from peft_vit.core.training.images import Data, LabelledImages
@@ -93,25 +91,6 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What an export did."""
-
-    merged: Merged
-    comparison: Comparison | None  # None: the run's images are not there
-    not_compared: str = ""  # why
-    on_folds: Comparison | None = None  # what bits lose, where nothing validated; None: it isn't known
-    activations: Literal["float32", "int8"] = "float32"
-    float_bytes: int | None = None  # of the merged model, where it was packed after training
-    notes: tuple[str, ...] = ()  # on the images, each a line
-
-    @property
-    def bytes_in_4_bits(self) -> int | None:
-        """Return what the file would take with --bits 4; None: its weights are packed already."""
-        model = self.merged.model
-        return bytes_in_4_bits(model, sum(p.numel() for p in model.parameters()))
-
-
-@dataclass(frozen=True)
 class ModelToWrite:
     """A run's model as files hold it, and what it is compared with."""
 
@@ -129,6 +108,16 @@ class ModelToWrite:
             message = f"needs the run's images to measure what {lossy} loses, and they are not there: {self.missing}"
             raise UserError(message, field=field)
         return self.data
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did."""
+
+    source: ModelToWrite
+    comparison: Comparison | None  # None: the run's images are not there
+    activations: Literal["float32", "int8"]
+    on_folds: Comparison | None = None  # what bits lose, where nothing validated; None: it isn't known
 
 
 @dataclass(frozen=True)
@@ -276,14 +265,7 @@ def write_model(
                 write(model, made, card, source.reference)
         if source.data is not None:
             comparison = compare(source.run, open_exported(file), *images_to_compare(source.data))
-    return Exported(
-        source.merged,
-        comparison,
-        source.missing,
-        notes=() if source.data is None else source.data.notes,
-        activations=options.activations or "float32",
-        float_bytes=source.float_bytes,
-    )
+    return Exported(source, comparison, options.activations or "float32")
 
 
 def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options: OnnxOptions) -> Comparison:
@@ -295,7 +277,7 @@ def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options:
             "on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(source.run, source.merged.model, card, source.reference, images, split)
+    comparison, content = _try_int8(source, card, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     if comparison.lost_points > accepted:
         raise UserError(
@@ -312,24 +294,19 @@ def compare_int8(run_dir: Path) -> Comparison:
 
     Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
     """
-    run = restore_run(run_dir)
-    model = merge(run.model, run.card).model
-    return _try_int8(run, model, run.card, run.reference, run.load_data().test.open(), "test")[0]
+    source = model_to_write(run_dir)
+    images = source.need_data("--activations", "int8").test.open()
+    return _try_int8(source, source.card, images, "test")[0]
 
 
 def _try_int8(
-    run: RestoredRun,
-    merged: nn.Module,
-    card: ExportMetadata,
-    reference: Neighbours | None,
-    images: LabelledImages,
-    split: Split,
+    source: ModelToWrite, card: ExportMetadata, images: LabelledImages, split: Split
 ) -> tuple[Comparison, bytes]:
     """Return what products in 8 bits do to a run's model, and the file's content."""
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        export_onnx(merged, trial, card, activations="int8", reference=reference)
-        return compare(run, open_exported(trial), images, split), trial.read_bytes()
+        export_onnx(source.merged.model, trial, card, activations="int8", reference=source.reference)
+        return compare(source.run, open_exported(trial), images, split), trial.read_bytes()
 
 
 def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:

@@ -42,15 +42,15 @@ class ImageFile(NamedTuple):
 GivenImage: TypeAlias = Path | ImageFile | Image.Image | NDArray[np.uint8] | UserError
 
 
-def _function(place: str) -> Any:
+def _function(place: str) -> Callable[..., Any]:
     module, name = place.split(".")
-    return getattr(import_module(f"peft_vit.deploy.formats.{module}"), name)
+    function: Callable[..., Any] = getattr(import_module(f"peft_vit.deploy.formats.{module}"), name)
+    return function
 
 
 def writer_of(format: str) -> Callable[[nn.Module, Path, ExportMetadata, Neighbours | None], None]:
     """Return what writes a merged model in a format of `config.EXPORTS`."""
-    writer: Callable[[nn.Module, Path, ExportMetadata, Neighbours | None], None] = _function(EXPORTS[format].writer)
-    return writer
+    return _function(EXPORTS[format].writer)
 
 
 def open_exported(path: Path, weights: str | None = None) -> Classifier:

@@ -10,10 +10,10 @@ import numpy as np
 from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import RunRecord
-from peft_vit.core.tasks import TASKS, Labels, metric_of, rows_of, thresholds_of
+from peft_vit.core.tasks import TASKS, Labels, metric_of
 from peft_vit.data import Images
 from peft_vit.deploy.formats.header import Classifier, ExportMetadata
-from peft_vit.deploy.page.images_test import ImagesTest
+from peft_vit.deploy.page.model_quality import ImagesTest, score_on
 from peft_vit.deploy.predicting import ImageFile, outputs_of
 
 _NAMED = 5  # classes in a line
@@ -59,8 +59,7 @@ def score_images(
     metric = task.deciding(counts[counts > 0]) if record is None else metric_of(record.spec)
     own = None
     if record is not None and record.predictions is not None:
-        before = record.predictions
-        own = metric.interval(rows_of(before.labels), rows_of(before.predicted), thresholds_of(record.decision))
+        own = score_on(record.predictions, metric, record.decision)
     unlike = None
     if card.unlike is not None:
         unlike = sum(distance > card.unlike.threshold for distance in distances if distance is not None)

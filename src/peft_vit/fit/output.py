@@ -15,7 +15,7 @@ from peft_vit.core.records import Calibrated, RunRecord
 from peft_vit.core.records import Decision as Meaning
 from peft_vit.data import thumbnails_of
 from peft_vit.deploy.explain import explained_images
-from peft_vit.deploy.measures.fastest import Exports, Form, export_fastest
+from peft_vit.deploy.measures.fastest import Exports, export_fastest
 from peft_vit.deploy.page.class_blocks import Maps, Pictures, fonts_for, no_font
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument, Table
 from peft_vit.deploy.page.files import write_report
@@ -47,9 +47,8 @@ from peft_vit.deploy.page.model_page import (
     labels_card,
     model_document,
 )
-from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import run_provenance
-from peft_vit.deploy.page.tables import Column, own_interval_columns, table
+from peft_vit.deploy.page.tables import Column, only_in_file, own_interval_columns, table
 from peft_vit.fit.decide import ModelDecision
 from peft_vit.fit.fit import TITLES
 from peft_vit.fit.intake import LabelledSet, refuse_among_images
@@ -133,10 +132,9 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
-    quality = model_quality(record)
     use = {"To predict": f"peft-vit predict {quoted(exports.model)} PHOTO.jpg"}
     on_folds = predictions_on(choice.folds, choice.final.learned, choice.meaning, choice.images.index)
-    model = ModelSummary(record, quality, use, answer(choice, exports.taken.bytes), on_folds=on_folds)
+    model = ModelSummary(record, use, answer(choice, exports.timed.bytes), on_folds=on_folds)
     adapter, config = model_folder / ADAPTER_FILE, directory / STUDY_COPY
     for name in (ADAPTER_FILE, *([] if record.features_sha256 is None else [FEATURES_FILE])):
         write_whole(model_folder / name, read_bytes(run_dir / name, limit_bytes=None))
@@ -311,14 +309,12 @@ def _facts(choice: Tuning) -> Iterator[tuple[str, str]]:
 
 
 def _cards(model: ModelSummary, exports: Exports) -> Iterator[Card]:
-    tested, taken = model.record.tested_calibration, exports.taken
+    tested, timed = model.record.tested_calibration, exports.timed
     yield accuracy_card(model)
-    assert taken.bytes is not None
-    yield Card("Size", exports.model.name, megabytes(taken.bytes), (taken.name,))
-    assert taken.median_s is not None
+    yield Card("Size", exports.model.name, megabytes(timed.bytes), (exports.taken.name,))
     float32 = exports.float32_s
     against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
-    yield Card("Time for an image", exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
+    yield Card("Time for an image", timed.processor, f"{fixed(1e3 * timed.median_s, 1)} ms", against)
     if model.quality is not None and tested is not None and _AT in tested.covered:
         said = f"these hold the true class of {percent(tested.covered[_AT])} of test images"
         where = f"that an image may be of, on average, by --coverage {_AT:g}"
@@ -407,12 +403,6 @@ def _candidates_table(choice: Tuning, decision: ModelDecision) -> Table:
 
 def forms_table(exports: Exports) -> Table:
     """Return every form that was tried."""
-
-    def quartiles(form: Form) -> str | None:
-        if form.low_s is None or form.high_s is None:
-            return None
-        return f"{fixed(1e3 * form.low_s, 1)} to {fixed(1e3 * form.high_s, 1)}"
-
     float32 = exports.float32_s
     beside = "" if float32 is None else f" The same model in float32 takes {fixed(1e3 * float32, 1)} ms."
     split = next((form.comparison.split for form in exports.forms if form.comparison is not None), "")
@@ -422,11 +412,10 @@ def forms_table(exports: Exports) -> Table:
         exports.forms,
         [
             Column("Form", "name", data=""),
-            Column("File", "bytes", megabytes),
-            Column("ms an image", "median_s", lambda s: fixed(1e3 * s, 1)),
-            Column("Quartiles", quartiles),
-            Column("", "low_s"),
-            Column("", "high_s"),
+            Column("File", "timed.bytes", megabytes, "bytes"),
+            Column("ms an image", "timed.median_s", lambda s: fixed(1e3 * s, 1), "median_s"),
+            Column("Quartiles", "timed", lambda row: f"{fixed(1e3 * row.low_s, 1)} to {fixed(1e3 * row.high_s, 1)}"),
+            *only_in_file(low_s="timed.low_s", high_s="timed.high_s"),
             Column(
                 "Predicts as trained",
                 lambda form: form.comparison and form.comparison.same_predictions,
@@ -435,7 +424,7 @@ def forms_table(exports: Exports) -> Table:
             ),
             Column("Outcome", lambda form: plain(form.left_out) or "taken"),
         ],
-        f"A call on one image on {exports.processor}, each form in processes of its own, in turn.{beside} "
+        f"A call on one image on {exports.timed.processor}, each form in processes of its own, in turn.{beside} "
         f"Predicts as trained: share of {split} images on which the file and the "
         "run's model agree.",
     )

@@ -8,14 +8,7 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from peft_vit.base.errors import DivergedError, UserError
-from peft_vit.core.quantization.row_rounding import (
-    pack_rows,
-    round_rows,
-    rounded_rows,
-    row_values,
-    unpack_rows,
-    unpack_selected_rows,
-)
+from peft_vit.core.quantization.row_rounding import pack_rows, round_rows, rounded_rows, row_values, unpack_rows
 
 pytestmark = pytest.mark.part("quantization")
 
@@ -61,19 +54,6 @@ def test_a_file_holds_what_was_rounded(bits) -> None:
     assert [*unpack_rows(pack_rows([], bits), [], bits)] == []
     with pytest.raises(UserError, match="header"):
         unpack_rows(packed, shapes[1:], bits)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32])
-def test_some_rows_of_several_files_are_unpacked_as_all_of_each_are(bits) -> None:
-    files = [[drawn(2, 37), drawn(3, 5, 1)], [drawn(1, 5, 2), drawn(4, 37, 3)]]
-    packed = [pack_rows(matrices, bits) for matrices in files]
-    arrays = {name: torch.cat([file[name] for file in packed]).numpy() for name in packed[0]}
-    second = len(packed[0]["codes"]) * (8 // bits if bits < 16 else 1)  # the next file begins with a byte
-    starts, rows = np.array([37, second + 5, second + 5 + 3 * 37]), np.array([1, 6, 9])
-    expected = torch.stack([files[0][0][1], files[1][1][0], files[1][1][3]])
-    some = torch.from_numpy(unpack_selected_rows(arrays, starts, rows, 37, bits))
-    assert torch.equal(some, expected if bits == 32 else rounded_rows(expected, bits))
-    assert unpack_selected_rows(arrays, starts[:0], rows[:0], 37, bits).shape == (0, 37)
 
 
 def test_small_scales_keep_their_precision() -> None:

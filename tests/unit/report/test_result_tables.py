@@ -1,6 +1,5 @@
 """Results as tables: the same numbers as records and reports hold, beside what pandas and scipy make of them."""
 
-import re
 from pathlib import Path
 
 import planted
@@ -65,23 +64,12 @@ def test_comparisons_are_what_pandas_and_scipy_find(results: ResultTables) -> No
     assert lora.verdict in ("supported", "not decided")
 
 
-def test_a_notebook_shows_accuracies_and_comparisons(results: ResultTables) -> None:
-    accuracy, *comparisons = re.findall("<table.*?</table>", re.sub(r"\n *", "", results._repr_html_()))
-    assert re.findall("<tr><td>([^<]*)</td>", accuracy) == list(KEPT)
-    mean = results.runs.query("experiment == 'lora_r8'").test_accuracy.mean()
-    assert f"<td>lora_r8</td><td>{100 * mean:.1f} " in accuracy
-    assert repr(results) == f"ResultTables: 24 runs, {len(results.ranks)} ranks, 6 comparisons"
-    captions = [re.findall("<caption>(.*?)</caption>", table)[0] for table in comparisons]
-    assert captions == [f"Differences to {name}, paired by seed" for name in ("linear_probe", "lora_r8")]
-
-
-def test_failed_runs_stay_and_nothing_breaks_out_of_the_html(tmp_path: Path) -> None:
-    broken = planted.failed(unfinished.EXPERIMENTS["linear_probe"], 3, "<script>alert(1)</script>")
+def test_failed_runs_stay(tmp_path: Path) -> None:
+    broken = planted.failed(unfinished.EXPERIMENTS["linear_probe"], 3, "out of memory")
     results = peft_vit.load_results(planted.write(tmp_path, [*unfinished.GOOD, broken]))
     assert results.runs.set_index("seed").state.to_dict() == {0: "done", 1: "done", 2: "done", 3: "failed"}
     assert results.runs.test_accuracy.isna().to_list() == [False] * 3 + [True]
-    assert "<script>" not in results._repr_html_()
-    assert "<script>" in "".join(results.notices)
+    assert "out of memory" in "".join(results.notices)
     assert results.comparisons.empty
     assert results.ranks.empty
     assert "verdict" in results.comparisons.columns

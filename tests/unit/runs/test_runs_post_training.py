@@ -56,7 +56,7 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
     stored = sum(tensor.nbytes for tensor in rest.values()) + sum(weight.nbytes for weight in packed.values())
     values = sum(tensor.numel() for tensor in floats.values())
     assert file_bytes(shape.sites, values, packing_of(shape.sites, "nf4")) == stored == record.bytes.in_4_bits_bytes
-    assert done.float_bytes == sum(tensor.nbytes for tensor in floats.values())
+    assert done.source.float_bytes == sum(tensor.nbytes for tensor in floats.values())
 
     data = run.load_data()
     in_memory = round_weights(merged, "nf4")

@@ -58,7 +58,7 @@ def test_probes_are_fitted_at_the_strength_that_was_given(study, unseen, tmp_pat
     assert (done.comparison.split, done.comparison.same_predictions) == ("training", 1.0)
     packed = export_run_to_file(run_folder(tmp_path, record.spec), file, "safetensors", bits="int8", overwrite=True)
     assert packed.comparison.split == "training"
-    assert file.stat().st_size < 0.5 * packed.float_bytes
+    assert file.stat().st_size < 0.5 * packed.source.float_bytes
     (watched,) = do(study("linear", probe_l2=0.03), tmp_path / "watched")
     assert watched.head_fit.l2 == (0.03,)
     assert watched.validation == watched.head_fit.chosen

@@ -18,9 +18,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from peft_vit.base.errors import DivergedError, UserError
@@ -133,32 +131,3 @@ def unpack_rows(tensors: Mapping[str, Tensor], shapes: list[tuple[int, int]], bi
     flat = _levels(bits).index_select(0, tensors["codes"].int()).flatten()  # (bytes, codes a byte) -> (all codes,)
     flat = flat[:values] * scales  # (values,)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-
-
-def unpack_selected_rows(
-    arrays: Mapping[str, NDArray[Any]], starts: NDArray[np.int64], rows: NDArray[np.int64], columns: int, bits: int
-) -> NDArray[np.float32]:
-    """Return some rows of one length out of what `pack_rows` has packed, (n, columns).
-
-    Args:
-        arrays: as it returned them; several such codes that each begin with a byte may stand one after the other.
-        starts: (n,), how many codes stand before each row.
-        rows: (n,), how many scales do.
-        columns: the length of a row.
-        bits: as they were packed in.
-    """
-    codes, along = arrays["codes"], np.arange(columns)
-    if bits > 8:
-        return codes[starts[:, None] + along].astype(np.float32)
-    at_once = 8 // bits
-    first, within = np.divmod(starts, at_once)  # the first byte of a row, and where the row begins in it
-    places = first[:, None] + np.arange((columns + at_once - 2) // at_once + 1)  # (n, bytes)
-    values = _levels(bits).numpy().take(codes.take(places, mode="clip"), axis=0)  # (n, bytes, codes of a byte)
-    values = values.reshape(len(starts), places.shape[1] * at_once)
-    if within.any():
-        begin = np.arange(len(starts)) * values.shape[1] + within  # (n,), where each row does among all codes
-        values = values.ravel().take(begin[:, None] + along)  # (n, codes of whole bytes) -> (n, columns)
-    else:
-        values = values[:, :columns]
-    values *= arrays["scales"][rows, None].astype(np.float32)
-    return values

@@ -6,15 +6,12 @@ B are stored as `quantization.row_rounding` says, site by site in the model's or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -23,15 +20,14 @@ from peft_vit.core.adapters import AdaptedLinear, SiteAdapter, adapted_modules, 
 from peft_vit.core.adapters.peft_layers import tuner_layers
 from peft_vit.core.backbones import Backbone, Site
 from peft_vit.core.backbones.backbone import linear_layers
-from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows, unpack_selected_rows
-from peft_vit.deploy.formats.header import AGAIN, ExportMetadata, FloatArray, Header
+from peft_vit.core.quantization.row_rounding import pack_rows, unpack_rows
+from peft_vit.deploy.formats.header import AGAIN, ExportMetadata, Header
 from peft_vit.deploy.formats.torch_files import LowBitHeader, low_bit_parts, read_tensors, signed_tensors, tensor_file
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
 _HEAD_ROWS = ("head_codes", "head_scales")
 _TENSORS = {"codes", "scales", *_HEAD_ROWS, "head_bias"}
 _Rank = Annotated[int, Field(ge=0, le=65_536)]
-Indices: TypeAlias = NDArray[np.int64]
 StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
 
 
@@ -44,19 +40,6 @@ class AdapterHeader(Header):
     head_bits: StoredBits
     pool: int = Field(ge=1)  # inputs on which an update is constant
     ranks: tuple[_Rank, ...]  # of each site in the model's order
-
-
-class Update(NamedTuple):
-    """What an adapter adds to the outputs of one module: summed(inputs, pool) @ right.T @ left."""
-
-    right: Tensor  # (R, in / pool), R the ranks of all sites of the module
-    left: Tensor  # (R, out), zero where a rank is not of a row's site
-    pool: int
-
-
-def summed(x: Tensor, pool: int) -> Tensor:
-    """Return the sums of as many adjacent inputs as share an update: (..., in) to (..., in / pool)."""
-    return x if pool == 1 else x.unflatten(-1, (-1, pool)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -147,23 +130,26 @@ class PackedAdapter:
             fits = bias.shape == (classes,) and bias.dtype in (torch.float16, torch.float32)
             if not fits or not self.tensors.keys() <= _TENSORS:
                 raise UserError(f"does not hold an adapter and a head of {classes} outputs; export the run again")
-            updates = [part for update in self.updates(sites).values() for part in update[:2]]
-            if not all(bool(part.isfinite().all()) for part in (*updates, *self.head(width))):
+            factors = [factor for pair in self.updates(sites) for factor in pair]
+            if not all(bool(part.isfinite().all()) for part in (*factors, *self.head(width))):
                 raise UserError("holds values that are not finite; train it again")
 
-    def updates(self, sites: Sequence[Site]) -> dict[str, Update]:
-        """Return what it adds, by module, in float32."""
-        rows = {site.module: site.rows[1] for site in sites}  # the last one's: all of the module
-        header, ranked = self.header, [pair for pair in zip(sites, self.header.ranks, strict=True) if pair[1]]
+    def updates(self, sites: Sequence[Site], pool: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Return A (r, in / pool) and B transposed, (r, out), of each site in float32; `pool` divides its own."""
+        header = self.header
+        own = header.pool if any(header.ranks) else pool or 1  # a head alone has none
         shapes = [
-            (rank, size) for site, rank in ranked for size in (site.in_features // header.pool, site.out_features)
+            (rank, size)
+            for site, rank in zip(sites, header.ranks, strict=True)
+            for size in (site.in_features // own, site.out_features)
         ]
         parts = {name: tensor for name, tensor in self.tensors.items() if name in ("codes", "scales")}
         factors = unpack_rows(parts, shapes, header.bits)
-        by_module: dict[str, list[tuple[Site, Tensor, Tensor]]] = {}
-        for (site, _), right, left in zip(ranked, factors[::2], factors[1::2], strict=True):
-            by_module.setdefault(site.module, []).append((site, right, left))
-        return {module: _joined(parts, header.pool, rows[module]) for module, parts in by_module.items()}
+        times = own // (pool or own)
+        return [
+            (a if times == 1 else a.repeat_interleave(times, 1), b)
+            for a, b in zip(factors[::2], factors[1::2], strict=True)
+        ]
 
     def head(self, width: int) -> tuple[Tensor, Tensor]:
         """Return weight (classes, width) and bias (classes,) in float32."""
@@ -171,84 +157,6 @@ class PackedAdapter:
         parts = {key.removeprefix(_OF_HEAD): tensor for key, tensor in self.tensors.items() if key in _HEAD_ROWS}
         (weight,) = unpack_rows(parts, [(len(bias), width)], header.head_bits)
         return weight, bias.float()
-
-
-class JoinedUpdates:
-    """The updates of a batch's images, each by its own adapter: packed, and unpacked for one site at a time.
-
-    Args:
-        adapters: that fit the sites.
-        which: (B,), of each image its adapter.
-        sites: of the model, in its order.
-    """
-
-    def __init__(self, adapters: Sequence[PackedAdapter], which: Indices, sites: Sequence[Site]) -> None:
-        self._sites = sites
-        self.images = len(which)
-        alike: dict[tuple[StoredBits, int], list[int]] = {}
-        for number, adapter in enumerate(adapters):
-            if any(adapter.header.ranks):  # otherwise a head alone, which adds nothing
-                alike.setdefault((adapter.header.bits, adapter.header.pool), []).append(number)
-        self._groups = [_SameFormat(adapters, numbers, which, sites) for numbers in alike.values()]
-        self.pool = math.gcd(*(group.pool for group in self._groups)) or 1  # without any adapter 0
-
-    def of_site(self, place: int) -> tuple[Tensor, Tensor] | None:
-        """Return what is added on one site: (B, R, in / pool) and (B, R, out), R the highest rank, others with zeros.
-
-        As an `Update` does, each adds summed(inputs, pool) @ right.T @ left. None: no adapter has a rank there.
-        """
-        site, rank = self._sites[place], max((int(group.ranks[:, place].max()) for group in self._groups), default=0)
-        if not rank:
-            return None
-        right = np.zeros((self.images * rank, site.in_features // self.pool), np.float32)
-        left = np.zeros((self.images * rank, site.out_features), np.float32)
-        for group in self._groups:
-            rows, of_a, of_b = group.factors(place, site, rank)
-            right[rows] = of_a.repeat(group.pool // self.pool, axis=1)
-            left[rows] = of_b
-        shape = (self.images, rank, -1)
-        return torch.from_numpy(right).view(shape), torch.from_numpy(left).view(shape)
-
-
-class _SameFormat:
-    """The codes and scales of adapters in the same bits and pool, one behind the other, and the b images of theirs.
-
-    Attributes:
-        pool: theirs.
-        ranks: (b, sites), of each image's adapter.
-    """
-
-    def __init__(
-        self, adapters: Sequence[PackedAdapter], numbers: Sequence[int], which: Indices, sites: Sequence[Site]
-    ) -> None:
-        group = [adapters[number] for number in numbers]
-        self.pool, self._bits = group[0].header.pool, group[0].header.bits
-        (self._images,) = np.isin(which, numbers).nonzero()  # (b,), their places in the batch
-        self._arrays: dict[str, NDArray[Any]] = {
-            name: np.concatenate([adapter.tensors[name].numpy() for adapter in group])
-            for name in ("codes", "scales")
-            if name in group[0].tensors
-        }
-        ranks = np.array([adapter.header.ranks for adapter in group])  # (adapters, sites)
-        values = ranks * np.array([site.in_features // self.pool + site.out_features for site in sites])
-        codes = np.array([len(adapter.tensors["codes"]) * max(8 // self._bits, 1) for adapter in group])  # (adapters,)
-        starts = (codes.cumsum() - codes)[:, None] + values.cumsum(1) - values
-        scales = (2 * ranks).ravel().cumsum().reshape(ranks.shape) - 2 * ranks
-        of_images = np.searchsorted(numbers, which[self._images])  # (b,)
-        # (b, sites) each; of a site how many codes stand before its own, and how many scales
-        self.ranks, self._starts, self._scales = ranks[of_images], starts[of_images], scales[of_images]
-
-    def factors(self, place: int, site: Site, rank: int) -> tuple[Indices, FloatArray, FloatArray]:
-        """Return A (n, in / pool) and B transposed, (n, out), of all images, after their rows: `rank` an image."""
-        ranks, columns = self.ranks[:, place], site.in_features // self.pool
-        images = np.repeat(np.arange(len(ranks)), ranks)  # (n,), of each row
-        within = np.arange(len(images)) - np.repeat(ranks.cumsum() - ranks, ranks)
-        starts, scales = self._starts[images, place], self._scales[images, place] + within
-        of_a = unpack_selected_rows(self._arrays, starts + within * columns, scales, columns, self._bits)
-        starts, scales = starts + ranks[images] * columns, scales + ranks[images]  # the columns of B come after
-        starts = starts + within * site.out_features
-        of_b = unpack_selected_rows(self._arrays, starts, scales, site.out_features, self._bits)
-        return self._images[images] * rank + within, of_a, of_b
 
 
 def trained_bits(model: nn.Module) -> StoredBits | None:
@@ -292,16 +200,6 @@ def backbone_of(model: nn.Module, card: ExportMetadata) -> tuple[LowBitHeader, d
     }
     weights = card.model_dump(include=of_weights)
     return low_bit_parts(model, ExportMetadata(run="backbone", channels=3, class_names=("backbone",), **weights))
-
-
-def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
-    """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
-    right = torch.cat([right for _, right, _ in parts])  # (R, in / pool)
-    left, start = right.new_zeros(len(right), rows), 0  # (R, out)
-    for site, _, of_site in parts:
-        left[start : start + len(of_site), site.span] = of_site
-        start += len(of_site)
-    return Update(right, left, pool)
 
 
 def _adapter_on(model: nn.Module, site: Site) -> tuple[SiteAdapter | None, slice]:

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,9 +122,6 @@ def check_architecture(
         plain.load_state_dict(state)
         return plain
 
-    def by_merging() -> Tensor:
-        return merged()(images)
-
     def by_file(name: str) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"model{EXPORTS[name].ending}"
@@ -138,19 +136,19 @@ def check_architecture(
             export_peft(model, Path(folder), {})
             return PeftModel.from_pretrained(prepared(), folder).eval()(images)
 
-    def compared(run: Callable[..., Tensor], *arguments: str) -> Deviation:
+    def compared(run: Callable[[], Tensor]) -> Deviation:
         try:
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                others = run(*arguments)
+                others = run()
         except Exception as error:  # whatever it is that a library can't do with this model
             return Deviation(None, first_line(error))
         return Deviation(float((others - logits).abs().max() / logits.abs().max()))
 
     return ModelCheck(
         tuple((site, effect[site.name]) for site in sites),
-        compared(by_merging),
-        {name: compared(by_file, name) for name in formats},
+        compared(lambda: merged()(images)),
+        {name: compared(partial(by_file, name)) for name in formats},
         compared(by_peft) if peft else None,
         _idle_of_peft(build) if peft else {},
     )

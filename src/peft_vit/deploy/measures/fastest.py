@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import missing_packages
-from peft_vit.core.config import EXPORTS, QuantizationType, exported_bytes
+from peft_vit.core.config import EXPORTS, QuantizationType
 from peft_vit.core.records import BenchRow, Calibrated, Decision
 from peft_vit.deploy.export import (
     LARGEST_LOSS,
@@ -38,19 +38,13 @@ class Form:
 
     Attributes:
         name: what it is.
-        bytes: of its files; None: it was not written.
-        median_s: of a call on one image, with all processors; None: it was not timed.
-        low_s: first quartile of the calls.
-        high_s: third quartile.
+        timed: its bytes, and what a call on one image takes with all processors; None: it was not written.
         comparison: with the run's model, in float; None: it was not written, or the images are not there.
         left_out: why it is not the one that was taken; empty: it is.
     """
 
     name: str
-    bytes: int | None = None
-    median_s: float | None = None
-    low_s: float | None = None
-    high_s: float | None = None
+    timed: BenchRow | None = None
     comparison: Comparison | None = None
     left_out: str = ""
 
@@ -63,7 +57,6 @@ class Exports:
         model: the file that was taken; of an .xml the .bin is beside it.
         forms: all that were tried.
         float32_s: median of a call of the same architecture in float32 by onnxruntime, on the same machine.
-        processor: that all were timed on.
         int8_loss: share of accuracy that activations in 8 bits lose on folds; None: not measured.
         missed: sentences on limits that no form meets.
     """
@@ -71,7 +64,6 @@ class Exports:
     model: Path
     forms: tuple[Form, ...]
     float32_s: float | None
-    processor: str
     int8_loss: float | None
     missed: tuple[str, ...]
 
@@ -79,6 +71,12 @@ class Exports:
     def taken(self) -> Form:
         """Return the form that was taken."""
         return next(form for form in self.forms if not form.left_out)
+
+    @property
+    def timed(self) -> BenchRow:
+        """Return the bytes of the form that was taken, and its times."""
+        assert self.taken.timed is not None
+        return self.taken.timed
 
 
 def export_fastest(
@@ -124,44 +122,38 @@ def export_fastest(
         except UserError as error:
             raise UserError(f"can't be exported ({error.message}); {again}", file=run_dir) from None
         forms: dict[Path, Form] = {}
-
-        alone = max_latency_s is None
-        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell, alone)
-        rows: dict[str, BenchRow] = {}
-        if max_latency_s is not None:
-            rows = try_forms(_exact_ways(packed))
-        else:
-            for way in _exact_ways(packed):
-                rows |= try_forms([way])
-                sizes, _ = _measured(forms)
-                if _small_enough(sizes, max_bytes):
-                    break
-        if not rows:
+        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell, max_latency_s is None)
+        ways = list(_exact_ways(packed))
+        float32 = None
+        for together in [[way] for way in ways] if max_latency_s is None else [ways]:
+            float32 = try_forms(together)
+            if _small_enough(forms, max_bytes):
+                break
+        if not _written(forms):
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); {again}", file=run_dir)
-        if packed and bits is None and max_latency_s is not None:
-            sizes, seconds = _measured(forms)
-            if not any(seconds[file] <= max_latency_s for file in _small_enough(sizes, max_bytes)):
-                int8_loss, why_not = _int8_loss(fold_runs, tell)
-                name, options = "ONNX, activations in 8 bits", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)
-                if why_not:
-                    forms[Path(place, name)] = Form(name, left_out=why_not)
-                else:
-                    rows |= try_forms([(name, "onnx", options)])
-        sizes, seconds = _measured(forms)
-        best, missed = _best(sizes, seconds, max_bytes, max_latency_s)
-        for file in sizes.keys() - {best}:
-            why = "slower" if seconds[file] > seconds[best] else "as fast, and larger"
-            if max_bytes is not None and sizes[file] > max(max_bytes, sizes[best]):
+        small_enough, was_packed = _small_enough(forms, max_bytes).values(), packed and bits is None
+        if max_latency_s is not None and was_packed and all(row.median_s > max_latency_s for row in small_enough):
+            int8_loss, why_not = _int8_loss(fold_runs, tell)
+            name, options = "ONNX, activations in 8 bits", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)
+            if why_not:
+                forms[Path(place, name)] = Form(name, left_out=why_not)
+            else:
+                try_forms([(name, "onnx", options)])
+        best, missed = _best(forms, max_bytes, max_latency_s)
+        written = _written(forms)
+        taken = written.pop(best)
+        for file, row in written.items():
+            why = "slower" if row.median_s > taken.median_s else "as fast, and larger"
+            if max_bytes is not None and row.bytes > max(max_bytes, taken.bytes):
                 why = "it is larger than the limit"
-            elif seconds[file] < seconds[best] and file.suffix != best.suffix:
+            elif row.median_s < taken.median_s and file.suffix != best.suffix:
                 why = "ONNX keeps within the limits, too, so the model keeps its name"
             forms[file] = replace(forms[file], left_out=why)
         return Exports(
             model=_moved(best, folder),
             forms=tuple(forms.values()),
-            float32_s=rows[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in rows else None,
-            processor=next(iter(rows.values())).processor,
+            float32_s=float32,
             int8_loss=int8_loss,
             missed=missed,
         )
@@ -175,26 +167,22 @@ def _try_forms(
     tell: Callable[[str], None],
     alone: bool,
     ways: Iterable[tuple[str, str, OnnxOptions]],
-) -> dict[str, BenchRow]:
-    """Write a model by name, format and options, time it, and add the forms; return what was timed, by file."""
-    written = []
+) -> float | None:
+    """Write a model by name, format and options, time it, and add the forms; return the seconds of float32 beside."""
+    written = {}
     for name, format, options in ways:
         file = place / f"{len(forms)}{EXPORTS[format].ending}"
         try:
-            done = write_model(source, file, format, options, meaning)
+            forms[file] = Form(name, comparison=write_model(source, file, format, options, meaning).comparison)
+            written[str(file)] = file
         except UserError as error:  # a format that one of the runtimes has not
             forms[file] = Form(name, left_out=error.message)
-            continue
-        forms[file] = Form(name, exported_bytes(file), comparison=done.comparison)
-        written.append(file)
     if not written:
-        return {}
-    tell("timing " + ", ".join(forms[file].name for file in written))
-    rows = {row.file: row for row in bench(written, alone=alone)}
-    for file in written:
-        row = rows[str(file)]
-        forms[file] = replace(forms[file], median_s=row.median_s, low_s=row.low_s, high_s=row.high_s)
-    return rows
+        return None
+    tell("timing " + ", ".join(forms[file].name for file in written.values()))
+    rows = {row.file: row for row in bench(list(written.values()), alone=alone)}
+    forms |= {file: replace(forms[file], timed=rows[name]) for name, file in written.items()}
+    return rows[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in rows else None
 
 
 def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
@@ -223,40 +211,40 @@ def _int8_loss(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[
     return lost, why_not if 100 * lost > LARGEST_LOSS else ""
 
 
-def _measured(forms: Mapping[Path, Form]) -> tuple[dict[Path, int], dict[Path, float]]:
-    """Return bytes and seconds of the forms that were written."""
-    sizes = {file: form.bytes for file, form in forms.items() if form.bytes is not None}
-    return sizes, {file: form.median_s for file, form in forms.items() if form.median_s is not None}
+def _written(forms: Mapping[Path, Form]) -> dict[Path, BenchRow]:
+    return {file: form.timed for file, form in forms.items() if form.timed is not None}
 
 
-def _small_enough(sizes: Mapping[Path, int], max_bytes: int | None) -> list[Path]:
-    return [file for file, size in sizes.items() if max_bytes is None or size <= max_bytes]
+def _small_enough(forms: Mapping[Path, Form], max_bytes: int | None) -> dict[Path, BenchRow]:
+    return {file: row for file, row in _written(forms).items() if max_bytes is None or row.bytes <= max_bytes}
 
 
 def _best(
-    sizes: Mapping[Path, int], seconds: Mapping[Path, float], max_bytes: int | None, max_latency_s: float | None
+    forms: Mapping[Path, Form], max_bytes: int | None, max_latency_s: float | None
 ) -> tuple[Path, tuple[str, ...]]:
     """Return the fastest form within the limit of bytes, or else the smallest, and which limits it misses.
 
     Of those that are as fast the smallest. Where ONNX keeps within both limits it is that, so that the model has the
     same name in each call, whatever a timing says.
     """
-    within = _small_enough(sizes, max_bytes)
-    in_time = [file for file in within if max_latency_s is None or seconds[file] <= max_latency_s]
-    within = [file for file in in_time if file.suffix == ".onnx"] or within
-    fastest = min((seconds[file] for file in within), default=0.0)
+    rows, within = _written(forms), _small_enough(forms, max_bytes)
+    in_time = {file: row for file, row in within.items() if max_latency_s is None or row.median_s <= max_latency_s}
+    within = {file: row for file, row in in_time.items() if file.suffix == ".onnx"} or within
+    fastest = min((row.median_s for row in within.values()), default=0.0)
     as_fast = _AS_FAST * fastest
     if max_latency_s is not None and fastest <= max_latency_s:
         as_fast = min(as_fast, max_latency_s)
-    best = min((file for file in within if seconds[file] <= as_fast) if within else sizes, key=sizes.__getitem__)
+    best = min([file for file in within if rows[file].median_s <= as_fast] or rows, key=lambda file: rows[file].bytes)
     missed = []
     if max_bytes is not None and not within:
-        missed.append(f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {sizes[best] / 1e6:.2f} MB.")
-    if max_latency_s is not None and seconds[best] > max_latency_s:
+        missed.append(
+            f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {rows[best].bytes / 1e6:.2f} MB."
+        )
+    if max_latency_s is not None and (taken_s := rows[best].median_s) > max_latency_s:
         which = "No form that is small enough keeps" if within else "The smallest form does not keep"
-        if min(seconds.values()) > max_latency_s:
+        if min(row.median_s for row in rows.values()) > max_latency_s:
             which = "No form keeps"
-        missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * seconds[best]:.1f} ms.")
+        missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * taken_s:.1f} ms.")
     return best, tuple(missed)
 
 

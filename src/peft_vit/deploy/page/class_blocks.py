@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
+from rich.cells import cell_len, set_cell_size
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.tasks.metric import Flags
@@ -57,20 +57,13 @@ _NUMBERED = 20  # classes up to which cells hold their numbers
 _LABEL_COLUMNS = 24  # of a class's name beside an axis
 
 
-def shorten(name: str, columns: int = _LABEL_COLUMNS) -> str:
+def shorten(name: str) -> str:
     """Return a name's beginning and end, if it takes more columns; a wide letter, as in Chinese, takes two."""
-    if _columns(name) <= columns:
+    if cell_len(name) <= _LABEL_COLUMNS:
         return name
-    begin, end = name[: columns // 2], name[1 - columns // 2 :]
-    while _columns(begin) > columns // 2:
-        begin = begin[:-1]
-    while _columns(end) > columns // 2 - 1:
-        end = end[1:]
+    begin = set_cell_size(name, _LABEL_COLUMNS // 2).rstrip()
+    end = set_cell_size(name[::-1], _LABEL_COLUMNS // 2 - 1).rstrip()[::-1]
     return f"{begin}…{end}"
-
-
-def _columns(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def fonts_for(texts: Iterable[str]) -> tuple[list[str], str]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from peft_vit.base.errors import DataWarning
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Predictions, RunRecord
-from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of
+from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of
 from peft_vit.data.index import ImagesFile
 from peft_vit.deploy.page.class_blocks import (
     Maps,
@@ -25,10 +26,9 @@ from peft_vit.deploy.page.class_blocks import (
 )
 from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
-from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.page.lines import draw_reliability, learning_curves
 from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
-from peft_vit.deploy.page.model_quality import ModelQuality, doubted_labels
+from peft_vit.deploy.page.model_quality import ImagesTest, ModelQuality, constant_on, doubted_labels, model_quality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
 from peft_vit.deploy.page.tables import table
@@ -57,7 +57,6 @@ class ModelSummary:
 
     Attributes:
         record: of its run, which is finished.
-        quality: on its test images; None of a model of several labels, or of numbers.
         commands: that use it, by what they are for.
         said: how good it is, in a line; empty: that is made of the record.
         web: the address of a page of it for a browser, if there is one.
@@ -67,7 +66,6 @@ class ModelSummary:
     """
 
     record: RunRecord
-    quality: ModelQuality | None
     commands: Mapping[str, str]
     said: str = ""
     web: str = ""
@@ -85,12 +83,16 @@ class ModelSummary:
         """Return what decides, on test."""
         return test_score(self.record)
 
+    @cached_property
+    def quality(self) -> ModelQuality | None:
+        """Return what it confuses on its test images; None of several labels, or of numbers."""
+        return model_quality(self.record)
+
     @property
     def constant(self) -> float:
         """Return the same of always giving one answer, such as the most frequent class."""
         assert self.record.predictions is not None
-        labels = rows_of(self.record.predictions.labels)
-        return self.metric.interval(labels, TASKS[self.record.spec.task].constant(labels)).estimate
+        return constant_on(self.record.predictions, self.metric, self.record.task)
 
 
 def model_document(summary: ModelSummary, pictures: Pictures | None = None, maps: Maps | None = None) -> StudyDocument:

@@ -1,19 +1,21 @@
-"""How good one model is on its test images: accuracy with its interval, classes, what it confuses, its mistakes."""
+"""How good one model is on its test images, or on later ones: what decides, classes, what it confuses, its mistakes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from peft_vit.base.statistics import Interval, proportion_interval
+from peft_vit.base.errors import UserError
+from peft_vit.base.statistics import Interval, difference_interval, proportion_interval
 from peft_vit.base.statistics.reliability import ReliabilityBin, equal_count_bins
-from peft_vit.core.records import Predictions, RunRecord
-from peft_vit.core.tasks import TASKS
+from peft_vit.core.config import TaskName
+from peft_vit.core.records import Calibrated, Decision, Metrics, Predictions, RunRecord, TestedCalibration
+from peft_vit.core.tasks import TASKS, DecidingMetric, rows_of, thresholds_of
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.deploy.page.formatting import plain
-from peft_vit.deploy.page.images_test import ImagesTest
 from peft_vit.deploy.presentation import Counts
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
@@ -158,3 +160,56 @@ def model_quality(record: RunRecord | ImagesTest) -> ModelQuality | None:
             for position, file, label, answer, p in by_image
         ),
     )
+
+
+def score_on(predictions: Predictions, metric: DecidingMetric, decision: Decision | None) -> Interval:
+    """Return what decides of predictions, with its interval."""
+    return metric.interval(rows_of(predictions.labels), rows_of(predictions.predicted), thresholds_of(decision))
+
+
+def constant_on(predictions: Predictions, metric: DecidingMetric, task: TaskName) -> float:
+    """Return the same of always giving one answer, such as the most frequent class."""
+    labels = rows_of(predictions.labels)
+    return metric.interval(labels, TASKS[task].constant(labels)).estimate
+
+
+@dataclass(frozen=True)
+class ImagesTest:
+    """What a model says of labelled images that came later; the first fields are called as those of a `RunRecord`.
+
+    Attributes:
+        metric: what decides.
+        own: the same metric on the model's own test images; None: its record is not there.
+        unreadable: what is wrong with images that are left out.
+    """
+
+    task: TaskName
+    class_names: Sequence[str]
+    predictions: Predictions
+    calibrated: Calibrated | None
+    decision: Decision | None
+    test: Metrics
+    tested_calibration: TestedCalibration
+    metric: DecidingMetric
+    own: Interval | None
+    unreadable: Sequence[UserError]
+
+    @cached_property
+    def value(self) -> Interval:
+        """Return what decides."""
+        return score_on(self.predictions, self.metric, self.decision)
+
+    @cached_property
+    def constant(self) -> float:
+        """Return the same of always giving one answer."""
+        return constant_on(self.predictions, self.metric, self.task)
+
+    @cached_property
+    def quality(self) -> ModelQuality | None:
+        """Return what it confuses; None of several labels, or of numbers."""
+        return model_quality(self)
+
+    @property
+    def change(self) -> Interval | None:
+        """Return how much more it has here than on its own test images; None: that is not known."""
+        return None if self.own is None else difference_interval(self.own, self.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -97,38 +97,17 @@ def csv_rows(rows: Iterable[Any], columns: Sequence[Column]) -> list[dict[str, R
     return [{name: value for c in columns for name, value in c.values(row).items()} for row in rows]
 
 
-def cross_table(
-    slug: str,
-    title: str,
-    first: str,
-    columns: Mapping[str, Mapping[Any, str]],
-    note: str,
-    *,
-    keys: Iterable[Hashable] = (),
-    data: Iterable[Mapping[str, Raw]],
-    folded: bool = False,
-) -> Table:
-    """Return a table with a row a key, under `first`, of texts by heading and key; – where a heading lacks it.
-
-    `keys` are those to begin with; the others follow as they occur.
-    """
-    every = dict.fromkeys([*keys, *(key for texts in columns.values() for key in texts)])
-    rows = [{first: str(key)} | {heading: texts.get(key, "–") for heading, texts in columns.items()} for key in every]
-    return table(slug, title, rows, None, note, data=data, folded=folded)
-
-
 def only_in_file(**values: str | Callable[[Any], Any]) -> list[Column]:
     """Return columns that a reader does not see: what each value of the CSV file is of a row, as in `Column.of`."""
     return [Column("", of, data=name) for name, of in values.items()]
 
 
-def interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
+def interval_columns(name: str, interval: Interval | None, n: str = "n") -> dict[str, Raw]:
     """Return an interval as columns of a CSV file."""
-    if interval is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None, "n": 0}
-    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high, "n": interval.n}
+    values = (None, None, None, 0) if interval is None else (interval.estimate, interval.low, interval.high, interval.n)
+    return dict(zip((name, f"{name}_low", f"{name}_high", n), values, strict=True))
 
 
 def own_interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
     """Return an interval as columns of a CSV file in which several are beside one another: its n is named too."""
-    return {f"{name}_n" if key == "n" else key: value for key, value in interval_columns(name, interval).items()}
+    return interval_columns(name, interval, f"{name}_n")

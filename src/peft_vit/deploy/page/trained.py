@@ -9,12 +9,11 @@ from typing import Any
 
 from peft_vit.base.console import quoted, some_of
 from peft_vit.base.statistics import Interval
-from peft_vit.core.records import Predictions, RunRecord
+from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 from peft_vit.deploy.page.document import Raw, Table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, or_dash, plain, value_of
-from peft_vit.deploy.page.images_test import ImagesTest
-from peft_vit.deploy.page.model_quality import ModelQuality
+from peft_vit.deploy.page.model_quality import ImagesTest, ModelQuality, score_on
 from peft_vit.deploy.page.tables import Column, table
 
 TOO_FEW = ": too few to tell which is better"  # after an interval of a difference that holds 0, on images
@@ -25,13 +24,7 @@ _FEWEST_TESTED, _FEW_TESTED = 5, 20  # images; fewer say next to nothing, and le
 def test_score(record: RunRecord) -> Interval:
     """Return what decides in a finished run, on the test images, with its interval."""
     assert record.predictions is not None
-    return _score_on(record.predictions, record)
-
-
-def _score_on(predictions: Predictions, record: RunRecord) -> Interval:
-    return metric_of(record.spec).interval(
-        rows_of(predictions.labels), rows_of(predictions.predicted), thresholds_of(record.decision)
-    )
+    return score_on(record.predictions, metric_of(record.spec), record.decision)
 
 
 def best_known(record: RunRecord) -> tuple[Interval, str]:
@@ -39,7 +32,7 @@ def best_known(record: RunRecord) -> tuple[Interval, str]:
     score, on_folds = test_score(record), record.on_folds
     if on_folds is None or score.n >= min(_FEW_TESTED, len(on_folds.images)):
         return score, "test images"
-    return _score_on(on_folds, record), "images that trainings like it left out in turn"
+    return score_on(on_folds, metric_of(record.spec), record.decision), "images that trainings like it left out in turn"
 
 
 def test_line(record: RunRecord) -> str:

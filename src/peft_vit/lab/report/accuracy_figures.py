@@ -45,9 +45,6 @@ class _Unit(NamedTuple):
     decimals: int
     name: str
 
-    def of(self, share: float) -> float:
-        return self.factor * share
-
 
 def _unit(scores: Scores) -> _Unit:
     """Return what values are drawn in: percent, or what the metric is in."""
@@ -90,17 +87,17 @@ def _rows(
     write = signed if paired else partial(fixed, decimals=unit.decimals)
     for at, estimate in enumerate(estimates):
         name, interval, color = estimate.name, estimate.interval, colors[estimate.name]
-        seeds = [unit.of(value) for value in estimate.by_seed.values()]
+        seeds = [unit.factor * value for value in estimate.by_seed.values()]
         assert interval is not None
-        mean = unit.of(interval.estimate)
+        mean = unit.factor * interval.estimate
         canvas.series(name, color, mean_style["marker"])
         if interval.low is not None and interval.high is not None:
-            ends = np.clip(sorted([unit.of(interval.low), unit.of(interval.high)]), *limits)
+            ends = np.clip(sorted([unit.factor * interval.low, unit.factor * interval.high]), *limits)
             canvas.plot(name, axes, ends, [at, at], color=color, **_INTERVAL, solid_capstyle="butt", zorder=2)
             for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
                 if end == limit:
                     canvas.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
-        texts = [f"seed {seed}: {write(unit.of(value))}{unit.name}" for seed, value in estimate.by_seed.items()]
+        texts = [f"seed {seed}: {write(value)}{unit.name}" for seed, value in zip(estimate.by_seed, seeds, strict=True)]
         style = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
         canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **style)
         text = f"mean, {counted(len(seeds), 'seed')}: {score_interval(scores, interval)}"
@@ -146,7 +143,7 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
     dashes: _Style = {"color": INK, "lw": 1, "ls": DASHED}
     if line:
         legend.append(_entry(f"majority class, {'on average ' if differs else ''}{fixed(line, 1)} %", **dashes))
-    values = [unit.of(value) for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
+    values = [unit.factor * value for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
     low, high = min(values), max(values)  # of intervals nothing: those of two seeds would dwarf the data
     pad = max(1.0 if scores.metric.is_share else 0.02 * max(abs(low), abs(high)), 0.18 * (high - low))
     least, most = (0.0, 100.5) if scores.metric.is_share else (-np.inf, np.inf)

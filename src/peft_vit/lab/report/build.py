@@ -180,8 +180,7 @@ def _only_model(
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
         return None
     record = runs[0].record
-    quality = model_quality(record)
-    if quality is None and not (record.test is not None and record.test.more):
+    if model_quality(record) is None and not (record.test is not None and record.test.more):
         return None
     folder = next(results.directory.rglob(RECORD_FILE)).parent
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
@@ -195,7 +194,6 @@ def _only_model(
         commands["To try it in a browser"] = f"peft-vit export {place} --format web{bits}"
     return ModelSummary(
         record,
-        quality,
         commands,
         on_folds=record.on_folds,
         web="" if page is None else quote(Path(page).as_posix()),

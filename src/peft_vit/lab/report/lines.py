@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.lines import Line2D
@@ -22,26 +21,14 @@ LINES = 24
 _MEASURES = ("training loss", "validation NLL")
 
 
-class Curve(NamedTuple):
-    """What the seeds of an experiment recorded at the steps that all of them share, (steps,) each."""
+_VALUES = ("step", "mean", "lowest", "highest")  # of a curve
 
-    step: np.ndarray
-    mean: np.ndarray
-    lowest: np.ndarray
-    highest: np.ndarray
 
-    @classmethod
-    def of(cls, by_seed: Sequence[Mapping[int, float]]) -> Curve:
-        """Return the curve over seeds of values by step."""
-        steps = sorted(set.intersection(*map(set, by_seed)))
-        values = np.array(
-            [[by_step[step] for step in steps] for by_step in by_seed], dtype=np.float64
-        )  # (seeds, steps)
-        return cls(np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
-
-    def thinned(self, stride: int) -> Curve:
-        """Return every so many-th step, the last among them."""
-        return Curve(*(values[::-stride][::-1] for values in self))
+def curve_of(by_seed: Sequence[Mapping[int, float]]) -> np.ndarray:
+    """Return the _VALUES over seeds at the steps that all of them recorded, (4, steps), of values by step."""
+    steps = sorted(set.intersection(*map(set, by_seed)))
+    values = np.array([[by_step[step] for step in steps] for by_step in by_seed], dtype=np.float64)  # (seeds, steps)
+    return np.stack([np.array(steps, dtype=np.float64), values.mean(0), values.min(0), values.max(0)])
 
 
 def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
@@ -57,12 +44,12 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
     window = smoothing_window(max(len(record.steps) for e in recorded for record in runs[e.name]))
     drawn, note = leading(recorded, validation, LINES, attrgetter("name"))
-    curves: dict[str, tuple[Curve, Curve]] = {}
+    curves: dict[str, list[np.ndarray]] = {}
     for name in (e.name for e in drawn):
         evaluations = [{row.step: row.metrics.nll for row in record.evaluations} for record in runs[name]]
-        curves[name] = Curve.of([smoothed_losses(record, window) for record in runs[name]]), Curve.of(evaluations)
-    stride = max(1, -(-sum(curve.step.size for pair in curves.values() for curve in pair) // STEPS))
-    curves = {name: (train.thinned(stride), held_out.thinned(stride)) for name, (train, held_out) in curves.items()}
+        curves[name] = [curve_of([smoothed_losses(record, window) for record in runs[name]]), curve_of(evaluations)]
+    stride = max(1, -(-sum(curve.shape[1] for pair in curves.values() for curve in pair) // STEPS))
+    curves = {name: [curve[:, ::-stride][:, ::-1] for curve in pair] for name, pair in curves.items()}
     rows = list(dict.fromkeys(e.method for e in drawn))
 
     def paint(canvas: Canvas) -> None:
@@ -72,14 +59,13 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
             style = line_style(index)
             canvas.series(e.name, style["color"], "")
             for axes, measure, curve in zip(panels[rows.index(e.method)], _MEASURES, curves[e.name], strict=True):
-                band = axes.fill_between(
-                    curve.step, curve.lowest, curve.highest, color=style["color"], alpha=0.15, lw=0
-                )
+                step, mean, lowest, highest = curve
+                band = axes.fill_between(step, lowest, highest, color=style["color"], alpha=0.15, lw=0)
                 canvas.add(e.name, band)
                 unit = f"{measure} (nats), mean, {counted(len(runs[e.name]), 'seed')}"
-                texts = [f"step {x}: {fixed(float(y), 3)}\n{unit}" for x, y in zip(curve.step, curve.mean, strict=True)]
+                texts = [f"step {x:.0f}: {fixed(y, 3)}\n{unit}" for x, y in zip(step, mean, strict=True)]
                 look = style | {"lw": 1.6, "ms": 3.5, "marker": "o" if measure == "validation NLL" else ""}
-                line = canvas.plot(e.name, axes, curve.step, curve.mean, texts, **look, label=e.name)
+                line = canvas.plot(e.name, axes, step, mean, texts, **look, label=e.name)
             handles.append(line)
         for row, method in zip(panels, rows, strict=True):
             row[0].set_ylabel(METHOD_KINDS[method].title)
@@ -101,11 +87,10 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         f"{fewer if stride > 1 else ''}{note}"
     )
     data: list[dict[str, Raw]] = [
-        {"experiment": name, "measure": measure}
-        | {column: value.item() for column, value in zip(Curve._fields, values, strict=True)}
+        {"experiment": name, "measure": measure} | dict(zip(_VALUES, (int(step), *values), strict=True))
         for name, pair in curves.items()
         for measure, curve in zip(_MEASURES, pair, strict=True)
-        for values in zip(*curve, strict=True)
+        for step, *values in curve.T.tolist()
     ]
     height, legend = 0.6 + _ROW_IN * len(rows), _ENTRY_IN * len(drawn)
     return draw("loss_curves", "Loss curves", caption, max(height, 0.3 + legend), paint, data, height + legend)

@@ -41,7 +41,7 @@ _RUNS = Column("n", lambda m: len(m.runs))
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
     """Return test accuracy by experiment, or of other tasks what decides, each seed visible."""
-    scores = methods[0].runs[0].scores if methods else ACCURACY
+    scores = methods[0].runs[0].scores
     may_pass = " and may pass 100 %" if scores.metric.is_share else ""
     words, of_classes = scores.metric.words, scores.metric.counts_images
     validated = all(m.validation_accuracy is not None for m in methods)

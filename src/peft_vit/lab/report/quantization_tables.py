@@ -13,7 +13,7 @@ from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import describe_test
 from peft_vit.deploy.page.document import Table
 from peft_vit.deploy.page.formatting import fixed, megabytes, percent_interval, points_interval
-from peft_vit.deploy.page.tables import Column, cross_table, csv_rows, interval_columns, table
+from peft_vit.deploy.page.tables import Column, csv_rows, interval_columns, table
 from peft_vit.lab.analysis import QuantizationImpact, Run
 from peft_vit.lab.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, layers_bits
 from peft_vit.lab.report.columns import EXPERIMENT, FAMILY_NOTE, OVER_SEEDS, comparison_values, mean_of, to_thousandths
@@ -180,18 +180,18 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
 
 def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
     layers = [(q, name, bits) for q in impacts for name, bits in q.bits_by_layer.items()]
-    by_kind = grouped(((name.rpartition(".")[2], q.experiment.name), bits) for q, name, bits in layers)
-    texts: dict[str, dict[str, str]] = {}  # kind of layer -> experiment -> bits of its layers
-    for (kind, experiment), bits in by_kind.items():
-        ends = dict.fromkeys((fixed(min(bits)), fixed(max(bits))))
-        texts.setdefault(kind, {})[experiment] = " to ".join(ends)
-    return cross_table(
+    by_kind = grouped(((q.experiment.name, name.rpartition(".")[2]), bits) for q, name, bits in layers)
+    ends = {key: dict.fromkeys((fixed(min(bits)), fixed(max(bits)))) for key, bits in by_kind.items()}
+    kinds = dict.fromkeys(kind for _, kind in by_kind)
+    return table(
         "bits_by_layer",
         "Bits a weight by layer",
-        "experiment",
-        texts,
+        [
+            {"experiment": name} | {kind: " to ".join(ends.get((name, kind), "–")) for kind in kinds}
+            for name in (q.experiment.name for q in impacts if kinds)
+        ],
+        None,
         "Scales and offsets included; from the smallest to the largest over the blocks. The CSV has every layer.",
-        keys=[q.experiment.name for q in impacts],
         data=(
             {
                 "experiment": q.experiment.name,

@@ -1,11 +1,10 @@
-"""Results as tables of pandas, with the values that records hold and reports compute; as HTML, and as files."""
+"""Results as tables of pandas, with the values that records hold and reports compute, and as files."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,8 @@ from peft_vit.base.extras import require_extra
 from peft_vit.core.records import history_rows
 from peft_vit.deploy.page.printed import check_rows_file, frame, write_rows
 from peft_vit.deploy.page.tables import interval_columns
-from peft_vit.lab.analysis import Run, Study, compare_with_references, load_studies, method_results, read_results
+from peft_vit.lab.analysis import Run, Study, compare_with_references, load_studies, read_results
 from peft_vit.lab.report.columns import comparison_values
-from peft_vit.lab.report.method_tables import accuracy_table, comparison_table
 from peft_vit.runs.records.run_rows import RUN_COLUMNS, run_row
 
 if TYPE_CHECKING:
@@ -60,13 +58,9 @@ class ResultTables:
     ranks: DataFrame
     comparisons: DataFrame
     notices: tuple[str, ...]
-    _html: str
 
     def __repr__(self) -> str:
         return f"ResultTables: {len(self.runs)} runs, {len(self.ranks)} ranks, {len(self.comparisons)} comparisons"
-
-    def _repr_html_(self) -> str:
-        return self._html
 
 
 def read_tables(directory: Path) -> ResultTables:
@@ -75,15 +69,12 @@ def read_tables(directory: Path) -> ResultTables:
     Raises:
         UserError: if the directory does not exist, or if nothing in it can be read.
     """
-    from pandas import DataFrame
-
     results = read_results(directory)
     for fault in results.problems:
         if fault.left_out:
             warnings.warn(fault.line(directory), stacklevel=3)
-    runs, ranks, comparisons, html = [], [], [], []
+    runs, ranks, comparisons = [], [], []
     for study in results.studies:
-        compared = compare_with_references(study)
         runs += [run_row(record) for record in (*(run.record for run in study.runs), *study.failed)]
         for run in study.runs:
             rows = _history(study, run)
@@ -92,25 +83,13 @@ def read_tables(directory: Path) -> ResultTables:
             {"study": study.name, "smoke": study.smoke, "experiment": c.name, "reference": c.reference}
             | interval_columns("difference", c.interval)
             | comparison_values(c)
-            for c in compared
+            for c in compare_with_references(study)
         ]
-        html += [f"<h3>{escape(study.label)}</h3>"]
-        html += [f"<p><strong>{escape(notice)}</strong></p>" for notice in study.notices]
-        shown = [accuracy_table(method_results(study))] if study.runs else []
-        references = dict.fromkeys(c.reference for c in compared)
-        shown += [comparison_table(compared, reference, study.scores) for reference in references]
-        for table in shown:
-            caption = f"<caption>{escape(table.title)}</caption>"
-            cells = DataFrame(table.rows, columns=list(table.columns)).to_html(index=False, border=0)
-            html.append(
-                cells.replace("<thead>", f"{caption}<thead>", 1) + f"<p><small>{escape(table.note)}</small></p>"
-            )
     return ResultTables(
         runs=frame(runs, RUN_COLUMNS),
         ranks=frame(ranks, _RANK_COLUMNS),
         comparisons=frame(comparisons, _COMPARISON_COLUMNS),
         notices=tuple(f"{study.label}: {notice}" for study in results.studies for notice in study.notices),
-        _html="".join(html),
     )
 
 
