@@ -7,7 +7,6 @@ test, and those that are skipped, are neither labelled nor available here; `expe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +14,8 @@ from numpy.typing import NDArray
 from peft_vit.base.statistics import Interval, TemperaturePrior, fit_temperature, proportion_interval
 from peft_vit.base.statistics.drawing import assign_folds
 from peft_vit.base.statistics.more_labels import gain_of_doubling
-from peft_vit.core.tasks.classification import log_softmax
+from peft_vit.core.tasks.classification import CLASSIFICATION, log_softmax
 from peft_vit.core.tasks.metric import Flags, Floats, Ints
-from peft_vit.core.tasks.task import logistic_regressions
 
 Features = NDArray[np.float32]  # (N, D)
 _COVERED = 3000  # images at most that are covered, and chosen from, at a time
@@ -168,11 +166,9 @@ def _logits(z: Features, labelled: Ints, num_classes: int) -> Floats | None:
     return logits
 
 
-def _head(z: NDArray[Any], labels: Ints) -> tuple[Floats, Floats]:
+def _head(z: Features, labels: Ints) -> tuple[Floats, Floats]:
     """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
-    (fit,), two = logistic_regressions(1, _TOLERANCE), labels.max() == 1
-    W, b = fit(z, labels, np.ones(len(z)), (2.0 if two else 1.0) / (_L2 * len(z)))
-    return (np.concatenate([-W, W]) / 2, np.concatenate([-b, b]) / 2) if two else (W, b)  # (1, D) of two classes
+    return next(CLASSIFICATION.linear_heads(z, labels, [_L2], np.ones(len(z)), _TOLERANCE))
 
 
 def _temperature(z: Features, labels: Ints) -> float:
