@@ -72,6 +72,7 @@ from peft_vit.core.tasks.classification import balanced_accuracy
 from peft_vit.core.training.images import normalised
 from peft_vit.data.pixels import to_pixels
 from peft_vit.label import order, session
+from peft_vit.label.features import Computed
 from peft_vit.label.labels import LabelStore
 from peft_vit.label.order import herding, propose
 
@@ -183,6 +184,9 @@ class _Pool:
 
     def find_copies(self) -> None: ...
 
+    def faults(self) -> list[str]:
+        return []
+
     def digest(self, i: int) -> str:
         return self.names[i]
 
@@ -195,8 +199,8 @@ class _Pool:
     def is_sound(self, i: int, side: int) -> bool:
         return True
 
-    def read(self) -> session.Computed:
-        return session.Computed(self.features, np.arange(len(self.names)))
+    def read(self) -> Computed:
+        return Computed(self.features, np.arange(len(self.names)))
 
 
 def by_hand(features: Features, labels: Labels, draw: int, fewest: int) -> Iterator[dict[str, object]]:

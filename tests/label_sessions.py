@@ -9,9 +9,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from peft_vit.core.config import TaskName
+from peft_vit.label.features import Computed
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LabelStore
-from peft_vit.label.session import Computed, Order, Session
+from peft_vit.label.session import Order, Session
 
 
 class PixelFeatures:
@@ -39,4 +40,4 @@ def write_digits(folder: Path, count: int, classes: int = 10) -> dict[str, str]:
 
 def session_of(folder: Path, task: TaskName = "classification", order: Order = "herding") -> Session:
     images = ImageFolder(folder)
-    return Session(LabelStore(folder, task), images, PixelFeatures(images), order)
+    return Session(LabelStore(folder, task), images, PixelFeatures(images), order)  # type: ignore[arg-type]

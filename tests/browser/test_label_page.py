@@ -29,7 +29,7 @@ HOSTILE = "'<img src=x onerror=alert(1)>'"
 def serving(folder: Path, **options: Any) -> Iterator[LabelServer]:
     """Serve a folder with a session that fits meanwhile."""
     session, stop = session_of(folder, **options), threading.Event()
-    server = LabelServer(session, "127.0.0.1", 0, lambda address: None)
+    server = LabelServer(session, "127.0.0.1", 0)
     for work in (server.serve, lambda: session.work(stop)):
         threading.Thread(target=work, daemon=True).start()
     yield server
@@ -207,7 +207,7 @@ def test_enter_takes_a_wall_whatever_is_open(browser, tmp_path) -> None:
     free = [i for i, name in enumerate(session.images.names) if not session.images.is_test(i) and name != "broken.png"]
     session.record(free[:2], ["a"])
     session._offered = Shown(tuple(free[2:8]), is_wall=True, proposed="a")
-    server = LabelServer(session, "127.0.0.1", 0, lambda address: None)
+    server = LabelServer(session, "127.0.0.1", 0)
     threading.Thread(target=server.serve, daemon=True).start()
     with opened(browser, server) as page:
         page.click("#missing summary")
@@ -278,7 +278,7 @@ def test_doubted_labels_are_kept_or_corrected_by_a_key_and_undone(browser, tmp_p
     ]
     folder, train = ImageFolder(images), f"peft-vit train {images}"
     checking = Checking(Corrections(find_images(images)), folder, doubts, ["0", "1"], train)
-    server = LabelServer(checking, "127.0.0.1", 0, lambda address: None)
+    server = LabelServer(checking, "127.0.0.1", 0)
     threading.Thread(target=server.serve, daemon=True).start()
 
     def then(page: Any, to_check: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def here(images: Path, run_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_values_are_those_of_embed_and_predict(command) -> None:
     names = [f"{number}.png" for number in range(3)]
-    compute_features(Path("new"), names, Path("features.npy"), run=Path("run"))
+    compute_features(Path("new"), names, Path("features.npy"), os.getpid(), run=Path("run"))
     file = FeatureFile(
         Path("features.npy"), [hashlib.sha256(Path("new", name).read_bytes()).hexdigest() for name in names]
     )

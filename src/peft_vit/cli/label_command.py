@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -114,19 +113,15 @@ def label(request: LabelRequest) -> None:
 
 
 def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> None:
-    from peft_vit.label.session import FolderFeatures, Session
+    from peft_vit.label.features import FolderFeatures
+    from peft_vit.label.session import Session
 
     classes = request.classes
     features = FolderFeatures(images, request.model, len(classes))
-    session = Session(store, images, features, request.order, classes)
-    stop = threading.Event()
-
-    def start() -> None:
-        features.start()
-        threading.Thread(target=session.work, args=(stop,), daemon=True).start()
-
+    session, stop = Session(store, images, features, request.order, classes), threading.Event()
+    threading.Thread(target=session.work, args=(stop,), daemon=True).start()
     try:
-        serve_page(session, request.host, request.port, in_browser=not request.no_browser, on_listening=start)
+        serve_page(session, request.host, request.port, in_browser=not request.no_browser)
     finally:
         stop.set()
         features.stop()
@@ -136,14 +131,7 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
         print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {quoted(store.file)}")
 
 
-def serve_page(
-    session: Session | Checking,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    *,
-    in_browser: bool = True,
-    on_listening: Callable[[], None] = lambda: None,
-) -> None:
+def serve_page(session: Session | Checking, host: str = "127.0.0.1", port: int = 0, *, in_browser: bool = True) -> None:
     """Print the address of a session's page, open a browser there, and answer until Ctrl-C.
 
     Args:
@@ -151,26 +139,16 @@ def serve_page(
         host: see `LabelRequest`.
         port: likewise.
         in_browser: whether a browser is opened.
-        on_listening: called once the port is known to be free.
     """
     from peft_vit.label.server import LabelServer
 
-    known: list[str] = []
-
-    def on_address(address: str) -> None:
-        known.append(address)
-        if len(known) > 1:
-            print(f"To open it in one more browser: {address}", flush=True)
-            return
-        print(f"Label at {address}", "Ctrl-C ends it.", sep="\n", flush=True)
-        if in_browser:
-            threading.Thread(target=_open, args=(address,), daemon=True).start()
-
-    server = LabelServer(session, host, port, on_address)
+    server = LabelServer(session, host, port)
     if host not in ("127.0.0.1", "localhost"):
         print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
+    print(f"Label at {server.address}", "Ctrl-C ends it.", sep="\n", flush=True)
+    if in_browser:
+        threading.Thread(target=_open, args=(server.address,), daemon=True).start()
     with suppress(KeyboardInterrupt):
-        on_listening()
         server.serve()
 
 

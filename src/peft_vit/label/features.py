@@ -27,6 +27,7 @@ from peft_vit.base.files import make_folder, read_bytes
 from peft_vit.core.config import DEFAULT_MODEL, BackboneConfig
 from peft_vit.data.files import cache_fault, in_threads
 from peft_vit.data.pixels import FORMAT_VERSION, decode_image, decoders, to_pixels
+from peft_vit.label.images import SMALL, ImageFolder
 from peft_vit.runs.this_machine.cache import cache_file
 
 if TYPE_CHECKING:
@@ -77,43 +78,63 @@ def _dtype(opened: BinaryIO) -> np.dtype[Any]:
     return np.lib.format.read_array_header_1_0(opened)[2]
 
 
-class FeatureProcess:
-    """The process that computes features of images.
+class Computed(NamedTuple):
+    """What is there of M images; the last two say what a trained model makes of them."""
+
+    features: np.ndarray  # (M, D) float32
+    ids: np.ndarray  # (M,) int64
+    probabilities: np.ndarray | None = None  # (M, classes)
+    distances: np.ndarray | None = None  # (M,), to the nearest image that it was trained on
+
+
+class FolderFeatures:
+    """Features of a folder's images, and the process that computes them.
 
     Args:
-        folder: of the images.
-        names: of their files, relative to it.
-        model: see `compute_features`.
+        images: of the folder.
+        model: a run's folder, whose features they are; None: the default model's, as it was pretrained.
+        classes: number of that run's.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], model: Path | None = None) -> None:
+    def __init__(self, images: ImageFolder, model: Path | None = None, classes: int = 0) -> None:
+        self._images, self._model, self._classes = images, model, classes
         trained = "" if model is None else str(model.resolve())
-        depends_on = {"folder": str(folder.resolve()), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
-        self.file = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
+        depends_on = {"folder": str(images.root.resolve()), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
+        self._place = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
+        self._file: FeatureFile | None = None
         self._errors = tempfile.TemporaryFile("w+", encoding="locale")  # noqa: SIM115 - as long as the process
-        command = [sys.executable, "-m", __name__, str(self.file), str(folder), str(os.getpid()), trained]
+        command = [sys.executable, "-m", __name__, str(self._place), str(images.root), str(os.getpid()), trained]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._errors, encoding="utf-8")
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write("\0".join(names))
+            pipe.write("\0".join(images.names))
 
     @property
-    def running(self) -> bool:
-        """Return whether it is at work."""
-        return self._process.poll() is None
-
-    @property
-    def fault(self) -> str | None:
-        """Return why it has ended too early, in a line; None if it has not."""
+    def fault(self) -> str:
+        """Return why the process has ended too early, in a line, or ""."""
         if not self._process.poll():
-            return None
+            return ""
         self._errors.seek(0)
         return self._errors.read().strip().rpartition("\n")[2] or "the process that computes features was killed"
 
     def stop(self) -> None:
-        """End it; the features that are there are kept."""
+        """End the process; the features that are there are kept."""
         self._process.terminate()
         self._process.wait()
+
+    def read(self) -> Computed:
+        """Return what is there; the first call reads all images, to know which features are whose."""
+        if self._file is None:
+            self._file = FeatureFile(self._place, [self._images.digest(i) for i in range(len(self._images.names))])
+        self._file.update()
+        for i in np.flatnonzero(self._file.done & ~self._file.ready).tolist():
+            if self._images.names[i] not in self._images.left_out:
+                self._images.is_sound(i, SMALL)  # which says why not
+        ids = np.flatnonzero(self._file.ready)
+        values, first = self._file.values[ids], -1 - self._classes  # (M, D), of a trained model (M, D + classes + 1)
+        if self._model is None or not len(ids):
+            return Computed(values, ids)
+        return Computed(values[:, :first], ids, values[:, first:-1], values[:, -1])
 
 
 class _Model(NamedTuple):
@@ -170,16 +191,14 @@ def _trained(run: Path) -> _Model:
     return _Model(values, restored.record.adapter_sha256 or "", taken)
 
 
-def compute_features(
-    folder: Path, names: Sequence[str], file: Path, parent: int | None = None, run: Path | None = None
-) -> None:
+def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int, run: Path | None = None) -> None:
     """Append the features of the images that are not in a file, and end early if the process that wanted them has.
 
     Args:
         folder: of the images.
         names: of their files, relative to it.
         file: where to.
-        parent: the process that wants them; without it, the one that started this one.
+        parent: the process that wants them.
         run: folder of a run, of whose model they are, followed by its probabilities and its distance to the nearest
             image that it was trained on; None: the default model's.
 
@@ -191,7 +210,6 @@ def compute_features(
 
     import torch
 
-    parent = parent or os.getppid()
     model = _pretrained() if run is None else _trained(run)
     side, channels, *_ = model.taken
     with torch.inference_mode():

@@ -20,6 +20,7 @@ from peft_vit.data.pixels import decode_image, on_white, to_pixels
 from peft_vit.data.sources.folders import is_image
 
 TEST_SHARE = 5  # every so-manieth image is for the test
+LARGE, SMALL = 1024, 256  # pixels a side of an image alone, and of one on a wall
 _KEPT = 64  # encoded images
 _AT_ONCE = 4  # images that are decoded: an image may take a gigabyte
 _LOSSLESS = 256  # pixels a side
@@ -58,8 +59,8 @@ class ImageFolder:
             if fault:
                 self.left_out[name] = fault
         if len(self.left_out) == len(self.names):
-            details = "\n".join(f"{name} {fault}" for name, fault in self.left_out.items())
-            raise UserError("holds no image that can be read; name another folder", file=root, details=details)
+            reason = "holds no image that can be read; name another folder"
+            raise UserError(reason, file=root, details="\n".join(self.faults()))
         self.number = {name: i for i, name in enumerate(self.names)}
         self.shuffled: list[int] = np.random.default_rng(0).permutation(len(self.names)).tolist()
         self.copies: dict[str, list[int]] = {}  # by content, of what was hashed so far
@@ -67,6 +68,10 @@ class ImageFolder:
         self._digests: list[str | None] = [None] * len(self.names)
         self._decoding = BoundedSemaphore(_AT_ONCE)
         self.encoded = lru_cache(_KEPT)(self._encoded)
+
+    def faults(self) -> list[str]:
+        """Return a line for each file that is left out."""
+        return [f"{name} {why}" for name, why in dict(self.left_out).items()]
 
     def rename(self, i: int, name: str) -> None:
         """Call an image by the name that its file has by now."""

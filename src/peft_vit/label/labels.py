@@ -11,7 +11,7 @@ import io
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -57,6 +57,9 @@ class LabelStore:
     Attributes:
         file: labels.csv.
         rows: by name, the image's path relative to the folder, in the order of labelling.
+        classes: names that occur, in their order.
+        num_images: by split, train if a row names none.
+        num_labels: how many images of a split have each label.
 
     Raises:
         UserError: if the file is there and can't be read, or holds columns that would be lost.
@@ -64,23 +67,19 @@ class LabelStore:
 
     def __init__(self, folder: Path, task: TaskName = "classification") -> None:
         self.file, self.task = folder / LABELS_FILE, task
-        self.rows: dict[str, Row] = {}
-        self._read_as: tuple[int, ...] | None = None
+        self._take({}, None)
         if not os.access(folder, os.W_OK):
             raise UserError(f"can't be written to, and {LABELS_FILE} goes there; copy your images", file=folder)
         self.refresh()
 
-    @property
-    def classes(self) -> list[str]:
-        """Return the names that occur, in their order."""
-        if self.task == "regression":
-            return []
-        return list(dict.fromkeys(label for row in self.rows.values() for label in row.labels))
-
-    def counts(self, *, test: bool) -> Counter[str]:
-        """Return how many images have each label, of those for the test or of those to train on."""
-        rows = [row for row in self.rows.values() if row.split != UNSURE and (row.split == "test") == test]
-        return Counter(label for row in rows for label in row.labels)
+    def _take(self, rows: dict[str, Row], read_as: tuple[int, ...] | None) -> None:
+        self.rows, self._read_as = rows, read_as
+        self.num_images, self.num_labels = Counter[str](), defaultdict[str, Counter[str]](Counter)
+        for row in rows.values():
+            self.num_images[row.split or "train"] += 1
+            self.num_labels[row.split or "train"].update(row.labels)
+        labels = (label for row in rows.values() for label in row.labels)
+        self.classes = [] if self.task == "regression" else list(dict.fromkeys(labels))
 
     def refresh(self) -> None:
         """Read the file again if it is another one by now."""
@@ -89,8 +88,7 @@ class LabelStore:
             return
         if now is None:
             raise UserError("is gone, with all labels; put it back, or close the page and start again", file=self.file)
-        self.rows = dict(_rows_of(self.file, self.task))
-        self._read_as = now
+        self._take(dict(_rows_of(self.file, self.task)), now)
 
     def change(self, changes: Mapping[str, Row | None], expected: Mapping[str, Row | None]) -> None:
         """Change rows on disk, all or none; None: there is no row.
@@ -112,7 +110,7 @@ class LabelStore:
             rows = {name: row for name, row in self.rows.items() if name not in changes}
             rows |= {name: row for name, row in changes.items() if row is not None}
             write_whole(self.file, _text_of(rows, self.task).encode())
-            self.rows, self._read_as = rows, _state(self.file)
+            self._take(rows, _state(self.file))
 
 
 def class_name(text: str, known: list[str]) -> str:

@@ -7,6 +7,7 @@ test, and those that are skipped, are neither labelled nor available here; `expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,7 +167,7 @@ def _logits(z: Features, labelled: Ints, num_classes: int) -> Floats | None:
     return logits
 
 
-def _head(z: Features, labels: Ints) -> tuple[Floats, Floats]:
+def _head(z: NDArray[Any], labels: Ints) -> tuple[Floats, Floats]:
     """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
     return next(CLASSIFICATION.linear_heads(z, labels, [_L2], np.ones(len(z)), _TOLERANCE))
 

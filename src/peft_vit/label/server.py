@@ -12,7 +12,6 @@ import errno
 import hmac
 import secrets
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +26,9 @@ from starlette.staticfiles import StaticFiles
 from peft_vit.base.errors import UserError, first_fault
 from peft_vit.base.settings import Frozen
 from peft_vit.label.corrections import Checking
+from peft_vit.label.images import LARGE, SMALL
 from peft_vit.label.labels import ConflictError
-from peft_vit.label.session import LARGE, SMALL, Session
+from peft_vit.label.session import Session
 
 _PAGE = Path(__file__).with_name("page")
 _COLORS = Path(__file__).parents[1] / "deploy" / "page" / "templates" / "colors.css"
@@ -61,20 +61,22 @@ class _Answer(Frozen):
     wrong: list[_Id] = Field(default=[], max_length=100)
 
 
-_CHANGES: dict[str, Callable[[Session | Checking, _Answer], None]] = {
-    "label": lambda session, answer: session.record(**answer.model_dump()),
-    "refuse": lambda session, answer: session.refuse(answer.ids),
-    "undo": lambda session, answer: session.undo(),
-    "tests": lambda session, answer: _labelling(session, "tests").ask_tests(),
-    "train": lambda session, answer: _labelling(session, "train").training.start("train"),
-    "tune": lambda session, answer: _labelling(session, "tune").training.start("tune"),
-}
+_CHANGES = ("label", "refuse", "undo", "tests", "train", "tune")
 
 
-def _labelling(session: Session | Checking, command: str) -> Session:
-    if not isinstance(session, Session):
-        raise UserError("give the command in a terminal", field=command)
-    return session
+def _change(session: Session | Checking, change: str, answer: _Answer) -> None:
+    if change == "label":
+        session.record(**answer.model_dump())
+    elif change == "refuse":
+        session.refuse(answer.ids)
+    elif change == "undo":
+        session.undo()
+    elif isinstance(session, Checking):
+        raise UserError("give the command in a terminal", field=change)
+    elif change == "tests":
+        session.ask_tests()
+    else:
+        session.training.start(change)
 
 
 class LabelServer:
@@ -84,7 +86,6 @@ class LabelServer:
         session: what is labelled, or checked.
         host: the address that is listened to.
         port: its port; 0: any that is free.
-        on_address: gets an address that opens the page in one browser, at once and whenever one was used.
 
     Attributes:
         app: which answers, as ASGI.
@@ -93,8 +94,8 @@ class LabelServer:
         UserError: if the host is none of this machine, or the port is in use.
     """
 
-    def __init__(self, session: Session | Checking, host: str, port: int, on_address: Callable[[str], None]) -> None:
-        self.session, self.host, self._on_address = session, host, on_address
+    def __init__(self, session: Session | Checking, host: str, port: int) -> None:
+        self.session, self.host = session, host
         self._socket = _listening(host, port)
         self.port = self._socket.getsockname()[1]
         self._cookie_name = f"peft-vit-label-{self.port}"  # cookies are those of all ports
@@ -104,21 +105,20 @@ class LabelServer:
                 Route("/state", lambda request: self._told(200)),
                 Route("/images/{i:int}/{kind}", self._image),
                 Route("/colors.css", lambda request: FileResponse(_COLORS)),
-                *(Route(f"/{name}", self._change, methods=["POST"]) for name in _CHANGES),
+                *(Route(f"/{change}", self._take, methods=["POST"]) for change in _CHANGES),
                 Mount("/", StaticFiles(directory=_PAGE, html=True)),
             ]
         )
 
     @property
     def address(self) -> str:
-        """Return the address that opens the page in one browser."""
+        """Return the address that opens the page in one browser; another one is printed when it was used."""
         return f"http://{self.host}:{self.port}/?key={self._key}"
 
     def serve(self) -> None:
         """Answer until Ctrl-C."""
         import uvicorn
 
-        self._on_address(self.address)
         config = uvicorn.Config(
             self.app,
             interface="asgi3",
@@ -169,7 +169,7 @@ class LabelServer:
         if not _equal(key, self._key):
             return PlainTextResponse(f"This address was used already. {_CLOSED}", 403)
         self._key = secrets.token_urlsafe(32)
-        self._on_address(self.address)
+        print(f"To open it in one more browser: {self.address}", flush=True)
         response = HTMLResponse(_ENTERING)
         response.set_cookie(self._cookie_name, self._cookie, httponly=True, samesite="strict")
         return response
@@ -181,20 +181,20 @@ class LabelServer:
         content, kind = images.encoded(i, side)
         return Response(content, media_type=kind)
 
-    async def _change(self, request: Request) -> Response:
+    async def _take(self, request: Request) -> Response:
         body = bytearray()
         async for part in request.stream():
             body += part
             if len(body) > _MOST_BYTES:
                 return PlainTextResponse("Too large.", 413)
-        return await run_in_threadpool(self._changed, request.url.path[1:], bytes(body))
+        return await run_in_threadpool(self._taken, request.url.path[1:], bytes(body))
 
-    def _changed(self, name: str, body: bytes) -> Response:
+    def _taken(self, change: str, body: bytes) -> Response:
         try:
             answer = _Answer.model_validate_json(body)
             if max((*answer.ids, *answer.wrong), default=0) >= len(self.session.images.names):
                 raise UserError("no such image", field="ids")
-            _CHANGES[name](self.session, answer)
+            _change(self.session, change, answer)
         except ValidationError as error:
             return self._told(422, ": ".join(filter(None, first_fault(error))))
         except UserError as error:

@@ -7,10 +7,8 @@ neither the order nor a proposal or a wall reads it: accuracy on images that a m
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,14 +16,13 @@ from peft_vit.base.console import quoted, some_of
 from peft_vit.base.errors import UserError, first_line
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
-from peft_vit.label.features import FeatureFile, FeatureProcess
-from peft_vit.label.images import TEST_SHARE, ImageFolder
+from peft_vit.label.features import FolderFeatures
+from peft_vit.label.images import LARGE, SMALL, TEST_SHARE, ImageFolder
 from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name, is_number
 from peft_vit.label.order import FEWEST_OF_CLASS, Accuracy, expected_accuracy, herding, propose, wall
 from peft_vit.label.training import Training
 
 Order = Literal["herding", "random", "files", "unlike"]
-LARGE, SMALL = 1024, 256  # pixels a side of an image alone, and of one on a wall
 _FEWEST = 2  # classes, and labels of each, before anything is proposed
 _AHEAD = 5  # images chosen at once, and as many more as were labelled while they were chosen
 _AFTER_REFUSAL = 10  # labels until a wall is offered again
@@ -49,71 +46,6 @@ class Shown(NamedTuple):
     former: Row | None = None  # what was said of it, where one has gone back
 
 
-class Computed(NamedTuple):
-    """What is there of M images; the last two say what a trained model makes of them."""
-
-    features: np.ndarray  # (M, D) float32
-    ids: np.ndarray  # (M,) int64
-    probabilities: np.ndarray | None = None  # (M, classes)
-    distances: np.ndarray | None = None  # (M,), to the nearest image that it was trained on
-
-
-class Features(Protocol):
-    """What is computed of the images meanwhile."""
-
-    @property
-    def fault(self) -> str:
-        """Return why nothing more is computed, or ""."""
-
-    def read(self) -> Computed:
-        """Return what is there."""
-
-
-class FolderFeatures:
-    """Those of a folder, which a process computes.
-
-    Args:
-        images: of the folder.
-        model: a run's folder, whose features they are; None: the default model's, as it was pretrained.
-        classes: number of that run's.
-    """
-
-    def __init__(self, images: ImageFolder, model: Path | None = None, classes: int = 0) -> None:
-        self._images, self._model, self._classes = images, model, classes
-        self._process: FeatureProcess | None = None
-        self._file: FeatureFile | None = None
-
-    def start(self) -> None:
-        """Start the process; before that there is nothing to read."""
-        self._process = FeatureProcess(self._images.root, self._images.names, self._model)
-
-    def stop(self) -> None:
-        """End the process, if it was started."""
-        if self._process is not None:
-            self._process.stop()
-
-    @property
-    def fault(self) -> str:
-        """Return why the process has ended too early, or ""."""
-        return "" if self._process is None else self._process.fault or ""
-
-    def read(self) -> Computed:
-        """Return what is there; the first call reads all images, to know which features are whose."""
-        if self._file is None:
-            assert self._process is not None
-            digests = [self._images.digest(i) for i in range(len(self._images.names))]
-            self._file = FeatureFile(self._process.file, digests)
-        self._file.update()
-        for i in np.flatnonzero(self._file.done & ~self._file.ready).tolist():
-            if self._images.names[i] not in self._images.left_out:
-                self._images.is_sound(i, SMALL)  # which says why not
-        ids = np.flatnonzero(self._file.ready)
-        values, first = self._file.values[ids], -1 - self._classes  # (M, D), of a trained model (M, D + classes + 1)
-        if self._model is None or not len(ids):
-            return Computed(values, ids)
-        return Computed(values[:, :first], ids, values[:, first:-1], values[:, -1])
-
-
 class Session:
     """A folder that is being labelled; its methods may be called from any thread.
 
@@ -129,7 +61,7 @@ class Session:
         self,
         store: LabelStore,
         images: ImageFolder,
-        features: Features,
+        features: FolderFeatures,
         order: Order = "herding",
         classes: Sequence[str] = (),
     ) -> None:
@@ -137,7 +69,7 @@ class Session:
         self.training = Training(store)
         self._lock, self._changed = threading.RLock(), threading.Event()
         self._classes, self._num_known = list(classes), len(classes)
-        self._history: list[tuple[tuple[int, ...], dict[str, Row | None]]] = []  # images, and rows that they came to
+        self._history: list[tuple[tuple[int, ...], dict[str, Row]]] = []  # images, and rows that they came to
         self._back = 0  # answers that one has gone back
         self._shown: Shown | None = None
         self._skipped: set[int] = set()
@@ -146,7 +78,7 @@ class Session:
         self._tests_first = False
         self._trouble = ""
         # What the last fit has found:
-        self._ready = self._labelled_since = 0
+        self._ready = 0
         self._chosen: list[int] = []
         self._proposals: dict[int, str] = {}
         self._offered: Shown | None = None
@@ -155,7 +87,7 @@ class Session:
     @property
     def classes(self) -> list[str]:
         """Return the names of the classes in the order of their buttons, also of those that no image has any more."""
-        self._classes += [name for name in self.store.classes if name not in self._classes]
+        self._classes = [*dict.fromkeys((*self._classes, *self.store.classes))]
         return self._classes
 
     # --- what the page asks and says ----------------------------------------------------------------------------------
@@ -167,8 +99,8 @@ class Session:
             ids = self._shown.ids if self._shown is not None else ()
             if self._shown is None or not (ids and (self._back or all(map(self._is_open, ids)))):
                 self._shown = self._choose()
-            labelled = [row for row in self.store.rows.values() if row.split != UNSURE]
-            tested = sum(row.split == "test" for row in labelled)
+            tested = self.store.num_images["test"]
+            labelled = tested + self.store.num_images["train"]
             images = len(self.images.names) - len(self.images.left_out)
             gone = len(self.store.rows.keys() - self.images.number.keys())
             away = f"; {gone} of them no longer there" if gone else ""
@@ -179,21 +111,21 @@ class Session:
                 "ahead": [i for i in self._chosen if self._is_open(i)][:3],
                 "task": self.store.task,
                 "classes": self.classes,
-                "counts": self.store.counts(test=False),
-                "counts_of_test": self.store.counts(test=True),
+                "counts": self.store.num_labels["train"],
+                "counts_of_test": self.store.num_labels["test"],
                 "title": "Label images",
                 "note": _note(self._shown),
                 "finished": "All images are labelled.",
-                "counted": f"{len(labelled)} of {images} labelled, {tested} of them for the test{away}",
+                "counted": f"{labelled} of {images} labelled, {tested} of them for the test{away}",
                 "about": f"{_ABOUT} {_WALLS}" if self.store.task == "classification" else _ABOUT,
                 "untested": _untested(self._lacking(), self._tests_first),
                 "tests_first": self._tests_first,
-                "labelled": len(labelled),
+                "labelled": labelled,
                 "tested": tested,
                 "images": images,
                 "ready": self._ready,
                 "accuracy": _in_words(self._accuracy),
-                "left_out": [f"{name} {why}" for name, why in dict(self.images.left_out).items()],
+                "left_out": self.images.faults(),
                 "undoable": self._back < len(self._history),
                 "trouble": self.features.fault or self._trouble,
                 "command": f"peft-vit tune {quoted(self.store.file)}",
@@ -227,7 +159,7 @@ class Session:
             self.store.refresh()
             given = () if unsure else self._checked(labels)
             right, former = [i for i in ids if i not in wrong], self._former(ids)
-            rows, after = self.store.rows.keys() - former.keys(), dict[str, Row | None]()
+            rows, after = self.store.rows.keys() - former.keys(), dict[str, Row]()
             for i in right:
                 split: Any = UNSURE if unsure else "test" if self._is_test(i, self.store.rows) else "train"
                 for copy in self._copies(i):
@@ -235,7 +167,6 @@ class Session:
                     if copy == i or (copy not in wrong and name not in rows):
                         after[name] = Row(given, split, " ".join(comment.split()))
             self._change(tuple(right), after, former)
-            self._labelled_since += len(right)
             self._doubted += wrong
             self._go_on()
 
@@ -278,7 +209,6 @@ class Session:
                 raise ConflictError("was changed since, from another page; continue, or go back further", file=other[0])
             self._back += 1
             row = after[self.images.names[ids[0]]]
-            assert row is not None
             proposed = row.labels[0] if self.store.task == "classification" and row.labels else None
             self._shown = Shown(ids, len(ids) > 1, row.split == "test", proposed, row)
 
@@ -288,15 +218,13 @@ class Session:
         """Fit a model to what is labelled, and choose the next images by it; the page is answered meanwhile."""
         features, ids, known, distances = self.features.read()
         with self._lock:
-            rows, classes = dict(self.store.rows), list(self.classes)
-            doubted, num_labelled = list(self._doubted), self.store.counts(test=False).total()
-            open_ids = {i for i in ids.tolist() if self._is_open(i)}
-            self._ready, self._labelled_since = len(ids), 0
+            rows, classes, num_labelled = self.store.rows, self.classes, self.store.num_labels["train"].total()
+            is_open = np.array([self._is_open(i) for i in ids.tolist()], dtype=bool)  # (M,)
+            self._ready = len(ids)
         if not len(ids):
             return
         is_test = np.array([self._is_test(i, rows) for i in ids.tolist()], dtype=bool)  # (M,)
-        available = np.array([i in open_ids for i in ids.tolist()], dtype=bool) & ~is_test
-        labels = np.full(len(ids), _NO_CLASS)
+        available, labels = is_open & ~is_test, np.full(len(ids), _NO_CLASS)
         for place, i in enumerate(ids.tolist()):
             row = rows.get(self.images.names[i])
             if row is not None and row.labels and row.split != UNSURE:
@@ -310,11 +238,9 @@ class Session:
             probabilities = np.pad(known, ((0, 0), (0, len(classes) - self._num_known)))  # the model knows all of them
         if probabilities is not None:
             proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
-            if found := wall(probabilities, available & ~np.isin(ids, doubted), num_labelled):
+            if found := wall(probabilities, available, num_labelled):
                 offered = Shown(tuple(ids[found[1]].tolist()), is_wall=True, proposed=classes[found[0]])
-        with self._lock:
-            count = _AHEAD + self._labelled_since
-        chosen = list[int]()
+        count, chosen = _AHEAD + max(0, len(self.store.rows) - len(rows)), list[int]()
         if self.order == "herding":
             chosen = herding(features, train, available, count, probabilities)
         elif self.order == "unlike" and distances is not None:
@@ -345,12 +271,12 @@ class Session:
         self.images.find_copies()
         self._changed.set()
 
-    def _former(self, ids: Sequence[int]) -> dict[str, Row | None]:
+    def _former(self, ids: Sequence[int]) -> dict[str, Row]:
         """Return the rows that an answer came to, if one has gone back to it and these are its images."""
         shown, rows = self._history[-self._back] if self._back else ((), {})
         return rows if shown == tuple(ids) else {}
 
-    def _change(self, ids: tuple[int, ...], after: dict[str, Row | None], former: dict[str, Row | None]) -> None:
+    def _change(self, ids: tuple[int, ...], after: dict[str, Row], former: dict[str, Row]) -> None:
         """Write what images came to, in place of a former answer where there is one."""
         if not (after or former):
             return
@@ -393,12 +319,10 @@ class Session:
         return self.images.is_test(i) if split is None else split == "test"
 
     def _choose(self) -> Shown:
-        splits = Counter(row.split for row in self.store.rows.values())
-        is_owed = splits["train"] + splits["test"] + 1 >= TEST_SHARE * (splits["test"] + 1)
+        num_train, num_test = self.store.num_images["train"], self.store.num_images["test"]
+        is_owed = num_train + num_test + 1 >= TEST_SHARE * (num_test + 1)
         self._tests_first = self._tests_first and bool(self._lacking())
         found = self._next(for_test=True) if is_owed or self._tests_first else None
-        if found is None and any(map(self._is_open, self._doubted)):
-            found = self._next(for_test=False)
         found = found or self._wall() or self._next(for_test=False) or self._next(for_test=True)
         if found is None and self._skipped:
             self._skipped.clear()
@@ -407,7 +331,7 @@ class Session:
 
     def _lacking(self) -> list[str]:
         """Return the classes that training would begin with, and no test image is labelled of."""
-        of_test = self.store.counts(test=True)
+        of_test = self.store.num_labels["test"]
         return [] if self.training.missing() else [name for name in self.store.classes if not of_test[name]]
 
     def _next(self, for_test: bool) -> Shown | None:
@@ -419,10 +343,10 @@ class Session:
         return None
 
     def _wall(self) -> Shown | None:
-        if self._offered is None or len(self.store.rows) < self._no_wall_before:
+        is_doubted = any(map(self._is_open, self._doubted))  # these come first, alone
+        if self._offered is None or is_doubted or len(self.store.rows) < self._no_wall_before:
             return None
-        ids = tuple(i for i in self._offered.ids if i not in self._doubted and self._is_open(i))
-        ids = tuple(i for i in ids if self.images.is_sound(i, SMALL))
+        ids = tuple(i for i in self._offered.ids if self._is_open(i) and self.images.is_sound(i, SMALL))
         return self._offered._replace(ids=ids) if ids else None
 
 

@@ -66,7 +66,7 @@ class Training:
 
     def missing(self) -> str:
         """Return what too few images are labelled of to start, or ""."""
-        classes, of_train = self._store.classes, self._store.counts(test=False)
+        classes, of_train = self._store.classes, self._store.num_labels["train"]
         rare = min(classes, key=of_train.__getitem__, default="")
         if self._store.task != "classification" or (len(classes) >= _FEWEST and of_train[rare] >= _FEWEST):
             return ""

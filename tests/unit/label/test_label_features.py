@@ -1,6 +1,7 @@
 """Features that a process of its own appends to a file, and what reads them meanwhile."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from peft_vit.core.backbones import Backbone, load_backbone
 from peft_vit.core.config import BackboneConfig
 from peft_vit.data.pixels import to_pixels
 from peft_vit.label import features
-from peft_vit.label.features import FeatureFile, FeatureProcess, compute_features
+from peft_vit.label.features import FeatureFile, FolderFeatures, compute_features
+from peft_vit.label.images import ImageFolder
 
 NAMES = ["a.png", "b.png", "copy.png", "broken.png", "gone.png"]
 
@@ -41,7 +43,7 @@ def test_features_are_those_in_front_of_the_head_and_a_killed_process_continues(
     read.update()
     assert read.values.shape == (5, 0)
     assert not read.done.any()
-    compute_features(images, NAMES, file)
+    compute_features(images, NAMES, file, os.getpid())
     read.update()
     assert read.done.tolist() == [True, True, True, True, False]
     assert read.ready.tolist() == [True, True, True, False, False]
@@ -57,7 +59,7 @@ def test_features_are_those_in_front_of_the_head_and_a_killed_process_continues(
     whole = file.read_bytes()
     file.write_bytes(whole + b"half of a record")
     Image.new("RGB", (30, 30), "red").save(images / "later.png")
-    compute_features(images, [*NAMES, "later.png"], file)
+    compute_features(images, [*NAMES, "later.png"], file, os.getpid())
     assert file.read_bytes().startswith(whole)  # nothing is computed twice
     later = FeatureFile(file, digests(images, ["later.png", "a.png"]))
     later.update()
@@ -67,7 +69,7 @@ def test_features_are_those_in_front_of_the_head_and_a_killed_process_continues(
 
 def test_a_file_of_other_weights_is_begun_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = images / "features.npy"
-    compute_features(images, NAMES, file)
+    compute_features(images, NAMES, file, os.getpid())
     whole = file.stat().st_size
     begun = features._begun
 
@@ -75,17 +77,15 @@ def test_a_file_of_other_weights_is_begun_again(images: Path, monkeypatch: pytes
         return begun(file, dtype, b"other")
 
     monkeypatch.setattr(features, "_begun", of_other_weights)
-    compute_features(images, ["a.png"], file)
+    compute_features(images, ["a.png"], file, os.getpid())
     assert file.stat().st_size < whole
 
 
 def test_a_process_that_can_not_write_says_so_in_a_line(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (images / "file").write_bytes(b"")
     monkeypatch.setenv("PEFT_VIT_CACHE", str(images / "file"))
-    process = FeatureProcess(images, NAMES)
+    process = FolderFeatures(ImageFolder(images))
     process._process.wait(timeout=300)
-    assert not process.running
-    assert process.fault is not None
     assert "set PEFT_VIT_CACHE to another folder" in process.fault
     assert "\n" not in process.fault
 

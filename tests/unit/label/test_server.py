@@ -25,10 +25,7 @@ def server(tmp_path) -> LabelServer:
     write_digits(tmp_path, 8)
     (tmp_path / "a.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
     (tmp_path / "secret.txt").write_text("not an image")
-    addresses: list[str] = []
-    made = LabelServer(session_of(tmp_path), "127.0.0.1", 0, addresses.append)
-    made.addresses = addresses  # type: ignore[attr-defined]
-    return made
+    return LabelServer(session_of(tmp_path), "127.0.0.1", 0)
 
 
 def client_of(server: LabelServer) -> TestClient:
@@ -70,7 +67,7 @@ def test_another_name_of_this_machine_is_refused(host, client) -> None:
         assert client.get("/state", headers={"host": ours}).status_code == 200
 
 
-def test_the_secret_is_exchanged_once_and_the_next_one_is_told(server) -> None:
+def test_the_secret_is_exchanged_once_and_the_next_one_is_told(server, capsys) -> None:
     first = server.address
     entered = client_of(server).get(first)
     (cookie,) = entered.headers.get_list("set-cookie")
@@ -78,7 +75,7 @@ def test_the_secret_is_exchanged_once_and_the_next_one_is_told(server) -> None:
     assert "url=/" in entered.text
     assert "key" not in entered.text
     assert client_of(server).get(first).status_code == 403
-    assert server.addresses == [server.address]
+    assert capsys.readouterr().out == f"To open it in one more browser: {server.address}\n"
     assert client_of(server).get(server.address).status_code == 200
     assert client_of(server).get("/?key=").status_code == 403
 
@@ -118,7 +115,7 @@ def test_nothing_is_trained_on_too_few_labels(command, client, server) -> None:
     assert not told.json()["training"]["running"]
     server.session.__class__ = Checking  # which has none
     with patch.object(Checking, "state", lambda self: {}):
-        assert server._changed(command, b"{}").status_code == 422
+        assert server._taken(command, b"{}").status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -185,5 +182,5 @@ def test_an_image_that_became_a_link_out_of_the_folder_is_not_shown(client, tmp_
 def test_where_it_cannot_listen_is_refused(host, field, tmp_path) -> None:
     write_digits(tmp_path, 4)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError) as fault:
-        LabelServer(session_of(tmp_path), host, taken.getsockname()[1], print)
+        LabelServer(session_of(tmp_path), host, taken.getsockname()[1])
     assert fault.value.field == field

@@ -1,5 +1,6 @@
 """A session: what comes next, what the test fifth never shows, and what can be taken back."""
 
+import io
 import shutil
 import threading
 from pathlib import Path
@@ -11,10 +12,10 @@ from label_sessions import session_of, write_digits
 from PIL import Image
 
 from peft_vit.base.errors import UserError
-from peft_vit.label.features import _begun
+from peft_vit.label.features import Computed, FolderFeatures, _begun
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import ConflictError, LabelStore, Row
-from peft_vit.label.session import Computed, FolderFeatures, Session, Shown
+from peft_vit.label.session import Session, Shown
 
 
 def label_all(session: Session, truth: dict[str, str]) -> list[dict]:
@@ -216,11 +217,12 @@ def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypat
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = ImageFolder(tmp_path)
     file = tmp_path / "features.npy"
-    process = SimpleNamespace(file=file, fault=None, stop=lambda: None)
-    monkeypatch.setattr("peft_vit.label.session.FeatureProcess", lambda *_: process)
+    ended = SimpleNamespace(code=None)
+    process = SimpleNamespace(stdin=io.StringIO(), poll=lambda: ended.code)
+    monkeypatch.setattr("peft_vit.label.features.subprocess.Popen", lambda *_, **__: process)
+    monkeypatch.setattr("peft_vit.label.features.cache_file", lambda *_: file)
     features = FolderFeatures(images)
     assert features.fault == ""
-    features.start()
     assert [len(part) for part in features.read()[:2]] == [0, 0]
     dtype = np.dtype([("digest", "S64"), ("values", "<f4", (2,))])
     _begun(file, dtype, b"weights")
@@ -232,11 +234,11 @@ def test_features_are_those_of_the_images_with_their_content(tmp_path, monkeypat
     assert of_model == [None, None]
     assert (values.tolist(), ids.tolist()) == ([[1, 2]], [place])
     assert list(images.left_out) == ["broken.png"]
+    process.stdin = io.StringIO()
     trained = FolderFeatures(images, tmp_path, classes=1)  # a feature of two values is a probability and a distance
-    trained.start()
     assert [part.tolist() for part in trained.read()] == [[[]], [place], [[1]], [2]]
-    process.fault = "weights can't be loaded"
-    assert features.fault == process.fault
+    ended.code = -9
+    assert features.fault == "the process that computes features was killed"
 
 
 def modelled(folder: Path, order: str) -> Session:
@@ -309,26 +311,20 @@ def test_the_last_features_are_used_though_they_are_few(tmp_path, monkeypatch) -
     assert fits == [19, 20]
 
 
-def test_images_clicked_wrong_come_alone_and_on_no_other_wall(tmp_path, monkeypatch) -> None:
+def test_images_clicked_wrong_come_alone_and_on_no_other_wall(tmp_path) -> None:
     write_digits(tmp_path, 40, classes=2)
     session = session_of(tmp_path)
     free = [i for i in range(40) if not session.images.is_test(i)]
-    available = []
-
-    def wall(probabilities, is_available, num_labelled) -> None:
-        available.append(is_available)
-
-    monkeypatch.setattr("peft_vit.label.session.wall", wall)
     session.record(free[:4], ["a"], wrong=free[2:3])
     session.record(free[4:6], ["b"])
     session._offered = Shown((free[2], free[6]), is_wall=True, proposed="a")
-    assert session._wall() == Shown((free[6],), is_wall=True, proposed="a")
     while (state := session.state())["is_test"]:
         session.record(state["ids"], ["a"])
     assert state["ids"] == (free[2],)
-    session.fit()
-    assert available[0].any()
-    assert not available[0][free[2]]
+    session.record(state["ids"], ["b"])
+    while (state := session.state())["is_test"]:
+        session.record(state["ids"], ["a"])
+    assert (state["ids"], state["is_wall"]) == ((free[6],), True)
 
 
 def test_a_split_that_is_written_down_is_kept_to(tmp_path) -> None:
