@@ -7,18 +7,18 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from peft_vit.base.errors import UserError, foreign_fault, os_fault
-from peft_vit.base.files import into_empty, read_bytes, refuse_existing, write_whole
+from peft_vit.base.console import some_of
+from peft_vit.base.errors import UserError, foreign_fault
+from peft_vit.base.files import into_empty, read_bytes, write_whole
 from peft_vit.data.sources.folders import TABLES, UNSURE, find_images, split_of
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name, is_number
 
-_UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # how Label Studio calls a file that was uploaded
+_UPLOADED = re.compile("^[0-9a-f]{8}-")  # how Label Studio calls a file that was uploaded
 _LOCAL = "/data/local-files/?d="
 
 
@@ -33,30 +33,33 @@ def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str |
     Returns:
         What was taken, in a line.
     """
-    found, line = dict[str, Row](), None
+    found, line, remedy = dict[str, Row](), None, ""
     if not ignore_folders:
-        found, line = _later(images, store) if store.rows else _found(images, store)
+        found, line, remedy = _later(images, store) if store.rows else _found(images, store)
+    if found:
+        labels = list(dict.fromkeys(label for row in found.values() for label in row.labels))
+        line = f"{len(found):,} {line}: {some_of(labels, 5)}.{remedy}"
     rows = {**store.rows, **found}
-    if any(row.split == "" for row in rows.values()):
+    unsplit = {name: row for name, row in rows.items() if row.split == "" and name in images.number}
+    if unsplit:
         images.find_copies()
-    changes: dict[str, Row | None] = {
-        name: row._replace(split="test" if images.is_test(images.number[name]) else "train")
-        for name, row in rows.items()
-        if row.split == "" and name in images.number
-    }
-    if changes := {**found, **changes}:
+    changes: dict[str, Row | None] = {**found}
+    for name, row in unsplit.items():
+        changes[name] = row._replace(split="test" if images.is_test(images.number[name]) else "train")
+    if changes:
         store.change(changes, {})
     return line
 
 
-def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None]:
+def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None, str]:
+    """Return labels of class folders or a table, where they are from, and what to do if they are none."""
     try:
         there = find_images(images.root, store.task)
     except UserError as error:
         tables = [path for path in images.root.iterdir() if path.suffix.lower() in TABLES and path.name != LABELS_FILE]
         folders = {name.partition("/")[0] for name in images.names if "/" in name}
         looks_labelled = bool(tables) or len(folders) > 1
-        return {}, f"No labels were taken: {error}" if looks_labelled else None
+        return {}, f"No labels were taken: {error}" if looks_labelled else None, ""
     start = Path(os.path.relpath(there.tree.location, images.root))
     is_test = there.files.is_test
     rows: dict[str, Row] = {}
@@ -65,26 +68,23 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
         known = [class_name(text, []) for text in labels] if store.task != "regression" else labels
         split: Any = "" if is_test is None else "test" if is_test[place] else "train"
         rows[PurePosixPath(start, name).as_posix()] = Row(tuple(known), split)
-    names = ", ".join(list(dict.fromkeys(label for row in rows.values() for label in row.labels))[:5])
-    source = there.path.name if there.dataset == "csv" else "their folders"
-    remedy = "" if there.dataset == "csv" else " If folders aren't classes: remove labels.csv, and --ignore-folders."
-    return rows, f"{len(rows):,} images have labels by {source}: {names}.{remedy}"
+    if there.dataset == "csv":
+        return rows, f"images have labels by {there.path.name}", ""
+    remedy = " If folders aren't classes: remove labels.csv, and --ignore-folders."
+    return rows, "images have labels by their folders", remedy
 
 
-def _later(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None]:
-    """Return labels of images without one, by folders that are called as a class is."""
+def _later(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None, str]:
+    """Return labels of images without one, by folders that are called as a class is; otherwise as `_found`."""
     rows: dict[str, Row] = {}
-    classes, others = {*store.classes}, store.rows.keys() | images.left_out.keys()
+    classes = {*store.classes}
     for name in images.names if store.task == "classification" else ():
         split, parts = split_of(name), name.split("/")
         label = parts[0 if split is None else 1]
-        if len(parts) > 1 and label in classes and name not in others:
+        if len(parts) > 1 and label in classes and name not in store.rows and name not in images.left_out:
             rows[name] = Row((label,), "test" if split == "test" else "train" if split == "train" else "")
-    if not rows:
-        return {}, None
-    names = ", ".join(list(dict.fromkeys(row.labels[0] for row in rows.values()))[:5])
-    remedy = f"If folders aren't classes: take their rows out of {LABELS_FILE}, and --ignore-folders."
-    return rows, f"{len(rows):,} more images have labels by their folders: {names}. {remedy}"
+    remedy = f" If folders aren't classes: take their rows out of {LABELS_FILE}, and --ignore-folders."
+    return rows, "more images have labels by their folders" if rows else None, remedy
 
 
 def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
@@ -109,10 +109,7 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
         side = "test" if one_sided[0] in of_test else "train"
         fault = f"class {one_sided[0]!r} is in {side} only; label more, or train by {LABELS_FILE}"
         raise UserError(fault, field="--to-folders")
-    with (
-        into_empty(output, "--to-folders"),
-        os_fault("can't be written", output, remedy="make room, or choose another"),
-    ):
+    with into_empty(output, "--to-folders"):
         for name, row in rows.items():
             flat = PurePosixPath(name.replace("/", "_"))
             place = os.path.join(row.split, row.labels[0], flat.name)
@@ -134,10 +131,8 @@ def to_label_studio(store: LabelStore, output: Path) -> None:
     Raises:
         UserError: if the file is there already, or can't be written.
     """
-    try:
-        refuse_existing(output)
-    except UserError:
-        raise UserError("exists already; give another name", file=output, field="--to-label-studio") from None
+    if os.path.lexists(output):
+        raise UserError("exists already; give another name", file=output, field="--to-label-studio")
     kind = "number" if store.task == "regression" else "choices"
     tasks = []
     for name, row in store.rows.items():
@@ -166,7 +161,7 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
     changes: dict[str, Row | None] = {}
     classes = list(store.classes)
     for address, labels in given:
-        name = next((name for name in _names(address, images, only) if name), None)
+        name = _name_at(address, images, only)
         if name is None or labels is None or (store.task != "multilabel" and len(labels) != 1):
             continue
         if store.task == "regression" and not is_number(labels[0]):
@@ -193,14 +188,11 @@ def _labels(task: Any) -> list[str] | None:
     return None
 
 
-def _names(address: str, images: ImageFolder, only: dict[str, str]) -> Iterator[str | None]:
+def _name_at(address: str, images: ImageFolder, only: dict[str, str]) -> str | None:
     try:
         parts = urlsplit(address)
         path = parse_qs(parts.query).get("d", [unquote(parts.path)])[0]
     except ValueError:  # it is no address
-        return
-    yield path if path in images.number else None
+        return None
     file = PurePosixPath(path).name
-    yield only.get(file)
-    uploaded = _UPLOADED.fullmatch(file)
-    yield only.get(uploaded[1]) if uploaded else None
+    return path if path in images.number else only.get(file) or only.get(_UPLOADED.sub("", file))
