@@ -7,6 +7,7 @@ after files were moved or renamed.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,9 +18,9 @@ from peft_vit.base.files import make_folder, read_bytes, sha256_of, write_whole
 from peft_vit.base.settings import Frozen
 from peft_vit.data.files import files_below
 from peft_vit.data.sources.folders import Images, is_image, relabelled, table_rows
-from peft_vit.label.images import ImageFolder
+from peft_vit.label.images import LARGE, ImageFolder
 from peft_vit.label.labels import ConflictError, alone, name_of
-from peft_vit.label.session import LARGE, Shown
+from peft_vit.label.session import Shown
 
 CORRECTIONS_FILE = "corrections.jsonl"
 _OF_TEST = "It tests, and was drawn at random: no model was asked."
@@ -29,7 +30,7 @@ _ABOUT_TEST = "Test labels are drawn at random, never by what a model doubts: or
 class Answer(Frozen):
     """What a person said of a label; the same label before and after: it is right."""
 
-    at: str  # when, in UTC
+    at: str = ""  # when it was written down, in UTC
     sha256: str
     name: str
     renamed: str  # in class folders, to here
@@ -86,8 +87,8 @@ class Corrections:
                 state = "gone" if label is None else f"'{label}' by now"
                 raise ConflictError(f"is {state}; look at it again", file=name)
             digest = sha256_of(self.root / name)
-            said = {"sha256": digest, "name": name, "renamed": name, "is_test": is_test, **_said(before, after)}
-            return self._change(name, after, Answer.model_validate(said)).renamed
+            answer = Answer(sha256=digest, name=name, renamed=name, before=before, after=after, is_test=is_test)
+            return self._change(answer).renamed
 
     def undo(self) -> Answer:
         """Take back what was said last, and return that.
@@ -106,14 +107,15 @@ class Corrections:
                     labels[name] = self._label(name)
                     if labels[name] == last.after:
                         break
-            taken_back = last.model_copy(update={"undoes": line, **_said(last.after, last.before)})
+            taken_back = last.model_copy(update={"undoes": line, "before": last.after, "after": last.before})
             if last.after not in labels.values():
                 state = f"is '{next(iter(labels.values()))}' by now" if labels else "is gone"
                 self._add(taken_back)
                 raise ConflictError(
                     f"{state}, so '{last.after}' can't be undone; what came before can", file=last.renamed
                 )
-            return self._change(name, last.before, taken_back, last.name if name == last.renamed else None)
+            to = last.name if name == last.renamed else None
+            return self._change(taken_back.model_copy(update={"name": name, "renamed": name}), to)
 
     def _is(self, name: str, sha256: str) -> bool:
         return is_image(name) and (self.root / name).is_file() and sha256_of(self.root / name) == sha256
@@ -127,10 +129,10 @@ class Corrections:
         rows = (row for _, row in table_rows(self._table) if name_of(row["path"], self.root) == name)
         return next((row["label"] for row in rows), None)
 
-    def _change(self, name: str, label: str, answer: Answer, to: str | None = None) -> Answer:
-        """Write an answer down, then give an image the label; return what was written."""
-        answer = answer.model_copy(update={"name": name, "renamed": name})
-        if label == self._label(name):
+    def _change(self, answer: Answer, to: str | None = None) -> Answer:
+        """Write an answer down, then give its image the label; return what was written."""
+        name = answer.name
+        if answer.after == self._label(name):
             self._add(answer)
         elif self._table is None:
             folders = name.split("/")
@@ -138,29 +140,24 @@ class Corrections:
             if sum(map(is_image, files_below(self.root / class_folder))) < 2:
                 reason = "is the last image of its class folder, which can't be empty; add one, or remove the class"
                 raise UserError(reason, file=name)
-            folders[self._at] = label
+            folders[self._at] = answer.after
             wanted = self.root / (to or "/".join(folders))
             names = (wanted.with_stem(f"{wanted.stem}{end}") for end in ("", *(f"-{k}" for k in range(2, 10_000))))
-            target = next(file for file in names if not file.is_symlink() and not file.exists())
+            target = next(file for file in names if not os.path.lexists(file))
             make_folder(target.parent)
             answer = answer.model_copy(update={"renamed": target.relative_to(self.root).as_posix()})
             self._add(answer)
             (self.root / name).rename(target)
         else:
-            content = relabelled(self._table, lambda typed: name_of(typed, self.root) == name, label)
+            content = relabelled(self._table, lambda typed: name_of(typed, self.root) == name, answer.after)
             self._add(answer)
             write_whole(self._table, content)
         return answer
 
     def _add(self, answer: Answer) -> None:
-        file = self.root / CORRECTIONS_FILE
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(answer.model_dump_json() + "\n")
-
-
-def _said(before: str, after: str) -> dict[str, str]:
-    """Return of an answer what an undoing has in reverse."""
-    return {"at": datetime.now(UTC).isoformat(timespec="seconds"), "before": before, "after": after}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with (self.root / CORRECTIONS_FILE).open("a", encoding="utf-8") as lines:
+            lines.write(answer.model_copy(update={"at": now}).model_dump_json() + "\n")
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -231,7 +228,7 @@ class Checking:
                 "ready": 0,
                 "task": "classification",
                 "classes": self._classes,
-                "left_out": [f"{name} {why}" for name, why in dict(self.images.left_out).items()],
+                "left_out": self.images.faults(),
                 "undoable": bool(standing),
                 "command": self._command,
             }
