@@ -3,7 +3,8 @@
 JPEGs of 64 px and 8 classes, noise whose mean colour says the class, are written once to FOLDER/<count>. Each count is
 read in a process of its own, twice: listing, hashes and heads of all files, pixels of at most 20,000. `--train` goes
 through `train` with that method instead. Seconds are those of the processor, so that other work on the machine does not
-count, beside those of the clock. A row a line goes to `benchmarks/results/large_folders.csv`.
+count, beside those of the clock; memory of a call's processes has each page once (PSS). A row a line goes to
+`benchmarks/results/large_folders.csv`.
 
     python benchmarks/large_folders.py 2000 20000 200000
     python benchmarks/large_folders.py 20000 --train linear --minutes 5
@@ -85,7 +86,7 @@ def trained(root: Path, method: str, minutes: float, place: str) -> Iterator[tup
             in_mb = 0.0
             for process in [] if ended else [child, *child.children(recursive=True)]:
                 try:
-                    times, in_mb = process.cpu_times(), in_mb + process.memory_info().rss / 1e6
+                    times, in_mb = process.cpu_times(), in_mb + process.memory_full_info().pss / 1e6
                     seconds[process.pid] = times.user + times.system
                 except psutil.NoSuchProcess:  # it has ended
                     continue

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from at_work import at_work, events_of, left_by_killed_driver, of
@@ -55,6 +56,8 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
     with study_lock(tmp_path / "tiny"):
         with at_work(open_executor("ray", plan, tmp_path, ray_address=cluster.address), *plan.runs) as executor:
             events = events_of(executor, lambda e: of(e, RunProgress, "full"))
+            worker = psutil.Process(int(of(events, RunStarted, "full")[0].worker.split()[1]))
+            assert worker.nice() < 15  # which is Ray's own choice
             executor.stop()
             events += events_of(executor, lambda e: of(e, RunInterrupted))
             assert executor.next_event(0.5) is None

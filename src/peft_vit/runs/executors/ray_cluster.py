@@ -40,7 +40,10 @@ from peft_vit.runs.this_machine.machine import cpu_count
 _REASON_CHARACTERS = 400
 _ANSWER_S = 5.0
 _LISTEN_S = 0.2  # how long the driver's question waits for something to be told
-_HANDED_DOWN = ("PEFT_VIT_CACHE",)
+# Ray gives its workers a niceness of 15. Beside other work they would get a hundredth of a core, and runs are planned at
+# the pace of the driver.
+_PRIORITY = {"RAY_worker_niceness": "0"}
+_HANDED_DOWN = ("PEFT_VIT_CACHE", *_PRIORITY)
 _LOOK_S = 2.0  # how often the driver looks for a node on which what waits could run
 # What Ray's helpers take to notice that a cluster of our own is gone; by default a minute.
 _OWN_CLUSTER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
@@ -152,8 +155,7 @@ class RayExecutor:
         channel = ray.remote(Channel).options(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver)
         self._channel: Any = channel.remote()  # of a type that Ray makes up
         self._answer: ray.ObjectRef | None = None
-        variables = SURROUNDINGS | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
-        options = {"max_retries": 0, "runtime_env": {"env_vars": variables}}
+        options = {"max_retries": 0, "runtime_env": {"env_vars": _task_variables()}}
         self._task: Any = ray.remote(carry_out).options(
             num_cpus=need.cpus, num_gpus=need.gpus, memory=need.resources["memory"], **options
         )
@@ -262,6 +264,11 @@ class RayExecutor:
             attempt = self._attempts.pop(number)
             ray.cancel(attempt.task)
             self._lose(attempt, f"{refusal}; the same command continues when the cluster has one", "killed")
+
+
+def _task_variables() -> dict[str, str]:
+    """Return the environment of tasks, in which what the user has set stands."""
+    return SURROUNDINGS | _PRIORITY | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
 
 
 def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Executor:
