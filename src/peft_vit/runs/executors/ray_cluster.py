@@ -40,8 +40,8 @@ from peft_vit.runs.this_machine.machine import cpu_count
 _REASON_CHARACTERS = 400
 _ANSWER_S = 5.0
 _LISTEN_S = 0.2  # how long the driver's question waits for something to be told
-# Ray gives its workers a niceness of 15. Beside other work they would get a hundredth of a core, and runs are planned at
-# the pace of the driver.
+# Ray gives its workers a niceness of 15. Beside other work they would get a hundredth of a core, and runs are planned
+# at the pace of the driver.
 _PRIORITY = {"RAY_worker_niceness": "0"}
 _HANDED_DOWN = ("PEFT_VIT_CACHE", *_PRIORITY)
 _LOOK_S = 2.0  # how often the driver looks for a node on which what waits could run
