@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,14 +45,24 @@ from peft_vit.runs.scheduling.plan import plan_study
 from peft_vit.runs.this_machine.machine import cpu_count, torch_threads
 
 NO_TIME = "no time for it"
-_SLOWER = 2  # times, of a regression on four blocks
 _FITTED_RUNS = 8  # that fit a head, usually: on folds, and the last, of what is trained and of the regression
 _FURTHER = 0.5  # of the rate, where a training goes on with new images; see docs/how_to/more_images.md
 _TIMED = 16  # images by which a size's pace is known whose features are in the cache
-_OTHER_WAYS: Mapping[Flips, int] = {"horizontal": 2, "both": 4}  # times as many images
 _OBLONG = 1.2  # times as long as short, from which on it matters how an image becomes square
 _OBLONG_SHARE = 0.1  # of images
-_FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
+# What all runs do alike, by field of `Decisions`: ways in words, and how many times longer their regressions take; 0:
+# it is known. Of equally good ones the first is taken.
+_WAYS: Mapping[str, tuple[str, Mapping[Any, tuple[str, int]]]] = {
+    "resize": (
+        "images become square by",
+        {"squash": ("squash", 0), "letterbox": ("letterbox", 1), "crop": ("crop", 1)},
+    ),
+    "flips": (
+        "training images",
+        {"horizontal": ("flipped left-right", 2), "none": ("as they are", 0), "both": ("flipped both ways", 4)},
+    ),
+    "head_blocks": ("the head reads the", {1: ("last block", 0), 4: ("last 4 blocks", 2)}),
+}
 
 
 @dataclass(frozen=True)
@@ -273,11 +283,11 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
 
 
 def _score(fit: Fit, probe: Recipe, every: Sequence[Recipe], ends_at: float) -> None:
-    """Decide on the score of a regression, and with the first one on flips and blocks that all runs share."""
+    """Decide on the score of a regression, and with the first one on what all runs do alike."""
     costs, decisions, clock = fit.costs, fit.decisions, fit.limit.clock
     began_at, compared = clock(), costs.compared_images(every)
     features_s, fits_s = compared * costs.image_s(probe), costs.fits_s(probe, compared, ways=1)
-    found = _regress(fit, probe, "none")
+    found = _regress(fit, probe)
     if found.features_s:
         factor = costs.image_pace(probe)
         fit.image_paces.setdefault(probe.place, Pace()).add(found.features_s, features_s / factor)
@@ -285,109 +295,84 @@ def _score(fit: Fit, probe: Recipe, every: Sequence[Recipe], ends_at: float) -> 
         fit.fit_pace.add(found.fit_s, fits_s / fit.fit_pace.factor)
     decisions.sizes[probe.place] = fit.images.scores.of(found.metrics)
     fit.save()
-    taken_s = clock() - began_at
-    if len(decisions.sizes) == 1 and isinstance(fit.request, TuneRequest):
-        _choose_resize(fit, probe, found, taken_s, (ends_at - clock()) / 2)
+    is_first, choose = len(decisions.sizes) == 1, partial(_choose, fit, probe, clock() - began_at, ends_at)
+    if is_first and fit.request.resize is None and isinstance(fit.request, TuneRequest) and _many_are_oblong(fit):
+        found = choose("resize", found, errors=1.0)
     if decisions.flips is None and fit.request.augment != "none":
-        _choose_flips(fit, probe, taken_s, (ends_at - clock()) / 2)
-    if len(decisions.sizes) == 1:
-        _choose_head_blocks(fit, every, taken_s, (ends_at - clock()) / 2)
+        choose("flips", found)
+        decisions.flips = decisions.flips or "horizontal"  # there was no time
+    if is_first and _may_read_blocks(fit, every):
+        choose("head_blocks", found)
 
 
-def _choose_resize(fit: Fit, probe: Recipe, squashed: Regression, taken_s: float, left_s: float) -> None:
-    """Choose how images that are not square become so, by regressions, as far as there is time; else they are squashed.
+def _choose(
+    fit: Fit, probe: Recipe, taken_s: float, ends_at: float, setting: str, known: Regression, errors: float = 0.0
+) -> Regression:
+    """Choose how all runs do something, by regressions at the first size, and return what the best way has.
 
-    Another way has to be better by more than the standard error of the paired difference.
+    The others are tried as far as half of the time allows; if none is, nothing is decided.
 
     Args:
         fit: the fit.
         probe: a regression at the first size.
-        squashed: what it has.
         taken_s: that it took.
-        left_s: for the others.
+        ends_at: when the time for regressions is over.
+        setting: of which `_WAYS` has the ways.
+        known: what the first way has.
+        errors: by how many standard errors of the paired difference another way has to be better.
     """
-    scores, sides = fit.images.scores, fit.images.inspection.sides
-    if fit.request.resize is not None or np.mean(sides[:, 1] > _OBLONG * sides[:, 0]) < _OBLONG_SHARE:
-        return
-    found: dict[Resize, Regression] = {"squash": squashed}
-    for way in get_args(Resize):
-        left_s -= taken_s
-        if way not in found and left_s >= 0:
-            found[way] = _regress(fit, probe, "none", resize=way)
-    if len(found) == 1:
-        return
-
-    def lower_end(way: Resize) -> float:
-        gains = found[way].by_image.astype(float) - squashed.by_image  # (N,)
-        return float(gains.mean() - gains.std() / math.sqrt(len(gains)))
-
-    best = max(found, key=lower_end)  # of equal ones the first
-    shown = ", ".join(f"{way} {scores.text(scores.of(one.metrics))}" for way, one in found.items())
-    fit.emit(f"  images become square by {best}: {shown} at {probe.image_size} px")
-    fit.decisions.resize, fit.decisions.sizes[probe.place] = best, scores.of(found[best].metrics)
-    fit.save()
-
-
-def _choose_flips(fit: Fit, probe: Recipe, taken_s: float, left_s: float) -> None:
-    """Choose how training images are flipped, by regressions, as far as there is time; else left-right.
-
-    Args:
-        fit: the fit.
-        probe: a regression whose images are as they are, which is known.
-        taken_s: that it took.
-        left_s: for the others.
-    """
-    scores, found = fit.images.scores, dict[Flips, float]({"none": fit.decisions.sizes[probe.place]})
-    for way, times in _OTHER_WAYS.items():
-        left_s -= times * taken_s
+    said, ways = _WAYS[setting]
+    scores, left_s = fit.images.scores, (ends_at - fit.limit.clock()) / 2
+    first, *others = sorted(ways, key=lambda way: ways[way][1])
+    found = {first: known}
+    for way in others:
+        left_s -= ways[way][1] * taken_s
         if left_s < 0:
             break
-        found[way] = scores.of(_regress(fit, probe, way).metrics)
-    best: Flips = "horizontal"
-    if len(found) > 1:
-        best = max((way for way in _FLIPPED if way in found), key=found.__getitem__)  # of equal ones the first
-        shown = ", ".join(f"{_FLIPPED[way]} {scores.text(score)}" for way, score in found.items())
-        fit.emit(f"  training images {_FLIPPED[best]}: {shown} at {probe.image_size} px")
-    fit.decisions.flips = best
+        found[way] = _regress(fit, probe, **{setting: way})
+    if len(found) == 1:
+        return known
+    score = {way: scores.of(one.metrics) for way, one in found.items()}
+
+    def lower_end(way: Any) -> float:
+        gains = (found[way].by_image.astype(float) - known.by_image) / scores.deviation  # (N,)
+        return score[way] - errors * float(gains.std()) / math.sqrt(len(gains))
+
+    best = max((way for way in ways if way in found), key=lower_end)
+    shown = ", ".join(f"{ways[way][0]} {scores.text(score[way])}" for way in found)
+    fit.emit(f"  {said} {ways[best][0]}: {shown} at {probe.image_size} px")
+    setattr(fit.decisions, setting, best)
+    if setting != "flips":  # which other sizes' regressions do without
+        fit.decisions.sizes[probe.place] = score[best]
+    fit.save()
+    return found[best]
 
 
-def _choose_head_blocks(fit: Fit, every: Sequence[Recipe], taken_s: float, left_s: float) -> None:
-    """Let heads read the last four blocks, if a regression on these is better and there is time for it in all runs.
+def _many_are_oblong(fit: Fit) -> bool:
+    shorter, longer = fit.images.inspection.sides.T
+    return bool(np.mean(longer > _OBLONG * shorter) >= _OBLONG_SHARE)
 
-    Args:
-        fit: the fit.
-        every: regressions at all sizes; the first is known, on the last block.
-        taken_s: that it took.
-        left_s: for the other.
-    """
-    probe, sizes, costs = every[0], fit.decisions.sizes, fit.costs
+
+def _may_read_blocks(fit: Fit, every: Sequence[Recipe]) -> bool:
+    """Tell whether heads can read four blocks, with time for it in all runs and the same formats at all sizes."""
+    probe, costs = every[0], fit.costs
     if (
         fit.environment.regress is not None
         or fit.request.head_blocks is not None
         or METHODS[fit.request.method].uses_peft
         or not supports_head_blocks(architecture_of(fit.backbones[probe.model]))
-        or _SLOWER * taken_s > left_s
         or _FITTED_RUNS * costs.fits_s(probe, fit.fold_train_images) > SIZES_SHARE * 60 * fit.request.minutes
     ):
-        return
+        return False
     more_bytes = 3 * 4 * costs.shape(probe).head_inputs * fit.images.num_outputs
-    if any(costs.allowed_bits(one, more_bytes) != costs.allowed_bits(one) for one in every):
-        return
-    scores, of_last = fit.images.scores, sizes[probe.place]
-    score = scores.of(_regress(fit, probe, "none", head_blocks=4).metrics)
-    better = score > of_last
-    sizes[probe.place] = max(score, of_last)
-    fit.decisions.head_blocks = 4 if better else 1
-    fit.save()
-    shown = " against ".join(map(scores.text, sorted((score, of_last), reverse=True)))
-    fit.emit(f"  the head reads the last {'4 blocks' if better else 'block'}: {shown} at {probe.image_size} px")
+    return all(costs.allowed_bits(one, more_bytes) == costs.allowed_bits(one) for one in every)
 
 
 def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:
     """Return by what share of its error twice as many labels lower a regression's; None: there are too few to tell."""
 
     def forecast() -> Interval | None:
-        found, scores = _regress(fit, probe, "none", half=True), fit.images.scores
+        found, scores = _regress(fit, probe, half=True), fit.images.scores
         if found.by_image_of_half is None:
             return None
         of_half, of_all = (scores.best - own / scores.deviation for own in (found.by_image_of_half, found.by_image))
@@ -402,20 +387,20 @@ def gain_of_labels(fit: Fit, probe: Recipe) -> Interval | None:
 def _regress(
     fit: Fit,
     probe: Recipe,
-    flips: Flips,
     *,
     half: bool = False,
+    flips: Flips = "none",
     head_blocks: HeadBlocks | None = None,
     resize: Resize | None = None,
 ) -> Regression:
     compared = fit.decisions.compared_images or fit.images.num_dev
     experiment = {"name": "linear", "method": "linear", "training": fit.training(flips)}
-    some = {"train_images": compared} if compared < fit.images.num_dev and fit.request.shots is None else {}
-    study = fit.study("sizes", probe, [fit.request.seed], [experiment], folds=None, **some)
+    data: dict[str, Any] = {} if resize is None else {"resize": resize}
+    if compared < fit.images.num_dev and fit.request.shots is None:
+        data["train_images"] = compared
+    study = fit.study("sizes", probe, [fit.request.seed], [experiment], folds=None, **data)
     if head_blocks is not None:
         study["backbone"]["head_blocks"] = head_blocks
-    if resize is not None:
-        study["data"]["resize"] = resize
     if fit.environment.regress is not None:
         return fit.environment.regress(study, fit.studies, half)
     fit.images.keep_pixels(study_from_mapping(study, file=fit.request.images))
