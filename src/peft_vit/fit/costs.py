@@ -162,8 +162,9 @@ class FitCosts:
     def _begun_s(self, recipe: Recipe) -> float:
         """Return the seconds to round the weights on which a recipe trains; 0 where these are floats."""
         bits = recipe.trained.bits
-        nearest = bits is None or usual_rounding(bits) == "nearest"
-        return 0.0 if bits is None else self._packed_s(recipe, 0 if nearest else IMAGES_ROUNDED_BY)
+        if bits is None:
+            return 0.0
+        return self._packed_s(recipe, IMAGES_ROUNDED_BY if usual_rounding(bits) == "gptq" else 0)
 
     def _packed_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds to round a recipe's weights once, by GPTQ on so many images; 0: to nearest."""
@@ -202,10 +203,18 @@ class FitCosts:
         late_s = (_LATE if request.main_study else _TUNE_LATE) * fit.pace.factor * steps * self.step_s(recipe)
         if not is_first:
             return late_s
-        share = request.last_share + (request.folds_share if fit.num_validation else 0.0)
-        share = share if request.from_run is None else 1.0
-        others_s = self.features_s(recipe) + self.last_s(recipe, 0) + self.written_s(self.longest_form(recipe))
-        return max(late_s, share * fit.limit.left_s - others_s)
+        share = self._share_without_folds if fit.num_validation or request.from_run is not None else request.last_share
+        return max(late_s, share * fit.limit.left_s - self._first_s(recipe, 0))
+
+    @property
+    def _share_without_folds(self) -> float:
+        """Return the share of the minutes after image sizes that a first model has where no folds follow."""
+        request = self.fit.request
+        return request.last_share + request.folds_share if request.from_run is None else 1.0
+
+    def _first_s(self, recipe: Recipe, steps: int) -> float:
+        """Return the seconds of a first model of so many steps, with its features and files."""
+        return self.features_s(recipe) + self.last_s(recipe, steps) + self.written_s(self.longest_form(recipe))
 
     def written_s(self, recipe: Recipe) -> float:
         """Return the seconds of the files of a tuning's model.
@@ -245,8 +254,7 @@ class FitCosts:
 
         def fitting(share: float) -> int:
             options = range(MOST_LAST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
-            limit_s = share * left_s - self.features_s(recipe) - self.written_s(self.longest_form(recipe))
-            return given or first_that_fits(options, partial(self.last_s, recipe), limit_s) or 0
+            return given or first_that_fits(options, partial(self._first_s, recipe), share * left_s) or 0
 
         def folds_s(steps: int, folds: int) -> float:
             return makespan(folds * [self.run_s(replace(recipe, steps=steps))], fit.at_once)
@@ -262,17 +270,15 @@ class FitCosts:
                 options, partial(folds_s, folds=FEWEST_FOLDS - 1), limit_s
             )
         if not fits:
-            last = fitting(request.last_share + request.folds_share if request.from_run is None else 1.0)
+            last = fitting(self._share_without_folds)
         steps = fits or (max(least, round(last * each)) if last else 0)
         return steps, last / steps * each if steps else 1.0
 
     def least_minutes(self, recipe: Recipe) -> int:
         """Return the minutes, about, in which a recipe is trained for as few steps as are worth it."""
-        least_s = self.features_s(recipe) + self.last_s(recipe, LEAST_STEPS) + self.written_s(self.longest_form(recipe))
-        request = self.fit.request
-        share = (1 - SIZES_SHARE) * (request.last_share + request.folds_share if request.from_run is None else 1.0)
+        least_s = self._first_s(recipe, LEAST_STEPS) / ((1 - SIZES_SHARE) * self._share_without_folds)
         looked_s = self.fit.file.seconds.get("look", 0.0)
-        return max(math.ceil(request.minutes) + 1, math.ceil((looked_s + least_s / share) / 60))
+        return max(math.ceil(self.fit.request.minutes) + 1, math.ceil((looked_s + least_s) / 60))
 
     def fits_memory(self, recipe: Recipe) -> bool:
         """Tell whether a step of a recipe fits half of the memory that is free."""
