@@ -215,9 +215,8 @@ def images_of(images: int, **changes: Any) -> Any:
         "rarest": math.inf,
         "effective_share": 1.0,
         "shots": math.inf,
-        "median_side": 300.0,
     }
-    known["inspection"] = SimpleNamespace(path=Path("images"), sides=np.ones((1, 2), int))
+    known["inspection"] = SimpleNamespace(path=Path("images"), sides=np.ones((1, 2), int), shorter_side=300.0)
     data = {"dataset": "image-folder", "path": "images", "images_file": "images.json"}
     return SimpleNamespace(**known | {"data": lambda size: {**data, "image_size": size}} | changes)
 

@@ -150,7 +150,7 @@ def test_a_linear_probe_that_is_better_is_delivered_with_folds_of_its_own(traine
 
 @pytest.mark.usefixtures("no_page")
 def test_where_no_training_fits_a_linear_probe_is_the_model(trained, command, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.fit.train.with_lengths", lambda _, sizes: sizes)  # with none
+    monkeypatch.setattr("peft_vit.fit.train.with_length", lambda _, size: size)  # with none
     said = trained()
     run, kept = only_call()
     size = kept.decisions.first[0].image_size

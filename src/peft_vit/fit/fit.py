@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -229,7 +229,6 @@ class Fit:
     opened: ExitStack = field(default_factory=ExitStack)
     started: InitVar[float | None] = None
     _counted_until: float | None = None
-    _room: Callable[[], int] | None = field(default=None, init=False)
 
     def __post_init__(self, started: float | None) -> None:
         clock = self.environment.clock
@@ -287,7 +286,7 @@ class Fit:
 
     def until(self, reserved_s: float) -> Limit:
         """Return this call's limit, so many seconds earlier."""
-        return Limit(self.limit.minutes - reserved_s / 60, self.limit.started, self.limit.clock)
+        return replace(self.limit, minutes=self.limit.minutes - reserved_s / 60)
 
     def once(self, table: dict[str, _Of], key: str, decide: Callable[[], _Of]) -> _Of:
         """Return what stands in a table of `decisions`, or decide it now and keep it."""
@@ -564,11 +563,11 @@ class Fit:
 
     def load_earlier(self) -> None:
         """Read what earlier calls have done."""
-        for alike in _by_place([recipe for recipe in self.file.recipes if recipe.model in self.backbones]):
-            self.run(alike, range(FOLDS * 2), None)
-            for recipe in alike:
-                for seed, outcome in self.frame.rows[recipe].items():
-                    self._add_rounded(recipe, seed, outcome, self._kept_logits(outcome.folder))
+        recipes = [recipe for recipe in self.file.recipes if recipe.model in self.backbones]
+        self.run(recipes, range(FOLDS * 2), None)
+        for recipe in recipes:
+            for seed, outcome in self.frame.rows[recipe].items():
+                self._add_rounded(recipe, seed, outcome, self._kept_logits(outcome.folder))
 
     def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit | None) -> None:
         """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time.
@@ -578,12 +577,14 @@ class Fit:
             seeds: of the runs.
             limit: None: nothing is done, what is there is read.
         """
-        for alike in _by_place([recipe for recipe in recipes if recipe not in self.failed]):
+        going = [recipe for recipe in recipes if recipe not in self.failed]
+        for place in dict.fromkeys(recipe.place for recipe in going):
+            alike = [recipe for recipe in going if recipe.place == place]
             first, done = alike[0], Outcomes()
             if new := [recipe for recipe in alike if recipe not in self.file.recipes]:
                 self.file.recipes += new
                 self.save()
-            study = self.study(f"folds-{first.place}", first, seeds, [*map(self.experiment, alike)])
+            study = self.study(f"folds-{place}", first, seeds, [*map(self.experiment, alike)])
             try:
                 done = self.carry_out(study, limit)
             except EveryRunFailedError as error:
@@ -599,14 +600,15 @@ class Fit:
                         self.pace.add(outcome.seconds, self.costs.run_s(recipe))
                     known[seed] = outcome
 
+    @cached_property
+    def _runs_at_once(self) -> Callable[[], int]:
+        places = runs_at_once(self.request.executor, self.file.threads, self.request.devices)
+        return self.opened.enter_context(places)
+
     @property
     def at_once(self) -> int:
         """Return how many runs go at a time where they are carried out."""
-        if self._room is None:
-            request = self.request
-            places = runs_at_once(request.executor, self.file.threads, request.devices)
-            self._room = self.opened.enter_context(places)
-        return self._room()
+        return self._runs_at_once()
 
     def seconds(self, recipe: Recipe, seeds: Sequence[int]) -> float:
         """Return what its missing runs will take: as those that are done, or as planned, at this call's pace."""
@@ -658,11 +660,6 @@ class Fit:
         with suppress(OSError, ValueError, SafetensorError):  # none, or damaged: they are computed again
             return dict(load(read_bytes(self._logits_file(folder), None)))
         return {}
-
-
-def _by_place(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
-    for place in dict.fromkeys(recipe.place for recipe in recipes):
-        yield [recipe for recipe in recipes if recipe.place == place]
 
 
 def _said(value: Any) -> str:

@@ -88,19 +88,14 @@ class LabelledSet:
         return self.requested_metric or self.inspection.metric
 
     @cached_property
-    def dev(self) -> np.ndarray:
-        """Return which images are not of the test set, (N,) bool."""
-        return self.index.dev
-
-    @cached_property
     def num_dev(self) -> int:
         """Return how many images are not of the test set."""
-        return int(self.dev.sum())
+        return int(self.index.dev.sum())
 
     @cached_property
     def num_different(self) -> int:
         """Return how many of these there are, copies counted once."""
-        return len(np.unique(self.index.groups[self.dev]))
+        return len(np.unique(self.index.groups[self.index.dev]))
 
     @property
     def num_test(self) -> int:
@@ -112,21 +107,16 @@ class LabelledSet:
         """Return the width of the head."""
         return self.task.head_width(self.index.class_names)
 
-    @property
-    def median_side(self) -> float:
-        """Return the median of the images' shorter sides, pixels."""
-        return self.inspection.shorter_side
-
     @cached_property
     def scores(self) -> Scores:
         """Return the metric as shares of which more is better, by which everything is compared."""
-        return Scores.on(self.task, self.metric, self.index.labels[self.dev])
+        return Scores.on(self.task, self.metric, self.index.labels[self.index.dev])
 
     @cached_property
     def rarest(self) -> float:
         """Return how many different images the rarest class has outside of the test set."""
-        labels = self.index.labels[self.dev]
-        return fewest_groups(self.task.strata(labels), self.index.groups[self.dev])
+        labels = self.index.labels[self.index.dev]
+        return fewest_groups(self.task.strata(labels), self.index.groups[self.index.dev])
 
     @property
     def shots(self) -> float:
@@ -136,7 +126,7 @@ class LabelledSet:
     @cached_property
     def effective_share(self) -> float:
         """Return by what share of images the metric would be known as well if all counted the same."""
-        return self.metric.images_alike(self.index.labels[self.dev]) / self.num_dev
+        return self.metric.images_alike(self.index.labels[self.index.dev]) / self.num_dev
 
     def data(self, image_size: int) -> dict[str, Any]:
         """Return what a section `data` says of which images these are."""
@@ -221,12 +211,9 @@ def keep_images(fit: Fit) -> None:
 
 
 def _refuse_others(images: LabelledSet) -> None:
-    try:
-        kept = json.loads(read_bytes(images.file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't be read ({error}); choose another --output", file=images.file) from None
-    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests", "labels"})
-    if changed := [name for name in now if kept.get(name) != now[name]]:
+    kept, now = ImagesFile.read(images.file), images.content
+    compared = [name for name in ImagesFile.model_fields if name not in ("left_out", "asked", "digests", "labels")]
+    if changed := [name for name in compared if getattr(kept, name) != getattr(now, name)]:
         what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
         place = images.file.parent
         message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"

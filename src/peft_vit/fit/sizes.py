@@ -252,29 +252,29 @@ def try_sizes(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> list[SizeResult
     every = sorted((Recipe(model, size) for model, own in allowed.items() for size in own), key=costs.image_s)
     if request.smoke or request.start is not None or fit.images.shots < 2:
         return [SizeResult(one.model, one.image_size, None, 0) for one in every]
-    why, too_large, ends_at = dict[Recipe, str](), set[str](), clock() + SIZES_SHARE * 60 * request.minutes
+    why, ends_at = dict[Recipe, str](), clock() + SIZES_SHARE * 60 * request.minutes
     compared, tried = costs.compared_images(every), dict[Recipe, float]()
     for probe in every:
-        if probe.place not in scores:
+        if probe.place not in scores and probe not in why:
             if tried and clock() + costs.regression_s(probe, compared) > ends_at:
                 why[probe] = NO_TIME
-            elif probe.model in too_large:
-                why[probe] = "a smaller one took more memory than is free"
             else:
                 try:
                     _score(fit, probe, every, ends_at)
                 except Exception as error:
                     if not is_out_of_memory(error) or not tried:
                         raise
-                    too_large.add(probe.model)
-                    why[probe] = "it needs more memory than is free"
+                    too_large = (one for one in every if one.model == probe.model and one.place not in scores)
+                    why |= dict.fromkeys(too_large, "it needs more memory than is free")
         if probe.place in scores:
             tried[probe] = scores[probe.place]
             fit.emit(f"  linear probe at {probe.image_size} px: {fit.images.scores.text(tried[probe])}")
     expected = dict[Recipe, float]()
     for model in {probe.model for probe in tried}:
         observed = {probe.image_size: score for probe, score in tried.items() if probe.model == model}
-        posterior = posterior_by_size(observed, fit.images.effective_share * compared, fit.images.median_side)
+        posterior = posterior_by_size(
+            observed, fit.images.effective_share * compared, fit.images.inspection.shorter_side
+        )
         expected |= {Recipe(model, size): score for size, score in posterior.items()}
     return [
         SizeResult(one.model, one.image_size, tried.get(one), 0, why=why.get(one, ""), expected=expected.get(one, 0.0))
@@ -493,12 +493,8 @@ def _image_s(model: nn.Module, images: LabelledImages, runtime: RuntimeConfig) -
 # --- what fits the time -----------------------------------------------------------------------------------------------
 
 
-def with_lengths(fit: Fit, sizes: Sequence[SizeResult]) -> list[SizeResult]:
-    """Return sizes with the steps that fit what is left of the minutes; of one that was not tried, none do."""
-    return [_with_length(fit, size) for size in sizes]
-
-
-def _with_length(fit: Fit, size: SizeResult) -> SizeResult:
+def with_length(fit: Fit, size: SizeResult) -> SizeResult:
+    """Return a size with the steps that fit what is left of the minutes; of one that was not tried, none do."""
     recipe = usual_recipe(fit, size.model, size.image_size)
     if size.why or recipe.is_probe or not fit.costs.fits_memory(recipe):
         return size

@@ -38,7 +38,7 @@ from peft_vit.fit.sizes import (
     best_linear_probe,
     try_sizes,
     usual_recipe,
-    with_lengths,
+    with_length,
     within_memory,
 )
 from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, Limit, first_that_fits
@@ -159,7 +159,7 @@ def begin(fit: Fit, allowed: Mapping[str, Sequence[int]]) -> tuple[list[SizeResu
     """Compare the image sizes that are allowed by model, and return them with what is trained first, see there."""
     fit.load_earlier()
     with fit.stage("sizes"):
-        sizes = with_lengths(fit, try_sizes(fit, allowed))
+        sizes = [with_length(fit, size) for size in try_sizes(fit, allowed)]
         return sizes, *choose_first(fit, sizes)
 
 
@@ -199,13 +199,11 @@ def _most_promising(fit: Fit, sizes: Sequence[SizeResult]) -> tuple[Recipe, floa
     if request.from_run is not None:  # whose model is better than a probe from the start
         reason = f"no training from {request.from_run} fits; give about {least}, or keep its model"
         raise UserError(reason, field="--minutes")
-    why = "a linear probe promises more than the trainings that fit" if fitting else "no time to train"
+    why = f"no time to train; give about --minutes {least}"
     if too_few:
         why = "a class has fewer than 3 images to learn from, so it is a linear probe; add images"
     elif fitting:
-        why += "; give more --minutes"
-    else:
-        why += f"; give about --minutes {least}"
+        why = "a linear probe promises more than the trainings that fit; give more --minutes"
     fit.emit(f"  {why}")
     return best_probe.probe, 1.0
 
@@ -259,10 +257,7 @@ def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcom
     last = replace(recipe.trained, steps=steps)
     experiment = fit.experiment(last, last=True)
     if METHOD_KINDS[recipe.method].may_end_sooner and request.steps_for(fit.num_train) is None:
-
-        def most_s() -> float:
-            return costs.most_steps_s(recipe, steps, is_first)
-
+        most_s = partial(costs.most_steps_s, recipe, steps, is_first)
         experiment["training"]["seconds"] = fit.once(decisions.last_s, f"{recipe.place} {last.name}", most_s)
     study = fit.study(name, recipe, [request.seed], [experiment], folds=None, **data)
     study["measures"] |= {"features": True, "latency_batches": [1] if request.main_study else []}

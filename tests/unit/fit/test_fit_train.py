@@ -122,7 +122,7 @@ def sizes_of(fit: Fit, scores: dict[int, float]) -> list[SizeResult]:
     """Return sizes with such scores, of which all are sure, and lengths that fit."""
     (model,) = fit.backbones
     fit.decisions.sizes = {Recipe(model, size).place: score for size, score in scores.items()}
-    return sizes.with_lengths(fit, [SizeResult(model, size, s, 0, expected=s) for size, s in scores.items()])
+    return [sizes.with_length(fit, SizeResult(model, size, s, 0, expected=s)) for size, s in scores.items()]
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def test_folds_that_go_side_by_side_take_as_long_as_their_rounds(begun) -> None:
     process_s, run_s = fit.costs.machine.process_s, fit.costs.run_s(recipe)
     assert fit.seconds(recipe, range(5)) == pytest.approx(process_s + 5 * run_s)
     steps, _ = fit.costs.lengths(recipe, 600)
-    fit._room = lambda: 2
+    fit._runs_at_once = lambda: 2
     assert fit.seconds(recipe, range(5)) == pytest.approx(process_s + 3 * run_s)
     assert fit.costs.lengths(recipe, 600)[0] >= steps > 0
 
