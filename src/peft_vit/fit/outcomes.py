@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Advanced
 from peft_vit.runs.costs.time_limit import FOLDS, Limit
 from peft_vit.runs.executors import Notice, RunEnded, RunProgress, RunRetried, StudyEvent, open_executor
-from peft_vit.runs.records.progress import StudyLock, study_lock
+from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import RECORD_FILE, read_record, run_folder
 from peft_vit.runs.scheduling.deadline import Deadline
 from peft_vit.runs.scheduling.display import plan_notes
@@ -241,7 +241,7 @@ class FoldResults:
         for number, recipe in enumerate(recipes):
             for row, repetition in enumerate(repetitions):  # all of one together: of few images a metric may be nothing
                 if seeds := [seed for seed in self.seeds(recipe) if seed // FOLDS == repetition]:
-                    images = np.concatenate([self.rows[recipe][seed].images for seed in seeds])
+                    *_, images = self.pooled(recipe, seeds)
                     brought[number, row, np.searchsorted(positions, images)] = self.by_image(recipe, seeds)
         return means_of_images(brought, folds, classes, counts=metric.counts_images)
 
@@ -274,16 +274,18 @@ class StudyRunner:
             KeyboardInterrupt: after Ctrl-C.
         """
         fit, smoke, executor = self.fit, self.fit.request.smoke, self.fit.request.executor
-        results_dir = fit.results_dir(str(mapping["name"]))
-        file = results_dir / str(mapping["name"])
+        name = str(mapping["name"])
+        results_dir = fit.results_dir(name)
+        file = results_dir / name
         study = study_from_mapping(dict(mapping), file=file)
-        with self._lock(file) as lock:
+        held = fit.lock if fit.lock is not None and fit.lock.folder == file else None
+        with study_lock(folder_below(results_dir, name)) if held is None else nullcontext(held) as lock:
             measure = partial(measure_step, log=fit.emit)
             plan = plan_study(study, results_dir, file=None, smoke=smoke, part=True, measure_step=measure)
             plan = plan.only([one.name for one in plan.study.experiments], plan.study.seeds, by_seed=True)
             failed = {}
             if limit is not None and plan.pending:
-                for line in plan_notes(plan) if fit.lock is lock else ():
+                for line in plan_notes(plan) if held is not None else ():
                     fit.emit(f"  {line}")
                 if not smoke:
                     fit.images.keep_pixels(plan.study)
@@ -299,15 +301,6 @@ class StudyRunner:
             problem = f"every run failed: {next(iter(failed.values()))}; the same command tries again"
             raise EveryRunFailedError(problem, file=file)
         return done
-
-    @contextmanager
-    def _lock(self, folder: Path) -> Iterator[StudyLock]:
-        held = self.fit.lock
-        if held is not None and held.folder == folder:
-            yield held
-        else:
-            with study_lock(folder_below(folder.parent, folder.name)) as lock:
-                yield lock
 
     def _say(self, event: StudyEvent) -> None:
         fit = self.fit

@@ -293,16 +293,16 @@ def tuning_document(
 
 def _facts(choice: Tuning) -> Iterator[tuple[str, str]]:
     request = choice.request
-    limits = [
-        *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
-        *([f"{request.max_adapter_bytes / 1e3:g} kB of updates"] if request.max_adapter_bytes is not None else []),
-        *([f"{1e3 * request.max_latency:g} ms an image"] if request.max_latency is not None else []),
-        *([f"{request.memory_limit} of memory in training"] if request.memory_limit is not None else []),
-    ]
+    limits = (
+        "" if request.max_bytes is None else megabytes(request.max_bytes),
+        "" if request.max_adapter_bytes is None else f"{request.max_adapter_bytes / 1e3:g} kB of updates",
+        "" if request.max_latency is None else f"{1e3 * request.max_latency:g} ms an image",
+        "" if request.memory_limit is None else f"{request.memory_limit} of memory in training",
+    )
     yield "Images", str(request.images)
     of = "" if choice.images.metric.has_unit else f" of {choice.images.metric.words}"
     yield "Margin", choice.images.scores.hundredths(request.margin_share) + of
-    yield "Limits", joined(limits) or "none"
+    yield "Limits", joined(filter(None, limits)) or "none"
     stages = joined(f"{TITLES[name]} {duration(taken)}" for name, taken in choice.stage_seconds)
     yield "Time", f"{duration(sum(dict(choice.stage_seconds).values()))} in all calls, before this page: {stages}"
     yield "Models", f"{joined(request.models)}; chosen: {choice.recipe.model} at {choice.recipe.image_size} pixels"

@@ -445,10 +445,6 @@ class TrainRequest(ImagesRequest, _OfTrain):
 # --- tune -------------------------------------------------------------------------------------------------------------
 
 
-def _or_default(models: Any) -> Any:
-    return models or (DEFAULT_MODEL,)
-
-
 class _OfTune:
     """How `tune` differs from `train`, see `_OfTrain`; it chooses what a person sets there."""
 
@@ -509,7 +505,7 @@ class TuneRequest(ImagesRequest, _OfTune):
     )
     models: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
-        BeforeValidator(_or_default),
+        BeforeValidator(lambda models: models or (DEFAULT_MODEL,)),
         BeforeValidator(several),
         Option("--model", list[str]),
     ] = Field(
@@ -591,19 +587,17 @@ def check_images(request: FitRequest, emit: Callable[[str], object]) -> None:
         if request.metric != "auto":
             files.task.metric(request.metric)
         if request.test_images is not None and request.test_images + len(names) > len(labels):
-            message = (
-                f"{request.test_images:,} are too many: there are {len(labels):,} images, and others have to train"
-            )
-            raise UserError(f"{message}; ask for fewer, or add images", field="test_images")
+            reason = f"there are {len(labels):,} images, and others have to train"
+            raise _too_many("test_images", request.test_images, reason)
         if request.shots is not None:
             counts = files.task.counts(labels, len(names))
             if request.shots >= counts.min():
-                message = (
-                    f"{request.shots:,} are too many: class '{names[counts.argmin()]}' has {counts.min():,} images"
-                )
-                raise UserError(
-                    f"{message}, and some have to test; ask for fewer, or add images", field="shots_per_class"
-                )
+                reason = f"class '{names[counts.argmin()]}' has {counts.min():,} images, and some have to test"
+                raise _too_many("shots_per_class", request.shots, reason)
+
+
+def _too_many(field: str, asked: int, reason: str) -> UserError:
+    return UserError(f"{asked:,} are too many: {reason}; ask for fewer, or add images", field=field)
 
 
 # --- what is said meanwhile -------------------------------------------------------------------------------------------

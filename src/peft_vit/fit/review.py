@@ -82,9 +82,9 @@ def by_regression(
     """
     inspection = inspect_images(asked.found, least=2, on_progress=on_progress)
     place = os.path.realpath(asked.found.path)
-    calls = (content for _, content in earlier_calls(asked.output, Path()) if content.asked is not None)
-    earlier = next((one for one in calls if one.asked[0] == place and seed in (None, one.asked[1])), None)  # type: ignore[index]
-    drawn = (seed or 0, None) if earlier is None or earlier.asked is None else earlier.asked[1:]
+    calls = ((content.asked, content) for _, content in earlier_calls(asked.output, Path()))
+    alike = ((by[1:], one) for by, one in calls if by is not None and by[0] == place and seed in (None, by[1]))
+    drawn, earlier = next(alike, ((seed or 0, None), None))
     content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, *drawn, earlier)))
     index = index_inspected(asked.found, content, asked.images)
     dev = np.flatnonzero(index.dev)
@@ -174,8 +174,8 @@ def review_labels(predicted: Predicted, shown: int) -> Review:
     if index.left_out:
         came_out += ["Left out, in training, too:", *listed(index.left_out)]
     doubts = [
-        {"name": row["file"], "label": row["label"], "is_test": "sure" not in row}
-        | {key: row[key] for key in ("believed", "sure") if key in row}
+        {"name": row["file"], "is_test": "sure" not in row}
+        | {key: row[key] for key in ("label", "believed", "sure") if key in row}
         for row in [*doubted, *checked]
     ]
     return Review(index, came_out, [(made, [row["position"] for row in rows]) for rows, made in parts if rows], doubts)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 from peft_vit.core.config import QuantizationType, named_as_typed
@@ -44,7 +45,7 @@ from peft_vit.fit.recipe import DEFAULT_RATE, Recipe, lora, rate_of
 from peft_vit.fit.request import Emit, TuneRequest, print_event
 from peft_vit.fit.sizes import SizeResult, allowed_sizes, best_linear_probe, gain_of_labels, within_memory
 from peft_vit.fit.train import begin, know_by_folds, train_last
-from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, makespan
+from peft_vit.runs.costs.time_limit import FEWEST_FOLDS, FOLDS, Limit, first_that_fits, makespan
 from peft_vit.runs.records.progress import study_lock
 from peft_vit.runs.records.storage import tuned_model
 
@@ -99,7 +100,8 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     """Do what is not done of a tuning of images that were looked at, at the image sizes that are allowed by model."""
     sizes, first, longer = begin(fit, allowed)
     probe = best_linear_probe(fit, sizes).probe
-    if fit.decisions.delivered is None and not first.is_probe and _takes_long(fit, first, longer):
+    first_s = fit.costs.last_s(first, fit.costs.last_steps(first, longer))
+    if fit.decisions.delivered is None and not first.is_probe and first_s > LONG_S:
         with fit.stage("probe"):
             own = within_limits(fit, probe)
             trained = train_last(fit, own, 1.0)
@@ -131,11 +133,6 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     fit.file.finished = request.minutes
     fit.save()
     return done
-
-
-def _takes_long(fit: Fit, first: Recipe, longer: float) -> bool:
-    """Tell whether a first training takes so long that a linear probe is written before it."""
-    return fit.costs.last_s(first, fit.costs.last_steps(first, longer)) > LONG_S
 
 
 def _tuning(
@@ -243,10 +240,9 @@ def search(fit: Fit, sizes: Sequence[SizeResult], limit: Limit) -> tuple[list[Re
         limit: when the search ends, but for the default on its first fold.
     """
     recipes, frame = candidate_recipes(sizes), fit.frame
-    count = 1
-    while count < len(recipes) and _bracket_seconds(fit, recipes[: count + 1]) <= limit.left_s:
-        count += 1
-    tried, left = recipes[:count], recipes[count:]
+    brackets = [recipes[:count] for count in range(len(recipes), 1, -1)]
+    tried = first_that_fits(brackets, partial(_bracket_seconds, fit), limit.left_s) or recipes[:1]
+    left = recipes[len(tried) :]
     if len(tried) > 1:
         fit.emit(f"  {len(tried)} recipes of LoRA by successive halving over folds")
         _successive_halving(fit, tried, limit)
