@@ -372,57 +372,38 @@ def _kept(row: Any, stamp: str) -> str:
     return ""
 
 
-def cached_hashes(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
-    """Return hashes of what some files hold, see `remembered`.
-
-    Args:
-        files: by names, which are part of what is remembered.
-        count: how many hashes there are.
-        compute: them, 64 hexadecimal digits each.
+def stamps(files: Mapping[str, Path]) -> str:
+    """Return the names and paths of files with what the system says of them, see `_stamp`, as a key of `remembered`.
 
     Raises:
-        UserError: if a file can't be read, or the cache not written.
+        UserError: if a file can't be read.
     """
-
-    def read(text: str) -> list[str]:
-        if re.fullmatch(r"[0-9a-f]{64}(\n[0-9a-f]{64})*", text) is None or text.count("\n") != count - 1:
-            raise ValueError
-        return text.split("\n")
-
-    return remembered("hashes", files, lambda: "\n".join(compute()), read) if files else compute()
+    try:
+        return "".join(f"{name}\0{os.path.abspath(path)}\0{_stamp(path)}\n" for name, path in files.items())
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
 
 
-def remembered(
-    kind: str, files: Mapping[str, Path], compute: Callable[[], str], read: Callable[[str], _Result]
-) -> _Result:
-    """Return what files hold, read from a text in the cache if paths and what the system says of them are as before.
-
-    That is size, inode, and times of modification and of change: a copy may bring the first time along (`cp -p`, `rsync
-    -t`), the second one is the system's own.
+def remembered(kind: str, key: str, compute: Callable[[], Any], read: Callable[[Any], _Result]) -> _Result:
+    """Return what is computed, or the cache has by a key, as it is read; what can't be read is computed again.
 
     Args:
         kind: folder of the cache.
-        files: by names, which are part of what is remembered.
-        compute: the text, of ASCII letters.
-        read: what the text says; raises for one that was damaged.
+        key: what it depends on.
+        compute: plain values or arrays, as JSON holds them.
+        read: what they say; raises for those that were damaged.
 
     Raises:
-        UserError: if a file can't be read, or the cache not written.
+        UserError: if the cache can't be written.
     """
-    stamp = hashlib.sha256()
-    try:
-        for name, path in files.items():
-            line = f"{name}\0{os.path.abspath(path)}\0{_stamp(path)}\n"
-            stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
-        memo = cache_dir() / kind / stamp.hexdigest()
-        with suppress(Exception):  # whatever is in its place, it is not this package's file
-            return read(memo.read_bytes().decode("ascii"))
-        text = compute()
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
-    with cache_fault(memo):
-        write_atomically(memo, text.encode())
-    return read(text)
+    digest = hashlib.sha256(key.encode(errors="surrogateescape"))  # folders above may have names of any bytes
+    file = cache_dir() / kind / f"{digest.hexdigest()[:32]}.json"
+    with suppress(Exception):  # whatever was in its place, it is not this package's file
+        return read(json.loads(read_bytes(file)))
+    made = compute()
+    with cache_fault(file):
+        write_atomically(file, json.dumps(made, default=lambda array: array.tolist()).encode())
+    return read(made)
 
 
 def in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:

@@ -35,7 +35,6 @@ There is no such line where groups of copies join nine of ten of these neighbour
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +44,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -53,7 +52,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.base.console import quoted
 from peft_vit.base.errors import DataWarning, UserError, named
-from peft_vit.base.files import read_bytes, write_atomically
+from peft_vit.base.files import read_bytes
 from peft_vit.base.packages import cache_dir
 from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
@@ -62,7 +61,7 @@ from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.core.training import fewest_groups
 from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
-from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient, read_once
+from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient, read_once, remembered
 from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
@@ -85,7 +84,6 @@ from peft_vit.data.splits import SIDES, Splits, class_gap, class_gaps, count_cro
 _VERSION = 6  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _MOST_BY_CHANCE = 0.1  # share of pairs that look like copies and are none, above which no pair counts
-_Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
 _BLOCK, _BATCH = 4096, 64  # images
 
@@ -181,23 +179,12 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
     def read(saved: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         return _numbers(saved["copies"], len(rows)), _numbers(saved["groups"], len(rows))
 
-    return _cached("duplicates", f"{pixels} {index.name} {index.sha256} {splits.sha256}", compute, read)
+    key = f"{_VERSION} {FORMAT_VERSION} {pixels} {index.name} {index.sha256} {splits.sha256}"
+    return remembered("duplicates", key, compute, read)
 
 
 def _numbers(saved: Any, *shape: int) -> np.ndarray:
     return np.array(saved, dtype=np.int64).reshape(shape)
-
-
-def _cached(kind: str, text: str, compute: Callable[[], dict[str, Any]], read: Callable[[dict[str, Any]], _Of]) -> _Of:
-    """Return what is computed, or the cache has by a text, as it is read; what can't be read is computed again."""
-    key = hashlib.sha256(f"{_VERSION} {FORMAT_VERSION} {text}".encode()).hexdigest()
-    file = cache_dir() / kind / f"{key[:32]}.json"
-    with suppress(Exception):  # whatever was in its place, it is not this package's file
-        return read(json.loads(read_bytes(file)))
-    made = compute()
-    with cache_fault(file):
-        write_atomically(file, json.dumps(made, default=np.ndarray.tolist).encode())
-    return read(made)
 
 
 def near_groups(thumbnails: np.ndarray, start: int = 0) -> np.ndarray:
@@ -878,7 +865,9 @@ def _decoded_once(
     tree: FileTree, names: list[str], store: PixelStore, on_progress: Callable[[int, int], None] | None
 ) -> _Decoded:
     """Decode files, or find in the cache what it came to."""
-    readers = f"{decoders()} {formats()} {bool(store.sizes)}"  # by which files can't be read, too
+    readers = (
+        f"{_VERSION} {FORMAT_VERSION} {decoders()} {formats()} {bool(store.sizes)}"  # by which files can't be read, too
+    )
     text = "\n".join([readers, tree.hashed(names).sha256, *names])
     count = len(names)
 
@@ -890,7 +879,7 @@ def _decoded_once(
         faults, animated, compared = dict(saved["faults"]), tuple(saved["animated"]), saved.get("compared")
         return _Decoded(copies, groups, sides, faults, animated, links, alike, compared)
 
-    return _cached("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
+    return remembered("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
 
 
 def compared_rows(count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import LARGEST_BYTES
-from peft_vit.data.files import HIDDEN, IMAGE_SUFFIXES, FileTree, Hashes, fixed_part, matching, remembered
+from peft_vit.data.files import HIDDEN, IMAGE_SUFFIXES, FileTree, Hashes, fixed_part, matching, remembered, stamps
 
 _LABELS = (".cls", ".json", ".txt")  # the first of them that a sample has says its label
 _KEYS = ("label", "class")  # in a .json
@@ -97,11 +97,11 @@ def read_shards(path: Path) -> Shards:
 
 
 def _samples(file: Path) -> list[_Sample]:
-    def compute() -> str:
+    def compute() -> list[_Sample]:
         with foreign_fault("is not a tar that can be read", file, remedy=_REMEDY), file.open("rb") as content:
-            return json.dumps(list(_found_in(content, file)))
+            return list(_found_in(content, file))
 
-    return remembered("hashes", {"samples": file}, compute, lambda text: [_Sample(*one) for one in json.loads(text)])
+    return remembered("hashes", stamps({"samples": file}), compute, lambda saved: [_Sample(*one) for one in saved])
 
 
 def _found_in(content: BinaryIO, file: Path) -> Iterable[_Sample]:

@@ -28,7 +28,7 @@ from peft_vit.base.files import LARGEST_BYTES, read_bytes
 from peft_vit.base.packages import ask_hub, cache_dir, check_download
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks import TASKS, Column, Task
-from peft_vit.data.files import FETCH_AGAIN, cached_hashes, hashes
+from peft_vit.data.files import FETCH_AGAIN, hashes, remembered, stamps
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
 
@@ -435,7 +435,9 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
         files = {f"{part.name} {part.column} {k}": file for k, file in enumerate(part.files)}
-        for row, digest in enumerate(cached_hashes(files, len(part.images), partial(_digests, part))):
+        hashed = partial(_digests, part)
+        of_rows = remembered("hashes", stamps(files), hashed, partial(_sound, part)) if files else hashed()
+        for row, digest in enumerate(of_rows):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:
                 file = str(_stored(part.images[row])[1])
@@ -461,6 +463,13 @@ def _digests(part: _Split) -> list[str]:
         if content is None and not file:
             raise UserError(f"{part.name}[{row}] has no image; remove it", field="data.image_column")
         digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
+    return digests
+
+
+def _sound(part: _Split, digests: list[str]) -> list[str]:
+    """Return what the cache has of a split; raises ValueError if that can't be its digests."""
+    if len(digests) != len(part.images) or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
+        raise ValueError
     return digests
 
 
