@@ -9,6 +9,7 @@ the two are copies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,15 +50,21 @@ def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
     return np.unique(np.concatenate(found), axis=0)
 
 
+def with_first(keys: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
+    """Return pairs of places (N, 2): each of N with the first one that has the same key."""
+    _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+    return np.stack([np.arange(len(keys)), first[number]], axis=1)
+
+
 def groups_of(groups: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return groups (N,) once those are one that a chain of pairs (M, 2) links."""
+    """Return groups (N,) once those are one that a chain of pairs (M, 2) links; what is in none, -1, stays so."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     count = groups.max(initial=0) + 1
     links = coo_array((np.ones(len(pairs), dtype=bool), groups[pairs].T), shape=(count, count))
-    joined: NDArray[np.int64] = connected_components(links, directed=False)[1][groups].astype(np.int64)
-    return joined
+    joined: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)
+    return np.where(groups < 0, -1, joined[groups])
 
 
 def compared_thumbnail(pixels: NDArray[np.uint8]) -> Floats:

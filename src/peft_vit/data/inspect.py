@@ -60,7 +60,7 @@ from peft_vit.core.config import Interpolation, Resize
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.core.training import fewest_groups
-from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
+from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of, with_first
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads, raise_if_transient, read_once, remembered
 from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
@@ -218,7 +218,7 @@ def grey_thumbnails(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Return grey thumbnails (N, 256) float32 less their mean, of length 1; 0 where there is no detail.
 
     Args:
-        pixels: (M, S, S, C) uint8, S at least 16.
+        pixels: (M, S, S, C), S at least 16.
         places: of the images in it, (N,).
     """
     grey = np.empty((len(places), _SIDE**2), np.float32)
@@ -528,14 +528,18 @@ def inspect_images(
         copies, groups, strata = decoded.copies, decoded.groups, task.strata(labels)
         marks, links = task.label_ids(labels), decoded.links
         links = links_of_one_label(links, marks) if task.one_class else links
-        joined = np.where(groups < 0, -1, groups_of(groups, links))
+        joined = groups_of(groups, links)
         tests = np.zeros(len(labels), dtype=bool) if holdout is None else holdout
         dev = (groups >= 0) & ~np.isin(joined, joined[tests])
         is_enough = fewest_groups(strata[dev], joined[dev]) >= max(least, _LEAST_GROUPS)
         unlinked = 0 if is_enough else len(np.unique(groups)) - len(np.unique(joined))
         groups = joined if is_enough else groups
         left_out = dict(images.left_out) | decoded.faults
-        together = groups if images.together is None else _linked(groups, [images.together[name] for name in names])
+        together = groups
+        if images.together is not None:
+            readable = np.flatnonzero(groups >= 0)
+            keys = [images.together[name] for name in names[readable]]
+            together = groups_of(groups, readable[with_first(keys)])
         what = "a copy of" if images.together is None else "in a group with"
         left_out |= _contradictions(names, marks, copies, together, holdout, what)
         for some in [] if holdout is None else _several(np.where(holdout, groups, -1)):
@@ -576,16 +580,6 @@ def inspect_images(
         unlinked=unlinked,
         compared=decoded.compared,
     )
-
-
-def _linked(groups: np.ndarray, keys: Sequence[str]) -> np.ndarray:
-    """Return equal numbers for images that a chain of equal groups and keys links, (N,); of group -1 is -1."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    known, key = np.flatnonzero(groups >= 0), numbered(keys)[1] + groups.max() + 1
-    links = coo_array((np.ones(len(known), dtype=bool), (groups[known], key[known])), shape=2 * (key.max() + 1,))
-    return np.where(groups < 0, -1, connected_components(links, directed=False)[1][groups])
 
 
 def images_file(
@@ -857,7 +851,7 @@ class _Decoded(NamedTuple):
 class _One(NamedTuple):
     facts: Facts
     digest: bytes
-    compared: np.ndarray  # (64, 64, 3)
+    thumbnail: np.ndarray  # (32, 32, 3)
     pixels: list[np.ndarray]  # for the store
 
 
@@ -916,7 +910,7 @@ def _decoded(
     faults: dict[str, str] = {}
     first: dict[bytes, int] = {}  # where the first one of images with the same pixels stands
     equal: list[tuple[int, int]] = []  # where two stand that have
-    different = _Thumbnails()  # of one of each
+    thumbnails: dict[int, np.ndarray] = {}  # of one of each, (32, 32, 3)
     with warnings.catch_warnings(action="ignore"):  # of Pillow's, see `decode_image`
         decoded = in_threads(lambda at: _decode(tree, names[at], store), to_decode)
         for done, (at, one) in enumerate(zip(to_decode, decoded, strict=True), start=1):
@@ -927,7 +921,7 @@ def _decoded(
                 heads[names[at]] = [*map(int, one.facts)]
                 equal.append((first.setdefault(one.digest, at), at))
                 if first[one.digest] == at and is_compared[at]:
-                    different.add(at, one.compared)
+                    thumbnails[at] = one.thumbnail
                 store.add(names[at], one.pixels)
             if on_progress is not None:
                 on_progress(done, len(to_decode))
@@ -942,10 +936,9 @@ def _decoded(
         sides[read] = [heads[names[at]][:2] for at in read]
         sets = groups_of(np.arange(len(names)), _numbers(equal, -1, 2))[read]
         copies[read] = np.unique(sets, return_inverse=True)[1]
-        where, grey, colored = different.taken()
-        _, start, number = np.unique(near_groups(grey), return_index=True, return_inverse=True)
-        near = np.stack([where, where[start[number]]], axis=1)  # (M, 2)
-        groups = np.where(copies < 0, -1, groups_of(copies, near))
+        where, colored = np.array([*thumbnails]), np.stack([*thumbnails.values()])  # (M,), (M, 32, 32, 3)
+        grey = grey_thumbnails(colored, np.arange(len(where)))
+        groups = groups_of(copies, where[with_first(near_groups(grey))])
         links = where[copy_pairs(colored)]
         row = np.full(copies.max() + 1, -1)  # of a set among the thumbnails
         row[copies[where]] = np.arange(len(where))
@@ -969,33 +962,5 @@ def _decode(tree: FileTree, name: str, store: PixelStore) -> _One | str:
     mark = repr(((facts.short, facts.long), image.size)).encode()
     digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
     pixels = [to_pixels(image, size, 3, store.interpolation, store.resize) for size in store.sizes]
-    return _One(facts, digest, to_pixels(image, _COMPARED_SIDE, 3), pixels)
-
-
-class _Thumbnails:
-    """Thumbnails of images, made of some at once, which takes a fifth of the time."""
-
-    def __init__(self) -> None:
-        self._at: list[int] = []
-        self._pixels: list[np.ndarray] = []  # (64, 64, 3) each
-        self._made: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add(self, at: int, compared: np.ndarray) -> None:
-        """Add the image that stands there."""
-        self._at.append(at)
-        self._pixels.append(compared)
-        if len(self._pixels) == _BATCH:
-            self._make()
-
-    def _make(self) -> None:
-        some = np.stack(self._pixels)  # (B, 64, 64, 3)
-        colored = compared_thumbnail(some).astype(np.float16)  # means of four values: to the bit
-        self._made.append((grey_thumbnails(some, np.arange(len(some))), colored))
-        self._pixels.clear()
-
-    def taken(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return where the M images stand, (M,), their grey thumbnails (M, 256), and colored ones (M, 32, 32, 3)."""
-        if self._pixels:
-            self._make()
-        grey, colored = (np.concatenate(parts) for parts in zip(*self._made, strict=True))
-        return np.array(self._at), grey, colored
+    thumbnail = compared_thumbnail(to_pixels(image, _COMPARED_SIDE, 3)).astype(np.float16)  # to the bit
+    return _One(facts, digest, thumbnail, pixels)
