@@ -67,6 +67,14 @@ def groups_of(groups: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np
     return np.where(groups < 0, -1, joined[groups])
 
 
+def several(groups: np.ndarray) -> list[list[int]]:
+    """Return the members of every group that has several; what could not be read is in none, -1."""
+    order = np.argsort(groups, kind="stable")
+    order = order[groups[order] >= 0]
+    cuts = np.flatnonzero(np.diff(groups[order])) + 1
+    return [part.tolist() for part in np.split(order, cuts) if len(part) > 1]
+
+
 def compared_thumbnail(pixels: NDArray[np.uint8]) -> Floats:
     """Return the thumbnail (32, 32, 3) of an image (64, 64, 3), or thumbnails (N, 32, 32, 3) of several."""
     halves = pixels.astype(np.float32).reshape(*pixels.shape[:-3], SIDE, 2, SIDE, 2, -1)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from peft_vit.base.console import no_progress
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, write_whole
 from peft_vit.core.adapters.peft_format import start_sha256
@@ -246,7 +247,7 @@ def take_in(
     images: Images,
     file: Path,
     store: PixelStore | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = no_progress,
 ) -> LabelledSet:
     """Look at each of a person's images once, and leave out what can't be used; nothing is written.
 

@@ -18,9 +18,9 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.data import decoding as decoding_module
 from peft_vit.data import files as files_module
 from peft_vit.data import find_images, images_file, index_inspected, inspect_images, load_data, make_splits, open_index
-from peft_vit.data import inspect as inspect_module
 from peft_vit.data import pixels as pixels_module
 from peft_vit.data.index import ImagesFile
 from peft_vit.data.pixels import cached_pixels, decode_image
@@ -304,7 +304,7 @@ def test_a_zip_s_hash_says_which_of_its_images_are_used(root, tmp_path, monkeypa
             raise UserError("is not an image of a known format", file=file)
         return decode_image(read, file, **named)
 
-    monkeypatch.setattr(inspect_module, "decode_image", without_one)
+    monkeypatch.setattr(decoding_module, "decode_image", without_one)
     shutil.rmtree(own_cache / "inspected")
     less = write(tmp_path, inspect_images(path), seed=None)
     index = open_index(config(path, less))
@@ -342,7 +342,7 @@ def test_what_fails_for_now_leaves_no_image_out_for_ever(root, monkeypatch, own_
 
     with monkeypatch.context() as patch:
         if at == "decode":
-            patch.setattr(inspect_module, "decode_image", fails)
+            patch.setattr(decoding_module, "decode_image", fails)
         else:
             patch.setattr(files_module, "read_bytes", no_more)
         with pytest.raises(UserError, match=r"00\.png: can't be read now \((Too many open|not enough memory).*call"):
@@ -391,7 +391,7 @@ def elks(root):
 def test_refused_in_one_line(root, monkeypatch, spoil, decodes, message):
     spoil(root)
     if not decodes:
-        monkeypatch.setattr(inspect_module, "decode_image", lambda *_, **__: pytest.fail("nothing else is done"))
+        monkeypatch.setattr(decoding_module, "decode_image", lambda *_, **__: pytest.fail("nothing else is done"))
     with pytest.raises(UserError, match=message):
         inspect_images(root)
 
@@ -479,9 +479,9 @@ def decoded(monkeypatch):
         names.append(file)
         return decode_image(read, file, **named)
 
-    monkeypatch.setattr(inspect_module, "_MOST_COMPARED", 8)
-    monkeypatch.setattr(inspect_module, "_NEIGHBOURING", 2)
-    monkeypatch.setattr(inspect_module, "decode_image", counted)
+    monkeypatch.setattr(decoding_module, "_MOST_COMPARED", 8)
+    monkeypatch.setattr(decoding_module, "_NEIGHBOURING", 2)
+    monkeypatch.setattr(decoding_module, "decode_image", counted)
     return names
 
 
@@ -491,7 +491,7 @@ def test_of_many_images_some_are_decoded_and_equal_files_are_found_among_all(roo
     content = (root / "cat" / "saved again.jpg").read_bytes()
     (root / "cat" / "cut off.jpg").write_bytes(content[:-20])
     seen = inspect_images(root)
-    chosen = inspect_module.compared_rows(24)
+    chosen = decoding_module.compared_rows(24)
     assert decoded.count("cat/cut off.jpg") == 1
     assert len(decoded) <= 1 + chosen.sum()
     assert 4 <= chosen.sum() == seen.compared <= 8
@@ -504,7 +504,11 @@ def test_of_many_images_some_are_decoded_and_equal_files_are_found_among_all(roo
         assert "cache" in str(place)
         return read_bytes(place, *args)
 
-    for module, name in ((inspect_module, "decode_image"), (inspect_module, "read_bytes"), (files_module, "sha256_of")):
+    for module, name in (
+        (decoding_module, "decode_image"),
+        (decoding_module, "read_bytes"),
+        (files_module, "sha256_of"),
+    ):
         monkeypatch.setattr(module, name, none_but_the_cache)
     again = inspect_images(root)
     assert (again.names, again.compared) == (seen.names, seen.compared)
@@ -514,7 +518,7 @@ def test_of_many_images_some_are_decoded_and_equal_files_are_found_among_all(roo
 def test_of_images_that_were_not_compared_a_run_compares_its_own(root, tmp_path, decoded, monkeypatch):
     for i in range(4):
         save(root / "dog" / f"again {i}.jpg", textured(100 + i), quality=95)
-    monkeypatch.setattr(inspect_module, "_MOST_COMPARED", 2)
+    monkeypatch.setattr(decoding_module, "_MOST_COMPARED", 2)
     seen = inspect_images(root)
     file = write(tmp_path, seen, test_images=8)
     assert json.loads(file.read_text())["compared"] == seen.compared < 3

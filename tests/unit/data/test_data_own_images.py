@@ -23,7 +23,7 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
-from peft_vit.data import inspect as inspect_module
+from peft_vit.data import decoding as decoding_module
 from peft_vit.data import pixels as pixels_module
 from peft_vit.data.inspect import listed
 from peft_vit.data.pixels import cached_pixels
@@ -390,7 +390,7 @@ def test_every_image_is_decoded_once_and_its_pixels_are_those_of_a_study(tmp_pat
         decoded.append(os.path.basename(file))
         return decode_image(read, file, **named)
 
-    monkeypatch.setattr(inspect_module, "decode_image", counted)
+    monkeypatch.setattr(decoding_module, "decode_image", counted)
     file = tmp_path / "images.json"
     config = DataConfig(
         dataset="image-folder", path=str(root), images_file=str(file), image_size=20, validation_images=4, test_images=4
@@ -410,13 +410,13 @@ def test_every_image_is_decoded_once_and_its_pixels_are_those_of_a_study(tmp_pat
     for size, data in kept.items():
         for part in (data.train, data.validation):
             assert np.array_equal(part.pixels, cached_pixels(index, part.positions, size))
-    monkeypatch.setattr(inspect_module, "decode_image", lambda *_, **__: pytest.fail("it was inspected before"))
+    monkeypatch.setattr(decoding_module, "decode_image", lambda *_, **__: pytest.fail("it was inspected before"))
     with PixelStore([20]) as store:
         again = inspect_images(root, least=1, store=store)
         store.hand_over(index, make_splits(index, config, 0))  # nothing to hand over
     assert (again.names, again.left_out) == (seen.names, seen.left_out)
     assert np.array_equal(again.groups, seen.groups)
-    monkeypatch.setattr(inspect_module, "decode_image", decode_image)
+    monkeypatch.setattr(decoding_module, "decode_image", decode_image)
     for file in (cache_of_its_own / "inspected").iterdir():
         file.write_text('{"copies": [], "groups": []}')
     assert inspect_images(root, least=1).names == seen.names
