@@ -28,8 +28,8 @@ from PIL import Image
 from peft_vit.core.config import DEFAULT_MODEL
 from peft_vit.core.tasks.classification import ACCURACY
 from peft_vit.core.training import Features, fit_probe, held_out_fit
-from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of
-from peft_vit.data.inspect import links_of_one_label
+from peft_vit.data.inspection.copies import compared_thumbnail, copy_pairs, groups_of
+from peft_vit.data.inspection.inspect import links_of_one_label
 from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.deploy.features import embed_images, open_pretrained
 from peft_vit.runs.this_machine.machine import git_state

@@ -56,7 +56,7 @@ def written(folder: Path, count: int) -> Path:
 def read(root: Path) -> Iterator[tuple[str, float, float, float]]:
     """Read a folder twice; yield what was done, processor's and clock's seconds, and the peak of memory in MB."""
     from peft_vit.data import find_images, images_file, inspect_images
-    from peft_vit.data.decoding import read_heads
+    from peft_vit.data.inspection.decoding import read_heads
 
     for turn in ("first", "again"):
         found = find_images(root)

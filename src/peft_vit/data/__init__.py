@@ -9,18 +9,18 @@ from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.data.sources.folders import Images, find_images, index_inspected
 
 if TYPE_CHECKING:
-    from peft_vit.data.decoding import PixelStore
-    from peft_vit.data.duplicates import image_warnings
-    from peft_vit.data.holdout import images_file
-    from peft_vit.data.inspect import Inspection, inspect_images
+    from peft_vit.data.inspection.decoding import PixelStore
+    from peft_vit.data.inspection.duplicates import image_warnings
+    from peft_vit.data.inspection.holdout import images_file
+    from peft_vit.data.inspection.inspect import Inspection, inspect_images
     from peft_vit.data.load import images_of, load_data, open_index, smoke_config, thumbnails_of
     from peft_vit.data.splits import Splits, class_gaps, make_splits
 
 _WITH_TORCH = {
-    "decoding": ("PixelStore",),
-    "duplicates": ("image_warnings",),
-    "holdout": ("images_file",),
-    "inspect": ("Inspection", "inspect_images"),
+    "inspection.decoding": ("PixelStore",),
+    "inspection.duplicates": ("image_warnings",),
+    "inspection.holdout": ("images_file",),
+    "inspection.inspect": ("Inspection", "inspect_images"),
     "load": ("images_of", "load_data", "open_index", "smoke_config", "thumbnails_of"),
     "splits": ("Splits", "class_gaps", "make_splits"),
 }

@@ -16,8 +16,8 @@ from peft_vit.core.config import DATASETS, USUAL_TASK, DataConfig, licence_of
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data, HoldoutImages, LabelledImages
-from peft_vit.data.duplicates import copy_warnings, image_warnings
 from peft_vit.data.index import ImageIndex, check_class_names
+from peft_vit.data.inspection.duplicates import copy_warnings, image_warnings
 from peft_vit.data.pixels import split_pixels, thumbnail
 from peft_vit.data.splits import make_splits
 

@@ -27,7 +27,7 @@ from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics import probabilities
 from peft_vit.core.training import Features, can_hold_out, held_out_fit
 from peft_vit.data import ImageIndex, ImagesFile, images_file, index_inspected, inspect_images
-from peft_vit.data.inspect import listed
+from peft_vit.data.inspection.inspect import listed
 from peft_vit.deploy.export import fold_records
 from peft_vit.deploy.features import cached_features
 from peft_vit.deploy.formats.header import ExportMetadata

@@ -14,8 +14,8 @@ import numpy as np
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes, sha256_of
-from peft_vit.data.copies import SIDE, compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.files import open_tree
+from peft_vit.data.inspection.copies import SIDE, compared_thumbnail, copy_pairs, groups_of
 from peft_vit.data.pixels import decode_image, on_white, to_pixels
 from peft_vit.data.sources.folders import is_image
 

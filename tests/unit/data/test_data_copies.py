@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from peft_vit.data import ImagesFile, images_file, inspect_images
-from peft_vit.data.copies import compared_thumbnail, copy_pairs
-from peft_vit.data.inspect import links_of_one_label
+from peft_vit.data.inspection.copies import compared_thumbnail, copy_pairs
+from peft_vit.data.inspection.inspect import links_of_one_label
 from peft_vit.data.pixels import decode_image, to_pixels
 from peft_vit.data.sources.folders import find_images
 from peft_vit.label.exchange import adopt

@@ -25,7 +25,7 @@ from peft_vit.data import (
 )
 from peft_vit.data import decoding as decoding_module
 from peft_vit.data import pixels as pixels_module
-from peft_vit.data.inspect import listed
+from peft_vit.data.inspection.inspect import listed
 from peft_vit.data.pixels import cached_pixels
 
 

@@ -19,7 +19,7 @@ from peft_vit.core.tasks import TASKS
 from peft_vit.core.training import processes
 from peft_vit.data import existing, find_images, load_data, open_index
 from peft_vit.data.files import expanded_braces
-from peft_vit.data.inspect import inspect_images
+from peft_vit.data.inspection.inspect import inspect_images
 
 pytestmark = pytest.mark.part("runner")
 

@@ -22,11 +22,11 @@ from peft_vit.base.errors import UserError, named
 from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.core.training import fewest_groups
-from peft_vit.data.copies import groups_of, several, with_first
-from peft_vit.data.decoding import PixelStore, decoded_once
 from peft_vit.data.files import existing
 from peft_vit.data.index import check_class_names, numbered
-from peft_vit.data.neighbours import LEAST_SHARE, NUMBERED
+from peft_vit.data.inspection.copies import groups_of, several, with_first
+from peft_vit.data.inspection.decoding import PixelStore, decoded_once
+from peft_vit.data.inspection.neighbours import LEAST_SHARE, NUMBERED
 from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image, split_of
 from peft_vit.data.splits import class_gap, count_crossing
 

@@ -26,9 +26,9 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from peft_vit.base.errors import DataWarning
-from peft_vit.data.copies import groups_of
 from peft_vit.data.files import remembered
 from peft_vit.data.index import ImageIndex
+from peft_vit.data.inspection.copies import groups_of
 from peft_vit.data.pixels import FORMAT_VERSION, decoders, resizing_key, split_pixels
 from peft_vit.data.splits import SIDES, Splits, class_gaps, count_crossing, refuse_copies_across
 

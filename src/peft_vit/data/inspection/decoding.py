@@ -25,11 +25,11 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes
 from peft_vit.base.packages import cache_dir
 from peft_vit.core.config import Interpolation, Resize
-from peft_vit.data.copies import compared_thumbnail, copy_pairs, groups_of, with_first
-from peft_vit.data.duplicates import VERSION, grey_thumbnails, near_groups
 from peft_vit.data.files import FileTree, cache_fault, in_threads, raise_if_transient, read_once, remembered
 from peft_vit.data.index import ImageIndex
-from peft_vit.data.neighbours import neighbours_alike
+from peft_vit.data.inspection.copies import compared_thumbnail, copy_pairs, groups_of, with_first
+from peft_vit.data.inspection.duplicates import VERSION, grey_thumbnails, near_groups
+from peft_vit.data.inspection.neighbours import neighbours_alike
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
     REMEDY,

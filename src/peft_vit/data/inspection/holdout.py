@@ -10,9 +10,9 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics.drawing import assign_folds, stratified_sample
 from peft_vit.core.training import fewest_groups
-from peft_vit.data.copies import several
 from peft_vit.data.index import DIGEST_LETTERS, ImagesFile
-from peft_vit.data.inspect import Inspection
+from peft_vit.data.inspection.copies import several
+from peft_vit.data.inspection.inspect import Inspection
 
 # Of the different images, if the folder has no test split of its own.
 _HOLDOUT_SHARE, _FEWEST_TEST, _MOST_TEST = 0.2, 2, 2000
