@@ -171,7 +171,7 @@ def temperature_before(fit: Fit, recipe: Recipe, known: Recipe, longer: float) -
         longer: times the steps that follow from the recipe's.
     """
     task, sizes, last_steps = fit.images.task, fit.decisions.sizes, fit.costs.last_steps(recipe, longer)
-    if recipe.is_probe or not task.smooths or "label_smoothing" in fit.request.training_settings:
+    if recipe.is_probe or not task.smooths:
         return None
     if seeds := fit.frame.seeds(known):
         logits, labels, _ = fit.frame.pooled(known, seeds)
@@ -308,9 +308,8 @@ def _deliverable(fit: Fit, recipes: Sequence[Recipe], sizes: Sequence[int]) -> l
         return can_finish
     best = max(plain, key=lambda own: standing(frame, own))
     last = fit.costs.last_steps(best, max(1.0, fit.longest_done(best)))
-    better = [  # a regression is taken only if it is expected to be better
+    return [  # a regression is taken only if it is expected to be better
         number
         for number in can_finish
         if not recipes[number].is_probe or gain_of_training(fit, best, last, recipes[number].trained) <= 0
     ]
-    return better or can_finish

@@ -587,17 +587,19 @@ def check_images(request: FitRequest, emit: Callable[[str], object]) -> None:
         if request.metric != "auto":
             files.task.metric(request.metric)
         if request.test_images is not None and request.test_images + len(names) > len(labels):
-            reason = f"there are {len(labels):,} images, and others have to train"
-            raise _too_many("test_images", request.test_images, reason)
+            message = (
+                f"{request.test_images:,} are too many: there are {len(labels):,} images, and others have to train"
+            )
+            raise UserError(f"{message}; ask for fewer, or add images", field="test_images")
         if request.shots is not None:
             counts = files.task.counts(labels, len(names))
             if request.shots >= counts.min():
-                reason = f"class '{names[counts.argmin()]}' has {counts.min():,} images, and some have to test"
-                raise _too_many("shots_per_class", request.shots, reason)
-
-
-def _too_many(field: str, asked: int, reason: str) -> UserError:
-    return UserError(f"{asked:,} are too many: {reason}; ask for fewer, or add images", field=field)
+                message = (
+                    f"{request.shots:,} are too many: class '{names[counts.argmin()]}' has {counts.min():,} images"
+                )
+                raise UserError(
+                    f"{message}, and some have to test; ask for fewer, or add images", field="shots_per_class"
+                )
 
 
 # --- what is said meanwhile -------------------------------------------------------------------------------------------

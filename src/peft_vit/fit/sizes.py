@@ -286,13 +286,12 @@ def _score(fit: Fit, probe: Recipe, every: Sequence[Recipe], ends_at: float) -> 
     """Decide on the score of a regression, and with the first one on what all runs do alike."""
     costs, decisions, clock = fit.costs, fit.decisions, fit.limit.clock
     began_at, compared = clock(), costs.compared_images(every)
-    features_s, fits_s = compared * costs.image_s(probe), costs.fits_s(probe, compared, ways=1)
     found = _regress(fit, probe)
     if found.features_s:
-        factor = costs.image_pace(probe)
-        fit.image_paces.setdefault(probe.place, Pace()).add(found.features_s, features_s / factor)
+        planned_s = compared * costs.machine.image_s(costs.shape(probe))
+        fit.image_paces.setdefault(probe.place, Pace()).add(found.features_s, planned_s)
     if found.fit_s:
-        fit.fit_pace.add(found.fit_s, fits_s / fit.fit_pace.factor)
+        fit.fit_pace.add(found.fit_s, costs.fits_s(probe, compared, ways=1) / fit.fit_pace.factor)
     decisions.sizes[probe.place] = fit.images.scores.of(found.metrics)
     fit.save()
     is_first, choose = len(decisions.sizes) == 1, partial(_choose, fit, probe, clock() - began_at, ends_at)

@@ -75,25 +75,21 @@ def tune(
     with named_as_typed(TuneRequest), study_lock(request.output):
         fit = Fit(request, emit, environment or Environment(), started=started)
         fit.enter(request.output)
+        was_there = (fit.folder / IMAGES_FILE).exists()
         with fit.opened:
-            return _carry_out(fit, request)
-
-
-def _carry_out(fit: Fit, request: TuneRequest) -> Tuning | None:
-    was_there = (fit.folder / IMAGES_FILE).exists()
-    with fit.stage("look"):
-        look(fit)
-        keep_images(fit)
-    if fit.file.finished >= request.minutes and (model := tuned_model(fit.folder)) is not None:
-        fit.emit(f"This call was done before, its model is {model}. With more --minutes it tries more.")
-        return None
-    try:
-        allowed = allowed_sizes(fit)
-        fit.begun = True
-    finally:
-        if not (fit.begun or was_there):  # refused: another limit can be asked for
-            fit.images.file.unlink(missing_ok=True)
-    return fitted(fit, request, allowed)
+            with fit.stage("look"):
+                look(fit)
+                keep_images(fit)
+            if fit.file.finished >= request.minutes and (model := tuned_model(fit.folder)) is not None:
+                fit.emit(f"This call was done before, its model is {model}. With more --minutes it tries more.")
+                return None
+            try:
+                allowed = allowed_sizes(fit)
+                fit.begun = True
+            finally:
+                if not (fit.begun or was_there):  # refused: another limit can be asked for
+                    fit.images.file.unlink(missing_ok=True)
+            return fitted(fit, request, allowed)
 
 
 def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]]) -> Tuning:
@@ -207,12 +203,10 @@ def candidate_recipes(sizes: Sequence[SizeResult]) -> list[Recipe]:
     Args:
         sizes: the most promising first.
     """
-    weights = []
-    for (size, result), (rate, value), half in itertools.product(enumerate(sizes), enumerate(RATES), (False, True)):
-        steps = result.steps // 2 if half else result.steps
-        if steps >= LEAST_STEPS:
-            weights.append((size + 1.5 * rate + half, lora(result.model, result.image_size, steps, value)))
-    return [recipe for _, recipe in sorted(weights, key=lambda pair: pair[0])]  # stable
+    places = itertools.product(enumerate(sizes), enumerate(RATES), range(2))
+    by_distance = sorted(places, key=lambda place: place[0][0] + 1.5 * place[1][0] + place[2])  # stable
+    recipes = (lora(at.model, at.image_size, at.steps // (1 + half), rate) for (_, at), (_, rate), half in by_distance)
+    return [recipe for recipe in recipes if recipe.steps >= LEAST_STEPS]
 
 
 def worth_search(fit: Fit, sizes: Sequence[SizeResult], first: Recipe) -> list[SizeResult]:
