@@ -225,9 +225,9 @@ class FitCosts:
         if self.fit.request.main_study:
             return 0.0
         machine, images, image_s, rounded = self.machine, self.fit.images.num_dev, self.image_s(recipe), 0.0
-        if recipe.bits is not None and recipe.when == "after":  # for its predictions, and for its files
-            again_s = self._packed_s(recipe, images_rounded_by(recipe.bits))
-            rounded = self.rounding_s(recipe, [recipe.bits], min(MAX_REFERENCE_IMAGES, images)) + again_s
+        if bits := recipe.rounded_to:  # for its predictions, and for its files
+            again_s = self._packed_s(recipe, images_rounded_by(bits))
+            rounded = self.rounding_s(recipe, [bits], min(MAX_REFERENCE_IMAGES, images)) + again_s
         forms, folds = (1, 0) if self.fit.request.max_latency is None else (_FORMS, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * self.fit.fold_test_images * image_s)
@@ -301,8 +301,7 @@ class FitCosts:
 
     def _test_image_s(self, recipe: Recipe) -> float:
         """Return the seconds of a test image: of the probe and the model, and of it rounded, and as it was."""
-        rounded = recipe.bits is not None and recipe.when == "after"
-        return (4 if rounded else 2) * self.image_s(recipe)
+        return (4 if recipe.rounded_to else 2) * self.image_s(recipe)
 
     def tested_images(self, recipe: Recipe) -> int:
         """Return of how many test images a model is read; nothing is chosen by it."""

@@ -126,7 +126,7 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         run_dir,
         model_folder,
         meaning=choice.meaning,
-        bits=recipe.bits if recipe.when == "after" else None,
+        bits=recipe.rounded_to,
         fold_runs=[outcome.folder for outcome in choice.folds],
         max_bytes=choice.request.max_bytes,
         max_latency_s=choice.request.max_latency,
@@ -166,7 +166,7 @@ def configuration(choice: Tuning, record: RunRecord) -> str:
 def _again(choice: Tuning, record: RunRecord) -> list[str]:
     """Return the commands that train the model again."""
     commands = [f"peft-vit run {STUDY_COPY} --output again"]
-    if choice.recipe.when == "after":
+    if choice.recipe.rounded_to:
         commands.append(f"peft-vit export again/{record.spec.run_id} --bits {choice.recipe.bits} --output again.onnx")
     return commands
 

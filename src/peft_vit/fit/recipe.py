@@ -40,9 +40,14 @@ class Recipe:
         return METHOD_KINDS[self.method].trains == "head"
 
     @property
+    def rounded_to(self) -> QuantizationType | None:
+        """Return the number format to which it is rounded after training; None: it is not."""
+        return self.bits if self.when == "after" else None
+
+    @property
     def trained(self) -> Self:
         """Return what is trained for it: the same in float, where bits come after training."""
-        return replace(self, bits=None, when="never") if self.when == "after" else self
+        return replace(self, bits=None, when="never") if self.rounded_to else self
 
     @property
     def plain(self) -> Self:
@@ -104,8 +109,7 @@ class Recipe:
         """Return what its file takes, see `file_bytes`, with the features of so many training images."""
         packing = None
         if self.bits is not None:
-            after = self.when == "after"
-            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
+            packing = packing_of(list(shape.sites), self.bits) if self.rounded_to else self.sections(shape)["qa_lora"]
         values = shape.parameters + classes * (shape.head_inputs + 1)
         return (
             file_bytes(shape.sites, values, packing) + reference_bytes(shape, images) + GRAPH_BYTES * len(shape.sites)

@@ -269,6 +269,6 @@ def train_last(fit: Fit, recipe: Recipe, longer: float) -> tuple[Outcome, Outcom
             if outcome.steps < steps and not fit.num_validation:
                 fit.emit(f"  {outcome.steps} of {steps} steps, since they took longer than before")
         fit.save()
-    if recipe.when != "after" or recipe.bits is None:
+    if (bits := recipe.rounded_to) is None:
         return outcome, outcome
-    return outcome.with_logits(fit.rounded_logits(outcome.folder, [recipe.bits])[recipe.bits]), outcome
+    return outcome.with_logits(fit.rounded_logits(outcome.folder, [bits])[bits]), outcome

@@ -111,8 +111,8 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     with fit.stage("folds"):
         limit = fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
         known = know_by_folds(fit, first, probe, limit)
-        if form.when == "after" and form.bits is not None:
-            fit.quantize(known, [form.bits], limit)
+        if form.rounded_to:
+            fit.quantize(known, [form.rounded_to], limit)
     on_folds = replace(form, steps=known.steps)
     if fit.frame.seeds(first) and fit.frame.seeds(probe):
         done = _better_model(fit, done, first, probe)
