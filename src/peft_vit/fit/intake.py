@@ -212,9 +212,12 @@ def keep_images(fit: Fit) -> None:
 
 
 def _refuse_others(images: LabelledSet) -> None:
-    kept, now = ImagesFile.read(images.file), images.content
-    compared = [name for name in ImagesFile.model_fields if name not in ("left_out", "asked", "digests", "labels")]
-    if changed := [name for name in compared if getattr(kept, name) != getattr(now, name)]:
+    try:
+        kept = json.loads(read_bytes(images.file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't be read ({error}); choose another --output", file=images.file) from None
+    now = images.content.model_dump(mode="json", exclude={"left_out", "asked", "digests", "labels"})
+    if changed := [name for name in now if kept.get(name) != now[name]]:
         what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
         place = images.file.parent
         message = f"holds other images than when {place} was begun: {what}; put them back, or choose another"
