@@ -145,7 +145,7 @@ def corrected_since(images: LabelledSet, folders: Iterable[Path]) -> str:
     for folder in folders:
         with suppress(UserError):  # not done, or damaged
             record = finished_record(folder)
-            if record.spec.smoke or {record.spec.task, images.task.name} != {USUAL_TASK}:
+            if record.spec.smoke or TASKS[record.spec.task] is not images.task or images.task is not TASKS[USUAL_TASK]:
                 continue
             tested = _tested(record, ImagesFile.read(folder / IMAGES_FILE))
             both = [(*tested[image], label) for image, label in now.items() if image in tested]

@@ -15,7 +15,8 @@ from written_images import save, zip_of
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.config import DataConfig
-from peft_vit.data import duplicates, image_warnings, load_data, make_splits, open_index
+from peft_vit.data import image_warnings, load_data, make_splits, open_index
+from peft_vit.data.inspection import duplicates
 from peft_vit.data.sources.packaged import read_idx
 from peft_vit.data.splits import count_crossing
 

@@ -18,11 +18,11 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import read_bytes
 from peft_vit.core.config import DataConfig
 from peft_vit.core.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.data import decoding as decoding_module
 from peft_vit.data import files as files_module
 from peft_vit.data import find_images, images_file, index_inspected, inspect_images, load_data, make_splits, open_index
 from peft_vit.data import pixels as pixels_module
 from peft_vit.data.index import ImagesFile
+from peft_vit.data.inspection import decoding as decoding_module
 from peft_vit.data.pixels import cached_pixels, decode_image
 
 

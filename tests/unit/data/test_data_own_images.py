@@ -23,8 +23,8 @@ from peft_vit.data import (
     make_splits,
     open_index,
 )
-from peft_vit.data import decoding as decoding_module
 from peft_vit.data import pixels as pixels_module
+from peft_vit.data.inspection import decoding as decoding_module
 from peft_vit.data.inspection.inspect import listed
 from peft_vit.data.pixels import cached_pixels
 
