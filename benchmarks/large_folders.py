@@ -6,8 +6,8 @@ through `train` with that method instead. Seconds are those of the processor, so
 count, beside those of the clock; memory of a call's processes has each page once (PSS). A row a line goes to
 `benchmarks/results/large_folders.csv`.
 
-Files that the system has in memory are hashed in 30, 33 and 39 us each, of 2,000, 20,000 and 200,000. What is read from
-the disk takes twice that, as most of 200,000 do at first: hence a power above 1 in the figure.
+Files that the system has in memory are hashed in 30, 33 and 39 us each, of 2,000, 20,000 and 200,000; a first pass of
+200,000 took 74 to 94. That the disk is the cause, and of the figure's power above 1, is likely; it was not shown.
 
     python benchmarks/large_folders.py 2000 20000 200000
     python benchmarks/large_folders.py 20000 --train linear --minutes 5
