@@ -29,7 +29,15 @@ from peft_vit.core.config import Flips, HeadBlocks, Resize, study_from_mapping, 
 from peft_vit.core.methods import METHODS
 from peft_vit.core.records import Metrics
 from peft_vit.core.tasks import Labels, Scores, expected_gain, metric_of
-from peft_vit.core.training import Features, RuntimeConfig, can_hold_out, head_inputs, held_out_fit, loss_weights
+from peft_vit.core.training import (
+    Features,
+    RuntimeConfig,
+    can_hold_out,
+    groups_left_out,
+    head_inputs,
+    held_out_fit,
+    loss_weights,
+)
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.deploy.page.formatting import joined
 from peft_vit.fit.costs import LEAST_STEPS, LONG_S, SIZES_SHARE
@@ -443,7 +451,7 @@ def regress(
         on_progress: gets how many features are there, and of how many.
 
     Raises:
-        UserError: as `load_data`, `load_run_backbone`; and if a class has one image alone.
+        UserError: as `load_data`, `load_run_backbone`.
     """
     (run,) = plan_study(study_from_mapping(dict(study), file=study["name"]), results_dir, file=None).runs
     spec = run.spec
@@ -451,11 +459,12 @@ def regress(
     data, model = loaded.data, loaded.backbone.model.requires_grad_(False)
     shared = SharedFeatures(model, spec, loaded.made_ready(), [], loaded.runtime, data.task, on_progress)
     began = time.perf_counter()
-    features, groups = shared.of_training(data.train), data.groups[data.train.positions]
+    features = shared.of_training(data.train)
     computed = time.perf_counter()
     weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
     class_weights = None if weights is None else weights.double().numpy()
-    task, labels, strata = data.task, features.labels[: len(groups)], data.task.strata(data.train.labels)
+    task, labels, strata = data.task, data.train.labels, data.task.strata(data.train.labels)
+    groups = groups_left_out(strata, data.groups[data.train.positions])
     scores, by_image_of_half = Scores(task, metric_of(spec)), None
 
     def held_out(part: NDArray[np.bool_]) -> NDArray[np.float64]:

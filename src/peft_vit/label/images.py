@@ -94,7 +94,7 @@ class ImageFolder:
         if self._alike:
             return
         places = list[int]()
-        thumbnails = np.empty((len(self.names), SIDE, SIDE, 3), np.float16)  # exact: means of four values of 8 bits
+        thumbnails = np.empty((len(self.names), SIDE, SIDE, 3), np.float16)
         for i, name in enumerate(self.names):
             with suppress(UserError, OSError):
                 path = self._inside(i)

@@ -25,6 +25,7 @@ from peft_vit.core.training import (
     RuntimeConfig,
     can_hold_out,
     fit_probe,
+    groups_left_out,
     head_inputs,
     head_logits,
     held_out_fit,
@@ -61,10 +62,8 @@ def init_head(
         metric = data.task.metric(spec.experiment.training.metric)
         is_probe = spec.experiment.is_probe
         if of_validation is None and (len(strengths) > 1 or not is_probe):
-            groups = data.groups[data.train.positions]  # copies are left out together
             strata = data.task.strata(data.train.labels)
-            if not can_hold_out(strata, groups):
-                groups = np.arange(len(groups))
+            groups = groups_left_out(strata, data.groups[data.train.positions])  # copies together
             if is_probe and not can_hold_out(strata, groups):  # a class of one image
                 chosen = max(strengths)
             else:

@@ -10,6 +10,7 @@ from peft_vit.core.training.linear_probe import (
     can_hold_out,
     fewest_groups,
     fit_probe,
+    groups_left_out,
     head_inputs,
     head_logits,
     held_out_fit,

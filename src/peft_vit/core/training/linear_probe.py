@@ -121,16 +121,29 @@ def can_hold_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> bool:
 
 def fewest_groups(strata: NDArray[Any], groups: NDArray[np.int64]) -> int:
     """Return of how many groups (n,) the rarest of the strata (n,) or (n, S) is; 0: there is none."""
-    overlap = strata.ndim > 1
-    members = strata[:, strata.any(0)].T if overlap else (strata == stratum for stratum in np.unique(strata))
-    return min((len(np.unique(groups[images])) for images in members), default=0)
+    return min((len(np.unique(groups[images])) for images in _members(strata)), default=0)
+
+
+def groups_left_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return groups (n,) as they are, or each image alone where one of the strata would have no other group."""
+    return groups if can_hold_out(strata, groups) else np.arange(len(groups))
+
+
+def _members(strata: NDArray[Any]) -> Iterator[NDArray[np.bool_]]:
+    """Yield which images (n,) are of each of the strata (n,) or (n, S) that occur."""
+    if strata.ndim > 1:
+        yield from strata[:, strata.any(0)].T
+    else:
+        yield from (strata == stratum for stratum in np.unique(strata))
 
 
 def _can_be_left_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return which images (n,) leave another group to each of their strata, (n,) or (n, S)."""
-    members = strata.T if strata.ndim > 1 else (strata == stratum for stratum in np.unique(strata))
-    alone = [images for images in members if images.any() and len(np.unique(groups[images])) < 2]
-    return ~np.any([np.zeros(len(groups), dtype=bool), *alone], axis=0)
+    held = np.ones(len(groups), dtype=bool)
+    for images in _members(strata):
+        if len(np.unique(groups[images])) < 2:
+            held &= ~images
+    return held
 
 
 def held_out_fit(
@@ -171,7 +184,8 @@ def held_out_fit(
         z, train.labels, np.tile(groups, len(z) // len(groups)), ordered, weights
     )
     if in_closed_form is None:
-        held_out = _held_out_logits(train, groups, held, ordered, class_weights, seed)
+        fold_of = _folds(strata, groups, held, seed)
+        held_out = _held_out_logits(train, fold_of, ordered, class_weights)
     else:
         held_out = (np.where(held[:, None], outputs[: len(groups)], np.nan) for outputs in in_closed_form)
     quality: list[Any] = []
@@ -185,23 +199,23 @@ def held_out_fit(
     return ordered[best], chosen
 
 
-def _held_out_logits(
-    train: Features,
-    groups: NDArray[np.int64],
-    held: NDArray[np.bool_],
-    strengths: Sequence[float],
-    class_weights: Floats | None,
-    seed: int,
-) -> Iterator[Floats]:
-    """Yield logits (n, classes) of images by heads that were not fitted to them, for each strength; NaN if not held.
+def _folds(strata: NDArray[Any], groups: NDArray[np.int64], held: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+    """Return in which of five folds images are left out, (n,), fewer if a class has fewer; -1 if they are not held."""
+    fold_of, strata, groups = np.full(len(held), -1), strata[held], groups[held]
+    count = min(_FOLDS, max(2, fewest_groups(strata, groups)))
+    fold_of[held] = assign_folds(strata, groups, count, numpy_generator(seed, "held_out"))
+    return fold_of
 
-    A head is fitted to the images outside of each of five folds, fewer if a class has fewer images, in every way in
-    which training shows them, and predicts the fold's as they are.
+
+def _held_out_logits(
+    train: Features, fold_of: NDArray[np.int64], strengths: Sequence[float], class_weights: Floats | None
+) -> Iterator[Floats]:
+    """Yield logits (n, classes) of images by heads that were not fitted to them, for each strength; NaN if in no fold.
+
+    A head is fitted to the images outside of each fold (n,), in every way in which training shows them, and predicts
+    the fold's as they are.
     """
-    images, task = len(groups), train.task
-    strata, fold_of = task.strata(train.labels[:images])[held], np.full(images, -1)
-    folds = min(_FOLDS, max(2, fewest_groups(strata, groups[held])))
-    fold_of[held] = assign_folds(strata, groups[held], folds, numpy_generator(seed, "held_out"))
+    images, folds, task = len(fold_of), int(fold_of.max()) + 1, train.task
     of_fold = [train.values[:images][fold_of == fold].astype(np.float64) for fold in range(folds)]  # (images, D) each
 
     def heads(fold: int) -> Iterator[tuple[Floats, Floats, float, float, float]]:

@@ -27,11 +27,11 @@ _LEAST_LIKELY = 0.8  # of details then; of planted copies of stamps, emoji and d
 _BLOCK, _PAIRS = 1024, 128  # images whose candidates are looked for at once, and pairs that are aligned, in the cache
 
 
-def copy_pairs(thumbnails: Floats) -> NDArray[np.int64]:
+def copy_pairs(thumbnails: NDArray[np.float16]) -> NDArray[np.int64]:
     """Return pairs of images that are copies, (M, 2), the lower number first.
 
     Args:
-        thumbnails: (N, 32, 32, 3), 0 to 255.
+        thumbnails: (N, 32, 32, 3), see `compared_thumbnail`.
     """
     count, grey = len(thumbnails), thumbnails.mean(3, dtype=np.float32)  # (N, 32, 32)
     colors = thumbnails.mean((1, 2), dtype=np.float32) - grey.mean((1, 2))[:, None]  # (N, 3)
@@ -75,11 +75,13 @@ def several(groups: np.ndarray) -> list[list[int]]:
     return [part.tolist() for part in np.split(order, cuts) if len(part) > 1]
 
 
-def compared_thumbnail(pixels: NDArray[np.uint8]) -> Floats:
-    """Return the thumbnail (32, 32, 3) of an image (64, 64, 3), or thumbnails (N, 32, 32, 3) of several."""
+def compared_thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """Return the thumbnail (32, 32, 3) of an image (64, 64, 3), or thumbnails (N, 32, 32, 3) of several.
+
+    Means of four values of 8 bits, which 16 bits hold exactly.
+    """
     halves = pixels.astype(np.float32).reshape(*pixels.shape[:-3], SIDE, 2, SIDE, 2, -1)
-    thumbnail: Floats = halves.mean((-4, -2))  # (..., 32, 2, 32, 2, 3) -> (..., 32, 32, 3)
-    return thumbnail
+    return halves.mean((-4, -2)).astype(np.float16)  # (..., 32, 2, 32, 2, 3) -> (..., 32, 32, 3)
 
 
 def _candidates(first: Floats, second: Floats, usable: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -240,5 +240,4 @@ def _decode(tree: FileTree, name: str, store: PixelStore) -> _One | str:
     mark = repr(((facts.short, facts.long), image.size)).encode()
     digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
     pixels = [to_pixels(image, size, 3, store.interpolation, store.resize) for size in store.sizes]
-    thumbnail = compared_thumbnail(to_pixels(image, _COMPARED_SIDE, 3)).astype(np.float16)  # to the bit
-    return _One(facts, digest, thumbnail, pixels)
+    return _One(facts, digest, compared_thumbnail(to_pixels(image, _COMPARED_SIDE, 3)), pixels)

@@ -155,7 +155,8 @@ class RayExecutor:
         channel = ray.remote(Channel).options(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver)
         self._channel: Any = channel.remote()  # of a type that Ray makes up
         self._answer: ray.ObjectRef | None = None
-        options = {"max_retries": 0, "runtime_env": {"env_vars": _task_variables()}}
+        variables = {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
+        options = {"max_retries": 0, "runtime_env": {"env_vars": SURROUNDINGS | _PRIORITY | variables}}
         self._task: Any = ray.remote(carry_out).options(
             num_cpus=need.cpus, num_gpus=need.gpus, memory=need.resources["memory"], **options
         )
@@ -264,11 +265,6 @@ class RayExecutor:
             attempt = self._attempts.pop(number)
             ray.cancel(attempt.task)
             self._lose(attempt, f"{refusal}; the same command continues when the cluster has one", "killed")
-
-
-def _task_variables() -> dict[str, str]:
-    """Return the environment of tasks, in which what the user has set stands."""
-    return SURROUNDINGS | _PRIORITY | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
 
 
 def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Executor:
