@@ -66,6 +66,19 @@ def test_a_nested_loop_is_left_after_a_few_values_and_its_time_is_reckoned(timed
         choice.usable(CPU)
 
 
+def test_a_moment_in_which_the_machine_stood_still_is_no_reason_to_leave_a_product(timed, monkeypatch) -> None:
+    timed(int_mm=0.002, qlinear=0.004)
+    took, still = products._seconds, iter([0.0045] * 3)
+
+    def of_a_busy_machine(x: torch.Tensor, linear: tuple[str | None, int]) -> float:
+        return took(x, linear) if linear[0] is None else next(still, took(x, linear))
+
+    monkeypatch.setattr(products, "_seconds", of_a_busy_machine)
+    choice = time_matmuls(CPU)
+    assert choice.usable(CPU) == LOOP
+    assert choice.seconds == pytest.approx(0.002)
+
+
 def test_slow_is_several_times_floats_time_and_none_is_none() -> None:
     assert MatmulTimes(LOOP, 0.99 * SLOW, 1.0).usable(CPU) == LOOP
     with pytest.raises(UserError, match="go on elsewhere") as caught:
