@@ -8,8 +8,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -17,7 +19,7 @@ import typer
 from pydantic import Field, field_validator, model_validator
 
 from peft_vit.base import console
-from peft_vit.base.console import OnProgress, progress, quoted
+from peft_vit.base.console import OnProgress, no_progress, progress, quoted
 from peft_vit.base.errors import UserError, named, printable
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import into_empty, refuse_existing
@@ -38,7 +40,7 @@ from peft_vit.core.config import (
 from peft_vit.fit.request import BITS, WEIGHTS
 
 if TYPE_CHECKING:
-    from peft_vit.deploy import Classifier, ImageFile
+    from peft_vit.deploy import Classifier, ImageFile, Prediction
     from peft_vit.deploy.export import Exported
 
     _Format = str
@@ -415,40 +417,54 @@ def predict(request: PredictRequest) -> None:
         print(f"images unlike those of training are not marked: {reason}", file=sys.stderr)
     if request.explain is not None:
         _write_pictures(request.explain, files, classifier)
-    to_file = request.output is not None
-    printed = _Rows() if to_file else PRINTED[format](columns, files, classes)
-    predicted = right = unlike = 0
-    rows_show_it = not to_file and sys.stdout.isatty() and sys.stderr.isatty()
-    with nullcontext() if rows_show_it else progress("predicting", sys.stderr) as on_progress:
-        for done, outcome in enumerate(predict_files(classifier, images, request.coverage, request.top), start=1):
-            if on_progress is not None:
-                on_progress(done, len(images))
-            if isinstance(outcome, UserError):
-                print(f"error: {outcome}", file=sys.stderr, flush=True)
-                continue
-            assert outcome.file is not None
-            predicted += 1
-            right += outcome.class_name == outcome.file.parent.name
-            unlike += bool(outcome.unlike)
-            cells = [str(outcome.file), *shown.cells(outcome, with_sets).values()]
-            cells += [] if outcome.unlike is None else [outcome.unlike]
-            printed.add(dict(zip(columns, map(_printable, cells), strict=True)))
-    printed.end()
+    counts = Counter[str]()
+    rows_show_it = request.output is None and sys.stdout.isatty() and sys.stderr.isatty()
+    with nullcontext(no_progress) if rows_show_it else progress("predicting", sys.stderr) as on_progress:
+        predictions = predict_files(classifier, images, request.coverage, request.top)
+        outcomes = _counted(predictions, len(images), counts, on_progress)
+        cells = (
+            [str(one.file), *shown.cells(one, with_sets).values(), *([] if one.unlike is None else [one.unlike])]
+            for one in outcomes
+        )
+        rows = (dict(zip(columns, map(_printable, values), strict=True)) for values in cells)
+        if request.output is not None:
+            kept = [row if format == "json" else _flat(row) for row in rows]
+        else:
+            longest = {
+                "file": max((len(printable(str(image.file))) for image in files), default=0),
+                "class": max((len(printable(name)) for name in classes), default=0),
+            }
+            print_rows(format, columns, rows, longest)
+    predicted = counts["predicted"]
     if request.output is not None:
         from peft_vit.deploy.page.printed import write_rows
 
-        write_rows(
-            printed.rows if format == "json" else [*map(_flat, printed.rows)], request.output, dict.fromkeys(columns)
-        )
+        write_rows(kept, request.output, dict.fromkeys(columns))
         print(f"{predicted:,} images: {request.output}")
     if is_labelled and predicted:
-        print(f"right on {right:,} of {predicted:,}, by the names of their folders", file=sys.stderr)
+        print(f"right on {counts['right']:,} of {predicted:,}, by the names of their folders", file=sys.stderr)
     if request.coverage is not None and predicted:
         print(f"{shown.holds.format(100 * request.coverage)}, if they are like those of training", file=sys.stderr)
-    if unlike:
+    if unlike := counts["unlike"]:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):
         raise typer.Exit(1)
+
+
+def _counted(
+    outcomes: Iterable[Prediction | UserError], images: int, counts: Counter[str], on_progress: OnProgress
+) -> Iterator[Prediction]:
+    """Yield the predictions among outcomes, and count them; the others are told."""
+    for done, outcome in enumerate(outcomes, start=1):
+        on_progress(done, images)
+        if isinstance(outcome, UserError):
+            print(f"error: {outcome}", file=sys.stderr, flush=True)
+            continue
+        assert outcome.file is not None
+        counts["predicted"] += 1
+        counts["right"] += outcome.class_name == outcome.file.parent.name
+        counts["unlike"] += bool(outcome.unlike)
+        yield outcome
 
 
 def _write_pictures(folder: Path, images: Sequence[ImageFile], classifier: Classifier) -> None:
@@ -510,62 +526,33 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Rows:
-    """Rows that are kept."""
+def print_rows(
+    format: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], longest: Mapping[str, int]
+) -> None:
+    """Print rows as they come.
 
-    def __init__(self) -> None:
-        self.rows: list[Mapping[str, Any]] = []
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        self.rows.append(row)
-
-    def end(self) -> None:
-        pass
-
-
-class _Json(_Rows):
-    """A list of objects, one a line."""
-
-    def __init__(self, *_: object) -> None:
-        self.lead = "[\n "
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        print(self.lead + json.dumps(row, ensure_ascii=False), end="", flush=True)
-        self.lead = ",\n "
-
-    def end(self) -> None:
-        print("\n]" if self.lead.startswith(",") else "[]")
-
-
-class _Csv(_Rows):
-    """A header and a line each."""
-
-    def __init__(self, columns: Sequence[str], *_: object) -> None:
-        self.writer = csv.writer(sys.stdout, lineterminator="\n")
-        self.writer.writerow(columns)
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        self.writer.writerow(_flat(row).values())
-        sys.stdout.flush()
-
-
-class _Table(_Rows):
-    """Columns on a terminal, as wide as the longest name; in a pipe what `cut` takes."""
-
-    def __init__(self, columns: Sequence[str], files: Sequence[ImageFile], classes: Sequence[str]) -> None:
-        self.widths: dict[str, int] = {}
-        if sys.stdout.isatty():
-            longest = {
-                "file": max((len(printable(str(image.file))) for image in files), default=0),
-                "class": max(len(printable(name)) for name in classes),
-            }
-            self.widths = {name: max(len(name), longest.get(name.partition("_")[0], 0)) for name in columns}
-        self.add(dict(zip(columns, columns, strict=True)))
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        texts = {name: f"{cell:.4f}" if isinstance(cell, float) else cell for name, cell in _flat(row).items()}
-        padded = [text.ljust(self.widths.get(name, 0)) for name, text in texts.items()]
-        print(("  " if self.widths else "\t").join(padded).rstrip(" "), flush=True)
-
-
-PRINTED: dict[str, Callable[..., _Rows]] = {"table": _Table, "csv": _Csv, "json": _Json}
+    Args:
+        format: csv; json, a list of objects, one a line; or table, columns on a terminal, in a pipe what `cut` takes.
+        columns: of the rows.
+        rows: plain values by column.
+        longest: letters of the longest cell of a table's columns, by the first word of their names.
+    """
+    if format == "json":
+        lead = "[\n "
+        for row in rows:
+            print(lead + json.dumps(row, ensure_ascii=False), end="", flush=True)
+            lead = ",\n "
+        print("\n]" if lead.startswith(",") else "[]")
+    elif format == "csv":
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(_flat(row))
+            sys.stdout.flush()
+    else:
+        is_terminal = sys.stdout.isatty()
+        widths = {name: max(len(name), longest.get(name.partition("_")[0], 0)) for name in columns}
+        for row in chain([dict(zip(columns, columns, strict=True))], rows):
+            texts = {name: f"{cell:.4f}" if isinstance(cell, float) else cell for name, cell in _flat(row).items()}
+            cells = [text.ljust(widths[name]) if is_terminal else text for name, text in texts.items()]
+            print(("  " if is_terminal else "\t").join(cells).rstrip(" "), flush=True)

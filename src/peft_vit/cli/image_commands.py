@@ -17,7 +17,7 @@ from peft_vit.base.errors import UserError, printable
 from peft_vit.base.extras import missing_packages, require_extra
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, command
-from peft_vit.cli.deploy_commands import GIVEN_IMAGES, PRINTED, ModelRequest, refuse_swapped
+from peft_vit.cli.deploy_commands import GIVEN_IMAGES, ModelRequest, print_rows, refuse_swapped
 from peft_vit.core.config import DEFAULT_MODEL, SEEDS, named_as_typed
 from peft_vit.fit.request import GROUP, IMAGES, MODEL, WEIGHTS
 
@@ -235,10 +235,9 @@ def similar(request: SimilarRequest) -> None:
         print(f"error: {error}", file=sys.stderr)
     found = zip((tree.location / name for name in names), cosines(features, query[0]).tolist(), strict=True)
     others = [(file, cosine) for file, cosine in found if file != request.image.resolve()]
-    printed = PRINTED["json" if request.json_ else "table"](["file", "cosine"], [], ["cosine"])
-    for file, cosine in sorted(others, key=lambda other: -other[1])[: request.top]:
-        printed.add({"file": printable(str(file)), "cosine": cosine})
-    printed.end()
+    nearest = sorted(others, key=lambda other: -other[1])[: request.top]
+    rows = [{"file": printable(str(file)), "cosine": cosine} for file, cosine in nearest]
+    print_rows("json" if request.json_ else "table", ["file", "cosine"], rows, {})
     if unreadable:
         raise typer.Exit(1)
 
