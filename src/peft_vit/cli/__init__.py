@@ -39,8 +39,7 @@ def _group() -> None:
     assert commands.keys() == set(names)
     app.registered_commands[:] = [commands[name] for name in names]
     for command in commands.values():
-        paragraphs = inspect.cleandoc(command.callback.__doc__ or "").replace("Exit codes:", "\n\nExit codes:")
-        command.help = "\n\n".join(" ".join(text.split()) for text in paragraphs.split("\n\n"))
+        command.help = re.sub(r"Exit\s+codes:", "\n\nExit codes:", inspect.cleandoc(command.callback.__doc__ or ""))
 
 
 _group()
