@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -13,6 +14,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperGroup
 
 from peft_vit.base.settings import Option, Request
+from peft_vit.core.config import named_as_typed
 
 _Request = TypeVar("_Request", bound=Request)
 ROWS_FILE = "Also write the values, unrounded, to this .csv or .json file."
@@ -58,8 +60,15 @@ app = typer.Typer(
 )
 
 
-def command(request: type[_Request]) -> Callable[[Callable[[_Request], None]], Callable[[_Request], None]]:
-    """Add a function of a request as a command of its name, whose arguments and options are the request's fields."""
+def command(
+    request: type[_Request], *, names_keys: bool = False
+) -> Callable[[Callable[[_Request], None]], Callable[[_Request], None]]:
+    """Add a function of a request as a command of its name, whose arguments and options are the request's fields.
+
+    Args:
+        request: what the function takes.
+        names_keys: whether its errors name keys of a study's file, not the options that fill them in.
+    """
 
     def add(function: Callable[[_Request], None]) -> Callable[[_Request], None]:
         parameters = [_parameter(name, field, request.option(name)) for name, field in request.model_fields.items()]
@@ -67,7 +76,8 @@ def command(request: type[_Request]) -> Callable[[Callable[[_Request], None]], C
         @functools.wraps(function)
         def call(**typed: Any) -> None:
             given = {option.name: typed[option.name] for option in parameters if typed[option.name] != option.default}
-            function(request.of(**given))
+            with nullcontext() if names_keys else named_as_typed(request):
+                function(request.of(**given))
 
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # which typer reads
         call.__annotations__ = {option.name: option.annotation for option in parameters}

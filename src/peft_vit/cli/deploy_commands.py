@@ -34,7 +34,6 @@ from peft_vit.core.config import (
     exported_format,
     format_of_name,
     is_bundle,
-    named_as_typed,
     type_of_bits,
 )
 from peft_vit.fit.request import BITS, WEIGHTS
@@ -198,7 +197,6 @@ class ExportRequest(Request):
 
 
 @command(ExportRequest)
-@named_as_typed(ExportRequest)
 def export(request: ExportRequest) -> None:
     """Write a trained model as a file that runs elsewhere, or the history of runs for other tools."""
     if request.bundle is not None:
@@ -387,7 +385,6 @@ class PredictRequest(ModelRequest):
 
 
 @command(PredictRequest)
-@named_as_typed(PredictRequest)
 def predict(request: PredictRequest) -> None:
     """Print the class of each image and how probable it is.
 

@@ -18,7 +18,7 @@ from peft_vit.base.extras import missing_packages, require_extra
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.cli.deploy_commands import GIVEN_IMAGES, ModelRequest, print_rows, refuse_swapped
-from peft_vit.core.config import DEFAULT_MODEL, SEEDS, named_as_typed
+from peft_vit.core.config import DEFAULT_MODEL, SEEDS
 from peft_vit.fit.request import GROUP, IMAGES, MODEL, WEIGHTS
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class LabelledRequest(ModelRequest):
 
 
 @command(LabelledRequest)
-@named_as_typed(LabelledRequest)
 def test(request: LabelledRequest) -> None:
     """Test a trained model on new labelled images: its score, the change to its own test, and a page.
 
@@ -159,7 +158,6 @@ class EmbedRequest(_FeaturesRequest):
 
 
 @command(EmbedRequest)
-@named_as_typed(EmbedRequest)
 def embed(request: EmbedRequest) -> None:
     """Write the features of images: what the head of a trained or pretrained model sees.
 
@@ -205,7 +203,6 @@ class SimilarRequest(_FeaturesRequest):
 
 
 @command(SimilarRequest)
-@named_as_typed(SimilarRequest)
 def similar(request: SimilarRequest) -> None:
     """Print the images that are most like one, by the cosine of their features to its own.
 
@@ -277,7 +274,6 @@ class ReviewRequest(_FeaturesRequest):
 
 
 @command(ReviewRequest)
-@named_as_typed(ReviewRequest)
 def review(request: ReviewRequest) -> None:
     """List images whose label is probably wrong, those believed least first.
 

@@ -16,7 +16,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import command
-from peft_vit.core.config import TASKS_SAID, TaskName, named_as_typed
+from peft_vit.core.config import TASKS_SAID, TaskName
 
 if TYPE_CHECKING:
     from peft_vit.label.corrections import Checking
@@ -83,7 +83,6 @@ class LabelRequest(Request):
 
 
 @command(LabelRequest)
-@named_as_typed(LabelRequest)
 def label(request: LabelRequest) -> None:
     """Label a folder of images in your browser, those first that a model gains most from.
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 from peft_vit.base.console import progress, some_of
 from peft_vit.base.settings import Option, Request
 from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
-from peft_vit.core.config import EXPORTS, OnlyWith, named_as_typed, named_backbone, several
+from peft_vit.core.config import EXPORTS, OnlyWith, named_backbone, several
 from peft_vit.fit.request import MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "core" / "config" / "examples"
@@ -46,7 +46,6 @@ class BenchRequest(Request):
 
 
 @command(BenchRequest)
-@named_as_typed(BenchRequest)
 def bench(request: BenchRequest) -> None:
     """Time trained models on this machine, beside one in float32.
 
@@ -108,7 +107,6 @@ class CheckRequest(Request):
 
 
 @command(CheckRequest)
-@named_as_typed(CheckRequest)
 def check(request: CheckRequest) -> None:
     """Try with random weights whether a model can be fine-tuned, layer by layer, and exported."""
     formats = ("onnx", "openvino") if request.openvino else ("onnx",)
@@ -165,12 +163,9 @@ def example(
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table()
-    table.add_column(header[0], no_wrap=True)  # names are for copying
-    for name in header[1:]:
-        table.add_column(name)
+    table = Table(Column(header[0], no_wrap=True), *header[1:])  # names are for copying
     for row in rows:
         table.add_row(*map(str, row))
     Console().print(table)

@@ -34,7 +34,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 ResultsDir = Annotated[Path, typer.Argument(metavar="RESULTS", help=_RESULTS, show_default=False)]
 
 
-@command(RunRequest)
+@command(RunRequest, names_keys=True)
 def run(request: RunRequest) -> None:
     """Do all runs of a study that are not done yet.
 
@@ -51,7 +51,7 @@ def run(request: RunRequest) -> None:
         _sum_up(run_studies(request), request.results_dir)
 
 
-@command(StudiesRequest)
+@command(StudiesRequest, names_keys=True)
 def plan(request: StudiesRequest) -> None:
     """Check a study, and say what each run will take: seconds and memory.
 
@@ -337,7 +337,7 @@ class RecommendRequest(Request):
     )
 
 
-@command(RecommendRequest)
+@command(RecommendRequest, names_keys=True)
 def recommend(request: RecommendRequest) -> None:
     """Name the smallest configuration of a study that is shown to lose less than --margin against the best.
 
