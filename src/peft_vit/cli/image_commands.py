@@ -70,8 +70,6 @@ def test(request: LabelledRequest) -> None:
         raise UserError(reason, file=request.images)
     with progress("testing", sys.stderr) as on_progress:
         tested = score_images(classifier, images, record, on_progress)
-    for error in tested.unreadable:
-        print(f"error: {error}", file=sys.stderr)
     print("\n".join(map(printable, later_lines(tested))))
     names = dict(zip(tested.predictions.images, tested.predictions.files or (), strict=True))
 
@@ -85,7 +83,14 @@ def test(request: LabelledRequest) -> None:
         return later_document(tested, printable(images.path.resolve().stem), pictures)
 
     _write_images_page(document, f"peft-vit predict {quoted(request.model)} IMAGES", request.output)
-    if tested.unreadable:
+    _end(tested.unreadable)
+
+
+def _end(unreadable: Sequence[UserError]) -> None:
+    """Name the images that can't be read; if there are any, that is the exit code."""
+    for error in unreadable:
+        print(f"error: {error}", file=sys.stderr)
+    if unreadable:
         raise typer.Exit(1)
 
 
@@ -181,13 +186,10 @@ def embed(request: EmbedRequest) -> None:
         places, features, unreadable = embed_images(model, card, images, on_progress)
     if not places:
         raise unreadable[0]
-    for error in unreadable:
-        print(f"error: {error}", file=sys.stderr)
     read = [images[place] for place in places]
     write_features([image.file for image in read if isinstance(image, ImageFile)], features, output)
     print(f"{len(places):,} images, {features.shape[1]:,} features each: {output}")
-    if unreadable:
-        raise typer.Exit(1)
+    _end(unreadable)
 
 
 # --- similar ----------------------------------------------------------------------------------------------------------
@@ -228,15 +230,12 @@ def similar(request: SimilarRequest) -> None:
         names, features, unreadable = cached_features(model, card, tree, images, partial(on_progress, what="embedding"))
         if not names and unreadable:
             raise unreadable[0]
-    for error in unreadable:
-        print(f"error: {error}", file=sys.stderr)
     found = zip((tree.location / name for name in names), cosines(features, query[0]).tolist(), strict=True)
     others = [(file, cosine) for file, cosine in found if file != request.image.resolve()]
     nearest = sorted(others, key=lambda other: -other[1])[: request.top]
     rows = [{"file": printable(str(file)), "cosine": cosine} for file, cosine in nearest]
     print_rows("json" if request.json_ else "table", ["file", "cosine"], rows, {})
-    if unreadable:
-        raise typer.Exit(1)
+    _end(unreadable)
 
 
 # --- review -----------------------------------------------------------------------------------------------------------
