@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_vit.cli import main
+from peft_vit.cli import app, main
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,9 @@ def test_how_it_is_typed_here(typed: list[str], says: str, capsys: pytest.Captur
         main(typed)
     assert ended.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_exit_codes_are_a_paragraph_of_the_help() -> None:
+    texts = [command.help or "" for command in app.registered_commands]
+    assert all(text.count("codes:") == text.count("\n\nExit codes:") for text in texts)
+    assert sum("Exit codes:" in text for text in texts) > 10
