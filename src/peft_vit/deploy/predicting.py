@@ -20,7 +20,8 @@ from peft_vit.base.files import read_bytes
 from peft_vit.core.config import EXPORTS, exported_format
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
 from peft_vit.data.files import files_below, open_tree
-from peft_vit.data.sources.folders import TABLES, is_image
+from peft_vit.data.sources.folders import is_image
+from peft_vit.data.sources.tables import TABLES
 from peft_vit.deploy.formats.header import Classifier, ExportMetadata, FloatArray
 from peft_vit.deploy.presentation import PRESENTED, Prediction
 

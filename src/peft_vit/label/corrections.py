@@ -17,7 +17,8 @@ from peft_vit.base.errors import UserError, checked
 from peft_vit.base.files import make_folder, read_bytes, sha256_of, write_whole
 from peft_vit.base.settings import Frozen
 from peft_vit.data.files import files_below
-from peft_vit.data.sources.folders import Images, is_image, relabelled, table_rows
+from peft_vit.data.sources.folders import Images, is_image
+from peft_vit.data.sources.tables import relabelled, table_rows
 from peft_vit.label.images import LARGE, ImageFolder
 from peft_vit.label.labels import ConflictError, alone, name_of
 from peft_vit.label.session import Shown

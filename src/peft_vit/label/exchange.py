@@ -14,7 +14,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import into_empty, read_bytes, write_whole
-from peft_vit.data.sources.folders import TABLES, UNSURE, find_images, split_of
+from peft_vit.data.sources.folders import UNSURE, find_images, split_of
+from peft_vit.data.sources.tables import TABLES
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name, is_number
 

@@ -21,7 +21,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_whole
 from peft_vit.core.config import TaskName
 from peft_vit.data.index import check_class_names
-from peft_vit.data.sources.folders import UNSURE, table_rows
+from peft_vit.data.sources.folders import UNSURE
+from peft_vit.data.sources.tables import table_rows
 
 try:
     import fcntl

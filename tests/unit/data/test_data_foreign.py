@@ -16,7 +16,7 @@ from written_images import encoded, png_by_hand
 
 from peft_vit.base.errors import UserError
 from peft_vit.data import decode_image, find_images, open_index
-from peft_vit.data.sources import folders as folders_module
+from peft_vit.data.sources import tables as tables_module
 from peft_vit.data.sources.packaged import CIFAR10, read_idx
 
 MIB = 1 << 20
@@ -96,7 +96,7 @@ def zipped(file, members, method=zipfile.ZIP_DEFLATED):
 def test_a_small_parquet_file_is_unpacked_no_further_than_a_table_goes(tmp_path, monkeypatch, as_numbers):
     """Equal texts take nothing in the file, whether they are stored as texts or as numbers of a list of them."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(folders_module, "LARGEST_BYTES", MIB)
+    monkeypatch.setattr(tables_module, "LARGEST_BYTES", MIB)
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 40_000, pa.int32()), pa.array(["x" * 1000]))
     column = column if as_numbers else column.dictionary_decode()
     pq.write_table(pa.table({"path": column, "label": column}), tmp_path / "images.parquet")

@@ -80,7 +80,7 @@ DATASETS: dict[str, DatasetInfo] = {
         classes="200; the 10,000 official validation images serve as the test split",
         licence="ImageNet's terms: research and education, not commercial",
         origin="data.path (tiny-imagenet-200.zip or its folder), else downloaded from cs231n.stanford.edu",
-        module="folders",
+        module="packaged",
     ),
     "image-folder": DatasetInfo(
         images="your own images, ROOT/<class>/<image>",

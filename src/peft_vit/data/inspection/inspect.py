@@ -271,8 +271,7 @@ def inspect_images(
     images = path if isinstance(path, Images) else find_images(existing(str(path)))
     files, task = images.files, images.files.task
     class_names, labels = files.read()
-    tests = np.zeros(len(labels), dtype=bool) if files.is_test is None else np.array(files.is_test, dtype=bool)
-    divided = files.is_test is not None
+    tests, divided = files.tests, files.is_test is not None
     with named(images.path):
         if len(class_names) < task.least_outputs:
             raise UserError(f"holds one class alone, '{class_names[0]}'; add images of another one")

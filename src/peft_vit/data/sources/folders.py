@@ -1,125 +1,47 @@
-"""Readers of image files with labels: Tiny ImageNet, a folder of class folders, a table of paths and labels.
+"""Readers of a person's image files with labels: class folders, a table of paths and labels, shards.
 
 Studies say exactly where their images are. `find_images` takes them as people have them, before they are inspected.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import compress
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from peft_vit.base.console import quoted
-from peft_vit.base.errors import UserError, foreign_fault, named, os_fault
-from peft_vit.base.extras import require_extra
-from peft_vit.base.files import LARGEST_BYTES, read_bytes
+from peft_vit.base.console import quoted, some_of
+from peft_vit.base.errors import UserError, named
+from peft_vit.base.files import read_bytes
 from peft_vit.core.config import DataConfig, TaskName
 from peft_vit.core.tasks import CLASSIFICATION, TASKS, Labels, Task
-from peft_vit.data.files import (
-    IMAGE_SUFFIXES,
-    SHARDS,
-    FileTree,
-    Hashes,
-    decode_text,
-    downloaded,
-    existing,
-    hashes,
-    open_tree,
-)
-from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, check_class_names, numbered
+from peft_vit.data.files import IMAGE_SUFFIXES, SHARDS, FileTree, Hashes, existing, hashes, open_tree
+from peft_vit.data.index import DIGEST_LETTERS, ImageIndex, ImagesFile, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.data.shards import read_shards
+from peft_vit.data.sources.tables import INCOMPLETE, TABLES, table_rows
 
-_TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _JUNK = ("/thumbs.db", "/desktop.ini")
 _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
-TABLES = (".csv", ".tsv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
 UNSURE = "unsure"  # in a table's column split: of an image whose label nobody could tell
 IS_UNSURE = f"is marked {UNSURE}"
 _REPEATED = "occurs twice; the first row is used"
-_INCOMPLETE = "expected a path and a label, one value a column"
 _CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
-_NAMED = 5  # folders in a line
-_ROWS_AT_ONCE, _LEAST_BYTES = 256, 10  # of a Parquet file; what a row counts beside its texts
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "val"
 )
 _TESTED = ("test", "val")  # the first that is there is the test split
-_OTHER_NAMES = {  # of columns
-    "path": ("filename", "file_name", "filepath", "file", "image"),
-    "label": ("class", "category"),
-}
-
-
-def _index(
-    tree: FileTree, labelled: ClassFiles, *, titles: Mapping[str, str] | None = None, beside: tuple[str, ...] = ()
-) -> ImageIndex:
-    """Index files by their classes; what stands `beside` them is hashed too, and then copies are not looked for."""
-    files, is_test = list(labelled.classes), labelled.is_test
-    hashed = tree.hashed([*beside, *files])
-    names, labels = labelled.read()
-    return ImageIndex(
-        labels=labels,
-        class_names=tuple(titles[name] if titles else name for name in names),
-        official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
-        sha256=hashed.sha256,
-        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
-        names=files,
-        digests=[hashed.each[name] for name in files],
-        contents=None if beside else numbered([hashed.each[name] for name in files])[1],
-        own=not beside,
-        task=labelled.task,
-    )
-
-
-# --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
-
-
-def read_tiny_imagenet(config: DataConfig) -> ImageIndex:
-    """Index Tiny ImageNet. Its test images have no labels, so its validation images are the test split.
-
-    The path is tiny-imagenet-200.zip, or its unpacked folder; without one it is downloaded.
-    """
-    tree = open_tree(downloaded(_TINY_URL, _TINY_MD5) if config.path is None else existing(config.path))
-    words_file, annotations_file = tree.only("words.txt"), tree.only("val/val_annotations.txt")
-    root = PurePosixPath(words_file).parent
-    classes: dict[str, str] = {}
-    for name in tree.names:
-        match PurePosixPath(name).parts[len(root.parts) :]:
-            case ("train", wordnet_id, "images", _):
-                classes[name] = wordnet_id
-    known, present, training = set(classes.values()), set(tree.names), len(classes)
-    for number, line in enumerate(tree.lines(annotations_file), start=1):
-        where = f"{tree.file(annotations_file)}:{number}"
-        image, wordnet_id = [*line.split("\t"), "", ""][:2]
-        name = str(root / "val" / "images" / image)
-        if wordnet_id not in known:
-            raise UserError(f"class {wordnet_id!r} has no training image; unpack the archive again", file=where)
-        if name not in present:
-            raise UserError(f"val/images/{image} is not there; unpack the archive again", file=where)
-        classes[name] = wordnet_id
-    words = dict(line.split("\t", 1) for line in tree.lines(words_file) if "\t" in line)
-    titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
-    check_class_names(titles.values(), tree.file(words_file))
-    is_test = [k >= training for k in range(len(classes))]
-    files = ClassFiles(classes, is_test)
-    return _index(tree, files, titles=titles, beside=(words_file, annotations_file))
 
 
 # --- class folders ----------------------------------------------------------------------------------------------------
@@ -172,15 +94,34 @@ def index_inspected(images: Images, inspected: ImagesFile, file: Path, *, as_the
     return inspected.applied(index, images.path, file)
 
 
+def _index(tree: FileTree, labelled: ClassFiles) -> ImageIndex:
+    files, tests = list(labelled.classes), labelled.tests
+    hashed = tree.hashed(files)
+    names, labels = labelled.read()
+    digests = [hashed.each[name] for name in files]
+    return ImageIndex(
+        labels=labels,
+        class_names=names,
+        official_test=tests if tests.any() else None,
+        sha256=hashed.sha256,
+        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
+        names=files,
+        digests=digests,
+        contents=numbered(digests)[1],
+        own=True,
+        task=labelled.task,
+    )
+
+
 def _labelled_then(index: ImageIndex, files: ClassFiles, inspected: ImagesFile) -> ImageIndex:
     """Return the index with the images, labels, names and order of then; as it is, if one is gone or changed."""
-    place = {digest[:DIGEST_LETTERS]: i for i, digest in enumerate(index.digests or ())}
+    assert index.digests is not None
+    place = {digest[:DIGEST_LETTERS]: i for i, digest in enumerate(index.digests)}
     if not place.keys() >= {*inspected.digests.values()} or len(inspected.labels) != len(inspected.digests):
         return index
+    rows = [place[digest] for digest in inspected.digests.values()]
     then = dict(zip(inspected.digests, inspected.labels, strict=True))
-    rows = [place[inspected.digests[name]] for name in then]
-    digests = [index.digests[row] for row in rows] if index.digests else []
-    names, labels = ClassFiles(then, None, files.task, files.columns, files.file).read()
+    names, labels = files._replace(classes=then, is_test=None).read()
     texts = (files.task.text(label, names) for label in labels)
     changed = sum(index.label(row) != text for row, text in zip(rows, texts, strict=True))
     return replace(
@@ -190,7 +131,7 @@ def _labelled_then(index: ImageIndex, files: ClassFiles, inspected: ImagesFile) 
         sha256=inspected.sha256,
         read=lambda i: index.read(rows[i]),
         names=[*then],
-        digests=digests,
+        digests=[index.digests[row] for row in rows],
         notes=(f"{changed:,} labels are others by now; here those of the training count",) if changed else (),
     )
 
@@ -267,15 +208,12 @@ def _found(path: Path, task: TaskName | None = None, group: str | None = None, *
 
 def _of_class_folders(tree: FileTree, path: Path, root: str) -> Images:
     """Return the images of class folders in a folder of a tree."""
-    outside = Counter[str]()
-    if root:
-        outside += Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
-        tree = tree.below(root)
-        outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
+    outside = (name for name in tree.names if root and is_image(name) and not name.startswith(f"{root}/"))
     left_out = {
         f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
-        for folder, count in outside.items()  # none, if the root is ""
+        for folder, count in Counter(str(PurePosixPath(name).parent) for name in outside).items()
     }
+    tree = tree.below(root)
     test = _test_split(filter(is_image, tree.names))
     at = 0 if test is None else 1  # of the class among a name's folders
     classes: dict[str, str] = {}
@@ -305,12 +243,12 @@ def _of_class_folders(tree: FileTree, path: Path, root: str) -> Images:
         name: f"leads to the images of {place}, which are used there" for name, place in tree.unused.items() if place
     }
     every = [*tree.names, *(name for name, place in tree.unused.items() if not place)]
-    holding, folders_there = (
+    with_image, folders_there = (
         {"/".join(name.split("/")[: at + 1]) for name in names if name.count("/") > at}
         for names in (filter(is_image, tree.names), every)
     )
-    if empty := folders_there - holding:
-        message = f"has class folders without an image ({_shown(empty)}); add images, or remove them"
+    if empty := sorted(folders_there - with_image):
+        message = f"has class folders without an image ({some_of(empty)}); add images, or remove them"
         raise UserError(message, file=path / root, field="data.path")
     for split, names in sorted(classes_of.items()) if test is not None else ():
         if odd := sorted(names - classes_of["train"]):
@@ -396,11 +334,6 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     )
 
 
-def _shown(folders: Iterable[str]) -> str:
-    names = sorted(folders)
-    return f"{', '.join(names[:_NAMED])}{' and more' if len(names) > _NAMED else ''}"
-
-
 def _listed(path: Path, task: TaskName | None, group: str | None = None) -> Images:
     """Return the images that a table names, those of which can't be read left out."""
     root = path.parent.resolve()
@@ -432,7 +365,7 @@ def _of_rows(
     path: Path,
     listed: Sequence[tuple[str, Mapping[str, str]]],
     tree: FileTree,
-    faulty: Mapping[str, str],
+    faulty: dict[str, str],
     task_name: TaskName | None,
     group: str | None = None,
 ) -> Images:
@@ -445,7 +378,7 @@ def _of_rows(
     if rows and group in rows[0][1] and columns != _CLASSES:  # runs, which know no groups, would take it for a label
         raise UserError("--group can be a column only beside a column label; give a pattern of names", file=path)
     task = TASKS[task_name] if task_name else _task_of(path, columns, [row for _, row in rows])
-    labels, splits, together, unused = _by_name(rows, columns, task, tree.location, group)
+    found, unused = _by_name(rows, columns, task, tree.location, group)
     faults = {where: fault for where, fault in unused.items() if not fault.endswith(_REPEATED)}
     faults |= {tree.file(name): fault for name, fault in faulty.items()}
     if 2 * len(faults) >= count:
@@ -454,60 +387,64 @@ def _of_rows(
             f"{fault}; {len(faults):,} of {count:,} {'rows' if dataset == 'csv' else 'samples'} can't be used",
             file=where,
         )
-    test = next((split for split in _TESTED if split in splits.values()), None)
-    is_test = [split == test for split in splits.values()]
-    tested = {name for name, is_tested in zip(labels, is_test, strict=True) if is_tested}
+    splits = [row.split for row in found.values()]
+    test = next((split for split in _TESTED if split in splits), None)
+    is_test = [split == test for split in splits]
     header = "" if columns == _CLASSES else "\0".join(columns) + "\n"
 
     def hashed(used: list[str]) -> Hashes:
         """Hash what is used of the table, in its order, and of the images: spaces and other columns are not."""
         contents = tree.hashed(used)
-        lines = "".join(f"{name}\0{labels[name]}\0{name in tested:d}\n" for name in used)
+        lines = "".join(f"{name}\0{found[name].label}\0{found[name].split == test:d}\n" for name in used)
         return Hashes(hashlib.sha256(f"{header}{lines}{contents.sha256}".encode()).hexdigest(), contents.each)
 
-    left_out = {name: unread for name in labels if (unread := tree.fault(name)) is not None}
-    if len(left_out) == len(labels) and not any(os.path.lexists(tree.location / name) for name in labels):
-        message = f"none of {len(labels):,} paths exists, such as {rows[0][1]['path']}"
+    left_out = {name: unread for name in found if (unread := tree.fault(name)) is not None}
+    if len(left_out) == len(found) and not any(os.path.lexists(tree.location / name) for name in found):
+        message = f"none of {len(found):,} paths exists, such as {rows[0][1]['path']}"
         raise UserError(f"{message}; they begin at {tree.location}, or are whole", file=path, field="path")
-    left_out |= {os.path.relpath(where, tree.base or path.parent): fault for where, fault in unused.items()} | dict(
-        faulty
-    )
+    left_out |= {os.path.relpath(where, tree.base or path.parent): fault for where, fault in unused.items()} | faulty
     left_out |= {row["path"]: IS_UNSURE for _, row in listed if row.get("split", "").lower() == UNSURE}
+    labels = {name: row.label for name, row in found.items()}
     files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
-    of_column = together if rows and group in rows[0][1] else None
-    used = replace(tree, names=tuple(labels), hashed=hashed)
+    of_column = {name: row.group for name, row in found.items()} if rows and group in rows[0][1] else None
+    used = replace(tree, names=tuple(found), hashed=hashed)
     return Images(dataset, path, used, files.without(left_out), left_out, together=of_column)
+
+
+class _Row(NamedTuple):
+    label: str
+    split: str
+    group: str
 
 
 def _by_name(
     rows: Sequence[tuple[str, Mapping[str, str]]], columns: Sequence[str], task: Task, root: Path, group: str | None
-) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, str]]:
-    """Return labels, splits and groups of images by name, and why rows are not used, by where they stand."""
-    labels: dict[str, str] = {}
-    splits: dict[str, str] = {}
-    together: dict[str, str] = {}
-    unused: dict[str, str] = {}  # why, by row
+) -> tuple[dict[str, _Row], dict[str, str]]:
+    """Return rows by the names of their images, and why others are not used, by where they stand."""
+    found: dict[str, _Row] = {}
+    unused: dict[str, str] = {}
     for where, row in rows:
         typed, split = row["path"], _split(row.get("split") or "train")
         if "\\" in typed and not os.path.exists(root / typed):  # it may have been written on Windows
             typed = typed.replace("\\", "/")
         name = PurePosixPath(typed).as_posix()
-        label = "|".join(row[column] for column in columns)
         if split is None:
             raise UserError(f"expected train, val or test, got {row['split']!r}", file=where, field="split")
-        fault = task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE
-        if fault and row["path"] and label.strip("|"):
+        cells = {column: row[column] for column in columns}
+        one = _Row("|".join(cells.values()), split, row.get(group or "") or name)
+        fault = task.fault(cells) if typed else INCOMPLETE
+        if fault and typed and one.label.strip("|"):
             raise UserError(fault, file=where)
         if fault:
             unused[where] = fault
-        elif name not in labels:
-            labels[name], splits[name], together[name] = label, split, row.get(group or "") or name
-        elif (labels[name], splits[name]) == (label, split):
+        elif (first := found.setdefault(name, one)) is one:
+            continue
+        elif (first.label, first.split) == (one.label, split):
             unused[where] = f"{name} {_REPEATED}"
         else:
-            message = f"{name} is '{label}' in {split} here and '{labels[name]}' in {splits[name]} before; keep one"
+            message = f"{name} is '{one.label}' in {split} here and '{first.label}' in {first.split} before; keep one"
             raise UserError(message, file=where, field="label")
-    return labels, splits, together, unused
+    return found, unused
 
 
 def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Task:
@@ -539,6 +476,11 @@ class ClassFiles(NamedTuple):
     columns: tuple[str, ...] = _CLASSES
     file: Path | None = None  # of the table
 
+    @property
+    def tests(self) -> np.ndarray:
+        """Return which are of the test split, (N,) bool: none if there is none."""
+        return np.array(self.is_test or [False] * len(self.classes), dtype=bool)
+
     def read(self) -> tuple[tuple[str, ...], Labels]:
         """Return the names of what is learned, and the labels.
 
@@ -546,8 +488,7 @@ class ClassFiles(NamedTuple):
             UserError: if nothing can be learned from them.
         """
         with named(self.file):
-            is_test = None if self.is_test is None else np.array(self.is_test, dtype=bool)
-            return self.task.read_split(list(self.classes.values()), self.columns, is_test)
+            return self.task.read_split(list(self.classes.values()), self.columns, self.tests)
 
     def without(self, left_out: Container[str]) -> ClassFiles:
         """Return those of other names."""
@@ -594,109 +535,10 @@ def read_csv(config: DataConfig) -> ImageIndex:
     return _read(config, _listed(path, config.task))
 
 
-def table_rows(path: Path, group: str | None = None, *, every: bool = False) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a table and where each stands, nothing as ""; of every column, or of those that are read."""
-    with os_fault("can't be read", path, field="data.path"):
-        content = read_bytes(path)
-    if path.suffix.lower() == ".parquet":
-        require_extra("parquet", packages=("pyarrow",), file=path)
-        from pyarrow import parquet
-
-        with foreign_fault("is not a readable Parquet file", path):
-            table = parquet.ParquetFile(io.BytesIO(content))
-            places = _places(table.schema_arrow.names, path, group, every)
-            number = unpacked = 0
-            for batch in table.iter_batches(_ROWS_AT_ONCE):  # of a small file there may be any number
-                columns = [batch.column(place).to_pylist() for place in places.values()]
-                for values in zip(*columns, strict=True):
-                    texts = dict(zip(places, map(_text, values), strict=True))
-                    number, unpacked = number + 1, unpacked + _LEAST_BYTES + sum(map(len, texts.values()))
-                    if unpacked > LARGEST_BYTES:
-                        raise ValueError(f"more than {LARGEST_BYTES} bytes, unpacked")
-                    yield f"{path}: row {number}", texts
-        return
-    places, rows = _csv_rows([*io.StringIO(decode_text(content, path), newline="")], path, group, every)[1:]
-    for line, row in rows:
-        if row:
-            yield f"{path}:{line}", {name: row[place].strip() for name, place in places.items()}
-
-
-def _csv_rows(
-    lines: Sequence[str], path: Path, group: str | None = None, every: bool = False
-) -> tuple[str, dict[str, int], Iterator[tuple[int, list[str]]]]:
-    """Return what divides cells, the places of columns, and the rows with the number of their last line."""
-    first = "".join(lines[:1]).lower()
-    names = {sign: {name.strip(' "\r\n') for name in first.split(sign)} for sign in ",;\t"}
-    delimiter = max(names, key=lambda sign: (names[sign] >= {"path", "label"}, first.count(sign)))
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-    header = next(_sound_rows(reader, path), (1, []))[1]
-    return delimiter, _places(header, f"{path}:1", group, every), _sound_rows(reader, path, len(header))
-
-
-def _sound_rows(reader: Any, path: Path, cells: int | None = None) -> Iterator[tuple[int, list[str]]]:
-    try:
-        for row in reader:
-            if row and cells not in (None, len(row)):
-                raise UserError(_INCOMPLETE, file=f"{path}:{reader.line_num}")
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"is not a valid CSV ({error})", file=f"{path}:{reader.line_num}") from None
-
-
-def relabelled(path: Path, is_meant: Callable[[str], bool], label: str) -> bytes:
-    """Return the content of a CSV with another label in the rows whose path is meant; all else stays as it was."""
-    content = read_bytes(path)
-    lines = [*io.StringIO(decode_text(content, path), newline="")]
-    delimiter, places, rows = _csv_rows(lines, path)
-    start = 1
-    for end, row in rows:
-        if row and is_meant(row[places["path"]].strip()):
-            row[places["label"]] = label
-            text, line = io.StringIO(), lines[end - 1]
-            csv.writer(text, delimiter=delimiter, lineterminator=line[len(line.rstrip("\r\n")) :]).writerow(row)
-            lines[start:end] = [text.getvalue(), *[""] * (end - start - 1)]
-        start = end
-    mark = codecs.BOM_UTF8 if content.startswith(codecs.BOM_UTF8) else b""
-    return mark + "".join(lines).encode()
-
-
-def _text(value: Any) -> str:
-    """Return a Parquet cell as a CSV has it."""
-    if isinstance(value, list | tuple):
-        return "|".join(map(_text, value))
-    return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
-
-
-def _places(header: Sequence[str], file: str | Path, group: str | None, every: bool) -> dict[str, int]:
-    """Return where the columns stand that are read, whatever the capitals and the spaces around their names.
-
-    These are path, split, that of groups, and label, or without this one all others but comment.
-    """
-    names = [name.strip() for name in header]
-    lower = [name.lower() for name in names]
-    known = {name: name for name in ("path", "label", "split", "comment")}
-    for column, others in _OTHER_NAMES.items():
-        if column not in lower:
-            known |= {name: column for name in others if name in lower}
-    columns = [known.get(name.lower(), name) for name in names]
-    beside = {"path", "split", group}
-    labels = {"label"} if "label" in columns else {*columns} - {"", "comment"} - beside
-    read = [name for name in columns if name and (every or name in labels | beside)]
-    if "path" not in read or not labels or len(set(read)) < len(read):
-        message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
-        raise UserError(message, file=file)
-    return {name: columns.index(name) for name in ("path", *read)}
-
-
 def read_webdataset(config: DataConfig) -> ImageIndex:
     """Index shards, see `read_shards`; those whose name says test, or else val, are the official test split."""
     path = existing(str(config.path))
     return _read(config, _sharded(path / "**" / "*.tar" if path.is_dir() else path, config.task))
 
 
-SOURCES = {
-    "tiny-imagenet": read_tiny_imagenet,
-    "image-folder": read_image_folder,
-    "csv": read_csv,
-    "webdataset": read_webdataset,
-}
+SOURCES = {"image-folder": read_image_folder, "csv": read_csv, "webdataset": read_webdataset}

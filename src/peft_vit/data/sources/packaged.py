@@ -1,4 +1,4 @@
-"""Readers of published sets with files of their own kind: ELPV, digits, Fashion-MNIST, CIFAR-10 and CIFAR-100."""
+"""Readers of published sets with files of their own kind: ELPV, digits, Fashion-MNIST, CIFAR and Tiny ImageNet."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import LARGEST_BYTES, read_bytes, require_regular
 from peft_vit.base.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
 from peft_vit.core.config import IMAGE_SIZES, DataConfig
+from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.data.files import (
     FETCH_AGAIN,
     decode_text,
@@ -275,10 +276,56 @@ def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
     )
 
 
+# --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
+
+
+_TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def read_tiny_imagenet(config: DataConfig) -> ImageIndex:
+    """Index Tiny ImageNet. Its test images have no labels, so its validation images are the test split.
+
+    The path is tiny-imagenet-200.zip, or its unpacked folder; without one it is downloaded.
+    """
+    tree = open_tree(downloaded(_TINY_URL, _TINY_MD5) if config.path is None else existing(config.path))
+    words_file, annotations_file = tree.only("words.txt"), tree.only("val/val_annotations.txt")
+    root = PurePosixPath(words_file).parent
+    classes: dict[str, str] = {}
+    for name in tree.names:
+        match PurePosixPath(name).parts[len(root.parts) :]:
+            case ("train", wordnet_id, "images", _):
+                classes[name] = wordnet_id
+    known, present, training = set(classes.values()), set(tree.names), len(classes)
+    for number, line in enumerate(tree.lines(annotations_file), start=1):
+        where = f"{tree.file(annotations_file)}:{number}"
+        image, wordnet_id = [*line.split("\t"), "", ""][:2]
+        name = str(root / "val" / "images" / image)
+        if wordnet_id not in known:
+            raise UserError(f"class {wordnet_id!r} has no training image; unpack the archive again", file=where)
+        if name not in present:
+            raise UserError(f"val/images/{image} is not there; unpack the archive again", file=where)
+        classes[name] = wordnet_id
+    words = dict(line.split("\t", 1) for line in tree.lines(words_file) if "\t" in line)
+    titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
+    check_class_names(titles.values(), tree.file(words_file))
+    present_ids, labels = CLASSIFICATION.read([*classes.values()], ())
+    files = [*classes]
+    return ImageIndex(
+        labels=labels,
+        class_names=tuple(titles[id_] for id_ in present_ids),
+        official_test=np.arange(len(files)) >= training,
+        sha256=tree.hashed([words_file, annotations_file, *files]).sha256,
+        read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
+        names=files,
+    )
+
+
 SOURCES = {
     "elpv": read_elpv,
     "digits": read_digits,
     "fashion-mnist": read_fashion_mnist,
     "cifar10": partial(_read_cifar, CIFAR10),
     "cifar100": partial(_read_cifar, CIFAR100),
+    "tiny-imagenet": read_tiny_imagenet,
 }
