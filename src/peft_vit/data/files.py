@@ -47,6 +47,12 @@ class Hashes(NamedTuple):
     sha256: str
     each: Mapping[str, str]
 
+    @classmethod
+    def of(cls, each: Mapping[str, str]) -> Hashes:
+        """Return the hash of several files by their own hashes."""
+        lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
+        return cls(hashlib.sha256(lines.encode()).hexdigest(), each)
+
 
 @dataclass(frozen=True)
 class FileTree:
@@ -309,10 +315,7 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
     Hashing a large folder takes as long as reading it, so each file's hash is remembered, see `read_once`.
     """
     each = read_once("hashes", dict(sorted(files.items())), sha256_of, r"[0-9a-f]{64}")
-    if len(each) == 1:
-        return Hashes(next(iter(each.values())), each)
-    lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
-    return Hashes(hashlib.sha256(lines.encode()).hexdigest(), each)
+    return Hashes(next(iter(each.values())), each) if len(each) == 1 else Hashes.of(each)
 
 
 def read_once(kind: str, files: Mapping[str, Path], read: Callable[[Path], str], pattern: str) -> dict[str, str]:

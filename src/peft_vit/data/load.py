@@ -17,7 +17,7 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.core.training.images import Data, HoldoutImages, LabelledImages
 from peft_vit.data.index import ImageIndex, check_class_names
-from peft_vit.data.inspection.duplicates import copy_warnings, image_warnings
+from peft_vit.data.inspection.duplicates import image_warnings
 from peft_vit.data.pixels import split_pixels, thumbnail
 from peft_vit.data.splits import make_splits
 
@@ -57,10 +57,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool 
         groups=index.groups,
         test_files=[index.names[i] for i in splits.test] if index.own and index.names is not None else None,
         task=index.task.fitted(index.labels[splits.train]),
-        warnings=(
-            *image_warnings(index, splits, config.image_size),
-            *(copy_warnings(index, splits, config.image_size) if test else ()),
-        ),
+        warnings=image_warnings(index, splits, config.image_size, decodes=test),
         left_out=index.left_out,
         notes=index.notes,
     )

@@ -12,7 +12,6 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -42,23 +41,12 @@ class _Sample(NamedTuple):
     fault: str = ""  # why it can't be used
 
 
-@dataclass(frozen=True)
-class Shards:
-    """The samples of some shards.
-
-    Attributes:
-        tree: their images, by names that begin with the shard's.
-        rows: name, label and shard of each sample.
-        left_out: why, by name, of samples without one image and one label.
-    """
-
-    tree: FileTree
-    rows: list[tuple[str, str, str]]
-    left_out: dict[str, str]
-
-
-def read_shards(path: Path) -> Shards:
+def read_shards(path: Path) -> tuple[FileTree, list[tuple[str, str, str]], dict[str, str]]:
     """Find the samples of a tar, or of those that a pattern matches.
+
+    Returns:
+        Their images, by names that begin with the shard's; name, label and shard of each sample; and why, by name,
+        samples without one image and one label are left out.
 
     Raises:
         UserError: if a tar is compressed or damaged, or labels are written in several ways.
@@ -89,11 +77,9 @@ def read_shards(path: Path) -> Shards:
             return tar.read(sample.size)
 
     def hashed(used: list[str]) -> Hashes:
-        each = {name: places[name][1].sha256 for name in used}
-        lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
-        return Hashes(hashlib.sha256(lines.encode()).hexdigest(), each)
+        return Hashes.of({name: places[name][1].sha256 for name in used})
 
-    return Shards(FileTree(path, tuple(sorted(places)), read, hashed, base=root), rows, left_out)
+    return FileTree(path, tuple(sorted(places)), read, hashed, base=root), rows, left_out
 
 
 def _samples(file: Path) -> list[_Sample]:

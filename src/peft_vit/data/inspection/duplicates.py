@@ -38,28 +38,23 @@ _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
 _BLOCK, _BATCH = 4096, 64  # images
 
 
-def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[str, ...]:
+def image_warnings(index: ImageIndex, splits: Splits, image_size: int, *, decodes: bool = False) -> tuple[str, ...]:
     """Return what to know of a run's images before believing its numbers, each in a line.
 
     Args:
         index: the data set.
         splits: of it.
         image_size: side S in pixels.
+        decodes: also compare images of which not all were compared when they were inspected; these have to be decoded.
 
     Raises:
         UserError: if somebody's own images (a folder, a CSV) hold one image on two sides of the split; in published
             sets, whose splits are what others used too, it is reported.
     """
     lines = list(index.notes)
-    if not index.inspected:  # else splits are along its groups
+    if not index.inspected or (index.sampled and decodes):  # else splits are along its groups
         lines += _of_copies(index, splits, image_size)
     return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in lines))
-
-
-def copy_warnings(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[str]:
-    """Yield what `image_warnings` leaves out of images of which not all were compared; these have to be decoded."""
-    if index.sampled:
-        yield from (DataWarning.PREFIX + line for line in _of_copies(index, splits, image_size))
 
 
 def _of_copies(index: ImageIndex, splits: Splits, image_size: int) -> Iterator[str]:

@@ -3,7 +3,7 @@
 Near copies are also what a chain of such pairs links. Crops, mirrored images and frames of one film, see `copy_pairs`,
 are linked too where they have one label. What no comparison of pixels shows, nobody sees here: photographs of one
 object from another side. Of more than 20,000 images not all are compared; a run then compares what it trains on with
-what tests it (`copy_warnings`).
+what tests it (`image_warnings`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from peft_vit.core.tasks import DecidingMetric, Task
 from peft_vit.core.tasks.classification import LARGEST_IMBALANCE
 from peft_vit.core.training import fewest_groups
 from peft_vit.data.files import existing
-from peft_vit.data.index import check_class_names, numbered
+from peft_vit.data.index import check_class_names
 from peft_vit.data.inspection.copies import groups_of, several, with_first
 from peft_vit.data.inspection.decoding import PixelStore, decoded_once
 from peft_vit.data.inspection.neighbours import LEAST_SHARE, NUMBERED
-from peft_vit.data.sources.folders import IS_UNSURE, Images, find_images, groups_by_name, is_image, split_of
+from peft_vit.data.sources.folders import IS_UNSURE, ClassFiles, Images, find_images, groups_by_name, is_image, split_of
 from peft_vit.data.splits import class_gap, count_crossing
 
 _MOST_BY_CHANCE = 0.1  # share of pairs that look like copies and are none, above which no pair counts
@@ -49,7 +49,7 @@ class Inspection:
         copies: equal numbers for exact copies, (N,) int64.
         groups: equal numbers for exact and near copies, (N,) int64.
         together: likewise for what stays on one side of every split: these, and what was said to.
-        holdout: the folder's own test split, (N,) bool; None if it has none.
+        tests: which are of the folder's own test split, (N,) bool.
         sides: shorter and longer side of each, pixels, (N, 2) int64.
         left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
         animated: names of those of several frames, of which the first one is taken.
@@ -65,7 +65,7 @@ class Inspection:
     copies: np.ndarray
     groups: np.ndarray
     together: np.ndarray
-    holdout: np.ndarray | None
+    tests: np.ndarray
     sides: np.ndarray
     left_out: Mapping[str, str]
     animated: Sequence[str]
@@ -84,6 +84,11 @@ class Inspection:
         return self.images.files.task
 
     @property
+    def holdout(self) -> np.ndarray | None:
+        """Return which images are of the folder's own test split, (N,) bool; None if it has none."""
+        return None if self.images.files.is_test is None else self.tests
+
+    @property
     def shorter_side(self) -> float:
         """Return the median of the shorter sides, in pixels."""
         return float(np.median(self.sides[:, 0]))
@@ -91,8 +96,7 @@ class Inspection:
     @property
     def chosen_counts(self) -> np.ndarray:
         """Return the number of images of each class, (K,) int64, outside of the own test split: these alone choose."""
-        labels = self.labels if self.holdout is None else self.labels[~self.holdout]
-        return self.task.counts(labels, len(self.class_names))
+        return self.task.counts(self.labels[~self.tests], len(self.class_names))
 
     @property
     def metric(self) -> DecidingMetric:
@@ -130,11 +134,11 @@ class Inspection:
         between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
         if self.holdout is not None:
-            yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
-            if gap := class_gap("test", self.task, self.class_names, self.labels[self.holdout]):
+            yield f"{np.count_nonzero(self.tests):,} of them are the folder's own test split, which is read once"
+            if gap := class_gap("test", self.task, self.class_names, self.labels[self.tests]):
                 yield gap
             validate = np.array([split_of(name) == "val" for name in self.names])
-            if count := np.count_nonzero(validate & ~self.holdout):
+            if count := np.count_nonzero(validate & ~self.tests):
                 yield f"{count:,} of its validation split join those to train, of which some validate"
         if self.left_out:
             alike: dict[str, list[str]] = {}
@@ -188,12 +192,12 @@ class Inspection:
         place, across = {name: at for at, name in enumerate(self.names)}, []
         for pair in self.alike if self.images.together is None else ():
             at = [place[name] for name in pair if name in place]
-            if len(set(self.groups[at])) == 2 and (self.holdout is None or self.holdout[at].sum() == 1):
+            if len(set(self.groups[at])) == 2 and (self.holdout is None or self.tests[at].sum() == 1):
                 across.append(pair)
         return across[0] if len(across) > LEAST_SHARE * len(self.alike) else None
 
     def _group_of(self, name: str, other: str) -> str:
-        """Return what --group takes to keep two images together, and leaves each class several groups."""
+        """Return what --group takes to keep two images together, and leaves each class groups enough."""
         match = NUMBERED.fullmatch(name)
         assert match is not None
         start, sign = match[2], re.escape(match[3])
@@ -201,10 +205,9 @@ class Inspection:
         for group in (*([of_names] if start else []), "folder"):
             with suppress(UserError):
                 together = groups_by_name(self.names, group)
-                numbers = numbered([together[name] for name in self.names])[1]
-                members = (self.task.members(self.labels, k) for k in range(len(self.class_names)))
-                several = all(len(np.unique(numbers[some])) >= _LEAST_GROUPS for some in members)
-                if several and together[name] == together[other]:
+                of_each = np.array([together[name] for name in self.names])
+                _refuse_few(self.images.files, self.class_names, _LEAST_GROUPS, self.labels, of_each, self.tests)
+                if together[name] == together[other]:
                     return quoted(group)
         return "COLUMN, of a table that says what each image shows"
 
@@ -271,14 +274,14 @@ def inspect_images(
     images = path if isinstance(path, Images) else find_images(existing(str(path)))
     files, task = images.files, images.files.task
     class_names, labels = files.read()
-    tests, divided = files.tests, files.is_test is not None
+    tests = files.tests
     with named(images.path):
         if len(class_names) < task.least_outputs:
             raise UserError(f"holds one class alone, '{class_names[0]}'; add images of another one")
         check_class_names(class_names, images.path)
         if least is None:
-            least = _LEAST_BESIDE_HOLDOUT if divided else _LEAST
-        refuse_few = partial(_refuse_few, task, class_names, divided)
+            least = _LEAST if files.is_test is None else _LEAST_BESIDE_HOLDOUT
+        refuse_few = partial(_refuse_few, files, class_names)
         refuse_few(least, labels, np.arange(len(labels)), tests)  # before anything is decoded
         names = np.array(list(files.classes), dtype=object)
         decoded = decoded_once(images.tree, names.tolist(), store or PixelStore(()), on_progress)
@@ -324,7 +327,7 @@ def inspect_images(
         copies=decoded.copies[used],
         groups=groups,
         together=together,
-        holdout=tests if divided else None,
+        tests=tests,
         sides=decoded.sides[used],
         left_out=left_out,
         animated=decoded.animated,
@@ -335,9 +338,8 @@ def inspect_images(
 
 
 def _refuse_few(
-    task: Task,
+    files: ClassFiles,
     class_names: Sequence[str],
-    divided: bool,
     least: int,
     labels: np.ndarray,
     groups: np.ndarray,
@@ -345,13 +347,13 @@ def _refuse_few(
     what: str = "different image",
 ) -> None:
     """Raise UserError if a class has too few different images or groups, beside an own test split, or that has none."""
-    members = partial(task.members, labels[~tests])
+    members = partial(files.task.members, labels[~tests])
     counts = np.array([len(np.unique(groups[~tests][members(k)])) for k in range(len(class_names))])
     scarce = int(counts.argmin())
     if counts[scarce] < least:
         few = np.count_nonzero(counts < least) - 1
         more = f"; {few} more class{'es have' if few > 1 else ' has'} too few" if few else ""
-        beside = " beside the test split" if divided else ""
+        beside = "" if files.is_test is None else " beside the test split"
         if what != "group" and np.count_nonzero(members(scarce)) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
         images = f"{counts[scarce]} {what}{'' if counts[scarce] == 1 else 's'}"
@@ -360,7 +362,7 @@ def _refuse_few(
             f"class '{class_names[scarce]}' has {images} that can be used{beside}, and each class "
             f"needs {least}{more}; add images, or remove the class{trains}"
         )
-    if divided and not tests.any():
+    if files.is_test is not None and not tests.any():
         raise UserError("no image is left in the test split; add some")
 
 

@@ -347,17 +347,17 @@ def _listed(path: Path, task: TaskName | None, group: str | None = None) -> Imag
 
 def _sharded(path: Path, task: TaskName | None) -> Images:
     """Return the images of shards, of which samples without one image and one label are left out."""
-    shards = read_shards(path)
+    tree, samples, left_out = read_shards(path)
     splits = {
         shard: next(filter(_split, reversed(re.split(r"[\W_]+", shard))), "train")
-        for shard in {shard for _, _, shard in shards.rows}
+        for shard in {shard for _, _, shard in samples}
     }
     trains = any(_split(word) == "train" for word in splits.values())
     rows = [
-        (shards.tree.file(name), {"path": name, "label": label, "split": splits[shard] if trains else "train"})
-        for name, label, shard in shards.rows
+        (tree.file(name), {"path": name, "label": label, "split": splits[shard] if trains else "train"})
+        for name, label, shard in samples
     ]
-    return _of_rows("webdataset", path, rows, shards.tree, shards.left_out, task)
+    return _of_rows("webdataset", path, rows, tree, left_out, task)
 
 
 def _of_rows(

@@ -49,10 +49,9 @@ class _Split:
     """A split with its columns, each of N rows."""
 
     name: str
-    column: str  # of the images
     images: ChunkedArray  # of structs {bytes, path}, or of bytes
     classes: list[Any]  # a class's number, or the label itself; None where there is none
-    files: tuple[Path, ...]  # that hold the table
+    files: dict[str, Path]  # that hold the table, by what is read of them
 
 
 def read_hf(config: DataConfig) -> ImageIndex:
@@ -348,7 +347,8 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
         numbers = isinstance(features[label], datasets.ClassLabel)  # of which -1 is kept back
         values = table.column(label).to_pylist()
         classes = [None if value in (None, "") or (numbers and value < 0) else value for value in values]
-    return _Split(name, image, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
+    files = {f"{name} {image} {k}": Path(file["filename"]) for k, file in enumerate(rows.cache_files)}
+    return _Split(name, table.column(image), classes, files)
 
 
 def _labelled(parts: list[_Split], notes: list[str]) -> list[_Split]:
@@ -434,9 +434,8 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     digests: list[str] = []
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
-        files = {f"{part.name} {part.column} {k}": file for k, file in enumerate(part.files)}
         hashed = partial(_digests, part)
-        of_rows = remembered("hashes", stamps(files), hashed, partial(_sound, part)) if files else hashed()
+        of_rows = remembered("hashes", stamps(part.files), hashed, partial(_sound, part)) if part.files else hashed()
         for row, digest in enumerate(of_rows):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:
