@@ -452,6 +452,21 @@ def test_frames_that_neighbour_by_name_and_look_alike_are_told_with_what_keeps_t
     assert not [line for line in seen.lines() if "neighbours by name" in line]
 
 
+def test_no_pattern_is_named_that_leaves_a_class_too_few_groups_beside_the_test_split(tmp_path):
+    root = clips(tmp_path, "clip{clip}_{frame}.png", step=8)
+    rows = [
+        f"class{clip // 3}/clip{clip}_{frame}.png,{clip // 3},{'test' if clip % 3 == 2 or frame % 2 else 'train'}\n"
+        for clip in range(6)
+        for frame in range(8)
+    ]
+    table = tmp_path / "images.csv"
+    table.write_text("path,label,split\n" + "".join(rows))
+    (line,) = (line for line in inspect_images(root, least=2).lines() if "neighbours by name" in line)
+    assert "--group COLUMN" in line
+    with pytest.raises(UserError, match="groups that can be used beside the test split, and each class needs 3"):
+        inspect_images(find_images(table, group="(.+)_[0-9]+"), least=0)
+
+
 def test_neighbours_are_told_only_where_they_are_on_two_sides_look_alike_and_are_many(tmp_path):
     def told(root):
         return [line for line in inspect_images(root, least=2).lines() if "neighbours by name" in line]
