@@ -214,10 +214,10 @@ class FitCosts:
 
     def _first_s(self, recipe: Recipe, steps: int) -> float:
         """Return the seconds of a first model of so many steps, with its features and files."""
-        return self.features_s(recipe) + self.last_s(recipe, steps) + self.written_s(self.longest_form(recipe))
+        return self.features_s(recipe) + self.last_s(recipe, steps) + self.output_s(self.longest_form(recipe))
 
     def written_s(self, recipe: Recipe) -> float:
-        """Return the seconds of the files of a tuning's model.
+        """Return the seconds of the files of a tuning's model, without other work beside it.
 
         It is written in one form and compared with the run's model. Where a limit of latency was asked for, several
         forms are written and timed; where none is as fast, activations in 8 bits are measured on folds.
@@ -234,13 +234,18 @@ class FitCosts:
         timed = (_TIMINGS * (forms + 1) if folds else 1) * (machine.process_s + _CALLS * image_s)
         return rounded + written + measured + timed
 
+    def output_s(self, recipe: Recipe) -> float:
+        """Return the same at the pace of this call's earlier ones, or else of its runs."""
+        pace = self.fit.output_pace if self.fit.output_pace.planned_s else self.fit.pace
+        return max(1.0, pace.factor) * self.written_s(recipe)
+
     def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
         """Return the seconds of the last training, so many times longer than on folds, and of the output.
 
         At this call's pace, and without the test, which comes on top.
         """
         pace = max(_FASTEST, self.fit.pace.factor)
-        return pace * self.last_s(recipe, self.last_steps(recipe, longer)) + max(1.0, pace) * self.written_s(recipe)
+        return pace * self.last_s(recipe, self.last_steps(recipe, longer)) + self.output_s(recipe)
 
     def lengths(self, recipe: Recipe, left_s: float) -> tuple[int, float]:
         """Return the steps of a first model at a recipe's size that fit: on a fold, and times as many in the last one.

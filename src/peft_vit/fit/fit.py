@@ -209,6 +209,7 @@ class Fit:
         pace: of this call's runs with steps.
         image_paces: of this call's passes of images, by `Recipe.place`.
         fit_pace: of this call's fits of regressions.
+        output_pace: of this call's models and pages that were written.
         failed: recipes of which every run failed in this call.
         opened: what is closed at the end of the call.
         started: when it was called, on the clock; None: now.
@@ -225,6 +226,7 @@ class Fit:
     pace: Pace = field(default_factory=Pace)
     image_paces: dict[str, Pace] = field(default_factory=dict)
     fit_pace: Pace = field(default_factory=Pace)
+    output_pace: Pace = field(default_factory=Pace)
     failed: set[Recipe] = field(default_factory=set)
     opened: ExitStack = field(default_factory=ExitStack)
     started: InitVar[float | None] = None

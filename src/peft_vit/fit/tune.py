@@ -109,7 +109,7 @@ def fitted(fit: Fit, request: TuneRequest, allowed: Mapping[str, Sequence[int]])
     if early is None or (early[0].is_probe and not form.is_probe and not fit.file.finished):
         _write(fit, done)
     with fit.stage("folds"):
-        limit = fit.until(fit.costs.written_s(fit.costs.longest_form(first)) - fit.over_s)
+        limit = fit.until(fit.costs.output_s(fit.costs.longest_form(first)) - fit.over_s)
         known = know_by_folds(fit, first, probe, limit)
         if form.rounded_to:
             fit.quantize(known, [form.rounded_to], limit)
@@ -179,7 +179,9 @@ def _better_model(fit: Fit, done: Tuning, first: Recipe, probe: Recipe) -> Tunin
 def _write(fit: Fit, tuning: Tuning) -> None:
     with fit.stage("output"):
         tuning = replace(tuning, stage_seconds=tuple(fit.file.seconds.items()))
+        started = fit.limit.clock()
         (fit.environment.write_output or write_output)(tuning, fit.folder, fit.emit)
+        fit.output_pace.add(fit.limit.clock() - started, fit.costs.written_s(tuning.recipe))
     fit.decisions.delivered = tuning.recipe, tuning.longer
 
 
@@ -205,8 +207,10 @@ def candidate_recipes(sizes: Sequence[SizeResult]) -> list[Recipe]:
     """
     places = itertools.product(enumerate(sizes), enumerate(RATES), range(2))
     by_distance = sorted(places, key=lambda place: place[0][0] + 1.5 * place[1][0] + place[2])  # stable
-    recipes = (lora(at.model, at.image_size, at.steps // (1 + half), rate) for (_, at), (_, rate), half in by_distance)
-    return [recipe for recipe in recipes if recipe.steps >= LEAST_STEPS]
+    default, *others = (
+        lora(at.model, at.image_size, at.steps // (1 + half), rate) for (_, at), (_, rate), half in by_distance
+    )
+    return [default, *(recipe for recipe in others if recipe.steps >= LEAST_STEPS)]
 
 
 def worth_search(fit: Fit, sizes: Sequence[SizeResult], first: Recipe) -> list[SizeResult]:
@@ -329,7 +333,7 @@ def _compare(fit: Fit, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
     """
     best, costs, frame = ranked[0] if ranked else probe, fit.costs, fit.frame
     again_s = 0.0 if fit.longest_done(best) else costs.ending_s(costs.longest_form(best))
-    limit = fit.until(again_s or costs.written_s(costs.longest_form(best)))
+    limit = fit.until(again_s or costs.output_s(costs.longest_form(best)))
     _do(fit, best, _FEWEST, limit)
     forms = costs.allowed_bits(probe)
     fits = not ranked or FEWEST_FOLDS * costs.rounding_s(probe, forms) <= limit.left_s

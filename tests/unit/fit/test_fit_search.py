@@ -41,11 +41,24 @@ def test_the_default_is_tried_first_then_what_differs_from_it_in_one_thing() -> 
     assert [recipe.steps for recipe in candidate_recipes([replace(LARGE, steps=40)])] == [
         40
     ] * 3  # half of it is too little
+    assert candidate_recipes([replace(LARGE, steps=19)]) == [lora(MODEL, 64, 19)]  # all that there was time for
 
 
 def decided(truth: Any, minutes: float = 60.0, **changes: Any) -> tuple[StandIns, Any]:
     runner = StandIns(truth, {"nf4": 0.0}, **{"images": 600, **changes})
     return runner, simulated_tunings.one_tuning(runner, minutes)
+
+
+def test_what_is_written_slowly_the_first_time_has_that_time_at_the_end_too() -> None:
+    runner = StandIns(lambda *_: 0.8, images=600)
+    fit, request = fit_of(runner, minutes=30.0)
+
+    def write_output(*_: Any) -> None:
+        runner.now += 240.0
+
+    fit.environment = replace(fit.environment, write_output=write_output)
+    fitted(fit, request, {MODEL: list(simulated_tunings.SIZES)})
+    assert fit.limit.left_s >= 0
 
 
 def test_a_linear_probe_that_was_chosen_stays_while_a_later_call_goes_on(tmp_path) -> None:
