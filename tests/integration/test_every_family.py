@@ -139,12 +139,11 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
     command("run", file, "--output", results)
     command("report", results)
     page = (results / "report" / "report.html").read_text()
-    summary = (results / "report" / "analysis_summary.md").read_text()
     record = read_record(results / "tiny" / "adaptive" / "seed_0" / "record.json")
     assert record.spec.data.interpolation == ("bilinear" if library else None)
     kinds = {site.matrix for site in record.sites}
     assert len(kinds) >= 5
-    assert all(kind in page and f"| {kind} |" in summary for kind in kinds)
+    assert all(kind in page for kind in kinds)
     files = sorted(images.rglob("*.png"))[::12]
     for name, kinds_of_files in (("adaptive", ("onnx", "safetensors", "peft")), ("mixed", ("onnx", "safetensors"))):
         run_dir = results / "tiny" / name / "seed_0"

@@ -28,6 +28,7 @@ def tuned(images, tmp_path, monkeypatch):
     shutil.copytree(images, "images")
     monkeypatch.setattr("peft_vit.fit.tune.RATES", (1e-3,))
     monkeypatch.setattr("peft_vit.fit.costs.MOST_STEPS", 24)
+    monkeypatch.setattr("peft_vit.fit.costs.MOST_LAST_STEPS", 32)
     row = SimpleNamespace(bytes=300_000, median_s=0.01, low_s=0.01, high_s=0.01, processor="one")
     monkeypatch.setattr(fastest, "bench", lambda files, **_: [SimpleNamespace(**vars(row), file=str(f)) for f in files])
     throughput = replace(Throughput.estimated(1e9), process_s=1.0)
@@ -52,7 +53,7 @@ def test_several_labels(tuned, tmp_path) -> None:
         return f"{int(k < 2)},{int(k > 0) if n % 7 else ''}"
 
     choice, said = tuned("warm,cold", cells)
-    assert "a fifth of each label" in said
+    assert re.search(r"\d+ to train, \d+ to test \(a fifth", said)
     assert re.search(r"32 px: \d+\.\d% mAP", said)
     assert re.search(r"% mean average precision on new images \(.* by \d+ test images\)", answer(choice))
     records = list(read_records(tmp_path / "tuned/studies"))
@@ -74,10 +75,8 @@ def test_several_labels(tuned, tmp_path) -> None:
 @pytest.mark.slow
 def test_numbers(tuned, tmp_path) -> None:
     rng = np.random.default_rng(0)
-    choice, said = tuned("heat", lambda k, _: f"{10 * k + rng.normal():.2f}", metric="rmse", margin=2.0)
+    choice, _ = tuned("heat", lambda k, _: f"{10 * k + rng.normal():.2f}", metric="rmse", margin=2.0)
     sealed = choice.final.labels
-    margin = float(re.search(r"a smaller model may lose 2 % of a standard deviation, which is ([\d.]+)", said)[1])
-    assert margin == pytest.approx(0.02 * choice.images.scores.deviation, rel=0.01)
     predicted = choice.final.learned.predicted(choice.final.logits)
     error = float(np.sqrt(((predicted - sealed) ** 2).mean()))
     assert choice.score.estimate == pytest.approx(error)

@@ -114,7 +114,8 @@ def test_a_weight_is_its_definition(format) -> None:
 @pytest.mark.parametrize("kind", ["int4", "nf4"])
 def test_four_bits_take_at_most_18_hundredths_of_float32(tmp_path, kind) -> None:
     model = random_weights(timm.create_model("vit_small_patch14_dinov2", img_size=112, num_classes=10)).eval()
-    card = CARD.model_copy(update={"model": "vit_small_patch14_dinov2", "image_size": 112})
+    larger = {"model": "vit_small_patch14_dinov2", "image_size": 112, "class_names": tuple("abcdefghij")}
+    card = CARD.model_copy(update=larger)
     export_openvino(model, tmp_path / "float32.xml", card)
     small_model = packed_model([QuantizationFormat(kind, 32, True, torch.float16)], copy.deepcopy(model))
     export_openvino(small_model, tmp_path / "packed.xml", card)
