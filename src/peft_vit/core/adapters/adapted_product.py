@@ -72,12 +72,6 @@ class FrozenWeight:
         """Whether the float weight alone is in use."""
         return self.quantized is None or (self.floating is not None and self.share == 0)
 
-    @property
-    def group_size(self) -> int:
-        """Return how many inputs share a scale of the packed weight; 1 where all do, or nothing is packed."""
-        groups = 1 if self.quantized is None else self.quantized.groups
-        return 1 if groups == 1 else self.shape[1] // groups
-
     def columns(self, columns: slice) -> FrozenWeight:
         """Return the weight of some inputs, whole groups and whole bytes of a packed one."""
         if columns == slice(0, self.shape[1]):
@@ -247,7 +241,8 @@ class _Layer:
         All, or parts of whole groups and whole bytes of a packed weight. A norm needs all of a row at once.
         """
         width, count = frozen.shape[1], 1
-        least = math.lcm(_COLUMNS, self.pool, frozen.group_size)
+        groups = 1 if frozen.quantized is None else frozen.quantized.groups
+        least = math.lcm(_COLUMNS, self.pool, 1 if groups == 1 else width // groups)
         whole_rows = self.function is not None and self.function.is_norm
         while not whole_rows and rows * width // count > _VALUES_AT_ONCE and width % (2 * count * least) == 0:
             count *= 2
@@ -304,26 +299,31 @@ class _AdaptedProduct(torch.autograd.Function):
         layer: _Layer = ctx.layer
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(layer.dtype)  # (N, out)
         frozen = FrozenWeight(floating, ctx.quantized, ctx.share)
-        updates = (_GroupedGradients if layer.pool > 1 else _FactorGradients)(layer, gradient, parameters)
+        factors = _FactorGradients(layer, gradient, parameters) if parameters and layer.pool == 1 else None
+        of_groups: list[Tensor] = []  # (out, c / pool) each
         pieces = layer.pieces(frozen, len(gradient))
         grad_saved = None
         if ctx.needs_input_grad[0] and len(pieces) > 1:
             grad_saved = gradient.new_empty((len(gradient), ctx.shape[-1]), dtype=ctx.dtype)  # (N, in)
         for columns in pieces:
-            made, leaf = None, None
+            made, leaf, needed = None, None, None
             if layer.function is not None:
                 with torch.enable_grad():
                     leaf = saved[:, columns].detach().requires_grad_(ctx.needs_input_grad[0])  # (N, c)
                     made = layer.inputs(leaf)  # (N, c)
-                updates.add(columns, layer.needed(made.detach()))
+                needed = layer.needed(made.detach())  # (N, c / pool)
             elif parameters:
-                updates.add(
-                    columns, saved[:, columns.start // layer.pool : columns.stop // layer.pool]
-                )  # (N, c / pool)
+                needed = saved[:, columns.start // layer.pool : columns.stop // layer.pool]  # (N, c / pool)
+            if factors is not None:
+                factors.add(columns, needed)
+            elif needed is not None:
+                of_groups.append((needed.T @ gradient).T)  # (out, c / pool)
             if not ctx.needs_input_grad[0]:
                 continue
             weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns))  # (out, c)
-            grad_x = updates.to_inputs(columns, weight)  # (N, c)
+            grad_x = gradient @ weight  # (N, out) @ (out, c) -> (N, c)
+            if factors is not None and not layer.forms_sum:
+                grad_x.addmm_(factors.outer.T, factors.rights[:, columns])
             if made is not None and leaf is not None:
                 (grad_x,) = torch.autograd.grad(made, leaf, grad_x)  # by what x was made from, (N, c)
             if grad_saved is None:
@@ -332,7 +332,10 @@ class _AdaptedProduct(torch.autograd.Function):
                 grad_saved[:, columns] = grad_x
         grad_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None  # (N, out) -> (out,)
         grad_saved = None if grad_saved is None else grad_saved.view(ctx.shape)  # (N, in) -> (..., in)
-        return grad_saved, None, None, None, None, grad_bias, *updates.result()
+        of_parameters = [torch.cat(of_groups, 1)] if of_groups else []  # (out, groups)
+        if factors is not None:
+            of_parameters = factors.result()
+        return grad_saved, None, None, None, None, grad_bias, *of_parameters
 
 
 class _FactorGradients:
@@ -343,54 +346,25 @@ class _FactorGradients:
     """
 
     def __init__(self, layer: _Layer, gradient: Tensor, factors: Sequence[Tensor]) -> None:
-        self._spans, self._gradient, self._factors, self._summed = layer.spans, gradient, factors, layer.forms_sum
-        if not factors:
-            return
-        self._rights = _stack(factors[1::2]).to(layer.dtype)  # (sum of ranks, in)
+        self._spans, self._gradient, self._factors = layer.spans, gradient, factors
+        self.rights = _stack(factors[1::2]).to(layer.dtype)  # (sum of ranks, in)
         pairs = zip(layer.spans, factors[::2], strict=True)
-        self._outer = _stack([left.T.to(layer.dtype) @ gradient[:, span].T for span, left in pairs])  # (ranks, N)
-        self._inner = torch.zeros_like(self._outer)  # right x^T, (ranks, N)
-        self._to_rights = torch.empty_like(self._rights)  # (ranks, in)
+        self.outer = _stack([left.T.to(layer.dtype) @ gradient[:, span].T for span, left in pairs])  # (ranks, N)
+        self._inner = torch.zeros_like(self.outer)  # right x^T, (ranks, N)
+        self._to_rights = torch.empty_like(self.rights)  # (ranks, in)
 
     def add(self, columns: slice, x: Tensor) -> None:
         """Take columns of x, (N, c)."""
-        self._inner.addmm_(self._rights[:, columns], x.T)  # (ranks, c) @ (c, N) -> (ranks, N)
-        self._to_rights[:, columns] = self._outer @ x  # (ranks, N) @ (N, c) -> (ranks, c)
-
-    def to_inputs(self, columns: slice, weight: Tensor) -> Tensor:
-        """Return the gradient of columns of x, (N, c), from those of W + dW, or of W, (out, c)."""
-        grad_x = self._gradient @ weight  # (N, out) @ (out, c) -> (N, c)
-        return grad_x if self._summed else grad_x.addmm_(self._outer.T, self._rights[:, columns])
+        self._inner.addmm_(self.rights[:, columns], x.T)  # (ranks, c) @ (c, N) -> (ranks, N)
+        self._to_rights[:, columns] = self.outer @ x  # (ranks, N) @ (N, c) -> (ranks, c)
 
     def result(self) -> list[Tensor]:
         """Return the gradients, left (out_s, r) and right (r, in) in turn."""
-        if not self._factors:
-            return []
         inner, rights = (_by_update(stacked, self._factors) for stacked in (self._inner, self._to_rights))
         lefts = [  # (r, N) @ (N, out_s) -> (out_s, r)
             (part @ self._gradient[:, span]).T for span, part in zip(self._spans, inner, strict=True)
         ]
         return [gradient for pair in zip(lefts, rights, strict=True) for gradient in pair]
-
-
-class _GroupedGradients:
-    """The gradient of `added`, (out, groups), likewise from columns of p, inputs summed over groups."""
-
-    def __init__(self, layer: _Layer, gradient: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._gradient = gradient
-        self._parts: list[Tensor] = []
-
-    def add(self, columns: slice, pooled: Tensor) -> None:
-        """Take columns of p, (N, c / pool)."""
-        self._parts.append((pooled.T @ self._gradient).T)  # (out, c / pool)
-
-    def to_inputs(self, columns: slice, weight: Tensor) -> Tensor:
-        """Return the gradient of columns of x, (N, c), from those of W + dW (out, c)."""
-        return self._gradient @ weight
-
-    def result(self) -> list[Tensor]:
-        """Return the gradient, if there are updates."""
-        return [torch.cat(self._parts, 1)] if self._parts else []  # (out, groups)
 
 
 class _Saved(torch.autograd.Function):
@@ -411,13 +385,11 @@ class _Saved(torch.autograd.Function):
 def _save(
     ctx: Any, saved: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]
 ) -> None:
-    rows = x if layer.function is None else saved
-    rows = rows.reshape(-1, rows.shape[-1])  # (N, in)
     needed = None
     if layer.function is not None:
-        needed = rows  # (N, in), from which x is made again
+        needed = saved.reshape(-1, saved.shape[-1])  # (N, in), from which x is made again
     elif parameters:
-        needed = layer.needed(rows)  # (N, in), or summed over groups, (N, groups)
+        needed = layer.needed(x.reshape(-1, x.shape[-1]))  # (N, in), or summed over groups, (N, groups)
     # The float weight is saved, not held, so that the backward pass lets go of it.
     ctx.save_for_backward(needed, frozen.floating, *parameters)
 

@@ -70,17 +70,20 @@ class _IntegerProduct(torch.autograd.Function):
         bias: Tensor | None,
         spans: tuple[slice, ...],
         dtype: torch.dtype,
-        values: Tensor | None,
+        source: Tensor | None,
         function: Callable[[Tensor], Tensor] | None,
         *factors: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        left, right, inner, use = None, None, None, None
+        left, right, inner = None, None, None
         if factors:
             left, right = _concatenate(factors, spans, len(weight.codes), dtype)
             inner = torch.empty(len(right), len(rows), dtype=dtype, device=x.device)  # (R, N)
-            use = partial(_multiply_right, right, inner)
-        codes, scales = _quantize_in_parts(rows, dtype, use=use)
+        codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)  # (N, in)
+        scales = torch.empty(len(rows), 1, device=x.device)
+        for part, values in _quantized_parts(rows, codes, scales, dtype):
+            if inner is not None and right is not None:
+                inner[:, part] = right @ values.to(dtype).T  # (R, in) @ (in, n)
         if inner is not None:
             inner.mul_(scales.T)
         outputs = torch.empty(*x.shape[:-1], len(weight.codes), dtype=dtype, device=x.device)  # (..., out)
@@ -97,7 +100,7 @@ class _IntegerProduct(torch.autograd.Function):
             if inner is not None and left is not None:
                 y[part].addmm_(inner[:, part].T, left)  # (n, R) @ (R, out)
         saved = codes if factors and function is None else None
-        ctx.save_for_backward(saved, scales, left, right, inner, values)
+        ctx.save_for_backward(saved, scales, left, right, inner, source)
         ctx.weight, ctx.spans, ctx.shape, ctx.dtype, ctx.function = weight, spans, x.shape, x.dtype, function
         ctx.ranks = [len(factor) for factor in factors[1::2]]
         return outputs  # no view, since some models add to it in place
@@ -106,7 +109,7 @@ class _IntegerProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         weight = ctx.weight
-        codes, scales, left, right, inner, values = ctx.saved_tensors
+        codes, scales, left, right, inner, source = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])  # (N, out)
         dtype, outer = gradient.dtype, None
         grad_factors: list[Tensor] = []
@@ -114,12 +117,16 @@ class _IntegerProduct(torch.autograd.Function):
             outer = left @ gradient.T  # (R, out) @ (out, N): the gradient of the inner products
             grad_lefts = (inner @ gradient).split(ctx.ranks)  # (R, N) @ (N, out)
             grad_rights = torch.zeros(len(outer), ctx.shape[-1], device=gradient.device)  # (R, in)
-            add = partial(_add_outer, outer * scales.T.to(dtype), grad_rights)
+            scaled = outer * scales.T.to(dtype)
             if codes is None:
-                _quantize_in_parts(values.reshape(-1, values.shape[-1]), dtype, ctx.function, add)
+                source = source.reshape(-1, source.shape[-1])  # (N, in)
+                codes = torch.empty(source.shape, dtype=torch.int8, device=source.device)
+                parts = _quantized_parts(source, codes, torch.empty_like(scales), dtype, ctx.function)
             else:
-                for part in _parts(codes, codes.shape[1]) if dtype == torch.float32 else [slice(None)]:
-                    add(part, codes[part])
+                whole = _parts(codes, codes.shape[1]) if dtype == torch.float32 else [slice(None)]
+                parts = ((part, codes[part]) for part in whole)
+            for part, values in parts:
+                grad_rights += scaled[:, part] @ values.to(dtype)  # (R, n) @ (n, in)
             for span, grad_left, grad_right in zip(ctx.spans, grad_lefts, grad_rights.split(ctx.ranks), strict=True):
                 grad_factors += [grad_left[:, span].T.float(), grad_right]  # (out_s, r), (r, in)
         grad_x = None
@@ -152,36 +159,22 @@ def _recompute(function: RowFunction, dtype: torch.dtype, autocast: bool, values
         return function(values)
 
 
-def _quantize_in_parts(
-    rows: Tensor,
-    dtype: torch.dtype,
-    function: Callable[[Tensor], Tensor] | None = None,
-    use: Callable[[slice, Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return codes (N, in) and scales (N, 1) of rows, or of what a function makes of them, some rows at a time.
+def _quantized_parts(
+    rows: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype, function: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Write codes (N, in) and scales (N, 1) of rows, or of what a function makes of them; yield codes to multiply with.
 
-    `use` multiplies the codes by something of a type: in float32 part by part, while they are in the processor's
-    cache; in bf16 all at once, since such products are so fast that their number counts.
+    For products in float32 they come some rows at a time, while they are in the processor's cache; for those in bf16
+    all at once, since such products are so fast that their number counts.
     """
-    codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scales = torch.empty(len(rows), 1, device=rows.device)
     for part in _parts(rows, rows.shape[1]):
         x = rows[part] if function is None else function(rows[part])
         values = reused_memory("values", x.shape, torch.float32, x.device)
         _, scales[part] = quantize_rows(_in_float("values", x), codes[part], values)
-        if use is not None and dtype == torch.float32:
-            use(part, values)
-    if use is not None and dtype != torch.float32:
-        use(slice(None), codes)
-    return codes, scales
-
-
-def _multiply_right(right: Tensor, inner: Tensor, part: slice, codes: Tensor) -> None:
-    inner[:, part] = right @ codes.to(right.dtype).T  # (R, in) @ (in, n)
-
-
-def _add_outer(outer: Tensor, grad_right: Tensor, part: slice, codes: Tensor) -> None:
-    grad_right += outer[:, part] @ codes.to(outer.dtype)  # (R, n) @ (n, in)
+        if dtype == torch.float32:
+            yield part, values
+    if dtype != torch.float32:
+        yield slice(None), codes
 
 
 def _concatenate(

@@ -16,8 +16,6 @@ from peft_vit.core.config import NUMBER_FORMATS, QuantizationType
 from peft_vit.core.quantization.packing import row_bytes
 
 SCALE_DTYPES = (torch.float32, torch.float16)
-# bitsandbytes takes the reciprocal of at least this, so that a group of zeros does not divide by zero.
-_SMALLEST_SCALE = 1e-38
 LARGEST_LOSS = 0.01  # ten times what rounding a normal float16 number may lose
 SPACING = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps  # 2^-24
 
@@ -61,8 +59,6 @@ class QuantizationFormat:
             raise UserError(f"expected one of {', '.join(NUMBER_FORMATS)}, got {self.type!r}", field="type")
         if self.group_size is not None and self.group_size < 1:
             raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise UserError(f"expected torch.float32 or torch.float16, got {self.scale_dtype}", field="scale_dtype")
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -144,22 +140,6 @@ def pair_table(type: QuantizationType, device: torch.device) -> Tensor:
     values = code_values(type)
     pairs = torch.cartesian_prod(values, values).flip(1)  # (256, 2): the earlier code changes fastest
     return pairs.contiguous().view(torch.int64).flatten().to(device)  # (256, 1) -> (256,)
-
-
-def nearest_codes(weights: Tensor, scales: Tensor, values: Tensor) -> Tensor:
-    """Return the codes whose scaled values are nearest; on a tie, the lower value's.
-
-    Args:
-        weights: float32 on the CPU.
-        scales: likewise, of a shape that is broadcast to theirs; what lies beyond one is clipped to it.
-        values: of the codes, float32, (codes,), in [-1, 1].
-
-    Returns:
-        uint8 codes of the weights' shape.
-    """
-    values, codes = values.sort(stable=True)  # (codes,) each
-    scaled = (weights * (1.0 / scales.clamp(min=_SMALLEST_SCALE))).clamp_(-1, 1)
-    return codes.to(torch.uint8)[torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)]
 
 
 def warn_of_scales(largest: Tensor, format: QuantizationFormat, name: str) -> None:

@@ -18,12 +18,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.quantization.formats import QuantizationFormat, nearest_codes, warn_of_scales
+from peft_vit.core.quantization.formats import QuantizationFormat, warn_of_scales
 from peft_vit.core.quantization.packing import pack_codes
 from peft_vit.core.quantization.tensor import QuantizedTensor, rows_at_once
 
 # A group's range, its scale and every step of computing a weight from them stay finite in float32 below this.
 _LARGEST_MAGNITUDE = 2.0**125
+# bitsandbytes takes the reciprocal of at least this, so that a group of zeros does not divide by zero.
+_SMALLEST_SCALE = 1e-38
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 _BLOCKS = (128, 16)  # columns whose updates reach those behind them, in the block before, together in one product
 
@@ -54,10 +56,7 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
     Raises:
         UserError: if the group size does not divide `in`; if a weight is infinite, NaN or above 2^125 in
             magnitude; if a scale or an offset overflows the format's scale_dtype.
-        ValueError: if the weight is not a matrix of floating-point numbers.
     """
-    if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
-        raise ValueError(f"expected a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
     rows, columns = weight.shape
     groups = format.groups(columns)
     # (some of out, in) -> (some, groups, group size)
@@ -89,10 +88,15 @@ def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor
 
 
 def _codes(weights: Tensor, scales: Tensor, offsets: Tensor, format: QuantizationFormat) -> Tensor:
-    """Return the packed codes of some rows, (out, groups, group size), for their scales and offsets, (out, groups)."""
+    """Return the packed codes of some rows, (out, groups, group size), for their scales and offsets, (out, groups).
+
+    Of codes that are as near, that of the lower value is taken.
+    """
     weights, scales, offsets = weights.cpu().float(), scales.unsqueeze(-1), offsets.unsqueeze(-1)  # (out, groups, 1)
     if format.has_codebook:
-        codes = nearest_codes(weights, scales.float(), format.values())
+        values, order = format.values().sort(stable=True)  # (codes,) each
+        scaled = (weights * (1.0 / scales.float().clamp(min=_SMALLEST_SCALE))).clamp_(-1, 1)
+        codes = order.to(torch.uint8)[torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)]
     else:
         divisors = torch.where(scales > 0, scales.double(), 1.0)  # a group of scale 0 has nothing to divide
         places = ((weights.double() - offsets.double()) / divisors).round_()  # (out, groups, group size)

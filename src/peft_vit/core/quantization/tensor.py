@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.quantization.formats import SCALE_DTYPES, QuantizationFormat, pair_table, warn_of_offsets
-from peft_vit.core.quantization.packing import codes_at_once, row_bytes, unpack_codes
+from peft_vit.core.quantization.packing import row_bytes, unpack_codes
 
 _AT_ONCE = 1 << 16  # weights
 
@@ -62,9 +62,6 @@ class QuantizedTensor:
             dtype: of the result; weights are computed in float32 and rounded once to a narrower one.
             added: (out, groups), added to every weight of the group, in float32 with the offsets: what an update
                 makes of the weights before it is merged.
-
-        Raises:
-            ValueError: if `added` has another shape.
         """
         rows, columns = self.shape
         stored_columns = self.codes.shape[1] * 8 // self.format.bits
@@ -75,7 +72,6 @@ class QuantizedTensor:
         grouped.mul_(self.scales.float().unsqueeze(-1))  # (out, groups, 1)
         constant = None if self.offsets is None else self.offsets.float()
         if added is not None:
-            self._check_update(added)
             constant = added.float() if constant is None else constant + added.float()
         if constant is not None:
             grouped.add_(constant.unsqueeze(-1))  # (out, groups, 1)
@@ -84,18 +80,11 @@ class QuantizedTensor:
         return values.to(dtype)
 
     def columns(self, columns: slice) -> QuantizedTensor:
-        """Return the weights of some inputs, (out, c).
-
-        Raises:
-            ValueError: if they are not whole groups or bytes.
-        """
+        """Return the weights of some inputs, (out, c), which are whole groups and whole bytes."""
         start, stop, bits = columns.start, columns.stop, self.format.bits
-        size = self.format.group_size if self.groups > 1 else None
-        whole = math.lcm(size or 1, codes_at_once(bits))
-        if start % whole or stop % whole:
-            raise ValueError(f"columns {start} to {stop} are not whole groups and bytes; use multiples of {whole}")
+        size = self.shape[1] // self.groups
         codes = self.codes[:, start * bits // 8 : stop * bits // 8].contiguous()  # (out, bytes of c)
-        groups = slice(None) if size is None else slice(start // size, stop // size)
+        groups = slice(start // size, -(-stop // size))
         return self._part(codes, (slice(None), groups), (self.shape[0], stop - start))
 
     def _decode(self, values: Tensor) -> None:
@@ -132,9 +121,7 @@ class QuantizedTensor:
 
         Raises:
             UserError: if the dtype is another one, or a sum leaves its range.
-            ValueError: if delta has another shape.
         """
-        self._check_update(delta)
         if dtype is None:
             dtype = self.format.scale_dtype if self.offsets is None else self.offsets.dtype
         if dtype not in SCALE_DTYPES:
@@ -152,11 +139,6 @@ class QuantizedTensor:
         warn_of_offsets(exact, offsets, self.scales, self.format, name)
         return replace(self, offsets=offsets, format=replace(self.format, offset=True))
 
-    def _check_update(self, update: Tensor) -> None:
-        expected = (self.shape[0], self.groups)
-        if update.shape != expected:
-            raise ValueError(f"expected an update of shape {expected}, got {tuple(update.shape)}")
-
     def rows(self, rows: slice) -> QuantizedTensor:
         """Return some rows, on the same memory."""
         codes = self.codes[rows]
@@ -168,12 +150,7 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
-        return replace(
-            self,
-            codes=self.codes.to(device),
-            scales=self.scales.to(device),
-            offsets=None if self.offsets is None else self.offsets.to(device),
-        )
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what has to be stored: "codes", "scales" and, if there are any, "offsets"."""
