@@ -12,8 +12,13 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import logging
 import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import pandas as pd
 import timm
@@ -23,6 +28,7 @@ from marks import filled
 from peft_vit import cli
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_atomically
+from peft_vit.core.backbones import Architecture
 from peft_vit.core.backbones.catalog import architecture_of, describe, native_size, size_step_of
 from peft_vit.core.config import BackboneConfig, Library
 from peft_vit.deploy.measures.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Deviation, check_architecture
@@ -61,6 +67,8 @@ MODULES = {  # of timm, and what people call their models
     "naflexvit": "NaFlexViT",
     TRANSFORMERS: "transformers: one model a class",
 }
+# Settings of timm's classes for two blocks a stage.
+_SHALLOW = {"swin": {"depths": (2, 2, 2, 2)}, "hiera": {"stages": (2, 2, 2, 2)}}
 _SMALLEST = 64  # pixels: windows of several tokens in each stage of Swin
 CHECKS = {"merged": LARGEST_MERGE_ERROR, "onnx": LARGEST_ONNX_ERROR, "peft": LARGEST_MERGE_ERROR}
 COLUMNS = ("modules found", "all act", "merged", "ONNX", "PEFT reads our adapter")
@@ -97,7 +105,8 @@ def checked(name: str, module: str) -> dict[str, object]:
             side = native_size(architecture)
     row: dict[str, object] = {"module": module, "model": name, "image_size": side}
     try:
-        found = check_architecture(architecture, side, peft=True, shallow=True)
+        with ExitStack() as stack:
+            found = check_architecture(_shallow(architecture, module, stack), side, peft=True)
     except UserError as error:
         return row | {"fault": str(error)}
     assert found.peft is not None
@@ -106,6 +115,24 @@ def checked(name: str, module: str) -> dict[str, object]:
     for column, outcome in (("merged", found.merged), ("onnx", found.files["onnx"]), ("peft", found.peft)):
         row |= _columns(column, outcome)
     return row | {"peft_idle": " ".join(idle)}
+
+
+def _shallow(architecture: Architecture, module: str, stack: ExitStack) -> Architecture:
+    """Let a model be built with two blocks a stage; one of timm within the stack."""
+    if architecture.config is not None:
+        content = json.loads(architecture.config)
+        vision = content["config"].get("vision_config", content["config"])
+        vision |= {"depths": [2] * len(vision["depths"])} if "depths" in vision else {"num_hidden_layers": 2}
+        for of_stages in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices"):
+            vision.pop(of_stages, None)
+        return replace(architecture, config=json.dumps(content))
+    settings = next((found for start, found in _SHALLOW.items() if module.startswith(start)), {"depth": 2})
+    if "sapiens" in architecture.name:  # Sapiens 2 names the heads of each block
+        blocks = timm.create_model(architecture.name).blocks
+        heads = (blocks[0].attn.num_kv_heads, blocks[len(blocks) // 2].attn.num_kv_heads)
+        settings = {**settings, "num_kv_heads": heads}
+    stack.enter_context(patch.object(timm, "create_model", partial(timm.create_model, **settings)))
+    return architecture
 
 
 def _columns(column: str, outcome: Deviation) -> dict[str, object]:

@@ -35,6 +35,7 @@ from peft_vit.core.adapters import (
     adapter_bytes,
     float_matmul,
     packed_weights,
+    trained_tensors,
     update_ranks,
     use_float_matmul,
     use_int8_matmul,
@@ -44,7 +45,7 @@ from peft_vit.core.adapters.footprint import (
     frozen_bytes,
     head_parameters,
     release_memory,
-    trainable_bytes,
+    storage_bytes,
     trainable_parameters,
 )
 from peft_vit.core.adapters.peft_format import base_mismatches, start_sha256
@@ -347,7 +348,7 @@ def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | Non
     )
     sizes = ByteCounts(
         frozen_bytes=frozen_bytes(model),
-        trainable_bytes=trainable_bytes(model),
+        trainable_bytes=storage_bytes(trained_tensors(model).values()),
         optimizer_bytes=result.optimizer_bytes,
         adapter_file_bytes=len(content) - packed_bytes,
         in_4_bits_bytes=bytes_in_4_bits(model, backbone_total + counts.head),
@@ -543,7 +544,7 @@ def provenance_of(loaded: Loaded, product: Int8Matmul | None) -> Provenance:
         weights_sha256=backbone.weights_sha256,
         config_sha256=backbone.architecture.config_sha256,
         weights_licence=weights_licence(spec.backbone),
-        random_weights=backbone.random_weights,
+        random_weights=backbone.weights_sha256 is None,
         data_sha256=data.data_sha256,
         split_sha256=data.split_sha256,
         head_init_sha256=hash_arrays(backbone.backbone.head.parameters()),

@@ -92,7 +92,7 @@ def test_a_model_takes_the_sizes_that_are_chosen(name: str) -> None:
     step, native = size_step_of(architecture), native_size(architecture)
     for size in {max(step, -(-64 // step) * step), max(step, (native - 1) // step * step), native}:
         with torch.device("meta"):
-            model = build_model(architecture, size, 2, shallow=name not in OTHERS).eval()
+            model = build_model(architecture, size, 2).eval()
             logits = model(torch.zeros(1, *Backbone(model).input_size))  # (1, 3, S, S) -> (1, 2)
         assert logits.shape == (1, 2), size
 

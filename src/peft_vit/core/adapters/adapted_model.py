@@ -70,22 +70,17 @@ class AdaptedLinear(nn.Module):
 
     def add_site(self, site: Site, adapter: SiteAdapter) -> None:
         """Put an adapter on a site's rows; all of a layer act on the same groups of inputs."""
-        if self.sites and adapter.pool != self.pool:
-            raise ValueError(f"the layer's adapters pool {self.pool} inputs, this one {adapter.pool}")
         self.sites[site.kind] = adapter
         self._sites[site.kind] = site
 
     def set_quantized(self, quantized: QuantizedTensor) -> float:
         """Hold a packed copy of the weight beside the float one; return its relative error."""
-        if self.weight is None:
-            raise RuntimeError("the float weight is gone; quantize before it is dropped")
+        assert self.weight is not None
         self.quantized = quantized
         return relative_error(self.weight, quantized)
 
     def drop_float(self) -> None:
         """Free the float weight; only the packed weight is left from here on."""
-        if self.quantized is None:
-            raise RuntimeError("there is no quantized weight to fall back on")
         self.quantized_share = 1.0
         self.weight = None
 
@@ -213,21 +208,16 @@ def use_float_matmul(model: nn.Module) -> None:
 @contextmanager
 def float_matmul(model: nn.Module) -> Iterator[None]:
     """Let a model multiply in float for a while."""
-    matmuls = [(layer, layer.matmul) for _, layer in adapted_modules(model)]
-    try:
-        for layer, _ in matmuls:
+    with ExitStack() as stack:
+        for _, layer in adapted_modules(model):
+            stack.callback(setattr, layer, "matmul", layer.matmul)
             layer.matmul = None
         yield
-    finally:
-        for layer, matmul in matmuls:
-            layer.matmul = matmul
 
 
 def _map_float_weights(layers: Sequence[AdaptedLinear]) -> None:
     """Move float weights into a mapped file; the int8 weights that were made of them stay."""
     floats = [(layer, layer.weight) for layer in layers if layer.weight is not None]
-    if not floats:
-        return
     int8 = [layer.int8_weight() for layer, _ in floats]  # of what is in memory still
     try:
         with tempfile.TemporaryFile() as file:
@@ -235,7 +225,7 @@ def _map_float_weights(layers: Sequence[AdaptedLinear]) -> None:
                 file.write(weight.detach().contiguous().view(torch.uint8).numpy().data)
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as the weights
-    except OSError:
+    except (OSError, ValueError):  # no room, or nothing to map
         return
     start = 0
     for (layer, weight), made in zip(floats, int8, strict=True):
@@ -295,33 +285,21 @@ def without_updates(model: nn.Module, sites: Collection[str]) -> Iterator[None]:
     Raises:
         UserError: if the model has no adapter on a site.
     """
-    unknown = sorted(set(sites) - set(update_ranks(model)))
-    if unknown:
+    if unknown := sorted(set(sites) - set(update_ranks(model))):
         raise UserError(f"the model has no adapter on {unknown[0]}; name modules that have one", field="sites")
     with ExitStack() as stack:
         for _, module in adapted_modules(model):
-            named = {site.name for site, _ in module.adapters()}.intersection(sites)
-            if named:
-                stack.callback(setattr, module, "ablated", module.ablated)
-                module.ablated = module.ablated.union(named)
+            stack.callback(setattr, module, "ablated", module.ablated)
+            module.ablated = module.ablated.union(sites)
         places = sites_of_layers(model)
         for name, layer in peft_layers(model).items():
             if name in places and places[name].name in sites and not layer.disable_adapters:
-                stack.enter_context(_disabled(layer))
+                # PEFT's own switch also says that the factors are not, and then that they are to be trained.
+                for parameter in layer.parameters():
+                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                stack.callback(layer.enable_adapters, True)
+                layer.enable_adapters(False)
         yield
-
-
-@contextmanager
-def _disabled(layer: Any) -> Iterator[None]:
-    """Use PEFT's own switch, which also says that the factors are not, and then that they are to be trained."""
-    trained = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-    layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        layer.enable_adapters(True)
-        for parameter, is_trained in trained:
-            parameter.requires_grad_(is_trained)
 
 
 # --- back to weights without adapters ---------------------------------------------------------------------------------
@@ -364,7 +342,7 @@ def plain_model(model: nn.Module, architecture: Architecture, image_size: int, o
         outputs: of the head.
     """
     plain = create_skeleton(architecture, image_size, outputs)
-    plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
+    plain.load_state_dict(merged_state_dict(model), assign=True)
     built: nn.Module = plain.requires_grad_(False).eval()
     return built
 

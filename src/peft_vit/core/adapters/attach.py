@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import torch_generator
+from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.core.adapters.adapted_model import AdaptedLinear, adapted_sites, site_adapters
 from peft_vit.core.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
 from peft_vit.core.adapters.peft_layers import sites_of_layers, tuner_layers
@@ -114,9 +115,9 @@ def store_in_bits(model: nn.Module, bits: int | None, *, while_training: bool) -
 
 def check_adapters_match(model: nn.Module, config: AdapterConfig, section: str) -> None:
     """Refuse a scale or targets that were set and say otherwise what the model's adapters have decided."""
-    scales = sorted({adapter.scale for adapter in site_adapters(model).values()})
-    if "scale" in config.model_fields_set and scales != [config.scale]:
-        stated = ", ".join(map(str, scales))
+    scales = {adapter.scale for adapter in site_adapters(model).values()}
+    if "scale" in config.model_fields_set and scales != {config.scale}:
+        stated = ", ".join(map(str, sorted(scales)))
         raise UserError(f"the model's adapters have {stated}; leave it out", field=f"{section}.scale")
     if "targets" not in config.model_fields_set:
         return
@@ -155,11 +156,10 @@ def check_gradients(model: nn.Module) -> None:
     """
     if next(model.parameters()).is_meta:
         return  # it has shapes and no values
-    faults = {name: effect.fault for name, effect in effects(model).items() if effect.fault}
-    if faults:
-        fault = next(iter(faults.values()))
-        alike = [name for name, other in faults.items() if other == fault]
-        raise UserError(f"adapters have no effect on {some_of(alike)}: {fault}; leave them out", field="targets")
+    by_fault = grouped((effect.fault, name) for name, effect in effects(model).items())
+    for fault, names in by_fault.items():
+        if fault:
+            raise UserError(f"adapters have no effect on {some_of(names)}: {fault}; leave them out", field="targets")
 
 
 def effects(model: nn.Module) -> dict[str, Effect]:
@@ -195,11 +195,8 @@ def effects_of(
             logits: Tensor = model(image)  # (1, classes)
             direction = torch.randn(logits.shape, generator=generator).to(logits)  # (1, classes)
             total = (logits * direction).sum()  # (1, classes) -> ()
-            gradients = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
-    norms = {
-        id(parameter): 0.0 if gradient is None else float(gradient.norm())
-        for parameter, gradient in zip(leaves, gradients, strict=True)
-    }
+            gradients = torch.autograd.grad(total, leaves, materialize_grads=True) if leaves else ()
+    norms = {id(parameter): float(gradient.norm()) for parameter, gradient in zip(leaves, gradients, strict=True)}
     result = {}
     for name, module in modules.items():
         norm = math.hypot(*(norms[id(parameter)] for parameter in parameters[name]))

@@ -33,12 +33,8 @@ def head_parameters(model: nn.Module) -> int:
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the distinct storages behind tensors."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def frozen_bytes(model: nn.Module) -> int:
@@ -47,11 +43,6 @@ def frozen_bytes(model: nn.Module) -> int:
     for weight in packed_weights(model).values():
         frozen += weight.tensors().values()
     return storage_bytes(frozen)
-
-
-def trainable_bytes(model: nn.Module) -> int:
-    """Return the bytes of the trainable parameters."""
-    return storage_bytes(p for p in model.parameters() if p.requires_grad)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -120,10 +111,8 @@ def reset_peak_memory() -> None:
     """Give freed memory back and start a new peak, where the system can (Linux); elsewhere the peak only grows."""
     release_memory()
     if sys.platform == "linux":
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_bytes(b"5")  # resets VmHWM, see proc(5)
-        except OSError:
-            return
 
 
 def peak_memory_bytes() -> int:

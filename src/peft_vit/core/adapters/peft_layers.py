@@ -27,18 +27,16 @@ _STARTS = (True, False, "gaussian")  # other starts change the base's weights to
 
 def peft_layers(model: nn.Module) -> dict[str, Any]:
     """Return PEFT's LoRA and AdaLoRA layers by the name of the module that they took the place of."""
-    return _layers_of(model, "peft.tuners.lora.layer", "LoraLayer")
+    return _layers_of(model, "LoraLayer")
 
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers of any tuner of PEFT by the name of the module that they took the place of."""
-    return _layers_of(model, "peft.tuners.tuners_utils", "BaseTunerLayer")
+    return _layers_of(model, "BaseTunerLayer")
 
 
-def _layers_of(model: nn.Module, module: str, kind: str) -> dict[str, Any]:
-    if module not in sys.modules:
-        return {}
-    layer_type = getattr(sys.modules[module], kind)
+def _layers_of(model: nn.Module, kind: str) -> dict[str, Any]:
+    layer_type = getattr(sys.modules.get("peft.tuners.lora.layer"), kind, ())  # which knows both kinds
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, layer_type)}
 
 
@@ -52,11 +50,10 @@ def sites_of_layers(model: nn.Module) -> dict[str, Site]:
     if not all(hasattr(layer, _SITE) for layer in layers.values()):
         backbone = Backbone.within(model)
         backbone.prepare()
-        known = {id(backbone.model.get_submodule(name)): site for name, site in fused_sites(backbone.sites).items()}
+        known = {backbone.model.get_submodule(name): site for name, site in fused_sites(backbone.sites).items()}
         for layer in layers.values():
-            setattr(layer, _SITE, known.get(id(layer)))
-    sites = {name: getattr(layer, _SITE) for name, layer in layers.items()}
-    return {name: site for name, site in sites.items() if site is not None}
+            setattr(layer, _SITE, known.get(layer))
+    return {name: site for name, layer in layers.items() if (site := getattr(layer, _SITE)) is not None}
 
 
 def peft_ranks(model: nn.Module) -> dict[str, int]:

@@ -45,15 +45,12 @@ _OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "auto_ma
 _RANK_OF_FILE = ".lora_A.default.weight"
 
 
-def require_peft() -> None:
-    """Refuse a method that needs the PEFT library where it is not installed."""
+def load_peft() -> Any:
+    """Return the PEFT library: with transformers, some 90 MB that stay in the process; UserError where it is not."""
     require_extra("peft", field="method")
+    import peft
 
-
-def load_peft() -> None:
-    """Import the PEFT library: with transformers, some 90 MB that stay in the process."""
-    require_peft()
-    import peft  # noqa: F401
+    return peft
 
 
 def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) -> Any:
@@ -65,13 +62,14 @@ def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) 
             of the last one of each MLP and the outputs of query, key and value.
         sites: of the model.
     """
-    require_peft()
-    from peft.config import PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
+    peft = load_peft()
+    known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     # Those that put layers into a model: prompts are for language.
-    types = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PEFT_TYPE_TO_TUNER_MAPPING}
-    types = {name: config for name, config in types.items() if not issubclass(config, PromptLearningConfig)}
+    types = {
+        kind.value.lower(): known[kind]
+        for kind in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+        if not issubclass(known[kind], peft.PromptLearningConfig)
+    }
     types |= {name: types[base] for name, (base, _) in PRESETS.items()}
     if type not in types:
         raise UserError(f"PEFT has no tuner {type!r}{_nearest(type, types)}", field="peft.type")
@@ -86,9 +84,7 @@ def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) 
     given = copy.deepcopy(dict(settings))
     try:
         if type == "eva":
-            from peft import EvaConfig
-
-            given["eva_config"] = EvaConfig(**given.get("eva_config", {}))
+            given["eva_config"] = peft.EvaConfig(**given.get("eva_config", {}))
         return types[type](**_targets(base, given, sites), **preset, **given)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"PEFT refuses it: {error}", field="peft") from None
@@ -142,8 +138,7 @@ def attach_peft(
         config.rank_pattern = {patterns[name]: rank for name, rank in ranks.items()}
         if config.eva_config.adjust_scaling_factors:  # as PEFT did when it moved the ranks
             config.alpha_pattern = {patterns[name]: config.lora_alpha * rank / config.r for name, rank in ranks.items()}
-    import peft
-
+    peft = load_peft()
     freeze_backbone(model)
     with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
         torch.default_generator.manual_seed(torch_generator(seed, "adapter_init").initial_seed())
@@ -166,13 +161,12 @@ def attach_peft(
 
 def attach_peft_lora(model: nn.Module, config: PeftLoraConfig, *, seed: int) -> None:
     """Attach LoRA with ``alpha = scale * r``; outputs do not change."""
-    settings = {"r": config.rank, "lora_alpha": config.scale * config.rank}  # PEFT says int and takes any number
-    attach_peft(
-        model,
-        "lora",
-        {**settings, "target_modules": list(select_modules(find_sites(model), config.targets))},
-        seed=seed,
-    )
+    settings = {
+        "r": config.rank,
+        "lora_alpha": config.scale * config.rank,  # PEFT says int and takes any number
+        "target_modules": list(select_modules(find_sites(model), config.targets)),
+    }
+    attach_peft(model, "lora", settings, seed=seed)
 
 
 def attach_peft_adalora(
@@ -200,8 +194,6 @@ def attach_peft_adalora(
 
 
 def _start_from(images: Tensor | None, wrapped: Any, model: nn.Module) -> None:
-    from peft import initialize_lora_eva_weights
-
     if images is None:
         raise UserError("type eva starts from training images; none were given", field="peft.type")
 
@@ -210,7 +202,7 @@ def _start_from(images: Tensor | None, wrapped: Any, model: nn.Module) -> None:
         return x.reshape(-1, x.shape[-1])  # (B, T, D) to (B T, D)
 
     with evaluating(model):
-        initialize_lora_eva_weights(
+        load_peft().initialize_lora_eva_weights(
             wrapped,
             [images],
             forward_fn=lambda peft_model, batch: peft_model(batch),
@@ -222,8 +214,6 @@ def _start_from(images: Tensor | None, wrapped: Any, model: nn.Module) -> None:
 
 def tuner_export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return PEFT's configuration of the tuner on a model, as JSON, and its tensors by PEFT's names."""
-    from peft import get_peft_model_state_dict
-
     configs: Any = model.peft_config
     config: Any = copy.deepcopy(configs[ADAPTER])
     if hasattr(config, "save_projection"):
@@ -231,7 +221,7 @@ def tuner_export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if getattr(config, "init_lora_weights", None) == "eva":
         config.init_lora_weights = True  # it has started: what is loaded replaces the start
     configs[ADAPTER] = config
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    tensors = load_peft().get_peft_model_state_dict(model, adapter_name=ADAPTER)
     content = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     content |= {"peft_type": config.peft_type.value, "inference_mode": True}
     return content, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}

@@ -139,14 +139,13 @@ def create_model(architecture: Architecture, image_size: int, num_classes: int) 
     return model
 
 
-def build_model(architecture: Architecture, image_size: int, num_classes: int, *, shallow: bool = False) -> nn.Module:
+def build_model(architecture: Architecture, image_size: int, num_classes: int) -> nn.Module:
     """Do as `create_model`, but leave the model as its library builds it: some attention goes past its modules then.
 
     Args:
         architecture: of either library.
         image_size: side of the square input, in pixels.
         num_classes: outputs of the head.
-        shallow: with two blocks a stage, for checks.
 
     Raises:
         UserError: as `describe`.
@@ -172,28 +171,21 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
             field="data.image_size",
         )
     if architecture.library == "transformers":
-        return without_dropout(transformers_models.build(architecture, image_size, num_classes, shallow=shallow))
-    settings = backbone.family.shallow if shallow else {}
-    model = without_dropout(backbone.family.build(architecture.name, image_size, num_classes, **settings))
+        model = transformers_models.build(architecture, image_size, num_classes)
+    else:
+        model = backbone.family.build(architecture.name, image_size, num_classes)
+    # timm's Swin drops whole branches in training by default, from the global generator: no two runs would be the same.
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):  # DropPath of either library
+            module.drop_prob = 0.0  # type: ignore[assignment]
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model if architecture.head_blocks == 1 else read_last_blocks(model)
 
 
 def supports_head_blocks(architecture: Architecture) -> bool:
     """Tell whether the head of a model can read the class tokens of its last four blocks."""
     return can_read_last_blocks(_on_paper(architecture))
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """Turn off what drops values, tokens' or whole branches', in training: timm's Swin drops branches by default.
-
-    All other families of timm come without. It would draw from the global generator, and no two runs would be the same.
-    """
-    for module in model.modules():
-        if hasattr(module, "drop_prob"):  # DropPath of either library
-            module.drop_prob = 0.0  # type: ignore[assignment]
-        elif isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def create_skeleton(architecture: Architecture, image_size: int, num_classes: int) -> Any:

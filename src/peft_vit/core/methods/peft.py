@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import nn
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters.peft_tuner import attach_peft, attach_peft_lora, require_peft, tuner_config
+from peft_vit.base.extras import require_extra
+from peft_vit.core.adapters.peft_tuner import attach_peft, attach_peft_lora, tuner_config
 from peft_vit.core.backbones import BackboneShape, Site, select_modules
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, Sections, TrainOptions, below
@@ -33,7 +34,7 @@ def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: Prepa
 
 
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    require_peft()
+    require_extra("peft", field="method")
     settings = experiment.need(PeftLoraConfig)
     check_ranks(_modules("peft_lora", settings, shape), settings.rank, field="peft_lora.rank")
 
@@ -54,7 +55,7 @@ def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, context: Pr
 
 
 def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    require_peft()
+    require_extra("peft", field="method")
     settings = experiment.need(PeftAdaLoraConfig)
     sites = _modules("peft_adalora", settings, shape)
     check_ranks(sites, settings.initial_rank, field="peft_adalora.initial_rank")

@@ -73,12 +73,7 @@ class ModelCheck:
 
 
 def check_architecture(
-    architecture: Architecture,
-    image_size: int | None = None,
-    *,
-    formats: Sequence[str] = ("onnx",),
-    peft: bool = False,
-    shallow: bool = False,
+    architecture: Architecture, image_size: int | None = None, *, formats: Sequence[str] = ("onnx",), peft: bool = False
 ) -> ModelCheck:
     """Put adapters on all sites of a model with random weights, and see what works.
 
@@ -87,7 +82,6 @@ def check_architecture(
         image_size: side in pixels; None: that of pretraining.
         formats: of EXPORTS, that are files: what to export to.
         peft: let the PEFT library do likewise; it takes 90 MB.
-        shallow: build two blocks a stage.
 
     Raises:
         UserError: if the model is unknown, can't be adapted, or does not take images of this size, or a format but ONNX
@@ -100,7 +94,7 @@ def check_architecture(
     card = card_of_random(architecture, side, tuple(map(str, range(_CLASSES))), "check")
 
     def build() -> nn.Module:
-        return random_weights(build_model(architecture, side, _CLASSES, shallow=shallow)).eval()
+        return random_weights(build_model(architecture, side, _CLASSES)).eval()
 
     model = build()
     sites = find_sites(model)

@@ -1,5 +1,6 @@
 """Families of Vision Transformers: what differs from one class of models to the next."""
 
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from peft_vit.core.backbones.families.by_tokens import TIMM_OTHER, is_of_timm
@@ -13,7 +14,8 @@ FAMILIES: tuple[Family, ...] = (*TIMM_FAMILIES, TRANSFORMERS_VISION)
 def family_of(model: nn.Module) -> Family | None:
     """Return the family of a model; None: neither one of these nor of timm."""
     named = next((family for family in FAMILIES if isinstance(model, family.model_class)), None)
-    return TIMM_OTHER if named is None and is_of_timm(model) else named
+    branched = any(isinstance(block, ParallelThingsBlock) for block in getattr(model, "blocks", ()))
+    return TIMM_OTHER if (named is None or branched) and is_of_timm(model) else named
 
 
 __all__ = ["FAMILIES", "Architecture", "Family", "family_of"]

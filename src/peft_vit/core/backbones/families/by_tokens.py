@@ -189,12 +189,12 @@ def is_of_timm(model: nn.Module) -> bool:
     return "pretrained_cfg" in vars(model) and hasattr(model, "get_classifier")
 
 
-def _build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
+def _build(name: str, image_size: int, num_classes: int) -> nn.Module:
     """Build a model, and note for which images; some classes ask for their size, to others it is all the same."""
     try:
-        model: Any = timm.create_model(name, num_classes=num_classes, img_size=image_size, **settings)
+        model: Any = timm.create_model(name, num_classes=num_classes, img_size=image_size)
     except TypeError:
-        model = timm.create_model(name, num_classes=num_classes, **settings)
+        model = timm.create_model(name, num_classes=num_classes)
     except Exception as error:
         native = timm.get_pretrained_cfg(name)
         assert native is not None
@@ -232,11 +232,5 @@ def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 
 TIMM_OTHER = Family(
-    nn.Module,
-    fit_weights=_fit_weights,
-    build=_build,
-    size_step=_size_step,
-    sizes_are_tried=True,
-    shallow={},
-    **BY_TOKENS,
+    nn.Module, fit_weights=_fit_weights, build=_build, size_step=_size_step, sizes_are_tried=True, **BY_TOKENS
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -49,9 +49,9 @@ def image_channels(stem: nn.Module) -> int:
     return next(module.in_channels for module in stem.modules() if isinstance(module, nn.Conv2d))
 
 
-def build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
-    """Build a model for images of a size, as timm initialises it; settings are those of its class."""
-    return timm.create_model(name, img_size=image_size, num_classes=num_classes, **settings)
+def build(name: str, image_size: int, num_classes: int) -> nn.Module:
+    """Build a model for images of a size, as timm initialises it."""
+    return timm.create_model(name, img_size=image_size, num_classes=num_classes)
 
 
 def patch_size(model: Any) -> int:
@@ -65,11 +65,12 @@ def add_bias_apart(model: nn.Module) -> bool:
     Where the bias is not a part of the module, timm adds it in one product with the module's weight, past whatever
     stands in the module's place: an adapter there had no effect and no gradient. The two ways round differently.
     """
-    layers: list[Any] = [module for module in model.modules() if getattr(module, "q_bias", None) is not None]
-    layers = [layer for layer in layers if getattr(layer, "qkv", None) is not None]
-    for attention in layers:
-        attention.qkv_bias_separate = True
-    return bool(layers)
+    apart = False
+    for module in model.modules():
+        if getattr(module, "q_bias", None) is not None and getattr(module, "qkv", None) is not None:
+            module.qkv_bias_separate = True  # type: ignore[assignment]
+            apart = True
+    return apart
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ class Family:
             whether timm builds such a model otherwise.
         input_size: channels, height and width of an image, in pixels.
         build: makes a model of a name for images of a side, in pixels, with so many classes.
-        shallow: settings of the class for two blocks a stage.
         in_turn: the blocks are called one after the other, each with what the one before has returned.
         size_step: what the side of an image has to be a multiple of, in pixels.
         sizes_are_tried: other sides may do too, and a forward pass shows it; those of `size_step` do in any case.
@@ -97,8 +97,8 @@ class Family:
     fit_weights: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
     prepare: Callable[[nn.Module], bool] = add_bias_apart
     input_size: Callable[[nn.Module], tuple[int, int, int]] = input_of_patches
-    build: Callable[..., nn.Module] = build
+    build: Callable[[str, int, int], nn.Module] = build
     size_step: Callable[[nn.Module], int] = patch_size
     sizes_are_tried: bool = False
-    shallow: Mapping[str, Any] = field(default_factory=lambda: {"depth": 2})
+
     in_turn: bool = True

@@ -19,24 +19,21 @@ or in one (fc1).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, cast
 
 import timm
-import torch
 from timm.layers import AttentionPoolLatent, GluMlp, SwiGLU, resample_abs_pos_embed
 from timm.models import beit, eva, hiera, naflexvit, swin_transformer, swin_transformer_v2
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
     ParallelScalingBlock,
-    ParallelThingsBlock,
     VisionTransformer,
     checkpoint_filter_fn,
 )
 from torch import Tensor, nn
 
-from peft_vit.core.backbones.families.family import Family, build, image_channels, noted_input_size
+from peft_vit.core.backbones.families.family import Family, image_channels, noted_input_size
 from peft_vit.core.backbones.site import LinearLayout
 
 _QKV = ("query", "key", "value")
@@ -62,17 +59,6 @@ def linears_of_block(path: str, layer: int, block: Any) -> list[LinearLayout]:
             return [first, LinearLayout(f"{path}.out_proj", layer, ("out",), "other")]
         out = LinearLayout(f"{path}.attn_out_proj", layer, ("out",), "attention")
         return [first, out, LinearLayout(f"{path}.mlp_out_proj", layer, ("fc2",), "mlp")]
-    if isinstance(block, ParallelThingsBlock):  # several attentions and MLPs side by side (arXiv 2203.09795)
-        branches = [
-            *((n, _of_attention(f"{path}.attns.{n}.attn", layer, part.attn)) for n, part in enumerate(block.attns)),
-            *((n, _of_mlp(f"{path}.ffns.{n}.mlp", layer, part.mlp)) for n, part in enumerate(block.ffns)),
-        ]
-        # the matrices of later branches are told from the first one's: query, query_2
-        return [
-            linear if n == 0 else replace(linear, kinds=tuple(f"{kind}_{n + 1}" for kind in linear.kinds))
-            for n, linears in branches
-            for linear in linears
-        ]
     linears = [*_of_attention(f"{path}.attn", layer, block.attn), *_of_mlp(f"{path}.mlp", layer, block.mlp)]
     if isinstance(block, hiera.HieraBlock) and block.proj is not None:
         linears.append(LinearLayout(f"{path}.proj", layer, ("shortcut",), "other"))
@@ -97,7 +83,7 @@ def _of_mlp(path: str, layer: int, mlp: Any) -> list[LinearLayout]:
     if isinstance(mlp, GluMlp):
         kinds = ("up", "gate") if mlp.gate_last else ("gate", "up")
         return [LinearLayout(f"{path}.fc1", layer, kinds, "mlp"), last]
-    return [LinearLayout(f"{path}.fc1", layer, ("fc1",), "mlp", feeds=f"{path}.fc2"), last]
+    return [LinearLayout(f"{path}.fc1", layer, ("fc1",), "mlp"), last]
 
 
 # --- blocks in one row ---
@@ -140,19 +126,9 @@ def _fit_vit(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return checkpoint_filter_fn(tensors, cast(VisionTransformer, model), adapt_layer_scale=True, **options)
 
 
-def _build_eva(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
-    """Build a model; of Sapiens 2, which names the heads of each block, with the first and the middle block's heads."""
-    if "depth" in settings and "sapiens" in name:
-        with torch.device("meta"):
-            blocks: Any = timm.create_model(name).blocks
-        heads = (blocks[0].attn.num_kv_heads, blocks[len(blocks) // 2].attn.num_kv_heads)
-        settings = {**settings, "num_kv_heads": heads}
-    return build(name, image_size, num_classes, **settings)
-
-
-def _build_naflexvit(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
+def _build_naflexvit(name: str, image_size: int, num_classes: int) -> nn.Module:
     """Build a model, and note for which images: its weights are the same for all sizes."""
-    model: Any = timm.create_model(name, num_classes=num_classes, **settings)
+    model: Any = timm.create_model(name, num_classes=num_classes)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
     return model
 
@@ -162,13 +138,11 @@ def _build_naflexvit(name: str, image_size: int, num_classes: int, **settings: A
 
 def _swin_layout(model: Any) -> list[LinearLayout]:
     linears: list[LinearLayout] = []
-    layer = 0
-    for number, stage in enumerate(model.layers):
-        if hasattr(stage.downsample, "reduction"):
-            linears.append(LinearLayout(f"layers.{number}.downsample.reduction", layer - 1, ("reduction",), "other"))
-        for place, block in enumerate(stage.blocks):
-            linears += linears_of_block(f"layers.{number}.blocks.{place}", layer, block)
-            layer += 1
+    for layer, name in enumerate(_swin_blocks(model)):
+        stage, _, place = name.rpartition(".blocks.")
+        if place == "0" and hasattr(model.get_submodule(stage).downsample, "reduction"):
+            linears.append(LinearLayout(f"{stage}.downsample.reduction", layer - 1, ("reduction",), "other"))
+        linears += linears_of_block(name, layer, model.get_submodule(name))
     return linears
 
 
@@ -176,9 +150,9 @@ def _swin_blocks(model: Any) -> list[str]:
     return [f"layers.{n}.blocks.{place}" for n, stage in enumerate(model.layers) for place in range(len(stage.blocks))]
 
 
-def _build_swin(name: str, image_size: int, num_classes: int, **settings: Any) -> Any:
+def _build_swin(name: str, image_size: int, num_classes: int) -> Any:
     """Build a model whose windows grow and shrink with the image, so that none is filled up with nothing."""
-    model: Any = timm.create_model(name, num_classes=num_classes, **settings)
+    model: Any = timm.create_model(name, num_classes=num_classes)
     if image_size != model.patch_embed.img_size[0]:
         model.set_input_size(image_size)
     return model
@@ -208,12 +182,12 @@ def _fit_hiera(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return fitted
 
 
-_SWIN: dict[str, Any] = {"build": _build_swin, "size_step": _swin_size_step, "shallow": {"depths": (2, 2, 2, 2)}}
+_SWIN: dict[str, Any] = {"build": _build_swin, "size_step": _swin_size_step}
 # A class stands before the one that it derives from.
 TIMM_FAMILIES = (
     Family(VisionTransformerDistilled, row_layout, row_of_blocks, _fit_vit),
     Family(VisionTransformer, row_layout, row_of_blocks, _fit_vit),
-    Family(eva.Eva, row_layout, row_of_blocks, eva.checkpoint_filter_fn, build=_build_eva),
+    Family(eva.Eva, row_layout, row_of_blocks, eva.checkpoint_filter_fn),
     Family(beit.Beit, row_layout, row_of_blocks, beit.checkpoint_filter_fn),
     Family(
         swin_transformer.SwinTransformer, _swin_layout, _swin_blocks, swin_transformer.checkpoint_filter_fn, **_SWIN
@@ -233,7 +207,6 @@ TIMM_FAMILIES = (
         input_size=_hiera_input_size,
         # The side of a mask unit, within which blocks of early stages attend.
         size_step=lambda model: int(cast(Any, model).patch_stride[0] * cast(Any, model).mask_unit_size[0]),
-        shallow={"stages": (2, 2, 2, 2)},
     ),
     Family(
         naflexvit.NaFlexVit,

@@ -230,14 +230,13 @@ def _returning_logits(kind: type[nn.Module]) -> Any:
     return type(kind.__name__, (TransformersModel, kind), {"__module__": kind.__module__})
 
 
-def build(architecture: Architecture, image_size: int, num_classes: int, *, shallow: bool = False) -> nn.Module:
+def build(architecture: Architecture, image_size: int, num_classes: int) -> nn.Module:
     """Build a model with a fresh head, as transformers initialises it.
 
     Args:
         architecture: of transformers.
         image_size: side of the square input, in pixels; the model keeps its own position embedding.
         num_classes: outputs of the head.
-        shallow: with two layers a stage.
     """
     config, images = _parsed(architecture)
     vision = vision_config(config)
@@ -249,10 +248,6 @@ def build(architecture: Architecture, image_size: int, num_classes: int, *, shal
                 setattr(part, name, 0.0)
             elif name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's positions
                 setattr(part, name, None)
-    if shallow and hasattr(vision, "depths"):
-        vision.depths = [2] * len(vision.depths)
-    elif shallow:
-        vision.num_hidden_layers = 2
     kind = _class_of(config)
     model: Any
     if config.model_type in TOWERS:
