@@ -86,18 +86,14 @@ def images_of(train_images: int, validation: int = 21) -> Data:
 def rounded_rows() -> Iterator[list[torch.Tensor]]:
     """Yield the codes of all activations that are rounded to 8 bits meanwhile, (rows, width) of a product each."""
     codes: list[torch.Tensor] = []
-    usual = integer_product._quantize_in_parts
+    usual = integer_product._quantized_parts
 
-    def noted(*given: Any, **named: Any) -> Any:
-        result = usual(*given, **named)
-        codes.append(result[0].clone())
-        return result
+    def noted(rows: torch.Tensor, written: torch.Tensor, *given: Any) -> Any:
+        yield from usual(rows, written, *given)
+        codes.append(written.clone())
 
-    integer_product._quantize_in_parts = noted
-    try:
+    with patch.object(integer_product, "_quantized_parts", noted):
         yield codes
-    finally:
-        integer_product._quantize_in_parts = usual
 
 
 def trained(

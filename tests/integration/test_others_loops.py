@@ -155,7 +155,6 @@ def test_a_wrapped_model_learns_is_saved_and_is_merged_by_quantizing_anew(tiny_v
         ({"scale": 1.0}, {}, r"qa_lora\.scale: the model's adapters have 2\.0; leave it out"),
         ({"targets": ("fc1",)}, {}, r"qa_lora\.targets: adapters are on fc1, fc2, key, out, query, value"),
         ({}, {"use_dora": True}, "Dora.* is more than plain LoRA"),
-        ({}, {"lora_bias": True}, "lora_bias"),
     ],
 )
 def test_what_peft_has_decided_is_not_decided_again(tiny_vit, changes, lora, message) -> None:

@@ -98,26 +98,6 @@ def test_query_key_value_equal_a_block_diagonal_lora_on_the_fused_matrix(tiny_vi
             torch.testing.assert_close(adapter.lora_B.grad, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_scale_and_rank_of_each_module_stand_in_peft(tiny_vit, fill_adapters, tmp_path) -> None:
-    ours = ours_with(tiny_vit, fill_adapters, UNEVEN)
-    export_peft(ours, tmp_path, BASE)
-    theirs = peft.PeftModel.from_pretrained(tiny_vit(), tmp_path, is_trainable=True)
-    ranks = current_ranks(ours)
-    loaded = {name: layer for name, layer in theirs.base_model.model.named_modules() if hasattr(layer, "lora_A")}
-    assert all(layer.scaling["default"] == pytest.approx(1.7, rel=1e-12) for layer in loaded.values())
-    assert {name: layer.r["default"] for name, layer in loaded.items()} == {
-        name: rank
-        for block in range(2)
-        for name, rank in {
-            f"blocks.{block}.attn.qkv": sum(ranks[f"blocks.{block}.attn.{m}"] for m in ("query", "key", "value")),
-            f"blocks.{block}.attn.proj": ranks[f"blocks.{block}.attn.out"],
-            f"blocks.{block}.mlp.fc1": ranks[f"blocks.{block}.mlp.fc1"],
-            f"blocks.{block}.mlp.fc2": ranks[f"blocks.{block}.mlp.fc2"],
-        }.items()
-        if rank
-    }
-
-
 def test_a_linear_probe_is_a_head_alone(tiny_vit, batch, tmp_path) -> None:
     ours = tiny_vit()
     freeze_backbone(ours)
@@ -240,20 +220,14 @@ BAD_SETTINGS = {
     "bias": ({"bias": "all"}, "bias", "not supported"),
     "lora bias": ({"lora_bias": True}, "lora_bias", "not supported"),
     "fan in": ({"fan_in_fan_out": True}, "fan_in_fan_out", "not supported"),
-    "layers": ({"layers_to_transform": [1]}, "layers_to_transform", "not supported"),
-    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication", "not supported"),
     "from the future": ({"use_magic": 0.5}, "use_magic", "not supported"),
     "another type": ({"peft_type": "ADALORA"}, "peft_type", "LORA"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights", "pissa"),
     "rank 0": ({"r": 0}, "r", "greater than or equal to 1"),
     "a rank of text": ({"r": "8"}, "r", "integer"),
-    "a true rank": ({"r": True}, "r", "integer"),
     "another rank": ({"r": 2}, "lora_A.weight", "expected shape (2, 64), got (3, 64)"),
     "a huge rank": ({"r": 10**18}, "lora_A.weight", "expected shape"),
-    "no rank": ({"r": None}, "r", "integer"),
-    "no alpha": ({"lora_alpha": None}, "lora_alpha", "number"),
     "infinite alpha": ({"lora_alpha": math.inf}, "lora_alpha", "finite"),
-    "alpha beyond floats": ({"lora_alpha": 10**400}, "lora_alpha", ""),
     "alpha NaN": ({"alpha_pattern": {"qkv": math.nan}}, "alpha_pattern", "finite"),
     "slow expression": ({"alpha_pattern": {"(.*)*x": 1.0}}, "alpha_pattern", "pattern"),
     "expression": ({"rank_pattern": {"blocks.[01].mlp.fc1": 3}}, "rank_pattern", "pattern"),

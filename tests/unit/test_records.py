@@ -71,24 +71,6 @@ def test_a_record_is_read_as_it_was_written(experiment, tmp_path) -> None:
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(tmp_path) -> None:
-    written = record(spec("adalora_top_k_fisher"))
-    file = write_record(tmp_path, written)
-    data = json.loads(file.read_text())
-    section = data["spec"]["experiment"]["adalora"]
-    for field in ("total_parameter_budget", "total_byte_budget", "total_mac_budget"):
-        del section[field]
-    data["rank_history"] = [{key: entry[key] for key in ("step", "budget", "ranks")} for entry in data["rank_history"]]
-    del data["quantization"]["size"]
-    file.write_text(json.dumps(data))
-    read = read_record(file)
-    assert read.spec == written.spec
-    budgets = [(entry.unit, entry.budget, entry.spent) for entry in read.rank_history[:2]]
-    assert budgets == [("ranks", 6000, 8), ("ranks", None, 0)]
-    assert read.quantization is not None
-    assert (read.quantization.size, read.quantization.bits_per_weight) == (None, 5.0)
-
-
 def test_records_come_in_the_order_of_their_paths_failed_ones_too(tmp_path) -> None:
     for experiment, seed in (("lora_r2", 1), ("lora_r1", 1)):
         write_record(tmp_path, record(spec(experiment, seed)))
@@ -243,13 +225,6 @@ def test_the_digests_of_a_kept_run_are_what_they_were(study, experiment, flips, 
                 assert read.spec.experiment.training.flips == flips
                 return
     pytest.fail("no such run among the kept ones")
-
-
-def test_a_record_keeps_what_its_study_registered(tmp_path) -> None:
-    file = write_record(tmp_path, record(spec("lora_r1")))
-    registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
-    assert json.loads(read_record(file).model_dump_json())["registration"] == registered
 
 
 def test_a_field_that_records_get_is_part_of_an_outcome_unless_it_is_named() -> None:

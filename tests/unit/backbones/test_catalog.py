@@ -47,10 +47,10 @@ def test_every_listed_model_can_be_adapted_and_has_hub_weights(name: str) -> Non
 def test_parameters_by_hand() -> None:
     """DeiT-Ti has 5,717,416 parameters with its head of 1,000 classes; ViT-S/14 is counted here."""
     tiny = describe(_config("deit_tiny_patch16_224"), 224)
-    assert (tiny.sites[0].in_features, len(tiny.sites), tiny.size_step) == (192, 72, 16)
+    assert (tiny.sites[0].in_features, len(tiny.sites)) == (192, 72)
     assert tiny.parameters == 5_717_416 - 1000 * (192 + 1)
     small = describe(_config("vit_small_patch14_dinov2"), 84)
-    assert (small.sites[0].in_features, len(small.sites), small.size_step) == (384, 72, 14)
+    assert (small.sites[0].in_features, len(small.sites)) == (384, 72)
     width, hidden, tokens = 384, 1536, 1 + 6 * 6
     norm, scale = 2 * width, width
     block = 2 * norm + 2 * scale + 4 * width * (width + 1) + hidden * (width + 1) + width * (hidden + 1)
@@ -120,8 +120,5 @@ def test_nothing_is_drawn_for_a_model_without_memory() -> None:
         build_model(Architecture("timm", "test_vit"), 32, 5)
     assert draws & whole.names
     with Called() as called:
-        skeleton = create_skeleton(Architecture("timm", "test_vit"), 32, 5)
+        create_skeleton(Architecture("timm", "test_vit"), 32, 5)
     assert not draws & called.names
-    shapes = {name: tensor.shape for name, tensor in timm.create_model("test_vit", num_classes=5).state_dict().items()}
-    own = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
-    assert own | {"pos_embed": None} == shapes | {"pos_embed": None}  # which is of 160 px

@@ -1,22 +1,18 @@
 """A head on the class tokens of the last four blocks: what it reads, and which models can have it."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
 import tiny_models  # noqa: F401  registers tiny ones
 import tiny_transformers
 import torch
-from small_methods import EXPERIMENTS, study_mapping
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import attach_adapters
-from peft_vit.core.adapters.peft_format import export_peft
 from peft_vit.core.backbones import Architecture, Backbone, describe, find_sites, load_backbone, supports_head_blocks
 from peft_vit.core.backbones.catalog import create_model, create_skeleton
 from peft_vit.core.backbones.passes import class_token_alone
-from peft_vit.core.config import BackboneConfig, study_from_mapping
-from peft_vit.core.records import RunSpec
+from peft_vit.core.config import BackboneConfig
 
 ROPE = "vit_small_patch16_rope_224"  # of timm's Eva
 
@@ -91,42 +87,3 @@ def test_a_model_of_transformers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4 takes a Vision Transformer of timm") as caught:
         describe(config, 32)
     assert caught.value.field == "backbone.head_blocks"
-
-
-def test_those_that_can_are_told() -> None:
-    names = ("vit_small_patch14_dinov2", "test_vit", ROPE, "deit_tiny_patch16_224")
-    assert all(supports_head_blocks(Architecture("timm", name)) for name in names)
-
-
-def test_peft_can_not_hold_it(tmp_path: Path) -> None:
-    model = loaded("test_vit").model
-    attach_adapters(model, find_sites(model), 1, scale=1.0, seed=0)
-    with pytest.raises(UserError, match=r"PEFT can't load a head that reads several blocks \(backbone.head_blocks\)"):
-        export_peft(model, tmp_path / "out", {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_with_one_block_nothing_says_it_and_digests_stay() -> None:
-    """The hashes are those of the package before it had the setting."""
-
-    def spec(**backbone: object) -> RunSpec:
-        mapping = study_mapping(
-            [{"name": "lora", "training": {"epochs": 2, "learning_rate": 1e-2}, **EXPERIMENTS["lora"]}]
-        )
-        mapping["backbone"] |= backbone
-        study = study_from_mapping(mapping, file=Path("tiny.yaml"))
-        own = {"backbone": study.backbone, "data": study.data, "experiment": study.experiments[0]}
-        return RunSpec.model_validate(
-            {"study": "tiny", "seed": 0, "device": "cpu", "precision": "fp32", "threads": 1} | own
-        )
-
-    one, said, four = spec(), spec(head_blocks=1), spec(head_blocks=4)
-    assert one.digest() == said.digest() == "da872d7034596cd6cd2316405c9a4b1f71f1651b719258804ab396fa04065a40"
-    for own in (one, said):
-        assert (
-            hashlib.sha256(own.model_dump_json().encode()).hexdigest()
-            == "64182f7f7e25280e66b80cded00863a16dd63ca887f46719355bfdf81447da61"
-        )
-    assert four.digest() != one.digest()
-    assert RunSpec.model_validate_json(four.model_dump_json()) == four
-    assert four.model_dump()["backbone"]["head_blocks"] == 4

@@ -112,9 +112,7 @@ def test_each_layers_float_weights_are_gone_before_the_next_are_packed(
     quantize, check = quantized_layers.quantize, qa_lora.check_gradients
     counts = []
     monkeypatch.setattr(
-        quantized_layers,
-        "quantize",
-        lambda *args, **named: counts.append(mapped_now()) or quantize(*args, **named),
+        quantized_layers, "quantize", lambda *args, **named: counts.append(mapped_now()) or quantize(*args, **named)
     )
     monkeypatch.setattr(qa_lora, "check_gradients", lambda model: counts.append(mapped_now()) or check(model))
     ours = QALoRATrainer(model, SETTINGS, 8)

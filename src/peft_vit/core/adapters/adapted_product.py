@@ -243,7 +243,7 @@ class _Layer:
         width, count = frozen.shape[1], 1
         groups = 1 if frozen.quantized is None else frozen.quantized.groups
         least = math.lcm(_COLUMNS, self.pool, 1 if groups == 1 else width // groups)
-        whole_rows = self.function is not None and self.function.is_norm
+        whole_rows = self.function is not None and type(self.function.module) in _NORMS
         while not whole_rows and rows * width // count > _VALUES_AT_ONCE and width % (2 * count * least) == 0:
             count *= 2
         step = width // count
@@ -314,7 +314,7 @@ class _AdaptedProduct(torch.autograd.Function):
                 needed = layer.needed(made.detach())  # (N, c / pool)
             elif parameters:
                 needed = saved[:, columns.start // layer.pool : columns.stop // layer.pool]  # (N, c / pool)
-            if factors is not None:
+            if factors is not None and needed is not None:
                 factors.add(columns, needed)
             elif needed is not None:
                 of_groups.append((needed.T @ gradient).T)  # (out, c / pool)
@@ -430,11 +430,6 @@ class RowFunction(NamedTuple):
 
     module: nn.Module
     parameters: dict[str, Tensor]
-
-    @property
-    def is_norm(self) -> bool:
-        """Whether the module is a norm, whose inputs are the residual stream's."""
-        return type(self.module) in _NORMS
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return what the module makes of values, (..., width); an activation function also of some columns."""

@@ -14,14 +14,13 @@ All that goes over (N, out) or (N, in) is done a few rows at a time, which stay 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peft_vit.core.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of_input
+from peft_vit.core.adapters.adapted_product import LEAST_VALUES, source_of_input
 from peft_vit.core.adapters.low_rank import RowUpdate
 from peft_vit.core.quantization.integers import Int8Weight, quantize_rows, reused_memory
 
@@ -50,7 +49,12 @@ def int8_linear(
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     source = source_of_input(x) if updates and x.numel() >= LEAST_VALUES else None
     values = None if source is None else source.values.detach()
-    function = None if source is None else partial(_recompute, source.function, dtype, autocast)
+
+    def recomputed(part: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=autocast):
+            return source.function(part)  # type: ignore[union-attr]
+
+    function = None if source is None else recomputed
     with torch.autocast(device, enabled=False):
         factors = []
         for _, adapter in updates:
@@ -152,11 +156,6 @@ class _IntegerProduct(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         grad_bias = gradient.float().sum(0) if ctx.needs_input_grad[2] else None  # (out,)
         return grad_x, None, grad_bias, None, None, None, None, *grad_factors
-
-
-def _recompute(function: RowFunction, dtype: torch.dtype, autocast: bool, values: Tensor) -> Tensor:
-    with torch.autocast(values.device.type, dtype, enabled=autocast):
-        return function(values)
 
 
 def _quantized_parts(

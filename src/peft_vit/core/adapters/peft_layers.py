@@ -83,8 +83,8 @@ def check_plain(name: str, layer: Any, adapter: str = ADAPTER) -> None:
     """Refuse a layer that computes more than W x + scale * B A x, or whose factors are not all of it."""
     if type(layer).__name__ not in ("Linear", "SVDLinear") or list(layer.lora_A) != [adapter]:
         raise UserError(
-            f"PEFT's {type(layer).__name__} is more there than one plain LoRA or AdaLoRA named '{adapter}'; use PEFT's "
-            "own save_pretrained or merge_and_unload",
+            f"PEFT's {type(layer).__name__} is more there than one plain LoRA or AdaLoRA named '{adapter}'; keep one "
+            "(delete_adapter), or use PEFT's own save_pretrained or merge_and_unload",
             field=name,
         )
     if any(layer.lora_bias.values()):
@@ -142,7 +142,13 @@ class PeftSite(LowRankUpdate):
             raise UserError("PEFT has no layer of rank 0; keep at least rank 1", field=self._key)
         linear = self._layer.lora_A[self._adapter]
         linear.weight, linear.out_features = parameter, len(parameter)
-        self._declare_rank(len(parameter))
+        # The rank is said wherever PEFT does; alpha moves with it, so that the scale stays.
+        divisor = math.sqrt(len(parameter)) if self._layer.use_rslora[self._adapter] else len(parameter)
+        self._layer.r[self._adapter], self._layer.lora_alpha[self._adapter] = len(parameter), self.scale * divisor
+        # Full names for all, instead of the user's patterns: PEFT sorts the keys and lets the first that fits win.
+        layers = peft_layers(self._holder).items()
+        self._config.rank_pattern = {key: layer.r[self._adapter] for key, layer in layers}
+        self._config.alpha_pattern = {key: layer.lora_alpha[self._adapter] for key, layer in layers}
 
     @property
     def lora_B(self) -> nn.Parameter:  # noqa: N802 - the field's name, and SiteAdapter's
@@ -163,15 +169,6 @@ class PeftSite(LowRankUpdate):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield A and B."""
         yield from (self.lora_A, self.lora_B)
-
-    def _declare_rank(self, rank: int) -> None:
-        """Say the rank wherever PEFT does; alpha moves with it, so that the scale stays."""
-        alpha = self.scale * (math.sqrt(rank) if self._layer.use_rslora[self._adapter] else rank)
-        self._layer.r[self._adapter], self._layer.lora_alpha[self._adapter] = rank, alpha
-        # Full names for all, instead of the user's patterns: PEFT sorts the keys and lets the first that fits win.
-        layers = peft_layers(self._holder).items()
-        self._config.rank_pattern = {key: layer.r[self._adapter] for key, layer in layers}
-        self._config.alpha_pattern = {key: layer.lora_alpha[self._adapter] for key, layer in layers}
 
 
 def _holder_of(model: nn.Module) -> Any | None:
@@ -203,12 +200,8 @@ def peft_sites(model: nn.Module) -> tuple[Site, ...]:
     holder = _holder_of(model)
     if holder is None:
         return ()
-    adapter, *others = holder.peft_config
-    if others:
-        raise UserError(
-            f"PEFT holds the adapters {', '.join(holder.peft_config)}; keep one, see delete_adapter", field="peft"
-        )
-    start = holder.peft_config[adapter].init_lora_weights
+    adapter, config = next(iter(holder.peft_config.items()))
+    start = config.init_lora_weights
     if start not in _STARTS:
         raise UserError(
             f"ranks can't change after a start that depends on them, got {start!r}; "

@@ -55,11 +55,6 @@ class MatmulTimes:
         return FASTER * self.seconds < self.float_s
 
     @property
-    def is_slow(self) -> bool:
-        """Return whether nobody would wait for it."""
-        return self.seconds > SLOW * self.float_s
-
-    @property
     def times(self) -> str:
         """Return both times, for people."""
         assert self.matmul is not None
@@ -78,7 +73,7 @@ class MatmulTimes:
         """
         if self.matmul is None:
             raise UserError(f"{device.type} multiplies no such 8-bit integers exactly; {remedy}", field=field)
-        if self.is_slow:
+        if self.seconds > SLOW * self.float_s:
             raise UserError(f"int8 is too slow here: {self.times}; {remedy}", field=field)
         return self.matmul
 
@@ -103,12 +98,9 @@ def time_matmuls(device: torch.device, dtype: torch.dtype = torch.float32, bits:
         calls: dict[Int8Matmul | None, _Linear] = {None: _in_float(weight, dtype)}
         seconds: dict[Int8Matmul | None, float] = defaultdict(lambda: math.inf)
         for matmul in exact_matmuls(_INPUTS, device.type, bits):
-            of_few = _in_int8(few[1], matmul)
-            most_s, few_s = max(_HOPELESS * few_float_s, _HOPELESS_S), math.inf
-            for _ in range(_TRIES):
-                if (few_s := min(few_s, _seconds(few[0], of_few))) <= most_s:
-                    calls[matmul] = _in_int8(weight, matmul)
-                    break
+            few_s = min(_seconds(few[0], _in_int8(few[1], matmul)) for _ in range(_TRIES))
+            if few_s <= max(_HOPELESS * few_float_s, _HOPELESS_S):
+                calls[matmul] = _in_int8(weight, matmul)
             else:
                 seconds[matmul] = few_s * x.numel() * _OUTPUTS / (few[0].numel() * _FEW_OUTPUTS)
         rounds, started = 0, time.perf_counter()

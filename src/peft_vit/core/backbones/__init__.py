@@ -25,11 +25,9 @@ from peft_vit.core.backbones.replay import ReplayedPass, visit_blocks
 from peft_vit.core.backbones.site import Site, fused_sites, select_modules, select_sites
 from peft_vit.core.backbones.weights import (
     LoadedBackbone,
-    Weights,
     check_weights,
     default_weights_source,
     load_backbone,
     load_run_backbone,
-    read_weights,
     weights_licence,
 )

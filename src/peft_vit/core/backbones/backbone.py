@@ -23,7 +23,7 @@ from peft_vit.core.config import Precision
 _KNOWN = (
     "model of timm; one of transformers has to come from load_backbone(BackboneConfig(library='transformers', ...))"
 )
-_CLASS_TOKENS = frozenset({"cls_token", "class_token", "class_embedding"})  # as libraries call it
+_CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}  # as libraries call it
 _SHORT = 300  # tokens, for `choose_attention`; 224 px in patches of 14 are 257, with registers 261
 # What one pass has counted, by input size and module; it goes with its model.
 _tokens: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], dict[str, int]]] = WeakKeyDictionary()
@@ -164,14 +164,12 @@ class Backbone:
         name = self.blocks[len(self.blocks) // 2]
         logits, inputs = self._watched(images, {name: self.model.get_submodule(name)})
         tokens = inputs[name]  # (B, T, D), or (B, H, W, D)
-        if tokens.ndim == 3 and self._begins_with_class_token(tokens.shape[1]):
-            return logits, tokens[:, 0]
-        return logits, tokens.flatten(1, -2).mean(1)
-
-    def _begins_with_class_token(self, tokens: int) -> bool:
-        """Tell whether a block gets more tokens than the patches of a square, and the model has such a token."""
         known = {name.rpartition(".")[2] for name, _ in self.model.named_parameters()}
-        return math.isqrt(tokens) ** 2 != tokens and not known.isdisjoint(_CLASS_TOKENS)
+        if tokens.ndim == 3 and known & _CLASS_TOKENS:
+            count = tokens.shape[1]
+            if math.isqrt(count) ** 2 != count:  # more than the patches of a square
+                return logits, tokens[:, 0]
+        return logits, tokens.flatten(1, -2).mean(1)
 
     def _watched(self, images: Tensor, modules: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the model's output, and what came to each of some modules, at its last call."""

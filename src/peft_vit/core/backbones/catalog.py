@@ -51,7 +51,6 @@ class BackboneShape:
 
     sites: tuple[Site, ...]  # all matrices of every block
     multiply_adds: int  # of one image in a forward pass, attention's own products included
-    size_step: int  # what the side of an image is a multiple of, in pixels: for most models that of a patch
     parameters: int  # at the image size asked for, head excluded
     head: tuple[str, ...]  # names of its parameters
     head_inputs: int  # features that it reads
@@ -120,7 +119,6 @@ def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
     return BackboneShape(
         sites=sites,
         multiply_adds=int(counter.get_total_flops()) // 2,
-        size_step=backbone.family.size_step(model),
         parameters=sum(size for name, size in sizes.items() if name not in head),
         head=head,
         head_inputs=backbone.head.in_features,
@@ -162,7 +160,7 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int) -
             f"head reads the class token alone, which {architecture.name} is not; remove it",
             field="backbone.head_blocks",
         )
-    step = 1 if backbone.family.sizes_are_tried else backbone.family.size_step(on_paper)
+    step = 1 if backbone.family.sizes_are_tried else size_step_of(architecture)
     if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
         below = max(image_size // step, 1) * step
         raise UserError(
@@ -237,8 +235,8 @@ def interpolation_of(architecture: Architecture) -> Interpolation:
 
 def size_step_of(architecture: Architecture) -> int:
     """Return what the side of an image has to be a multiple of, in pixels: for most models that of a patch."""
-    model = _on_paper(architecture)
-    return Backbone(model).family.size_step(model)
+    on_paper = _on_paper(architecture)
+    return Backbone(on_paper).family.size_step(on_paper)
 
 
 @functools.cache

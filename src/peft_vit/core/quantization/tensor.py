@@ -150,7 +150,8 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        stored = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, codes=stored["codes"], scales=stored["scales"], offsets=stored.get("offsets"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what has to be stored: "codes", "scales" and, if there are any, "offsets"."""

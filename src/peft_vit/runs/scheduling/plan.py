@@ -12,7 +12,7 @@ import torch
 
 from peft_vit.base.errors import UserError, named
 from peft_vit.core.adapters.peft_format import start_sha256
-from peft_vit.core.backbones import architecture_of, check_weights, describe, interpolation_of
+from peft_vit.core.backbones import architecture_of, check_weights, describe, interpolation_of, size_step_of
 from peft_vit.core.config import (
     USUAL_TASK,
     AdaLoraConfig,
@@ -70,7 +70,7 @@ def plan_study(
     with named(file):
         existing = read_study_file(results_dir / study.name)
         if smoke:
-            study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
+            study = smoke_study(study, size_step_of(architecture_of(study.backbone)))
         pretrained_with = interpolation_of(architecture_of(study.backbone))
         if study.data.interpolation is None and pretrained_with != "bicubic":
             data = study.data.model_copy(update={"interpolation": pretrained_with})

@@ -185,8 +185,7 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
             message = f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there"
             raise _bad(message, folder)
     _class_of(config)
-    channels = getattr(vision_config(config), "num_channels", 3)
-    if channels != 3:
+    if (channels := getattr(vision_config(config), "num_channels", 3)) != 3:
         raise _bad(f"takes images of {channels} channels; expected a model of the three of RGB")
     plain = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
     text = json.dumps({"config": plain, "images": images}, sort_keys=True, default=str)
@@ -254,12 +253,10 @@ def build(architecture: Architecture, image_size: int, num_classes: int) -> nn.M
         model = TowerClassifier(kind._from_config(config), num_classes)
     else:
         model = _returning_logits(kind)._from_config(config)
-    vision = vision_config(model.config)
-    native = images.get("side") or side_of(vision)
+    native = images.get("side") or side_of(vision_config(model.config))
     cfg = {"mean": tuple(images["mean"]), "std": tuple(images["std"]), "interpolation": images["interpolation"]}
-    channels = getattr(vision, "num_channels", 3)
-    model.default_cfg = {**cfg, "input_size": (channels, native, native)}
-    model.pretrained_cfg = {**cfg, "input_size": (channels, image_size, image_size)}
+    model.default_cfg = {**cfg, "input_size": (3, native, native)}  # others than RGB are refused
+    model.pretrained_cfg = {**cfg, "input_size": (3, image_size, image_size)}
     return model
 
 
