@@ -70,18 +70,6 @@ def test_tokens_are_those_of_a_forward_pass(tiny: nn.Module) -> None:
     assert all(training != inner for training, inner in modes)  # each module is in the mode that it was in
 
 
-def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
-    info = find_sites(tiny)[4].info()
-    assert info.model_dump() == {
-        "name": "blocks.0.mlp.fc1",
-        "block": 0,
-        "matrix": "fc1",
-        "role": "mlp",
-        "in_features": 64,
-        "out_features": 192,
-    }
-
-
 def test_a_site_that_is_missing_is_named(tiny: nn.Module) -> None:
     tiny.blocks[4].attn.qkv = nn.Sequential(tiny.blocks[4].attn.qkv)
     with pytest.raises(UserError, match=r"no module blocks\.4\.attn\.query: there is no linear module"):

@@ -63,15 +63,6 @@ def test_codes_are_the_nearest_and_scales_those_of_the_largest() -> None:
     assert torch.equal(codes[3], torch.zeros(40, dtype=torch.int8))
 
 
-def test_what_is_an_integer_grid_already_stays_as_it_is() -> None:
-    codes = torch.randint(-64, 65, (6, 32), generator=torch.Generator().manual_seed(2))
-    codes[:, 0] = 64
-    scales = torch.rand(6, 1) + 0.1
-    rounded = Int8Weight.from_float(codes * scales, Int8Matmul("int_mm", 7))
-    assert torch.equal(rounded.codes.long(), codes)
-    torch.testing.assert_close(rounded.dequantize(), codes * scales)
-
-
 @pytest.mark.parametrize("type", ["int2", "int3", "int4", "int8"])
 def test_packed_integers_with_one_scale_a_row_are_multiplied_as_they_are(type) -> None:
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from covering_pairs import covering_pairs
 from hypothesis import given, settings
-from quantization_strategies import INTEGERS, codes_of, formats_and_weights, in_groups, levels_of
+from quantization_strategies import codes_of, formats_and_weights, in_groups, levels_of
 from torch import Tensor
 
 from peft_vit.base.errors import UnderflowWarning, UserError
@@ -83,15 +83,6 @@ def test_quantizing_codebook_values_again_changes_nothing(case: FormatAndWeights
     assert torch.equal(again.scales[normal], once.scales[normal])
     rows = (*once.scales.shape, -1)
     assert torch.equal(again.dequantize().view(rows)[normal], once.dequantize().view(rows)[normal])
-
-
-@pytest.mark.parametrize("type", INTEGERS)
-def test_constant_rows_with_offset_are_exact(type: str) -> None:
-    weight = torch.tensor([[0.1] * 8, [0.0] * 8, [-3e7] * 8])
-    quantized = quantize(weight, QuantizationFormat(type, 4, offset=True))  # type: ignore[arg-type]
-    assert not quantized.scales.any()
-    assert not quantized.codes.any()
-    assert torch.equal(quantized.dequantize(), weight)
 
 
 def test_parameters_and_transposed_and_bfloat16_weights_are_taken() -> None:

@@ -40,8 +40,12 @@ class LowRankUpdate:
     pool: int
     lora_A: nn.Parameter  # noqa: N815 - the field's name
     lora_B: nn.Parameter  # noqa: N815
+    lora_lambda: nn.Parameter | None  # of the svd form
+    lambda_gain: float
+    parametrization: Parametrization
     scale: float
     generator: torch.Generator | None
+    reference_rank: float | None = None  # whose steps triplets of any rank make together, see `start_size`
 
     @property
     def rank(self) -> int:
@@ -54,8 +58,16 @@ class LowRankUpdate:
         return min(self.out_features, self.in_features // self.pool)
 
     def start_size(self, rank: int) -> float:
-        """Return how large A is at a rank, over LoRA's own start."""
-        return 1.0
+        """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
+
+        Adam moves every element of B by about the learning rate, whatever the gradient G, so a step of r triplets goes
+        r times as far along G as that of one: <G, d(BA)> = rate * sum_i |G a_i|_1. LoRA (arXiv 2106.09685, sec. 4.1)
+        divides its alpha by r for this; here the scale stays, and A carries the factor. A rate that suits LoRA at the
+        reference rank then suits a site of rank 2 or 40. Without a reference rank it is 1.
+        """
+        if self.reference_rank is None or self.parametrization == "svd":
+            return 1.0
+        return self.reference_rank / max(rank, 1)
 
     def fresh_triplets(self, count: int, beside: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return A (count, in / pool), B (out, count), lambda (count,) | None of triplets that change nothing yet.
@@ -73,7 +85,9 @@ class LowRankUpdate:
 
     def exact_factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool), as they are trained."""
-        return self.lora_B * self.scale, self.lora_A
+        if self.lora_lambda is None:
+            return self.lora_B * self.scale, self.lora_A
+        return self.lora_B * (self.lora_lambda * self.lambda_gain) * self.scale, self.lora_A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
@@ -125,7 +139,7 @@ class SiteAdapter(LowRankUpdate, nn.Module):
         self.lambda_gain = lambda_gain
         self.pool = pool
         self.generator = generator
-        self.reference_rank: float | None = None  # whose steps triplets of any rank make together, see `start_size`
+
         self.bits: int | None = None  # that its file has for a value, see `store_in_bits`
         self.rounds_while_training = True
         self.probe: GradientProbe | None = None  # for one step, see `allocation.importance`
@@ -144,24 +158,6 @@ class SiteAdapter(LowRankUpdate, nn.Module):
             # Q of (in / pool, count) -> A (count, in / pool); Q of (out, count) is B
             return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
         return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
-
-    def start_size(self, rank: int) -> float:
-        """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
-
-        Adam moves every element of B by about the learning rate, whatever the gradient G, so a step of r triplets goes
-        r times as far along G as that of one: <G, d(BA)> = rate * sum_i |G a_i|_1. LoRA (arXiv 2106.09685, sec. 4.1)
-        divides its alpha by r for this; here the scale stays, and A carries the factor. A rate that suits LoRA at the
-        reference rank then suits a site of rank 2 or 40. Without a reference rank it is 1.
-        """
-        if self.reference_rank is None or self.parametrization == "svd":
-            return 1.0
-        return self.reference_rank / max(rank, 1)
-
-    def exact_factors(self) -> tuple[Tensor, Tensor]:
-        """Return left (out, r), scale included, and right (r, in / pool), as they are trained."""
-        if self.lora_lambda is None:
-            return super().exact_factors()
-        return self.lora_B * (self.lora_lambda * self.lambda_gain) * self.scale, self.lora_A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool), rounded to `bits`: columns and rows each."""

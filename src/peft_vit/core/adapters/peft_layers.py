@@ -117,9 +117,9 @@ class PeftSite(LowRankUpdate):
 
     smallest_rank = 1  # PEFT has no layer, and its file no place, for rank 0
     parametrization: Parametrization = "product"
-    pool = 1
-    lora_lambda: nn.Parameter | None = None
+    lora_lambda = None
     lambda_gain = 1.0
+    pool = 1
     probe = None
     generator = None  # torch's global one, from which PEFT draws its start, unless a change of rank names another
 

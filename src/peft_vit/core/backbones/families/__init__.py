@@ -3,7 +3,7 @@
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
-from peft_vit.core.backbones.families.by_tokens import TIMM_OTHER, is_of_timm
+from peft_vit.core.backbones.families.by_tokens import TIMM_OTHER
 from peft_vit.core.backbones.families.family import Architecture, Family
 from peft_vit.core.backbones.families.timm_families import TIMM_FAMILIES
 from peft_vit.core.backbones.families.transformers_models import TRANSFORMERS_VISION
@@ -15,7 +15,9 @@ def family_of(model: nn.Module) -> Family | None:
     """Return the family of a model; None: neither one of these nor of timm."""
     named = next((family for family in FAMILIES if isinstance(model, family.model_class)), None)
     branched = any(isinstance(block, ParallelThingsBlock) for block in getattr(model, "blocks", ()))
-    return TIMM_OTHER if (named is None or branched) and is_of_timm(model) else named
+    # timm has built it, and it is not wrapped by something that hands its attributes out
+    of_timm = "pretrained_cfg" in vars(model) and hasattr(model, "get_classifier")
+    return TIMM_OTHER if (named is None or branched) and of_timm else named
 
 
 __all__ = ["FAMILIES", "Architecture", "Family", "family_of"]

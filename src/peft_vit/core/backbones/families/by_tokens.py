@@ -184,11 +184,6 @@ def _is_attention(parents: Sequence[str]) -> bool:
 # --- other models of timm ---
 
 
-def is_of_timm(model: nn.Module) -> bool:
-    """Tell whether timm has built a model, and not whether it is wrapped by something that hands its attributes out."""
-    return "pretrained_cfg" in vars(model) and hasattr(model, "get_classifier")
-
-
 def _build(name: str, image_size: int, num_classes: int) -> nn.Module:
     """Build a model, and note for which images; some classes ask for their size, to others it is all the same."""
     try:

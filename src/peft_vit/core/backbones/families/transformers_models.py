@@ -368,11 +368,9 @@ def _folder(backbone: BackboneConfig, *, weights: bool) -> Path | None:
         if backbone.weights == "hub":
             raise _bad("is a folder; its weights come from its file, not from the hub", folder)
         return folder
-    if backbone.weights == "file":
-        raise _bad("is not a folder; name one that save_pretrained wrote, or use weights from the hub", folder)
     if backbone.weights == "random" and backbone.model in require_transformers().CONFIG_MAPPING:
         return None
-    if backbone.model.startswith(("/", "~", "./", "../")):
+    if backbone.weights == "file" or backbone.model.startswith(("/", "~", "./", "../")):
         raise _bad("is not a folder; name one that save_pretrained wrote, or a name on the hub", folder)
     return _from_hub(backbone.model, weights=weights)
 
