@@ -158,11 +158,6 @@ def _build_swin(name: str, image_size: int, num_classes: int) -> Any:
     return model
 
 
-def _swin_size_step(model: Any) -> int:
-    """Return the side of an image of which the last stage has one token: multiples of it fill all windows."""
-    return int(model.patch_embed.patch_size[0]) * 2 ** (len(model.layers) - 1)
-
-
 # --- Hiera ---
 
 
@@ -182,7 +177,11 @@ def _fit_hiera(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return fitted
 
 
-_SWIN: dict[str, Any] = {"build": _build_swin, "size_step": _swin_size_step}
+_SWIN: dict[str, Any] = {
+    "build": _build_swin,
+    # The side of an image of which the last stage has one token: multiples of it fill all windows.
+    "size_step": lambda model: int(model.patch_embed.patch_size[0]) * 2 ** (len(model.layers) - 1),
+}
 # A class stands before the one that it derives from.
 TIMM_FAMILIES = (
     Family(VisionTransformerDistilled, row_layout, row_of_blocks, _fit_vit),
