@@ -96,6 +96,8 @@ def test_stored_tensors_give_the_same_weights_and_parts_of_them() -> None:
     assert torch.equal(again.dequantize(), quantized.dequantize())
     assert torch.equal(quantized.rows(slice(70, 80)).dequantize(), quantized.dequantize()[70:80])
     assert torch.equal(quantized.columns(slice(32, 96)).dequantize(), quantized.dequantize()[:, 32:96])
+    by_row = quantize(random_weight(90, 128), QuantizationFormat("int4", None, False))
+    assert torch.equal(by_row.columns(slice(32, 96)).dequantize(), by_row.dequantize()[:, 32:96])
     moved = quantized.to("meta").tensors()
     assert {tensor.device.type for tensor in moved.values()} == {"meta"}
     assert all(moved[name].shape == tensor.shape for name, tensor in quantized.tensors().items())
