@@ -71,6 +71,11 @@ def test_a_record_is_read_as_it_was_written(experiment, tmp_path) -> None:
     assert file.stat().st_mode & 0o777 == 0o644
 
 
+def test_budgets_of_older_records_are_counted_in_ranks() -> None:
+    older = RankEntry(step=0, budget=6000, ranks={"one": 8, "other": 1})
+    assert (older.unit, older.spent) == ("ranks", 9)
+
+
 def test_records_come_in_the_order_of_their_paths_failed_ones_too(tmp_path) -> None:
     for experiment, seed in (("lora_r2", 1), ("lora_r1", 1)):
         write_record(tmp_path, record(spec(experiment, seed)))
