@@ -194,15 +194,13 @@ def choose_bits(
     Args:
         losses: of each group's options, in any unit; a gain counts as a negative loss.
         sizes: of each group's options, integers of at least 0.
-        budget: in the unit of the sizes.
+        budget: in the unit of the sizes; at least what the smallest options take.
         node_limit: of the search, after which the best choice so far is returned with the bound that was reached.
 
     Raises:
-        ValueError: if the budget is below the smallest total size, or a loss is not finite.
+        ValueError: if a loss is not finite.
     """
     smallest = sum(min(group) for group in sizes)
-    if budget < smallest:
-        raise ValueError(f"the smallest options take {smallest}, the budget is {budget}")
     if not all(math.isfinite(loss) for group in losses for loss in group):
         raise ValueError("expected finite losses")
     useful = [_undominated(*group) for group in zip(losses, sizes, strict=True)]

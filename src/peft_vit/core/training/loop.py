@@ -398,13 +398,9 @@ class BestState:
 
     def offer(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
         """Take a deployable state if it is better."""
-        if not evaluation.deployable:
-            return
-        if self.evaluation is not None:
-            best = self._quality(self.evaluation.metrics)
-            if self._quality(evaluation.metrics) <= best:
-                return
-        self.take(evaluation, model, without_updates=without_updates)
+        best = self.evaluation
+        if evaluation.deployable and (best is None or self._quality(evaluation.metrics) > self._quality(best.metrics)):
+            self.take(evaluation, model, without_updates=without_updates)
 
     def take(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
         """Take a state; without updates its sites have no rank, which is within every budget."""

@@ -42,9 +42,8 @@ class StepEngine:
             message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
             raise UserError(message, field="training.memory_limit")
         self._model, self._data, self._config, self._runtime = model, data, config, runtime
-        self._weights = loss_weights(config, data, runtime.device)  # (classes,)
-        smoothing = config.label_smoothing
-        self._loss = partial(data.task.loss, weights=self._weights, label_smoothing=smoothing, name=config.loss)
+        weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing  # (classes,)
+        self._loss = partial(data.task.loss, weights=weights, label_smoothing=smoothing, name=config.loss)
         if config.activation_checkpointing in ("light", "adaptive"):
             remember_sources(model)
         blocks = blocks_of(model)
@@ -53,8 +52,7 @@ class StepEngine:
 
     def begin(self, hooks: Sequence[Hook], seed: int, overhead: Overhead) -> None:
         """Let hooks begin."""
-        calibration = Calibration(self._data, self._runtime, seed)
-        context = HookContext(calibration.batch, self._weights, overhead=overhead)
+        context = HookContext(Calibration(self._data, self._runtime, seed).images, overhead=overhead)
         for hook in hooks:
             hook.begin(self._model, context)
 
