@@ -167,18 +167,10 @@ def test_loss_scaling_changes_no_score(metric, loss_scale) -> None:
         torch.testing.assert_close(scaled.update({"a": adapter}, loss_scale)["a"], expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("metric", "loss_scale", "words"),
-    [
-        *(("uniform", bad, "loss_scale: expected a positive number, got") for bad in (0.0, -1.0, np.nan, np.inf)),
-        ("unknown", 1.0, "importance_metric: no formula for 'unknown'; use one of uniform, random, magnitude, "),
-    ],
-)
-def test_an_impossible_loss_scale_and_an_unknown_metric_are_refused(metric, loss_scale, words) -> None:
-    adapter = site("svd")
-    set_gradients(adapter, 0)
-    with pytest.raises(UserError, match=f"^{words}"):
-        tracker(metric).update({"a": adapter}, loss_scale)
+@pytest.mark.parametrize("loss_scale", [0.0, -1.0, np.nan, np.inf])
+def test_an_impossible_loss_scale_is_refused(loss_scale) -> None:
+    with pytest.raises(UserError, match=r"^loss_scale: expected a positive number, got"):
+        tracker("uniform").update({"a": site("svd")}, loss_scale)
 
 
 @pytest.mark.parametrize("metric", SMOOTHED)

@@ -10,7 +10,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import current_ranks, trained_tensors, use_int8_matmul
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Metrics
-from peft_vit.core.training import State, train
+from peft_vit.core.training import train
 from peft_vit.core.training.checkpoint import (
     generators_state,
     load_generators_state,
@@ -232,26 +232,6 @@ def test_moments_of_other_shapes_are_refused(make, value) -> None:
     moments[max(moments)]["exp_avg"] = value
     with pytest.raises(ValueError, match=r"exp_avg of parameter .* has the shape"):
         run.once(state)
-
-
-@pytest.mark.parametrize(
-    ("method", "part", "shown_by"),
-    [
-        *(("growing", part, "optimizer") for part in ("optimizer", "scheduler", "model")),
-        ("growing", "hooks", "hooks"),
-        ("managed_pace", "hooks", "hooks"),
-    ],
-)
-def test_every_part_of_the_state_matters(make, method, part, shown_by) -> None:
-    """What a state holds is needed: with a part of another step in its place, the end is another one."""
-    run = make(method)
-    whole = run.once()
-    for step in (7, 8):  # no decision on ranks lies between
-        run.once(None, step)
-    earlier, later = (read_checkpoint(run.folder / f"checkpoint-{step}") for step in (7, 8))
-    mixed = State(later | {part: earlier[part]})
-    assert run.once(later) == whole
-    assert run.once(mixed)[shown_by] != whole[shown_by]
 
 
 def test_the_best_weights_so_far_come_back(make) -> None:

@@ -112,7 +112,8 @@ class ImportanceTracker:
                 are those before.
 
         Raises:
-            UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad), or if the loss scale is not a positive number.
+            UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad),
+                or if the loss scale is not a positive number.
         """
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
