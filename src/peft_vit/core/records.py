@@ -347,7 +347,7 @@ class Predictions(_Value):
 class Calibrated(_Finite):
     """How far a model can be believed: a temperature, and thresholds of prediction sets.
 
-    Found on images of which the models that predicted them were not trained; see `evaluation.calibrate`.
+    Found on images of which the models that predicted them were not trained; see `tasks.classification`.
     """
 
     images: int = Field(ge=0)  # 0: it is the usual temperature

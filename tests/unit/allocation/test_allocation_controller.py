@@ -189,27 +189,6 @@ def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
         controller.apply_ranks(model, optimizer, none)
 
 
-def test_what_grew_is_scored_and_ranked_like_the_others(tiny_vit, batch) -> None:
-    model = tiny_vit(depth=1)
-    settings = config(budget_schedule="constant", total_rank_budget=12, update_frequency=1)
-    controller, optimizer = start(model, settings, steps=20)
-    name = controller.names[3]
-    best = {site: 10.0 if site == name else 0.1 for site in controller.names}
-    grown = train_step(model, controller, optimizer, batch, 2, best)[name]
-    assert grown > 2
-    scores = scored(model, controller, batch, 3)
-    optimizer.zero_grad()
-    triplets = controller._triplet_scores[name]
-    assert scores[name] == pytest.approx(triplets.mean().item(), rel=1e-6)
-    assert triplets[2:].mean() < triplets[:2].mean()  # they are smoothed from 0 on
-    strongest = triplets.argsort(descending=True)[:3].sort().values
-    assert any(strongest >= 2)
-    before = site_adapters(model)[name].lora_A.detach()[strongest]
-    controller.apply_ranks(model, optimizer, {name: 3})
-    larger = grown / 3  # A takes the size that belongs to the rank
-    torch.testing.assert_close(site_adapters(model)[name].lora_A.detach(), before * larger)
-
-
 STEPS = 12
 
 

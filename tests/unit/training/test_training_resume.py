@@ -164,11 +164,6 @@ def test_on_two_threads_that_take_half_of_a_batch_each_too(make, method, trainin
     assert losses == pytest.approx(of_one, rel=0.02)
 
 
-@pytest.mark.parametrize("change", [*IMAGES, *MIXES])
-def test_each_augmentation_makes_another_training(make, change) -> None:
-    assert make("lora", augmentation=[change]).once()["model"] != make("lora", augmentation=[]).once()["model"]
-
-
 EARLY_END = {"validate_every": 1, "patience": 1, "learning_rate": 1.0, "clip_norm": None, "optimizer": "sgd"}
 
 
@@ -255,16 +250,10 @@ def test_buffers_that_training_moves_are_kept(tiny_vit) -> None:
 
 
 def test_the_global_generator_goes_on_where_it_was(tmp_path) -> None:
-    def draw() -> list:
-        return [*torch.rand(3).tolist(), torch.randn(1).item()]
-
-    saved = generators_state()
-    try:
-        draw()
+    with torch.random.fork_rng():
+        torch.rand(3)
         write_checkpoint(tmp_path, 1, generators_state())
-        first = draw()
+        first = torch.randn(4)
         unsettle()
         load_generators_state(read_checkpoint(tmp_path / "checkpoint-1"))
-        assert draw() == first
-    finally:
-        load_generators_state(saved)
+        assert torch.equal(torch.randn(4), first)

@@ -6,15 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from peft_vit.base.errors import DivergedError
+from peft_vit.base.errors import DivergedError, UserError
 from peft_vit.core.adapters import (
     adapted_modules,
     current_ranks,
+    remember_sources,
     restore_trained,
     set_ranks,
     site_adapters,
@@ -22,7 +25,8 @@ from peft_vit.core.adapters import (
     update_ranks,
 )
 from peft_vit.core.adapters.footprint import optimizer_bytes, trainable_parameters
-from peft_vit.core.backbones import Backbone, apply_temperature
+from peft_vit.core.backbones import Backbone, apply_temperature, freeze_batch_norm
+from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics, StepRow
 from peft_vit.core.tasks import DecidingMetric, expected_gain
@@ -36,11 +40,19 @@ from peft_vit.core.training.checkpoint import (
     model_state,
     optimizer_sha256,
 )
-from peft_vit.core.training.hooks import Hook, Overhead, RuntimeConfig, call_each
+from peft_vit.core.training.halves import loss_in_halves, takes_halves
+from peft_vit.core.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig, call_each
 from peft_vit.core.training.images import Data, mixed
-from peft_vit.core.training.metrics import predict
-from peft_vit.core.training.optimization import build_optimizer, build_scheduler, one_cycle, optimization_step
-from peft_vit.core.training.step_engine import StepEngine
+from peft_vit.core.training.metrics import autocast, predict
+from peft_vit.core.training.optimization import (
+    blocks_of,
+    build_optimizer,
+    build_scheduler,
+    loss_weights,
+    one_cycle,
+    optimization_step,
+    recomputed,
+)
 
 _TIMED_STEPS = 8  # by whose pace it is told how many there is time for
 
@@ -136,7 +148,9 @@ def train(
     engine, first = StepEngine(model, data, config, runtime), processes.rank() == 0
     fresh = resume is None and first
     if fresh:
-        engine.begin(hooks, seed, overhead)
+        context = HookContext(Calibration(data, runtime, seed).images, overhead=overhead)
+        for hook in hooks:
+            hook.begin(model, context)
     if not first:
         resume = processes.of_first(resume)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
@@ -156,7 +170,8 @@ def train(
         apply_temperature(Backbone(model).head, temperature)
     if first and processes.count() > 1:
         processes.of_first(training.state_dict())
-    engine.train_mode()
+    model.train()
+    freeze_batch_norm(model)
     between()
     for images, labels, share in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
         training.step(engine, images, labels, share)
@@ -166,6 +181,59 @@ def train(
             report()
         between()
     return training.finish()
+
+
+class StepEngine:
+    """Computes the training loss of a model on batches, and lets it need less time or memory than it would.
+
+    By lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block, and
+    blocks and codes that the backward pass computes again; its result stays.
+
+    Args:
+        model: with adapters attached, on the runtime's device.
+        data: whose task and class counts make the loss.
+        config: of the training.
+        runtime: device, precision and normalisation.
+
+    Raises:
+        UserError: if a `memory_limit` has not been replaced by what keeps within it.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, config: TrainingConfig, runtime: RuntimeConfig) -> None:
+        if config.is_undecided:
+            message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
+            raise UserError(message, field="training.memory_limit")
+        self._model, self._config, self._runtime = model, config, runtime
+        weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing  # (classes,)
+        self._loss = partial(data.task.loss, weights=weights, label_smoothing=smoothing, name=config.loss)
+        if config.activation_checkpointing in ("light", "adaptive"):
+            remember_sources(model)
+        blocks = blocks_of(model)
+        self._recomputed = blocks[: config.recomputed_of(len(blocks))]
+        self._halves = takes_halves(model, runtime.device)
+
+    def losses(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Iterator[Tensor]:
+        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times share * M / B.
+
+        The last batch of an epoch may be smaller, and its last micro-batch too.
+
+        Args:
+            images: (B, 3, S, S).
+            labels: (B,), or shares of each class (B, classes).
+            share: of these images in a batch that several processes have.
+        """
+        device, at_once = self._runtime.device, self._config.images_at_once
+
+        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
+            with autocast(device, self._runtime.precision):
+                logits = self._model(x.to(device))  # (M, classes)
+            mean = self._loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.to(device))
+            return mean * (share * len(x) / len(images))
+
+        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
+            with class_token_alone(self._model), recomputed(self._recomputed):
+                loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
+            yield loss
 
 
 class TrainingState:
