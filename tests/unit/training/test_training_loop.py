@@ -140,6 +140,7 @@ def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapt
     best.offer(evaluation(1, 0.9), model)
     set_ranks(model, dict.fromkeys(ranks, 1))
     best.offer(evaluation(2, 0.8), model)
+    best.offer(evaluation(3, 0.9), model)  # of equal ones the first stays
     assert best.restore(model).step == 1
     assert current_ranks(model) == ranks
     with torch.no_grad():
