@@ -1,4 +1,4 @@
-"""The budget's course is the cubic formula at the steps of decision, and what cannot be met is refused."""
+"""The budget's course is the cubic formula, it holds for what is there, and what cannot be met is refused."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""AdaLoRAController in a plain training loop: budget kept at every step, ranks go where the gradient is."""
+"""AdaLoRAController in a plain loop: budget kept, ranks go where the gradient is; what it saves is of one run."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Bytes are those of live storages, each counted once; logits come without gradients, in order."""
+"""Bytes are those of live storages, each counted once, of low-bit models too; logits come without gradients."""
 
 from pathlib import Path
 from types import SimpleNamespace

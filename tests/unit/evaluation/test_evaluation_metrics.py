@@ -1,4 +1,4 @@
-"""Leaving updates out is what a copy with zeros in their place computes, and leaves the model as it was."""
+"""Leaving updates out is what a copy with zeros in their place computes; a latency is the median of passes."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Class weights count an image the same in every batch: against sums in float64."""
+"""Loss, class weights and measures of classes: against sums in float64, scikit-learn, torch and timm."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What decides, and where it may lie with other test images."""
+"""What decides, where it may lie with other test images, and the one scale on which all tasks are compared."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The loop equals a plain one, chooses by validation among deployable states, and leaves the test split alone."""
+"""The loop equals a plain one, chooses among deployable states, leaves the test split alone; what watchers read."""
 
 from dataclasses import replace
 

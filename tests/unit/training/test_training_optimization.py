@@ -1,4 +1,4 @@
-"""One step: task gradient, hooks, penalties, clipping, step; and what is refused."""
+"""One step: task gradient, hooks, penalties, clipping; rates that fall from the head to the embeddings; refusals."""
 
 import allocation_runs
 import numpy as np

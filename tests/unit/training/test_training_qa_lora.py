@@ -1,4 +1,4 @@
-"""QALoRATrainer: the schedule ends at exactly 1, float weights are freed for real, adapters' gradients are scaled."""
+"""QALoRATrainer: layers it packs, a schedule that ends at exactly 1, freed weights, scaled gradients, its state."""
 
 import copy
 import gc
