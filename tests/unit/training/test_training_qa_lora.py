@@ -179,12 +179,13 @@ def test_gradients_of_a_mixed_weight_equal_plain_autograd(tiny_vit, batch, fill_
 def test_a_state_is_plain_values_and_a_copy(tiny_vit) -> None:
     trainer = QALoRATrainer(model := tiny_vit(), linear(balance_target=2.0), 8)
     state = trainer.state_dict()
-    text = json.dumps(state)
+    text, exported = json.dumps(state), trainer.export_quantization_data()
     for step in range(1, 5):
         trainer.after_step(model, torch.optim.SGD(model.head.parameters(), 0.1), step)
     assert json.dumps(state) == text != json.dumps(trainer.state_dict())
     trainer.load_state_dict(json.loads(text), model)
     assert trainer.state_dict() == state
+    assert trainer.export_quantization_data() == exported
 
 
 STEPS = 6
