@@ -142,10 +142,13 @@ def train(
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
-        UserError: if the state to continue from is of a model with other target modules or shapes.
+        UserError: if the state to continue from is of a model with other target modules or shapes, or a `memory_limit`
+            has not been replaced by what keeps within it.
     """
-    overhead = Overhead() if overhead is None else overhead
-    engine, first = StepEngine(model, data, config, runtime), processes.rank() == 0
+    if config.is_undecided:
+        message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
+        raise UserError(message, field="training.memory_limit")
+    overhead, first = Overhead() if overhead is None else overhead, processes.rank() == 0
     fresh = resume is None and first
     if fresh:
         context = HookContext(Calibration(data, runtime, seed).images, overhead=overhead)
@@ -174,7 +177,7 @@ def train(
     freeze_batch_norm(model)
     between()
     for images, labels, share in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
-        training.step(engine, images, labels, share)
+        training.step(images, labels, share)
         report()
         if training.validates and (training.ended or training.steps in training.validated_at):
             training.validate()
@@ -183,61 +186,11 @@ def train(
     return training.finish()
 
 
-class StepEngine:
-    """Computes the training loss of a model on batches, and lets it need less time or memory than it would.
-
-    By lower precision, micro-batches, halves of a batch on two threads, the class token alone in the last block, and
-    blocks and codes that the backward pass computes again; its result stays.
-
-    Args:
-        model: with adapters attached, on the runtime's device.
-        data: whose task and class counts make the loss.
-        config: of the training.
-        runtime: device, precision and normalisation.
-
-    Raises:
-        UserError: if a `memory_limit` has not been replaced by what keeps within it.
-    """
-
-    def __init__(self, model: nn.Module, data: Data, config: TrainingConfig, runtime: RuntimeConfig) -> None:
-        if config.is_undecided:
-            message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
-            raise UserError(message, field="training.memory_limit")
-        self._model, self._config, self._runtime = model, config, runtime
-        weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing  # (classes,)
-        self._loss = partial(data.task.loss, weights=weights, label_smoothing=smoothing, name=config.loss)
-        if config.activation_checkpointing in ("light", "adaptive"):
-            remember_sources(model)
-        blocks = blocks_of(model)
-        self._recomputed = blocks[: config.recomputed_of(len(blocks))]
-        self._halves = takes_halves(model, runtime.device)
-
-    def losses(self, images: Tensor, labels: Tensor, share: float = 1.0) -> Iterator[Tensor]:
-        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times share * M / B.
-
-        The last batch of an epoch may be smaller, and its last micro-batch too.
-
-        Args:
-            images: (B, 3, S, S).
-            labels: (B,), or shares of each class (B, classes).
-            share: of these images in a batch that several processes have.
-        """
-        device, at_once = self._runtime.device, self._config.images_at_once
-
-        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
-            with autocast(device, self._runtime.precision):
-                logits = self._model(x.to(device))  # (M, classes)
-            mean = self._loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.to(device))
-            return mean * (share * len(x) / len(images))
-
-        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
-            with class_token_alone(self._model), recomputed(self._recomputed):
-                loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
-            yield loss
-
-
 class TrainingState:
     """A training between two steps: all state that the next one depends on, and the history for the record.
+
+    A step needs less time or memory than it would by lower precision, micro-batches, halves of a batch on two threads,
+    the class token alone in the last block, and blocks and codes that the backward pass computes again.
 
     The arguments are those of `train`; to continue from a state, the model is brought to where it was.
     """
@@ -261,6 +214,13 @@ class TrainingState:
         self._epoch_steps = config.epoch_steps(len(data.train))
         self._metric = data.task.metric(config.metric)
         self._best = BestState(self._metric)
+        weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing  # (classes,)
+        self._loss = partial(data.task.loss, weights=weights, label_smoothing=smoothing, name=config.loss)
+        if config.activation_checkpointing in ("light", "adaptive"):
+            remember_sources(model)
+        blocks = blocks_of(model)
+        self._recomputed = blocks[: config.recomputed_of(len(blocks))]
+        self._halves = takes_halves(model, runtime.device)
         if resume is not None:
             load_model_state(model, resume["model"])
         self._optimizer = build_optimizer(model, config)
@@ -308,7 +268,30 @@ class TrainingState:
                 if self.ended:
                     break
 
-    def step(self, engine: StepEngine, images: Tensor, labels: Tensor, share: float) -> None:
+    def _losses(self, images: Tensor, labels: Tensor, share: float) -> Iterator[Tensor]:
+        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times share * M / B.
+
+        The last batch of an epoch may be smaller, and its last micro-batch too.
+
+        Args:
+            images: (B, 3, S, S).
+            labels: (B,), or shares of each class (B, classes).
+            share: of these images in a batch that several processes have.
+        """
+        device, at_once = self._runtime.device, self._config.images_at_once
+
+        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
+            with autocast(device, self._runtime.precision):
+                logits = self.model(x.to(device))  # (M, classes)
+            mean = self._loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.to(device))
+            return mean * (share * len(x) / len(images))
+
+        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
+            with class_token_alone(self.model), recomputed(self._recomputed):
+                loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
+            yield loss
+
+    def step(self, images: Tensor, labels: Tensor, share: float) -> None:
         """Do one step on this process's share of a batch, images (B, 3, S, S) and labels (B,) or (B, classes)."""
         started = time.perf_counter()
         learning_rate = self._optimizer.param_groups[0]["lr"]
@@ -317,7 +300,7 @@ class TrainingState:
         outcome = optimization_step(
             self.model,
             self._optimizer,
-            engine.losses(images, labels, share),
+            self._losses(images, labels, share),
             number,
             hooks=self._hooks,
             clip_norm=self._config.clip_norm,
