@@ -167,6 +167,17 @@ def test_loss_scaling_changes_no_score(metric, loss_scale) -> None:
         torch.testing.assert_close(scaled.update({"a": adapter}, loss_scale)["a"], expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("metric", "power"), [("gradient_norm", 0.5), ("fisher", 1)])
+def test_gradients_count_at_loras_own_size_whatever_the_rank_has_made_of_it(metric, power) -> None:
+    adapter = site("product")
+    adapter.reference_rank = 4.0 * RANK
+    set_gradients(adapter, 0)
+    size, (A, B) = adapter.start_size(RANK), (adapter.lora_A.grad.numpy(), adapter.lora_B.grad.numpy())
+    assert size != 1
+    expected = (1 - BETA1) * (size**2 * (A**2).sum(1) + (B**2).sum(0) / size**2) ** power
+    np.testing.assert_allclose(tracker(metric).update({"a": adapter})["a"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("loss_scale", [0.0, -1.0, np.nan, np.inf])
 def test_an_impossible_loss_scale_is_refused(loss_scale) -> None:
     with pytest.raises(UserError, match=r"^loss_scale: expected a positive number, got"):
