@@ -11,13 +11,13 @@ from allocation_runs import config
 from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import SiteAdapter, site_adapters
 from peft_vit.core.allocation import AdaLoRAController, ImportanceTracker
-from peft_vit.core.allocation.importance import mean_per_triplet
+from peft_vit.core.allocation.importance import SCORES_OF_WEIGHTS, mean_per_triplet
 from peft_vit.core.config import METRICS
 
 pytestmark = pytest.mark.part("importance analysis")
 BETA1, BETA2, RANK = 0.85, 0.7, 3
 SMOOTHED = ("gradient_norm", "fisher", "sensitivity")
-OF_TRIPLETS = [name for name, metric in METRICS.items() if not metric.reads_weight]
+OF_TRIPLETS = [name for name in METRICS if name not in SCORES_OF_WEIGHTS]
 
 
 def site(parametrization: str, seed: int = 0, rank: int = RANK, *, scale: float = 2.0, **settings: Any) -> SiteAdapter:
