@@ -124,7 +124,6 @@ class ImportanceTracker:
             return {
                 name: torch.rand(site.rank, generator=self.generator).to(site.lora_A.device) for name, site in sites
             }
-        by_gradient = {"gradient_norm": self._size, "fisher": self._size, "sensitivity": self._sensitivity}
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
@@ -139,7 +138,8 @@ class ImportanceTracker:
             if loss_scale != 1:
                 overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
                 gradients = list(torch._foreach_div(gradients, loss_scale))
-            scores = by_gradient[self.metric](parts, None if overflowed else gradients)
+            score = self._sensitivity if self.metric == "sensitivity" else self._size
+            scores = score(parts, None if overflowed else gradients)
         else:
             scores = {}
         return {name: scores[name] if site.rank else site.lora_A.new_zeros(0) for name, site in sites}
