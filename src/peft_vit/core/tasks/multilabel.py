@@ -81,7 +81,8 @@ def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Flo
     return np.nan_to_num(values).sum(0) / np.maximum(num_finite, 1)
 
 
-_map, _auroc = (partial(_mean_over_labels, measure) for measure in (average_precision, area_under_roc))
+_map = partial(_mean_over_labels, average_precision)
+_auroc = partial(_mean_over_labels, area_under_roc)
 
 
 def _cases(labels: Labels) -> Sequence[int]:
