@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from timm.models import VisionTransformer
 from torch import nn
 
-from peft_vit.core.adapters import current_ranks, trained_tensors, use_int8_matmul
+from peft_vit.core.adapters import current_ranks, integer_product, trained_tensors, use_int8_matmul
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.quantization.integers import EXPORTED_MATMUL
 from peft_vit.core.training import (
@@ -82,6 +82,24 @@ def images_of(train_images: int, validation: int = 21) -> Data:
     return Data(names, split(train_images), split(validation), holdout, "d" * 64, "s" * 64, groups)
 
 
+@contextmanager
+def rounded_rows() -> Iterator[list[torch.Tensor]]:
+    """Yield the codes of all activations that are rounded to 8 bits meanwhile, (rows, width) of a product each."""
+    codes: list[torch.Tensor] = []
+    usual = integer_product._quantize_in_parts
+
+    def noted(*given: Any, **named: Any) -> Any:
+        result = usual(*given, **named)
+        codes.append(result[0].clone())
+        return result
+
+    integer_product._quantize_in_parts = noted
+    try:
+        yield codes
+    finally:
+        integer_product._quantize_in_parts = usual
+
+
 def trained(
     method: str,
     settings: Mapping[str, Any],
@@ -139,6 +157,18 @@ def trained_each(cases: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """A training was stopped on purpose."""
+
+
+def first_codes() -> list[torch.Tensor]:
+    """Return the codes of the activations of the first step, (rows, width) of a product each."""
+
+    def stop(step: int, _: Any) -> None:
+        if step == 1:
+            raise Stopped
+
+    with rounded_rows() as codes, suppress(Stopped):
+        trained("lora", {"compute": "int8"}, double=False, between_steps=stop)
+    return codes
 
 
 def resumed(folder: Path, stop_at: int | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import numpy as np
 import prepared_methods
 import pytest
 import torch
-from trained_together import PATIENCE_S, STEPS, resumed, together, trained, trained_each
+from trained_together import PATIENCE_S, STEPS, first_codes, resumed, together, trained, trained_each
 
 from peft_vit.core.training import LostProcessError, processes
 
@@ -84,6 +84,16 @@ def test_two_processes_do_what_one_does(both, case) -> None:
 def test_a_run_that_ends_early_ends_at_the_same_step(both) -> None:
     alone, first, _ = both("patience")
     assert len(first["steps"]) == len(alone["steps"]) < STEPS
+
+
+def test_codes_of_integer_products_differ_by_ties_alone(tmp_path) -> None:
+    alone, pair = first_codes(), together(first_codes, 2, tmp_path)
+    both = [torch.cat(rows) for rows in zip(*pair, strict=True)]  # rows of images lie as in the batch
+    assert len(both) == len(alone) == 8  # products in two blocks
+    differing = [int((ours != theirs).sum()) for ours, theirs in zip(both, alone, strict=True)]
+    largest = max(int((ours.int() - theirs.int()).abs().max()) for ours, theirs in zip(both, alone, strict=True))
+    assert largest <= 1  # a tie goes to a neighbour
+    assert sum(differing) <= 1e-3 * sum(codes.numel() for codes in alone)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
