@@ -230,8 +230,8 @@ def test_moments_of_other_shapes_are_refused(make, value) -> None:
 
 
 def test_the_best_weights_so_far_come_back(make) -> None:
-    """Of a training whose best epoch is its first one, interrupted later, the first one's weights are taken."""
-    run = make("lora", learning_rate=0.3, schedule="constant", clip_norm=None)
+    """Of a training whose best epoch is not its last one, interrupted later, the best one's weights are taken."""
+    run = make("lora", learning_rate=1.0, schedule="constant", clip_norm=None)
     whole = run.once()
     assert whole["chosen"].step < STEPS
     assert run.interrupted(STEPS) == whole
