@@ -84,6 +84,8 @@ def test_measures_equal_numpy(tiny_vit, batch, fill_adapters, grouped) -> None:
     assert exported["balance"] == [{"step": 0, **measures}]
     errors = dict(zip((name for name, _ in adapted_modules(model)), (row[0] for row in expected), strict=True))
     assert exported["relative_error"] == pytest.approx(errors, rel=1e-4)
+    alone = trainer.validate_quantization_adaptation_balance(model, reference=plain.state_dict())
+    assert alone == {name: value for name, value in measures.items() if name != REMOVED[1]}  # it takes images
 
 
 def test_during_the_schedule_the_float_weights_are_at_hand(tiny_vit, batch, fill_adapters) -> None:
