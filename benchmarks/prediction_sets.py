@@ -20,7 +20,7 @@ from peft_vit.base.statistics import (
     probabilities,
     row_weights,
 )
-from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.runs.measures.held_out import PRIOR
 
 TRIALS, FOLDS, NEW, DIMENSIONS = 400, 5, 400, 8
@@ -108,7 +108,8 @@ def coverage_after_choice(
         right = (of_validation.argmax(2) == labels).mean(1)
         nll = [-np.log(1 - class_scores(probabilities(one, 1.0), labels)).mean() for one in of_validation]
         taken = np.lexsort((nll, -right))[0]
-        calibrated = calibrate(of_validation[taken], labels, prior=PRIOR)
+        calibrated = CLASSIFICATION.meaning(of_validation[taken], labels, PRIOR)
+        assert calibrated is not None
         p = probabilities(logits[taken, images:], calibrated.temperature)
         held.append(prediction_sets(p, calibrated.threshold(asked))[np.arange(NEW), y[images:]].mean())
     return float(np.mean(held))

@@ -248,15 +248,6 @@ class BitsEntry(_Value):
     bits_per_weight: dict[str, float]
 
 
-class FisherCheck(_Value):
-    """Minibatch against per-sample empirical Fisher of the sites, on training images at the chosen weights."""
-
-    images: int
-    minibatch: dict[str, float]  # by site, mean per triplet
-    per_sample: dict[str, float]
-    rho: float | None  # Spearman's, over the sites; None if one of both is constant
-
-
 class BitAllocation(_Value):
     """Number formats, and on request ranks, that were chosen before training under a budget of bytes."""
 
@@ -356,7 +347,7 @@ class Predictions(_Value):
 class Calibrated(_Finite):
     """How far a model can be believed: a temperature, and thresholds of prediction sets.
 
-    Found on images of which the models that predicted them were not trained; see `evaluation.calibrate`.
+    Found on images of which the models that predicted them were not trained; see `tasks.classification`.
     """
 
     images: int = Field(ge=0)  # 0: it is the usual temperature
@@ -535,7 +526,7 @@ class RunRecord(_Value):
     rank_history: list[RankEntry] = []
     importance_history: list[ImportanceEntry] = []
     probe_history: list[ProbeEntry] = []
-    fisher_check: FisherCheck | None = None  # with importance_metric: fisher
+    fisher_check: dict[str, Any] | None = None  # in older records
     bits_history: list[BitsEntry] = []
     bit_allocation: BitAllocation | None = None  # with adaptive_bits
     quantization: QuantizationSummary | None = None

@@ -15,7 +15,7 @@ from peft_vit.base.statistics.more_labels import gain_of_doubling
 from peft_vit.base.statistics.odds import ModelEstimate, choose_model
 from peft_vit.core.records import Calibrated, Decision
 from peft_vit.core.tasks import GAIN_SD, Task, expected_gain
-from peft_vit.core.tasks.calibration import usual_temperature
+from peft_vit.core.tasks.classification import usual_temperature
 from peft_vit.fit.costs import MOST_STEPS
 from peft_vit.fit.outcomes import FoldResults, meaning_on
 from peft_vit.fit.recipe import Recipe

@@ -30,7 +30,6 @@ from peft_vit.core.tasks import (
     rows_of,
     thresholds_of,
 )
-from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.data import ImageIndex
 from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Advanced
@@ -133,8 +132,7 @@ def meaning_on(
     if not outcomes:
         return None if usual is None else Calibrated(images=0, temperature=usual.median, coverages=(), thresholds=())
     logits, labels, images = pooled(outcomes, task)
-    decided = task.decide(logits, labels, OF_FOLDS, images)
-    return decided or calibrate(logits, labels, images.tolist(), usual or OF_FOLDS)
+    return task.meaning(logits, labels, usual or OF_FOLDS, images)
 
 
 def covered_on_folds(outcomes: Sequence[Outcome], task: Task) -> dict[float, float]:

@@ -89,7 +89,6 @@ from peft_vit.core.training import (
     TrainingResult,
     allocate_bits,
     head_logits,
-    loss_weights,
     processes,
     train,
 )
@@ -328,12 +327,7 @@ def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | Non
     attempt.update()
     attempt.memory = None  # the float weights may come back for a comparison
     release_memory()  # or what the steps took would lie beside them
-    context = HookContext(
-        calibration_batch=calibration.batch,
-        class_weights=loss_weights(experiment.training, data, loaded.device),
-        float_weights=loaded.float_weights,
-        overhead=overhead,
-    )
+    context = HookContext(calibration.images, loaded.float_weights, overhead)
     for hook in hooks:
         hook.finish(model, context)
     method_fields: dict[str, Any] = {"rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else []}

@@ -1,4 +1,4 @@
-"""AdaLoRAController in a plain training loop: budget kept at every step, ranks go where the gradient is."""
+"""AdaLoRAController in a plain loop: budget kept, ranks go where the gradient is; what it saves is of one run."""
 
 import json
 import warnings
@@ -6,14 +6,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from allocation_runs import config, scored, start, train, train_step
+from allocation_runs import config, optimizer_of, scored, start, train, train_step
+from safetensors.torch import load, save
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
+from peft_vit import AdaLoRAController
 from peft_vit.base.errors import SilentNoEffectWarning, UserError
 from peft_vit.core.adapters import current_ranks, site_adapters
 
 pytestmark = pytest.mark.part("controller")
+
 STRATEGIES = ("proportional", "threshold", "top_k", "global")
 
 
@@ -186,22 +189,49 @@ def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
         controller.apply_ranks(model, optimizer, none)
 
 
-def test_what_grew_is_scored_and_ranked_like_the_others(tiny_vit, batch) -> None:
-    model = tiny_vit(depth=1)
-    settings = config(budget_schedule="constant", total_rank_budget=12, update_frequency=1)
-    controller, optimizer = start(model, settings, steps=20)
-    name = controller.names[3]
-    best = {site: 10.0 if site == name else 0.1 for site in controller.names}
-    grown = train_step(model, controller, optimizer, batch, 2, best)[name]
-    assert grown > 2
-    scores = scored(model, controller, batch, 3)
-    optimizer.zero_grad()
-    triplets = controller._triplet_scores[name]
-    assert scores[name] == pytest.approx(triplets.mean().item(), rel=1e-6)
-    assert triplets[2:].mean() < triplets[:2].mean()  # they are smoothed from 0 on
-    strongest = triplets.argsort(descending=True)[:3].sort().values
-    assert any(strongest >= 2)
-    before = site_adapters(model)[name].lora_A.detach()[strongest]
-    controller.apply_ranks(model, optimizer, {name: 3})
-    larger = grown / 3  # A takes the size that belongs to the rank
-    torch.testing.assert_close(site_adapters(model)[name].lora_A.detach(), before * larger)
+STEPS = 12
+
+
+def stored(state):
+    """Send a controller's state through the files that it is meant for."""
+    return {"values": json.loads(json.dumps(state["values"])), "tensors": load(save(state["tensors"]))}
+
+
+def test_a_state_is_a_copy(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    controller = AdaLoRAController(model, config(), STEPS)
+    optimizer = optimizer_of(model)
+    train_step(model, controller, optimizer, batch, 1)
+    state = controller.state_dict()
+    text, tensors = json.dumps(state["values"]), {name: tensor.clone() for name, tensor in state["tensors"].items()}
+    train(model, controller, optimizer, batch, range(2, 7))
+    assert json.dumps(state["values"]) == text
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in state["tensors"].items())
+    controller.load_state_dict(stored(state))
+    assert controller.state_dict()["values"] == state["values"]
+    assert controller._scored == 1
+    assert len(controller.rank_history) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"), [({"seed": 1}, "seed"), ({"steps": 13}, "total_steps"), ({"minimum_rank": 1}, "config")]
+)
+def test_a_state_of_another_run_is_refused(tiny_vit, changed, field) -> None:
+    def make(seed=0, steps=STEPS, **settings):
+        return AdaLoRAController(tiny_vit(), config(**settings), steps, seed=seed)
+
+    with pytest.raises(UserError, match=f"^{field}: the state was made with another one"):
+        make(**changed).load_state_dict(make().state_dict())
+
+
+def test_adapters_of_other_ranks_than_the_state_are_refused(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    controller = AdaLoRAController(model, config(), STEPS)
+    optimizer = optimizer_of(model)
+    train(model, controller, optimizer, batch, (1, 2))
+    other = tiny_vit()
+    again = AdaLoRAController(other, config(), STEPS)
+    again.load_state_dict(controller.state_dict())
+    name = next(name for name, adapter in site_adapters(other).items() if adapter.rank != controller.ranks[name])
+    with pytest.raises(UserError, match=rf"{name}: has rank \d+ where the controller has {controller.ranks[name]}"):
+        again.attach(other, optimizer_of(other))

@@ -1,4 +1,4 @@
-"""Scores of triplets, and both kinds of empirical Fisher, against float64 NumPy written from the formulas."""
+"""Scores of triplets against float64 NumPy written from the formulas."""
 
 import copy
 from typing import Any
@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 import torch
 from allocation_runs import config
-from torch.nn import functional as F
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.adapters import SiteAdapter, attach_adapters, merged_state_dict, site_adapters
-from peft_vit.core.allocation import AdaLoRAController, ImportanceTracker, check_fisher
-from peft_vit.core.allocation.importance import mean_per_triplet
-from peft_vit.core.backbones import find_sites
+from peft_vit.core.adapters import SiteAdapter, site_adapters
+from peft_vit.core.allocation import AdaLoRAController, ImportanceTracker
+from peft_vit.core.allocation.importance import SCORES_OF_WEIGHTS, mean_per_triplet
 from peft_vit.core.config import METRICS
 
 pytestmark = pytest.mark.part("importance analysis")
 BETA1, BETA2, RANK = 0.85, 0.7, 3
 SMOOTHED = ("gradient_norm", "fisher", "sensitivity")
-OF_TRIPLETS = [name for name, metric in METRICS.items() if not metric.reads_weight]
+OF_TRIPLETS = [name for name in METRICS if name not in SCORES_OF_WEIGHTS]
 
 
 def site(parametrization: str, seed: int = 0, rank: int = RANK, *, scale: float = 2.0, **settings: Any) -> SiteAdapter:
@@ -169,18 +167,21 @@ def test_loss_scaling_changes_no_score(metric, loss_scale) -> None:
         torch.testing.assert_close(scaled.update({"a": adapter}, loss_scale)["a"], expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("metric", "loss_scale", "words"),
-    [
-        *(("uniform", bad, "loss_scale: expected a positive number, got") for bad in (0.0, -1.0, np.nan, np.inf)),
-        ("unknown", 1.0, "importance_metric: no formula for 'unknown'; use one of uniform, random, magnitude, "),
-    ],
-)
-def test_an_impossible_loss_scale_and_an_unknown_metric_are_refused(metric, loss_scale, words) -> None:
-    adapter = site("svd")
+@pytest.mark.parametrize(("metric", "power"), [("gradient_norm", 0.5), ("fisher", 1)])
+def test_gradients_count_at_loras_own_size_whatever_the_rank_has_made_of_it(metric, power) -> None:
+    adapter = site("product")
+    adapter.reference_rank = 4.0 * RANK
     set_gradients(adapter, 0)
-    with pytest.raises(UserError, match=f"^{words}"):
-        tracker(metric).update({"a": adapter}, loss_scale)
+    size, (A, B) = adapter.start_size(RANK), (adapter.lora_A.grad.numpy(), adapter.lora_B.grad.numpy())
+    assert size != 1
+    expected = (1 - BETA1) * (size**2 * (A**2).sum(1) + (B**2).sum(0) / size**2) ** power
+    np.testing.assert_allclose(tracker(metric).update({"a": adapter})["a"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_scale", [0.0, -1.0, np.nan, np.inf])
+def test_an_impossible_loss_scale_is_refused(loss_scale) -> None:
+    with pytest.raises(UserError, match=r"^loss_scale: expected a positive number, got"):
+        tracker("uniform").update({"a": site("svd")}, loss_scale)
 
 
 @pytest.mark.parametrize("metric", SMOOTHED)
@@ -228,70 +229,3 @@ def test_the_stable_rank_of_the_frozen_weight_decides_without_gradients(tiny_vit
         assert scores[site.name] == pytest.approx(expected, rel=1e-4)
     ranks = controller.reallocate_ranks(scores, 1)
     assert ranks["blocks.1.mlp.fc2"] == wrapped  # the least that it may have
-
-
-WEIGHTS = torch.tensor([0.2, 3.0, 1.0, 0.5, 1.5])
-
-
-def squares(adapter, gradient: np.ndarray) -> float:
-    """Return the mean over triplets of ||dL/d(P_i, lambda_i, Q_i)||^2 from G = dL/dW: dW = scale P diag(lambda) Q."""
-    P, Q = (t.detach().double().numpy() for t in (adapter.lora_B, adapter.lora_A))
-    svd = adapter.lora_lambda is not None
-    factor = adapter.lora_lambda.detach().double().numpy() if svd else np.ones(adapter.rank)
-    left, right = gradient @ Q.T, P.T @ gradient  # (out, r), (r, in)
-    total = ((left * factor) ** 2).sum(0) + ((right * factor[:, None]) ** 2).sum(1)
-    if svd:
-        total += (left * P).sum(0) ** 2
-    return float((adapter.scale**2 * total).mean())
-
-
-def expected(model, plain, images, labels, weights) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the values by site from one backward pass a sample through a plain timm model."""
-    plain.load_state_dict(merged_state_dict(model))
-    plain.double()
-    sites, adapters = find_sites(plain), site_adapters(model)
-    share = torch.ones(len(labels)) if weights is None else weights[labels]
-    by_sample: dict[str, list[np.ndarray]] = {site.name: [] for site in sites}
-    for image, label, factor in zip(images.double(), labels, share, strict=True):
-        plain.zero_grad()
-        (factor.double() * F.cross_entropy(plain(image[None]), label[None])).backward()
-        for site in sites:
-            gradient = plain.get_submodule(site.module).weight.grad[site.span]
-            by_sample[site.name].append(gradient.numpy().copy())
-    return tuple(
-        {name: reduce(adapters[name], gradients) for name, gradients in by_sample.items() if adapters[name].rank}
-        for reduce in (
-            lambda adapter, gradients: squares(adapter, np.mean(gradients, axis=0)),
-            lambda adapter, gradients: float(np.mean([squares(adapter, gradient) for gradient in gradients])),
-        )
-    )
-
-
-@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "class weights"])
-@pytest.mark.parametrize("parametrization", ["product", "svd"])
-def test_both_kinds_of_fisher(tiny_vit, batch, fill_adapters, parametrization, weights) -> None:
-    model, (images, labels) = tiny_vit(), batch
-    sites = find_sites(model)
-    ranks = {site.name: index % 4 for index, site in enumerate(sites)}  # some have none
-    attach_adapters(model, sites, ranks, scale=2.0, seed=0, parametrization=parametrization)
-    fill_adapters(model)
-    model.train()
-    check = check_fisher(model, images, labels, class_weights=weights)
-    minibatch, per_sample = expected(model, tiny_vit(), images, labels, weights)
-    assert check.images == 6
-    assert list(check.minibatch) == list(check.per_sample) == [name for name, rank in ranks.items() if rank]
-    assert check.minibatch == pytest.approx(minibatch, rel=1e-3)
-    assert check.per_sample == pytest.approx(per_sample, rel=1e-3)
-    order = [np.argsort(np.argsort(list(values.values()))) for values in (minibatch, per_sample)]
-    n = len(minibatch)
-    assert check.rho == pytest.approx(1 - 6 * ((order[0] - order[1]) ** 2).sum() / (n * (n**2 - 1)))
-    assert -1 < check.rho < 1
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_without_rank_there_is_nothing_to_compare(tiny_vit, batch) -> None:
-    model = tiny_vit(depth=1)
-    attach_adapters(model, find_sites(model), 0, scale=2.0, seed=0)
-    with pytest.raises(UserError, match="no module has rank"):
-        check_fisher(model, *batch)

@@ -97,17 +97,6 @@ def test_permuted_sites_get_permuted_ranks(allocation, strategy, data) -> None:
     np.testing.assert_array_equal(permuted, ranks[order])
 
 
-@given(allocation=allocations(costs=COSTS), strategy=st.sampled_from(STRATEGIES), exponent=st.integers(-40, 40))
-def test_the_unit_of_the_scores_does_not_matter(allocation, strategy, exponent) -> None:
-    scores, budget, limits, costs, triplets = allocation
-    scores, triplets = np.round(scores % 1000), [np.round(values % 1000) for values in triplets]
-    ranks = allocate(strategy, scores, budget, limits, costs=costs, triplet_scores=triplets)
-    factor = 2.0**exponent  # exact
-    scaled = [values * factor for values in triplets]
-    again = allocate(strategy, scores * factor, budget, limits, costs=costs, triplet_scores=scaled)
-    np.testing.assert_array_equal(again, ranks)
-
-
 @given(weights=st.lists(st.integers(0, 20), min_size=1, max_size=10).filter(any), budget=st.integers(0, 60))
 def test_proportional_is_the_method_of_largest_remainders(weights, budget) -> None:
     total = sum(weights)
@@ -193,17 +182,6 @@ def test_global_ranks_triplets_by_score_per_cost(triplets, costs, budget, limits
 
 
 @pytest.mark.parametrize(("strategy", "bad"), covering_pairs(STRATEGIES, [np.nan, np.inf, -1.0]))
-def test_bad_scores_and_budgets_are_refused(strategy, bad) -> None:
-    limits = bounds([1, 1], [4, 4])
-    triplets = [np.ones(2), np.ones(2)]
-    for scores, budget, changes, words in (
-        ([1.0, bad], 4, {}, "importance scores must be finite and not negative"),
-        ([1.0, 1.0], 4, {"triplet_scores": [np.array([bad])] * 2}, "must be finite and not negative"),  # a minimum's
-        ([1.0, 1.0], 1, {}, "1 lies below what the modules' minimum ranks cost, 2 together"),
-        ([1.0, 1.0], 2687, {"costs": np.array([768, 1920])}, "2687 lies below .*, 2688 together"),
-        ([1.0, 1.0], 4, {"costs": np.array([1, 0])}, "costs: a rank costs at least 1, got 0"),
-        ([1.0, 1.0], 4, {"triplet_scores": None}, "global strategy ranks triplets"),
-    ):
-        strategy_of = "global" if "triplet_scores" in changes else strategy
-        with pytest.raises(UserError, match=words):
-            allocate(strategy_of, np.array(scores), budget, limits, **{"triplet_scores": triplets, **changes})
+def test_bad_scores_are_refused(strategy, bad) -> None:
+    with pytest.raises(UserError, match="importance scores must be finite and not negative"):
+        allocate(strategy, np.array([1.0, bad]), 4, bounds([1, 1], [4, 4]), triplet_scores=[np.ones(2)] * 2)

@@ -134,15 +134,6 @@ def test_a_strength_of_the_penalty_goes_to_those_that_fit_a_probe(tmp_path: Path
     assert {run.training.probe_l2 for run in all_start.experiments} == {0.1}
 
 
-@pytest.mark.parametrize(
-    ("written", "value"),
-    [("1e-3", 1e-3), ("1E-3", 1e-3), ("1.e-3", 1e-3), (".001", 1e-3), ("+1e+0", 1.0), ("1", 1.0), ("0.5", 0.5)],
-)
-def test_numbers(tmp_path: Path, written: str, value: float) -> None:
-    study = load(tmp_path, changed("learning_rate: 1e-3", f"learning_rate: {written}"))
-    assert study.experiments[2].training.learning_rate == value
-
-
 # Texts that are no configuration at all: (content, line or None, words of the message)
 TEXTS: dict[str, tuple[str | bytes, int | None, str]] = {
     "empty": ("", None, "expected a mapping"),
@@ -177,18 +168,6 @@ def test_text_that_is_no_configuration(text: str, tmp_path: Path) -> None:
     message = refusal(tmp_path, content)
     assert words in message
     assert message.startswith(f":{line}: " if line else ": "), message
-
-
-@pytest.mark.parametrize(
-    ("seeds", "words"),
-    [
-        (",".join(["1"] * 4_000), "a seed occurs twice"),
-        ("1." + "0" * 50_000 + "e1", "valid integer"),
-        ("1e99999", "valid integer"),
-    ],
-)
-def test_the_largest_lists_and_numbers_are_refused(seeds: str, words: str, tmp_path: Path) -> None:
-    assert words in refusal(tmp_path, changed("seeds: [0, 1]", f"seeds: [{seeds}]"))
 
 
 @pytest.mark.parametrize(

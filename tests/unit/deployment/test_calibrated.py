@@ -11,7 +11,7 @@ from tiny_models import CARD
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import Calibrated
-from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.core.tasks import CLASSIFICATION, OF_FOLDS
 from peft_vit.deploy import Classifier, check_coverage, predict_files
 from peft_vit.deploy.formats.header import ExportMetadata, read_json
 
@@ -75,7 +75,9 @@ def test_a_coverage_without_threshold_is_refused(calibrated: Calibrated | None, 
 
 def test_few_images_have_no_thresholds_for_high_coverages() -> None:
     rng = np.random.default_rng(0)
-    calibrated = calibrate(rng.normal(size=(18, 3)), rng.integers(0, 3, 18), list(range(9)) * 2)
+    calibrated = CLASSIFICATION.meaning(
+        rng.normal(size=(18, 3)), rng.integers(0, 3, 18), OF_FOLDS, np.tile(np.arange(9), 2)
+    )
     assert calibrated.images == 9
     assert calibrated.coverages == tuple(percent / 100 for percent in range(80, 91))  # (9 + 1) 0.91 is above 9
     assert list(calibrated.thresholds) == sorted(calibrated.thresholds)

@@ -12,8 +12,7 @@ from simulated_tunings import MODEL, StandIns, fit_of, images_of
 
 from peft_vit.core.records import Calibrated
 from peft_vit.core.tasks import CLASSIFICATION, Scores, expected_gain
-from peft_vit.core.tasks.calibration import usual_temperature
-from peft_vit.core.tasks.classification import BALANCED_ACCURACY
+from peft_vit.core.tasks.classification import BALANCED_ACCURACY, usual_temperature
 from peft_vit.fit.decide import (
     best_of,
     clearly_better,

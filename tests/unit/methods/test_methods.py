@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from peft_vit.core import methods
-from peft_vit.core.config import METHOD_KINDS, SECTIONS, AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
+from peft_vit.core.config import METHOD_KINDS, SECTIONS, AdaLoraConfig, ExperimentConfig
 from peft_vit.core.methods import METHODS, shorten
 
 TRAINING = {"epochs": 1, "learning_rate": 1e-3}
@@ -41,13 +41,6 @@ def test_every_kind_has_its_method_and_every_module_a_kind() -> None:
 def test_an_experiment_has_a_field_for_every_section() -> None:
     assert set(SECTIONS) < set(ExperimentConfig.model_fields)
     assert {name: kind for method in METHOD_KINDS.values() for name, kind in method.settings.items()} == SECTIONS
-
-
-def test_a_section_is_found_by_its_kind() -> None:
-    lora = experiment("lora", lora={"rank": 4})
-    assert lora.need(LoraConfig).rank == 4
-    assert lora.section(QaLoraConfig) is None
-    assert lora.kind is METHOD_KINDS["lora"]
 
 
 def test_a_method_of_ones_own_is_a_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from peft_vit.core.backbones.catalog import describe
 from peft_vit.core.config import IMAGES_ROUNDED_BY, StudyConfig
 from peft_vit.core.methods.quantized import file_bytes, packing_of
 from peft_vit.core.quantization import QuantizationFormat, quantize, quantize_with_compensation
-from peft_vit.core.tasks.calibration import calibrate
+from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.metrics import predict
 from peft_vit.deploy import load_low_bit, merge, open_exported
 from peft_vit.deploy.export import export_run_to_file
@@ -62,7 +62,7 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
     in_memory = round_weights(merged, "nf4")
     validated = logits_on(in_memory, data.validation, card)
     near = PRIOR._replace(median=record.calibrated.temperature)
-    assert card.calibrated == calibrate(validated, data.validation.labels, prior=near)  # of the packed model
+    assert card.calibrated == CLASSIFICATION.meaning(validated, data.validation.labels, near)  # of the packed model
     right = (validated.argmax(1) == data.validation.labels).mean()
     assert (done.comparison.images, done.comparison.exported) == (20, pytest.approx(right))
     assert done.comparison.trained == pytest.approx(record.validation.accuracy)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import threadpoolctl
 import torch
 from scipy.stats import beta, spearmanr
 from sklearn import metrics as oracle
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import TemperaturePrior, bootstrap_interval
 from peft_vit.core.records import Decision, Predictions
-from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, REGRESSION
+from peft_vit.core.tasks import MULTILABEL, REGRESSION
 from peft_vit.core.tasks.multilabel import average_precision
 from peft_vit.core.tasks.regression import _spearman
 from peft_vit.deploy.presentation.of_labels import ManyLabels
@@ -122,15 +121,6 @@ def test_a_head_is_a_logistic_regression_a_label() -> None:
         assert bias[k] == pytest.approx(own.intercept_[0], abs=1e-4)
     assert not weight[2].any()
     assert bias[2] < -2
-
-
-@pytest.mark.parametrize(("task", "labels"), [(MULTILABEL, UNKNOWN), (CLASSIFICATION, np.arange(60) % 3)])
-def test_libraries_are_looked_through_once_for_all_heads(monkeypatch, task, labels) -> None:
-    """For those whose threads have to be few: 5 ms, where a fit of few images takes 3."""
-    made, controller = [], threadpoolctl.ThreadpoolController
-    monkeypatch.setattr(threadpoolctl, "ThreadpoolController", lambda: made.append(controller()) or made[-1])
-    assert len([*task.linear_heads(RNG.normal(size=(60, 4)), labels, [1.0, 0.1, 0.01], np.ones(60))]) == 3
-    assert len(made) == 1
 
 
 def test_thresholds_have_the_largest_f1() -> None:

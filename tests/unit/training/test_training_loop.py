@@ -1,4 +1,4 @@
-"""The loop equals a plain one, chooses by validation among deployable states, and leaves the test split alone."""
+"""The loop equals a plain one, chooses among deployable states, leaves the test split alone; what watchers read."""
 
 from dataclasses import replace
 
@@ -6,13 +6,15 @@ import allocation_runs
 import numpy as np
 import pytest
 import torch
-from prepared_methods import DeployableFrom
+from prepared_methods import METHODS, DeployableFrom
 from tiny_models import random_model
 from torch.nn import functional as F
 
 from peft_vit import AdaLoRAController
-from peft_vit.core.adapters import attach_adapters, current_ranks, set_ranks
+from peft_vit.core.adapters import adapted_modules, attach_adapters, current_ranks, set_ranks
 from peft_vit.core.adapters.footprint import trainable_parameters
+from peft_vit.core.adapters.low_rank import SiteAdapter
+from peft_vit.core.adapters.peft_layers import peft_ranks
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.config import AUGMENTATION_OF_FLIPS, TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics
@@ -138,6 +140,7 @@ def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapt
     best.offer(evaluation(1, 0.9), model)
     set_ranks(model, dict.fromkeys(ranks, 1))
     best.offer(evaluation(2, 0.8), model)
+    best.offer(evaluation(3, 0.9), model)  # of equal ones the first stays
     assert best.restore(model).step == 1
     assert current_ranks(model) == ranks
     with torch.no_grad():
@@ -158,26 +161,6 @@ def test_counts_and_history_with_moving_ranks(tiny_vit, data, runtime) -> None:
     assert [evaluation.deployable for evaluation in result.evaluations] == [False, True, True]
     assert result.overhead_s.keys() == {"scoring", "reallocation", "penalty", "evaluation"}
     assert result.optimizer_bytes >= 2 * 4 * trainable_parameters(model)
-
-
-def test_hooks_are_attached_once_before_the_first_step(tiny_vit, data, runtime) -> None:
-    class Noted(DeployableFrom):
-        def attach(self, model, optimizer) -> None:
-            calls.append(("attach", len(optimizer.state), optimizer))
-
-        def before_step(self, model, step) -> None:
-            calls.append(("before", step, sum(p.grad is not None for p in model.parameters())))
-
-        def after_step(self, model, optimizer, step) -> None:
-            calls.append(("after", step, optimizer))
-
-    calls = []
-    model = lora(tiny_vit())
-    train(model, data(), config(epochs=1), runtime, seed=0, hooks=[Noted(1)])
-    steps = [(place, step) for step in (1, 2, 3) for place in ("before", "after")]
-    assert [call[:2] for call in calls] == [("attach", 0), *steps]
-    assert calls[1][2] == sum(p.requires_grad for p in model.parameters())
-    assert calls[0][2] is calls[2][2]
 
 
 def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, runtime, monkeypatch) -> None:
@@ -216,19 +199,6 @@ def test_seconds_count_by_the_purpose_of_each_call(tiny_vit, data, runtime, monk
     }
 
 
-def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, runtime) -> None:
-    model = tiny_vit()
-    settings = allocation_runs.config(
-        total_rank_budget=8, budget_schedule="constant", importance_metric="fisher", warmup_steps=1, final_steps=3
-    )
-    hook = AllocationHook(AdaLoRAController(model, settings, 9))
-    result = train(model, data(), config(), runtime, seed=0, hooks=[hook])
-    assert [entry["step"] for entry in hook.controller.probe_history] == [1, 3, 5, 6]  # the first through attach
-    counted = [sum(entry["ranks"].values()) for entry in hook.controller.rank_history]
-    assert counted == [8] * 5
-    assert result.peak_parameters <= 8 * (128 + 64) + 5 * 65  # the widest sites of 64 x 128, and the head
-
-
 def test_bf16_trains_float32_parameters(tiny_vit, data, runtime) -> None:
     model = lora(tiny_vit())
     reduced = type(runtime)(runtime.device, "bf16", runtime.mean, runtime.std)
@@ -257,3 +227,39 @@ def test_batch_norm_keeps_the_statistics_of_pretraining(data, runtime, method) -
     assert not any(seen)
     moved = [not torch.equal(dict(model.named_parameters())[name], tensor) for name, tensor in before.items()]
     assert moved == [method == "full"] * len(moved)
+
+
+def stored_bits(model) -> float:
+    bits = weights = 0
+    for _, layer in adapted_modules(model):
+        floats = [] if layer.weight is None else [layer.weight]
+        stored = [layer.quantized.codes, layer.quantized.scales, layer.quantized.offsets, *floats]
+        bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored)
+        weights += layer.in_features * layer.out_features
+    return bits / weights
+
+
+def rows(model) -> list[int]:
+    return [len(module.lora_A) for module in model.modules() if isinstance(module, SiteAdapter)]
+
+
+@pytest.mark.parametrize("method", ["linear", "lora", "adalora", "peft_adalora", "qa_lora"])
+def test_a_watcher_reads_what_the_tensors_say(tiny_vit, data, runtime, method) -> None:
+    if method.startswith("peft"):
+        pytest.importorskip("peft")
+    model, reports = tiny_vit(), []
+    hooks = METHODS[method](model)
+
+    def watch(progress) -> None:
+        reports.append(progress)
+        ranks = list(peft_ranks(model).values()) if method == "peft_adalora" else rows(model)
+        assert progress.mean_rank == (np.mean(ranks) if ranks else None)
+        assert progress.mean_bits == (pytest.approx(stored_bits(model)) if method == "qa_lora" else None)
+
+    train(model, data(), config(epochs=4), runtime, seed=0, hooks=hooks, on_progress=watch)
+    steps = [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12]
+    assert [(progress.step, progress.total_steps) for progress in reports] == [(step, 12) for step in steps]
+    assert [progress.validation_score is None for progress in reports] == [True] * 3 + [False] * 13
+    assert (len({progress.mean_rank for progress in reports}) > 1) == method.endswith("adalora")
+    if method == "qa_lora":  # 4 bits, and a scale and an offset of 16 bits for 16 weights; before, a float beside them
+        assert {round(progress.mean_bits, 6) for progress in reports} == {38.0, 6.0}

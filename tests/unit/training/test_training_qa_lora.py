@@ -1,9 +1,13 @@
-"""QALoRATrainer: the schedule ends at exactly 1, float weights are freed for real, adapters' gradients are scaled."""
+"""QALoRATrainer: layers it packs, a schedule that ends at exactly 1, freed weights, scaled gradients, its state."""
 
+import copy
 import gc
+import json
+import warnings
 import weakref
 from functools import partial
 
+import allocation_runs
 import numpy as np
 import pytest
 import qa_lora_settings
@@ -12,12 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from peft_vit import QALoRATrainer
-from peft_vit.core.adapters import adapted_modules, merged_state_dict
+from peft_vit import AdaLoRAController, QALoRATrainer
+from peft_vit.base.errors import SilentNoEffectWarning
+from peft_vit.core.adapters import adapted_modules, attach_adapters, current_ranks, site_adapters, trained_tensors
 from peft_vit.core.adapters.footprint import frozen_bytes
+from peft_vit.core.backbones import find_sites
 from peft_vit.core.training.qa_lora import end_step, quantized_share
+from peft_vit.core.training.quantized_layers import format_of, quantized_layers
 
 pytestmark = [pytest.mark.part("trainer"), qa_lora_settings.SILENT]
+
+
 RATE = 0.1
 config, linear = partial(qa_lora_settings.config, rank=2), partial(qa_lora_settings.scheduled, rank=2)
 
@@ -104,23 +113,6 @@ def test_a_constant_schedule_starts_quantized(tiny_vit, batch) -> None:
         assert torch.equal(model(batch[0]), plain(batch[0]))  # untrained adapters add nothing
 
 
-@pytest.mark.part("quantization")
-def test_in_between_the_weights_are_mixed_and_merged_as_mixed(tiny_vit, batch, fill_adapters) -> None:
-    plain, model = tiny_vit(), tiny_vit()
-    trainer = QALoRATrainer(model, linear(quantization_bits=4, quantization_type="int4"), 8)
-    optimizer = sgd(model)
-    for step in range(1, 5):
-        do_step(model, trainer, optimizer, batch, step)
-    assert trainer.share == 0.5
-    fill_adapters(model)
-    name, module = next(adapted_modules(model))
-    mixed = 0.5 * plain.get_submodule(name).weight + 0.5 * module.quantized.dequantize()
-    torch.testing.assert_close(module.frozen_weight(), mixed.detach())
-    plain.load_state_dict(merged_state_dict(model))
-    with torch.no_grad():
-        torch.testing.assert_close(model(batch[0]), plain(batch[0]), rtol=0, atol=1e-5)
-
-
 def test_clipping_comes_after_scaling(tiny_vit, batch, fill_adapters) -> None:
     def step(clip_norm: float | None) -> tuple[float, dict[str, torch.Tensor]]:
         trainer = QALoRATrainer(model := tiny_vit(), config(gradient_scaling_factor=3.0), 8, clip_norm=clip_norm)
@@ -143,3 +135,183 @@ def test_a_change_of_type_leaves_packed_weights_as_they_are(tiny_vit, batch) -> 
     before = model(batch[0])
     assert torch.equal(model.float()(batch[0]), before)
     assert {m.quantized.scales.dtype for _, m in adapted_modules(model.bfloat16())} == {torch.float16}
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("type", ["nf4", "int2"])
+def test_gradients_of_a_mixed_weight_equal_plain_autograd(tiny_vit, batch, fill_adapters, kind, type) -> None:
+    """The reference adds (1 - s) W + s Wq + scale * (B A) per group with torch's own operations, in float64."""
+    bits = {"nf4": 4, "int2": 2}[type]
+    settings = linear(quantization_schedule=kind, quantization_type=type, quantization_bits=bits)
+    model, plain = tiny_vit(), tiny_vit().double()
+    trainer = QALoRATrainer(model, settings, 8)
+    optimizer = torch.optim.SGD(model.head.parameters(), 0.0)
+    for step in (1, 2, 3):
+        trainer.after_step(model, optimizer, step)
+    share = {"linear": 0.25, "cosine": (1 - np.cos(np.pi / 4)) / 2}[kind]
+    assert trainer.share == pytest.approx(share, abs=1e-12)
+    fill_adapters(model)
+    images = batch[0].clone().requires_grad_()
+    F.cross_entropy(model(images), batch[1]).backward()
+
+    factors, weights = {}, dict(plain.named_parameters())
+    for name, (module, _) in quantized_layers(model).items():
+        low = module.quantized.dequantize().double()
+        total = (1 - share) * weights[f"{name}.weight"].detach() + share * low
+        rows = []
+        for site, adapter in module.adapters():
+            A, B = (p.detach().double().requires_grad_() for p in (adapter.lora_A, adapter.lora_B))
+            factors[site.name] = (A, B)
+            rows.append(adapter.scale * (B @ A).repeat_interleave(16, dim=1))
+        weights[f"{name}.weight"] = total + torch.cat(rows)
+    again = batch[0].double().requires_grad_()
+    F.cross_entropy(torch.func.functional_call(plain, weights, (again,)), batch[1]).backward()
+
+    torch.testing.assert_close(images.grad.double(), again.grad, rtol=1e-3, atol=1e-5)
+    for module, _ in quantized_layers(model).values():
+        assert module.weight.grad is None
+        for site, adapter in module.adapters():
+            A, B = factors[site.name]
+            torch.testing.assert_close(adapter.lora_A.grad.double(), A.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(adapter.lora_B.grad.double(), B.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_state_is_plain_values_and_a_copy(tiny_vit) -> None:
+    trainer = QALoRATrainer(model := tiny_vit(), linear(balance_target=2.0), 8)
+    state = trainer.state_dict()
+    text, exported = json.dumps(state), trainer.export_quantization_data()
+    for step in range(1, 5):
+        trainer.after_step(model, torch.optim.SGD(model.head.parameters(), 0.1), step)
+    assert json.dumps(state) == text != json.dumps(trainer.state_dict())
+    trainer.load_state_dict(json.loads(text), model)
+    assert trainer.state_dict() == state
+    assert trainer.export_quantization_data() == exported
+
+
+STEPS = 6
+
+
+def train(model, batch, optimizer, trainer=None, steps: int = STEPS):
+    for step in range(1, steps + 1):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        if trainer is None:  # the plain loop that a factor is compared with
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            trainer.training_step(model, optimizer, loss, step)
+    return {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+
+
+def prepared(tiny_vit, fill_adapters, **settings):
+    trainer = QALoRATrainer(model := tiny_vit(), config(**settings), STEPS, clip_norm=None)
+    fill_adapters(model, std=0.02)
+    return model, trainer
+
+
+ADAPTIVE = {"gradient_scaling": "adaptive", "gradient_scaling_factor": 3.0}
+
+
+@pytest.mark.parametrize("settings", [{"gradient_scaling_factor": 3.0}, ADAPTIVE])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_under_sgd_it_is_a_learning_rate_for_each_layer(tiny_vit, batch, fill_adapters, settings, momentum) -> None:
+    model, trainer = prepared(tiny_vit, fill_adapters, **settings)
+    reference = copy.deepcopy(model)
+    scales, rate = trainer.gradient_scales(), 0.01
+    groups = [{"params": list(reference.head.parameters()), "lr": rate}]
+    for name, layer in quantized_layers(reference).items():
+        parameters = [parameter for _, adapter in layer.updates for parameter in adapter.parameters()]
+        groups.append({"params": parameters, "lr": rate * scales[name]})
+    expected = train(reference, batch, torch.optim.SGD(groups, momentum=momentum))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    got = train(model, batch, torch.optim.SGD(trained, rate, momentum=momentum), trainer)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_adaptive_factor_follows_the_layers_relative_error(tiny_vit, batch, fill_adapters) -> None:
+    plain, model, settings = tiny_vit(), tiny_vit(), config(**ADAPTIVE)
+    formats = {"blocks.0.mlp.fc1": format_of(settings, "int2"), "blocks.1.mlp.fc1": format_of(settings, "int8")}
+    trainer = QALoRATrainer(model, settings, 8, formats=formats)
+    errors = {}
+    for name, layer in quantized_layers(model).items():
+        weight = plain.get_submodule(name).weight.detach().double().numpy()
+        difference = weight - layer.module.quantized.dequantize().double().numpy()
+        errors[name] = np.linalg.norm(difference) / np.linalg.norm(weight)
+    scales = trainer.gradient_scales()
+    assert scales == pytest.approx({name: 3 * e / np.mean(list(errors.values())) for name, e in errors.items()})
+    assert scales["blocks.0.mlp.fc1"] > 20 * scales["blocks.1.mlp.fc1"]
+    fill_adapters(model)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    trainer.before_step(model, 1)
+    for name, gradient in before.items():
+        layer = next((layer for layer in scales if name.startswith(f"{layer}.")), None)
+        expected = gradient * (1.0 if layer is None else scales[layer])  # the head's stays
+        torch.testing.assert_close(model.get_parameter(name).grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer", "cancelled"),
+    [
+        ({"gradient_scaling": "adaptive"}, torch.optim.Adam, "gradient_scaling: adaptive"),
+        ({"gradient_scaling_factor": 1.5}, torch.optim.AdamW, "gradient_scaling_factor 1.5"),
+        ({"balance_target": 1.0}, torch.optim.AdamW, "balance_by: gradient_scale"),
+        (ADAPTIVE, torch.optim.Adam, "gradient_scaling_factor 3.0 and gradient_scaling: adaptive"),
+        ({}, torch.optim.AdamW, None),
+        (ADAPTIVE, torch.optim.SGD, None),
+    ],
+)
+def test_what_adam_cancels_is_said_once(tiny_vit, batch, fill_adapters, settings, optimizer, cancelled) -> None:
+    model, trainer = prepared(tiny_vit, fill_adapters, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, batch, optimizer([p for p in model.parameters() if p.requires_grad], 1e-3), trainer)
+    texts = [str(entry.message) for entry in caught if entry.category is SilentNoEffectWarning]
+    assert len(texts) == (cancelled is not None)
+    assert all(text.startswith(f"{cancelled} nearly cancel") for text in texts)
+
+
+def with_adapters(model, *, rank: int = 2, pool: int = 16, scale: float = 2.0, targets=("query", "fc1")):
+    attach_adapters(model, find_sites(model, targets), rank, scale=scale, seed=0, pool=pool)
+    return model
+
+
+def test_formats_and_ranks_can_be_given_by_name(tiny_vit) -> None:
+    model, settings = tiny_vit(), qa_lora_settings.config(targets=("query", "fc1"))
+    ranks = {"blocks.0.attn.query": 0, "blocks.0.mlp.fc1": 1, "blocks.1.attn.query": 2, "blocks.1.mlp.fc1": 3}
+    formats = {"blocks.1.mlp.fc1": format_of(settings, "int2")}
+    trainer = QALoRATrainer(model, settings, 8, ranks=ranks, formats=formats)
+    assert current_ranks(model) == ranks
+    types = {name: module.quantized.format.type for name, module in adapted_modules(model)}
+    expected = dict.fromkeys(("blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.attn.qkv"), "nf4")
+    assert types == expected | {"blocks.1.mlp.fc1": "int2"}
+    assert trainer.relative_error["blocks.1.mlp.fc1"] > 2 * trainer.relative_error["blocks.0.mlp.fc1"]
+    assert trainer.bits_history[0]["bits_per_weight"]["blocks.1.mlp.fc1"] == 2 + 32 / 16
+
+
+def test_adapters_that_are_there_are_taken_as_they_are(tiny_vit, batch, fill_adapters) -> None:
+    model, fresh = with_adapters(tiny_vit()), tiny_vit()
+    fill_adapters(model)
+    before = {name: (adapter.lora_A, adapter.lora_A.clone()) for name, adapter in site_adapters(model).items()}
+    QALoRATrainer(model, qa_lora_settings.config(), 8)
+    for name, adapter in site_adapters(model).items():
+        assert adapter.lora_A is before[name][0]
+        assert torch.equal(adapter.lora_A, before[name][1])
+    QALoRATrainer(fresh, config(targets=("query", "fc1")), 8)
+    fill_adapters(fresh)
+    with torch.no_grad():
+        assert torch.equal(model(batch[0]), fresh(batch[0]))  # as if the trainer had attached them
+
+
+def test_adapters_that_are_not_pooled_leave_groups_to_storage_and_it_is_said(tiny_vit) -> None:
+    with pytest.warns(SilentNoEffectWarning, match="groups of 16 serve storage alone"):
+        QALoRATrainer(with_adapters(tiny_vit(), pool=1), qa_lora_settings.config(), 8)
+    QALoRATrainer(with_adapters(model := tiny_vit(), pool=1), qa_lora_settings.config(quantization_offset=False), 8)
+    assert all(module.quantized.offsets is None for _, module in adapted_modules(model))
+
+
+def test_the_controllers_adapters_are_pooled_over_the_groups(tiny_vit) -> None:
+    controller = AdaLoRAController(model := tiny_vit(), allocation_runs.config(), 8, pool=16)
+    assert {adapter.pool for adapter in site_adapters(model).values()} == {16}
+    assert controller.bounds.maximum.tolist() == [4, 4, 4, 4, 4, 8] * 2  # 64 / 16 and 128 / 16 groups

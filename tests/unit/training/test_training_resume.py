@@ -10,7 +10,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import current_ranks, trained_tensors, use_int8_matmul
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Metrics
-from peft_vit.core.training import State, train
+from peft_vit.core.training import train
 from peft_vit.core.training.checkpoint import (
     generators_state,
     load_generators_state,
@@ -164,11 +164,6 @@ def test_on_two_threads_that_take_half_of_a_batch_each_too(make, method, trainin
     assert losses == pytest.approx(of_one, rel=0.02)
 
 
-@pytest.mark.parametrize("change", [*IMAGES, *MIXES])
-def test_each_augmentation_makes_another_training(make, change) -> None:
-    assert make("lora", augmentation=[change]).once()["model"] != make("lora", augmentation=[]).once()["model"]
-
-
 EARLY_END = {"validate_every": 1, "patience": 1, "learning_rate": 1.0, "clip_norm": None, "optimizer": "sgd"}
 
 
@@ -234,29 +229,9 @@ def test_moments_of_other_shapes_are_refused(make, value) -> None:
         run.once(state)
 
 
-@pytest.mark.parametrize(
-    ("method", "part", "shown_by"),
-    [
-        *(("growing", part, "optimizer") for part in ("optimizer", "scheduler", "model")),
-        ("growing", "hooks", "hooks"),
-        ("managed_pace", "hooks", "hooks"),
-    ],
-)
-def test_every_part_of_the_state_matters(make, method, part, shown_by) -> None:
-    """What a state holds is needed: with a part of another step in its place, the end is another one."""
-    run = make(method)
-    whole = run.once()
-    for step in (7, 8):  # no decision on ranks lies between
-        run.once(None, step)
-    earlier, later = (read_checkpoint(run.folder / f"checkpoint-{step}") for step in (7, 8))
-    mixed = State(later | {part: earlier[part]})
-    assert run.once(later) == whole
-    assert run.once(mixed)[shown_by] != whole[shown_by]
-
-
 def test_the_best_weights_so_far_come_back(make) -> None:
-    """Of a training whose best epoch is its first one, interrupted later, the first one's weights are taken."""
-    run = make("lora", learning_rate=0.3, schedule="constant", clip_norm=None)
+    """Of a training whose best epoch is not its last one, interrupted later, the best one's weights are taken."""
+    run = make("lora", learning_rate=1.0, schedule="constant", clip_norm=None)
     whole = run.once()
     assert whole["chosen"].step < STEPS
     assert run.interrupted(STEPS) == whole
@@ -275,16 +250,10 @@ def test_buffers_that_training_moves_are_kept(tiny_vit) -> None:
 
 
 def test_the_global_generator_goes_on_where_it_was(tmp_path) -> None:
-    def draw() -> list:
-        return [*torch.rand(3).tolist(), torch.randn(1).item()]
-
-    saved = generators_state()
-    try:
-        draw()
+    with torch.random.fork_rng():
+        torch.rand(3)
         write_checkpoint(tmp_path, 1, generators_state())
-        first = draw()
+        first = torch.randn(4)
         unsettle()
         load_generators_state(read_checkpoint(tmp_path / "checkpoint-1"))
-        assert draw() == first
-    finally:
-        load_generators_state(saved)
+        assert torch.equal(torch.randn(4), first)

@@ -1,7 +1,7 @@
 """Importance, strategies, budgets, and the controller that puts them together."""
 
 from peft_vit.core.allocation.adalora_controller import AdaLoRAController
-from peft_vit.core.allocation.importance import ImportanceTracker, check_fisher
+from peft_vit.core.allocation.importance import ImportanceTracker
 from peft_vit.core.allocation.starting_ranks import check_starting_ranks, choose_starting_ranks
 from peft_vit.core.allocation.strategies import (
     Bounds,

@@ -293,17 +293,12 @@ class AdaLoRAController:
         """
         if optimizer is not self._optimizer:
             self._take_on(model, optimizer)
-        present = self.ranks
-        if self._decided > self.rank_history[-1]["step"] or ranks != present:
-            self._change(model, optimizer, {**present, **ranks})
-        self._probe_next_step(model)
-
-    def _change(self, model: nn.Module, optimizer: Optimizer, ranks: dict[str, int]) -> None:
+        present, ranks = self.ranks, self.ranks | ranks
         budget, cost = self.schedule.budget_at(self._decided), self._cost(ranks)
         if cost > budget:
             unit = self.config.budget.unit
             raise UserError(f"{cost} {unit} exceed the {budget} of step {self._decided}", field="ranks")
-        if ranks != self.ranks:
+        if ranks != present:
             if not self._triplet_scores:
                 raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
             # What grows follows from seed, site and number of the change: a resumed run grows the same.
@@ -314,7 +309,9 @@ class AdaLoRAController:
             kept = resize_adapters(model, optimizer, ranks, self._triplet_scores, generators=generators)
             self.tracker.follow(kept, ranks)
             self._triplet_scores = {}
-        self._record(self._decided, ranks)
+        if ranks != present or self._decided > self.rank_history[-1]["step"]:
+            self._record(self._decided, ranks)
+        self._probe_next_step(model)
 
     def _probe_next_step(self, model: nn.Module) -> None:
         """Probe the sites in the next step, if its scores lead to a decision in which a site without rank can win."""

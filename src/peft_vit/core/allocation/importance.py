@@ -8,8 +8,7 @@ gradients g = dL/dw, the score after each backward pass is
     gradient_norm  smoothed ||g||_2 over the triplet's parameters; here and under fisher A counts at LoRA's own size and
                    B at the inverse, whatever the rank has made of them (`SiteAdapter.start_size`)
     fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
-                   batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `check_fisher`
-                   measures how far its ranking is from the empirical Fisher's)
+                   batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher)
     sensitivity    AdaLoRA (arXiv 2303.10512, eqs. 8 to 11): I = |w g|, smoothed to I_bar with beta1; uncertainty
                    U_bar smooths |I - I_bar| with beta2; s = I_bar U_bar; the triplet's score is
                    s(lambda_i) + mean s(P_i) + mean s(Q_i), without the first term in the product form
@@ -49,13 +48,10 @@ from torch.nn import functional as F
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import torch_generator
-from peft_vit.base.statistics import spearman
-from peft_vit.core.adapters import AdaptedLinear, Adapter, GradientProbe, SiteAdapter, adapted_modules, site_adapters
+from peft_vit.core.adapters import AdaptedLinear, Adapter, GradientProbe, SiteAdapter, adapted_modules
 from peft_vit.core.adapters.low_rank import TRIPLETS
 from peft_vit.core.adapters.peft_layers import peft_layers, sites_of_layers
-from peft_vit.core.backbones import evaluating
 from peft_vit.core.config import METRICS, Metric
-from peft_vit.core.records import FisherCheck
 
 PROBE_TRIPLETS = 4  # the estimate of a squared norm from n random directions has a relative error of sqrt(2 / n)
 
@@ -117,7 +113,7 @@ class ImportanceTracker:
 
         Raises:
             UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad),
-                or has no formula here, or if the loss scale is not a positive number.
+                or if the loss scale is not a positive number.
         """
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
@@ -128,10 +124,6 @@ class ImportanceTracker:
             return {
                 name: torch.rand(site.rank, generator=self.generator).to(site.lora_A.device) for name, site in sites
             }
-        by_gradient = {"gradient_norm": self._size, "fisher": self._size, "sensitivity": self._sensitivity}
-        if self.metric not in ("magnitude", *by_gradient):
-            known = ", ".join(("uniform", "random", "magnitude", *by_gradient, *SCORES_OF_WEIGHTS))
-            raise UserError(f"no formula for {self.metric!r}; use one of {known}", field="importance_metric")
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
@@ -146,7 +138,8 @@ class ImportanceTracker:
             if loss_scale != 1:
                 overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
                 gradients = list(torch._foreach_div(gradients, loss_scale))
-            scores = by_gradient[self.metric](parts, None if overflowed else gradients)
+            score = self._sensitivity if self.metric == "sensitivity" else self._size
+            scores = score(parts, None if overflowed else gradients)
         else:
             scores = {}
         return {name: scores[name] if site.rank else site.lora_A.new_zeros(0) for name, site in sites}
@@ -156,7 +149,10 @@ class ImportanceTracker:
         columns = {part.site: part.weight[:, 0] for part in parts if part.name == "lora_A"}  # (r,) each
         smoothed = self._smoothed([(site, self.metric) for site in columns], list(columns.values()))
         if gradients is not None:
-            sizes = list(_squares(parts, gradients).values())  # (r,) each
+            # At LoRA's own size of A: a site's rank must not decide what its triplets score.
+            sums = _sums(parts, torch._foreach_mul(gradients, gradients))
+            torch._foreach_mul_(sums, [part.size**2 for part in parts])
+            sizes = list(_by_site(parts, sums, torch.add).values())  # (r,) each
             if self.metric == "gradient_norm":
                 torch._foreach_sqrt_(sizes)
             torch._foreach_lerp_(smoothed, sizes, 1 - self.beta1)
@@ -248,13 +244,6 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(present, means.tolist(), strict=True))
 
 
-@torch.no_grad()
-def squared_gradients(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Return ||g||^2 of each triplet from the present gradients, (rank,) by site, of sites that have rank."""
-    parts = _parts(adapters)
-    return _squares(parts, _gradients(parts)) if parts else {}
-
-
 def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
     parts = []
     for site, adapter in adapters.items():
@@ -279,13 +268,6 @@ def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
             )
         gradients.append(part.gradient.float())  # A (r, in / pool), B (out, r), lambda (r,)
     return gradients
-
-
-def _squares(parts: Sequence[_Part], gradients: list[Tensor]) -> dict[str, Tensor]:
-    """Return squared norms at LoRA's own size of A: a site's rank must not decide what its triplets score."""
-    sums = _sums(parts, torch._foreach_mul(gradients, gradients))
-    torch._foreach_mul_(sums, [part.size**2 for part in parts])
-    return _by_site(parts, sums, torch.add)
 
 
 def _sums(parts: Sequence[_Part], values: Sequence[Tensor]) -> list[Tensor]:
@@ -362,50 +344,3 @@ def probed_scores(
         return {}
     ratio = statistics.median(ratios)
     return {name: sizes[name] * ratio for name in rankless if name in sizes}
-
-
-def check_fisher(
-    model: nn.Module, images: Tensor, labels: Tensor, *, class_weights: Tensor | None = None
-) -> FisherCheck:
-    """Compare the score `fisher` with the empirical Fisher that it stands in for; no gradient is left behind.
-
-    With g_n the gradient of sample n's loss with respect to a triplet's parameters, on the same N samples and weights,
-
-        per sample   1/N sum_n ||g_n||^2       trace of the diagonal empirical Fisher (arXiv 1905.12558, eq. 3)
-        minibatch    || 1/N sum_n g_n ||^2     what `fisher` smooths over steps: without the noise that averages out
-                                               over the batch, which is most of the first
-
-    and a site's value is the mean over its triplets. Neither is the Fisher: labels come from the data, not from the
-    model. It takes one backward pass a sample, in float32, so its memory is that of a batch of one.
-
-    Args:
-        model: carries the adapters.
-        images: calibration batch (N, 3, S, S) of training images, normalised, on the model's device.
-        labels: (N,) int64.
-        class_weights: (classes,) of the training loss, if it has any; g_n then carries its sample's weight, so that
-            the mean is still the gradient of the batch's loss, which divides by N.
-
-    Raises:
-        UserError: if no site has rank.
-    """
-    adapters = {name: adapter for name, adapter in site_adapters(model).items() if adapter.rank}
-    if not adapters:
-        raise UserError("no module has rank; there is nothing to compare", field="model")
-    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]  # (N,)
-    per_sample = dict.fromkeys(adapters, 0.0)
-    mean_gradients = [torch.zeros_like(parameter) for parameter in parameters]  # A, B, lambda of each site in turn
-    with evaluating(model):
-        for image, label, factor in zip(images, labels, share, strict=True):
-            model.zero_grad(set_to_none=True)
-            (factor * F.cross_entropy(model(image[None]), label[None])).backward()  # (1, 3, S, S), (1,)
-            for name, value in mean_per_triplet(squared_gradients(adapters)).items():
-                per_sample[name] += value / len(labels)
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            torch._foreach_add_(mean_gradients, gradients, alpha=1 / len(labels))
-    for parameter, gradient in zip(parameters, mean_gradients, strict=True):
-        parameter.grad = gradient
-    minibatch = mean_per_triplet(squared_gradients(adapters))
-    model.zero_grad(set_to_none=True)
-    rho = spearman(list(minibatch.values()), list(per_sample.values()))
-    return FisherCheck(images=len(labels), minibatch=minibatch, per_sample=per_sample, rho=rho)

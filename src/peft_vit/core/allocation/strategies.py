@@ -240,7 +240,7 @@ def allocate(
     Args:
         strategy: see the module.
         scores: non-negative score of each site, (sites,).
-        budget: over all sites, in the unit of the costs.
+        budget: over all sites, in the unit of the costs; at least what the minima cost.
         bounds: of each site.
         costs: of one rank of each site, (sites,), at least 1; 1 each if left out.
         threshold_tau: for `threshold`.
@@ -248,19 +248,12 @@ def allocate(
         triplet_scores: for `global`: per site the scores of its present triplets.
 
     Raises:
-        UserError: if the minima cost more than the budget, a score of a site or triplet is negative or not finite, or
-            a cost below 1.
+        UserError: if a score of a site is negative or not finite.
     """
     sites = _Sites.of(scores, np.ones(len(scores), np.int64) if costs is None else costs)
     low, high = bounds.minimum.tolist(), bounds.maximum.tolist()
-    if budget < sites.cost(low):
-        raise UserError(
-            f"{budget} lies below what the modules' minimum ranks cost, {sites.cost(low)} together; raise it",
-            field="budget",
-        )
     if strategy == "global":
-        if triplet_scores is None:
-            raise UserError("the global strategy ranks triplets; give their scores", field="triplet_scores")
+        assert triplet_scores is not None
         ranks = sites.best_triplets(triplet_scores, budget, low, high)
     else:
         chosen, weights = set(range(len(scores))), sites.worth
@@ -278,12 +271,6 @@ def allocate(
 def reach_threshold(scores: Floats, costs: Ints, threshold_tau: float) -> bool:
     """Return whether any site reaches the bar of `threshold`; arguments as for `allocate`."""
     return bool(_Sites.of(scores, costs).above(threshold_tau))
-
-
-def _checked(scores: Floats) -> list[float]:
-    if not np.all(np.isfinite(scores)) or np.any(scores < 0):
-        raise UserError("importance scores must be finite and not negative", field="importance_scores")
-    return scores.tolist()
 
 
 def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
@@ -312,9 +299,9 @@ class _Sites:
 
     @classmethod
     def of(cls, scores: Floats, costs: Ints) -> _Sites:
-        if np.any(costs < 1):
-            raise UserError(f"a rank costs at least 1, got {costs.min()}", field="costs")
-        worth = _per_cost(_checked(scores), costs.tolist())
+        if not np.all(np.isfinite(scores)) or np.any(scores < 0):
+            raise UserError("importance scores must be finite and not negative", field="importance_scores")
+        worth = _per_cost(scores.tolist(), costs.tolist())
         best_first = sorted(range(len(worth)), key=lambda site: (-worth[site], -scores[site], site))
         return cls(costs.tolist(), worth, np.argsort(best_first).tolist())
 
@@ -375,9 +362,9 @@ class _Sites:
         ranks, left = list(low), budget - self.cost(low)
         owners, scores = [], []  # of triplets beyond each site's minimum
         for site, values in enumerate(triplets):
-            best_first = _checked(np.sort(values)[::-1])[low[site] : high[site]]  # (rank,), without the minimum
+            best_first = np.sort(values)[::-1][low[site] : high[site]]  # (rank,), without the minimum
             owners += [site] * len(best_first)
-            scores += best_first
+            scores += best_first.tolist()
         worth = _per_cost(scores, [self.costs[site] for site in owners])
         for _, _, site in sorted((-value, self.place[site], site) for value, site in zip(worth, owners, strict=True)):
             if self.costs[site] <= left:

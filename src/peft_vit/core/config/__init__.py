@@ -69,7 +69,6 @@ from peft_vit.core.config.study import (
     Resize,
     StudyConfig,
     WeightsSource,
-    WrittenResize,
     named_backbone,
 )
 from peft_vit.core.config.training import (
@@ -92,7 +91,6 @@ from peft_vit.core.config.training import (
     MetricOfTask,
     MetricSetting,
     Mixup,
-    RandAugment,
     RandomResizedCrop,
     Rotate90,
     TaskName,

@@ -160,7 +160,15 @@ def load_study(file: str | Path) -> StudyConfig:
     """
     file = Path(file)
     data, lines = read_mapping(file)
-    filled = _fill_training(data, lines, file)
+    shared, experiments = data.pop("training", {}), data.get("experiments")
+    if not isinstance(shared, dict):
+        message = f"expected a mapping of settings, got {reprlib.repr(shared)}"
+        raise UserError(message, file=f"{file}:{lines['training',]}", field="training")
+    if not isinstance(experiments, list) or not all(
+        isinstance(experiment, dict) and isinstance(experiment.get("training", {}), dict) for experiment in experiments
+    ):
+        return study_from_mapping(data, file=file, lines=lines)  # which names what is of a wrong shape
+    filled = {**data, "experiments": _fill_training(experiments, shared, lines, file)}
     _check_rates(filled, lines, file)
     at_first = at_rates(filled, first=True)
     study = study_from_mapping(at_first, file=file, lines=lines)  # names faults where they stand, once
@@ -194,57 +202,53 @@ def named_as_typed(request: type[Request]) -> Iterator[None]:
         raise error.about(options.get(field.rpartition(".")[2])) from None
 
 
-def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:
-    """Put the study's `training:` under each experiment's own; what is of a wrong shape is left for validation.
+def _fill_training(
+    experiments: list[dict[str, Any]], shared: dict[str, Any], lines: Lines, file: Path
+) -> list[dict[str, Any]]:
+    """Return the experiments with the study's `training:` under each one's own.
 
     What one experiment can't read is for the others. Where none reads it, it goes to all, and is refused.
     """
-    shared = data.get("training", {})
-    if not isinstance(shared, dict):
-        message = f"expected a mapping of settings, got {reprlib.repr(shared)}"
-        raise UserError(message, file=f"{file}:{lines['training',]}", field="training")
-    trainings = {
-        place: experiment.get("training", {})
-        for place, experiment in enumerate(_experiments(data))
-        if isinstance(experiment, dict) and isinstance(experiment.get("training", {}), dict)
-    }
-    probes = {place for place in trainings if _is_probe(data["experiments"][place])}
-    fit_probes = probes | {place for place in trainings if {**shared, **trainings[place]}.get("head_start") == "probe"}
-    experiments = list(_experiments(data))
-    for place, training in trainings.items():
+    own = [experiment.get("training", {}) for experiment in experiments]
+    is_probe = [
+        isinstance(method := experiment.get("method"), str)
+        and method in METHOD_KINDS
+        and METHOD_KINDS[method].trains == "head"
+        for experiment in experiments
+    ]
+    fits_probe = [
+        probe or {**shared, **training}.get("head_start") == "probe"
+        for probe, training in zip(is_probe, own, strict=True)
+    ]
+    filled = []
+    for place, training in enumerate(own):
         merged = dict(shared)
-        if place in probes and probes != trainings.keys():
+        if is_probe[place] and not all(is_probe):
             merged = {key: value for key, value in shared.items() if key in PROBE_READS}
             if isinstance(changes := merged.get("augmentation"), list):
                 flips = (change == "flip" or (isinstance(change, dict) and "flip" in change) for change in changes)
                 merged["augmentation"] = [change for change, is_flip in zip(changes, flips, strict=True) if is_flip]
-        if fit_probes and place not in fit_probes:
+        if any(fits_probe) and not fits_probe[place]:
             merged.pop("probe_l2", None)
         if {"epochs", "steps"} & training.keys():  # a length of one's own replaces the study's, however either is said
             merged = {key: value for key, value in merged.items() if key not in ("epochs", "steps")}
         merged |= training
         merged.setdefault("compute", "auto")
-        for key in merged if place in probes else ():
+        for key in merged if is_probe[place] else ():
             if key in TrainingConfig.model_fields and key not in PROBE_READS:
                 path: KeyPath = ("experiments", place, "training", key)
                 path = path if path in lines else path[2:]
                 message = "has no effect on a linear probe, which is fitted to convergence; remove it"
                 raise UserError(message, file=f"{file}:{lines[path]}", field=dotted(path))
-        experiments[place] = {**experiments[place], "training": merged}
-    filled = {key: value for key, value in data.items() if key != "training"}
-    return {**filled, "experiments": experiments} if trainings else filled
-
-
-def _is_probe(experiment: dict[str, Any]) -> bool:
-    method = experiment.get("method")
-    return isinstance(method, str) and method in METHOD_KINDS and METHOD_KINDS[method].trains == "head"
+        filled.append({**experiments[place], "training": merged})
+    return filled
 
 
 def _check_rates(study: dict[str, Any], lines: Lines, file: Path) -> None:
     """Refuse lists that hold anything but learning rates that differ, in a study with `training` filled in."""
-    for place, experiment in enumerate(_experiments(study)):
-        rates = _rates(experiment)
-        if rates is None:
+    for place, experiment in enumerate(study["experiments"]):
+        rates = experiment["training"].get("learning_rate")
+        if not isinstance(rates, list):
             continue
         sound = all(type(rate) in (int, float) and 0 < rate <= _LARGEST_RATE for rate in rates)
         if not (sound and rates and len(set(rates)) == len(rates)):
@@ -260,9 +264,9 @@ def at_rates(study: dict[str, Any], *, first: bool) -> dict[str, Any]:
     With `first` it stays one, under its own name, at the first rate of its list.
     """
     experiments = []
-    for experiment in _experiments(study):
-        rates = _rates(experiment)
-        if rates is None:
+    for experiment in study["experiments"]:
+        rates = experiment.get("training", {}).get("learning_rate")
+        if not isinstance(rates, list):
             experiments.append(experiment)
             continue
         for rate in rates[:1] if first else rates:
@@ -270,24 +274,13 @@ def at_rates(study: dict[str, Any], *, first: bool) -> dict[str, Any]:
             if not first:
                 at_rate["name"] = f"{experiment.get('name')}_lr_{_as_name(rate)}"
             experiments.append(at_rate)
-    return {**study, "experiments": experiments} if experiments else study
+    return {**study, "experiments": experiments}
 
 
 def _as_name(rate: float) -> str:
     """Return 3e-4 for 0.0003 and 2_5e-4 for 0.00025: a name holds no full stop."""
     mantissa, exponent = f"{rate:.14e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace(".", "_")
-
-
-def _rates(experiment: Any) -> list[Any] | None:
-    training = experiment.get("training") if isinstance(experiment, dict) else None
-    rates = training.get("learning_rate") if isinstance(training, dict) else None
-    return rates if isinstance(rates, list) else None
-
-
-def _experiments(study: dict[str, Any]) -> list[Any]:
-    experiments = study.get("experiments")
-    return experiments if isinstance(experiments, list) else []  # of the wrong shape: validation names it
 
 
 def _one_line(error: ValidationError, lines: Lines, file: Path) -> UserError:

@@ -36,12 +36,10 @@ class ImportanceMetric:
         reads_gradient: whether it is smoothed over the steps' gradients.
         probe_power: power of the gradient by which a site without rank is scored in its units, see
             `allocation.importance`; None: it is not probed.
-        reads_weight: whether it scores a site by its frozen weight, once, instead of triplets.
     """
 
     reads_gradient: bool = False
     probe_power: int | None = None
-    reads_weight: bool = False
 
 
 METRICS: dict[str, ImportanceMetric] = {
@@ -51,7 +49,7 @@ METRICS: dict[str, ImportanceMetric] = {
     "sensitivity": ImportanceMetric(reads_gradient=True, probe_power=2),
     "random": ImportanceMetric(),
     "uniform": ImportanceMetric(),
-    "stable_rank": ImportanceMetric(reads_weight=True),
+    "stable_rank": ImportanceMetric(),
 }
 GRADIENT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads_gradient)
 

@@ -30,7 +30,7 @@ class DatasetInfo:
     classes: str
     licence: str
     origin: str
-    module: str
+    module: str = "packaged"
     channels: Literal[1, 3] = 3
     needs_path: bool = False
     caveat: str = ""
@@ -42,7 +42,6 @@ def _cifar(classes: int) -> DatasetInfo:
         classes=f"{classes}; 10,000 official test images",
         licence="no licence stated by its authors",
         origin="data.path (folder of the unpacked binary archive), else downloaded from cs.toronto.edu",
-        module="packaged",
     )
 
 
@@ -52,7 +51,6 @@ DATASETS: dict[str, DatasetInfo] = {
         classes="2, defect probability >= 0.5; stratified by label and module type; no official test split",
         licence="CC BY-NC-SA 4.0: research only, no commercial use",
         origin="PyPI wheel elpv-dataset, fetched once",
-        module="packaged",
         channels=1,
         caveat="New solar modules: the images do not say which module a cell belongs to, so cells of one module "
         "can be in training and in test.",
@@ -62,7 +60,6 @@ DATASETS: dict[str, DatasetInfo] = {
         classes="10; no official test split",
         licence="CC BY 4.0 (UCI)",
         origin="comes with scikit-learn",
-        module="packaged",
         channels=1,
     ),
     "fashion-mnist": DatasetInfo(
@@ -70,7 +67,6 @@ DATASETS: dict[str, DatasetInfo] = {
         classes="10; 10,000 official test images",
         licence="MIT",
         origin="data.path (folder of idx .gz files), else Debian's dataset-fashion-mnist, else downloaded",
-        module="packaged",
         channels=1,
     ),
     "cifar10": _cifar(10),
@@ -80,7 +76,6 @@ DATASETS: dict[str, DatasetInfo] = {
         classes="200; the 10,000 official validation images serve as the test split",
         licence="ImageNet's terms: research and education, not commercial",
         origin="data.path (tiny-imagenet-200.zip or its folder), else downloaded from cs231n.stanford.edu",
-        module="packaged",
     ),
     "image-folder": DatasetInfo(
         images="your own images, ROOT/<class>/<image>",

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_ar
 from pydantic import (
     AfterValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     create_model,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -79,14 +77,10 @@ class BackboneConfig(Frozen):
         default=None, pattern=r"^[0-9a-f]{64}$", description="Refuse the file if it has another SHA-256"
     )
     head_blocks: HeadBlocks = Field(
-        default=1, description="4: the head reads the class tokens of the last four blocks, not of the last alone"
+        default=1,
+        exclude_if=lambda blocks: blocks == 1,  # it came later: records and studies say what they said
+        description="4: the head reads the class tokens of the last four blocks, not of the last alone",
     )
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what came later where it has its default: records and studies say what they said."""
-        content: dict[str, Any] = write(self)
-        return {name: value for name, value in content.items() if name != "head_blocks" or value != 1}
 
     @model_validator(mode="after")
     def _file_only_with_file(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -22,7 +22,10 @@ _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
-def _in_units(units: Mapping[str, float], what: str, text: str) -> float:
+def _in_units(units: Mapping[str, float], what: str, text: Any) -> Any:
+    """Return the number that a text says in units; what is no text stays as it is."""
+    if not isinstance(text, str):
+        return text
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?) ?([a-z]*)", text.strip(), re.IGNORECASE | re.ASCII)
     unit = None if match is None else next((unit for unit in units if unit.lower() == match[2].lower()), None)
     value = math.nan if match is None or unit is None else float(match[1]) * units[unit]
@@ -43,14 +46,8 @@ def bytes_of(size: str) -> int:
     return int(count)
 
 
-def seconds_of(time: str) -> float:
-    """Return the seconds of a time with its unit, ms, s or min; raises ValueError if it is none."""
-    return _in_units(_SECONDS, f"a time above 0 with its unit, {', '.join(_SECONDS)}; write it as in 50ms", time)
-
-
-def count_of(number: str) -> float:
-    """Return a number that may be written with k, M or G; raises ValueError if it is none."""
-    return _in_units(_COUNTS, "a number above 0; write it as in 300000, 3e5 or 300k", number)
+_seconds = partial(_in_units, _SECONDS, f"a time above 0 with its unit, {', '.join(_SECONDS)}; write it as in 50ms")
+_number = partial(_in_units, _COUNTS, "a number above 0; write it as in 300000, 3e5 or 300k")
 
 
 def written_size(value: Any) -> Any:
@@ -72,12 +69,12 @@ def several(values: Any) -> Any:
     return tuple(itertools.chain.from_iterable(parts))
 
 
-def _read(of: Callable[[str], float], value: Any) -> Any:
-    return of(value) if isinstance(value, str) else value
+def _bytes(value: Any) -> Any:
+    return bytes_of(value) if isinstance(value, str) else value
 
 
 # What an option takes as text with its unit, and Python also as a number of bytes, seconds or values; None: no limit.
-Size = Annotated[int | None, BeforeValidator(partial(_read, bytes_of)), Option(typed=str, metavar="SIZE")]
-Time = Annotated[float | None, BeforeValidator(partial(_read, seconds_of)), Option(typed=str, metavar="TIME")]
-Number = Annotated[float | None, BeforeValidator(partial(_read, count_of)), Option(typed=str, metavar="NUMBER")]
+Size = Annotated[int | None, BeforeValidator(_bytes), Option(typed=str, metavar="SIZE")]
+Time = Annotated[float | None, BeforeValidator(_seconds), Option(typed=str, metavar="TIME")]
+Number = Annotated[float | None, BeforeValidator(_number), Option(typed=str, metavar="NUMBER")]
 WrittenSize = Annotated[str | None, BeforeValidator(written_size), Option(metavar="SIZE")]

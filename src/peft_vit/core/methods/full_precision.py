@@ -32,7 +32,7 @@ from peft_vit.core.config.methods import StoredAdapterConfig
 from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, Sections, TrainOptions, sites_of
 from peft_vit.core.training import AllocationHook, Hook, StartingRanks, check_ranks
 
-_FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of AdaLoRA as `train` takes it
+_DECIDED_AFTER, _MEAN_RANK = 16, 4  # of AdaLoRA as `train` takes it
 
 
 def _freeze(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
@@ -190,7 +190,7 @@ def adalora_defaults(options: TrainOptions) -> Sections:
 
     It is what was found to keep up with LoRA at its learning rate.
     """
-    options.enough_steps(_FEWEST_STEPS)
+    options.check_steps()
     early = max(1, min(_DECIDED_AFTER, options.steps // 12))
     budget = "total_byte_budget" if options.budget_unit == "bytes" else "total_rank_budget"
     section = {

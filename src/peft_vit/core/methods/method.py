@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -11,12 +10,13 @@ from torch import Tensor, nn
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.allocation import rank_costs
-from peft_vit.core.backbones import BackboneShape, Site, select_sites
+from peft_vit.core.backbones import BackboneShape, Site, select_modules, select_sites
 from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, QuantizationType
 from peft_vit.core.training import Hook
 from peft_vit.core.training.quantized_layers import Formats, PackedTensors
 
 DEFAULT_RANK = 8  # of `peft-vit train`
+_FEWEST_STEPS = 12  # with which it takes adaptive ranks
 Sections: TypeAlias = dict[str, dict[str, Any]]  # settings by section of an experiment
 
 
@@ -73,9 +73,9 @@ class TrainOptions:
             return False
         return self.budget < int(rank_costs(self.budget_unit, self.shape.sites).sum())
 
-    def enough_steps(self, fewest: int) -> None:
+    def check_steps(self) -> None:
         """Refuse fewer steps than adaptive ranks need."""
-        if self.steps < fewest:
+        if self.steps < _FEWEST_STEPS:
             raise UserError(f"{self.steps} steps are too few to move ranks; give more", field="--steps")
 
 
@@ -115,27 +115,18 @@ class Method:
         return self.learning_rate if few is None else few
 
 
-@contextmanager
-def below(field_name: str) -> Iterator[None]:
-    """Rename the field of errors to the setting that causes them.
-
-    Raises:
-        UserError: as inside, with the field, below the experiment.
-    """
-    try:
-        yield
-    except UserError as error:
-        raise UserError(error.message, field=field_name) from None
-
-
-def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
-    """Return the sites that a section's `targets` names.
+def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape, *, modules: bool = False) -> list[Site]:
+    """Return the sites that a section's `targets` names, or whole modules, as PEFT adapts them.
 
     Raises:
         UserError: if it names kinds of matrices that the model lacks.
     """
-    with below(f"{section}.targets"):
+    try:
+        if modules:
+            return list(select_modules(shape.sites, settings.targets).values())
         return select_sites(shape.sites, settings.targets)
+    except UserError as error:
+        raise UserError(error.message, field=f"{section}.targets") from None
 
 
 def check_images(field_name: str, images: int | None, train_images: int) -> None:

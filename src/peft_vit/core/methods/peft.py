@@ -10,22 +10,15 @@ from torch import nn
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
 from peft_vit.core.adapters.peft_tuner import attach_peft, attach_peft_lora, tuner_config
-from peft_vit.core.backbones import BackboneShape, Site, select_modules
-from peft_vit.core.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
-from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, Sections, TrainOptions, below
+from peft_vit.core.backbones import BackboneShape
+from peft_vit.core.config import ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
+from peft_vit.core.methods.method import DEFAULT_RANK, Method, PrepareContext, Sections, TrainOptions, sites_of
 from peft_vit.core.training import Hook, PeftAdaLoraHook, check_ranks, last_update
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
 # AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
 _LORA_OVER_OURS, _ADALORA_OVER_OURS = 1.42 / 1.29, 1.81 / 1.29
 _CALIBRATION_IMAGES = 64  # for a start that depends on data
-_FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
-
-
-def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
-    """Return the modules that PEFT adapts, each as one site."""
-    with below(f"{section}.targets"):
-        return list(select_modules(shape.sites, settings.targets).values())
 
 
 def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
@@ -36,7 +29,7 @@ def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: Prepa
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     require_extra("peft", field="method")
     settings = experiment.need(PeftLoraConfig)
-    check_ranks(_modules("peft_lora", settings, shape), settings.rank, field="peft_lora.rank")
+    check_ranks(sites_of("peft_lora", settings, shape, modules=True), settings.rank, field="peft_lora.rank")
 
 
 PEFT_LORA = Method(
@@ -57,7 +50,7 @@ def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, context: Pr
 def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     require_extra("peft", field="method")
     settings = experiment.need(PeftAdaLoraConfig)
-    sites = _modules("peft_adalora", settings, shape)
+    sites = sites_of("peft_adalora", settings, shape, modules=True)
     check_ranks(sites, settings.initial_rank, field="peft_adalora.initial_rank")
     last_update(settings, total_steps)
 
@@ -72,7 +65,7 @@ def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int,
 
 
 def _adalora_defaults(options: TrainOptions) -> Sections:
-    options.enough_steps(_FEWEST_STEPS)
+    options.check_steps()
     return {
         "peft_adalora": {"update_frequency": max(1, options.steps // 8), "warmup_steps": max(1, options.steps // 4)}
     }

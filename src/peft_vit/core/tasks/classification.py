@@ -15,6 +15,8 @@ from peft_vit.base.statistics import (
     Interval,
     TemperaturePrior,
     class_scores,
+    conformal_quantile,
+    fit_temperature,
     mean_of_proportions,
     paired_proportions,
     prediction_sets,
@@ -23,7 +25,6 @@ from peft_vit.base.statistics import (
 )
 from peft_vit.core.config import ClassWeights, LossName
 from peft_vit.core.records import Calibrated, Decision, Metrics, TestedCalibration
-from peft_vit.core.tasks.calibration import calibrate
 from peft_vit.core.tasks.metric import DecidingMetric, Flags, Floats, Ints, Labels, Outputs, area_under_roc
 from peft_vit.core.tasks.task import (
     CONVERGED,
@@ -31,6 +32,7 @@ from peft_vit.core.tasks.task import (
     Meaning,
     NamedLabels,
     Task,
+    coverage_thresholds,
     effective_counts,
     logistic_regressions,
     measured_coverage,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 Classes = Ints  # (N,), the number of each image's class
 LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
 ECE_BINS = 15
+_WORST = 0.01  # share above chance, at least, and below all, by which a temperature is expected
 
 
 # --- measures of logits -----------------------------------------------------------------------------------------------
@@ -119,6 +122,25 @@ BALANCED_ACCURACY = DecidingMetric(
     equal_classes=True,
     counts_images=True,
 )
+
+
+def usual_temperature(accuracy: float, num_classes: int, most_images: float = math.inf) -> TemperaturePrior:
+    """Return what is known of a classifier's temperature before held-out images, if it learned from smoothed labels.
+
+    ln T = 0.24 - 0.29 x, x the logit of the accuracy above chance, (a - 1/K) / (1 - 1/K), between -1 and 4: the more
+    of new images are right, the more too careful a model is whose labels were smoothed by 0.1. Fitted to the best T on
+    60 to 400 test images of 11 trainings by LoRA, 56 to 592 steps, on digits, clothing and solar cells (20 to 256
+    labels a class); ln T has a standard deviation of 0.11 around it, twice that as the accuracy is only expected.
+
+    Args:
+        accuracy: expected on new images.
+        num_classes: K.
+        most_images: see `TemperaturePrior`.
+    """
+    share = (accuracy - 1 / num_classes) / (1 - 1 / num_classes)
+    share = min(max(share, _WORST), 1 - _WORST)
+    x = min(max(math.log(share / (1 - share)), -1.0), 4.0)
+    return TemperaturePrior(math.exp(0.24 - 0.29 * x), 0.22, most_images)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
@@ -259,9 +281,21 @@ class _Classification(Task):
         """Return its probability, (N,)."""
         return np.exp(log_softmax(outputs).max(1)).tolist()
 
-    def meaning(self, outputs: Outputs, labels: Classes, prior: TemperaturePrior) -> Calibrated | None:
-        """Return the temperature, and thresholds of sets; None without images."""
-        return calibrate(outputs, labels, prior=prior) if len(labels) else None
+    def meaning(
+        self, outputs: Outputs, labels: Classes, prior: TemperaturePrior, images: Ints | None = None
+    ) -> Calibrated | None:
+        """Return the temperature, and thresholds of sets of the probabilities that it makes; None without images.
+
+        One number on so many images hardly fits to them, so the thresholds take the same images
+        (docs/explanation/tuning.md has how far coverage then is from what was asked).
+        """
+        if not len(labels):
+            return None
+        which = np.arange(len(labels)) if images is None else images  # (N,)
+        temperature = fit_temperature(outputs, labels, prior, images)
+        scores = class_scores(probabilities(outputs, temperature), labels)
+        coverages, thresholds = coverage_thresholds(lambda coverage: conformal_quantile(scores, coverage, which))
+        return Calibrated(images=len(set(which)), temperature=temperature, coverages=coverages, thresholds=thresholds)
 
     def tested(self, meaning: Meaning, outputs: Outputs, labels: Classes, unlike: int | None) -> TestedCalibration:
         """Return NLL, probabilities and coverage with the temperature of `meaning`, or 1 without it."""

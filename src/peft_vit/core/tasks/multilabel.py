@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,12 +81,8 @@ def _mean_over_labels(measure: Any, labels: Labels, scores: Labels, weights: Flo
     return np.nan_to_num(values).sum(0) / np.maximum(num_finite, 1)
 
 
-def _map(labels: Labels, scores: Labels, weights: Floats) -> Floats:
-    return _mean_over_labels(average_precision, labels, scores, weights)
-
-
-def _auroc(labels: Labels, scores: Labels, weights: Floats) -> Floats:
-    return _mean_over_labels(area_under_roc, labels, scores, weights)
+_map = partial(_mean_over_labels, average_precision)
+_auroc = partial(_mean_over_labels, area_under_roc)
 
 
 def _cases(labels: Labels) -> Sequence[int]:

@@ -308,9 +308,9 @@ class Task(Protocol):
         """Return the empirical coverage and mean size of sets or intervals, by coverage of SHOWN."""
         return {}, {}
 
-    def meaning(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior) -> Meaning:
+    def meaning(self, outputs: Outputs, labels: Labels, prior: TemperaturePrior, images: Ints | None = None) -> Meaning:
         """Return the meaning of outputs from held-out images, see `decide`; None without images."""
-        return self.decide(outputs, labels, prior)
+        return self.decide(outputs, labels, prior, images)
 
     def tested(self, meaning: Meaning, outputs: Outputs, labels: Labels, unlike: int | None) -> TestedCalibration:
         """Return calibration on test images; `unlike` counts those flagged as out of distribution."""

@@ -63,11 +63,6 @@ class _Options(NamedTuple):
     budget: int
 
 
-def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
-    """Return the budget of `adaptive_bits` in bytes, checked against the shapes of the whole model's sites."""
-    return _options(config, sites).budget
-
-
 def allocate_bits(
     model: nn.Module, config: QaLoraConfig, images: Tensor, labels: Tensor, *, seed: int = 0
 ) -> ChosenBits:
@@ -87,7 +82,7 @@ def allocate_bits(
     if site_adapters(model):
         raise UserError("carries adapters already; choose bits before they are attached", field="model")
     sites = find_sites(model)
-    options = _options(config, sites)
+    options = check_bits(config, sites)
     head, places = fit_head(model, images, labels)
     formats = dict.fromkeys(options.format_bytes, options.formats)
     losses = layer_losses(model, formats, images, head, by=config.adaptive_bits.sensitivity, seed=seed)
@@ -129,7 +124,8 @@ def allocate_bits(
     return ChosenBits.of_record(record, config)
 
 
-def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
+def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
+    """Return what `adaptive_bits` chooses from, and its budget, checked against the shapes of the whole model."""
     settings = config.adaptive_bits
     assert settings is not None
     wanted = select_sites(sites, config.targets)
@@ -194,15 +190,13 @@ def choose_bits(
     Args:
         losses: of each group's options, in any unit; a gain counts as a negative loss.
         sizes: of each group's options, integers of at least 0.
-        budget: in the unit of the sizes.
+        budget: in the unit of the sizes; at least what the smallest options take.
         node_limit: of the search, after which the best choice so far is returned with the bound that was reached.
 
     Raises:
-        ValueError: if the budget is below the smallest total size, or a loss is not finite.
+        ValueError: if a loss is not finite.
     """
     smallest = sum(min(group) for group in sizes)
-    if budget < smallest:
-        raise ValueError(f"the smallest options take {smallest}, the budget is {budget}")
     if not all(math.isfinite(loss) for group in losses for loss in group):
         raise ValueError("expected finite losses")
     useful = [_undominated(*group) for group in zip(losses, sizes, strict=True)]

@@ -63,15 +63,12 @@ class HookContext:
     """What hooks may use before and after training; nothing comes from validation or test images.
 
     Attributes:
-        calibration_batch: returns the first training images (count, C, H, W) in an order of their own, and their
-            labels (count,).
-        class_weights: of the loss, (classes,); None if all are 1.
+        calibration: returns the first training images (count, C, H, W) in an order of their own.
         float_weights: returns the backbone's weights by name, as they were before anything was quantized.
         overhead: takes the seconds of what hooks measure.
     """
 
-    calibration_batch: Callable[[int], tuple[Tensor, Tensor]]
-    class_weights: Tensor | None = None
+    calibration: Callable[[int], Tensor]
     float_weights: Callable[[], Mapping[str, Tensor]] = dict
     overhead: Overhead = field(default_factory=Overhead)
 

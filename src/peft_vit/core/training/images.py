@@ -17,16 +17,7 @@ from torch import Tensor
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.seeding import Purpose, numpy_generator, torch_generator
-from peft_vit.core.config import (
-    Augmentation,
-    ColorJitter,
-    Cutmix,
-    Flip,
-    Mixup,
-    RandAugment,
-    RandomResizedCrop,
-    Rotate90,
-)
+from peft_vit.core.config import Augmentation, ColorJitter, Cutmix, Flip, Mixup, RandomResizedCrop, Rotate90
 from peft_vit.core.tasks import CLASSIFICATION, Task
 from peft_vit.core.training.processes import own_rows
 
@@ -214,7 +205,18 @@ def _changes(settings: Any, images: int, size: int, seed: int, epoch: int) -> It
             [image.rot90(int(turn), (-2, -1)) for image, turn in zip(batch, turns[rows], strict=True)]
         )
     elif not isinstance(settings, Mixup | Cutmix):
-        transform, purpose = _of_torchvision(settings, size)
+        from torchvision.transforms import v2  # a second of the start of every command that does not train
+
+        transform: Callable[[Tensor], Tensor]
+        purpose: Purpose
+        if isinstance(settings, RandomResizedCrop):  # bicubic with antialiasing, as images are when they are decoded
+            bicubic = v2.InterpolationMode.BICUBIC
+            transform = v2.RandomResizedCrop(size, settings.scale, settings.ratio, bicubic)
+            purpose = "random_resized_crop"
+        elif isinstance(settings, ColorJitter):
+            transform, purpose = v2.ColorJitter(**settings.model_dump()), "color_jitter"
+        else:
+            transform, purpose = v2.RandAugment(settings.num_ops, settings.magnitude), "rand_augment"
         seeds = torch.randint(2**63 - 1, (images,), generator=torch_generator(seed, purpose, epoch))
 
         def transform_each(batch: Tensor, rows: np.ndarray) -> Tensor:
@@ -226,22 +228,6 @@ def _changes(settings: Any, images: int, size: int, seed: int, epoch: int) -> It
             return torch.stack(changed)
 
         yield transform_each
-
-
-def _of_torchvision(settings: Any, size: int) -> tuple[Callable[[Tensor], Tensor], Purpose]:
-    """Return torchvision's transform, and the stream of its draws.
-
-    Parts are enlarged bicubically with antialiasing, as images are when they are decoded.
-    """
-    from torchvision.transforms import v2  # a second of the start of every command that does not train
-
-    if isinstance(settings, RandomResizedCrop):
-        bicubic = v2.InterpolationMode.BICUBIC
-        return v2.RandomResizedCrop(size, settings.scale, settings.ratio, bicubic), "random_resized_crop"
-    if isinstance(settings, ColorJitter):
-        return v2.ColorJitter(**settings.model_dump()), "color_jitter"
-    assert isinstance(settings, RandAugment)
-    return v2.RandAugment(settings.num_ops, settings.magnitude), "rand_augment"
 
 
 def mixed(

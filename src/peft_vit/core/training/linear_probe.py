@@ -34,7 +34,7 @@ from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import PROBE_L2
 from peft_vit.core.records import Evaluation, HeadFit, StepRow
 from peft_vit.core.tasks import CLASSIFICATION, DecidingMetric, Task
-from peft_vit.core.tasks.metric import Floats, Labels
+from peft_vit.core.tasks.metric import Flags, Floats, Ints, Labels
 from peft_vit.core.tasks.task import CONVERGED
 from peft_vit.core.training.halves import forward_in_halves
 from peft_vit.core.training.hooks import RuntimeConfig
@@ -114,22 +114,22 @@ class LinearProbe:
         return values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
 
 
-def can_hold_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> bool:
+def can_hold_out(strata: Labels, groups: Ints) -> bool:
     """Return whether each of the strata (n,) or (n, S) has two groups (n,), so that one can be left out of a fit."""
     return fewest_groups(strata, groups) >= 2
 
 
-def fewest_groups(strata: NDArray[Any], groups: NDArray[np.int64]) -> int:
+def fewest_groups(strata: Labels, groups: Ints) -> int:
     """Return of how many groups (n,) the rarest of the strata (n,) or (n, S) is; 0: there is none."""
     return min((len(np.unique(groups[images])) for images in _members(strata)), default=0)
 
 
-def groups_left_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> NDArray[np.int64]:
+def groups_left_out(strata: Labels, groups: Ints) -> Ints:
     """Return groups (n,) as they are, or each image alone where one of the strata would have no other group."""
     return groups if can_hold_out(strata, groups) else np.arange(len(groups))
 
 
-def _members(strata: NDArray[Any]) -> Iterator[NDArray[np.bool_]]:
+def _members(strata: Labels) -> Iterator[Flags]:
     """Yield which images (n,) are of each of the strata (n,) or (n, S) that occur."""
     if strata.ndim > 1:
         yield from strata[:, strata.any(0)].T
@@ -137,7 +137,7 @@ def _members(strata: NDArray[Any]) -> Iterator[NDArray[np.bool_]]:
         yield from (strata == stratum for stratum in np.unique(strata))
 
 
-def _can_be_left_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _can_be_left_out(strata: Labels, groups: Ints) -> Flags:
     """Return which images (n,) leave another group to each of their strata, (n,) or (n, S)."""
     held = np.ones(len(groups), dtype=bool)
     for images in _members(strata):
@@ -148,7 +148,7 @@ def _can_be_left_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> NDArray
 
 def held_out_fit(
     train: Features,
-    groups: NDArray[np.int64],
+    groups: Ints,
     metric: DecidingMetric,
     *,
     class_weights: Floats | None = None,
@@ -199,7 +199,7 @@ def held_out_fit(
     return ordered[best], chosen
 
 
-def _folds(strata: NDArray[Any], groups: NDArray[np.int64], held: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+def _folds(strata: Labels, groups: Ints, held: Flags, seed: int) -> Ints:
     """Return in which of five folds images are left out, (n,), fewer if a class has fewer; -1 if they are not held."""
     fold_of, strata, groups = np.full(len(held), -1), strata[held], groups[held]
     count = min(_FOLDS, max(2, fewest_groups(strata, groups)))
@@ -208,7 +208,7 @@ def _folds(strata: NDArray[Any], groups: NDArray[np.int64], held: NDArray[np.boo
 
 
 def _held_out_logits(
-    train: Features, fold_of: NDArray[np.int64], strengths: Sequence[float], class_weights: Floats | None
+    train: Features, fold_of: Ints, strengths: Sequence[float], class_weights: Floats | None
 ) -> Iterator[Floats]:
     """Yield logits (n, classes) of images by heads that were not fitted to them, for each strength; NaN if in no fold.
 

@@ -6,15 +6,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from peft_vit.base.errors import DivergedError
+from peft_vit.base.errors import DivergedError, UserError
 from peft_vit.core.adapters import (
     adapted_modules,
     current_ranks,
+    remember_sources,
     restore_trained,
     set_ranks,
     site_adapters,
@@ -22,7 +25,8 @@ from peft_vit.core.adapters import (
     update_ranks,
 )
 from peft_vit.core.adapters.footprint import optimizer_bytes, trainable_parameters
-from peft_vit.core.backbones import Backbone, apply_temperature
+from peft_vit.core.backbones import Backbone, apply_temperature, freeze_batch_norm
+from peft_vit.core.backbones.passes import class_token_alone
 from peft_vit.core.config import TrainingConfig
 from peft_vit.core.records import Evaluation, Metrics, StepRow
 from peft_vit.core.tasks import DecidingMetric, expected_gain
@@ -36,11 +40,19 @@ from peft_vit.core.training.checkpoint import (
     model_state,
     optimizer_sha256,
 )
-from peft_vit.core.training.hooks import Hook, Overhead, RuntimeConfig, call_each
+from peft_vit.core.training.halves import loss_in_halves, takes_halves
+from peft_vit.core.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig, call_each
 from peft_vit.core.training.images import Data, mixed
-from peft_vit.core.training.metrics import predict
-from peft_vit.core.training.optimization import build_optimizer, build_scheduler, one_cycle, optimization_step
-from peft_vit.core.training.step_engine import StepEngine
+from peft_vit.core.training.metrics import autocast, predict
+from peft_vit.core.training.optimization import (
+    blocks_of,
+    build_optimizer,
+    build_scheduler,
+    loss_weights,
+    one_cycle,
+    optimization_step,
+    recomputed,
+)
 
 _TIMED_STEPS = 8  # by whose pace it is told how many there is time for
 
@@ -130,13 +142,18 @@ def train(
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
-        UserError: if the state to continue from is of a model with other target modules or shapes.
+        UserError: if the state to continue from is of a model with other target modules or shapes, or a `memory_limit`
+            has not been replaced by what keeps within it.
     """
-    overhead = Overhead() if overhead is None else overhead
-    engine, first = StepEngine(model, data, config, runtime), processes.rank() == 0
+    if config.is_undecided:
+        message = "is for studies alone; here, give micro_batch_size or activation_checkpointing"
+        raise UserError(message, field="training.memory_limit")
+    overhead, first = Overhead() if overhead is None else overhead, processes.rank() == 0
     fresh = resume is None and first
     if fresh:
-        engine.begin(hooks, seed, overhead)
+        context = HookContext(Calibration(data, runtime, seed).images, overhead=overhead)
+        for hook in hooks:
+            hook.begin(model, context)
     if not first:
         resume = processes.of_first(resume)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
@@ -156,10 +173,11 @@ def train(
         apply_temperature(Backbone(model).head, temperature)
     if first and processes.count() > 1:
         processes.of_first(training.state_dict())
-    engine.train_mode()
+    model.train()
+    freeze_batch_norm(model)
     between()
     for images, labels, share in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
-        training.step(engine, images, labels, share)
+        training.step(images, labels, share)
         report()
         if training.validates and (training.ended or training.steps in training.validated_at):
             training.validate()
@@ -170,6 +188,9 @@ def train(
 
 class TrainingState:
     """A training between two steps: all state that the next one depends on, and the history for the record.
+
+    A step needs less time or memory than it would by lower precision, micro-batches, halves of a batch on two threads,
+    the class token alone in the last block, and blocks and codes that the backward pass computes again.
 
     The arguments are those of `train`; to continue from a state, the model is brought to where it was.
     """
@@ -193,6 +214,13 @@ class TrainingState:
         self._epoch_steps = config.epoch_steps(len(data.train))
         self._metric = data.task.metric(config.metric)
         self._best = BestState(self._metric)
+        weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing  # (classes,)
+        self._loss = partial(data.task.loss, weights=weights, label_smoothing=smoothing, name=config.loss)
+        if config.activation_checkpointing in ("light", "adaptive"):
+            remember_sources(model)
+        blocks = blocks_of(model)
+        self._recomputed = blocks[: config.recomputed_of(len(blocks))]
+        self._halves = takes_halves(model, runtime.device)
         if resume is not None:
             load_model_state(model, resume["model"])
         self._optimizer = build_optimizer(model, config)
@@ -240,7 +268,30 @@ class TrainingState:
                 if self.ended:
                     break
 
-    def step(self, engine: StepEngine, images: Tensor, labels: Tensor, share: float) -> None:
+    def _losses(self, images: Tensor, labels: Tensor, share: float) -> Iterator[Tensor]:
+        """Yield the part of each micro-batch of M images in the loss of a batch of B: its mean times share * M / B.
+
+        The last batch of an epoch may be smaller, and its last micro-batch too.
+
+        Args:
+            images: (B, 3, S, S).
+            labels: (B,), or shares of each class (B, classes).
+            share: of these images in a batch that several processes have.
+        """
+        device, at_once = self._runtime.device, self._config.images_at_once
+
+        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
+            with autocast(device, self._runtime.precision):
+                logits = self.model(x.to(device))  # (M, classes)
+            mean = self._loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.to(device))
+            return mean * (share * len(x) / len(images))
+
+        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
+            with class_token_alone(self.model), recomputed(self._recomputed):
+                loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
+            yield loss
+
+    def step(self, images: Tensor, labels: Tensor, share: float) -> None:
         """Do one step on this process's share of a batch, images (B, 3, S, S) and labels (B,) or (B, classes)."""
         started = time.perf_counter()
         learning_rate = self._optimizer.param_groups[0]["lr"]
@@ -249,7 +300,7 @@ class TrainingState:
         outcome = optimization_step(
             self.model,
             self._optimizer,
-            engine.losses(images, labels, share),
+            self._losses(images, labels, share),
             number,
             hooks=self._hooks,
             clip_norm=self._config.clip_norm,
@@ -398,13 +449,9 @@ class BestState:
 
     def offer(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
         """Take a deployable state if it is better."""
-        if not evaluation.deployable:
-            return
-        if self.evaluation is not None:
-            best = self._quality(self.evaluation.metrics)
-            if self._quality(evaluation.metrics) <= best:
-                return
-        self.take(evaluation, model, without_updates=without_updates)
+        best = self.evaluation
+        if evaluation.deployable and (best is None or self._quality(evaluation.metrics) > self._quality(best.metrics)):
+            self.take(evaluation, model, without_updates=without_updates)
 
     def take(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
         """Take a state; without updates its sites have no rank, which is within every budget."""

@@ -55,6 +55,8 @@ from peft_vit.core.training.quantized_layers import (
 
 _FLOAT_BITS = 32.0
 _BALANCE_IMAGES = 32  # of the calibration batch on which outputs are compared
+# What a resumed run needs beside model and optimiser.
+_STATE = ("_part", "_pace", "_scale", "share_history", "bits_history", "balance_history")
 
 
 class QALoRATrainer(Hook):
@@ -301,29 +303,22 @@ class QALoRATrainer(Hook):
 
     def export_quantization_data(self) -> dict[str, Any]:
         """Return schedule, errors, bits and balance by step, as plain values ready for JSON."""
-        return {
+        exported = {
             "config": self.config.model_dump(mode="json"),
-            "schedule": [dict(row) for row in self.share_history],
-            "relative_error": dict(self.relative_error),
-            "bits": [dict(row) for row in self.bits_history],
-            "balance": [dict(row) for row in self.balance_history],
+            "schedule": self.share_history,
+            "relative_error": self.relative_error,
+            "bits": self.bits_history,
+            "balance": self.balance_history,
         }
+        return copy.deepcopy(exported)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the trainer's state between two steps, beside model and optimiser.
 
         Plain values, and with `rounding: gptq` the packed weights' tensors, wherever they were made.
         """
-        state = {
-            "made_with": self._made_with(),
-            "part": self._part,
-            "pace": self._pace,
-            "scale": self._scale,
-            "share_history": self.share_history,
-            "bits_history": self.bits_history,
-            "balance_history": self.balance_history,
-        }
-        return copy.deepcopy(state) | ({"codes": dict(self._codes)} if self.config.keeps_codes else {})
+        state = {"made_with": self._made_with(), **{name: copy.deepcopy(getattr(self, name)) for name in _STATE}}
+        return state | ({"codes": dict(self._codes)} if self.config.keeps_codes else {})
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Continue from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
@@ -343,10 +338,8 @@ class QALoRATrainer(Hook):
             if made_with.get(key) != value:
                 message = "the state was made with another one; build the trainer as it was built then"
                 raise UserError(message, field=key)
-        state = copy.deepcopy({key: value for key, value in state.items() if key != "codes"})
-        self._part, self._pace, self._scale = state["part"], state["pace"], state["scale"]
-        self.share_history, self.bits_history = state["share_history"], state["bits_history"]
-        self.balance_history = state["balance_history"]
+        for name in _STATE:
+            setattr(self, name, copy.deepcopy(state[name]))
         for module, _ in layers.values():
             module.quantized_share = self.share
             if self.share == 1.0:
@@ -366,7 +359,7 @@ class QALoRATrainer(Hook):
     def finish(self, model: nn.Module, context: HookContext) -> None:
         """Measure the balance of quantization and adaptation against the float weights, which are read again."""
         with context.overhead.of("balance"):
-            images, _ = context.calibration_batch(_BALANCE_IMAGES)
+            images = context.calibration(_BALANCE_IMAGES)
             self.validate_quantization_adaptation_balance(model, reference=context.float_weights(), images=images)
 
     def record(self, model: nn.Module) -> dict[str, Any]:

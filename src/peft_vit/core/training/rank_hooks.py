@@ -14,14 +14,13 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import SiteAdapter, check_gradients, set_ranks, site_adapters
 from peft_vit.core.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
 from peft_vit.core.adapters.peft_tuner import attach_peft_adalora
-from peft_vit.core.allocation import AdaLoRAController, check_fisher, choose_starting_ranks
+from peft_vit.core.allocation import AdaLoRAController, choose_starting_ranks
 from peft_vit.core.allocation.starting_ranks import PLAIN, Adapters
 from peft_vit.core.backbones import Site
 from peft_vit.core.config import PeftAdaLoraConfig, StartingRanksConfig
-from peft_vit.core.records import FisherCheck, ImportanceEntry, ProbeEntry, RankEntry
+from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry
 from peft_vit.core.training.hooks import Hook, HookContext
 
-_FISHER_IMAGES = 32  # of the calibration batch
 _PEFT_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator, by parameter
 
 
@@ -80,7 +79,6 @@ class AllocationHook(Hook):
     def __init__(self, controller: AdaLoRAController) -> None:
         self.controller = controller
         self._scores: dict[str, float] = {}
-        self._fisher_check: FisherCheck | None = None
         self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -125,20 +123,12 @@ class AllocationHook(Hook):
         """Continue from such a state."""
         self.controller.load_state_dict(dict(state))
 
-    def finish(self, model: nn.Module, context: HookContext) -> None:
-        """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it."""
-        if self.controller.config.importance_metric == "fisher":
-            with context.overhead.of("fisher_check"):
-                images, labels = context.calibration_batch(_FISHER_IMAGES)
-                self._fisher_check = check_fisher(model, images, labels, class_weights=context.class_weights)
-
     def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return ranks, scores and gradient probes by step, and how the score `fisher` compares with the Fisher."""
+        """Return ranks, scores and gradient probes by step."""
         return {
             "rank_history": [RankEntry(**entry) for entry in self.controller.rank_history],
             "importance_history": [ImportanceEntry(**entry) for entry in self.controller.score_history],
             "probe_history": [ProbeEntry(**entry) for entry in self.controller.probe_history],
-            "fisher_check": self._fisher_check,
         }
 
 

@@ -1,4 +1,4 @@
-"""Leaving updates out is what a copy with zeros in their place computes, and leaves the model as it was."""
+"""Leaving updates out is what a copy with zeros in their place computes; a latency is the median of passes."""
 
 import copy
 from collections.abc import Callable
@@ -18,9 +18,10 @@ from peft_vit.core.adapters import attach_adapters, site_adapters, update_ranks,
 from peft_vit.core.adapters.peft_layers import ADAPTER, peft_layers
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.training import QALoRATrainer
-from peft_vit.core.training.metrics import measure_ablation
+from peft_vit.core.training.metrics import forward_s, measure_ablation
 
 pytestmark = pytest.mark.part("importance analysis")
+
 OTHERS = (*TINY_EVAS, "tiny_swin", "tiny_hiera")
 CPU = torch.device("cpu")
 GROUPS = {"attention": ("query", "key", "value", "out", "qkv"), "mlp": ("fc1", "fc2", "gate", "up")}
@@ -113,33 +114,6 @@ def test_it_is_what_a_copy_with_zeros_loses(adapted, batch, method: str) -> None
         assert removal.group_accuracy[group] == left
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["adalora", "qa_lora", "peft_lora"])
-def test_passing_the_first_blocks_once_changes_no_bit(adapted, batch, method: str, precision) -> None:
-    """Every block is passed again for every case here, as the model itself does it."""
-    model = adapted(method).eval()
-    logits: dict[str, list[np.ndarray]] = {}
-    for images, _ in in_two_batches(batch):
-        for name in ["", *update_ranks(model)]:
-            with (
-                torch.inference_mode(),
-                torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-                without_updates(model, [name] if name else []),
-            ):
-                logits.setdefault(name, []).append(model(images).float().numpy())
-    labels = batch[1].numpy()
-    losses = {
-        name: float(-log_softmax(np.concatenate(parts).astype(np.float64), 1)[np.arange(6), labels].mean())
-        for name, parts in logits.items()
-    }
-    removal = measure_ablation(model, in_two_batches(batch), precision=precision)
-    # The log of a sum may round otherwise in another library; 1e-14 is far below what another bit of a logit moves.
-    assert removal.loss == pytest.approx(losses.pop(""), abs=1e-14)
-    assert removal.site_loss_rise == pytest.approx(
-        {name: loss - removal.loss for name, loss in losses.items()}, abs=1e-14
-    )
-
-
 def test_the_walk_passes_each_block_as_often_as_it_has_to(adapted, batch) -> None:
     model = adapted("lora")
     passes = [0, 0]
@@ -199,3 +173,33 @@ def test_a_site_without_adapter_is_named(adapted) -> None:
     ):
         pytest.fail("nothing may be done without it")
     assert caught.value.field == "sites"
+
+
+class Scripted(nn.Module):
+    """Takes as long as a list says, by moving the clock on, and notes how it was called."""
+
+    def __init__(self, seconds: list[float], clock: list[float]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.seconds = seconds
+        self.clock = clock
+        self.seen: set[tuple] = set()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.clock[0] += self.seconds.pop(0)
+        logits = self.linear(images)
+        self.seen.add((self.training, torch.is_inference_mode_enabled(), logits.dtype, len(images)))
+        return logits
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.part("runner")
+def test_it_is_the_median_of_twenty_passes_after_five(monkeypatch, precision, dtype) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    timed = [0.5, *[1.0] * 9, *[3.0] * 9, 1000.0]  # between the tenth and the eleventh: 2
+    model = Scripted([7e5, 40.0, 0.25, 30.0, 20.0, *timed], clock).train()
+    assert forward_s(model, torch.zeros(3, 4), precision=precision) == pytest.approx(2.0)
+    assert model.seconds == []
+    assert model.seen == {(False, True, dtype, 3)}
+    assert model.training
