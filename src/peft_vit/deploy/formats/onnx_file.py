@@ -59,13 +59,14 @@ from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, pack
 from peft_vit.core.quantization.integers import EXPORTED_MATMUL, LARGEST, Int8Weight
 from peft_vit.core.quantization.packing import field_bits
 from peft_vit.deploy.formats.header import HEADER, ExportMetadata, Header, write_exported
-from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_content
+from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, onnx_content
 from peft_vit.deploy.formats.torch_files import check_merged
 from peft_vit.runs.measures.neighbours import WithDistance
 
 OnnxRuntime = Literal["small", "fast"]
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # powers of two that the low-bit operators' CPU kernels take
 _BNB4_TYPE = {"fp4": 0, "nf4": 1}
+_ZERO = 128  # what stands for 0 among the inputs' codes
 
 
 class OnnxLinear(nn.Module):
@@ -210,7 +211,7 @@ class Int8Linear(nn.Module):
         self.scales = nn.Buffer(integers.scales)  # (out,)
         self.no_zeros = nn.Buffer(torch.zeros(layer.out_features, dtype=torch.int8))
         self.one = nn.Buffer(torch.ones(()))
-        self.zero = nn.Buffer(torch.tensor(ZERO, dtype=torch.uint8))
+        self.zero = nn.Buffer(torch.tensor(_ZERO, dtype=torch.uint8))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
