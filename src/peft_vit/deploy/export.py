@@ -277,7 +277,10 @@ def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options:
             "on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(source, card, images, split)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "model.onnx"
+        export_onnx(source.merged.model, trial, card, activations="int8", reference=source.reference)
+        comparison, content = compare(source.run, open_exported(trial), images, split), trial.read_bytes()
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     if comparison.lost_points > accepted:
         raise UserError(
@@ -287,26 +290,6 @@ def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options:
         )
     write_exported(file, content)
     return comparison
-
-
-def compare_int8(run_dir: Path) -> Comparison:
-    """Return what activations in 8 bits do to a run's model on its test images; nothing is written.
-
-    Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
-    """
-    source = model_to_write(run_dir)
-    images = source.need_data("--activations", "int8").test.open()
-    return _try_int8(source, source.card, images, "test")[0]
-
-
-def _try_int8(
-    source: ModelToWrite, card: ExportMetadata, images: LabelledImages, split: Split
-) -> tuple[Comparison, bytes]:
-    """Return what products in 8 bits do to a run's model, and the file's content."""
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "model.onnx"
-        export_onnx(source.merged.model, trial, card, activations="int8", reference=source.reference)
-        return compare(source.run, open_exported(trial), images, split), trial.read_bytes()
 
 
 def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,22 +14,12 @@ from peft_vit.base.errors import UserError
 from peft_vit.base.extras import missing_packages
 from peft_vit.core.config import EXPORTS, QuantizationType
 from peft_vit.core.records import BenchRow, Calibrated, Decision
-from peft_vit.deploy.export import (
-    LARGEST_LOSS,
-    Comparison,
-    ModelToWrite,
-    OnnxOptions,
-    compare_int8,
-    model_to_write,
-    write_model,
-)
+from peft_vit.deploy.export import Comparison, ModelToWrite, OnnxOptions, model_to_write, write_model
 from peft_vit.deploy.measures.bench import RANDOM_FLOAT32, bench
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
-_INT8_FOLDS = 5  # runs on folds that tell what 8 bits lose, at most: each takes a calibration and an export
 _AS_FAST = 1.1  # times the seconds of the fastest: less is within the scatter of medians
 _TRIALS = ".forms-"
-_EVERYTHING = 100.0  # points: what was lost on folds has decided already
 
 
 @dataclass(frozen=True)
@@ -57,14 +47,12 @@ class Exports:
         model: the file that was taken; of an .xml the .bin is beside it.
         forms: all that were tried.
         float32_s: median of a call of the same architecture in float32 by onnxruntime, on the same machine.
-        int8_loss: share of accuracy that activations in 8 bits lose on folds; None: not measured.
         missed: sentences on limits that no form meets.
     """
 
     model: Path
     forms: tuple[Form, ...]
     float32_s: float | None
-    int8_loss: float | None
     missed: tuple[str, ...]
 
     @property
@@ -85,7 +73,6 @@ def export_fastest(
     *,
     meaning: Calibrated | Decision | None,
     bits: QuantizationType | None = None,
-    fold_runs: Sequence[Path] = (),
     max_bytes: int | None = None,
     max_latency_s: float | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -93,17 +80,13 @@ def export_fastest(
     """Write a run's model in the form that is usually the fastest; with a limit of latency in the one that is it here.
 
     Without a limit of latency the next form is written only where that one is too large, and nothing is timed beside
-    it. With one every exact form is written and timed in turn, and the fastest within the limits is kept, ONNX first.
-
-    Activations in 8 bits make another model than the one that was compared and tested. They are tried only where no
-    exact form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
+    it. With one every form is written and timed in turn, and the fastest within the limits is kept, ONNX first.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
         folder: gets model.onnx, or model.xml and model.bin; what is there under these names is replaced.
         meaning: what the file says that its outputs mean.
         bits: to which float weights are rounded; None: they are written as the run has them.
-        fold_runs: folders of runs of the same method on folds; none: activations stay in float.
         max_bytes: of the model's files.
         max_latency_s: of one image, median.
         tell: gets what is done.
@@ -115,7 +98,7 @@ def export_fastest(
     for trials in folder.glob(f"{_TRIALS}*"):  # of a call that was killed
         shutil.rmtree(trials, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
-        packed, int8_loss = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
+        packed = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None
         again = "the same command tries it again"
         try:
             source = model_to_write(run_dir, bits)
@@ -132,14 +115,6 @@ def export_fastest(
         if not _written(forms):
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); {again}", file=run_dir)
-        small_enough, was_packed = _small_enough(forms, max_bytes).values(), packed and bits is None
-        if max_latency_s is not None and was_packed and all(row.median_s > max_latency_s for row in small_enough):
-            int8_loss, why_not = _int8_loss(fold_runs, tell)
-            name, options = "ONNX, activations in 8 bits", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)
-            if why_not:
-                forms[Path(place, name)] = Form(name, left_out=why_not)
-            else:
-                try_forms([(name, "onnx", options)])
         best, missed = _best(forms, max_bytes, max_latency_s)
         written = _written(forms)
         taken = written.pop(best)
@@ -150,13 +125,7 @@ def export_fastest(
             elif row.median_s < taken.median_s and file.suffix != best.suffix:
                 why = "ONNX keeps within the limits, too, so the model keeps its name"
             forms[file] = replace(forms[file], left_out=why)
-        return Exports(
-            model=_moved(best, folder),
-            forms=tuple(forms.values()),
-            float32_s=float32,
-            int8_loss=int8_loss,
-            missed=missed,
-        )
+        return Exports(model=_moved(best, folder), forms=tuple(forms.values()), float32_s=float32, missed=missed)
 
 
 def _try_forms(
@@ -194,21 +163,6 @@ def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
         yield "ONNX", "onnx", OnnxOptions()
     if not missing_packages("openvino"):
         yield "OpenVINO", "openvino", OnnxOptions()
-
-
-def _int8_loss(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[float | None, str]:
-    """Return what activations in 8 bits lose on folds, as a share, and why they are left out, if they are."""
-    if not fold_runs:
-        return None, "its loss can't be measured, since there are no runs on folds"
-    tell("measuring what activations in 8 bits lose, on folds")
-    try:
-        comparisons = [compare_int8(run) for run in fold_runs[:_INT8_FOLDS]]
-    except UserError as error:
-        return None, error.message
-    images = sum(compared.images for compared in comparisons)
-    lost = sum(compared.images * compared.lost_points for compared in comparisons) / images / 100
-    why_not = f"it loses {100 * lost:.1f} points on {images} images of folds, and {LARGEST_LOSS:g} are accepted"
-    return lost, why_not if 100 * lost > LARGEST_LOSS else ""
 
 
 def _written(forms: Mapping[Path, Form]) -> dict[Path, BenchRow]:
