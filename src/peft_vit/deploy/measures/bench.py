@@ -84,7 +84,14 @@ def bench(
         opened = [_opened(path, Path(folder)) for path in models]
         repeats = 1 if alone else repeats
         if not (alone or any(model.is_float32 for model in opened)):
-            opened = [_float32_like(opened[0], Path(folder)), *opened]
+            try:
+                require_extra("onnx", "ONNX export")
+            except UserError as error:
+                message = f"no float32 model is named, and none can be made: {error.message}"
+                raise UserError(message, file=opened[0].name) from None
+            file, card = Path(folder, "float32.onnx"), opened[0].card
+            export_random(card, file)
+            opened = [_Model(RANDOM_FLOAT32, file, card, None), *opened]
         calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
         order = [(count, place) for _ in range(repeats) for count in threads for place in range(len(opened))]
         for done, (count, place) in enumerate(order):
@@ -107,17 +114,6 @@ def _opened(path: Path, folder: Path) -> _Model:
     file = folder / f"{len(os.listdir(folder))}.safetensors"
     save_low_bit(merge(run.model, run.card).model, file, run.card, run.reference)
     return _Model(str(path), file, run.card, run.card.run)
-
-
-def _float32_like(model: _Model, folder: Path) -> _Model:
-    """Export a model's architecture with random weights."""
-    try:
-        require_extra("onnx", "ONNX export")
-    except UserError as error:
-        raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
-    file = folder / "float32.onnx"
-    export_random(model.card, file)
-    return _Model(RANDOM_FLOAT32, file, model.card, None)
 
 
 def _rows(

@@ -13,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -51,23 +50,7 @@ def rendered(template: str, script: str, **values: Any) -> str:
     """
     text = files("peft_vit.deploy.page").joinpath("templates", script).read_text(encoding="utf-8")
     assert "</" not in text
-    page = _environment().get_template(template)
-    return page.render(script=Markup(text), script_hash=script_hash(text), **values)
-
-
-@cache
-def _environment() -> Environment:
-    """Return what compiles templates, and keeps them."""
-    environment = Environment(
-        loader=PackageLoader("peft_vit.deploy.page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["soft"] = soft
-    return environment
+    return _TEMPLATES.get_template(template).render(script=Markup(text), script_hash=script_hash(text), **values)
 
 
 def script_hash(script: str) -> str:
@@ -79,6 +62,17 @@ def soft(text: str) -> Markup:
     """Return escaped text whose backticks mark code; it may break after _ and /, not between a number and its unit."""
     safe = re.sub("`([^`]+)`", r"<code>\1</code>", re.sub("([_/])", r"\1<wbr>", str(escape(text))))
     return Markup(re.sub(r"n = (\d)", "n\u00a0=\u00a0\\1", re.sub(r"(?<=\d) %", "\u00a0%", safe)))
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("peft_vit.deploy.page"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters["soft"] = soft
 
 
 def data_uri(png: bytes) -> str:

@@ -11,10 +11,9 @@ from peft_vit.base.console import quoted, some_of
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
-from peft_vit.deploy.page.document import Raw, Table
+from peft_vit.deploy.page.document import Column, Raw, Table, table
 from peft_vit.deploy.page.formatting import bounds_of, count, gain_of, or_dash, plain, value_of
 from peft_vit.deploy.page.model_quality import ImagesTest, ModelQuality, score_on
-from peft_vit.deploy.page.tables import Column, table
 
 TOO_FEW = ": too few to tell which is better"  # after an interval of a difference that holds 0, on images
 _NAMED = 8  # classes
