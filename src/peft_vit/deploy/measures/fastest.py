@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import missing_packages
 from peft_vit.core.config import EXPORTS, QuantizationType
 from peft_vit.core.records import BenchRow, Calibrated, Decision
-from peft_vit.deploy.export import Comparison, ModelToWrite, OnnxOptions, model_to_write, write_model
+from peft_vit.deploy.export import Comparison, OnnxOptions, model_to_write, write_model
 from peft_vit.deploy.measures.bench import RANDOM_FLOAT32, bench
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
@@ -94,6 +94,7 @@ def export_fastest(
     Raises:
         UserError: if the run can't be restored, no form can be written, or none can be timed.
     """
+    most_bytes = math.inf if max_bytes is None else max_bytes
     folder.mkdir(parents=True, exist_ok=True)
     for trials in folder.glob(f"{_TRIALS}*"):  # of a call that was killed
         shutil.rmtree(trials, ignore_errors=True)
@@ -105,53 +106,38 @@ def export_fastest(
         except UserError as error:
             raise UserError(f"can't be exported ({error.message}); {again}", file=run_dir) from None
         forms: dict[Path, Form] = {}
-        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell, max_latency_s is None)
-        ways = list(_exact_ways(packed))
-        float32 = None
+        rows: dict[Path, BenchRow] = {}  # of those that were written
+        ways, float32_s = list(_exact_ways(packed)), None
         for together in [[way] for way in ways] if max_latency_s is None else [ways]:
-            float32 = try_forms(together)
-            if _small_enough(forms, max_bytes):
+            written = []
+            for name, format, options in together:
+                file = Path(place, f"{len(forms)}{EXPORTS[format].ending}")
+                try:
+                    forms[file] = Form(name, comparison=write_model(source, file, format, options, meaning).comparison)
+                    written.append(file)
+                except UserError as error:  # a format that one of the runtimes has not
+                    forms[file] = Form(name, left_out=error.message)
+            if written:
+                tell("timing " + ", ".join(forms[file].name for file in written))
+                timed = {row.file: row for row in bench(written, alone=max_latency_s is None)}
+                rows |= {file: timed[str(file)] for file in written}
+                float32_s = timed[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in timed else None
+            if any(row.bytes <= most_bytes for row in rows.values()):
                 break
-        if not _written(forms):
+        if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); {again}", file=run_dir)
-        best, missed = _best(forms, max_bytes, max_latency_s)
-        written = _written(forms)
-        taken = written.pop(best)
-        for file, row in written.items():
-            why = "slower" if row.median_s > taken.median_s else "as fast, and larger"
-            if max_bytes is not None and row.bytes > max(max_bytes, taken.bytes):
+        best, missed = _best(rows, most_bytes, max_latency_s or math.inf)
+        for file, row in rows.items():
+            why = "slower" if row.median_s > rows[best].median_s else "as fast, and larger"
+            if file == best:
+                why = ""
+            elif row.bytes > max(most_bytes, rows[best].bytes):
                 why = "it is larger than the limit"
-            elif row.median_s < taken.median_s and file.suffix != best.suffix:
+            elif row.median_s < rows[best].median_s and file.suffix != best.suffix:
                 why = "ONNX keeps within the limits, too, so the model keeps its name"
-            forms[file] = replace(forms[file], left_out=why)
-        return Exports(model=_moved(best, folder), forms=tuple(forms.values()), float32_s=float32, missed=missed)
-
-
-def _try_forms(
-    source: ModelToWrite,
-    meaning: Calibrated | Decision | None,
-    place: Path,
-    forms: dict[Path, Form],
-    tell: Callable[[str], None],
-    alone: bool,
-    ways: Iterable[tuple[str, str, OnnxOptions]],
-) -> float | None:
-    """Write a model by name, format and options, time it, and add the forms; return the seconds of float32 beside."""
-    written = {}
-    for name, format, options in ways:
-        file = place / f"{len(forms)}{EXPORTS[format].ending}"
-        try:
-            forms[file] = Form(name, comparison=write_model(source, file, format, options, meaning).comparison)
-            written[str(file)] = file
-        except UserError as error:  # a format that one of the runtimes has not
-            forms[file] = Form(name, left_out=error.message)
-    if not written:
-        return None
-    tell("timing " + ", ".join(forms[file].name for file in written.values()))
-    rows = {row.file: row for row in bench(list(written.values()), alone=alone)}
-    forms |= {file: replace(forms[file], timed=rows[name]) for name, file in written.items()}
-    return rows[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in rows else None
+            forms[file] = replace(forms[file], timed=row, left_out=why)
+        return Exports(model=_moved(best, folder), forms=tuple(forms.values()), float32_s=float32_s, missed=missed)
 
 
 def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
@@ -165,40 +151,28 @@ def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
         yield "OpenVINO", "openvino", OnnxOptions()
 
 
-def _written(forms: Mapping[Path, Form]) -> dict[Path, BenchRow]:
-    return {file: form.timed for file, form in forms.items() if form.timed is not None}
-
-
-def _small_enough(forms: Mapping[Path, Form], max_bytes: int | None) -> dict[Path, BenchRow]:
-    return {file: row for file, row in _written(forms).items() if max_bytes is None or row.bytes <= max_bytes}
-
-
-def _best(
-    forms: Mapping[Path, Form], max_bytes: int | None, max_latency_s: float | None
-) -> tuple[Path, tuple[str, ...]]:
+def _best(rows: Mapping[Path, BenchRow], most_bytes: float, longest_s: float) -> tuple[Path, tuple[str, ...]]:
     """Return the fastest form within the limit of bytes, or else the smallest, and which limits it misses.
 
     Of those that are as fast the smallest. Where ONNX keeps within both limits it is that, so that the model has the
     same name in each call, whatever a timing says.
     """
-    rows, within = _written(forms), _small_enough(forms, max_bytes)
-    in_time = {file: row for file, row in within.items() if max_latency_s is None or row.median_s <= max_latency_s}
+    within = {file: row for file, row in rows.items() if row.bytes <= most_bytes}
+    in_time = {file: row for file, row in within.items() if row.median_s <= longest_s}
     within = {file: row for file, row in in_time.items() if file.suffix == ".onnx"} or within
     fastest = min((row.median_s for row in within.values()), default=0.0)
-    as_fast = _AS_FAST * fastest
-    if max_latency_s is not None and fastest <= max_latency_s:
-        as_fast = min(as_fast, max_latency_s)
+    as_fast = _AS_FAST * fastest if fastest > longest_s else min(_AS_FAST * fastest, longest_s)
     best = min([file for file in within if rows[file].median_s <= as_fast] or rows, key=lambda file: rows[file].bytes)
     missed = []
-    if max_bytes is not None and not within:
+    if not within:
         missed.append(
-            f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {rows[best].bytes / 1e6:.2f} MB."
+            f"No form keeps within {most_bytes / 1e6:g} MB: the smallest takes {rows[best].bytes / 1e6:.2f} MB."
         )
-    if max_latency_s is not None and (taken_s := rows[best].median_s) > max_latency_s:
+    if (taken_s := rows[best].median_s) > longest_s:
         which = "No form that is small enough keeps" if within else "The smallest form does not keep"
-        if min(row.median_s for row in rows.values()) > max_latency_s:
+        if min(row.median_s for row in rows.values()) > longest_s:
             which = "No form keeps"
-        missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * taken_s:.1f} ms.")
+        missed.append(f"{which} within {1e3 * longest_s:g} ms an image: it needs {1e3 * taken_s:.1f} ms.")
     return best, tuple(missed)
 
 
