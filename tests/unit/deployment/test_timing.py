@@ -28,21 +28,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {ending: folder / f"model.{ending}" for ending in WRITERS}
 
 
-@pytest.mark.parametrize("ending", WRITERS)
-def test_every_call_of_every_batch_size_is_timed_in_another_process(files, monkeypatch, ending) -> None:
-    started = []
-    real = subprocess.run
-    monkeypatch.setattr(
-        subprocess, "run", lambda *arguments, **options: started.append(arguments) or real(*arguments, **options)
-    )
-    calls_by_batch = timing.time_alone(files[ending], [3, 1], threads=2, rounds=4)
-    assert len(started) == 1
-    assert list(calls_by_batch) == [3, 1]
-    for calls in calls_by_batch.values():
-        assert len(calls.seconds) == len(calls.processor_s) == 4
-        assert all(value > 0 for value in (*calls.seconds, *calls.processor_s))
-
-
 def test_torch_is_not_where_other_runtimes_are_timed(files) -> None:
     program = (
         "import importlib.util, json, sys\n"

@@ -27,7 +27,6 @@ class Paragraph:
     """One paragraph of text."""
 
     text: str
-    kind: Literal["paragraph"] = "paragraph"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Table:
     note: str  # how to read it, which uncertainty the intervals describe
     data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
     folded: bool = False  # the page shows only its title until a reader opens it; paper and Markdown show all of it
-    kind: Literal["table"] = "table"
 
 
 class Series(NamedTuple):
@@ -76,7 +74,6 @@ class Drawing:
     height_in: float  # at the width of the page
     narrow_height_in: float  # in one column of a paper
     paint: Callable[[Any], Any] = field(repr=False, compare=False)  # draws it again at another width, for publication
-    kind: Literal["figure"] = "figure"
 
 
 class Picture(NamedTuple):
@@ -97,7 +94,6 @@ class Gallery:
     caption: str
     groups: tuple[tuple[str, tuple[Picture, ...]], ...]
     small: bool = False
-    kind: Literal["gallery"] = "gallery"
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,6 @@ class Facts:
     """Keys and values, such as settings."""
 
     rows: tuple[tuple[str, str], ...]
-    kind: Literal["facts"] = "facts"
 
 
 Block = Paragraph | Table | Drawing | Gallery | Facts
