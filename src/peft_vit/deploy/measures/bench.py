@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
 from peft_vit.core.backbones.catalog import create_skeleton
@@ -57,7 +58,7 @@ def bench(
     rounds: int = 20,
     repeats: int = 3,
     alone: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, count: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[BenchRow]:
     """Time models in `repeats` rounds of fresh processes, one at a time; return a row for each number of threads,
     batch size and model, in that order.
