@@ -13,7 +13,7 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, Labels, metric_of
 from peft_vit.data import Images
 from peft_vit.deploy.formats.header import Classifier, ExportMetadata
-from peft_vit.deploy.page.model_quality import ImagesTest, score_on
+from peft_vit.deploy.page.quality import ImagesTest, score_on
 from peft_vit.deploy.predicting import ImageFile, outputs_of
 
 _NAMED = 5  # classes in a line

@@ -33,7 +33,7 @@ from peft_vit.deploy.features import cached_features
 from peft_vit.deploy.formats.header import ExportMetadata
 from peft_vit.deploy.page.document import Block, Column, StudyDocument, Table, table
 from peft_vit.deploy.page.formatting import percent, plain
-from peft_vit.deploy.page.model_quality import PREDICTED, TOGETHER
+from peft_vit.deploy.page.quality import PREDICTED, TOGETHER
 from peft_vit.deploy.restore import finished_record
 from peft_vit.fit.intake import earlier_calls
 from peft_vit.fit.outcomes import Outcome, pooled

@@ -15,7 +15,7 @@ from peft_vit.core.records import Decision
 from peft_vit.core.training.images import normalised
 from peft_vit.data import find_images, open_index, to_pixels
 from peft_vit.deploy import Classifier, predict_files
-from peft_vit.deploy.page.trained import later_lines
+from peft_vit.deploy.page.quality import later_lines
 from peft_vit.deploy.testing import score_images
 
 

@@ -33,7 +33,7 @@ from peft_vit.deploy.page.document import (
 )
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
-from peft_vit.deploy.page.model_quality import PREDICTED, TOGETHER, ClassResult, ModelQuality, PredictedImage
+from peft_vit.deploy.page.quality import PREDICTED, TOGETHER, ClassResult, ModelQuality, PredictedImage
 from peft_vit.deploy.presentation import Counts, Explanation
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.

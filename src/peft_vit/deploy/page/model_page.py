@@ -28,13 +28,17 @@ from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDo
 from peft_vit.deploy.page.files import escaped, section_parts, summary_parts
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
 from peft_vit.deploy.page.lines import draw_reliability, learning_curves
-from peft_vit.deploy.page.model_quality import ImagesTest, ModelQuality, constant_on, doubted_labels, model_quality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
-from peft_vit.deploy.page.trained import (
+from peft_vit.deploy.page.quality import (
+    ImagesTest,
+    ModelQuality,
     beside_the_probe,
     best_known,
+    constant_on,
+    doubted_labels,
     later_lines,
+    model_quality,
     most_frequent_mistake,
     test_score,
     untested,

@@ -32,7 +32,7 @@ from peft_vit.base.files import read_bytes, whole_folder, write_atomically
 from peft_vit.base.packages import ONNXRUNTIME_WEB, fetch_npm
 from peft_vit.core.tasks import TASKS
 from peft_vit.data.pixels import LETTERBOX_COLOUR
-from peft_vit.deploy.page.html import as_json, rendered, script_hash
+from peft_vit.deploy.page.files import as_json, rendered, script_hash
 from peft_vit.deploy.presentation import PRESENTED
 
 if TYPE_CHECKING:
