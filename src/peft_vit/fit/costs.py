@@ -19,7 +19,7 @@ from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.config import IMAGES_ROUNDED_BY, QuantizationType, bytes_of
 from peft_vit.core.methods.quantized import usual_rounding
 from peft_vit.core.training import FLIP_AXES
-from peft_vit.deploy.post_training import images_rounded_by
+from peft_vit.deploy.export import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
 from peft_vit.runs.costs.estimate import Throughput, activation_values
 from peft_vit.runs.costs.time_limit import (
