@@ -10,7 +10,7 @@ from rich.console import Console
 from peft_vit.base.statistics import mean_interval
 from peft_vit.deploy.page.document import Paragraph, Table
 from peft_vit.deploy.page.files import escaped, soft
-from peft_vit.deploy.page.formatting import fixed, megabytes, percent, percent_interval, plain, points, points_interval
+from peft_vit.deploy.page.formatting import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
 from peft_vit.deploy.page.lines import smoothed
 from peft_vit.deploy.page.printed import print_blocks
 from peft_vit.lab.report.build import slug_of
@@ -24,7 +24,7 @@ from peft_vit.lab.report.build import slug_of
         (percent_interval, {mean_interval([0.8]): "80.0 % [no interval]"}),
         (lambda value: fixed(value, 1), {0.75: "0.8", 0.75 - 1e-14: "0.8"}),  # however it was summed up
         (fixed, {-0.001: "0.00"}),
-        (points, {0.0124: "+1.2", -0.005: "−0.5", 0.0: "0.0", -0.0004: "0.0"}),
+        (signed, {1.24: "+1.2", -0.5: "−0.5", 0.0: "0.0", -0.04: "0.0"}),
         (points_interval, {mean_interval([0.01]): "+1.0 [no interval]", None: "not computed"}),
         (megabytes, {0: "0.0 MB", 12_345: "0.01 MB", 86_000_000: "86.0 MB"}),
         (plain, {"a\nb\x00\u202ec\t d": "a b c d"}),

@@ -159,10 +159,10 @@ def _best(rows: Mapping[Path, BenchRow], most_bytes: float, longest_s: float) ->
     """
     within = {file: row for file, row in rows.items() if row.bytes <= most_bytes}
     in_time = {file: row for file, row in within.items() if row.median_s <= longest_s}
-    within = {file: row for file, row in in_time.items() if file.suffix == ".onnx"} or within
+    within = {file: row for file, row in in_time.items() if file.suffix == ".onnx"} or in_time or within
     fastest = min((row.median_s for row in within.values()), default=0.0)
-    as_fast = _AS_FAST * fastest if fastest > longest_s else min(_AS_FAST * fastest, longest_s)
-    best = min([file for file in within if rows[file].median_s <= as_fast] or rows, key=lambda file: rows[file].bytes)
+    as_fast = [file for file, row in within.items() if row.median_s <= _AS_FAST * fastest]
+    best = min(as_fast or rows, key=lambda file: rows[file].bytes)
     missed = []
     if not within:
         missed.append(

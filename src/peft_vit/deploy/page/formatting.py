@@ -37,6 +37,12 @@ def fixed(value: float, decimals: int = 2) -> str:
     return text.replace("-", _MINUS)
 
 
+def signed(value: float) -> str:
+    """Return a difference with its sign, and one decimal."""
+    text = fixed(value, 1)
+    return text if text.startswith(_MINUS) or float(text) == 0 else f"+{text}"
+
+
 def percent(share: float) -> str:
     """Return a share as percent with one decimal."""
     return f"{fixed(100 * share, 1)} %"
@@ -44,8 +50,7 @@ def percent(share: float) -> str:
 
 def points(share: float) -> str:
     """Return a difference of shares in points, with its sign."""
-    text = fixed(100 * share, 1)
-    return text if text.startswith(_MINUS) or float(text) == 0 else f"+{text}"
+    return signed(100 * share)
 
 
 def percent_interval(interval: Interval) -> str:
