@@ -39,7 +39,7 @@ from peft_vit.data.pixels import decode_image, on_white
 from peft_vit.deploy import Classifier
 from peft_vit.deploy.attended import attended
 from peft_vit.deploy.explain import _drops
-from peft_vit.deploy.page.shortcuts import shortcut
+from peft_vit.deploy.page.class_blocks import shortcut
 from peft_vit.deploy.predicting import image_files, prepared
 from peft_vit.runs.this_machine.machine import git_state, instruction_sets
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.core.tasks import TASKS, Meaning
-from peft_vit.deploy.presentation.presentation import LabelledOutputs, Prediction, Presentation, of_ranking, ranked
+from peft_vit.deploy.presentation import LabelledOutputs, Prediction, Presentation, of_ranking, ranked
 
 
 class Shares(Presentation):

@@ -11,7 +11,7 @@ from written_runs import plan_of, run_and_write, tiny_study
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.odds import ModelEstimate
 from peft_vit.data import find_images
-from peft_vit.deploy.post_training import logits_by_type
+from peft_vit.deploy.export import logits_by_type
 from peft_vit.fit.decide import Candidate, ModelDecision
 from peft_vit.fit.intake import take_in
 from peft_vit.fit.outcomes import Outcome, meaning_on

@@ -8,9 +8,8 @@ from typing import Literal
 
 from peft_vit.base.statistics import Verdict
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.deploy.page.document import Raw
+from peft_vit.deploy.page.document import Raw, csv_rows, only_in_file
 from peft_vit.deploy.page.formatting import number_interval, plain, scaled
-from peft_vit.deploy.page.tables import csv_rows, only_in_file
 from peft_vit.lab.analysis.findings import Finding, Sentence
 from peft_vit.lab.report import findings_tables
 

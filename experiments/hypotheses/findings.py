@@ -16,9 +16,8 @@ from experiments.hypotheses.conclusions import Conclusion, MarkedFinding, conclu
 from experiments.hypotheses.registry import Findings, all_findings, load_registry, mark_of, unknown_registrations
 from experiments.stopping.comparisons import declared, follow_study, stopping_of, stopping_table
 from peft_vit import cli
-from peft_vit.deploy.page.document import Paragraph, Raw, Table
+from peft_vit.deploy.page.document import Paragraph, Raw, Table, table
 from peft_vit.deploy.page.printed import check_rows_file, print_blocks, print_with_rows
-from peft_vit.deploy.page.tables import table
 from peft_vit.lab.analysis import read_results
 from peft_vit.lab.report.findings_tables import HOW
 

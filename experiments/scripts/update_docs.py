@@ -15,8 +15,8 @@ from experiments.scripts.evidence import ROOT, filled, table
 from peft_vit import cli
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_atomically
+from peft_vit.deploy.page.files import escaped
 from peft_vit.deploy.page.formatting import count, fixed, joined, megabytes, percent
-from peft_vit.deploy.page.markdown import escaped
 from peft_vit.lab.analysis import Analysis, MethodResult, Run, analyze, load_studies
 
 DOCUMENTS = (ROOT / "experiments" / "docs" / "task_8_3_implementation.md",)

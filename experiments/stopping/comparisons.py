@@ -24,9 +24,8 @@ from peft_vit.base.settings import AS_WRITTEN, OnlyWith, Settings, exactly_one
 from peft_vit.base.statistics import Interval, Verdict
 from peft_vit.core.config import StudyConfig
 from peft_vit.core.tasks import Scores
-from peft_vit.deploy.page.document import Table
+from peft_vit.deploy.page.document import Column, Table, interval_columns, only_in_file, table
 from peft_vit.deploy.page.formatting import better_above, points_interval
-from peft_vit.deploy.page.tables import Column, interval_columns, only_in_file, table
 from peft_vit.lab.analysis import Study
 from peft_vit.lab.analysis.comparison import compare
 

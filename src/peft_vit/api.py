@@ -227,7 +227,7 @@ class TrainedModel:
     def __repr__(self) -> str:
         from peft_vit.core.tasks import TASKS
         from peft_vit.deploy.page.formatting import megabytes
-        from peft_vit.deploy.page.trained import test_line
+        from peft_vit.deploy.page.quality import test_line
         from peft_vit.runs.records.storage import tuned_model
 
         record = self.record

@@ -13,7 +13,7 @@ from chromium import axe_violations, fits_the_screen, needs_chromium
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Drawing, StudyDocument, Table
 from peft_vit.deploy.page.figure import Canvas, draw
-from peft_vit.deploy.page.html import write_html
+from peft_vit.deploy.page.files import write_html
 from peft_vit.lab.report import ReportFiles, build_report
 
 pytestmark = [pytest.mark.slow, needs_chromium]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import BenchRow
 from peft_vit.deploy import export_onnx, export_openvino, save_low_bit
+from peft_vit.deploy.formats.runtimes import SETTINGS
 from peft_vit.deploy.measures import bench as benching
+from peft_vit.deploy.measures import timing
 from peft_vit.deploy.measures.timing import Calls
 from peft_vit.runs.records.storage import read_bench
 
@@ -150,3 +155,40 @@ def test_a_file_of_times_is_checked(tmp_path, content) -> None:
     assert refused.value.file == str(file)
     file.write_text("[]")
     assert read_bench(file) == ()
+
+
+# --- the process in which one is timed ---
+
+
+def test_torch_is_not_where_other_runtimes_are_timed(exported) -> None:
+    timed = [exported / name for name in ("float.onnx", "float.xml", "int4.safetensors")]
+    program = (
+        "import importlib.util, json, sys\n"
+        "spec = importlib.util.spec_from_file_location('timing', sys.argv[1])\n"
+        "timing = sys.modules['timing'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(timing)\n"
+        "for job in json.loads(sys.argv[2]):\n"
+        "    ((batch, wall, processor),) = timing._measure(job)\n"
+        "    assert (batch, len(wall), len(processor)) == (2, 1, 1)\n"
+        "    loaded = job['file'].rpartition('.')[2], 'torch' in sys.modules, 'peft_vit' in sys.modules\n"
+        "    print(*loaded)\n"
+    )
+    shared = {"batches": [2], "threads": 1, "rounds": 1, "weights": None, "openvino": SETTINGS}
+    jobs = json.dumps([{"file": str(file), **shared} for file in timed])
+    command = [sys.executable, "-P", "-c", program, timing.__file__, jobs]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == ["onnx False False", "xml False False", "safetensors True True"]
+
+
+def test_openvino_is_asked_for_the_threads_and_for_products_in_float32(exported) -> None:
+    compiled, side = timing._open_openvino({"file": str(exported / "float.xml"), "threads": 1, "openvino": SETTINGS})
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert compiled.get_property("EXECUTION_MODE_HINT").name == "ACCURACY"
+    assert side == CARD.image_size
+
+
+def test_a_process_that_fails_is_one_line(tmp_path) -> None:
+    file = tmp_path / "broken.onnx"
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"broken\.onnx: can't be timed with 1 threads \(.*Protobuf"):
+        timing.time_alone(file, [1], threads=1, rounds=1)

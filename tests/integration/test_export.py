@@ -37,7 +37,7 @@ def metrics_on_test(model: torch.nn.Module, run_dir: Path) -> dict[str, float]:
     return CLASSIFICATION.measure(*predict(model, batches, precision="fp32")).model_dump(exclude_none=True)
 
 
-@pytest.mark.parametrize("name", ["full", "nf4", "packed_linear", "dora"])  # the others below and in test_deployment.py
+@pytest.mark.parametrize("name", ["full", "nf4", "packed_linear", "dora", "int4_adaptive", "mixed"])  # the others below
 def test_a_restored_run_has_its_test_metrics(run_of, name) -> None:
     run = restore_run(run_of(name))
     assert metrics_on_test(run.model, run_of(name)) == pytest.approx(recorded(run), rel=1e-5)

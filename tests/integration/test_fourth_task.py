@@ -39,11 +39,10 @@ def with_a_task_more(package: Path) -> None:
     shutil.copy(Path(__file__).parents[1] / "shares_task.py", package / "core/tasks/shares.py")
     text, count = re.subn(r"(REGRESSION, MULTILABEL)\)\}", r"\1, SHARES)}", tasks.read_text())
     tasks.write_text(text.replace("\nTASKS", "\nfrom peft_vit.core.tasks.shares import SHARES\n\nTASKS", 1))
-    shown = package / "deploy/presentation/__init__.py"
-    shutil.copy(Path(__file__).parents[1] / "shares_shown.py", package / "deploy/presentation/of_shares.py")
+    shown = package / "deploy/presentation.py"
+    shutil.copy(Path(__file__).parents[1] / "shares_shown.py", package / "deploy/shares_shown.py")
     text, listed = re.subn(r"(ManyLabels\(\))\)\}", r"\1, Shares())}", shown.read_text())
-    line = "from peft_vit.deploy.presentation.of_shares import Shares"
-    shown.write_text(text.replace("\nPRESENTED", f"\n{line}\n\nPRESENTED", 1))
+    shown.write_text(text.replace("\nPRESENTED", "\nfrom peft_vit.deploy.shares_shown import Shares\n\nPRESENTED", 1))
     said, named = re.subn(r'(TaskName = Literal\[.*"regression")', r'\1, "shares"', names.read_text())
     said, measured = re.subn(r'("r2", "spearman")', r'\1, "overlap"', said)
     names.write_text(said)

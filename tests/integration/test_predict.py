@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -216,19 +215,6 @@ def test_an_onnx_file_is_asked_where_nothing_but_eight_packages_is(onnx_model: P
     )
     assert done.returncode == 0, done.stderr
     assert re.search(stated, done.stdout, re.MULTILINE), done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_an_onnx_file_is_asked_in_an_environment_of_its_own(onnx_model: Path) -> None:
-    shutil.copy(onnx_model, "model.onnx")
-    run = partial(subprocess.run, capture_output=True, text=True, check=True)
-    run([sys.executable, "-m", "venv", "lean"])
-    run(["lean/bin/pip", "install", *LEAN])
-    run(["lean/bin/pip", "install", "--no-deps", str(Path(__file__).parents[2])])
-    assert "torch" not in run(["lean/bin/pip", "list"]).stdout
-    for call, stated in (("predict", "photos/class_0/00.png\t"), ("test", "Accuracy ")):
-        assert stated in run(["lean/bin/peft-vit", call, "model.onnx", "photos"]).stdout
 
 
 def test_pictures_of_where_the_model_looked_go_into_an_empty_folder(command) -> None:

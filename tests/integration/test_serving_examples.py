@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.exceptions import HTTPException
 from tiny_models import CARD
 
 from peft_vit.base.errors import UserError
@@ -55,63 +56,41 @@ def test_an_image_is_answered_as_predict_does(classifier: Classifier, photo: Pat
         answer(classifier, b"no image")
 
 
-class RefusedError(Exception):
-    """Stands for fastapi.HTTPException."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-
-
-class Service:
-    """Stands for fastapi.FastAPI, which no extra brings."""
-
-    def __init__(self, title: str) -> None:
-        self.at: dict[str, Callable[[Any], Any]] = {}
-
-    def post(self, path: str) -> Callable[[Any], None]:
-        return partial(self.at.__setitem__, path)
-
-
 @pytest.fixture
-def predict(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[bytes]], Any]:
-    """Return what the service does with the parts of a body."""
+def predict(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return what the service does with the parts of a body, without FastAPI, which no extra brings."""
     from serve import app
 
-    import peft_vit
-
-    fastapi = SimpleNamespace(FastAPI=Service, HTTPException=RefusedError, Request=object)
+    at: dict[str, Callable[[Any], Any]] = {}
+    service = SimpleNamespace(post=lambda path: partial(at.__setitem__, path))
+    fastapi = SimpleNamespace(FastAPI=lambda title: service, HTTPException=HTTPException, Request=object)
     monkeypatch.setitem(sys.modules, "fastapi", fastapi)
     monkeypatch.setenv("MODEL", "model.onnx")
-    monkeypatch.setattr(peft_vit, "load", lambda path: SimpleNamespace(classifier=classifier))
+    monkeypatch.setattr("peft_vit.load", lambda path: SimpleNamespace(classifier=classifier))
+    app()
 
     def called(parts: Iterator[bytes], content_type: str = "image/png") -> Any:
         async def stream() -> AsyncIterator[bytes]:
             for part in parts:
                 yield part
 
-        async def body() -> bytes:
-            return b"".join(parts)
-
-        return asyncio.run(
-            app().at["/predict"](SimpleNamespace(stream=stream, body=body, headers={"content-type": content_type}))
-        )
+        return asyncio.run(at["/predict"](SimpleNamespace(stream=stream, headers={"content-type": content_type})))
 
     return called
 
 
-def test_no_more_is_read_of_a_body_than_an_image_may_have(predict: Callable[[Iterator[bytes]], Any]) -> None:
+def test_no_more_is_read_of_a_body_than_an_image_may_have(predict: Callable[..., Any]) -> None:
     from serve import _LARGEST
 
     parts, part = iter(range(100)), b"\0" * (_LARGEST // 10)
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPException) as caught:
         predict(part for _ in parts)
-    assert caught.value.status == 413
+    assert caught.value.status_code == 413
     assert len(list(parts)) == 89  # the eleventh was too much
 
 
 def test_a_model_computes_beside_the_thread_that_reads_requests(
-    predict: Callable[[Iterator[bytes]], Any], photo: Path, monkeypatch: pytest.MonkeyPatch
+    predict: Callable[..., Any], photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import serve
 
@@ -119,13 +98,13 @@ def test_a_model_computes_beside_the_thread_that_reads_requests(
     assert predict(iter([photo.read_bytes()]))["thread"] != threading.get_ident()
 
 
-def test_the_service_answers(predict: Callable[[Iterator[bytes]], Any], classifier: Classifier, photo: Path) -> None:
+def test_the_service_answers(predict: Callable[..., Any], classifier: Classifier, photo: Path) -> None:
     from serve import answer
 
     assert predict(iter([photo.read_bytes()])) == answer(classifier, photo.read_bytes())
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPException) as caught:
         predict(iter([b"no image"]))
-    assert caught.value.status == 422
+    assert caught.value.status_code == 422
 
 
 def test_a_form_with_a_file_is_answered_as_its_image(
@@ -137,9 +116,9 @@ def test_a_form_with_a_file_is_answered_as_its_image(
     field = b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\nmine\r\n'
     form = field + head + photo.read_bytes() + b"\r\n--x--\r\n"
     assert predict(iter([form]), "multipart/form-data; boundary=x") == answer(classifier, photo.read_bytes())
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(HTTPException) as caught:
         predict(iter([field + b"--x--\r\n"]), "multipart/form-data; boundary=x")
-    assert caught.value.status == 422
+    assert caught.value.status_code == 422
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from peft_vit.base.statistics import TemperaturePrior, fit_temperature
 from peft_vit.data import load_data
-from peft_vit.deploy.post_training import logits_by_type
+from peft_vit.deploy.export import logits_by_type
 from peft_vit.fit.calls import TrainRun, train_runs
 from peft_vit.fit.fit import FitFile
 from peft_vit.lab.report import build_report

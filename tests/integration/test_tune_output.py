@@ -189,14 +189,14 @@ def test_models_of_earlier_calls_that_read_the_sealed_images_are_counted(choice,
         (folder / name / "seed_0").mkdir(parents=True)
         (folder / name / "seed_0" / "record.json").touch()
     later = replace(choice, final=replace(choice.final, folder=folder / "lora_2" / "seed_0"))
-    said = " ".join(_how_sure(later, SimpleNamespace(int8_loss=None)))
+    said = " ".join(_how_sure(later))
     assert "read by 2 models, each when it was written" in said
 
 
 def test_a_last_training_that_was_shorter_than_those_on_folds_is_told(choice, tmp_path) -> None:
     final = replace(choice.final, folder=tmp_path / "studies" / "final-test_vit-32" / "lora_1" / "seed_0")
     shorter = replace(choice, final=final, longer=0.5)
-    said = list(_how_sure(shorter, SimpleNamespace(int8_loss=None)))
+    said = list(_how_sure(shorter))
     assert (
         "The last training has 0.5 times the steps of those on folds, since time was short; the odds, probabilities "
         "and sets of classes are from the longer ones."
@@ -277,8 +277,7 @@ def test_commands_take_the_output_as_they_take_a_run(choice, left, place, comman
 # --- which form is taken ---
 
 
-SIZES_AND_SECONDS = {"small": (4_000_000, 0.030), "fast": (4_100_000, 0.020), "int8": (4_200_000, 0.010)}
-SIZES_AND_SECONDS |= {"openvino": (3_000_000, 0.012)}
+SIZES_AND_SECONDS = {"small": (4_000_000, 0.030), "fast": (4_100_000, 0.020), "openvino": (3_000_000, 0.012)}
 
 
 @pytest.fixture
@@ -287,7 +286,7 @@ def made_up(monkeypatch, run_of):
     taken = {}
 
     def write(_source, file: Path, _format, options, _calibrated):
-        kind = "openvino" if file.suffix == ".xml" else options.activations or options.runtime
+        kind = "openvino" if file.suffix == ".xml" else options.runtime
         write_atomically(file, bytes(SIZES_AND_SECONDS[kind][0]))
         if kind == "openvino":
             file.with_suffix(".bin").touch()
@@ -302,10 +301,8 @@ def made_up(monkeypatch, run_of):
     monkeypatch.setattr(fastest, "bench", time_them)
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
 
-    def export(folder: Path, share: float = 0.0, **limits):
-        loss = SimpleNamespace(images=100, lost_points=100 * share)
-        monkeypatch.setattr(fastest, "compare_int8", lambda _: loss)
-        return fastest.export_fastest(run_of("int4"), folder, meaning=None, fold_runs=[Path("a")] * 3, **limits)
+    def export(folder: Path, **limits):
+        return fastest.export_fastest(run_of("int4"), folder, meaning=None, **limits)
 
     return export
 
@@ -315,9 +312,7 @@ def made_up(monkeypatch, run_of):
     [
         ({}, "fast", ""),
         ({"max_latency_s": 0.02}, "fast", ""),
-        ({"max_latency_s": 0.015}, "int8", ""),  # which no exact form meets
-        ({"max_latency_s": 0.015, "share": 0.005}, "int8", ""),
-        ({"max_latency_s": 0.015, "share": 0.0051}, "fast", "No form keeps within 15 ms"),  # more than half a point
+        ({"max_latency_s": 0.015}, "fast", "No form keeps within 15 ms"),
         ({"max_bytes": 4_100_000}, "fast", ""),
         ({"max_bytes": 4_050_000, "max_latency_s": 0.025}, "small", "No form that is small enough keeps within 25 ms"),
         ({"max_bytes": 1_000_000, "max_latency_s": 0.025}, "small", "No form keeps within 1 MB"),
@@ -337,7 +332,7 @@ def test_the_fastest_within_the_limits_is_taken(made_up, tmp_path, limits, taken
 @pytest.mark.parametrize(("limit_s", "name"), [(0.025, "model.onnx"), (0.019, "model.xml"), (0.001, "model.xml")])
 def test_the_model_is_called_model_onnx_within_the_limits(made_up, tmp_path, monkeypatch, limit_s, name) -> None:
     monkeypatch.setattr(fastest, "missing_packages", lambda _: [])
-    found = made_up(tmp_path, 1.0, max_latency_s=limit_s)
+    found = made_up(tmp_path, max_latency_s=limit_s)
     assert found.model.name == name
     whys = [form.left_out for form in found.forms if form.name == "OpenVINO"]
     assert [why.startswith("ONNX keeps within the limits") for why in whys] == [name == "model.onnx"]
@@ -366,11 +361,9 @@ def test_a_packed_model_is_written_in_every_form_of_onnx(run_of, tmp_path, monke
     monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
     known = Calibrated(images=60, temperature=3.0, coverages=(0.8,), thresholds=(0.4,))
     run = run_of("int4")
-    found = fastest.export_fastest(run, tmp_path, meaning=known, fold_runs=[run], max_latency_s=0.001)
-    fast, packed, int8 = found.forms
+    found = fastest.export_fastest(run, tmp_path, meaning=known, max_latency_s=0.001)
+    fast, packed = found.forms
     assert packed.timed.bytes < fast.timed.bytes
     assert all(form.comparison.same_predictions > 0.9 for form in (packed, fast))
     assert not packed.left_out  # the smallest of those that are as fast
-    assert found.int8_loss is not None
-    assert (int8.timed is None) == (found.int8_loss > 0.005)
     assert open_exported(found.model).card.calibrated == known

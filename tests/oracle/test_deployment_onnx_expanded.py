@@ -18,7 +18,6 @@ from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.quantization.integers import EXPORTED_MATMUL, LARGEST, Int8Weight, quantize_rows
 from peft_vit.core.quantization.packing import field_bits
 from peft_vit.deploy import export_onnx, open_exported
-from peft_vit.deploy.formats import runtimes
 from peft_vit.deploy.formats.onnx_file import ExpandedLinear, Int8Linear, onnx_graph
 
 onnx = pytest.importorskip("onnx")
@@ -171,14 +170,15 @@ def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
     assert float((exported - trained).abs().max() / trained.abs().max()) < 0.02
 
 
-def test_the_largest_integers_are_exact_here_and_a_runtime_that_is_wrong_is_named(in_8_bits, monkeypatch) -> None:
-    assert (LARGEST, EXPORTED_MATMUL.largest) == (runtimes.LARGEST_CODE, runtimes.LARGEST_WEIGHT)
-    assert runtimes.exact_in_8_bits()
-    right = onnxruntime.InferenceSession.run
-    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [right(*args)[0].clip(-30000, 30000)])
-    runtimes.exact_in_8_bits.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"model\.onnx: onnxruntime \S+ multiplies 8-bit integers wrongly on this"):
-            open_exported(in_8_bits[1])
-    finally:
-        runtimes.exact_in_8_bits.cache_clear()
+def test_the_largest_integers_are_exact_here(tmp_path) -> None:
+    """In a batch, and row by row, for which onnxruntime has a kernel of its own."""
+    x, layer = torch.randn(64, 48).sign(), nn.Linear(48, 10, bias=False)
+    x[0] = 1
+    layer.weight.data.copy_(torch.randn(10, 48).sign())
+    layer.weight.data[0] = 1
+    session = one_layer(Int8Linear(layer), tmp_path)
+    images = x.reshape(-1, 3, 4, 4).numpy()
+    sums = (LARGEST * EXPORTED_MATMUL.largest * (x @ layer.weight.T)).detach().long()  # (N, out)
+    for y in (session(images), np.concatenate([session(image[None]) for image in images])):
+        found = torch.from_numpy(y).double() * LARGEST * EXPORTED_MATMUL.largest
+        assert torch.equal(found.round().long(), sums)

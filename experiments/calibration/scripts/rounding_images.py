@@ -27,7 +27,7 @@ from peft_vit.core.training import Calibration, RuntimeConfig
 from peft_vit.core.training.images import LabelledImages
 from peft_vit.core.training.metrics import predict
 from peft_vit.deploy import ExportMetadata
-from peft_vit.deploy.post_training import merge_float, round_weights
+from peft_vit.deploy.export import merge_float, round_weights
 from peft_vit.deploy.restore import restore_run
 
 RESULTS = Path(__file__).parents[1] / "results" / "rounding_images.csv"

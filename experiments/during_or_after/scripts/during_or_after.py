@@ -34,9 +34,9 @@ from peft_vit.core.methods.quantized import file_bytes, packing_of
 from peft_vit.core.records import RunRecord
 from peft_vit.core.training.metrics import predict
 from peft_vit.deploy import merge
+from peft_vit.deploy.export import logits_by_type
 from peft_vit.deploy.page.document import Drawing
 from peft_vit.deploy.page.figure import Canvas, draw, line_style, quiet_grid
-from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import run_folder

@@ -15,8 +15,8 @@ from experiments.scripts.evidence import table
 from peft_vit.base.statistics import Interval
 from peft_vit.base.statistics.estimates import recorded_mean
 from peft_vit.deploy.page.document import Paragraph
+from peft_vit.deploy.page.files import escaped
 from peft_vit.deploy.page.formatting import count, fixed, joined, percent, percent_interval, points_interval
-from peft_vit.deploy.page.markdown import escaped
 from peft_vit.lab.analysis import Analysis, Estimate, Finding, MethodResult
 from peft_vit.lab.analysis.recommendation import recommend
 from peft_vit.lab.report.printed_tables import recommendation_blocks

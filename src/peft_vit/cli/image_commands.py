@@ -53,7 +53,7 @@ def test(request: LabelledRequest) -> None:
     from peft_vit.core.tasks import TASKS
     from peft_vit.data import decode_image, find_images
     from peft_vit.data.pixels import thumbnail
-    from peft_vit.deploy.page.trained import later_lines
+    from peft_vit.deploy.page.quality import later_lines
     from peft_vit.deploy.testing import score_images
     from peft_vit.runs.records.storage import tuned_model
 

@@ -94,7 +94,7 @@ def train(request: TrainRequest) -> None:
         again = f"the same command tries again in {run.folder}"
         print(f"error: training failed: {record.error}; {again}", file=sys.stderr)
         raise typer.Exit(1)
-    from peft_vit.deploy.page.trained import result_lines
+    from peft_vit.deploy.page.quality import result_lines
 
     page = _page_of(run.folder)
     print("\n".join(["", *result_lines(record, run.folder, run.seconds(), page)]))
@@ -140,7 +140,7 @@ def runs(
 ) -> None:
     """List what train has done, the newest last: images, settings, test accuracy and its 95 % interval, time, state."""
     from peft_vit.deploy.page.printed import check_rows_file, print_with_rows
-    from peft_vit.deploy.page.trained import train_row, train_runs_table
+    from peft_vit.deploy.page.quality import train_row, train_runs_table
     from peft_vit.fit.calls import train_runs
 
     check_rows_file(output, overwrite=overwrite)

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError, named, os_fault
 from peft_vit.core.adapters import save_memory
 from peft_vit.core.backbones import Backbone
@@ -249,7 +250,7 @@ def export_bundle(
     *,
     bits: StoredBits | None = None,
     overwrite: bool = False,
-    on_progress: Callable[[int, int], None] = lambda *_: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[BundledAdapter]:
     """Write the one backbone of several runs, and a file each with adapter and head, called as the run's folder.
 

@@ -47,12 +47,13 @@ def explain(classifier: Classifier, image: GivenImage) -> Explanation:
     plain = prepared(image, card)  # (3, S, S)
     said = scipy.special.log_softmax(classifier.logits(plain[None])[0])  # (classes,)
     best, weights = int(said.argmax()), None
+    by: Literal["attention", "occlusion"] = "attention"
     if classifier.module is not None:
         from peft_vit.deploy.attended import attended  # with torch, which a file for another runtime does not need
 
         weights = attended(classifier.module, plain)
-    by: Literal["attention", "occlusion"] = "occlusion" if weights is None else "attention"
-    weights = _drops(classifier, plain, said[best], best) if weights is None else weights
+    if weights is None:
+        weights, by = _drops(classifier, plain, said[best], best), "occlusion"
     return Explanation(card.class_names[best], weights, _picture(pixels_of(image, card), weights), by)
 
 

@@ -1,30 +1,53 @@
-"""From a finished run's folder to files that run elsewhere."""
+"""From a finished run's folder to files that run elsewhere.
+
+A float run's weights may become fewer bits on the way: its adapters are merged, then the matrices of its blocks become
+packed ones (post-training quantization).
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError, os_fault
 from peft_vit.base.extras import require_extra
 from peft_vit.base.files import refuse_existing, whole_folder
 from peft_vit.base.statistics import Interval, Neighbours
-from peft_vit.core.adapters import packed_weights
+from peft_vit.core.adapters import AdaptedLinear, packed_weights
 from peft_vit.core.adapters.footprint import storage_bytes
 from peft_vit.core.adapters.peft_format import export_peft
-from peft_vit.core.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
+from peft_vit.core.backbones import Backbone, fused_sites
+from peft_vit.core.config import (
+    BITS_OF_TYPE,
+    CARD_FILE,
+    EXPORTS,
+    IMAGES_ROUNDED_BY,
+    PEFT_FILE,
+    ExportFormat,
+    QaLoraConfig,
+    QuantizationType,
+    Rounding,
+)
 from peft_vit.core.methods import METHODS
+from peft_vit.core.methods.quantized import packing_of
 from peft_vit.core.records import Calibrated, Decision, RunRecord, RunSpec
 from peft_vit.core.tasks import TASKS, DecidingMetric, Labels, meaning_fields, metric_of, rows_of, thresholds_of
+from peft_vit.core.training import Calibration, RuntimeConfig
 from peft_vit.core.training.images import Data, LabelledImages
+from peft_vit.core.training.metrics import predict_with_middle
+from peft_vit.core.training.quantized_layers import QuantizedLayer, format_of
+from peft_vit.core.training.quantized_layers import packed_weights as rounded_weights
 from peft_vit.deploy import (
     Classifier,
     ExportMetadata,
@@ -36,9 +59,9 @@ from peft_vit.deploy import (
     torch_classifier,
     writer_of,
 )
-from peft_vit.deploy.formats.header import write_exported
-from peft_vit.deploy.post_training import logits_by_type, merge_float, pack_after_training
+from peft_vit.deploy.formats.header import FloatArray, write_exported
 from peft_vit.deploy.restore import RestoredRun, finished_record, restore_run
+from peft_vit.runs.measures.held_out import PRIOR, Outputs, fit_neighbours, reference_images
 from peft_vit.runs.measures.neighbours import neighbours_bytes
 from peft_vit.runs.records.storage import FEATURES_FILE, FOLDS_STUDY, RECORD_FILE, read_record, single_run
 
@@ -277,7 +300,10 @@ def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options:
             "on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(source, card, images, split)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "model.onnx"
+        export_onnx(source.merged.model, trial, card, activations="int8", reference=source.reference)
+        comparison, content = compare(source.run, open_exported(trial), images, split), trial.read_bytes()
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     if comparison.lost_points > accepted:
         raise UserError(
@@ -287,26 +313,6 @@ def _write_int8(source: ModelToWrite, file: Path, card: ExportMetadata, options:
         )
     write_exported(file, content)
     return comparison
-
-
-def compare_int8(run_dir: Path) -> Comparison:
-    """Return what activations in 8 bits do to a run's model on its test images; nothing is written.
-
-    Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
-    """
-    source = model_to_write(run_dir)
-    images = source.need_data("--activations", "int8").test.open()
-    return _try_int8(source, source.card, images, "test")[0]
-
-
-def _try_int8(
-    source: ModelToWrite, card: ExportMetadata, images: LabelledImages, split: Split
-) -> tuple[Comparison, bytes]:
-    """Return what products in 8 bits do to a run's model, and the file's content."""
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "model.onnx"
-        export_onnx(source.merged.model, trial, card, activations="int8", reference=source.reference)
-        return compare(source.run, open_exported(trial), images, split), trial.read_bytes()
 
 
 def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:
@@ -389,3 +395,129 @@ def _compared(
         loss=metric.loss(labels, before, after, *thresholds),
         unit=metric.unit(decision),
     )
+
+
+# --- fewer bits after training ---
+
+
+def merge_float(run: RestoredRun) -> Merged:
+    """Merge a run's adapters into its float weights.
+
+    Raises:
+        UserError: if these are packed already.
+    """
+    merged = merge(run.model, run.card)
+    if merged.how != "float":
+        types = " and ".join(sorted({weight.format.type for weight in packed_weights(run.model).values()}))
+        raise UserError(f"has no effect on this run, whose weights are {types} already; leave it out", field="--bits")
+    return merged
+
+
+def round_weights(
+    model: nn.Module,
+    type: QuantizationType,
+    images: Tensor | None = None,
+    offset: bool | None = None,
+    on_progress: OnProgress = no_progress,
+) -> nn.Module:
+    """Return a model whose blocks' matrices are packed; the given one stays as it is.
+
+    Args:
+        model: without adapters, its weights in float.
+        type: of codes, see `packing_of`.
+        images: training images (N, 3, S, S), normalised, by which GPTQ rounds; None: to nearest.
+        offset: see `packing_of`.
+        on_progress: gets how many matrices are packed.
+    """
+    model, layers = copy.deepcopy(model), {}
+    sites = Backbone.within(model).sites
+    for name in fused_sites(sites):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layers[name] = QuantizedLayer(AdaptedLinear(linear), ())
+        model.set_submodule(name, layers[name].module)
+    formats = dict.fromkeys(layers, format_of(QaLoraConfig(**packing_of(sites, type, offset))))
+    rounding: Rounding = "nearest" if images is None else "gptq"
+    for done, (name, weight) in enumerate(rounded_weights(model, layers, formats, rounding, images), start=1):
+        on_progress(done, len(layers), "rounding matrices")
+        layers[name].module.quantized = weight
+        layers[name].module.drop_float()  # at once: GPTQ rounds the next layer by what this one makes of the images
+    return model.requires_grad_(False).eval()
+
+
+def images_rounded_by(type: QuantizationType) -> int:
+    """Return how many training images GPTQ takes where nothing is said; 0: to nearest.
+
+    In 8 bits nearest loses nothing, in 4 a quarter of the images is nearly as good
+    (`calibration/scripts/rounding_images.py`).
+    """
+    return {8: 0, 4: IMAGES_ROUNDED_BY // 4}.get(BITS_OF_TYPE[type], IMAGES_ROUNDED_BY)
+
+
+def pack_after_training(
+    model: nn.Module,
+    run: RestoredRun,
+    data: Data,
+    type: QuantizationType,
+    rounding: Rounding | None,
+    on_progress: OnProgress = no_progress,
+) -> tuple[nn.Module, ExportMetadata, Neighbours | None]:
+    """Return a run's merged float model with packed weights, its card, and what it knows of training images.
+
+    What validation images say, and the features of training images, are those of the rounded model.
+    """
+    images, card = _images_to_round_by(run, data, type, rounding), run.card
+    rounded = round_weights(model, type, images, on_progress=on_progress)
+    changes: dict[str, Any] = {}
+    reference, middle = None, None
+    if len(data.validation):
+        meaning = card.meaning
+        prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
+        validation = _outputs(rounded, data.validation, card)
+        changes = meaning_fields(data.task.meaning(validation.logits, validation.labels, prior))
+        middle = validation.middle
+    if run.reference is not None:
+        train = _outputs(rounded, reference_images(data, run.record.spec.seed), card).middle
+        assert train is not None
+        reference, changes["unlike"] = fit_neighbours(train, middle)
+    return rounded, card.model_copy(update=changes), reference
+
+
+def logits_by_type(
+    run_dir: Path, types: Sequence[QuantizationType], rounding: Rounding | None = None, offset: bool | None = None
+) -> dict[QuantizationType, FloatArray]:
+    """Return what a float run's model says of its test images, (N, classes), with weights in each type in turn.
+
+    The run is restored and merged once. Where many runs are tested on folds, these are images that none of them was
+    trained on and no verdict is kept for.
+
+    Args:
+        run_dir: holds record.json and adapter.safetensors.
+        types: of codes.
+        rounding: nearest; gptq, on IMAGES_ROUNDED_BY images; None: see `images_rounded_by`.
+        offset: see `packing_of`.
+
+    Raises:
+        UserError: if the run can't be restored, its weights are packed already, or its images are not there.
+    """
+    run = restore_run(run_dir)
+    model, data = merge_float(run).model, run.load_data()
+    tested, logits = data.test.open(), {}
+    for type in types:
+        rounded = round_weights(model, type, _images_to_round_by(run, data, type, rounding), offset)
+        logits[type] = _outputs(rounded, tested, run.card).logits
+    return logits
+
+
+def _images_to_round_by(
+    run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
+) -> Tensor | None:
+    """Return training images for GPTQ; None: to nearest."""
+    count = {"nearest": 0, "gptq": IMAGES_ROUNDED_BY, None: images_rounded_by(type)}[rounding]
+    runtime = RuntimeConfig(torch.device("cpu"), "fp32", run.card.mean, run.card.std)
+    return Calibration(data, runtime, run.record.spec.seed).images(count) if count else None
+
+
+def _outputs(model: nn.Module, images: LabelledImages, card: ExportMetadata) -> Outputs:
+    batches = images.ordered_batches(32, card.mean, card.std)
+    return Outputs(*predict_with_middle(model, batches, precision="fp32"))

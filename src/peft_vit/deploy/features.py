@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError, os_fault, printable
 from peft_vit.base.files import write_atomically
 from peft_vit.core.backbones import architecture_of, interpolation_of, load_backbone, native_size
@@ -46,10 +47,7 @@ def open_pretrained(model: str, weights: str | None, image_size: int | None) -> 
 
 
 def embed_images(
-    model: nn.Module,
-    card: ExportMetadata,
-    images: Sequence[GivenImage],
-    on_progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, card: ExportMetadata, images: Sequence[GivenImage], on_progress: OnProgress = no_progress
 ) -> tuple[list[int], FloatArray, list[UserError]]:
     """Return which images can be read, by their places, their features (N, D), and what is wrong with the others.
 
@@ -75,17 +73,12 @@ def embed_images(
         if pixels:
             batch = LabelledImages(np.stack(pixels), np.zeros(len(pixels), np.int64))
             features.append(head_inputs(model, batch, runtime, BATCH))  # (B, D)
-        if on_progress is not None:
-            on_progress(min(start + BATCH, len(images)), len(images))
+        on_progress(min(start + BATCH, len(images)), len(images))
     return places, np.concatenate(features) if features else np.empty((0, 0), np.float32), faults
 
 
 def cached_features(
-    model: nn.Module,
-    card: ExportMetadata,
-    tree: FileTree,
-    names: Sequence[str],
-    on_progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, card: ExportMetadata, tree: FileTree, names: Sequence[str], on_progress: OnProgress = no_progress
 ) -> tuple[list[str], FloatArray, list[UserError]]:
     """Return the files that can be read, their features (N, D), and what is wrong with the others.
 

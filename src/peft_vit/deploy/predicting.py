@@ -162,7 +162,12 @@ def outputs_of(
     """Yield each image with its logits (classes,) and its distance to the nearest training image, or what is wrong."""
     card, remaining = classifier.card, each_image(images)
     while chunk := list(islice(remaining, BATCH)):
-        read = [_prepared_or_error(image, card) for image in chunk]
+        read: list[FloatArray | UserError] = []
+        for image in chunk:
+            try:
+                read.append(prepared(image, card))
+            except UserError as error:
+                read.append(error)
         rows: Iterator[tuple[FloatArray, float | None]] = iter(())
         if arrays := [array for array in read if isinstance(array, np.ndarray)]:
             batch = np.stack(arrays)
@@ -283,13 +288,6 @@ def pixels_of(image: GivenImage, card: ExportMetadata) -> NDArray[np.uint8]:
         got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
     return to_pixels(decoded, card.image_size, card.channels, card.interpolation, card.resize)
-
-
-def _prepared_or_error(image: GivenImage, card: ExportMetadata) -> FloatArray | UserError:
-    try:
-        return prepared(image, card)
-    except UserError as error:
-        return error
 
 
 def prediction_of(

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
-from peft_vit.base.console import some_of
+from peft_vit.base.console import OnProgress, no_progress, some_of
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, Labels, metric_of
 from peft_vit.data import Images
 from peft_vit.deploy.formats.header import Classifier, ExportMetadata
-from peft_vit.deploy.page.model_quality import ImagesTest, score_on
+from peft_vit.deploy.page.quality import ImagesTest, score_on
 from peft_vit.deploy.predicting import ImageFile, outputs_of
 
 _NAMED = 5  # classes in a line
 
 
 def score_images(
-    classifier: Classifier,
-    images: Images,
-    record: RunRecord | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    classifier: Classifier, images: Images, record: RunRecord | None = None, on_progress: OnProgress = no_progress
 ) -> ImagesTest:
     """Predict labelled images, those of their own test split if they have one.
 
@@ -49,8 +46,7 @@ def score_images(
             rows.append(row)
             outputs.append(computed[0])
             distances.append(computed[1])
-        if on_progress is not None:
-            on_progress(row + 1, len(names))
+        on_progress(row + 1, len(names))
     if not rows:
         raise UserError("holds no image that can be read", file=images.path)
     logits, labels = np.stack(outputs), labels[rows]  # (N, classes), (N,) or (N, classes)

@@ -19,7 +19,7 @@ from peft_vit.core.backbones import BackboneShape
 from peft_vit.core.config import IMAGES_ROUNDED_BY, QuantizationType, bytes_of
 from peft_vit.core.methods.quantized import usual_rounding
 from peft_vit.core.training import FLIP_AXES
-from peft_vit.deploy.post_training import images_rounded_by
+from peft_vit.deploy.export import images_rounded_by
 from peft_vit.fit.recipe import ROUNDED, Recipe
 from peft_vit.runs.costs.estimate import Throughput, activation_values
 from peft_vit.runs.costs.time_limit import (
@@ -48,7 +48,7 @@ _PACK_S = 1.5  # to restore a run's model, and to round its weights once, to nea
 _GPTQ_S, _GPTQ_PASSES = 2.5e-7, 3.5  # of GPTQ: seconds a value of the backbone, and passes of the images that it takes
 _LATE, _TUNE_LATE = 1.1, 1.5  # times what steps were planned to take, after which a last training has fewer
 _COMPARED = 128  # images on which a written form is compared
-_FORMS, _TIMINGS, _CALLS = 4, 3, 23  # with a limit of latency: forms, processes of each that is timed, calls in each
+_FORMS, _TIMINGS, _CALLS = 3, 3, 23  # with a limit of latency: forms, processes of each that is timed, calls in each
 _FASTEST = 0.5  # of the planned time: what takes less may have been lucky
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
@@ -220,7 +220,7 @@ class FitCosts:
         """Return the seconds of the files of a tuning's model, without other work beside it.
 
         It is written in one form and compared with the run's model. Where a limit of latency was asked for, several
-        forms are written and timed; where none is as fast, activations in 8 bits are measured on folds.
+        forms are written and timed.
         """
         if self.fit.request.main_study:
             return 0.0
@@ -228,11 +228,9 @@ class FitCosts:
         if bits := recipe.rounded_to:  # for its predictions, and for its files
             again_s = self._packed_s(recipe, images_rounded_by(bits))
             rounded = self.rounding_s(recipe, [bits], min(MAX_REFERENCE_IMAGES, images)) + again_s
-        forms, folds = (1, 0) if self.fit.request.max_latency is None else (_FORMS, FOLDS)
+        forms, processes = (1, 1) if self.fit.request.max_latency is None else (_FORMS, _TIMINGS * (_FORMS + 1))
         written = forms * (2 * machine.start_s + 2 * min(images, _COMPARED) * image_s)
-        measured = folds * (2 * machine.start_s + 2 * self.fit.fold_test_images * image_s)
-        timed = (_TIMINGS * (forms + 1) if folds else 1) * (machine.process_s + _CALLS * image_s)
-        return rounded + written + measured + timed
+        return rounded + written + processes * (machine.process_s + _CALLS * image_s)
 
     def output_s(self, recipe: Recipe) -> float:
         """Return the same at the pace of this call's earlier ones, or else of its runs."""

@@ -18,7 +18,7 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS
 from peft_vit.data import ImagesFile
 from peft_vit.deploy.page.formatting import percent, points_interval
-from peft_vit.deploy.page.trained import TOO_FEW
+from peft_vit.deploy.page.quality import TOO_FEW
 from peft_vit.deploy.restore import finished_record
 from peft_vit.fit.calls import REQUEST_FILE, RequestFile, TrainRun
 from peft_vit.fit.fit import FitFile

@@ -51,9 +51,9 @@ from peft_vit.core.config import (
     study_from_mapping,
 )
 from peft_vit.core.tasks import TASKS
+from peft_vit.deploy.export import logits_by_type
 from peft_vit.deploy.measures.timing import time_random
 from peft_vit.deploy.page.formatting import joined
-from peft_vit.deploy.post_training import logits_by_type
 from peft_vit.fit.costs import FitCosts
 from peft_vit.fit.intake import LabelledSet
 from peft_vit.fit.outcomes import EveryRunFailedError, FoldResults, Outcome, Outcomes, Runner, StudyRunner

@@ -17,7 +17,18 @@ from peft_vit.data import thumbnails_of
 from peft_vit.deploy.explain import explained_images
 from peft_vit.deploy.measures.fastest import Exports, export_fastest
 from peft_vit.deploy.page.class_blocks import Maps, Pictures, fonts_for, no_font
-from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument, Table
+from peft_vit.deploy.page.document import (
+    Block,
+    Card,
+    Column,
+    Facts,
+    Paragraph,
+    StudyDocument,
+    Table,
+    only_in_file,
+    own_interval_columns,
+    table,
+)
 from peft_vit.deploy.page.files import write_report
 from peft_vit.deploy.page.formatting import (
     bounds_of,
@@ -32,7 +43,6 @@ from peft_vit.deploy.page.formatting import (
     scaled,
     score_interval,
     score_of,
-    signed,
     value_of,
 )
 from peft_vit.deploy.page.model_page import (
@@ -48,7 +58,6 @@ from peft_vit.deploy.page.model_page import (
     model_document,
 )
 from peft_vit.deploy.page.provenance import run_provenance
-from peft_vit.deploy.page.tables import Column, only_in_file, own_interval_columns, table
 from peft_vit.fit.decide import ModelDecision
 from peft_vit.fit.fit import TITLES
 from peft_vit.fit.intake import LabelledSet, refuse_among_images
@@ -127,7 +136,6 @@ def _write(choice: Tuning, directory: Path, tell: Callable[[str], None]) -> None
         model_folder,
         meaning=choice.meaning,
         bits=recipe.rounded_to,
-        fold_runs=[outcome.folder for outcome in choice.folds],
         max_bytes=choice.request.max_bytes,
         max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
@@ -284,7 +292,7 @@ def tuning_document(
         label=f"A model for {plain(choice.request.images.name)}",
         alerts=(*exports.missed, *page.alerts),
         cards=tuple(_cards(model, exports)),
-        how_sure=tuple(_how_sure(choice, exports)),
+        how_sure=tuple(_how_sure(choice)),
         sections=sections,
         not_shown=tuple(_not_shown(model)),
         runs=(run_provenance(model.record)._replace(title=choice.recipe.title),),
@@ -322,7 +330,7 @@ def _cards(model: ModelSummary, exports: Exports) -> Iterator[Card]:
     yield labels_card(model.record)
 
 
-def _how_sure(choice: Tuning, exports: Exports) -> Iterator[str]:
+def _how_sure(choice: Tuning) -> Iterator[str]:
     changed = choice.changed_by_rounding
     if changed is not None:
         by = f"{points_interval(changed)} points" if choice.images.metric.is_share else number_interval(changed, 3)
@@ -340,8 +348,6 @@ def _how_sure(choice: Tuning, exports: Exports) -> Iterator[str]:
         yield f"{times}, since {why}; the odds, probabilities and sets of classes are from the {others} ones."
     if choice.decision is not None and choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
-    if exports.int8_loss is not None:
-        yield f"Activations in 8 bits lose {signed(100 * exports.int8_loss, 1)} points on images of folds."
 
 
 def _readers(choice: Tuning) -> int:

@@ -31,10 +31,9 @@ from peft_vit.data.inspection.inspect import listed
 from peft_vit.deploy.export import fold_records
 from peft_vit.deploy.features import cached_features
 from peft_vit.deploy.formats.header import ExportMetadata
-from peft_vit.deploy.page.document import Block, StudyDocument, Table
+from peft_vit.deploy.page.document import Block, Column, StudyDocument, Table, table
 from peft_vit.deploy.page.formatting import percent, plain
-from peft_vit.deploy.page.model_quality import PREDICTED, TOGETHER
-from peft_vit.deploy.page.tables import Column, table
+from peft_vit.deploy.page.quality import PREDICTED, TOGETHER
 from peft_vit.deploy.restore import finished_record
 from peft_vit.fit.intake import earlier_calls
 from peft_vit.fit.outcomes import Outcome, pooled

@@ -7,7 +7,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, precision
 
 from peft_vit.base.statistics import proportion_interval
 from peft_vit.core.records import Predictions, RunRecord
-from peft_vit.deploy.page.model_quality import IN_A_BIN, MOST_BINS, ModelQuality, model_quality
+from peft_vit.deploy.page.quality import IN_A_BIN, MOST_BINS, ModelQuality, model_quality
 
 NAMES = ["ant", "bee", "cat", "dog"]
 

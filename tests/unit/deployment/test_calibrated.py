@@ -13,7 +13,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.records import Calibrated
 from peft_vit.core.tasks import CLASSIFICATION, OF_FOLDS
 from peft_vit.deploy import Classifier, check_coverage, predict_files
-from peft_vit.deploy.formats.header import ExportMetadata, read_json
+from peft_vit.deploy.formats.header import ExportMetadata
 
 KNOWN = Calibrated(images=60, temperature=2.0, coverages=(0.8, 0.9, 0.95), thresholds=(0.2, 0.75, 0.9))
 CALIBRATED = CARD.model_copy(update={"calibrated": KNOWN})
@@ -85,4 +85,4 @@ def test_few_images_have_no_thresholds_for_high_coverages() -> None:
 
 def test_cards_of_before_read_and_write_as_they_did() -> None:
     assert "calibrated" not in json.loads(CARD.model_dump_json())
-    assert all(read_json(ExportMetadata, card.model_dump_json(), Path("card")) == card for card in (CARD, CALIBRATED))
+    assert all(ExportMetadata.model_validate_json(card.model_dump_json()) == card for card in (CARD, CALIBRATED))

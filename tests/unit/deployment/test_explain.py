@@ -11,7 +11,7 @@ from peft_vit.base.errors import UserError
 from peft_vit.deploy import Classifier
 from peft_vit.deploy.attended import attended
 from peft_vit.deploy.explain import explain
-from peft_vit.deploy.page.shortcuts import shortcut
+from peft_vit.deploy.page.class_blocks import shortcut
 
 
 def looking_at(size: int, corner: int) -> Classifier:

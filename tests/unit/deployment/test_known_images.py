@@ -20,7 +20,7 @@ from peft_vit.core.config import EXPORTS
 from peft_vit.core.quantization import QuantizationFormat
 from peft_vit.core.records import Unlike
 from peft_vit.deploy import Classifier, ExportMetadata, open_exported, predict_files, writer_of
-from peft_vit.runs.measures.neighbours import neighbours_bytes, read_neighbours
+from peft_vit.runs.measures.neighbours import read_neighbours
 
 WITH_UNLIKE = CARD.model_copy(update={"unlike": Unlike(images=40, threshold=1.0)})
 
@@ -97,13 +97,6 @@ def test_predictions_say_whether_an_image_is_unlike_those_of_training(
     (prediction,) = predict_files(classifier, [np.zeros((8, 8, 3), np.uint8)])
     assert prediction.unlike is unlike  # type: ignore[union-attr]
     assert prediction.distance == pytest.approx(distance)  # type: ignore[union-attr]
-
-
-def test_features_come_back_from_their_file(tmp_path: Path) -> None:
-    known = Neighbours.of(np.random.default_rng(0).normal(size=(9, 4)))
-    (tmp_path / "features").write_bytes(neighbours_bytes(known))
-    again = read_neighbours(tmp_path / "features")
-    assert all(np.array_equal(getattr(again, part), getattr(known, part)) for part in ("mean", "spread", "codes"))
 
 
 _PARTS = {"mean": np.zeros(4, np.float32), "spread": np.ones(4, np.float32), "codes": np.zeros((2, 4), np.int8)}

@@ -18,8 +18,8 @@ from peft_vit.base.errors import UserError
 from peft_vit.core.adapters import adapted_modules, attach_adapters
 from peft_vit.core.backbones import find_sites
 from peft_vit.core.quantization import QuantizationFormat, code_values, quantize
-from peft_vit.deploy import ExportMetadata, load_low_bit, merge, save_low_bit
-from peft_vit.deploy.formats.header import HEADER, read_json
+from peft_vit.deploy import load_low_bit, merge, save_low_bit
+from peft_vit.deploy.formats.header import HEADER, Header
 from peft_vit.deploy.formats.torch_files import LowBitHeader
 
 GROUPED = [QuantizationFormat(kind, 16, True, torch.float16) for kind in ("int2", "int4", "int8", "nf4", "fp4", "int3")]
@@ -166,8 +166,8 @@ def test_tensors_that_a_model_could_not_compute_with_are_refused(tmp_path, spoil
 def test_a_card_that_would_fill_the_memory_or_make_no_sense(tmp_path, field, value) -> None:
     data = {**CARD.model_dump(mode="json"), field: value}
     with pytest.raises(UserError) as refused:
-        read_json(ExportMetadata, json.dumps(data), tmp_path / "peft_vit.json")
-    assert refused.value.field.split(".")[0] == field
+        Header.read(json.dumps({"card": data}), tmp_path / "peft_vit.json", "safetensors")
+    assert refused.value.field.split(".")[1] == field
 
 
 @pytest.mark.parametrize(

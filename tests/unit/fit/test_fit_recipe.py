@@ -11,7 +11,7 @@ from peft_vit.core.backbones import Architecture, describe
 from peft_vit.core.backbones.catalog import create_model
 from peft_vit.core.config import BackboneConfig, ExperimentConfig
 from peft_vit.core.methods import METHODS, PrepareContext
-from peft_vit.deploy.post_training import round_weights
+from peft_vit.deploy.export import round_weights
 from peft_vit.fit.recipe import GRAPH_BYTES, ROUNDED, Recipe, lora, rate_of
 
 CLASSES, STEPS = 5, 48

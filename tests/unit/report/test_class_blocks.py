@@ -9,7 +9,7 @@ from matplotlib import font_manager
 from peft_vit.base.statistics import proportion_interval
 from peft_vit.deploy.page.class_blocks import class_blocks, confusion_figure, fonts_for, shorten
 from peft_vit.deploy.page.document import Table
-from peft_vit.deploy.page.model_quality import ClassResult, ModelQuality
+from peft_vit.deploy.page.quality import ClassResult, ModelQuality
 
 
 @pytest.mark.parametrize(

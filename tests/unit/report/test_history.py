@@ -9,7 +9,6 @@ import planted
 import pytest
 
 from peft_vit.base.errors import UserError
-from peft_vit.cli import main
 from peft_vit.core.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows
 from peft_vit.lab.analysis.layers import allocations, importance_patterns
 from peft_vit.lab.analysis.studies import load_studies
@@ -128,13 +127,3 @@ def test_what_keeps_a_file_from_being_written_is_one_line(
     with pytest.raises(UserError, match=named):
         export_history(results / source, tmp_path / file)
     assert not (tmp_path / file).is_file()
-
-
-def test_the_command(results: Path, tmp_path: Path, capsys) -> None:
-    for name, code in (("history.csv", 0), ("history", 2)):
-        with pytest.raises(SystemExit) as stop:
-            main(["export", str(results), "--format", "history", "--output", str(tmp_path / name)])
-        assert stop.value.code == code
-    printed = capsys.readouterr()
-    assert printed.out == f"{len(history_table(results))} rows: {tmp_path / 'history.csv'}\n"
-    assert printed.err.count("\n") == 1

@@ -17,7 +17,7 @@ from PIL import Image
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import HeadFit, Predictions, ProbeTest, RunRecord
-from peft_vit.deploy.page.trained import result_lines
+from peft_vit.deploy.page.quality import result_lines
 from peft_vit.deploy.presentation import Explanation
 from peft_vit.lab.report import build_report
 

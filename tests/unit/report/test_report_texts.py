@@ -9,10 +9,9 @@ from rich.console import Console
 
 from peft_vit.base.statistics import mean_interval
 from peft_vit.deploy.page.document import Paragraph, Table
+from peft_vit.deploy.page.files import escaped, soft
 from peft_vit.deploy.page.formatting import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
-from peft_vit.deploy.page.html import soft
 from peft_vit.deploy.page.lines import smoothed
-from peft_vit.deploy.page.markdown import escaped
 from peft_vit.deploy.page.printed import print_blocks
 from peft_vit.lab.report.build import slug_of
 

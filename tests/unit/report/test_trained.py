@@ -10,8 +10,8 @@ import pytest
 from peft_vit.base.statistics import Interval
 from peft_vit.core.records import Metrics, Predictions, ProbeTest
 from peft_vit.core.tasks import metric_of
-from peft_vit.deploy.page import trained
-from peft_vit.deploy.page.trained import result_lines, untested
+from peft_vit.deploy.page import quality
+from peft_vit.deploy.page.quality import result_lines, untested
 
 LORA = planted.experiments()["lora_r8"]
 N = 100
@@ -92,6 +92,6 @@ def test_training_is_held_against_the_probe_on_the_same_images(wrong, probe_wron
 def test_what_resamples_of_test_images_can_not_tell_is_not_claimed(monkeypatch) -> None:
     agree = Interval(0.0, None, None, N, 0.95, reason="all resamples agree")
     metric = replace(metric_of(planted.record(LORA, 0, 0.8).spec), gain=lambda *_: agree)
-    monkeypatch.setattr(trained, "metric_of", lambda _: metric)
+    monkeypatch.setattr(quality, "metric_of", lambda _: metric)
     _, _, gain, *_ = lines_of(10, range(10))
     assert gain == "100 test images can't tell what training gained on it: all resamples agree."

@@ -17,8 +17,7 @@ from peft_vit.core.quantization import QuantizationFormat, quantize, quantize_wi
 from peft_vit.core.tasks import CLASSIFICATION
 from peft_vit.core.training.metrics import predict
 from peft_vit.deploy import load_low_bit, merge, open_exported
-from peft_vit.deploy.export import export_run_to_file
-from peft_vit.deploy.post_training import images_rounded_by, logits_by_type, round_weights
+from peft_vit.deploy.export import export_run_to_file, images_rounded_by, logits_by_type, round_weights
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.measures.held_out import PRIOR
 from peft_vit.runs.records.storage import run_folder

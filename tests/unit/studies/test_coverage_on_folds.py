@@ -12,7 +12,7 @@ from peft_vit.core.records import Calibrated, Decision
 from peft_vit.core.tasks import CLASSIFICATION, MULTILABEL, OF_FOLDS, REGRESSION
 from peft_vit.core.tasks.regression import half_widths
 from peft_vit.data import ImageIndex
-from peft_vit.deploy.presentation.of_numbers import Numbers
+from peft_vit.deploy.presentation import Numbers
 from peft_vit.fit.outcomes import Outcome, covered_on_folds, predictions_on
 
 pytestmark = pytest.mark.part("runner")

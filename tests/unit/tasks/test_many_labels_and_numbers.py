@@ -15,8 +15,7 @@ from peft_vit.core.records import Decision, Predictions
 from peft_vit.core.tasks import MULTILABEL, REGRESSION
 from peft_vit.core.tasks.multilabel import average_precision
 from peft_vit.core.tasks.regression import _spearman
-from peft_vit.deploy.presentation.of_labels import ManyLabels
-from peft_vit.deploy.presentation.of_numbers import Numbers
+from peft_vit.deploy.presentation import ManyLabels, Numbers
 
 pytestmark = pytest.mark.part("trainer")
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ UNSIGNED = "0" * 64  # instead of the hash while it is computed
 AGAIN = "export the run again"
 FloatArray: TypeAlias = NDArray[np.float32]
 _Positive = Annotated[float, Field(gt=0)]
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -106,7 +105,8 @@ class Header(Strict):
         """
         if text is None:
             raise UserError(f"was not written by `peft-vit export --format {name}`, or was cut off", file=file)
-        header = read_json(cls, text, file)
+        with checked(file, AGAIN):
+            header = cls.model_validate_json(text)
         header.card.check_meaning(file)
         return header
 
@@ -141,16 +141,6 @@ def _digest(content: Iterable[bytes | memoryview]) -> str:
     for part in content:
         digest.update(part)
     return digest.hexdigest()
-
-
-def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
-    """Return checked values out of JSON.
-
-    Raises:
-        UserError: with the first fault; names the file and the field.
-    """
-    with checked(file, AGAIN):
-        return kind.model_validate_json(text)
 
 
 def write_exported(file: Path, content: bytes) -> None:

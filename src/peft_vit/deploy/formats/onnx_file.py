@@ -55,17 +55,18 @@ from peft_vit.base.extras import require_extra
 from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import AdaptedLinear, adapted_modules
 from peft_vit.core.backbones import Backbone
-from peft_vit.core.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
+from peft_vit.core.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.core.quantization.integers import EXPORTED_MATMUL, LARGEST, Int8Weight
 from peft_vit.core.quantization.packing import field_bits
 from peft_vit.deploy.formats.header import HEADER, ExportMetadata, Header, write_exported
-from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_content
+from peft_vit.deploy.formats.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, onnx_content
 from peft_vit.deploy.formats.torch_files import check_merged
 from peft_vit.runs.measures.neighbours import WithDistance
 
 OnnxRuntime = Literal["small", "fast"]
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # powers of two that the low-bit operators' CPU kernels take
 _BNB4_TYPE = {"fp4": 0, "nf4": 1}
+_ZERO = 128  # what stands for 0 among the inputs' codes
 
 
 class OnnxLinear(nn.Module):
@@ -149,7 +150,9 @@ class ExpandedWeight(nn.Module):
             codes = (codes.int() - 128).to(torch.int8)
         elif kind.bits < 8:
             codes = pack_codes(codes, bits)  # (in, bytes)
-        self.table = nn.Buffer(byte_values(kind)) if kind.bits < 8 else None  # (256, codes a byte)
+        # What the codes in each of the 256 bytes mean before scale and offset.
+        in_bytes = (torch.arange(256).unsqueeze(1) >> bits * torch.arange(per_byte)) & (2**kind.bits - 1)
+        self.table = nn.Buffer(kind.values()[in_bytes]) if kind.bits < 8 else None  # (256, codes a byte)
         shape = (groups, -1, codes.shape[1])
         self.codes = nn.Buffer(codes.reshape(shape) if kind.bits < 8 else codes.reshape(*shape, 1))
         self.scales = nn.Buffer(_by_byte(weight.scales, per_byte))
@@ -163,14 +166,6 @@ class ExpandedWeight(nn.Module):
             weight = weight + self.offsets.float()
         weight = weight.reshape(self.in_features, -1)
         return weight if weight.shape[1] == self.out_features else weight[:, : self.out_features]
-
-
-def byte_values(kind: QuantizationFormat) -> Tensor:
-    """Return what the codes in each of the 256 bytes mean before scale and offset, (256, codes a byte), float32."""
-    bits = field_bits(kind.bits)
-    shifts = bits * torch.arange(8 // bits)
-    codes = (torch.arange(256).unsqueeze(1) >> shifts) & (2**kind.bits - 1)  # (256, codes a byte)
-    return kind.values()[codes]
 
 
 def _by_byte(numbers: Tensor, per_byte: int) -> Tensor:
@@ -210,7 +205,7 @@ class Int8Linear(nn.Module):
         self.scales = nn.Buffer(integers.scales)  # (out,)
         self.no_zeros = nn.Buffer(torch.zeros(layer.out_features, dtype=torch.int8))
         self.one = nn.Buffer(torch.ones(()))
-        self.zero = nn.Buffer(torch.tensor(ZERO, dtype=torch.uint8))
+        self.zero = nn.Buffer(torch.tensor(_ZERO, dtype=torch.uint8))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

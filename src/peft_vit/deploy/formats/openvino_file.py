@@ -125,6 +125,10 @@ def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, referenc
     """
     require_extra("openvino", "OpenVINO export")
     openvino = load_openvino()
+    from onnxscript.optimizer import fold_constants
+    from openvino import opset13
+    from openvino.frontend.onnx import ConversionExtension
+
     check_merged(model)
     packed = packed_weights(model)
     for name, weight in packed.items():
@@ -134,7 +138,19 @@ def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, referenc
                 "onnx or safetensors, or use nf4 or an int type",
                 field="quantization_type",
             )
-    network = _network(model, card.image_size, packed, reference)
+    layers = {name: layer for name, layer in adapted_modules(model) if name in packed}
+    places = {name: PackedPlace(layer, name) for name, layer in layers.items()}
+    proto = onnx_graph(model, card.image_size, places, reference)
+    # A position embedding that is resized (NaFlexViT's): OpenVINO would leave the antialiasing out.
+    fold_constants(proto, should_fold=lambda node: True if node.op_type == "Resize" else None)
+
+    def product(node: Any) -> Any:
+        weight = weight_node(packed[node.get_attribute("layer")])
+        return opset13.matmul(node.get_input(0), weight, False, True).outputs()
+
+    core = openvino.Core()
+    core.add_extension(ConversionExtension(OPERATOR, DOMAIN, product))
+    network = core.read_model(proto.SerializeToString(), b"")
     header = Header(card=card)
     network.set_rt_info(header.model_dump_json(), [HEADER])
     with tempfile.TemporaryDirectory() as folder:
@@ -145,26 +161,3 @@ def export_openvino(model: nn.Module, file: Path, card: ExportMetadata, referenc
     signed = description.replace(UNSIGNED.encode(), digest.encode(), 1)
     write_exported(file.with_suffix(".bin"), weights)
     write_exported(file, signed)
-
-
-def _network(
-    model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor], reference: Neighbours | None
-) -> Any:
-    """Return OpenVINO's model, packed layers by their own codes."""
-    openvino = load_openvino()
-    from onnxscript.optimizer import fold_constants
-    from openvino import opset13
-    from openvino.frontend.onnx import ConversionExtension
-
-    def product(node: Any) -> Any:
-        weight = weight_node(packed[node.get_attribute("layer")])
-        return opset13.matmul(node.get_input(0), weight, False, True).outputs()
-
-    layers = {name: layer for name, layer in adapted_modules(model) if name in packed}
-    places = {name: PackedPlace(layer, name) for name, layer in layers.items()}
-    proto = onnx_graph(model, image_size, places, reference)
-    # A position embedding that is resized (NaFlexViT's): OpenVINO would leave the antialiasing out.
-    fold_constants(proto, should_fold=lambda node: True if node.op_type == "Resize" else None)
-    core = openvino.Core()
-    core.add_extension(ConversionExtension(OPERATOR, DOMAIN, product))
-    return core.read_model(proto.SerializeToString(), b"")

@@ -89,7 +89,9 @@ class PackedAdapter:
             ranks=tuple(ranks),
         )
         tensors = pack_rows(factors, bits)
-        weight, bias = _head_of(backbone)
+        layers = linear_layers(backbone.head)
+        weight = torch.cat([layer.weight.detach() / len(layers) for layer in layers], dim=1)  # (classes, width)
+        bias = torch.stack([layer.bias.detach() for layer in layers]).mean(0)
         tensors |= {f"{_OF_HEAD}{name}": tensor for name, tensor in pack_rows([weight], head_bits).items()}
         tensors["head_bias"] = bias.half() if head_bits < 32 else bias
         return cls(*signed_tensors(header, tensors))
@@ -210,10 +212,3 @@ def _adapter_on(model: nn.Module, site: Site) -> tuple[SiteAdapter | None, slice
         if start <= first and last <= stop:
             return adapter, slice(first - start, last - start)
     return None, slice(0)
-
-
-def _head_of(backbone: Backbone) -> tuple[Tensor, Tensor]:
-    """Return weight (classes, width) and bias (classes,) of the head on all its features side by side."""
-    layers = linear_layers(backbone.head)
-    weight = torch.cat([layer.weight.detach() / len(layers) for layer in layers], dim=1)  # (classes, width)
-    return weight, torch.stack([layer.bias.detach() for layer in layers]).mean(0)

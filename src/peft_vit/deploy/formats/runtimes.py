@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import html
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,6 @@ from peft_vit.deploy.formats.header import AGAIN, HEADER, UNSIGNED, Classifier, 
 
 INPUT, OUTPUT, DISTANCE = "images", "logits", "distance"
 OPSET = 20
-ZERO = 128  # what stands for 0 among the inputs' codes
-LARGEST_CODE, LARGEST_WEIGHT = 127, 64  # of 8 and 7 bits, as in `quantization.integers`, which needs torch
-_CHECKED = 64  # rows, inputs and outputs of the product that is checked
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
@@ -59,12 +54,6 @@ def open_onnx(file: Path) -> Classifier:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no public class
         raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({one_line(error)})", file=file) from None
-    if header.card.integer_bits is not None and not exact_in_8_bits():
-        warnings.warn(
-            f"{file}: onnxruntime {onnxruntime.__version__} multiplies 8-bit integers wrongly on this processor, so "
-            "predictions can be wrong; export the run without --activations int8",
-            stacklevel=2,
-        )
     return _classifier(lambda names, images: session.run(names, {INPUT: images}), header.card, file)
 
 
@@ -87,38 +76,6 @@ def _classifier(
         return logits, distances
 
     return Classifier(lambda images: outputs([OUTPUT], images)[0], card, None if card.unlike is None else both)
-
-
-@functools.cache
-def exact_in_8_bits() -> bool:
-    """Return whether onnxruntime multiplies the largest 8-bit integers of `Int8Linear` exactly on this processor."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    signs = np.ones((_CHECKED, _CHECKED), np.int8)
-    signs[1::4], signs[2::4, ::2], signs[3::4, ::3] = -1, -1, -1
-    inputs, codes = signs.astype(int) * LARGEST_CODE, signs[:, ::-1] * np.int8(LARGEST_WEIGHT)  # (N, in), (in, out)
-    constants = {
-        "codes": codes,
-        "one": np.float32(1),
-        "ones": np.ones(_CHECKED, np.float32),
-        "zero": np.uint8(ZERO),
-        "no_zeros": np.zeros(_CHECKED, np.int8),
-    }
-    graph = helper.make_graph(
-        [helper.make_node("MatMulIntegerToFloat", ["inputs", *constants], ["sums"], domain="com.microsoft")],
-        "largest",
-        [helper.make_tensor_value_info("inputs", TensorProto.UINT8, [None, _CHECKED])],
-        [helper.make_tensor_value_info("sums", TensorProto.FLOAT, [None, _CHECKED])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    content = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    stored = (inputs + ZERO).astype(np.uint8)
-    # A single row has a kernel of its own.
-    sums = [session.run(None, {"inputs": rows})[0] for rows in (stored, *np.split(stored, _CHECKED))]
-    return np.array_equal(np.concatenate(sums), np.tile(inputs @ codes.astype(int), (2, 1)))
 
 
 def _names_other_files(message: Any) -> bool:

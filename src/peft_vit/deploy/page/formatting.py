@@ -37,9 +37,9 @@ def fixed(value: float, decimals: int = 2) -> str:
     return text.replace("-", _MINUS)
 
 
-def signed(value: float, decimals: int = 1) -> str:
-    """Return a difference with its sign."""
-    text = fixed(value, decimals)
+def signed(value: float) -> str:
+    """Return a difference with its sign, and one decimal."""
+    text = fixed(value, 1)
     return text if text.startswith(_MINUS) or float(text) == 0 else f"+{text}"
 
 

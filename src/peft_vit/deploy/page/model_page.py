@@ -24,18 +24,21 @@ from peft_vit.deploy.page.class_blocks import (
     map_blocks,
     mistakes_block,
 )
-from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument
+from peft_vit.deploy.page.document import Block, Card, Facts, Paragraph, StudyDocument, table
+from peft_vit.deploy.page.files import escaped, section_parts, summary_parts
 from peft_vit.deploy.page.formatting import bounds_of, count, fixed, joined, megabytes, percent, plain, value_of
 from peft_vit.deploy.page.lines import draw_reliability, learning_curves
-from peft_vit.deploy.page.markdown import escaped, section_parts, summary_parts
-from peft_vit.deploy.page.model_quality import ImagesTest, ModelQuality, constant_on, doubted_labels, model_quality
 from peft_vit.deploy.page.output_blocks import coverage_table, output_blocks, shown_blocks
 from peft_vit.deploy.page.provenance import caveats, images_name, run_provenance, settings
-from peft_vit.deploy.page.tables import table
-from peft_vit.deploy.page.trained import (
+from peft_vit.deploy.page.quality import (
+    ImagesTest,
+    ModelQuality,
     beside_the_probe,
     best_known,
+    constant_on,
+    doubted_labels,
     later_lines,
+    model_quality,
     most_frequent_mistake,
     test_score,
     untested,
@@ -122,7 +125,11 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None, maps
         came_out=tuple(_answer(summary)),
         commands=tuple((what, plain(command)) for what, command in summary.commands.items()),
         sections=sections,
-        not_shown=tuple(_limits(record)),
+        not_shown=(
+            "Images of another kind, camera or time than these: try the model on some of them before you rely on it.",
+            "What another seed or another split of the images would change: this is one run.",
+            *caveats([record]),
+        ),
         runs=(run_provenance(record),),
         kind="model",
         web=summary.web,
@@ -249,7 +256,10 @@ def _alerts(summary: ModelSummary) -> Iterator[str]:
 def _cards(summary: ModelSummary) -> Iterator[Card]:
     record = summary.record
     yield accuracy_card(summary)
-    yield from _probe_card(summary)
+    metric, probe_test = summary.metric, record.probe_test
+    if probe_test is not None:
+        of_probe = value_of(metric, metric.of(probe_test.metrics))
+        yield Card("Linear probe", "without fine-tuning", of_probe, ("on the same test images",))
     if record.bytes is not None:
         trained = f"{megabytes(record.bytes.adapter_file_bytes)} were trained"
         yield Card("Size", "backbone and what was trained", megabytes(record.bytes.stored_bytes), (trained,))
@@ -281,14 +291,6 @@ def labels_card(record: RunRecord) -> Card:
     return Card("Labels used", f"training images of {what}", count(sizes["train"]), more)
 
 
-def _probe_card(summary: ModelSummary) -> Iterator[Card]:
-    """Yield the linear probe that training started from, where it was tested."""
-    test, metric = summary.record.probe_test, summary.metric
-    if test is not None:
-        value = value_of(metric, metric.of(test.metrics))
-        yield Card("Linear probe", "without fine-tuning", value, ("on the same test images",))
-
-
 def _answer(summary: ModelSummary) -> Iterator[str]:
     quality, n, metric = summary.quality, summary.value.n, summary.metric
     if summary.said:
@@ -312,6 +314,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
 
 
 def _reliability(record: RunRecord | ImagesTest, quality: ModelQuality) -> Iterator[Block]:
+    """Yield whether probabilities hold, what was done so that they do, and how often sets hold the class."""
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     bins, verdict = quality.reliability(), "so its probabilities hold"
@@ -327,12 +330,7 @@ def _reliability(record: RunRecord | ImagesTest, quality: ModelQuality) -> Itera
             "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
         )
         yield draw_reliability(bins, caption)
-    yield from _calibration(record, quality.accuracy.n)
-
-
-def _calibration(record: RunRecord | ImagesTest, n: int) -> Iterator[Block]:
-    """Yield what was done so that probabilities hold, and how often prediction sets of n test images hold the class."""
-    calibrated, tested = record.calibrated, record.tested_calibration
+    n, calibrated, tested = quality.accuracy.n, record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
         return
     by = "as usual at the accuracy that is expected; there was no time for models that leave images out"
@@ -413,9 +411,3 @@ def _made(summary: ModelSummary) -> Iterator[tuple[str, str]]:
     if spec.multiplies_integers:
         integers = ", int8 forward pass" if record.is_measured_in_integers else ", frozen layers trained in int8"
     yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}{integers}"
-
-
-def _limits(record: RunRecord) -> Iterator[str]:
-    yield "Images of another kind, camera or time than these: try the model on some of them before you rely on it."
-    yield "What another seed or another split of the images would change: this is one run."
-    yield from caveats([record])

@@ -12,11 +12,10 @@ from peft_vit.core.records import RunRecord
 from peft_vit.core.tasks import TASKS, rows_of, thresholds_of
 from peft_vit.core.tasks.metric import Floats, Labels
 from peft_vit.deploy.page.class_blocks import Pictures, draw_matrix, gallery
-from peft_vit.deploy.page.document import Block, Drawing, Gallery, Raw, Table
+from peft_vit.deploy.page.document import Block, Column, Drawing, Gallery, Raw, Table, table
 from peft_vit.deploy.page.figure import DASHED, LINE_COLORS, MUTED, Canvas, draw, quiet_grid
 from peft_vit.deploy.page.formatting import count, or_dash, percent, plain
-from peft_vit.deploy.page.model_quality import ImagesTest
-from peft_vit.deploy.page.tables import Column, table
+from peft_vit.deploy.page.quality import ImagesTest
 from peft_vit.deploy.presentation import PRESENTED, Counts, Errors, LabelledOutputs
 
 _PANELS = 4  # numbers that are drawn

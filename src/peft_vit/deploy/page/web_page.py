@@ -20,7 +20,7 @@ import tarfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
@@ -32,7 +32,7 @@ from peft_vit.base.files import read_bytes, whole_folder, write_atomically
 from peft_vit.base.packages import ONNXRUNTIME_WEB, fetch_npm
 from peft_vit.core.tasks import TASKS
 from peft_vit.data.pixels import LETTERBOX_COLOUR
-from peft_vit.deploy.page.html import as_json, rendered, script_hash
+from peft_vit.deploy.page.files import as_json, rendered, script_hash
 from peft_vit.deploy.presentation import PRESENTED
 
 if TYPE_CHECKING:
@@ -96,7 +96,27 @@ def write_web_page(output: Path, model: bytes, card: ExportMetadata, runtime: Ma
     parts = {MODEL_FILE: _script({"model.onnx": model})}
     if runtime is not None:
         parts[RUNTIME_FILE] = _script(runtime)
-    facts = _facts(card, None if runtime else _COPY)
+    coverage = None
+    with suppress(UserError):  # it has no sets of this coverage
+        if card.meaning is not None:
+            card.meaning.threshold(COVERAGE)
+            coverage = COVERAGE
+    facts = {
+        **PRESENTED[card.task].for_browser(card.meaning, coverage),
+        "run": card.run,
+        "model": card.model,
+        "classes": card.class_names,
+        "size": card.image_size,
+        "channels": card.channels,
+        "interpolation": card.interpolation,
+        "resize": card.resize or "squash",
+        "ground": np.ravel(ImageColor.getcolor(LETTERBOX_COLOUR, "L" if card.channels == 1 else "RGB")).tolist(),
+        "pillow": int(PIL.__version__.partition(".")[0]),  # whose pixels the page's are, to the bit
+        "mean": card.mean,
+        "std": card.std,
+        "unlike": None if card.unlike is None else card.unlike.threshold,
+        "runtime": {"url": None if runtime else _COPY, "files": _RUNTIME},
+    }
     text = rendered(
         "web.html.j2",
         "web.js",
@@ -125,28 +145,3 @@ def _script(files: Mapping[str, bytes]) -> str:
     """Return a script that hands over files by their names."""
     packed = {name: base64.b64encode(gzip.compress(content, mtime=0)).decode() for name, content in files.items()}
     return f"self.peftVit = {{ ...self.peftVit, ...{json.dumps(packed)} }};\n"
-
-
-def _facts(card: ExportMetadata, runtime_url: str | None) -> dict[str, Any]:
-    """Return what the page's script has to know."""
-    meaning, coverage = card.meaning, None
-    if meaning is not None:
-        with suppress(UserError):  # it has none of this coverage
-            meaning.threshold(COVERAGE)
-            coverage = COVERAGE
-    return {
-        **PRESENTED[card.task].for_browser(meaning, coverage),
-        "run": card.run,
-        "model": card.model,
-        "classes": card.class_names,
-        "size": card.image_size,
-        "channels": card.channels,
-        "interpolation": card.interpolation,
-        "resize": card.resize or "squash",
-        "ground": np.ravel(ImageColor.getcolor(LETTERBOX_COLOUR, "L" if card.channels == 1 else "RGB")).tolist(),
-        "pillow": int(PIL.__version__.partition(".")[0]),  # whose pixels the page's are, to the bit
-        "mean": card.mean,
-        "std": card.std,
-        "unlike": None if card.unlike is None else card.unlike.threshold,
-        "runtime": {"url": runtime_url, "files": _RUNTIME},
-    }

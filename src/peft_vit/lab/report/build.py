@@ -15,12 +15,11 @@ from peft_vit.base.console import quoted
 from peft_vit.core.records import RunRecord
 from peft_vit.deploy.page.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.deploy.page.figure import leading
-from peft_vit.deploy.page.files import WrittenFiles, write_report
+from peft_vit.deploy.page.files import WrittenFiles, write_markdown, write_report
 from peft_vit.deploy.page.formatting import megabytes, plain
-from peft_vit.deploy.page.markdown import write_markdown
 from peft_vit.deploy.page.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
-from peft_vit.deploy.page.model_quality import model_quality
 from peft_vit.deploy.page.provenance import images_name
+from peft_vit.deploy.page.quality import model_quality
 from peft_vit.deploy.page.web_page import PAGE_FILE
 from peft_vit.lab.analysis import Analysis, Results, analyze, read_results
 from peft_vit.lab.analysis.comparison import validation_means

@@ -7,9 +7,8 @@ from functools import partial
 from typing import Any
 
 from peft_vit.base.statistics.estimates import describe_test, recorded_interval, recorded_mean
-from peft_vit.deploy.page.document import Raw
+from peft_vit.deploy.page.document import Column, Raw, own_interval_columns
 from peft_vit.deploy.page.formatting import number_interval
-from peft_vit.deploy.page.tables import Column, own_interval_columns
 from peft_vit.lab.analysis import Estimate, Run
 
 OTHER_SEEDS = "what other seeds would change, on the same test images unless each seed has its own"

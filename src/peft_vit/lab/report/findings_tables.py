@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_vit.deploy.page.document import Table
+from peft_vit.deploy.page.document import Column, Table, only_in_file, table
 from peft_vit.deploy.page.formatting import number_interval, plain, points_interval
-from peft_vit.deploy.page.tables import Column, only_in_file, table
 from peft_vit.lab.analysis.findings import Finding
 from peft_vit.lab.report.columns import OVER_SEEDS
 

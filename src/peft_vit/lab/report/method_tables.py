@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from peft_vit.core.tasks import Scores
-from peft_vit.deploy.page.document import Table
+from peft_vit.deploy.page.document import Column, Table, interval_columns, only_in_file, table
 from peft_vit.deploy.page.formatting import (
     better_above,
     better_question,
@@ -20,7 +20,6 @@ from peft_vit.deploy.page.formatting import (
     score_interval,
     score_of,
 )
-from peft_vit.deploy.page.tables import Column, interval_columns, only_in_file, table
 from peft_vit.lab.analysis import Allocation, Estimate, MethodResult
 from peft_vit.lab.analysis.comparison import SAME_SIZE
 from peft_vit.lab.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step

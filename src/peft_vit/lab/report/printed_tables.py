@@ -13,7 +13,7 @@ from peft_vit.base.statistics import Verdict
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import ALPHA, Estimate, describe_test, join_notes
 from peft_vit.core.records import BenchRow
-from peft_vit.deploy.page.document import Paragraph, Raw, Table
+from peft_vit.deploy.page.document import Column, Paragraph, Raw, Table, interval_columns, own_interval_columns, table
 from peft_vit.deploy.page.formatting import (
     better_above,
     better_question,
@@ -28,7 +28,6 @@ from peft_vit.deploy.page.formatting import (
     score_of,
 )
 from peft_vit.deploy.page.printed import print_blocks, print_with_rows
-from peft_vit.deploy.page.tables import Column, interval_columns, own_interval_columns, table
 from peft_vit.lab.analysis.across import Across
 from peft_vit.lab.analysis.frame import Cost, Row
 from peft_vit.lab.analysis.recommendation import Recommendation, needed_pairs

@@ -11,9 +11,8 @@ import numpy as np
 from peft_vit.base.statistics import mean_interval
 from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import describe_test
-from peft_vit.deploy.page.document import Table
+from peft_vit.deploy.page.document import Column, Table, csv_rows, interval_columns, table
 from peft_vit.deploy.page.formatting import fixed, megabytes, percent_interval, points_interval
-from peft_vit.deploy.page.tables import Column, csv_rows, interval_columns, table
 from peft_vit.lab.analysis import QuantizationImpact, Run
 from peft_vit.lab.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, layers_bits
 from peft_vit.lab.report.columns import EXPERIMENT, FAMILY_NOTE, OVER_SEEDS, comparison_values, mean_of, to_thousandths

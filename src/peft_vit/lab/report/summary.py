@@ -11,7 +11,7 @@ from peft_vit.base.statistics.estimates import ALPHA
 from peft_vit.core.config import METHOD_KINDS, StudyConfig
 from peft_vit.core.records import RunSpec
 from peft_vit.core.tasks import Scores
-from peft_vit.deploy.page.document import Block, Card, Paragraph, RunDetails, Table
+from peft_vit.deploy.page.document import Block, Card, Paragraph, RunDetails, Table, table
 from peft_vit.deploy.page.formatting import (
     bounds_in_percent,
     count,
@@ -26,7 +26,6 @@ from peft_vit.deploy.page.formatting import (
     score_of,
 )
 from peft_vit.deploy.page.provenance import _distinct, caveats, run_provenance, settings
-from peft_vit.deploy.page.tables import table
 from peft_vit.lab.analysis import Analysis, Estimate, MethodResult, Study
 from peft_vit.lab.analysis.comparison import validation_means
 from peft_vit.lab.analysis.studies import seeds_in_words, why_unfinished
