@@ -160,10 +160,9 @@ def _rows_of(file: Path, task: TaskName) -> Iterator[tuple[str, Row]]:
             raise UserError("holds several labels an image; see --task multilabel", file=where)
         if task == "regression" and cell and not is_number(cell):
             raise UserError(f"expected a number such as 12.5, got {cell!r}", file=where)
-        labels = tuple(filter(None, cell.split("|"))) if task == "multilabel" else (cell,) if cell else ()
-        comment = cells.get("comment", "")
-        comment = comment[1:] if comment.startswith("'") else comment
-        name, row = name_of(cells["path"], file.parent), Row(labels, split, comment)  # type: ignore[arg-type]
+        labels = tuple(filter(None, cell.split("|") if task == "multilabel" else [cell]))
+        row = Row(labels, split, cells.get("comment", "").removeprefix("'"))  # type: ignore[arg-type]
+        name = name_of(cells["path"], file.parent)
         if seen.setdefault(name, row) != row:
             raise UserError(f"{name} is there twice; keep one", file=where)
         yield name, row
