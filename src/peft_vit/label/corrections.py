@@ -101,24 +101,17 @@ class Corrections:
             line, last = max(self.standing().items(), default=(0, None))
             if last is None:
                 raise UserError("holds nothing to undo", file=self.root / CORRECTIONS_FILE)
-            labels = {}  # of files with its content, up to the one that has what was said
-            for name in (last.renamed, *files_below(self.root)):
-                if self._is(name, last.sha256):
-                    labels[name] = self._label(name)
-                    if labels[name] == last.after:
-                        break
             taken_back = last.model_copy(update={"undoes": line, "before": last.after, "after": last.before})
-            if last.after not in labels.values():
-                state = f"is '{next(iter(labels.values()))}' by now" if labels else "is gone"
-                self._add(taken_back)
-                raise ConflictError(
-                    f"{state}, so '{last.after}' can't be undone; what came before can", file=last.renamed
-                )
-            to = last.name if name == last.renamed else None
-            return self._change(taken_back.model_copy(update={"name": name, "renamed": name}), to)
-
-    def _is(self, name: str, sha256: str) -> bool:
-        return is_image(name) and (self.root / name).is_file() and sha256_of(self.root / name) == sha256
+            state = "is gone"
+            for name in (last.renamed, *files_below(self.root)):
+                file = self.root / name
+                if is_image(name) and file.is_file() and sha256_of(file) == last.sha256:
+                    if (label := self._label(name)) == last.after:
+                        to = last.name if name == last.renamed else None
+                        return self._change(taken_back.model_copy(update={"name": name, "renamed": name}), to)
+                    state = f"is '{label}' by now"
+            self._add(taken_back)
+            raise ConflictError(f"{state}, so '{last.after}' can't be undone; what came before can", file=last.renamed)
 
     def _label(self, name: str) -> str | None:
         """Return the label of an image; None: it has none, or is gone."""
@@ -254,8 +247,7 @@ class Checking:
     def refuse(self, ids: Sequence[int]) -> None:
         """Show an image later."""
         with self._lock:
-            later = [doubt for doubt in self._queue if self.images.number[doubt.name] in ids]
-            self._queue = [doubt for doubt in self._queue if doubt not in later] + later
+            self._queue.sort(key=lambda doubt: self.images.number[doubt.name] in ids)
 
     def undo(self) -> None:
         """Take back what was said last, also before this page was started, and show its image; see `Corrections`."""

@@ -78,8 +78,14 @@ class FolderFeatures:
     def __init__(self, images: ImageFolder, model: Path | None = None) -> None:
         self._images = images
         trained = "" if model is None else str(model.resolve())
-        depends_on = {"folder": str(images.root.resolve()), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
-        self._place = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
+        depends_on = {
+            "folder": str(images.root),
+            "model": trained or DEFAULT_MODEL,
+            "image_size": _SIZE,
+            "pixels": FORMAT_VERSION,
+            "pillow": decoders(),
+        }
+        self._place = cache_file("labelling", depends_on, "npy")
         self._errors = tempfile.TemporaryFile("w+", encoding="locale")  # noqa: SIM115 - as long as the process
         command = [sys.executable, "-m", __name__, str(images.root), str(self._place), str(os.getpid()), trained]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._errors)
