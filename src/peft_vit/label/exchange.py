@@ -14,10 +14,11 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import into_empty, read_bytes, write_whole
+from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE, find_images, split_of
 from peft_vit.data.sources.tables import TABLES
 from peft_vit.label.images import ImageFolder
-from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name, is_number
+from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name
 
 _UPLOADED = re.compile("^[0-9a-f]{8}-")  # how Label Studio calls a file that was uploaded
 _LOCAL = "/data/local-files/?d="
@@ -157,7 +158,7 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
         name = _name_at(address, images, only)
         if name is None or name in store.rows or labels is None or (store.task != "multilabel" and len(labels) != 1):
             continue
-        if store.task == "regression" and not is_number(labels[0]):
+        if store.task == "regression" and TASKS["regression"].fault({"value": labels[0]}):
             continue
         kept = labels if store.task == "regression" else [class_name(label, classes) for label in labels]
         classes += [label for label in kept if label not in classes]

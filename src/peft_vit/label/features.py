@@ -55,7 +55,9 @@ def read_records(file: Path, digests: Sequence[str]) -> tuple[NDArray[np.int64],
     """Return which of N images a file has looked at, (M,), and its records of them, (M,)."""
     records = np.empty(0, record_type())
     with suppress(FileNotFoundError), file.open("rb") as opened:
-        records = np.fromfile(opened, _dtype(opened))  # whole ones
+        dtype, start = _dtype(opened), opened.tell()
+        whole = (os.fstat(opened.fileno()).st_size - start) // dtype.itemsize
+        records = np.memmap(opened, dtype, "r", start, whole)
     place_of = {digest: place for place, digest in enumerate(records["digest"].tolist())}
     places = np.array([place_of.get(digest.encode(), -1) for digest in digests], np.int64)  # (N,)
     return np.flatnonzero(places >= 0), records[places[places >= 0]]

@@ -14,11 +14,12 @@ import numpy as np
 
 from peft_vit.base.console import quoted, some_of
 from peft_vit.base.errors import UserError, first_line
+from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FolderFeatures
 from peft_vit.label.images import LARGE, SMALL, TEST_SHARE, ImageFolder
-from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name, is_number
+from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
 from peft_vit.label.order import FEWEST_OF_CLASS, Accuracy, expected_accuracy, herding, propose, wall
 from peft_vit.label.training import Training
 
@@ -299,7 +300,7 @@ class Session:
             raise UserError(f"expected one, got {len(labels)}", field="label")
         if self.store.task == "regression":
             number = labels[0].strip().replace(",", ".")
-            if not is_number(number):
+            if TASKS["regression"].fault({"value": number}):
                 raise UserError(f"expected a number such as 12.5, got {number!r}", field="label")
             return (number,)
         return tuple(dict.fromkeys(class_name(label, self.classes) for label in labels))

@@ -1,5 +1,6 @@
 """The server refuses whoever is not the page that it opened; each line of its defence against a running application."""
 
+import json
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ pytest.importorskip("httpx")
 from starlette.testclient import TestClient
 
 from peft_vit.label.server import LabelServer, _Answer, _change, listen
+
+CAT = {"ids": [1], "labels": ["cat"]}
 
 
 @pytest.fixture
@@ -37,15 +40,12 @@ def client(server) -> TestClient:
     return client
 
 
-def sent(client: TestClient, path: str = "/label", answer: Any = None, **headers: str | None) -> Any:
+def sent(client: TestClient, path: str = "/label", answer: Any = CAT, **headers: str | None) -> Any:
     """Post as the page does, but for some headers."""
     token = client.get("/state").json()["token"]
     usual = {"origin": str(client.base_url).rstrip("/"), "x-token": token, "content-type": "application/json"}
     given = {name: value for name, value in {**usual, **headers}.items() if value is not None}
-    content = {"ids": [1], "labels": ["cat"]} if answer is None else answer
-    if isinstance(content, bytes):
-        return client.post(path, content=content, headers=given)
-    return client.post(path, json=content, headers=given)
+    return client.post(path, content=answer if isinstance(answer, bytes) else json.dumps(answer), headers=given)
 
 
 def test_an_answer_is_on_disk_when_it_is_told(client, tmp_path) -> None:
@@ -119,12 +119,12 @@ def test_nothing_is_trained_on_too_few_labels_or_where_labels_are_checked(comman
     [
         (b"x" * (64 * 1024 + 1), 413),
         (b"{", 422),
-        ({"ids": [99], "labels": ["cat"]}, 422),
-        ({"ids": [-1], "labels": ["cat"]}, 422),
-        ({"ids": ["../a"], "labels": ["cat"]}, 422),
-        ({"ids": [1], "labels": ["../up"]}, 422),
-        ({"ids": [1], "labels": ["cat"], "comment": "x" * 501}, 422),
-        ({"ids": [1], "labels": ["cat"], "path": "/etc/passwd"}, 422),
+        ({**CAT, "ids": [99]}, 422),
+        ({**CAT, "ids": [-1]}, 422),
+        ({**CAT, "ids": ["../a"]}, 422),
+        ({**CAT, "labels": ["../up"]}, 422),
+        ({**CAT, "comment": "x" * 501}, 422),
+        ({**CAT, "path": "/etc/passwd"}, 422),
     ],
 )
 def test_what_is_no_answer_is_refused(answer, status, client, tmp_path) -> None:
