@@ -112,10 +112,10 @@ def test_label_studio_gets_and_gives_the_same(task, tmp_path) -> None:
     split = {name: "test" if images.is_test(i) else "train" for i, name in enumerate(images.names)}
     store.change({name: Row(label, split[name]) for name in images.names[:3]}, {})
     to_label_studio(store, tmp_path / "tasks.json")
-    before = dict(store.rows)
-    store.change(dict.fromkeys(before), {})
-    assert from_label_studio(store, images, tmp_path / "tasks.json").startswith("3 labels taken, 0 left")
-    assert store.rows == before
+    before, kept = dict(store.rows), {images.names[0]: Row(label, "train", "mine")}
+    store.change({**dict.fromkeys(before), **kept}, {})
+    assert from_label_studio(store, images, tmp_path / "tasks.json").startswith("2 labels taken, 1 left")
+    assert store.rows == before | kept
 
 
 @pytest.mark.parametrize(
