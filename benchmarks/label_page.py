@@ -189,13 +189,7 @@ def main() -> None:
             page.locator("#computing").wait_for(state="hidden")
             print(f"all features after {monotonic() - begun:.0f} s")
             person.answer_until(wanted + options.more)
-        for computing, waits in person.waits.items():
-            if waits:
-                when = "while features are computed" if computing else "afterwards"
-                middle, most = np.median(waits), max(waits)
-                print(
-                    f"the next image after {middle:.2f} s (median), {most:.2f} at most, {when} ({len(waits)} answers)"
-                )
+        person.tell()
         print(f"memory: {memory.most / 1e6:,.0f} MB at most", flush=True)
         person.look("labelled")
         if options.train:

@@ -200,7 +200,8 @@ class _Pool:
         return True
 
     def read(self) -> Computed:
-        return Computed(self.features, np.arange(len(self.names)))
+        count = len(self.names)
+        return Computed(self.features, np.arange(count), np.empty((count, 0)), np.zeros(count))
 
 
 def by_hand(features: Features, labels: Labels, draw: int, fewest: int) -> Iterator[dict[str, object]]:

@@ -21,6 +21,9 @@ LEVEL_AA = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa")
 _RULES = (*LEVEL_AA, "best-practice")
 # A figure's own texts are drawn in --ink and --muted, on which axe can't decide; unit tests measure their contrast.
 _ON = {"exclude": [["figure svg > *"]]}
+# What still fades in, such as what a search has found, has less contrast than it will have.
+_AT_REST = """.drawing, .wide { content-visibility: visible !important }
+*, ::before, ::after { transition: none !important }"""
 
 
 @contextmanager
@@ -50,7 +53,7 @@ def axe_violations(page: Any, rules: Sequence[str] = _RULES) -> list[str]:
     """
     from axe_playwright_python.sync_playwright import Axe
 
-    page.add_style_tag(content=".drawing, .wide { content-visibility: visible !important }")
+    page.add_style_tag(content=_AT_REST)
     page.evaluate("document.querySelectorAll('details').forEach((fold) => (fold.open = true))")
     found = Axe().run(page, context=_ON, options={"runOnly": list(rules), "resultTypes": ["violations"]}).response
     assert len(found["passes"]) > 20  # rules that applied

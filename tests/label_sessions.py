@@ -24,7 +24,8 @@ class PixelFeatures:
     def read(self) -> Computed:
         names = self._images.names
         values = [np.asarray(Image.open(self._images.root / name).convert("L")).ravel() / 255 for name in names]
-        return Computed(np.array(values, dtype=np.float32), np.arange(len(names)))
+        count = len(names)
+        return Computed(np.array(values, np.float32), np.arange(count), np.empty((count, 0)), np.zeros(count))
 
 
 def write_digits(folder: Path, count: int, classes: int = 10) -> dict[str, str]:
@@ -38,6 +39,8 @@ def write_digits(folder: Path, count: int, classes: int = 10) -> dict[str, str]:
     return truth
 
 
-def session_of(folder: Path, task: TaskName = "classification", order: Order = "herding") -> Session:
+def session_of(folder: Path, digits: int = 0, task: TaskName = "classification", order: Order = "files") -> Session:
+    """Return a session of a folder, into which so many images of digits are written first."""
+    write_digits(folder, digits)
     images = ImageFolder(folder)
     return Session(LabelStore(folder, task), images, PixelFeatures(images), order)  # type: ignore[arg-type]

@@ -16,22 +16,25 @@ from peft_vit.data.sources.folders import find_images
 from peft_vit.label.corrections import Checking, Corrections, Doubt
 from peft_vit.label.images import ImageFolder
 from peft_vit.label.labels import LabelStore, Row
-from peft_vit.label.session import Shown
+from peft_vit.label.session import Session, Shown
 
 pytest.importorskip("uvicorn")
-from peft_vit.label.server import LabelServer
+pytest.importorskip("playwright")
+from label_page import Person
+
+from peft_vit.label.server import LabelServer, listen
 
 pytestmark = [pytest.mark.slow, needs_chromium, pytest.mark.usefixtures("cache")]
 HOSTILE = "'<img src=x onerror=alert(1)>'"
 
 
 @contextmanager
-def serving(folder: Path, **options: Any) -> Iterator[LabelServer]:
-    """Serve a folder with a session that fits meanwhile."""
-    session, stop = session_of(folder, **options), threading.Event()
-    server = LabelServer(session, "127.0.0.1", 0)
-    for work in (server.serve, lambda: session.work(stop)):
-        threading.Thread(target=work, daemon=True).start()
+def serving(session: Session | Checking) -> Iterator[LabelServer]:
+    """Serve a session, which fits meanwhile."""
+    server, stop = LabelServer(session, listen()), threading.Event()
+    threading.Thread(target=server.serve, daemon=True).start()
+    if isinstance(session, Session):
+        threading.Thread(target=session.work, args=(stop,), daemon=True).start()
     yield server
     stop.set()
 
@@ -81,43 +84,23 @@ def look(page: Any, picture: Path) -> None:
 
 def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("peft_vit.label.order.FEWEST_OF_CLASS", 3)
-    images, pictures = tmp_path / "images", tmp_path / "pictures"
+    images, pictures, seen = tmp_path / "images", tmp_path / "pictures", []
     images.mkdir()
     truth = write_digits(images, 120, classes=4)
-    by_hand, seen = 0, set()
-    with serving(images) as server, opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
-        while (question := page.inner_text("#question")) != "All images are labelled.":
-            done = int(page.inner_text("#counted").split()[0])
-            kind = "wall" if page.is_visible("#wall") else "proposed" if page.is_visible("#take") else "image"
-            if kind not in seen and done >= 3:
-                look(viewer, pictures / kind)
-                seen.add(kind)
-            by_hand += 1
-            if kind == "wall":
-                names = page.eval_on_selector_all("#wall img", "images => images.map(image => image.alt)")
-                said = question.removeprefix("All ").partition("?")[0]
-                wrong = [place for place, name in enumerate(names) if truth[name] != said]
-                for place in wrong:
-                    page.click(f"#wall button:nth-child({place + 1})")
-                by_hand += len(wrong)
-                press(page, "Enter", done + len(names) - len(wrong))
-                continue
-            says = truth[question]
-            if kind == "proposed" and says in page.inner_text("#take"):
-                press(page, "Enter", done + 1)
-            elif says in page.inner_text("#classes"):
-                names = page.eval_on_selector_all("#known option", "options => options.map(option => option.value)")
-                press(page, str(names.index(says) + 1), done + 1)
-            else:
-                if page.inner_text("#classes"):
-                    tap(page, "n")
-                page.locator("#main:not([aria-busy=true])").wait_for()
-                page.keyboard.type(says)
-                press(page, "Enter", done + 1)
+    session = session_of(images, order="herding")
+    with (
+        serving(session) as server,
+        opened(browser, server) as page,
+        opened(browser, server, bypass_csp=True) as viewer,
+    ):
+        person = Person(page, truth, None)
+        monkeypatch.setattr(person, "look", lambda kind: (seen.append(kind), look(viewer, pictures / kind)))
+        person.answer_until(120)
         look(viewer, pictures / "done")
+        assert page.inner_text("#question") == "All images are labelled."
         assert "Right on" in page.inner_text("#accuracy")
-    assert seen == {"image", "proposed", "wall"}
-    assert by_hand < 90  # keys and clicks
+    assert {*seen} == {"image", "proposed", "wall"}
+    assert person.by_hand < 95  # keys and clicks
     found = find_images(images / "labels.csv").files  # as `train` does
     assert found.classes == truth
     assert found.is_test is not None
@@ -125,8 +108,8 @@ def test_a_folder_is_labelled_by_keys_and_on_walls(browser, tmp_path, monkeypatc
 
 
 def test_back_skip_comment_unsure_and_hostile_names(browser, tmp_path) -> None:
-    write_digits(tmp_path, 12)
-    with serving(tmp_path) as server, opened(browser, server) as page, opened(browser, server) as other:
+    session = session_of(tmp_path, digits=12)
+    with serving(session) as server, opened(browser, server) as page, opened(browser, server) as other:
         first = page.inner_text("#question")
         tap(page, "Escape")  # out of the field, in which one types the first class
         tap(page, "s")
@@ -150,40 +133,19 @@ def test_back_skip_comment_unsure_and_hostile_names(browser, tmp_path) -> None:
         press(page, "Enter", 1)
         other.locator("#counted", has_text=re.compile("^1 of")).wait_for()  # without being asked
         assert "b &lt;b&gt;" in other.inner_text("#classes")
+        tap(page, "Escape")
+        tap(page, "z")  # which keeps it
+        page.locator("#take", has_text="keeps b &lt;b&gt;").wait_for()
+        assert page.inner_text("#skip") == "S label it later"
+        press(page, "1", 1)
+        page.locator("#question", has_not_text=second).wait_for()
     row = LabelStore(tmp_path).rows[second]
     assert (row.labels, row.comment) == (("b &lt;b&gt;",), HOSTILE)
 
 
-def test_back_keeps_the_label_until_another_is_given(browser, tmp_path) -> None:
-    write_digits(tmp_path, 12)
-    with serving(tmp_path, order="files") as server, opened(browser, server) as page:
-        names = []
-        for done, label in enumerate(("fruit", "unripe fruit", "stone"), start=1):  # u and s are letters, not keys
-            names.append(page.inner_text("#question"))
-            if done > 1:
-                tap(page, "n")
-            page.keyboard.type(label)
-            press(page, "Enter", done)
-        last = page.inner_text("#question")
-        for name in names[:0:-1]:
-            tap(page, "z")
-            page.locator("#question", has_text=name).wait_for()
-        assert page.inner_text("#take") == "Enter keeps unripe fruit"
-        assert page.inner_text("#skip") == "S label it later"
-        press(page, "1", 3)
-        page.locator("#question", has_text=last).wait_for()
-        tap(page, "z")
-        page.locator("#question", has_text=names[2]).wait_for()
-        press(page, "Enter", 3)
-        page.locator("#question", has_text=last).wait_for()
-    rows = LabelStore(tmp_path).rows
-    assert [rows[name].labels for name in names] == [("fruit",), ("fruit",), ("stone",)]
-
-
 def test_a_state_from_before_an_answer_is_not_shown_after_it(browser, tmp_path) -> None:
-    write_digits(tmp_path, 12)
     held = []
-    with serving(tmp_path, order="files") as server, opened(browser, server) as page:
+    with serving(session_of(tmp_path, digits=12)) as server, opened(browser, server) as page:
         first = page.inner_text("#question")
         page.route("**/state", lambda route: held.append((route, route.fetch())))
         page.locator("#counted").wait_for()
@@ -199,17 +161,15 @@ def test_a_state_from_before_an_answer_is_not_shown_after_it(browser, tmp_path) 
         assert page.inner_text("#question") == second
 
 
-def test_enter_takes_a_wall_whatever_is_open(browser, tmp_path) -> None:
-    write_digits(tmp_path, 30, classes=2)
+def test_enter_takes_a_wall_whatever_is_open(browser, tmp_path, monkeypatch) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
-    session = session_of(tmp_path, order="files")
+    session = session_of(tmp_path, digits=30)
     session.images.is_sound(session.images.number["broken.png"], 64)
     free = [i for i, name in enumerate(session.images.names) if not session.images.is_test(i) and name != "broken.png"]
     session.record(free[:2], ["a"])
     session._offered = Shown(tuple(free[2:8]), is_wall=True, proposed="a")
-    server = LabelServer(session, "127.0.0.1", 0)
-    threading.Thread(target=server.serve, daemon=True).start()
-    with opened(browser, server) as page:
+    monkeypatch.setattr(session, "fit", lambda: None)
+    with serving(session) as server, opened(browser, server) as page:
         page.click("#missing summary")
         assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
         press(page, "Enter", 8)
@@ -220,8 +180,7 @@ def test_enter_takes_a_wall_whatever_is_open(browser, tmp_path) -> None:
     [("multilabel", ["red", "blue", None], ("red", "blue")), ("regression", ["1.5", "2", "-3"], ("-3",))],
 )
 def test_several_labels_and_numbers(task, typed, kept, browser, tmp_path) -> None:
-    write_digits(tmp_path, 12)
-    with serving(tmp_path, task=task) as server, opened(browser, server) as page:
+    with serving(session_of(tmp_path, digits=12, task=task)) as server, opened(browser, server) as page:
         for done, text in enumerate(typed):
             name = page.inner_text("#question")
             if text is None:
@@ -242,7 +201,12 @@ def test_a_button_trains_and_the_page_says_what_it_says(browser, tmp_path, monke
     wait = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)\n"
     lines = f"print('epoch 1', flush=True)\n{wait}print('Model: <b>m</b>\\nPage: m/report.html')"
     monkeypatch.setattr("peft_vit.label.training._COMMAND", [sys.executable, "-c", lines])
-    with serving(images) as server, opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
+    session = session_of(images)
+    with (
+        serving(session) as server,
+        opened(browser, server) as page,
+        opened(browser, server, bypass_csp=True) as viewer,
+    ):
         page.click("#train")
         page.locator("#fault", has_text="needs 2 classes").wait_for()
         rows = {name: Row((label,), "train") for name, label in list(truth.items())[:10]}
@@ -278,13 +242,15 @@ def test_doubted_labels_are_kept_or_corrected_by_a_key_and_undone(browser, tmp_p
     ]
     folder, train = ImageFolder(images), f"peft-vit train {images}"
     checking = Checking(Corrections(find_images(images)), folder, doubts, ["0", "1"], train)
-    server = LabelServer(checking, "127.0.0.1", 0)
-    threading.Thread(target=server.serve, daemon=True).start()
 
     def then(page: Any, to_check: int) -> None:
         page.locator("#counted", has_text=re.compile(f"^{to_check} to check")).wait_for(timeout=20_000)
 
-    with opened(browser, server) as page, opened(browser, server, bypass_csp=True) as viewer:
+    with (
+        serving(checking) as server,
+        opened(browser, server) as page,
+        opened(browser, server, bypass_csp=True) as viewer,
+    ):
         look(viewer, tmp_path / "pictures" / "check")
         assert "'1' (97%)" in page.inner_text("#note")
         tap(page, "1")  # the class of that name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 
 import peft_vit
-from peft_vit.label.features import FeatureFile, compute_features
+from peft_vit.base.files import sha256_of
+from peft_vit.label.features import compute_features, read_records
 
 pytestmark = pytest.mark.usefixtures("cache")
 pytest.importorskip("starlette")
-LABEL = ("label", "new", "--no-browser", "--model")
 
 
 @pytest.fixture(autouse=True)
@@ -27,31 +26,25 @@ def here(images: Path, run_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_values_are_those_of_embed_and_predict(command) -> None:
-    names = [f"{number}.png" for number in range(3)]
-    compute_features(Path("new"), names, Path("features.npy"), os.getpid(), run=Path("run"))
-    file = FeatureFile(
-        Path("features.npy"), [hashlib.sha256(Path("new", name).read_bytes()).hexdigest() for name in names]
-    )
-    file.update()
+    files = [Path("new", f"{number}.png") for number in range(3)]
+    compute_features(Path("new"), Path("features.npy"), os.getpid(), run=Path("run"))
+    _, records = read_records(Path("features.npy"), [sha256_of(file) for file in files])
     command("embed", "new", "--model", "run", "--output", "x.npy")
     trained = peft_vit.load("run")
-    probabilities = trained.predict_proba([Path("new", name) for name in names])
-    expected = np.load("x.npy")
-    width = expected.shape[1]
-    assert file.values.shape == (3, width + 3 + 1)
-    np.testing.assert_allclose(file.values[:, :width], expected, atol=1e-4)
-    np.testing.assert_allclose(file.values[:, width:-1], probabilities, atol=1e-4)
-    distances = [said.distance or 0.0 for said in trained.predict([Path("new", name) for name in names])]
-    np.testing.assert_allclose(file.values[:, -1], distances, atol=1e-4)
+    distances = [said.distance or 0.0 for said in trained.predict(files)]
+    np.testing.assert_allclose(records["features"], np.load("x.npy"), atol=1e-4)
+    np.testing.assert_allclose(records["probabilities"], trained.predict_proba(files), atol=1e-4)
+    np.testing.assert_allclose(records["distance"], distances, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [(("nowhere",), "nowhere: --model: "), (("new",), "new: --model: "), (("run", "--task", "multilabel"), "run: ")],
+    [
+        (("--model", "nowhere"), "nowhere: --model: "),
+        (("--model", "new"), "new: --model: "),
+        (("--model", "run", "--task", "multilabel"), "run: "),
+        (("--order", "unlike"), "--order: "),
+    ],
 )
 def test_what_is_no_model_for_it_is_refused(refused, options, field) -> None:
-    assert field in refused(*LABEL, *options)
-
-
-def test_unlike_needs_a_model_that_can_tell(refused) -> None:
-    assert "--order: " in refused("label", "new", "--no-browser", "--order", "unlike")
+    assert field in refused("label", "new", "--no-browser", *options)

@@ -321,8 +321,10 @@ def review(request: ReviewRequest) -> None:
         print(f"All labels, in this order: {request.output / 'tables' / 'review_labels.csv'}")
     if request.page:
         from peft_vit.cli.label_command import serve_page
+        from peft_vit.label.server import LabelServer, listen
 
         doubts = [Doubt(**row) for row in reviewed.doubts]
         train = f"peft-vit train {quoted(request.images)}"
         names = reviewed.images.class_names
-        serve_page(Checking(corrections, ImageFolder(corrections.root), doubts, names, train))
+        checking = Checking(corrections, ImageFolder(corrections.root), doubts, names, train)
+        serve_page(LabelServer(checking, listen()))

@@ -19,10 +19,9 @@ from peft_vit.cli.app import command
 from peft_vit.core.config import TASKS_SAID, TaskName
 
 if TYPE_CHECKING:
-    from peft_vit.label.corrections import Checking
     from peft_vit.label.images import ImageFolder
     from peft_vit.label.labels import LabelStore
-    from peft_vit.label.session import Session
+    from peft_vit.label.server import LabelServer
 
 
 class LabelRequest(Request):
@@ -113,14 +112,17 @@ def label(request: LabelRequest) -> None:
 
 def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> None:
     from peft_vit.label.features import FolderFeatures
+    from peft_vit.label.server import LabelServer, listen
     from peft_vit.label.session import Session
 
-    classes = request.classes
-    features = FolderFeatures(images, request.model, len(classes))
-    session, stop = Session(store, images, features, request.order, classes), threading.Event()
+    listening = listen(request.host, request.port)
+    features = FolderFeatures(images, request.model)
+    session, stop = Session(store, images, features, request.order, request.classes), threading.Event()
     threading.Thread(target=session.work, args=(stop,), daemon=True).start()
+    if request.host not in ("127.0.0.1", "localhost"):
+        print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
     try:
-        serve_page(session, request.host, request.port, in_browser=not request.no_browser)
+        serve_page(LabelServer(session, listening), in_browser=not request.no_browser)
     finally:
         stop.set()
         features.stop()
@@ -130,20 +132,13 @@ def _serve(request: LabelRequest, store: LabelStore, images: ImageFolder) -> Non
         print(f"{len(store.rows):,} images: {store.file}\nTrain: peft-vit tune {quoted(store.file)}")
 
 
-def serve_page(session: Session | Checking, host: str = "127.0.0.1", port: int = 0, *, in_browser: bool = True) -> None:
-    """Print the address of a session's page, open a browser there, and answer until Ctrl-C.
+def serve_page(server: LabelServer, *, in_browser: bool = True) -> None:
+    """Print a page's address, open a browser there, and answer until Ctrl-C.
 
     Args:
-        session: that the page asks.
-        host: see `LabelRequest`.
-        port: likewise.
+        server: of the page.
         in_browser: whether a browser is opened.
     """
-    from peft_vit.label.server import LabelServer
-
-    server = LabelServer(session, host, port)
-    if host not in ("127.0.0.1", "localhost"):
-        print("The connection is plain http: all who can read your network see images and labels.", file=sys.stderr)
     print(f"Label at {server.address}", "Ctrl-C ends it.", sep="\n", flush=True)
     if in_browser:
         threading.Thread(target=_open, args=(server.address,), daemon=True).start()

@@ -21,7 +21,6 @@ from peft_vit.data.sources.folders import Images, is_image
 from peft_vit.data.sources.tables import relabelled, table_rows
 from peft_vit.label.images import LARGE, ImageFolder
 from peft_vit.label.labels import ConflictError, alone, name_of
-from peft_vit.label.session import Shown
 
 CORRECTIONS_FILE = "corrections.jsonl"
 _OF_TEST = "It tests, and was drawn at random: no model was asked."
@@ -102,24 +101,17 @@ class Corrections:
             line, last = max(self.standing().items(), default=(0, None))
             if last is None:
                 raise UserError("holds nothing to undo", file=self.root / CORRECTIONS_FILE)
-            labels = {}  # of files with its content, up to the one that has what was said
-            for name in (last.renamed, *files_below(self.root)):
-                if self._is(name, last.sha256):
-                    labels[name] = self._label(name)
-                    if labels[name] == last.after:
-                        break
             taken_back = last.model_copy(update={"undoes": line, "before": last.after, "after": last.before})
-            if last.after not in labels.values():
-                state = f"is '{next(iter(labels.values()))}' by now" if labels else "is gone"
-                self._add(taken_back)
-                raise ConflictError(
-                    f"{state}, so '{last.after}' can't be undone; what came before can", file=last.renamed
-                )
-            to = last.name if name == last.renamed else None
-            return self._change(taken_back.model_copy(update={"name": name, "renamed": name}), to)
-
-    def _is(self, name: str, sha256: str) -> bool:
-        return is_image(name) and (self.root / name).is_file() and sha256_of(self.root / name) == sha256
+            state = "is gone"
+            for name in (last.renamed, *files_below(self.root)):
+                file = self.root / name
+                if is_image(name) and file.is_file() and sha256_of(file) == last.sha256:
+                    if (label := self._label(name)) == last.after:
+                        to = last.name if name == last.renamed else None
+                        return self._change(taken_back.model_copy(update={"name": name, "renamed": name}), to)
+                    state = f"is '{label}' by now"
+            self._add(taken_back)
+            raise ConflictError(f"{state}, so '{last.after}' can't be undone; what came before can", file=last.renamed)
 
     def _label(self, name: str) -> str | None:
         """Return the label of an image; None: it has none, or is gone."""
@@ -137,14 +129,15 @@ class Corrections:
             self._add(answer)
         elif self._table is None:
             folders = name.split("/")
-            class_folder = "/".join(folders[: self._at + 1])
-            if sum(map(is_image, files_below(self.root / class_folder))) < 2:
+            if sum(map(is_image, files_below(self.root.joinpath(*folders[: self._at + 1])))) < 2:
                 reason = "is the last image of its class folder, which can't be empty; add one, or remove the class"
                 raise UserError(reason, file=name)
             folders[self._at] = answer.after
-            wanted = self.root / (to or "/".join(folders))
-            names = (wanted.with_stem(f"{wanted.stem}{end}") for end in ("", *(f"-{k}" for k in range(2, 10_000))))
-            target = next(file for file in names if not os.path.lexists(file))
+            target = wanted = self.root / (to or "/".join(folders))
+            number = 1
+            while os.path.lexists(target):
+                number += 1
+                target = wanted.with_stem(f"{wanted.stem}-{number}")
             make_folder(target.parent)
             answer = answer.model_copy(update={"renamed": target.relative_to(self.root).as_posix()})
             self._add(answer)
@@ -195,9 +188,9 @@ class Checking:
     ) -> None:
         self.images, self._corrections, self._classes, self._command = images, corrections, list(classes), command
         known = {(answer.sha256, answer.after) for answer in corrections.standing().values()}
-        shown = [doubt for doubt in doubts if doubt.name in images.number]
-        self._queue = [one for one in shown if (images.digest(images.number[one.name]), one.label) not in known]
-        self._doubts = {images.digest(images.number[doubt.name]): doubt for doubt in shown}
+        hashed = [(images.digest(images.number[doubt.name]), doubt) for doubt in doubts if doubt.name in images.number]
+        self._queue = [doubt for digest, doubt in hashed if (digest, doubt.label) not in known]
+        self._doubts = dict(hashed)
         self._lock = threading.RLock()
 
     def state(self) -> dict[str, Any]:
@@ -210,23 +203,20 @@ class Checking:
             tested = [answer for answer in standing if answer.is_test]
             wrong, of_test = (sum(one.before != one.after for one in some) for some in (standing, tested))
             shown = self._queue[0] if self._queue else Doubt("", "", is_test=False)
-            why = (
-                f"Models that were not trained on it say '{shown.believed}' ({shown.sure:.0%})."
-                if shown.believed
-                else ""
-            )
+            why = _OF_TEST if shown.is_test else ""
+            if shown.believed:
+                why = f"Models that were not trained on it say '{shown.believed}' ({shown.sure:.0%})."
             return {
-                **Shown(tuple(ids[:1]), is_test=shown.is_test, proposed=shown.label or None)._asdict(),
+                "ids": ids[:1],
+                "proposed": shown.label or None,
                 "believed": shown.believed or shown.label,
                 "title": "Check labels",
-                "note": f"Its label is '{shown.label}'. {_OF_TEST if shown.is_test else why}" if ids else "",
+                "note": f"Its label is '{shown.label}'. {why}" if ids else "",
                 "finished": "All of these labels are checked.",
                 "counted": f"{len(self._queue):,} to check, {len(standing):,} checked, {wrong:,} of them corrected",
                 "about": f"{_ABOUT_TEST} Checked: {len(tested):,}. Wrong before: {of_test:,}; now: 0.",
                 "names": [doubt.name for doubt in self._queue[:1]],
                 "ahead": ids[1:],
-                "images": 0,
-                "ready": 0,
                 "task": "classification",
                 "classes": self._classes,
                 "left_out": self.images.faults(),
@@ -257,8 +247,7 @@ class Checking:
     def refuse(self, ids: Sequence[int]) -> None:
         """Show an image later."""
         with self._lock:
-            later = [doubt for doubt in self._queue if self.images.number[doubt.name] in ids]
-            self._queue = [doubt for doubt in self._queue if doubt not in later] + later
+            self._queue.sort(key=lambda doubt: self.images.number[doubt.name] in ids)
 
     def undo(self) -> None:
         """Take back what was said last, also before this page was started, and show its image; see `Corrections`."""

@@ -14,10 +14,11 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from peft_vit.base.console import some_of
 from peft_vit.base.errors import UserError, foreign_fault
 from peft_vit.base.files import into_empty, read_bytes, write_whole
+from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE, find_images, split_of
 from peft_vit.data.sources.tables import TABLES
 from peft_vit.label.images import ImageFolder
-from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name, is_number
+from peft_vit.label.labels import LABELS_FILE, LabelStore, Row, class_name
 
 _UPLOADED = re.compile("^[0-9a-f]{8}-")  # how Label Studio calls a file that was uploaded
 _LOCAL = "/data/local-files/?d="
@@ -34,33 +35,37 @@ def adopt(store: LabelStore, images: ImageFolder, ignore_folders: bool) -> str |
     Returns:
         What was taken, in a line.
     """
-    found, line, remedy = dict[str, Row](), None, ""
-    if not ignore_folders:
-        found, line, remedy = _later(images, store) if store.rows else _found(images, store)
+    found, source = dict[str, Row](), None
+    if not ignore_folders and store.rows:
+        found = _later(images, store)
+    elif not ignore_folders:
+        found, source = _found(images, store)
+    line = source
     if found:
         labels = list(dict.fromkeys(label for row in found.values() for label in row.labels))
-        line = f"{len(found):,} {line}: {some_of(labels, 5)}.{remedy}"
-    rows = {**store.rows, **found}
-    unsplit = {name: row for name, row in rows.items() if row.split == "" and name in images.number}
+        more = "more " if store.rows else ""
+        line = f"{len(found):,} {more}images have labels by {source or 'their folders'}: {some_of(labels, 5)}."
+        if source is None:
+            line += f" If folders aren't classes: take their rows out of {LABELS_FILE}, and --ignore-folders."
+    changes = {**store.rows, **found}
+    unsplit = [name for name, row in changes.items() if row.split == "" and name in images.number]
     if unsplit:
         images.find_copies()
-    changes: dict[str, Row | None] = {**found}
-    for name, row in unsplit.items():
-        changes[name] = row._replace(split="test" if images.is_test(images.number[name]) else "train")
-    if changes:
-        store.change(changes, {})
+    for name in unsplit:
+        found[name] = changes[name]._replace(split="test" if images.is_test(images.number[name]) else "train")
+    if found:
+        store.change(found, {})
     return line
 
 
-def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None, str]:
-    """Return labels of class folders or a table, where they are from, and what to do if they are none."""
+def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None]:
+    """Return labels of class folders or a table, and the table's name, or else why there are none."""
     try:
         there = find_images(images.root, store.task)
     except UserError as error:
         tables = [path for path in images.root.iterdir() if path.suffix.lower() in TABLES and path.name != LABELS_FILE]
         folders = {name.partition("/")[0] for name in images.names if "/" in name}
-        looks_labelled = bool(tables) or len(folders) > 1
-        return {}, f"No labels were taken: {error}" if looks_labelled else None, ""
+        return {}, f"No labels were taken: {error}" if tables or len(folders) > 1 else None
     start = Path(os.path.relpath(there.tree.location, images.root))
     is_test = there.files.is_test
     rows: dict[str, Row] = {}
@@ -69,14 +74,11 @@ def _found(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
         known = [class_name(text, []) for text in labels] if store.task != "regression" else labels
         split: Any = "" if is_test is None else "test" if is_test[place] else "train"
         rows[PurePosixPath(start, name).as_posix()] = Row(tuple(known), split)
-    if there.dataset == "csv":
-        return rows, f"images have labels by {there.path.name}", ""
-    remedy = " If folders aren't classes: remove labels.csv, and --ignore-folders."
-    return rows, "images have labels by their folders", remedy
+    return rows, there.path.name if there.dataset == "csv" else None
 
 
-def _later(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str | None, str]:
-    """Return labels of images without one, by folders that are called as a class is; otherwise as `_found`."""
+def _later(images: ImageFolder, store: LabelStore) -> dict[str, Row]:
+    """Return labels of images without one, by folders that are called as a class is."""
     rows: dict[str, Row] = {}
     classes = {*store.classes}
     for name in images.names if store.task == "classification" else ():
@@ -84,8 +86,7 @@ def _later(images: ImageFolder, store: LabelStore) -> tuple[dict[str, Row], str 
         label = parts[0 if split is None else 1]
         if len(parts) > 1 and label in classes and name not in store.rows and name not in images.left_out:
             rows[name] = Row((label,), "test" if split == "test" else "train" if split == "train" else "")
-    remedy = f" If folders aren't classes: take their rows out of {LABELS_FILE}, and --ignore-folders."
-    return rows, "more images have labels by their folders" if rows else None, remedy
+    return rows
 
 
 def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
@@ -101,7 +102,6 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
     known: list[str] = []
     for name in store.classes:
         known.append(class_name(name, known))
-    used: set[str] = set()
     rows = {name: row for name, row in store.rows.items() if row.split != UNSURE and name in images.number}
     of_test, of_train = (
         {row.labels[0] for row in rows.values() if (row.split == "test") is test} for test in (True, False)
@@ -112,18 +112,13 @@ def to_folders(store: LabelStore, images: ImageFolder, output: Path) -> int:
         raise UserError(fault, field="--to-folders")
     with into_empty(output, "--to-folders"):
         for name, row in rows.items():
-            flat = PurePosixPath(name.replace("/", "_"))
-            place = os.path.join(row.split, row.labels[0], flat.name)
-            if place.casefold() in used:  # two files that differ in capitals only
-                place = os.path.join(row.split, row.labels[0], f"{flat.stem}-{images.number[name]}{flat.suffix}")
-            used.add(place.casefold())
-            target = output / place
+            target = output / row.split / row.labels[0] / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if os.name == "nt":
                 shutil.copyfile(images.root / name, target)
             else:
                 target.symlink_to(os.path.relpath(images.root / name, os.path.realpath(target.parent)))
-    return len(used)
+    return len(rows)
 
 
 def to_label_studio(store: LabelStore, output: Path) -> None:
@@ -153,24 +148,21 @@ def from_label_studio(store: LabelStore, images: ImageFolder, file: Path) -> str
     Raises:
         UserError: if it is another file, or a class's name can't be one.
     """
-    problem, remedy = "is not Label Studio's JSON", "export it as JSON"
-    with foreign_fault(problem, file, remedy=remedy):
+    with foreign_fault("is not Label Studio's JSON", file, remedy="export it as JSON"):
         tasks = json.loads(read_bytes(file))
         given = [(str(task["data"].get("image", "")), _labels(task)) for task in tasks]
-    by_name = Counter(PurePosixPath(name).name for name in images.names)
-    only = {PurePosixPath(name).name: name for name in images.names if by_name[PurePosixPath(name).name] == 1}
-    changes: dict[str, Row | None] = {}
-    classes = list(store.classes)
+    files = [PurePosixPath(name).name for name in images.names]
+    count, changes, classes = Counter(files), dict[str, Row](), list(store.classes)
+    only = {file: name for file, name in zip(files, images.names, strict=True) if count[file] == 1}
     for address, labels in given:
         name = _name_at(address, images, only)
-        if name is None or labels is None or (store.task != "multilabel" and len(labels) != 1):
+        if name is None or name in store.rows or labels is None or (store.task != "multilabel" and len(labels) != 1):
             continue
-        if store.task == "regression" and not is_number(labels[0]):
+        if store.task == "regression" and TASKS["regression"].fault({"value": labels[0]}):
             continue
         kept = labels if store.task == "regression" else [class_name(label, classes) for label in labels]
         classes += [label for label in kept if label not in classes]
         changes[name] = Row(tuple(kept), "test" if images.is_test(images.number[name]) else "train")
-    changes = {name: row for name, row in changes.items() if name not in store.rows}
     store.change(changes, {})
     left = len(given) - len(changes)
     reasons = "no label, not one class or number, labelled here, or no image of that name"

@@ -36,40 +36,31 @@ if TYPE_CHECKING:
 _SIZE, _BATCH = 112, 16  # pixels a side, images
 
 
-class FeatureFile:
-    """Features of N images, as many as are there; `update` reads what has been added.
+class Computed(NamedTuple):
+    """What is there of M images."""
 
-    Attributes:
-        values: (N, D), NaN where there are none; D is 0 until the first are there.
-        done: which images were looked at, (N,).
-    """
+    features: np.ndarray  # (M, D) float32
+    ids: np.ndarray  # (M,) int64
+    probabilities: np.ndarray  # (M, classes), by a trained model; of the default one (M, 0)
+    distances: np.ndarray  # (M,), to the nearest image that a trained model has learned from; else 0
 
-    def __init__(self, file: Path, digests: Sequence[str]) -> None:
-        self._file, self._read = file, 0  # records
-        self.values = np.empty((len(digests), 0), np.float32)
-        self.done = np.zeros(len(digests), dtype=bool)
-        self._places: dict[bytes, list[int]] = {}
-        for place, digest in enumerate(digests):
-            self._places.setdefault(digest.encode(), []).append(place)
 
-    @property
-    def ready(self) -> NDArray[np.bool_]:
-        """Return which images have features, (N,); those that are done and have none can't be read."""
-        return self.done & np.isfinite(self.values).all(1)
+def record_type(num_features: int = 0, num_classes: int = 0) -> np.dtype[Any]:
+    """Return what a file holds of an image."""
+    values = [("features", "<f4", (num_features,)), ("probabilities", "<f4", (num_classes,)), ("distance", "<f4")]
+    return np.dtype([("digest", "S64"), *values])
 
-    def update(self) -> None:
-        """Read what has been added."""
-        with suppress(FileNotFoundError), self._file.open("rb") as opened:
-            dtype = _dtype(opened)
-            opened.seek(self._read * dtype.itemsize, os.SEEK_CUR)
-            records = np.fromfile(opened, dtype)  # whole ones
-            self._read += len(records)
-            width = records["values"].shape[1]
-            if self.values.shape[1] != width:
-                self.values = np.full((len(self.done), width), np.nan, np.float32)
-            for digest, values in zip(records["digest"].tolist(), records["values"], strict=True):
-                places = self._places.get(digest, [])
-                self.values[places], self.done[places] = values, True
+
+def read_records(file: Path, digests: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Return which of N images a file has looked at, (M,), and its records of them, (M,)."""
+    records = np.empty(0, record_type())
+    with suppress(FileNotFoundError), file.open("rb") as opened:
+        dtype, start = _dtype(opened), opened.tell()
+        whole = (os.fstat(opened.fileno()).st_size - start) // dtype.itemsize
+        records = np.memmap(opened, dtype, "r", start, whole)
+    place_of = {digest: place for place, digest in enumerate(records["digest"].tolist())}
+    places = np.array([place_of.get(digest.encode(), -1) for digest in digests], np.int64)  # (N,)
+    return np.flatnonzero(places >= 0), records[places[places >= 0]]
 
 
 def _dtype(opened: BinaryIO) -> np.dtype[Any]:
@@ -78,36 +69,28 @@ def _dtype(opened: BinaryIO) -> np.dtype[Any]:
     return np.lib.format.read_array_header_1_0(opened)[2]
 
 
-class Computed(NamedTuple):
-    """What is there of M images; the last two say what a trained model makes of them."""
-
-    features: np.ndarray  # (M, D) float32
-    ids: np.ndarray  # (M,) int64
-    probabilities: np.ndarray | None = None  # (M, classes)
-    distances: np.ndarray | None = None  # (M,), to the nearest image that it was trained on
-
-
 class FolderFeatures:
     """Features of a folder's images, and the process that computes them.
 
     Args:
         images: of the folder.
         model: a run's folder, whose features they are; None: the default model's, as it was pretrained.
-        classes: number of that run's.
     """
 
-    def __init__(self, images: ImageFolder, model: Path | None = None, classes: int = 0) -> None:
-        self._images, self._model, self._classes = images, model, classes
+    def __init__(self, images: ImageFolder, model: Path | None = None) -> None:
+        self._images = images
         trained = "" if model is None else str(model.resolve())
-        depends_on = {"folder": str(images.root.resolve()), "model": trained or DEFAULT_MODEL, "image_size": _SIZE}
-        self._place = cache_file("labelling", {**depends_on, "pixels": FORMAT_VERSION, "pillow": decoders()}, "npy")
-        self._file: FeatureFile | None = None
+        depends_on = {
+            "folder": str(images.root),
+            "model": trained or DEFAULT_MODEL,
+            "image_size": _SIZE,
+            "pixels": FORMAT_VERSION,
+            "pillow": decoders(),
+        }
+        self._place = cache_file("labelling", depends_on, "npy")
         self._errors = tempfile.TemporaryFile("w+", encoding="locale")  # noqa: SIM115 - as long as the process
-        command = [sys.executable, "-m", __name__, str(self._place), str(images.root), str(os.getpid()), trained]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._errors, encoding="utf-8")
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write("\0".join(images.names))
+        command = [sys.executable, "-m", __name__, str(images.root), str(self._place), str(os.getpid()), trained]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._errors)
 
     @property
     def fault(self) -> str:
@@ -124,23 +107,20 @@ class FolderFeatures:
 
     def read(self) -> Computed:
         """Return what is there; the first call reads all images, to know which features are whose."""
-        if self._file is None:
-            self._file = FeatureFile(self._place, [self._images.digest(i) for i in range(len(self._images.names))])
-        self._file.update()
-        for i in np.flatnonzero(self._file.done & ~self._file.ready).tolist():
-            if self._images.names[i] not in self._images.left_out:
-                self._images.is_sound(i, SMALL)  # which says why not
-        ids = np.flatnonzero(self._file.ready)
-        values, first = self._file.values[ids], -1 - self._classes  # (M, D), of a trained model (M, D + classes + 1)
-        if self._model is None or not len(ids):
-            return Computed(values, ids)
-        return Computed(values[:, :first], ids, values[:, first:-1], values[:, -1])
+        images = self._images
+        ids, records = read_records(self._place, [images.digest(i) for i in range(len(images.names))])
+        is_readable = np.isfinite(records["features"]).all(1)  # (M,)
+        for i in ids[~is_readable].tolist():
+            if images.names[i] not in images.left_out:
+                images.is_sound(i, SMALL)  # which says why not
+        records = records[is_readable]
+        return Computed(records["features"], ids[is_readable], records["probabilities"], records["distance"])
 
 
 class _Model(NamedTuple):
-    """What makes of B images, (B, C, S, S) uint8, (B, width) values."""
+    """What makes of B images, (B, C, S, S) uint8, what a record holds of them."""
 
-    values: Callable[[Tensor], Any]
+    values: Callable[[Tensor], tuple[Any, Any, Any]]
     sha256: str
     taken: tuple[Any, ...]  # side, channels and so on: how `to_pixels` makes its input
     enough: int | None = None  # pixels, see `decode_image`
@@ -157,9 +137,9 @@ def _pretrained() -> _Model:
     loaded = load_backbone(config, image_size=_SIZE, num_classes=2, seed=0)
     backbone = Backbone(loaded.model.eval().to(device))
 
-    def values(pixels: Tensor) -> Any:
+    def values(pixels: Tensor) -> tuple[Any, Any, Any]:
         images = normalised(pixels, loaded.mean, loaded.std).to(device)  # (B, 3, S, S)
-        return backbone.features(images).float().cpu().numpy()  # (B, D)
+        return backbone.features(images).float().cpu(), np.empty((len(images), 0)), 0.0  # (B, D), (B, 0)
 
     taken = (_SIZE, 3, interpolation_of(loaded.architecture))
     return _Model(values, loaded.weights_sha256 or "", taken, enough=_SIZE)
@@ -176,31 +156,29 @@ def _trained(run: Path) -> _Model:
     restored = restore_run(run)
     card, backbone = restored.card, Backbone(restored.model)
     classifier = torch_classifier(restored.model, card, restored.reference)
-    nowhere = np.zeros(1, np.float32)  # where no features of training images are at hand
-    compute = classifier.with_distances or (lambda images: (classifier.logits(images), nowhere.repeat(len(images))))
+    compute = classifier.with_distances or (lambda images: (classifier.logits(images), np.zeros(1, np.float32)))
     temperature = getattr(card.meaning, "temperature", 1.0)
     num_classes = len(card.class_names) if card.task == "classification" else 0
 
-    def values(pixels: Tensor) -> Any:
+    def values(pixels: Tensor) -> tuple[Any, Any, Any]:
         images = normalised(pixels, card.mean, card.std)  # (B, 3, S, S)
         logits, distances = compute(images.numpy())
         of_classes = probabilities(logits, temperature)[:, :num_classes]  # (B, K), or (B, 0)
-        return np.concatenate([backbone.features(images), of_classes, distances[:, None]], axis=1)
+        return backbone.features(images), of_classes, distances
 
     taken = (card.image_size, card.channels, card.interpolation, card.resize)
     return _Model(values, restored.record.adapter_sha256 or "", taken)
 
 
-def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int, run: Path | None = None) -> None:
+def compute_features(folder: Path, file: Path, parent: int, run: Path | None = None) -> None:
     """Append the features of the images that are not in a file, and end early if the process that wanted them has.
 
     Args:
         folder: of the images.
-        names: of their files, relative to it.
         file: where to.
         parent: the process that wants them.
-        run: folder of a run, of whose model they are, followed by its probabilities and its distance to the nearest
-            image that it was trained on; None: the default model's.
+        run: folder of a run, whose model's they are, with its probabilities and its distance to the nearest image that
+            it was trained on; None: the default model's.
 
     Raises:
         UserError: if weights can't be loaded, or the file can't be written.
@@ -210,11 +188,11 @@ def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int
 
     import torch
 
-    model = _pretrained() if run is None else _trained(run)
+    images, model = ImageFolder(folder), _pretrained() if run is None else _trained(run)
     side, channels, *_ = model.taken
     with torch.inference_mode():
-        width = model.values(torch.zeros(1, channels, side, side, dtype=torch.uint8)).shape[1]
-    dtype = np.dtype([("digest", "S64"), ("values", "<f4", (width,))])
+        features, probabilities, _ = model.values(torch.zeros(1, channels, side, side, dtype=torch.uint8))
+    dtype = record_type(features.shape[1], probabilities.shape[1])
     with cache_fault(file):
         known = _begun(file, dtype, model.sha256.encode())
 
@@ -233,19 +211,19 @@ def compute_features(folder: Path, names: Sequence[str], file: Path, parent: int
             return digest, None
         return digest, to_pixels(image, *model.taken)
 
-    order = np.random.default_rng(0).permutation(len(names)).tolist()
-    for start in range(0, len(order), _BATCH):
+    for start in range(0, len(images.names), _BATCH):
         if not psutil.pid_exists(parent):  # on Windows none takes its place
             return
-        by_digest = dict(in_threads(prepared, [names[place] for place in order[start : start + _BATCH]]))
+        by_digest = dict(in_threads(prepared, [images.names[i] for i in images.shuffled[start : start + _BATCH]]))
         new = {digest: pixels for digest, pixels in by_digest.items() if digest and digest not in known}
         records = np.zeros(len(new), dtype)
-        records["digest"], records["values"] = list(new), np.nan
+        records["digest"], records["features"] = list(new), np.nan
         readable = {place: pixels for place, pixels in enumerate(new.values()) if pixels is not None}
         if readable:
-            batch = torch.from_numpy(np.stack(list(readable.values())))  # (B, S, S, C)
+            places, batch = list(readable), torch.from_numpy(np.stack(list(readable.values())))  # (B, S, S, C)
             with torch.inference_mode():
-                records["values"][list(readable)] = model.values(batch.permute(0, 3, 1, 2))  # (B, width)
+                of_batch = model.values(batch.permute(0, 3, 1, 2))
+            records["features"][places], records["probabilities"][places], records["distance"][places] = of_batch
         with cache_fault(file), file.open("ab") as opened:
             opened.write(records.tobytes())
         known.update(new)
@@ -261,16 +239,15 @@ def _begun(file: Path, dtype: np.dtype[Any], weights: bytes) -> set[bytes]:
             return set(records["digest"].tolist())
     with file.open("wb") as opened:
         np.lib.format.write_array_header_1_0(opened, {"descr": dtype.descr, "fortran_order": False, "shape": ()})
-        opened.write(np.array([(weights, np.nan)], dtype).tobytes())
+        opened.write(np.array([(weights, np.nan, np.nan, np.nan)], dtype).tobytes())
     return {weights}
 
 
 def main() -> None:
-    """Compute the features of the images whose names stand in the input, with a zero byte between them."""
-    file, folder, parent, run = sys.argv[1:]
-    names = sys.stdin.buffer.read().decode().split("\0")
+    """Compute the features of a folder's images, as `FolderFeatures` asks."""
+    folder, file, parent, run = sys.argv[1:]
     try:
-        compute_features(Path(folder), names, Path(file), int(parent), Path(run) if run else None)
+        compute_features(Path(folder), Path(file), int(parent), Path(run) if run else None)
     except UserError as error:
         sys.exit(str(error))
 

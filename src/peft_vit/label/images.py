@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from threading import BoundedSemaphore
 
@@ -49,14 +49,11 @@ class ImageFolder:
         self.root = tree.location
         self.names = [name for name in tree.names if is_image(name)]
         self.left_out: dict[str, str] = {}
-        inside: dict[str, bool] = {}
+        is_inside = cache(lambda folder: Path(os.path.realpath(folder)).is_relative_to(self.root))
         for name in self.names:
             place = os.path.join(self.root, name)
-            folder = place if os.path.islink(place) else os.path.dirname(place)
-            if folder not in inside:
-                inside[folder] = Path(os.path.realpath(folder)).is_relative_to(self.root)
-            fault = tree.fault(name) if inside[folder] else "lies outside of the folder, where a link leads"
-            if fault:
+            inside = is_inside(place if os.path.islink(place) else os.path.dirname(place))
+            if fault := tree.fault(name) if inside else "lies outside of the folder, where a link leads":
                 self.left_out[name] = fault
         if len(self.left_out) == len(self.names):
             reason = "holds no image that can be read; name another folder"
@@ -65,9 +62,8 @@ class ImageFolder:
         self.shuffled: list[int] = np.random.default_rng(0).permutation(len(self.names)).tolist()
         self.copies: dict[str, list[int]] = {}  # by content, of what was hashed so far
         self._alike: dict[int, list[int]] = {}
-        self._digests: list[str | None] = [None] * len(self.names)
         self._decoding = BoundedSemaphore(_AT_ONCE)
-        self.encoded = lru_cache(_KEPT)(self._encoded)
+        self.digest, self.encoded = cache(self._digest), lru_cache(_KEPT)(self._encoded)
 
     def faults(self) -> list[str]:
         """Return a line for each file that is left out."""
@@ -78,16 +74,15 @@ class ImageFolder:
         del self.number[self.names[i]]
         self.names[i], self.number[name] = name, i
 
-    def digest(self, i: int) -> str:
+    def _digest(self, i: int) -> str:
         """Return the SHA-256 of a file's content, which is read once; of what can't be read, which is left out, ""."""
-        if (known := self._digests[i]) is None:
-            try:
-                known = sha256_of(self._inside(i))
-                self.copies.setdefault(known, []).append(i)
-            except OSError as error:
-                self.left_out[self.names[i]], known = f"can't be read ({error.strerror})", ""
-            self._digests[i] = known
-        return known
+        try:
+            digest = sha256_of(self._inside(i))
+        except OSError as error:
+            self.left_out[self.names[i]] = f"can't be read ({error.strerror})"
+            return ""
+        self.copies.setdefault(digest, []).append(i)
+        return digest
 
     def find_copies(self) -> None:
         """Find crops, mirrored images and frames, once; this decodes all images, and nothing is on two sides then."""
@@ -97,10 +92,8 @@ class ImageFolder:
         thumbnails = np.empty((len(self.names), SIDE, SIDE, 3), np.float16)
         for i, name in enumerate(self.names):
             with suppress(UserError, OSError):
-                path = self._inside(i)
-                image = decode_image(partial(read_bytes, path), name, enough=_COMPARED)
-                pixels = to_pixels(on_white(image).convert("RGB"), _COMPARED, 3)
-                thumbnails[len(places)] = compared_thumbnail(pixels)
+                image = decode_image(partial(read_bytes, self._inside(i)), name, enough=_COMPARED)
+                thumbnails[len(places)] = compared_thumbnail(to_pixels(image, _COMPARED, 3))
                 places.append(i)
         if not places:
             return

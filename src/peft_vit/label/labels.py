@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -20,6 +19,7 @@ from typing import Literal, NamedTuple
 from peft_vit.base.errors import UserError
 from peft_vit.base.files import write_whole
 from peft_vit.core.config import TaskName
+from peft_vit.core.tasks import TASKS
 from peft_vit.data.index import check_class_names
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.data.sources.tables import table_rows
@@ -133,14 +133,6 @@ def class_name(text: str, known: list[str]) -> str:
     return name
 
 
-def is_number(text: str) -> bool:
-    """Return whether a text is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
 def _column(task: TaskName) -> str:
     return "value" if task == "regression" else "label"
 
@@ -158,12 +150,11 @@ def _rows_of(file: Path, task: TaskName) -> Iterator[tuple[str, Row]]:
             raise UserError(f"expected a path, a {column}, and train, test, {UNSURE} or nothing as split", file=where)
         if task == "classification" and "|" in cell:
             raise UserError("holds several labels an image; see --task multilabel", file=where)
-        if task == "regression" and cell and not is_number(cell):
-            raise UserError(f"expected a number such as 12.5, got {cell!r}", file=where)
-        labels = tuple(filter(None, cell.split("|"))) if task == "multilabel" else (cell,) if cell else ()
-        comment = cells.get("comment", "")
-        comment = comment[1:] if comment.startswith("'") else comment
-        name, row = name_of(cells["path"], file.parent), Row(labels, split, comment)  # type: ignore[arg-type]
+        if cell and (no_label := TASKS[task].fault({column: cell})):
+            raise UserError(no_label, file=where)
+        labels = tuple(filter(None, cell.split("|") if task == "multilabel" else [cell]))
+        row = Row(labels, split, cells.get("comment", "").removeprefix("'"))  # type: ignore[arg-type]
+        name = name_of(cells["path"], file.parent)
         if seen.setdefault(name, row) != row:
             raise UserError(f"{name} is there twice; keep one", file=where)
         yield name, row

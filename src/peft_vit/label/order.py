@@ -6,8 +6,7 @@ test, and those that are skipped, are neither labelled nor available here; `expe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,17 +111,11 @@ def wall(probabilities: Floats, available: Flags, num_labelled: int) -> tuple[in
     return max(walls)[1:] if walls else None
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """How good a regression on the labelled images is.
+class Accuracy(NamedTuple):
+    """How good a regression on the labelled images is."""
 
-    Attributes:
-        now: share of the labelled test images that it has right.
-        gain: by how much that is expected to rise with as many labels again; None: too few are there to say.
-    """
-
-    now: Interval
-    gain: Interval | None
+    now: Interval  # share of the labelled test images that it has right
+    gain: Interval | None  # by how much that is expected to rise with as many labels again; None: too few are there
 
 
 def expected_accuracy(features: Features, labelled: Ints, tested: Ints, num_classes: int) -> Accuracy | None:
@@ -152,7 +145,7 @@ def expected_accuracy(features: Features, labelled: Ints, tested: Ints, num_clas
     return Accuracy(now, gain_of_doubling((first + second) / 2, of_all, share=1.0))
 
 
-def _logits(z: Features, labelled: Ints, num_classes: int) -> Floats | None:
+def _logits(z: NDArray[Any], labelled: Ints, num_classes: int) -> Floats | None:
     """Return logits (N, K) by a regression on the images that are labelled; None: these are of fewer than two classes.
 
     Those of a class without an image are -inf.
@@ -161,15 +154,10 @@ def _logits(z: Features, labelled: Ints, num_classes: int) -> Floats | None:
     classes, labels = np.unique(labelled[known], return_inverse=True)
     if len(classes) < 2:
         return None
-    W, b = _head(z[known], labels)
+    W, b = next(CLASSIFICATION.linear_heads(z[known], labels, [_L2], np.ones(len(labels)), _TOLERANCE))
     logits = np.full((len(z), num_classes), -np.inf)
     logits[:, classes] = z @ W.T + b
     return logits
-
-
-def _head(z: NDArray[Any], labels: Ints) -> tuple[Floats, Floats]:
-    """Return weight (K, D) and bias (K,) of standardized features (L, D) and classes 0 to K - 1, (L,)."""
-    return next(CLASSIFICATION.linear_heads(z, labels, [_L2], np.ones(len(z)), _TOLERANCE))
 
 
 def _temperature(z: Features, labels: Ints) -> float:
@@ -184,9 +172,10 @@ def _temperature(z: Features, labels: Ints) -> float:
     fold_of = assign_folds(labels, rows, _FOLDS, np.random.default_rng(0))
     logits = np.full((len(rows), len(classes)), np.nan)
     for fold in np.unique(fold_of)[: max(1, _FOLDS * _HELD_OUT // len(rows))]:
-        fitted = fold_of != fold
-        W, b = _head(z[rows[fitted]], labels[fitted])
-        logits[~fitted] = z[rows[~fitted]] @ W.T + b
+        left_out = fold_of == fold
+        fitted = _logits(z[rows], np.where(left_out, -1, labels), len(classes))
+        assert fitted is not None  # every class has an image that is not left out
+        logits[left_out] = fitted[left_out]
     known = np.isfinite(logits[:, 0])
     return fit_temperature(logits[known], labels[known], _PRIOR)
 

@@ -9,7 +9,6 @@ but the page's own.
 from __future__ import annotations
 
 import errno
-import hmac
 import secrets
 import socket
 from pathlib import Path
@@ -84,20 +83,15 @@ class LabelServer:
 
     Args:
         session: what is labelled, or checked.
-        host: the address that is listened to.
-        port: its port; 0: any that is free.
+        listening: where it is asked, see `listen`.
 
     Attributes:
         app: which answers, as ASGI.
-
-    Raises:
-        UserError: if the host is none of this machine, or the port is in use.
     """
 
-    def __init__(self, session: Session | Checking, host: str, port: int) -> None:
-        self.session, self.host = session, host
-        self._socket = _listening(host, port)
-        self.port = self._socket.getsockname()[1]
+    def __init__(self, session: Session | Checking, listening: socket.socket) -> None:
+        self.session, self._socket = session, listening
+        self.host, self.port = listening.getsockname()
         self._cookie_name = f"peft-vit-label-{self.port}"  # cookies are those of all ports
         self._key, self._cookie, self._token = (secrets.token_urlsafe(32) for _ in range(3))
         self._routes = Starlette(
@@ -123,7 +117,6 @@ class LabelServer:
             self.app,
             interface="asgi3",
             log_level="warning",
-            access_log=False,
             lifespan="off",
             ws="none",
             server_header=False,
@@ -150,7 +143,7 @@ class LabelServer:
         """Return why a request is not answered; None: it is."""
         host = request.headers.get("host", "").lower()
         name, _, _ = host.partition(":")  # without a port where that is 80
-        if name not in ("127.0.0.1", "localhost", self.host.lower()):
+        if name not in ("127.0.0.1", "localhost", self.host):
             return PlainTextResponse("This is another name than that which peft-vit label prints.", 421)
         key = request.query_params.get("key")
         if key is not None:
@@ -209,16 +202,22 @@ class LabelServer:
 
 
 def _equal(given: str, secret: str) -> bool:
-    return hmac.compare_digest(given.encode(), secret.encode())
+    return secrets.compare_digest(given.encode(), secret.encode())
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """Open an address of this machine, at a port or at any that is free.
+
+    Raises:
+        UserError: if the host is none of this machine, or the port is in use.
+    """
     field, remedy = "--host", "give this machine's address in your network, such as 192.168.1.20"
-    if host in ("0.0.0.0", "::", ""):
-        raise UserError(f"names all addresses, by which any page could ask; {remedy}", field=field)
     try:
-        return socket.create_server((host, port))
+        opened = socket.create_server((host, port))
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             field, remedy = "--port", "give another, or leave it out"
         raise UserError(f"{host}:{port} can't be listened to ({error.strerror}); {remedy}", field=field) from None
+    if opened.getsockname()[0] == "0.0.0.0":
+        raise UserError(f"names all addresses, by which any page could ask; {remedy}", field=field)
+    return opened

@@ -7,18 +7,19 @@ neither the order nor a proposal or a wall reads it: accuracy on images that a m
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from peft_vit.base.console import quoted, some_of
 from peft_vit.base.errors import UserError, first_line
+from peft_vit.core.tasks import TASKS
 from peft_vit.data.sources.folders import UNSURE
 from peft_vit.deploy.page.formatting import percent_interval, points_interval
 from peft_vit.label.features import FolderFeatures
 from peft_vit.label.images import LARGE, SMALL, TEST_SHARE, ImageFolder
-from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name, is_number
+from peft_vit.label.labels import ConflictError, LabelStore, Row, class_name
 from peft_vit.label.order import FEWEST_OF_CLASS, Accuracy, expected_accuracy, herding, propose, wall
 from peft_vit.label.training import Training
 
@@ -68,10 +69,10 @@ class Session:
         self.store, self.images, self.features, self.order = store, images, features, order
         self.training = Training(store)
         self._lock, self._changed = threading.RLock(), threading.Event()
-        self._classes, self._num_known = list(classes), len(classes)
+        self._classes = list(classes)
         self._history: list[tuple[tuple[int, ...], dict[str, Row]]] = []  # images, and rows that they came to
-        self._back = 0  # answers that one has gone back
-        self._shown: Shown | None = None
+        self._at = 0  # how many of these come before what is shown; all, unless one has gone back
+        self._shown = Shown()
         self._skipped: set[int] = set()
         self._doubted: list[int] = []  # on walls
         self._no_wall_before = 0  # labels
@@ -96,8 +97,8 @@ class Session:
         """Return what is shown, and how far one is, as JSON."""
         with self._lock:
             self.store.refresh()
-            ids = self._shown.ids if self._shown is not None else ()
-            if self._shown is None or not (ids and (self._back or all(map(self._is_open, ids)))):
+            ids = self._shown.ids
+            if not ids or (self._at == len(self._history) and not all(map(self._is_open, ids))):
                 self._shown = self._choose()
             tested = self.store.num_images["test"]
             labelled = tested + self.store.num_images["train"]
@@ -126,7 +127,7 @@ class Session:
                 "ready": self._ready,
                 "accuracy": _in_words(self._accuracy),
                 "left_out": self.images.faults(),
-                "undoable": self._back < len(self._history),
+                "undoable": self._at > 0,
                 "trouble": self.features.fault or self._trouble,
                 "command": f"peft-vit tune {quoted(self.store.file)}",
                 "training": self.training.state(),
@@ -161,8 +162,8 @@ class Session:
             right, former = [i for i in ids if i not in wrong], self._former(ids)
             rows, after = self.store.rows.keys() - former.keys(), dict[str, Row]()
             for i in right:
-                split: Any = UNSURE if unsure else "test" if self._is_test(i, self.store.rows) else "train"
-                for copy in self._copies(i):
+                split: Any = UNSURE if unsure else "test" if self._is_test(i) else "train"
+                for copy in self.images.copies.get(self.images.digest(i), [i]):
                     name = self.images.names[copy]
                     if copy == i or (copy not in wrong and name not in rows):
                         after[name] = Row(given, split, " ".join(comment.split()))
@@ -174,7 +175,7 @@ class Session:
         """Show images later, or no wall for a while; where one has gone back, they have no label any more."""
         with self._lock:
             self._change((), {}, self._former(ids))
-            if self._shown is not None and self._shown.is_wall:
+            if self._shown.is_wall:
                 self._no_wall_before = len(self.store.rows) + _AFTER_REFUSAL
             else:
                 self._skipped.update(ids)
@@ -201,13 +202,13 @@ class Session:
         """
         with self._lock:
             self.store.refresh()
-            if self._back == len(self._history):
+            if not self._at:
                 raise UserError("no answer before this one since the page was started")
-            ids, after = self._history[-1 - self._back]
+            self._at -= 1
+            ids, after = self._history[self._at]
             if other := [name for name, row in after.items() if self.store.rows.get(name) != row]:
-                del self._history[-1 - self._back]
+                del self._history[self._at]
                 raise ConflictError("was changed since, from another page; continue, or go back further", file=other[0])
-            self._back += 1
             row = after[self.images.names[ids[0]]]
             proposed = row.labels[0] if self.store.task == "classification" and row.labels else None
             self._shown = Shown(ids, len(ids) > 1, row.split == "test", proposed, row)
@@ -217,13 +218,13 @@ class Session:
     def fit(self) -> None:
         """Fit a model to what is labelled, and choose the next images by it; the page is answered meanwhile."""
         features, ids, known, distances = self.features.read()
-        with self._lock:
-            rows, classes, num_labelled = self.store.rows, self.classes, self.store.num_labels["train"].total()
-            is_open = np.array([self._is_open(i) for i in ids.tolist()], dtype=bool)  # (M,)
-            self._ready = len(ids)
         if not len(ids):
             return
-        is_test = np.array([self._is_test(i, rows) for i in ids.tolist()], dtype=bool)  # (M,)
+        with self._lock:
+            rows, classes, num_labelled = self.store.rows, self.classes, self.store.num_labels["train"].total()
+            is_open = np.array([self._is_open(i) for i in ids.tolist()])  # (M,)
+            self._ready = len(ids)
+        is_test = np.array([self._is_test(i) for i in ids.tolist()])  # (M,)
         available, labels = is_open & ~is_test, np.full(len(ids), _NO_CLASS)
         for place, i in enumerate(ids.tolist()):
             row = rows.get(self.images.names[i])
@@ -234,8 +235,8 @@ class Session:
         if (np.bincount(train[train >= 0], minlength=1) >= _FEWEST).sum() >= _FEWEST:
             probabilities = propose(features, train, len(classes))  # (M, K)
             accuracy = expected_accuracy(features, train, test, len(classes))
-        if known is not None and train.max(initial=0) < self._num_known:
-            probabilities = np.pad(known, ((0, 0), (0, len(classes) - self._num_known)))  # the model knows all of them
+        if train.max(initial=0) < known.shape[1]:  # the model knows all of them
+            probabilities = np.pad(known, ((0, 0), (0, len(classes) - known.shape[1])))
         if probabilities is not None:
             proposals = {i: classes[k] for i, k in zip(ids.tolist(), probabilities.argmax(1).tolist(), strict=True)}
             if found := wall(probabilities, available, num_labelled):
@@ -243,7 +244,7 @@ class Session:
         count, chosen = _AHEAD + max(0, len(self.store.rows) - len(rows)), list[int]()
         if self.order == "herding":
             chosen = herding(features, train, available, count, probabilities)
-        elif self.order == "unlike" and distances is not None:
+        elif self.order == "unlike":
             farthest = np.argsort(-distances, kind="stable")
             chosen = farthest[available[farthest]][:count].tolist()
         with self._lock:
@@ -273,26 +274,25 @@ class Session:
 
     def _former(self, ids: Sequence[int]) -> dict[str, Row]:
         """Return the rows that an answer came to, if one has gone back to it and these are its images."""
-        shown, rows = self._history[-self._back] if self._back else ((), {})
-        return rows if shown == tuple(ids) else {}
+        return next((rows for shown, rows in self._history[self._at : self._at + 1] if shown == tuple(ids)), {})
 
     def _change(self, ids: tuple[int, ...], after: dict[str, Row], former: dict[str, Row]) -> None:
         """Write what images came to, in place of a former answer where there is one."""
         if not (after or former):
             return
-        place = len(self._history) - (self._back if former else 0)
+        replaced = slice(self._at, self._at + 1) if former else slice(len(self._history), None)
         try:
             self.store.change({**dict.fromkeys(former), **after}, former or dict.fromkeys(after))
         except ConflictError:  # from another page, so there is no going back to it any more
-            self._history[place : place + bool(former)] = []
-            self._back = 0
+            del self._history[replaced]
+            self._at = len(self._history)
             raise
-        self._history[place : place + bool(former)] = [(ids, after)] if after else []
+        self._history[replaced] = [(ids, after)] if after else []
 
     def _go_on(self) -> None:
-        if self._shown is not None and self._shown.is_wall:
+        if self._shown.is_wall:
             self._offered = None
-        self._shown, self._back = None, 0
+        self._shown, self._at = Shown(), len(self._history)
         self._changed.set()
 
     def _checked(self, labels: Sequence[str]) -> tuple[str, ...]:
@@ -300,7 +300,7 @@ class Session:
             raise UserError(f"expected one, got {len(labels)}", field="label")
         if self.store.task == "regression":
             number = labels[0].strip().replace(",", ".")
-            if not is_number(number):
+            if TASKS["regression"].fault({"value": number}):
                 raise UserError(f"expected a number such as 12.5, got {number!r}", field="label")
             return (number,)
         return tuple(dict.fromkeys(class_name(label, self.classes) for label in labels))
@@ -309,12 +309,9 @@ class Session:
         name = self.images.names[i]
         return name not in self.store.rows and name not in self.images.left_out and i not in self._skipped
 
-    def _copies(self, i: int) -> list[int]:
-        return self.images.copies.get(self.images.digest(i), [i])
-
-    def _is_test(self, i: int, rows: Mapping[str, Row]) -> bool:
+    def _is_test(self, i: int) -> bool:
         """Return whether an image is for the test: as is written down of it or of a copy, or else as is drawn."""
-        written = (rows.get(self.images.names[copy]) for copy in self.images.alike(i))
+        written = (self.store.rows.get(self.images.names[copy]) for copy in self.images.alike(i))
         split = next((row.split for row in written if row is not None and row.split in ("train", "test")), None)
         return self.images.is_test(i) if split is None else split == "test"
 
@@ -338,7 +335,7 @@ class Session:
         in_turn = range(len(self.images.names)) if self.order == "files" else self.images.shuffled
         first = () if for_test else (*self._doubted, *self._chosen)
         for i in (*first, *in_turn):
-            if self._is_open(i) and self._is_test(i, self.store.rows) == for_test and self.images.is_sound(i, LARGE):
+            if self._is_open(i) and self._is_test(i) == for_test and self.images.is_sound(i, LARGE):
                 return Shown((i,), is_test=for_test, proposed=None if for_test else self._proposals.get(i))
         return None
 

@@ -32,12 +32,10 @@ def opened(root) -> tuple[LabelStore, ImageFolder]:
 def test_class_folders_are_labels_and_a_fifth_of_them_tests(tmp_path) -> None:
     folders_of(tmp_path)
     store, images = opened(tmp_path)
-    line = adopt(store, images, False)
-    assert line is not None
-    assert line.startswith("28 images have labels by their folders: digit 0, digit 1, digit 2.")
+    line = str(adopt(store, images, False))
+    assert line.startswith("28 images have labels by their folders: digit 0, digit 1, digit 2. If folders aren't")
     assert all(name.split("/")[0] == row.labels[0] for name, row in store.rows.items())
     assert {row.split for row in store.rows.values()} == {"train", "test"}
-    assert adopt(store, images, False) is None
     assert adopt(LabelStore(tmp_path), images, False) is None
 
 
@@ -45,16 +43,17 @@ def test_class_folders_are_labels_and_a_fifth_of_them_tests(tmp_path) -> None:
 def test_folders_that_are_no_classes_are_left(ignore, tmp_path) -> None:
     (tmp_path / "2024").mkdir()
     folders_of(tmp_path / "2024") if ignore else write_digits(tmp_path / "2024", 9)
-    store, images = opened(tmp_path)
-    assert adopt(store, images, ignore) is None
+    assert adopt(*opened(tmp_path), ignore) is None
     assert not (tmp_path / "labels.csv").exists()
 
 
 def test_a_table_beside_the_images_is_where_it_goes_on(tmp_path) -> None:
     write_digits(tmp_path, 6)
-    (tmp_path / "images.csv").write_text("path;label;split\nd000.png;cat;test\nd001.png;dog;\n")
+    (tmp_path / "images.csv").write_text("path,label\nd000.png\n")
     store, images = opened(tmp_path)
-    assert "2 images have labels by images.csv: cat, dog." in str(adopt(store, images, False))
+    assert str(adopt(store, images, False)).startswith("No labels were taken: ")
+    (tmp_path / "images.csv").write_text("path;label;split\nd000.png;cat;test\nd001.png;dog;\n")
+    assert adopt(store, images, False) == "2 images have labels by images.csv: cat, dog."
     assert store.rows["d000.png"] == Row(("cat",), "test")
     assert store.rows["d001.png"].split in ("train", "test")
 
@@ -62,23 +61,20 @@ def test_a_table_beside_the_images_is_where_it_goes_on(tmp_path) -> None:
 def test_images_that_came_later_are_of_the_class_that_their_folder_is_called(tmp_path) -> None:
     folders_of(tmp_path)
     adopt(*opened(tmp_path), False)
-    for folder, first in (("digit 0", 0), ("digit 1", 20), ("unsorted", 40)):
+    rng = np.random.default_rng(0)
+    for folder in ("digit 0", "digit 1", "unsorted"):
         (tmp_path / folder).mkdir(exist_ok=True)
-        for i in range(first, first + 15):
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 9), np.uint8)).save(
-                tmp_path / folder / f"later{i}.png"
-            )
+        for i in range(15):
+            Image.fromarray(rng.integers(0, 255, (9, 9), np.uint8)).save(tmp_path / folder / f"later{i}.png")
     before = dict(LabelStore(tmp_path).rows)
     store, images = opened(tmp_path)
     assert adopt(store, images, True) is None
-    line = adopt(store, images, False)
-    assert line is not None
-    assert line.startswith("30 more images have labels by their folders: digit 0, digit 1.")
+    assert str(adopt(store, images, False)).startswith("30 more images have labels by their folders: digit 0, digit 1.")
     later = {name: row for name, row in store.rows.items() if name not in before}
-    assert {name: store.rows[name] for name in before} == before
+    assert store.rows == before | later
     assert {row.labels[0] for row in later.values()} == {"digit 0", "digit 1"}
-    assert {name: row.split for name, row in later.items()} == {
-        name: "test" if images.is_test(images.number[name]) else "train" for name in later
+    assert {name: row.split == "test" for name, row in later.items()} == {
+        name: images.is_test(images.number[name]) for name in later
     }
     assert adopt(LabelStore(tmp_path), images, False) is None
 
@@ -93,11 +89,11 @@ def test_folders_are_made_that_train_reads(tmp_path) -> None:
     rows = {name: Row((("cat", "dog")[i % 2],), split[i]) for i, name in enumerate(images.names)}
     store.change({**rows, images.names[5]: Row((), "unsure")}, {})
     assert to_folders(store, images, output) == 5
-    made = sorted(str(path.relative_to(output)) for path in output.rglob("*.png"))
-    assert len({name.casefold() for name in made}) == 5
-    assert all((output / name).read_bytes() for name in made)
     found = find_images(output).files  # as `train` does
-    assert (len(found.classes), sum(found.is_test or [])) == (5, 2)
+    made = {f"{rows[name].split}/{rows[name].labels[0]}/{name}": name for name in images.names[:5]}
+    assert found.classes == {name: name.split("/")[1] for name in sorted(made)}
+    assert found.is_test == [name.startswith("test/") for name in sorted(made)]
+    assert all((output / name).read_bytes() == (images_at / image).read_bytes() for name, image in made.items())
     with pytest.raises(UserError, match="among your images"):
         to_folders(store, images, images_at / "out")
     with pytest.raises(UserError, match="holds files already"):
@@ -116,10 +112,10 @@ def test_label_studio_gets_and_gives_the_same(task, tmp_path) -> None:
     split = {name: "test" if images.is_test(i) else "train" for i, name in enumerate(images.names)}
     store.change({name: Row(label, split[name]) for name in images.names[:3]}, {})
     to_label_studio(store, tmp_path / "tasks.json")
-    before = dict(store.rows)
-    store.change(dict.fromkeys(before), {})
-    assert from_label_studio(store, images, tmp_path / "tasks.json").startswith("3 labels taken, 0 left")
-    assert store.rows == before
+    before, kept = dict(store.rows), {images.names[0]: Row(label, "train", "mine")}
+    store.change({**dict.fromkeys(before), **kept}, {})
+    assert from_label_studio(store, images, tmp_path / "tasks.json").startswith("2 labels taken, 1 left")
+    assert store.rows == before | kept
 
 
 @pytest.mark.parametrize(
@@ -140,8 +136,8 @@ def test_label_studio_names_only_images_of_the_folder(address, is_taken, tmp_pat
     write_digits(images_at, 2)
     shutil.copy(images_at / "d000.png", tmp_path / "outside.png")
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("opened an address"))
-    result = [{"type": "choices", "value": {"choices": ["cat"]}}]
-    (tmp_path / "t.json").write_text(json.dumps([{"data": {"image": address}, "annotations": [{"result": result}]}]))
+    annotations = [{"result": [{"type": "choices", "value": {"choices": ["cat"]}}]}]
+    (tmp_path / "t.json").write_text(json.dumps([{"data": {"image": address}, "annotations": annotations}]))
     store, images = opened(images_at)
     assert from_label_studio(store, images, tmp_path / "t.json").startswith(f"{int(is_taken)} labels taken")
     assert list(store.rows) == ["d000.png"] * is_taken
@@ -181,39 +177,23 @@ def test_a_class_that_is_not_tested_makes_no_folders(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_that_cannot_be_taken_are_told(tmp_path) -> None:
-    write_digits(tmp_path, 3)
-    (tmp_path / "images.csv").write_text("path,label\nd000.png\n")
-    assert str(adopt(*opened(tmp_path), False)).startswith("No labels were taken: ")
+def test_the_command_hands_over_and_refuses_in_a_line(tmp_path, capsys, monkeypatch) -> None:
+    def ended(*options: str, code: int = 2) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(["label", *options])
+        assert ended.value.code == code
+        return capsys.readouterr().err
 
-
-def test_a_file_of_others_is_refused(tmp_path) -> None:
     write_digits(tmp_path, 2)
-    (tmp_path / "t.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match="is not Label Studio's JSON"):
-        from_label_studio(*opened(tmp_path), tmp_path / "t.json")
-
-
-def test_the_command_hands_over_and_refuses_in_a_line(tmp_path, capsys) -> None:
-    write_digits(tmp_path, 2)
-    with pytest.raises(SystemExit) as ended:
-        main(["label", str(tmp_path), "--to-label-studio", str(tmp_path / "t.json")])
-    assert ended.value.code == 0
+    assert ended(str(tmp_path), "--to-label-studio", str(tmp_path / "t.json"), code=0) == ""
     assert json.loads((tmp_path / "t.json").read_text()) == []
-    with pytest.raises(SystemExit) as ended:
-        main(["label", str(tmp_path / "nothing")])
-    assert ended.value.code == 2
-    assert (
-        capsys.readouterr().err == f"error: {tmp_path}/nothing: is not a folder; name the one that your images lie in\n"
-    )
-
-
-def test_a_port_in_use_is_refused_in_a_line(tmp_path, capsys) -> None:
-    write_digits(tmp_path, 3)
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as ended:
-        main(["label", str(tmp_path), "--no-browser", "--port", str(taken.getsockname()[1])])
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (tmp_path / "t.json").write_text('{"a": 1}')
+    assert "is not Label Studio's JSON" in ended(str(tmp_path), "--from-label-studio", str(tmp_path / "t.json"))
+    fault = f"error: {tmp_path}/nothing: is not a folder; name the one that your images lie in\n"
+    assert ended(str(tmp_path / "nothing")) == fault
+    monkeypatch.setattr("peft_vit.label.features.subprocess.Popen", lambda *_, **__: pytest.fail("computes already"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (line,) = ended(str(tmp_path), "--no-browser", "--port", str(taken.getsockname()[1])).splitlines()
     assert "--port: " in line
     assert not (tmp_path / "labels.csv").exists()
 

@@ -1,8 +1,8 @@
 """Features that a process of its own appends to a file, and what reads them meanwhile."""
 
-import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +13,8 @@ from peft_vit.core.backbones import Backbone, load_backbone
 from peft_vit.core.config import BackboneConfig
 from peft_vit.data.pixels import to_pixels
 from peft_vit.label import features
-from peft_vit.label.features import FeatureFile, FolderFeatures, compute_features
+from peft_vit.label.features import FolderFeatures, compute_features, read_records, record_type
 from peft_vit.label.images import ImageFolder
-
-NAMES = ["a.png", "b.png", "copy.png", "broken.png", "gone.png"]
 
 
 @pytest.fixture
@@ -24,61 +22,55 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(features, "DEFAULT_MODEL", "vit_tiny_patch16_224")
     monkeypatch.setattr("peft_vit.core.backbones.default_weights_source", lambda _: ("random", ""))
     rng = np.random.default_rng(0)
-    for name in NAMES[:2]:
+    for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(256, size=(60, 40, 3), dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
     (tmp_path / "broken.png").write_bytes(b"no image")
     return tmp_path
 
 
-def digests(folder: Path, names: list[str]) -> list[str]:
-    return [
-        hashlib.sha256((folder / name).read_bytes() if (folder / name).exists() else b"").hexdigest() for name in names
-    ]
+def read(folder: Path, file: Path) -> tuple[list[str], np.ndarray]:
+    """Return the names of the images that a file has looked at, and their features."""
+    images = ImageFolder(folder)
+    ids, records = read_records(file, [images.digest(i) for i in range(len(images.names))])
+    return [images.names[i] for i in ids], records["features"]
 
 
 def test_features_are_those_in_front_of_the_head_and_a_killed_process_continues(images: Path) -> None:
     file = images / "cache" / "features.npy"
-    read = FeatureFile(file, digests(images, NAMES))
-    read.update()
-    assert read.values.shape == (5, 0)
-    assert not read.done.any()
-    compute_features(images, NAMES, file, os.getpid())
-    read.update()
-    assert read.done.tolist() == [True, True, True, True, False]
-    assert read.ready.tolist() == [True, True, True, False, False]
-    assert read.values[0].tolist() == read.values[2].tolist() != read.values[1].tolist()
+    assert read(images, file)[0] == []
+    compute_features(images, file, os.getpid())
+    names, values = read(images, file)
+    assert names == ["a.png", "b.png", "broken.png", "copy.png"]
+    assert np.isfinite(values).all(1).tolist() == [True, True, False, True]
+    assert values[0].tolist() == values[3].tolist() != values[1].tolist()
     config = BackboneConfig(model=features.DEFAULT_MODEL, weights="random", head_blocks=4)
     loaded = load_backbone(config, image_size=112, num_classes=2, seed=0)
     pixels = torch.from_numpy(to_pixels(Image.open(images / "b.png"), 112, 3).copy()).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (loaded.mean, loaded.std))
     with torch.inference_mode():
         expected = Backbone(loaded.model.eval()).features((pixels - mean) / std)[0]
-    np.testing.assert_allclose(read.values[1], expected, atol=1e-4)
+    np.testing.assert_allclose(values[1], expected, atol=1e-4)
 
     whole = file.read_bytes()
     file.write_bytes(whole + b"half of a record")
     Image.new("RGB", (30, 30), "red").save(images / "later.png")
-    compute_features(images, [*NAMES, "later.png"], file, os.getpid())
+    compute_features(images, file, os.getpid())
     assert file.read_bytes().startswith(whole)  # nothing is computed twice
-    later = FeatureFile(file, digests(images, ["later.png", "a.png"]))
-    later.update()
-    assert later.ready.all()
-    np.testing.assert_array_equal(later.values[1], read.values[0])
+    names, with_later = read(images, file)
+    assert names[-1] == "later.png"
+    assert np.isfinite(with_later[-1]).all()
+    np.testing.assert_array_equal(with_later[:-1], values)
 
 
 def test_a_file_of_other_weights_is_begun_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = images / "features.npy"
-    compute_features(images, NAMES, file, os.getpid())
-    whole = file.stat().st_size
-    begun = features._begun
-
-    def of_other_weights(file: Path, dtype: np.dtype, weights: bytes) -> set[bytes]:
-        return begun(file, dtype, b"other")
-
-    monkeypatch.setattr(features, "_begun", of_other_weights)
-    compute_features(images, ["a.png"], file, os.getpid())
-    assert file.stat().st_size < whole
+    file, begun = images / "features.npy", features._begun
+    compute_features(images, file, os.getpid())
+    (images / "b.png").unlink()
+    monkeypatch.setattr(features, "_begun", lambda file, dtype, _: begun(file, dtype, b"other"))
+    size = file.stat().st_size
+    compute_features(images, file, os.getpid())
+    assert file.stat().st_size < size
 
 
 def test_a_process_that_can_not_write_says_so_in_a_line(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +83,25 @@ def test_a_process_that_can_not_write_says_so_in_a_line(images: Path, monkeypatc
 
 
 def test_a_process_whose_parent_has_ended_computes_nothing(images: Path) -> None:
-    file = images / "features.npy"
-    compute_features(images, NAMES, file, parent=-1)
-    read = FeatureFile(file, digests(images, NAMES))
-    read.update()
-    assert not read.done.any()
+    compute_features(images, images / "features.npy", parent=-1)
+    assert read(images, images / "features.npy")[0] == []
+
+
+def test_what_is_there_is_read_of_images_by_their_content(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, ended = images / "features.npy", SimpleNamespace(code=None)
+    monkeypatch.setattr(features.subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: ended.code))
+    monkeypatch.setattr(features, "cache_file", lambda *_: file)
+    folder = ImageFolder(images)
+    computed, number = FolderFeatures(folder), folder.number
+    assert computed.fault == ""
+    assert len(computed.read().ids) == 0
+    dtype = record_type(2, 1)
+    features._begun(file, dtype, b"weights")
+    rows = np.array([("", (1, 2), (3,), 4), ("", (np.nan, np.nan), (0,), 0)], dtype)
+    rows["digest"] = [folder.digest(number[name]) for name in ("b.png", "broken.png")]
+    with file.open("ab") as opened:
+        opened.write(rows.tobytes())
+    assert [part.tolist() for part in computed.read()] == [[[1, 2]], [number["b.png"]], [[3]], [4]]
+    assert list(folder.left_out) == ["broken.png"]
+    ended.code = -9
+    assert computed.fault == "the process that computes features was killed"

@@ -89,10 +89,8 @@ def test_proposals_are_as_sure_as_images_left_out_of_the_fit_say(monkeypatch: py
 
 
 def test_nothing_is_proposed_before_there_are_two_classes() -> None:
-    features, _ = drawn(20)
-    labelled = np.full(20, -1)
-    labelled[:2] = 1
-    assert (propose(features, labelled, 4) == 0.25).all()
+    labelled = np.where(np.arange(20) < 2, 1, -1)
+    assert (propose(drawn(20)[0], labelled, 4) == 0.25).all()
 
 
 def test_a_wall_is_of_the_surest_class_that_has_enough_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ function drawTake() {
 }
 
 function drawProgress() {
-  const { images, ready, left_out: missing, trouble } = state;
+  const { images = 0, ready = 0, left_out: missing, trouble } = state;
   document.title = $("title").textContent = state.title;
   $("counted").textContent = state.counted;
   $("about").textContent = state.about;
