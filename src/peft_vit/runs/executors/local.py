@@ -154,8 +154,15 @@ class LocalExecutor:
                 self._read(idle)
         while self._waiting and (workers := self._free_workers(self._waiting[0])):
             run = self._waiting.popleft()
-            members = self._members(run, len(workers))
-            also = f", with {len(workers) - 1} more" if len(workers) > 1 else ""
+            count, also, members = len(workers), "", list[Member | None]([None])
+            if self._launched is not None and not run.spec.experiment.is_probe:
+                members = [announce(self._launched, run.spec)]
+            elif count > 1:
+                also = f", with {count - 1} more"
+                self._met += 1
+                self._store = self._store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                place = ("127.0.0.1", self._store.port, f"run-{self._met}")
+                members = [Member(rank, count, rank, count, *place) for rank in range(count)]
             self._events.append(RunStarted(run, f"process {workers[0].process.pid} on {platform.node()}{also}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
             for rank, (worker, member) in enumerate(zip(workers, members, strict=True)):
@@ -177,17 +184,6 @@ class LocalExecutor:
                 break
             self._workers.append(free[-1])
         return free[:count] if len(free) >= count else []
-
-    def _members(self, run: PlannedRun, count: int) -> list[Member | None]:
-        """Return the places of a run's workers among its processes; None: it has one process."""
-        if self._launched is not None and not run.spec.experiment.is_probe:
-            return [announce(self._launched, run.spec)]
-        if count == 1:
-            return [None]
-        self._met += 1
-        self._store = self._store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place = ("127.0.0.1", self._store.port, f"run-{self._met}")
-        return [Member(rank, count, rank, count, *place) for rank in range(count)]
 
     def _workers_of(self, run: PlannedRun) -> list[_Worker]:
         return [worker for worker in self._workers if worker.run is run]

@@ -291,27 +291,7 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _connect(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def runs_at_once(cpus: int, devices: int) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns how many runs a cluster has room for, see `runs.executors.runs_at_once`."""
-    with connected(None):
-        yield lambda: Need(cpus, devices=devices).room(_nodes())
-
-
-def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _connect(address: str | None) -> None:
-    named = address or os.environ.get("RAY_ADDRESS")
-    cluster = _find_cluster(named)
+    cluster = _find_cluster(address or os.environ.get("RAY_ADDRESS"))
     options: dict[str, Any] = {"address": cluster, "log_to_driver": False, "logging_level": "ERROR"}
     if cluster is None:
         options |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
@@ -328,6 +308,21 @@ def _connect(address: str | None) -> None:
         worker.listen_error_messages = listen
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # which Ray's start makes its own affair
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def runs_at_once(cpus: int, devices: int) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how many runs a cluster has room for, see `runs.executors.runs_at_once`."""
+    with connected(None):
+        yield lambda: Need(cpus, devices=devices).room(_nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _find_cluster(named: str | None) -> str | None:

@@ -37,10 +37,13 @@ def run_folder(results_dir: Path, spec: RunSpec) -> Path:
 
 def resolve_latest(path: Path) -> Path:
     """Return a path, or where it leads if it is a `latest` that stands as a file for a link."""
-    if path.name == LATEST and os.path.isfile(path):
-        with named(path), os_fault("can't be read", path):
-            return folder_below(path.parent, read_bytes(path, 1 << 10).decode(errors="replace").strip())
-    return path
+    return _folder_named_in(path) if path.name == LATEST and os.path.isfile(path) else path
+
+
+def _folder_named_in(file: Path) -> Path:
+    """Return the folder beside a file that its one line says."""
+    with named(file), os_fault("can't be read", file):
+        return folder_below(file.parent, read_bytes(file, 1 << 10).decode(errors="replace").strip())
 
 
 def link_latest(folder: Path) -> None:
@@ -63,8 +66,10 @@ def single_run(path: Path) -> Path:
     Where a call of `train` has made two, a file says which of them is its model. In an output of `tune` it is `model`.
     """
     path = resolve_latest(path)
-    if (delivered := delivered_run(path)) is not None:
-        return delivered
+    if os.path.isfile(path / DELIVERED_FILE):
+        delivered = _folder_named_in(path / DELIVERED_FILE)
+        if os.path.isfile(delivered / RECORD_FILE):
+            return delivered
     if os.path.isfile(path / MODEL_FOLDER / RECORD_FILE):
         return path / MODEL_FOLDER
     study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
@@ -76,16 +81,6 @@ def tuned_model(path: Path) -> Path | None:
     folder = path if path.name == MODEL_FOLDER else path / MODEL_FOLDER
     files = (folder / f"model{ending}" for ending in (".onnx", ".xml") if os.path.isfile(folder / RECORD_FILE))
     return next((file for file in files if os.path.isfile(file)), None)
-
-
-def delivered_run(call: Path) -> Path | None:
-    """Return the folder that a call of `train` says its model lies in; None if it says nothing, or that run is gone."""
-    file = call / DELIVERED_FILE
-    if not os.path.isfile(file):
-        return None
-    with named(file), os_fault("can't be read", file):
-        folder = folder_below(call, read_bytes(file, 1 << 10).decode(errors="replace").strip())
-    return folder if os.path.isfile(folder / RECORD_FILE) else None
 
 
 def write_record(results_dir: Path, record: RunRecord) -> Path:
