@@ -254,48 +254,32 @@ def _send(worker: _Worker, order: _Order | None) -> None:
 
 
 def _start_worker() -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
-    try:
-        with _surroundings_of_workers():
-            process.start()
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return _Worker(process, ours)
-
-
-@contextmanager
-def _surroundings_of_workers() -> Iterator[None]:
-    """Hand down the allocator's settings, and no Ctrl-C: a worker leaves it to its parent from its first instant on.
+    """Start a worker with the allocator's settings, and without Ctrl-C, which it leaves to its parent from the first.
 
     Python would look for modules in the working directory first, which may hold anybody's data. A new process imports
     the main module of the one that starts it: a script that calls `peft_vit.train` would begin there again, and scripts
     of others seldom guard against that.
     """
-    main = sys.modules["__main__"]
-    with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}), _ctrl_c_blocked():
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-
-
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    if os.name == "nt":  # where nothing can be blocked
-        yield
-        return
-    resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+    main, blocks = sys.modules["__main__"], os.name != "nt"  # where nothing can be blocked
+    if blocks:
+        resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        sys.modules["__main__"] = ModuleType("__main__")
+        with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}):
+            process.start()
+    except OSError:
+        ours.close()
+        raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        sys.modules["__main__"] = main
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+    return _Worker(process, ours)
 
 
 def _serve(pipe: Connection, parent: int) -> None:

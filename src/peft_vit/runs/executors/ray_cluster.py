@@ -195,7 +195,15 @@ class RayExecutor:
             for task in ended:
                 self._end(self._attempts.pop(tasks[task]))
             if time.monotonic() - self._looked > _LOOK_S:
-                self._give_up()
+                self._looked = time.monotonic()
+                waiting = [number for number, attempt in self._attempts.items() if not attempt.started]
+                # What waits for a node that the cluster does not have any more is given up.
+                if waiting and (refusal := self._need.refusal(_nodes())):
+                    for number in waiting:
+                        attempt = self._attempts.pop(number)
+                        ray.cancel(attempt.task)
+                        reason = f"{refusal}; the same command continues when the cluster has one"
+                        self._lose(attempt, reason, "killed")
         return self._events.popleft()
 
     def stop(self) -> None:
@@ -253,18 +261,6 @@ class RayExecutor:
     def _lose(self, attempt: _Task, reason: str, failure: Failure, traceback: str | None = None) -> None:
         reason = textwrap.shorten(reason, _REASON_CHARACTERS)
         self._events.append(failed_attempt(attempt.run, reason, time.monotonic() - attempt.since, failure, traceback))
-
-    def _give_up(self) -> None:
-        """Report what waits for a node that the cluster does not have any more."""
-        self._looked = time.monotonic()
-        waiting = [number for number, attempt in self._attempts.items() if not attempt.started]
-        refusal = self._need.refusal(_nodes()) if waiting else None
-        if refusal is None:
-            return
-        for number in waiting:
-            attempt = self._attempts.pop(number)
-            ray.cancel(attempt.task)
-            self._lose(attempt, f"{refusal}; the same command continues when the cluster has one", "killed")
 
 
 def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Executor:
