@@ -45,22 +45,17 @@ class Command:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.code: int | None = None  # how it ended, negative for a signal
-        self.started = time.monotonic()
-        self.seconds = 0.0  # that it took
-        self.busy_s = 0.0  # of a processor
 
     def ended(self) -> bool:
         if self.code is None:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
-                self.seconds = time.monotonic() - self.started
-                self.busy_s = usage.ru_utime + usage.ru_stime
         return self.code is not None
 
-    def wait(self, until: Callable[[], bool] = lambda: False, timeout_s: float = PATIENCE_S) -> bool:
+    def wait(self, until: Callable[[], bool] = lambda: False) -> bool:
         """Wait for something or for the end, whatever comes first; tell whether it was the former."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_S
         while not self.ended():
             if until():
                 return True
@@ -152,12 +147,6 @@ def write_events(file: Path) -> None:
         show(watch, event)
 
     StudyProgress.on_event = on_event  # type: ignore[method-assign, assignment]
-
-
-def fork(action: Callable[[], None], log: Path) -> Command:
-    """Do something in a forked child, with everything imported."""
-    _import_all()
-    return _start(action, log)
 
 
 def _let_go(pipe: int) -> None:

@@ -191,4 +191,4 @@ if __name__ == "__main__":
         "--only": {"metavar": "KIND:SEED:NUMBER", "help": "one case again, in this process"},
         "--child": {"nargs": 2, "type": int, "help": argparse.SUPPRESS},
     }
-    harness.main("mutated files are read or refused", __doc__, torture, options)
+    harness.main(__doc__, torture, options)
