@@ -48,8 +48,8 @@ test-avx2: setup ## run the tests of the numerical core as a processor without A
 	else echo "This processor has no AVX-512: make test runs the same tests as it computes them."; fi
 
 torture: setup ## spoil files and kill runs for hours; docs/explanation/reliability.md says how often that held
-	$(BIN)/python tests/torture/mutated_files.py --trials 10000 --commands 100
-	$(BIN)/python tests/torture/killed_runs.py --forked 160 --fresh 40
+	$(BIN)/python tests/torture/mutated_files.py --trials 10000
+	$(BIN)/python tests/torture/killed_runs.py --kills 200
 
 bench: setup ## time steps, memory and scoring beside PEFT; about two hours on two idle cores
 	$(BIN)/python benchmarks/step_time.py
