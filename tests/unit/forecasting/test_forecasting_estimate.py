@@ -11,7 +11,7 @@ from written_runs import planned, run_and_write
 from peft_vit.core.backbones import describe
 from peft_vit.runs.costs.estimate import EstimateRequest, Throughput, Workload
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
-from peft_vit.runs.costs.time_limit import first_that_fits, makespan
+from peft_vit.runs.costs.time_limit import makespan
 from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs
 from peft_vit.runs.records.storage import write_record
 
@@ -127,11 +127,6 @@ def test_a_step_counts_its_passes_and_blocks_that_are_computed_again(study) -> N
     blocks = len(shape.values_by_block)
     for method, recomputed, passes in (("lora", 0, 2), ("full", 0, 3), ("lora", blocks, 3), ("lora", blocks // 2, 2.5)):
         assert throughput.step_s(shape, method, 8, recomputed) == pytest.approx(8 * passes * image_s)
-
-
-def test_the_first_that_fits_is_taken() -> None:
-    assert first_that_fits([3, 2, 1], float, 2.0) == 2
-    assert first_that_fits([3, 2], float, 1.0) is None
 
 
 def simulated(seconds: list[float], workers: int, busy: list[float]) -> float:

@@ -184,7 +184,7 @@ def test_what_all_runs_will_take_counts_those_under_way_and_those_that_wait(tmp_
     """At 70 s b0 may take 60 s more, as long as it has taken; 7 of a take 10 s, 7 of b 60 and what that is over 20."""
     (told,) = drive(tmp_path, TWO, AS_PLANNED, Timed({"a": 10.0, "b": 130.0}), over_at=155)
     said = "b/seed_0 was planned to take 20 s and takes more than 1.0 min here; all runs take about"
-    assert (60 + 7 * 10 + 7 * 100) / 60 == pytest.approx(13.8, abs=0.05)
+    assert pytest.approx(13.8, abs=0.05) == (60 + 7 * 10 + 7 * 100) / 60
     assert told == f"slower than planned: {said} 13.8 min more, and 1.4 min are left"
 
 
