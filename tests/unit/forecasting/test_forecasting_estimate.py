@@ -9,6 +9,7 @@ import torch
 from written_runs import planned, run_and_write
 
 from peft_vit.core.backbones import describe
+from peft_vit.core.config import MeasuresConfig
 from peft_vit.runs.costs.estimate import EstimateRequest, Throughput, Workload
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
 from peft_vit.runs.costs.time_limit import makespan
@@ -43,6 +44,18 @@ def test_costs_are_put_together(study, tmp_path) -> None:
     assert estimated.seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.01)
     assert estimated.peak_memory_bytes == 400_000_000 + (24 + 20 + 30 - 50) * 32 * 32  # more grey images
     assert estimated.basis == "calibration"
+    spec = run.spec.model_copy(update={"measures": MeasuresConfig(latency_batches=(1, 8))})
+    (measuring,) = estimate([replace(run, spec=spec)], workload)
+    assert measuring.seconds == estimated.seconds  # the timing run has done that before its steps
+
+
+def test_no_batch_is_larger_than_the_training_set(study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_, **__: 1e9)
+    (run,), workload = wanted(study("lora", batch_size=24, schedule="constant"), tmp_path)
+    training = run.spec.experiment.training.model_copy(update={"batch_size": 64})
+    spec = run.spec.model_copy(update={"experiment": run.spec.experiment.model_copy(update={"training": training})})
+    larger, whole = estimate([replace(run, spec=spec), run], workload)
+    assert larger.seconds == whole.seconds
 
 
 def test_what_is_not_known_is_measured_once_a_kind_or_estimated(study, tmp_path) -> None:
