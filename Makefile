@@ -47,15 +47,9 @@ test-avx2: setup ## run the tests of the numerical core as a processor without A
 	  ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "not slow" $(CORE); \
 	else echo "This processor has no AVX-512: make test runs the same tests as it computes them."; fi
 
-# Each tool writes what it found down before it ends; the last one says whether anything failed, now or earlier.
-torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/explanation/reliability.md
-	-$(BIN)/python tests/torture/mutated_files.py --trials 10000 --commands 100
-	-$(BIN)/python tests/torture/killed_runs.py --forked 160 --fresh 40
-	-$(BIN)/python tests/torture/killed_allocations.py
-	-$(BIN)/python tests/torture/two_commands.py --drivers 100 --commands 10
-	-$(BIN)/python tests/torture/full_disks.py --trials 60
-	-$(BIN)/python tests/torture/ray_nodes.py --trials 10
-	$(BIN)/python tests/torture/torture_results.py
+torture: setup ## spoil files and kill runs for hours; docs/explanation/reliability.md says how often that held
+	$(BIN)/python tests/torture/mutated_files.py --trials 10000
+	$(BIN)/python tests/torture/killed_runs.py --kills 200
 
 bench: setup ## time steps, memory and scoring beside PEFT; about two hours on two idle cores
 	$(BIN)/python benchmarks/step_time.py

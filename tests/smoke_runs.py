@@ -1,16 +1,12 @@
-"""What the smoke run of any configuration leaves: a record that says what it is, and a file that fits a fresh model."""
+"""What the smoke run of any configuration leaves: a record that says what it is. Its file: test_runs_execute.py."""
 
 from pathlib import Path
 
 from written_runs import run_and_write
 
-from peft_vit.core.adapters import current_ranks, load_trained
-from peft_vit.core.adapters.footprint import trainable_parameters
-from peft_vit.core.backbones import load_backbone
 from peft_vit.core.config import METHOD_KINDS, PROBE_L2, AdaLoraConfig, QaLoraConfig
-from peft_vit.core.records import RunRecord, RunSpec
-from peft_vit.deploy.restore import prepare_as_saved
-from peft_vit.runs.records.storage import ADAPTER_FILE, read_record, run_folder
+from peft_vit.core.records import RunSpec
+from peft_vit.runs.records.storage import read_record, run_folder
 
 
 def check_smoke_run(spec: RunSpec, results_dir: Path) -> None:
@@ -18,13 +14,6 @@ def check_smoke_run(spec: RunSpec, results_dir: Path) -> None:
     record = run_and_write(spec, results_dir)
     assert (record.status, record.error) == ("done", None)
     assert record == read_record(run_folder(results_dir, record.spec) / "record.json")
-    check_record(record)
-    if record.spec.experiment.method in ("adalora", "qa_lora", "qa_adalora"):  # fixed ranks: test_runs_execute.py
-        check_saved_adapter(record, results_dir)
-
-
-def check_record(record: RunRecord) -> None:
-    """Check what every record must hold, and that it says what it is."""
     assert record.spec.smoke
     assert record.provenance is not None
     assert record.test is not None
@@ -84,21 +73,3 @@ def check_record(record: RunRecord) -> None:
         else:
             assert record.bit_allocation is not None
             assert record.bit_allocation.spent_bytes <= record.bit_allocation.budget_bytes
-
-
-def check_saved_adapter(record: RunRecord, results_dir: Path) -> None:
-    """Check that the file fits a fresh model, whose live counts are the recorded ones."""
-    spec = record.spec
-    fresh = load_backbone(
-        spec.backbone, image_size=spec.data.image_size, num_classes=len(record.class_names), seed=9, smoke=True
-    ).model
-    file = run_folder(results_dir, spec) / ADAPTER_FILE
-    prepare_as_saved(fresh, spec.experiment, file, total_steps=8, seed=9)
-    metadata = load_trained(fresh, file)
-    assert record.parameters is not None
-    ranks = record.rank_history[-1].ranks if record.rank_history else {}
-    if record.chosen_step == 0 and "adalora" in spec.experiment.method:
-        ranks = dict.fromkeys(ranks, 0)
-    assert metadata["ranks"] == current_ranks(fresh) == ranks
-    assert trainable_parameters(fresh) == record.parameters.final
-    assert metadata["class_names"] == record.class_names

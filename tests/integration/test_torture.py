@@ -1,4 +1,4 @@
-"""Files that are spoiled, runs that are killed, disks that are full: a few of `make torture`; and Ctrl-C."""
+"""Files that are spoiled, runs that are killed: a few of `make torture`; full disks, two commands at once, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -24,14 +24,11 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_spoiled_files_are_read_or_refused_in_one_line() -> None:
-    done = python(
-        TORTURE / "mutated_files.py", "--trials", "225", "--commands", "2", "--seed", "5", "--without-onnx", "--dry"
-    )
+    done = python(TORTURE / "mutated_files.py", "--trials", "225", "--seed", "5", "--without-onnx")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert set(re.findall(r"^(.+), in process: 25 of 25$", done.stdout, re.MULTILINE)) == KINDS
-    (read,) = re.findall(r"^(\d+) of 225 spoiled files were read in process$", done.stdout, re.MULTILINE)
+    assert set(re.findall(r"^(.+): 25 of 25$", done.stdout, re.MULTILINE)) == KINDS
+    (read,) = re.findall(r"^(\d+) of 225 spoiled files were read$", done.stdout, re.MULTILINE)
     assert 25 < int(read) < 200  # both happens often
-    assert len(re.findall("through the command line: 1 of 1", done.stdout)) == 2
 
 
 MISDEEDS = {
@@ -77,7 +74,7 @@ def test_what_a_refusal_lacks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         def read() -> None:
             raise error
 
-        return Target(tmp_path / "record.json", (), read, (), places=True)
+        return Target(tmp_path / "record.json", (), read, places=True)
 
     target = raising(ValueError("bad"))
     assert (judged(target)[0] or "").endswith("ValueError: bad\n")
@@ -93,29 +90,19 @@ def test_what_a_refusal_lacks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 @pytest.mark.part("runner")
-@pytest.mark.parametrize(
-    ("tool", "options", "kinds", "trials"),
-    [
-        ("killed_runs.py", ["--forked", "4", "--methods", "adalora", "lora", "--seed", "5"], "forked command, .*", 4),
-        ("killed_allocations.py", ["--only", "growing", "--steps", "3", "9"], "growing", 4),
-        ("two_commands.py", ["--drivers", "2", "--commands", "1"], "forked drivers|fresh commands", 3),
-        ("full_disks.py", ["--trials", "4", "--methods", "adalora", "--seed", "1"], "[a-z.' ]+", 4),
-    ],
-)
-def test_what_is_promised_holds_a_few_times(cache: str, tool, options, kinds, trials) -> None:
-    ended = python(TORTURE / tool, *options, "--dry")
-    if "NOTHING WAS TRIED" in ended.stderr:
-        pytest.skip(ended.stderr.strip())
+def test_killed_runs_end_as_undisturbed_ones(cache: str) -> None:
+    ended = python(TORTURE / "killed_runs.py", "--kills", "3", "--methods", "adalora", "--seed", "5")
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-5000:]
-    sums = re.findall(rf"^(?:{kinds}): (\d+) of (\d+)$", ended.stdout, re.MULTILINE)
+    sums = re.findall(r"^(?:driver|worker|whole).*: (\d+) of (\d+)$", ended.stdout, re.MULTILINE)
     assert all(passed == tried for passed, tried in sums)
-    assert sum(int(tried) for _, tried in sums) >= trials
-    assert not re.search(r"^0 attempts went on from a checkpoint", ended.stdout, re.MULTILINE)
+    assert sum(int(tried) for _, tried in sums) >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.part("runner")
-@pytest.mark.parametrize(("mode", "said"), [("crash_everywhere", "crash points"), ("full_disk", "full disks")])
+@pytest.mark.parametrize(
+    ("mode", "said"), [("crash_everywhere", "crash points"), ("full_disk", "full disks"), ("pair", "one winner")]
+)
 def test_a_study_survives(tmp_path, mode, said) -> None:
     ended = python(TORTURE.with_name("crash_study.py"), mode, tmp_path)
     assert ended.returncode == 0, ended.stderr

@@ -35,7 +35,7 @@ from peft_vit.fit.recipe import Recipe
 from peft_vit.fit.request import Advanced, TuneRequest
 from peft_vit.fit.sizes import regress, within_bytes
 from peft_vit.fit.tune import tune
-from peft_vit.runs.costs.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
+from peft_vit.runs.costs.estimate import Throughput
 from peft_vit.runs.costs.memory_limit import StepCost
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import read_record
@@ -86,7 +86,7 @@ def environment_of(runner: StandIns | None, rate: float = 1e9, **changes: Any) -
 def paced(runner: StandIns) -> Environment:
     """Return an environment in which the stand-ins take what was measured, and the output nearly a minute."""
     shape = describe(BackboneConfig(model="test_vit", weights="random"), SIZES[-1])
-    rate = TIME_OUTSIDE_PRODUCTS * step_products(shape, "lora", 31) / runner.step_s  # 31 images are trained on
+    rate = Throughput.estimated(1.0).step_s(shape, "lora", 31) / runner.step_s  # 31 images are trained on
 
     def write_output(*_: Any) -> None:
         runner.now += 45.0

@@ -8,13 +8,11 @@ a file talks the package into goes unseen. A hook can't be taken out again: use 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-VARIABLE = "PEFT_VIT_GUARD"
 _STARTS = {
     "os.fork",
     "os.forkpty",
@@ -36,15 +34,14 @@ _PLACES = ("/dev/null", "/dev/shm/")
 _OWN_STATE = "/proc/self/clear_refs"  # where the package sets its peak memory back
 
 
-def install(allowed: Sequence[Path], report: Callable[[str], None], *, unpickling: bool = True) -> None:
+def install(allowed: Sequence[Path], report: Callable[[str], None]) -> None:
     """Report, from now on, whatever this process does outside of some folders.
 
     Args:
         allowed: folders that may be written to.
         report: told each of it as one line.
-        unpickling: report it too; worker processes are handed their work so, and from nobody else.
     """
-    watched = {*_ASKS, "pickle.find_class"} if unpickling else _ASKS
+    watched = {*_ASKS, "pickle.find_class"}
     roots = tuple(os.path.realpath(root) + os.sep for root in allowed)
     busy = False
 
@@ -73,19 +70,3 @@ def install(allowed: Sequence[Path], report: Callable[[str], None], *, unpicklin
             busy = False
 
     sys.addaudithook(hook)
-
-
-def environment(allowed: Sequence[Path], log: Path) -> dict[str, str]:
-    """Return variables that make any Python below load this file as `sitecustomize` and write to a log."""
-    return {VARIABLE: json.dumps({"allowed": [str(root) for root in allowed], "log": str(log)})}
-
-
-def install_from_environment() -> None:
-    """Do as `environment` says, in the process that has them."""
-    settings = json.loads(os.environ[VARIABLE])
-    log = os.open(settings["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
-
-    def report(line: str) -> None:
-        os.write(log, f"{line}\n".encode(errors="backslashreplace"))
-
-    install([Path(root) for root in settings["allowed"]], report, unpickling=False)

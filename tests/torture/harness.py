@@ -1,4 +1,4 @@
-"""What all these tools do: take options, count trials by kind, tell what went wrong, and keep the sums."""
+"""What these tools do: take options, count trials by kind, and tell what went wrong."""
 
 from __future__ import annotations
 
@@ -16,63 +16,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what other tests
 
 
 class Tally:
-    """Trials by promise and kind, and what failed."""
+    """Trials by kind, and what failed."""
 
-    def __init__(self, promise: str) -> None:
-        self.promise = promise
-        self.trials: Counter[tuple[str, str]] = Counter()
-        self.faults: dict[tuple[str, str], list[str]] = {}
+    def __init__(self) -> None:
+        self.trials: Counter[str] = Counter()
+        self.faults: dict[str, list[str]] = {}
 
-    def add(self, kind: str, trial: str, fault: str | None, *, of: str = "", quiet: bool = False) -> None:
-        """Count a trial and print it: what makes it again, and what was wrong; `of` names another sum of the same."""
+    def add(self, kind: str, trial: str, fault: str | None, *, quiet: bool = False) -> None:
+        """Count a trial and print it: what makes it again, and what was wrong."""
         if not quiet:
             print(f"{trial}: {fault or 'sound'}", flush=True)
-        key = (self.promise + of, kind)
-        self.trials[key] += 1
+        self.trials[kind] += 1
         if fault is not None:
-            self.faults.setdefault(key, []).append(f"{trial}: {fault}")
+            self.faults.setdefault(kind, []).append(f"{trial}: {fault}")
 
-    def conclude(self, *, dry: bool) -> None:
-        """Print the sums, and add them to those of earlier calls unless that is not wanted."""
-        for (promise, kind), trials in sorted(self.trials.items()):
-            faults = self.faults.get((promise, kind), [])
+    def conclude(self) -> None:
+        """Print the sums."""
+        for kind, trials in sorted(self.trials.items()):
+            faults = self.faults.get(kind, [])
             print(f"{kind}: {trials - len(faults)} of {trials}", *faults, sep="\n", flush=True)
-            if not dry:
-                import torture_results
-
-                torture_results.add(promise, kind, trials=trials, passed=trials - len(faults), faults=faults)
 
 
 def main(
-    promise: str,
-    doc: str | None,
-    torture: Callable[[Path, argparse.Namespace, Tally], None],
-    options: Mapping[str, Any],
-    *,
-    seed: int | None = None,
+    doc: str | None, torture: Callable[[Path, argparse.Namespace, Tally], None], options: Mapping[str, Any]
 ) -> None:
-    """Run a tool in a new folder, which stays if something failed; end with code 1 then, or if nothing was tried.
+    """Run a tool in a new folder, which stays if something failed; end with code 1 then.
 
     Args:
-        promise: that is put to the test.
         doc: of the tool.
         torture: the tool itself.
-        options: its own, as argparse takes them.
-        seed: the clock, so that calls add up, unless it is given here.
+        options: its own, as argparse takes them; the seed is the clock, unless it is given.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=int(time.time()) if seed is None else seed)
-    parser.add_argument("--dry", action="store_true", help="keep no results")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
     for name, settings in options.items():
         parser.add_argument(name, **settings)
-    arguments = parser.parse_args()
-    folder, tally = Path(tempfile.mkdtemp(prefix="peft-vit-torture-")), Tally(promise)
-    try:
-        torture(folder, arguments, tally)
-    except PermissionError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        sys.exit(f"NOTHING WAS TRIED: {error}")
-    tally.conclude(dry=arguments.dry)
+    folder, tally = Path(tempfile.mkdtemp(prefix="peft-vit-torture-")), Tally()
+    torture(folder, parser.parse_args(), tally)
+    tally.conclude()
     if tally.faults:
         sys.exit(f"{folder} is kept")
     shutil.rmtree(folder)

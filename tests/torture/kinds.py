@@ -72,7 +72,7 @@ def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
                 assert run_folder(sound.out, run.spec).is_relative_to(sound.out)
 
         spoil = (mutations.of_lines(nasty.texts), mutations.of_lines(nasty.texts), nasty.of_bytes(*files))
-        return Target(file, spoil, plan, ("plan", file, "--smoke", "--output", sound.out), places=True)
+        return Target(file, spoil, plan, places=True)
 
     return [target(file) for file in files]
 
@@ -94,8 +94,8 @@ def records(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         file = sound.run(name) / RECORD_FILE
         spoil = (mutations.of_json(nasty.texts), mutations.of_json(nasty.texts), nasty.of_bytes())
         targets += [
-            Target(file, spoil, analysis(file), ("report", sound.results, "--output", sound.out), places=True),
-            Target(file, spoil, predicting(sound, file.parent), ("predict", file.parent, sound.image), places=True),
+            Target(file, spoil, analysis(file), places=True),
+            Target(file, spoil, predicting(sound, file.parent), places=True),
         ]
     return targets
 
@@ -116,8 +116,7 @@ def adapters(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             return {folder / RECORD_FILE: json.dumps(signed).encode()}
 
         spoil = (mutations.of_safetensors(nasty.texts), nasty.of_bytes())
-        command = ("predict", folder, sound.image)
-        return Target(folder / ADAPTER_FILE, spoil, predicting(sound, folder), command, believed)
+        return Target(folder / ADAPTER_FILE, spoil, predicting(sound, folder), believed)
 
     return [target(sound.run(name)) for name in ("plain", "adaptive", "quantized")]
 
@@ -128,12 +127,12 @@ def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     low_bit = sound.inputs / "model.safetensors"
     inner = (mutations.of_safetensors(nasty.texts), nasty.of_bytes())
     spoil = (*(_signed(mutation, _sign_low_bit) for mutation in inner), *inner)
-    targets.append(Target(low_bit, spoil, predicting(sound, low_bit), ("predict", low_bit, sound.image)))
+    targets.append(Target(low_bit, spoil, predicting(sound, low_bit)))
     by_onnx = sound.inputs / "model.onnx"
     if by_onnx.exists():
         inner = (_in_onnx_card(nasty), nasty.of_bytes())
         spoil = (*(_signed(mutation, _sign_onnx) for mutation in inner), nasty.of_bytes())
-        targets.append(Target(by_onnx, spoil, predicting(sound, by_onnx), ("predict", by_onnx, sound.image)))
+        targets.append(Target(by_onnx, spoil, predicting(sound, by_onnx)))
         targets += _openvino(sound, nasty)
     folder, weights = sound.inputs / "peft", str(sound.inputs / "weights.safetensors")
 
@@ -142,13 +141,12 @@ def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         base_mismatches(folder, "test_vit", "weights", None, ["a"])
         list(predict_files(classifier, [sound.image]))
 
-    command = ("predict", folder, sound.image, "--weights", weights)
     for file in sorted(folder.iterdir()):
         if file.suffix == ".json":
             ways: tuple[Mutation, ...] = (mutations.of_json(nasty.texts), nasty.of_bytes())
         else:
             ways = (mutations.of_safetensors(nasty.texts), nasty.of_bytes())
-        targets.append(Target(file, ways, open_peft, command))
+        targets.append(Target(file, ways, open_peft))
     return targets
 
 
@@ -164,11 +162,10 @@ def _openvino(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     def believed(content: bytes) -> dict[Path, bytes]:
         return {description: _sign_openvino(before[0], content)}
 
-    plain, command = nasty.of_bytes(), ("predict", description, sound.image)
-    opens = predicting(sound, description)
+    plain, opens = nasty.of_bytes(), predicting(sound, description)
     return [
-        Target(description, (_signed(plain, sign), plain), opens, command, names=(weights,)),
-        Target(weights, (plain,), opens, command, believed, names=(description,)),
+        Target(description, (_signed(plain, sign), plain), opens, names=(weights,)),
+        Target(weights, (plain,), opens, believed, names=(description,)),
     ]
 
 
@@ -225,8 +222,7 @@ def weights(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     def target(file: Path, *spoil: Mutation) -> Target:
         config = BackboneConfig(model="test_vit", weights="file", file=str(file))
-        command = ("predict", sound.inputs / "peft", sound.image, "--weights", file)
-        return Target(file, spoil, lambda: load_backbone(config, image_size=SIDE, num_classes=3, seed=0), command)
+        return Target(file, spoil, lambda: load_backbone(config, image_size=SIDE, num_classes=3, seed=0))
 
     return [
         target(sound.inputs / "weights.safetensors", mutations.of_safetensors(nasty.texts), nasty.of_bytes()),
@@ -279,7 +275,6 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             file,
             spoil,
             _decoding(name, _path_of(configuration), configuration),
-            ("plan", configuration, "--output", sound.out),
             names=(configuration, *([folder / "hf"] if name == "hf" else [])),  # and the row, of an image in a table
         )
         for name, file, spoil in files
@@ -290,8 +285,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         ways = [nasty.of_bytes(*others[:3])]
         if image.suffix == ".png":
             ways.append(mutations.of_png(plain))
-        model = sound.inputs / "model.safetensors"
-        targets.append(Target(image, tuple(ways), _decoding("image-folder", images), ("predict", model, image)))
+        targets.append(Target(image, tuple(ways), _decoding("image-folder", images)))
     return targets
 
 
@@ -333,28 +327,20 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
     for kind in plan_with_costs().values():
         cache_costs(kind, MeasuredCosts(start_s=2.0, step_s=0.01, image_s=0.001, peak_memory_bytes=10**8, images=24))
-    cases: list[tuple[str, Callable[[], object], Path]] = [
-        ("pixels", images, tiny),
-        ("hashes", images, tiny),
-        ("costs", plan_with_costs, tiny),
-    ]
+    cases: list[tuple[str, Callable[[], object]]] = [("pixels", images), ("hashes", images), ("costs", plan_with_costs)]
     targets = []
-    for name, read, configuration in cases:
+    for name, read in cases:
         read()
         files = [file for file in (sound.cache / name).rglob("*") if file.is_file()]
         file = min(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
         ways = (mutations.of_json(nasty.texts), nasty.of_bytes()) if file.suffix == ".json" else (nasty.of_bytes(),)
-        targets.append(Target(file, ways, read, ("plan", configuration, "--output", sound.out)))
+        targets.append(Target(file, ways, read))
     return targets
 
 
 def studies(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     """study.json, the lock's file and a run's progress.json, as `status`, `report` and `run` read them."""
     copy = sound.out / "results"
-
-    def prepare(results: Path) -> None:
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(results, copy)
 
     def status(results: Path) -> None:
         for folder in find_studies(results):
@@ -375,30 +361,25 @@ def studies(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         plan_study(load_study(file), sound.results, file=file)
 
     def begin() -> None:
-        prepare(sound.interrupted)
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sound.interrupted, copy)
         with study_lock(copy / "tiny") as lock:
             for line in StudyStore(lock, ("adaptive/seed_0",)).notices:
                 assert is_one_line(line), line
 
-    def ways(results: Path) -> tuple[tuple[Callable[[], None], tuple[object, ...]], ...]:
-        return (
-            (partial(status, results), ("status", results)),
-            (partial(status_while_locked, results), ("status", results)),
-        )
+    def ways(results: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+        return partial(status, results), partial(status_while_locked, results)
 
-    run = (go_on, ("run", sound.inputs / "tiny.yaml", "--output", copy))
-    report = (summary, ("report", sound.interrupted, "--output", sound.out / "report"))
-    resume = (begin, ("run", sound.inputs / "interrupted.yaml", "--output", copy))
     opened = [
-        (sound.results, STUDY_FILE, (*ways(sound.results), run)),
-        (sound.results, LOCK_FILE, (*ways(sound.results), run)),
-        (sound.interrupted, f"adaptive/seed_0/{PROGRESS_FILE}", (*ways(sound.interrupted), report, resume)),
+        (sound.results, STUDY_FILE, (*ways(sound.results), go_on)),
+        (sound.results, LOCK_FILE, (*ways(sound.results), go_on)),
+        (sound.interrupted, f"adaptive/seed_0/{PROGRESS_FILE}", (*ways(sound.interrupted), summary, begin)),
     ]
     spoil = (mutations.of_json(nasty.texts), nasty.of_bytes())
     return [
-        Target(results / "tiny" / name, spoil, read, command, prepare=partial(prepare, results), places=True)
+        Target(results / "tiny" / name, spoil, read, places=True)
         for results, name, all_ways in opened
-        for read, command in all_ways
+        for read in all_ways
     ]
 
 
@@ -412,12 +393,9 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     newest = folders[max(folders)]
     copy = sound.out / "interrupted"
 
-    def prepare() -> None:
+    def go_on() -> None:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(sound.interrupted, copy)
-
-    def go_on() -> None:
-        prepare()
         finished = run_one(planned.spec, checkpoints=Checkpoints(copy / planned.spec.run_id, 3600))
         if finished.record.status == "failed":  # as the command says it, in one line that names the checkpoint
             raise UserError(finished.record.error or "")
@@ -436,7 +414,6 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
 
         return change
 
-    command = ("run", sound.inputs / "interrupted.yaml", "--output", copy)
     names = (copy / planned.spec.run_id,)
     targets = []
     for name, way in (
@@ -445,8 +422,8 @@ def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     ):
         for opened in (lambda: read_checkpoint(newest), go_on):
             spoil = (way, nasty.of_bytes())
-            targets.append(Target(newest / name, spoil, opened, command, believed(name), names, prepare=prepare))
-        targets.append(Target(newest / name, (nasty.of_bytes(),), go_on, command, names=names, prepare=prepare))
+            targets.append(Target(newest / name, spoil, opened, believed(name), names))
+        targets.append(Target(newest / name, (nasty.of_bytes(),), go_on, names=names))
     return targets
 
 

@@ -1,6 +1,6 @@
 """Spoil sound files in thousands of ways, and see that each is read or refused in one line, and does nothing else.
 
-    .venv/bin/python tests/torture/mutated_files.py --trials 10000 --commands 100    as `make torture` does
+    .venv/bin/python tests/torture/mutated_files.py --trials 10000                   as `make torture` does
     .venv/bin/python tests/torture/mutated_files.py --only record:1:4711             one case again, with its traceback
 
 A case has passed if reading the spoiled file ends in seconds, well or with a UserError that is one line and names the
@@ -23,18 +23,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import guard
 import harness
 
 if TYPE_CHECKING:  # the process that waits for others needs no torch
-    from mutations import Target
     from spoiled_cases import Cases
 
-HERE = Path(__file__).resolve().parent
-_REASONS = ("error: ", "left out: ", "  ")  # what lines start with that say why a command failed
 CASE_CPU_S = 60  # more than that is a hang; of processor time, since the machine may be busy
 CASE_S = 600.0  # a case that waits for something uses no processor
-COMMAND_S = 600.0
 
 
 def cases_of(options: argparse.Namespace, folder: Path, *, watched: bool) -> Cases:
@@ -65,7 +60,7 @@ def in_process(folder: Path, options: argparse.Namespace, tally: harness.Tally) 
                 report = json.loads(line)
                 kind = report["kind"]
                 if "fault" in report:
-                    tally.add(f"{kind}, in process", "in process", report["fault"], quiet=report["fault"] is None)
+                    tally.add(kind, kind, report["fault"], quiet=report["fault"] is None)
                     read += report["read"]
                     case += 1
                 deadline = threading.Timer(CASE_S, child.kill)
@@ -77,7 +72,7 @@ def in_process(folder: Path, options: argparse.Namespace, tally: harness.Tally) 
             raise RuntimeError(f"the sound files could not be made:\n{''.join(complaints)[-4000:]}")
         if code:
             fault = f"the process ended with {code}: {''.join(complaints)[-500:]}"
-            tally.add(f"{kind}, in process", f"{kind}:{options.seed}:{case}", fault)
+            tally.add(kind, f"{kind}:{options.seed}:{case}", fault)
             case += 1
     return read
 
@@ -94,77 +89,8 @@ def do_cases(folder: Path, options: argparse.Namespace) -> None:
     os._exit(0)  # its folders are the parent's to remove: whatever it did from here on, its own guard would report
 
 
-def by_command(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
-    """Do cases through the real command line, each a process of its own that is watched from inside and outside."""
-    cases = cases_of(options, folder / "files", watched=False)
-    hook = folder / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        f"import sys\nsys.path.append({str(HERE)!r})\nimport guard\nsys.path.pop()\nguard.install_from_environment()\n"
-    )
-    trap = folder / "files" / "tmp" / "here"  # its files would be run by whoever looks for modules there
-    trap.mkdir()
-    for name in ("pickle", "yaml", "torch", "tempfile", "struct", "selectors", "sitecustomize", "usercustomize"):
-        (trap / f"{name}.py").write_text(f"import os\nos.mkdir({str(cases.sound.marker)!r})\n")
-    for number in range(options.commands):
-        kind = cases.kind(number)
-        with cases.spoiled(kind, number) as target:
-            fault = _commanded(cases, target, hook, trap)
-        trial = f"{kind}:{options.seed}:{number}: {' '.join(map(str, target.command))}"
-        tally.add(f"{kind}, through the command line", trial, fault, quiet=fault is None)
-
-
-def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> str | None:
-    from spoiled_cases import fault_of
-
-    sound = cases.sound
-    log = hook / "log"
-    log.write_text("")
-    before = _fingerprint(sound.inputs)
-    environment = {**os.environ, **sound.environment(), **guard.environment([*sound.writable, hook], log)}
-    command = [str(Path(sys.executable).with_name("peft-vit")), *map(str, target.command)]
-    target.prepare()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=trap,
-            env={**environment, "PYTHONPATH": str(hook)},
-            capture_output=True,
-            text=True,
-            errors="backslashreplace",
-            timeout=COMMAND_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"took more than {COMMAND_S:.0f} s"
-    fault = None
-    if "Traceback" in done.stderr + done.stdout or done.returncode not in (0, 1, 2):
-        fault = f"exit code {done.returncode}: {done.stderr[-3000:]}"
-    elif done.returncode:
-        fault = fault_of(_refusal(done.stderr), target)
-    if _fingerprint(sound.inputs) != before:
-        fault = "its input was changed"
-    if log.read_text():
-        fault = f"did {log.read_text()[:1000]}"
-    return sound.fault_outside() or fault
-
-
-def _refusal(output: str) -> str:
-    """Return the line that says why a command failed: its error, a file left out, or the reason of the last run."""
-    lines = output.strip().splitlines()
-    errors = next(filter(None, ([x for x in lines if x.startswith(start)] for start in _REASONS)), [])
-    if not errors:
-        return f"nothing of a reason: {output[-500:]}"
-    return errors[-1].removeprefix("error: ").removeprefix("left out: ").strip()
-
-
-def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
-    files = ((str(path), path.lstat()) for path in sorted(folder.rglob("*")))
-    return [(name, status.st_size, status.st_mtime_ns) for name, status in files]
-
-
 def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
-    """Spoil files, in process and through the command line; or one again, or as the child of a parent."""
+    """Spoil files; or one again, or as the child of a parent."""
     if options.child:
         do_cases(folder, options)
     elif options.only:
@@ -173,22 +99,18 @@ def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> 
         cases = cases_of(options, folder / "files", watched=False)
         with cases.spoiled(kind, int(number)) as target:
             copy = shutil.copy(target.file, tempfile.mkdtemp(prefix="peft-vit-case-"))
-            print(f"{target.file}, copied to {copy}\n{' '.join(map(str, target.command))}")
+            print(f"{target.file}, copied to {copy}")
             target.open()
     else:
-        if options.trials:
-            print(f"{in_process(folder, options, tally)} of {options.trials} spoiled files were read in process")
-        if options.commands:
-            by_command(folder, options, tally)
+        print(f"{in_process(folder, options, tally)} of {options.trials} spoiled files were read")
 
 
 if __name__ == "__main__":
     options = {
-        "--trials": {"type": int, "default": 0, "help": "in process"},
-        "--commands": {"type": int, "default": 0, "help": "through the command line"},
+        "--trials": {"type": int, "default": 1000},
         "--kinds": {"nargs": "+", "default": [], "help": "only these"},
         "--without-onnx": {"action": "store_true", "help": "make no ONNX file, which takes seconds"},
         "--only": {"metavar": "KIND:SEED:NUMBER", "help": "one case again, in this process"},
         "--child": {"nargs": 2, "type": int, "help": argparse.SUPPRESS},
     }
-    harness.main("mutated files are read or refused", __doc__, torture, options)
+    harness.main(__doc__, torture, options)

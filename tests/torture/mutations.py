@@ -218,12 +218,10 @@ class Target:
     file: Path
     spoil: tuple[Mutation, ...]  # ways to do it; one is drawn
     open: Callable[[], object]  # what the package does with it; may raise UserError and nothing else
-    command: tuple[object, ...]  # the same through the command line
     # What else changes with the content, so that hashes do not give it away at once.
     believed: Callable[[bytes], dict[Path, bytes]] = lambda _: {}
     names: tuple[Path, ...] = ()  # what a refusal may name instead of the file, such as the folder that is opened
     places: bool = False  # whether a refusal has to name a field or a line, beside the file
-    prepare: Callable[[], object] = lambda: None  # what the command needs, called when the file is spoiled
 
 
 @dataclass(frozen=True)

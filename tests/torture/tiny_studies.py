@@ -11,14 +11,12 @@ from typing import Any
 
 from small_methods import INT4, LINEAR, study_mapping
 
-from peft_vit.base.files import checkpoint_folders
 from peft_vit.runs.records.progress import read_run_files
 from peft_vit.runs.records.run_rows import outcome_digest
 from peft_vit.runs.records.scan import read_records
 from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, run_folder
 
 NAME = "tiny"
-STEPS = 12  # of a run: 24 images in batches of 8, four times
 _ADALORA = {
     "total_rank_budget": 40,
     "allocation_strategy": "proportional",
@@ -99,8 +97,3 @@ def done_records(results_dir: Path, runs: Iterable[str]) -> dict[str, tuple[int,
     study = results_dir / NAME
     stats = {run: (study / run / RECORD_FILE).stat() for run in runs if read_run_files(study, run).is_done}
     return {run: (stat.st_ino, stat.st_mtime_ns) for run, stat in stats.items()}
-
-
-def newest_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint in a run's folder; 0 if there is none."""
-    return max(checkpoint_folders(folder), default=0)

@@ -57,22 +57,6 @@ def test_anything_else_is_not_there(study, content) -> None:
     assert looked_at(study, content) == RunFiles(None, None, False, FAULT)
 
 
-@pytest.mark.parametrize(("attempts", "stands"), [(1, True), (2, False), (3, False)])
-@pytest.mark.parametrize("status", ["done", "failed"])
-def test_a_record_decides_unless_a_later_attempt_was_begun(tmp_path, attempts, stands, status) -> None:
-    (tmp_path / RUN).mkdir(parents=True)
-    (tmp_path / RUN / PROGRESS_FILE).write_bytes(WHOLE)
-    record = {"status": status, "seconds": 1.0, "attempts": attempts, "error": "it diverged"}
-    (tmp_path / RUN / "record.json").write_text(json.dumps(record))
-    known = read_run_files(tmp_path, RUN)
-    assert (known.attempt is not None) == stands
-    assert known.attempts == max(attempts, 2)
-    assert not known.is_done  # without an adapter
-    assert known.failure == ("it diverged" if status == "failed" and not stands else None)
-    (tmp_path / RUN / "adapter.safetensors").touch()
-    assert read_run_files(tmp_path, RUN).is_done == (status == "done")
-
-
 def test_a_run_is_under_way_only_while_the_one_that_began_it_works_on_the_study(study) -> None:
     looked_at(study, ATTEMPT.model_copy(update={"state": "running", "total_steps": 9}).model_dump_json().encode())
     (study / RUN / "checkpoint-4").mkdir()

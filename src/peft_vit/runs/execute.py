@@ -60,16 +60,13 @@ from peft_vit.core.records import (
     ByteCounts,
     Failure,
     HeadFit,
-    Metrics,
     ParameterCounts,
-    Predictions,
     ProbeTest,
     Provenance,
     RankEntry,
     RunRecord,
     RunSpec,
 )
-from peft_vit.core.tasks import meaning_fields
 from peft_vit.core.training import (
     Calibration,
     CheckpointKeeper,
@@ -96,8 +93,8 @@ from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import predict, predict_with_middle
 from peft_vit.data import load_data
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.measures.held_out import Outputs, Reliability, calibration_of, reference_images
-from peft_vit.runs.measures.removal_and_latency import take_measures
+from peft_vit.runs.measures.held_out import Outputs, calibration_of, reference_images
+from peft_vit.runs.measures.removal_and_latency import leave_out_updates, time_forward
 from peft_vit.runs.this_machine import products
 from peft_vit.runs.this_machine.machine import (
     cpu_count,
@@ -180,7 +177,7 @@ def run_one(
             plain = isinstance(error, UserError | LostProcessError) and not isinstance(error, DivergedError)
             kind = _failure_of(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
-            if kind == "error" and attempt.has_resumed_training:
+            if kind == "error" and attempt.source is not None and attempt.training is None:
                 # A program's fault as a rule; a changed checkpoint can bring it out too.
                 remedy = "if that was changed, remove the checkpoint-* folders there, and it starts again"
                 reason = f"{' '.join(reason.split())} (the run had continued from {attempt.source}; {remedy})"
@@ -252,39 +249,24 @@ class Loaded:
     def made_ready(self) -> Provenance:
         """Let the model, which its method has prepared, multiply as was asked for; return what the run is made of."""
         model = self.backbone.model.to(self.device)  # what is packed comes packed
-        product = self.product()
+        training, product = self.spec.experiment.training, None
+        if training.compute == "int8":
+
+            def find() -> Int8Matmul | None:
+                if processes.rank() > 0:
+                    return None
+                choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
+                return choice.usable(self.device)
+
+            product = processes.of_first(processes.in_each(find))  # as the first process has found it fastest
         if product is not None:
             product = use_int8_matmul(model, product)
         return provenance_of(self, product)
-
-    def product(self) -> Int8Matmul | None:
-        """Return what multiplies integers here, as the first process has found it fastest; None in float."""
-        training = self.spec.experiment.training
-        if training.compute != "int8":
-            return None
-
-        def find() -> Int8Matmul | None:
-            if processes.rank() > 0:
-                return None
-            choice = products.choose_product(self.device, self.spec.precision, training.integer_bits)
-            return choice.usable(self.device)
-
-        return processes.of_first(processes.in_each(find))
 
     def float_weights(self) -> dict[str, Tensor]:
         """Load the weights again, as they were."""
         width = self.data.task.head_width(self.data.class_names)
         return dict(load_run_backbone(self.spec, width, mapped=self.packed_targets).model.state_dict())
-
-
-@dataclass(frozen=True)
-class _Tested:
-    """What training saw, and what came of the test split, read this once."""
-
-    training: TrainingResult
-    metrics: Metrics
-    predictions: Predictions
-    believed: Reliability
 
 
 def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | None) -> Finished:
@@ -312,8 +294,7 @@ def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | Non
     ranks = update_ranks(model)
     memory.prepared()
 
-    tested = _train_and_test(loaded, hooks, attempt, on_progress)
-    result, believed = tested.training, tested.believed
+    result, tested, features = _train_and_test(loaded, hooks, attempt, on_progress)
     metadata = {
         "spec": spec.model_dump(mode="json"),
         "class_names": list(data.class_names),
@@ -348,7 +329,13 @@ def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | Non
         in_4_bits_bytes=bytes_in_4_bits(model, backbone_total + counts.head),
     )
     by_class = _class_counts(data)
-    removal, latency_s = take_measures(backbone, data, spec, runtime, overhead)
+    removal, latency_s = None, {}
+    if spec.measures.removal_images is not None and experiment.has_adapters:
+        with overhead.of("removal"):
+            removal = leave_out_updates(model, data, spec, runtime)
+    if spec.measures.latency_batches:
+        with overhead.of("latency"):
+            latency_s = time_forward(backbone, data, spec, runtime)
     record = RunRecord(
         spec=spec,
         status="done",
@@ -365,12 +352,8 @@ def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | Non
         evaluations=result.evaluations,
         chosen_step=result.chosen_step,
         validation=None if result.chosen is None else result.chosen.metrics,
-        test=tested.metrics,
-        predictions=tested.predictions,
-        **meaning_fields(believed.meaning),
-        unlike=believed.unlike,
-        features_sha256=None if believed.features is None else hashlib.sha256(believed.features).hexdigest(),
-        tested_calibration=believed.tested,
+        **tested,
+        features_sha256=None if features is None else hashlib.sha256(features).hexdigest(),
         seconds_per_step=result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
         optimizer_sha256=result.optimizer_sha256 or None,
         adapter_sha256=hashlib.sha256(content).hexdigest(),
@@ -380,7 +363,7 @@ def _execute(spec: RunSpec, attempt: ResumableRun, on_progress: OnProgress | Non
         latency_s=latency_s,
         **dict(attempt.update()),
     )
-    return Finished(record, content, believed.features)
+    return Finished(record, content, features)
 
 
 def _prepare(
@@ -409,8 +392,8 @@ def _prepare(
 
 def _train_and_test(
     loaded: Loaded, hooks: list[Hook], attempt: ResumableRun, on_progress: OnProgress | None
-) -> _Tested:
-    """Train, and read the test split, once.
+) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
+    """Train, read the test split, once, and return what it says in a record, and the content of the features' file.
 
     With a probe to start from that is before training, while its features are there; training can't reach the images.
     Where frozen layers multiply integers, training does so alone, with the validation that chooses a step. All that is
@@ -423,11 +406,9 @@ def _train_and_test(
     provenance = attempt.known.provenance
     assert provenance is not None
     features = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
-    in_float = features
-    if spec.multiplies_integers:
-        provenance = provenance.model_copy(update={"integer_bits": None})
-        in_float = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
-    if (is_probe or training.head_start == "probe") and not attempt.is_resumed and processes.rank() == 0:
+    provenance = provenance.model_copy(update={"integer_bits": None})
+    in_float = SharedFeatures(model, spec, provenance, hooks, runtime, data.task)
+    if (is_probe or training.head_start == "probe") and attempt.source is None and processes.rank() == 0:
         probe, temperature, probed, meaning = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
         if not is_probe and spec.experiment.start is None:  # else it is no linear probe
@@ -489,11 +470,12 @@ def _train_and_test(
         none = Outputs(test.logits[:0], data.validation.labels, None)
         validation = outputs(data.validation) if len(data.validation) else none
         known = outputs(reference_images(data, spec.seed)).middle if spec.measures.features else None
-        believed = calibration_of(validation, test, known, data.task)
-    decision, keep = meaning_fields(believed.meaning)["decision"], spec.measures.logits
+        tested, kept_features = calibration_of(validation, test, known, data.task)
+    decision, keep = tested["decision"], spec.measures.logits
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)
     predicted = predicted.model_copy(update={"files": data.test_files})
-    return _Tested(result, data.task.measure(test.logits, test.labels, decision), predicted, believed)
+    tested |= {"predictions": predicted, "test": data.task.measure(test.logits, test.labels, decision)}
+    return result, tested, kept_features
 
 
 def _same_everywhere(own: Provenance) -> Provenance:
@@ -594,6 +576,7 @@ class ResumableRun:
         known: of the attempts before, and what this one has found since; `update` brings its sums up to date.
         overhead: seconds by purpose, of all attempts.
         source: the checkpoint that it continues from, if there is one.
+        training: the training's state there, until it is taken.
         memory: of this attempt, while it is watched.
     """
 
@@ -607,7 +590,7 @@ class ResumableRun:
         self._keeper = None if checkpoints is None else CheckpointKeeper(checkpoints)
         self._should_stop, self._caught = should_stop, caught
         self._since = time.perf_counter()
-        self._training: State | None = None
+        self.training: State | None = None
         self.source: Path | None = None
         self.memory: MemoryWatch | None = None
         self.known = PartialRecord(
@@ -621,7 +604,7 @@ class ResumableRun:
         if state is not None:
             self.source = state.source
             try:
-                known, self._training = PartialRecord.model_validate(state["run"]), State(state["training"])
+                known, self.training = PartialRecord.model_validate(state["run"]), State(state["training"])
             except (LookupError, TypeError, ValueError) as error:
                 raise self._mismatch("state", f"{type(error).__name__}: {one_line(error)}") from None
             if known.spec_digest != self.known.spec_digest:
@@ -636,7 +619,7 @@ class ResumableRun:
             The provenance of the first attempt.
         """
         first = self.known.provenance
-        if not self.is_resumed or first is None:
+        if self.source is None or first is None:
             self.known.provenance = provenance
             return provenance
         for field in _MUST_MATCH:
@@ -670,19 +653,9 @@ class ResumableRun:
     def _step(self) -> int:
         return 0 if self._keeper is None else self._keeper.step
 
-    @property
-    def is_resumed(self) -> bool:
-        """Return whether an earlier attempt has begun to train."""
-        return self.source is not None
-
-    @property
-    def has_resumed_training(self) -> bool:
-        """Return whether a training was continued."""
-        return self.source is not None and self._training is None
-
     def take_training(self) -> State | None:
         """Hand out the training's state, once: nothing of it is held here while the training continues."""
-        state, self._training = self._training, None
+        state, self.training = self.training, None
         return state
 
     def between_steps(self, step: int, training: Callable[[], State]) -> None:

@@ -90,7 +90,7 @@ def init_head(
             meaning = data.task.decide(logits / temperature, labels, PRIOR)
         probe.set_head(head, temperature)
         if spec.experiment.start is not None and (start := Path(spec.experiment.start)).is_file():
-            load_head_rows(features.named_head, start, data.class_names)
+            load_head_rows(named_head_parameters(features.model), start, data.class_names)
             return probe, 1.0, metrics, meaning  # the head is as sure as training has left it
         return probe, probe.training_temperature(of_training, temperature), metrics, meaning
 
@@ -114,15 +114,10 @@ class SharedFeatures:
         task: Task = CLASSIFICATION,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self._model, self._runtime, self._task = model, runtime, task
+        self.model, self._runtime, self._task = model, runtime, task
         self._ways = FLIP_AXES[spec.experiment.training.flips]
         self._file, self._on_progress = _place(spec, provenance, hooks), on_progress
         self.computed = 0  # features, not found in the cache
-
-    @property
-    def named_head(self) -> dict[str, nn.Parameter]:
-        """Return weights and biases of the model's head, by their names in it."""
-        return named_head_parameters(self._model)
 
     def of_training(self, images: LabelledImages) -> Features:
         """Return the features of images in every way in which training shows them, one after the other."""
@@ -137,7 +132,7 @@ class SharedFeatures:
     def _values(self, images: LabelledImages, way: int, axes: tuple[int, ...]) -> NDArray[np.float32]:
         def compute(missing: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
             images_left = images.chosen(missing)
-            computed = head_inputs(self._model, images_left, self._runtime, _BATCH, axes, self._on_progress)
+            computed = head_inputs(self.model, images_left, self._runtime, _BATCH, axes, self._on_progress)
             self.computed += len(computed)
             return missing, computed
 
@@ -149,14 +144,16 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         return None
     depends_on: dict[str, Any] = {
         "model": spec.backbone.model,
+        "head_blocks": spec.backbone.head_blocks,
         "weights": provenance.weights_sha256,
         "config": provenance.config_sha256,
         "transformers": provenance.packages.get("transformers"),
         "data": provenance.data_sha256,
-        "image_size": spec.data.image_size,
+        **spec.data.model_dump(mode="json", include={"image_size", "interpolation", "resize"}),
         "pixels": FORMAT_VERSION,
         "pillow": decoders(),
         "precision": spec.precision,
+        "integer_bits": provenance.integer_bits,
         "device": provenance.device,
         "threads": spec.threads,
         "torch": torch.__version__,
@@ -164,14 +161,6 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         "processor": provenance.processor,
         "instructions": instruction_limits(),
     }
-    if spec.backbone.head_blocks != 1:
-        depends_on["head_blocks"] = spec.backbone.head_blocks
-    if spec.data.interpolation is not None:
-        depends_on["interpolation"] = spec.data.interpolation
-    if spec.data.resize is not None:
-        depends_on["resize"] = spec.data.resize
-    if provenance.integer_bits is not None:
-        depends_on["integer_bits"] = provenance.integer_bits
     for hook in hooks:
         depends_on |= hook.features_depend_on()
     return cache_file("features", depends_on, "safetensors")

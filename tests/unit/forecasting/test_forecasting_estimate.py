@@ -9,9 +9,10 @@ import torch
 from written_runs import planned, run_and_write
 
 from peft_vit.core.backbones import describe
+from peft_vit.core.config import MeasuresConfig
 from peft_vit.runs.costs.estimate import EstimateRequest, Throughput, Workload
 from peft_vit.runs.costs.estimate import estimate_runs as estimate
-from peft_vit.runs.costs.time_limit import first_that_fits, makespan
+from peft_vit.runs.costs.time_limit import makespan
 from peft_vit.runs.costs.timing_run import MeasuredCosts, cache_costs
 from peft_vit.runs.records.storage import write_record
 
@@ -43,6 +44,18 @@ def test_costs_are_put_together(study, tmp_path) -> None:
     assert estimated.seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.01)
     assert estimated.peak_memory_bytes == 400_000_000 + (24 + 20 + 30 - 50) * 32 * 32  # more grey images
     assert estimated.basis == "calibration"
+    spec = run.spec.model_copy(update={"measures": MeasuresConfig(latency_batches=(1, 8))})
+    (measuring,) = estimate([replace(run, spec=spec)], workload)
+    assert measuring.seconds == estimated.seconds  # the timing run has done that before its steps
+
+
+def test_no_batch_is_larger_than_the_training_set(study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("peft_vit.runs.costs.estimate.product_throughput", lambda *_, **__: 1e9)
+    (run,), workload = wanted(study("lora", batch_size=24, schedule="constant"), tmp_path)
+    training = run.spec.experiment.training.model_copy(update={"batch_size": 64})
+    spec = run.spec.model_copy(update={"experiment": run.spec.experiment.model_copy(update={"training": training})})
+    larger, whole = estimate([replace(run, spec=spec), run], workload)
+    assert larger.seconds == whole.seconds
 
 
 def test_what_is_not_known_is_measured_once_a_kind_or_estimated(study, tmp_path) -> None:
@@ -127,11 +140,6 @@ def test_a_step_counts_its_passes_and_blocks_that_are_computed_again(study) -> N
     blocks = len(shape.values_by_block)
     for method, recomputed, passes in (("lora", 0, 2), ("full", 0, 3), ("lora", blocks, 3), ("lora", blocks // 2, 2.5)):
         assert throughput.step_s(shape, method, 8, recomputed) == pytest.approx(8 * passes * image_s)
-
-
-def test_the_first_that_fits_is_taken() -> None:
-    assert first_that_fits([3, 2, 1], float, 2.0) == 2
-    assert first_that_fits([3, 2], float, 1.0) is None
 
 
 def simulated(seconds: list[float], workers: int, busy: list[float]) -> float:

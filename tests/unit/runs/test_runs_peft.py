@@ -93,8 +93,3 @@ def test_smoke_keeps_the_method_and_shortens_its_schedule(beside, tmp_path) -> N
     record = run_and_write(runs[-1].spec, tmp_path)
     assert (record.status, record.error) == ("done", None)
     assert sum(record.rank_history[-1].ranks.values()) == 48
-
-
-def test_estimates_of_peft_are_above_those_of_ours(beside, tmp_path) -> None:
-    _, ours, fixed, adaptive = (run.estimate.seconds for run in planned(beside(), tmp_path).runs)
-    assert ours < fixed < adaptive

@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from fake_study import (
-    STARTED_AT,
     FakeExecutor,
     check_complete,
     done_record,
@@ -175,19 +173,15 @@ def test_odd_characters_of_an_error_can_be_written(tmp_path) -> None:
     assert outcome == {"fake/a/seed_0": "no file \\udcff\n"}
 
 
-def test_records_of_an_earlier_version_are_taken_over_and_what_it_knew_beside_them_is_ignored(tmp_path) -> None:
+def test_records_of_an_earlier_version_are_taken_over(tmp_path) -> None:
     done, failed, *_ = (run.spec for run in fake_plan(STUDY, tmp_path).runs)
     write_result(tmp_path, done_record(done), fake_adapter(done))
     write_result(tmp_path, failed_record(failed, "error"), None)
     assert states(tmp_path) == ["done", "failed"]
-    ledger = tmp_path / "fake" / "ledger.jsonl"
-    rows = [{"at": STARTED_AT, "run": f"{run}/seed_0", "event": "done", "attempt": 3} for run in "ab"]
-    ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
     executor = FakeExecutor()
     fake_drive(STUDY, tmp_path, executor)
     assert executor.submitted == ["a/seed_1", "b/seed_0", "b/seed_1"]
     assert [attempts_of(tmp_path, run) for run in ("a/seed_0", "a/seed_1", "b/seed_0")] == [1, 2, 1]
-    ledger.unlink()
     check_complete(STUDY, tmp_path)
 
 

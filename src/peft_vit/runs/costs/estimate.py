@@ -14,7 +14,7 @@ from typing import Literal, Self
 import torch
 
 from peft_vit.core.backbones import BackboneShape
-from peft_vit.core.config import Compute, ComputeSetting, ExperimentConfig, Precision
+from peft_vit.core.config import Compute, ComputeSetting, Precision
 from peft_vit.core.methods import METHODS
 from peft_vit.core.quantization.integers import Bits
 from peft_vit.core.records import RunRecord, RunSpec
@@ -43,7 +43,7 @@ class Throughput:
 
     Attributes:
         start_s: of all that a run does once.
-        step_product_s: of a training step, for each of its multiply-adds, see `step_products`.
+        step_product_s: of a training step, for each of its multiply-adds, see `step_s`.
         image_product_s: of a forward pass, for each of its multiply-adds.
         process_s: until a worker process is ready.
     """
@@ -60,35 +60,24 @@ class Throughput:
         return cls(_START_S, product_s, product_s)
 
     def step_s(self, shape: BackboneShape, method: str, images: int, recomputed: int = 0) -> float:
-        """Return the seconds of a training step, see `step_products`."""
-        return self.step_product_s * step_products(shape, method, images, recomputed)
+        """Return the seconds of a training step, whose backward pass counts as forward passes.
+
+        Blocks that are computed again count once more: at ViT-B, 224 px, batch 8 all of them took 0.6 to 1 of a forward
+        pass.
+
+        Args:
+            shape: of the backbone.
+            method: of the experiment.
+            images: of the batch.
+            recomputed: blocks, from the first on, that the backward pass computes again.
+        """
+        values = shape.values_by_block
+        passes = METHODS[method].forward_passes + sum(values[:recomputed]) / sum(values)
+        return self.step_product_s * images * shape.multiply_adds * passes
 
     def image_s(self, shape: BackboneShape) -> float:
         """Return the seconds of a forward pass for each of its images."""
         return self.image_product_s * shape.multiply_adds
-
-
-def step_products(shape: BackboneShape, method: str, images: int, recomputed: int = 0) -> float:
-    """Return the multiply-adds of a step, as if forward and backward passes were forward passes alone.
-
-    Blocks that are computed again count once more: at ViT-B, 224 px, batch 8 all of them took 0.6 to 1 of a forward
-    pass.
-
-    Args:
-        shape: of the backbone.
-        method: of the experiment.
-        images: of the batch.
-        recomputed: blocks, from the first on, that the backward pass computes again.
-    """
-    values = shape.values_by_block
-    return images * shape.multiply_adds * (METHODS[method].forward_passes + sum(values[:recomputed]) / sum(values))
-
-
-def experiment_products(experiment: ExperimentConfig, shape: BackboneShape, train_images: int) -> float:
-    """Return the multiply-adds of an experiment's step; no batch is larger than the training set."""
-    training = experiment.training
-    recomputed = training.recomputed_of(len(shape.values_by_block))
-    return step_products(shape, experiment.method, min(training.batch_size, train_images), recomputed)
 
 
 def product_throughput(
@@ -177,11 +166,6 @@ class Workload:
     validation: int
     test: int
 
-    def throughput(self, compute: Compute = "float", bits: Bits | None = None) -> Throughput:
-        """Return what runs take by arithmetic alone, see `product_throughput`."""
-        given = self.shape, self.device, self.precision, self.threads
-        return Throughput.estimated(product_throughput(*given, compute, bits))
-
 
 @dataclass(frozen=True)
 class FinishedCost:
@@ -250,43 +234,39 @@ def estimate_runs(
         }
         by_name = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         measured |= {kind: by_name.get(run.spec.experiment.name) for kind, run in unknown.items()}
-    estimated = functools.cache(workload.throughput)
+    multiply_adds_per_s = functools.cache(
+        functools.partial(product_throughput, workload.shape, workload.device, workload.precision, workload.threads)
+    )
     costs = []
     for run in runs:
-        timing = measured[run.kind_sha256]
+        experiment, training = run.spec.experiment, run.spec.experiment.training
         if alike := finished.get((run.kind_sha256, run.steps)):
             seconds = statistics.median(cost.seconds for cost in alike)
             costs.append(RunCost(seconds, max(cost.peak_memory_bytes for cost in alike), "records"))
-        elif timing is None:
-            training = run.spec.experiment.training
-            throughput = estimated(training.decided_compute, training.integer_bits)
-            costs.append(_run_cost(run, workload, throughput, estimated_bytes(run.spec, workload), "estimate"))
-        else:
-            products = experiment_products(run.spec.experiment, workload.shape, workload.train)
-            image_product_s = timing.image_s / workload.shape.multiply_adds
-            throughput = Throughput(timing.start_s, timing.step_s / products, image_product_s)
+            continue
+        after: float = workload.test + measured_images(run.spec, workload)
+        steps, images = run.steps, experiment.validations(workload.train) * workload.validation + after
+        if timing := measured[run.kind_sha256]:
+            start_s, step_s, image_s = timing.start_s, timing.step_s, timing.image_s
             pixels = workload.image_size**2 * workload.channels  # mapped into memory as they are read
             more_images = max(0, workload.train + workload.validation + workload.test - timing.images)
             peak_bytes = timing.peak_memory_bytes + more_images * pixels
-            costs.append(_run_cost(run, workload, throughput, peak_bytes, "calibration"))
+            # The timing run has done what the study's `measures` ask for, before its first step.
+            images += workload.test - after
+        else:
+            speed = Throughput.estimated(multiply_adds_per_s(training.decided_compute, training.integer_bits))
+            recomputed = training.recomputed_of(len(workload.shape.values_by_block))
+            batch_size = min(training.batch_size, workload.train)
+            step_s = speed.step_s(workload.shape, experiment.method, batch_size, recomputed)
+            start_s, image_s = speed.start_s, speed.image_s(workload.shape)
+            peak_bytes = estimated_bytes(run.spec, workload)
+        if experiment.is_probe:  # each image once, in every way in which training shows it
+            images = len(FLIP_AXES[training.flips]) * workload.train + workload.validation + after
+            steps = after = 0
+        seconds = start_s + steps * step_s + images * image_s
+        basis: Basis = "estimate" if timing is None else "calibration"
+        costs.append(RunCost(seconds, peak_bytes, basis, min(seconds, after * image_s)))
     return costs
-
-
-def _run_cost(
-    run: EstimateRequest, workload: Workload, throughput: Throughput, peak_bytes: int, basis: Basis
-) -> RunCost:
-    """Return what a run's steps and the images that it evaluates take together."""
-    experiment, image_s = run.spec.experiment, throughput.image_s(workload.shape)
-    after: float = workload.test + measured_images(run.spec, workload)
-    steps, images = run.steps, experiment.validations(workload.train) * workload.validation + after
-    if experiment.is_probe:  # each image once, in every way in which training shows it
-        steps, images = 0, len(FLIP_AXES[experiment.training.flips]) * workload.train + workload.validation + after
-        after = 0
-    elif basis == "calibration":  # the timing run has done what the study's `measures` ask for, before its first step
-        images += workload.test - after
-    step_s = throughput.step_product_s * experiment_products(experiment, workload.shape, workload.train)
-    seconds = throughput.start_s + steps * step_s + images * image_s
-    return RunCost(seconds, peak_bytes, basis, min(seconds, after * image_s))
 
 
 def activation_values(shape: BackboneShape, recomputed: int = 0) -> float:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_vit.base.errors import UserError
-from peft_vit.core.backbones import BackboneShape, select_sites
-from peft_vit.core.config import BITS_OF_TYPE, ExperimentConfig, QaLoraConfig, TrainingConfig, bytes_of
+from peft_vit.core.config import ExperimentConfig, TrainingConfig, bytes_of
 from peft_vit.core.records import RunSpec
 from peft_vit.data import ImageIndex, Splits
-from peft_vit.runs.costs.estimate import PROCESS_BYTES, Workload
+from peft_vit.runs.costs.estimate import Workload
 from peft_vit.runs.costs.timing_run import timing_run
 
 _MOST_MEASURED = 10
@@ -125,7 +124,8 @@ def choose_memory(
     sizes = [images] if images is not None else [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     search = _Search(limit_bytes, batch_size, np.asarray(block_values, dtype=np.float64), measure)
     free, deepest = Setting(sizes[0], 0), len(block_values) - 1  # computing the last block again saves nothing
-    if not search.take(free):
+    search.take(free)
+    if not search.fitting:
         search.take(Setting(sizes[-1], deepest))
         search.take(Setting(sizes[0], deepest))
         if not search.known:
@@ -151,11 +151,10 @@ class _Search:
     measure: Callable[[Setting], StepCost | None]
     costs: dict[Setting, StepCost | None] = field(default_factory=dict)  # None: there was not enough memory
 
-    def take(self, setting: Setting) -> bool:
-        """Measure a setting, unless it was, and return whether it fits."""
+    def take(self, setting: Setting) -> None:
+        """Measure a setting, unless it was."""
         if setting not in self.costs:
             self.costs[setting] = self.measure(setting)
-        return setting in self.fitting
 
     @property
     def known(self) -> dict[Setting, StepCost]:
@@ -166,12 +165,20 @@ class _Search:
         return {setting: cost for setting, cost in self.known.items() if cost.peak_bytes <= self.limit_bytes}
 
     def may_be_faster(self, settings: Iterable[Setting]) -> Setting | None:
-        """Return what is not measured yet, should fit, and should be the fastest; None: the fastest was measured."""
-        left = [setting for setting in settings if setting not in self.costs]
+        """Return what is not measured yet, should fit, and should be the fastest; None: the fastest was measured.
+
+        Least squares through what was measured predict memory and time of the others.
+        """
+        known, left = self.known, [setting for setting in settings if setting not in self.costs]
         if not left or not self.fitting:
             return None
-        peaks = self._predicted(self._memory_terms, lambda cost: cost.peak_bytes, left)
-        times = self._predicted(self._time_terms, lambda cost: cost.step_s, left)
+
+        def predicted(terms: Callable[[Setting], list[float]], measured: list[float]) -> NDArray[np.float64]:
+            weights, *_ = np.linalg.lstsq(np.array([terms(setting) for setting in known]), measured, rcond=None)
+            return np.array([terms(setting) for setting in left]) @ weights
+
+        peaks = predicted(self._memory_terms, [cost.peak_bytes for cost in known.values()])
+        times = predicted(self._time_terms, [cost.step_s for cost in known.values()])
         at_most_s = _WORTH_MEASURING * min(cost.step_s for cost in self.fitting.values())
         faster = [
             (round(step_s / at_most_s, 2), -setting.images, step_s, setting)
@@ -179,14 +186,6 @@ class _Search:
             if peak <= _NEARLY_FITS * self.limit_bytes and step_s < at_most_s
         ]
         return min(faster, key=lambda option: option[:3])[-1] if faster else None
-
-    def _predicted(
-        self, terms: Callable[[Setting], list[float]], value: Callable[[StepCost], float], settings: Sequence[Setting]
-    ) -> NDArray[np.float64]:
-        """Return what least squares through all that was measured predicts for other settings."""
-        rows = np.array([terms(setting) for setting in self.known])  # (measured, terms)
-        weights, *_ = np.linalg.lstsq(rows, np.array([value(cost) for cost in self.known.values()]), rcond=None)
-        return np.array([terms(setting) for setting in settings]) @ weights
 
     def _memory_terms(self, setting: Setting) -> list[float]:
         """Return 1, the images, and what the blocks keep of them at the moment when they keep the most."""
@@ -234,13 +233,6 @@ def decide_memory(
             "and set micro_batch_size and activation_checkpointing",
             field=_FIELD,
         )
-    model = model_bytes(spec.experiment, shape)
-    if limit <= model:
-        raise UserError(
-            f"{training.memory_limit} is less than the model alone, {_mb(model)}; a training process takes about "
-            f"{_mb(PROCESS_BYTES + model)} at least",
-            field=_FIELD,
-        )
 
     def measure(setting: Setting) -> StepCost | None:
         """Measure a run of a few steps that takes as much memory as the whole run would with a setting.
@@ -271,14 +263,3 @@ def decide_memory(
             field=_FIELD,
         )
     return training.decided(choice.setting.images, choice.setting.recomputed), choice
-
-
-def model_bytes(experiment: ExperimentConfig, shape: BackboneShape) -> int:
-    """Return the bytes below which a model's weights can't be kept: packed ones without scales, the others in float."""
-    qa_lora = experiment.section(QaLoraConfig)
-    if qa_lora is None:
-        return 4 * shape.parameters
-    types = [qa_lora.quantization_type] if qa_lora.adaptive_bits is None else qa_lora.adaptive_bits.types
-    bits = min(BITS_OF_TYPE[kind] for kind in types if kind is not None)
-    packed = sum(site.in_features * site.out_features for site in select_sites(shape.sites, qa_lora.targets))
-    return packed * bits // 8 + 4 * (shape.parameters - packed)

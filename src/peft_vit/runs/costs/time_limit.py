@@ -27,17 +27,12 @@ class Limit:
     @property
     def over_at(self) -> float:
         """Return when what still runs is stopped, so that it can write its checkpoint."""
-        return self.past_at - min(_STOPPING_S, self.minutes * 60 / 20)
-
-    @property
-    def past_at(self) -> float:
-        """Return when it is no longer waited for."""
-        return self.started + 60 * self.minutes
+        return self.started + 60 * self.minutes - min(_STOPPING_S, 3 * self.minutes)
 
     @property
     def is_past(self) -> bool:
         """Return whether nothing is waited for any more."""
-        return self.clock() >= self.past_at
+        return self.clock() >= self.started + 60 * self.minutes
 
     @property
     def left_s(self) -> float:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.backbones import BackboneShape, architecture_of
-from peft_vit.core.config import DataConfig, QaLoraConfig
+from peft_vit.core.config import QaLoraConfig
 from peft_vit.core.methods import shorten
 from peft_vit.core.records import RunSpec
 from peft_vit.data import ImageIndex, Splits, make_splits
@@ -90,9 +90,14 @@ def timing_run(
         }
     )
     train = min(available, max(images, 2))
-    while train < available and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
-        train = min(available, 2 * train)
     data = data.model_copy(update={"train_images": train})
+    while train < available:
+        try:
+            make_splits(index, data, spec.seed)
+            break
+        except UserError:  # a class has no image
+            train = min(available, 2 * train)
+            data = data.model_copy(update={"train_images": train})
     an_epoch = spec.experiment.training.epoch_steps(train)
     epochs = -(-steps // an_epoch)
     experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=_LEAST_BETWEEN_DECISIONS)
@@ -101,14 +106,6 @@ def timing_run(
         training = training.model_copy(update={**_NEUTRAL, "head_start": head_start, "epochs": epochs})
     experiment = experiment.model_copy(update={"name": "timing-run", "training": training})
     return spec.model_copy(update={"study": "timing-run", "seed": 0, "experiment": experiment, "data": data})
-
-
-def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:
-    try:
-        make_splits(index, data, seed)
-    except UserError:
-        return False
-    return True
 
 
 class MeasuredCosts(BaseModel):

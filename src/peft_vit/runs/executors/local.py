@@ -154,8 +154,15 @@ class LocalExecutor:
                 self._read(idle)
         while self._waiting and (workers := self._free_workers(self._waiting[0])):
             run = self._waiting.popleft()
-            members = self._members(run, len(workers))
-            also = f", with {len(workers) - 1} more" if len(workers) > 1 else ""
+            count, also, members = len(workers), "", list[Member | None]([None])
+            if self._launched is not None and not run.spec.experiment.is_probe:
+                members = [announce(self._launched, run.spec)]
+            elif count > 1:
+                also = f", with {count - 1} more"
+                self._met += 1
+                self._store = self._store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                place = ("127.0.0.1", self._store.port, f"run-{self._met}")
+                members = [Member(rank, count, rank, count, *place) for rank in range(count)]
             self._events.append(RunStarted(run, f"process {workers[0].process.pid} on {platform.node()}{also}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
             for rank, (worker, member) in enumerate(zip(workers, members, strict=True)):
@@ -177,17 +184,6 @@ class LocalExecutor:
                 break
             self._workers.append(free[-1])
         return free[:count] if len(free) >= count else []
-
-    def _members(self, run: PlannedRun, count: int) -> list[Member | None]:
-        """Return the places of a run's workers among its processes; None: it has one process."""
-        if self._launched is not None and not run.spec.experiment.is_probe:
-            return [announce(self._launched, run.spec)]
-        if count == 1:
-            return [None]
-        self._met += 1
-        self._store = self._store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place = ("127.0.0.1", self._store.port, f"run-{self._met}")
-        return [Member(rank, count, rank, count, *place) for rank in range(count)]
 
     def _workers_of(self, run: PlannedRun) -> list[_Worker]:
         return [worker for worker in self._workers if worker.run is run]
@@ -258,48 +254,32 @@ def _send(worker: _Worker, order: _Order | None) -> None:
 
 
 def _start_worker() -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
-    try:
-        with _surroundings_of_workers():
-            process.start()
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return _Worker(process, ours)
-
-
-@contextmanager
-def _surroundings_of_workers() -> Iterator[None]:
-    """Hand down the allocator's settings, and no Ctrl-C: a worker leaves it to its parent from its first instant on.
+    """Start a worker with the allocator's settings, and without Ctrl-C, which it leaves to its parent from the first.
 
     Python would look for modules in the working directory first, which may hold anybody's data. A new process imports
     the main module of the one that starts it: a script that calls `peft_vit.train` would begin there again, and scripts
     of others seldom guard against that.
     """
-    main = sys.modules["__main__"]
-    with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}), _ctrl_c_blocked():
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-
-
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    if os.name == "nt":  # where nothing can be blocked
-        yield
-        return
-    resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+    main, blocks = sys.modules["__main__"], os.name != "nt"  # where nothing can be blocked
+    if blocks:
+        resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        sys.modules["__main__"] = ModuleType("__main__")
+        with environment(SURROUNDINGS | {"PYTHONSAFEPATH": "1"}):
+            process.start()
+    except OSError:
+        ours.close()
+        raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        sys.modules["__main__"] = main
+        if blocks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+    return _Worker(process, ours)
 
 
 def _serve(pipe: Connection, parent: int) -> None:

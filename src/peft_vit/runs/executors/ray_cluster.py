@@ -195,7 +195,15 @@ class RayExecutor:
             for task in ended:
                 self._end(self._attempts.pop(tasks[task]))
             if time.monotonic() - self._looked > _LOOK_S:
-                self._give_up()
+                self._looked = time.monotonic()
+                waiting = [number for number, attempt in self._attempts.items() if not attempt.started]
+                # What waits for a node that the cluster does not have any more is given up.
+                if waiting and (refusal := self._need.refusal(_nodes())):
+                    for number in waiting:
+                        attempt = self._attempts.pop(number)
+                        ray.cancel(attempt.task)
+                        reason = f"{refusal}; the same command continues when the cluster has one"
+                        self._lose(attempt, reason, "killed")
         return self._events.popleft()
 
     def stop(self) -> None:
@@ -254,18 +262,6 @@ class RayExecutor:
         reason = textwrap.shorten(reason, _REASON_CHARACTERS)
         self._events.append(failed_attempt(attempt.run, reason, time.monotonic() - attempt.since, failure, traceback))
 
-    def _give_up(self) -> None:
-        """Report what waits for a node that the cluster does not have any more."""
-        self._looked = time.monotonic()
-        waiting = [number for number, attempt in self._attempts.items() if not attempt.started]
-        refusal = self._need.refusal(_nodes()) if waiting else None
-        if refusal is None:
-            return
-        for number in waiting:
-            attempt = self._attempts.pop(number)
-            ray.cancel(attempt.task)
-            self._lose(attempt, f"{refusal}; the same command continues when the cluster has one", "killed")
-
 
 def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Executor:
     """Return an executor for a plan's runs.
@@ -291,27 +287,7 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _connect(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def runs_at_once(cpus: int, devices: int) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns how many runs a cluster has room for, see `runs.executors.runs_at_once`."""
-    with connected(None):
-        yield lambda: Need(cpus, devices=devices).room(_nodes())
-
-
-def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _connect(address: str | None) -> None:
-    named = address or os.environ.get("RAY_ADDRESS")
-    cluster = _find_cluster(named)
+    cluster = _find_cluster(address or os.environ.get("RAY_ADDRESS"))
     options: dict[str, Any] = {"address": cluster, "log_to_driver": False, "logging_level": "ERROR"}
     if cluster is None:
         options |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
@@ -328,6 +304,21 @@ def _connect(address: str | None) -> None:
         worker.listen_error_messages = listen
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # which Ray's start makes its own affair
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def runs_at_once(cpus: int, devices: int) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how many runs a cluster has room for, see `runs.executors.runs_at_once`."""
+    with connected(None):
+        yield lambda: Need(cpus, devices=devices).room(_nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _find_cluster(named: str | None) -> str | None:

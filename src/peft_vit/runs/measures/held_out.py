@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,8 @@ from peft_vit.base.seeding import numpy_generator
 from peft_vit.base.statistics import Neighbours, TemperaturePrior, conformal_quantile
 from peft_vit.base.statistics.drawing import stratified_sample
 from peft_vit.core.backbones import BackboneShape
-from peft_vit.core.records import FEWEST_HELD_OUT, RunRecord, TestedCalibration, Unlike
-from peft_vit.core.tasks import Labels, Meaning, Task
+from peft_vit.core.records import FEWEST_HELD_OUT, RunRecord, Unlike
+from peft_vit.core.tasks import Labels, Task, meaning_fields
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.runs.measures.neighbours import neighbours_bytes, read_neighbours
 from peft_vit.runs.records.storage import FEATURES_FILE, RECORD_FILE
@@ -57,24 +56,9 @@ def reference_bytes(shape: BackboneShape, images: int) -> int:
     return min(MAX_REFERENCE_IMAGES, images) * width if images >= FEWEST_HELD_OUT else 0
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """How far a model can be believed.
-
-    Attributes:
-        meaning: of its outputs.
-        unlike: when an image is unlike those that it was trained on; None: no features of these are kept.
-        features: content of the file that holds them.
-        tested: what came of all that on test images; None: there is nothing.
-    """
-
-    meaning: Meaning
-    unlike: Unlike | None = None
-    features: bytes | None = None
-    tested: TestedCalibration | None = None
-
-
-def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task) -> Reliability:
+def calibration_of(
+    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task
+) -> tuple[dict[str, Any], bytes | None]:
     """Return what outputs mean, what is unlike the training images, and what both come to on test images.
 
     Args:
@@ -82,16 +66,19 @@ def calibration_of(validation: Outputs, test: Outputs, known: NDArray[np.float32
         test: likewise, and nothing was chosen by them.
         known: features of training images, (n, D); None: none are kept.
         task: that the model learned.
+
+    Returns:
+        The fields of a record that say it, and the content of the file of features.
     """
     meaning = task.meaning(validation.logits, validation.labels, PRIOR)
-    unlike, features, flagged = None, None, None
+    unlike = features = flagged = tested = None
     if known is not None and test.middle is not None and len(known) + len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours, unlike = fit_neighbours(known, validation.middle)
         features = neighbours_bytes(neighbours)
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
-    if not len(validation.labels) and unlike is None:
-        return Reliability(meaning)
-    return Reliability(meaning, unlike, features, task.tested(meaning, test.logits, test.labels, flagged))
+    if len(validation.labels) or unlike is not None:
+        tested = task.tested(meaning, test.logits, test.labels, flagged)
+    return {**meaning_fields(meaning), "unlike": unlike, "tested_calibration": tested}, features
 
 
 def fit_neighbours(train: NDArray[np.float32], validation: NDArray[np.float32] | None) -> tuple[Neighbours, Unlike]:

@@ -18,25 +18,11 @@ from peft_vit.core.adapters import adapted_modules, merge_into_offsets, plain_mo
 from peft_vit.core.backbones import LoadedBackbone, choose_attention
 from peft_vit.core.records import AdapterRemoval, RunSpec
 from peft_vit.core.tasks import CLASSIFICATION, Task
-from peft_vit.core.training import Overhead, RuntimeConfig
+from peft_vit.core.training import RuntimeConfig
 from peft_vit.core.training.images import Data, LabelledImages
 from peft_vit.core.training.metrics import forward_s, measure_ablation
 
 _BATCH = 32  # images of a forward pass without an update
-
-
-def take_measures(
-    backbone: LoadedBackbone, data: Data, spec: RunSpec, runtime: RuntimeConfig, overhead: Overhead
-) -> tuple[AdapterRemoval | None, dict[int, float]]:
-    """Return what removal costs, and what `time_forward` does, as far as it is asked for; seconds go to `overhead`."""
-    removal, latency_s = None, {}
-    if spec.measures.removal_images is not None and spec.experiment.has_adapters:
-        with overhead.of("removal"):
-            removal = leave_out_updates(backbone.model, data, spec, runtime)
-    if spec.measures.latency_batches:
-        with overhead.of("latency"):
-            latency_s = time_forward(backbone, data, spec, runtime)
-    return removal, latency_s
 
 
 def leave_out_updates(model: nn.Module, data: Data, spec: RunSpec, runtime: RuntimeConfig) -> AdapterRemoval | None:

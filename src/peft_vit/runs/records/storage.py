@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from pydantic_core import from_json, to_json
 
 from peft_vit.base.errors import UserError, checked, named, os_fault
@@ -23,6 +23,7 @@ HTML_FILE = "report.html"
 DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
 FOLDS_STUDY = "folds"  # begins names of studies there: trainings like its run without a fold of the images each
 MODEL_FOLDER, STUDIES_FOLDER = "model", "studies"  # in the output of `peft-vit tune`
+_Content = TypeVar("_Content")
 LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call that finished
 
 
@@ -37,10 +38,13 @@ def run_folder(results_dir: Path, spec: RunSpec) -> Path:
 
 def resolve_latest(path: Path) -> Path:
     """Return a path, or where it leads if it is a `latest` that stands as a file for a link."""
-    if path.name == LATEST and os.path.isfile(path):
-        with named(path), os_fault("can't be read", path):
-            return folder_below(path.parent, read_bytes(path, 1 << 10).decode(errors="replace").strip())
-    return path
+    return _folder_named_in(path) if path.name == LATEST and os.path.isfile(path) else path
+
+
+def _folder_named_in(file: Path) -> Path:
+    """Return the folder beside a file that its one line says."""
+    with named(file), os_fault("can't be read", file):
+        return folder_below(file.parent, read_bytes(file, 1 << 10).decode(errors="replace").strip())
 
 
 def link_latest(folder: Path) -> None:
@@ -63,8 +67,10 @@ def single_run(path: Path) -> Path:
     Where a call of `train` has made two, a file says which of them is its model. In an output of `tune` it is `model`.
     """
     path = resolve_latest(path)
-    if (delivered := delivered_run(path)) is not None:
-        return delivered
+    if os.path.isfile(path / DELIVERED_FILE):
+        delivered = _folder_named_in(path / DELIVERED_FILE)
+        if os.path.isfile(delivered / RECORD_FILE):
+            return delivered
     if os.path.isfile(path / MODEL_FOLDER / RECORD_FILE):
         return path / MODEL_FOLDER
     study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
@@ -78,20 +84,10 @@ def tuned_model(path: Path) -> Path | None:
     return next((file for file in files if os.path.isfile(file)), None)
 
 
-def delivered_run(call: Path) -> Path | None:
-    """Return the folder that a call of `train` says its model lies in; None if it says nothing, or that run is gone."""
-    file = call / DELIVERED_FILE
-    if not os.path.isfile(file):
-        return None
-    with named(file), os_fault("can't be read", file):
-        folder = folder_below(call, read_bytes(file, 1 << 10).decode(errors="replace").strip())
-    return folder if os.path.isfile(folder / RECORD_FILE) else None
-
-
 def write_record(results_dir: Path, record: RunRecord) -> Path:
     """Write a run's record and return its path."""
     file = run_folder(results_dir, record.spec) / RECORD_FILE
-    write_whole(file, (record.model_dump_json(indent=1) + "\n").encode())
+    _write(file, record)
     return file
 
 
@@ -116,8 +112,7 @@ def read_record(file: Path) -> RunRecord:
     Raises:
         UserError: if the file is not a record of this schema; names the file and the field.
     """
-    with _reading(file, "record", "move it away and run the study again") as content:
-        return RunRecord.model_validate_json(content)
+    return _read(file, RunRecord, "record", "move it away and run the study again")
 
 
 def read_study_file(folder: Path) -> StudyFile | None:
@@ -129,9 +124,9 @@ def read_study_file(folder: Path) -> StudyFile | None:
     file = folder / STUDY_FILE
     if not os.path.lexists(file):
         return None
-    remedy = "move it away and give the command of the study again, which makes it again"
-    with _reading(file, "study file", remedy) as content:
-        return StudyFile.model_validate_json(content)
+    return _read(
+        file, StudyFile, "study file", "move it away and give the command of the study again, which makes it again"
+    )
 
 
 def write_study_file(folder: Path, content: StudyFile) -> None:
@@ -140,7 +135,7 @@ def write_study_file(folder: Path, content: StudyFile) -> None:
     Raises:
         UserError: if there is no room for it.
     """
-    write_whole(folder / STUDY_FILE, (content.model_dump_json(indent=1) + "\n").encode())
+    _write(folder / STUDY_FILE, content)
 
 
 def read_bench(file: Path) -> tuple[BenchRow, ...]:
@@ -149,15 +144,18 @@ def read_bench(file: Path) -> tuple[BenchRow, ...]:
     Raises:
         UserError: if it can't be read, or is not such a file; names the file and the field.
     """
-    with _reading(file, "table", "expected what `peft-vit bench MODEL... --output FILE.json` writes") as content:
-        return TypeAdapter(tuple[BenchRow, ...]).validate_json(content)
+    remedy = "expected what `peft-vit bench MODEL... --output FILE.json` writes"
+    return _read(file, tuple[BenchRow, ...], "table", remedy)
 
 
-@contextmanager
-def _reading(file: Path, what: str, remedy: str) -> Iterator[bytes]:
-    """Give the content of a JSON file; what is wrong with it or with its values is reported in one line."""
+def _read(file: Path, kind: type[_Content], what: str, remedy: str) -> _Content:
+    """Return the content of a JSON file; what is wrong with it or with its values is reported in one line."""
     try:
         with checked(file, remedy), named(file):
-            yield to_json(from_json(read_bytes(file)))
+            return TypeAdapter(kind).validate_json(to_json(from_json(read_bytes(file))))
     except (OSError, ValueError) as error:
         raise UserError(f"is not a readable {what} ({error}); {remedy}", file=file) from None
+
+
+def _write(file: Path, content: BaseModel) -> None:
+    write_whole(file, (content.model_dump_json(indent=1) + "\n").encode())

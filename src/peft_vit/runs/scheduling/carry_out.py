@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from peft_vit.base.errors import NothingDoneError
 from peft_vit.runs.costs.time_limit import Limit
+from peft_vit.runs.executors import ExecutorName, open_executor
+from peft_vit.runs.planned import Plan
 from peft_vit.runs.records.progress import StudyLock, study_status
 from peft_vit.runs.scheduling.deadline import Deadline
-
-if TYPE_CHECKING:  # what drives is loaded with the locks held: whoever comes too late leaves before torch
-    from peft_vit.runs.executors import ExecutorName
-    from peft_vit.runs.planned import Plan
+from peft_vit.runs.scheduling.scheduler import drive
 
 
 def carry_out(
@@ -38,9 +36,8 @@ def carry_out(
         UserError, KeyboardInterrupt: see `drive`.
         NothingDoneError: if the limit is over, and no run of the study is done.
     """
-    from peft_vit.runs.executors import open_executor
+    # Loaded with the locks held: whoever comes too late leaves before torch.
     from peft_vit.runs.scheduling.display import StudyProgress
-    from peft_vit.runs.scheduling.scheduler import drive
 
     results_dir = lock.folder.parent
     make_executor = partial(open_executor, executor, plan, results_dir, ray_address)

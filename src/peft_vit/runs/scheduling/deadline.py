@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peft_vit.base.console import duration
 from peft_vit.base.files import checkpoint_folders
 from peft_vit.core.config import ExperimentConfig
-from peft_vit.runs.costs.time_limit import PROCESS_S, Limit, Pace, RunTimer, first_that_fits
+from peft_vit.runs.costs.time_limit import PROCESS_S, Limit, Pace, RunTimer, first_that_fits, makespan
 from peft_vit.runs.executors import (
     EXECUTORS,
     Event,
@@ -160,7 +159,7 @@ class Deadline:
         self._workers = workers or usual
         self._times = RunTimes(plan.pending, results_dir)
         self._none_fits: bool | None = None  # nothing is expected to end in time: begin it all the same
-        self._announced: int | None = None  # how many runs were said to be done in time
+        self._has_warned = False
         self._stopped: list[tuple[float, str]] = []  # seconds that runs take that were stopped, and a line on it
 
     def to_start(self, waiting: Set[str]) -> Iterator[PlannedRun]:
@@ -191,23 +190,23 @@ class Deadline:
         self._times.on_event(event, now)
 
     def warning(self, waiting: Set[str]) -> str | None:
-        """Return, once, that a run takes several times what was planned, if not all runs will be done in time; again if
-        none will be.
+        """Return, once, that a run takes several times what was planned, if not all runs will be done in time.
 
         Args:
             waiting: names of the runs that have not ended.
         """
         now = self.limit.clock()
-        for name, timer in {} if self._announced == 0 else self._times.running.items():
+        for name, timer in {} if self._has_warned else self._times.running.items():
             taken_s = timer.takes_s(now) if timer.steps_seen >= _ENOUGH_STEPS else timer.done_s + timer.spent_s(now)
             if taken_s < _SLOW_FACTOR * timer.planned_s:
                 continue
-            fitting = self._fitting(waiting)
-            if fitting < len(self._runs) and (self._announced is None or fitting == 0):
-                self._announced = fitting
+            idle_s = [run_s for _, run_s in self._idle(waiting)]
+            left_s = makespan(idle_s, self._workers, busy=self._times.left_s(now).values())
+            if left_s > self.limit.left_s:
+                self._has_warned = True
                 planned = f"{name} was planned to take {duration(timer.planned_s)} and {self._takes(name, now)}"
-                fits = f"{fitting} of {len(self._runs)} runs will be done in {self.limit.minutes:g} minutes"
-                return f"slower than planned: {planned}; about {fits}"
+                fits = f"all runs take about {duration(left_s)} more, and {duration(self.limit.left_s)} are left"
+                return f"slower than planned: {planned}; {fits}"
         return None
 
     def shortest(self) -> str:
@@ -234,18 +233,3 @@ class Deadline:
         """Return the runs that could be started, and the seconds that each will take."""
         idle = [run for run in self._runs if run.spec.name in waiting - self.under_way]
         return list(zip(idle, self._times.whole_s(idle, self.limit.clock()), strict=True))
-
-    def _fitting(self, waiting: Set[str]) -> int:
-        """Return how many runs of this call will have ended in time, those that have ended among them."""
-        left_s, idle = self.limit.left_s, self._idle(waiting)
-        free_at = [run_s for run_s in self._times.left_s(self.limit.clock()).values() if run_s <= left_s]
-        fitting = len(self._runs) - len(waiting) + len(free_at)
-        free_at += [0.0] * (self._workers - len(self.under_way))
-        heapq.heapify(free_at)
-        while free_at:
-            at = heapq.heappop(free_at)
-            if (next_run := first_that_fits(idle, lambda option: option[1], left_s - at)) is not None:
-                idle.remove(next_run)
-                heapq.heappush(free_at, at + next_run[1])
-                fitting += 1
-        return fitting

@@ -138,7 +138,7 @@ class StudyProgress(ProgressDisplay):
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
             said = ", ".join([f"step {step}", *known])
         left = f"about {self._left(now)[running.run.spec.name]} left"
-        left += f", {self._left_for_all(now)} for all" if self._count > 1 else ""
+        left += f", {duration(self._left_s(now))} for all" if self._count > 1 else ""
         return f"{self._place(running.run)}{said}; {left}"
 
     def _place(self, run: PlannedRun) -> str:
@@ -181,7 +181,7 @@ class StudyProgress(ProgressDisplay):
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
             return f"FAILED, {record.error}"
-        left = f"; about {self._left_for_all(time.monotonic())} left" if self._waiting or self._running else ""
+        left = f"; about {duration(self._left_s(time.monotonic()))} left" if self._waiting or self._running else ""
         validation = ""
         if record.validation is not None:
             metric = metric_of(record.spec)
@@ -204,9 +204,6 @@ class StudyProgress(ProgressDisplay):
         workers = max(self._workers, len(busy))  # on a cluster it shows how many there are
         left_s = makespan(self._times.whole_s(list(self._waiting.values()), now), workers, busy=busy)
         return min(left_s, max(0.0, self._until - now))
-
-    def _left_for_all(self, now: float) -> str:
-        return duration(self._left_s(now))
 
     def _shown(self) -> Group:
         """Return what a terminal shows now; called from the thread that refreshes it."""

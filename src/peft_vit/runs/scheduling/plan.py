@@ -35,7 +35,7 @@ from peft_vit.runs.records.storage import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.records.study_yaml import SHARED
 from peft_vit.runs.scheduling.scheduler import difference, go_on, study_file
 from peft_vit.runs.this_machine import products
-from peft_vit.runs.this_machine.machine import ChosenPrecision, choose_precision, resolve_device
+from peft_vit.runs.this_machine.machine import choose_precision, resolve_device
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
 _ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be
@@ -75,7 +75,8 @@ def plan_study(
         if study.data.interpolation is None and pretrained_with != "bicubic":
             data = study.data.model_copy(update={"interpolation": pretrained_with})
             study = study.model_copy(update={"data": data})
-        precision = decide_precision(study, existing)
+        begun = None if existing is None else existing.configuration.precision
+        precision = choose_precision(study.precision, begun, resolve_device(study.device))
         study = study.model_copy(update={"precision": precision.chosen})
         study, compute_note = _as_begun(study, existing, smoke=smoke)
         index = open_index(study.data, smoke=smoke)
@@ -282,12 +283,6 @@ def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Worklo
         validation=len(splits.validation),
         test=len(splits.test),
     )
-
-
-def decide_precision(study: StudyConfig, existing: StudyFile | None) -> ChosenPrecision:
-    """Return the precision of a study's runs: the one that it was begun with, or what `auto` is on this machine."""
-    device = resolve_device(study.device)
-    return choose_precision(study.precision, None if existing is None else existing.configuration.precision, device)
 
 
 def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:

@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from peft_vit.base.errors import UserError, printable
 from peft_vit.base.files import checkpoint_folders, folder_below, remove_any, write_whole
 from peft_vit.core.config import StudyConfig
-from peft_vit.core.records import Failure, RunRecord, StudyFile
+from peft_vit.core.records import RunRecord, StudyFile
 from peft_vit.runs.executors import (
     Event,
     Executor,
@@ -45,9 +45,7 @@ if TYPE_CHECKING:  # it runs without torch, which only executors need
     from peft_vit.runs.planned import Plan, PlannedRun
     from peft_vit.runs.scheduling.deadline import Deadline
 
-_TRANSIENT: frozenset[Failure | None] = frozenset(
-    {"killed", "out_of_memory", "io"}
-)  # another attempt may end otherwise
+_TRANSIENT = ("killed", "out_of_memory", "io")  # failures after which another attempt may end otherwise
 _POLL_S = 0.2
 _FREE = {"description", "execution"}  # settings on which no result depends
 # What a run needs until it is done, and what files and checkpoints are called while they are written, see
@@ -199,7 +197,7 @@ class _OpenRuns:
         record = self.store.ended(record, event.adapter, event.features, retried=again)
         if not again:
             self.waiting.discard(run)
-            self.on_event(RunEnded(event.run, record, event.adapter, event.features))
+            self.on_event(replace(event, record=record))
         elif self.stopping:
             self.on_event(Notice(f"{record.spec.run_id}: {record.error}"))
         else:

@@ -123,12 +123,8 @@ def bf16_support(device: torch.device) -> Bf16Support:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Bf16Support(True, f"{name} computes in bf16")
         return Bf16Support(False, f"{name} only emulates bf16, GPUs compute in it from Ampere on")
-    if device.type == "cpu":
-        return _cpu_support()
-    return Bf16Support(False, f"bf16 is untried on {device.type}")
-
-
-def _cpu_support() -> Bf16Support:
+    if device.type != "cpu":
+        return Bf16Support(False, f"bf16 is untried on {device.type}")
     native = [name for flag, name in _INSTRUCTIONS.items() if flag in _cpu_info("flags").split()]
     if not native:
         return Bf16Support(False, "this CPU has neither AVX512_BF16 nor AMX instructions")
@@ -196,10 +192,8 @@ def git_state(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
         return None, None
 
 
-@functools.cache
-def loaded_git_state() -> tuple[str | None, bool | None]:
-    """Return `git_state` as it was when this process first asked: a commit made since is not the code that runs."""
-    return git_state()
+# As it was when this process first asked: a commit made since is not the code that runs.
+loaded_git_state = functools.cache(git_state)
 
 
 @functools.cache
