@@ -43,14 +43,14 @@ def test_temperature_has_the_least_likelihood_of_a_fine_grid(scale) -> None:
 
 def test_temperature_ends_where_likelihood_would_go_on() -> None:
     logits = np.array([[2.0, 0.0], [0.0, 1.0]])
-    assert fit_temperature(logits, [0, 1]) == TEMPERATURES[0]
-    assert fit_temperature(logits, [1, 0]) == TEMPERATURES[1]
+    assert fit_temperature(logits, [0, 1]) == pytest.approx(TEMPERATURES[0])
+    assert fit_temperature(logits, [1, 0]) == pytest.approx(TEMPERATURES[1])
 
 
 def test_a_prior_holds_where_few_images_tell_nothing_and_gives_way_to_many() -> None:
     prior = TemperaturePrior(median=1.5, spread=0.35)
     right = np.array([[8.0, 0.0], [0.0, 9.0], [7.0, 1.0]])
-    assert fit_temperature(right, [0, 1, 0]) == TEMPERATURES[0]
+    assert fit_temperature(right, [0, 1, 0]) == pytest.approx(TEMPERATURES[0])
     assert fit_temperature(right, [0, 1, 0], prior) == pytest.approx(1.5, rel=0.1)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4000, 3)) * 6

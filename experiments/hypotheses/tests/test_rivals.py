@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from peft_vit.base.statistics import wilcoxon, wilcoxon_against_each
-
-pytestmark = pytest.mark.part("analyzer")
+from experiments.hypotheses.rivals import wilcoxon_against_each
+from peft_vit.base.statistics import wilcoxon
 
 SIMULATIONS, SEEDS, RIVALS = 1000, 10, 5
 ROOM = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)
