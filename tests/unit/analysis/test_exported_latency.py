@@ -9,7 +9,7 @@ from planted import bench_row as row
 
 from peft_vit.base.errors import UserError
 from peft_vit.core.records import BenchRow, RunRecord
-from peft_vit.lab.analysis.frame import Cost
+from peft_vit.lab.analysis.comparison import Cost
 from peft_vit.lab.analysis.recommendation import Recommendation, exported_latency, recommend
 from peft_vit.lab.analysis.studies import Study
 
@@ -60,7 +60,7 @@ def test_the_limit_is_applied_to_what_was_timed(study) -> None:
     result = asked(study, rows, {"latency_s": 0.02})
     assert (result.chosen and result.chosen.name) == SMALL
     assert result.within_limits == (SMALL,)
-    assert [each.mean("latency_s") for each in result.rows] == [None, pytest.approx(0.012), pytest.approx(0.030)]
+    assert [each.cost("latency_s") for each in result.rows] == [None, pytest.approx(0.012), pytest.approx(0.030)]
 
 
 def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) -> None:

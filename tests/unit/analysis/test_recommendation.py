@@ -14,8 +14,8 @@ from peft_vit.base.statistics.estimates import ALPHA, Question, decide
 from peft_vit.cli.study_commands import RecommendRequest
 from peft_vit.core.config import bytes_of
 from peft_vit.core.records import RunRecord
+from peft_vit.lab.analysis.comparison import Cost, MethodResult
 from peft_vit.lab.analysis.findings import estimated
-from peft_vit.lab.analysis.frame import Cost, Row
 from peft_vit.lab.analysis.recommendation import MEASURES, Recommendation, needed_pairs, recommend
 from peft_vit.lab.analysis.studies import choose_study
 
@@ -40,7 +40,7 @@ def asked(made: list[RunRecord], limits: dict[Cost, float] | None = None, **opti
     return recommend(planted.study_of(made), limits or {}, margin=0.01, **options)
 
 
-def candidates(advice: Recommendation) -> list[Row]:
+def candidates(advice: Recommendation) -> list[MethodResult]:
     return [row for row in advice.rows if row.estimate is not None]
 
 
@@ -51,7 +51,7 @@ def verdicts(advice: Recommendation) -> list[tuple[str, str]]:
 def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() -> None:
     advice = asked(records({BEST: 0.80, THIRD: 0.7999}))
     assert (advice.best.name, advice.chosen.name) == (BEST, THIRD)
-    assert advice.chosen.mean("stored_bytes") < advice.best.mean("stored_bytes") / 3
+    assert advice.chosen.cost("stored_bytes") < advice.best.cost("stored_bytes") / 3
     (tested,) = candidates(advice)
     estimate = tested.estimate
     differences = np.round(list(estimate.by_seed.values()), 9)
@@ -169,7 +169,7 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     limit = float(sizes.frozen_bytes + sizes.adapter_file_bytes)
     advice = asked(made, {"stored_bytes": limit})
     assert advice.within_limits == ()
-    assert advice.rows[0].mean("stored_bytes") == limit + 1e5
+    assert advice.rows[0].cost("stored_bytes") == limit + 1e5
     assert asked(made, {"stored_bytes": limit + 10**6}).chosen.name == THIRD
 
 

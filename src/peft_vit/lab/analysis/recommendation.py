@@ -43,8 +43,14 @@ from peft_vit.base.statistics.descriptive import grouped
 from peft_vit.base.statistics.estimates import ALPHA, Estimate, Question
 from peft_vit.base.statistics.intervals import mean_and_error
 from peft_vit.core.records import BenchRow
-from peft_vit.lab.analysis.comparison import SAME_SIZE, compare_all, validation_means
-from peft_vit.lab.analysis.frame import Cost, Row, frame
+from peft_vit.lab.analysis.comparison import (
+    SAME_SIZE,
+    Cost,
+    MethodResult,
+    compare_all,
+    method_results,
+    validation_means,
+)
 from peft_vit.lab.analysis.studies import Study
 
 MEASURES: dict[str, Cost] = {  # as options name them
@@ -65,12 +71,12 @@ class Recommendation:
     study: Study
     # what may be recommended, smallest first; compared are the candidates: does test accuracy, minus that of the best,
     # lose less than the margin? The intervals hold for all of them at once
-    rows: tuple[Row, ...]
-    best: Row  # by validation
+    rows: tuple[MethodResult, ...]
+    best: MethodResult  # by validation
     best_validation: float  # mean over its seeds, a share
     within_limits: tuple[str, ...]  # experiments, smallest first
     # the candidate that was shown not to lose the margin; without any candidate the best itself, if it keeps the limits
-    chosen: Row | None
+    chosen: MethodResult | None
     left_out: dict[str, str]  # experiment -> why nothing can be said of it
     limits: Mapping[Cost, float]  # what a configuration may cost
     measure: Cost  # what "smallest" means
@@ -100,8 +106,8 @@ def recommend(
     """
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
-    rows = {row.name: row for row in frame({study.label: study})}
-    validation = validation_means([row.method for row in rows.values()])
+    rows = {row.name: row for row in method_results(study)}
+    validation = validation_means(rows.values())
     if len(validation) < len(rows):
         problem = "has runs without validation images, which choose what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
@@ -115,7 +121,7 @@ def recommend(
             left_out[name] = "has no finished run"
         elif len({run.configuration() for run in study.runs_of(name)}) > 1:
             left_out[name] = "was configured differently from seed to seed"
-        elif (size := rows[name].mean(measure)) is None:
+        elif (size := rows[name].cost(measure)) is None:
             left_out[name] = "has a run without latency"
         else:
             sizes[name] = size
@@ -126,7 +132,7 @@ def recommend(
     def exceeds(name: str, other: str) -> bool:
         return sizes[name] > (1 + SAME_SIZE) * sizes[other]
 
-    names = sorted(sizes, key=lambda name: (sizes[name], rows[name].mean("parameters"), name))
+    names = sorted(sizes, key=lambda name: (sizes[name], rows[name].cost("parameters"), name))
     best = max(names, key=lambda name: validation[name])  # of equal ones the smallest, which comes first
     within = tuple(name for name in names if all(_keeps(rows[name], cost, limit) for cost, limit in limits.items()))
     candidates = [name for name in within if best not in within or exceeds(best, name)]
@@ -152,8 +158,8 @@ def recommend(
     )
 
 
-def _keeps(row: Row, cost: Cost, limit: float) -> bool:
-    value = row.mean(cost, fmean if cost in _TIMES else max)
+def _keeps(row: MethodResult, cost: Cost, limit: float) -> bool:
+    value = row.cost(cost, fmean if cost in _TIMES else max)
     return value is not None and value <= limit
 
 

@@ -72,7 +72,7 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
                 _by_seed(best),
                 f"{count(best.final_parameters)} trainable parameters",
                 f"{megabytes(best.stored_bytes)} to store",
-                *([f"{fixed(best.seconds_per_step, 2)} s a step"] if best.seconds_per_step is not None else []),
+                *([] if (seconds := best.cost("seconds_per_step")) is None else [f"{fixed(seconds, 2)} s a step"]),
             ),
         )
         for best in bests
