@@ -40,7 +40,7 @@ from numpy.typing import ArrayLike
 from peft_vit.base.errors import UserError
 from peft_vit.base.statistics import Verdict, mean_interval
 from peft_vit.base.statistics.descriptive import grouped
-from peft_vit.base.statistics.estimates import ALPHA, Estimate, Question
+from peft_vit.base.statistics.estimates import ALPHA, Question
 from peft_vit.base.statistics.intervals import mean_and_error
 from peft_vit.core.records import BenchRow
 from peft_vit.lab.analysis.comparison import (
@@ -142,8 +142,11 @@ def recommend(
         shown = [best]
     smallest = [name for name in shown if not exceeds(name, shown[0])]
     chosen = max(smallest, key=lambda name: validation[name], default=None)
-    estimates = {estimate.name: _simultaneous(estimate, len(family)) for estimate in family}
-    ordered = {name: replace(rows[name], estimate=estimates.get(name)) for name in names}
+    ordered = {name: rows[name] for name in names}
+    for estimate in family:  # intervals hold for all candidates (Bonferroni), one-sided as the test
+        values = list(estimate.by_seed.values())
+        interval = mean_interval(values, 1 - 2 * ALPHA / len(family)) if values else None
+        ordered[estimate.name] = replace(rows[estimate.name], estimate=replace(estimate, interval=interval))
     return Recommendation(
         study=study,
         rows=tuple(ordered.values()),
@@ -173,12 +176,6 @@ def _require_times(study: Study, costs: set[Cost], exported: bool) -> None:
         raise UserError("its runs were timed on several machines, so times do not compare", file=study.label)
     if "latency_s" in times and not any(run.record.latency_s for run in study.runs):
         raise UserError("its records hold no latency; ask without it, or measure it", file=study.label)
-
-
-def _simultaneous(estimate: Estimate, candidates: int) -> Estimate:
-    """Return a candidate's estimate with the interval that holds for all (Bonferroni), one-sided as the test."""
-    values = list(estimate.by_seed.values())
-    return replace(estimate, interval=mean_interval(values, 1 - 2 * ALPHA / candidates) if values else None)
 
 
 def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> dict[str, float]:

@@ -72,15 +72,6 @@ def _unit(scores: Scores) -> _Unit:
     return _Unit(100.0, 1, " %") if scores.metric.is_share else _Unit(scores.factor, 3, "")
 
 
-def _axis(study: Study) -> str:
-    """Return what stands at an axis of values."""
-    metric, names = study.scores.metric, study.runs[0].record.class_names
-    unit = "%" if metric.is_share else ""
-    if metric.has_unit:
-        unit = names[0] if len(names) == 1 else "standard deviations"
-    return f"test {metric.words}{unit and f' ({unit})'}"
-
-
 # How a row of accuracies and one of paired differences look.
 _MEANS: dict[bool, _Style] = {
     False: {"marker": "D", "ms": 5, "mec": PAPER, "mew": 0.6},
@@ -177,7 +168,11 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         colors = {m.name: METHOD_COLORS[m.experiment.method] for m in drawn}
         limits = max(least, low - pad), min(most, high + pad)
         _rows(canvas, axes, shown, colors, limits, legend, scores, paired=False)
-        axes.set_xlabel(_axis(study))
+        metric, names = scores.metric, study.runs[0].record.class_names
+        axis_unit = "%" if metric.is_share else ""
+        if metric.has_unit:
+            axis_unit = names[0] if len(names) == 1 else "standard deviations"
+        axes.set_xlabel(f"test {metric.words}{axis_unit and f' ({axis_unit})'}")
 
     on = "on the same test images, not other images"
     if study.images_tested_by_seed:

@@ -37,9 +37,9 @@ from peft_vit.lab.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, layer
 # --- what tables share ------------------------------------------------------------------------------------------------
 
 
-OTHER_SEEDS = "what other seeds would change, on the same test images unless each seed has its own"
-
-OVER_SEEDS = f"95 % t intervals in brackets: {OTHER_SEEDS}."
+OVER_SEEDS = (
+    "95 % t intervals in brackets: what other seeds would change, on the same test images unless each seed has its own."
+)
 
 FAMILY_NOTE = (
     "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows of "
@@ -73,16 +73,7 @@ def comparison_values(comparison: Estimate) -> dict[str, Raw]:
     }
 
 
-def tested(comparison: Estimate) -> str:
-    """Return what the test said, with its note."""
-    return describe_test(comparison) + (f" ({comparison.note})" if comparison.note else "")
-
-
 # --- methods: what they reach and cost, and how they differ -----------------------------------------------------------
-
-
-ACCURACY = Scores()
-_RUNS = Column("n", lambda m: len(m.runs))
 
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
@@ -105,7 +96,7 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
                 partial(score_interval, scores),
                 partial(interval_columns, "test_accuracy" if of_classes else "test_score"),
             ),
-            _RUNS,
+            Column("n", lambda m: len(m.runs)),
             Column(
                 "each seed (%)" if scores.metric.is_share else "each seed",
                 "by_seed",
@@ -206,7 +197,9 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], no
             ),
             Column("n", lambda c: len(c.by_seed)),
             Column(better_question(scores), "verdict", data=""),
-            Column("test", lambda c: c, tested, comparison_values),
+            Column(
+                "test", lambda c: c, lambda c: describe_test(c) + (f" ({c.note})" if c.note else ""), comparison_values
+            ),
         ],
         note,
     )
@@ -221,7 +214,7 @@ def against_fixed_table(allocations: Sequence[Allocation]) -> Table:
         "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
         "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation; "
         f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}",
-        ACCURACY,
+        Scores(),
     )
 
 
@@ -415,30 +408,21 @@ def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
 
 
 def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
-
-    def text(check: dict[str, Any]) -> str:
-        return f"{check['mean']:.4g} (step {check['step']})"
-
-    balances = [(q.experiment.name, measure, checks) for q in impacts for measure, checks in q.balance().items()]
+    balances = [(q.experiment.name, q.balance()) for q in impacts]
     return table(
         "quantization_balance",
         "Balance of quantization and adaptation",
         [
-            {
-                "experiment": experiment,
-                "measure": measure,
-                "first check": text(checks[0]),
-                "in between": text(checks[len(checks) // 2]) if len(checks) > 2 else "–",
-                "last check": text(checks[-1]) if len(checks) > 1 else "–",
-            }
-            for experiment, measure, checks in balances
+            {"experiment": name, "measure": measure, "last check": f"{checks[-1]['mean']:.4g}"}
+            for name, measures in balances
+            for measure, checks in measures.items()
         ],
         None,
-        "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
+        "At the end of training, mean over the seeds that measured it then. The CSV has every check.",
         data=(
-            {"experiment": experiment, "measure": measure, **check}
-            for experiment, measure, checks in balances
+            {"experiment": name, "measure": measure, **check}
+            for name, measures in balances
+            for measure, checks in measures.items()
             for check in checks
         ),
         folded=True,
