@@ -247,12 +247,12 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
     expected = plan.runs if plan.configurations else {(name, seed) for name in place for _, seed in group}
     unfinished: list[RunStatus] = []
     for run in sorted({*expected, *reasons} - group.keys(), key=lambda run: (place.get(run[0], len(place)), run)):
-        name = "{}/seed_{}".format(*run)
+        of_run = "{}/seed_{}".format(*run)
         states = [status for state in STATES_TO_COME for status in planned_of.get(run, ()) if status.state == state]
         if run in reasons:
-            states = [RunStatus(name, "left out", note=reasons[run])]
+            states = [RunStatus(of_run, "left out", note=reasons[run])]
         # Planned without a state: the record in its folder is of another run, or has come since records were read.
-        unfinished.append(states[0] if states else RunStatus(name, "pending" if run in plan.runs else "missing"))
+        unfinished.append(states[0] if states else RunStatus(of_run, "pending" if run in plan.runs else "missing"))
     return Study(
         name=name,
         smoke=smoke,
