@@ -74,12 +74,6 @@ def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) 
         asked(mixed, rows, {"latency_s": 0.025, "seconds_per_step": 1.0})
 
 
-def test_an_experiment_that_was_not_timed_has_no_place_by_latency(study) -> None:
-    result = asked(study, [row(of(BEST), 0.03), row(of(SMALL), 0.02)], {}, measure="latency_s")
-    assert result.left_out == {WORSE: "has a run without latency"}
-    assert [each.name for each in result.rows] == [SMALL, BEST]
-
-
 @pytest.mark.parametrize(
     "rows",
     [
@@ -95,9 +89,3 @@ def test_what_says_nothing_of_the_study_is_refused(study, rows) -> None:
     with pytest.raises(UserError) as caught:
         exported_latency(study, rows, FILE)
     assert (caught.value.file, caught.value.field) == (str(FILE), "--bench")
-
-
-@pytest.mark.parametrize("limits", [{}, {"seconds_per_step": 1.0}, {"stored_bytes": 1e9}])
-def test_a_file_of_times_has_an_effect_or_is_refused(study, limits) -> None:
-    with pytest.raises(UserError, match="--bench: has no effect"):
-        asked(study, [row(of(BEST), 1.0)], limits)

@@ -1,7 +1,6 @@
 """Temperature and prediction sets: against plain loops, a grid, exact laws of coverage, and planted tasks."""
 
 import math
-import re
 from fractions import Fraction
 
 import numpy as np
@@ -18,7 +17,6 @@ from peft_vit.base.statistics import (
     probabilities,
 )
 from peft_vit.base.statistics.conformal import TEMPERATURES
-from peft_vit.deploy.presentation import PRESENTED
 
 
 def mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
@@ -133,6 +131,3 @@ def test_thresholds_hold_as_often_as_asked_where_images_chose_nothing_and_less_o
     }
     assert held[1] == pytest.approx(28 / 31, abs=0.015)  # ceil(31 * 0.9) of 31; four standard errors
     assert held[30] < 0.87
-    for shown in PRESENTED.values():  # so what is said of sets and intervals is never more than about
-        assert re.search(r"about 90 (%|in 100)", shown.holds.format(90.0))
-        assert " about as " in shown.promise[3]
