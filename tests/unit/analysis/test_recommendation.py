@@ -10,12 +10,11 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from peft_vit.base.errors import UserError
-from peft_vit.base.statistics.estimates import ALPHA, Question, decide
+from peft_vit.base.statistics.estimates import ALPHA
 from peft_vit.cli.study_commands import RecommendRequest
 from peft_vit.core.config import bytes_of
 from peft_vit.core.records import RunRecord
 from peft_vit.lab.analysis.comparison import Cost, MethodResult
-from peft_vit.lab.analysis.findings import estimated
 from peft_vit.lab.analysis.recommendation import MEASURES, Recommendation, needed_pairs, recommend
 from peft_vit.lab.analysis.studies import choose_study
 
@@ -263,32 +262,3 @@ def test_needed_n_is_that_of_statsmodels(mean, spread) -> None:
 @pytest.mark.parametrize("values", [[-0.011, -0.012, -0.010], [0.0, 0.0], [0.0], [-1.0, 0.9799]])
 def test_no_n_shows_what_is_not_so_or_takes_more_than_1000(values) -> None:
     assert needed_pairs(values, 0.01, ALPHA) is None
-
-
-TRIALS, SEEDS, MARGIN = 1000, 6, 0.01
-
-
-def simulated(true: list[float], *, shared: float, seed: int) -> np.ndarray:
-    """Return differences (trials, candidates, seeds): normal around the true ones, correlated through the best."""
-    rng = np.random.default_rng(seed)
-    own = rng.normal(size=(TRIALS, len(true), SEEDS))
-    of_the_best = rng.normal(size=(TRIALS, 1, SEEDS))
-    noise = np.sqrt(1 - shared) * own + np.sqrt(shared) * of_the_best
-    return np.asarray(true)[:, None] + 0.012 * noise
-
-
-def shown(differences: np.ndarray) -> list[bool]:
-    """Return which candidates, (candidates, seeds), are shown to lose less than the margin."""
-    question = Question("noninferiority", MARGIN)
-    family = [estimated("candidate", dict(enumerate(values)), question=question) for values in differences]
-    return [estimate.verdict == "supported" for estimate in decide(family)]
-
-
-# Where the error rate is largest: all candidates lose exactly the margin. Then with one that is truly good among them.
-@pytest.mark.parametrize("shared", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("true", [[-0.01] * 4, [-0.01, -0.01, 0.02], [-0.01, 0.0, -0.013, 0.01]])
-def test_what_loses_the_margin_is_recommended_at_most_as_often_as_the_level(true, shared) -> None:
-    differences = simulated(true, shared=shared, seed=3)
-    inferior = {i for i, value in enumerate(true) if value <= -MARGIN}
-    wrong = sum(any(np.array(shown(trial))[sorted(inferior)]) for trial in differences)
-    assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
