@@ -168,7 +168,7 @@ class Evidence:
             if whole:
                 seeds = joined(incomplete)
                 failed = joined(r.spec.seed for r in self.study.failed if r.spec.experiment.name == experiment.name)
-                absent = joined(seed for name, seed in self.study.missing if name == experiment.name)
+                absent = joined(run.seed for run in self.study.unfinished if run.experiment == experiment.name)
                 note = join_notes(
                     f"seeds left out, whose records lack {joined(needs)}: {seeds}" if seeds else "",
                     f"failed: seed {failed}" if failed else "",

@@ -140,11 +140,6 @@ class Study:
         """Return sentences: what to know before believing a number."""
         return *self.file_notices, *_notices(self)
 
-    @property
-    def missing(self) -> tuple[tuple[str, int], ...]:
-        """Return experiment and seed of the runs that have no record that counts."""
-        return tuple(run.key for run in self.unfinished)
-
     def counts(self) -> dict[str, int]:
         """Return the number of runs by state; their sum is the number of planned runs."""
         states = Counter(run.state for run in self.unfinished)

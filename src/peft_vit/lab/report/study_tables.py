@@ -376,7 +376,7 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
         "merged; against 4 bytes (fp32) and 2 bytes (fp16) for each value of the float model. Live: distinct "
         "storages of the low-bit model; file: the same as safetensors. Memory of a run: what training "
         "added to its process's memory at most, model and activations included. Means over seeds. – : not in these "
-        "(older) records.",
+        "(older) records, or bits that differ by layer.",
     )
 
 
