@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from peft_vit.base.statistics import Significance, minimum_n_wilcoxon, wilcoxon
+from peft_vit.base.statistics import Significance, wilcoxon
 
 
 def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Significance]:
@@ -42,7 +42,7 @@ def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Si
         against,
         test=f"{against.test}, the worst of {len(rivals)} rivals",
         p_value=min(1.0, len(rivals) * min(behind)),
-        minimum_n=minimum_n_wilcoxon(comparisons=len(rivals)),
+        comparisons=len(rivals),
         direction=-int(min(towards) < 0),
     )
     return shown, opposite

@@ -153,8 +153,8 @@ def _decided(
         lead = estimate.interval.estimate - estimate.question.margin
         if lead <= 0:
             test, p_value = opposite, opposite_p
-        if estimate.significance is None:
-            test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family))
+        if estimate.significance is None or estimate.opposite is not None:  # of ranks; a t test needs two in any family
+            test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family * test.comparisons))
         said = verdict(lead, test, p_value, ALPHA)
     else:
         said = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)

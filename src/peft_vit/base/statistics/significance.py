@@ -51,6 +51,7 @@ class Significance:
     # 1 if the test's own statistic speaks for a positive difference, -1 for a negative one, 0 for neither; None if it
     # follows the mean
     direction: int | None = None
+    comparisons: int = 1  # tests of which this is the one that spoke
 
     @property
     def decidable(self) -> bool:
