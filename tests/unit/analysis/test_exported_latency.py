@@ -48,6 +48,7 @@ def test_of_each_run_its_fastest_model_counts_at_the_smallest_batch_that_all_hav
         row(of(BEST), 4.0, batch=8),
         row(of(BEST), 3.0, batch=8, threads=2),
         row(of(BEST, 1), 5.0, batch=8, format="openvino"),
+        row(of(BEST), 0.1, batch=16),
         row(of(SMALL), 2.0, batch=8),
         row(None, 0.1, batch=8),
         row("another/study/seed_0", 0.1, batch=8),

@@ -169,6 +169,7 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     advice = asked(made, {"stored_bytes": limit})
     assert advice.within_limits == ()
     assert advice.rows[0].cost("stored_bytes") == limit + 1e5
+    assert asked(made, {"stored_bytes": limit + 2e5}).within_limits == ()
     assert asked(made, {"stored_bytes": limit + 10**6}).chosen.name == THIRD
 
 
